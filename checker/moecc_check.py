@@ -690,8 +690,9 @@ def main():
     except (Rejected, OSError, ValueError) as error:
         print(f"rejected: {error}")
         return 1
-    constants = ", for constants as fractions" if log["fractions"] else ""
-    print(f"accepted: {len(used)} steps, {len(log['outputs'])} outputs{constants}")
+    notes = [", for constants as fractions"] if log["fractions"] else []
+    notes += [", but for where values lie on a mesh"] if re.search(r"\w@[\w*]+=", graphs[1]) else []
+    print(f"accepted: {len(used)} steps, {len(log['outputs'])} outputs{''.join(notes)}")
     return 0
 
 

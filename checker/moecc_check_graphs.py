@@ -50,6 +50,7 @@ def read_table(text):
                 given = parsed(f"lambda {inner[:-1]}: 0").args
                 pairs = zip(given.kwonlyargs, given.kw_defaults, strict=True)
                 options = {k.arg: d and ast.literal_eval(d) for k, d in pairs}
+                options.update({"**": None} if given.kwarg else {})
                 star = [ast.Starred(ast.Name(given.vararg.arg))] if given.vararg else []
                 operands = [*(ast.Name(a.arg) for a in given.args), *star]
             for name in names.split(" | "):
@@ -315,6 +316,8 @@ class Evaluation:
                 "is_flat": n.body and not any(inner.body for inner in n.body.lines),
             }  # fmt: skip
             options = {k: scalar(v) for k, v in n.attrs.items()}
+            unknown = options.keys() - rules[0].options.keys()
+            need(not unknown or "**" in rules[0].options, f"no meaning of {sorted(unknown)}")
             result = self.a.defined(("operation", n.op), xs, options, words)
             need(result is not None, "its definition does not hold")
             return [self.tensor((), x, "", getattr(x, "finite", finite))

@@ -85,6 +85,7 @@ def wrong_logs() -> Iterator[tuple[str, Log]]:
         "another order of axes": "  %y = add %x, %x : f32[b=3, a=2]",
         "another type": "  %y = add %x, %x : f64[a=2, b=3]",
         "a summand": "  %y = add %x, %x : f32[a=2, b=3] unreduced(m)",
+        "an attribute of no meaning": "  %y = add %x, %x {by=2.0} : f32[a=2, b=3]",
         "another input": "  input %z : f32[a=2]\n  %y = add %x, %x : f32[a=2, b=3]",
         "axes that are none": "  %y = add %x, %x : f32[a=2, b=4]",
         "a statement that is none": "  sort\n  %y = add %x, %x : f32[a=2, b=3]",

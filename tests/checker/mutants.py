@@ -17,7 +17,7 @@ from .logs import misjudged
 
 FOLDER = Path(__file__).parents[2] / "checker"
 SOURCE = FOLDER / "moecc_check.py"
-TABLE = FOLDER / "moecc_check_definitions.txt"
+DEFINITIONS = FOLDER / "moecc_check_definitions.txt"
 
 TURNED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
           ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub,
@@ -70,7 +70,7 @@ def _changes(tree: ast.AST, is_signed: bool) -> Iterator[tuple[str, ast.AST]]:
 
 def of_table() -> Iterator[Mutant]:
     """Yield the mutants of lemmas, of bounds, and of the definitions that lemmas use."""
-    rows = TABLE.read_text("utf-8").splitlines()
+    rows = DEFINITIONS.read_text("utf-8").splitlines()
     entry, lemmas = "", None
     for at, row in enumerate(rows):
         if row and not row.startswith((" ", "#")):
@@ -87,11 +87,11 @@ def of_table() -> Iterator[Mutant]:
         text = " ".join([match[2], *(r.strip() for r in rows[at + 1 : end])])
         if match[1].strip() == "if":
             changed = "\n".join([*rows[:at], *rows[end:], ""])
-            yield Mutant(f"{entry}: without if {text}", lemmas, TABLE, changed)
+            yield Mutant(f"{entry}: without if {text}", lemmas, DEFINITIONS, changed)
         for change, tree in _changes(ast.parse(text, mode="eval"), True):
             line = match[1] + ast.unparse(tree)
             changed = "\n".join([*rows[:at], line, *rows[end:], ""])
-            yield Mutant(f"{entry}: {change}", lemmas, TABLE, changed)
+            yield Mutant(f"{entry}: {change}", lemmas, DEFINITIONS, changed)
 
 
 def of_code() -> Iterator[Mutant]:
@@ -114,7 +114,7 @@ def checker_of(mutant: Mutant) -> tuple[ModuleType, Any]:
     module.__dict__["__file__"] = str(SOURCE)
     text = mutant.text if mutant.path == SOURCE else SOURCE.read_text("utf-8")
     exec(compile(text, "mutant", "exec"), module.__dict__)
-    table = mutant.text if mutant.path == TABLE else TABLE.read_text("utf-8")
+    table = mutant.text if mutant.path == DEFINITIONS else DEFINITIONS.read_text("utf-8")
     return module, module.read_table(table)
 
 

@@ -17,7 +17,7 @@ from ..oracle.test_matrix import proved  # noqa: TID252
 from .cases import cases, failures
 from .corruptions import FAULTS, Proof, corrupted, is_accepted, proof_of
 from .logs import misjudged
-from .mutants import Mutant, is_alive, of_table
+from .mutants import DEFINITIONS, SOURCE, Mutant, is_alive, of_table
 
 UPCYCLED = ("run", "llama_gqa", "upcycle{experts=4}")
 
@@ -45,6 +45,11 @@ def test_every_lemma_of_the_table_has_uses_of_both_kinds() -> None:
 
 def test_logs_by_hand_are_told_apart() -> None:
     assert not [*misjudged(moecc_check)]
+
+
+def test_the_checker_itself_passes_for_no_mutant() -> None:
+    for path in (SOURCE, DEFINITIONS):
+        assert is_alive(Mutant("nothing", frozenset(["range"]), path, path.read_text("utf-8")))
 
 
 @pytest.mark.parametrize(
