@@ -37,7 +37,6 @@ from pathlib import Path
 from moecc_check_graphs import MALFORMED, Evaluation, Rejected, graph_of, need, read_table, scalar
 
 SCHEMA = "moecc.proof/1"
-NAMES = ast.Name | ast.Starred
 TABLE = Path(__file__).with_name("moecc_check_definitions.txt")
 
 
@@ -444,9 +443,9 @@ class Algebra:
         for rule in self.table.get(entry, ()):
             if self.exact and "†" not in rule.marks and entry[0] not in ("define", "bounds"):
                 continue
-            names = {getattr(p, "value", p).id for p in rule.operands if isinstance(p, NAMES)}
             scope = {**self.scope, **dict(words)}
-            scope = {k: x for k, x in scope.items() if k not in names}
+            for name in rule.names:
+                scope.pop(name, None)
             for name, default in rule.options.items():
                 x = dict(options).get(name, default)
                 scope[name] = (x,) if default == () and type(x) is not tuple else x

@@ -8,6 +8,7 @@ import ast
 import json
 import re
 from collections import namedtuple
+from functools import cache
 
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
@@ -24,13 +25,14 @@ def need(condition, reason):
 # The table of lemmas and definitions.
 
 ENTRY = re.compile(r"([†∞]*) *(?:([^:()]+): )?(.*?)(?: given (.*?))?(?: = (.*))?")
-Rule = namedtuple("Rule", "marks operands options lines")  # lines: a kind, a pattern, code
+Rule = namedtuple("Rule", "marks operands names options lines")  # lines: a kind, a pattern, code
 
 
 def parsed(text):
     return ast.parse(text, mode="eval").body
 
 
+@cache
 def read_table(text):
     """Return the entries of the table, in lists by kind and name, and its sets of heads."""
     table, words, lines = {}, {}, []
@@ -53,8 +55,11 @@ def read_table(text):
                 options.update({"**": None} if given.kwarg else {})
                 star = [ast.Starred(ast.Name(given.vararg.arg))] if given.vararg else []
                 operands = [*(ast.Name(a.arg) for a in given.args), *star]
+            plain = [p.value if isinstance(p, ast.Starred) else p for p in operands]
+            bound = {p.id for p in plain if isinstance(p, ast.Name)}
             for name in names.split(" | "):
-                table.setdefault((kind, name), []).append(Rule(marks, operands, options, lines))
+                rule = Rule(marks, operands, bound, options, lines)
+                table.setdefault((kind, name), []).append(rule)
         elif row:
             words.setdefault(kind, set()).update(rest.split())
     return table, words
