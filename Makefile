@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ proof-chain: $(STAMP) ## SmolLM2 upcycled, trained on, exported, judged by trans
 
 proof-emit: $(STAMP) ## every source by every method as PyTorch, judged by torch in the interpreters of MOECC_PARITY_PYTHON; continues docs/proofs/emit.jsonl
 	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.prove --gradients --out docs/proofs/emit.jsonl
+
+proof-emit-jax: $(STAMP) ## every source as functions in JAX, dense, upcycled and ST-MoE in training; writes docs/proofs/emit-jax.json
+	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.jax_cells --out docs/proofs/emit-jax.json
 
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines

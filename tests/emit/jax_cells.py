@@ -31,18 +31,14 @@ def program_of(folder: Path) -> ModuleType:
     return module
 
 
-def write_cell(cell: EmittedCell, folder: Path, *, gradients: bool) -> None:
-    """Write an emitted folder and its reference.
+def judge(cell: EmittedCell, folder: Path, *, gradients: bool) -> dict[str, float]:
+    """Write a cell, and return the relative errors of outputs, losses and gradients.
 
     Raises:
       InputError: the method does not apply to the source.
     """
     cell.write(folder, "jax")
     write_reference(folder, folder / "reference.npz", gradients=gradients)
-
-
-def judge(folder: Path) -> dict[str, float]:
-    """Return the relative errors of outputs, losses and gradients."""
     program, reference = program_of(folder), np.load(folder / "reference.npz")
     is_train = 'attr mode = "train"' in "\n".join(
         json.loads((folder / "config.json").read_text())["graph"]
@@ -125,10 +121,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary) / "cell"
                 try:
-                    write_cell(
-                        EmittedCell(source, method), folder, gradients=source in options.gradients
-                    )
-                    errors = judge(folder)
+                    cell = EmittedCell(source, method)
+                    errors = judge(cell, folder, gradients=source in options.gradients)
                     row |= {**errors, "right": is_right(errors)}
                 except MoeccError as error:
                     row["refused"] = " ".join(str(error).split())[:300]

@@ -10,8 +10,9 @@ import pytest
 
 import moecc
 from moecc.backend import emit_program
-from tests.emit.cells import GOLDEN, METHODS, EmittedCell
+from tests.emit.cells import METHODS, EmittedCell
 from tests.parity.interpreters import in_each_interpreter, interpreters
+from tests.proof.cells import GOLDEN
 
 
 def program_text(source: str, method: str = "dense") -> str:

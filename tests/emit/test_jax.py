@@ -13,7 +13,7 @@ from moecc.backend import emit_program
 from moecc.errors import CheckError, InputError
 from moecc.jobs.verify import verify
 from tests.emit.cells import METHODS, EmittedCell
-from tests.emit.jax_cells import FILE, flat, is_right, judge, program_of, write_cell
+from tests.emit.jax_cells import FILE, flat, is_right, judge, program_of
 from tests.proof.cells import GOLDEN
 
 
@@ -28,8 +28,7 @@ def program_text(source: str, pipeline: str = "") -> str:
 )
 def test_program_computes_the_graph(tmp_path, source, method):
     folder = tmp_path / "model"
-    write_cell(EmittedCell(source, method), folder, gradients=source == "llama_gqa")
-    errors = judge(folder)
+    errors = judge(EmittedCell(source, method), folder, gradients=source == "llama_gqa")
     assert is_right(errors), errors
     program = program_of(folder)
     drawn, held = (flat(p) for p in (program.init(jax.random.key(0)), program.load(folder)))

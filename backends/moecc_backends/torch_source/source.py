@@ -135,6 +135,7 @@ import functools
 import inspect
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F

@@ -1,5 +1,7 @@
 """Routing, slots, and the rows of experts."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,14 +22,12 @@ class ExpertRows:
     def __init__(self, top_k_index, experts):
         self.shape, self.experts = top_k_index.shape, experts
         chosen = top_k_index.flatten()
-        self.order = chosen.argsort(stable=True)
-        self.expert = chosen[self.order]
+        self.expert, self.order = chosen.sort(stable=True)
         self.token = self.order // top_k_index.shape[-1]
         every = torch.arange(experts, device=chosen.device)
         self.ends = torch.searchsorted(self.expert, every, right=True)
-        sizes = self.ends.diff(prepend=self.ends.new_zeros(1))
         # Under torch.compile numbers of rows are not known.
-        self.sizes = None if torch.compiler.is_compiling() else sizes.tolist()
+        self.bounds = None if torch.compiler.is_compiling() else [0, *self.ends.tolist()]
 
     def gather(self, hidden_states):
         """Return the token of each choice, ``[row, …]``."""
@@ -47,20 +47,25 @@ class ExpertRows:
             weight = weight.to_local()
         # An operation of transformers 5, whose gradient is written in place.
         grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-        if grouped is not None and (self.sizes is None or torch.is_grad_enabled()):
+        if grouped is not None and (self.bounds is None or torch.is_grad_enabled()):
             return grouped(rows, weight.transpose(1, 2), self.ends)
-        if self.sizes is None:
+        if self.bounds is None:
             masks = ((self.expert != number)[:, None] for number in range(self.experts))
             parts = [rows.masked_fill(mask, 0) for mask in masks]
             return sum(F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True))
-        dropped = len(rows) - sum(self.sizes)
-        parts = zip(rows.split([*self.sizes, dropped]), weight, strict=False)
-        products = [F.linear(part, matrix) for part, matrix in parts if len(part)]
-        return torch.cat([*products, rows.new_zeros(dropped, weight.shape[1])])
+        parts = [(slice(*b), n) for n, b in enumerate(pairwise(self.bounds)) if b[0] < b[1]]
+        products = rows.new_zeros(len(rows), weight.shape[1])
+        if torch.is_grad_enabled():
+            results = [F.linear(rows[part], weight[expert]) for part, expert in parts]
+            return torch.cat([*results, products[self.bounds[-1] :]])
+        for part, expert in parts:
+            torch.mm(rows[part], weight[expert].T, out=products[part])
+        return products
 
     def combine(self, rows, top_k_weights=None):
         """Return for each token the weighted sum of the rows of its choices."""
-        rows = rows.masked_fill((self.expert == self.experts)[:, None], 0)
+        if self.bounds is None or self.bounds[-1] < len(rows):
+            rows = rows.masked_fill((self.expert == self.experts)[:, None], 0)
         if top_k_weights is not None:
             rows = rows * self.gather_weights(top_k_weights)[:, None].to(rows.dtype)
         tokens = self.shape[:-1]
