@@ -89,16 +89,13 @@ def _helpers() -> dict[str, str]:
     """Return the helpers: those that are written for JAX, and those of PyTorch in its words."""
     path = files("moecc_backends.jax_source") / "helpers" / "model.py"
     texts = definitions(path.read_text(encoding="utf-8"))
-    for name, text in torch_source.helpers().items():
-        if name not in texts and name not in TORCH_ALONE:
+    for name, text in torch_source.helpers(("attention.py", "experts.py")).items():
+        if name not in {*texts, *TORCH_ALONE}:
             texts[name] = translated_helper(text)
     return texts
 
 
-TORCH_ALONE = (
-    "attend_by_scores", "causal_mask", "extend_cache", "with_cache", "cache_of", "_cache_name",
-    "Scope",
-)  # fmt: skip
+TORCH_ALONE = ("attend_by_scores", "causal_mask", "extend_cache", "Scope")
 """The helpers of PyTorch that serve its modules and the caches of transformers."""
 
 

@@ -193,10 +193,10 @@ HELPER_FILES = ("attention.py", "experts.py", "models.py", "placing.py")
 
 
 @cache
-def helpers() -> dict[str, str]:
-    """Return the text of every function and class of the helper files, in order."""
+def helpers(names: Sequence[str] = HELPER_FILES) -> dict[str, str]:
+    """Return the text of every function and class of helper files, in order."""
     folder = files("moecc_backends.torch_source") / "helpers"
-    sources = [(folder / name).read_text(encoding="utf-8") for name in HELPER_FILES]
+    sources = [(folder / name).read_text(encoding="utf-8") for name in names]
     return {name: text for source in sources for name, text in definitions(source).items()}
 
 
