@@ -58,7 +58,7 @@ def read_lines(path: Path = RESULTS) -> Lines:
 
 
 def difference(lines: Lines, one: tuple[str, int], other: tuple[str, int]) -> Difference | None:
-    """Return arm `one` less arm `other`, each an arm and its steps; None below two seeds of a text."""
+    """Return arm `one` less arm `other`, each with its steps; None below two seeds."""
     by_text: dict[str, list[np.ndarray]] = {}
     tokens: dict[str, np.ndarray] = {}
     for (text, _), arms in sorted(lines.items()):
@@ -162,8 +162,8 @@ def main() -> None:
     text = PAGE.read_text("utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    blocks = [*table("sparse less dense", claims(lines)), "", *table("less the recipe", parts(lines)),
-              "", *losses(lines)]  # fmt: skip
+    blocks = [*table("sparse less dense", claims(lines)), ""]
+    blocks += [*table("less the recipe", parts(lines)), "", *losses(lines)]
     PAGE.write_text("\n".join([before.rstrip("\n"), "", BEGIN, "", *blocks, "", END]) + after)
 
 

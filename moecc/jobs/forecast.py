@@ -25,6 +25,7 @@ from moecc.jobs.command import (
 )
 from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
+from moecc.plan.machines import find_machine
 from moecc.plan.step import StepConfig
 from moecc.plan.workload import length_variables
 from moecc.rewrite.pipeline import Pipeline
@@ -218,6 +219,7 @@ def forecast(
     pilot: Annotated[Sequence[str], Spelling("RUN")] = (),
     budget: Annotated[str | None, Spelling("FLOPS|HOURSh")] = None,
     machine: OptionalMachine = None,
+    serving: Annotated[str | None, Spelling("M", complete="machines")] = None,
     price: Annotated[float | None, Spelling("X", low=0)] = None,
     html: Annotated[str | None, Spelling("FILE")] = None,
     force: Force = False,
@@ -234,6 +236,7 @@ def forecast(
       pipeline: Passes that make the sparse model (default: those of recipe:upcycle).
       pilot: Run of a pilot; may be repeated.
       budget: Compute that is there to train with: FLOPs, or device-hours of --machine as 500h.
+      serving: Machine that is to serve the model, as --machine.
       price: Price of a device-hour.
       html: File to write a page with both curves to.
 
@@ -252,6 +255,8 @@ def forecast(
     runs = read_pilots(pilot, count_parameters(dense).total) if pilot else None
     result = _forecast(model, dense, sparse, runs, tokens, budget, machine)
     facts = {**result.facts, "pipeline": str(passes)}
+    if serving is not None and (too_large := _too_large(facts["served_bytes"], serving)):
+        facts = {**facts, "worth_it": False, "reasons": [*facts["reasons"], too_large]}
     if price is not None and facts["device_hours"] is not None:
         facts["price"] = price * facts["device_hours"]
     if html is not None:
@@ -316,6 +321,18 @@ def _forecast(
         else known * after.device_hours,
     }  # fmt: skip
     return Forecast({**facts, **_answer(reasons)}, crossing, runs, behind)
+
+
+def _too_large(served_bytes: int, serving: str) -> JsonDict | None:
+    """Return the reason where the memory of a machine is below the weights of the sparse model."""
+    device = find_machine(serving)
+    room = device.usable_bytes * device.devices
+    if served_bytes <= room:
+        return None
+    return {
+        "reason": f"the sparse model has {size_text(served_bytes)}, {serving} {size_text(room)}",
+        "changes_it": "fewer experts, every other layer, or quantised weights",
+    }
 
 
 def _answer(reasons: Sequence[tuple[str, str]]) -> JsonDict:

@@ -12,7 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
-worth_page, worth_texts = (importlib.import_module(n) for n in ("worth_page", "worth_texts"))
+worth_page, worth_texts, worth_forecasts = (
+    importlib.import_module(name) for name in ("worth_page", "worth_texts", "worth_forecasts")
+)
 
 
 def lines(rng: np.random.Generator, effect: float, spread: float = 0.004) -> Any:
@@ -51,3 +53,10 @@ def test_a_paragraph_counts_once() -> None:
     seen: set[bytes] = set()
     assert worth_texts._unseen("a  licence\n\nmine", seen) == "a  licence\n\nmine"
     assert worth_texts._unseen("a licence\n\nyours\n\nyours", seen) == "yours"
+
+
+def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves() -> None:
+    ratios = [said / found for _, _, said, found in worth_forecasts.pairs() if found < np.inf]
+    assert len(ratios) >= 10
+    near = [1 / 1.3 <= ratio <= 1.3 for ratio in ratios]
+    assert sum(near) >= 0.8 * len(near)
