@@ -48,7 +48,7 @@ SAFETY = 2
 """From this many times the crossing on a budget is enough: before, there is little to be won."""
 
 MOST_EPOCHS = 4
-"""Epochs up to which repeated text is about as good as new text (Muennighoff et al. 2023, §1)."""
+"""Epochs up to which repeated text is about as good as new text (Muennighoff et al. 2023)."""
 
 PILOT_STEPS = 300
 FEWEST_SEEDS = 2
