@@ -89,7 +89,8 @@ def verdict_problem(verdict: Verdict) -> Problem | None:
                        "sampling may decide: moecc verify B --against A")  # fmt: skip
     sizes = ", ".join(f"{name} = {size}" for name, size in example.sizes.items())
     where = f"seed {example.seed}" + (f" at {sizes}" if sizes else "")
-    text = f"not the same function: {example.output} differs by {example.difference:.2g}, {where}"
+    by = "" if example.difference is None else f" by {example.difference:.2g}"
+    text = f"not the same function: {example.output} differs{by}, {where}"
     return Problem(text, verdict.node, before, after)
 
 

@@ -46,6 +46,16 @@ class SlotTerms:
     ragged: bool
     sizes: tuple[Size, Size, Size]
 
+    def place(self, algebra: Algebra, choice: Polynomial) -> dict[str, Polynomial]:
+        """Return the row of a choice of each token: its group, its expert and its slot."""
+        tokens = [algebra.index(v) for v in self.tokens]
+        own_slot, group = Head("own_slot", self.head), Head("group_of", self.head)
+        return {
+            "group": algebra.apply(group, self.operands, tokens),
+            "expert": algebra.substitute(self.experts, {self.choice: choice}),
+            "slot": algebra.apply(own_slot, self.operands, [*tokens, choice]),
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class Tensor:

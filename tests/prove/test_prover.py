@@ -47,12 +47,12 @@ def test_slots_and_shares_prove_an_upcycled_model() -> None:
     assert lemmas["shares add up"] > 0
 
 
-def test_other_experts_are_refuted_at_their_combination() -> None:
+def test_other_experts_are_refuted_at_their_first_matrix() -> None:
     dense = model("llama_gqa")
     noisy = dense.apply("upcycle{experts=8 top-k=2 init=noise noise-std=0.1}")
     verdict = prove(dense.graph, noisy.graph)
     assert verdict.status == "refuted"
-    assert "combine @layers.0.ffn" in verdict.node
+    assert "%gate = contract @layers.0.ffn" in verdict.node
     assert verdict.counterexample is not None
     assert verdict.counterexample.output == "logits"
 
@@ -90,7 +90,10 @@ def test_a_stopped_gradient_is_another_function() -> None:
         for t in lines
     )
     assert prove(plain, plain).status == "proved"
-    assert prove(plain, stopped).status == "unknown"
+    verdict = prove(plain, stopped)
+    assert verdict.status == "refuted"
+    assert verdict.counterexample is not None
+    assert verdict.counterexample.output == "the gradient"
 
 
 def test_exact_is_equality_of_bits() -> None:

@@ -633,14 +633,7 @@ class _CombiningOp(Op):
         assignment = _slot_terms(slots)
         choice = algebra.fresh(assignment.choice)
         index = {assignment.choice: algebra.index(choice)}
-        places = [algebra.index(v) for v in (*assignment.tokens, choice)]
-        key, functions = assignment.head, assignment.operands
-        at = {
-            "group": algebra.apply(Head("group_of", key), functions, places[:-1]),
-            "expert": algebra.substitute(assignment.experts, index),
-            "slot": algebra.apply(Head("own_slot", key), functions, places),
-        }
-        factors = [rows.at(at)]
+        factors = [rows.at(assignment.place(algebra, algebra.index(choice)))]
         if gates is not None:
             factors.append(algebra.substitute(gates.body, index))
         factors.append(algebra.substitute(assignment.placed, index))
