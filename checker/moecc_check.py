@@ -555,7 +555,7 @@ def vocabulary(a):
         "smaller": min, "text": str, "integer_of": int, "fold": reduce, "prod": prod,
         "exact": Fraction, "ratio": lambda p, q: Fraction(p) / Fraction(q),
         "f32": lambda v: struct.unpack("<f", struct.pack("<f", v))[0],
-        "is_number": lambda v: not isinstance(v, str), "scalar": scalar,
+        "is_number": lambda v: not isinstance(v, str), "is_bounded": isfinite, "scalar": scalar,
         "width": lambda x: x.size if isinstance(x, Var) else x.node.label[0],
         "widths": lambda f: f.node.label, "apart": apart, "Σ": sigma, "put": put, "parts": parts,
         "λ": lambda v, x: a.function([v] if isinstance(v, Var) else list(v), a.value(x)),

@@ -75,7 +75,13 @@ def judge_fault(number: int) -> list[Any]:
 @cache
 def mutants() -> dict[str, Mutant]:
     """Return the mutants of the checker, by what was changed."""
-    return {m.change: m for m in (*of_table(), *of_code())}
+    named: dict[str, Mutant] = {}
+    for mutant in (*of_table(), *of_code()):
+        change = mutant.change
+        while change in named:
+            change += ", again"
+        named[change] = mutant
+    return named
 
 
 def judge_mutant(change: str) -> list[Any]:
