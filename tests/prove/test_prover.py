@@ -52,7 +52,7 @@ def test_other_experts_are_refuted_at_their_first_matrix() -> None:
     noisy = dense.apply("upcycle{experts=8 top-k=2 init=noise noise-std=0.1}")
     verdict = prove(dense.graph, noisy.graph)
     assert verdict.status == "refuted"
-    assert "%gate = contract @layers.0.ffn" in verdict.node
+    assert verdict.node == "%gate3 = contract @layers.0.ffn by upcycle/lift"
     assert verdict.counterexample is not None
     assert verdict.counterexample.output == "logits"
 
