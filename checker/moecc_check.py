@@ -542,7 +542,8 @@ def vocabulary(a):
         return quotient, a.sum({m: c for c, m in terms if c % n})
 
     def parts(monomial, variables):
-        need(monomial.node.label == tuple(v.size for v in variables), "other sizes")
+        sizes = tuple(v.size for v in variables)
+        need(monomial.node.label == sizes and not {*variables} & {*monomial.vars}, "other sums")
         return a.parts(monomial, variables)
 
     defines = [name for kind, name in a.table if kind == "define"]

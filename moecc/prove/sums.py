@@ -158,7 +158,7 @@ def cancelled_sum(
         if factor is None or factor not in remaining:
             return None
         remaining.remove(factor)
-    if any(v in f.free for v in bound for f in remaining):
+    if any(v in f.free for v in bound for f in (*remaining, inverse)):
         return None
     left = tuple(v for v in opened.bound if v not in bound)
     return algebra.monomial(OpenMonomial(opened.coefficient, left, tuple(remaining)))

@@ -459,6 +459,17 @@ CASES: dict[str, tuple[Build, list[Build]]] = {
                     [total(a, 3, lambda x: a.apply(Head("exp"), (), [at(a, "x", x)]))],
                 ),
             ),
+            # A sum that depends on the variable outside, too.
+            lambda a: total(
+                a,
+                3,
+                lambda x: a.apply(Head("sigmoid"), (), [a.scale(x, 2)]),
+                lambda x: a.apply(
+                    Head("inverse"),
+                    (),
+                    [total(a, 3, lambda y: a.apply(Head("sigmoid"), (), [a.add(x, y)]))],
+                ),
+            ),
             # Weighted.
             lambda a: a.multiply(
                 total(
