@@ -8,15 +8,20 @@ from typing import Any
 
 import moecc_check
 import moecc_check_graphs
+import numpy as np
 import pytest
 from moecc_backends.reference import ReferenceBackend
 
 from moecc.ir.text import print_graph
 from moecc.terms.term import Algebra, Head, Polynomial, Var
+from moecc.weights.evaluate import evaluate
+from moecc.weights.text import parse_expr
 
 from ..ir.operations import Function, sample  # noqa: TID252
 from ..prove.test_meanings import DEFINED, UNINTERPRETED, Arrays  # noqa: TID252
+from ..prove.test_weight_meanings import EXPRESSIONS, Sources, X  # noqa: TID252
 
+ORDERED = f'take({X}, mlp=source("order" : i32[mlp=4]))'
 TABLE = moecc_check.read_table(moecc_check.TABLE.read_text("utf-8"))
 
 
@@ -78,6 +83,26 @@ def test_a_definition_is_the_reference(name: str) -> None:
             if not math.isnan(right):  # or it is beyond a ragged extent
                 number = model.value(body, env)
                 assert math.isclose(number, right, rel_tol=1e-9, abs_tol=1e-12), (value, at)
+
+
+@pytest.mark.parametrize("text", [*EXPRESSIONS, ORDERED])
+def test_a_weight_is_what_it_evaluates_to(text: str) -> None:
+    rng = np.random.default_rng(5)
+    shapes = {"x": (4, 3), "y": (4, 3), "v": (4,)}
+    arrays = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    arrays["order"] = np.array([2, 0, 3, 1], np.int32)
+    expr, _ = parse_expr(text)
+    expected = evaluate(expr, lambda name, start=0, stop=None: arrays[name][start:stop])
+    algebra = moecc_check.Algebra(*TABLE)
+    written = moecc_check_graphs.Expression(text)
+    tensor = moecc_check_graphs.Evaluation(algebra, False).weight(written)
+    assert tuple(v.name for v in tensor.axes) == expr.type.names
+    assert tensor.dtype == expr.type.dtype.name
+    translation, model = Translation(algebra), Sources(arrays)
+    body = translation.total(tensor.body)
+    for at in product(*map(range, expected.shape)):
+        places = zip(map(translation.variable, tensor.axes), at, strict=True)
+        assert np.isclose(model.value(body, dict(places)), expected[at], rtol=1e-6), (text, at)
 
 
 def test_an_operation_without_a_definition_is_a_function_of_all_operands() -> None:
