@@ -13,6 +13,8 @@ import keyword
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -151,7 +153,7 @@ class Shape(ast.NodeTransformer):
 
 
 def emitted(text: str) -> str:
-    """Return the program of a graph, its expressions in lines that no length of a name changes."""
+    """Return the program of a graph."""
     (program,) = emit_program(parse(text), "torch").files.values()
     return program
 
@@ -161,32 +163,54 @@ def shape(program: str, head: str = "") -> list[str]:
     return [ast.dump(Shape().visit(node)) for node in ast.parse(program.removeprefix(head)).body]
 
 
-def run(count: int, seed: int = 0) -> tuple[int, list[str]]:
-    """Return how many graphs were written, and the faults of their texts."""
+@contextmanager
+def fixed_lines() -> Iterator[None]:
+    """Let each value have a line of its own, whatever the lengths of names are."""
     lengths = BlockWriter.longest_operands, BlockWriter.longest_value
-    # Where a value has a line of its own depends on no name's length.
     BlockWriter.longest_operands, BlockWriter.longest_value = sys.maxsize, 0
     try:
-        plain = emitted(PLAIN)
-        head = plain[: plain.index("\nclass Mixer(")]  # imports and helpers, which are as they are
-        expected, written, faults = shape(plain, head), 0, []
-        for number in range(count):
-            text = hostile_text(np.random.default_rng((seed, number)))
-            try:
-                statements = shape(emitted(text), head)
-            except MoeccError:
-                continue
-            except (SyntaxError, ValueError) as error:
-                faults.append(f"{number}: {error}")
-                continue
-            written += 1
-            if len(statements) != len(expected):
-                faults.append(f"{number}: {len(statements)} statements")
-            pairs = zip(statements, expected, strict=False)
-            faults += [f"{number}: {a} is not {b}" for a, b in pairs if a != b]
-        return written, faults
+        yield
     finally:
         BlockWriter.longest_operands, BlockWriter.longest_value = lengths
+
+
+@cache
+def expected() -> tuple[str, list[str]]:
+    """Return the imports and helpers of the plain program, and its other statements."""
+    plain = emitted(PLAIN)
+    head = plain[: plain.index("\nclass Mixer(")]
+    return head, shape(plain, head)
+
+
+def fault(rng: np.random.Generator) -> str:
+    """Return how the program of a hostile graph differs from the plain one; empty: it does not.
+
+    Raises:
+      MoeccError: the graph is rejected.
+    """
+    with fixed_lines():
+        head, plain = expected()
+        try:
+            statements = shape(emitted(hostile_text(rng)), head)
+        except (SyntaxError, ValueError) as error:
+            return str(error) or "no syntax"
+    if len(statements) != len(plain):
+        return f"{len(statements)} statements"
+    pairs = zip(statements, plain, strict=True)
+    return next((f"{a} is not {b}" for a, b in pairs if a != b), "")
+
+
+def run(count: int, seed: int = 0) -> tuple[int, list[str]]:
+    """Return how many graphs were written, and the faults of their texts."""
+    written, faults = 0, []
+    for number in range(count):
+        try:
+            difference = fault(np.random.default_rng((seed, number)))
+        except MoeccError:
+            continue
+        written += 1
+        faults += [f"{number}: {difference}"] if difference else []
+    return written, faults
 
 
 if __name__ == "__main__":

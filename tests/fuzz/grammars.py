@@ -375,6 +375,16 @@ def _texts(*texts: str) -> Callable[[], Sequence[bytes]]:
     return lambda: seeds.encoded(texts)
 
 
+def run_program(data: bytes) -> None:
+    """Emit a graph whose names and texts are code, drawn by these bytes."""
+    import numpy as np
+
+    from tests.emit.fuzz import fault
+
+    if difference := fault(np.random.default_rng(list(data))):
+        raise Broken(difference)
+
+
 GRAMMARS: dict[str, Grammar] = {
     g.name: g
     for g in (
@@ -393,6 +403,7 @@ GRAMMARS: dict[str, Grammar] = {
         Grammar("receipts", seeds.receipts, mutate_json, run_receipt),
         Grammar("cards", lambda: [seeds.CARD], mutate_text, run_card),
         Grammar("arrays", seeds.arrays, mutate_bytes, run_arrays),
+        Grammar("programs", _texts("a", "bc"), mutate_bytes, run_program),
     )
 }
 """The grammars by name."""
