@@ -481,6 +481,11 @@ class ModelConfig:
             raise InputError(reader.problems)
         return config
 
+    @property
+    def first_tensor(self) -> str:
+        """A tensor that every checkpoint of the family has."""
+        return self.names.embedding
+
     @classmethod
     def _is_architecture(cls, name: str) -> bool:
         """Whether `name` is a class that the family's checkpoints may name."""

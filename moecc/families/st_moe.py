@@ -107,6 +107,9 @@ PROGRAM_CLASSES = (
     "StMoeModel",
     "StMoeForCausalLM",
     "StMoeForConditionalGeneration",
+    "StMoeForSequenceClassification",
+    "StMoeForTokenClassification",
+    "StMoeForImageClassification",
 )
 """The classes of the programs that are written beside a graph."""
 
@@ -120,6 +123,7 @@ class GraphConfig(ModelConfig):
     own_code = True  # the file that `emit` writes; the graph is read, and never the file
     aliases = PROGRAM_CLASSES
     takes_mask = True
+    head_prefix = "model."
     only = {"moecc_layout": (LAYOUT, "written by another version of moecc")}
     always = {"moecc_layout": LAYOUT}
     kept_numbers = ()
@@ -133,6 +137,12 @@ class GraphConfig(ModelConfig):
     def shape(cls) -> type[ModelConfig]:
         """Return the class whose fields all families of this shape of model share."""
         return GraphConfig
+
+    @property
+    def first_tensor(self) -> str:
+        """The name of the first parameter of the graph."""
+        lines = (line.split() for line in self.lines)
+        return next((words[1][1:] for words in lines if words[:1] == ["param"]), "")
 
     @property
     def text(self) -> str:

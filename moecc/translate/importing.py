@@ -115,13 +115,14 @@ class StoredNames:
 
 def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
     """Return how the names of the file with `tensors` differ from those of the family."""
-    embedding = config.names.embedding
     candidates = [StoredNames()]
     if config.base_prefix:
         candidates.append(StoredNames(lacking=config.base_prefix))
     if config.head_prefix:
         candidates.append(StoredNames(added=config.head_prefix))
-    stored = next((names for names in candidates if names(embedding) in tensors), candidates[0])
+    stored = next(
+        (names for names in candidates if names(config.first_tensor) in tensors), candidates[0]
+    )
     older = replace(stored, older=True)
     norm = "embeddings.LayerNorm.weight"
     return older if stored(norm) not in tensors and older(norm) in tensors else stored

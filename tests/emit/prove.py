@@ -48,12 +48,14 @@ class Judge:
     """A process of an interpreter without moecc, which judges one folder after the other."""
 
     def __init__(self, python: str) -> None:
+        # Folders of one name would be one module in a cache that several processes write.
+        self._modules = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
             [python, "-W", "ignore", str(Path(__file__).parent / "judge.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": ""},
+            env={**os.environ, "PYTHONPATH": "", "HF_MODULES_CACHE": self._modules.name},
         )
         self.name = f"transformers {self._answer()['transformers']}"
 
@@ -81,6 +83,7 @@ class Judge:
         assert self._process.stdin is not None, "a pipe"
         self._process.stdin.close()
         self._process.wait()
+        self._modules.cleanup()
 
 
 Rows = dict[tuple[str, str], dict[str, Any]]

@@ -2,8 +2,11 @@
 
 import ast
 import hashlib
+import json
+import os
 import re
 import string
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from moecc.jobs.verify import verify
 from tests.emit import fuzz
 from tests.emit.cells import METHODS, EmittedCell
 from tests.emit.prove import is_proved, prove
-from tests.parity.interpreters import interpreters
+from tests.parity.interpreters import in_each_interpreter, interpreters
 
 GOLDEN = Path("tests/golden")
 FILE = "modeling_st_moe.py"
@@ -229,6 +232,38 @@ def test_cells_are_right(tmp_path):
     cells = [EmittedCell(*cell) for cell in CELLS]
     rows = list(prove(cells, tmp_path, {}, gradients=False))
     assert [row for row in rows if "refused" in row or not is_proved(row)] == []
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("source", "task", "shape"),
+    [
+        ("bert_square", "SequenceClassification", [2, 3]),
+        ("bert_square", "TokenClassification", [2, 6, 3]),
+        ("vit_square", "ImageClassification", [2, 3]),
+    ],
+)
+@in_each_interpreter
+def test_a_new_head_is_trained_and_its_encoder_read_back(python, tmp_path, source, task, shape):
+    folder, out = tmp_path / "a", tmp_path / "b"
+    passes = f"{UPCYCLE},add-losses"
+    convert(str(GOLDEN / source), str(folder), pipeline=passes, to="st_moe", emit="torch")
+    pixels = [a.size for a in next(iter(moecc.open(folder).graph.inputs.values())).type.axes[1:]]
+    script = str(Path(__file__).parent / "train_head.py")
+    done = subprocess.run(
+        [python, "-W", "ignore", script, str(folder), task, str(out)], text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": "", "PIXELS": str(pixels)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    verdict = json.loads(done.stdout.splitlines()[-1])
+    assert verdict["losses"][-1] < verdict["losses"][0]
+    assert verdict["shape"] == shape
+    assert verdict["aux_loss"] > 0
+    assert verdict["base"] == "StMoeModel"
+    trained = moecc.open(out)
+    assert "hidden" in trained.run()
+    before = moecc.open(folder).params()
+    assert any(not np.array_equal(x, before[name]) for name, x in trained.params().items())
 
 
 @pytest.mark.parametrize("word", ["scope", "st_moe_model", "expert_rows"])

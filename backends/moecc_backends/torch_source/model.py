@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from moecc.errors import InputError
 from moecc.support.untyped import JsonDict
 from moecc_backends.torch_source.blocks import ModuleBlock, members
+from moecc_backends.torch_source.heads import HEAD, heads
 from moecc_backends.torch_source.names import common, is_under
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.parallel import tensor_parallel_plan
@@ -36,15 +37,6 @@ from moecc_backends.torch_source.text import (
     unify_signatures,
 )
 from moecc_backends.torch_source.writer import STATE, BlockWriter, var_hint
-
-INPUTS = {
-    "tokens": "input_ids",
-    "decoder_tokens": "decoder_input_ids",
-    "mask": "attention_mask",
-    "pixels": "pixel_values",
-    "features": "input_features",
-}
-
 
 Role = ProgramValue | list[ProgramValue | None] | None
 """An argument of the layers of a loop: the same for all, one for each, or carried (None)."""
@@ -286,7 +278,7 @@ class StMoeModel(StMoePreTrainedModel):
         return with_cache(<output>, cache, <results>)
 '''
 
-HEAD = f'''
+CAUSAL_LM = f'''
 class StMoeForCausalLM(StMoePreTrainedModel, GenerationMixin):
     """The decoder with its head."""
 {MODULES}
@@ -551,7 +543,7 @@ class Models:
         lines = [*root.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
         self.texts.append(
             filled(
-                HEAD,
+                CAUSAL_LM,
                 {
                     "constructor": [f"{base} = StMoeModel(config)", *root.filled_lines(own)],
                     "base": base,
@@ -626,6 +618,17 @@ class Models:
         self.classes.helpers |= writer.helpers
         self.architecture = "StMoeModel"
         self._map("AutoModel", "StMoeModel")
+        if output == "hidden":
+            self._write_heads(self.program.outputs[output].size("embed"), has_loss=LOSS in losses)
+
+    def _write_heads(self, width: int, *, has_loss: bool) -> None:
+        tasks = heads(self.main_input, self._arguments(), width, has_loss=has_loss)
+        if tasks and has_loss:
+            names = ("SequenceClassifierOutput", "StMoeClassifierOutput")
+            self.texts.append(_output_class(["aux_loss"], *names))
+        for task, parts in tasks.items():
+            self.texts.append(filled(HEAD, parts))
+            self._map(f"AutoModelFor{task}", f"StMoeFor{task}")
 
     def _write_seq2seq(self) -> None:
         decoded = {self.program.inputs[self.program.tokens]}
@@ -790,7 +793,7 @@ def _output_class(names: Sequence[str], base: str, name: str = "StMoeOutput") ->
     return [
         "@dataclass",
         f"class {name}({base}):",
-        '    """The last hidden states, and the losses of the routers."""',
+        '    """An output with the losses of the routers."""',
         "",
         *(f"    {field}: torch.Tensor | None = None" for field in names),
     ]
