@@ -499,7 +499,7 @@ class StMoePreTrainedModel(PreTrainedModel):
 
 @dataclass
 class StMoeEncoderOutput(BaseModelOutput):
-    """The last hidden states, and the losses of the routers."""
+    """An output with the losses of the routers."""
 
     encoder_balance_losses: torch.Tensor | None = None
     encoder_router_z_losses: torch.Tensor | None = None
@@ -507,7 +507,7 @@ class StMoeEncoderOutput(BaseModelOutput):
 
 @dataclass
 class StMoeSeq2SeqOutput(Seq2SeqLMOutput):
-    """The last hidden states, and the losses of the routers."""
+    """An output with the losses of the routers."""
 
     aux_loss: torch.Tensor | None = None
 

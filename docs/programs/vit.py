@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -76,7 +76,7 @@ class StMoePreTrainedModel(PreTrainedModel):
     """What all models of this file share."""
 
     config_class = StMoeConfig
-    base_model_prefix = ""
+    base_model_prefix = "model"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Layer"]
@@ -118,3 +118,21 @@ class StMoeModel(StMoePreTrainedModel):
             hidden_states = layer(hidden_states)
         normed = self.layernorm(hidden_states)
         return BaseModelOutput(last_hidden_state=normed)
+
+
+class StMoeForImageClassification(StMoePreTrainedModel):
+    """The encoder, and a new head that reads its first token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = StMoeModel(config)
+        self.classifier = nn.Linear(768, config.num_labels)
+        self.post_init()
+
+    def forward(self, pixel_values=None, labels=None, **kwargs):
+        outputs = self.model(pixel_values)
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        return SequenceClassifierOutput(loss=loss, logits=logits)
