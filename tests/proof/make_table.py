@@ -37,14 +37,23 @@ once. A pair without a sign was not judged.
 """
 
 RECORD, PAGE = Path("docs/proofs/table.json"), Path("docs/proof-table.md")
+PROOFS = Path("docs/proofs/equal.json")
 HEAD = """# Sources, targets, methods
 
 `make proof-table` converts a golden checkpoint in each cell, reads the result back, and compares
-outputs in float64. `=`: equal to those of the source within 10⁻⁶ (weights are stored as float32).
-`≈`: another function, as the pass announces; the file computes what the graph does, within 10⁻⁶.
-`—`: rejected before a byte is written. [proofs/table.json](proofs/table.json) has every cell, with
-the reason of each rejection; `inspect` prints the reasons for a model. Rows and tables without a
-result are left out. `tests/proof/test_cells.py` runs sixty cells, twenty of each sign.
+outputs in float64 with those of the source, within 10⁻⁶ (weights are stored as float32).
+
+| sign | the result is | holds for |
+|---|---|---|
+| `∎` | the same function, proved from the source's file to the written tensors | all inputs, weights and lengths |
+| `=` | the same function, sampled: the outputs are equal | the inputs that were drawn |
+| `ε` | the same function up to a bound, which the promise states; the outputs are equal | the scores that it states |
+| `≈` | approximate: another function, as the pass announces; the file computes what the graph does | the inputs that were drawn |
+
+An empty cell is rejected before a byte is written; [proofs/table.json](proofs/table.json) has the
+reasons, which `inspect` prints for a model. [proofs/equal.json](proofs/equal.json) has the proofs
+and the bounds. Rows and tables without a result are left out. `tests/proof/test_cells.py` runs
+sixty cells, twenty of each kind.
 
 The options of a method are those that lead to the family: `glm4_moe` has sigmoid gates and a shared
 expert, `phimoe` SparseMixer, which is exact only under a router of zeros. `BTX` mixes the source
@@ -104,14 +113,14 @@ def _run_all() -> dict[str, object]:
 
 def page(record: Mapping[str, Any]) -> str:
     """Return the page: a table a target, of the sources that reach it."""
-    results: Cells = record["cells"]
+    results = _with_proofs(record["cells"])
     signs = Counter(
         text[0] for rows in results.values() for row in rows.values() for text in row.values()
     )
     summary = (
-        f"On {record['date']}: {signs.total():,} cells, {signs['=']:,} equal, {signs['≈']:,} "
-        f"announced, {signs['—']:,} rejected. The largest error is {record['largest_error']:.1e} "
-        "of the largest output."
+        f"On {record['date']}: {signs.total():,} cells, {signs['∎']:,} proved, {signs['=']:,} "
+        f"sampled, {signs['ε']:,} up to a bound, {signs['≈']:,} approximate, {signs['—']:,} "
+        f"rejected. The largest error is {record['largest_error']:.1e} of the largest output."
     )
     lines = [HEAD, textwrap.fill(summary, 100), ""]
     for target in TARGETS:
@@ -132,10 +141,29 @@ def page(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _with_proofs(results: Cells) -> Cells:
+    """Return the cells with a sign of their own where the proofs say more than equal outputs."""
+    proofs = json.loads(PROOFS.read_text("utf-8"))
+
+    def sign(text: str, *cell: str) -> str:
+        key = " | ".join(("cell", *cell))
+        if text != "=":
+            return text
+        return "∎" if key in proofs["rows"] else "ε" if key in proofs["up_to"] else "="
+
+    return {
+        source: {
+            target: {m: sign(text, source, target, m) for m, text in row.items()}
+            for target, row in rows.items()
+        }
+        for source, rows in results.items()
+    }
+
+
 def _table(
     title: str, rows: Mapping[str, Mapping[str, str]], methods: Sequence[str]
 ) -> Iterable[str]:
-    reached = {s: row for s, row in rows.items() if any(text[0] in "=≈" for text in row.values())}
+    reached = {s: row for s, row in rows.items() if any(text[0] in "∎=ε≈" for text in row.values())}
     if not reached:
         return
     if title:
@@ -143,7 +171,7 @@ def _table(
     yield f"| | {' | '.join(methods)} |"
     yield "|---" * (len(methods) + 1) + "|"
     for source, row in reached.items():
-        yield f"| `{family_of(source)}` | {' | '.join(row[m][0] for m in methods)} |"
+        yield f"| `{family_of(source)}` | {' | '.join(row[m][0].replace('—', '') for m in methods)} |"
     yield ""
 
 
