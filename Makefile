@@ -129,6 +129,7 @@ docs: $(STAMP) ## write the pages and modules that are generated
 	$(BIN)/python -m moecc.ir.docs docs/ir.md
 	$(BIN)/python -m moecc.cli.docs docs/cli.md
 	$(BIN)/python -m moecc.rewrite.docs docs/passes.md
+	$(BIN)/python -m tests.prove.exactness docs/exactness.md
 	PYTHONPATH=tests/support $(BIN)/python -m sharding_cases docs/sharding.md
 	$(BIN)/python -m moecc_backends.torch_source.docs docs/emit.md
 	$(BIN)/python experiments/run.py --page

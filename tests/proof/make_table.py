@@ -43,12 +43,12 @@ HEAD = """# Sources, targets, methods
 `make proof-table` converts a golden checkpoint in each cell, reads the result back, and compares
 outputs in float64 with those of the source, within 10⁻⁶ (weights are stored as float32).
 
-| sign | the result is | holds for |
-|---|---|---|
-| `∎` | the same function, proved from the source's file to the written tensors | all inputs, weights and lengths |
-| `=` | the same function, sampled: the outputs are equal | the inputs that were drawn |
-| `ε` | the same function up to a bound, which the promise states; the outputs are equal | the scores that it states |
-| `≈` | approximate: another function, as the pass announces; the file computes what the graph does | the inputs that were drawn |
+| sign | the result |
+|---|---|
+| `∎` | proved: the same function from the source's file to the written tensors, for all inputs |
+| `=` | sampled: equal outputs for drawn inputs |
+| `ε` | equal outputs for drawn inputs; the same function up to a bound, which the promise states |
+| `≈` | approximate: another function, as announced; the file computes what the graph does |
 
 An empty cell is rejected before a byte is written; [proofs/table.json](proofs/table.json) has the
 reasons, which `inspect` prints for a model. [proofs/equal.json](proofs/equal.json) has the proofs
@@ -171,7 +171,8 @@ def _table(
     yield f"| | {' | '.join(methods)} |"
     yield "|---" * (len(methods) + 1) + "|"
     for source, row in reached.items():
-        yield f"| `{family_of(source)}` | {' | '.join(row[m][0].replace('—', '') for m in methods)} |"
+        signs = (row[m][0].replace("—", "") for m in methods)
+        yield f"| `{family_of(source)}` | {' | '.join(signs)} |"
     yield ""
 
 

@@ -2,7 +2,7 @@
 
 With N experts in E = N/G virtual groups of G slices, a chosen group whose members have gate w adds
 w times the dense block, so the sparse block gives (Σ w / G) · s times it, where s scales the last
-matrix.  It equals the dense block where s = G / Σ w (lemmas L1 and L2 of ``docs/exactness.md``):
+matrix.  It equals the dense block where s = G / Σ w (``docs/exactness.md``):
 for any router where Σ w is constant, and only for a zero router where it is not.
 """
 
@@ -119,7 +119,7 @@ MEANINGS: dict[str, Callable[[Array, int], Array]] = {
 any division by their sum: as the reference has them, for thousands of tokens at once."""
 
 
-# Placement of the factor that the gates require, and whether it scales the block (lemma L3).
+# Placement of the factor that the gates require, and whether it scales the block.
 
 Factors = Mapping[Value, float]
 """The factor of each parameter; missing ones are not scaled."""
