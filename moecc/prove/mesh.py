@@ -234,8 +234,8 @@ class _NodeProof:
 
     def _bound_of(self, node: Node, number: int) -> int | None:
         """Return what the integers of an operand are below, which are rows of a table."""
-        index = node.op.index
-        if index is None or not index.strict or index.operand != number:
+        index, is_sum = node.op.index, bool(node.operands[number].type.unreduced)
+        if index is None or not index.strict or index.operand != number or is_sum:
             return None
         below = index.below(node)
         return below if isinstance(below, int) else None
@@ -397,13 +397,13 @@ class _NodeProof:
 
     def _apart(self, node: Node) -> Tensor:
         """Return the shard of the result along axes of which an operation mixes no elements."""
-        mixed = node.op.mixes(node.operands, node.attrs)
+        mixed, whole = node.mixes, self.whole[node.result]
         meshes: dict[str, tuple[str, ...]] = {}
         for axis in (a for v in node.operands for a in v.type.axes):
             mesh = meshes.setdefault(axis.name, axis.mesh)
-            if mesh != axis.mesh or (mesh and axis.name in mixed):
+            is_apart = axis.name not in mixed and whole.has(axis.name)
+            if mesh != axis.mesh or (mesh and not is_apart):
                 raise MisplacedError(f"{node.op.name} of shards along {axis.name!r}")
-        whole = self.whole[node.result]
         axes = [Axis(v.name, 0, meshes.get(v.name, ())) for v in whole.axes]
         return self._shard(whole, TensorType(node.result.type.dtype, tuple(axes)))
 

@@ -17,7 +17,10 @@ from moecc.ir.ops.contraction import MeanOp
 from moecc.ir.structure import clone, local_attrs
 from moecc.ir.text import format_attrs
 from moecc.ir.unroll import unrolled
+from moecc.prove.evaluation import Evaluation
 from moecc.prove.mesh import Devices, Parting
+from moecc.prove.rules import Lemmas
+from moecc.terms.term import Algebra
 
 PARTS = "parts"
 
@@ -56,7 +59,9 @@ def part_gap(before: Graph, after: Graph, parts: int) -> Parting | None:
         on_devices = _cut(batch, parts)
     except InputError as error:
         return "the batch", (f"a batch in {parts} parts", str(error.problems[0].what))
-    parting = Devices().parting(on_devices)
+    terms = Evaluation(Algebra(Lemmas())).evaluate(before)
+    infinite = {n for n, v in before.params.items() if v in terms and not terms[v].finite}
+    parting = Devices().parting(on_devices, {on_devices.params[n] for n in infinite})
     if parting is not None:
         return parting
     for name in names:

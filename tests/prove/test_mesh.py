@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -157,3 +158,21 @@ def test_no_device_is_given_a_summand() -> None:
     parting = Devices().parting(graph)
     assert parting is not None
     assert parting[0] == "%x"
+
+
+@pytest.mark.parametrize(("axis", "is_right"), [("batch", True), ("tap", False), ("embed", True)])
+def test_windows_of_a_shard(axis: str, is_right: bool) -> None:
+    mesh = {name: "@a" if name == axis else "" for name in ("batch", "tap", "embed")}
+    # A type that says nothing of the sharded axis, as if a device had read all of the weights.
+    graph = on_a_mesh(
+        f"input %x : f32[batch{mesh['batch']}=B, place=8, channel=2]",
+        f"param %w : f32[tap=2, channel=2, embed{mesh['embed']}=4]",
+        "%y = convolve %x, %w {over=channel, along=place, taps=tap} : "
+        f"f32[batch{mesh['batch']}=B, place=7, embed{mesh['embed']}=4]",
+        "output y = %y",
+    )
+    if axis == "tap":
+        weight = graph.params["w"]
+        axes = [replace(a, mesh=("a",)) if a.name == axis else a for a in weight.type.axes]
+        weight.type = weight.type.with_axes(axes)
+    assert (Devices().parting(graph) is None) == is_right
