@@ -69,6 +69,7 @@ class Bench:
         }.items():
             self._biases(name, [str(b) for b in biases])
         self._advise("div[2](2*q4 + r2)", "quotient")
+        self._advise("range[0, 9](x9)", "range")
 
     def _biases(self, name: str, biases: list[str]) -> None:
         """Define a bias that is a number at every place, and of a period where it has one."""
