@@ -83,6 +83,11 @@ proof-recipes: $(STAMP) ## steps of the shipped recipes compiled for v5p and H10
 proof-table: $(STAMP) ## every source as every target by every method, written to docs/proof-table.md
 	$(BIN)/python -m tests.proof.make_table
 
+proof-torch-models: ## architectures of transformers converted and judged by MOECC_TORCH_PYTHON, which has moecc, torch and transformers; goes on where it was interrupted
+	mkdir -p docs/proofs
+	$(MOECC_TORCH_PYTHON) -W ignore -m tests.torch_models.sweep --out docs/proofs/torch-models.json
+	$(BIN)/python -m tests.torch_models.page docs/any-torch-model.md
+
 proof-jobs: $(STAMP) ## the five jobs of docs/jobs.md from a fresh clone; writes docs/proofs/jobs.json (ten minutes)
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.jobs --out docs/proofs/jobs.json > /dev/null
@@ -146,3 +151,4 @@ wheel: $(STAMP) ## build the wheel into dist/
 
 clean: ## remove .venv, caches and build products
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+/root/.pyenv/libexec/pyenv-hooks: line 24: enable: cannot open shared object /root/.pyenv/libexec/pyenv-realpath.dylib: /root/.pyenv/libexec/pyenv-realpath.dylib: cannot open shared object file: No such file or directory

@@ -144,10 +144,14 @@ def checks(surveyed: Any, moe: Any, inputs: dict[str, Any], before: list[Any]) -
         buffers = dict(moe.named_buffers())
         for name, buffer in loaded.named_buffers():
             buffer.copy_(buffers[name])
-        with torch.no_grad():
-            compare(outputs(moe, inputs), outputs(loaded.eval(), inputs), 1e-14, "loaded")
         stored = dict(loaded.named_parameters())
-        if not all(torch.equal(p, stored[n]) for n, p in moe.named_parameters()):
+        # transformers keeps parts of some models in float32, whatever the type of the others.
+        is_alike = all(p.dtype == stored[n].dtype for n, p in moe.named_parameters())
+        with torch.no_grad():
+            tolerance = 1e-14 if is_alike else 1e-5
+            compare(outputs(moe, inputs), outputs(loaded.eval(), inputs), tolerance, "loaded")
+        pairs = ((p, stored[n]) for n, p in moe.named_parameters())
+        if not all(torch.equal(a.to(b.dtype), b) for a, b in pairs):
             raise Wrong("loaded: other parameters")
     row["losses"] = sorted(trained(deepcopy(moe), inputs))
     return row

@@ -237,6 +237,11 @@ class Adapted(Block):
         return F.gelu(self.up(x) + self.b(self.a(x)))
 
 
+class Rounded(Block):
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(self.up(x).half()).to(x.dtype)
+
+
 class EarlyDropout(Block):
     def hidden(self, x: Any) -> Any:
         return F.gelu(F.dropout(self.up(x), 0.5, self.training))
@@ -264,6 +269,7 @@ def shared() -> tuple[Any, Any]:
         ((Adapted(),), "different values"),
         ((EarlyDropout(),), "dropout inside it is not before its last product"),
         ((normed(),), "computed"),
+        ((Rounded(),), "narrower than its input"),
         (shared(), "another"),
     ],
     ids=lambda x: type(x[0]).__name__ if isinstance(x, tuple) else "",

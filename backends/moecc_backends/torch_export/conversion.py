@@ -65,7 +65,7 @@ from moecc_backends.jaxpr.survey import Survey, refuse_shared_weights, survey_bl
 from moecc_backends.jaxpr.views import shape_of
 from moecc_backends.torch_export.lowering import ExportedModule, exported_module
 from moecc_backends.torch_export.placing import Placer
-from moecc_backends.torch_source.modules import BlockPlace, EmittedModules, emit_modules
+from moecc_backends.torch_source.modules import BlockPlace, DenseClass, EmittedModules, emit_modules
 
 FILE_NAME = "modeling_moecc.py"
 
@@ -83,7 +83,7 @@ class ModuleConversion:
       contracts: what they were found to keep, at reduced sizes.
       places: where the mixtures stand.
       emitted: the mixtures as text.
-      dense: the module and the name of the dense model's class.
+      dense: the class of the dense model.
     """
 
     graph: Graph
@@ -94,7 +94,7 @@ class ModuleConversion:
     contracts: Contracts
     places: tuple[BlockPlace, ...]
     emitted: EmittedModules
-    dense: tuple[str, str]
+    dense: DenseClass
 
     def __deepcopy__(self, memo: object) -> ModuleConversion:
         return self
@@ -234,7 +234,7 @@ def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) 
     model, exported = surveyed.model, surveyed.exported
     locations = [loc for loc in rewritten.keys if loc in rewritten.converted]
     places = tuple(_with_downs(surveyed.places[loc], rewritten) for loc in locations)
-    dense = (type(model).__module__, type(model).__name__)
+    dense = _dense_class(model)
     emitted = emit_modules(rewritten.graph, places, dense)
     params = {n: rewritten.graph.params[n].type.shape for n in emitted.names}
     used = {s.name for n in params for s in sources(_weight(rewritten.graph, n))}
@@ -242,7 +242,7 @@ def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) 
     after = sum(before.values()) - sum(before[n] for n in used) + sum(map(prod, params.values()))
     operations = sum(node.op == "call_function" for node in exported.graph.nodes)
     stayed = f"of {operations:,} operations, all but the blocks stayed PyTorch"
-    report = rewritten.report(surveyed.survey, dense[1], sum(before.values()), after, stayed)
+    report = rewritten.report(surveyed.survey, dense.name, sum(before.values()), after, stayed)
     return ModuleConversion(
         rewritten.graph,
         report,
@@ -254,6 +254,15 @@ def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) 
         emitted,
         dense,
     )
+
+
+def _dense_class(model: Any) -> DenseClass:
+    kind, config = type(model), getattr(model, "config", None)
+    if not hasattr(model, "save_pretrained") or config is None:
+        return DenseClass(kind.__module__, kind.__name__)
+    owner = type(config)
+    names = owner.__module__, owner.__name__, str(config.model_type)
+    return DenseClass(kind.__module__, kind.__name__, *names)
 
 
 def _weight(graph: Graph, name: str) -> Expr:
@@ -302,14 +311,17 @@ def _loaded_module(emitted: EmittedModules, dense: type) -> ModuleType:
         text = emitted.text.replace(emitted.imports, "\n")
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         module.__dict__[dense.__name__] = dense
+        config = getattr(dense, "config_class", None)
+        if config is not None:
+            module.__dict__[config.__name__] = config
         sys.modules[name] = module
         exec(compile(text, file, "exec"), module.__dict__)
     return sys.modules[name]
 
 
-def _sparse_class(emitted: EmittedModules, dense: type) -> Any:
+def _sparse_class(conversion: ModuleConversion, dense: type) -> Any:
     """Return the class of a converted model, which writes what `load` needs."""
-    sparse = vars(_loaded_module(emitted, dense))[emitted.model_class]
+    sparse = vars(_loaded_module(conversion.emitted, dense))[conversion.dense.sparse]
     inherited = getattr(dense, "save_pretrained", None)
 
     def save_pretrained(self: Any, folder: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -319,6 +331,7 @@ def _sparse_class(emitted: EmittedModules, dense: type) -> Any:
             self.config.moecc = _config(self.conversion)
             # Tensors have the names of their modules, and not those of the dense checkpoint.
             inherited(self, path, *args, **{"save_original_format": False, **kwargs})
+            _name_classes(path / CONFIG_NAME, self.conversion.dense)
         else:
             from safetensors.torch import save_model
 
@@ -332,11 +345,34 @@ def _sparse_class(emitted: EmittedModules, dense: type) -> Any:
     return sparse
 
 
+def _name_classes(file: Path, dense: DenseClass) -> None:
+    """Let transformers load the classes of the folder: by its own type the model would be dense."""
+    import transformers
+
+    document = read_json_object(file, limit_bytes=MAX_CONFIG_BYTES)
+    autos = [name for name in dir(transformers) if name.startswith("AutoModel")]
+    names = {n: getattr(getattr(transformers, n), "_model_mapping", None) for n in autos}
+    module = FILE_NAME.removesuffix(".py")
+    document |= {
+        "model_type": dense.sparse_type,
+        "architectures": [dense.sparse],
+        "auto_map": {
+            "AutoConfig": f"{module}.{dense.sparse_config}",
+            **{
+                name: f"{module}.{dense.sparse}"
+                for name, mapping in names.items()
+                if mapping is not None and dense.name in mapping._model_mapping.values()
+            },
+        },
+    }
+    _write(file, (json.dumps(document, indent=2) + "\n").encode())
+
+
 def _converted_model(model: Any, conversion: ModuleConversion, arrays: Mapping[str, Any]) -> Any:
     """Return a copy of a model with its mixtures, which shares what was not converted."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     sparse = deepcopy(model, shared)
-    sparse.__class__ = _sparse_class(conversion.emitted, type(model))
+    sparse.__class__ = _sparse_class(conversion, type(model))
     module = sys.modules[type(sparse).__module__]
     with torch.device("meta"):
         module.place_mixtures(sparse)
@@ -389,7 +425,7 @@ def _config(conversion: ModuleConversion) -> dict[str, object]:
     """Return what `load` needs besides the graph, as JSON values."""
     return {
         "schema": MODULE_SCHEMA,
-        "dense": list(conversion.dense),
+        "dense": asdict(conversion.dense),
         "pipeline": conversion.pipeline.in_full(),
         "seed": conversion.seed,
         "preserves": asdict(conversion.preserves),
@@ -429,7 +465,7 @@ def _write_beside(path: Path, conversion: ModuleConversion) -> None:
     manifest = Manifest(
         pipeline=conversion.pipeline.in_full(),
         seed=conversion.seed,
-        source=".".join(conversion.dense),
+        source=f"{conversion.dense.module}.{conversion.dense.name}",
         source_files={},
         family_from=MODULE_TYPE,
         family_to=MODULE_TYPE,
@@ -474,10 +510,10 @@ def load(folder: str | Path, model: Any = None) -> Any:
     conversion = _loaded_conversion(path, config)
     if model is None:
         dense = _class_of_transformers(conversion.dense, path)
-        sparse = _sparse_class(conversion.emitted, dense).from_pretrained(path)
+        sparse = _sparse_class(conversion, dense).from_pretrained(path)
     else:
         sparse = deepcopy(model)
-        sparse.__class__ = _sparse_class(conversion.emitted, type(model))
+        sparse.__class__ = _sparse_class(conversion, type(model))
         sys.modules[type(sparse).__module__].place_mixtures(sparse)
         from safetensors.torch import load_file, load_model
 
@@ -490,15 +526,15 @@ def load(folder: str | Path, model: Any = None) -> Any:
     return sparse
 
 
-def _class_of_transformers(dense: tuple[str, str], path: Path) -> Any:
+def _class_of_transformers(dense: DenseClass, path: Path) -> Any:
     import transformers
 
-    dense_class = getattr(transformers, dense[1], None)
-    if not dense[0].startswith("transformers.") or dense_class is None:
+    dense_class = getattr(transformers, dense.name, None)
+    if not dense.module.startswith("transformers.") or dense_class is None:
         raise InputError(
-            f"the class {dense[1]} is not one of transformers",
+            f"the class {dense.name} is not one of transformers",
             where=str(path),
-            hint=f"load(folder, model), with a {dense[1]}",
+            hint=f"load(folder, model), with a {dense.name}",
         )
     return dense_class
 
@@ -508,7 +544,7 @@ def _loaded_conversion(path: Path, config: Mapping[str, Any]) -> ModuleConversio
     places = tuple(
         BlockPlace(**{**place, "downs": tuple(place["downs"])}) for place in config["places"]
     )
-    dense = (str(config["dense"][0]), str(config["dense"][1]))
+    dense = DenseClass(**config["dense"])
     return ModuleConversion(
         graph,
         FunctionReport.from_json(config["report"]),

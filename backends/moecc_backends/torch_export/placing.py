@@ -122,7 +122,12 @@ class Placer:
         rank = len(block.x.shape)
         if block.outer != rank - 1 or block.order != tuple(range(rank)):
             raise NotABlock("its products do not sum over the last axis of its input")
-        x = self._traced(self._input(region.ups[0]))
+        x_node = self._input(region.ups[0])
+        bits = x_node.meta["val"].dtype.itemsize
+        for value in (node.meta.get("val") for node in region.nodes):
+            if value is not None and value.is_floating_point() and value.dtype.itemsize < bits:
+                raise NotABlock(f"a cast to {value.dtype} is inside, narrower than its input")
+        x = self._traced(x_node)
         if x is not None and x.feature is not None and x.feature != len(x.shape) - 1:
             raise NotABlock(
                 "its products sum over an axis of tokens: it mixes them, and routes none"

@@ -46,31 +46,61 @@ class BlockPlace:
 
 
 @dataclass(frozen=True)
+class DenseClass:
+    """The class of a dense model.
+
+    Attributes:
+      module: the module of Python that has it.
+      name: its name.
+      config_module: the module that has the class of its config; empty for models of no library.
+      config: the name of that class.
+      model_type: what transformers calls it.
+    """
+
+    module: str
+    name: str
+    config_module: str = ""
+    config: str = ""
+    model_type: str = ""
+
+    @property
+    def sparse(self) -> str:
+        """The name of the class of a converted model."""
+        return f"Moe{self.name}"
+
+    @property
+    def sparse_config(self) -> str:
+        """The name of the class of its config."""
+        return f"Moe{self.config}"
+
+    @property
+    def sparse_type(self) -> str:
+        """The name of its type: loaded as what it was, it would be dense without a word."""
+        return f"moe_{self.model_type}"
+
+
+@dataclass(frozen=True)
 class EmittedModules:
     """Mixtures as text.
 
     Attributes:
       text: the file.
       names: the name of each parameter in the model, by its name in the graph.
-      model_class: the class of the model.
-      imports: the line that imports the class of the dense model.
+      imports: the lines that import the classes of the dense model and its config.
     """
 
     text: str
     names: Mapping[str, str]
-    model_class: str
     imports: str
 
 
-def emit_modules(
-    graph: Graph, places: Sequence[BlockPlace], model: tuple[str, str]
-) -> EmittedModules:
+def emit_modules(graph: Graph, places: Sequence[BlockPlace], dense: DenseClass) -> EmittedModules:
     """Return the blocks of a graph as modules, and the model that they stand in.
 
     Args:
       graph: it has an input and an output for each block.
       places: where they stand.
-      model: the module and the name of the dense model's class.
+      dense: the class of the dense model.
 
     Raises:
       InputError: the graph has something that cannot be written as PyTorch.
@@ -114,24 +144,21 @@ def emit_modules(
         classes.helpers |= {"with_losses"}
         texts.append(_losses_text(classes, blocks, places, epilogue, outputs))
     texts.append(_placing_text(classes, blocks, places))
-    texts.append(_model_text(model[1], has_losses=bool(outputs)))
+    texts.append(_model_text(dense, has_losses=bool(outputs)))
     stored = {
         old: f"{place.prefix}.{new.removeprefix(f'{place.loc}.')}"
         for old, new in names.items()
         for place in places
         if graph.params[new].loc == place.loc
     }
-    imports = f"from {model[0]} import {model[1]}\n"
+    imports = f"from {dense.module} import {dense.name}\n"
+    if dense.config:
+        imports += f"from {dense.config_module} import {dense.config}\n"
     text = file_text(classes, texts, TITLE, imports)
-    return EmittedModules(text, stored, sparse_name(model[1]), imports)
+    return EmittedModules(text, stored, imports)
 
 
 TITLE = "Mixtures of experts that moecc has put into a model, to be edited."
-
-
-def sparse_name(name: str) -> str:
-    """Return the name of the class of a converted model."""
-    return f"Moe{name}"
 
 
 def _keep_blocks(graph: Graph, locations: Iterable[str]) -> None:
@@ -227,15 +254,29 @@ def _placing_text(
     return lines
 
 
-def _model_text(dense: str, *, has_losses: bool) -> list[str]:
+def _model_text(dense: DenseClass, *, has_losses: bool) -> list[str]:
+    config = [
+        f"class {dense.sparse_config}({dense.config}):",
+        '    """The config of the dense model, under a type of its own."""',
+        "",
+        f"    model_type = {literal(dense.sparse_type)}",
+        "",
+        "",
+    ]
     return [
-        f"class {sparse_name(dense)}(SparseModel, {dense}):",
+        *(config if dense.config else []),
+        f"class {dense.sparse}(SparseModel, {dense.name}):",
         '    """The model with its mixtures."""',
         "",
+        *([f"    config_class = {dense.sparse_config}", ""] if dense.config else []),
         "    def __init__(self, *args, **kwargs):",
         "        super().__init__(*args, **kwargs)",
         "        place_mixtures(self)",
-        *(["", f"    forward = with_losses({dense}.forward, sum_losses)"] if has_losses else []),
+        *(
+            ["", f"    forward = with_losses({dense.name}.forward, sum_losses)"]
+            if has_losses
+            else []
+        ),
     ]
 
 

@@ -1,0 +1,52 @@
+"""The table of ``docs/any-torch-model.md``, of the architectures that were judged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from moecc.support.generated_docs import GeneratedPart
+
+RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "torch-models.json"
+STAGES = {
+    "no block": "have no block, each with its reasons",
+    "export": "are not read by `torch.export`",
+    "build": "were not built small",
+    "inputs": "were built, and no inputs that ran were known",
+    "error": "were not judged: out of time, or saved by transformers with a config it rejects",
+    "wrong": "computed something else",
+}
+
+
+def render() -> str:
+    """Return the counts, and the architectures that are right, as Markdown."""
+    document = json.loads(RECORD.read_text("utf-8"))
+    rows, versions = document["rows"], document["versions"]
+    counts = Counter(row["stage"] for row in rows)
+    others = [f"* {counts[stage]} {words}" for stage, words in STAGES.items()]
+    right = [row for row in rows if row["stage"] == "right"]
+    lines = [
+        f"| {row['type']} | {row['converted']} | {row['operations'][0]} | {row['logits']:.0e} "
+        f"| {row['experts']:.0e} | {row['gradients']:.0e} |"
+        for row in right
+    ]
+    return "\n".join(
+        [
+            f"{document['date']}, torch {versions['torch']}, transformers "
+            f"{versions['transformers']}: {len(rows)} architectures, {len(right)} of them right.",
+            "",
+            *others,
+            "",
+            "| architecture | blocks | a block | logits | experts | gradients |",
+            "|---|---:|---|---:|---:|---:|",
+            *lines,
+        ]
+    )
+
+
+TABLE = GeneratedPart("torch-models", "tests.torch_models.page", render)
+
+if __name__ == "__main__":
+    sys.exit(TABLE.main())
