@@ -79,7 +79,7 @@ class Devices:
             return None
         leaves = [*graph.inputs.values(), *(v for v in graph.params.values() if v.users)]
         for value in leaves:
-            if value.type.unreduced:
+            if value.type.unreduced or not _covers(value.type):
                 return f"%{value.name}", ("a value that every device is given", str(value.type))
         return self._graph(graph, mesh, {v: v not in infinite for v in leaves})
 
@@ -143,6 +143,12 @@ def _numbered(a: Sequence[Value], b: Sequence[Value]) -> Iterable[tuple[int, tup
     return enumerate(zip(a, b, strict=False))
 
 
+def _covers(type: TensorType) -> bool:
+    """Return whether devices together have all of a value: each mesh axis is used once."""
+    names = [*type.unreduced, *(m for a in type.axes for m in a.mesh)]
+    return len(set(names)) == len(names)
+
+
 def _placement(type: TensorType) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
     return {a.name: a.mesh for a in type.axes if a.mesh}, frozenset(type.unreduced)
 
@@ -204,7 +210,7 @@ class _NodeProof:
                 return _Outcome(finite, (shown(expected), shown(actual)))
             allowed = {*expected.axes, *self._placing(value.type)}
             strays = [v for v in self.shards[value].body.free if v not in allowed]
-            if strays:
+            if strays or not _covers(value.type):
                 return _Outcome(finite, (shown(expected), shown(self.shards[value])))
         return _Outcome(finite)
 

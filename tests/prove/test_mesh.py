@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from sharding_cases import Case, cases, layer, outcome
 
-from moecc.ir import Graph, clone, parse
+from moecc.ir import Graph, Value, clone, parse
 from moecc.ir.mesh import parse_mesh
 from moecc.prove import prove
 from moecc.prove.mesh import Devices
@@ -176,3 +176,21 @@ def test_windows_of_a_shard(axis: str, is_right: bool) -> None:
         axes = [replace(a, mesh=("a",)) if a.name == axis else a for a in weight.type.axes]
         weight.type = weight.type.with_axes(axes)
     assert (Devices().parting(graph) is None) == is_right
+
+
+def test_shards_that_leave_a_part_out_are_found() -> None:
+    def diagonal(value: Value) -> None:
+        axes = (replace(a, mesh=("a",)) for a in value.type.axes)
+        value.type = value.type.with_axes(axes)
+
+    graph = moved("batch@a=B, embed=8", "shard %x {axis=embed, mesh=b}", "batch@a=B, embed@b=8")
+    (node,) = graph
+    node.attrs["mesh"] = ("a",)
+    diagonal(node.result)
+    parting = Devices().parting(graph)
+    assert parting is not None
+    assert parting[0].startswith("%y = ")
+    diagonal(graph.inputs["x"])
+    parting = Devices().parting(graph)
+    assert parting is not None
+    assert parting[0] == "%x"
