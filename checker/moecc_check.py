@@ -495,11 +495,11 @@ class Algebra:
             if getattr(pattern, "id", "") == "sum":
                 return self.kind(x) == "sum" and self.matches(arguments[0], x, scope)
             if getattr(pattern, "id", "") == "Σ":  # the named parts are none of B and R
-                for y in (scope[a.id] for a in arguments):
-                    for z in y if type(y) is tuple else (y,):
-                        name = "B" if isinstance(z, Var) else "R"
-                        scope[name] = [*scope[name]]
-                        scope[name].remove(z)
+                for name in (a.id for a in arguments):  # small letters are variables
+                    whole = "B" if name.islower() else "R"
+                    for y in scope[name] if type(scope[name]) is tuple else (scope[name],):
+                        scope[whole] = [*scope[whole]]
+                        scope[whole].remove(y)
                 return self.kind(x) == "product"
         if isinstance(pattern, ast.Call):
             functions, pattern = pattern.args, pattern.func
