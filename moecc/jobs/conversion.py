@@ -250,7 +250,7 @@ def plan(
       InputError: a pass cannot be applied to this model, or the target cannot express the result.
       CheckError: a pass broke its promise.
     """
-    from moecc.translate.export import Export, export_emitted, export_graph
+    from moecc.translate.export import export_emitted, export_graph
 
     if emit is not None and target not in (AUTO, GraphConfig.model_type):
         raise UsageError(
@@ -303,9 +303,11 @@ def plan(
         remarks += _misreadings(export)
     proof = None
     preserves = done.preserves
-    if isinstance(export, Export) and export.up_to:
+    if export.up_to:
         preserves = weakest((preserves, Preserves("reassociation", up_to=export.up_to)))
-    if proofs is not None and preserves.is_equality and isinstance(export, Export):
+    if proofs is not None and preserves.is_equality and storage is not None:
+        remarks.append("the file is not proved: its weights are quantised, which rounds them")
+    elif proofs is not None and preserves.is_equality:
         from moecc.prove.conversion import prove_conversion
 
         try:

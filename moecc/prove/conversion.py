@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moecc.errors import CheckError, InputError, Problem
 from moecc.formats.source import Checkpoint, TensorInfo
@@ -22,6 +23,10 @@ from moecc.version import __version__
 from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, transform
 from moecc.weights.movement import Rename
+
+
+if TYPE_CHECKING:
+    from moecc.translate.gguf import GgufExport
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class ConversionProof:
         }
 
 
-def prove_conversion(source: Graph, export: Export, prover: Prover) -> ConversionProof:
+def prove_conversion(source: Graph, export: Export | GgufExport, prover: Prover) -> ConversionProof:
     """Prove that a checkpoint, read back, is the function of the graph it was made from.
 
     Args:
@@ -102,12 +107,18 @@ def graph_digest(graph: Graph) -> str:
     return sha256(print_graph(plain).encode()).hexdigest()
 
 
-def written_graph(export: Export) -> Graph:
+def written_graph(export: Export | GgufExport) -> Graph:
     """Return the graph that a checkpoint is read back as, over the tensors of its source.
 
-    The config is parsed from its JSON and the names are those on disk, as for any checkpoint.
+    The config is parsed from its JSON and the names are those on disk, as for any checkpoint; of a
+    GGUF file the tensors are read back, and the keys of its header are taken to be the config.
     """
-    tensors = dict(export.tensors)
+    if isinstance(export, Export):
+        tensors = dict(export.tensors)
+    else:
+        from moecc.translate.gguf import as_read
+
+        tensors = as_read(export)
     return over_source(
         import_checkpoint(_UnwrittenCheckpoint(export.config_json, tensors)), tensors
     )

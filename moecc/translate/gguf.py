@@ -25,6 +25,7 @@ from moecc.formats.gguf.families import (
     ROPE_FACTORS,
     GgufFamily,
     gguf_name,
+    hugging_face_name,
     is_norm,
     turned_projection,
 )
@@ -33,11 +34,11 @@ from moecc.formats.gguf.storage import BY_NAME, Storage, require_package
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
 from moecc.support.text import with_article
-from moecc.translate.export import export_graph
+from moecc.translate.export import Export, export_graph
 from moecc.types import F16, F32, F64, DType, tensor
 from moecc.weights.arithmetic import Add
 from moecc.weights.expr import Expr, Full
-from moecc.weights.movement import Concat, Index, Merge, Permute, Split
+from moecc.weights.movement import Concat, Index, Merge, Permute, Split, Stack
 from moecc.weights.simplify import simplify
 
 PREFIX = "gguf:"
@@ -58,6 +59,7 @@ class GgufExport:
       keys: those of the architecture.
       tensors: the tensors by their names in the file, in the order of the model.
       tokenizer: the keys of the tokenizer, which do not depend on the graph.
+      up_to: how far the family is from holding the graph; see `Export`.
     """
 
     architecture: str
@@ -66,6 +68,7 @@ class GgufExport:
     keys: list[Key]
     tensors: list[tuple[str, Expr]]
     tokenizer: list[Key] = field(default_factory=list)
+    up_to: str = ""
 
     @property
     def config_json(self) -> dict[str, object]:
@@ -125,7 +128,9 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
         and c.gguf.architecture == architecture
         and issubclass(c, MoeConfig) == sparse
     ]
-    config, tensors = _as_family(graph, names)
+    mapped = _as_family(graph, names)
+    config, tensors = mapped.config, mapped.tensors
+    assert isinstance(config, DecoderConfig), "GGUF is written for decoders"
     stated = config.to_json()
     layers = config.sparse_layers if isinstance(config, MoeConfig) else ()
     if problems := list(misfits(architecture, family, stated, layers)):
@@ -137,20 +142,17 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
         parts = tuple(Full(value, tensor(F32, pair=1)) for value in divisors)
         stored[ROPE_FACTORS] = Concat(parts, "pair")
     keys = config_keys(architecture, family, stated)
-    return GgufExport(architecture, family, config, keys, list(stored.items()))
+    return GgufExport(architecture, family, config, keys, list(stored.items()), up_to=mapped.up_to)
 
 
-def _as_family(graph: Graph, names: Sequence[str]) -> tuple[DecoderConfig, list[tuple[str, Expr]]]:
+def _as_family(graph: Graph, names: Sequence[str]) -> Export:
     """Map `graph` onto the first of several families that can express it."""
     problems: list[Problem] = []
     for name in names:
         try:
-            export = export_graph(graph, name, layout="stacked")
+            return export_graph(graph, name, layout="stacked")
         except InputError as error:
             problems.extend(map(_of_folders, error.problems))
-            continue
-        assert isinstance(export.config, DecoderConfig), "GGUF is written for decoders"
-        return export.config, export.tensors
     raise InputError(problems)
 
 
@@ -186,6 +188,34 @@ def neighbours_from_halves(expr: Expr, heads: int, head_dim: int) -> Expr:
     split = Split(expr, rows, (("head", heads), ("half", 2), ("pair", head_dim // 2)))
     ordered = Permute(split, ("head", "pair", "half", *others))
     return Merge(ordered, ("head", "pair", "half"), rows)
+
+
+def as_read(export: GgufExport) -> dict[str, Expr]:
+    """Return the tensors of a file as it is read back, by their names in Hugging Face.
+
+    This is what `moecc.formats.gguf.reader` does to stored arrays: offsets of norms, matrices of
+    one row and the order of rotated rows are undone.
+    """
+    family, config = export.family, export.config
+    tensors: dict[str, Expr] = {}
+    for stored_name, expr in export.tensors:
+        name = hugging_face_name(stored_name, family)
+        if name is None:  # divisors of rotary frequencies, which the config has
+            continue
+        if family.has("norm_offset") and is_norm(name):
+            expr = Add(expr, Full(-1.0, expr.type.with_dtype(F32)))
+        elif name.endswith(family.rows()):
+            expr = Stack((expr,), "row", 0)
+        elif family.facts.pairs_neighbours and turned_projection(name) is not None:
+            rows, *others = expr.type.names
+            count = expr.type[rows].size
+            assert isinstance(count, int), "a weight has fixed sizes"
+            heads = count // config.head_dim
+            sizes = (("head", heads), ("pair", config.head_dim // 2), ("half", 2))
+            ordered = Permute(Split(expr, rows, sizes), ("head", "half", "pair", *others))
+            expr = Merge(ordered, ("head", "half", "pair"), rows)
+        tensors[name] = expr
+    return tensors
 
 
 def check_type(dtype: DType | Storage | None, architecture: str | None) -> None:

@@ -29,7 +29,10 @@ from moecc.formats.safetensors import Entry
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
+from moecc.translate import gguf
+from moecc.translate.gguf import GgufExport, as_read
 from moecc.types import F32, F64
+from moecc.weights.evaluate import evaluate
 
 from .test_gguf_tokenizer import byte_level, sentence_piece
 
@@ -393,3 +396,45 @@ def test_a_folder_with_a_file(tmp_path: Path) -> None:
     assert verify_manifest(tmp_path / "out") == []
     with open_model(str(tmp_path / "out")) as back:
         assert back.graph.attrs["family"] == "qwen3_moe"
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture", "passes"),
+    [
+        ("llama_gqa", "llama", "upcycle{experts=4 router-std=1}"),
+        ("gemma_mqa", "gemma", ""),
+        ("glm4_moe_square", "glm4moe", "grow"),
+    ],
+)
+def test_a_file_is_proved_as_it_is_read_back(
+    source: str, architecture: str, passes: str, tmp_path: Path
+) -> None:
+    planned = convert(source, f"gguf:{architecture}", tmp_path / "m.gguf", passes)
+    assert planned.proof is not None
+    assert planned.proof.verdict.status == "proved"
+    assert isinstance(planned.export, GgufExport)
+    expected = as_read(planned.export)
+    off = 2e-7 if architecture == "gemma" else 0.0
+    with (
+        open_checkpoint(str(tmp_path / "m.gguf")) as back,
+        open_checkpoint(str(GOLDEN / source)) as checkpoint,
+    ):
+        assert back.tensors.keys() == expected.keys()
+        for name, expr in expected.items():
+            found = evaluate(expr, checkpoint.read)
+            np.testing.assert_allclose(back.read(name), found, rtol=0, atol=off, err_msg=name)
+
+
+def test_rows_in_another_order_are_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "neighbours_from_halves", lambda expr, *sizes: expr)
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        planned = plan(model, Pipeline(()), "gguf:llama")
+    assert planned.proof is not None
+    assert planned.proof.verdict.status == "unknown"
+
+
+def test_quantised_weights_are_not_proved() -> None:
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        planned = plan(model, Pipeline(()), "gguf:llama", dtype=BY_NAME["Q8_0"])
+    assert planned.proof is None
+    assert any("not proved: its weights are quantised" in r for r in planned.remarks)
