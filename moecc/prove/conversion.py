@@ -24,7 +24,6 @@ from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, transform
 from moecc.weights.movement import Rename
 
-
 if TYPE_CHECKING:
     from moecc.translate.gguf import GgufExport
 
