@@ -223,9 +223,9 @@ def prove(lab: Lab) -> int:
         for text in TEXTS:
             run_setting(lab, Setting(text, seed), (SPARSE,))
     rows = claims(read_lines(lab.results))
-    for name, found in rows:
-        print(f"{name}: {found.mean:+.4f} ± {found.reach(len(rows)):.4f} nats a byte")
-    is_below = [found.mean + found.reach(len(rows)) < 0 for _, found in rows]
+    for name, effect in rows:
+        print(f"{name}: {effect.mean:+.4f} ± {effect.reach(len(rows)):.4f} nats a byte")
+    is_below = [effect.mean + effect.reach(len(rows)) < 0 for _, effect in rows]
     return 0 if is_below[len(STEPS) - 1] else 3
 
 

@@ -100,8 +100,8 @@ def main() -> None:
     heads = " | ".join(map(str, RATIOS))
     print(f"| pilot, by ratio of compute | {heads} |\n|---|{'---|' * len(RATIOS)}")
     rows: dict[str, list[str]] = {}
-    for name, _, said, found in pairs():
-        rows.setdefault(name, []).append(f"{said:.0f} / {found:.0f}")
+    for name, _, said, crossing in pairs():
+        rows.setdefault(name, []).append(f"{said:.0f} / {crossing:.0f}")
     for name, cells in rows.items():
         print(f"| {name} | {' | '.join(cells)} |")
 

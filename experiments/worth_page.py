@@ -108,10 +108,10 @@ def claims(lines: Lines) -> list[tuple[str, Difference]]:
     for kind, ratio in (("executed FLOPs", more), ("processor time", LONGER)):
         for steps in STEPS:
             other = ceil(steps * ratio) if ratio is more else round(steps * ratio)
-            found = difference(lines, (SPARSE, steps), (DENSE, other))
-            if found is not None:
+            effect = difference(lines, (SPARSE, steps), (DENSE, other))
+            if effect is not None:
                 name = f"{steps:,} sparse steps, {other:,} dense ones: as much {kind}"
-                rows.append((name, found))
+                rows.append((name, effect))
     return rows
 
 
@@ -119,11 +119,11 @@ def parts(lines: Lines) -> list[tuple[str, Difference]]:
     """Return what each part of the recipe does, after as many steps."""
     arms = dict.fromkeys(arm for table in lines.values() for arm, _ in table)
     return [
-        (f"{arm}, {steps} steps", found)
+        (f"{arm}, {steps} steps", effect)
         for arm in arms
         if arm not in (SPARSE, DENSE)
         for steps in STEPS[:2]
-        if (found := difference(lines, (arm, steps), (SPARSE, steps))) is not None
+        if (effect := difference(lines, (arm, steps), (SPARSE, steps))) is not None
     ]
 
 
@@ -133,12 +133,12 @@ def table(title: str, rows: list[tuple[str, Difference]]) -> Iterator[str]:
         return
     yield f"| {title} | nats a byte | p, Holm | runs of each |"
     yield "|---|---|---|---|"
-    corrected = holm([found.p for _, found in rows])
-    for (name, found), p in zip(rows, corrected, strict=True):
-        reach = found.reach(len(rows))
+    corrected = holm([effect.p for _, effect in rows])
+    for (name, effect), p in zip(rows, corrected, strict=True):
+        reach = effect.reach(len(rows))
         shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
-        mean = f"{found.mean:+.4f} ± {reach:.4f}".replace("-", "−")
-        yield f"| {name} | {mean} | {shown} | {found.settings} |"
+        mean = f"{effect.mean:+.4f} ± {reach:.4f}".replace("-", "−")
+        yield f"| {name} | {mean} | {shown} | {effect.settings} |"
 
 
 def losses(lines: Lines) -> Iterator[str]:
@@ -164,8 +164,8 @@ def main() -> None:
     """Write the tables."""
     lines = read_lines()
     text = PAGE.read_text("utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    before, tables = text.split(BEGIN)
+    after = tables.split(END)[1]
     blocks = [*table("sparse less dense", claims(lines)), ""]
     blocks += [*table("less the recipe", parts(lines)), "", *losses(lines)]
     PAGE.write_text("\n".join([before.rstrip("\n"), "", BEGIN, "", *blocks, "", END]) + after)

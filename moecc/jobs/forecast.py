@@ -304,7 +304,7 @@ def _forecast(
     budget_steps = _budget_steps(budget, step_flops, after.device_hours)
     reasons = tuple(_refusals(crossing, steps, len(runs.pilots), budget_steps,
                               runs.text_tokens / batch))  # fmt: skip
-    known = crossing.steps if isfinite(crossing.steps) else None
+    crossing_steps = crossing.steps if isfinite(crossing.steps) else None
     facts |= {
         "pilot": {
             "seeds": len(runs.pilots), "steps": steps, "tokens_per_step": batch,
@@ -316,9 +316,9 @@ def _forecast(
             for name, value in (("tokens", crossing.steps), ("low", crossing.low),
                                 ("high", crossing.high))
         },
-        "flops": None if known is None else known * step_flops,
-        "device_hours": None if known is None or after.device_hours is None
-        else known * after.device_hours,
+        "flops": None if crossing_steps is None else crossing_steps * step_flops,
+        "device_hours": None if crossing_steps is None or after.device_hours is None
+        else crossing_steps * after.device_hours,
     }  # fmt: skip
     return Forecast({**facts, **_answer(reasons)}, crossing, runs, behind)
 

@@ -106,8 +106,8 @@ def crossing_of(
 
 def _blocks(values: Doubles, warmup: int) -> Doubles:
     count = (len(values) - warmup) // BLOCK_STEPS
-    kept = values[warmup : warmup + count * BLOCK_STEPS]
-    means: Doubles = kept.reshape(count, BLOCK_STEPS).mean(1)
+    inside = values[warmup : warmup + count * BLOCK_STEPS]
+    means: Doubles = inside.reshape(count, BLOCK_STEPS).mean(1)
     return means
 
 

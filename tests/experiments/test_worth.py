@@ -37,11 +37,11 @@ def lines(rng: np.random.Generator, effect: float, spread: float = 0.004) -> Any
 def test_the_interval_holds_the_effect_as_often_as_it_says() -> None:
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
-        found = worth_page.difference(lines(rng, -0.02), ("sparse", 150), ("dense", 150))
-        hits += abs(found.mean + 0.02) <= found.reach(1)
+        effect = worth_page.difference(lines(rng, -0.02), ("sparse", 150), ("dense", 150))
+        hits += abs(effect.mean + 0.02) <= effect.reach(1)
     assert 0.92 <= hits / 300 <= 0.99
-    assert found.settings == 6
-    assert found.reach(6) > found.reach(1)
+    assert effect.settings == 6
+    assert effect.reach(6) > effect.reach(1)
 
 
 def test_holm_by_hand() -> None:
@@ -56,7 +56,9 @@ def test_a_paragraph_counts_once() -> None:
 
 
 def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves() -> None:
-    ratios = [said / found for _, _, said, found in worth_forecasts.pairs() if found < np.inf]
+    ratios = [
+        said / crossing for _, _, said, crossing in worth_forecasts.pairs() if crossing < np.inf
+    ]
     assert len(ratios) >= 10
     near = [1 / 1.3 <= ratio <= 1.3 for ratio in ratios]
     assert sum(near) >= 0.8 * len(near)

@@ -22,13 +22,13 @@ BEHIND, STEPS, WARMUP = 400, 300, 10
 
 def pilots(start: float, slope: float, fall: float = 0.25, seeds: int = 3) -> list[Pilot]:
     """Return curves whose gain is a line; the noise of batches is in both arms."""
-    made = []
+    curves = []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         at = np.arange(1.0, STEPS + 1)
         dense = 3 - fall * np.log(BEHIND + at) + rng.normal(0, 0.03, STEPS)
-        made.append(Pilot(dense, dense - start - slope * at + rng.normal(0, 0.01, STEPS)))
-    return made
+        curves.append(Pilot(dense, dense - start - slope * at + rng.normal(0, 0.01, STEPS)))
+    return curves
 
 
 def test_at_equal_tokens_the_arms_cross_where_the_gain_is_zero() -> None:
