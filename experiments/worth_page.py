@@ -110,7 +110,7 @@ def claims(lines: Lines) -> list[tuple[str, Difference]]:
             other = ceil(steps * ratio) if ratio is more else round(steps * ratio)
             effect = difference(lines, (SPARSE, steps), (DENSE, other))
             if effect is not None:
-                name = f"{steps:,} sparse steps, {other:,} dense ones: as much {kind}"
+                name = f"{steps:,} sparse steps, {other:,} dense ones: equal {kind}"
                 rows.append((name, effect))
     return rows
 
