@@ -602,7 +602,7 @@ def read_log(a, log):
     def row(number, *kinds):
         term = rows[number][0]
         need(a.kind(term) in kinds, f"row {number} is none of {kinds}")
-        return a.factor(term) if "apply" in kinds and isinstance(term, Var) else term
+        return a.factor(term) if "apply" in kinds else term
 
     for kind, *fields in log["terms"]:
         places = {}

@@ -19,12 +19,13 @@ CASES = Path(__file__).with_name("cases.txt")
 
 
 class Case(NamedTuple):
-    """A use of a lemma: whether it holds, the term that it is used on, and its parameters."""
+    """A use of a lemma: whether it holds, its term, its parameters and, if it matters, the result."""
 
     lemma: str
     holds: bool
     term: str
     parameters: str
+    result: str
 
 
 @cache
@@ -33,8 +34,9 @@ def cases() -> tuple[Case, ...]:
     rows, lemma = [], ""
     for line in CASES.read_text("utf-8").splitlines():
         if line.startswith("  "):
-            term, _, parameters = line[4:].partition(" | ")
-            rows.append(Case(lemma, line[2] == "+", term, parameters))
+            use, _, result = line[4:].partition(" => ")
+            term, _, parameters = use.partition(" | ")
+            rows.append(Case(lemma, line[2] == "+", term, parameters, result))
         elif not line.startswith("#"):
             lemma = line
     return tuple(rows)
@@ -51,6 +53,7 @@ class Bench:
             self.names[name] = checker.Head(self.a, "source", (name, "f32"))
         self._define("E", 'λ([t8, c2], experts[4, 2, "logits"](λ(y4, w(t8, y4)))(c2))')
         self._define("D", 'λ([t8, c2], experts[4, 2, "logits"](λ(y4, u(t8, y4)))(c2))')
+        self._define("H", 'λ([t8, c8], experts[8, 8, "logits"](λ(y8, w(t8, y8)))(c8))')
         self._define("G", 'group_of["K"](E)(t8)')
         self._define("X", "E(t8, c2)")
         self._define("P", 'own_slot["K"](E)(t8, c2)')
@@ -145,6 +148,8 @@ class Bench:
             return False
         finally:
             self.a.advice, self.a.results = advice, results
+        if case.result:
+            assert result == self.a.value(self.read(case.result)), f"{case.term} is another term"
         meaning = Meaning(self.a)
         free = sorted({*term.vars, *result.vars}, key=lambda v: v.serial)
         sizes = [range(OPEN[v.size] if isinstance(v.size, str) else v.size) for v in free]

@@ -38,10 +38,15 @@ def log_of(before: str, after: str, fields: dict[str, Any] | None = None) -> Log
     return {**log, **(fields or {})}, before, after
 
 
-PROOF = log_of(BEFORE, AFTER)
+CUT = {
+    "terms": [["sum", []]],
+    "steps": [["cut factor", 0, ["group"]]],
+    "lemmas": {"cut factor": 1},
+}
+PROOFS = [log_of(BEFORE, AFTER), log_of(BEFORE, AFTER, CUT)]
 
 ROWS: dict[str, list[Any]] = {
-    "of no kind": [["sort"]],
+    "of no kind": [["sum", []], ["sort", [], 0]],
     "a variable of no size": [["variable", "i", 0]],
     "a variable of a fraction": [["variable", "i", 1.5]],
     "a sum of a sum": [["sum", []], ["sum", [["1", 0]]]],
@@ -50,6 +55,7 @@ ROWS: dict[str, list[Any]] = {
     "a function of a sum": [["sum", []], ["function", [0], 0]],
     "a function to a product": [["product", [], []], ["function", [], 0]],
     "a remainder by no number": [["sum", []], ["apply", "mod", [-3], [], [0]]],
+    "a remainder by a fraction": [["sum", []], ["apply", "mod", [2.5], [], [0]]],
     "a quotient by 0": [["sum", []], ["apply", "div", [0], [], [0]]],
     "a permutation of nothing": [["sum", []], ["apply", "permutation", ["S"], [], [0]]],
     "choices of other sizes": [
@@ -97,7 +103,7 @@ def wrong_logs() -> Iterator[tuple[str, Log]]:
 
 def misjudged(checker: Any) -> Iterator[str]:
     """Yield the logs that a checker judges in another way than it should."""
-    if not _is_accepted(checker, PROOF):
+    if not all(_is_accepted(checker, log) for log in PROOFS):
         yield "refuses a proof"
     for name, log in wrong_logs():
         if _is_accepted(checker, log):
