@@ -485,8 +485,7 @@ class Algebra:
         if isinstance(pattern, ast.Name | ast.Constant):
             name = getattr(pattern, "id", None)
             y = scope.setdefault(name, x) if name else pattern.value
-            has_value = isinstance(y, Values | int) and self.kind(x)
-            return y == x or bool(has_value and self.value(y) == x)
+            return y == x or (isinstance(y, Values | int) and self.value(y) == x)
         if isinstance(pattern, ast.Tuple):
             return self.match_all(pattern.elts, x, scope)
         attrs = functions = arguments = ()

@@ -19,7 +19,7 @@ CASES = Path(__file__).with_name("cases.txt")
 
 
 class Case(NamedTuple):
-    """A use of a lemma: whether it holds, its term, its parameters and, if it matters, the result."""
+    """A use of a lemma: whether it holds, its term, its parameters, and the result, if said."""
 
     lemma: str
     holds: bool

@@ -31,6 +31,9 @@ TRUSTED = ("application", "is_integral", "bounds", "_bounds", "matches", "match_
 EQUIVALENT = {
     "lemma best of undominated scores: experts[N, k, S](f, b)(c) given a, n: "
     "0 < a with a turned operator 0": "a step of 0 makes no places, which is refused",
+    "_bounds: without (-inf, inf)": "bounds that are missing decide as little as infinite ones",
+    "matches: without isinstance(y, Values | int)": "what has no value is refused",
+    "matches: without self.kind(x) == 'sum'": "equations of sums are true of every term",
     "check: without all(({*outputs} <= {*g.outputs} for g in graphs))": "it is refused later",
     "rewritten: without need(result is not None, f'step {step} ({lemma}): its conditions do not "
     "hold')": "nothing is no value, which is refused",
