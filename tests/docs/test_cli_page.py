@@ -213,6 +213,7 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.train/1",
         "moecc.train-dry-run/1",
         "moecc.evaluate/1",
+        "moecc.forecast/1",
         "moecc.specialise/1",
         "moecc.capture/1",
         "moecc.clean/1",
