@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-splits proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_
 proof-splits: $(STAMP) ## SmolLM2 split by activation beside index and random, pruned by saliency beside draws; writes docs/proofs/splits.json
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.splits --out docs/proofs/splits.json > /dev/null
+
+proof-owned: $(STAMP) ## real models as programs, in MOECC_OWNED_PYTHON with transformers and sentence-transformers; MODELS="smollm2=FILE minilm=DIR gemma3=FILE"
+	$(BIN)/python -m tests.emit.prove_owned --judge $(MOECC_OWNED_PYTHON) --work owned --text docs/decisions.md --out docs/proofs/owned.json $(MODELS)
 
 proof-recipes: $(STAMP) ## steps of the shipped recipes compiled for v5p and H100, which libtpu and the CUDA plug-in know; docs/proofs/recipes.jsonl
 	mkdir -p docs/proofs

@@ -232,7 +232,7 @@ def _snippet(facts: CardFacts) -> str:
             f"from transformers import {facts.auto_class}, AutoTokenizer",
             "",
             folder,
-            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
             f'model = {facts.auto_class}.from_pretrained(folder, dtype="auto"{trust})',
         ]
         if is_generator:

@@ -30,7 +30,7 @@ SENTENCES = (
 
 def generate(folder, prompt):
     """Continue a prompt by 20 tokens, with and without a cache."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **LOAD)
     inputs = tokenizer(prompt, return_tensors="pt")
     options = {**inputs, "max_new_tokens": 20, "do_sample": False}
@@ -41,7 +41,7 @@ def generate(folder, prompt):
 
 def train(folder, out, text):
     """Take 50 steps with Trainer on a text, and save the model; losses of the first and last 5."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **LOAD)
     with open(text, encoding="utf-8") as file:
         ids = tokenizer(file.read(200_000))["input_ids"][: 50 * 32]
@@ -73,7 +73,9 @@ def embed(folder, dense):
     tables = []
     for path in (folder, dense):
         code = {"trust_remote_code": True}
-        body = models.Transformer(path, model_args=code, config_args=code, tokenizer_args=code)
+        body = models.Transformer(
+            path, model_kwargs=code, config_kwargs=code, processor_kwargs=code
+        )
         pooling = models.Pooling(body.get_word_embedding_dimension())
         encoder = SentenceTransformer(modules=[body, pooling, models.Normalize()], device="cpu")
         tables.append(torch.tensor(encoder.encode(list(SENTENCES))))
