@@ -33,7 +33,8 @@ PROGRAMS = """## As a program in PyTorch
 `--to st_moe --emit torch` writes every graph as a file that transformers loads. `python -m
 tests.emit.prove --pairs` lets torch compute each, within 10⁻⁵ of moecc's reference in float32 and
 10⁻¹⁰ in float64. Pairs of one source with the same text, which differ in weights alone, are judged
-once. A pair without a sign was not judged.
+once. `·`: the family that the table above writes rejects the pair, and the program computes it. A
+pair without a sign is rejected.
 """
 
 RECORD, PAGE = Path("docs/proofs/table.json"), Path("docs/proof-table.md")
@@ -91,7 +92,8 @@ def _programs(results: Cells, file: Path) -> dict[str, object]:
         cells = (
             by_target.get("st_moe", {}) if row["source"] in DENSE else ChainMap(*by_target.values())
         )
-        signs.setdefault(row["source"], {})[row["method"]] = cells[row["method"]][0]
+        sign = cells[row["method"]][0].replace("—", "·")
+        signs.setdefault(row["source"], {})[row["method"]] = sign
     versions = sorted({name for row in rows for name in row if name.startswith("transformers")})
     judged = sum("as" not in row for row in right)
     return {"date": str(date.today()), "by": versions, "judged": judged, "right": len(right),
