@@ -73,3 +73,18 @@ def test_a_model_generates_trains_and_is_loaded(tmp_path: Path) -> None:
     auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.allclose(auto(ids).logits, logits, atol=1e-6)
     assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_adapters_of_attention_and_compiled_graphs() -> None:
+    _, moe, ids = llama()
+    logits = moe(ids).logits
+    compiled = torch.compile(deepcopy(moe), backend="aot_eager")
+    assert torch.allclose(compiled(ids).logits, logits, atol=1e-6)
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(deepcopy(moe), config)
+    assert torch.allclose(adapted(ids).logits, logits, atol=1e-6)
+    adapted(ids, labels=ids).loss.backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)
