@@ -65,7 +65,7 @@ def inspection(model: OpenedModel) -> JsonDict:
     from moecc.ir.structure import without_opaque
     from moecc.ir.unroll import unrolled
     from moecc.jobs.targets import fits
-    from moecc.model.open import MODEL_TYPE, function_name
+    from moecc.model.open import function_name, program_type
 
     # Repeated layers count once per repetition.
     graph = unrolled(without_opaque(model.graph))
@@ -76,7 +76,7 @@ def inspection(model: OpenedModel) -> JsonDict:
         "format": model.checkpoint.format if model.checkpoint else None,
         "dtype": model.dtype.name if model.checkpoint else None,
         "remarks": model.remarks(),
-        "family": graph.attrs.get("family") if name is None else MODEL_TYPE,
+        "family": graph.attrs.get("family") if name is None else program_type(graph),
         "function": name,
         "layers": facts.layers,
         "stacks": facts.stacks,
@@ -199,7 +199,12 @@ def inspection_text(data: JsonDict) -> str:
     shown = blocks["refused"]
     if len(shown) > _SHOWN:
         shown = [*shown[:_SHOWN], {"where": "…", "reason": f"{len(shown) - _SHOWN} more"}]
-    of_function = f"the blocks of a JAX function, `{data['function']}`"
+    from moecc.model.open import MODULE_TYPE
+
+    program, stayed, reader = "a JAX function", "JAX", "moecc.jax.load"
+    if data["family"] == MODULE_TYPE:
+        program, stayed, reader = "a PyTorch model", "PyTorch", "moecc.torch.load"
+    of_function = f"the blocks of {program}, `{data['function']}`"
     rows = [
         f"{data['source']}: "
         + (of_function if data["function"] else f"{family}, {amount(data['layers'], 'layer')}")
@@ -218,8 +223,8 @@ def inspection_text(data: JsonDict) -> str:
     ]
     if data["function"]:
         rows += [
-            "  counted     the blocks alone: what stayed JAX is no part of the graph",
-            "  read by     moecc.jax.load: the parameters, for the function in your program",
+            f"  counted     the blocks alone: what stayed {stayed} is no part of the graph",
+            f"  read by     {reader}: the parameters, for your program",
         ]
     else:
         rows += ["  targets", *_target_rows(data["targets"])]

@@ -28,7 +28,7 @@ from moecc.formats.source import Checkpoint, GivenParams
 from moecc.jobs.checks import Contracts
 from moecc.jobs.conversion import Plan
 from moecc.jobs.targets import nearest_family
-from moecc.model.open import MODEL_TYPE
+from moecc.model.open import MODEL_TYPE, MODULE_TYPE
 from moecc.rewrite.passes import Preserves
 from moecc.rewrite.runner import loaded_files
 from moecc.support.documents import parse_json
@@ -174,7 +174,7 @@ def _engines(stated: Mapping[str, object]) -> str:
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
     if not rows:
         target = stated.get("target")
-        is_unjudged = target in (None, GraphConfig.model_type, MODEL_TYPE)
+        is_unjudged = target in (None, GraphConfig.model_type, MODEL_TYPE, MODULE_TYPE)
         return (
             "moecc" if is_unjudged else f"what runs a dense {target}; mixtures alone were looked at"
         )

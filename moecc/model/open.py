@@ -59,6 +59,11 @@ def function_name(graph: Graph) -> str | None:
     return str(name) if graph.name == GRAPH and name is not None else None
 
 
+def program_type(graph: Graph) -> str:
+    """Return what the config of a converted program calls it: a function of JAX, or a module."""
+    return MODULE_TYPE if graph.attrs.get("language") == "torch" else MODEL_TYPE
+
+
 def is_function_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether a folder holds a converted function of JAX, or a converted module."""
     folder = Path(path)

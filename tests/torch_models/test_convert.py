@@ -182,10 +182,11 @@ def test_a_folder_is_loaded_bit_for_bit_and_known_to_the_commands(tmp_path: Path
     assert all(torch.equal(p, stored[n]) for n, p in moe.named_parameters())
     assert close(loaded.eval()(tokens()), moe(tokens()))
     moe.save_pretrained(tmp_path)  # as a trainer does, again
-    for command in ("inspect", "verify"):
+    for command, said in (("inspect", "read by     moecc.torch.load"), ("verify", "")):
         words = [sys.executable, "-m", "moecc", command, str(tmp_path)]
         done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
 
 
 # What is no block, and why.

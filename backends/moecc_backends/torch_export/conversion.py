@@ -453,7 +453,7 @@ def _write_beside(path: Path, conversion: ModuleConversion) -> None:
             )
             for name, info in infos.items()
         }
-    graph.attrs["checkpoint"] = "."
+    graph.attrs |= {"checkpoint": ".", "language": "torch"}
     receipt = Receipt(
         MODULE_TYPE, conversion.preserves, conversion.contracts, None, None, (), library_versions()
     )
