@@ -11,7 +11,7 @@ from moecc.support.generated_docs import GeneratedPart
 
 RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "torch-models.json"
 STAGES = {
-    "no block": "have no block, each with its reasons",
+    "no block": "have no block that can be converted; the record has what is nearly one",
     "export": "are not read by `torch.export`",
     "build": "were not built small",
     "inputs": "were built, and no inputs that ran were known",
@@ -35,7 +35,8 @@ def render() -> str:
     return "\n".join(
         [
             f"{document['date']}, torch {versions['torch']}, transformers "
-            f"{versions['transformers']}: {len(rows)} architectures, {len(right)} of them right.",
+            f"{versions['transformers']}: {len(rows)} of {document['architectures']} architectures "
+            f"were tried so far, and {len(right)} are right. Of the others",
             "",
             *others,
             "",

@@ -1,8 +1,9 @@
 """Every architecture of transformers that can be built small, converted and judged.
 
-Each is judged in a process of its own; an interrupted sweep goes on from the lines beside its
-result.  Mixtures written by hand are the operations that torch.export shows of a dense block, run
-node by node with the weights of each expert: they know nothing of graphs or emitted modules.
+Each is judged in a process of its own; a sweep goes on from its result, and one that was
+interrupted from the lines beside it.  Mixtures written by hand are the operations that torch.export
+shows of a dense block, run node by node with the weights of each expert: they know nothing of
+graphs or emitted modules.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import transformers
 from moecc_backends.jaxpr.storage import LeafEvaluator
 from moecc_backends.torch_export import conversion as conversions
 from moecc_backends.torch_export.lowering import exported_module
-from moecc_backends.torch_export.placing import Region
+from moecc_backends.torch_export.placing import BlockRegion
 
 from moecc.errors import MoeccError
 from moecc.weights.expr import sources
@@ -164,7 +165,7 @@ def against_hand(surveyed: Any, moe: Any, inputs: dict[str, Any]) -> dict[str, o
     regions = {}
     for site in survey.sites:
         loc = instances[site.keys[0]].loc
-        regions.setdefault(loc, (Region.of(site.slice, exported.nodes), site.slice))
+        regions.setdefault(loc, (BlockRegion.of(site.slice, exported.nodes), site.slice))
     changed, by_hand = deepcopy(moe), deepcopy(moe)
     graph, names = moe.conversion.graph, moe.conversion.emitted.names
     generator = np.random.default_rng(0)
@@ -211,10 +212,10 @@ def against_hand(surveyed: Any, moe: Any, inputs: dict[str, Any]) -> dict[str, o
 
 def mixtures(model: Any) -> list[Any]:
     """Return the mixtures of a model."""
-    return [m for m in model.modules() if type(m).__mro__[1].__name__ == "Mixture"]
+    return [m for m in model.modules() if type(m).__mro__[1].__name__ == "MixtureBlock"]
 
 
-def _by_hand(exported: Any, region: Region, block: Any, experts: Any, router: Any) -> Any:
+def _by_hand(exported: Any, region: BlockRegion, block: Any, experts: Any, router: Any) -> Any:
     nodes = list(exported.graph.nodes)
     named = exported.nodes
     last = named[str(block.equations[-1].eqn.source_info.name_stack).partition("\x1f")[0]]
@@ -338,9 +339,10 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     lines = options.out.with_suffix(".jsonl")
-    rows = {}
+    earlier = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     if lines.exists():
-        rows = {r["type"]: r for r in map(json.loads, lines.read_text().splitlines())}
+        earlier += map(json.loads, lines.read_text().splitlines())
+    rows = {row["type"]: row for row in earlier}
     chosen = tiny.architectures()
     # What all of them import is imported once, before processes part.
     exported_module(next(tiny.builds("llama", "LlamaForCausalLM")), (torch.zeros(1, 2).long(),), {})
@@ -359,6 +361,7 @@ def main() -> int:
     document = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions,
+        "architectures": len(chosen),
         "rows": [rows[k] for k in sorted(rows)],
     }
     options.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -168,7 +168,7 @@ def _call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def survey_model(model: Any, exported: ExportedModule) -> SurveyedModel:
-    """Return the blocks of a model that have a place in it.
+    """Return the blocks of a model that have a position in it.
 
     Raises:
       InputError: there is none.
@@ -219,15 +219,15 @@ def convert_surveyed(
     return _converted_model(model, _conversion(surveyed, rewritten, seed), arrays)
 
 
-def _with_downs(place: BlockPlace, rewritten: RewrittenBlocks) -> BlockPlace:
+def _with_downs(position: BlockPlace, rewritten: RewrittenBlocks) -> BlockPlace:
     """Return a place with the names of what became of its last weight."""
-    params = rewritten.parts.blocks[place.loc].params
+    params = rewritten.parts.blocks[position.loc].params
     downs = (
         p.name
         for p in params
-        if p.weight is not None and place.downs[0] in {s.name for s in sources(p.weight)}
+        if p.weight is not None and position.downs[0] in {s.name for s in sources(p.weight)}
     )
-    return replace(place, downs=tuple(downs))
+    return replace(position, downs=tuple(downs))
 
 
 def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) -> ModuleConversion:
@@ -378,9 +378,9 @@ def _converted_model(model: Any, conversion: ModuleConversion, arrays: Mapping[s
         module.place_mixtures(sparse)
     dense = dict(model.named_parameters())
     likes = {
-        place.loc: dense[place_source]
-        for place in conversion.places
-        if (place_source := _first_source(conversion.graph, place.loc))
+        position.loc: dense[place_source]
+        for position in conversion.places
+        if (place_source := _first_source(conversion.graph, position.loc))
     }
     for name, stored in conversion.emitted.names.items():
         param = conversion.graph.params[name]
@@ -430,7 +430,7 @@ def _config(conversion: ModuleConversion) -> dict[str, object]:
         "seed": conversion.seed,
         "preserves": asdict(conversion.preserves),
         "report": conversion.report.to_json(),
-        "places": [asdict(place) for place in conversion.places],
+        "places": [asdict(position) for position in conversion.places],
     }
 
 
@@ -542,7 +542,8 @@ def _class_of_transformers(dense: DenseClass, path: Path) -> Any:
 def _loaded_conversion(path: Path, config: Mapping[str, Any]) -> ModuleConversion:
     graph = read_graph(str(path / GRAPH_NAME))
     places = tuple(
-        BlockPlace(**{**place, "downs": tuple(place["downs"])}) for place in config["places"]
+        BlockPlace(**{**position, "downs": tuple(position["downs"])})
+        for position in config["places"]
     )
     dense = DenseClass(**config["dense"])
     return ModuleConversion(

@@ -408,8 +408,8 @@ def _moved(x: TracedTensor, array: AnyArray, feature: int | None = None) -> Trac
 
 @_rule("view", "reshape", "_unsafe_view")
 def _view(x: TracedTensor, sizes: list[int]) -> TracedTensor:
-    known = prod(n for n in sizes if n != -1)
-    shape = tuple(prod(x.shape) // max(known, 1) if n == -1 else n for n in sizes)
+    product = prod(n for n in sizes if n != -1)
+    shape = tuple(prod(x.shape) // max(product, 1) if n == -1 else n for n in sizes)
     keeps_rows = not x.is_weight and x.shape and shape and shape[-1] == x.shape[-1]
     is_last = x.feature is not None and x.feature == len(x.shape) - 1
     if keeps_rows:

@@ -30,7 +30,7 @@ _TRIVIAL = frozenset(
 
 
 @dataclass(frozen=True)
-class Region:
+class BlockRegion:
     """The nodes of a block.
 
     Attributes:
@@ -44,7 +44,7 @@ class Region:
     nodes: frozenset[FxNode]
 
     @classmethod
-    def of(cls, block: BlockSlice, nodes: Mapping[str, FxNode]) -> Region:
+    def of(cls, block: BlockSlice, nodes: Mapping[str, FxNode]) -> BlockRegion:
         """Return the nodes of a block of equations."""
         products = [nodes[scope_of(e.eqn)[0]] for e in block.equations if e.weight is not None]
         *ups, down = products
@@ -95,13 +95,13 @@ class Placer:
                 survey.refuse(site, str(reason))
         instances = survey.instances()
         return {
-            instances[key].loc: BlockPlace(instances[key].loc, *place)
-            for key, place in keyed.items()
+            instances[key].loc: BlockPlace(instances[key].loc, *position)
+            for key, position in keyed.items()
             if key in instances
         }
 
     def _place(self, block: BlockSlice) -> tuple[str, str, dict[str, int], float, tuple[str, ...]]:
-        region = Region.of(block, self._nodes)
+        region = BlockRegion.of(block, self._nodes)
         self._check_rows(block, region)
         rate, down = self._dropout(region), (self._weight_name(region.down),)
         path = self._whole_module(region)
@@ -117,7 +117,7 @@ class Placer:
         }
         return ups[region.ups.index(first)][0], last, widths, rate, down
 
-    def _check_rows(self, block: BlockSlice, region: Region) -> None:
+    def _check_rows(self, block: BlockSlice, region: BlockRegion) -> None:
         """Raise NotABlock unless products sum over the last axis, that of a token's features."""
         rank = len(block.x.shape)
         if block.outer != rank - 1 or block.order != tuple(range(rank)):
@@ -160,7 +160,7 @@ class Placer:
                 stack += node.all_input_nodes
         return names[0]
 
-    def _dropout(self, region: Region) -> float:
+    def _dropout(self, region: BlockRegion) -> float:
         """Return the rate of the dropout before the last product."""
         drops = {
             node: float(node.args[1])
@@ -178,7 +178,7 @@ class Placer:
 
     # Modules.
 
-    def _whole_module(self, region: Region) -> str | None:
+    def _whole_module(self, region: BlockRegion) -> str | None:
         """Return the module that computes just the block, where there is one."""
         calls = [module_calls(node) for node in region.nodes]
         shared = [c for c, *more in zip(*calls, strict=False) if all(c == other for other in more)]
@@ -202,7 +202,7 @@ class Placer:
         is_off = operation_name(node) == "aten.dropout" and not node.args[1]
         return is_off or self._is_weight(node) or operation_name(node) in _TRIVIAL
 
-    def _rows(self, region: Region) -> tuple[int, ...]:
+    def _rows(self, region: BlockRegion) -> tuple[int, ...]:
         value = self._traced(self._input(region.ups[0]))
         return () if value is None else tuple(value.array.shape)
 
@@ -221,7 +221,7 @@ class Placer:
         outputs = {node for node in members if any(u not in members for u in node.users)}
         return (inputs.pop(), outputs.pop()) if len(inputs) == len(outputs) == 1 else None
 
-    def _product_module(self, product: FxNode, region: Region) -> tuple[str, int]:
+    def _product_module(self, product: FxNode, region: BlockRegion) -> tuple[str, int]:
         """Return the module that computes just a product, and the width of its result.
 
         Raises:

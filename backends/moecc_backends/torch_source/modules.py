@@ -105,7 +105,7 @@ def emit_modules(graph: Graph, places: Sequence[BlockPlace], dense: DenseClass) 
     Raises:
       InputError: the graph has something that cannot be written as PyTorch.
     """
-    locations = [place.loc for place in places]
+    locations = [position.loc for position in places]
     graph = clone(graph)
     _keep_blocks(graph, locations)
     graph = prepared(graph)
@@ -114,20 +114,20 @@ def emit_modules(graph: Graph, places: Sequence[BlockPlace], dense: DenseClass) 
     program = programmed(graph, continues=False)
     own, epilogue = _parts(program, locations)
     outputs = {name: var for name, var in program.outputs.items() if name.startswith("loss.")}
-    for place in places:
-        if place.dropout:
-            _add_dropout(own[place.loc], names, place)
+    for position in places:
+        if position.dropout:
+            _add_dropout(own[position.loc], names, position)
     blocks = {}
-    for place in places:
+    for position in places:
         block = ModuleBlock(
-            CLASS, place.loc, inner_steps(own[place.loc], place.loc), base="Mixture"
+            CLASS, position.loc, inner_steps(own[position.loc], position.loc), base="MixtureBlock"
         )
         close(block, program)
-        y = program.outputs[f"y.{place.loc}"]
+        y = program.outputs[f"y.{position.loc}"]
         block.outputs = [y, *(v for v in block.outputs if v is not y)]
-        blocks[place.loc] = block
+        blocks[position.loc] = block
     classes = Classes(reserved_names())
-    classes.helpers |= {"Mixture", "SparseModel", "place"}
+    classes.helpers |= {"MixtureBlock", "SparseModel", "place"}
 
     def write(block: ModuleBlock) -> BlockWriter:
         writer = BlockWriter(block, classes, OPERATIONS).write()
@@ -146,10 +146,10 @@ def emit_modules(graph: Graph, places: Sequence[BlockPlace], dense: DenseClass) 
     texts.append(_placing_text(classes, blocks, places))
     texts.append(_model_text(dense, has_losses=bool(outputs)))
     stored = {
-        old: f"{place.prefix}.{new.removeprefix(f'{place.loc}.')}"
+        old: f"{position.prefix}.{new.removeprefix(f'{position.loc}.')}"
         for old, new in names.items()
-        for place in places
-        if graph.params[new].loc == place.loc
+        for position in places
+        if graph.params[new].loc == position.loc
     }
     imports = f"from {dense.module} import {dense.name}\n"
     if dense.config:
@@ -213,9 +213,9 @@ def _parts(
     return own, epilogue
 
 
-def _add_dropout(items: list[Item], names: Mapping[str, str], place: BlockPlace) -> None:
+def _add_dropout(items: list[Item], names: Mapping[str, str], position: BlockPlace) -> None:
     """Drop hidden values before the last products of a block, as it did."""
-    downs = {names[down] for down in place.downs}
+    downs = {names[down] for down in position.downs}
     dropped: dict[ProgramValue, ProgramValue] = {}
     for item in list(items):
         if item.op not in ("contract", "linear") or item.operands[1].name not in downs:
@@ -223,7 +223,7 @@ def _add_dropout(items: list[Item], names: Mapping[str, str], place: BlockPlace)
         hidden = item.operands[0]
         if hidden not in dropped:
             image = ProgramValue("dropped", hidden.axes, hidden.sizes, users=[])
-            drop = Item("dropout", [hidden], {"rate": place.dropout}, (image,), item.loc)
+            drop = Item("dropout", [hidden], {"rate": position.dropout}, (image,), item.loc)
             image.item = drop
             items.insert(items.index(item), drop)
             hidden.users = [u for u in hidden.users if u.operands[0] is not hidden or u is drop]
@@ -245,11 +245,11 @@ def _placing_text(
         "def place_mixtures(model):",
         '    """Put the mixtures where the blocks of a dense model were."""',
     ]
-    for place in places:
-        arguments = ["model", _constructed(classes, blocks[place.loc]), literal(place.path)]
-        if place.last:
-            pairs = ", ".join(f"{literal(n)}: {width}" for n, width in place.widths.items())
-            arguments += [literal(place.last), f"{{{pairs}}}"]
+    for position in places:
+        arguments = ["model", _constructed(classes, blocks[position.loc]), literal(position.path)]
+        if position.last:
+            pairs = ", ".join(f"{literal(n)}: {width}" for n, width in position.widths.items())
+            arguments += [literal(position.last), f"{{{pairs}}}"]
         lines += folded(f"    place({', '.join(arguments)})")
     return lines
 
@@ -292,9 +292,9 @@ def _losses_text(
     total.close(outputs.values())
     total.outputs = list(dict.fromkeys(v for v in outputs.values() if v in total.outputs))
     recorded = {
-        var: f"losses[{literal(place.path)}][{i}]"
-        for place in places
-        for i, var in enumerate(blocks[place.loc].outputs[1:])
+        var: f"losses[{literal(position.path)}][{i}]"
+        for position in places
+        for i, var in enumerate(blocks[position.loc].outputs[1:])
     }
     writer = BlockWriter(total, classes, OPERATIONS)
     lines, texts = [], dict(recorded)

@@ -15,7 +15,7 @@ class Records(list):
         return Records, ()
 
 
-class Mixture(nn.Module):
+class MixtureBlock(nn.Module):
     """What stands where a block was; its losses stay with it until the model collects them."""
 
     def __init__(self):
@@ -92,7 +92,7 @@ def place(model, mixture, path, last="", widths=None):
 
 def mixtures_of(model):
     """Return the mixtures of a model."""
-    return [m for m in model.modules() if isinstance(m, Mixture)]
+    return [m for m in model.modules() if isinstance(m, MixtureBlock)]
 
 
 def with_losses(forward, summed):
