@@ -1,4 +1,4 @@
-"""Arrays that no device can hold: an error of the machine, by every way to run a graph."""
+"""Arrays that no device can hold, and processes that are gone: errors of the machine."""
 
 from __future__ import annotations
 
@@ -48,9 +48,23 @@ def test_a_session(backend: Backend) -> None:
 
 def test_other_errors_of_xla_stay_what_they_are() -> None:
     from jax.errors import JaxRuntimeError
-    from moecc_backends.xla.run.program import within_memory
+    from moecc_backends.xla.run.program import machine_errors
 
-    with pytest.raises(JaxRuntimeError, match="INTERNAL"), within_memory():
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"), machine_errors():
         raise JaxRuntimeError("INTERNAL: something else")
-    with pytest.raises(MachineError, match="memory of a device is too small"), within_memory():
+    with pytest.raises(MachineError, match="memory of a device is too small"), machine_errors():
         raise JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+
+def test_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax.errors import JaxRuntimeError
+    from moecc_backends.xla.run.program import machine_errors
+
+    lost = "UNKNOWN: Gloo all-reduce failed: Connection reset by peer"
+    with pytest.raises(JaxRuntimeError), machine_errors():
+        raise JaxRuntimeError(lost)
+    process = {"COORDINATOR": "localhost:9", "PROCESSES": "2", "PROCESS": "0"}
+    for name, value in process.items():
+        monkeypatch.setenv(f"MOECC_{name}", value)
+    with pytest.raises(MachineError, match="another process of this run is gone"), machine_errors():
+        raise JaxRuntimeError(lost)

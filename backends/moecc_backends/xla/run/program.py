@@ -51,16 +51,27 @@ _EXHAUSTED = "RESOURCE_EXHAUSTED"
 """How XLA's message begins on every platform."""
 
 
-@contextmanager
-def within_memory() -> Iterator[None]:
-    """Raise MachineError where XLA could not allocate; may decorate a function, too.
+_LOST = ("Gloo", "NCCL", "coordination service", "Connection reset", "Connection closed")
+"""What jaxlib's collectives say of a process that does not answer (0.10)."""
 
-    A program is dispatched before it has run, so results have to be read within, not behind.
+
+@contextmanager
+def machine_errors() -> Iterator[None]:
+    """Raise MachineError where XLA could not allocate, or another process is gone.
+
+    It may decorate a function, too.  A program is dispatched before it has run, so results have to
+    be read within, not behind.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         said = str(error)
+        if process_info() is not None and any(word in said for word in _LOST):
+            raise MachineError(
+                "another process of this run is gone, or cannot be reached",
+                found=said.partition("\n")[0],
+                hint="its own output says why; moecc train goes on from the last checkpoint",
+            ) from None
         if _EXHAUSTED not in said:
             raise
         raise MachineError(
@@ -144,7 +155,7 @@ class XlaProgram:
                 problems += misfits(value, inputs[name], sizes)
         if problems:
             raise InputError(problems)
-        with within_memory(), in_precision(self.dtype):
+        with machine_errors(), in_precision(self.dtype):
             return self._run_all(params, inputs)
 
     def _run_all(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:
@@ -258,7 +269,7 @@ class XlaSession:
         Raises:
           MachineError: the memory of a device is too small.
         """
-        with within_memory(), in_precision(self.dtype):
+        with machine_errors(), in_precision(self.dtype):
             alive = {
                 v: (to_device(inputs[n], v) if n in inputs else self._values[n])
                 for n, v in graph.inputs.items()

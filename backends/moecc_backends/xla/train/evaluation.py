@@ -21,7 +21,7 @@ from moecc.train.settings import StepSpec, coefficients, counted, finished, rows
 from moecc.types import Arrays as HostArrays
 from moecc.types import DType, TensorType
 from moecc_backends.xla.lower.function import function
-from moecc_backends.xla.run.program import in_precision, within_memory
+from moecc_backends.xla.run.program import in_precision, machine_errors
 from moecc_backends.xla.trace.values import PyTree
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
@@ -231,7 +231,7 @@ class XlaScorer:
     params: dict[str, Array]
     dtype: DType
 
-    @within_memory()
+    @machine_errors()
     def __call__(self, batch: HostArrays) -> TokenScores:
         """Return the scores of a batch.
 
@@ -265,7 +265,7 @@ class XlaScorer:
         return jax.jit(scores)
 
 
-@within_memory()
+@machine_errors()
 def scorer(graph: Graph, params: HostArrays, *, dtype: DType) -> XlaScorer:
     """Return the scorer of `graph`; see `moecc.train.scoring.ScoringBackend`.
 

@@ -79,9 +79,9 @@ from moecc_backends.xla.run.program import (
     is_first,
     join,
     keep_freed_memory,
+    machine_errors,
     meet_processes,
     preflight,
-    within_memory,
 )
 from moecc_backends.xla.trace.values import PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
@@ -389,7 +389,7 @@ class Loop:
           MachineError: a checkpoint cannot be written, or the memory of a device is too small.
           InputError: the last checkpoint cannot be read.
         """
-        with within_memory():
+        with machine_errors():
             yield from self._events()
 
     def _events(self) -> Iterator[Event]:

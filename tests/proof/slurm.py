@@ -1,0 +1,273 @@
+"""``make proof-slurm``: a training on a cluster of Slurm, whose jobs are killed and requeued.
+
+    python -m tests.proof.slurm [--steps N] [--out FILE]
+
+Debian's ``slurm-wlm`` runs here as it is: ``slurmctld`` and two ``slurmd`` on the loopback, in a
+temporary folder and with a key of their own.  The script of ``moecc launch template slurm`` is
+submitted as it is printed, with one task a node:
+
+* undisturbed;
+* with the loss of a node: its daemon and its process are killed, the node comes back, and Slurm
+  requeues the job;
+* with a signal, as before the time is up: the tasks save, and the script requeues itself.
+
+All three must have the same metrics, byte for byte.  The nodes of this cluster have no names that
+resolve, so that the address of the first process is stated: ``JAX_COORDINATOR_ADDRESS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from moecc.formats.run import saved_steps
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from train.tiny import make_recipe
+
+NODES = ("n1", "n2")
+LIMIT_SECONDS = 1800
+
+CONFIG = """
+ClusterName=moecc
+SlurmctldHost=localhost
+SlurmctldPort={port}
+SlurmUser=root
+AuthType=auth/slurm
+CredType=cred/slurm
+AuthInfo=use_client_ids
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,requeue_delay=1
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdTimeout=10
+KillWait=5
+ReturnToService=2
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname=localhost Port={first} CPUs=64 RealMemory=8000
+NodeName=n2 NodeHostname=localhost Port={second} CPUs=64 RealMemory=8000
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass
+class Cluster:
+    """A controller and two nodes on this machine.
+
+    Attributes:
+      folder: has the configuration, the key, the state and the logs.
+      daemons: the processes by name: ``slurmctld``, ``n1``, ``n2``.
+    """
+
+    folder: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables with which Slurm's commands find this cluster."""
+        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def start(self) -> None:
+        """Write the configuration, start all daemons, and wait for the nodes."""
+        port, first, second = free_ports(3)
+        text = CONFIG.format(folder=self.folder, port=port, first=first, second=second)
+        (self.folder / "slurm.conf").write_text(text)
+        key = self.folder / "slurm.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(1024))
+        for name in ("state", *(f"spool-{node}" for node in NODES)):
+            (self.folder / name).mkdir()
+        self._start("slurmctld", "slurmctld", "-D")
+        for node in NODES:
+            self.start_node(node)
+        wait_for(lambda: self.run("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"], 120)
+
+    def start_node(self, node: str) -> None:
+        """Start the daemon of a node."""
+        self._start(node, "slurmd", "-D", "-N", node)
+
+    def _start(self, name: str, *command: str) -> None:
+        self.daemons[name] = subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def run(self, *command: str, **more: str) -> str:
+        """Run a command of Slurm and return what it prints."""
+        environment = {**self.environment, **more}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def submit(self, script: Path) -> str:
+        """Submit a script with one task a node, and return the number of its job."""
+        address = f"localhost:{free_ports(1)[0]}"
+        printed = self.run(
+            "sbatch", "--parsable", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1",
+            f"--output={self.folder}/job-%j.log", str(script),
+            JAX_COORDINATOR_ADDRESS=address, JAX_PLATFORMS="cpu",
+            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        )  # fmt: skip
+        return printed.strip()
+
+    def state(self, job: str) -> str:
+        """Return the state of a job, ``RUNNING`` for instance."""
+        return self.fact(job, "JobState")
+
+    def fact(self, job: str, name: str) -> str:
+        """Return a value of a job that ``scontrol`` shows."""
+        facts = self.run("scontrol", "show", "job", job, "--oneliner").split()
+        return next(fact.split("=", 1)[1] for fact in facts if fact.startswith(f"{name}="))
+
+    def lose_node(self, node: str) -> None:
+        """Kill everything on a node: its daemon, and the processes of its jobs."""
+        daemon = self.daemons[node]
+        daemon.kill()
+        daemon.wait()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (process / "environ").read_bytes().split(b"\0")
+                title = (process / "cmdline").read_bytes()
+            except OSError:
+                continue
+            is_member = f"SLURMD_NODENAME={node}".encode() in variables
+            ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in variables
+            if ours and (is_member or (b"slurmstepd" in title and node.encode() in title)):
+                os.kill(int(process.name), signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End all daemons."""
+        for daemon in self.daemons.values():
+            daemon.kill()
+            daemon.wait()
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    """Run a cluster in a temporary folder."""
+    with TemporaryDirectory(prefix="moecc-slurm-") as folder:
+        nodes = Cluster(Path(folder))
+        try:
+            nodes.start()
+            yield nodes
+        finally:
+            nodes.stop()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that nothing listens on."""
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> None:
+    """Wait until a condition holds."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > limit:
+            raise TimeoutError(f"not within {seconds:g} s")
+        time.sleep(0.1)
+
+
+def printed_script(folder: Path, run: Path) -> Path:
+    """Write the script that trains into `run`, as moecc prints it."""
+    command = [
+        sys.executable, "-m", "moecc", "launch", "template", "slurm", "--nodes", "2", "--name",
+        run.name, "--", "train", str(folder / "recipe.toml"), "--out", str(run),
+    ]  # fmt: skip
+    script = folder / f"{run.name}.sh"
+    script.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+    return script
+
+
+def has_saved(run: Path) -> bool:
+    """Whether a run has a checkpoint."""
+    return (run / "steps").is_dir() and bool(saved_steps(run))
+
+
+def train(nodes: Cluster, folder: Path, name: str, disturb: Callable[[str], None] | None) -> int:
+    """Train to the end, disturbed after the first checkpoint; return the number of restarts."""
+    run = folder / name
+    job = nodes.submit(printed_script(folder, run))
+    if disturb is not None:
+        wait_for(lambda: has_saved(run))
+        disturb(job)
+    wait_for(lambda: nodes.state(job) in {"COMPLETED", "FAILED", "NODE_FAIL", "CANCELLED"})
+    if nodes.state(job) != "COMPLETED":
+        log = (nodes.folder / f"job-{job}.log").read_text()
+        raise RuntimeError(f"{name}: the job is {nodes.state(job)}:\n{log[-4000:]}")
+    return int(nodes.fact(job, "Restarts"))
+
+
+def main() -> int:
+    """Run the three jobs and compare their metrics."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=400, help="steps of the training")
+    parser.add_argument("--out", type=Path, help="file of JSON to write")
+    options = parser.parse_args()
+    if missing := [name for name in ("slurmctld", "slurmd", "sbatch") if not shutil.which(name)]:
+        print(f"not here: {', '.join(missing)}; Debian has them in slurm-wlm", file=sys.stderr)
+        return 4
+
+    with TemporaryDirectory(prefix="moecc-train-") as text, cluster() as nodes:
+        folder = Path(text)
+        make_recipe(folder, f"steps = {options.steps}\nsave_steps = {options.steps // 8}\nkeep = 3")
+        with (folder / "recipe.toml").open("a") as recipe:
+            recipe.write('\n[mesh]\nmesh = "data=2"\n')
+
+        def lose_node(job: str) -> None:
+            nodes.lose_node("n2")
+            wait_for(lambda: nodes.state(job) != "RUNNING")
+            nodes.start_node("n2")
+
+        def end_of_time(job: str) -> None:
+            nodes.run("scancel", "--signal=TERM", job)
+
+        disturbances = {"undisturbed": None, "lost": lose_node, "told": end_of_time}
+        restarts = {
+            name: train(nodes, folder, name, disturb) for name, disturb in disturbances.items()
+        }
+        metrics = {name: (folder / name / "metrics.jsonl").read_bytes() for name in disturbances}
+        version = nodes.run("sinfo", "--version").strip()
+    report = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "slurm": version,
+        "processes": len(NODES),
+        "steps": options.steps,
+        "restarts": restarts,
+        "same_metrics": {n: m == metrics["undisturbed"] for n, m in metrics.items()},
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+    is_right = all(report["same_metrics"].values()) and restarts == {
+        "undisturbed": 0, "lost": 1, "told": 1
+    }  # fmt: skip
+    return 0 if is_right else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
