@@ -439,7 +439,9 @@ _WIDTH = 256
 _joined: list[ProcessInfo] = []
 
 
-def join(process: ProcessInfo | None, *, seconds: float | None = None) -> None:
+def join(
+    process: ProcessInfo | None, *, seconds: float | None = None, is_told_to_stop: bool = False
+) -> None:
     """Meet the other processes; a second call does nothing, nor does one without others.
 
     Args:
@@ -447,6 +449,8 @@ def join(process: ProcessInfo | None, *, seconds: float | None = None) -> None:
         that JAX finds is read from the variables of the cluster.
       seconds: how long to wait for the others; by default ``MOECC_JOIN_SECONDS``, or
         `JOIN_SECONDS`.
+      is_told_to_stop: whether SIGTERM is a notice, which jax's client catches and passes on to all
+        processes; else it ends the process.
 
     Raises:
       MachineError: they did not come.
@@ -461,6 +465,7 @@ def join(process: ProcessInfo | None, *, seconds: float | None = None) -> None:
     meet(process, limit)
     # CPU devices of several processes need a library to talk through.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", is_told_to_stop)
     try:
         jax.distributed.initialize(
             process.coordinator,

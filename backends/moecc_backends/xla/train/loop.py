@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import count
 from math import inf, prod
 from pathlib import Path
 from typing import Any
@@ -475,7 +478,9 @@ class Loop:
             loss = evaluated.mean
         is_best = loss is not None and (self._best is None or loss < self._best)
         # Between skipped steps a checkpoint would be one to which a return is of no use.
-        minutes, elapsed_seconds = self.run.save_minutes, self.clock() - self._saved_seconds
+        minutes = self.run.save_minutes
+        # Agreeing on the time is a collective, which a run without a clock does not need.
+        elapsed_seconds = self.clock() - self._saved_seconds if minutes else 0.0
         is_time = any(is_due(step, n) for n in (self.run.save_steps, self.run.export_steps))
         is_time = is_time or 0 < minutes * 60 <= elapsed_seconds
         if is_last or why is not None or (not is_skipped and (is_best or is_time)):
@@ -622,8 +627,6 @@ class DeviceFeed:
 
 # A run on its devices: processes meet, the step is made, and the loop runs over it.
 
-_REASONS = (None, Reason.TERMINATED, Reason.INTERRUPTED)
-
 
 @dataclass
 class XlaTraining:
@@ -670,7 +673,7 @@ class XlaTraining:
             checkpoints,
             run,
             lambda step: rate_at(job.recipe.optimizer, step, run.steps),
-            lambda: agreed_reason(stop()),
+            StopAgreement(stop),
             agreed_seconds,
             spread_of(self.first.graph, self.first.where.whole),
             self.watchdog.enter,
@@ -704,7 +707,7 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
     process = process_info()
     if process is not None:
         hold_lifeline()
-        join(process)
+        join(process, is_told_to_stop=True)
     keep_freed_memory()
     find_devices()
     keep_compiled_programs()
@@ -778,12 +781,32 @@ def _devices(section: MeshSection) -> list[jax.Device]:
     return available[:wanted]
 
 
-def agreed_reason(reason: Reason | None) -> Reason | None:
-    """Return why to stop, if any process says so; the same in all of them."""
-    if jax.process_count() == 1:
-        return reason
-    number = np.int32(_REASONS.index(reason))
-    return _REASONS[int(np.max(multihost_utils.process_allgather(number)))]
+@dataclass
+class StopAgreement:
+    """Lets all processes stop behind the same step, of which one or all are told to stop.
+
+    jax's client catches SIGTERM in each of several processes, so that no handler of Python's is
+    called; what else tells a process to stop is passed on as that signal.
+
+    Attributes:
+      reason: returns why this process was told to stop, or None.
+    """
+
+    reason: Callable[[], Reason | None]
+    _calls: Iterator[int] = field(init=False, default_factory=count)
+    _is_passed_on: bool = field(init=False, default=False)
+
+    def __call__(self) -> Reason | None:
+        """Return why to stop now; every process calls it behind every step."""
+        reason = self.reason()
+        if jax.process_count() == 1:
+            return reason
+        if reason is not None and not self._is_passed_on:
+            self._is_passed_on = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        # Calls are counted, and not steps, since a run that returns to a checkpoint repeats some.
+        is_reached = multihost_utils.reached_preemption_sync_point(next(self._calls))
+        return Reason.TERMINATED if is_reached else None
 
 
 def agreed_seconds() -> float:
