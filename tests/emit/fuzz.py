@@ -62,7 +62,7 @@ CODE = (
     '"', "'", '"""', "'''", "\\", "\n", "\r", "\t", "#", ";", "(", ")", ":", "=", "{", "}",
     "%s", "{0}", "\x00", "\x01", "\x02", "\x010\x02", "__import__('os')", "eval", "exec", "self",
     "import", "os", "system", "class", "lambda", ".", "..", "-", "0", "é", "\u202e", "\u2028",
-    "a" * 90,    "layers.0", "print(1)", "ﬁ", "𝐚", " ", "\x0c",
+    "a" * 90,    "layers,0", "print(1)", "ﬁ", "𝐚", " ", "\x0c",
 )  # fmt: skip
 PARTS = (
     "a", "_", "-", "9", "class", "self", "forward", "eval", "exec", "__import__", "0", "os",
