@@ -124,8 +124,8 @@ def test_a_tokenizer_that_takes_too_long_is_ended() -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--temperature", "nan"], "not a temperature"),
-        (["--temperature", "inf"], "not a temperature"),
+        (["--temperature", "nan"], "nan is not a finite number"),
+        (["--temperature", "inf"], "inf is not a finite number"),
         (["--temperature", "1", "--seed", "-1"], "not a seed"),
     ],
 )

@@ -94,7 +94,7 @@ def test_an_encoder_decoder_makes_texts_of_texts(moecc: Callable, model: Callabl
         (["--tokens", "many"], "not a valid int", 2),
         (["--top-k", "-1"], "-1 is not in the range", 2),
         (["--top-p", "0"], "not a probability", 2),
-        (["--top-p", "nan"], "not a probability", 2),
+        (["--top-p", "nan"], "nan is not a finite number", 2),
         (["--stop", "end"], "no such token", 2),
         (["--prompt", ""], "prompt 2: the prompt has no tokens", 1),
         (["--dtype", "f16x"], "f16x", 2),

@@ -377,6 +377,7 @@ STATEMENTS: dict[str, Callable[[], Iterator[Claim]]] = {
     "slot of a choice": slots_are_used_once,
     "quotient": quotient_of_sum,
     "remainder": quotient_of_sum,
+    "multiples apart": quotient_of_sum,
     "quotient of a quotient": nested_quotient,
     "quotient and remainder": quotient_and_remainder,
     "merged axes": digits_are_unique,

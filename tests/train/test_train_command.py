@@ -257,7 +257,7 @@ FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
         (["--resume", "run", "--out", "x"], 2, "leave --out out"),
         (["--resume", "run", "--fork", "run@4"], 2, "leave --fork out, or --resume"),
         (["--resume", "model"], 1, "not the folder of a run"),
-        (["recipe.toml", "--out", "run"], 1, "--resume RUN goes on with a run"),
+        (["recipe.toml", "--out", "tokens"], 1, "--resume RUN goes on with a run"),
         (["recipe.toml", "--fork", "run@5", "--out", "x"], 1, "best, last, or one of the steps"),
         (["recipe.toml", "--fork", "run", "--out", "x"], 1, "as many steps already"),
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=3"], 1, "mesh"),
