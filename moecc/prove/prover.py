@@ -40,7 +40,7 @@ ASSUMPTIONS = (
     "arithmetic is that of real numbers",
     "every value is finite, but for what a mask hides",
     "no divisor is 0",
-    "every open size is at least 1",
+    "every open size is at least 1, and the types of both graphs hold",
     "constants are the rational numbers that their floats are",
 )
 FRACTIONS = (
@@ -55,7 +55,7 @@ EXACT_ON_DEVICES = "sums over devices are those of real numbers"
 
 EXACT_ASSUMPTIONS = (
     "an operation returns the same bits for the same operands",
-    "every open size is at least 1",
+    "every open size is at least 1, and the types of both graphs hold",
 )
 
 

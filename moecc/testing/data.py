@@ -28,12 +28,27 @@ ANY_INDEX = 8
 """Integers are below this where nothing shows what they index."""
 
 
-def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
-    """Return small sizes for the variables of `graph`, such that groups divide the tokens."""
+def sizes_for(graph: Graph, seed: int, size: int = 0) -> dict[str, int]:
+    """Return small sizes for the variables of `graph`, such that its types hold.
+
+    Groups divide the tokens, and there are as many to choose from as are chosen.
+
+    Args:
+      graph: the graph.
+      seed: chooses the sizes.
+      size: of all variables whose types allow it; 0 draws them.
+    """
     values = [*graph.inputs.values(), *graph.params.values()]
     names = {s for v in values for s in v.type.sizes if isinstance(s, str)}
-    sizes = {n: int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)}
+    sizes = {
+        n: size or int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)
+    }
     for node in graph.every_node():
+        count, axis = node.attrs.get("top_k"), node.attrs.get("axis")
+        if isinstance(count, int) and isinstance(axis, str):
+            choices = node.operands[0].type[axis].size
+            if isinstance(choices, str):
+                sizes[choices] = max(sizes.get(choices, 1), count)
         if node.op.assigns_slots:
             attrs = SlotsOp.of_node(node)
             groups = attrs.group_size or attrs.groups

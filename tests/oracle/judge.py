@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import lcm, prod
+from math import lcm
 from typing import Literal, get_args
 
 import numpy as np
@@ -22,7 +22,6 @@ from moecc.errors import InputError
 from moecc.ir import Graph, Value, clone
 from moecc.ir.builder import Builder
 from moecc.ir.interpreter import ReferenceProgram
-from moecc.ir.ops.slots import SlotsOp
 from moecc.testing.data import inputs_for, params_for, sizes_for
 from moecc.testing.draws import generator, moved
 from moecc.testing.oracle import (
@@ -175,27 +174,9 @@ def _variables(graph: Graph) -> set[str]:
 
 
 def sizes_of(before: Graph, after: Graph, seed: int, size: int = 0) -> dict[str, int]:
-    """Return sizes that suit both graphs: drawn, or `size` where groups of tokens allow it."""
-    if not size:
-        old, new = sizes_for(before, seed), sizes_for(after, seed)
-        sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
-        return divisible(sizes, before, after)
-    sizes = dict.fromkeys(sorted(_variables(before) | _variables(after)), size)
-    for graph in (before, after):
-        for node in graph.every_node():
-            if not node.op.assigns_slots:
-                continue
-            attrs = SlotsOp.of_node(node)
-            groups = attrs.group_size or attrs.groups
-            tokens = [node.operands[0].type[n].size for n in attrs.tokens]
-            total = prod(
-                sizes[s] if isinstance(s, str) else s
-                for s in tokens
-                if s in sizes or isinstance(s, int)
-            )  # type: ignore[operator]
-            open_sizes = [s for s in tokens if isinstance(s, str)]
-            if open_sizes and total % groups:
-                sizes[open_sizes[0]] *= groups
+    """Return sizes that suit both graphs: drawn, or `size` where their types allow it."""
+    old, new = sizes_for(before, seed, size), sizes_for(after, seed, size)
+    sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
     return divisible(sizes, before, after)
 
 
