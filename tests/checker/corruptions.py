@@ -98,6 +98,11 @@ def _other_number(log: dict[str, Any], before: str, after: str, chance: random.R
         return None
     step, at = chance.choice(places)
     step[2][at] += chance.choice((-2, -1, 1, 2))
+    if step[0] == "split a sum":
+        # A sum splits by every divisor of its length, and both graphs may have it: no fault.
+        length, by = log["terms"][step[2][0]["term"]][2], step[2][at]
+        if isinstance(length, int) and by > 0 and length % by == 0:
+            return None
     return log, before, after
 
 
