@@ -139,13 +139,13 @@ class _StepProof:
     Attributes:
       classes: the values of the whole graph.
       step: the step, its layers written out.
-      known: the agreement of each value.
+      agreements: of each value with one of the whole graph.
       caches: what each cache becomes, and the class that it holds.
     """
 
     classes: _Classes
     step: Graph
-    known: dict[Value, Agreement] = field(default_factory=dict)
+    agreements: dict[Value, Agreement] = field(default_factory=dict)
     caches: dict[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -158,11 +158,11 @@ class _StepProof:
         }
         for name, (whole, kind) in wholes.items():
             if name in self.step.inputs and whole is not None:
-                self.known[self.step.inputs[name]] = Agreement(whole, kind)
+                self.agreements[self.step.inputs[name]] = Agreement(whole, kind)
         for value in self.step.params.values():
             whole = self.classes.ids.get(self.classes.parameter_key(value))
             if whole is not None:
-                self.known[value] = Agreement(whole, "fixed")
+                self.agreements[value] = Agreement(whole, "fixed")
 
     def add(self, node: Node) -> None:
         """Derive how the results of a node agree.
@@ -173,22 +173,22 @@ class _StepProof:
         if node.op.name == "update_slice":
             self._add_cache(node)
             return
-        missing = [v for v in node.operands if v not in self.known]
+        missing = [v for v in node.operands if v not in self.agreements]
         if missing:
             raise NotContinuedError(f"nothing is known of %{missing[0].name}")
-        operands = [self.known[v] for v in node.operands]
+        operands = [self.agreements[v] for v in node.operands]
         kind, hidden = self._kind(node, operands)
         for value in node.results:
             key = self.classes.key(node, [a.whole for a in operands], value.index)
             whole = self.classes.ids.get(key)
             if whole is None:
                 raise NotContinuedError(f"the whole graph has no such {node.op.name}")
-            self.known[value] = Agreement(whole, kind, hidden)
+            self.agreements[value] = Agreement(whole, kind, hidden)
 
     def _add_cache(self, node: Node) -> None:
         """Keys before `start`, and the new ones from there on, are all keys before the end."""
         cache, new, start = node.operands
-        agreement = self.known.get(new)
+        agreement = self.agreements.get(new)
         inputs = {v: n for n, v in self.step.inputs.items()}
         name = inputs.get(cache, "")
         is_cache = name.startswith(CACHE) and name not in self.caches and len(cache.users) == 1
@@ -197,7 +197,7 @@ class _StepProof:
         if agreement.kind != "new" or node.attrs["axis"] != self.keys:
             raise NotContinuedError("what is written into the cache is no new key")
         self.caches[name] = node.result
-        self.known[node.result] = Agreement(agreement.whole, "key")
+        self.agreements[node.result] = Agreement(agreement.whole, "key")
 
     def output_gap(self) -> tuple[str, tuple[str, str]] | None:
         """Return an output that is no row of the whole graph, and no cache; None if all are."""
@@ -208,7 +208,7 @@ class _StepProof:
                 continue
             whole = self.classes.graph.outputs.get(name)
             expected = None if whole is None else self.classes.of[whole]
-            agreement = self.known.get(value)
+            agreement = self.agreements.get(value)
             if agreement is None or agreement[:2] != (expected, "row"):
                 return f"output {name}", ("rows of the whole output", f"%{value.name}")
         missing = self.caches.keys() - self.step.outputs.keys()

@@ -193,7 +193,7 @@ class _NodeProof:
     def __init__(self, evaluation: Evaluation, mesh: Mesh, finite: Mapping[Value, bool]) -> None:
         self.evaluation, self.algebra = evaluation, evaluation.algebra
         self.mesh, self.finite = mesh, finite
-        self.whole: dict[Value, Tensor] = {}
+        self.unsharded: dict[Value, Tensor] = {}
         self.shards: dict[Value, Tensor] = {}
         self._setters: dict[Value, int] = {}
         self._coordinates = {n: self.algebra.axis(f"@{n}", s) for n, s in mesh.axes if s > 1}
@@ -203,7 +203,7 @@ class _NodeProof:
         for assigner in _assigners(node):
             self._run(assigner)
         self._run(node)
-        finite = tuple(self.whole[v].finite for v in node.results)
+        finite = tuple(self.unsharded[v].finite for v in node.results)
         for value in node.results:
             expected, actual = self._expected(value), self._summed(value)
             if expected.axes != actual.axes or self._at_lone(expected) is not self._at_lone(actual):
@@ -227,13 +227,13 @@ class _NodeProof:
     def _run(self, node: Node) -> None:
         """Add the terms of the operands that have none, and of the results."""
         for number, value in enumerate(node.operands):
-            if value not in self.whole:
+            if value not in self.unsharded:
                 self._add_unknown(value, self._bound_of(node, number))
-        operands = [self.whole[v] for v in node.operands]
+        operands = [self.unsharded[v] for v in node.operands]
         axes = [self._axes(v.type) for v in node.results]
         results = self.evaluation.computed(node, operands, node.attrs, axes)
         for value, tensor in zip(node.results, results, strict=True):
-            self.whole[value] = replace(tensor, dtype=value.type.dtype)
+            self.unsharded[value] = replace(tensor, dtype=value.type.dtype)
         self._check_sizes(node)
         for value, tensor in zip(node.results, self._locally(node), strict=True):
             self.shards[value] = replace(tensor, dtype=value.type.dtype)
@@ -252,7 +252,7 @@ class _NodeProof:
             return
         sizes: dict[object, Size] = {}
         for value in node.operands:
-            pairs = zip(self.whole[value].axes, self.shards[value].axes, strict=True)
+            pairs = zip(self.unsharded[value].axes, self.shards[value].axes, strict=True)
             for axis, shard in pairs:
                 if sizes.setdefault(axis, shard.size) != shard.size:
                     raise MisplacedError(f"two sizes of a shard of {axis.name!r}")
@@ -266,7 +266,7 @@ class _NodeProof:
         if not isinstance(size, Extent):
             return size
         setter = setter_of(size)
-        assignment = self.whole[setter].slots if setter in self.whole else None
+        assignment = self.unsharded[setter].slots if setter in self.unsharded else None
         if assignment is None:
             number = self._setters.setdefault(setter, len(self._setters))
             return f"{size.kind} of setter {number}"
@@ -276,13 +276,13 @@ class _NodeProof:
         """Add any value: its elements are those of a source, or sums of such over coordinates."""
         type, axes = value.type, self._axes(value.type)
         name = {"int": "integer", "bool": "holds"}.get(type.dtype.kind, "source")
-        attrs = (f"operand {len(self.whole)}", str(type.dtype), tuple(v.size for v in axes))
+        attrs = (f"operand {len(self.unsharded)}", str(type.dtype), tuple(v.size for v in axes))
         head = Head(name, attrs) if below is None else Head("row", (below, *attrs))
         summed = [self._coordinates[m] for m in type.unreduced if m in self._coordinates]
         indices = [self.algebra.index(v) for v in (*summed, *axes)]
         element = self.algebra.apply(head, (), indices)
         part = Tensor(self.algebra, axes, element, self.finite.get(value, True), dtype=type.dtype)
-        self.whole[value] = replace(part, body=self._sum(element, type.unreduced))
+        self.unsharded[value] = replace(part, body=self._sum(element, type.unreduced))
         self.shards[value] = self._shard(part, type)
 
     def _shard(self, tensor: Tensor, type: TensorType) -> Tensor:
@@ -322,7 +322,7 @@ class _NodeProof:
         return self.algebra.multiply(inner, over=tuple(fresh.values())) if fresh else body
 
     def _expected(self, value: Value) -> Tensor:
-        return self._shard(self.whole[value], value.type)
+        return self._shard(self.unsharded[value], value.type)
 
     def _summed(self, value: Value) -> Tensor:
         shard = self.shards[value]
@@ -353,7 +353,7 @@ class _NodeProof:
 
     def _plain(self, node: Node, operands: Sequence[Tensor]) -> Sequence[Tensor]:
         axes = [
-            tuple(self._shard_axis(v, value.type[v.name]) for v in self.whole[value].axes)
+            tuple(self._shard_axis(v, value.type[v.name]) for v in self.unsharded[value].axes)
             for value in node.results
         ]
         attrs = local_attrs(node, self.mesh)
@@ -362,20 +362,20 @@ class _NodeProof:
     def _note_groups(self, node: Node) -> None:
         """Note the functions of tokens that are those of a shard of the groups."""
         slots = next((v for v in (*node.results, *node.operands) if is_slots(v)), None)
-        assignment = self.whole[slots].slots if slots is not None else None
+        assignment = self.unsharded[slots].slots if slots is not None else None
         if slots is None or slots.node is None or assignment is None:
             return
         tokens = SlotsOp.of_node(slots.node).tokens
-        place = slots.type[tokens[0]]
-        if self.mesh.size(place.mesh) == 1:
+        token_axis = slots.type[tokens[0]]
+        if self.mesh.size(token_axis.mesh) == 1:
             return
         functions = assignment.operands
         if node.op.name == "group_sum":
-            functions = (self.whole[node.operands[0]].along(*tokens),)
-        first = self._shard_axis(assignment.tokens[0], place)
-        start = self._start(place.mesh, first.size)
+            functions = (self.unsharded[node.operands[0]].along(*tokens),)
+        first = self._shard_axis(assignment.tokens[0], token_axis)
+        start = self._start(token_axis.mesh, first.size)
         shards = [self._from(f, first.size, start) for f in functions]
-        note_shards(self.algebra, shards, self._part(place.mesh), functions)
+        note_shards(self.algebra, shards, self._part(token_axis.mesh), functions)
 
     def _from(self, function: Abstraction, size: Size, start: Polynomial) -> Abstraction:
         """Return a function of tokens at the tokens of a shard; other axes are whole."""
@@ -388,10 +388,10 @@ class _NodeProof:
 
     def _with_sizes(self, node: Node, slots: Tensor) -> Tensor:
         """Return slots of a device; rows have as many slots as on all devices together."""
-        whole = self.whole[node.results[-1]].slots
-        if whole is None or slots.slots is None:
+        unsharded = self.unsharded[node.results[-1]].slots
+        if unsharded is None or slots.slots is None:
             return slots
-        sizes = (slots.slots.sizes[0], slots.slots.sizes[1], whole.sizes[2])
+        sizes = (slots.slots.sizes[0], slots.slots.sizes[1], unsharded.sizes[2])
         return replace(slots, slots=replace(slots.slots, sizes=sizes))
 
     def _random(self, node: Node, like: Tensor) -> Tensor:
@@ -403,15 +403,15 @@ class _NodeProof:
 
     def _apart(self, node: Node) -> Tensor:
         """Return the shard of the result along axes of which an operation mixes no elements."""
-        mixed, whole = node.mixes, self.whole[node.result]
+        mixed, unsharded = node.mixes, self.unsharded[node.result]
         meshes: dict[str, tuple[str, ...]] = {}
         for axis in (a for v in node.operands for a in v.type.axes):
             mesh = meshes.setdefault(axis.name, axis.mesh)
-            is_apart = axis.name not in mixed and whole.has(axis.name)
+            is_apart = axis.name not in mixed and unsharded.has(axis.name)
             if mesh != axis.mesh or (mesh and not is_apart):
                 raise MisplacedError(f"{node.op.name} of shards along {axis.name!r}")
-        axes = [Axis(v.name, 0, meshes.get(v.name, ())) for v in whole.axes]
-        return self._shard(whole, TensorType(node.result.type.dtype, tuple(axes)))
+        axes = [Axis(v.name, 0, meshes.get(v.name, ())) for v in unsharded.axes]
+        return self._shard(unsharded, TensorType(node.result.type.dtype, tuple(axes)))
 
     def _exchanged(self, node: Node, x: Tensor) -> Tensor:
         """Return what a collective gives a device."""
@@ -445,11 +445,14 @@ class _NodeProof:
         axis = self.algebra.axis(name, whole_size)
         index = self.algebra.index(axis)
         if isinstance(size, int):
-            part, place = quotient(self.algebra, index, size), remainder(self.algebra, index, size)
+            part, remaining = (
+                quotient(self.algebra, index, size),
+                remainder(self.algebra, index, size),
+            )
         else:
             part = number_of_shard(self.algebra, index, size)
-            place = place_in_shard(self.algebra, index, size)
-        values, inner = {x.axis(name): place}, self.mesh.size(over)
+            remaining = place_in_shard(self.algebra, index, size)
+        values, inner = {x.axis(name): remaining}, self.mesh.size(over)
         split = [m for m in over if m in self._coordinates]
         for mesh_axis in split:
             inner //= self.mesh.sizes[mesh_axis]
@@ -497,8 +500,8 @@ class _NodeProof:
         size = rows.axis("expert").size
         expert, inside = self._in_shard(assignment.experts, mesh, size)
         placed = self.algebra.multiply(inside, assignment.placed)
-        own = replace(slots, slots=replace(assignment, experts=expert, placed=placed))
-        return self._plain(node, [rows, experts, own, *gates])[0]
+        local_slots = replace(slots, slots=replace(assignment, experts=expert, placed=placed))
+        return self._plain(node, [rows, experts, local_slots, *gates])[0]
 
     def _in_shard(
         self, index: Polynomial, mesh: Sequence[str], size: Size

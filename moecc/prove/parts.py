@@ -124,9 +124,9 @@ def _matched(batch: Graph, part: Graph, names: list[str]) -> Parting | None:
         for value in node.results:
             # The mean over a part, of which a device takes its share, is nothing of the batch.
             operands = [of_part.get(v, -1) for v in node.operands]
-            found = classes.get((node.op.name, attrs, value.index, *operands))
-            if found is not None and -1 not in operands:
-                (raw if found in means else of_part)[value] = found
+            number = classes.get((node.op.name, attrs, value.index, *operands))
+            if number is not None and -1 not in operands:
+                (raw if number in means else of_part)[value] = number
     for name in names:
         if of_part.get(part.outputs[name]) != of_batch[batch.outputs[name]]:
             return _first_stranger(part.outputs[name], of_part, raw)
