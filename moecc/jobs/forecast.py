@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, inf, isfinite
+from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from typing import Annotated
 
 from moecc.errors import InputError, UsageError
 from moecc.families.describe import count_parameters, sequence_flops
-from moecc.formats.run import GRAPH, RECIPE
+from moecc.formats.run import GRAPH, METRICS, RECIPE
 from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
 from moecc.ir.text import read_graph
 from moecc.ir.unroll import unrolled
 from moecc.jobs.command import (
@@ -34,7 +35,7 @@ from moecc.support.lazy import np
 from moecc.support.page import drawing, render_page
 from moecc.support.text import count_text, size_text
 from moecc.support.untyped import JsonDict
-from moecc.train.forecast import FARTHEST, Crossing, Pilot, crossing_of
+from moecc.train.forecast import BLOCK_STEPS, FARTHEST, Crossing, Pilot, crossing_of
 from moecc.train.recipe import Recipe, Schedule
 from moecc.train.recipe_text import load_recipe, parse_recipe, recipe_file
 from moecc.train.run import read_run
@@ -52,6 +53,8 @@ MOST_EPOCHS = 4
 
 PILOT_STEPS = 300
 FEWEST_SEEDS = 2
+FEWEST_BLOCKS = 5
+"""Fewer means of steps than these have no line."""
 _SERVED_BYTES = 2
 """Bytes of a parameter in bf16, as models are served."""
 
@@ -132,6 +135,13 @@ def read_pilots(runs: Sequence[str], parameters: int) -> PilotRuns:
     pilots = tuple(Pilot(_losses(pair[True], steps), _losses(pair[False], steps))
                    for pair in arms.values())  # fmt: skip
     shortest = min(len(x) for pilot in pilots for x in (pilot.dense, pilot.sparse))
+    fewest = recipes[0].optimizer.warmup + FEWEST_BLOCKS * BLOCK_STEPS
+    if shortest < fewest:
+        raise InputError(
+            "the pilot is too short", where="run.steps",
+            expected=f"at least {fewest} steps at a constant rate, of which the rate rises in "
+            f"{recipes[0].optimizer.warmup}", found=str(shortest),
+        )  # fmt: skip
     pilots = tuple(Pilot(p.dense[:shortest], p.sparse[:shortest]) for p in pilots)
     folders = [open_tokens(corpus.tokens) for corpus in recipes[0].data.train]
     return PilotRuns(pilots, recipes[0], sum(folder.facts.tokens for folder in folders))
@@ -151,7 +161,8 @@ def _constant_steps(recipe: Recipe) -> int:
 def _losses(run: Path, steps: int) -> Doubles:
     """Return the cross entropy of the first steps of a run; one that was skipped is as the last."""
     series = read_run(run).scalar("loss.cross_entropy")
-    assert series is not None, "every step measures it"
+    if series is None or not len(series.steps):
+        raise InputError("the run measured no loss.cross_entropy", where=str(run / METRICS))
     inside = series.steps <= steps
     every = np.arange(1, int(series.steps[inside].max(initial=0)) + 1)
     losses: Doubles = np.interp(every, series.steps[inside], series.values[inside])
@@ -245,15 +256,16 @@ def forecast(
     """
     if html is not None:
         check_writable(html, force=force)
+    if price is not None and machine is None:
+        raise UsageError("--price has no device-hours to price", hint="state the --machine")
+    limit = None if budget is None else parse_budget(budget, machine)
     passes = Pipeline.parse(pipeline or load_recipe("recipe:upcycle").model.pipeline)
     with open_model(model, config_alone=True) as opened:
-        dense = opened.graph
-    with open_model(model, config_alone=True) as opened:
-        run_pipeline(opened.graph, passes)
-        sparse = opened.graph
+        dense, sparse = opened.graph, clone(opened.graph)
+    run_pipeline(sparse, passes)
     dense, sparse = unrolled(dense), unrolled(sparse)
     runs = read_pilots(pilot, count_parameters(dense).total) if pilot else None
-    result = _forecast(model, dense, sparse, runs, tokens, budget, machine)
+    result = _forecast(model, dense, sparse, runs, tokens, limit, machine)
     facts = {**result.facts, "pipeline": str(passes)}
     if serving is not None and (too_large := _too_large(facts["served_bytes"], serving)):
         facts = {**facts, "worth_it": False, "reasons": [*facts["reasons"], too_large]}
@@ -270,7 +282,7 @@ def _forecast(
     sparse: Graph,
     runs: PilotRuns | None,
     tokens: float,
-    budget: str | None,
+    budget: Budget | None,
     machine: str | None,
 ) -> Forecast:
     seq = 4096 if runs is None else runs.recipe.data.seq
@@ -301,7 +313,11 @@ def _forecast(
     crossing = crossing_of(runs.pilots, behind, ratio, runs.recipe.optimizer.warmup)
     steps = len(runs.pilots[0].dense)
     step_flops = TRAIN_PASSES * after.flops_per_token * batch
-    budget_steps = _budget_steps(budget, step_flops, after.device_hours)
+    budget_steps = inf
+    if budget is not None:
+        a_step = after.device_hours if budget.is_hours else float(step_flops)
+        assert a_step is not None, "device-hours come with a machine"
+        budget_steps = budget.amount / a_step
     reasons = tuple(_refusals(crossing, steps, len(runs.pilots), budget_steps,
                               runs.text_tokens / batch))  # fmt: skip
     crossing_steps = crossing.steps if isfinite(crossing.steps) else None
@@ -352,20 +368,31 @@ def _cost(model: str, graph: Graph, seq: int, batch: int | None, machine: str | 
     return ArmCost(count_parameters(graph).total, flops, hours)
 
 
-def _budget_steps(budget: str | None, step_flops: float, hours: float | None) -> float:
-    """Return the sparse steps that a budget is enough for. Raises UsageError."""
-    if budget is None:
-        return inf
-    is_hours = budget.endswith("h")
+@dataclass(frozen=True)
+class Budget:
+    """Compute that is there to train with.
+
+    Attributes:
+      amount: FLOPs, or device-hours.
+      is_hours: whether they are device-hours.
+    """
+
+    amount: float
+    is_hours: bool
+
+
+def parse_budget(text: str, machine: str | None) -> Budget:
+    """Return a budget as ``--budget`` states it. Raises UsageError."""
     try:
-        amount = float(budget.removesuffix("h"))
+        amount = float(text.removesuffix("h"))
     except ValueError:
-        raise UsageError("--budget is no number", expected="1e20, or 500h", found=budget) from None
-    if not is_hours:
-        return amount / step_flops
-    if hours is None:
-        raise UsageError("--budget in device-hours needs --machine", found=budget)
-    return amount / hours
+        amount = nan
+    if not 0 < amount < inf:
+        raise UsageError("--budget is no amount", expected="1e20, or 500h", found=text)
+    budget = Budget(amount, text.endswith("h"))
+    if budget.is_hours and machine is None:
+        raise UsageError("--budget in device-hours needs --machine", found=text)
+    return budget
 
 
 def _lines(facts: JsonDict) -> Iterator[str]:

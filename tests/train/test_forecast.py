@@ -116,7 +116,32 @@ def test_the_command_says_yes_or_why_not(arms: Path, capsys: pytest.CaptureFixtu
     assert "interval holds 0" in answer(arms, capsys, *write_losses(arms, -0.01, 0.0))[2]
     assert main(["forecast", str(arms / "model"), "--tokens", "1", *runs[:2]]) == 1
     assert "an arm of the pilot is alone" in capsys.readouterr().err
+    journal = arms / "sparse-1" / "metrics.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    bare = "".join(lines).replace("loss.cross_entropy", "loss.other")
+    for text, message in (("".join(lines[:40]), "too short"), (bare, "no loss.cross_entropy")):
+        journal.write_text(text)
+        assert main(["forecast", str(arms / "model"), "--tokens", "1", *runs]) == 1
+        assert message in capsys.readouterr().err
+    runs = write_losses(arms, -0.06, 2e-3)
     pytest.importorskip("plotly")
     page = arms / "page.html"
     answer(arms, capsys, *runs, "--html", str(page))
     assert re.search(r"Both arms at equal compute", page.read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget", "nan"), "--budget is no amount"),
+        (("--budget", "-5h"), "--budget is no amount"),
+        (("--budget", "much"), "--budget is no amount"),
+        (("--budget", "5h"), "--budget in device-hours needs --machine"),
+        (("--price", "2"), "--price has no device-hours to price"),
+    ],
+)
+def test_what_cannot_be_asked(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["forecast", "preset:smollm2-135m", "--tokens", "1e9", *options]) == 2
+    assert message in capsys.readouterr().err

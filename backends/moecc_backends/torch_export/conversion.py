@@ -51,7 +51,7 @@ from moecc.types import Array, Axis, TensorType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, sources
 from moecc.weights.simplify import simplify
-from moecc_backends.jaxpr.conversion import (
+from moecc_backends.jaxpr.rewriting import (
     MAX_READ_ELEMENTS,
     FunctionReport,
     RewrittenBlocks,

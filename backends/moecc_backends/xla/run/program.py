@@ -1,4 +1,4 @@
-"""Memory and number types of the process that runs a program."""
+"""A program that runs: its memory, its number types, and the processes that share it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import ctypes
 import hashlib
 import os
 import platform
+import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from math import ceil
 from typing import Any
 
@@ -38,6 +41,7 @@ from moecc.launch.processes import (
     watchdog_of_environment,
 )
 from moecc.launch.rendezvous import meet
+from moecc.train.events import Reason
 from moecc.types import F64, Array, DType
 from moecc.types import Array as NumpyArray
 from moecc.version import __version__
@@ -492,6 +496,42 @@ def meet_processes(point: str) -> None:
     """Wait until all processes have come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(point)
+
+
+@dataclass
+class StopAgreement:
+    """Lets all processes stop behind the same step, of which one or all are told to stop.
+
+    jax's client catches SIGTERM in each of several processes, so that no handler of Python's is
+    called; what else tells a process to stop is passed on as that signal.
+
+    Attributes:
+      reason: returns why this process was told to stop, or None.
+    """
+
+    reason: Callable[[], Reason | None]
+    _calls: Iterator[int] = field(init=False, default_factory=count)
+    _is_passed_on: bool = field(init=False, default=False)
+
+    def __call__(self) -> Reason | None:
+        """Return why to stop now; every process calls it behind every step."""
+        reason = self.reason()
+        if jax.process_count() == 1:
+            return reason
+        if reason is not None and not self._is_passed_on:
+            self._is_passed_on = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        # Calls are counted, and not steps, since a run that returns to a checkpoint repeats some.
+        is_reached = multihost_utils.reached_preemption_sync_point(next(self._calls))
+        return Reason.TERMINATED if is_reached else None
+
+
+def agreed_seconds() -> float:
+    """Return the seconds of the first process's clock, in all of them."""
+    now = time.monotonic()
+    if jax.process_count() == 1:
+        return now
+    return float(multihost_utils.broadcast_one_to_all(np.float32(now)))
 
 
 def configuration(**more: str) -> dict[str, str]:

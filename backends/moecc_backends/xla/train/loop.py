@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import count
 from math import inf, prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from moecc.analysis import parameter_groups
@@ -77,6 +73,8 @@ from moecc.train.settings import rate_at
 from moecc.types import DTYPES, Array, float_type
 from moecc_backends.xla.import_jax import find_devices, keep_compiled_programs
 from moecc_backends.xla.run.program import (
+    StopAgreement,
+    agreed_seconds,
     configuration,
     in_precision,
     is_first,
@@ -779,39 +777,3 @@ def _devices(section: MeshSection) -> list[jax.Device]:
             hint=f"{of_all} takes them",
         )
     return available[:wanted]
-
-
-@dataclass
-class StopAgreement:
-    """Lets all processes stop behind the same step, of which one or all are told to stop.
-
-    jax's client catches SIGTERM in each of several processes, so that no handler of Python's is
-    called; what else tells a process to stop is passed on as that signal.
-
-    Attributes:
-      reason: returns why this process was told to stop, or None.
-    """
-
-    reason: Callable[[], Reason | None]
-    _calls: Iterator[int] = field(init=False, default_factory=count)
-    _is_passed_on: bool = field(init=False, default=False)
-
-    def __call__(self) -> Reason | None:
-        """Return why to stop now; every process calls it behind every step."""
-        reason = self.reason()
-        if jax.process_count() == 1:
-            return reason
-        if reason is not None and not self._is_passed_on:
-            self._is_passed_on = True
-            os.kill(os.getpid(), signal.SIGTERM)
-        # Calls are counted, and not steps, since a run that returns to a checkpoint repeats some.
-        is_reached = multihost_utils.reached_preemption_sync_point(next(self._calls))
-        return Reason.TERMINATED if is_reached else None
-
-
-def agreed_seconds() -> float:
-    """Return the seconds of the first process's clock, in all of them."""
-    now = time.monotonic()
-    if jax.process_count() == 1:
-        return now
-    return float(multihost_utils.broadcast_one_to_all(np.float32(now)))
