@@ -36,8 +36,7 @@ from tempfile import TemporaryDirectory
 
 from moecc.formats.run import saved_steps
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from train.tiny import make_recipe
+from ..train.tiny import make_recipe  # noqa: TID252
 
 NODES = ("n1", "n2")
 LIMIT_SECONDS = 1800
