@@ -409,7 +409,7 @@ def _lines(facts: JsonDict) -> Iterator[str]:
         yield "  crossing    {} tokens after the switch ({} to {})".format(*texts)
     if facts["flops"] is not None:
         hours = facts["device_hours"]
-        yield f"  to there    {facts['flops']:.3g} FLOPs" + (
+        yield f"  cost        {facts['flops']:.3g} FLOPs to the crossing" + (
             "" if hours is None else f", {hours:,.3g} device-hours of {facts['machine']}"
         ) + ("" if facts["price"] is None else f", {facts['price']:,.2f}")  # fmt: skip
     if facts["worth_it"]:
