@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
-from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.ops.repetition import repetitions
-from moecc.ir.traits import RowMove
 from moecc.prove.counterexample import (
     Counterexample,
     find_counterexample,
@@ -22,7 +20,8 @@ from moecc.prove.counterexample import (
 )
 from moecc.prove.decoding import ASSUMPTIONS as STEP_ASSUMPTIONS
 from moecc.prove.decoding import is_step, step_gap
-from moecc.prove.evaluation import Evaluation, Terms, shown
+from moecc.prove.evaluation import Evaluation
+from moecc.prove.localisation import first_difference
 from moecc.prove.log import log_of
 from moecc.prove.mesh import Devices, Parting
 from moecc.prove.parts import ASSUMPTIONS as PART_ASSUMPTIONS
@@ -31,7 +30,7 @@ from moecc.prove.rules import Lemmas
 from moecc.support.process import gc_paused
 from moecc.support.untyped import JsonDict
 from moecc.terms.tensor import Tensor
-from moecc.terms.term import Algebra, Polynomial, TooManyTerms, Var
+from moecc.terms.term import Algebra, TooManyTerms
 from moecc.types import Extent, TensorType
 
 Status = Literal["proved", "refuted", "unknown"]
@@ -315,7 +314,7 @@ def _parting(
     for name, value in old_outputs.items():
         a, b = old[value], new[new_outputs[name]]
         if not is_same(a, b):
-            return _first_difference(value, new_outputs[name], old, new)
+            return first_difference(name, (value, new_outputs[name]), old, new)
     return None
 
 
@@ -338,107 +337,3 @@ def _layout(type: TensorType) -> str:
     sizes = (a.size.kind if isinstance(a.size, Extent) else a.size for a in type.axes)
     axes = ", ".join(f"{a.name}={s}" for a, s in zip(type.axes, sizes, strict=True))
     return f"{type.dtype}[{axes}]"
-
-
-def _first_difference(before: Value, after: Value, old: Terms, new: Terms) -> Parting:
-    """Return the first node of the second graph that stands for another value of the first.
-
-    Both graphs are walked side by side from an output, as far as their operations agree and their
-    values do not.  What the second graph computes and the first does not, as rows and their
-    experts, has no value to be compared with, and the walk ends behind it.
-    """
-    values = {(frozenset(t.axes), t.body) for t in old.values()}
-    twins: dict[Value, Value] = {after: before}
-    stack = [(before, after)]
-    while stack:
-        a, b = stack.pop()
-        for x, y in _operands_in_step(a.node, b.node):
-            is_lost = (frozenset(new[y].axes), new[y].body) not in values
-            is_lost = is_lost and not _is_alike(old[x], new[y])
-            if is_lost and y.node is not None and y not in twins:
-                twins[y] = x
-                stack.append((x, y))
-    results = (v for node in after.graph for v in node.results)
-    first = next((v for v in results if v in twins), after)
-    twin, named = twins[first], _first_lost_row(first, old, new) or first
-    node_text = where(named.node) if named.node is not None else f"%{named.name}"
-    return node_text, (shown(old[twin]), shown(new[named]))
-
-
-def _is_alike(a: Tensor, b: Tensor) -> bool:
-    """Return whether tensors are equal at the start of axes of two sizes, up to a factor."""
-    if a.names != b.names or a.axes == b.axes:
-        return False
-    pairs = zip(a.axes, b.axes, strict=True)
-    start = {v.name: a.algebra.zero for v, w in pairs if v is not w}
-    parts = (t.moved(t.without(*start), start) for t in (a, b))
-    return len({_up_to_a_factor(part) for part in parts}) == 1
-
-
-def _first_lost_row(combined: Value, old: Terms, new: Terms) -> Value | None:
-    """Return the first of the rows that are combined which no token has in the first graph.
-
-    The row of a token's best choice is compared with values of the token, as where experts are
-    copies of a block, and with such rows of the first graph.  None where rows have other axes than
-    these, as slices of neurons, or all are there.
-    """
-    node = combined.node
-    if node is None or node.op.moves is not RowMove.TO_TOKENS or len(node.operands) < 4:
-        return None
-    slot = new[node.operands[0]].axis("slot")
-    best = {_best_expert(t) for t in old.values() if t.slots is not None}
-    if best and any(_best_expert(new[v]) not in best for v in node.operands if new[v].slots):
-        return None
-    values = {_up_to_a_factor(t) for t in _by_token(old).values()}
-    layouts = {axes for axes, _ in values}
-    rows, upstream = _by_token(new), {*node.operands}
-    for earlier in reversed(list(combined.graph)):
-        if not upstream.isdisjoint(earlier.results):
-            upstream.update(earlier.operands)
-    for value in (v for n in combined.graph for v in n.results if v in upstream):
-        is_moved = value.node is None or value.node.op.moves is not None
-        if slot in new[value].axes and not is_moved:
-            key = _up_to_a_factor(rows[value])
-            if key not in values:
-                return value if key[0] in layouts else None
-    return None
-
-
-def _best_expert(tensor: Tensor) -> Polynomial | None:
-    """Return the expert of the first choice, for slots."""
-    slots, algebra = tensor.slots, tensor.algebra
-    if slots is None:
-        return None
-    return algebra.substitute(slots.experts, {slots.choice: algebra.zero})
-
-
-def _by_token(terms: Terms) -> Terms:
-    """Return values as functions of tokens: of rows, that of the token's first choice."""
-    assignments = {t.slots.sizes: t.slots for t in terms.values() if t.slots is not None}
-    values: Terms = {}
-    for value, tensor in terms.items():
-        sizes = tuple(v.size for v in tensor.axes if v.name in ("group", "expert", "slot"))
-        slots = assignments.get(sizes) if tensor.has("slot") else None  # type: ignore[arg-type]
-        if slots is not None:
-            place = slots.place(tensor.algebra, tensor.algebra.zero)
-            axes = (*slots.tokens, *tensor.without(*place))
-            tensor = tensor.moved(axes, place)
-        values[value] = tensor
-    return values
-
-
-def _up_to_a_factor(tensor: Tensor) -> tuple[frozenset[Var], Polynomial]:
-    """Return the axes and the element of a tensor, without the number that it is multiplied by."""
-    body = tensor.body
-    if len(body.terms) == 1:
-        body = tensor.algebra.scale(body, 1 / Fraction(body.terms[0][1]))
-    return frozenset(tensor.axes), body
-
-
-def _operands_in_step(before: Node | None, after: Node | None) -> Iterable[tuple[Value, Value]]:
-    """Return the operands of two nodes in pairs, none where they are not of one operation."""
-    if before is None or after is None or before.op is not after.op:
-        return ()
-    if before.attrs != after.attrs or len(before.operands) != len(after.operands):
-        return ()
-    return zip(before.operands, after.operands, strict=True)

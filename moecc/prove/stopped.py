@@ -21,7 +21,7 @@ from moecc.terms.term import (
 )
 
 STOPPED = "stopped"
-_LEAVES = frozenset({"source", "family", "weight", "weights", "carry"})
+LEAVES = frozenset({"source", "family", "weight", "weights", "carry"})
 
 
 def stopped(x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _factor(algebra: Algebra, factor: Factor, memo: dict[object, Polynomial]) ->
 
 def _head(factor: Application) -> Head:
     """Return a head whose closed functions, or whose elements, are those of stopped twins."""
-    is_leaf = factor.head.name in _LEAVES
+    is_leaf = factor.head.name in LEAVES
     has_closed = any(not a.free for a in factor.abstractions)
     if not (is_leaf or has_closed) or STOPPED in factor.head.attrs:
         return factor.head
