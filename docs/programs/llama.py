@@ -72,15 +72,6 @@ def _tables(positions, like, frequencies, attention_factor):
     return tuple((f(angles) * attention_factor).to(like.dtype) for f in (torch.cos, torch.sin))
 
 
-class Scope(nn.Module):
-    """Modules and parameters under one name of the checkpoint."""
-
-    def __init__(self, **members):
-        super().__init__()
-        for name, member in members.items():
-            setattr(self, name, member)
-
-
 def with_cache(output, cache, **values):
     """Return an output of transformers, whose releases name its cache differently."""
     return output(**values, **{_cache_name(output): cache})
@@ -106,7 +97,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(576, 192, bias=False)
         self.o_proj = nn.Linear(576, 576, bias=False)
 
-    def forward(self, hidden_states, cos, sin, seen, cache, **kwargs):
+    def forward(self, hidden_states, cos, sin, mask, cache, **kwargs):
         q = self.q_proj(hidden_states).unflatten(-1, (-1, 64))  # [batch, seq, head, head_dim]
         k = self.k_proj(hidden_states).unflatten(-1, (-1, 64))  # [batch, seq, head, head_dim]
         # [batch, head, seq, head_dim]
@@ -116,7 +107,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = extend_cache(cache, key, value, self.layer_idx)
         # [batch, seq, q]
-        merged = attend(self, query, key, value, seen, scaling=0.125, **kwargs).flatten(2)
+        merged = attend(self, query, key, value, mask, scaling=0.125, **kwargs).flatten(2)
         return self.o_proj(merged)  # [batch, seq, embed]
 
 

@@ -21,16 +21,6 @@ def widened(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def float_type(like):
-    """Return the type of floating-point numbers in which `like` is computed with."""
-    return like.dtype if like.is_floating_point() else torch.get_default_dtype()
-
-
-def one_hot(index, size, like):
-    """Return ones at `index` along a new axis, zeros elsewhere; a negative index has none."""
-    return (index[..., None] == torch.arange(size, device=index.device)).to(float_type(like))
-
-
 def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
     """Average values by the softmax of query · key, ``[batch, head, seq, head_dim]``.
 
@@ -78,8 +68,9 @@ def extend_cache(cache, key, value, layer_idx):
     return cache.update(key, value, layer_idx, {"cache_position": positions})
 
 
-def relative_buckets(distance, *, bidirectional, buckets, max_distance):
+def relative_buckets(query, key, buckets, max_distance, *, bidirectional):
     """Return the bucket of each distance from query to key: near ones exact, far ones geometric."""
+    distance = key[..., None, :] - query[..., None]
     half = buckets // 2 if bidirectional else buckets
     ahead = distance > 0
     behind = distance.abs() if bidirectional else (-distance).clamp(min=0)
@@ -169,71 +160,27 @@ def top_k_experts(scores, k):
 
 def keep_random(weights, threshold):
     """Return which choices are kept: the first, others with probability weight / threshold."""
-    keep = torch.rand_like(weights) < weights / max(threshold, 1e-9)
-    return _with_first(keep)
+    first = torch.arange(weights.shape[-1], device=weights.device) == 0
+    return first | (torch.rand_like(weights) < weights / max(threshold, 1e-9))
 
 
-def _with_first(keep):
-    first = torch.arange(keep.shape[-1], device=keep.device) == 0
-    return keep | first
+def assign_slots(top_k_index, experts, capacity_factor=None, keep=None):
+    """Return the slot of each choice at its expert, −1 where it is dropped; first choices first.
 
-
-def capacity(tokens, choices, experts, factor, per_choice, rounding, minimum, multiple, cap):
-    """Return the rows of an expert in a group of `tokens` tokens; `factor` is a ratio of two."""
-    numerator, denominator = factor[0] * tokens, factor[1] * experts
-    if per_choice:
-        numerator = numerator * choices
-    slots = numerator // denominator
-    if rounding == "ceil":
-        slots = -(-numerator // denominator)
-    elif rounding == "round":  # a half goes to the even neighbour
-        slots = (2 * numerator + denominator) // (2 * denominator)
-        if (2 * numerator + denominator) % (2 * denominator) == 0 and slots % 2:
-            slots -= 1
-    slots = -(-max(slots, minimum) // multiple) * multiple
-    return min(slots, tokens) if cap else slots
-
-
-def assign_slots(
-    top_k_index, experts, *, capacity_factor=None, groups=1, group_size=0, order="choice",
-    per_choice=False, rounding="floor", minimum=4, multiple=1, cap=True, keep=None,
-    priority=None, mask=None
-):
-    """Return the slot of each choice at its expert, −1 where it is dropped.
-
-    Slots are counted in each group of tokens; first choices come before second ones, or with
-    ``order="token"`` token by token.
+    An expert has `capacity_factor`, a ratio of two numbers, times its share of all tokens, at
+    least 4.
     """
-    choices = top_k_index.shape[-1]
-    if capacity_factor is None:  # nothing is counted
-        groups, group_size = 1, 0
-    size = group_size or top_k_index[..., 0].numel() // groups
-    chosen = top_k_index.reshape(-1, size, choices)
-    wanted = chosen >= 0
+    chosen = top_k_index.flatten(0, -2).transpose(0, 1)  # [choice, token]
+    tokens, wanted = chosen.shape[1], torch.ones_like(chosen, dtype=torch.bool)
     if keep is not None:
-        wanted = wanted & keep.reshape(chosen.shape)
-    if mask is not None:
-        wanted = wanted & mask.reshape(-1, size, 1)
-    turns = torch.arange(size, device=chosen.device).expand(chosen.shape[0], size)
-    if priority is not None:
-        ranks = priority.reshape(-1, size).argsort(dim=-1, descending=True, stable=True)
-        turns = ranks.argsort(dim=-1)
-    # The line in which choices wait: by choice and turn, or by turn and choice.
-    line = turns[..., None] + size * torch.arange(choices, device=chosen.device)
-    if order == "token":
-        line = turns[..., None] * choices + torch.arange(choices, device=chosen.device)
-    line = line.flatten(1)
-    first = line.argsort(dim=-1)
-    waiting = torch.where(wanted, chosen, experts).flatten(1).gather(1, first)
-    counts = F.one_hot(waiting, experts + 1).cumsum(1)
-    slots = counts.gather(2, waiting[..., None])[..., 0] - 1
-    slots = slots.gather(1, line).view(chosen.shape)
+        wanted = keep.flatten(0, -2).transpose(0, 1)
+    waiting = torch.where(wanted, chosen, experts).reshape(-1)
+    counts = F.one_hot(waiting, experts + 1).cumsum(0)
+    slots = counts.gather(1, waiting[:, None]).view(chosen.shape) - 1
     if capacity_factor is not None:
-        bound = capacity(
-            size, choices, experts, capacity_factor, per_choice, rounding, minimum, multiple, cap
-        )
-        wanted = wanted & (slots < bound)
-    return slots.masked_fill(~wanted, -1).view(top_k_index.shape)
+        bound = capacity_factor[0] * tokens // (capacity_factor[1] * experts)
+        wanted = wanted & (slots < min(max(bound, 4), tokens))
+    return slots.masked_fill(~wanted, -1).transpose(0, 1).view(top_k_index.shape)
 
 
 def stacked(losses):
@@ -251,43 +198,37 @@ def _cache_name(output):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer_idx):
         super().__init__()
+        self.layer_idx = layer_idx
         self.config = config
         self.num_key_value_groups = 1
-        self.layer_norm = nn.RMSNorm(512, eps=1e-06)
-        self.SelfAttention = Scope(
-            q=nn.Linear(512, 512, bias=False),
-            k=nn.Linear(512, 512, bias=False),
-            v=nn.Linear(512, 512, bias=False),
-            o=nn.Linear(512, 512, bias=False),
-        )
+        self.q = nn.Linear(512, 512, bias=False)
+        self.k = nn.Linear(512, 512, bias=False)
+        self.v = nn.Linear(512, 512, bias=False)
+        self.o = nn.Linear(512, 512, bias=False)
 
-    def forward(self, hidden_states, mask, bias):
-        normed = self.layer_norm(hidden_states)
+    def forward(self, hidden_states, key_value_states, mask, cache, **kwargs):
         # [batch, head, seq, head_dim]
-        query = self.SelfAttention.q(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
-        key = self.SelfAttention.k(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
-        value = self.SelfAttention.v(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
-        mask_2 = biased(bias.permute(2, 0, 1)[None], mask[:, None, None], is_causal=False)
-        attended = attend(self, query, key, value, mask_2, scaling=1.0, is_causal=False)
-        return self.SelfAttention.o(attended.flatten(2))  # [batch, seq, embed]
+        query = self.q(hidden_states).unflatten(-1, (-1, 64)).transpose(1, 2)
+        key = self.k(key_value_states).unflatten(-1, (-1, 64)).transpose(1, 2)
+        value = self.v(key_value_states).unflatten(-1, (-1, 64)).transpose(1, 2)
+        if cache is not None:
+            key, value = extend_cache(cache, key, value, self.layer_idx)
+        attended = attend(self, query, key, value, mask, scaling=1.0, is_causal=False, **kwargs)
+        return self.o(attended.flatten(2))  # [batch, seq, embed]
 
 
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.layer_norm = nn.RMSNorm(512, eps=1e-06)
-        self.DenseReluDense = Scope(
-            wi_0=nn.Linear(512, 2048, bias=False),
-            wi_1=nn.Linear(512, 2048, bias=False),
-            wo=nn.Linear(2048, 512, bias=False),
-        )
+        self.wi_0 = nn.Linear(512, 2048, bias=False)
+        self.wi_1 = nn.Linear(512, 2048, bias=False)
+        self.wo = nn.Linear(2048, 512, bias=False)
 
     def forward(self, hidden_states):
-        normed = self.layer_norm(hidden_states)
-        activated = F.gelu(self.DenseReluDense.wi_0(normed), approximate="tanh")
-        return self.DenseReluDense.wo(activated * self.DenseReluDense.wi_1(normed))
+        activated = F.gelu(self.wi_0(hidden_states), approximate="tanh")
+        return self.wo(activated * self.wi_1(hidden_states))  # [batch, seq, embed]
 
 
 class Router(nn.Module):
@@ -308,13 +249,15 @@ class Router(nn.Module):
         )
         top_k_index_2 = top_k_index.masked_fill(slots < 0, 8)
         router_z_loss = torch.square(router_logits.logsumexp(-1)).mean()
-        largest = one_hot(top_k_index, 8, hidden_states).sum(-1).amax(-1)  # [batch, seq]
-        product = one_hot(top_k_index[..., :1], 8, hidden_states).sum(2) * largest[:, :, None]
+        # [batch, seq, expert]
+        total = F.one_hot(top_k_index[..., :1], 8).to(hidden_states.dtype).sum(2)
+        largest = F.one_hot(top_k_index, 8).to(hidden_states.dtype).sum(-1).amax(-1)  # [batch, seq]
         totals = largest.sum((0, 1))[None]
+        totals_2 = (total * largest[:, :, None]).sum((0, 1))[None]  # [group, expert]
         # [group, expert]
-        totals_2 = (router_logits.softmax(-1) * largest[:, :, None]).sum((0, 1))[None]
-        share = product.sum((0, 1))[None] / totals.clamp(min=1.0)[:, None]
-        balance_loss = ((share * totals_2 / totals.clamp(min=1.0)[:, None]).sum(-1) * 8.0).mean()
+        totals_3 = (router_logits.softmax(-1) * largest[:, :, None]).sum((0, 1))[None]
+        share = totals_2 / totals.clamp(min=1.0)[:, None]
+        balance_loss = ((share * totals_3 / totals.clamp(min=1.0)[:, None]).sum(-1) * 8.0).mean()
         return top_k_index_2, top_k_weights, router_z_loss, balance_loss
 
 
@@ -334,144 +277,76 @@ class Experts(nn.Module):
         return rows.combine(rows.linear(product, self.wo.weight), top_k_weights)
 
 
-class ExtraFeedForward(nn.Module):
-    def __init__(self, config):
+class EncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config, is_sparse):
         super().__init__()
-        self.layer = Scope(
-            layer_norm=nn.RMSNorm(512, eps=1e-06),
-            DenseReluDense=Scope(
-                wi_0=nn.Linear(512, 2048, bias=False),
-                wi_1=nn.Linear(512, 2048, bias=False),
-                wo=nn.Linear(2048, 512, bias=False),
+        self.is_sparse = is_sparse
+        self.layer = nn.ModuleList([
+            Scope(SelfAttention=Attention(config, None), layer_norm=nn.RMSNorm(512, eps=1e-06)),
+            Scope(
+                DenseReluDense=(Experts if is_sparse else FeedForward)(config),
+                layer_norm=nn.RMSNorm(512, eps=1e-06),
             ),
-        )
+        ])
+        if is_sparse:
+            self.router = Router(config)
+            self.extra_ffn = Scope(layer=Scope(
+                DenseReluDense=FeedForward(config), layer_norm=nn.RMSNorm(512, eps=1e-06)
+            ))
 
-    def forward(self, hidden_states):
-        layer_norm = self.layer.layer_norm(hidden_states)
-        activated = F.gelu(self.layer.DenseReluDense.wi_0(layer_norm), approximate="tanh")
-        return self.layer.DenseReluDense.wo(activated * self.layer.DenseReluDense.wi_1(layer_norm))
-
-
-class DecoderAttention(nn.Module):
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.config = config
-        self.num_key_value_groups = 1
-        self.layer_norm = nn.RMSNorm(512, eps=1e-06)
-        self.SelfAttention = Scope(
-            q=nn.Linear(512, 512, bias=False),
-            k=nn.Linear(512, 512, bias=False),
-            v=nn.Linear(512, 512, bias=False),
-            o=nn.Linear(512, 512, bias=False),
-        )
-
-    def forward(self, hidden_states, bias, seen, cache, **kwargs):
-        normed = self.layer_norm(hidden_states)
-        # [batch, head, seq, head_dim]
-        query = self.SelfAttention.q(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
-        key = self.SelfAttention.k(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
-        value = self.SelfAttention.v(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
-        if cache is not None:
-            key, value = extend_cache(cache, key, value, self.layer_idx)
-        mask = biased(bias.permute(0, 3, 1, 2), seen)
-        attended = attend(self, query, key, value, mask, scaling=1.0, is_causal=False, **kwargs)
-        return self.SelfAttention.o(attended.flatten(2))  # [batch, seq, embed]
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.num_key_value_groups = 1
-        self.layer_norm = nn.RMSNorm(512, eps=1e-06)
-        self.EncDecAttention = Scope(
-            q=nn.Linear(512, 512, bias=False),
-            k=nn.Linear(512, 512, bias=False),
-            v=nn.Linear(512, 512, bias=False),
-            o=nn.Linear(512, 512, bias=False),
-        )
-
-    def forward(self, hidden_states, memory, mask):
-        # [batch, seq, head, head_dim]
-        q = self.EncDecAttention.q(self.layer_norm(hidden_states)).unflatten(-1, (-1, 64))
-        query = q.transpose(1, 2)  # [batch, head, seq, head_dim]
-        key = self.EncDecAttention.k(memory).unflatten(-1, (-1, 64)).transpose(1, 2)
-        value = self.EncDecAttention.v(memory).unflatten(-1, (-1, 64)).transpose(1, 2)
-        attended = attend(
-            self, query, key, value, mask[:, None, None], scaling=1.0, is_causal=False
-        )
-        return self.EncDecAttention.o(attended.flatten(2))  # [batch, seq, embed]
-
-
-class EncoderDenseLayer(GradientCheckpointingLayer):
-    def __init__(self, config):
-        super().__init__()
-        self.layer = nn.ModuleList([Attention(config), FeedForward(config)])
-
-    def forward(self, hidden_states, mask, bias):
-        hidden_states = hidden_states + self.layer[0](hidden_states, mask, bias)
-        return hidden_states + self.layer[1](hidden_states), None, None
-
-
-class EncoderSparseLayer(GradientCheckpointingLayer):
-    def __init__(self, config):
-        super().__init__()
-        self.layer = nn.ModuleList(
-            [
-                Attention(config),
-                Scope(DenseReluDense=Experts(config), layer_norm=nn.RMSNorm(512, eps=1e-06)),
-            ],
-        )
-        self.router = Router(config)
-        self.extra_ffn = ExtraFeedForward(config)
-
-    def forward(self, hidden_states, mask, bias):
-        hidden_states = hidden_states + self.layer[0](hidden_states, mask, bias)
+    def forward(self, hidden_states, mask):
+        normed = self.layer[0].layer_norm(hidden_states)
+        o = self.layer[0].SelfAttention(normed, normed, mask, None)  # [batch, seq, embed]
+        hidden_states = hidden_states + o
+        if not self.is_sparse:
+            down = self.layer[1].DenseReluDense(self.layer[1].layer_norm(hidden_states))
+            return hidden_states + down, None, None
         normed = self.layer[1].layer_norm(hidden_states)
         top_k_index, top_k_weights, router_z_loss, balance_loss = self.router(normed)
         hidden_states_2 = self.layer[1].DenseReluDense(normed, top_k_index, top_k_weights)
         hidden_states = hidden_states + hidden_states_2
-        hidden_states = hidden_states + self.extra_ffn(hidden_states)
+        wo = self.extra_ffn.layer.DenseReluDense(self.extra_ffn.layer.layer_norm(hidden_states))
+        hidden_states = hidden_states + wo
         return hidden_states, router_z_loss, balance_loss
 
 
-class DecoderDenseLayer(GradientCheckpointingLayer):
-    def __init__(self, config, layer_idx):
+class DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config, layer_idx, is_sparse):
         super().__init__()
-        self.layer = nn.ModuleList(
-            [DecoderAttention(config, layer_idx), CrossAttention(config), FeedForward(config)]
-        )
+        self.is_sparse = is_sparse
+        self.layer = nn.ModuleList([
+            Scope(
+                SelfAttention=Attention(config, layer_idx), layer_norm=nn.RMSNorm(512, eps=1e-06)
+            ),
+            Scope(EncDecAttention=Attention(config, None), layer_norm=nn.RMSNorm(512, eps=1e-06)),
+            Scope(
+                DenseReluDense=(Experts if is_sparse else FeedForward)(config),
+                layer_norm=nn.RMSNorm(512, eps=1e-06),
+            ),
+        ])
+        if is_sparse:
+            self.router = Router(config)
+            self.extra_ffn = Scope(layer=Scope(
+                DenseReluDense=FeedForward(config), layer_norm=nn.RMSNorm(512, eps=1e-06)
+            ))
 
-    def forward(self, hidden_states, bias, seen, cache, memory, mask, **kwargs):
-        o = self.layer[0](hidden_states, bias, seen, cache, **kwargs)  # [batch, seq, embed]
+    def forward(self, hidden_states, mask, cache, memory, memory_mask, **kwargs):
+        normed = self.layer[0].layer_norm(hidden_states)
+        o = self.layer[0].SelfAttention(normed, normed, mask, cache, **kwargs)
         hidden_states = hidden_states + o
-        hidden_states = hidden_states + self.layer[1](hidden_states, memory, mask)
-        return hidden_states + self.layer[2](hidden_states), None, None
-
-
-class DecoderSparseLayer(GradientCheckpointingLayer):
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.layer = nn.ModuleList(
-            [
-                DecoderAttention(config, layer_idx),
-                CrossAttention(config),
-                Scope(DenseReluDense=Experts(config), layer_norm=nn.RMSNorm(512, eps=1e-06)),
-            ],
+        o = self.layer[1].EncDecAttention(
+            self.layer[1].layer_norm(hidden_states), memory, memory_mask, None
         )
-        self.router = Router(config)
-        self.extra_ffn = ExtraFeedForward(config)
-
-    def forward(self, hidden_states, bias, seen, cache, memory, mask, **kwargs):
-        o = self.layer[0](hidden_states, bias, seen, cache, **kwargs)  # [batch, seq, embed]
         hidden_states = hidden_states + o
-        hidden_states = hidden_states + self.layer[1](hidden_states, memory, mask)
+        if not self.is_sparse:
+            down = self.layer[2].DenseReluDense(self.layer[2].layer_norm(hidden_states))
+            return hidden_states + down, None, None
         normed = self.layer[2].layer_norm(hidden_states)
         top_k_index, top_k_weights, router_z_loss, balance_loss = self.router(normed)
         hidden_states_2 = self.layer[2].DenseReluDense(normed, top_k_index, top_k_weights)
         hidden_states = hidden_states + hidden_states_2
-        hidden_states = hidden_states + self.extra_ffn(hidden_states)
+        wo = self.extra_ffn.layer.DenseReluDense(self.extra_ffn.layer.layer_norm(hidden_states))
+        hidden_states = hidden_states + wo
         return hidden_states, router_z_loss, balance_loss
 
 
@@ -487,9 +362,7 @@ class StMoePreTrainedModel(PreTrainedModel):
     config_class = StMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "EncoderDenseLayer", "EncoderSparseLayer", "DecoderDenseLayer", "DecoderSparseLayer"
-    ]
+    _no_split_modules = ["EncoderLayer", "DecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_attention_backend = False
@@ -534,19 +407,17 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.shared = nn.Embedding(32128, 512)
         self.encoder = Scope(
-            block=nn.ModuleList(
-                [layer(config) for layer in [EncoderDenseLayer, EncoderSparseLayer] * 3]
-            ),
+            block=nn.ModuleList([
+                EncoderLayer(config, is_sparse) for is_sparse in [False, True] * 3
+            ]),
             final_layer_norm=nn.RMSNorm(512, eps=1e-06),
         )
         self.decoder = Scope(
-            block=nn.ModuleList(
-                [
-                    layer(config, layer_idx) for layer_idx, layer in enumerate(
-                        [DecoderDenseLayer, DecoderSparseLayer] * 3
-                    )
-                ],
-            ),
+            block=nn.ModuleList([
+                DecoderLayer(
+                    config, layer_idx, is_sparse
+                ) for layer_idx, is_sparse in enumerate([False, True] * 3)
+            ]),
             final_layer_norm=nn.RMSNorm(512, eps=1e-06),
         )
         self.lm_head = nn.Linear(512, 32128, bias=False)
@@ -566,16 +437,15 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
         attention_mask = attention_mask.bool()
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         # [seq, kv_seq]
-        buckets = relative_buckets(
-            positions - positions[..., None], bidirectional=True, buckets=32, max_distance=128
-        )
+        buckets = relative_buckets(positions, positions, 32, 128, bidirectional=True)
         # [seq, kv_seq, head]
         bias = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
+        mask = biased(bias.permute(2, 0, 1)[None], attention_mask[:, None, None], is_causal=False)
         hidden_states = self.shared(input_ids)
         encoder_router_z_losses = []
         encoder_balance_losses = []
         for layer in self.encoder.block:
-            hidden_states, router_z_loss, balance_loss = layer(hidden_states, attention_mask, bias)
+            hidden_states, router_z_loss, balance_loss = layer(hidden_states, mask)
             encoder_router_z_losses.append(router_z_loss)
             encoder_balance_losses.append(balance_loss)
         memory = self.encoder.final_layer_norm(hidden_states)  # [batch, kv_seq, embed]
@@ -623,20 +493,17 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
         attention_mask = attention_mask.bool()
         seen = causal_mask(self.config, inputs_embeds, decoder_attention_mask, position_ids, cache)
         # [batch, seq, kv_seq]
-        buckets = relative_buckets(
-            key_position_ids[:, None] - position_ids[..., None],
-            bidirectional=False,
-            buckets=32,
-            max_distance=128,
-        )
+        buckets = relative_buckets(position_ids, key_position_ids, 32, 128, bidirectional=False)
         # [batch, seq, kv_seq, head]
         bias = self.decoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
+        mask = biased(bias.permute(0, 3, 1, 2), seen)
+        memory_mask = attention_mask[:, None, None]
         hidden_states = inputs_embeds
         router_z_losses = []
         balance_losses = []
         for layer in self.decoder.block:
             hidden_states, router_z_loss, balance_loss = layer(
-                hidden_states, bias, seen, cache, memory, attention_mask, **kwargs
+                hidden_states, mask, cache, memory, memory_mask, **kwargs
             )
             router_z_losses.append(router_z_loss)
             balance_losses.append(balance_loss)

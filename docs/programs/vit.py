@@ -40,11 +40,11 @@ class Attention(nn.Module):
         )
         self.output = Scope(dense=nn.Linear(768, 768))
 
-    def forward(self, hidden_states, normed):
+    def forward(self, hidden_states, key_value_states):
         # [batch, head, seq, head_dim]
         query = self.attention.query(hidden_states).unflatten(-1, (-1, 64)).transpose(1, 2)
-        key = self.attention.key(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
-        value = self.attention.value(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
+        key = self.attention.key(key_value_states).unflatten(-1, (-1, 64)).transpose(1, 2)
+        value = self.attention.value(key_value_states).unflatten(-1, (-1, 64)).transpose(1, 2)
         # [batch, seq, q]
         merged = attend(self, query, key, value, scaling=0.125, is_causal=False).flatten(2)
         return self.output.dense(merged)  # [batch, seq, embed]
@@ -93,12 +93,10 @@ class StMoeModel(StMoePreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = Scope(
-            patch_embeddings=Scope(
-                projection=Scope(
-                    weight=nn.Parameter(torch.empty(768, 3, 16, 16)),
-                    bias=nn.Parameter(torch.empty(768)),
-                ),
-            ),
+            patch_embeddings=Scope(projection=Scope(
+                weight=nn.Parameter(torch.empty(768, 3, 16, 16)),
+                bias=nn.Parameter(torch.empty(768)),
+            )),
             position_embeddings=nn.Parameter(torch.empty(197, 768)),
             cls_token=nn.Parameter(torch.empty(1, 768)),
         )
@@ -131,8 +129,9 @@ class StMoeForImageClassification(StMoePreTrainedModel):
 
     def forward(self, pixel_values=None, labels=None, **kwargs):
         outputs = self.model(pixel_values)
-        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        hidden_states = outputs.last_hidden_state
+        logits = self.classifier(hidden_states[:, 0])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+            loss = self.loss_function(labels, logits, self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)

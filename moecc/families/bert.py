@@ -14,6 +14,7 @@ from moecc.families.config import (
     number,
     size,
 )
+from moecc.families.heads import CLASSIFIER, POOLER
 from moecc.families.reader import (
     COUNT,
     EXTRA_DEFAULTS,
@@ -80,6 +81,17 @@ class BertConfig(ModelConfig):
         fc_in="intermediate.dense",
         fc_out="output.dense",
     )
+    head_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "": POOLER,
+        "MaskedLM": (
+            "linear cls.predictions.transform.dense",
+            "activation",
+            "norm cls.predictions.transform.LayerNorm",
+            "tokens cls.predictions.decoder cls.predictions.bias",
+        ),
+        "SequenceClassification": (*POOLER, CLASSIFIER),
+        "TokenClassification": (CLASSIFIER,),
+    }
     gguf: ClassVar[GgufFacts | None] = GgufFacts("bert", states=(("hidden_act", "gelu"),))
     defaults = BERT_DEFAULTS
 
@@ -121,6 +133,24 @@ class BertConfig(ModelConfig):
             yield key_problem(fault, expected, f"{self.max_position_embeddings}", *keys)
 
 
+ROBERTA_HEADS: Mapping[str, tuple[str, ...]] = {
+    "": POOLER,
+    "MaskedLM": (
+        "linear lm_head.dense",
+        "gelu",
+        "norm lm_head.layer_norm",
+        "tokens lm_head.decoder lm_head.bias",
+    ),
+    "SequenceClassification": (
+        "first",
+        "linear classifier.dense",
+        "tanh",
+        "labels classifier.out_proj",
+    ),
+    "TokenClassification": (CLASSIFIER,),
+}
+
+
 @config_class
 class RobertaConfig(BertConfig):
     """A roberta: positions count from behind that of the padding token."""
@@ -128,6 +158,7 @@ class RobertaConfig(BertConfig):
     model_type = "roberta"
     architecture = "RobertaModel"
     head_prefix = "roberta."
+    head_steps = ROBERTA_HEADS
     gguf = None
     defaults = {
         **BERT_DEFAULTS,
@@ -180,6 +211,7 @@ class MPNetConfig(BertConfig):
     model_type = "mpnet"
     architecture = "MPNetModel"
     head_prefix = "mpnet."
+    head_steps = ROBERTA_HEADS
     keys = {"type_vocab_size": ""}
     only = {BUCKETS: (32, "transformers computes with 32 buckets whatever the config says")}
     always = {BUCKETS: 32}
@@ -216,6 +248,16 @@ class DistilBertConfig(BertConfig):
     model_type = "distilbert"
     architecture = "DistilBertModel"
     head_prefix = "distilbert."
+    head_steps = {
+        "MaskedLM": (
+            "linear vocab_transform",
+            "activation",
+            "norm vocab_layer_norm",
+            "tokens vocab_projector vocab_projector.bias",
+        ),
+        "SequenceClassification": ("first", "linear pre_classifier", "relu", CLASSIFIER),
+        "TokenClassification": (CLASSIFIER,),
+    }
     has_pooler = False
     kept_numbers = ("initializer_range", "attention_dropout", "dropout")
     keys = {

@@ -13,6 +13,7 @@ from moecc.families.decoder import DecoderConfig
 from moecc.families.encdec import EncDecConfig
 from moecc.families.gpt import GptConfig
 from moecc.families.graphs.parameters import DtypeOf, GraphRequest, float32_of
+from moecc.families.heads import Head
 from moecc.families.reader import TOKEN_KEYS
 from moecc.families.st_moe import GraphConfig, StMoeConfig
 from moecc.families.vision import VisionConfig
@@ -75,11 +76,11 @@ def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
     bare.attrs["family"] = FAMILY
     source = graph.attrs.get("config")
     source = source if isinstance(source, Mapping) else {}
-    dtype = source.get("dtype")
+    dtype, vocabulary = source.get("dtype"), vocabulary_of(graph)
     return GraphConfig(
-        vocab_size=vocabulary_of(graph),
+        vocab_size=vocabulary,
         dtype=dtype if isinstance(dtype, str) else None,
-        extra={key: source[key] for key in TOKEN_KEYS if key in source},
+        extra={key: source[key] for key in TOKEN_KEYS if key in source and vocabulary},
         lines=tuple(print_graph(bare).splitlines()),
     )
 
@@ -152,6 +153,7 @@ def build_model(
     batch: Size = "B",
     seq: Size = "S",
     decoder_seq: Size = "T",
+    head: Head | None = None,
 ) -> Graph:
     """Return the graph of `config`; the arguments are those of `GraphRequest`.
 
@@ -165,7 +167,7 @@ def build_model(
         )
     if isinstance(config, StMoeConfig):
         layout = "stacked"
-    request = GraphRequest(dtype_of, checkpoint, layout, padding, batch, seq, decoder_seq)
+    request = GraphRequest(dtype_of, checkpoint, layout, padding, batch, seq, decoder_seq, head)
     build = next((BUILDERS[c] for c in type(config).__mro__ if c in BUILDERS), None)
     if build is None:
         raise TypeError(f"no builder for {type(config).__name__}")

@@ -387,6 +387,8 @@ class ModelConfig:
     head_prefix: ClassVar[str] = ""
     # Whether classes of the family with a head are read, too, without it.
     with_heads: ClassVar[bool] = False
+    # The heads that files may hold, by their tasks: the steps of `moecc.families.heads`.
+    head_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     # Whether files may hold a pooler, on which no output depends.
     has_pooler: ClassVar[bool] = False
     # Whether its graph may have a mask of padding, and a word for those who ask in vain.

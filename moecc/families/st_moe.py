@@ -110,6 +110,8 @@ PROGRAM_CLASSES = (
     "StMoeForSequenceClassification",
     "StMoeForTokenClassification",
     "StMoeForImageClassification",
+    "StMoeForMaskedLM",
+    "StMoeForAudioClassification",
 )
 """The classes of the programs that are written beside a graph."""
 

@@ -13,6 +13,7 @@ from moecc.families.config import (
     number,
     size,
 )
+from moecc.families.heads import CLASSIFIER, POOLER
 from moecc.families.reader import COUNT, LAYERS, NEURONS, WIDTH, KeyProblem, Reader, key_problem
 from moecc.support.untyped import JsonDict
 
@@ -108,6 +109,7 @@ class ViTConfig(VisionConfig):
     model_type = "vit"
     architecture = "ViTModel"
     head_prefix = "vit."
+    head_steps = {"": POOLER, "ImageClassification": ("first", CLASSIFIER)}
     has_pooler = True
     names = BlockNames(
         embedding="embeddings.cls_token",
@@ -136,6 +138,7 @@ class Dinov2Config(VisionConfig):
     model_type = "dinov2"
     architecture = "Dinov2Model"
     head_prefix = "dinov2."
+    head_steps = {"ImageClassification": ("first-and-mean", CLASSIFIER)}
     keys = {"intermediate_size": "", "gated": "use_swiglu_ffn"}
     # The token of masked patches is no part of the graph.
     idle = ("use_mask_token",)

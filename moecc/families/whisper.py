@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moecc.families.config import CAUSAL, ModelConfig, TensorNames, activation, config_class, size
+from moecc.families.heads import CLASSIFIER
 from moecc.families.reader import (
     COUNT,
     EXTRA_DEFAULTS,
@@ -13,17 +14,26 @@ from moecc.families.reader import (
     NEURONS,
     WIDTH,
     KeyProblem,
+    Reader,
 )
+from moecc.support.untyped import JsonDict
 
+AUDIO_CLASSIFICATION = "WhisperForAudioClassification"
 TIE = "whisper ties its output matrix to an embedding that it does not scale"
 
 
 @config_class
 class WhisperConfig(ModelConfig):
-    """A whisper; `max_source_positions` is half the frames of its input, of which it takes all."""
+    """A whisper; `max_source_positions` is half the frames of its input, of which it takes all.
+
+    With `encoder_alone` it is the encoder, below a head that classifies audio.
+    """
 
     model_type = "whisper"
     architecture = "WhisperForConditionalGeneration"
+    aliases = (AUDIO_CLASSIFICATION,)
+    base_prefix = "model."
+    head_steps = {"AudioClassification": ("linear projector", "mean", CLASSIFIER)}
     kind = "an encoder of speech with a decoder"
     kept_numbers = ("init_std", "activation_dropout", "attention_dropout", "dropout")
     keys = {"hidden_act": "activation_function"}
@@ -32,6 +42,7 @@ class WhisperConfig(ModelConfig):
         "scale_embedding": (False, TIE),
         "tie_word_embeddings": (True, TIE),
         "is_encoder_decoder": (True, "a whisper without one of its halves is not supported"),
+        "use_weighted_layer_sum": (False, "a head that reads all layers is not supported"),
     }
     always = {"is_encoder_decoder": True, "scale_embedding": False, "tie_word_embeddings": True}
     synonyms = {
@@ -58,6 +69,7 @@ class WhisperConfig(ModelConfig):
         "scale_embedding": False,
         "tie_word_embeddings": True,
         "is_encoder_decoder": True,
+        "use_weighted_layer_sum": False,
         "init_std": 0.02,
         "dropout": 0.0,
         "activation_dropout": 0.0,
@@ -77,11 +89,27 @@ class WhisperConfig(ModelConfig):
     max_source_positions: int = size(NEURONS, default=1500)
     max_target_positions: int = size(LENGTH, default=448)
     hidden_act: str = activation(default="gelu")
+    encoder_alone: bool = False
 
     @classmethod
     def shape(cls) -> type[ModelConfig]:
         """Return the class whose fields all families of this shape of model share."""
         return cls
+
+    @classmethod
+    def _read(cls, reader: Reader) -> JsonDict:
+        alone = AUDIO_CLASSIFICATION in reader.items("architectures")
+        return {**super()._read(reader), "encoder_alone": alone}
+
+    def to_json(self) -> dict[str, object]:
+        """Return config.json; the class of the encoder alone is that of its head."""
+        name = AUDIO_CLASSIFICATION if self.encoder_alone else self.architecture
+        return {**super().to_json(), "architectures": [name]}
+
+    @property
+    def first_tensor(self) -> str:
+        """A tensor that every checkpoint of the family has."""
+        return "model.encoder.conv1.weight"
 
     @property
     def layer_norm_eps(self) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moecc.backend import Arrays, Backend, get_backend
 from moecc.errors import CheckError, InputError
+from moecc.families.heads import has_head
 from moecc.ir.graph import Graph
 from moecc.jobs.conversion import Plan
 from moecc.model.inputs import default_inputs, first_layers, layer_count
@@ -260,7 +261,8 @@ def verify_written(planned: Plan, written: Path) -> Verified:
     """
     with ExitStack() as opened:
         padding = "mask" in planned.graph.inputs
-        source = opened.enter_context(open_model(planned.model.name, padding=padding))
+        heads = has_head(planned.graph)
+        source = opened.enter_context(open_model(planned.model.name, padding=padding, heads=heads))
         result = opened.enter_context(open_model(str(written), padding=padding))
         rewritten = replace(planned.model, graph=planned.graph)
         layers = _budget(result.graph)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from moecc.errors import CheckError, Problem, UsageError
+from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import files_of
 from moecc.formats.gguf.header import Key
 from moecc.formats.gguf.storage import FILE_NAME, SUFFIX
@@ -387,7 +388,11 @@ def convert(
     passes = read_pipeline(pipeline, load)
     with (
         signals_raised(),
-        open_model(source, padding=padding_mask or (None if emit is not None else False)) as model,
+        open_model(
+            source,
+            padding=padding_mask or (None if emit is not None else False),
+            heads=emit is not None or to == GraphConfig.model_type,
+        ) as model,
     ):
         add_branches(model, branches, allow_other_base=allow_other_base)
         say_weights(model, source)

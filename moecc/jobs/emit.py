@@ -51,7 +51,7 @@ def emit(
 
     load_families(load)
     type, limit = None if dtype is None else float_type(dtype), count_bytes(max_shard_bytes)
-    with signals_raised(), open_model(model, weights=weights, padding=None) as opened:
+    with signals_raised(), open_model(model, weights=weights, padding=None, heads=True) as opened:
         target = GraphConfig.model_type
         planned = plan(opened, Pipeline(()), target, dtype=type, check=False, emit=language)
         check_place(planned, output, force=force)

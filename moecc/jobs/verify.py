@@ -204,6 +204,7 @@ def _verify_logits(
     model: str, against: str, inputs: str | None, tolerance: float, dtype: str, weights: str | None
 ) -> Report:
     """Compare the logits of two models."""
+    from moecc.families.heads import has_head
     from moecc.jobs.comparison import compare
     from moecc.jobs.prove import replayed
     from moecc.model.inputs import read_inputs
@@ -218,7 +219,8 @@ def _verify_logits(
         say_weights(checked, model)
         # A model converted with a padding mask is compared with a source that has one.
         masked = "mask" in checked.graph.inputs
-        source = opened.enter_context(open_model(against, padding=masked))
+        heads = has_head(checked.graph)
+        source = opened.enter_context(open_model(against, padding=masked, heads=heads))
         say_weights(source, against)
         arrays = None if inputs is None else read_inputs(inputs, source.graph)
         verdict = compare(checked, source, inputs=arrays, tolerance=tolerance, compute_dtype=type)

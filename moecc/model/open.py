@@ -226,6 +226,7 @@ def open_model(
     weights: str | None = None,
     padding: bool | None = False,
     config_alone: bool = False,
+    heads: bool = False,
 ) -> OpenedModel:
     """Open a model.
 
@@ -236,6 +237,7 @@ def open_model(
       padding: whether the graph of an encoder that is imported has an input ``mask``; None where
         its family has one.
       config_alone: whether a folder with a config and without weights is a model, too.
+      heads: whether the graph of an encoder that is imported has the head of its checkpoint.
 
     Raises:
       InputError: it is none of these, or is faulty.
@@ -257,7 +259,8 @@ def open_model(
 
     checkpoint = open_checkpoint(source)
     try:
-        return OpenedModel(import_checkpoint(checkpoint, padding=padding), source, checkpoint)
+        graph = import_checkpoint(checkpoint, padding=padding, heads=heads)
+        return OpenedModel(graph, source, checkpoint)
     except BaseException:
         checkpoint.close()
         raise

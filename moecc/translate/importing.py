@@ -10,6 +10,7 @@ from moecc.errors import InputError, Problem, nearest, printable
 from moecc.families.building import build_model
 from moecc.families.config import FUSED_GATE_UP, ModelConfig
 from moecc.families.encdec import STACKS, EncDecConfig
+from moecc.families.heads import head_modules, stated_head
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.st_moe import StMoeConfig
@@ -84,17 +85,21 @@ class StoredNames:
       lacking: a prefix that names of the file lack.
       added: a prefix that the base model's names have in the file.
       older: whether norms have the names that the first of BERT's checkpoints gave them.
+      apart: the prefixes of a head, which has the same names in every file.
     """
 
     lacking: str = ""
     added: str = ""
     older: bool = False
+    apart: tuple[str, ...] = ()
 
     def __call__(self, name: str) -> str:
         """Return the name in the file of the tensor that the family calls `name`."""
         for word, before in _OLDER if self.older else ():
             if name.endswith(word):
                 name = name.removesuffix(word) + before
+        if self.apart and name.startswith(self.apart):
+            return name
         return f"{self.added}{name.removeprefix(self.lacking)}"
 
     def is_beside(self, name: str) -> bool:
@@ -103,7 +108,7 @@ class StoredNames:
 
     def read_by(self, graph: Graph) -> None:
         """Let the parameters of `graph` read the tensors under their names in the file."""
-        if self == StoredNames():
+        if self == StoredNames(apart=self.apart):
             return
         for value in graph.params.values():
             if value.weight is not None:
@@ -120,9 +125,13 @@ def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
         candidates.append(StoredNames(lacking=config.base_prefix))
     if config.head_prefix:
         candidates.append(StoredNames(added=config.head_prefix))
+    steps = [step for steps in config.head_steps.values() for step in steps]
+    firsts = {f"{module.partition('.')[0]}." for module in head_modules(steps)}
+    apart = tuple(sorted(firsts - {"pooler."}))
     stored = next(
         (names for names in candidates if names(config.first_tensor) in tensors), candidates[0]
     )
+    stored = replace(stored, apart=apart)
     older = replace(stored, older=True)
     norm = "embeddings.LayerNorm.weight"
     return older if stored(norm) not in tensors and older(norm) in tensors else stored
@@ -146,10 +155,13 @@ _BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp
 _BLOCK_ROWS = 4096
 
 
-def import_checkpoint(checkpoint: Checkpoint, *, padding: bool | None = False) -> Graph:
+def import_checkpoint(
+    checkpoint: Checkpoint, *, padding: bool | None = False, heads: bool = False
+) -> Graph:
     """Return the graph of `checkpoint`, whose parameters read its tensors.
 
     With `padding` the graph of an encoder has an input ``mask``; with None where it can.
+    With `heads` it has the head that the config names, where the tensors are there.
 
     Names, shapes and element types are all checked against the config before any weight is read;
     the only weights ever read here are those of an output matrix beside tied embeddings, to see
@@ -174,11 +186,15 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool | None = False) -
     problems = list(_mixed_stacks(config, layout, tensors))
     # Experts of several types cannot be stacked, but the other problems are still to be found.
     types = None if problems else dtype_of
-    graph = build_model(config, types, str(checkpoint.path), layout=layout, padding=padding)
+    shapes = {name: info.shape for name, info in tensors.items()}
+    head = stated_head(config.head_steps, checkpoint.config, shapes, stored) if heads else None
+    graph = build_model(
+        config, types, str(checkpoint.path), layout=layout, padding=padding, head=head
+    )
     stored.read_by(graph)
     weights = (value.weight for value in graph.params.values() if value.weight is not None)
     expected = {source.name: source.type for weight in weights for source in sources(weight)}
-    base = {n: i for n, i in tensors.items() if not stored.is_beside(n)}
+    base = {n: i for n, i in tensors.items() if n in expected or not stored.is_beside(n)}
     problems.extend(_problems(config, expected, base))
     if problems:
         path = str(checkpoint.path)

@@ -221,7 +221,10 @@ def _between(items: list[Item], seeds: set[Item]) -> set[Item]:
 def _with_constants(items: list[Item], members: set[Item]) -> set[Item]:
     """Return `members` with the constants that they alone read."""
     users = {item: {user for v in item.results for user in v.users} for item in items}
-    return members | {i for i in items if not i.operands and users[i] and users[i] <= members}
+    none = {i for i in items if i.op == "none"}
+    return members | {
+        i for i in items if not i.operands and users[i] and users[i] <= members and i not in none
+    }
 
 
 def _take(title: str, path: str, items: list[Item], members: set[Item]) -> ModuleBlock:
@@ -289,6 +292,28 @@ def _beyond(items: list[Item], members: set[Item], moves: set[Item]) -> set[Item
     return reached
 
 
+def _module_block(items: list[Item], module: str, seeds: set[Item]) -> ModuleBlock | None:
+    """Return the items of a module, or None if they do not lie together or are few."""
+    members = _with_constants(items, _between(items, seeds))
+    block = _take("", module, items, members)
+    strange = [v for v in block.params if not is_under(v.name, module)]
+    results = [
+        v for i in members for v in i.results if any(user not in members for user in v.users)
+    ]
+    return None if strange or len(results) != 1 or len(members) < 3 else block
+
+
+def _is_norm_around(block: ModuleBlock, blocks: Iterable[str]) -> bool:
+    """Whether a module is just another one and a norm before it, as a layer of T5 is."""
+    inner = [path for path in blocks if is_under(path, block.path)]
+    if not inner:
+        return False
+    shared = common(f"{path}.x" for path in inner)
+    others = [v for v in block.params if not is_under(v.name, shared)]
+    readers = {item.op for v in others for item in v.users}
+    return shared in inner and readers <= {"rms_norm_module", "layer_norm_module"}
+
+
 def _module_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[ModuleBlock]:
     """Yield the modules by the paths of their parameters, the outermost first."""
     paths: dict[str, set[Item]] = defaultdict(set)
@@ -298,15 +323,13 @@ def _module_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[
                 parts = var.name.removeprefix(f"{path}.").split(".")[:-1]
                 for size in range(1, len(parts)):
                     paths[".".join([path, *parts[:size]])].add(item)
-    for module, seeds in sorted(paths.items(), key=lambda entry: entry[0].count(".")):
-        members = _between(items, seeds)
-        members = _with_constants(items, members)
-        block = _take("", module, items, members)
-        strange = [v for v in block.params if not is_under(v.name, module)]
-        results = [
-            v for i in members for v in i.results if any(user not in members for user in v.users)
-        ]
-        if strange or len(results) != 1 or len(members) < 3:
+    candidates = {
+        module: block
+        for module, seeds in paths.items()
+        if (block := _module_block(items, module, seeds)) is not None
+    }
+    for module, block in sorted(candidates.items(), key=lambda entry: entry[0].count(".")):
+        if _is_norm_around(block, candidates):
             continue
         scope = scope_of(block.items[0].loc)
         is_attention = any(i.op == "attention" for i in block.items)

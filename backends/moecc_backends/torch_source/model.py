@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moecc.errors import InputError
+from moecc.families.heads import LOGITS, POOLED
 from moecc.support.untyped import JsonDict
 from moecc_backends.torch_source.blocks import ModuleBlock, members
-from moecc_backends.torch_source.heads import HEAD, heads
+from moecc_backends.torch_source.heads import HEAD, LOSSES, head_parts, new_heads
 from moecc_backends.torch_source.names import common, is_under
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.parallel import tensor_parallel_plan
@@ -34,7 +35,6 @@ from moecc_backends.torch_source.text import (
     folded,
     literal,
     repeated_texts,
-    unify_signatures,
 )
 from moecc_backends.torch_source.writer import STATE, BlockWriter, var_hint
 
@@ -79,9 +79,6 @@ class ModelWriter(BlockWriter):
 
     def loop(self, layers: list[ModuleBlock]) -> None:
         """Write the calls of consecutive layers as a loop."""
-        stack_name = layers[0].layer[0] if layers[0].layer is not None else ""
-        every = [b for b in self.block.blocks if b.layer is not None and b.layer[0] == stack_name]
-        unify_signatures(self.classes, every)
         names = self._roles(layers)
         carried = next((n for n, role in names.items() if role is None), STATE)
         first = layers[0]
@@ -408,13 +405,18 @@ class Models:
       classes: the classes of the layers, and the helpers that are used.
       auto_map: the classes that transformers' own are mapped onto.
       architecture: the class of the checkpoint.
+      task: the task of the head of an encoder, ``MaskedLM``.
       base: the attribute of the base model; empty: there is none.
     """
 
     def __init__(
-        self, program: TorchProgram, steps: list[Item | ModuleBlock], classes: Classes
+        self,
+        program: TorchProgram,
+        steps: list[Item | ModuleBlock],
+        classes: Classes,
+        task: str = "",
     ) -> None:
-        self.program, self.steps, self.classes = program, steps, classes
+        self.program, self.steps, self.classes, self.task = program, steps, classes, task
         self.texts: list[list[str]] = []
         self.auto_map: dict[str, str] = {"AutoConfig": "modeling_st_moe.StMoeConfig"}
         self.architecture = ""
@@ -595,14 +597,20 @@ class Models:
         ]
 
     def _write_encoder(self) -> None:
-        writer = self._writer("StMoeModel", "", self.steps)
-        writer.write_steps(self.steps)
-        output = "hidden" if "hidden" in self.program.outputs else "logits"
-        results = [f"last_hidden_state={writer.canonical(self.program.outputs[output])}"]
-        losses = self._losses()
+        outputs, losses = self.program.outputs, self._losses()
+        head = [s for s in self.steps if all(i.loc == "head" for i in members(s))]
+        body = [s for s in self.steps if s not in head] if LOGITS in outputs else self.steps
+        self.base = "model" if LOGITS in outputs else ""
+        writer = self._writer("StMoeModel", self.base, body)
+        writer.write_steps(body)
+        output = "hidden" if "hidden" in outputs else "logits"
+        results = [f"last_hidden_state={writer.canonical(outputs[output])}"]
+        if POOLED in outputs:
+            results.append(f"pooler_output={writer.canonical(outputs[POOLED])}")
+        plain = "BaseModelOutputWithPooling" if POOLED in outputs else "BaseModelOutput"
         results += [f"{loss_name(n)}={writer.canonical(v)}" for n, v in losses.items()]
         if losses:
-            self.texts.append(_output_class(list(map(loss_name, losses)), "BaseModelOutput"))
+            self.texts.append(_output_class(list(map(loss_name, losses)), plain))
         self.texts.append(
             filled(
                 ENCODER,
@@ -610,7 +618,7 @@ class Models:
                     "constructor": writer.filled_lines(writer.tree.lines()),
                     "arguments": ", ".join(f"{a}=None" for a in self._arguments()),
                     "statements": [*self._mask_lines(), *writer.filled_lines(writer.lines)],
-                    "output": "StMoeOutput" if losses else "BaseModelOutput",
+                    "output": "StMoeOutput" if losses else plain,
                     "results": writer.filled(", ".join(results)),
                 },
             )
@@ -619,10 +627,29 @@ class Models:
         self.architecture = "StMoeModel"
         self._map("AutoModel", "StMoeModel")
         if output == "hidden":
-            self._write_heads(self.program.outputs[output].size("embed"), has_loss=LOSS in losses)
+            self._write_heads(head, outputs[output], has_loss=LOSS in losses)
 
-    def _write_heads(self, width: int, *, has_loss: bool) -> None:
-        tasks = heads(self.main_input, self._arguments(), width, has_loss=has_loss)
+    def _write_heads(
+        self, head: Sequence[Item | ModuleBlock], hidden: ProgramValue, *, has_loss: bool
+    ) -> None:
+        """Write the model with the head of the checkpoint, and models with new heads."""
+        width, arguments = hidden.size("embed"), self._arguments()
+        tasks = new_heads(self.main_input, arguments, width, has_loss=has_loss)
+        if LOGITS in self.program.outputs:
+            if self.task not in LOSSES:
+                raise InputError("a head of an unknown task", where="attr head", found=self.task)
+            self.program.outputs[LOGITS].name = "logits"
+            root = self._writer("Head", "", head)
+            root.values[hidden] = PythonExpr(STATE, hidden.axes)
+            root.write_steps(head)
+            logits = root.canonical(self.program.outputs[LOGITS])
+            lines = [*root.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
+            modules = [line for line in root.tree.lines() if not line.startswith("self.model")]
+            modules, lines = root.filled_lines(modules), root.filled_lines(lines)
+            parts = head_parts(self.task, arguments, modules, lines, has_loss=has_loss)
+            tasks = {self.task: parts} | {t: p for t, p in tasks.items() if t != self.task}
+            self.architecture = f"StMoeFor{self.task}"
+            self.classes.helpers |= root.helpers
         if tasks and has_loss:
             names = ("SequenceClassifierOutput", "StMoeClassifierOutput")
             self.texts.append(_output_class(["aux_loss"], *names))
@@ -773,7 +800,8 @@ def _is_plain(item: Item) -> bool:
     given = item.attrs["given"]
     assert isinstance(given, tuple), "words"
     further = set(given) - {"mask", "cache", KWARGS}
-    return not further and not item.attrs["window"] and not item.attrs["cap"]
+    shared = item.attrs.get("is_shared")
+    return not further and not shared and not item.attrs["window"] and not item.attrs["cap"]
 
 
 def _attention_sizes(item: Item) -> JsonDict:

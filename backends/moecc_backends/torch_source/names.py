@@ -81,6 +81,7 @@ MEMBERS = frozenset(
         "framework",
         "dummy_inputs",
         "layer_idx",
+        "is_sparse",
         "T_destination",
     ]
 )
@@ -90,6 +91,7 @@ RESERVED = frozenset({*keyword.kwlist, *keyword.softkwlist, *dir(builtins)}) | {
     *("rows", "rotate", "attend", "causal_mask", "widened", "jitter", "add_noise", "one_hot"),
     *(
         "assign_slots",
+        "assign_slots_by_rule",
         "expert_choice",
         "hash_experts",
         "capacity",

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from moecc_backends.torch_source.program import KWARGS, ROW, Item
+from moecc_backends.torch_source.program import KWARGS, ROW, Item, ProgramValue
 from moecc_backends.torch_source.tensors import (
     HEADS,
     OPERATIONS,
     device_like,
     emission,
+    is_route,
     refuse,
     with_last,
 )
@@ -96,10 +97,13 @@ def _rotate(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
 def _relative_buckets(
     w: BlockWriter, item: Item, *, bidirectional: bool, buckets: int, max_distance: int
 ) -> PythonExpr:
-    q, k, axes = _crossed(w, item)
+    queries, keys = (w.expr(v) for v in item.operands)
+    if queries.axes[:-1] != keys.axes[:-1]:
+        raise refuse(item, "axes", ", ".join(keys.axes))
     w.helper("relative_buckets")
-    options = f"bidirectional={bidirectional}, buckets={buckets}, max_distance={max_distance}"
-    return PythonExpr(f"relative_buckets({k} - {q}, {options})", axes)
+    options = f"{buckets}, {max_distance}, bidirectional={bidirectional}"
+    text = f"relative_buckets({queries.text}, {keys.text}, {options})"
+    return PythonExpr(text, (*queries.axes, keys.axes[-1]))
 
 
 @emission("causal")
@@ -138,13 +142,45 @@ def _attention(
     causal: tuple[str, ...],
     window: int,
     given: tuple[str, ...],
+    is_shared: bool = False,
 ) -> PythonExpr:
-    return _attend(w, item, over, along, scale, cap, causal, window, given)
+    return _attend(w, item, over, along, scale, cap, causal, window, given, is_shared=is_shared)
 
 
 @emission("cached_attention")
-def _cached_attention(w: BlockWriter, item: Item, *, layer_idx: int, **attrs: Any) -> PythonExpr:
-    return _attend(w, item, layer_idx=layer_idx, **attrs)
+def _cached_attention(w: BlockWriter, item: Item, **attrs: Any) -> PythonExpr:
+    return _attend(w, item, **attrs)
+
+
+@emission("none")
+def _none(w: BlockWriter, item: Item) -> PythonExpr:
+    return PythonExpr("None")
+
+
+@emission("scores_mask")
+def _scores_mask(
+    w: BlockWriter, item: Item, *, given: tuple[str, ...], causal: bool, axes: tuple[str, ...]
+) -> PythonExpr:
+    parts = dict(zip(given, item.operands, strict=True))
+    return PythonExpr(_mask_text(w, parts, axes, causal=causal))
+
+
+def _mask_text(
+    w: BlockWriter, parts: dict[str, ProgramValue], axes: tuple[str, ...], *, causal: bool
+) -> str:
+    """Return masks and biases of the scores as one expression."""
+    batch, heads, seq, along = axes
+    names = batch, heads.split("+"), seq, along
+    mask = "None"
+    if "mask" in parts:
+        mask = w.expr(parts["mask"]).text
+    elif "keep" in parts:
+        mask = _scores_axes(w, w.expr(parts["keep"]), *names)
+    if "bias" in parts:
+        w.helper("biased")
+        bias = _scores_axes(w, w.expr(parts["bias"]), *names)
+        return f"biased({bias}, {mask}{'' if causal else ', is_causal=False'})"
+    return mask
 
 
 def _attend(
@@ -157,7 +193,10 @@ def _attend(
     causal: tuple[str, ...],
     window: int,
     given: tuple[str, ...],
-    layer_idx: int = 0,
+    layer_idx: int | None = 0,
+    *,
+    is_shared: bool = False,
+    is_complete: bool = False,
 ) -> PythonExpr:
     del window  # it is part of the mask
     query, key, value = (w.expr(v) for v in item.operands[:3])
@@ -185,26 +224,26 @@ def _attend(
         w.state(f"    key, value = extend_cache({cache}, key, value, {number})")
     arguments = [*names]
     options = [f"scaling={w.literal(scale, 'scaling')}"]
-    mask = "None"
-    if "mask" in further:
-        mask = w.expr(further["mask"]).text
-    elif "keep" in further:
-        mask = _scores_axes(w, w.expr(further["keep"]), batch[0], heads, seq, along)
+    score_axes = batch[0], "+".join(heads), seq, along
+    mask = _mask_text(w, further, score_axes, causal=bool(causal))
     if "bias" in further:
-        w.helper("biased")
-        bias = _scores_axes(w, w.expr(further["bias"]), batch[0], heads, seq, along)
-        scores = f"biased({bias}, {mask}{'' if causal else ', is_causal=False'})"
-        mask = w.name("mask")
-        w.state(f"{mask} = {scores}")
+        w.state(f"{(name := w.name('mask'))} = {mask}")
+        mask = name
     if mask != "None":
         arguments.append(mask)
-    if not causal or "bias" in further:
+    is_causal = bool(causal) and not is_shared and "bias" not in further
+    if is_complete:
+        options.append(f"is_causal={w.literal(is_causal, 'is_causal')}")
+    elif not is_causal:
         options.append("is_causal=False")
     function = "attend_by_scores" if cap or "sinks" in further else "attend"
     if cap:
         options.append(f"softcap={w.literal(cap, 'softcap')}")
     if "sinks" in further:
         options.append(f"sinks={w.expr(further['sinks']).atom}.flatten()")
+    if is_complete and KWARGS not in further and w.block.layer is None:
+        w.signature.append(f"**{KWARGS}")
+        options.append(f"**{KWARGS}")
     if KWARGS in further:
         options.append(f"**{KWARGS}")
     if unknown := set(further) - {"mask", "keep", "bias", "sinks", "cache", KWARGS}:
@@ -428,10 +467,11 @@ def _assign_slots(
         flag = w.expr(operands[-1]).text
         text = options["capacity_factor"]
         options["capacity_factor"] = f"None if {flag} else {text}"
-    w.helper("assign_slots")
+    is_simple = options.keys() <= {"capacity_factor", "keep"} and is_route(item.operands[0])
+    name = w.helper("assign_slots" if is_simple else "assign_slots_by_rule")
     count = w.literal(experts, "experts")
     texts = [f"{word}={text}" for word, text in options.items()]
-    return PythonExpr(f"assign_slots({', '.join([chosen.text, count, *texts])})", axes)
+    return PythonExpr(f"{name}({', '.join([chosen.text, count, *texts])})", axes)
 
 
 SLOT_DEFAULTS = {

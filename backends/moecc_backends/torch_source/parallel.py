@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from moecc.decoding import TOKENS
 from moecc_backends.torch_source.blocks import ModuleBlock
 from moecc_backends.torch_source.program import Item, TorchProgram
 from moecc_backends.torch_source.text import WIDTH
@@ -33,7 +34,7 @@ def tensor_parallel_plan(
     if not base:
         return []
     styles: dict[str, str] = {}
-    tokens = program.inputs[program.tokens]
+    tokens = program.inputs.get(program.tokens or TOKENS)
     for item in program.items:
         # A head that reads the table of tokens, too, needs all of it; transformers would split it.
         is_table = item.op == "embedding_module" and tokens in item.operands

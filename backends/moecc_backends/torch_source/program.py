@@ -18,6 +18,7 @@ from moecc.ir.operation import OPS
 from moecc.ir.ops.attention import LENGTH_SCALINGS
 from moecc.ir.structure import infer_again
 from moecc.types import I32, Axis, Extent, TensorType
+from moecc_backends.torch_source.names import layer_of
 
 ROW = "row"
 """The axis of the rows of experts: groups, experts and their slots in one."""
@@ -565,3 +566,76 @@ def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
     at = program.items.index(hidden.item) + 1 if hidden.item is not None else 0
     program.items[at:at] = mask_items
     program.prune()
+
+
+def share_masks(program: TorchProgram) -> None:
+    """Let layers read one mask, which is made once, for masks and biases of the scores.
+
+    In an encoder-decoder every attention then has one form: it takes a mask and a cache, which
+    may be None, and options.
+    """
+    layers = {item for item in program.items if layer_of(item.loc) is not None}
+    masks: dict[tuple[object, ...], Item] = {}
+    items: list[Item] = []
+    for item in program.items:
+        if item.op in ("attention", "cached_attention"):
+            mask = _shared_mask(item, layers)
+            if mask is not None:
+                identity = (*mask.attrs.values(), *map(id, mask.operands))
+                if identity not in masks:
+                    masks[identity] = mask
+                    items.append(mask)
+                _read_mask(item, masks[identity])
+            if DECODER_TOKENS in program.inputs:
+                items += _complete(item)
+        items.append(item)
+    program.items = items
+    program.prune()
+
+
+def _further(item: Item) -> dict[str, ProgramValue]:
+    """Return what an attention reads besides queries, keys and values, by word."""
+    given = item.attrs["given"]
+    assert isinstance(given, tuple), "words"
+    return dict(zip(given, item.operands[3:], strict=True))
+
+
+def _shared_mask(item: Item, layers: set[Item]) -> Item | None:
+    """Return the mask that an attention reads if all of it is made outside of the layers."""
+    parts = {w: v for w, v in _further(item).items() if w in ("mask", "keep", "bias")}
+    if not parts.keys() & {"keep", "bias"} or any(v.item in layers for v in parts.values()):
+        return None
+    query, key = item.operands[:2]
+    batch, along = key.axes[0], str(item.attrs["along"])
+    heads = [a for a in query.axes if a in ("head", "kv_head", "query_group")]
+    (seq,) = (a for a in query.axes if a not in (batch, *heads, item.attrs["over"]))
+    attrs: dict[str, object] = {"given": tuple(parts), "causal": bool(item.attrs["causal"])}
+    attrs["axes"] = (batch, "+".join(heads), seq, along)
+    stack = (layer_of(item.loc) or ("",))[0].rpartition(".")[0]
+    is_crossed = bool(stack) and item.op == "attention" and not stack.startswith("encoder")
+    value = ProgramValue("memory_mask" if is_crossed else "mask", kind="mask")
+    loc = f"{stack}.masks" if stack else "masks"
+    value.item = Item("scores_mask", list(parts.values()), attrs, (value,), loc)
+    return value.item
+
+
+def _read_mask(item: Item, mask: Item) -> None:
+    further = {w: v for w, v in _further(item).items() if w not in ("mask", "keep", "bias")}
+    item.operands = [*item.operands[:3], mask.result, *further.values()]
+    item.attrs = {**item.attrs, "given": ("mask", *further), "is_shared": True}
+
+
+def _complete(item: Item) -> list[Item]:
+    """Let an attention take a mask and a cache, and return the items that are None for them."""
+    further, absent = _further(item), []
+    for word in ("mask", CACHE):
+        if word not in further and not (word == "mask" and "keep" in further):
+            further[word] = value = ProgramValue(word, kind="none")
+            value.item = Item("none", [], {}, (value,), item.loc)
+            absent.append(value.item)
+    last = ("mask", CACHE, KWARGS)
+    words = [w for w in further if w not in last] + [w for w in last if w in further]
+    item.op = "cached_attention"
+    item.operands = [*item.operands[:3], *(further[w] for w in words)]
+    item.attrs = {"layer_idx": None, **item.attrs, "given": tuple(words), "is_complete": True}
+    return absent

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 
 from moecc.backend import EmittedProgram
+from moecc.families.heads import LOGITS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
+from moecc.support.untyped import JsonDict
 from moecc.translate.export import rename_params
 from moecc_backends.torch_source.blocks import ModuleBlock, blocks_of
 from moecc_backends.torch_source.model import Models
-from moecc_backends.torch_source.names import layer_prefixes, renamed_params
+from moecc_backends.torch_source.names import is_under, layer_prefixes, renamed_params
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.program import (
     Item,
@@ -26,8 +28,9 @@ from moecc_backends.torch_source.program import (
     in_mode,
     prepared,
     program_of,
+    share_masks,
 )
-from moecc_backends.torch_source.text import Classes
+from moecc_backends.torch_source.text import Classes, join_layers, unify_signatures
 from moecc_backends.torch_source.writer import BlockWriter
 
 FILE_NAME = "modeling_st_moe.py"
@@ -54,6 +57,11 @@ class Segments:
         layers = [s for s in self.steps if isinstance(s, ModuleBlock)]
         classes.add([block for layer in layers for block in layer.blocks], write)
         classes.add(layers, write)
+        stacks: dict[str, list[ModuleBlock]] = {}
+        for layer in layers:
+            stacks.setdefault(layer.layer[0] if layer.layer else "", []).append(layer)
+        for stack in stacks.values():
+            unify_signatures(classes, stack)
 
 
 def segments_of(graph: Graph, *, continues: bool) -> Segments:
@@ -68,10 +76,18 @@ def segments_of(graph: Graph, *, continues: bool) -> Segments:
     """
     ready = prepared(graph)
     names = renamed_params(ready)
+    if LOGITS in ready.outputs:  # the encoder is the base model of one with a head
+        locs = {name: value.loc for name, value in ready.params.items()}
+        names = {
+            name: path if locs[name] == "head" or is_under(path, "model") else f"model.{path}"
+            for name, path in names.items()
+        }
     rename_params(ready, names)
     program = programmed(ready, continues=continues)
     if program.tokens:
         add_caches(program, cached=can_continue(graph))
+    if continues:
+        share_masks(program)
     layers = layer_prefixes(ready)
     return Segments(program, blocks_of(program, layers), layers, names)
 
@@ -100,10 +116,27 @@ def emit_torch(graph: Graph) -> EmittedProgram:
     segments = segments_of(graph, continues=True)
     classes = Classes(reserved_names())
     segments.write(classes, lambda block: BlockWriter(block, classes, OPERATIONS).write())
-    models = Models(segments.program, segments.steps, classes)
+    join_layers(classes)
+    models = Models(segments.program, segments.steps, classes, str(graph.attrs.get("head", "")))
     models.write()
     text = file_text(classes, [models.base_text(), *models.texts])
-    return EmittedProgram({FILE_NAME: text}, segments.names, models.config())
+    return EmittedProgram({FILE_NAME: text}, segments.names, models.config() | labels_of(graph))
+
+
+def labels_of(graph: Graph) -> JsonDict:
+    """Return the keys of a config about the labels of a head."""
+    config = graph.attrs.get("config")
+    config = config if isinstance(config, Mapping) else {}
+    value = graph.outputs.get(LOGITS)
+    if value is None or "label" not in value.type:
+        return {}
+    stated = {key: config[key] for key in LABEL_KEYS if config.get(key) is not None}
+    count = value.type["label"].size
+    assert isinstance(count, int), "a head has a number of labels"
+    return {"id2label": {str(n): f"LABEL_{n}" for n in range(count)}} | stated
+
+
+LABEL_KEYS = ("id2label", "label2id", "problem_type")
 
 
 def file_text(
@@ -117,11 +150,10 @@ def file_text(
       title: the docstring of the file; by default that of a model.
       more_imports: further imports.
     """
-    parts = [
-        *helper_texts(classes.helpers, helpers()),
-        *("\n".join(d.lines()) for d in classes.definitions),
-        *("\n".join(lines) for lines in texts),
-    ]
+    parts = ["\n".join(d.lines()) for d in classes.definitions]
+    parts += ["\n".join(lines) for lines in texts]
+    used = classes.helpers & frozenset[str]().union(*map(_names, parts))
+    parts[:0] = helper_texts(used, helpers())
     body = "\n\n\n".join(parts) + "\n"
     preamble = PREAMBLE.replace(TITLE, title or TITLE)
     return f"{imports(preamble, body)}{more_imports}\n\n{body}"
@@ -146,6 +178,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_outputs import Seq2SeqLMOutput, SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

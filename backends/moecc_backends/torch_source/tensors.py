@@ -390,6 +390,10 @@ def _embedding(w: BlockWriter, item: Item, *, axis: str, module: str = "") -> Py
     if module and w.tree.is_module(item) and _is_tensor(ids):
         return PythonExpr(f"{w.tree.access(module)}({index.text})", (*index.axes, *table.axes[1:]))
     rows = w.expr(table)
+    if not table.param and not _is_tensor(ids):
+        at = rows.axes.index(axis)
+        row = f"{rows.atom}[{', '.join([':'] * at + [index.text])}]"
+        return PythonExpr(row, (*rows.axes[:at], *rows.axes[at + 1 :]))
     names = [axis, *(a for a in rows.axes if a != axis)]
     rows = w.permuted(rows, names)
     return PythonExpr(f"{rows.atom}[{index.text}]", (*index.axes, *names[1:]))
@@ -399,12 +403,23 @@ def _is_tensor(var: ProgramValue) -> bool:
     return not (var.item is not None and var.item.op == "constant")
 
 
+def is_route(var: ProgramValue) -> bool:
+    """Whether indices are those of experts that tokens choose, none of which is negative."""
+    item = var.item
+    if item is not None and item.op in ("slice", "rename"):
+        return is_route(item.operands[0])
+    return item is not None and item.op == "route"
+
+
 @emission("one_hot")
 def _one_hot(w: BlockWriter, item: Item, *, into: tuple[tuple[str, int], ...]) -> PythonExpr:
     ids = w.expr(item.operands[0])
     ((name, size),) = into
-    w.helper("one_hot")
     like = device_like(w)
+    if is_route(item.operands[0]) and any(e.text == like for v, e in w.values.items()):
+        ones = f"F.one_hot({ids.text}, {w.literal(size, name)}).to({like}.dtype)"
+        return PythonExpr(ones, (*ids.axes, name))
+    w.helper("one_hot")
     text = f"one_hot({ids.text}, {w.literal(size, name)}, {like})"
     return PythonExpr(text, (*ids.axes, name))
 

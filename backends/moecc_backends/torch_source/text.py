@@ -144,13 +144,14 @@ class Classes:
             writer = write(block)
             self.helpers |= writer.helpers
             key: tuple[object, ...] = (
-                block.title,
+                block.base,
+                block.layer is not None,
                 tuple(writer.constructor),
                 *map(tuple, writer.signature_lines()),
             )
             groups.setdefault(key, []).append((block, writer))
-        for key, group in groups.items():
-            self._define(str(key[0]), group)
+        for group in groups.values():
+            self._define(min((block.title for block, _ in group), key=len), group)
 
     def _define(self, title: str, group: list[tuple[ModuleBlock, WrittenBlock]]) -> None:
         _, first = group[0]
@@ -183,6 +184,78 @@ class Classes:
         for at, (block, writer) in enumerate(group):
             values = [v[at] for v in arguments.values()]
             self.instances[block] = Instance(definition, values, writer.signature)
+
+
+def join_layers(classes: Classes) -> None:
+    """Make one class of the dense and the sparse layers of a stack, with an argument for the kind.
+
+    A layer then begins as both do; what only sparse ones have follows ``if is_sparse``.
+    """
+    stacks: dict[str, dict[ClassDef, ModuleBlock]] = {}
+    for block, instance in classes.instances.items():
+        if block.layer is not None:
+            stacks.setdefault(block.layer[0], {}).setdefault(instance.definition, block)
+    for kinds in stacks.values():
+        by_kind = {"Sparse" in block.title: definition for definition, block in kinds.items()}
+        if len(kinds) != 2 or len(by_kind) != 2:
+            continue
+        joined = _joined(by_kind[False], by_kind[True])
+        if joined is None:
+            continue
+        classes.definitions[classes.definitions.index(by_kind[True])] = joined
+        classes.definitions.remove(by_kind[False])
+        for instance in classes.instances.values():
+            if instance.definition in by_kind.values():
+                is_sparse = instance.definition is by_kind[True]
+                instance.definition, instance.values = joined, [*instance.values, is_sparse]
+
+
+KIND = "is_sparse"
+
+
+def _joined(dense: ClassDef, sparse: ClassDef) -> ClassDef | None:
+    """Return the class of both kinds of layers; None if they have too little in common."""
+    pairs = zip(dense.forward, sparse.forward, strict=False)
+    count = next((n for n, (a, b) in enumerate(pairs) if a != b), 0)
+    if not count or dense.arguments != sparse.arguments or dense.signature != sparse.signature:
+        return None
+    targets = {line.partition(" = ")[0]: line for line in dense.constructor}
+    common, only_sparse = [f"self.{KIND} = {KIND}"], []
+    for line in sparse.constructor:
+        target = line.partition(" = ")[0]
+        if target not in targets:
+            only_sparse.append(f"    {line}")
+            continue
+        other = targets.pop(target)
+        text = line if line == other else _with_both_names(other, line)
+        if text is None:
+            return None
+        common.append(text)
+    if targets:
+        return None
+    forward = [
+        *dense.forward[:count],
+        f"if not self.{KIND}:",
+        *(f"    {line}" for line in dense.forward[count:]),
+        *sparse.forward[count:],
+    ]
+    constructor = [*common, *([f"if {KIND}:", *only_sparse] if only_sparse else [])]
+    name = sparse.name.replace("Sparse", "", 1)
+    arguments = [*sparse.arguments, KIND]
+    return ClassDef(name, arguments, constructor, sparse.signature, forward, base=sparse.base)
+
+
+def _with_both_names(dense: str, sparse: str) -> str | None:
+    """Return a line that calls the class of either kind, if the lines differ in a name alone."""
+    parts = [re.split(r"(\w+)", line) for line in (dense, sparse)]
+    if len(parts[0]) != len(parts[1]):
+        return None
+    differing = [n for n, (a, b) in enumerate(zip(*parts, strict=True)) if a != b]
+    if len(differing) != 1 or not parts[1][differing[0] + 1].startswith("("):
+        return None
+    (at,) = differing
+    choice = f"({parts[1][at]} if {KIND} else {parts[0][at]})"
+    return "".join([*parts[1][:at], choice, *parts[1][at + 1 :]])
 
 
 def shown(axes: Sequence[str]) -> list[str]:
@@ -250,6 +323,9 @@ def folded(line: str) -> list[str]:
         return [code]
     start, end = max(spans, key=lambda s: (s[1] - s[0], -s[0]))
     parts = split_outside(code[start + 1 : end])
+    if len(parts) == 1 and (inner := _only_bracket(parts[0])) is not None:
+        start, end = start + 1 + inner, end - 1  # ``f([`` and ``])`` in a line each
+        parts = split_outside(code[start + 1 : end])
     head, tail = code[: start + 1], code[end:]
     body = [f"{indent}    {part}," for part in parts]
     is_group = code[start] == "(" and not code[:start].rstrip().endswith(_CALLS)
@@ -259,6 +335,15 @@ def folded(line: str) -> list[str]:
     if len(joined) <= WIDTH:
         body = [joined]
     return [head, *(x for line in body for x in folded(line)), *folded(f"{indent}{tail}")]
+
+
+def _only_bracket(part: str) -> int | None:
+    """Return where the bracket begins that a call or list is but for its name, if it is one."""
+    spans = _brackets(part)
+    if len(spans) != 1 or spans[0][1] != len(part) - 1:
+        return None
+    head = part[: spans[0][0]]
+    return spans[0][0] if re.fullmatch(r"(\w+=)?[\w.]*", head) else None
 
 
 _CALLS = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789")

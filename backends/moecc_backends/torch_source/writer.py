@@ -222,7 +222,10 @@ class BlockWriter:
                 self.values[var] = PythonExpr(f"**{KWARGS}")
                 self.signature.append(f"**{KWARGS}")
                 continue
-            hint = "seen" if var.kind == "mask" else var_hint(var)
+            is_layer = self.block.layer is not None
+            hint = "mask" if var.kind == "mask" and not is_layer else var_hint(var)
+            if {"embed", "kv_seq"} <= set(var.axes):
+                hint = "memory" if is_layer else "key_value_states"
             if "embed" in var.axes and not any(e.text == STATE for e in self.values.values()):
                 hint = STATE
             name = self.name(hint)

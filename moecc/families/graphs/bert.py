@@ -18,7 +18,7 @@ FURTHEST = 128
 def build(config: BertConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``hidden : f32[batch, seq, embed]``.
 
-    All tokens are of type 0, as in a single text; the pooler is not part of the graph.  With
+    All tokens are of type 0, as in a single text.  With
     padding there is an input ``mask : pred[batch, seq]``, true where a token is one; padding is
     behind the text.  A sequence is no longer than the number of positions.
     """
@@ -35,6 +35,7 @@ def build(config: BertConfig, request: GraphRequest) -> Graph:
     for layer in range(config.num_hidden_layers):
         hidden = encoder.layer(hidden, layer, bias, keep)
     graph.set_output("hidden", hidden)
+    encoder.add_head(hidden, request.head)
     return graph
 
 

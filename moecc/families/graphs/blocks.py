@@ -10,6 +10,7 @@ from typing import Any
 from moecc.families.config import BlockNames
 from moecc.families.graphs.decoder import ACTIVATION_OPS
 from moecc.families.graphs.parameters import Parameters
+from moecc.families.heads import Head
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 
@@ -160,6 +161,60 @@ class Blocks:
         value = self.heads(memory, names[2], heads, "kv", has_bias="v" not in unbiased)
         mixed = self.attend(query, key, value, heads[1] ** -0.5, bias=bias, masks=masks)
         return self.linear(mixed, names[3], ("embed", embed), "q")
+
+    def add_head(self, hidden: Value, head: Head | None) -> None:
+        """Emit a head on ``[batch, seq, embed]``, and its output; without one nothing."""
+        if head is None:
+            return
+        with self.builder.at("head"):
+            x = hidden
+            for step in head.steps:
+                x = self._head_step(x, *step.split(), head=head)
+        self.params.graph.set_output(head.output, x)
+        self.params.graph.attrs["head"] = head.task
+
+    def _head_step(self, x: Value, op: str, *modules: str, head: Head) -> Value:
+        builder, seq = self.builder, x.type["seq"].size if "seq" in x.type else None
+        match op:
+            case "first":
+                return self._first(x)
+            case "mean":
+                return builder.mean(x, axes="seq")
+            case "first-and-mean":
+                assert isinstance(seq, int), "an image has a number of patches"
+                others = builder.slice(x, axis="seq", start=1, stop=seq)
+                parts = self._first(x), builder.mean(others, axes="seq")
+                names = (builder.rename(part, axis="embed", to="feature") for part in parts)
+                return builder.join(*names, axis="feature")
+            case "norm":
+                return self.norm(x, modules[0])
+            case "linear":
+                return self._dense(x, modules[0], head.widths[modules[0]])
+            case "labels":
+                over = x.type.axes[-1].name
+                width = head.widths[modules[0]]
+                return self.linear(x, modules[0], ("label", width), over)
+            case "tokens":
+                return self._tokens(x, *modules, is_tied=head.is_tied)
+        act = self.config.hidden_act if op == "activation" else op
+        return builder.node(ACTIVATION_OPS.get(act, act), x).result
+
+    def _first(self, x: Value) -> Value:
+        first = self.builder.constant(value=0.0, dtype="i32")
+        return self.builder.embedding(x, first, axis="seq", name="first")
+
+    def _dense(self, x: Value, module: str, width: int) -> Value:
+        y = self.linear(x, module, ("out", width), "embed")
+        return self.builder.rename(y, axis="out", to="embed")
+
+    def _tokens(self, x: Value, module: str, bias: str, *, is_tied: bool) -> Value:
+        loc, vocab = self.builder.loc, self.config.vocab_size
+        name = self.params.names.embedding if is_tied else f"{module}.weight"
+        embed = x.type["embed"].size
+        assert isinstance(embed, int), "the width of a model is known"
+        table = self.params.plain(name, loc, vocab=vocab, embed=embed)
+        shift = self.params.plain(bias, loc, vocab=vocab)
+        return self.builder.add(self.builder.contract(x, table, over="embed"), shift)
 
     def feed_forward(self, x: Value, prefix: str) -> Value:
         """Emit the block of two layers that the family's names have behind `prefix`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moecc.errors import InputError
 from moecc.families.config import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, ModelConfig, TensorNames
+from moecc.families.heads import Head
 from moecc.ir.graph import Graph, Value
 from moecc.types import F32, DType, Size, tensor
 from moecc.weights.expr import Expr, Source
@@ -40,6 +41,7 @@ class GraphRequest:
       batch: the size of the batch axis.
       seq: the length of the sequences, in an encoder-decoder those of the encoder.
       decoder_seq: the length of the decoder's.
+      head: the head of an encoder; None leaves its hidden states as they are.
     """
 
     dtype_of: DtypeOf | None = None
@@ -49,6 +51,7 @@ class GraphRequest:
     batch: Size = "B"
     seq: Size = "S"
     decoder_seq: Size = "T"
+    head: Head | None = None
 
 
 class Parameters:

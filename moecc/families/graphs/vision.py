@@ -27,7 +27,9 @@ def build(config: VisionConfig, request: GraphRequest) -> Graph:
     for layer in range(config.num_hidden_layers):
         hidden = encoder.layer(hidden, layer)
     with encoder.builder.at("norm"):
-        graph.set_output("hidden", encoder.norm(hidden, "layernorm"))
+        hidden = encoder.norm(hidden, "layernorm")
+    graph.set_output("hidden", hidden)
+    encoder.add_head(hidden, request.head)
     return graph
 
 

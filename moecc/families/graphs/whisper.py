@@ -17,15 +17,21 @@ def build(config: WhisperConfig, request: GraphRequest) -> Graph:
 
     The inputs are ``features : f32[batch, mel, frame]``, the log-mel spectrogram of as many frames
     as the config says, and ``decoder_tokens : i32[batch, seq]``, up to the number of positions; the
-    output is ``logits : f32[batch, seq, vocab]``.
+    output is ``logits : f32[batch, seq, vocab]``.  An encoder alone has an output ``hidden``.
     """
     params = Parameters.of(config, request)
     graph, batch = params.graph, request.batch
     frames = 2 * config.max_source_positions
     sizes = {"mel": config.num_mel_bins, "frame": frames}
     features = graph.input("features", tensor(F32, batch=batch, **sizes))
+    encoder = _WhisperStack(params, config, "encoder")
+    if config.encoder_alone:
+        hidden = encoder.encode(features)
+        graph.set_output("hidden", hidden)
+        encoder.add_head(hidden, request.head)
+        return graph
     tokens = graph.input("decoder_tokens", tensor(I32, batch=batch, seq=request.decoder_seq))
-    memory = _WhisperStack(params, config, "encoder").encode(features)
+    memory = encoder.encode(features)
     graph.set_output("logits", _WhisperStack(params, config, "decoder").decode(tokens, memory))
     return graph
 

@@ -171,8 +171,9 @@ def _tables(positions, like, frequencies, attention_factor):
     return tuple((f(angles) * attention_factor).to(like.dtype) for f in (torch.cos, torch.sin))
 
 
-def relative_buckets(distance, *, bidirectional, buckets, max_distance):
+def relative_buckets(query, key, buckets, max_distance, *, bidirectional):
     """Return the bucket of each distance from query to key: near ones exact, far ones geometric."""
+    distance = key[..., None, :] - query[..., None]
     half = buckets // 2 if bidirectional else buckets
     ahead = distance > 0
     behind = distance.abs() if bidirectional else (-distance).clamp(min=0)

@@ -105,8 +105,8 @@ def hash_experts(ids, experts, k, seed=0, modulo=False):
 
 def keep_random(weights, threshold):
     """Return which choices are kept: the first, others with probability weight / threshold."""
-    keep = torch.rand_like(weights) < weights / max(threshold, 1e-9)
-    return _with_first(keep)
+    first = torch.arange(weights.shape[-1], device=weights.device) == 0
+    return first | (torch.rand_like(weights) < weights / max(threshold, 1e-9))
 
 
 def keep_threshold(weights, threshold):
@@ -145,7 +145,26 @@ def capacity(tokens, choices, experts, factor, per_choice, rounding, minimum, mu
     return min(slots, tokens) if cap else slots
 
 
-def assign_slots(
+def assign_slots(top_k_index, experts, capacity_factor=None, keep=None):
+    """Return the slot of each choice at its expert, −1 where it is dropped; first choices first.
+
+    An expert has `capacity_factor`, a ratio of two numbers, times its share of all tokens, at
+    least 4.
+    """
+    chosen = top_k_index.flatten(0, -2).transpose(0, 1)  # [choice, token]
+    tokens, wanted = chosen.shape[1], torch.ones_like(chosen, dtype=torch.bool)
+    if keep is not None:
+        wanted = keep.flatten(0, -2).transpose(0, 1)
+    waiting = torch.where(wanted, chosen, experts).reshape(-1)
+    counts = F.one_hot(waiting, experts + 1).cumsum(0)
+    slots = counts.gather(1, waiting[:, None]).view(chosen.shape) - 1
+    if capacity_factor is not None:
+        bound = capacity_factor[0] * tokens // (capacity_factor[1] * experts)
+        wanted = wanted & (slots < min(max(bound, 4), tokens))
+    return slots.masked_fill(~wanted, -1).transpose(0, 1).view(top_k_index.shape)
+
+
+def assign_slots_by_rule(
     top_k_index, experts, *, capacity_factor=None, groups=1, group_size=0, order="choice",
     per_choice=False, rounding="floor", minimum=4, multiple=1, cap=True, keep=None,
     priority=None, mask=None

@@ -1,0 +1,84 @@
+"""Run with transformers: write models with heads, or compare emitted programs with them.
+
+PYTHON kept_head.py write|compare FOLDER CLASS …
+"""
+
+import json
+import os
+import sys
+import warnings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.simplefilter("ignore")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+SMALL = {
+    "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24, "max_position_embeddings": 20, "dim": 16, "n_layers": 2, "n_heads": 2,
+    "hidden_dim": 24, "image_size": 8, "patch_size": 4, "d_model": 16, "encoder_layers": 2,
+    "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_layers": 1,
+    "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_source_positions": 8,
+    "max_target_positions": 8, "num_mel_bins": 4, "classifier_proj_size": 12,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
+def write(name, folder):
+    """Write a model of a class with random weights."""
+    torch.manual_seed(0)
+    model_class = getattr(transformers, name)
+    fields = transformers.AutoConfig.for_model(model_class.config_class.model_type).to_dict()
+    ids = () if "vocab_size" in fields else ("pad_token_id", "bos_token_id", "eos_token_id")
+    sizes = {n: x for n, x in SMALL.items() if n in fields and n not in ids} | {"num_labels": 3}
+    model = model_class(model_class.config_class(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+
+
+def inputs_of(model, dtype):
+    """Return inputs of a model, with labels where it has a loss."""
+    torch.manual_seed(1)
+    name = type(model).__name__
+    if model.main_input_name == "pixel_values":
+        inputs = {"pixel_values": torch.randn(2, 3, 8, 8, dtype=dtype)}
+    elif model.main_input_name == "input_features":
+        inputs = {"input_features": torch.randn(2, 4, 16, dtype=dtype)}
+    else:
+        mask = torch.ones(2, 7, dtype=torch.long)
+        mask[1, 5:] = 0
+        inputs = {"input_ids": torch.randint(3, 32, (2, 7)), "attention_mask": mask}
+    if "For" in name:
+        shape = (2, 7) if "Token" in name or "Masked" in name else (2,)
+        inputs["labels"] = torch.randint(0, 3, shape)
+    return inputs
+
+
+def compare(name, folder):
+    """Print the relative differences of outputs and losses in both types."""
+    model = getattr(transformers, name).from_pretrained(folder).eval()
+    auto = "AutoModel" + name[name.index("For") :] if "For" in name else "AutoModel"
+    load = getattr(transformers, auto).from_pretrained
+    program, info = load(f"{folder}.program", trust_remote_code=True, output_loading_info=True)
+    verdict = {"name": name, "keys": [*info["missing_keys"], *info["unexpected_keys"]]}
+    main = "logits" if "For" in name else "pooler_output"
+    for dtype in (torch.float32, torch.float64):
+        inputs = inputs_of(model, dtype)
+        with torch.no_grad():
+            expected, actual = (m.to(dtype)(**inputs) for m in (model, program.eval()))
+        kind = str(dtype).removeprefix("torch.")
+        for key in (main, "loss"):
+            if expected.get(key) is not None:
+                gap = (actual[key] - expected[key]).abs().max() / expected[key].abs().max()
+                verdict[f"{kind}.{key}"] = float(gap)
+    print(json.dumps(verdict))
+
+
+if __name__ == "__main__":
+    for name in sys.argv[3:]:
+        {"write": write, "compare": compare}[sys.argv[1]](name, f"{sys.argv[2]}/{name}")
