@@ -7,7 +7,7 @@ to 1e-12 or so; only a cast to a narrower type rounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,21 @@ from moecc.ir.graph import Graph, Node, Value, setter_of, where
 from moecc.support.lazy import np
 from moecc.types import Arrays, Extent
 
+Disturbance = Callable[[Node, Data], Data]
+"""Returns a float result of a node with errors."""
+
 
 @dataclass(frozen=True)
 class ReferenceProgram:
-    """A graph run by the interpreter, in one process."""
+    """A graph run by the interpreter, in one process.
+
+    Attributes:
+      graph: the graph.
+      disturb: changes each float result of a node before it is read, as rounding would.
+    """
 
     graph: Graph
+    disturb: Disturbance | None = None
     writes = True
 
     def run(self, params: Arrays, inputs: Arrays) -> dict[str, Data]:
@@ -47,7 +56,7 @@ class ReferenceProgram:
           InputError: as `run`.
         """
         bound = bind(self.graph, params, inputs)
-        state = _State({}, {}, {v: sum(v.users.values()) for v in bound})
+        state = _State({}, {}, {v: sum(v.users.values()) for v in bound}, self.disturb)
         for value in bound:
             if value.is_output:
                 yield value, state.load(value, bound)
@@ -65,6 +74,7 @@ class _State:
     arrays: dict[Value, Array]
     assignments: dict[Value, SlotAssignment]
     left: dict[Value, int]
+    disturb: Disturbance | None = None
 
     def load(self, value: Value, bound: Mapping[Value, Data]) -> Array:
         """Return the array of `value` in the interpreter's representation."""
@@ -83,7 +93,13 @@ class _State:
             raise InputError(
                 replace(p, where=p.where or where(node)) for p in error.problems
             ) from None
-        pairs = list(zip(node.results, map(self.finish, results, node.results), strict=True))
+        arrays = [*map(self.finish, results, node.results)]
+        if self.disturb is not None:
+            arrays = [
+                replace(a, data=self.disturb(node, a.data)) if v.type.dtype.is_float else a
+                for v, a in zip(node.results, arrays, strict=True)
+            ]
+        pairs = list(zip(node.results, arrays, strict=True))
         for value, array in pairs:
             self.left[value] = sum(value.users.values())
             self.arrays[value] = array

@@ -7,15 +7,14 @@ Beside the values it looks at gradients (`moecc.testing.oracle`), at weights as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import lcm
 
 from moecc.backend import Arrays, MeshBackend, get_backend
 from moecc.errors import InputError
-from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.interpreter import ReferenceProgram
 from moecc.ir.mesh import mesh_of
 from moecc.ir.sharding_rules import spelled
 from moecc.ir.structure import clone, copied
@@ -26,7 +25,7 @@ from moecc.support.untyped import Json, JsonDict
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
 from moecc.testing.draws import generator
 from moecc.testing.weights import stored_weight
-from moecc.types import KEY, Array, Extent, TensorType
+from moecc.types import Array, Extent
 
 # Running a graph in the reference interpreter, and how far apart arrays may be.
 #
@@ -139,16 +138,13 @@ class Trial:
 
 def rerun_of(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
     """Return what runs `graph` with small errors in the data and in every result."""
-    noisy = cache(lambda: with_errors(graph))
 
     def run(draw: int) -> Mapping[str, Array]:
-        copy, key = noisy()
         near = [
             {n: _nudged(a, PERTURBATION, draw, "nudge", n) for n, a in arrays.items()}
             for arrays in (params, inputs)
         ]
-        drawn = {**near[1], key: np.asarray(draw, np.uint64)}
-        return run_reference(copy, params=near[0], inputs=drawn)
+        return with_errors(graph, draw).run(*near)
 
     return run
 
@@ -189,46 +185,26 @@ def _with_neighbours(tipped: Array) -> Array:
     )
 
 
-_ERRORS = "errors"
-"""What the key of the errors is called, unless the graph has the name."""
-
-
-def with_errors(graph: Graph, relative: float = ROUNDING) -> tuple[Graph, str]:
-    """Return `graph` with each float result off by a few units in the last place.
+def with_errors(
+    graph: Graph, draw: int, relative: float = ROUNDING, exact_ops: Container[str] = ()
+) -> ReferenceProgram:
+    """Return the interpreter of `graph`, each float result of which is off by a few units.
 
     Args:
       graph: the graph.
+      draw: chooses the errors; a program draws others whenever it runs.
       relative: the largest relative error of an element.
-
-    Returns:
-      The graph, and its further input: the key that draws the errors.
+      exact_ops: the names of operations whose results have none.
     """
-    copy = clone(graph)
-    nodes = list(copy)
-    key = copy.input(copy.fresh(_ERRORS), TensorType(KEY))
-    for number, (node, following) in enumerate(zip(nodes, [*nodes[1:], None], strict=False)):
-        builder = Builder(copy, before=following)
-        for value in node.results:
-            if value.type.dtype.is_float:
-                users = list(value.users)
-                off = _off(builder, value, builder.fold_key(key, by=number), relative)
-                for user in users:
-                    for at, operand in enumerate(user.operands):
-                        if operand is value:
-                            user.set_operand(at, off)
-    return copy, key.name
+    random = generator(draw, "errors")
 
+    def disturb(node: Node, data: Array) -> Array:
+        if node.op.name in exact_ops:
+            return data
+        # Each element by itself: equal ones must not stay equal.
+        return np.asarray(data * random.uniform(1 - relative, 1 + relative, data.shape))
 
-def _off(b: Builder, value: Value, key: Value, relative: float) -> Value:
-    """Return `value`, each element off by itself: equal ones must not stay equal."""
-    low, high = 1 - relative, 1 + relative
-    if value.type.unreduced or value.type.ragged is not None:
-        # No numbers are drawn for parts of a sum, nor for rows whose number the data decide.
-        factor = b.random_uniform(
-            key, b.constant(value=1.0, dtype=value.type.dtype.name), low=low, high=high
-        )
-        return b.mul(value, factor)
-    return b.mul(value, b.random_uniform(key, value, low=low, high=high))
+    return ReferenceProgram(graph, disturb)
 
 
 def _nudged(data: Array, relative: float, draw: int, *words: str) -> Array:

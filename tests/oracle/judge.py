@@ -19,14 +19,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.ir import Graph, Value, clone
-from moecc.ir.builder import Builder
+from moecc.ir import Graph, Value
 from moecc.ir.interpreter import ReferenceProgram
 from moecc.testing.data import inputs_for, params_for, sizes_for
 from moecc.testing.draws import generator, moved
 from moecc.testing.oracle import (
-    ROUNDING,
     TOLERANCE,
+    Run,
     Trial,
     _signature_changes,
     amplified,
@@ -35,10 +34,12 @@ from moecc.testing.oracle import (
     divisible,
     gradient_gaps,
     magnitude,
+    rerun_of,
     unequal,
     weight_gaps,
+    with_errors,
 )
-from moecc.types import F64, KEY, Array, TensorType
+from moecc.types import F64, Array
 from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source, sources, transform
@@ -59,7 +60,7 @@ EXACT_OPS = frozenset(
         *("rename", "split", "merge", "broadcast", "slice", "stack", "index", "chunk", "join"),
         *("positions", "embedding", "one_hot", "update_slice", "causal", "same_segment"),
         *("relative_buckets", "reshard", "shard", "all_gather", "all_reduce", "reduce_scatter"),
-        *("all_to_all", "ragged_all_to_all", "assign_slots", "dispatch", "group_sum"),
+        *("scan", "all_to_all", "ragged_all_to_all", "assign_slots", "dispatch", "group_sum"),
         *("hash_experts", "within_buffer", "keep_choices", "fold_key"),
     }
 )
@@ -213,50 +214,12 @@ def value_gaps(draw: Draw, coarse: bool = False) -> list[str]:
     return lines
 
 
-def _noisy(draw: Draw):  # type: ignore[no-untyped-def]
+def _noisy(draw: Draw) -> Run:
     """Return what runs the right graph with errors where it rounds."""
-    if draw.kind not in TIES:
-        from moecc.testing.oracle import rerun_of
-
-        return rerun_of(draw.before, *draw.data(draw.before))
-    noisy, key = with_errors_where_inexact(draw.before)
     params, inputs = draw.data(draw.before)
-
-    def run(number: int) -> Mapping[str, Array]:
-        return outputs_of(noisy, params, {**inputs, key: np.asarray(number, np.uint64)})
-
-    return run
-
-
-def with_errors_where_inexact(graph: Graph) -> tuple[Graph, str]:
-    """Return `graph` with the float results of operations that round off by a few units.
-
-    Returns:
-      The graph, and its further input: the key that draws the errors.
-    """
-    copy = clone(graph)
-    nodes = list(copy)
-    key = copy.input(copy.fresh("errors"), TensorType(KEY))
-    for number, (node, following) in enumerate(zip(nodes, [*nodes[1:], None], strict=False)):
-        if node.op.name in EXACT_OPS or node.body is not None:
-            continue
-        builder = Builder(copy, before=following)
-        for value in node.results:
-            if not value.type.dtype.is_float:
-                continue
-            users = list(value.users)
-            random = builder.fold_key(key, by=number)
-            is_plain = not value.type.unreduced and value.type.ragged is None
-            like = value if is_plain else builder.constant(value=1.0, dtype="f64")
-            noise = builder.random_uniform(random, like, low=1 - ROUNDING, high=1 + ROUNDING)
-            if noise.type.dtype != value.type.dtype:
-                noise = builder.cast(noise, dtype=value.type.dtype.name)
-            product = builder.mul(value, noise)
-            for user in users:
-                for at, operand in enumerate(user.operands):
-                    if operand is value:
-                        user.set_operand(at, product)
-    return copy, key.name
+    if draw.kind not in TIES:
+        return rerun_of(draw.before, params, inputs)
+    return lambda number: with_errors(draw.before, number, exact_ops=EXACT_OPS).run(params, inputs)
 
 
 MAKES_INFINITE = ("mask", "constant")
