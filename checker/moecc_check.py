@@ -3,9 +3,9 @@
     moecc-check PROOF BEFORE.moe AFTER.moe
 
 It accepts (exit 0), or names the step, node or output that does not hold (exit 1). It shares no
-code with the prover; docs/proof-log.md has the format of a log. What it believes are the equations
-of moecc_check_definitions.txt; here are terms, substitution, bounds and patterns, by which they are
-applied, and logs. moecc_check_graphs.py reads the texts of graphs.
+code with the prover. It believes the equations of moecc_check_lemmas.txt and of
+moecc_check_definitions.txt; terms, by which they are applied, and logs are here, graphs in
+moecc_check_graphs.py. docs/proof-log.md has the format of a log.
 
     sum       Σ c·m              rational numbers c, monomials m; an index is a sum, too
     product   Σ_{v…} f·f·…       a monomial: bound index variables, and factors
@@ -14,10 +14,8 @@ applied, and logs. moecc_check_graphs.py reads the texts of graphs.
 
 A term is a node and its free variables in order. A node has places instead of names, exists once,
 and orders the parts of sums and products by structure alone: two terms are equal if they are one
-node at the same variables, renaming touches no node, and nothing can be captured.
-
-A log is advice. Where a node is built, it may name the lemma to use; the lemma is applied to what
-is built, after its conditions are checked there: a wrong log can only be rejected.
+node at the same variables, renaming touches no node, and nothing can be captured. A log is advice:
+it may name the lemma to use where a node is built, after its conditions are checked there.
 """
 
 import ast
@@ -34,10 +32,11 @@ from itertools import product as choices_of
 from math import inf, isfinite, prod
 from pathlib import Path
 
-from moecc_check_graphs import MALFORMED, Evaluation, Rejected, graph_of, need, read_table, scalar
+import moecc_check_graphs as reading
+from moecc_check_graphs import MALFORMED, Rejected, need, read_table, scalar
 
 SCHEMA = "moecc.proof/1"
-TABLE = Path(__file__).with_name("moecc_check_definitions.txt")
+SYMMETRIC = ("equal", "maximum", "minimum")  # of a as of −a, or of a and b as of b and a
 
 
 # Terms.
@@ -81,8 +80,8 @@ class Term(Values, namedtuple("Term", "node vars")):
         return self.algebra.substitute(body, dict(zip(bound, values, strict=True)))
 
 
-class Tensor(Values, namedtuple("Tensor", "axes body finite dtype")):
-    """A value at its indices: axes, element, whether it is certainly finite, and type."""
+class Tensor(Values, namedtuple("Tensor", "axes body finite dtype slots", defaults=(None,))):
+    """A value at its indices: axes, element, whether certainly finite, type, and whose slots."""
 
     algebra = property(lambda self: self.body.node.algebra)
 
@@ -113,10 +112,6 @@ class Node:
 def loose(size):
     """Return a size without the tag of its assignment of slots, which free variables have."""
     return size.split(" ")[0] if isinstance(size, str) else size
-
-
-def age(term):
-    return term.node.number, [v.serial for v in term.vars]
 
 
 def ordered(tagged, bound):
@@ -196,7 +191,8 @@ class Algebra:
 
     def product(self, bound, factors):
         """Return Σ_bound of the product, and the order of its bound variables."""
-        row = [f for _, f in ordered([(0, f) for f in factors], set(bound))]
+        factors = [(0, self.turned(f, bound)) for f in factors]
+        row = [f for _, f in ordered(factors, set(bound))]
         seen = list(dict.fromkeys(v for f in row for v in f.vars))
         names = sorted(bound, key=lambda v: (seen.index(v) if v in seen else inf, str(v.size)))
         return self.packed("product", tuple(v.size for v in names), row, names), names
@@ -216,11 +212,18 @@ class Algebra:
             pairs = dict(zip(bound, arguments, strict=True))
             bound = [v for v in body.vars if v in pairs]
             functions, arguments = [self.function(bound, body, True)], [pairs[v] for v in bound]
-        elif head in ("maximum", "minimum"):
-            arguments = sorted(arguments, key=age)
-        elif head == "equal":  # [a = 0] = [−a = 0]
-            arguments = [min(arguments[0], self.scale(arguments[0], -1), key=age)]
-        return self.packed("apply", (head, attrs, len(functions)), [*functions, *arguments])
+        row = [*functions, *arguments]
+        return self.turned(self.packed("apply", (head, attrs, len(functions)), row))
+
+    def turned(self, factor, bound=()):
+        """Return a factor whose arguments may change places in order, free variables first."""
+        if factor.node.kind != "apply" or factor.node.label[0] not in SYMMETRIC:
+            return factor
+
+        x = self.parts(factor)
+        both = x if len(x) > 1 else [*x, self.scale(x[0], -1)]
+        both.sort(key=lambda t: (t.node.number, [(v in bound, v.serial) for v in t.vars]))
+        return self.packed("apply", factor.node.label, both[: len(x)])
 
     # Views.
 
@@ -281,6 +284,8 @@ class Algebra:
 
     def tag(self, slots):
         """Return the name of an assignment of slots."""
+        if isinstance(slots, Tensor) and slots.slots:
+            return slots.slots[1]
         return f"{self.value(slots).node.number} {[v.serial for v in self.value(slots).vars]}"
 
     # Values, for which advice is taken.
@@ -505,7 +510,8 @@ class Algebra:
         if isinstance(pattern, ast.Subscript):
             attrs = pattern.slice
             attrs, pattern = attrs.elts if isinstance(attrs, ast.Tuple) else [attrs], pattern.value
-        head, *parts = self.applied(x.body if isinstance(x, Tensor) else x)
+        x = (x.slots or (x.body,))[0] if isinstance(x, Tensor) else x
+        head, *parts = self.applied(x)
         name = scope.setdefault(pattern.id, Head(self, head)).name
         patterns = (attrs, functions, arguments)
         return name == head and all(map(self.match_all, patterns, parts, [scope] * 3))
@@ -588,8 +594,11 @@ def placed(x, places):
     return at
 
 
-def read_log(a, log):
-    """Take the advice of a log: the lemma for a node, with its parameters at its variables."""
+def read_log(log, exact=False, fractions=False):
+    """Return an algebra with advice: the lemma for a node, with its parameters at its variables."""
+    names = Counter(name for name, _, _ in log["steps"])
+    need(log.get("lemmas", names) == names, "counts of lemmas that are not those of the steps")
+    a = Algebra(*read_table(), exact, fractions)
     rows = []  # a term or variable, and the places of the bound variables of a product
 
     def frozen(value):
@@ -625,7 +634,7 @@ def read_log(a, log):
         rows.append((term, places))
 
     for number, (name, at, values) in enumerate(log["steps"]):
-        if name == "equality of opposites":
+        if name in ("equality of opposites", "either order"):
             continue  # one term here
         cut = name in ("cut factor", "cut summand")
         need(cut or ("lemma", name) in a.table, f"step {number}: no lemma is named {name!r}")
@@ -634,37 +643,28 @@ def read_log(a, log):
         key = (subject.node, name[4:]) if cut else subject.node
         values = [placed(rows[v["term"]][0], places) if isinstance(v, dict) else v for v in values]
         a.advice.setdefault(key, (number, name, values))
+    return a
 
 
 def check(log, before, after):
-    """Return the numbers of the steps that a proof needs. Raises: Rejected."""
+    """Return the numbers of the steps that a proof needs, and of those about devices."""
     need(log["schema"] == SCHEMA, f"the schema is not {SCHEMA}")
     for key, text in (("before", before), ("after", after)):
         digest = hashlib.sha256(text.encode()).hexdigest()
         need(log[key] == digest, f"it is a proof of another graph {key!r}")
-    names = Counter(name for name, _, _ in log["steps"])
-    need(log.get("lemmas", names) == names, "counts of lemmas that are not those of the steps")
-    table = read_table(TABLE.read_text("utf-8"))
-    a = Algebra(*table, exact=bool(log["exact"]), fractions=bool(log.get("fractions")))
-    read_log(a, log)
-    graphs = [graph_of(before), graph_of(after)]
-    evaluation = Evaluation(a, bool(log.get("rolled")))
+    a = read_log(log, bool(log["exact"]), bool(log.get("fractions")))
+    devices = reading.Devices(read_log(log.get("devices", {"terms": [], "steps": []})))
+    graphs = [reading.graph_of(before), reading.graph_of(after)]
+    evaluation = reading.Evaluation(a, bool(log.get("rolled")))
     values = [evaluation.evaluate(g, {}) for g in graphs]
-    need(graphs[0].inputs == graphs[1].inputs, "graphs of other inputs")
-    outputs = log.get("outputs", list(graphs[0].outputs))
-    need(outputs and all({*outputs} <= {*g.outputs} for g in graphs), "outputs that a graph lacks")
-    for name in outputs:
-        x, y = (v[g.outputs[name]] for v, g in zip(values, graphs, strict=True))
-        partial = {n.types[n.results.index(v)].unreduced for g in graphs for n in g.lines
-                   if (v := g.outputs[name]) in n.results}  # fmt: skip
-        same = (x.axes, x.dtype) == (y.axes, y.dtype) and len(partial) < 2
-        need(same, f"output {name}: of two types")
-        need(x.body == y.body, f"output {name}: two different terms")
-    return sorted(a.used - {-1})
+    reading.compare(graphs, values, log.get("outputs", list(graphs[0].outputs)))
+    for graph, row in zip(graphs, values, strict=True):
+        devices.check(graph, row)
+    return [sorted(x.used - {-1}) for x in (a, devices.a)]
 
 
 def accepted(log, before, after):
-    """Return the numbers of the steps that a proof needs. Raises: Rejected, whatever is wrong."""
+    """Return the numbers of the steps that are needed. Raises: Rejected, whatever is wrong."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, 20_000))
     try:
@@ -684,14 +684,15 @@ def main():
         text, *graphs = (Path(name).read_text("utf-8") for name in sys.argv[1:])
         log = json.loads(text)
         used = accepted(log, *graphs)
-        unused = {*range(len(log["steps"]))} - {*used}
-        need(not unused, f"step {min(unused, default=0)} is of no use")
+        for part, numbers in zip((log, log.get("devices", {"steps": []})), used, strict=True):
+            unused = {*range(len(part["steps"]))} - {*numbers}
+            need(not unused, f"step {min(unused, default=0)} is of no use")
     except (Rejected, OSError, ValueError) as error:
         print(f"rejected: {error}")
         return 1
     notes = [", for constants as fractions"] if log["fractions"] else []
-    notes += [", but for where values lie on a mesh"] if re.search(r"\w@[\w*]+=", graphs[1]) else []
-    print(f"accepted: {len(used)} steps, {len(log['outputs'])} outputs{''.join(notes)}")
+    notes += [", on the devices of a mesh, too"] if "devices" in log else []
+    print(f"accepted: {sum(map(len, used))} steps, {len(log['outputs'])} outputs{''.join(notes)}")
     return 0
 
 

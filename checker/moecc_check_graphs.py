@@ -8,7 +8,9 @@ import ast
 import json
 import re
 from collections import namedtuple
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
@@ -33,15 +35,23 @@ def parsed(text):
 
 
 @cache
-def read_table(text):
-    """Return the entries of the table, in lists by kind and name, and its sets of heads."""
+def table_text():
+    """Return the lemmas and the definitions."""
+    files = (Path(__file__).with_name(f"moecc_check_{n}.txt") for n in ("lemmas", "definitions"))
+    return "\n".join(file.read_text("utf-8") for file in files)
+
+
+@cache
+def read_table(text=None):
+    """Return the entries of a table, in lists by kind and name, and its sets of heads."""
     table, words, lines = {}, {}, []
-    for row in re.sub(r"\n {8}\s*", " ", re.sub(r"(?m)^\s*#.*\n", "", text)).splitlines():
+    text = re.sub(r"(?m)^\s*#.*\n", "", text or table_text())
+    for row in re.sub(r"\n {8}\s*", " ", text).splitlines():
         kind, _, rest = row.strip().partition(" ")
         if row.startswith(" "):
             target, rest = rest.split(" = ", 1) if kind == "let" else ("", rest)
             lines.append((kind, target and parsed(target), compile(rest, row, "eval")))
-        elif kind in ("lemma", "bounds", "define", "operation", "weight"):
+        elif kind in ("lemma", "bounds", "define", "operation", "weight", "device", "local"):
             marks, name, subject, given, right = ENTRY.fullmatch(rest).groups("")
             lines = [("=", None, compile(right, row, "eval"))] if right else []
             if kind in ("lemma", "bounds"):
@@ -83,9 +93,9 @@ PIECE = re.compile(
 )
 
 
-Type = namedtuple("Type", "dtype axes unreduced")  # a size: a number, a name, or (kind, value)
+Type = namedtuple("Type", "dtype axes mesh unreduced")  # a size: a number, name, or (kind, value)
 Line = namedtuple("Line", "results op operands text types attrs body")
-Graph = namedtuple("Graph", "inputs params lines outputs")
+Graph = namedtuple("Graph", "inputs params lines outputs mesh")  # the mesh: sizes by name
 
 
 def scalar(text):
@@ -101,19 +111,20 @@ def scalar(text):
 
 
 def read_type(text):
-    """Return a type; where its axes lie on devices is no part of it."""
-    dtype, inner, unreduced = re.fullmatch(r"(\w+)\[(.*)\](.*)", text).groups()
-    axes = []
+    """Return a type, with the mesh axes of each of its axes."""
+    dtype, inner, unreduced = re.fullmatch(r"(\w+)\[(.*)\](?: unreduced\((.*)\))?", text).groups("")
+    axes, mesh = [], []
     for part in filter(None, map(str.strip, inner.split(","))):
-        name, size = re.fullmatch(r"(\w+)(?:@[\w*]+)?=(.*)", part).groups()
+        name, over, size = re.fullmatch(r"(\w+)(?:@([\w*]+))?=(\w+|\w+\(%.*\))", part).groups("")
         extent = re.fullmatch(r"(\w+)\((%.*)\)", size)
         axes.append((name, extent.groups() if extent else scalar(size)))
-    return Type(dtype, tuple(axes), unreduced)
+        mesh.append(tuple(filter(None, over.split("*"))))
+    return Type(dtype, tuple(axes), tuple(mesh), tuple(re.findall(r"\w+", unreduced)))
 
 
 def read_graph(lines, end="}"):
     """Return the graph of an iterator's lines up to one."""
-    graph = Graph({}, {}, [], {})
+    graph = Graph({}, {}, [], {}, {})
     for line in lines:
         text = line.strip()
         if line == end:
@@ -133,6 +144,10 @@ def read_graph(lines, end="}"):
             types = list(map(read_type, re.findall(TYPE, types)))
             pairs, operands = dict(ATTR.findall(attrs[1:-1])), re.findall(NAME, operands)
             graph.lines.append(Line(results.split(", "), op, operands, attrs, types, pairs, body))
+        elif match := re.fullmatch(r"attr mesh = (\{.*\})", text):
+            need(not graph.mesh, "two meshes")
+            graph.mesh.update(json.loads(match[1]))
+            need(all(type(n) is int and n > 0 for n in graph.mesh.values()), "no mesh")
         else:
             need(text.startswith("attr "), f"no statement: {text[:100]}")  # a note has no meaning
     raise Rejected("the graph has no end")
@@ -187,6 +202,21 @@ def graph_of(text):
     return graph
 
 
+def options_of(n):
+    """Return the attributes of a node, read."""
+    return {k: scalar(v) if isinstance(v, str) else v for k, v in n.attrs.items()}
+
+
+@contextmanager
+def named(n, where=""):
+    """Say of what goes wrong in which node it does."""
+    try:
+        yield
+    except (Rejected, *MALFORMED) as error:
+        reason = f"{', '.join(n.results)} = {n.op}{where}: {error or repr(error)}"
+        raise Rejected(reason) from error
+
+
 # Graphs.
 
 
@@ -196,6 +226,14 @@ class Evaluation:
     def __init__(self, algebra, rolled):
         self.a, self.rolled, self.weights = algebra, rolled, {}
         self.tensor = algebra.scope["tensor"]
+        algebra.scope["assigned"] = self.assigned
+
+    def assigned(self, head, *indices):
+        """Return slots with the application that they are, whatever a lemma makes of it."""
+        values = list(map(self.a.value, indices))
+        factor = self.a.application(head.name, head.attrs, list(head.functions), values)
+        x = self.tensor((), head(*indices))
+        return x._replace(slots=(factor, self.a.tag(x)))
 
     def opaque(self, head, attrs, xs, axes, dtype="", finite=True):
         """Return an unknown function of tensors."""
@@ -263,16 +301,19 @@ class Evaluation:
         axes = []
         for name, size in type_.axes:
             if isinstance(size, tuple):
-                kind, slots = size
-                size = f"{kind if kind == 'groups' else 'slots'} {self.a.tag(values[slots])}"
+                size = self.extent(*size, values)
             axes.append(self.a.axis(name, size))
         return tuple(axes)
+
+    def extent(self, kind, slots, values):
+        """Return the name of a size that slots set."""
+        return f"{kind if kind == 'groups' else 'slots'} {self.a.tag(values[slots])}"
 
     def leaf(self, name, type_):
         axes = self.typed_axes(type_, {})
         return self.tensor(axes, self.a.scope["leaf"](name, type_.dtype, axes), type_.dtype)
 
-    def evaluate(self, graph, values):
+    def evaluate(self, graph, values, runs=()):
         """Return all values of a graph, whose inputs are given or arbitrary."""
         for name, type_ in graph.inputs.items():
             values[name] = values.get(name) or self.leaf(f"input {name[1:]}", type_)
@@ -288,45 +329,51 @@ class Evaluation:
                     x = self.tensor(self.weight(e).axes, element, type_.dtype)
                 values[name] = x
         for n in graph.lines:
-            try:
-                results = self.results(n, tuple(values[x] for x in n.operands), values)
-                for name, type_, x in zip(n.results, n.types, results, strict=True):
-                    axes = self.typed_axes(type_, values)
-                    need({*x.body.vars} <= {*axes}, "an element of indices that are no axes")
-                    values[name] = self.tensor(axes, x.body, type_.dtype, x.finite)
-            except (Rejected, *MALFORMED) as error:
-                reason = f"{', '.join(n.results)} = {n.op}: {error or repr(error)}"
-                raise Rejected(reason) from error
+            with named(n):
+                self.run(n, values, runs)
         return values
+
+    def run(self, n, values, runs=()):
+        """Add the results of a node, maybe in a run with a number, to the values."""
+        axes = [self.typed_axes(t, values) for t in n.types]
+        results = self.results(n, tuple(values[x] for x in n.operands), axes)
+        for name, type_, row, x in zip(n.results, n.types, axes, results, strict=True):
+            need({*x.body.vars} <= {*row, *runs}, "an element of indices that are no axes")
+            values[name] = x._replace(axes=row, dtype=type_.dtype)
 
     def body(self, graph):
         """Return the function of a graph, from tensors to tensors."""
 
         def call(*xs):
             pairs = zip(graph.inputs.items(), xs, strict=True)
-            values = self.evaluate(graph, {k: x._replace(dtype=t.dtype) for (k, t), x in pairs})
+            inputs = {k: x._replace(dtype=t.dtype) for (k, t), x in pairs}
+            runs = {v for x in xs for v in x.body.vars if v not in x.axes}
+            values = self.evaluate(graph, inputs, runs)
             return [values[name] for name in graph.outputs.values()]
 
         return call
 
-    def results(self, n, xs, values):
+    def results(self, n, xs, axes, kind="operation", **more):
         """Return the results of an operation: by its definition, or uninterpreted."""
-        finite, rules = all(x.finite for x in xs), self.a.table.get(("operation", n.op), ())
-        marks, axes = rules[0].marks if rules else "", [self.typed_axes(t, values) for t in n.types]
+        finite, rules = all(x.finite for x in xs), self.a.table.get((kind, n.op), ())
+        marks = rules[0].marks if rules else ""
         if rules and ("†" in marks or (not self.a.exact and (finite or "∞" in marks))):
             words = {
+                **more,
                 "i": {v.name: v for row in axes for v in row}.__getitem__,
                 "notes": lambda *but: [f"{k}={v}" for k, v in n.attrs.items() if k not in but],
                 "rolled": self.rolled, "body": n.body and self.body(n.body),
                 "is_flat": n.body and not any(inner.body for inner in n.body.lines),
             }  # fmt: skip
-            options = {k: scalar(v) for k, v in n.attrs.items()}
+            options = options_of(n)
             unknown = options.keys() - rules[0].options.keys()
             need(not unknown or "**" in rules[0].options, f"no meaning of {sorted(unknown)}")
-            result = self.a.defined(("operation", n.op), xs, options, words)
+            result = self.a.defined((kind, n.op), xs, options, words)
             need(result is not None, "its definition does not hold")
-            return [self.tensor((), x, "", getattr(x, "finite", finite))
-                    for x in (result if isinstance(result, list) else [result])]  # fmt: skip
+            tensors = result if isinstance(result, list) else [result]
+            return [x if hasattr(x, "finite") else self.tensor((), x, "", finite) for x in tensors]
+        if kind != "operation":
+            return self.results(n, xs, axes)
         need(not n.body, "a body of no meaning")
         if n.op in self.a.words["elementwise"] and not self.a.exact:
             name = f"{n.op} of infinite" if rules else n.op
@@ -337,3 +384,205 @@ class Evaluation:
                  for i, (t, row) in enumerate(zip(n.types, axes, strict=True))]  # fmt: skip
         return [self.opaque(f"operation {n.op}", key, xs, row, "", finite)
                 for key, row in zip(attrs, axes, strict=True)]  # fmt: skip
+
+
+def compare(graphs, values, outputs):
+    """Compare the inputs and the outputs of two graphs. Raises: Rejected."""
+    on_meshes = all(g.mesh for g in graphs)
+    need(not on_meshes or graphs[0].mesh == graphs[1].mesh, "graphs on other meshes")
+
+    def interface(types):
+        return {k: t if on_meshes else t._replace(mesh=()) for k, t in types.items()}
+
+    need(interface(graphs[0].inputs) == interface(graphs[1].inputs), "graphs of other inputs")
+    need(outputs and all({*outputs} <= {*g.outputs} for g in graphs), "outputs that a graph lacks")
+    for name in outputs:
+        x, y = (v[g.outputs[name]] for v, g in zip(values, graphs, strict=True))
+        s, t = (types_of(g)[g.outputs[name]] for g in graphs)
+        same = (x.axes, x.dtype, s.unreduced) == (y.axes, y.dtype, t.unreduced)
+        need(same and (not on_meshes or s.mesh == t.mesh), f"output {name}: of two types")
+        need(x.body == y.body, f"output {name}: two different terms")
+
+
+# Devices.
+
+
+class Devices(Evaluation):
+    """Checks that devices compute the values of graphs, each node for any values of its operands.
+
+    A device has a shard of each operand, or a summand of it, and does what the table says: it then
+    has to have its shard of the result. By induction it has so of all values, and of all runs of a
+    scan.
+    """
+
+    def __init__(self, algebra):
+        super().__init__(algebra, False)
+        self.proved = {}  # whether the results of a node are finite, by all that this depends on
+
+    def check(self, graph, values):
+        """Check a graph, if it is on a mesh, given the values of its inputs and parameters."""
+        if not graph.mesh:
+            for name, t in types_of(graph).items():
+                need(not any(t.mesh) and not t.unreduced, f"{name} lies on no mesh")
+            return
+        self.a.scope["mesh_sizes"] = graph.mesh
+        leaves = {**graph.inputs, **{k: t for k, (t, _) in graph.params.items() if k in values}}
+        for name, type_ in leaves.items():
+            need(not type_.unreduced, f"{name}: a device is given a summand")
+            self.need_shards(type_, name)
+        self.check_lines(graph, {name: values[name].finite for name in leaves})
+
+    def need_shards(self, type_, name):
+        """Refuse a type of which devices have no equal shards, or not all."""
+        names = [*type_.unreduced, *(m for row in type_.mesh for m in row)]
+        need(len({*names}) == len(names), f"{name}: two uses of a mesh axis")
+        for (axis, size), over in zip(type_.axes, type_.mesh, strict=True):
+            is_equal = not isinstance(size, int) or size % self.a.scope["count"](over) == 0
+            need(is_equal, f"{name}: {axis} does not divide")
+
+    def check_lines(self, graph, finite):
+        """Check the nodes of a graph; adds to `finite` which results are."""
+        setters = {n.results[-1]: n for n in graph.lines if n.op in self.a.words["assigners"]}
+        types = types_of(graph)
+        for n in graph.lines:
+            with named(n, " on devices"):
+                if n.body:
+                    holds = self.check_scan(n, types, finite)
+                else:
+                    lines = [*(setters[x] for x in n.operands if x in setters), n]
+                    key = self.key(lines, types, finite)
+                    if key not in self.proved:
+                        self.proved[key] = self.check_node(lines, types, finite)
+                    holds = self.proved[key]
+                finite.update(zip(n.results, holds, strict=True))
+
+    def key(self, lines, types, finite):
+        numbers, mesh = {}, tuple(self.a.scope["mesh_sizes"].items())
+
+        def number(name):
+            return numbers.setdefault(name, len(numbers))
+
+        def numbered(t):
+            sizes = [(s[0], number(s[1])) if isinstance(s, tuple) else s for _, s in t.axes]
+            return t._replace(axes=(*zip((name for name, _ in t.axes), sizes, strict=True),))
+
+        return mesh, *((n.op, n.text, *((number(x), numbered(types[x]), finite.get(x))
+                        for x in n.operands), *((number(x), numbered(types[x]))
+                        for x in n.results)) for n in lines)  # fmt: skip
+
+    def check_scan(self, n, types, finite):
+        """Check a scan, whose runs begin and end alike; return which results are finite."""
+        options, inner = options_of(n), types_of(n.body)
+        inputs, returned = list(n.body.inputs), list(n.body.outputs.values())
+        carries = options.get("carries", 0)
+        stacked = range(carries, carries + options.get("stacked", 0))
+        pairs = [
+            (types[x], y, i in stacked)
+            for i, (x, y) in enumerate(zip(n.operands, inputs, strict=True))
+        ]
+        pairs += [
+            (t, y, i >= carries) for i, (t, y) in enumerate(zip(n.types, returned, strict=True))
+        ]
+        pairs += [
+            (inner[x], y, False) for x, y in zip(inputs[:carries], returned[:carries], strict=True)
+        ]
+        for outer, y, is_stacked in pairs:
+            need(placement(outer) == placement(inner[y]), f"{y} lies elsewhere in a run")
+            need(
+                not is_stacked or options["over"][0][0] not in placement(outer)[0],
+                "runs are sharded",
+            )
+        holds, carried = [finite[x] for x in n.operands], None
+        while carried != holds[:carries]:
+            carried = holds[:carries]
+            values = dict(zip(inputs, holds, strict=True))
+            self.check_lines(n.body, values)
+            holds[:carries] = [
+                x and values[y] for x, y in zip(carried, returned[:carries], strict=True)
+            ]
+        return [values[y] for y in returned]
+
+    def check_node(self, lines, types, finite):
+        """Check the last of these nodes; return which of its results are finite."""
+        self.setters, values, shards, shard_of = {}, {}, {}, self.a.scope["shard_of"]
+        for n in lines:
+            for at, name in enumerate(n.operands):
+                if name not in values:
+                    values[name], shards[name] = self.unknown(n, at, types, values, finite)
+            self.run(n, values)
+            shape = [shard_of(values[x], t.mesh) for x, t in zip(n.results, n.types, strict=True)]
+            local = self.on_device(n, shape, [types[x] for x in n.operands], values, shards)
+            for name, t, x, y in zip(n.results, n.types, shape, local, strict=True):
+                shards[name] = y._replace(axes=x.axes, dtype=t.dtype)
+        for name, t, x in zip(n.results, n.types, shape, strict=True):
+            y, places = shards[name], self.a.scope["over"]
+            self.need_shards(t, name)
+            allowed = {*y.axes, *places(t.unreduced), *(v for row in t.mesh for v in places(row))}
+            need({*y.body.vars} <= allowed, f"{name} depends on where a device is")
+            x, y = map(self.a.scope["at_lone"], (x, self.a.scope["summed"](y, t.unreduced)))
+            need(self.a.value(x) == self.a.value(y), f"{name}: two different terms")
+        return [values[name].finite for name in n.results]
+
+    def unknown(self, n, at, types, values, finite):
+        """Return an operand that may have any value, and the shard of a device of it."""
+        type_ = types[n.operands[at]]
+        axes, rows = self.typed_axes(type_, values), 0
+        if (n.op, at) == ("embedding", 1) and not type_.unreduced:
+            rows = dict(types[n.operands[0]].axes)[n.attrs["axis"]]
+        over = self.a.scope["over"](type_.unreduced)
+        rows = rows if isinstance(rows, int) else 0
+        element = self.a.scope["unknown"](f"operand {len(values)}", type_.dtype, axes, over, rows)
+        x = self.tensor(axes, element, type_.dtype, finite.get(n.operands[at], True))
+        shard = self.a.scope["shard_of"](x, type_.mesh)
+        return self.a.scope["summed"](x, type_.unreduced), shard
+
+    def on_device(self, n, shape, types, values, shards):
+        """Return what a device computes of its shards."""
+        xs, axes = [shards[x] for x in n.operands], [x.axes for x in shape]
+        words = {
+            "expected": shape, "laid": mesh_by_name(n.types[-1]),
+            "mesh_of": lambda j, name: mesh_by_name(types[j])(name),
+        }  # fmt: skip
+        sizes = {}
+        pairs = [(values[x].axes, y.axes) for x, y in zip(n.operands, xs, strict=True)]
+        if n.op not in self.a.words["moves"]:
+            pairs += [(values[x].axes, row) for x, row in zip(n.results, axes, strict=True)]
+        for v, w in (pair for a, b in pairs for pair in zip(a, b, strict=True)):
+            need(
+                n.op in ("embedding", "join") or sizes.setdefault(v, w) == w,
+                f"two shards of {v.name}",
+            )
+        words["options"], counts = (
+            options_of(n),
+            self.a.defined(("local", n.op), (), options_of(n), words) or {},
+        )
+        need(all(counts.values()), "parts that do not divide over devices")
+        attrs = {k: counts.get(k, v) for k, v in n.attrs.items() if counts.get(k) != 1}
+        if counts:
+            n = n._replace(attrs=attrs, text=repr(attrs))
+        results = self.results(n, xs, axes, "device", **words)
+        if n.op in self.a.words["assigners"]:  # with as many slots as on all devices together
+            tag = self.a.tag(values[n.results[-1]])
+            results[-1] = results[-1]._replace(slots=(results[-1].slots[0], tag))
+        return results
+
+    def extent(self, kind, slots, values):
+        if slots in values:
+            return super().extent(kind, slots, values)
+        return f"{kind} of setter {self.setters.setdefault(slots, len(self.setters))}"
+
+
+def types_of(graph):
+    """Return the types of all values of a graph by name."""
+    results = {x: t for n in graph.lines for x, t in zip(n.results, n.types, strict=True)}
+    return {**graph.inputs, **{k: t for k, (t, _) in graph.params.items()}, **results}
+
+
+def mesh_by_name(type_):
+    return lambda name: dict(zip((n for n, _ in type_.axes), type_.mesh, strict=True)).get(name, ())
+
+
+def placement(type_):
+    """Return the mesh axes of the axes that have some, and those of a sum."""
+    pairs = zip((name for name, _ in type_.axes), type_.mesh, strict=True)
+    return {name: over for name, over in pairs if over}, {*type_.unreduced}

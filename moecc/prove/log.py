@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from fractions import Fraction
 from math import isinf
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from moecc.errors import CheckError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
-from moecc.prove import lemmas
+from moecc.prove import lemmas, shards
 from moecc.prove.mesh import Devices
 from moecc.prove.rules import Step
 from moecc.support.untyped import JsonDict
@@ -81,8 +81,20 @@ def _replay(steps: Iterable[Step], algebra: Algebra) -> JsonDict:
     return {"terms": table.rows, "steps": rows, "lemmas": _counts(rows)}
 
 
-def pruned(log: JsonDict, needed: Collection[int]) -> JsonDict:
-    """Return a log with some of its steps alone, and the terms that they refer to."""
+def pruned(log: JsonDict, needed: Sequence[Collection[int]]) -> JsonDict:
+    """Return a log with some of its steps alone, and the terms that they refer to.
+
+    Args:
+      log: of a proof.
+      needed: the numbers of the steps, and of those about devices.
+    """
+    kept = _pruned(log, needed[0])
+    if "devices" in log:
+        kept["devices"] = _pruned(log["devices"], needed[1])
+    return kept
+
+
+def _pruned(log: JsonDict, needed: Collection[int]) -> JsonDict:
     steps = [log["steps"][i] for i in sorted(needed)]
     numbers: dict[int, int] = {}
     rows: list[object] = []
@@ -191,6 +203,9 @@ class _Table:
             case "common factor", Application() as application:
                 content = lemmas.content_of(self._algebra, application.arguments[0])
                 return [self._reference(value) for value in content or ()]
+            case "place in a shard", Application() as application:
+                parts = shards.parts_of_place(self._algebra, application)
+                return [self._reference(value) for value in parts]
             case "join sums", Polynomial() as total:
                 return self._joined_sums(total, *step.parameters)
             case "join ranges", Polynomial() as total:

@@ -134,6 +134,15 @@ def place_in_shard(algebra: Algebra, index: Polynomial, size: str) -> Polynomial
 @of_application("place in a shard", "shard", "within", of_shards=True)
 def place_within_shard(algebra: Algebra, application: Application) -> Polynomial | None:
     """B/p · a + b lies at place b of shard a, for an integer a and an index b below B/p."""
+    number, place = parts_of_place(algebra, application)
+    base, count = application.head.attrs
+    if not is_integral(number) or not _is_below_shard(place, str(base), int(str(count))):
+        return None
+    return number if application.head.name == "shard" else place
+
+
+def parts_of_place(algebra: Algebra, application: Application) -> tuple[Polynomial, Polynomial]:
+    """Return a and b, for an index B/p · a + b in an axis of B that is cut into p shards."""
     base, count = application.head.attrs
     assert isinstance(base, str)
     assert isinstance(count, int)
@@ -147,10 +156,7 @@ def place_within_shard(algebra: Algebra, application: Application) -> Polynomial
         else:
             term = algebra.polynomial({monomial: coefficient})
             place = algebra.add(place, term)
-    number = algebra.add(*numbers)
-    if not is_integral(number) or not _is_below_shard(place, base, count):
-        return None
-    return number if application.head.name == "shard" else place
+    return algebra.add(*numbers), place
 
 
 def _is_below_shard(place: Polynomial, base: str, count: int) -> bool:

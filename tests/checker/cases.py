@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from .meaning import OPEN, Meaning
 
 CASES = Path(__file__).with_name("cases.txt")
+SHARDS = {"H": "U/2", "Q": "U/4"}
+"""Sizes of shards of the open size U."""
 
 
 class Case(NamedTuple):
@@ -54,6 +56,11 @@ class Bench:
         self._define("E", 'λ([t8, c2], experts[4, 2, "logits"](λ(y4, w(t8, y4)))(c2))')
         self._define("D", 'λ([t8, c2], experts[4, 2, "logits"](λ(y4, u(t8, y4)))(c2))')
         self._define("H", 'λ([t8, c8], experts[8, 8, "logits"](λ(y8, w(t8, y8)))(c8))')
+        self._define("E8", 'λ([t8, c2], experts[4, 2, "logits"](λ(y4, w(t8, y4)))(c2))')
+        self._define("E4", 'λ([t4, c2], experts[4, 2, "logits"](λ(y4, w(4*a2 + t4, y4)))(c2))')
+        self._define("F4", 'λ([t4, c2], experts[4, 2, "logits"](λ(y4, w(4*a3 + t4, y4)))(c2))')
+        self._define("M8", "λ(t8, u(t8))")
+        self._define("M4", "λ(t4, u(4*a2 + t4))")
         self._define("G", 'group_of["K"](E)(t8)')
         self._define("X", "E(t8, c2)")
         self._define("P", 'own_slot["K"](E)(t8, c2)')
@@ -96,7 +103,7 @@ class Bench:
     def read(self, text: str) -> Any:
         """Return the value of an expression."""
         for name, size in re.findall(r"\b([a-z])([0-9]|[A-Z])\b", text):
-            extent = int(size) if size.isdigit() else size
+            extent = int(size) if size.isdigit() else SHARDS.get(size, size)
             self.names[name + size] = self.a.axis(name, extent)
         return eval(text, self.names)
 

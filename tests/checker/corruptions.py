@@ -38,13 +38,14 @@ def proof_of(kind: str, *words: str) -> Proof | None:
     return pruned(log, moecc_check.accepted(log, *texts)), *texts
 
 
-def is_accepted(checker: Any, proof: Proof) -> bool:
-    """Return whether a checker accepts a proof, as its command does."""
+def is_accepted(checker: Any, proof: Proof, *, is_pruned: bool = True) -> bool:
+    """Return whether a checker accepts a proof, as its command does if it has no idle step."""
     try:
-        used = checker.accepted(*proof)
+        used = checker.accepted(*copy.deepcopy(proof))
     except checker.Rejected:
         return False
-    return len(used) == len(proof[0]["steps"])
+    parts = (proof[0], proof[0].get("devices", {"steps": []}))
+    return not is_pruned or [*map(len, used)] == [len(p["steps"]) for p in parts]
 
 
 def corrupted(proof: Proof, chance: random.Random) -> tuple[str, Proof]:

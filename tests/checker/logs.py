@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
-Log = tuple[dict[str, Any], str, str]
-"""A log, and the texts of two graphs."""
+from .corruptions import Proof, is_accepted
 
 TEXT = """moecc 1
 graph g {{
@@ -21,7 +19,7 @@ BEFORE = TEXT.format("  %y = scale %x {by=2.0} : f32[a=2, b=3]")
 AFTER = TEXT.format("  %y = add %x, %x : f32[a=2, b=3]")
 
 
-def log_of(before: str, after: str, fields: dict[str, Any] | None = None) -> Log:
+def log_of(before: str, after: str, fields: dict[str, Any] | None = None) -> Proof:
     """Return a log without steps of two texts, and with some fields."""
     log = {
         "schema": "moecc.proof/1",
@@ -74,7 +72,7 @@ ROWS: dict[str, list[Any]] = {
 """Rows that are no terms."""
 
 
-def wrong_logs() -> Iterator[tuple[str, Log]]:
+def wrong_logs() -> Iterator[tuple[str, Proof]]:
     """Yield what is wrong and a log that is no proof."""
     for name, rows in ROWS.items():
         yield name, log_of(BEFORE, AFTER, {"terms": rows})
@@ -103,16 +101,8 @@ def wrong_logs() -> Iterator[tuple[str, Log]]:
 
 def misjudged(checker: Any) -> Iterator[str]:
     """Yield the logs that a checker judges in another way than it should."""
-    if not all(_is_accepted(checker, log) for log in PROOFS):
+    if not all(is_accepted(checker, log, is_pruned=False) for log in PROOFS):
         yield "refuses a proof"
     for name, log in wrong_logs():
-        if _is_accepted(checker, log):
+        if is_accepted(checker, log, is_pruned=False):
             yield f"accepts {name}"
-
-
-def _is_accepted(checker: Any, log: Log) -> bool:
-    try:
-        checker.accepted(*copy.deepcopy(log))
-    except checker.Rejected:
-        return False
-    return True

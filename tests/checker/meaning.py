@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from hashlib import sha256
+from itertools import product
 from typing import Any
 
-OPEN = {"S": 3, "T": 5}
+OPEN = {"S": 3, "T": 5, "U": 8, "U/2": 4, "U/4": 2}
 """Sizes that are open in a case."""
 
 FUNCTIONS: dict[str, Callable[[float], float]] = {
@@ -61,8 +62,11 @@ class Meaning:
         return math.prod((self._factor(f, places) for f in factors), start=Fraction(1))
 
     def _table(self, function: Any, places: dict[Any, Any]) -> list[Any]:
-        (v,), body = self.algebra.entered(function)
-        return [self.number(body, {**places, v: i}) for i in range(self.size(v.size))]
+        bound, body = self.algebra.entered(function)
+        return [
+            self.number(body, {**places, **dict(zip(bound, at, strict=True))})
+            for at in product(*(range(self.size(v.size)) for v in bound))
+        ]
 
     def _factor(self, factor: Any, places: dict[Any, Any]) -> Any:
         if factor.node.kind == "variable":
@@ -105,20 +109,32 @@ class Meaning:
                 return self._share(attrs[0], self._table(functions[0], places), x)
             case "experts":
                 return self._experts(attrs, [self._table(f, places) for f in functions], x)
+            case "shard":
+                return x // Fraction(self.size(attrs[0]), attrs[1])
+            case "within":
+                return x % Fraction(self.size(attrs[0]), attrs[1])
+            case "row":
+                return int(drawn(head, *attrs, *values) * 99) % attrs[0]
             case "permutation":
                 return (5 * x + 3) % attrs[0]
             case "hashed_expert":
                 return int(drawn(head, *values) * 99) % attrs[0]
             case "integer":
                 return int(drawn(head, *attrs, *values) * 9)
-            case "holds" | "placed":
+            case "holds":
                 return int(drawn(head, attrs, *values) > 0)
             case "gate":
                 return 1 / (len(self._table(functions[0], places)) - x)
-            case "own_slot" | "group_of":
-                return drawn(head, attrs, functions[0].node.number, *values)
-            case "token_of" | "occupied":
-                return self._slot(head, attrs, functions, values)
+            case (
+                "own_slot"
+                | "placed"
+                | "slot_of"
+                | "group_of"
+                | "token_of"
+                | "occupied"
+                | "group_sum"
+            ):
+                return Groups(self, attrs, functions, places).number(head, values)
         return drawn(head, *attrs, *values)
 
     def _share(self, score: str, scores: list[Any], at: Any) -> float:
@@ -142,15 +158,58 @@ class Meaning:
         keys = [round(float(s + sum(b[i] for b in biases)), 12) for i, s in enumerate(scores)]
         return sorted(range(count), key=lambda i: (-keys[i], i))[int(choice)]
 
-    def _slot(self, head: str, attrs: Any, functions: Any, values: list[Any]) -> Any:
-        """Look up whose slot it is: own_slot, group_of and the expert of a token and a choice."""
-        key = attrs[1:] if head == "token_of" else attrs
-        number = functions[0].node.number
-        bound, body = self.algebra.entered(functions[0])
-        for t in range(self.size(bound[0].size)):
-            for c in range(self.size(bound[1].size)):
-                group = drawn("group_of", key, number, t)
-                expert = self.number(body, dict(zip(bound, (t, c), strict=True)))
-                if [group, expert, drawn("own_slot", key, number, t, c)] == values:
-                    return (t, c)[attrs[0]] if head == "token_of" else 1
-        return drawn(head, attrs, *values)
+
+class Groups:
+    """An assignment of slots to choices, group by group, drawn from what it reads of a group."""
+
+    def __init__(
+        self, meaning: Meaning, attrs: tuple[Any, ...], functions: list[Any], places: dict[Any, Any]
+    ) -> None:
+        self.first = [a for a in attrs if isinstance(a, int)][:1]
+        numbers = [str(a).removeprefix("groups=") for a in attrs if str(a).startswith("groups=")]
+        self.key = [a for a in attrs if isinstance(a, str) and not a.startswith("groups=")]
+        tokens = meaning.size(functions[0].node.label[0])
+        self.tokens = tokens // int(numbers[0] if numbers else 1)
+        self.tables = []
+        for function in functions:
+            values = meaning._table(function, places)
+            width = len(values) // tokens
+            self.tables.append([values[i : i + width] for i in range(0, len(values), width)])
+
+    def drawn(self, name: str, group: int, *more: Any) -> float:
+        """Return a number that belongs to what is read of a group."""
+        start = group * self.tokens
+        rows = [
+            x for table in self.tables for row in table[start : start + self.tokens] for x in row
+        ]
+        return drawn(name, *self.key, *rows, *more)
+
+    def number(self, head: str, values: list[Any]) -> Any:
+        """Return the value of a head at indices."""
+        if head in ("token_of", "occupied", "group_sum"):
+            return self._of_group(head, *values)
+        if values[0] not in range(len(self.tables[0])):
+            return drawn("beyond", head, *values)
+        group, token = divmod(int(values[0]), self.tokens)
+        if head == "group_of":
+            return group
+        value = self.drawn(head, group, token, values[1])
+        if head != "placed":
+            return value
+        experts = [int(k.removeprefix("experts=")) for k in self.key if k.startswith("experts=")]
+        expert = self.tables[0][int(values[0])][int(values[1])]
+        return int(value > 0 and (not experts or expert in range(experts[0])))
+
+    def _of_group(self, head: str, group: Any, *place: Any) -> Any:
+        start = int(group) * self.tokens
+        if group not in range(len(self.tables[0]) // self.tokens):
+            return drawn("beyond", head, group, *place)
+        for token in range(self.tokens if place else 0):
+            for choice, expert in enumerate(self.tables[0][start + token]):
+                if [expert, self.drawn("own_slot", int(group), token, choice)] == [*place]:
+                    return (start + token, choice)[self.first[0]] if head == "token_of" else 1
+        if head != "token_of":
+            return self.drawn(head, int(group), *place)
+        return self.drawn(head, int(group), *self.first, *place) + (
+            start if self.first == [0] else 0
+        )

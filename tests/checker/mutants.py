@@ -5,19 +5,24 @@ from __future__ import annotations
 import ast
 import copy
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from unittest import mock
+
+import moecc_check_graphs
 
 from .cases import failures
 from .corruptions import Proof, is_accepted, proof_of
+from .devices import misjudged_on_devices
 from .logs import misjudged
 
 FOLDER = Path(__file__).parents[2] / "checker"
-SOURCE = FOLDER / "moecc_check.py"
-DEFINITIONS = FOLDER / "moecc_check_definitions.txt"
+TABLE, TERMS, GRAPHS = "table", "moecc_check.py", "moecc_check_graphs.py"
+"""Parts of the checker: its lemmas and definitions, and its code."""
 
 TURNED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
           ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub,
@@ -25,8 +30,15 @@ TURNED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, as
 """Comparisons and signs, and what they become."""
 
 TRUSTED = ("application", "is_integral", "bounds", "_bounds", "matches", "match_all", "rewritten",
-           "substitute", "_replaced", "apart", "put", "positive", "read_log", "check")  # fmt: skip
+           "substitute", "_replaced", "apart", "put", "positive", "read_log", "check", "turned",
+           "compare", "need_shards", "check_lines", "check_scan", "check_node", "unknown",
+           "on_device")  # fmt: skip
 """Functions of the checker whose mutants are judged."""
+DEFINED = ("lemma", "bounds", "define once", "define positive", "define shared", "define is_place",
+           "define opened_size", "define joined_size", "define is_shifted", "define combined",
+           "define turns", "define count", "define over", "define start_of", "define shard_of",
+           "define summed", "define block", "define gathered", "device", "local")  # fmt: skip
+"""Entries of the table whose mutants are judged."""
 
 EQUIVALENT = {
     "lemma best of undominated scores: experts[N, k, S](f, b)(c) given a, n: "
@@ -42,12 +54,27 @@ EQUIVALENT = {
 
 
 class Mutant(NamedTuple):
-    """What was changed, the lemmas that it concerns (none: all), and the text that is changed."""
+    """A change of a part of the checker.
+
+    Attributes:
+      change: what was changed.
+      lemmas: those that it concerns; None for all, besides what devices do.
+      part: of the checker.
+      text: of the part, changed.
+    """
 
     change: str
     lemmas: frozenset[str] | None
-    path: Path
+    part: str
     text: str
+
+    def text_of(self, part: str) -> str:
+        """Return the text of a part of the checker that it is."""
+        if part == self.part:
+            return self.text
+        return (
+            moecc_check_graphs.table_text() if part == TABLE else (FOLDER / part).read_text("utf-8")
+        )
 
 
 def _changes(tree: ast.AST, is_signed: bool) -> Iterator[tuple[str, ast.AST]]:
@@ -81,15 +108,17 @@ def _changes(tree: ast.AST, is_signed: bool) -> Iterator[tuple[str, ast.AST]]:
 
 def of_table() -> Iterator[Mutant]:
     """Yield the mutants of lemmas, of bounds, and of the definitions that lemmas use."""
-    rows = DEFINITIONS.read_text("utf-8").splitlines()
+    rows = moecc_check_graphs.table_text().splitlines()
     entry, lemmas = "", None
     for at, row in enumerate(rows):
         if row and not row.startswith((" ", "#")):
             entry = row
             match = re.match(r"lemma [†∞ ]*([^:]+):", row)
-            lemmas = frozenset([match[1]]) if match else None
-        is_judged = entry.startswith(("lemma", "bounds", "define once", "define positive"))
-        match = re.match(r"( +(?:let .*? = |if |= )|bounds .*? = |define .*? = )(.*)", row)
+            is_of_devices = row.startswith(("device", "local"))
+            lemmas = frozenset([match[1]] if match else []) if match or is_of_devices else None
+        is_judged = entry.startswith(DEFINED)
+        pattern = r"( +(?:let .*? = |if |= )|(?:bounds|define|device|local) .*?[)\]] = )(.*)"
+        match = re.match(pattern, row)
         if not is_judged or not match or row.startswith("        "):
             continue
         end = at + 1
@@ -98,44 +127,51 @@ def of_table() -> Iterator[Mutant]:
         text = " ".join([match[2], *(r.strip() for r in rows[at + 1 : end])])
         if match[1].strip() == "if":
             changed = "\n".join([*rows[:at], *rows[end:], ""])
-            yield Mutant(f"{entry}: without if {text}", lemmas, DEFINITIONS, changed)
+            yield Mutant(f"{entry}: without if {text}", lemmas, TABLE, changed)
         for change, tree in _changes(ast.parse(text, mode="eval"), True):
             line = match[1] + ast.unparse(tree)
             changed = "\n".join([*rows[:at], line, *rows[end:], ""])
-            yield Mutant(f"{entry}: {change}", lemmas, DEFINITIONS, changed)
+            yield Mutant(f"{entry}: {change}", lemmas, TABLE, changed)
 
 
 def of_code() -> Iterator[Mutant]:
     """Yield the mutants of the functions by which equations are applied and logs are read."""
-    module = ast.parse(SOURCE.read_text("utf-8"))
-    for node in ast.walk(module):
-        if isinstance(node, ast.FunctionDef) and node.name in TRUSTED:
-            right = node.body
-            for change, tree in _changes(copy.deepcopy(node), False):
-                assert isinstance(tree, ast.FunctionDef)
-                node.body = tree.body
-                yield Mutant(f"{node.name}: {change}", None, SOURCE, ast.unparse(module))
-            node.body = right
+    for part in (TERMS, GRAPHS):
+        module = ast.parse((FOLDER / part).read_text("utf-8"))
+        for node in ast.walk(module):
+            if isinstance(node, ast.FunctionDef) and node.name in TRUSTED:
+                right = node.body
+                for change, tree in _changes(copy.deepcopy(node), False):
+                    assert isinstance(tree, ast.FunctionDef)
+                    node.body = tree.body
+                    yield Mutant(f"{node.name}: {change}", None, part, ast.unparse(module))
+                node.body = right
 
 
-def checker_of(mutant: Mutant) -> tuple[ModuleType, Any]:
-    """Return the checker that a mutant is, and its table."""
-    module = ModuleType("mutant")
-    module.__dict__["__file__"] = str(SOURCE)
-    text = mutant.text if mutant.path == SOURCE else SOURCE.read_text("utf-8")
-    exec(compile(text, "mutant", "exec"), module.__dict__)
-    table = mutant.text if mutant.path == DEFINITIONS else DEFINITIONS.read_text("utf-8")
-    return module, module.read_table(table)
+def checker_of(mutant: Mutant) -> ModuleType:
+    """Return the checker that a mutant is."""
+    modules = {}
+    for part in (GRAPHS, TERMS):
+        modules[part] = module = ModuleType(part.removesuffix(".py"))
+        module.__dict__["__file__"] = str(FOLDER / part)
+        with mock.patch.dict(sys.modules, {m.__name__: m for m in modules.values()}):
+            exec(compile(mutant.text_of(part), part, "exec"), module.__dict__)
+    table = mutant.text_of(TABLE)
+    modules[GRAPHS].table_text = lambda: table  # type: ignore[attr-defined]
+    return modules[TERMS]
 
 
 def is_alive(mutant: Mutant) -> bool:
     """Return whether no log by hand, no proof and no use of a lemma tells a mutant apart."""
     try:
-        checker, table = checker_of(mutant)
-        is_code = mutant.path == SOURCE
-        if is_code and (any(misjudged(checker)) or not is_accepted(checker, proof())):
+        checker = checker_of(mutant)
+        if mutant.lemmas:
+            return not any(failures(checker, checker.read_table(), mutant.lemmas))
+        if mutant.part != TABLE and (any(misjudged(checker)) or not is_accepted(checker, proof())):
             return False
-        return not any(failures(checker, table, mutant.lemmas))
+        if any(misjudged_on_devices(checker)):
+            return False
+        return mutant.lemmas is not None or not any(failures(checker, checker.read_table()))
     except Exception:  # a mutant that breaks is dead
         return False
 

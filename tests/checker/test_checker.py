@@ -16,8 +16,9 @@ from moecc.prove import prove
 from ..oracle.test_matrix import proved  # noqa: TID252
 from .cases import cases, failures
 from .corruptions import FAULTS, Proof, corrupted, is_accepted, proof_of
+from .devices import misjudged_on_devices
 from .logs import misjudged
-from .mutants import DEFINITIONS, SOURCE, Mutant, is_alive, of_table
+from .mutants import GRAPHS, TABLE, TERMS, Mutant, is_alive, of_table
 
 UPCYCLED = ("run", "llama_gqa", "upcycle{experts=4}")
 
@@ -29,17 +30,17 @@ def _upcycled() -> Proof:
     return proof
 
 
-TABLE = moecc_check.read_table(moecc_check.TABLE.read_text("utf-8"))
+ENTRIES = moecc_check.read_table()
 
 
 def test_every_lemma_is_true_where_its_conditions_hold_and_else_refused() -> None:
-    assert not [*failures(moecc_check, TABLE)]
+    assert not [*failures(moecc_check, ENTRIES)]
 
 
 def test_every_lemma_of_the_table_has_uses_of_both_kinds() -> None:
-    lemmas = {name for kind, name in TABLE[0] if kind == "lemma"}
+    lemmas = {name for kind, name in ENTRIES[0] if kind == "lemma"}
     assert {c.lemma for c in cases() if c.holds} == lemmas
-    without_conditions = {"parentheses", "name"}
+    without_conditions = {"parentheses", "name"}  # of any term with these heads
     assert {c.lemma for c in cases() if not c.holds} == lemmas - without_conditions
 
 
@@ -47,9 +48,15 @@ def test_logs_by_hand_are_told_apart() -> None:
     assert not [*misjudged(moecc_check)]
 
 
+def test_graphs_on_a_mesh_are_told_apart() -> None:
+    assert not [*misjudged_on_devices(moecc_check)]
+
+
 def test_the_checker_itself_passes_for_no_mutant() -> None:
-    for path in (SOURCE, DEFINITIONS):
-        assert is_alive(Mutant("nothing", frozenset(["range"]), path, path.read_text("utf-8")))
+    for part in (TABLE, TERMS, GRAPHS):
+        for lemmas in (frozenset(["range"]), frozenset[str]()):
+            nothing = Mutant("nothing", lemmas, "", "")
+            assert is_alive(nothing._replace(part=part, text=nothing.text_of(part)))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from ..prove.test_meanings import DEFINED, UNINTERPRETED, Arrays  # noqa: TID252
 from ..prove.test_weight_meanings import EXPRESSIONS, Sources, X  # noqa: TID252
 
 ORDERED = f'take({X}, mlp=source("order" : i32[mlp=4]))'
-TABLE = moecc_check.read_table(moecc_check.TABLE.read_text("utf-8"))
+TABLE = moecc_check.read_table()
 
 
 class Translation:
