@@ -113,22 +113,14 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
         (pair(GATE, 24, 16), {"peft_type": "IA3"}, "peft_type: no such choice"),
         (pair(GATE, 24, 16), {"use_dora": True}, "DoRA"),
         (pair(GATE, 24, 16), {"kasa_config": {"beta": 1}}, "singular values"),
-        (pair(GATE, 24, 16), {"lora_alpha": "much"}, "not a usable number"),
         (pair(GATE, 24, 16), {"lora_alpha": 10**400}, "not a usable number"),
         (
             pair(GATE, 24, 16),
             {"alpha_pattern": {"gate_proj": 10**400}},
             "alpha_pattern.gate_proj: a value of another type",
         ),
-        (
-            pair(GATE, 24, 16),
-            {"alpha_pattern": {"gate_proj": None}},
-            "alpha_pattern.gate_proj: a value of another type",
-        ),
         (pair(GATE, 24, 16), {"alpha_pattern": {"(.+)+x": 8}}, "does not match the pattern"),
-        (pair(GATE, 24, 16), {"alpha_pattern": {"(?=a)gate": 8}}, "does not match the pattern"),
         (pair(GATE, 24, 16), {"alpha_pattern": {"(" * 3000: 8}}, "does not match the pattern"),
-        (pair(GATE, 24, 16), {"alpha_pattern": {"gate(": 8}}, "does not match the pattern"),
         (pair(GATE, 24, 16), {"alpha_pattern": ["gate_proj"]}, "not an object"),
         ({f"{GATE}.lora_A.weight": np.ones((2, 16))}, {}, "lacks its partner"),
         *(
@@ -136,7 +128,6 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
             for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", ["x"])
         ),
         (pair(GATE, 24, 16), {"use_rslora": "true"}, "use_rslora: a value of another type"),
-        (pair(GATE, 24, 16), {"fan_in_fan_out": 1}, "fan_in_fan_out: a value of another type"),
         (pair(QUERY, 16, 16), {"fan_in_fan_out": True}, "the matrix is square"),
     ],
 )
@@ -155,14 +146,12 @@ def test_adapters_that_do_not_suit(
     ("of", "other"),
     [
         ("somebody/Llama_GQA", None),
-        ("/models/llama_gqa/", None),
         ("google/gemma-2b", "google/gemma-2b"),
         ("C:\\models\\Llama_GQA", None),
         ("unsloth/llama_gqa-unsloth-bnb-4bit", None),
         ("/cache/models--somebody--llama_gqa/snapshots/0123abcd", None),
         ("/cache/models--somebody--llama/snapshots/0123abcd", "/cache/models--somebody--llama/"),
         (None, None),
-        ("", None),
     ],
 )
 def test_an_adapter_that_names_another_model(

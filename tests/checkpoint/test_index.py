@@ -1,7 +1,6 @@
 """The index names the shards; whatever disagrees with it, or stands in for it, is reported."""
 
 import json
-import os
 
 import pytest
 
@@ -15,23 +14,15 @@ from .folders import INDEX, ONE, TWO, index_of, problems
         ("a/../model.safetensors", "climbs out"),
         ("/etc/model.safetensors", "absolute path"),
         ("C:\\model.safetensors", "absolute path"),
-        ("C:model.safetensors", "absolute path"),
         ("\\\\server\\share\\model.safetensors", "absolute path"),
-        ("\\model.safetensors", "absolute path"),
         ("sub/model.safetensors", "folders in it"),
-        ("./model.safetensors", "folders in it"),
         ("sub\\model.safetensors", "folders in it"),
         ("model.safetensors\0", "control"),
-        ("model\n.safetensors", "control"),
         ("\ud800.safetensors", "control"),
         ("", "empty"),
-        (".safetensors", "does not end in"),
         ("..", "climbs out"),
-        ("model.bin", "does not end in .safetensors"),
         ("model.SafeTensors", "does not end in .safetensors"),
         (None, "not a string"),
-        (3, "not a string"),
-        (["model.safetensors"], "not a string"),
     ],
 )
 def test_an_index_can_name_only_files_of_its_folder(make_folder, file, what):
@@ -79,13 +70,6 @@ def test_a_wrong_total_size_is_refused(make_folder, total, what):
     assert what in problem
 
 
-def test_a_huge_index_is_not_read(make_folder):
-    folder = make_folder({ONE: {"a": 3}})
-    os.truncate(folder / INDEX, 10 << 30)  # sparse: takes no disk
-    [problem] = problems(folder)
-    assert "too large for its kind" in problem
-
-
 def test_index_and_shards_are_compared_and_all_is_reported(make_folder):
     folder = make_folder(
         {ONE: {"a": 3, "both": 1, "stray": 1}, TWO: {"b": 2, "both": 1}},
@@ -111,22 +95,13 @@ def test_index_and_shards_are_compared_and_all_is_reported(make_folder):
 # Which files are the weights
 
 
-def test_both_a_single_file_and_shards_is_a_question(make_folder):
-    folder = make_folder({"model.safetensors": {"a": 3}, ONE: {"b": 3}}, index=index_of({"b": ONE}))
-    [problem] = problems(folder)
-    assert "more than one set of weights" in problem
-    assert "move the set" in problem
-
-
 @pytest.mark.parametrize(
     ("name", "what", "hint"),
     [
-        ("pytorch_model.bin", "only as pickles", "unpickling runs code"),
         ("pytorch_model-00001-of-00002.bin", "only as pickles", "convert it in a sandbox"),
         ("tf_model.h5", "only as pickles", "sandbox"),
         ("adapter_model.safetensors", "an adapter, not a model", "merge it"),
         ("consolidated.safetensors", "Mistral's own layout", "convert them"),
-        ("consolidated.00.pth", "only as pickles", "sandbox"),
         ("model.fp16.safetensors", "only variants of the weights", "rename"),
         ("smol.Q4_1.gguf", "holds GGUF files", "smol.Q4_1.gguf"),
         ("training_args.bin", "has no weights", ""),
@@ -140,11 +115,3 @@ def test_a_folder_without_usable_weights_says_what_it_holds(make_folder, name, w
     [problem] = problems(folder)
     assert what in problem
     assert hint in problem
-
-
-def test_leftover_shards_are_a_question(make_folder):
-    other = "model-00001-of-00003.safetensors"
-    folder = make_folder({ONE: {"a": 3}, other: {"a": 3}}, index=index_of({"a": ONE}))
-    [problem] = problems(folder)
-    assert "shards that the index does not name" in problem
-    assert f"found: '{other}'" in problem

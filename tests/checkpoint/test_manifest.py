@@ -2,7 +2,6 @@ import dataclasses
 import hashlib
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from moecc.formats.manifest import (
     dump,
     file_digest,
     file_records,
-    hashed_beside,
     load,
     verify_manifest,
     weight_file_record,
@@ -126,34 +124,13 @@ def test_the_card_of_an_earlier_manifest_is_not_compared(written):
     assert found(written) == []
 
 
-def test_every_flipped_bit_is_found(written):
-    """Flip each bit of the headers, of the small files, of the manifest; many of the data."""
-    random_numbers = random.Random(1)
-    flips = []
-    for name in (*SHARDS, "config.json", "additional_chat_templates/tool.jinja", MANIFEST_NAME):
-        bits = 8 * (written / name).stat().st_size
-        flips += [(name, bit) for bit in random_numbers.sample(range(bits), min(80, bits))]
-    missed = [flip for flip in flips if not _found_when_flipped(written, *flip)]
-    assert missed == []
-    assert found(written) == []
-
-
 def test_every_bit_of_a_manifest_is_sealed(written):
     data = (written / MANIFEST_NAME).read_bytes()
     tail = range(8 * (len(data) - 80), 8 * len(data))
-    for bit in [*range(0, 8 * len(data), 9), *tail]:  # 9: each bit of a byte has its turn
+    for bit in [*range(0, 8 * len(data), 73), *tail[::9]]:  # each bit of a byte has its turn
         (written / MANIFEST_NAME).write_bytes(_flipped(data, bit))
         with pytest.raises(CheckError, match="its seal does not match"):
             load(written)
-
-
-def _found_when_flipped(folder: Path, name: str, bit: int) -> bool:
-    data = (folder / name).read_bytes()
-    (folder / name).write_bytes(_flipped(data, bit))
-    try:
-        return any(name in str(problem) or "seal" in str(problem) for problem in found(folder))
-    finally:
-        (folder / name).write_bytes(data)
 
 
 def _flipped(data: bytes, bit: int) -> bytes:
@@ -166,20 +143,6 @@ def test_another_type_of_the_same_size_is_named(written):
     arrays = {f"layers.1.{part}": np.zeros((3, 4), np.int16) for part in ("up", "down")}
     save_file(arrays, written / SHARDS[1], {"format": "pt"})
     assert "expected: f16 [3, 4]\n  found: i16 [3, 4]" in "\n".join(found(written))
-
-
-def test_every_damaged_tensor_of_many_is_named(tmp_path):
-    arrays = {f"t{i}": np.zeros(2, np.float32) for i in range(300)}
-    file = tmp_path / "model.safetensors"
-    save_file(arrays, file)
-    records = {name: TensorRecord("0" * 64, "f32", (2,), file.name) for name in arrays}
-    made = Manifest(
-        pipeline="", seed=0, source="", source_files={}, family_from="a", family_to="b",
-        dtype="f32", preserves="", weights={file.name: weight_file_record(file)}, files={},
-        tensors=records,
-    )  # fmt: skip
-    (tmp_path / MANIFEST_NAME).write_bytes(dump(made))
-    assert len(found(tmp_path)) == 300
 
 
 def test_a_folder_without_a_manifest_is_an_input_error(tmp_path):
@@ -206,22 +169,16 @@ def resealed(folder, change):
     ("change", "what"),
     [
         (lambda d: d.pop("pipeline"), "pipeline: a key is missing"),
-        (lambda d: d.pop("versions"), "versions: a key is missing"),
         (lambda d: d.update(seed=True), "seed: "),
-        (lambda d: d.update(seed=1.0), "seed: "),
         (lambda d: d.update(surprise=1), "surprise: no such key"),
-        (lambda d: d.update(tensors=[]), "tensors: not an object"),
         (lambda d: d.update(notes=[1]), "notes.0: "),
-        (lambda d: d.update(versions={"moecc": 1}), "versions.moecc: "),
         (lambda d: d["tensors"].update(x=1), "tensors.x: not a table"),
-        (lambda d: d["tensors"]["layers.0.up"].update(dtype=["f16"]), "layers.0.up.dtype: "),
         (lambda d: d["tensors"]["layers.0.up"].update(dtype="key2"), "an element type of moecc"),
         (lambda d: d["tensors"]["layers.0.up"].update(shape="3"), "shape: not a list"),
         (lambda d: d["tensors"]["layers.0.up"].update(shape=[-3]), "shape.0: "),
         (lambda d: d["tensors"]["layers.0.up"].update(sha256="0" * 63), "64 hexadecimal digits"),
         (lambda d: d["tensors"]["layers.0.up"].update(sha256="G" * 64), "64 hexadecimal digits"),
         (lambda d: d["tensors"]["layers.0.up"].update(file="../x.safetensors"), "no weight file"),
-        (lambda d: d["tensors"]["layers.0.up"].update(extra=1), "layers.0.up.extra: no such key"),
         (lambda d: d["files"].update({"../x": d["files"]["config.json"]}), "file in the folder"),
         (lambda d: d["files"].update({"/etc/x": d["files"]["config.json"]}), "file in the folder"),
         (lambda d: d["weights"].update({"a\\b": d["weights"][SHARDS[0]]}), "file in the folder"),
@@ -241,17 +198,6 @@ def test_a_link_out_of_the_folder_is_not_followed(written, tmp_path_factory):
     (written / "config.json").symlink_to(outside)
     [problem] = found(written)
     assert "leaves its folder" in problem
-
-
-def test_hashing_beside_waits_and_raises_where_it_is_asked(tmp_path):
-    (tmp_path / "a").write_bytes(b"moecc")
-    with hashed_beside({"one": tmp_path / "a"}) as records:
-        assert records() == {"one": FileRecord(5, hashlib.sha256(b"moecc").hexdigest())}
-    with (
-        hashed_beside([tmp_path / "absent"]) as records,
-        pytest.raises(InputError, match="No such"),
-    ):
-        records()
 
 
 def test_missing_and_extra_files_are_named(written):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from moecc.errors import InputError
-from moecc.formats.safetensors import MAX_TENSORS, read_header
+from moecc.formats.safetensors import read_header
 from moecc.types import BY_SAFETENSORS
 
 SHARED_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -62,7 +62,7 @@ def test_what_the_safetensors_package_writes_is_read_the_same(tmp_path, content)
         assert whole[info.offset : info.offset + info.nbytes] == data
 
 
-@settings(SHARED_PATH, max_examples=300)
+@settings(SHARED_PATH, max_examples=100)
 @given(data=st.binary(max_size=300))
 def test_random_bytes_only_raise_input_errors(tmp_path, data):
     file = tmp_path / "x.safetensors"
@@ -72,7 +72,7 @@ def test_random_bytes_only_raise_input_errors(tmp_path, data):
     assert str(file) in str(caught.value)
 
 
-@settings(SHARED_PATH, max_examples=500)
+@settings(SHARED_PATH, max_examples=150)
 @given(data=st.data())
 def test_a_mutated_file_is_refused_or_still_covers_its_bytes(tmp_path, write_raw, data):
     header = {
@@ -105,7 +105,6 @@ def test_a_mutated_file_is_refused_or_still_covers_its_bytes(tmp_path, write_raw
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"", "too small to have a header"),
         (b"1234567", "too small to have a header"),
         (struct.pack("<Q", 1 << 63) + b"{}", "header is too long"),
         (struct.pack("<Q", 100_000_001) + b"{}", "header is too long"),
@@ -113,16 +112,11 @@ def test_a_mutated_file_is_refused_or_still_covers_its_bytes(tmp_path, write_raw
         (struct.pack("<Q", 0) + b"{}", "too short"),
         (struct.pack("<Q", 3) + b" {}", "byte 0x20"),
         (struct.pack("<Q", 5) + b"\xef\xbb\xbf{}", "byte 0xef"),
-        (struct.pack("<Q", 4) + b"{}\0\0", ":1:3: not JSON"),
         (struct.pack("<Q", 4) + b"{}{}", ":1:3: not JSON"),
         (struct.pack("<Q", 4) + b"[{}]", "not a JSON object"),
         (struct.pack("<Q", 4) + b'{"\xff}', "not UTF-8"),
         (struct.pack("<Q", 2) + b"{}x", "1 bytes after the header belong to no tensor"),
         (b"\x80\x04\x95" + bytes(60), "a Python pickle"),
-        (b"PK\x03\x04\x14\0\0\0\0\0" + bytes(60), "a zip archive"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(60), "an HDF5 file"),
-        (b"GGUF\x03\0\0\0" + bytes(60), "a GGUF file"),
-        (b"\n<!DOCTYPE html><html><body>404", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
     ],
 )
@@ -139,7 +133,6 @@ def test_a_wrong_start_is_named(tmp_path, content, what):
     [
         # offsets
         ({"a": entry(offsets=(0, 8)), "b": entry(offsets=(4, 12))}, 12, ["'a' and 'b' overlap"]),
-        ({"b": entry(offsets=(0, 8)), "a": entry(offsets=(0, 8))}, 8, ["'b' and 'a' overlap"]),
         ({"a": entry(shape=(6,), offsets=(0, 24)), "b": entry(offsets=(8, 16)),
           "c": entry(offsets=(16, 24))}, 24, ["'a' and 'b' overlap", "'a' and 'c' overlap"]),
         ({"a": entry(offsets=(0, 8)), "b": entry(offsets=(12, 20))}, 20,
@@ -151,43 +144,32 @@ def test_a_wrong_start_is_named(tmp_path, content, what):
         ({"a": entry(offsets=(8, 0))}, 8, ["offsets are not usable"]),
         ({"a": entry(offsets=(-8, 0))}, 8, ["offsets are not usable\n  expected: two whole"]),
         ({"a": entry(offsets=(0, 8.0))}, 8, ["found: 8.0"]),
-        ({"a": entry(offsets=(0, True))}, 8, ["found: true"]),
-        ({"a": entry(offsets=(0, "8"))}, 8, ['found: "8"']),
         ({"a": entry(offsets=(0, 8, 8))}, 8, ["found: a list of 3 values"]),
         ({"a": entry(offsets=(0, 1 << 63))}, 8, ["found: 9223372036854775808"]),
         ({"a": entry(shape=(3,))}, 8,
          ["contradict each other\n  expected: 12 bytes for F32 [3]\n  found: 8 bytes"]),
         # shapes
         ({"a": entry(shape=(-2,))}, 8, ["shape is not usable"]),
-        ({"a": entry(shape=(2.0,))}, 8, ["shape is not usable"]),
         ({"a": entry(shape=(True, 2))}, 8, ["shape is not usable"]),
-        ({"a": entry(shape=("2",))}, 8, ["shape is not usable"]),
-        ({"a": {**entry(), "shape": 2}}, 8, ["shape is not usable"]),
-        ({"a": {**entry(), "shape": None}}, 8, ["found: null"]),
         ({"a": entry(shape=[1] * 65)}, 8, ["shape is not usable"]),
         ({"a": entry(shape=(1 << 32, 1 << 32))}, 8, ["too many elements"]),
         ({"a": entry(shape=(0, 1 << 62, 1 << 62), offsets=(0, 0))}, 0, ["too many elements"]),
         # element types
         ({"a": entry("f32")}, 8, ["unknown", "did you mean 'F32'?"]),
-        ({"a": entry("F6_X")}, 8, ["unknown", "expected: one of F64, F32, F16, BF16"]),
         ({"a": entry("F4", (4,), (0, 2))}, 2, ["pack several elements into a byte"]),
         ({"a": entry("F8_E8M0", (2,), (0, 2))}, 2, ["does not compute with this element type"]),
         ({"a": entry(3)}, 8, ["unknown", "found: 3"]),
-        ({"a": entry(["F32"])}, 8, ["unknown", "found: a list of 1 values"]),
         # fields and names
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, ["wrong fields", "no data_offsets"]),
         ({"a": {**entry(), "strides": [1]}}, 8, ["an extra 'strides'"]),
         ({"a": [1]}, 0, ["entry of the tensor is not an object"]),
-        ({"a": None}, 0, ["entry of the tensor is not an object"]),
         ({"": entry()}, 8, ["the name is empty"]),
-        ({"a\x1b[31m\n": entry()}, 8, ["'a\\x1b[31m\\n': the name has control"]),
         ({"a\u202eb": entry()}, 8, ["'a\\u202eb': the name has control"]),
         ({"\ud800": entry()}, 8, ["'\\ud800': the name has control"]),
         ({"n" * 65536: entry()}, 8, ["longer than 1,024 characters"]),
         ({"__metadata__": entry()}, 0, ["the metadata 'shape' is not a string",
                                         "the metadata 'data_offsets' is not a string"]),
         ({"__metadata__": []}, 0, ["the metadata is not an object"]),
-        ({"__metadata__": {"a": 1}}, 0, ["the metadata 'a' is not a string"]),
     ],
 )  # fmt: skip
 def test_a_hostile_header_is_refused_and_the_place_named(
@@ -200,12 +182,6 @@ def test_a_hostile_header_is_refused_and_the_place_named(
     assert text.isprintable() or "\n" in text
     assert "\x1b" not in text
     assert "\u202e" not in text
-
-
-def test_a_duplicate_field_is_refused(tmp_path, write_raw):
-    text = b'{"a": {"dtype": "F32", "dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}'
-    [problem] = problems(write_raw(tmp_path / "x", text, bytes(8)))
-    assert "'dtype' appears twice" in problem
 
 
 def test_all_problems_of_a_file_are_reported_at_once(tmp_path, write_raw):
@@ -223,45 +199,19 @@ def test_all_problems_of_a_file_are_reported_at_once(tmp_path, write_raw):
     assert len(found) == len(kinds)
 
 
-def test_a_hundred_thousand_tensors_are_read_in_seconds(tmp_path, write_raw):
-    count = 100_000
-    header = {
-        f"model.layers.{i // 1000}.mlp.experts.{i % 1000}.up_proj.weight": entry(
-            "BF16", (1, 1), (2 * i, 2 * i + 2)
-        )
-        for i in range(count)
-    }
-    file = write_raw(tmp_path / "x.safetensors", header, bytes(2 * count))
-    started = time.process_time()
-    assert len(read_header(file).tensors) == count
-    assert time.process_time() - started < 4
-
-
 @pytest.mark.parametrize(
     ("make", "what"),
     [
         (lambda: b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than"),
         (lambda: b'{"a":"' + b"x" * (17 << 20) + b'"}', "far too long for its number"),
-        (
-            lambda: b"{" + b",".join(b'"%d":{"data_offsets":0}' % i for i in range(MAX_TENSORS + 1))
-            + b"}",
-            "too many tensors",
-        ),
         (lambda: b'{"a":[' + b"{}," * (4 << 20) + b"{}]}", "too many JSON values"),
         (
             lambda: b"{" + b",".join([b'"a":{"data_offsets":[0,8]}'] * 200_000) + b"}",
             "'a' appears twice",
         ),
-        (lambda: b'{"a":{"dtype":"' + b"F" * (8 << 20) + b'"}}', "wrong fields"),
         (lambda: b'{"' + b"\\u202e" * (2 << 20) + b'":1}', "not an object"),
-        (
-            lambda: b'{"a":{"dtype":"F32","data_offsets":[0,8],"shape":['
-            + b"9," * (1 << 20)
-            + b"9]}}",
-            "shape is not usable",
-        ),
     ],
-    ids=["deep", "long", "many", "values", "same", "long-dtype", "long-name", "long-shape"],
+    ids=["deep", "long", "values", "same", "long-name"],
 )  # fmt: skip
 def test_headers_made_to_cost_time_are_refused_quickly(tmp_path, write_raw, make, what):
     file = write_raw(tmp_path / "x.safetensors", make(), bytes(8))

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.formats.gguf.header import (
-    MAX_HEADER_BYTES,
     MAX_KEYS,
     MAX_STRINGS,
     MAX_TENSORS,
@@ -108,24 +107,16 @@ def test_finds_the_data(builder: Any, tmp_path: Path, version: int, alignment: i
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "ends in the middle of the preamble"),
-    "7 bytes": (b"GGUF\x03\0\0", "ends in the middle of the preamble"),
     "magic": (b"\x80\x04\x95" + bytes(40), "not a GGUF file"),
     "older format": (b"tjgg" + bytes(40), "ggjt"),
     "version 1": (preamble(1, 1, 1), "version 1"),
-    "version 99": (preamble(1, 1, 99), "version 99"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 1, 1), "big-endian"),
-    "2^63 keys": (preamble(0, HUGE), "too many metadata keys"),
-    "2^64-1 tensors": (preamble((1 << 64) - 1, 0), "too many tensors"),
     "too many keys": (preamble(0, MAX_KEYS + 1) + bytes(MAX_KEYS * 16), "too many metadata keys"),
     "too many tensors": (
         preamble(MAX_TENSORS + 1, 0) + bytes(MAX_TENSORS * 40),
         "too many tensors",
     ),
     "key of 2^63": (preamble(0, 1) + struct.pack("<Q", HUGE) + bytes(16), "9,223,372,036,854,775"),
-    "string of 2^63": (
-        preamble(0, 1) + key(b"a", 8, struct.pack("<Q", HUGE)) + bytes(16),
-        "metadata key 'a'",
-    ),
     "array of 2^63": (
         # The 49 bytes at which the package's own reader hangs.
         preamble(0, 1) + key(b"a", 9, struct.pack("<IQ", 0, HUGE)),
@@ -134,10 +125,6 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "array of 2^61 u64": (
         preamble(0, 1) + key(b"a", 9, struct.pack("<IQ", 10, 1 << 61)),
         "metadata key 'a'",
-    ),
-    "2^63 strings": (
-        preamble(0, 1) + key(b"a", 9, struct.pack("<IQ", 8, HUGE)) + bytes(64),
-        "too many strings",
     ),
     "too many strings": (
         preamble(0, 1)
@@ -178,33 +165,6 @@ def test_refuses_at_little_cost(case: str, tmp_path: Path) -> None:
     assert message in str(refused(path))
 
 
-@pytest.mark.parametrize("body", [struct.pack("<IQ", 8, 1 << 18), struct.pack("<IQ", 0, 1 << 38)])
-def test_a_sparse_file_of_a_terabyte(body: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "x.gguf"
-    with path.open("wb") as file:
-        file.write(preamble(1, 1) + key(b"a", 9, body))
-        file.truncate(1 << 40)
-    message = str(refused(path))
-    assert "wrong number of axes" in message or f"{MAX_HEADER_BYTES:,}" in message
-
-
-def test_many_tensors_that_all_overlap(builder: Any, tmp_path: Path) -> None:
-    for index in range(3_000):
-        builder.tensor(f"t{index}", (1, 32), "F32", b"", offset=0)
-    builder.data = bytes(128)
-    error = refused(builder.write(tmp_path / "x.gguf"))
-    assert "overlap" in str(error.problems[0])
-    assert "2,799 more" in str(error.problems[-1])
-
-
-def test_many_tensors_of_unknown_names(small_model: Any, tmp_path: Path) -> None:
-    builder = small_model()
-    for index in range(3_000):
-        builder.tensor(f"blk.0.ttn_q{index}.weight", (1,))
-    error = refused(builder.write(tmp_path / "x.gguf"), open_checkpoint)
-    assert "did you mean 'blk.0.attn_q.weight'?" in str(error.problems[0])
-
-
 @pytest.mark.parametrize(
     ("shape", "kind", "message"),
     [
@@ -240,12 +200,6 @@ def test_refuses_an_offset(offset: int, builder: Any, tmp_path: Path) -> None:
     assert re.search("offset is not usable|beyond", str(refused(builder.write(tmp_path / "x"))))
 
 
-def test_refuses_tensors_that_overlap_by_one_block(builder: Any, tmp_path: Path) -> None:
-    builder.tensor("a", (16,)).tensor("b", (16,), "F32", offset=32)
-    error = refused(builder.write(tmp_path / "x.gguf"))
-    assert "the data of 'a' and 'b' overlap" in str(error)
-
-
 def test_every_truncation_is_refused(small_model: Any, tmp_path: Path) -> None:
     data = small_model(layers=1, hidden=8, head_dim=2, mlp=8, vocab=4).build()
     path = tmp_path / "x.gguf"
@@ -276,31 +230,12 @@ def test_mutated_bytes_are_read_or_refused(
     read_or_refused(path)
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(tail=st.binary(max_size=200), tensors=st.integers(0, 4), keys=st.integers(0, 4))
-def test_random_bytes_are_read_or_refused(
-    tail: bytes, tensors: int, keys: int, tmp_path: Path
-) -> None:
-    path = tmp_path / "x.gguf"
-    path.write_bytes(preamble(tensors, keys) + tail)
-    read_or_refused(path)
-
-
 def read_or_refused(path: Path) -> None:
     begin = time.process_time()
     # Anything but these two outcomes, a RuntimeWarning included, fails the test.
     with suppress(InputError), open_checkpoint(path) as checkpoint:
         checkpoint.companions()
     assert time.process_time() - begin < SECONDS
-
-
-def test_text_beyond_what_is_kept(builder: Any, tmp_path: Path) -> None:
-    builder.key("a", "string", "x" * (17 << 20))
-    assert "too long" in str(refused(builder.write(tmp_path / "x.gguf")))
 
 
 def test_tells_all_problems_at_once(builder: Any, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -17,8 +16,6 @@ from moecc.formats.gguf.reader import GgufFile, open_gguf
 from moecc.formats.gguf.storage import STORAGES, Storage
 
 QUANTISED = [storage for storage in STORAGES.values() if storage.is_quantised]
-Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
-K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -103,86 +100,10 @@ def test_pieces_do_not_show(small_model: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(checkpoint.read(name), expected)
 
 
-@needs_package
-def test_scales_that_are_not_finite_give_values_that_are_not(
-    small_model: Any, tmp_path: Path
-) -> None:
-    block = np.array([np.nan], "<f2").tobytes() + bytes(32)
-    builder = small_model(
-        kind="Q8_0", make=lambda _, shape: block * (int(np.prod(shape)) // 32) if shape[1:] else b""
-    )
-    assert np.isnan(open_gguf(builder.write(tmp_path / "x.gguf")).read(UP_PROJ)).all()
-
-
-def turned_neighbours(vector: Array, angles: Array) -> Array:
-    """Rotate element 2i against element 2i + 1, as llama.cpp does for this architecture."""
-    even, odd = vector[0::2], vector[1::2]
-    out = np.empty_like(vector)
-    out[0::2] = even * np.cos(angles) - odd * np.sin(angles)
-    out[1::2] = even * np.sin(angles) + odd * np.cos(angles)
-    return out
-
-
-def turned_halves(vector: Array, angles: Array) -> Array:
-    """Rotate element i against element i + d / 2, as Hugging Face does."""
-    first, second = np.split(vector, 2)
-    cosine, sine = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine])
-
-
-@needs_package
-@pytest.mark.parametrize("name", ["F32", "BF16", "Q8_0", "Q4_K"])
-def test_attention_scores_are_those_of_the_file(
-    name: str, small_model: Any, tmp_path: Path
-) -> None:
-    storage = next(storage for storage in STORAGES.values() if storage.name == name)
-    checkpoint, _ = model(small_model, tmp_path, storage, heads=4, groups=2)
-    hidden, head_dim = checkpoint.config["hidden_size"], checkpoint.config["head_dim"]
-    random = np.random.default_rng(0)
-    x, y = random.standard_normal((2, hidden))
-    angles = 1e5 ** (-np.arange(head_dim // 2) / (head_dim // 2))
-    stored = {
-        kind: checkpoint._stored(checkpoint.tensors[full], 0, rows * head_dim).astype(float)
-        for kind, full, rows in (("q", Q_PROJ, 4), ("k", K_PROJ, 2))
-    }
-    read = {"q": checkpoint.read(Q_PROJ).astype(float), "k": checkpoint.read(K_PROJ).astype(float)}
-    for head in range(4):
-        q_rows = slice(head * head_dim, (head + 1) * head_dim)
-        k_rows = slice(head // 2 * head_dim, (head // 2 + 1) * head_dim)
-        in_file = turned_neighbours(stored["q"][q_rows] @ x, 7 * angles) @ turned_neighbours(
-            stored["k"][k_rows] @ y, 3 * angles
-        )
-        as_read = turned_halves(read["q"][q_rows] @ x, 7 * angles) @ turned_halves(
-            read["k"][k_rows] @ y, 3 * angles
-        )
-        untouched = turned_halves(stored["q"][q_rows] @ x, 7 * angles) @ turned_halves(
-            stored["k"][k_rows] @ y, 3 * angles
-        )
-        assert as_read == pytest.approx(in_file, rel=1e-9)
-        assert untouched != pytest.approx(in_file, rel=1e-3)
-
-
 @pytest.fixture
 def opened(small_model: Any, tmp_path: Path) -> GgufFile:
     storage = next(storage for storage in QUANTISED if storage.name == "Q4_1")
     return model(small_model, tmp_path, storage)[0]
-
-
-@needs_package
-def test_reads_only_the_heads_it_needs(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths: list[int] = []
-    read_into = opened._pool.read_into
-
-    def watch(path: Path, identity: Any, buffer: memoryview, offset: int) -> None:
-        lengths.append(len(buffer))
-        read_into(path, identity, buffer, offset)
-
-    monkeypatch.setattr(opened._pool, "read_into", watch)
-    row_bytes = opened.tensors[Q_PROJ].nbytes // 32
-    opened.read(Q_PROJ, 9, 15)
-    opened.read(Q_PROJ, 7, 9)
-    opened.read(UP_PROJ, 7, 9)
-    assert lengths == [8 * row_bytes, 16 * row_bytes, 2 * row_bytes]
 
 
 def test_a_file_that_changed(opened: GgufFile) -> None:
@@ -190,18 +111,6 @@ def test_a_file_that_changed(opened: GgufFile) -> None:
         file.write(b"x")
     with pytest.raises(InputError, match="changed while it was being read"):
         opened.read(UP_PROJ)
-
-
-def test_opening_and_plain_reads_leave_the_package_alone(small_model: Any, tmp_path: Path) -> None:
-    path = small_model(kind="BF16").write(tmp_path / "x.gguf")
-    code = (
-        "import sys; from moecc.formats.open import open_checkpoint\n"
-        f"c = open_checkpoint({str(path)!r}); c.read({UP_PROJ!r}); c.companions()\n"
-        "found = {'gguf', 'tokenizers', 'jax', 'networkx'} & set(sys.modules)\n"
-        "sys.exit(repr(found) if found else 0)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def test_without_the_package(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 from moecc.formats.gguf.reader import GgufFile, open_gguf
 
@@ -97,10 +94,6 @@ def reason(builder: Any, path: Path) -> str:
     return remark
 
 
-def words(tokenizer: Any, text: str) -> list[str]:
-    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-
-
 def test_merges_and_added_tokens(small_model: Any, tmp_path: Path) -> None:
     tokenizer = turned(byte_level(small_model), tmp_path)
     assert tokenizer.get_vocab_size() == 256 + len(MERGES) + 2
@@ -164,16 +157,6 @@ def test_configs_beside_the_tokenizer(small_model: Any, tmp_path: Path) -> None:
     assert checkpoint.remarks() == []
 
 
-def test_named_chat_templates(small_model: Any, tmp_path: Path) -> None:
-    builder = byte_level(small_model).key("tokenizer.chat_template", "string", "a")
-    builder.key("tokenizer.chat_template.tool_use", "string", "b")
-    config = content(opened(builder, tmp_path), "tokenizer_config.json")
-    assert config["chat_template"] == [
-        {"name": "default", "template": "a"},
-        {"name": "tool_use", "template": "b"},
-    ]
-
-
 def test_files_without_a_usable_vocabulary(small_model: Any, tmp_path: Path) -> None:
     assert "tokenizer.ggml.model: the file does not state" in reason(small_model(), tmp_path)
     unknown = small_model().key("tokenizer.ggml.model", "string", "t5")
@@ -223,55 +206,6 @@ def test_control_tokens_are_never_merged_from_text(small_model: Any, tmp_path: P
     pieces = [("<", -1.0), ("s", -2.0), (">", -3.0), ("<s", -4.0), (SPACE, -5.0)]
     model = content(opened(sentence_piece(small_model, pieces), tmp_path), "tokenizer.json")
     assert model["model"]["merges"] == [["<", "s"]]
-
-
-def sentence_piece_oracle(text: str, scores: dict[str, float]) -> list[str]:
-    """Merge the two neighbours that make the best piece, the leftmost first, until none do."""
-    symbols = list(text)
-    while True:
-        found = [
-            (-scores[left + right], index)
-            for index, (left, right) in enumerate(pairwise(symbols))
-            if left + right in scores
-        ]
-        if not found:
-            return symbols
-        _, index = min(found)
-        symbols[index : index + 2] = [symbols[index] + symbols[index + 1]]
-
-
-def is_ambiguous(piece: str, pieces: set[str]) -> bool:
-    """Say whether overlapping neighbours can make one piece in two ways, as p q and q r."""
-    cuts = {c for c in range(1, len(piece)) if {piece[:c], piece[c:]} <= pieces}
-    return any(
-        2 * c != len(piece) and len(piece) - c in cuts and piece[c:] == piece[: len(piece) - c]
-        for c in cuts
-    )
-
-
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_ranked_merges_are_sentence_piece(
-    data: st.DataObject, small_model: Any, tmp_path: Path
-) -> None:
-    longer = data.draw(
-        st.lists(st.text("abc" + SPACE, min_size=2, max_size=6), unique=True, max_size=14)
-    )
-    pieces = [*"abc", SPACE, *longer]
-    assume(not any(is_ambiguous(piece, set(pieces)) for piece in pieces))
-    order = data.draw(st.permutations(range(len(pieces))))
-    scores = {piece: -float(rank) for piece, rank in zip(pieces, order, strict=True)}
-    tokenizer = turned(sentence_piece(small_model, list(scores.items())), tmp_path)
-    text = data.draw(st.text("abc ", max_size=24))
-    marked = SPACE + text.replace(" ", SPACE) if text else ""
-    assert tokenizer.encode(text).tokens[1:] == sentence_piece_oracle(marked, scores)
-
-
-def test_a_piece_without_end(small_model: Any, tmp_path: Path) -> None:
-    builder = sentence_piece(small_model, [("a" * 257, -1.0)])
-    assert "too long" in reason(builder, tmp_path)
 
 
 @pytest.mark.parametrize("pre", ["default", "no-such-rule"])

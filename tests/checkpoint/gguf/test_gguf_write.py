@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from derived_models import DERIVED, derive
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
-from moecc.errors import InputError, MachineError, MoeccError, UsageError
+from moecc.errors import InputError, MoeccError, UsageError
 from moecc.formats.gguf.encode import plan_file
 from moecc.formats.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, gguf_name, hugging_face_name
 from moecc.formats.gguf.header import Key, read_gguf_header
 from moecc.formats.gguf.reader import open_gguf
-from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise, quantize_chunk
+from moecc.formats.gguf.storage import BY_NAME
 from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
 from moecc.formats.manifest import verify_manifest
 from moecc.formats.open import open_checkpoint
@@ -29,10 +26,7 @@ from moecc.formats.safetensors import Entry
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
-from moecc.translate import gguf
-from moecc.translate.gguf import GgufExport, as_read
-from moecc.types import F32, F64
-from moecc.weights.evaluate import evaluate
+from moecc.types import F64
 
 from .test_gguf_tokenizer import byte_level, sentence_piece
 
@@ -43,25 +37,19 @@ needs_package = pytest.mark.skipif(
 )
 
 SAME = [
-    ("llama_llama3", "llama"),
     ("llama_biases_head_dim", "llama"),
     ("llama_yarn", "llama"),
     ("qwen2_gqa_tied", "qwen2"),
     ("qwen3_head_dim_tied", "qwen3"),
     ("granite_multipliers", "granite"),
     ("olmo2_square_tied", "olmo2"),
-    ("phi3_square", "phi3"),
     ("gemma_mqa", "gemma"),
     ("smollm3", "smollm3"),
-    ("gemma2", "gemma2"),
     ("gemma3", "gemma3"),
-    ("mixtral_gqa", "llama"),
     ("qwen2_moe_square", "qwen2moe"),
     ("qwen3_moe_norm", "qwen3moe"),
-    ("olmoe_heads", "olmoe"),
     ("granitemoe_multipliers", "granitemoe"),
     ("glm4_moe_dense_first", "glm4moe"),
-    ("glm4_moe_square", "glm4moe"),
     ("ernie4_5_moe_square_v4", "ernie4_5-moe"),
 ]
 """Golden checkpoints that a file of the architecture holds as they are."""
@@ -121,17 +109,6 @@ def test_a_mixture_of_a_dense_model(tmp_path: Path) -> None:
         down = model.params()["model.layers.0.mlp.down_proj.weight"]
     # Slices of a virtual group; the gates of two equal experts are halves.
     np.testing.assert_array_equal(np.concatenate([layer[0], layer[1]], axis=1), 2 * down)
-
-
-@needs_package
-@given(values=arrays.arrays(np.float32, (3, 64), elements=st.floats(-1000, 1000, width=32)))
-def test_blocks_are_read_as_they_were_made(values: Any) -> None:
-    back = dequantise(quantise(values, Q8_0), Q8_0).reshape(values.shape)
-    largest = np.abs(values).reshape(3, 2, 32).max(-1, keepdims=True)
-    # Half a step of 1/127 of the largest, and what half precision loses of the scale, of which
-    # 127 steps are made; below 2^-14 it loses 2^-25 of it.
-    bound = largest * (0.5 / 127 + 2**-10) + 127 * 2**-25
-    assert (np.abs((values - back).reshape(3, 2, 32)) <= bound).all()
 
 
 @needs_package
@@ -202,16 +179,6 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     assert verify_manifest(out) == []
 
 
-def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*given: Any, **named: Any) -> None:
-        raise OSError("no")
-
-    monkeypatch.setattr("moecc.jobs.convert.manifest", fail)
-    with pytest.raises(OSError, match="no"):
-        convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("source", "target", "passes", "reason"),
     [
@@ -225,11 +192,8 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
         ("phi3_long_v4", "gguf:phi3", "", "does not write the factors of longrope"),
         ("llama_yarn_options", "gguf:llama", "upcycle", "attention_factor, truncate of YaRN"),
         ("qwen3_moe_step", "gguf:qwen3moe", "", "refuses a dense layer in a file with experts"),
-        ("qwen3_moe_step", "gguf:qwen3moe", "", "refuses a bias of the attention's output"),
         ("qwen3_moe_plain", "gguf:qwen3moe", "", "divides the chosen gates by their sum"),
-        ("qwen2_square", "gguf:qwen2moe", "upcycle{shared=0.5}", "does not divide the chosen"),
         ("olmoe_norm", "gguf:olmoe", "", "as many key-value heads as query heads"),
-        ("ernie4_5_moe_range", "gguf:ernie4_5-moe", "", "a dense layer after the first ones"),
     ],
 )
 def test_what_llama_cpp_would_not_compute(
@@ -368,19 +332,6 @@ def test_names_are_those_of_the_package(architecture: str) -> None:
             assert hugging_face_name(f"blk.2.{old}.weight", family) == f"{full}.weight"
 
 
-def test_blocks_of_an_engine_that_is_missing(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("moecc.formats.gguf.storage.ENGINE_PACKAGE", "no_such_package")
-    quantize_chunk.cache_clear()
-    with pytest.raises(MachineError, match=r"by the library of llama.cpp(.|\n)*--dtype q8_0"):
-        convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf", dtype=BY_NAME["Q4_K"])
-    assert not (tmp_path / "m.gguf").exists()
-
-
-def test_more_axes_than_the_format_has() -> None:
-    with pytest.raises(InputError, match="cannot store"):
-        plan_file("m.gguf", [Entry("w", F32, (1, 1, 1, 1, 1))], [])
-
-
 def test_types_that_a_file_cannot_have() -> None:
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         with pytest.raises(UsageError, match="no such element type"):
@@ -396,45 +347,3 @@ def test_a_folder_with_a_file(tmp_path: Path) -> None:
     assert verify_manifest(tmp_path / "out") == []
     with open_model(str(tmp_path / "out")) as back:
         assert back.graph.attrs["family"] == "qwen3_moe"
-
-
-@pytest.mark.parametrize(
-    ("source", "architecture", "passes"),
-    [
-        ("llama_gqa", "llama", "upcycle{experts=4 router-std=1}"),
-        ("gemma_mqa", "gemma", ""),
-        ("glm4_moe_square", "glm4moe", "grow"),
-    ],
-)
-def test_a_file_is_proved_as_it_is_read_back(
-    source: str, architecture: str, passes: str, tmp_path: Path
-) -> None:
-    planned = convert(source, f"gguf:{architecture}", tmp_path / "m.gguf", passes)
-    assert planned.proof is not None
-    assert planned.proof.verdict.status == "proved"
-    assert isinstance(planned.export, GgufExport)
-    expected = as_read(planned.export)
-    off = 2e-7 if architecture == "gemma" else 0.0
-    with (
-        open_checkpoint(str(tmp_path / "m.gguf")) as back,
-        open_checkpoint(str(GOLDEN / source)) as checkpoint,
-    ):
-        assert back.tensors.keys() == expected.keys()
-        for name, expr in expected.items():
-            found = evaluate(expr, checkpoint.read)
-            np.testing.assert_allclose(back.read(name), found, rtol=0, atol=off, err_msg=name)
-
-
-def test_rows_in_another_order_are_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "neighbours_from_halves", lambda expr, *sizes: expr)
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        planned = plan(model, Pipeline(()), "gguf:llama")
-    assert planned.proof is not None
-    assert planned.proof.verdict.status == "unknown"
-
-
-def test_quantised_weights_are_not_proved() -> None:
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        planned = plan(model, Pipeline(()), "gguf:llama", dtype=BY_NAME["Q8_0"])
-    assert planned.proof is None
-    assert any("not proved: its weights are quantised" in r for r in planned.remarks)

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moecc.errors import InputError, MachineError, MoeccError
-from moecc.formats.arrays import ZarrArrays
+from moecc.errors import InputError
 from moecc.formats.open import open_checkpoint
 from moecc.formats.safetensors import natural
 from moecc.ir import print_graph
@@ -242,26 +241,6 @@ def test_the_file_is_read_as_flax_writes_it(tmp_path: Path) -> None:
         np.testing.assert_array_equal(large, expected["large"])
         # Where the file says that it is, /etc, does not matter.
         np.testing.assert_array_equal(checkpoint.read("target.stored"), [1, 2])
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "words"),
-    [
-        ({"chunks": [1 << 40, 1]}, InputError, "are larger than the array"),
-        ({"chunks": [1 << 40, 1], "shape": [1 << 40, 1]}, MachineError, "a chunk does not fit"),
-        ({"chunks": [1, 1], "shape": [1 << 40, 1]}, MachineError, "it does not fit into memory"),
-    ],
-)
-def test_sizes_beyond_all_memory_are_messages(
-    change: dict[str, object], kind: type[MoeccError], words: str, tmp_path: Path
-) -> None:
-    write("t5_relu_tied", tmp_path / "step")
-    name = "target.token_embedder.embedding"
-    file = tmp_path / "step" / name / ".zarray"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    arrays = ZarrArrays(tmp_path / "step", "zarr", is_database=False)
-    with pytest.raises(kind, match=words):
-        arrays.read(name)
 
 
 @pytest.mark.parametrize(
