@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -134,27 +133,9 @@ def entry(**changes: Any) -> Act:
     return header(lambda entries, data: entries[DOWN].update(changes))
 
 
-def header_text(edit: Callable[[str], str]) -> Act:
-    """Edit the text of the header."""
-
-    def act(place: Spoilt) -> None:
-        path = place.model / ONE
-        raw = path.read_bytes()
-        size = int.from_bytes(raw[:8], "little")
-        path.write_bytes(framed(edit(raw[8 : 8 + size].decode()).encode(), raw[8 + size :]))
-        place.open()
-
-    return act
-
-
 def framed(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
     """Return a safetensors file."""
     return struct.pack("<Q", len(header) if length is None else length) + header + data
-
-
-def named(name: str) -> Act:
-    """Rename a tensor."""
-    return header(lambda entries, data: entries.update({name: entries.pop(DOWN)}))
 
 
 def config(**changes: Any) -> Act:
@@ -167,11 +148,6 @@ def config(**changes: Any) -> Act:
         place.open()
 
     return act
-
-
-def config_text(text: str | bytes) -> Act:
-    """Put another text in the place of config.json."""
-    return other_file("config.json", text)
 
 
 def other_file(name: str, content: str | bytes) -> Act:
@@ -274,22 +250,6 @@ def gguf(make: Callable[[GgufBuilder], object], **counts: int) -> Act:
         builder = add_model(GgufBuilder(), layers=1, heads=2, groups=1, hidden=16, mlp=32, vocab=6)
         make(builder)
         place.open(builder.write(place.root / "model.gguf", **counts))
-
-    return act
-
-
-def mixture(edit: Callable[[dict[str, np.ndarray], dict[str, Any]], object]) -> Act:
-    """Take a mixture of experts as the model, and edit its tensors and its config."""
-
-    def act(place: Spoilt) -> None:
-        shutil.rmtree(place.model)
-        golden = GOLDEN / "mixtral_gqa"
-        place.model.mkdir()
-        found, stated = load_file(golden / ONE), json.loads((golden / "config.json").read_text())
-        edit(found, stated)
-        place.save(found)
-        (place.model / "config.json").write_text(json.dumps(stated))
-        place.open()
 
     return act
 

@@ -7,9 +7,6 @@ from .place import (
     UPCYCLE,
     advised,
     config,
-    config_text,
-    folder,
-    mixture,
     pipeline,
     recipe,
     tensors,
@@ -19,17 +16,6 @@ from .rows import row
 from .spoil import large_recipe, read_back
 
 ROWS = [
-    row(
-        28,
-        "a config that is none",
-        1,
-        "no config.json|not JSON|NaN is not|not a usable size",
-        folder(lambda f: (f / "config.json").unlink()),
-        config_text("{"),
-        config_text('{"model_type": "llama", "rms_norm_eps": NaN}'),
-        *(config(hidden_size=v) for v in (-4, "16", 16.5, True)),
-        config(num_hidden_layers=10**9),
-    ),
     row(
         29,
         "a config of another model",
@@ -42,29 +28,12 @@ ROWS = [
         config(intermediate_size=32),
     ),
     row(
-        30,
-        "two values for one thing",
-        1,
-        "is stated twice and differs",
-        mixture(lambda t, c: c.update(num_experts=c["num_local_experts"] + 1)),
-        config(rope_theta=1e4),
-    ),
-    row(
         31,
         "a head that is tied and is not",
         1,
         "the two differ|there is no output matrix",
         config(tie_word_embeddings=True),
         tensors(lambda t: t.pop("lm_head.weight")),
-    ),
-    row(
-        32,
-        "an unknown family, code, quantised weights",
-        1,
-        "is that of model_type 'llama'|its own Python code|said to be quantised",
-        config(model_type="lama"),
-        config(auto_map={"AutoModel": "x.Y"}),
-        *(config(quantization_config={"quant_method": q}) for q in ("gptq", "awq", "fp8")),
     ),
     row(
         33,

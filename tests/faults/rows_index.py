@@ -12,41 +12,6 @@ from .rows import row
 from .spoil import sparse_index
 
 ROWS = [
-    row(
-        20,
-        "an index that leaves the folder",
-        1,
-        "absolute path|climbs out|is not usable",
-        *(
-            index(lambda i, w=w: i["weight_map"].update({DOWN: w}))
-            for w in (
-                "../x.safetensors",
-                "/etc/x.safetensors",
-                "C:\\x.safetensors",
-                "\\\\s\\x.safetensors",
-                "a/../b.safetensors",
-                "x\0.safetensors",
-            )
-        ),
-    ),
-    row(
-        21,
-        "an index of another kind of file",
-        1,
-        r"does not end in \.safetensors",
-        index(lambda i: i["weight_map"].update({DOWN: "x.bin"})),
-        index(lambda i: i["weight_map"].update({DOWN: "x.SafeTensors"})),
-    ),
-    row(
-        22,
-        "an index and shards that differ",
-        1,
-        "is missing|into a shard that lacks it|is in two shards|is not in the index",
-        sharded(lambda p: (p.model / SHARDS[1]).unlink()),
-        index(lambda i: i["weight_map"].update({DOWN: SHARDS[1]})),
-        index(lambda i: i["weight_map"].pop(DOWN)),
-        sharded(lambda p: shutil.copy(p.model / SHARDS[0], p.model / SHARDS[1])),
-    ),
     row(23, "an index without a total", 0, "", index(lambda i: i.pop("metadata"))),
     row(
         23,

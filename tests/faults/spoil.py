@@ -6,10 +6,8 @@ import json
 import os
 import resource
 import shutil
-import struct
 import sys
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +15,6 @@ import pytest
 
 from moecc.formats.manifest import check_manifest
 
-from ..checkpoint.gguf.conftest import GgufBuilder  # noqa: TID252
 from .place import DOWN, INDEX, ONE, Act, Allowed, Spoilt, framed
 
 
@@ -25,11 +22,6 @@ def twice(header: str, name: str) -> str:
     """Repeat a tensor with another type and the same offsets."""
     end = header.rstrip().removesuffix("}")
     return f'{end}, "{name}": {{"dtype": "I32", "shape": [1], "data_offsets": [0, 4]}}}}'
-
-
-def overlapping(entries: dict[str, Any], data: bytearray) -> None:
-    begin, end = entries[DOWN]["data_offsets"]
-    entries[DOWN]["data_offsets"] = [begin - 4, end - 4]
 
 
 def aside_and_linked(folder: Path) -> None:
@@ -51,29 +43,6 @@ def large_recipe(place: Spoilt) -> None:
     (place.root / "r.toml").write_text("")
     os.truncate(place.root / "r.toml", 10**8)
     load_recipe(str(place.root / "r.toml"))
-
-
-def bare_names(tensors: dict[str, np.ndarray], prefix: str = "") -> None:
-    """Take ``model.`` from every name, or put another prefix in its place."""
-    for name in list(tensors):
-        tensors[f"{prefix}{name.removeprefix('model.')}"] = tensors.pop(name)
-
-
-def next_number(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-    """Number the experts from 1."""
-    for name in sorted((n for n in tensors if ".experts." in n), reverse=True):
-        head, tail = name.split(".experts.")
-        number, rest = tail.split(".", 1)
-        tensors[f"{head}.experts.{int(number) + 1}.{rest}"] = tensors.pop(name)
-
-
-def bad_dimensions(builder: GgufBuilder) -> None:
-    builder.infos.append(struct.pack("<Q", 1) + b"x" + struct.pack("<I", 10**6))
-
-
-def tensor_entry(builder: GgufBuilder, sizes: tuple[int, ...]) -> None:
-    shape = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
-    builder.infos.append(struct.pack("<Q", 1) + b"x" + shape + struct.pack("<IQ", 0, 0))
 
 
 def of_every_type(place: Spoilt) -> None:

@@ -1,9 +1,8 @@
-"""The 83 faults of a catalogue of bad inputs: each with what it ends with, and in which words.
+"""A catalogue of bad inputs: each with its exit code and words of its message.
 
 A row has a number, a title, the exit code, words of the message, and cases, which all end so; they
-are in the modules `rows_…`.  Rows with one number are parts of one fault.  What takes processes, a
-training or another library is shown by a test elsewhere, and few are not for moecc at all:
-`ELSEWHERE` and `NOT_OURS` say why.
+are in the modules `rows_…`.  Rows with one number are parts of one fault.  Malformed containers,
+indices and configs stand with the tests of their formats.
 """
 
 from __future__ import annotations
