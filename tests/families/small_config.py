@@ -1,13 +1,21 @@
-"""A small decoder's config in the keys of a family, and ways to scale its rotary embedding."""
+"""Small configs in the keys of a family, and golden checkpoints of each family."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from moecc.families.llama import MixtralConfig
 from moecc.families.qwen import Qwen2MoeConfig, Qwen3MoeConfig
 from moecc.families.registry import CONFIGS
 
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+OF_EACH_FAMILY: dict[str, str] = {
+    json.loads((GOLDEN / case / "config.json").read_text())["model_type"]: case for case in CASES
+}
+"""The last golden checkpoint of each family."""
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 16,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,18 +47,6 @@ def test_either_spelling_and_both_mean_the_same(family: str, scaling: Any) -> No
     assert read[0].rope.type == (scaling or {}).get("rope_type", "default")
 
 
-def test_configs_are_values() -> None:
-    config = parse_config(small("qwen2_moe"))
-    assert hash(config) == hash(parse_config(small("qwen2_moe")))
-    assert pickle.loads(pickle.dumps(config)) == config
-    assert config != parse_config(small("qwen2_moe", qkv_bias=False))
-    assert replace(config, extra={"a": [1]}) != config, "every field is compared"
-    assert hash(replace(config, extra={"a": [1]})) == hash(config), "extra cannot be hashed"
-    assert config != vars(config)
-    with pytest.raises(FrozenInstanceError):
-        config.vocab_size = 3  # type: ignore[misc]
-
-
 # ---------- sliding windows
 
 
@@ -96,10 +83,8 @@ def test_qwen2_moe_window_without_layer_types_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "keys", "experts"),
     [
-        ("mixtral", {"num_local_experts": 6}, 6),
         ("mixtral", {"num_local_experts": 6, "num_experts": 6}, 6),
         ("qwen2_moe", {"num_experts": 6}, 6),
-        ("qwen3_moe", {"num_experts": 6}, 6),
         ("qwen3_moe", {"num_local_experts": 6}, 6),
         ("qwen3_moe", {}, 128),
     ],
@@ -117,7 +102,6 @@ def test_number_of_experts(family: str, keys: dict[str, int], experts: int) -> N
     ("family", "changes", "reason"),
     [
         (MixtralConfig, {"qkv_bias": True}, "mixtral has no biases on the query"),
-        (MixtralConfig, {"qk_norm": True}, "mixtral has no norms of the queries and keys"),
         (MixtralConfig, {"mlp_only_layers": (1, 2)}, "experts in every layer; [1, 2] would be"),
         (MixtralConfig, {"norm_topk_prob": False}, "always divides the chosen gates"),
         (MixtralConfig, {"sliding_windows": (8, None, 8, 8)}, "same sliding window in every"),
@@ -126,11 +110,9 @@ def test_number_of_experts(family: str, keys: dict[str, int], experts: int) -> N
         (Qwen2MoeConfig, {}, "qwen2_moe needs a shared expert"),
         (Qwen3MoeConfig, {}, "qwen3_moe always has norms of the queries and keys"),
         (Qwen3MoeConfig, {"qk_norm": True, "qkv_bias": True}, "on all four projections or on none"),
-        (Qwen3MoeConfig, {"qk_norm": True, "mlp_bias": True}, "no biases in the feed-forward"),
         (MixtralConfig, {"experts_per_token": 9}, "cannot choose that many"),
         (MixtralConfig, {"rope": RopeConfig(theta=1e4, type="linear")}, "linear needs factor"),
         (MixtralConfig, {"rope": RopeConfig(theta=1e4, factor=2.0)}, "default has no factor"),
-        (MixtralConfig, {"rope": RopeConfig(theta=1e4, type="su")}, "unknown rope type"),
         (MixtralConfig, {"vocab_size": 0}, "not a usable size"),
         (MixtralConfig, {"sliding_windows": ()}, "one window (or None) for each layer"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +18,8 @@ from moecc.plan.workload import Batch, workload
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
+
+from .small_config import GOLDEN, OF_EACH_FAMILY
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -113,8 +114,7 @@ def test_flops_are_two_for_each_weight_of_a_matrix(config: DecoderConfig) -> Non
     assert facts.sequence.per_token * 512 == facts.sequence.executed
 
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-OF_TOKENS = [p.parent.name for p in sorted(GOLDEN.glob("*/config.json")) if "whisper" not in str(p)]
+OF_TOKENS = [case for case in OF_EACH_FAMILY.values() if "whisper" not in case]
 
 
 @pytest.mark.parametrize(

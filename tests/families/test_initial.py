@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from moecc_passes.upcycle.upcycle import UpcyclePass
@@ -11,14 +9,13 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.backend import get_backend
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.ir import Graph, parse
 from moecc.model.initialise import initialise
 from moecc.model.inputs import default_inputs
 from moecc.model.open import OpenedModel, open_model
 from moecc.rewrite.passes import Context
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+from .small_config import GOLDEN, OF_EACH_FAMILY
+
 WIDE = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -68,7 +65,7 @@ def test_experts_are_drawn_apart_and_what_a_pass_drew_stays() -> None:
         assert same == (not ours), name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", OF_EACH_FAMILY.values())
 def test_every_family_gives_outputs_of_order_one(case: str) -> None:
     """No parameter is zero that should not be, and none is far too large."""
     with open_model(str(GOLDEN / case)) as model:
@@ -78,8 +75,3 @@ def test_every_family_gives_outputs_of_order_one(case: str) -> None:
         )  # fmt: skip
     for output in outputs.values():
         assert 0.02 < np.sqrt(np.mean(np.square(output))) < 50
-
-
-def graph_of(*lines: str) -> Graph:
-    body = "\n".join(lines)
-    return parse(f"moecc 1\ngraph g {{\n input %x : f32[a=4, b=8]\n{body}\n}}\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,11 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
 from moecc.errors import InputError
-from moecc.families import build, rebuild
+from moecc.families import build
 from moecc.families.config import ModelConfig
 from moecc.families.describe import describe
 from moecc.families.registry import parse_config
 from moecc.ir import equal, parse, print_graph, verify
-from moecc.jobs.checks import check_pipeline
 from moecc.jobs.convert import plan
 from moecc.model.open import OpenedModel
 from moecc.rewrite.passes import Context
@@ -30,7 +28,6 @@ from moecc.translate.importing import import_checkpoint, unread_tensors
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 GPT2 = {"vocab_size": 20, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 9}
 NEOX = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2,
@@ -56,9 +53,7 @@ WHISPER = {
 }  # fmt: skip
 
 CONFIGS: list[dict[str, Any]] = [
-    {"model_type": "gpt2", **GPT2},
     {"model_type": "gpt2", **GPT2, "n_inner": 12, "tie_word_embeddings": False},
-    {"model_type": "opt", **OPT},
     {"model_type": "opt", **OPT, "word_embed_proj_dim": 6, "tie_word_embeddings": False},
     {"model_type": "opt", **OPT, "do_layer_norm_before": False, "activation_function": "gelu"},
     {"model_type": "gpt_neox", **NEOX, "rotary_pct": 0.5},
@@ -70,7 +65,6 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "mpnet", **BERT},
     {**DISTILBERT, "activation": "relu", "dropout": 0.2},
     {"model_type": "vit", **IMAGES, "image_size": [8, 12], "qkv_bias": False},
-    {"model_type": "dinov2", **IMAGES},
     {"model_type": "dinov2", **IMAGES, "use_swiglu_ffn": True, "mlp_ratio": 2},
     {"model_type": "whisper", **WHISPER},
 ]
@@ -113,14 +107,6 @@ def test_a_model_is_exported_as_it_is_and_as_st_moe(keys: dict[str, Any]) -> Non
 
 
 @each
-def test_a_model_is_shrunk_by_its_config(keys: dict[str, Any]) -> None:
-    graph = build(parse_config(keys))
-    small = rebuild(graph.attrs)
-    assert [(n.op, n.loc) for n in small] == [(n.op, n.loc) for n in graph]
-    assert check_pipeline(graph, Pipeline.parse("upcycle{experts=4 top-k=2}"))
-
-
-@each
 def test_an_upcycled_model_is_the_dense_one(keys: dict[str, Any]) -> None:
     config = parse_config(keys)
     checkpoint = random_checkpoint(config, seed=6)
@@ -154,8 +140,6 @@ def test_a_mask_hides_the_padding_of_encoders() -> None:
     ("keys", "prefix", "architecture", "beside"),
     [
         ({"model_type": "bert", **BERT}, "bert.", "BertForMaskedLM", "cls.predictions.bias"),
-        ({"model_type": "roberta", **BERT}, "roberta.", "RobertaForMaskedLM", "lm_head.bias"),
-        ({"model_type": "mpnet", **BERT}, "mpnet.", "MPNetForMaskedLM", "lm_head.bias"),
         (
             {"model_type": "xlm-roberta", **BERT},
             "roberta.",
@@ -164,7 +148,6 @@ def test_a_mask_hides_the_padding_of_encoders() -> None:
         ),
         (DISTILBERT, "distilbert.", "DistilBertForMaskedLM", "vocab_projector.bias"),
         ({"model_type": "vit", **IMAGES}, "vit.", "ViTForImageClassification", "classifier.bias"),
-        ({"model_type": "dinov2", **IMAGES}, "dinov2.", "Dinov2ForImageClassification", "x.bias"),
     ],
 )
 def test_a_model_with_a_head_is_read_without_it(

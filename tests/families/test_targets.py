@@ -6,31 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
-from tiers import some
 
 from moecc.families.config import ModelConfig
 from moecc.families.experts import layer_number
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import CONFIGS, mixtures, parse_config
+from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.t5 import SwitchTransformersConfig
 from moecc.ir import Graph
 from moecc.jobs import targets
 from moecc.jobs.convert import plan, write
 from moecc.jobs.targets import choose, fits
 from moecc.model.open import open_model
-from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
-from moecc.translate.engines import CONDITIONS, ENGINES, EngineVerdict, verdicts
+from moecc.translate.engines import EngineVerdict, verdicts
 from moecc.translate.export import Export, export_graph
 
+from .small_config import GOLDEN, OF_EACH_FAMILY
 from .test_propose import SIZES, graph_of
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-SOURCES = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
-OF_EACH_FAMILY = {
-    json.loads((GOLDEN / s / "config.json").read_text())["model_type"]: s for s in SOURCES
-}
 
 
 def fitting(graph: Graph) -> set[str]:
@@ -75,7 +67,7 @@ def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch: pytest.Mo
     assert "[0, 4]" in found
 
 
-@pytest.mark.parametrize("source", some(SOURCES, *OF_EACH_FAMILY.values()))
+@pytest.mark.parametrize("source", OF_EACH_FAMILY.values())
 def test_auto_writes_whatever_is_read(source: str) -> None:
     """A dense model stays in its family, upcycled it becomes one that engines read."""
     with open_model(str(GOLDEN / source)) as model:
@@ -117,16 +109,6 @@ def verdict(found: MoeConfig, engine: str) -> EngineVerdict:
     return one
 
 
-def test_the_table_is_whole() -> None:
-    names = {engine.name for engine in ENGINES}
-    assert all(config.engines for config in mixtures().values())
-    assert all(config.engines.keys() <= names for config in CONFIGS.values())
-    readings = [reading for c in CONFIGS.values() for reading in c.engines.values()]
-    used = {word for reading in readings for word in (*reading.needs, *reading.silent)}
-    assert used == CONDITIONS.keys()
-    assert all(engine.checked in ("run", "read") for engine in ENGINES)
-
-
 def test_known_misreadings() -> None:
     tied = config("mixtral", tie_word_embeddings=True)
     assert verdict(tied, "SGLang").reasons == ("an output matrix tied to the embedding",)
@@ -145,30 +127,3 @@ def test_known_misreadings() -> None:
         "llama.cpp ✗ (dense layers among sparse ones"
     )
     assert verdict(partial, "mlx-lm").runs
-
-
-def test_the_engines_of_a_gguf_file() -> None:
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        planned = plan(model, Pipeline.parse("upcycle"), "gguf:llama")
-    assert [str(v) for v in planned.engines] == ["llama.cpp ✓"]
-
-
-def test_the_export_that_a_fit_promises() -> None:
-    for family, more in (("llama", {}), ("qwen2", {}), ("qwen3", {"head_dim": 4})):
-        graph = graph_of(family, **more)
-        for fit in fits(graph):
-            if not fit.fits:
-                continue
-            made = graph_of(family, **more)
-            run_pipeline(made, Pipeline.parse(fit.passes), context=Context())
-            assert export_graph(made, fit.target).config.model_type == fit.target
-
-
-def test_a_misreading_is_a_remark() -> None:
-    with open_model(str(GOLDEN / "llama_square_tied")) as model:
-        planned = plan(model, Pipeline.parse("upcycle"), "mixtral")
-    assert any(
-        r.startswith("SGLang 0.5.23 would load this and compute something else, because it does "
-                     "not read an output matrix tied to the embedding")
-        for r in planned.remarks
-    )  # fmt: skip
