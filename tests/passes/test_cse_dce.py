@@ -38,17 +38,6 @@ def test_attributes_and_operands_count() -> None:
     assert ops(graph).count("scale") == 2
 
 
-def mixture(graph: Graph, b: Builder, x: Value) -> Value:
-    router = graph.params.get("router")
-    if router is None:
-        router = graph.param("router", tensor(F32, expert=4, embed=4))
-    experts, gates = b.route(b.contract(x, router, over="embed"), top_k=2)
-    slots = b.assign_slots(experts, tokens="batch", experts=4)
-    rows = b.silu(b.dispatch(x, experts, slots))
-    value: Value = b.combine(rows, experts, slots, gates)
-    return value
-
-
 def test_a_placement_is_merged_while_rows_stay_apart() -> None:
     graph, b, x = start()
     logits = graph.input("logits", tensor(F32, batch="B", expert=4))

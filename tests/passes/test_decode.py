@@ -17,12 +17,11 @@ from moecc.errors import InputError
 from moecc.families import build
 from moecc.ir import Graph, parse
 from moecc.ir.structure import clone
-from moecc.jobs.checks import check_pipeline
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing.data import params_for
-from moecc.testing.laws import check_decode, run_in_steps
+from moecc.testing.laws import check_decode
 from moecc.types import F64
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -98,16 +97,6 @@ def test_an_upcycled_model_in_steps(case: str) -> None:
     check_decode(graph, params_for(graph, 0), inputs_of(graph, 2, 7), (3, 1, 1, 2))
 
 
-def test_a_cache_that_is_too_long_changes_nothing() -> None:
-    """Places without a token are never seen, whatever is in them."""
-    with open_model(str(GOLDEN / "mixtral_gqa")) as model:
-        params = dict(model.params(dtype=F64))
-        inputs = inputs_of(model.graph, 2, 5)
-        whole = run_in_steps(model.graph, params, inputs, (5,))
-        parts = run_in_steps(model.graph, params, inputs, (1, 1, 1, 1, 1))
-    np.testing.assert_allclose(whole, parts, atol=1e-13)
-
-
 # --- what cannot be continued
 
 
@@ -178,10 +167,3 @@ def test_noise_and_a_second_decode_are_rejected() -> None:
     assert "random numbers" in rejected(noisy)
     run_pipeline(graph, Pipeline.parse("decode"))
     assert "C is a size of the graph" in rejected(graph)
-
-
-def test_a_check_measures_the_steps() -> None:
-    """Outputs for the same inputs say nothing of a graph that is called otherwise."""
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        (checked,) = check_pipeline(model.graph, Pipeline.parse("decode"))
-    assert checked.measured < 1e-12

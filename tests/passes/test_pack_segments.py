@@ -93,16 +93,12 @@ def compare(graph: Graph) -> float:
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
-        ("llama_gqa", ""),
         ("llama_yarn", ""),
         ("mistral_window", ""),
-        ("qwen2_window", ""),
         ("qwen3_moe_plain", ""),
-        ("mixtral_gqa", ""),
         ("llama_gqa", "upcycle{experts=4 top-k=2 router-std=1.0}"),
         ("llama_gqa", "upcycle{experts=4 routing=prototypes top-k=2 router-std=1.0}"),
         ("bert_gelu", ""),
-        ("bert_square", "upcycle{experts=4 top-k=2}"),
         ("t5_relu_tied", ""),
         ("t5_gated_untied", "upcycle{experts=4 top-k=2 router-std=1.0}"),
     ],
@@ -150,18 +146,3 @@ def test_one_document_needs_no_positions() -> None:
     (found,) = backend.compile(after).run(params, given).values()
     (alone,) = backend.compile(graph).run(params, {"tokens": tokens[:, :3]}).values()
     assert np.abs(found[:, :3] - alone).max() < 1e-12 * np.abs(alone).max()
-
-
-def test_xla_computes_the_same() -> None:
-    pytest.importorskip("jax")
-    from moecc.backend import get_backend
-    from moecc.types import F64
-
-    graph = packed(imported("t5_relu_tied"))
-    rows = documents(graph)
-    batch = collate(rows, BatchShape(3, 10, 7, tuple(graph.inputs), 0))
-    given = {n: batch[n] for n in graph.inputs}
-    params = params_for(graph, 1)
-    expected = ReferenceBackend().compile(graph).run(params, given)["logits"]
-    found = get_backend("xla").compile(graph, dtype=F64).run(params, given)["logits"]
-    assert np.abs(found - expected).max() < 1e-10 * np.abs(expected).max()

@@ -22,45 +22,25 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = 1e-12
 
 SAME = [
-    ("mixtral_gqa", "grow{times=2}"),
     ("mixtral_gqa", "grow{times=3},merge{size=3}"),
-    ("qwen2_moe_plain", "grow{times=2}"),
-    ("glm4_moe_plain_v4", "grow{times=2}"),
-    ("ernie4_5_moe_range", "grow{times=3}"),
     ("ernie4_5_moe_range", "grow{times=2},merge{size=2}"),
     ("gpt_oss_square_v4", "grow{times=2}"),
-    ("mixtral_gqa", "grow{times=3 chosen=same}"),
     ("qwen2_moe_plain", "grow{chosen=same}"),
     ("glm4_moe_plain_v4", "grow{chosen=same}"),
-    ("ernie4_5_moe_range", "grow{times=3 chosen=same}"),
-    ("gpt_oss_square_v4", "grow{chosen=same}"),
     ("phimoe_window", "grow{chosen=same}"),
-    ("mixtral_gqa", "zero-experts{count=3}"),
     ("mixtral_gqa", "zero-experts{count=3 bias=logits}"),
     ("gpt_oss_square_v4", "grow{chosen=same bias=choice}"),
     ("qwen2_moe_plain", "zero-experts"),
-    ("glm4_moe_plain_v4", "zero-experts{count=2}"),
-    ("ernie4_5_moe_range", "zero-experts{count=5}"),
-    ("gpt_oss_square_v4", "zero-experts{count=2}"),
     ("phimoe_window", "zero-experts{count=2}"),
-    ("llama_gqa", "upcycle{experts=4 gates=ones},zero-experts{count=2},grow{chosen=same}"),
     ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},zero-experts,grow"),
-    ("llama_gqa", "upcycle{experts=4 router-init=zero},grow"),
-    ("llama_gqa", "upcycle{experts=4 gates=ones router-std=1},grow,merge"),
     ("llama_gqa", "upcycle{experts=4 gates=sigmoid router-init=zero},grow"),
     ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},grow,merge,to-dense"),
     ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},to-dense{how=mean}"),
-    ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},to-dense{how=concat}"),
     (
         "llama_biases_head_dim",
         "upcycle{experts=4 granularity=2 router-std=1},to-dense{how=concat experts=0,1}",
     ),
-    ("llama_gqa", "upcycle{experts=4 granularity=2 router-std=1},to-dense{how=concat}"),
     ("llama_gqa", "upcycle{experts=4 gates=softmax router-init=zero},to-dense{experts=2}"),
-    (
-        "llama_gqa",
-        "upcycle{experts=2 top-k=2 granularity=2 router-init=zero},to-dense{how=concat}",
-    ),
 ]
 """Models, and what leaves their function."""
 
@@ -130,19 +110,6 @@ def _name(target: str, family: str) -> str:
     return "dense" if target == family else "sparse"
 
 
-def test_experts_that_nobody_chose_may_go() -> None:
-    """A router of zeros sends every token to the first two of four."""
-    router = "upcycle{experts=4 router-init=zero init=noise noise-std=1}"
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        tokens = {"tokens": np.load(GOLDEN / "llama_gqa" / "tokens.npy")}
-        found = []
-        for passes in (router, "prune{keep=2 experts=0,1}"):
-            run_pipeline(model.graph, Pipeline.parse(passes), context=Context())
-            program = get_backend("reference").compile(model.graph)
-            found.append(program.run(model.params(dtype=F64), tokens)["logits"])
-    assert np.abs(found[1] - found[0]).max() <= EXACT * np.abs(found[0]).max()
-
-
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
@@ -169,10 +136,8 @@ def test_options_that_make_no_sense(passes: str, message: str) -> None:
         ("mixtral_gqa", "merge{size=4}", "one expert is no mixture"),
         ("mixtral_gqa", "prune{keep=9}", "cannot keep that many"),
         ("mixtral_gqa", "prune{keep=2 experts=0,9}", "there are no such experts"),
-        ("mixtral_gqa", "to-dense{experts=9}", "there are no such experts"),
         ("phimoe_square_v4", "grow", "do not divide among copies"),
         ("llama_gqa", "upcycle{slots=capacity},grow", "copies drop other choices"),
-        ("switch_drops", "grow", "copies drop other choices"),
         ("llama_gqa", "upcycle{routing=prototypes},grow", "by a router can be changed"),
         ("llama_gqa", "upcycle{slots=capacity},grow{chosen=same}", "a capacity shrinks"),
         ("llama_gqa", "upcycle{slots=capacity},zero-experts", "a capacity shrinks"),

@@ -88,8 +88,6 @@ def chain(*kinds: str, weights: bool = False) -> Graph:
 
 
 PATTERNS = {
-    "aaaa": [(0, 1, 4)],
-    "abab": [(0, 2, 2)],
     "aaabaaab": [(0, 4, 2)],
     "abbbb": [(1, 1, 4)],
     "abcd": [],
@@ -132,23 +130,6 @@ def test_what_skips_a_layer_is_not_rolled() -> None:
     assert "is used farther away than in the layer after its own" in told[0]
 
 
-def test_losses_of_layers_are_summed_as_they_were_stacked() -> None:
-    graph = Graph()
-    h, losses = graph.input("x", tensor(F32, batch="B")), []
-    for number in range(5):
-        b = Builder(graph, loc=f"layers.{number}.ffn")
-        h = b.tanh(h)
-        losses.append(b.mean(h, axes="batch"))
-    b = Builder(graph, loc="loss")
-    graph.set_output("loss", b.sum(b.stack(*losses, axis="layer"), axes="layer"))
-    before = clone(graph)
-    roll(graph)
-    assert [node.op.name for node in graph] == ["scan", "sum"]
-    assert_same(before, graph, exact=True)
-    UnrollLayersPass().apply(graph, Context())
-    assert equal(graph, before)
-
-
 def test_keys_and_shared_parameters_are_stacked() -> None:
     graph = Graph()
     h, key = graph.input("x", tensor(F32, batch=4)), graph.input("key", TensorType(KEY))
@@ -166,22 +147,6 @@ def test_keys_and_shared_parameters_are_stacked() -> None:
     assert_same(before, graph, exact=True)
     UnrollLayersPass().apply(graph, Context())
     assert equal(graph, before)
-
-
-def test_what_layers_share_is_computed_once() -> None:
-    graph = Graph()
-    h = graph.input("x", tensor(F32, batch="B", embed=4))
-    one = None
-    for number in range(4):
-        b = Builder(graph, loc=f"layers.{number}.ffn")
-        one = b.constant(value=2.0, dtype="f32") if one is None else one
-        h = b.mul(b.tanh(h), one)
-    graph.set_output("y", h)
-    before = clone(graph)
-    result, _ = roll(graph)
-    assert [node.op.name for node in graph] == ["constant", "scan"]
-    assert result.stats["layers-rolled"] == 4
-    assert_same(before, graph, exact=True)
 
 
 @pytest.mark.parametrize(

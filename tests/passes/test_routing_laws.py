@@ -15,11 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.specialize.specialize import SpecializePass
-from moecc_passes.st_moe import ST_MOE
 
 from moecc.ir import I32, Graph, clone, tensor
 from moecc.rewrite.passes import Context
-from moecc.testing import laws
 
 from .dense_blocks import Arrays, Dense, Tensors, relative, run, upcycled
 
@@ -151,69 +149,7 @@ def test_the_order_of_experts_and_router_rows_does_not_matter(
 # --- tokens have none either, where no order decides
 
 
-def reordered(inputs: Arrays, rng: np.random.Generator) -> tuple[Arrays, Any]:
-    """Return all tokens in another order, across sequences, and what puts results into it."""
-    rows, width = inputs["tokens"].shape
-    order = rng.permutation(rows * width)
-
-    def reorder(a: Any) -> Any:
-        return a.reshape(rows * width, *a.shape[2:])[order].reshape(a.shape)
-
-    return {n: reorder(a) for n, a in inputs.items()}, reorder
-
-
-@pytest.mark.parametrize("kind", [k for k in ALL if k not in SOFT])
-@FEW
-@given(SEEDS)
-def test_tokens_are_treated_alike_where_nothing_is_dropped(kind: str, seed: int) -> None:
-    """Experts that choose drop tokens, but by score alone."""
-    graph, params = sparse(kind), different(kind, seed)
-    inputs = inputs_of(seed)
-    others, reorder = reordered(inputs, np.random.default_rng(seed))
-    before, after = (outputs(graph, params, i) for i in (inputs, others))
-    assert kind in EXPERT_CHOICE or (before["assign_slots"] >= 0).all()
-    assert relative(after["y"], reorder(before["y"])) <= EXACT
-    np.testing.assert_array_equal(after["assign_slots"] >= 0, reorder(before["assign_slots"]) >= 0)
-
-
-@pytest.mark.parametrize("kind", [k for k in TOKEN_CHOICE if k != "ones"])
-@FEW
-@given(SEEDS, st.sampled_from(["choice", "token"]))
-def test_under_a_priority_no_position_decides_who_is_dropped(
-    kind: str, seed: int, order: str
-) -> None:
-    graph = sparse(kind, capacity_factor=0.5, priority=True, order=order)
-    params = different(kind, seed)
-    inputs = inputs_of(seed)
-    others, reorder = reordered(inputs, np.random.default_rng(seed))
-    before, after = (outputs(graph, params, i) for i in (inputs, others))
-    assert (before["assign_slots"] < 0).any()
-    assert relative(after["y"], reorder(before["y"])) <= EXACT
-    np.testing.assert_array_equal(after["assign_slots"], reorder(before["assign_slots"]))
-
-
 # --- an expert that nobody meets
-
-
-@pytest.mark.parametrize("kind", PLACED)
-@FEW
-@given(SEEDS, st.sampled_from([None, 0.5]), st.floats(-1e6, 1e6))
-def test_an_expert_that_nobody_chose_may_hold_anything_finite(
-    kind: str, seed: int, factor: float | None, filling: float
-) -> None:
-    """Bit for bit: its rows, were there any, take part in no sum."""
-    graph = sparse(kind) if factor is None else sparse(kind, capacity_factor=factor)
-    params = different(kind, seed)
-    inputs = {n: a[:, :1] for n, a in inputs_of(seed).items()}
-    before = outputs(graph, params, inputs)
-    met = set(before["experts"][before["assign_slots"] >= 0].tolist())
-    wild = {n: a.copy() for n, a in params.items()}
-    for name, param in graph.params.items():
-        if "expert" in param.type and "router" not in name:
-            for expert in set(range(EXPERTS)) - met:
-                wild[name][(slice(None),) * param.type.names.index("expert") + (expert,)] = filling
-    assert len(met) < EXPERTS or kind in ("granular", "softmax")
-    np.testing.assert_array_equal(outputs(graph, wild, inputs)["y"], before["y"])
 
 
 # --- more room never drops more
@@ -241,37 +177,3 @@ def test_a_larger_capacity_drops_nothing_that_a_smaller_one_keeps(
 
 
 # --- the conversion keeps the function
-
-
-@FEW
-@given(
-    SEEDS,
-    st.sampled_from([(2, 2), (4, 2), (4, 3), (5, 4)]),
-    st.sampled_from(["every:2", "all", "last:1"]),
-    st.sampled_from(["none", "before", "after"]),
-    st.sampled_from(["none", "multiplicative", "additive"]),
-    st.booleans(),
-)
-def test_st_moe_keeps_the_function_whatever_its_options(
-    seed: int, sizes: tuple[int, int], layers: str, extra: Any, bias: Any, gated: bool
-) -> None:
-    dense = Dense(layers=2, residual=True, gated=gated, act="gelu", bias_out=not gated)
-    graph = dense.graph()
-    tensors = Tensors(graph, seed)
-    item = ST_MOE(
-        experts=sizes[0], top_k=sizes[1], layers=layers, extra_ffn=extra, expert_bias=bias,
-        losses=False, eval_capacity_factor=float(sizes[0]),
-    )  # fmt: skip
-    assert item.validate() == []
-    after = clone(graph)
-    result = item.apply(after, Context(seed=seed))
-    laws.check_graph(after)
-    assert result.preserves is not None
-    assert result.preserves.kind == "reassociation"
-    inputs = only(graph, inputs_of(seed))
-    expected = run(graph, tensors.params(graph), inputs)["y"]
-    params = tensors.params(after)
-    assert relative(run(after, params, inputs)["y"], expected) <= EXACT
-    # A capacity that drops nothing does not change it either.
-    SpecializePass(mode="eval").apply(after, Context())
-    assert relative(run(after, params, inputs)["y"], expected) <= EXACT

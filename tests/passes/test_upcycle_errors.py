@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.upcycle.gates import GateLaw, gates_of
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.ir.structure import clone
@@ -47,37 +46,23 @@ CASES: dict[str, dict[str, Any]] = {
     "softmax, uniform router": {
         "gates": "softmax", "router_init": "uniform", "router_std": 0.05,
     },
-    "softmax, truncated router": {
-        "gates": "softmax", "router_init": "truncated-normal", "router_std": 0.05,
-    },
     "softmax, router of Switch": {
         "gates": "softmax", "router_init": "switch", "router_std": 1.0,
     },
     "softmax, virtual groups": {
         "gates": "softmax", "granularity": 2, "top_k": 4, "router_std": 0.1,
     },
-    "softmax, shared expert": {"gates": "softmax", "shared": 0.5, "router_std": 0.1},
     "softmax, many experts": {"gates": "softmax", "experts": 64, "top_k": 8},
     "switch": {"gates": "switch", "top_k": 1},
     "sigmoid": {"gates": "sigmoid", "top_k": 4, "router_std": 0.05},
-    "sigmoid, sure": {"gates": "sigmoid", "router_std": 1.0},
-    "sparsemixer": {"gates": "sparsemixer"},
     "sparsemixer, top-1": {"gates": "sparsemixer", "top_k": 1, "router_std": 0.1},
     "noise": {"init": "noise", "noise_std": 0.01},
     "noise, top-8": {"init": "noise", "noise_std": 0.1, "top_k": 8},
-    "noise, large": {"init": "noise", "noise_std": 1.0, "top_k": 4},
     "noise, virtual groups": {"init": "noise", "noise_std": 0.1, "granularity": 2, "top_k": 4},
     "noise, shared expert": {"init": "noise", "noise_std": 0.1, "shared": 0.75},
-    "noise, sure router": {"init": "noise", "noise_std": 0.1, "router_std": 1.0},
-    "noise, gates scaled": {"init": "noise", "noise_std": 0.1, "gate_scale": 2.5},
-    "noise, gates of one": {"init": "noise", "noise_std": 0.1, "gates": "ones"},
     "drop": {"init": "drop"},
     "drop, a tenth": {"init": "drop", "drop_ratio": 0.1, "top_k": 4},
-    "drop, all": {"init": "drop", "drop_ratio": 1.0},
-    "drop, top-8": {"init": "drop", "top_k": 8},
     "drop, virtual groups": {"init": "drop", "granularity": 4, "top_k": 4},
-    "drop, shared expert": {"init": "drop", "shared": 0.25},
-    "drop, sure router": {"init": "drop", "router_std": 1.0},
     "softmax and noise": {"gates": "softmax", "init": "noise", "noise_std": 0.3, "router_std": 0.1},
     "softmax and drop": {"gates": "softmax", "init": "drop", "router_std": 0.1},
 }  # fmt: skip
@@ -87,17 +72,6 @@ CASES: dict[str, dict[str, Any]] = {
 def test_the_error_is_the_predicted_one(name: str) -> None:
     ratio = measured_over_predicted(Dense(embed=48, mlp=96), **CASES[name])
     assert 1 / WITHIN < ratio < WITHIN
-
-
-@pytest.mark.parametrize("dense", [
-    Dense(embed=48, mlp=96, gated=False, act="relu"),
-    Dense(embed=48, mlp=96, gated=False, act="gelu"),
-    Dense(embed=32, mlp=128, act="relu"),
-    Dense(embed=96, mlp=48),
-], ids=["relu", "gelu", "gated relu", "narrow"])  # fmt: skip
-@pytest.mark.parametrize("name", ["noise", "drop", "softmax"])
-def test_the_error_is_the_predicted_one_for_other_blocks(dense: Dense, name: str) -> None:
-    assert 1 / WITHIN < measured_over_predicted(dense, **CASES[name]) < WITHIN
 
 
 @pytest.mark.parametrize("gain", [0.05, 1.0, 3.0])
@@ -140,19 +114,3 @@ def test_options_alone_promise_no_more_than_their_application() -> None:
         after = item.apply(clone(graph), Context())
         assert after.preserves is not None
         assert order.index(item.preserves.kind) >= order.index(after.preserves.kind)
-
-
-@pytest.mark.parametrize("gates", ["renormalised", "softmax", "sigmoid", "sparsemixer", "ones"])
-def test_the_law_of_the_gates_is_that_of_the_operation(gates: str) -> None:
-    """The sums that predictions are made of are those that ``route`` gives."""
-    dense = Dense(embed=32)
-    after, _ = upcycled(dense.graph(), experts=6, gates=gates, router_std=0.2)
-    route = next(n for n in after if n.op.name == "route")
-    after.set_output("logits", route.operands[0])
-    after.set_output("gates", route.results[1])
-    found = run(after, Tensors(dense.graph()).params(after), tokens(dense, 64))
-    law = GateLaw(gates, 6, 2)
-    expected = gates_of(law, found["logits"].reshape(-1, 6))
-    np.testing.assert_allclose(found["gates"].reshape(-1, 2), expected, rtol=1e-12)
-    zero = gates_of(law, np.zeros((1, 6)))
-    assert zero.sum() == pytest.approx(law.total, rel=1e-12)

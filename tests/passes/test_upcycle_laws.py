@@ -108,37 +108,6 @@ def test_every_convention_is_exact_where_the_lemmas_say_so(gates: str, std: floa
         check(Dense(), {**options, "gates": gates, "router_std": std})
 
 
-@pytest.mark.parametrize("gates", ["renormalised", "ones", "softmax"])
-@pytest.mark.parametrize("placement", ["down", "up-down", "cube-root"])
-@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
-def test_every_placement_is_exact_where_the_activation_allows_it(
-    act: str, placement: str, gates: str
-) -> None:
-    for gated, biases in product((True, False), (False, True)):
-        dense = Dense(gated=gated, act=act, bias_in=biases, bias_out=biases)
-        options = {"experts": 8, "top_k": 4, "granularity": 2, "scale_placement": placement}
-        check(dense, {**options, "gates": gates, "router_std": 0.0 if gates == "softmax" else 1.0})
-
-
-@pytest.mark.parametrize("biases", [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("gates", ANY_ROUTER + ZERO_ROUTER)
-def test_biases_are_counted_once(gates: str, biases: tuple[bool, bool]) -> None:
-    """The output bias stands in every expert as b / Σ w, and with a shared expert only there."""
-    for gated, shared in product((True, False), (0.0, 0.25)):
-        dense = Dense(gated=gated, act="gelu", bias_in=biases[0], bias_out=biases[1])
-        k = 1 if gates == "switch" else 2
-        options = {"experts": 4, "top_k": k, "gates": gates, "shared": shared}
-        check(dense, {**options, "router_std": 0.0})
-        check(dense, {**options, "router_std": 0.5})
-
-
-@pytest.mark.parametrize("gates", ANY_ROUTER)
-@pytest.mark.parametrize("factor", [0.5, 2.5])
-def test_a_scaling_factor_of_the_gates_is_taken_back(gates: str, factor: float) -> None:
-    options = {"gates": gates, "gate_scale": factor, "experts": 4, "granularity": 2}
-    check(Dense(bias_out=True), {**options, "top_k": 2, "router_std": 1.0})
-
-
 @st.composite
 def conversions(draw: st.DrawFn) -> tuple[Dense, dict[str, Any]]:
     """Draw a block and a plan that suits it; square shapes are frequent."""

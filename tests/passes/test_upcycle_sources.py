@@ -13,16 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-import moecc
 from moecc.backend import get_backend
-from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import add_branches, open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.types import F64, Array
 from moecc.weights.evaluate import evaluate
-from tests.docs import scenes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SOURCE = GOLDEN / "llama_gqa"
@@ -135,32 +132,3 @@ def test_models_that_do_not_suit(tmp_path: Path) -> None:
     assert "rms_norm_eps: the models differ in their architecture" in text
     assert "the models are of different families" in text
     assert "none" in text
-
-
-def test_an_adapter_of_another_base_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Exit code 1 and no folder; the option that allows it is part of the command that is kept."""
-    adapter, out = tmp_path / "tuned", tmp_path / "out"
-    scenes.adapter(str(SOURCE), str(adapter), "some/llama_mqa")
-    options = ["-p", "upcycle{experts=2 top-k=1 sources=base,a}", "--to", "mixtral", "--no-check"]
-    words = ["convert", str(SOURCE), str(out), *options, "--experts", f"a={adapter}"]
-    assert main(words) == 1
-    assert "some/llama_mqa" in capsys.readouterr().err
-    assert not out.exists()
-    assert main([*words, "--allow-other-base"]) == 0
-    assert "--allow-other-base" in (out / "README.md").read_text()
-    with pytest.raises(InputError, match="of another model"):
-        moecc.open(SOURCE, experts={"a": adapter})
-    opened = moecc.open(SOURCE, experts={"a": adapter}, allow_other_base=True)
-    assert opened.upcycle(experts=2, top_k=1, sources="base,a").facts.expert_layers
-
-
-def test_tokenizers_that_differ(tmp_path: Path) -> None:
-    for name, words in (("base", ["x", "y"]), ("a", ["y", "x"])):
-        folder = model_like(tmp_path / name, 3)
-        vocab = {word: number for number, word in enumerate(words)}
-        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
-    with open_model(str(tmp_path / "base")) as model, pytest.raises(InputError) as raised:
-        add_branches(model, {"a": str(tmp_path / "a")})
-    assert "the tokenizers differ, in 2 tokens" in str(raised.value)

@@ -6,12 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moecc.ir import Graph
-from moecc.ir.builder import Builder
-from moecc.types import PRED, tensor
 
 from .dense_blocks import Array, Arrays, Dense, Tensors, relative, run, tokens, upcycled
 
@@ -64,52 +60,6 @@ def test_with_all_experts_chosen_the_block_is_their_weighted_sum(gates: str) -> 
     weights["sigmoid-renormalised"] = sigmoid / sigmoid.sum(-1, keepdims=True)
     expected = np.einsum("bse,bsed->bsd", weights[gates], expert_outputs(x, params))
     assert relative(run(graph, params, {"x": x})["y"], expected) <= EXACT
-
-
-@given(st.permutations(range(6)), st.sampled_from(GATES), st.integers(1, 6), st.booleans())
-def test_permuting_experts_with_the_rows_of_the_router_changes_nothing(
-    order: list[int], gates: str, top_k: int, bounded: bool
-) -> None:
-    bound: dict[str, Any] = {"slots": "capacity", "capacity_factor": 1.0} if bounded else {}
-    graph, params = sparse(BIASED, experts=6, top_k=top_k, gates=gates, **bound)
-    permuted = {n: a[list(order)] for n, a in params.items()}
-    inputs = tokens(BIASED)
-    expected = run(graph, params, inputs)["y"]
-    assert relative(run(graph, permuted, inputs)["y"], expected) <= EXACT
-
-
-@given(st.permutations(range(12)), st.integers(0, 3))
-def test_permuting_the_neurons_of_an_expert_changes_nothing(order: list[int], expert: int) -> None:
-    graph, params = sparse(BIASED, experts=4, top_k=2)
-    permuted = {n: a.copy() for n, a in params.items()}
-    for name in ("gate", "gate.bias", "up", "up.bias"):
-        permuted[f"{PREFIX}.{name}"][expert] = params[f"{PREFIX}.{name}"][expert][list(order)]
-    down = params[f"{PREFIX}.down"][expert]
-    permuted[f"{PREFIX}.down"][expert] = down[:, list(order)]
-    inputs = tokens(BIASED)
-    expected = run(graph, params, inputs)["y"]
-    assert relative(run(graph, permuted, inputs)["y"], expected) <= EXACT
-
-
-def masked_router(graph: Graph, experts: int) -> None:
-    """Let a parameter ``alive`` decide which experts have a logit other than −∞."""
-    route = next(n for n in graph if n.op.name == "route")
-    alive = graph.param("alive", tensor(PRED, expert=experts))
-    builder = Builder(graph, loc=route.loc, before=route)
-    route.set_operand(0, builder.mask(route.operands[0], alive))
-
-
-@pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("dead", [0, 2, 4])
-def test_an_expert_at_minus_infinity_changes_nothing(gates: str, dead: int) -> None:
-    few, params = sparse(BIASED, experts=4, top_k=2, gates=gates)
-    many, _ = sparse(BIASED, experts=5, top_k=2, gates=gates)
-    masked_router(many, 5)
-    inputs = tokens(BIASED)
-    expected = run(few, params, inputs)["y"]
-    wild = {n: np.insert(a, dead, 1e6, axis=0) for n, a in params.items()}
-    found = run(many, {**wild, "alive": np.arange(5) != dead}, inputs)["y"]
-    assert relative(found, expected) <= EXACT
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,6 @@ from .dense_blocks import Arrays, Dense, Tensors, relative, run, tokens, upcycle
 EXACT = 1e-12
 WHERE = st.sampled_from(["before", "after"])
 BIASES = st.sampled_from(["multiplicative", "additive"])
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 SHAPES = [
