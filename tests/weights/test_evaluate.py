@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.types import BF16, DTYPES, F16, F32, F64, I32, PRED, DType, tensor
+from moecc.types import BF16, DTYPES, F16, F32, F64, PRED, DType, tensor
 from moecc.weights import evaluate as evaluator
 from moecc.weights import fits as moments
 from moecc.weights.arithmetic import (
@@ -19,15 +19,12 @@ from moecc.weights.arithmetic import (
     Moment,
     Mul,
     Scale,
-    Select,
     first_nonfinite,
     round_to,
 )
 from moecc.weights.evaluate import Evaluator, ValuesOverflow, blocks, evaluate
-from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
-from moecc.weights.movement import Concat, Index, Split, Stack, Tile
-from moecc.weights.simplify import simplify
-from moecc.weights.text import format_expr, parse_expr
+from moecc.weights.expr import Expr, Source
+from moecc.weights.movement import Concat, Split
 
 E8M4 = Source("w", tensor(F32, expert=8, mlp=4))
 
@@ -62,30 +59,6 @@ def test_a_shared_moment_is_computed_once() -> None:
     reader = Reader(w=ramp(8, 4))
     assert len(list(blocks(e, reader, block_bytes=16))) == 8
     assert reader.read == 3 * 32  # the mean, the deviation, and the sum itself
-
-
-def test_the_deepest_expression_can_be_worked_with() -> None:
-    deep: Expr = E8M4
-    while deep.depth < MAX_DEPTH - 3:
-        deep = (
-            Add(E8M4, Add(deep, E8M4))
-            if deep.depth % 3
-            else Tile(Index(deep, "mlp", 0), "mlp", 4, 1)
-        )
-    one = simplify(Cast(Index(deep, "expert", 3), F64))
-    assert parse_expr(format_expr(one))[0] is one
-    reader = Reader(w=np.ones((8, 4), np.float32))
-    assert (evaluate(one, reader) == evaluate(deep, reader, F64)[3]).all()
-
-
-def test_integers_and_booleans_are_moved() -> None:
-    table = Source("t", tensor(I32, token=6, choice=2))
-    reader = Reader(t=ramp(6, 2, dtype=np.int32), m=np.array([True, False]))
-    got = evaluate(Index(Stack((table, table), "layer"), "layer", 1), reader)
-    assert got.dtype == np.int32
-    mask = Source("m", tensor(PRED, choice=2))
-    chosen = evaluate(Select(mask, table, Full(-1, table.type)), reader)
-    assert chosen.tolist() == [[i * 2, -1] for i in range(6)]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,8 +10,8 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.types import Array
-from moecc.weights.evaluate import Evaluator, evaluate
-from moecc.weights.fits import cluster_order, fitted_rows, remembered
+from moecc.weights.evaluate import Evaluator
+from moecc.weights.fits import cluster_order, fitted_rows
 from moecc.weights.text import parse_expr
 
 TEXTS = (
@@ -97,20 +93,6 @@ def test_logits_have_the_spread_and_no_preference(seed: int, experts: int, ridge
     assert np.abs(rows.sum(0)).max() < 0.02 * np.abs(rows).max()
 
 
-def test_a_singular_covariance_is_reported() -> None:
-    expr = parse_expr(
-        'fitted(source("c" : f32[embed=2, other=2]), source("m" : f32[embed=2]), '
-        'source("x" : f32[expert=2, embed=2]), ridge=1.0, std=0.5)'
-    )[0]
-    # The ridge is the mean of the diagonal, which takes the second eigenvalue to zero.
-    tensors = {
-        "c": np.diag([3.0, -1.0]).astype(np.float32), "m": np.zeros(2, np.float32),
-        "x": np.eye(2, dtype=np.float32),
-    }  # fmt: skip
-    with pytest.raises(InputError, match="has no inverse"):
-        evaluate(expr, lambda name, a=0, b=None: tensors[name][a:b])
-
-
 def test_a_value_is_computed_once_a_checkpoint() -> None:
     expr = parse_expr(TEXTS[2])[0]
     pairs = np.eye(12, dtype=np.int32) * np.arange(1, 13, dtype=np.int32)
@@ -130,22 +112,3 @@ def test_a_value_is_computed_once_a_checkpoint() -> None:
     other = Tensors()
     Evaluator(other.read).block(expr, ((0, 12),))
     assert len(asked) > count
-
-
-def test_threads_that_ask_at_once_wait_for_one_computation() -> None:
-    expr = parse_expr("permutation(i32[mlp=4], key=0x2)")[0]
-    asked, calls = threading.Barrier(2), []
-
-    def compute() -> Array:
-        calls.append(0)
-        time.sleep(0.05)  # long enough for the other to ask
-        return np.arange(4)
-
-    def ask() -> Array:
-        asked.wait()
-        return remembered(expr, ask, compute)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = [pool.submit(ask) for _ in range(2)]
-    assert [r.result().tolist() for r in results] == [[0, 1, 2, 3]] * 2
-    assert len(calls) == 1

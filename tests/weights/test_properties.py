@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -16,8 +15,8 @@ from moecc.testing.weights import whole_naively
 from moecc.types import BF16, DTYPES, F16, F32, F64, PRED, Axis, DType, TensorType
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
-from moecc.weights.evaluate import Evaluator, blocks, evaluate
-from moecc.weights.expr import Expr, Full, Source, row_blocks
+from moecc.weights.evaluate import Evaluator, evaluate
+from moecc.weights.expr import Expr, Full, Source
 from moecc.weights.movement import (
     I32,
     Concat,
@@ -249,16 +248,6 @@ def test_simplifying_changes_no_byte(e: Expr) -> None:
     assert simplify(simple) is simple
 
 
-@given(exprs(), st.data())
-def test_rows_are_rows_of_the_whole(e: Expr, data: st.DataObject) -> None:
-    assume(e.type.axes)
-    full = whole(e)
-    cuts = data.draw(st.sets(st.integers(0, len(full)))) | {0, len(full)}
-    ordered = sorted(cuts)
-    rows = [evaluate(e, read, rows=(a, b)) for a, b in pairwise(ordered)]
-    assert same(np.concatenate(rows), full)
-
-
 @given(exprs() | movements(), st.data())
 def test_a_box_is_a_box_of_the_whole(e: Expr, data: st.DataObject) -> None:
     box = []
@@ -269,15 +258,6 @@ def test_a_box_is_a_box_of_the_whole(e: Expr, data: st.DataObject) -> None:
     for x in (e, simplify(e)):
         part = Evaluator(read).block(x, tuple(box))
         assert same(part, full[tuple(slice(*ends) for ends in box)])
-
-
-@given(exprs(), st.integers(1, 600))
-def test_blocks_follow_on_one_another(e: Expr, block_bytes: int) -> None:
-    full = whole(e)
-    assert b"".join(b.tobytes() for b in blocks(e, read, None, block_bytes)) == full.tobytes()
-    limit = max(block_bytes, e.type.dtype.itemsize_bytes)
-    for box in row_blocks(e.type, block_bytes):
-        assert prod(b - a for a, b in box) * e.type.dtype.itemsize_bytes <= limit
 
 
 @given(exprs(), st.sampled_from(FLOATS))
@@ -294,25 +274,3 @@ def test_text_comes_back(e: Expr) -> None:
     parsed, end = parse_expr(padded)
     assert parsed is e
     assert padded[end:] == " @layers.3"
-
-
-@given(exprs(most=4) | movements(), st.data())
-def test_an_index_of_anything_reads_nothing_more(e: Expr, data: st.DataObject) -> None:
-    """Pushing an index down never makes an expression read more rows."""
-    assume(e.type.axes and whole(e).size)
-    axis = data.draw(st.sampled_from(e.type.axes))
-    one = Index(e, axis.name, data.draw(st.integers(0, int(str(axis.size)) - 1)))
-
-    def cost(x: Expr) -> int:
-        rows = 0
-
-        def counting(name: str, start: int = 0, stop: int | None = None) -> Any:
-            nonlocal rows
-            got = read(name, start, stop)
-            rows += got.size
-            return got
-
-        Evaluator(counting).block(x, tuple((0, n) for n in x.type.shape))
-        return rows
-
-    assert cost(simplify(one)) <= cost(one)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import combinations, permutations
-from typing import Any
+from itertools import permutations
 
-import numpy as np
 import pytest
 
 from moecc.types import BF16, F16, F32, F64, PRED, tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
-from moecc.weights.draws import Normal, Subset
-from moecc.weights.evaluate import Evaluator
-from moecc.weights.expr import Expr, Full, Source, whole
+from moecc.weights.draws import Normal
+from moecc.weights.expr import Expr, Full, Source
 from moecc.weights.movement import (
     Concat,
     Index,
@@ -54,14 +51,6 @@ def test_stacked_experts_come_apart() -> None:
     assert simplify(stacked) is ROUTER
     part = Stack(tuple(Index(ROUTER, "expert", i) for i in (2, 3)), "expert")
     assert simplify(part) is Slice(ROUTER, "expert", 2, 4)
-
-
-def test_a_draw_is_drawn_in_part() -> None:
-    one = simplify(Index(Permute(ROUTER, ("embed", "expert")), "expert", 2))
-    assert one is Index(ROUTER, "expert", 2)
-    chosen = Subset(tensor(PRED, expert=4, mlp=6), "mlp", 3, 7)
-    drop = Select(chosen, Tile(V, "expert", 4), Tile(W, "expert", 4))
-    assert simplify(Index(drop, "expert", 1)) is Select(Index(chosen, "expert", 1), V, W)
 
 
 def test_renames_to_whatever_names_are_written_in_one_way() -> None:
@@ -119,59 +108,3 @@ def test_constants_are_folded() -> None:
     # Rounded in its own type first: 1 + 2^-9 is no bf16.
     fine = Full(1 + 2**-9, tensor(BF16, mlp=6))
     assert simplify(Cast(fine, F32)) is Full(1.0, tensor(F32, mlp=6))
-
-
-X = Source("x", tensor(F32, a=2, b=3, c=2, d=2))
-
-
-def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
-    assert name == "x"
-    return np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)[start:stop]
-
-
-def same_bytes(e: Expr) -> bool:
-    raw, simple = (
-        np.ascontiguousarray(Evaluator(read).block(x, whole(x.type))) for x in (e, simplify(e))
-    )
-    return raw.tobytes() == simple.tobytes()
-
-
-def ranges(size: int) -> list[tuple[int, int]]:
-    return list(combinations(range(size + 1), 2))
-
-
-RESHAPED: list[Expr] = [
-    Merge(X, ("a", "b"), "m"),
-    Merge(X, ("a", "b", "c", "d"), "m"),
-    Merge(X, ("b", "c"), "b"),
-    Merge(Merge(X, ("b", "c"), "n"), ("a", "n"), "m"),
-    Merge(Merge(X, ("b", "c"), "n"), ("n", "d"), "m"),
-    Split(X, "b", (("e", 1), ("f", 3))),
-    Split(Merge(X, ("a", "b", "c"), "m"), "m", (("e", 3), ("f", 2), ("g", 2))),
-    Split(Merge(X, ("a", "b", "c"), "m"), "m", (("e", 2), ("f", 3), ("g", 2))),
-    Split(Split(Merge(X, ("a", "b"), "m"), "m", (("e", 1), ("f", 6))), "f", (("g", 3), ("h", 2))),
-    Concat((X, Slice(X, "b", 1, 2), Slice(X, "b", 2, 3), Slice(X, "b", 0, 2)), "b"),
-    Stack((X, Scale(X, 1.0), Scale(X, 3.0)), "e", 2),
-]
-
-
-@pytest.mark.parametrize("e", RESHAPED)
-def test_every_view_of_every_axis_has_the_same_bytes(e: Expr) -> None:
-    for axis in e.type.axes:
-        size = int(str(axis.size))
-        assert all(same_bytes(Index(e, axis.name, i)) for i in range(size))
-        for start, stop in ranges(size):
-            part = Slice(e, axis.name, start, stop)
-            assert same_bytes(part)
-            others = [a for a in part.type.axes if a is not axis]
-            assert all(same_bytes(Index(part, o.name, int(str(o.size)) - 1)) for o in others)
-
-
-def test_every_stack_of_positions_has_the_same_bytes() -> None:
-    for axis in "abcd":
-        places = range(X.type.shape["abcd".index(axis)])
-        for start, stop in ranges(len(places)):
-            parts = tuple(Index(X, axis, i) for i in places[start:stop])
-            assert same_bytes(Stack(parts, axis, 1))
-            assert same_bytes(Stack(parts[::-1], "e", 3))
-            assert same_bytes(Concat(tuple(Slice(X, axis, i, i + 1) for i in places), axis))

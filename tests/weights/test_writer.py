@@ -16,7 +16,6 @@ from safetensors import safe_open
 
 from moecc.errors import InputError, MachineError
 from moecc.formats import writer
-from moecc.formats.files import Disk, injected
 from moecc.formats.safetensors import Entry, natural, plan_shards, read_header
 from moecc.formats.writer import OutputTensor, WriteReport, write_checkpoint
 from moecc.types import BF16, DTYPES, F16, F32, I64, PRED, DType, tensor
@@ -151,55 +150,6 @@ def test_threads_blocks_and_order_change_no_byte(
     assert all(other == seen[0] for other in seen[1:])
 
 
-def test_files_are_for_everyone_that_the_umask_allows(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        written(tmp_path / "out", experts(W, 2), max_shard_bytes=100)
-    finally:
-        os.umask(old)
-    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o640}
-
-
-def test_every_file_is_synchronised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed = []
-
-    def fsync(descriptor: int, real: Any = os.fsync) -> None:
-        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        real(descriptor)
-
-    if not Path("/proc/self/fd").exists():
-        pytest.skip("the system does not show the names of open files")
-    monkeypatch.setattr(os, "fsync", fsync)
-    written(tmp_path / "out", everything(), max_shard_bytes=9_000)
-    assert sorted(flushed) == sorted(str(p) for p in (tmp_path / "out").iterdir())
-
-
-def test_the_system_may_forget_what_is_written_all_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Releasing(Disk):
-        waiting = most = released = 0
-
-        def write(self, descriptor: int, data: memoryview, offset: int) -> int:
-            done = super().write(descriptor, data, offset)
-            self.waiting += done
-            self.most = max(self.most, self.waiting)
-            return done
-
-        def release(self, descriptor: int) -> None:
-            super().release(descriptor)
-            self.waiting, self.released = 0, self.released + 1
-
-    plain = written(tmp_path / "plain", everything())
-    monkeypatch.setattr(writer, "RELEASED_BYTES", 4_000)
-    monkeypatch.setattr(writer, "BLOCK_BYTES", 1_000)
-    with injected(Releasing()) as disk:
-        assert written(tmp_path / "out", everything(), threads=1) == plain
-    assert isinstance(disk, Releasing)
-    assert disk.released > 3
-    assert disk.most < plain.total_bytes / 2
-
-
 def broken() -> Reader:
     w = Reader().arrays["w"].copy()
     w[30, 7] = np.nan
@@ -276,27 +226,6 @@ def test_what_cannot_be_written_is_refused_before_reading(
     assert all(m in p.what for m, p in zip(messages, caught.value.problems, strict=True))
     assert not reader.rows
     assert not contents(tmp_path / "out")
-
-
-def test_a_reader_that_fails_ends_the_writing(tmp_path: Path) -> None:
-    class Failing(Reader):
-        def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Any:
-            if name == "v":
-                raise InputError("the file changed")
-            return super().__call__(name, start, stop)
-
-    with pytest.raises(InputError, match="the file changed"):
-        written(tmp_path / "out", everything(), reader=Failing())
-
-
-def test_a_full_disk_is_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pwrite(*_: Any) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(MachineError, match="No space left") as caught:
-        written(tmp_path / "out", everything())
-    assert "model.safetensors" in str(caught.value)
 
 
 def test_a_file_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
