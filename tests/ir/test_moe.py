@@ -51,12 +51,6 @@ def test_a_router_of_another_size_is_refused(axes: dict[str, int]) -> None:
         emit_routing(b, x, router, experts=4, top_k=2)
 
 
-def test_more_choices_than_experts_are_refused() -> None:
-    _, b, (x, router) = start(expert=4, embed=8)
-    with pytest.raises(InputError, match="top_k"):
-        emit_routing(b, x, router, experts=4, top_k=5)
-
-
 def test_the_gate_of_a_shared_expert_multiplies_tokens() -> None:
     graph, b, (x, gate) = start(embed=8)
     y = emit_shared_gate(b, x, gate, x)

@@ -6,11 +6,11 @@ import re
 import time
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moecc.ir import Graph, ParseError, parse, print_graph, verify
-from moecc.testing import graphs, random_graph
+from moecc.testing import graphs
 
 PLACE = re.compile(r"^<text>:(\d+):(\d+)$")
 
@@ -82,17 +82,6 @@ def test_mutated_text(graph: Graph, data: st.DataObject) -> None:
         verify(again)
 
 
-@given(graphs(max_steps=4), st.data())
-def test_a_missing_or_repeated_line(graph: Graph, data: st.DataObject) -> None:
-    lines = print_graph(graph).split("\n")
-    at = data.draw(st.integers(0, len(lines) - 2))
-    if data.draw(st.booleans()):
-        lines.insert(at, lines[at])
-    else:
-        del lines[at]
-    parse_or_check("\n".join(lines))
-
-
 def body(*lines: str) -> str:
     head = ("moecc 1", "graph g {", "  input %x : f32[batch=B, embed=4]")
     return "\n".join((*head, *(f"  {line}" for line in lines), "}", ""))
@@ -155,13 +144,3 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
         parse(body("%y = silu %x \x1b[31m\u202e : f32[batch=B]"))
     assert "\x1b" not in str(caught.value)
     assert "\u202e" not in str(caught.value)
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 10**6))
-def test_a_thousand_wrong_lines_are_read_quickly(seed: int) -> None:
-    lines = print_graph(random_graph(seed)).split("\n")
-    start = time.perf_counter()
-    with pytest.raises(ParseError):
-        parse("\n".join([*lines[:-2], *["%y = silu %z : f32[batch=B]"] * 1000]))
-    assert time.perf_counter() - start < 1
