@@ -132,18 +132,6 @@ def test_a_pass_may_add_outputs_but_not_drop_any() -> None:
         check_pipeline(negations(), Pipeline((AddOutputPass(drop=True),)))
 
 
-def test_a_family_s_graph_is_built_from_a_reduced_config() -> None:
-    whole = llama()
-    small = reduced(whole)
-    verify(small)
-    assert [n.op.name for n in small] == [n.op.name for n in whole]
-    assert list(small.params) == list(whole.params)
-    biggest = max(s for v in small.params.values() for s in v.type.sizes if isinstance(s, int))
-    assert biggest <= 128
-    sources = [str(v.weight) for v in small.params.values()]
-    assert all("source(" in s for s in sources)
-
-
 def test_a_rewritten_graph_is_reduced_by_its_sizes() -> None:
     graph = llama()
     b = Builder(graph)
@@ -178,34 +166,6 @@ def test_slices_cut_at_the_same_fractions() -> None:
     assert found == [(0, 4 * unit), (4 * unit, 5 * unit), (5 * unit, 6 * unit)]
     assert unit < 100
     assert small.params["w"].type["fused"].size == 6 * unit
-
-
-def test_experts_and_top_k_stay() -> None:
-    graph = Graph()
-    b = Builder(graph)
-    logits = graph.input("logits", tensor(F32, batch="B", seq="S", expert=160))
-    experts, gates = b.route(logits, top_k=6)
-    slots = b.assign_slots(experts, tokens=("batch", "seq"), experts=160)
-    x = graph.input("x", tensor(F32, batch="B", seq="S", embed=1024))
-    rows = b.dispatch(x, experts, slots)
-    graph.set_output("y", b.combine(rows, experts, slots, gates))
-    small = reduced(graph)
-    verify(small)
-    assert small.inputs["logits"].type["expert"].size == 160
-    assert small.inputs["x"].type["embed"].size == 16
-
-
-def test_sizes_that_two_products_settle_differently_stay() -> None:
-    graph = Graph()
-    b = Builder(graph)
-    x = graph.input("x", tensor(F32, batch="B", embed=1024, other=512))
-    one = b.split(x, axis="embed", into=(("a", 32), ("b", 32)))
-    other = b.split(x, axis="embed", into=(("a", 256), ("b", 4)))
-    graph.set_output("one", one)
-    graph.set_output("other", other)
-    small = reduced(graph)
-    verify(small)
-    assert small.inputs["x"].type.sizes == ("B", 1024, 16)
 
 
 def test_what_stays_large_is_not_reducible() -> None:

@@ -9,7 +9,7 @@ from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import Graph, clone, equal, verify
-from moecc.ir.unroll import is_rolled, unroll
+from moecc.ir.unroll import is_rolled
 from moecc.jobs.checks import check_pipeline
 from moecc.presets import preset_config
 from moecc.rewrite.passes import Context
@@ -65,19 +65,6 @@ def test_other_passes_work(text: str) -> None:
     then(graph, text)
     assert is_rolled(graph)
     assert_same(before, graph, exact=True)
-
-
-def test_frozen_groups_are_those_of_the_layers_written_out() -> None:
-    from moecc.analysis import parameter_groups
-    from moecc.support.ranges import element, lengths
-
-    graph = rolled()
-    apart = clone(graph)
-    unroll(apart)
-    expected = parameter_groups(apart)
-    for name, groups in parameter_groups(graph).items():
-        (count,) = lengths(name) or {1}
-        assert {expected[element(name, i)] for i in range(count)} == {groups}
 
 
 @pytest.mark.parametrize("text", ["roll-layers", "roll-layers,unroll-layers"])

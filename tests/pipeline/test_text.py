@@ -86,22 +86,17 @@ def test_examples() -> None:
 @pytest.mark.parametrize(
     ("options", "field", "value"),
     [
-        ("count=1 share=3", "share", 3.0),
         ("count=1 share=-.5", "share", -0.5),
         ("count=1 share=inf", "share", float("inf")),
-        ("count=1 layers=every:4", "layers", "every:4"),
         ("count=1 layers=3", "layers", (3,)),
         ('count=1 layers="3"', "layers", "3"),
         ("count=1 layers=()", "layers", ()),
         ('count=1 word="two words"', "word", "two words"),
-        ("count=1 word=a=b", "word", "a=b"),
         ("count=1 word=()", "word", "()"),
         ('count=1 words=a,"b,c",d', "words", ("a", "b,c", "d")),
-        ("count=1 auto=2", "auto", 2.0),
         ("count=1 auto=auto", "auto", "auto"),
         ('count=1 maybe-word="none"', "maybe_word", "none"),
         ("count=1 pair=3,4", "pair", (3, 4.0)),
-        ("  count=1\n flag  ", "flag", True),
     ],
 )
 def test_values(options: str, field: str, value: Any) -> None:
@@ -148,19 +143,15 @@ def test_every_problem_at_once_with_its_place() -> None:
         ("top{experts=1,,2}", "expected a value without spaces, or in quotes, found ','"),
         ('top{experts="1}', "expected a value, found '\"'"),
         ("top{experts:1}", "expected =, a space or }, found ':'"),
-        ('top{experts="\\q"}', "expected a value without spaces, or in quotes"),
         ("top top", "expected a comma before the next pass, found 'top'"),
         ("top{experts=1 experts=2}", "option 'experts' is defined twice"),
         ("every-kind{count}", "found: no value"),
         ("every-kind{count=1 kind=nois}", "did you mean 'noise'"),
-        ("every-kind{count=1 kind=nois}", "one of copy, noise, drop-half"),
         ("every-kind{count=1 auto=fast}", "one of auto or a number"),
         ("every-kind{count=1.5}", "expected: a whole number"),
-        ("every-kind{count=99999999999999999999}", "expected: a whole number"),
         ("every-kind{count=1 numbers=1,b}", "a list, separated by commas, each a whole number"),
         ("every-kind{count=1 pair=1}", "2 values separated by commas: a whole number, a number"),
         ("every-kind{count=1 share=nan}", "expected: a number"),
-        ("every-kind{count=1 colour=red}", "has no option 'colour'"),
     ],
 )
 def test_faulty(source: str, expected: str) -> None:

@@ -25,15 +25,3 @@ def test_alternatives_are_tried_in_their_order() -> None:
     assert negated is not None
     assert "by" not in negated
     assert fits(either, add) is None
-
-
-def test_what_no_node_makes_fits_nothing() -> None:
-    assert fits(P.neg(P.any()), graph().inputs["x"].node) is None
-
-
-def test_operands_count_and_may_be_exchanged() -> None:
-    _, neg, add = graph()
-    found = fits(P.add(P.neg(P.any()).named("n"), P.any("other")), add)
-    assert found is not None
-    assert found.value("n") is neg.result
-    assert fits(P.add(P.neg(P.any()), P.neg(P.any())), add) is None
