@@ -7,7 +7,6 @@ llama-cpp-py-sync (tried with 0.11739).
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +20,11 @@ from shapes_in_gguf import write as write_shape
 
 from moecc.backend import get_backend
 from moecc.formats.gguf.families import GGUF_MIXTURES, GgufFamily
-from moecc.formats.gguf.header import read_gguf_header
-from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise
 from moecc.jobs.convert import plan, write
 from moecc.jobs.generate import Continuer, Continuing, load_tokenizer
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.types import F64
-from tests.train.tiny import draw_weights, make_model
 
 from .engine import ask, interpreter, needs
 
@@ -39,25 +35,17 @@ SINGLE = 1e-6
 
 SIGMOID = "upcycle{experts=4 gates=sigmoid-renormalised shared=0.5 shared-gate=none router-std=1}"
 EXACT = [
-    ("llama_gqa", "llama", ""),
     ("llama_biases_head_dim", "llama", ""),
     ("mistral_full_head_dim", "llama", ""),
     ("qwen2_gqa_tied", "qwen2", ""),
     ("qwen3_head_dim_tied", "qwen3", ""),
-    ("mixtral_gqa", "llama", ""),
     ("mixtral_top1_head_dim", "llama", ""),
-    ("mixtral_square", "llama", ""),
     ("qwen2_moe_plain", "qwen2moe", ""),
-    ("qwen2_moe_square", "qwen2moe", ""),
     ("qwen3_moe_norm", "qwen3moe", ""),
-    ("qwen3_moe_square", "qwen3moe", ""),
     ("llama_gqa", "llama", "upcycle{experts=6 top-k=2 router-std=1}"),
     ("llama_square_tied", "llama", "upcycle{experts=8 top-k=4 granularity=2 router-std=1}"),
-    ("llama_llama3", "llama", "upcycle{experts=4}"),
     ("llama_yarn", "llama", "upcycle{experts=4}"),
     ("llama_linear", "llama", "upcycle{experts=4 router-init=zero}"),
-    ("mistral_full_head_dim", "llama", "upcycle{experts=8 top-k=2}"),
-    ("qwen3_square", "qwen3moe", "upcycle{experts=8 top-k=2 router-std=1}"),
     ("qwen3_head_dim_tied", "qwen3moe", "upcycle{experts=3 top-k=3}"),
     (
         "qwen2_square",
@@ -65,29 +53,18 @@ EXACT = [
         "upcycle{experts=8 top-k=2 shared=0.5 gates=softmax router-init=zero}",
     ),
     ("qwen2_gqa_tied", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5 router-std=1}"),
-    ("llama_gqa", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5 router-std=1}"),
     ("granite_multipliers", "granite", ""),
-    ("granite_square_tied", "granite", ""),
     ("olmo2_square_tied", "olmo2", ""),
     ("phi3_square", "phi3", ""),
     ("granitemoe_multipliers", "granitemoe", ""),
-    ("granitemoe_square_v4", "granitemoe", ""),
     ("glm4_moe_dense_first", "glm4moe", ""),
-    ("glm4_moe_square", "glm4moe", ""),
     ("glm4_moe_plain_v4", "glm4moe", ""),
     ("ernie4_5_moe_square_v4", "ernie4_5-moe", ""),
     ("olmoe_heads", "olmoe", ""),
-    ("llama_gqa", "granitemoe", "upcycle{experts=4 router-std=1}"),
-    ("llama_square_tied", "granitemoe", "upcycle{experts=4 router-std=1}"),
     ("llama_llama3", "granitemoe", "upcycle{experts=4 router-std=1}"),
-    ("llama_gqa", "glm4moe", SIGMOID),
-    ("llama_yarn", "glm4moe", SIGMOID),
     ("qwen2_square", "glm4moe", SIGMOID),
-    ("qwen3_square", "glm4moe", SIGMOID),
     ("llama_gqa", "glm4moe", SIGMOID.replace("router-std=1", "layers=last:2")),
-    ("llama_gqa", "ernie4_5-moe", "upcycle{experts=4 router-std=1}"),
     ("llama_gqa", "ernie4_5-moe", "upcycle{shared=0.5 shared-gate=none layers=last:2}"),
-    ("mistral_full_head_dim", "ernie4_5-moe", "upcycle{experts=4 router-std=1}"),
     ("llama_gqa", "llama", "upcycle{experts=4 granularity=2 pad=7 router-std=1}"),
     ("glm4_moe_square", "glm4moe", "zero-experts{count=2}"),
     ("glm4_moe_plain_v4", "glm4moe", "grow{chosen=same}"),
@@ -194,40 +171,6 @@ def test_what_llama_cpp_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     case = ("qwen2_gqa_tied", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5}")
     (report,) = ask(python(), PROBE, written([case], tmp_path))
     assert "'output.weight' not found" in report["refused"]
-
-
-@pytest.mark.download
-@pytest.mark.slow
-def test_blocks_of_the_engine_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Q4_K is made by its library, is near what was quantised, and the engine reads it."""
-    code = "import llama_cpp_py_sync as m; print(m.__path__[0])"
-    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, check=True)
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / MODULE).symlink_to(done.stdout.strip())
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    values = np.random.default_rng(0).normal(size=(4, 512)).astype(np.float32)
-    kind = BY_NAME["Q4_K"]
-    back = dequantise(quantise(values, kind), kind).reshape(values.shape)
-    assert 0 < np.abs(back - values).mean() < 0.08
-    source, file = (
-        make_model(tmp_path / "source", hidden_size=256, head_dim=64),
-        tmp_path / "m.gguf",
-    )
-    with open_model(str(draw_weights(source))) as model:
-        passes = Pipeline.parse("upcycle{experts=4 router-std=1}")
-        write(plan(model, passes, "gguf:llama", dtype=kind), file)
-    stored = {n: t.storage.name for n, t in read_gguf_header(file).tensors.items()}
-    assert stored["blk.0.ffn_up_exps.weight"] == "Q4_K"
-    tokens = np.arange(12)[None]
-    np.save(tmp_path / "tokens.npy", tokens)
-    job = {"file": str(file), "tokens": str(tmp_path / "tokens.npy")}
-    assert ask(python(), PROBE, [job]) == [{}]
-    with open_model(str(file)) as model:
-        program = get_backend("reference").compile(model.graph)
-        expected = program.run(model.params(dtype=F64), {"tokens": tokens})["logits"]
-    # The engine quantises activations, too, to eight bits.
-    off = np.abs(np.load(f"{file}.logits.npy") - expected).max() / np.abs(expected).max()
-    assert off < 0.05
 
 
 def test_smollm2_continues_a_sentence_with_the_same_tokens(tmp_path: Path) -> None:

@@ -6,9 +6,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,6 @@ import pytest
 from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
-from moecc.testing.oracle import run_reference
 
 from .engine import ask, interpreter, needs
 
@@ -29,42 +25,28 @@ COPIES = "upcycle{experts=4 router-std=1}"
 SHARED = "upcycle{experts=4 shared=0.5 gates=softmax router-init=zero}"
 SIGMOID = "upcycle{experts=4 gates=sigmoid-renormalised shared=0.5 shared-gate=none router-std=1}"
 CASES = [
-    ("llama_gqa", "mixtral", COPIES),
     ("llama_square_tied", "mixtral", COPIES),
     ("llama_linear", "mixtral", COPIES),
-    ("mistral_full_head_dim", "mixtral", COPIES),
-    ("mixtral_gqa", "mixtral", ""),
     ("mixtral_window_tied", "mixtral", ""),
     ("qwen2_square", "qwen2_moe", "upcycle{experts=4 shared=0.5 router-std=1}"),
-    ("qwen2_square", "qwen2_moe", SHARED),
     ("qwen2_gqa_tied", "qwen2_moe", SHARED),
     ("llama_gqa", "qwen2_moe", SHARED),
-    ("qwen2_moe_plain", "qwen2_moe", ""),
     ("qwen2_moe_step", "qwen2_moe", ""),
-    ("qwen3_square", "qwen3_moe", COPIES),
     ("qwen3_head_dim_tied", "qwen3_moe", "upcycle{experts=4 layers=last:1}"),
-    ("qwen3_moe_plain", "qwen3_moe", ""),
     ("qwen3_moe_window", "qwen3_moe", ""),
     ("qwen3_moe_step", "qwen3_moe", ""),
     ("llama_gqa", "glm4_moe", SIGMOID),
-    ("llama_square_tied", "glm4_moe", SIGMOID),
-    ("qwen2_square", "glm4_moe", SIGMOID),
     ("qwen3_square", "glm4_moe", SIGMOID),
-    ("llama_linear", "glm4_moe", SIGMOID),
     ("llama_gqa", "glm4_moe", SIGMOID.replace("experts=4", "experts=4 top-k=1")),
     ("glm4_moe_dense_first", "glm4_moe", ""),
-    ("glm4_moe_square", "glm4_moe", ""),
-    ("llama_gqa", "granitemoe", COPIES),
     ("mistral_full_head_dim", "granitemoe", COPIES),
     ("granitemoe_multipliers", "granitemoe", ""),
     ("llama_gqa", "ernie4_5_moe", COPIES),
-    ("llama_square_tied", "ernie4_5_moe", COPIES),
     *(
         (source, "ernie4_5_moe", COPIES)
         for source in ("llama_linear", "llama_llama3", "llama_yarn", "llama_dynamic")
     ),
     ("ernie4_5_moe_range", "ernie4_5_moe", ""),
-    ("ernie4_5_moe_square_v4", "ernie4_5_moe", ""),
     ("olmoe_norm", "olmoe", ""),
     ("olmoe_square_v4", "olmoe", ""),
 ]
@@ -91,60 +73,6 @@ def test_what_the_table_says_is_what_the_engine_does(tmp_path: Path) -> None:
         silent = isinstance(found, float) and found > 1e-3
         if (right, silent) != (verdict.runs, verdict.silent):
             wrong.append(f"{case}: {verdict}, but {found}")
-    assert not wrong, "\n".join(wrong)
-
-
-SCALINGS = {
-    "linear": {"rope_type": "linear", "factor": 3.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-    "yarn with a factor": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
-        "attention_factor": 1.3,
-    },
-    "llama3": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-}  # fmt: skip
-SCALED = [
-    ("llama_square_tied", "granitemoe", COPIES),
-    ("qwen2_square", "qwen2_moe", SHARED),
-    ("olmoe_square_v4", "olmoe", ""),
-]
-
-
-def test_scaled_rotary_positions(tmp_path: Path) -> None:
-    python = interpreter(VARIABLE, MODULE)
-    assert python is not None
-    jobs, expected, said = [], [], []
-    for (source, target, passes), (name, scaling) in product(SCALED, SCALINGS.items()):
-        folder, out = tmp_path / f"{source} {name}", tmp_path / f"{source} {name} written"
-        shutil.copytree(GOLDEN / source, folder)
-        keys = json.loads((folder / "config.json").read_text())
-        keys |= {"rope_scaling": scaling, "rope_theta": 500.0}
-        keys.pop("rope_parameters", None)
-        (folder / "config.json").write_text(json.dumps(keys))
-        tokens = GOLDEN / source / "tokens.npy"
-        with open_model(str(folder)) as model:
-            params = dict(model.params().items())
-            inputs = {"tokens": np.load(tokens)}
-            (logits,) = run_reference(model.graph, params=params, inputs=inputs).values()
-            planned = plan(model, Pipeline.parse(passes), target, seed=1)
-            write(planned, out)
-        expected.append(logits)
-        said.append(next(v for v in planned.engines if v.engine == "mlx-lm"))
-        jobs.append({"folder": str(out), "tokens": str(tokens)})
-    wrong = []
-    answers = ask(python, PROBE, jobs)
-    for job, verdict, logits, report in zip(jobs, said, expected, answers, strict=True):
-        if "refused" in report:
-            right = not verdict.runs and not verdict.silent
-        else:
-            computed = np.load(Path(job["folder"]) / "mlx.npy")
-            gap = np.abs(computed - logits).max() / np.abs(logits).max()
-            right = verdict.runs if gap <= SINGLE else verdict.silent
-        if not right:
-            wrong.append(f"{Path(job['folder']).name}: {verdict}, but {report}")
     assert not wrong, "\n".join(wrong)
 
 
