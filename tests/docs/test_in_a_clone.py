@@ -79,13 +79,3 @@ def test_the_first_hour(block: Block, clone: Path) -> None:
 def test_commands_run_in_a_clone(line: str, clone: Path) -> None:
     done = shell(f". .venv/bin/activate\n{line}", clone)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.download
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith(OWN)])
-def test_extras_install(line: str, clone: Path) -> None:
-    """With the `pip` of an environment that has nothing else."""
-    session = f"python3 -m venv own && . own/bin/activate\n{line}\nmoecc --version"
-    done = shell(session, clone)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages.browser import BROWSER, MISSING
-
 NEEDS_MKDOCS = pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra docs")
 
 ROOT = Path(__file__).parents[2]
@@ -45,20 +43,3 @@ def test_the_site_loads_nothing(site: Path) -> None:
             r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(https?:[^\" >]*)", text
         )
         assert loaded == [], page
-
-
-@pytest.mark.slow
-@NEEDS_MKDOCS
-@pytest.mark.skipif(BROWSER is None, reason=MISSING)
-def test_its_search_works_from_disk(site: Path) -> None:
-    """In a browser that reaches no other host: a word is asked for, and pages are found."""
-    assert BROWSER is not None
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000",
-        f"--user-data-dir={site.parent / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
-        "--enable-logging=stderr", "--v=0", "--dump-dom", f"{site.as_uri()}/index.html?q=upcycle",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    assert re.search(r"\d+ matching documents", done.stdout)
-    assert 'href="passes.html' in done.stdout

@@ -9,8 +9,6 @@ import pytest
 
 from moecc.cli.main import main
 
-from .browser import BROWSER, MISSING, look
-
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,18 +24,3 @@ def test_it_loads_nothing(page: Path) -> None:
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', text) == []
     assert "@import" not in text
     assert "url(" not in text
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason=MISSING)
-@pytest.mark.parametrize("width", [1100, 480])
-@pytest.mark.parametrize("dark", [False, True])
-def test_in_a_browser(page: Path, width: int, dark: bool) -> None:
-    seen = look(page, width=width, dark=dark)
-    assert seen.console == []
-    assert seen.probe["outside"] == []
-    assert seen.probe["wide"] == []
-    assert seen.probe["figures"] == 3
-    assert seen.probe["traces"][0] == "legendonly", "a click on the legend hides a trace"
-    light = seen.probe["text"] == "rgb(26, 26, 26)"
-    assert light == (not dark)
