@@ -15,18 +15,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
-    """Average values by the softmax of query · key, ``[batch, head, seq, head_dim]``.
-
-    Returns ``[batch, seq, head, head_dim]``.
-    """
+    """Return ``[batch, seq, head, head_dim]`` of operands ``[batch, head, seq, head_dim]``."""
     name = module.config._attn_implementation or "eager"
     attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
     options = kwargs if is_causal else {**kwargs, "is_causal": False}
     return attention(module, query, key, value, mask, scaling=scaling, **options)[0]
 
 
-def causal_mask(config, hidden_states, attention_mask, position_ids, cache, window=0):
-    """Return which keys each query sees: earlier ones, no padding, within the window if any."""
+def causal_mask(config, hidden_states, attention_mask, position_ids, cache, **further):
+    """Return which keys each query sees: earlier ones, and no padding."""
     past = cache.get_seq_length() if cache is not None else 0
     places = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
     # Releases of transformers name these otherwise.
@@ -34,9 +31,7 @@ def causal_mask(config, hidden_states, attention_mask, position_ids, cache, wind
     options |= {"inputs_embeds": hidden_states, "cache": cache, "position_ids": position_ids}
     names = inspect.signature(create_causal_mask).parameters
     options = {name: x for name, x in options.items() if name in names}
-    if window:
-        options["and_mask_function"] = lambda batch, head, query, key: query - key < window
-    return create_causal_mask(config=config, attention_mask=attention_mask, **options)
+    return create_causal_mask(config=config, attention_mask=attention_mask, **options, **further)
 
 
 def extend_cache(cache, key, value, layer_idx):
@@ -74,16 +69,13 @@ def _tables(positions, like, frequencies, attention_factor):
 
 def with_cache(output, cache, **values):
     """Return an output of transformers, whose releases name its cache differently."""
-    return output(**values, **{_cache_name(output): cache})
+    name = "cache" if "cache" in output.__dataclass_fields__ else "past_key_values"
+    return output(**values, **{name: cache})
 
 
 def cache_of(output):
     """Return the cache of an output."""
-    return getattr(output, _cache_name(output))
-
-
-def _cache_name(output):
-    return "cache" if "cache" in output.__dataclass_fields__ else "past_key_values"
+    return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
 class Attention(nn.Module):

@@ -22,10 +22,7 @@ def widened(x):
 
 
 def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
-    """Average values by the softmax of query · key, ``[batch, head, seq, head_dim]``.
-
-    Returns ``[batch, seq, head, head_dim]``.
-    """
+    """Return ``[batch, seq, head, head_dim]`` of operands ``[batch, head, seq, head_dim]``."""
     name = module.config._attn_implementation or "eager"
     attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
     options = kwargs if is_causal else {**kwargs, "is_causal": False}
@@ -44,8 +41,8 @@ def biased(bias, mask, is_causal=True):
     return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else bias + mask
 
 
-def causal_mask(config, hidden_states, attention_mask, position_ids, cache, window=0):
-    """Return which keys each query sees: earlier ones, no padding, within the window if any."""
+def causal_mask(config, hidden_states, attention_mask, position_ids, cache, **further):
+    """Return which keys each query sees: earlier ones, and no padding."""
     past = cache.get_seq_length() if cache is not None else 0
     places = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
     # Releases of transformers name these otherwise.
@@ -53,9 +50,7 @@ def causal_mask(config, hidden_states, attention_mask, position_ids, cache, wind
     options |= {"inputs_embeds": hidden_states, "cache": cache, "position_ids": position_ids}
     names = inspect.signature(create_causal_mask).parameters
     options = {name: x for name, x in options.items() if name in names}
-    if window:
-        options["and_mask_function"] = lambda batch, head, query, key: query - key < window
-    return create_causal_mask(config=config, attention_mask=attention_mask, **options)
+    return create_causal_mask(config=config, attention_mask=attention_mask, **options, **further)
 
 
 def extend_cache(cache, key, value, layer_idx):
@@ -148,9 +143,8 @@ class ExpertRows:
             rows = rows.masked_fill((self.expert == self.experts)[:, None], 0)
         if top_k_weights is not None:
             rows = rows * self.gather_weights(top_k_weights)[:, None].to(rows.dtype)
-        tokens = self.shape[:-1]
-        total = rows.new_zeros(tokens.numel(), rows.shape[-1])
-        return total.index_add(0, self.token, rows).unflatten(0, tokens)
+        total = rows.new_zeros(self.shape[:-1].numel(), rows.shape[-1])
+        return total.index_add(0, self.token, rows).unflatten(0, self.shape[:-1])
 
 
 def top_k_experts(scores, k):
@@ -165,11 +159,7 @@ def keep_random(weights, threshold):
 
 
 def assign_slots(top_k_index, experts, capacity_factor=None, keep=None):
-    """Return the slot of each choice at its expert, −1 where it is dropped; first choices first.
-
-    An expert has `capacity_factor`, a ratio of two numbers, times its share of all tokens, at
-    least 4.
-    """
+    """Return the slot of each choice at its expert, −1 where it is dropped; first choices first."""
     chosen = top_k_index.flatten(0, -2).transpose(0, 1)  # [choice, token]
     tokens, wanted = chosen.shape[1], torch.ones_like(chosen, dtype=torch.bool)
     if keep is not None:
@@ -178,23 +168,15 @@ def assign_slots(top_k_index, experts, capacity_factor=None, keep=None):
     counts = F.one_hot(waiting, experts + 1).cumsum(0)
     slots = counts.gather(1, waiting[:, None]).view(chosen.shape) - 1
     if capacity_factor is not None:
-        bound = capacity_factor[0] * tokens // (capacity_factor[1] * experts)
+        bound = capacity_factor[0] * tokens // (capacity_factor[1] * experts)  # a ratio of two
         wanted = wanted & (slots < min(max(bound, 4), tokens))
     return slots.masked_fill(~wanted, -1).transpose(0, 1).view(top_k_index.shape)
 
 
-def stacked(losses):
-    """Return the losses of those layers that have one, ``[layer]``."""
-    return torch.stack([loss for loss in losses if loss is not None])
-
-
 def with_cache(output, cache, **values):
     """Return an output of transformers, whose releases name its cache differently."""
-    return output(**values, **{_cache_name(output): cache})
-
-
-def _cache_name(output):
-    return "cache" if "cache" in output.__dataclass_fields__ else "past_key_values"
+    name = "cache" if "cache" in output.__dataclass_fields__ else "past_key_values"
+    return output(**values, **{name: cache})
 
 
 class Attention(nn.Module):
@@ -208,7 +190,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(512, 512, bias=False)
         self.o = nn.Linear(512, 512, bias=False)
 
-    def forward(self, hidden_states, key_value_states, mask, cache, **kwargs):
+    def forward(self, hidden_states, key_value_states, mask, cache=None, **kwargs):
         # [batch, head, seq, head_dim]
         query = self.q(hidden_states).unflatten(-1, (-1, 64)).transpose(1, 2)
         key = self.k(key_value_states).unflatten(-1, (-1, 64)).transpose(1, 2)
@@ -241,23 +223,18 @@ class Router(nn.Module):
         router_logits = F.linear(widened(hidden_states), widened(self.weight))
         top_k_index = top_k_experts(router_logits, 2)  # best first
         top_k_weights = router_logits.gather(-1, top_k_index).softmax(-1)
-        slots = assign_slots(
-            top_k_index,
-            8,
-            capacity_factor=(5, 4) if self.training else None,
-            keep=keep_random(top_k_weights, 0.2) if self.training else None,
-        )
+        capacity_factor = (5, 4) if self.training else None
+        keep = keep_random(top_k_weights, 0.2) if self.training else None
+        slots = assign_slots(top_k_index, 8, capacity_factor=capacity_factor, keep=keep)
         top_k_index_2 = top_k_index.masked_fill(slots < 0, 8)
         router_z_loss = torch.square(router_logits.logsumexp(-1)).mean()
         # [batch, seq, expert]
         total = F.one_hot(top_k_index[..., :1], 8).to(hidden_states.dtype).sum(2)
         largest = F.one_hot(top_k_index, 8).to(hidden_states.dtype).sum(-1).amax(-1)  # [batch, seq]
         totals = largest.sum((0, 1))[None]
-        totals_2 = (total * largest[:, :, None]).sum((0, 1))[None]  # [group, expert]
-        # [group, expert]
-        totals_3 = (router_logits.softmax(-1) * largest[:, :, None]).sum((0, 1))[None]
-        share = totals_2 / totals.clamp(min=1.0)[:, None]
-        balance_loss = ((share * totals_3 / totals.clamp(min=1.0)[:, None]).sum(-1) * 8.0).mean()
+        share = router_logits.softmax(-1).sum((0, 1))[None] / totals.clamp(min=1.0)[:, None]
+        total = (total.sum((0, 1))[None] / totals.clamp(min=1.0)[:, None] * share).sum(-1)
+        balance_loss = (total * 8.0).mean()
         return top_k_index_2, top_k_weights, router_z_loss, balance_loss
 
 
@@ -277,48 +254,20 @@ class Experts(nn.Module):
         return rows.combine(rows.linear(product, self.wo.weight), top_k_weights)
 
 
-class EncoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config, is_sparse):
+class Layer(GradientCheckpointingLayer):
+    def __init__(self, config, layer_idx, is_sparse, is_decoder):
         super().__init__()
-        self.is_sparse = is_sparse
-        self.layer = nn.ModuleList([
-            Scope(SelfAttention=Attention(config, None), layer_norm=nn.RMSNorm(512, eps=1e-06)),
-            Scope(
-                DenseReluDense=(Experts if is_sparse else FeedForward)(config),
-                layer_norm=nn.RMSNorm(512, eps=1e-06),
-            ),
-        ])
-        if is_sparse:
-            self.router = Router(config)
-            self.extra_ffn = Scope(layer=Scope(
-                DenseReluDense=FeedForward(config), layer_norm=nn.RMSNorm(512, eps=1e-06)
-            ))
-
-    def forward(self, hidden_states, mask):
-        normed = self.layer[0].layer_norm(hidden_states)
-        o = self.layer[0].SelfAttention(normed, normed, mask, None)  # [batch, seq, embed]
-        hidden_states = hidden_states + o
-        if not self.is_sparse:
-            down = self.layer[1].DenseReluDense(self.layer[1].layer_norm(hidden_states))
-            return hidden_states + down, None, None
-        normed = self.layer[1].layer_norm(hidden_states)
-        top_k_index, top_k_weights, router_z_loss, balance_loss = self.router(normed)
-        hidden_states_2 = self.layer[1].DenseReluDense(normed, top_k_index, top_k_weights)
-        hidden_states = hidden_states + hidden_states_2
-        wo = self.extra_ffn.layer.DenseReluDense(self.extra_ffn.layer.layer_norm(hidden_states))
-        hidden_states = hidden_states + wo
-        return hidden_states, router_z_loss, balance_loss
-
-
-class DecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config, layer_idx, is_sparse):
-        super().__init__()
+        self.is_decoder = is_decoder
         self.is_sparse = is_sparse
         self.layer = nn.ModuleList([
             Scope(
                 SelfAttention=Attention(config, layer_idx), layer_norm=nn.RMSNorm(512, eps=1e-06)
             ),
-            Scope(EncDecAttention=Attention(config, None), layer_norm=nn.RMSNorm(512, eps=1e-06)),
+            *(
+                [Scope(
+                    EncDecAttention=Attention(config, None), layer_norm=nn.RMSNorm(512, eps=1e-06)
+                )] if is_decoder else []
+            ),
             Scope(
                 DenseReluDense=(Experts if is_sparse else FeedForward)(config),
                 layer_norm=nn.RMSNorm(512, eps=1e-06),
@@ -330,20 +279,21 @@ class DecoderLayer(GradientCheckpointingLayer):
                 DenseReluDense=FeedForward(config), layer_norm=nn.RMSNorm(512, eps=1e-06)
             ))
 
-    def forward(self, hidden_states, mask, cache, memory, memory_mask, **kwargs):
+    def forward(self, hidden_states, mask, cache=None, memory=None, memory_mask=None, **kwargs):
         normed = self.layer[0].layer_norm(hidden_states)
         o = self.layer[0].SelfAttention(normed, normed, mask, cache, **kwargs)
         hidden_states = hidden_states + o
-        o = self.layer[1].EncDecAttention(
-            self.layer[1].layer_norm(hidden_states), memory, memory_mask, None
-        )
-        hidden_states = hidden_states + o
+        if self.is_decoder:
+            o = self.layer[1].EncDecAttention(
+                self.layer[1].layer_norm(hidden_states), memory, memory_mask
+            )
+            hidden_states = hidden_states + o
         if not self.is_sparse:
-            down = self.layer[2].DenseReluDense(self.layer[2].layer_norm(hidden_states))
+            down = self.layer[-1].DenseReluDense(self.layer[-1].layer_norm(hidden_states))
             return hidden_states + down, None, None
-        normed = self.layer[2].layer_norm(hidden_states)
+        normed = self.layer[-1].layer_norm(hidden_states)
         top_k_index, top_k_weights, router_z_loss, balance_loss = self.router(normed)
-        hidden_states_2 = self.layer[2].DenseReluDense(normed, top_k_index, top_k_weights)
+        hidden_states_2 = self.layer[-1].DenseReluDense(normed, top_k_index, top_k_weights)
         hidden_states = hidden_states + hidden_states_2
         wo = self.extra_ffn.layer.DenseReluDense(self.extra_ffn.layer.layer_norm(hidden_states))
         hidden_states = hidden_states + wo
@@ -362,7 +312,7 @@ class StMoePreTrainedModel(PreTrainedModel):
     config_class = StMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EncoderLayer", "DecoderLayer"]
+    _no_split_modules = ["Layer"]
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_attention_backend = False
@@ -374,8 +324,8 @@ class StMoePreTrainedModel(PreTrainedModel):
 class StMoeEncoderOutput(BaseModelOutput):
     """An output with the losses of the routers."""
 
-    encoder_balance_losses: torch.Tensor | None = None
-    encoder_router_z_losses: torch.Tensor | None = None
+    balance_losses: torch.Tensor | None = None
+    router_z_losses: torch.Tensor | None = None
 
 
 @dataclass
@@ -383,19 +333,6 @@ class StMoeSeq2SeqOutput(Seq2SeqLMOutput):
     """An output with the losses of the routers."""
 
     aux_loss: torch.Tensor | None = None
-
-
-class EncoderOf:
-    """The encoder of a model, as generation calls it."""
-
-    def __init__(self, model):
-        self.model, self.main_input_name = model, model.main_input_name
-
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
-        """Return what the decoder reads."""
-        return self.model.encode(input_ids, attention_mask)
-
-    __call__ = forward
 
 
 class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
@@ -408,51 +345,48 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
         self.shared = nn.Embedding(32128, 512)
         self.encoder = Scope(
             block=nn.ModuleList([
-                EncoderLayer(config, is_sparse) for is_sparse in [False, True] * 3
+                Layer(config, layer_idx, is_sparse, is_decoder=False)
+                for layer_idx, is_sparse in enumerate([False, True] * 3)
             ]),
             final_layer_norm=nn.RMSNorm(512, eps=1e-06),
         )
         self.decoder = Scope(
             block=nn.ModuleList([
-                DecoderLayer(
-                    config, layer_idx, is_sparse
-                ) for layer_idx, is_sparse in enumerate([False, True] * 3)
+                Layer(config, layer_idx, is_sparse, is_decoder=True)
+                for layer_idx, is_sparse in enumerate([False, True] * 3)
             ]),
             final_layer_norm=nn.RMSNorm(512, eps=1e-06),
         )
         self.lm_head = nn.Linear(512, 32128, bias=False)
         self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(32, 8)
         self.decoder.block[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(32, 8)
+        self.encoder.forward = self.encode
         self.encoder.main_input_name = self.main_input_name
         self.post_init()
 
     def get_encoder(self, *args, **kwargs):
         """Return the encoder, which generation runs once."""
-        return EncoderOf(self)
+        return self.encoder
 
-    def encode(self, input_ids=None, attention_mask=None):
+    def encode(self, input_ids=None, attention_mask=None, **kwargs):
         """Return the last hidden states of the encoder."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         attention_mask = attention_mask.bool()
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        # [seq, kv_seq]
         buckets = relative_buckets(positions, positions, 32, 128, bidirectional=True)
         # [seq, kv_seq, head]
         bias = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
         mask = biased(bias.permute(2, 0, 1)[None], attention_mask[:, None, None], is_causal=False)
         hidden_states = self.shared(input_ids)
-        encoder_router_z_losses = []
-        encoder_balance_losses = []
+        router_z_losses, balance_losses = [], []
         for layer in self.encoder.block:
             hidden_states, router_z_loss, balance_loss = layer(hidden_states, mask)
-            encoder_router_z_losses.append(router_z_loss)
-            encoder_balance_losses.append(balance_loss)
+            router_z_losses.append(router_z_loss)
+            balance_losses.append(balance_loss)
         memory = self.encoder.final_layer_norm(hidden_states)  # [batch, kv_seq, embed]
         return StMoeEncoderOutput(
-            last_hidden_state=memory,
-            encoder_balance_losses=encoder_balance_losses,
-            encoder_router_z_losses=encoder_router_z_losses,
+            last_hidden_state=memory, balance_losses=balance_losses, router_z_losses=router_z_losses
         )
 
     def forward(
@@ -478,10 +412,8 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
             encoder_outputs = self.encode(input_ids, attention_mask)
         if decoder_input_ids is None and labels is not None:
             start = labels.new_full(labels[:, :1].shape, self.config.decoder_start_token_id)
-            decoder_input_ids = torch.cat([start, labels[:, :-1]], dim=1)
-            decoder_input_ids = decoder_input_ids.masked_fill(
-                decoder_input_ids == -100, self.config.pad_token_id or 0
-            )
+            ids = torch.cat([start, labels[:, :-1]], dim=1)
+            decoder_input_ids = ids.masked_fill(ids == -100, self.config.pad_token_id or 0)
         inputs_embeds = self.shared(decoder_input_ids)
         past = cache.get_seq_length() if cache is not None else 0
         length = inputs_embeds.shape[1]
@@ -492,15 +424,13 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
             attention_mask = memory.new_ones(memory.shape[:2])
         attention_mask = attention_mask.bool()
         seen = causal_mask(self.config, inputs_embeds, decoder_attention_mask, position_ids, cache)
-        # [batch, seq, kv_seq]
         buckets = relative_buckets(position_ids, key_position_ids, 32, 128, bidirectional=False)
         # [batch, seq, kv_seq, head]
         bias = self.decoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
         mask = biased(bias.permute(0, 3, 1, 2), seen)
         memory_mask = attention_mask[:, None, None]
         hidden_states = inputs_embeds
-        router_z_losses = []
-        balance_losses = []
+        router_z_losses, balance_losses = [], []
         for layer in self.decoder.block:
             hidden_states, router_z_loss, balance_loss = layer(
                 hidden_states, mask, cache, memory, memory_mask, **kwargs
@@ -508,8 +438,10 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
             router_z_losses.append(router_z_loss)
             balance_losses.append(balance_loss)
         logits = self.lm_head(self.decoder.final_layer_norm(hidden_states))  # [batch, seq, vocab]
-        balance_loss = stacked(encoder_outputs.encoder_balance_losses + balance_losses).sum()
-        router_z_loss = stacked(encoder_outputs.encoder_router_z_losses + router_z_losses).sum()
+        balance_loss = sum(filter(torch.is_tensor, encoder_outputs.balance_losses + balance_losses))
+        router_z_loss = sum(filter(
+            torch.is_tensor, encoder_outputs.router_z_losses + router_z_losses
+        ))
         aux_loss = balance_loss * 0.01 + router_z_loss * 0.001
         loss = None
         if labels is not None:

@@ -11,10 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
-    """Average values by the softmax of query · key, ``[batch, head, seq, head_dim]``.
-
-    Returns ``[batch, seq, head, head_dim]``.
-    """
+    """Return ``[batch, seq, head, head_dim]`` of operands ``[batch, head, seq, head_dim]``."""
     name = module.config._attn_implementation or "eager"
     attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
     options = kwargs if is_causal else {**kwargs, "is_causal": False}

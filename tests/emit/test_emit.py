@@ -61,7 +61,7 @@ def test_text_has_two_imports_and_the_named_classes():
 
 @pytest.mark.parametrize(
     ("source", "pipeline", "most"),
-    [("llama_gqa", "", 250), ("t5_gated_untied", METHODS["st-moe"], 530), ("vit_square", "", 200)],
+    [("llama_gqa", "", 250), ("t5_gated_untied", METHODS["st-moe"], 450), ("vit_square", "", 200)],
 )
 def test_text_is_short_and_narrow(source, pipeline, most):
     lines = program_text(pipeline, source).splitlines()
@@ -78,7 +78,7 @@ def test_depth_adds_no_lines():
 SNAPSHOTS = {
     ("llama_gqa", "upcycled"): "aa91fa5cde507132",
     ("bert_square", "soft"): "92e0713010cb27d8",
-    ("t5_gated_untied", "st-moe"): "2b4e64faf98b0f6d",
+    ("t5_gated_untied", "st-moe"): "92f9f3f83ed53cba",
 }
 """Digests of the classes of layers, by source and method: the rest is common to all."""
 

@@ -22,6 +22,7 @@ NAMES = {
     "torch.float16": "jnp.float16",
     "torch.long": "int",
     "torch.bool": "bool",
+    "torch.is_tensor": "is_array",
     "torch.cos": "jnp.cos",
     "torch.sin": "jnp.sin",
 }

@@ -101,11 +101,14 @@ class ModelWriter(BlockWriter):
                 zipped.append((name, repeated_texts(texts)))
                 arguments.append(name)
         outputs = self._outputs(layers)
-        prefix = "encoder_" if layers[0].title.startswith("Encoder") else ""
+        stacks = {b.layer[0] for b in self.block.blocks if b.layer is not None}
+        is_first = len(stacks) > 1 and layers[0].title.startswith("Encoder")
+        prefix = "encoder_" if is_first else ""
         results = [STATE if kind == "carry" else name for name, kind in outputs]
         collected = [name for name, kind in outputs if kind == "collect"]
-        for name in collected:
-            self.state(f"{prefix}{name}es = []")
+        if collected:
+            names_of_lists = ", ".join(f"{prefix}{name}es" for name in collected)
+            self.state(f"{names_of_lists} = {', '.join(['[]'] * len(collected))}")
         head, call = self.layer_call(layers, self.tree.access(stack), arguments, zipped)
         self.state(head)
         self.state(f"    {', '.join(results)} = {call}")
@@ -149,6 +152,8 @@ class ModelWriter(BlockWriter):
                 for layer in layers
             ]
             present = [v for v in values if v is not None]
+            if all(v.item is not None and v.item.op == "none" for v in present):
+                continue  # None by default
             is_carried = len(layers) > 1 and all(
                 v is not None and v in before.outputs
                 for v, before in zip(values[1:], layers, strict=False)
@@ -308,19 +313,6 @@ class StMoeModel(StMoePreTrainedModel):
 '''
 
 SEQ2SEQ = f'''
-class EncoderOf:
-    """The encoder of a model, as generation calls it."""
-
-    def __init__(self, model):
-        self.model, self.main_input_name = model, model.main_input_name
-
-    def forward(self, <arguments>, **kwargs):
-        """Return what the decoder reads."""
-        return self.model.encode(<passed>)
-
-    __call__ = forward
-
-
 class <name>(StMoePreTrainedModel, GenerationMixin):
     """The encoder, the decoder and its head."""
 
@@ -328,9 +320,9 @@ class <name>(StMoePreTrainedModel, GenerationMixin):
 {MODULES}
     def get_encoder(self, *args, **kwargs):
         """Return the encoder, which generation runs once."""
-        return EncoderOf(self)
+        return <encoder_module>
 
-    def encode(self, <arguments>):
+    def encode(self, <arguments>, **kwargs):
         """Return the last hidden states of the encoder."""
         <encoder>
         return <encoder_output>(<encoder_results>)
@@ -354,10 +346,8 @@ class <name>(StMoePreTrainedModel, GenerationMixin):
             encoder_outputs = self.encode(<passed>)
         if decoder_input_ids is None and labels is not None:
             start = labels.new_full(labels[:, :1].shape, self.config.decoder_start_token_id)
-            decoder_input_ids = torch.cat([start, labels[:, :-1]], dim=1)
-            decoder_input_ids = decoder_input_ids.masked_fill(
-                decoder_input_ids == -100, self.config.pad_token_id or 0
-            )
+            ids = torch.cat([start, labels[:, :-1]], dim=1)
+            decoder_input_ids = ids.masked_fill(ids == -100, self.config.pad_token_id or 0)
         inputs_embeds = <embedding>(decoder_input_ids)<positions>
         memory = encoder_outputs[0]
         <statements>
@@ -701,6 +691,8 @@ class Models:
         decoder.values[item.result] = PythonExpr("inputs_embeds", item.result.axes)
         decoder.write_steps([s for s in [*masks, *after] if s is not item])
         whole = self._writer("whole", "", self.steps)
+        stack = next((s.path for s in before if isinstance(s, ModuleBlock)), "").rpartition(".")[0]
+        module = whole.tree.access(stack.rpartition(".")[0])
         logits = decoder.canonical(self.program.outputs["logits"])
         lines = [*decoder.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
         arguments = self._arguments()
@@ -711,7 +703,12 @@ class Models:
                 SEQ2SEQ,
                 {
                     "name": name,
-                    "constructor": _encoder_named(whole.filled_lines(whole.tree.lines())),
+                    "constructor": [
+                        *whole.filled_lines(whole.tree.lines()),
+                        f"{module}.forward = self.encode",
+                        f"{module}.main_input_name = self.main_input_name",
+                    ],
+                    "encoder_module": module,
                     "arguments": ", ".join(f"{a}=None" for a in arguments),
                     "argument_lines": [f"{a}=None," for a in arguments],
                     "passed": ", ".join(arguments),
@@ -784,13 +781,6 @@ class Models:
             "plain": str(all(map(_is_plain, self.program.items))),
         }
         return filled(BASE, parts)
-
-
-def _encoder_named(lines: list[str]) -> list[str]:
-    """Return lines that also tell a module `encoder` what generation asks of it."""
-    if any(line.startswith("self.encoder = ") for line in lines):
-        return [*lines, "self.encoder.main_input_name = self.main_input_name"]
-    return lines
 
 
 def _is_plain(item: Item) -> bool:

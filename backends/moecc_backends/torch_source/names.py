@@ -82,6 +82,7 @@ MEMBERS = frozenset(
         "dummy_inputs",
         "layer_idx",
         "is_sparse",
+        "is_decoder",
         "T_destination",
     ]
 )

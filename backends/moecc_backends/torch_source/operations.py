@@ -310,7 +310,8 @@ def _causal_mask(w: BlockWriter, item: Item, *, window: int) -> PythonExpr:
     padding = "attention_mask" if item.loc == "masks" else "decoder_attention_mask"
     arguments = ["self.config", hidden, padding, positions, "cache"]
     if window:
-        arguments.append(f"window={w.literal(window, 'window')}")
+        w.helper("within_window")
+        arguments.append(f"and_mask_function=within_window({w.literal(window, 'window')})")
     return PythonExpr(f"causal_mask({', '.join(arguments)})")
 
 
@@ -463,11 +464,15 @@ def _assign_slots(
         for word, text in options.items():
             if (other := others.get(word, SLOT_DEFAULTS.get(word, text))) != text:
                 options[word] = f"{text} if self.training else {other}"
+    is_simple = options.keys() <= {"capacity_factor", "keep"} and is_route(item.operands[0])
+    for word, text in options.items():
+        if is_simple and " if self.training" in text:
+            options[word] = w.name(word)
+            w.state(f"{options[word]} = {text}")
     if unbounded and "capacity_factor" in options:
         flag = w.expr(operands[-1]).text
         text = options["capacity_factor"]
         options["capacity_factor"] = f"None if {flag} else {text}"
-    is_simple = options.keys() <= {"capacity_factor", "keep"} and is_route(item.operands[0])
     name = w.helper("assign_slots" if is_simple else "assign_slots_by_rule")
     count = w.literal(experts, "experts")
     texts = [f"{word}={text}" for word, text in options.items()]

@@ -412,10 +412,32 @@ def _fuse_module(item: Item) -> None:
             item.op, item.attrs = "embedding_module", {**item.attrs, "module": module}
 
 
+def _is_one(var: ProgramValue) -> bool:
+    """Whether a value is 1 everywhere, as the number of experts that a choice names is."""
+    item = var.item
+    if item is not None and item.op == "sum" and (hot := item.operands[0].item) is not None:
+        into, axes = hot.attrs.get("into"), item.attrs["axes"]
+        chosen = hot.operands[0].item if hot.op == "one_hot" else None
+        is_whole = isinstance(into, tuple) and axes == tuple(name for name, _ in into)
+        return is_whole and chosen is not None and chosen.op == "route"
+    return item is not None and item.op == "max" and _is_one(item.operands[0])
+
+
+def _drop_ones(item: Item) -> None:
+    """Make a product with ones its other factor."""
+    if item.op == "mul":
+        for x, ones in (item.operands, item.operands[::-1]):
+            if set(ones.axes) <= set(x.axes) and _is_one(ones):
+                axis = item.result.axes[0]
+                item.op, item.operands, item.attrs = "rename", [x], {"axis": axis, "to": axis}
+                return
+
+
 IDIOMS: tuple[Callable[[Item], None], ...] = (
     _fuse_dropout,
     _fuse_noise,
     _fuse_keep,
+    _drop_ones,
     _fuse_linear,
     _fuse_module,
 )
@@ -576,6 +598,7 @@ def share_masks(program: TorchProgram) -> None:
     """
     layers = {item for item in program.items if layer_of(item.loc) is not None}
     masks: dict[tuple[object, ...], Item] = {}
+    absent: dict[tuple[str, str], Item] = {}
     items: list[Item] = []
     for item in program.items:
         if item.op in ("attention", "cached_attention"):
@@ -587,7 +610,7 @@ def share_masks(program: TorchProgram) -> None:
                     items.append(mask)
                 _read_mask(item, masks[identity])
             if DECODER_TOKENS in program.inputs:
-                items += _complete(item)
+                items += _complete(item, absent)
         items.append(item)
     program.items = items
     program.prune()
@@ -625,17 +648,26 @@ def _read_mask(item: Item, mask: Item) -> None:
     item.attrs = {**item.attrs, "given": ("mask", *further), "is_shared": True}
 
 
-def _complete(item: Item) -> list[Item]:
-    """Let an attention take a mask and a cache, and return the items that are None for them."""
-    further, absent = _further(item), []
-    for word in ("mask", CACHE):
+def _complete(item: Item, absent: dict[tuple[str, str], Item]) -> list[Item]:
+    """Let an attention take a mask and a cache, and return the new items that are None for them.
+
+    The layers of an encoder read them as those of a decoder do: `absent` has them by location.
+    """
+    further, new = _further(item), []
+    stack, number = layer_of(item.loc) or ("", None)
+    is_encoder = stack.startswith("encoder")
+    for word in ("mask", CACHE, *([KWARGS] * is_encoder)):
         if word not in further and not (word == "mask" and "keep" in further):
-            further[word] = value = ProgramValue(word, kind="none")
-            value.item = Item("none", [], {}, (value,), item.loc)
-            absent.append(value.item)
+            loc = f"{stack.rpartition('.')[0]}.masks" if is_encoder else item.loc
+            if (word, loc) not in absent:
+                value = ProgramValue(word, kind=KWARGS if word == KWARGS else "none")
+                value.item = absent[word, loc] = Item("none", [], {}, (value,), loc)
+                new.append(value.item)
+            further[word] = absent[word, loc].result
     last = ("mask", CACHE, KWARGS)
     words = [w for w in further if w not in last] + [w for w in last if w in further]
     item.op = "cached_attention"
     item.operands = [*item.operands[:3], *(further[w] for w in words)]
-    item.attrs = {"layer_idx": None, **item.attrs, "given": tuple(words), "is_complete": True}
-    return absent
+    number = number if is_encoder else None
+    item.attrs = {"layer_idx": number, **item.attrs, "given": tuple(words), "is_complete": True}
+    return new

@@ -190,7 +190,7 @@ def reserved_names() -> frozenset[str]:
     """Return what a text may import, and the helpers that it may define."""
     imports = [n for n in ast.parse(PREAMBLE).body if isinstance(n, ast.Import | ast.ImportFrom)]
     imported = {alias.asname or alias.name for node in imports for alias in node.names}
-    return frozenset({*imported, *helpers(), "EncoderOf"})
+    return frozenset({*imported, *helpers()})
 
 
 @lru_cache(maxsize=256)

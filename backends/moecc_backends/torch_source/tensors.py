@@ -14,7 +14,7 @@ from moecc.ir.formula import FormulaStep, parse_formula
 from moecc.ir.operation import OPS
 from moecc_backends.torch_source.program import ROW, Item, ProgramValue
 from moecc_backends.torch_source.text import ATOM, COMPARISON, PRODUCT, SUM, PythonExpr, literal
-from moecc_backends.torch_source.writer import BlockWriter
+from moecc_backends.torch_source.writer import BlockWriter, is_losses
 
 Emission = Callable[..., PythonExpr | None]
 
@@ -431,8 +431,11 @@ def _stack(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
     texts = [w.permuted(e, first).text for e in exprs]
     lists = [text.rpartition("[")[0] for text in texts if text.endswith("]")]
     if len(lists) == len(texts) and all(name.endswith("_losses") for name in lists):
+        text = " + ".join(dict.fromkeys(lists))
+        if [user.op for user in item.result.users] == ["sum"]:
+            return PythonExpr(f"filter(torch.is_tensor, {text})", (axis, *first))
         w.helper("stacked")
-        return PythonExpr(f"stacked({' + '.join(dict.fromkeys(lists))})", (axis, *first))
+        return PythonExpr(f"stacked({text})", (axis, *first))
     return PythonExpr(f"torch.stack([{', '.join(texts)}])", (axis, *first))
 
 
@@ -572,6 +575,8 @@ def _reduced(x: PythonExpr, axes: tuple[str, ...]) -> tuple[str, tuple[str, ...]
 @emission("sum", "mean")
 def _sum(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> PythonExpr:
     x = w.expr(item.operands[0])
+    if is_losses(x.text):
+        return PythonExpr(f"sum({x.text})")
     if not set(axes) <= set(x.axes):
         x = w.expanded(x)
     if (

@@ -56,6 +56,7 @@ class ClassDef:
       signature: the parameters of ``forward``.
       forward: its lines.
       doc: its docstring.
+      optional: the parameters that some calls leave out.
     """
 
     name: str
@@ -65,6 +66,16 @@ class ClassDef:
     forward: list[str]
     doc: str = ""
     base: str = "nn.Module"
+    optional: frozenset[str] = frozenset()
+
+    def parameters(self) -> list[str]:
+        """Return the parameters of ``forward``; None is the default of the optional last ones."""
+        texts: list[str] = []
+        is_optional = True
+        for name in reversed(self.signature):
+            is_optional = is_optional and (name in self.optional or name.startswith("**"))
+            texts.append(f"{name}=None" if is_optional and name[0] != "*" else name)
+        return texts[::-1]
 
     def lines(self) -> list[str]:
         """Return the text of the class."""
@@ -76,7 +87,7 @@ class ClassDef:
             "        super().__init__()",
             *(line for text in self.constructor for line in folded(f"        {text}")),
             "",
-            *folded(f"    def forward({', '.join(['self', *self.signature])}):"),
+            *folded(f"    def forward({', '.join(['self', *self.parameters()])}):"),
             *(line for text in self.forward for line in folded(f"        {text}")),
         ]
 
@@ -89,6 +100,7 @@ class WrittenBlock(Protocol):
     lines: list[str]
     constructor: list[str]
     signature: list[str]
+    optional: set[str]
 
     def argument_names(self) -> set[str]:
         """Return the names that an argument of the constructor must not have."""
@@ -161,7 +173,8 @@ class Classes:
         for number, (hint, _) in enumerate(first.literals):
             values = [writer.literals[number][1] for _, writer in group]
             marker = f"\x01{number}\x02"
-            if all(repr(v) == repr(values[0]) for v in values):
+            is_number = hint == "layer_idx" and any(v is not None for v in values)
+            if not is_number and all(repr(v) == repr(values[0]) for v in values):
                 inits[marker] = forwards[marker] = literal(values[0])
                 continue
             same = next((n for n, v in arguments.items() if v == values and n.startswith(hint)), "")
@@ -179,6 +192,7 @@ class Classes:
             [with_texts(line, forwards) for line in first.lines],
             base=group[0][0].base
             or ("GradientCheckpointingLayer" if group[0][0].layer else "nn.Module"),
+            optional=frozenset[str]().union(*(writer.optional for _, writer in group)),
         )
         self.definitions.append(definition)
         for at, (block, writer) in enumerate(group):
@@ -187,9 +201,10 @@ class Classes:
 
 
 def join_layers(classes: Classes) -> None:
-    """Make one class of the dense and the sparse layers of a stack, with an argument for the kind.
+    """Make one class of layers that begin alike, with arguments for their kinds.
 
-    A layer then begins as both do; what only sparse ones have follows ``if is_sparse``.
+    These are the dense and the sparse layers of a stack, and the layers of an encoder and of a
+    decoder that has all their statements.
     """
     stacks: dict[str, dict[ClassDef, ModuleBlock]] = {}
     for block, instance in classes.instances.items():
@@ -199,21 +214,78 @@ def join_layers(classes: Classes) -> None:
         by_kind = {"Sparse" in block.title: definition for definition, block in kinds.items()}
         if len(kinds) != 2 or len(by_kind) != 2:
             continue
-        joined = _joined(by_kind[False], by_kind[True])
-        if joined is None:
-            continue
-        classes.definitions[classes.definitions.index(by_kind[True])] = joined
-        classes.definitions.remove(by_kind[False])
-        for instance in classes.instances.values():
-            if instance.definition in by_kind.values():
-                is_sparse = instance.definition is by_kind[True]
-                instance.definition, instance.values = joined, [*instance.values, is_sparse]
+        _replace(
+            classes, by_kind[False], by_kind[True], _with_experts(by_kind[False], by_kind[True])
+        )
+    layers = {i.definition: b for b, i in classes.instances.items() if b.layer is not None}
+    by_stack = {block.stack: definition for definition, block in layers.items()}
+    if len(layers) == 2 and by_stack.keys() == {"Encoder", "Decoder"}:
+        first, second = by_stack["Encoder"], by_stack["Decoder"]
+        _replace(classes, first, second, _with_decoder(first, second))
 
 
-KIND = "is_sparse"
+def _replace(classes: Classes, first: ClassDef, second: ClassDef, joined: ClassDef | None) -> None:
+    if joined is None:
+        return
+    classes.definitions[classes.definitions.index(second)] = joined
+    classes.definitions.remove(first)
+    for instance in classes.instances.values():
+        if instance.definition in (first, second):
+            values = [*instance.values, instance.definition is second]
+            instance.definition, instance.values = joined, values
 
 
-def _joined(dense: ClassDef, sparse: ClassDef) -> ClassDef | None:
+KIND, STACK = "is_sparse", "is_decoder"
+
+
+def _with_decoder(encoder: ClassDef, decoder: ClassDef) -> ClassDef | None:
+    """Return the class of the layers of both stacks; None if a decoder lacks a statement."""
+    names = [n for n in encoder.signature if n[0] != "*"]
+    if decoder.signature[: len(names)] != names or decoder.arguments != encoder.arguments:
+        return None
+    pairs = zip(encoder.forward, decoder.forward, strict=False)
+    start = next((n for n, (a, b) in enumerate(pairs) if a != b), len(encoder.forward))
+    stop = start + len(decoder.forward) - len(encoder.forward)
+    if encoder.forward[start:] != decoder.forward[stop:]:
+        return None
+    own = [f"    {line}" for line in decoder.forward[start:stop]]
+    forward = [*decoder.forward[:start], f"if self.{STACK}:", *own, *decoder.forward[stop:]]
+    constructor = [f"self.{STACK} = {STACK}"]
+    rest = list(encoder.constructor)
+    for line in decoder.constructor:
+        target = line.partition(" = ")[0]
+        before = next((x for x in rest if x.partition(" = ")[0] == target), None)
+        text = line if line == before else _with_part(before or "", line)
+        if text is None or before is None:
+            return None
+        rest.remove(before)
+        constructor.append(text)
+    if rest:
+        return None
+    optional = encoder.optional | set(decoder.signature[len(names) :])
+    return ClassDef(
+        decoder.name.removeprefix("Decoder"), [*decoder.arguments, STACK], constructor,
+        decoder.signature, forward, base=decoder.base, optional=optional,
+    )  # fmt: skip
+
+
+def _with_part(encoder: str, decoder: str) -> str | None:
+    """Return a list whose middle only decoders have."""
+    start, end = decoder.find("(["), decoder.rfind("])")
+    if start < 0 or encoder[: start + 2] != decoder[: start + 2]:
+        return None
+    parts = split_outside(decoder[start + 2 : end])
+    short = split_outside(encoder[start + 2 : encoder.rfind("])")])
+    extra = len(parts) - len(short)
+    for at in range(len(short)):
+        if extra > 0 and parts[:at] + parts[at + extra :] == short:
+            middle = f"*([{', '.join(parts[at : at + extra])}] if {STACK} else [])"
+            texts = ", ".join([*parts[:at], middle, *parts[at + extra :]])
+            return f"{decoder[: start + 2]}{texts}{decoder[end:]}"
+    return None
+
+
+def _with_experts(dense: ClassDef, sparse: ClassDef) -> ClassDef | None:
     """Return the class of both kinds of layers; None if they have too little in common."""
     pairs = zip(dense.forward, sparse.forward, strict=False)
     count = next((n for n, (a, b) in enumerate(pairs) if a != b), 0)
@@ -242,7 +314,10 @@ def _joined(dense: ClassDef, sparse: ClassDef) -> ClassDef | None:
     constructor = [*common, *([f"if {KIND}:", *only_sparse] if only_sparse else [])]
     name = sparse.name.replace("Sparse", "", 1)
     arguments = [*sparse.arguments, KIND]
-    return ClassDef(name, arguments, constructor, sparse.signature, forward, base=sparse.base)
+    return ClassDef(
+        name, arguments, constructor, sparse.signature, forward, base=sparse.base,
+        optional=dense.optional | sparse.optional,
+    )  # fmt: skip
 
 
 def _with_both_names(dense: str, sparse: str) -> str | None:
@@ -330,7 +405,8 @@ def folded(line: str) -> list[str]:
     body = [f"{indent}    {part}," for part in parts]
     is_group = code[start] == "(" and not code[:start].rstrip().endswith(_CALLS)
     if len(parts) == 1 and (is_group or code[start] == "["):
-        body = [f"{indent}    {parts[0]}"]
+        head_part, loop = _comprehension(parts[0])
+        body = [f"{indent}    {head_part}", *([f"{indent}    {loop}"] if loop else [])]
     joined = f"{indent}    {', '.join(parts)}"
     if len(joined) <= WIDTH:
         body = [joined]
@@ -344,6 +420,14 @@ def _only_bracket(part: str) -> int | None:
         return None
     head = part[: spans[0][0]]
     return spans[0][0] if re.fullmatch(r"(\w+=)?[\w.]*", head) else None
+
+
+def _comprehension(text: str) -> tuple[str, str]:
+    """Return a comprehension as its expression and its loop; other texts have no loop."""
+    spans = _brackets(text)
+    outside = [m.start() for m in re.finditer(r" for ", text)]
+    at = next((n for n in outside if not any(a < n < b for a, b in spans)), len(text))
+    return text[:at], text[at + 1 :]
 
 
 _CALLS = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789")

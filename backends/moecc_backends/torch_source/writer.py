@@ -51,6 +51,7 @@ class BlockWriter:
     values: dict[ProgramValue, PythonExpr] = field(default_factory=dict)
     remaining: Counter[ProgramValue] = field(default_factory=Counter)
     names: set[str] = field(default_factory=set)
+    optional: set[str] = field(default_factory=set)
     tree: ModuleTree = field(init=False)
     longest_operands: ClassVar[int] = 66
     longest_value: ClassVar[int] = 64
@@ -187,7 +188,10 @@ class BlockWriter:
     def says_axes(self, var: ProgramValue, axes: Sequence[str]) -> bool:
         """Whether the axes of a value are worth a comment: no operand has the same."""
         operands = var.item.operands if var.item is not None else []
-        return len(axes) > 1 and all(set(v.axes) != set(var.axes) for v in operands)
+        is_index = var.item is not None and var.item.op == "relative_buckets"
+        return (
+            len(axes) > 1 and not is_index and all(set(v.axes) != set(var.axes) for v in operands)
+        )
 
     def settle(self, item: Item) -> None:
         """Give names to long operands, until what reads them fits a line."""
@@ -195,7 +199,7 @@ class BlockWriter:
             texts = {
                 v: len(MARKER.sub("00", e.text))
                 for v in item.operands
-                if (e := self.values.get(v)) is not None
+                if (e := self.values.get(v)) is not None and not is_losses(e.text)
             }
             longest = max(texts, key=lambda v: texts[v], default=None)
             if (
@@ -231,6 +235,8 @@ class BlockWriter:
             name = self.name(hint)
             self.values[var] = PythonExpr(name, var.axes)
             self.signature.append(name)
+            if var.kind == "none":
+                self.optional.add(name)
 
     def write_steps(self, steps: Sequence[Item | ModuleBlock]) -> None:
         """Write items and calls of the blocks within, in order."""
@@ -274,7 +280,10 @@ class BlockWriter:
 
     def call(self, block: ModuleBlock) -> None:
         """Write the call of a module within."""
-        text = self.call_text(block, [self.canonical(v) for v in block.inputs])
+        arguments = [self.canonical(v) for v in block.inputs]
+        while arguments and arguments[-1] == "None":
+            arguments.pop()
+        text = self.call_text(block, arguments)
         self.remaining.subtract(block.inputs)
         expr = PythonExpr(text, block.outputs[0].axes if block.outputs else ())
         if len(block.outputs) == 1:
@@ -354,6 +363,11 @@ HINTS = {
 }
 
 
+def is_losses(text: str) -> bool:
+    """Whether a text is of the losses of those layers that have one."""
+    return text.startswith("filter(torch.is_tensor, ")
+
+
 def var_hint(var: ProgramValue) -> str:
     """Return a name for a value: its own without a number, or one by what computes it."""
     base = var.name.rstrip("0123456789").rstrip("_.")
@@ -405,15 +419,24 @@ class ModuleTree:
             if not part.isdigit():
                 text += f".{part}"
             else:
-                text += f"[{part}]" if self.is_list(at) else f'["{part}"]'
+                text += f"[{self.index(at, int(part))}]" if self.is_list(at) else f'["{part}"]'
             at = f"{at}.{part}" if at else part
         return text
 
-    def is_list(self, path: str) -> bool:
-        """Whether the modules under a path are numbered from 0 on."""
+    def index(self, path: str, number: int) -> int:
+        """Return the index of a module in a list; the last block of a layer is that for all."""
+        is_last = self.block.layer is not None and f"{number + 1}" not in self.numbers(path)
+        return -1 if is_last and number else number
+
+    def numbers(self, path: str) -> set[str]:
+        """Return the names directly under a path."""
         start = len(path) + 1
         names = [v.name for v in self.block.params if is_under(v.name, path)]
-        numbers = {name[start:].partition(".")[0] for name in names}
+        return {name[start:].partition(".")[0] for name in names}
+
+    def is_list(self, path: str) -> bool:
+        """Whether the modules under a path are numbered from 0 on."""
+        numbers = self.numbers(path)
         return numbers == {str(i) for i in range(len(numbers))}
 
     def lines(self) -> list[str]:
@@ -534,8 +557,11 @@ def stack_lines(classes: Classes, layers: list[ModuleBlock]) -> str:
             (n, [i.values[at] for i in instances]) for at, n in enumerate(definition.arguments)
         ]
         index = [n for n, values in columns if values == list(range(count))]
-        varying = [(n, v) for n, v in columns if n not in index]
-        arguments = ", ".join(["config", *definition.arguments])
+        same = {n: v[0] for n, v in columns if n not in index and len(set(map(repr, v))) == 1}
+        varying = [(n, v) for n, v in columns if n not in index and n not in same]
+        words = {n: f"{n}=" if isinstance(v, bool) else "" for n, v in same.items()}
+        texts = (f"{words[n]}{literal(same[n])}" if n in same else n for n in definition.arguments)
+        arguments = ", ".join(["config", *texts])
         if not varying:
             call = f"{definition.name}({arguments})"
             return f"nn.ModuleList([{call} for {index[0] if index else '_'} in range({count})])"

@@ -22,6 +22,11 @@ class Training:
         return key
 
 
+def is_array(x):
+    """Whether a layer has a loss."""
+    return x is not None
+
+
 def split_axis(x, axis, sizes):
     """Return `x` with one axis as several."""
     axis %= x.ndim

@@ -24,10 +24,7 @@ def one_hot(index, size, like):
 
 
 def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
-    """Average values by the softmax of query · key, ``[batch, head, seq, head_dim]``.
-
-    Returns ``[batch, seq, head, head_dim]``.
-    """
+    """Return ``[batch, seq, head, head_dim]`` of operands ``[batch, head, seq, head_dim]``."""
     name = module.config._attn_implementation or "eager"
     attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
     options = kwargs if is_causal else {**kwargs, "is_causal": False}
@@ -64,8 +61,8 @@ def attend_by_scores(
     return (weights @ value).transpose(1, 2)
 
 
-def causal_mask(config, hidden_states, attention_mask, position_ids, cache, window=0):
-    """Return which keys each query sees: earlier ones, no padding, within the window if any."""
+def causal_mask(config, hidden_states, attention_mask, position_ids, cache, **further):
+    """Return which keys each query sees: earlier ones, and no padding."""
     past = cache.get_seq_length() if cache is not None else 0
     places = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
     # Releases of transformers name these otherwise.
@@ -73,9 +70,12 @@ def causal_mask(config, hidden_states, attention_mask, position_ids, cache, wind
     options |= {"inputs_embeds": hidden_states, "cache": cache, "position_ids": position_ids}
     names = inspect.signature(create_causal_mask).parameters
     options = {name: x for name, x in options.items() if name in names}
-    if window:
-        options["and_mask_function"] = lambda batch, head, query, key: query - key < window
-    return create_causal_mask(config=config, attention_mask=attention_mask, **options)
+    return create_causal_mask(config=config, attention_mask=attention_mask, **options, **further)
+
+
+def within_window(window):
+    """Return the condition that a key is less than `window` tokens before its query."""
+    return lambda batch, head, query, key: query - key < window
 
 
 def extend_cache(cache, key, value, layer_idx):

@@ -68,9 +68,8 @@ class ExpertRows:
             rows = rows.masked_fill((self.expert == self.experts)[:, None], 0)
         if top_k_weights is not None:
             rows = rows * self.gather_weights(top_k_weights)[:, None].to(rows.dtype)
-        tokens = self.shape[:-1]
-        total = rows.new_zeros(tokens.numel(), rows.shape[-1])
-        return total.index_add(0, self.token, rows).unflatten(0, tokens)
+        total = rows.new_zeros(self.shape[:-1].numel(), rows.shape[-1])
+        return total.index_add(0, self.token, rows).unflatten(0, self.shape[:-1])
 
 
 def top_k_experts(scores, k):
@@ -146,11 +145,7 @@ def capacity(tokens, choices, experts, factor, per_choice, rounding, minimum, mu
 
 
 def assign_slots(top_k_index, experts, capacity_factor=None, keep=None):
-    """Return the slot of each choice at its expert, −1 where it is dropped; first choices first.
-
-    An expert has `capacity_factor`, a ratio of two numbers, times its share of all tokens, at
-    least 4.
-    """
+    """Return the slot of each choice at its expert, −1 where it is dropped; first choices first."""
     chosen = top_k_index.flatten(0, -2).transpose(0, 1)  # [choice, token]
     tokens, wanted = chosen.shape[1], torch.ones_like(chosen, dtype=torch.bool)
     if keep is not None:
@@ -159,7 +154,7 @@ def assign_slots(top_k_index, experts, capacity_factor=None, keep=None):
     counts = F.one_hot(waiting, experts + 1).cumsum(0)
     slots = counts.gather(1, waiting[:, None]).view(chosen.shape) - 1
     if capacity_factor is not None:
-        bound = capacity_factor[0] * tokens // (capacity_factor[1] * experts)
+        bound = capacity_factor[0] * tokens // (capacity_factor[1] * experts)  # a ratio of two
         wanted = wanted & (slots < min(max(bound, 4), tokens))
     return slots.masked_fill(~wanted, -1).transpose(0, 1).view(top_k_index.shape)
 
