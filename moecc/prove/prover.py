@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from moecc.prove.mesh import Devices, Parting
 from moecc.prove.parts import ASSUMPTIONS as PART_ASSUMPTIONS
 from moecc.prove.parts import part_count, part_gap
 from moecc.prove.rules import Lemmas
+from moecc.prove.stopped import without_frozen_gradients
 from moecc.support.process import gc_paused
 from moecc.support.untyped import JsonDict
 from moecc.terms.tensor import Tensor
@@ -50,6 +51,8 @@ ON_DEVICES = (
     "integers that pick rows of a table are below their number",
 )
 """What the proof of a graph on a mesh rests on besides."""
+FROZEN = "frozen parameters have no gradient"
+"""What the proof rests on besides where graphs are equal but for gradients of frozen parameters."""
 EXACT_ON_DEVICES = "sums over devices are those of real numbers"
 
 EXACT_ASSUMPTIONS = (
@@ -132,6 +135,22 @@ class Prover:
           outputs: those to compare; None for all, which both must have.
           refute: whether a counterexample is searched where there is no proof.
         """
+        held = without_frozen_gradients(before), without_frozen_gradients(after)
+        if None in held:
+            return self._verdict(before, after, outputs, refute)
+        verdict = self._verdict(before, after, outputs, refute=False)
+        if verdict.status == "proved":
+            return verdict
+        before, after = (graph for graph in held if graph is not None)
+        verdict = self._verdict(before, after, outputs, refute)
+        if verdict.status != "proved":
+            return verdict
+        assumptions = (*verdict.assumptions, FROZEN)
+        return replace(verdict, assumptions=assumptions, make_log=dict)
+
+    def _verdict(
+        self, before: Graph, after: Graph, outputs: Collection[str] | None, refute: bool
+    ) -> Verdict:
         if not self.exact and {*(outputs or ())} <= {*after.outputs}:
             verdict = _verdict_on_part(before, after)
             if verdict is not None:

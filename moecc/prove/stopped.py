@@ -2,13 +2,18 @@
 
 A gradient sees more than values: a graph is a function f(W, W̄) of its sources W and of their
 stopped twins W̄, which have the same values and no gradient.  Two graphs that are the same function
-of both have the same values and, where they are differentiable, the same gradients.
+of both have the same values and, where they are differentiable, the same gradients.  A frozen
+parameter has no gradient: it is read through its twin.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from moecc.analysis import trainable
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
 from moecc.terms.tensor import Tensor
 from moecc.terms.term import (
     INTEGRAL,
@@ -67,3 +72,21 @@ def _head(factor: Application) -> Head:
     if not (is_leaf or has_closed) or STOPPED in factor.head.attrs:
         return factor.head
     return Head(factor.head.name, (*factor.head.attrs, STOPPED))
+
+
+def without_frozen_gradients(graph: Graph) -> Graph | None:
+    """Return a copy that stops the gradients of frozen parameters; None if all are trained."""
+    frozen = [name for name, is_trained in trainable(graph).items() if not is_trained]
+    if not frozen:
+        return None
+    copy = clone(graph)
+    builder = Builder(copy, before=next(iter(copy)))
+    for name in frozen:
+        value = copy.params[name]
+        users = list(value.users)
+        twin = builder.stop_gradient(value) if users and value.type.dtype.is_float else value
+        for user in users:
+            for number, operand in enumerate(user.operands):
+                if operand is value:
+                    user.set_operand(number, twin)
+    return copy
