@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,57 +73,6 @@ def test_disk_too_small(
     assert "disk" in refused(moecc, dense, tmp_path, code=4)
 
 
-@pytest.mark.parametrize(
-    ("to", "pipeline", "code", "part"),
-    [
-        ("qwen2_moe", UPCYCLE, 1, "shared="),
-        ("qwen3_moe", UPCYCLE, 1, "norms of the queries"),
-        ("mixtral", "upcycle{layers=0}", 1, "every depth"),
-        ("mixtral", "upcycle{gates=softmax}", 1, "softmax"),
-        ("mixtrel", UPCYCLE, 2, "mixtral"),
-        ("mixtral", "canonicalize", 1, "make some layers sparse"),
-    ],
-)
-def test_targets_that_cannot_say_it(
-    moecc: Callable, dense: Path, tmp_path: Path, to: str, pipeline: str, code: int, part: str
-) -> None:
-    done = moecc("convert", dense, tmp_path / "out", "-p", pipeline, "--to", to)
-    assert done.code == code, done.err
-    assert part in done.err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("args", "code"),
-    [
-        (["inspect", "preset:mixtrl"], 2),
-        (["inspect", "/no/such/place"], 1),
-        (["run", "DENSE", "--outputs", "OUT", "--backend", "xlla"], 2),
-        (["run", "DENSE", "--outputs", "OUT", "--dtype", "f31"], 2),
-        (["run", "DENSE", "--outputs", "OUT", "--inputs", "/no/such.npy"], 1),
-        (["verify", "DENSE"], 1),
-        (["verify", "DENSE", "--against", "preset:smollm2-135m"], 1),
-        (["convert", "preset:smollm2-135m", "OUT", "-p", UPCYCLE, "--to", "mixtral"], 1),
-        (["convert", "DENSE", "OUT", "-p", UPCYCLE, "--to", "mixtral", "--dtype", "int3"], 2),
-        (
-            ["convert", "DENSE", "OUT", "-p", UPCYCLE, "--to", "mixtral", "--max-shard-bytes", "0"],
-            2,
-        ),
-        (["passes", "upcycel"], 2),
-        (["opt", "/no/such.moe"], 1),
-        (["opt", "-", "--load", "/no/such.py", "-p", "x"], 2),
-    ],
-)
-def test_arguments(
-    moecc: Callable, dense: Path, tmp_path: Path, args: list[str], code: int
-) -> None:
-    names = {"DENSE": str(dense), "OUT": str(tmp_path / "out")}
-    done = moecc(*(names.get(a, a) for a in args))
-    assert done.code == code, done.err
-    assert done.err.startswith(("error: ", "Usage: "))
-    assert not (tmp_path / "out").exists()
-
-
 def test_token_files(moecc: Callable, dense: Path, tmp_path: Path) -> None:
     path = tmp_path / "tokens.npy"
     for bad in (np.zeros((2, 3)), np.array([[10**6]]), np.array([[-1]]), np.zeros((0, 4), int)):
@@ -135,24 +82,6 @@ def test_token_files(moecc: Callable, dense: Path, tmp_path: Path) -> None:
         assert "tokens.npy" in done.err
     path.write_bytes(b"\x80\x04 pickle")
     assert moecc("run", dense, "--inputs", path, "--outputs", tmp_path / "l.npy").code == 1
-
-
-def test_interrupted_in_the_middle(dense: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys\n"
-        "import moecc.formats.writer as writer\n"
-        "def stop(*args, **more):\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    import time; time.sleep(5)\n"
-        "writer.write_checkpoint = stop\n"
-        "from moecc.cli.main import main\n"
-        f"sys.exit(main(['convert', {str(dense)!r}, {str(tmp_path / 'out')!r}, "
-        f"'-p', {UPCYCLE!r}, '--to', 'mixtral']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert done.stderr.strip() == "interrupted"
-    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
 @pytest.mark.parametrize(
@@ -194,10 +123,8 @@ def test_a_bug_says_where_its_reproducer_is(
         b"",
         b"\x00\xff\xfe random \x80 bytes",
         b"moecc 2\n",
-        b"moecc 1\ngraph g {\n  %a = silu %b : f32[x=1]\n  output y = %a\n}\n",
         b"moecc 1\ngraph g {\n  input %a : f32[x=1]\n  %b = silu %a : f32[x=2]\n"
         b"  output y = %b\n}\n",
-        b"moecc 1\ngraph g {\n  input %a : f32[x=1]\n}\n",
     ],
 )
 def test_graphs_that_are_none(moecc: Callable, tmp_path: Path, text: bytes) -> None:
@@ -207,22 +134,3 @@ def test_graphs_that_are_none(moecc: Callable, tmp_path: Path, text: bytes) -> N
     assert done.code == 1
     assert "bad.moe" in done.err or "no output" in done.err
     assert done.out == ""
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"rope_theta": 12345.0, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
-         "rope_theta"),
-        ({"model_type": "lama"}, "llama"),
-        ({"hidden_size": -4}, "hidden_size"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"num_attention_heads": "four"}, "num_attention_heads"),
-    ],
-)  # fmt: skip
-def test_faulty_configs(
-    moecc: Callable, dense: Path, tmp_path: Path, edit_config: Callable, changes: dict, part: str
-) -> None:
-    edit_config(**changes)
-    assert part in refused(moecc, dense, tmp_path)

@@ -45,7 +45,13 @@ def wait_until(condition: object, seconds: float = 60) -> None:
 # --- 13
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        ("SIGKILL", -9),
+        ("SIGTERM", 143),
+    ],
+)
 def test_a_launched_program_ends_with_its_supervisor(
     tmp_path: Path, number: str, code: int
 ) -> None:
@@ -70,8 +76,7 @@ def test_copies_that_never_join_are_reported(tmp_path: Path) -> None:
     assert done.stderr.count("the program did not join: 2 copies of it ran, each for itself") == 1
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
-def test_the_compiling_process_ends_with_its_parent(tmp_path: Path, number: str) -> None:
+def test_the_compiling_process_ends_with_its_parent(tmp_path: Path) -> None:
     (tmp_path / "jax.py").write_text(  # which only the compiling process imports
         "import os, time\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
@@ -84,8 +89,8 @@ def test_the_compiling_process_ends_with_its_parent(tmp_path: Path, number: str)
     wait_until(lambda: pid.exists() and pid.read_text())
     worker = int(pid.read_text())
     assert is_running(worker)
-    parent.send_signal(getattr(signal, number))
-    assert parent.wait(timeout=30) == (143 if number == "SIGTERM" else -9)
+    parent.kill()
+    assert parent.wait(timeout=30) == -9
     wait_until(lambda: not is_running(worker), 20)
 
 

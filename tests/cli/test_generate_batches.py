@@ -50,21 +50,6 @@ def made(done: Any) -> list[list[int]]:
     return [text["tokens"] for text in done.json()["texts"]]
 
 
-@pytest.mark.slow
-def test_texts_of_a_batch_are_what_each_is_alone(moecc: Callable, model: Callable) -> None:
-    """Greedily; and the draws of the first text are its own."""
-    folder = model("mixtral_gqa")
-    one, other = ("--prompt", "w5 w6 w7"), ("--prompt", "w9")
-    how = ("--tokens", "4", "--format", "json")
-    both = made(moecc("generate", folder, *one, *other, *how))
-    alone = [made(moecc("generate", folder, *prompt, *how))[0] for prompt in (one, other)]
-    assert both == alone
-    drawn = (*how, "--temperature", "2", "--top-k", "9", "--top-p", "0.9", "--seed", "4")
-    both = made(moecc("generate", folder, *one, *other, *drawn))
-    assert both[0] == made(moecc("generate", folder, *one, *drawn))[0]
-    assert [len(text) for text in both] == [4, 4]
-
-
 def test_a_token_that_stops_a_text(moecc: Callable, model: Callable) -> None:
     folder = model("llama_gqa")
     args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "6", "--format", "json")
@@ -91,10 +76,7 @@ def test_an_encoder_decoder_makes_texts_of_texts(moecc: Callable, model: Callabl
     ("more", "says", "code"),
     [
         (["--tokens", "0"], "0 is not in the range", 2),
-        (["--tokens", "many"], "not a valid int", 2),
-        (["--top-k", "-1"], "-1 is not in the range", 2),
         (["--top-p", "0"], "not a probability", 2),
-        (["--top-p", "nan"], "nan is not a finite number", 2),
         (["--stop", "end"], "no such token", 2),
         (["--prompt", ""], "prompt 2: the prompt has no tokens", 1),
         (["--dtype", "f16x"], "f16x", 2),
@@ -112,15 +94,10 @@ def test_what_cannot_be(
     "arguments",
     [
         {"prompt": 5},
-        {"prompt": ["w5", 6]},
         {"prompt": "w5", "tokens": 0},
-        {"prompt": "w5", "tokens": 2.5},
-        {"prompt": "w5", "temperature": "warm"},
         {"prompt": "w5", "temperature": -1},
-        {"prompt": "w5", "top_p": 2},
         {"prompt": "w5", "stop": 7},
         {"prompt": "w5", "stop": "nowhere"},
-        {"prompt": "w5", "dtype": "i32"},
     ],
 )
 def test_arguments_that_cannot_be(model: Callable, arguments: dict[str, Any]) -> None:

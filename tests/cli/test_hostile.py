@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiers import some
 
 from moecc.formats.manifest import MANIFEST_NAME, load, seal
 
@@ -42,8 +41,6 @@ def test_what_a_manifest_cannot_name_is_refused(
 
 LONG = "1" * 5000
 JSON = {
-    "a long integer before bad syntax": f'{{"a": {LONG} ]]]',
-    "closing brackets": "]]]",
     "deep nesting": '{"a":' * 200_000,
     "a long integer": f'{{"model_type": {LONG}}}',
     "half a surrogate": '{"model_type": "\\ud800", "architectures": ["\\udfff"]}',
@@ -79,10 +76,10 @@ def test_hostile_manifests_are_refused(moecc: Callable, dense: Path, text: str) 
     assert MANIFEST_NAME in done.err
 
 
-@pytest.mark.parametrize("text", JSON.values(), ids=JSON)
 def test_what_is_only_copied_is_copied_whatever_it_is(
-    moecc: Callable, dense: Path, tmp_path: Path, text: str
+    moecc: Callable, dense: Path, tmp_path: Path
 ) -> None:
+    text = JSON["half a surrogate"]
     (dense / "generation_config.json").write_text(text)
     assert convert(moecc, dense, tmp_path / "out").code == 0
     assert (tmp_path / "out" / "generation_config.json").read_text() == text
@@ -91,15 +88,13 @@ def test_what_is_only_copied_is_copied_whatever_it_is(
 # --- graphs
 
 
-@pytest.mark.parametrize(
-    "pipeline", ["canonicalize", "roll-layers", "st-moe{experts=4}", "add-losses"]
-)
-def test_locations_of_thousands_of_digits(moecc: Callable, tmp_path: Path, pipeline: str) -> None:
+def test_locations_of_thousands_of_digits(moecc: Callable, tmp_path: Path) -> None:
     graph = tmp_path / "graph.moe"
     assert moecc("import", GOLDEN / "mixtral_gqa", "-o", graph).code == 0
     graph.write_text(graph.read_text().replace("layers.1.", f"layers.{LONG}."))
     assert moecc("inspect", graph).code in (0, 1)
-    assert moecc("opt", graph, "-p", pipeline).code in (0, 1)
+    for pipeline in ("roll-layers", "st-moe{experts=4}", "add-losses"):
+        assert moecc("opt", graph, "-p", pipeline).code in (0, 1)
 
 
 # --- what is not UTF-8
@@ -107,11 +102,8 @@ def test_locations_of_thousands_of_digits(moecc: Callable, tmp_path: Path, pipel
 ODD = os.fsdecode(b"caf\xe9")
 LOCALES = {
     "UTF-8": {},
-    "C": {"LC_ALL": "C"},
     "ASCII": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     "output in ASCII": {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
-    "output in ASCII or not at all": {"PYTHONIOENCODING": "ascii:strict"},
-    "output in Latin-1": {"PYTHONIOENCODING": "latin-1"},
 }
 
 
@@ -126,16 +118,12 @@ def in_locale(locale: str, *args: str | Path) -> subprocess.CompletedProcess[byt
     return done
 
 
-@pytest.mark.parametrize("locale", ["UTF-8", "ASCII"])
 @pytest.mark.parametrize(
-    "args",
+    ("locale", "args"),
     [
-        ("inspect", ODD),
-        (ODD,),
-        ("passes", ODD),
-        ("convert", "preset:smollm2-135m", ODD, "-p", UPCYCLE, "--to", "mixtral"),
-        ("opt", "-", "-p", ODD),
-        ("inspect", "model", f"--{ODD}"),
+        ("UTF-8", ("inspect", ODD)),
+        ("ASCII", ("opt", "-", "-p", ODD)),
+        ("ASCII", ("inspect", "model", f"--{ODD}")),
     ],
 )
 def test_arguments_that_are_not_utf8_are_refused(locale: str, args: tuple[str, ...]) -> None:
@@ -146,10 +134,8 @@ def test_arguments_that_are_not_utf8_are_refused(locale: str, args: tuple[str, .
     assert done.stdout == b""
 
 
-@pytest.mark.parametrize(
-    "locale", some((name for name in LOCALES if name != "ASCII"), "output in ASCII")
-)
-def test_artefacts_are_utf8_in_every_locale(locale: str, tmp_path: Path) -> None:
+def test_artefacts_are_utf8_in_every_locale(tmp_path: Path) -> None:
+    locale = "output in ASCII"
     source, out = tmp_path / "caf\u00e9", tmp_path / "\u00fc \U0001f600"
     shutil.copytree(GOLDEN / "llama_gqa", source)
     found = in_locale(locale, "inspect", source, "--format", "json")

@@ -67,21 +67,3 @@ def test_the_plan_has_the_arguments_of_the_program(moecc: Run, case: str) -> Non
         "compile", GOLDEN / case, "--machine", "cpu", "--step", "forward", "--format", "json"
     ).json()
     assert data["predicted"]["arguments_bytes"] == data["memory"]["arguments_bytes"]
-
-
-def test_images_are_counted_as_inputs_and_not_as_tokens(moecc: Run, tmp_path: Path) -> None:
-    given = (GOLDEN / "vit_plain", "-p", "upcycle{experts=4 top-k=2}", "--machine", "cpu:4")
-    planned = moecc("plan", *given, "--batch-tokens", "64")
-    assert "  batch       64 inputs of fixed size\n" in planned.out
-    assert "inputs/s a device" in planned.out
-    swept = moecc("plan", *given, "--batch-tokens", "64", "--sweep", "experts=2,4")
-    assert "  batch 64 inputs of fixed size\n" in swept.out
-    explored = moecc("plan", *given, "--explore")
-    assert "not  context parallelism" in explored.out
-    assert "0 inputs/s" not in planned.out + swept.out
-    assert "0 tokens" not in planned.out + swept.out
-    refused = moecc("plan", given[0], *given[3:], "--batch-tokens", "7")
-    assert refused.code == 1
-    assert "--batch-tokens 4 is a sequence a device" in refused.err
-    done = moecc("convert", *given[:3], tmp_path / "out", "--dry-run", "--to", "st_moe")
-    assert " per input\n" in done.out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,27 +123,6 @@ def test_an_error_that_was_announced_is_measured(moecc: Moecc, dense: Path, tmp_
     assert found["verified"]["tolerance"] is None
 
 
-def test_first_layers_are_those_of_a_shallower_model(tmp_path: Path) -> None:
-    from moecc.model.inputs import first_layers
-    from moecc.model.open import open_model
-
-    shallow = tmp_path / "shallow"
-    shutil.copytree(GOLDEN / "llama_gqa", shallow)
-    config = json.loads((shallow / "config.json").read_text())
-    config["num_hidden_layers"] = 2
-    (shallow / "config.json").write_text(json.dumps(config))
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(shallow / "model.safetensors")
-    kept = {n: t for n, t in tensors.items() if ".layers.2." not in n}
-    save_file(kept, shallow / "model.safetensors", metadata={"format": "pt"})
-    with open_model(str(shallow)) as small, open_model(str(GOLDEN / "llama_gqa")) as whole:
-        cut = first_layers(whole.graph, 2)
-        assert set(cut.params) == set(small.graph.params)
-        kinds = [[(n.op.name, n.loc, len(n.operands)) for n in g] for g in (cut, small.graph)]
-        assert kinds[0] == kinds[1]
-
-
 @pytest.mark.parametrize(
     ("target", "dtype", "options"),
     [("mixtral", "bf16", "experts=4"), ("gguf:llama", "f16", "experts=6 top-k=3 granularity=3")],
@@ -169,10 +147,8 @@ def test_heads_of_another_width_are_none_for_transformers_4(moecc: Moecc, tmp_pa
 @pytest.mark.parametrize(
     ("target", "case", "said"),
     [
-        ("mistral", "llama_gqa", "Runs in: what runs a dense mistral"),
         ("st_moe", "llama_gqa", "Runs in: moecc"),
         ("glm4_moe", "glm4_moe_plain_v4", "transformers computes no loss that balances"),
-        ("mixtral", "mixtral_gqa", "transformers leaves the router's balance loss off"),
     ],
 )
 def test_a_card_claims_what_is_so(

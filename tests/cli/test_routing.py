@@ -13,7 +13,12 @@ from .conftest import GOLDEN
 REFUSED = [  # pipeline, exit code, parts of the message
     # wrong by itself, so told when the pipeline is read
     ("upcycle{experts=4 top-k=5}", 2, ("1 <= top-k <= experts=4", "ST-MoE has top-k=2")),
-    ("st-moe{experts=2 top-k=3}", 2, ("1 <= top-k <= experts=2", "ST-MoE has top-k=2")),
+    ("st-moe{experts=1}", 2, ("at least two experts",)),
+    ("st-moe{layers=every:half}", 2, ("every:half cannot be read",)),
+    ("st-moe{z-coef=-1.0}", 2, ("at least 0",)),
+    ("specialize{jitter=1.0}", 2, ("out of range",)),
+    ("specialize{dropout=1.0}", 2, ("at least 0, less than 1",)),
+    ("specialize{policy=none threshold=0.1}", 2, ("compares with no threshold",)),
     ("upcycle{slots=capacity capacity-factor=0.0}", 2, ("1.25 in training, 2.0 at evaluation",)),
     ("specialize{capacity-factor=0.0}", 2, ("1.25 in training, 2.0 at evaluation",)),
     ("st-moe{train-capacity-factor=0.0}", 2, ("1.25 in training, 2.0 at evaluation",)),

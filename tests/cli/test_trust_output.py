@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from moecc.formats.output import output_folder
-
 from .conftest import Done
 
 Moecc = Callable[..., Done]
@@ -85,49 +83,11 @@ def stopped_midway(dense: Path, out: Path, number: int) -> subprocess.Popen[str]
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)],
-    ids=["SIGTERM", "SIGHUP", "SIGINT"],
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130)],
+    ids=["SIGTERM", "SIGINT"],
 )
 def test_a_signal_leaves_nothing(dense: Path, tmp_path: Path, number: int, code: int) -> None:
     _, err = (process := stopped_midway(dense, tmp_path / "out", number)).communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == ["dense"]
-
-
-def test_what_a_kill_leaves_is_named_and_removed_by_force(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    stopped_midway(dense, out, signal.SIGKILL).communicate(timeout=60)
-    assert (tmp_path / ".out.moecc-partial").is_dir()
-    done = moecc("convert", dense, out, *PASSES)
-    assert done.code == 1
-    assert ".out.moecc-partial" in done.err
-    assert "--force removes it" in done.err
-    done = moecc("convert", dense, out, *PASSES, "--force")
-    assert done.code == 0, done.err
-    assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
-
-
-def test_an_old_output_between_two_renames_is_named_and_kept_until_the_end(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
-    old = tmp_path / ".out.moecc-old"
-    old.mkdir()
-    (old / "config.json").write_text("precious")
-    done = moecc("convert", dense, tmp_path / "out", *PASSES)
-    assert done.code == 1
-    assert f"moecc clean {tmp_path / 'out'} brings it back" in done.err
-    bad = (*PASSES[:1], "upcycle{layers=99}", *PASSES[2:], "--force")
-    assert moecc("convert", dense, tmp_path / "out", *bad).code == 1
-    assert (old / "config.json").read_text() == "precious"
-    assert moecc("convert", dense, tmp_path / "out", *PASSES, "--force").code == 0
-    assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
-
-
-def test_two_conversions_do_not_write_one_output(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
-    with output_folder(tmp_path / "out"):
-        done = moecc("convert", dense, tmp_path / "out", *PASSES, "--force")
-    assert done.code == 1
-    assert "another conversion is writing this output" in done.err

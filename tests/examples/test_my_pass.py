@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from moecc.cli.main import main
-from moecc.ir import Graph, parse
+from moecc.ir import Graph
 from moecc.rewrite.pipeline import installed
 from moecc.testing import graphs, laws
 from moecc.testing.growth import Growth
@@ -40,11 +40,6 @@ STEPS = [*SIMPLE, swish, twice, swish, twice]
 @given(graphs(steps=STEPS))
 def test_it_keeps_its_promises(graph: Graph) -> None:
     laws.check_pass(MyPass(), graph)
-
-
-def graph_of(*lines: str) -> Graph:
-    body = "\n".join(lines)
-    return parse(f"moecc 1\ngraph g {{\n input %x : f32[a=4]\n input %y : f32[a=4]\n{body}\n}}\n")
 
 
 @pytest.mark.parametrize(("options", "operation"), [("", "silu"), ("{exact}", "mul")])

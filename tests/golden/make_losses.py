@@ -6,9 +6,8 @@ Run from anywhere, with an interpreter that has torch and transformers:
     python tests/golden/make_losses.py compare    # under any other; adds how far it agrees
 
 `losses.npz` holds router logits at random, a padding mask, and the gradients of the losses with
-respect to the logits.  `losses.json` holds the losses of those logits, and of golden checkpoints
-with experts: what the model itself returns (`model`), and what its function makes of the logits of
-each layer alone (`layers`).  Everything is computed in float64.
+respect to the logits.  `losses.json` holds the losses of those logits.  Everything is computed in
+float64.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from cases import CASES, Case
-from make_golden import VERSION, DoublePrecision, _config, _generator, _load, _saved_tokens
+from make_golden import VERSION, DoublePrecision, _generator
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 from transformers.models.switch_transformers import modeling_switch_transformers as switch
@@ -31,14 +29,6 @@ HERE = Path(__file__).resolve().parent
 VALUES, ARRAYS = HERE / "losses.json", HERE / "losses.npz"
 LAYERS, BATCH, SEQ, EXPERTS = 3, 2, 9, 5
 TOP_K = (1, 2, 3)
-CHECKPOINTS = (
-    "mixtral_gqa",
-    "mixtral_square",
-    "qwen2_moe_plain",
-    "qwen2_moe_step",
-    "switch_half",
-    "switch_drops",
-)
 Losses = dict[str, Any]
 
 
@@ -90,55 +80,6 @@ def _gradient(loss: Any, logits: Any) -> np.ndarray[Any, Any]:
     return found
 
 
-def of_checkpoint(name: str) -> Losses:
-    """Return the losses of a golden checkpoint on its golden tokens."""
-    case = CASES[name]
-    model = _load(HERE / name, case, _config(name)).double()
-    torch.set_default_dtype(torch.float64)
-    with torch.no_grad(), DoublePrecision():
-        found = _losses_of(model, case, name)
-    torch.set_default_dtype(torch.float32)
-    return found
-
-
-def _losses_of(model: Any, case: Case, name: str) -> Losses:
-    seen: list[tuple[str, Any]] = []
-    for at, module in model.named_modules():
-        if hasattr(module, "ignore_padding_tokens"):
-            module.dtype = torch.float64
-        if at.endswith((".gate", ".classifier")):
-            module.register_forward_hook(lambda _m, _i, out, at=at: seen.append((at, _first(out))))
-    given = {"input_ids": torch.from_numpy(_saved_tokens(name)["tokens"])}
-    if case.decodes:
-        given["decoder_input_ids"] = torch.from_numpy(_saved_tokens(name)["decoder_tokens"])
-    else:
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    found = model(**given, use_cache=False, output_router_logits=True)
-    if not case.decodes:
-        k = model.config.num_experts_per_tok
-        module = {"mixtral": mixtral, "qwen2_moe": qwen2_moe}[case.family]
-        layers = [_balance(module, (x.flatten(0, -2),), k) for _, x in seen]
-        return {"model": {"balance": found.aux_loss}, "layers": {"balance": layers}}
-    values: Losses = {"model": {}, "layers": {}}
-    for stack in ("encoder", "decoder"):
-        logits = [x for at, x in seen if at.startswith(stack)]
-        # transformers leaves the losses of a stack out where every layer of it is sparse.
-        if getattr(model.config, f"{stack}_sparse_step") > 1:
-            values["model"] |= {
-                f"{stack}.balance": found[f"{stack}_aux_loss"],
-                f"{stack}.z": found[f"{stack}_z_loss"],
-            }
-        values["layers"] |= {
-            f"{stack}.balance": [_switch_balance(x) for x in logits],
-            f"{stack}.z": [switch.router_z_loss_func(x) for x in logits],
-        }
-    return values
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _plain(values: Any) -> Any:
     """Return numbers for tensors, in dictionaries and lists."""
     if isinstance(values, dict):
@@ -159,8 +100,7 @@ def made() -> tuple[Losses, dict[str, np.ndarray[Any, Any]]]:
     arrays = drawn()
     with DoublePrecision():
         values, gradients = of_logits(arrays)
-    checkpoints = {name: of_checkpoint(name) for name in CHECKPOINTS}
-    return _plain({"logits": values, "checkpoints": checkpoints}), {**arrays, **gradients}
+    return _plain({"logits": values}), {**arrays, **gradients}
 
 
 def main() -> None:

@@ -14,8 +14,6 @@ import jax.numpy as jnp  # noqa: E402
 from moecc import jax as mx  # noqa: E402
 from moecc.errors import InputError, UsageError  # noqa: E402
 
-from .mixtures import apart, drawn, mixture  # noqa: E402
-
 X = jnp.ones((2, 8))
 PARAMS = {"w1": jnp.ones((8, 12)), "w2": jnp.ones((12, 8)), "idle": jnp.ones(3)}
 PIPELINE = "upcycle{experts=4}"
@@ -123,25 +121,6 @@ def test_pipelines_and_lowerings_that_do_not_fit(moe: Any) -> None:
         moe(ffn, dispatch="fast")
     with pytest.raises(InputError, match="the parameters have no array"):
         mx.convert(ffn, {}, X, PIPELINE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dispatch", ["gathered"])
-def test_second_derivatives_and_no_forward_mode(moe: Any, dispatch: str) -> None:
-    params = drawn(moe.params)
-    run = moe(lambda p, x: jnp.sum(ffn(p, x) ** 2), dispatch=dispatch)
-
-    def by_hand(p: Any, x: Any) -> Any:
-        block = lambda q, x: jax.nn.silu(x @ q["w1"]) @ q["w2"]  # noqa: E731
-        experts = {n: p["params"][n] for n in ("w1", "w2")}
-        return jnp.sum(mixture(block, experts, p["moe"][ROUTER], x, 2) ** 2)
-
-    def second(function: Any) -> Any:
-        return jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(function, argnums=1)(params, x))))(X)
-
-    assert apart(second(run), second(by_hand)) < 1e-5
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: run(params, x), (X,), (X,))
 
 
 @pytest.mark.parametrize(

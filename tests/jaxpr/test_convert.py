@@ -83,13 +83,3 @@ def test_a_few_steps_train(moe: Any, value: Any) -> None:
     assert losses[-1] < losses[0] - 1
     router = "layers.0.mlp.router.weight"
     assert bool(jnp.any(params["moe"][router] != moe.params["moe"][router]))
-
-
-@pytest.mark.slow
-def test_other_functions_and_other_batches(moe: Any) -> None:
-    """A function of one sequence, over a batch by vmap, is the function of the batch."""
-    params, many = drawn(moe.params), decoder.tokens(3, 5)
-    whole = jax.jit(moe(decoder.model))(params, many)
-    assert whole.shape == (3, 5, decoder.VOCAB)
-    one = moe(lambda p, t: decoder.model(p, t[None])[0], dispatch="gathered")
-    assert apart(whole, jax.jit(jax.vmap(one, (None, 0)))(params, many)) < 1e-5

@@ -72,16 +72,6 @@ def test_new_parameters_lie_where_the_dense_ones_did(mesh: Any, alone: Any) -> N
     assert apart(moe.params, alone[0].params) == 0.0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("hinted", [False, True], ids=["as it is", "hinted"])
-def test_the_sharding_of_the_user(mesh: Any, alone: Any, hinted: bool) -> None:
-    moe = mx.convert(loss, placed(mesh), X, UPCYCLE)
-    some = jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), alone[1], moe.params)
-    x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
-    converted = moe(loss, mesh=mesh if hinted else None)
-    assert apart(jax.jit(jax.value_and_grad(converted))(some, x), alone[2]) < 1e-5
-
-
 VIAS = ["ragged", pytest.param("ring", marks=pytest.mark.slow)]
 
 
@@ -112,19 +102,3 @@ def test_inside_a_shard_map_of_the_user(mesh: Any, alone: Any) -> None:
 
     run = jax.shard_map(one, mesh=mesh, in_specs=(params, tokens), out_specs=PartitionSpec())
     assert apart(jax.jit(run)(alone[1], X), alone[2][0]) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dispatch", ["auto", "used", "grouped"])
-def test_copies_inside_a_shard_map_of_the_user(mesh: Any, alone: Any, dispatch: str) -> None:
-    """Every device has all experts and some of the tokens: nothing is exchanged."""
-    moe, some, found = alone
-
-    def one(some: Any, x: Any) -> Any:
-        return jax.lax.psum(moe(loss, dispatch=dispatch)(some, x), ("data", "expert"))
-
-    tokens = PartitionSpec(("data", "expert"))
-    run = jax.shard_map(
-        one, mesh=mesh, in_specs=(PartitionSpec(), tokens), out_specs=PartitionSpec()
-    )
-    assert apart(jax.jit(jax.value_and_grad(run))(some, X), found) < 1e-5

@@ -53,16 +53,6 @@ def expert(p: Any, x: Any, router: Any) -> Any:
     return decoder.swiglu(p, x) if router is None else mixture(decoder.swiglu, p, router, x, 2)
 
 
-def unrolled(params: Any, tokens: Any, routers: Any = None) -> Any:
-    """The same with the layers one after the other, each cut from the stack."""
-    x = params["embed"][tokens]
-    for i in range(LAYERS):
-        p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        ffn = partial(expert, router=None if routers is None else routers[i])
-        x = layer(p, x, ffn)
-    return x @ params["head"]
-
-
 @pytest.fixture(scope="module")
 def moe() -> Any:
     return mx.convert(scanned, stacked(), TOKENS, PIPELINE)
@@ -98,19 +88,6 @@ def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe: Any) -> None:
     assert "length=2" in text
 
 
-@pytest.mark.slow
-def test_one_layer_after_the_other_is_the_same_with_the_same_parameters(moe: Any) -> None:
-    """Losses, too: those of a scan are stacked, and are given to the layers again."""
-    params = drawn(moe.params)
-    found = [
-        jax.jit(moe(total(function), losses=True, dispatch="gathered"))(params, TOKENS)
-        for function in (scanned, unrolled)
-    ]
-    assert apart(*found) < 1e-5
-    names = {n for n in found[0][1] if n.startswith("metric.layers.1")}
-    assert len(names) > 4
-
-
 def halves(params: Any, tokens: Any) -> Any:
     """Two scans, one after the other, each over a part of the stack."""
     x = params["embed"][tokens]
@@ -127,46 +104,6 @@ def test_a_scan_that_was_split_converts_in_part() -> None:
     assert moe.params["moe"]["layers.1.mlp.up"].shape == (1, 4, decoder.EMBED, decoder.MLP)
     found = jax.jit(moe(halves, dispatch="gathered"))(moe.params, TOKENS)
     assert apart(found, jax.jit(halves)(dense, TOKENS)) < 1e-5
-
-
-def often(params: Any, tokens: Any) -> Any:
-    """A layer in a branch, in a loop of unknown length, in a map; shared by all three."""
-    p = params["layers"][0]
-    x = params["embed"][tokens]
-    x = jax.lax.cond(x.sum() > -1e9, lambda x: layer(p, x, decoder.swiglu), jnp.sin, x)
-
-    def proceed(state: Any) -> Any:
-        return state[0] < 2
-
-    def step(state: Any) -> Any:
-        return state[0] + 1, jnp.sort(layer(p, state[1], decoder.swiglu), -1)
-
-    _, x = jax.lax.while_loop(proceed, step, (0, x))
-    return jax.lax.map(lambda row: layer(p, row[None], decoder.swiglu)[0], x)
-
-
-@pytest.mark.slow
-def test_a_block_that_runs_often_is_one_block() -> None:
-    dense = decoder.init(1)
-    moe = mx.convert(often, dense, TOKENS, PIPELINE)
-    assert [b.loc for b in moe.report.blocks] == ["layers.0.mlp"]
-
-    def by_hand(params: Any, tokens: Any) -> Any:
-        ffn = partial(expert, router=params["moe"]["layers.0.mlp.router.weight"])
-        return often_with(params["params"], tokens, ffn)
-
-    params = drawn(moe.params)
-    found, losses = jax.jit(moe(often, losses=True, dispatch="gathered"))(params, TOKENS)
-    assert apart(found, jax.jit(by_hand)(params, TOKENS)) < 1e-5
-    assert float(losses["loss.balance"]) > 0
-
-
-def often_with(params: Any, tokens: Any, ffn: Any) -> Any:
-    one = partial(layer, params["layers"][0], ffn=ffn)
-    x = one(params["embed"][tokens])
-    for _ in range(2):
-        x = jnp.sort(one(x), -1)
-    return one(x)
 
 
 def test_layers_of_one_scan_become_alike_or_nothing_does() -> None:

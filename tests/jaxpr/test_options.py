@@ -153,7 +153,7 @@ def _pipeline(setting: str) -> str:
     return f"upcycle{{{' '.join(filter(None, [setting, *more]))}}}"
 
 
-QUICK = ("shared=0.5", "routing=prototypes", *REFUSED)
+QUICK = ("shared=0.5", *REFUSED)
 
 
 @pytest.mark.parametrize("setting", some(_settings(), *QUICK))

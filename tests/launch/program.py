@@ -2,7 +2,6 @@
 
 python program.py train CONFIG PIPELINE OUT.npz
 python program.py hang
-python program.py differ
 """
 
 from __future__ import annotations
@@ -88,22 +87,5 @@ def hang() -> None:
         time.sleep(0.01)
 
 
-def differ() -> None:
-    from moecc_backends.xla.run.program import configuration, join, preflight
-
-    from moecc.errors import InputError
-    from moecc.launch.processes import process_info
-
-    process = process_info()
-    assert process is not None
-    join(process)
-    preflight(configuration(rate="0.001"))
-    try:
-        preflight(configuration(rate="0.001" if process.process == 0 else "0.01"))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    {"train": train, "hang": hang, "differ": differ}[sys.argv[1]](*sys.argv[2:])
+    {"train": train, "hang": hang}[sys.argv[1]](*sys.argv[2:])

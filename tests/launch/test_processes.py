@@ -131,24 +131,6 @@ def test_killing_one_ends_the_others_within_five_seconds(victim: int) -> None:
     assert took < BOUND_SECONDS
 
 
-@pytest.mark.slow
-def test_one_that_stops_is_told_and_ends_all() -> None:
-    run = launched(2, "python", PROGRAM, "hang", more=("--step-seconds", "4"))
-    guard = threading.Timer(120, run.kill)
-    guard.start()
-    try:
-        assert run.stderr is not None
-        going, _ = read_until(run.stderr, r"\[(\d)\] going (\d+)", 2)
-        pids = {int(number): int(pid) for number, pid in going}  # type: ignore[misc]
-        os.kill(pids[1], signal.SIGSTOP)
-        _, errors = run.communicate(timeout=90)
-    finally:
-        guard.cancel()
-    assert run.returncode == 4
-    assert re.search(r"error: process \d of 2 made no step for \d+ s; all were ended", errors)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
-
-
 def test_differences_name_the_process_and_what() -> None:
     from moecc_backends.xla.run.program import differences
 

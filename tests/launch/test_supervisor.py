@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -136,59 +135,12 @@ def test_long_phases_have_limits_of_their_own() -> None:
     assert run(code, processes=1, stuck_seconds=0.5)[0] == Ended(0)
 
 
-def test_processes_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
-    child = (
-        "import os, time\n"
-        "from moecc.launch.processes import hold_lifeline\n"
-        "hold_lifeline()\n"
-        f"open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w').close()\n"
-        "time.sleep(60)\n"
-    )
-    parent = (
-        "import sys\n"
-        "from moecc.jobs.launch import Supervisor\n"
-        f"Supervisor([sys.executable, '-c', {child!r}], 2).run()\n"
-    )
-    supervisor = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
-    children = [int(p.name) for p in tmp_path.iterdir()]
-    supervisor.kill()
-    supervisor.wait()
-    wait_for(lambda: not any(map(is_running, children)))
-
-
-def wait_for(condition: object, seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < limit, "not in time"
-        time.sleep(0.02)
-
-
 def is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in ("Z", "X")
-
-
-def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
-    child = (
-        f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w').close();"
-        "time.sleep(60)"
-    )
-    program = tmp_path.parent / f"{tmp_path.name}.py"
-    program.write_text(child)
-    command = [sys.executable, "-m", "moecc", "launch", "local", "-n", "2", "--", "python"]
-    launched = subprocess.Popen(
-        [*command, str(program)], stderr=subprocess.PIPE, start_new_session=True
-    )
-    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
-    os.kill(launched.pid, signal.SIGINT)
-    _, err = launched.communicate(timeout=30)
-    assert launched.returncode == 130
-    assert b"interrupted" in err
-    assert not any(is_running(int(p.name)) for p in tmp_path.iterdir())
 
 
 def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,11 +63,8 @@ def test_windows_are_summed_as_by_hand(backend: str, stride: int, padding: int) 
     ("changes", "words"),
     [
         ({"taps": ("down",)}, "an axis of the weights for each axis"),
-        ({"along": ("height", "batch")}, "cannot be counted"),
-        ({"stride": 0}, "no such windows"),
         ({"padding": -1}, "no such windows"),
         ({"over": ()}, "both operands have the axis 'channel'"),
-        ({"over": "embed"}, "has no axis 'embed'"),
         ({"along": ("width", "height"), "taps": ("down", "deep")}, "has no axis 'deep'"),
     ],
 )

@@ -112,19 +112,6 @@ def test_what_is_broadcast_along_a_ragged_axis_ends_with_it() -> None:
         assert not nothing[~beyond].any()
 
 
-def test_indices_beyond_a_ragged_extent_pick_nothing() -> None:
-    graph = mixture()
-    b = Builder(graph)
-    table = graph.param("table", tensor(F32, vocab=1, inner=2))
-    zeros = b.cast(b.scale(graph.outputs["rows"], by=0.0), dtype="i32")
-    graph.set_output("picked", b.embedding(table, zeros, axis="vocab"))
-    found = run_reference(graph, seed=3)
-    nothing = np.isnan(found["picked"]).all(-1)
-    np.testing.assert_array_equal(nothing, np.isnan(found["rows"]))
-    assert nothing.any()
-    assert not nothing.all()
-
-
 def test_mixing_the_rows_of_a_ragged_axis_is_a_type_error() -> None:
     graph = mixture()
     rows, b = graph.outputs["rows"], Builder(graph)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from moecc.errors import InputError
 from moecc.ir import F64, I32, PRED, Builder, Graph, equal, parse, print_graph, tensor
 from moecc.testing import run_reference
-from moecc.types import KEY, TensorType
 
 Data = np.ndarray[Any, Any]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -139,23 +138,6 @@ def test_policies() -> None:
     assert kept([[0.0, 0.5]], [[0.9, 0.9]], threshold=0.0).all()
 
 
-@pytest.mark.parametrize(
-    ("gate", "probability"), [(0.5, 1.0), (0.3, 1.0), (0.2, 1.0), (0.1, 0.5), (0.05, 0.25)]
-)
-def test_how_often_random_keeps_the_second_expert(gate: float, probability: float) -> None:
-    """g / 0.2, at most 1 (ST-MoE, Appendix G)."""
-    graph = Graph()
-    b = Builder(graph)
-    g = graph.input("g", tensor(F64, token="T", choice=2))
-    graph.set_output(
-        "k", b.keep_choices(g, b.random_uniform(graph.input("key", TensorType(KEY)), g))
-    )
-    gates = np.repeat([[1 - gate, gate]], 10000, 0)
-    found = run_reference(graph, inputs={"g": gates, "key": np.uint64(3)})["k"]
-    assert found[:, 0].all()
-    assert found[:, 1].mean() == pytest.approx(probability, abs=4 * 0.5 / 100)
-
-
 # --- experts choose
 
 
@@ -277,10 +259,6 @@ def build(make: Any) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "word": (
-        lambda b, e, **_: b.assign_slots(e, tokens="token", experts=4, using="keep"),
-        "its word",
-    ),
     "operand": (
         lambda b, e, keep, **_: b.assign_slots(e, keep, tokens="token", experts=4),
         "its word",
@@ -289,45 +267,22 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda b, e, keep, **_: b.assign_slots(e, keep, tokens="token", experts=4, using="kept"),
         "'using' of assign_slots is wrong",
     ),
-    "twice": (
-        lambda b, e, keep, **_: b.assign_slots(
-            e, keep, keep, tokens="token", experts=4, using=("keep", "keep")
-        ),
-        "'using' of assign_slots is wrong",
-    ),
     "float": (
         lambda b, e, g, **_: b.assign_slots(e, g, tokens="token", experts=4, using="keep"),
         "bool elements",
     ),
-    "size": (
-        lambda b, e, wide, **_: b.assign_slots(e, wide, tokens="token", experts=4, using="keep"),
-        "two sizes",
-    ),
     "priority": (
         lambda b, e, g, **_: b.assign_slots(e, g, tokens="token", experts=4, using="priority"),
         "one element per token",
-    ),
-    "both": (
-        lambda b, e, **_: b.assign_slots(e, tokens="token", experts=4, groups=2, group_size=2),
-        "by their number or by their size",
     ),
     "multiple": (
         lambda b, e, **_: b.assign_slots(e, tokens="token", experts=4, multiple=0),
         "multiple must be at least 1",
     ),
     "uniform": (lambda b, g, **_: b.keep_choices(g), "uniform numbers"),
-    "no uniform": (lambda b, g, **_: b.keep_choices(g, g, policy="all"), "uniform numbers"),
-    "threshold": (
-        lambda b, g, **_: b.keep_choices(g, policy="threshold", threshold=-0.1),
-        "not be negative",
-    ),
     "experts": (
         lambda b, s, **_: b.expert_choice(s, tokens="token", experts=3, capacity_factor=1.0),
         "two sizes",
-    ),
-    "factor": (
-        lambda b, s, **_: b.expert_choice(s, tokens="token", experts=4, capacity_factor=0.0),
-        "positive capacity_factor",
     ),
     "hashes": (lambda b, mask, e, **_: b.hash_experts(e, experts=2, top_k=3, choice="c"), "top_k"),
     "no score": (

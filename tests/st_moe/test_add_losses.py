@@ -13,19 +13,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import run_reference
 
-from .layers import applied, evaluated, router, softmax, transformer
-
-
-def test_the_pass_adds_outputs_and_changes_none() -> None:
-    graph = router(4, 2, layers=2)
-    before = clone(graph)
-    result = applied(AddLossesPass(), graph)
-    assert (result.matched, result.changed) == (2, True)
-    for name in [n for n in graph.output_names if n != "y"]:
-        graph.drop_output(name)
-    inputs = {f"logits{i}": np.random.default_rng(i).normal(size=(2, 3, 4)) for i in range(2)}
-    inputs["x"] = np.random.default_rng(2).normal(size=(2, 3, 2))
-    np.testing.assert_array_equal(evaluated(graph, **inputs)["y"], evaluated(before, **inputs)["y"])
+from .layers import applied, router, softmax, transformer
 
 
 def test_the_output_z_loss() -> None:

@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 from moecc_passes.add_losses import AddLossesPass
 
-from moecc.backend import get_backend
 from moecc.ir import F64
-from moecc.model.open import open_model
 
 from .layers import Data, applied, evaluated, router
 
@@ -94,43 +92,3 @@ def test_gradients(gradient: str, loss: str, top_k: int, options: dict[str, Any]
 
 
 # --- of checkpoints
-
-
-def of_checkpoint(name: str, options: dict[str, Any]) -> tuple[dict[str, Data], dict[str, Data]]:
-    """Return the losses of a golden checkpoint, summed over layers, and its routers' logits."""
-    tokens = {p.stem: np.load(p) for p in (GOLDEN / name).glob("*tokens.npy")}
-    with open_model(str(GOLDEN / name)) as model:
-        graph = model.graph
-        applied(AddLossesPass(metrics=False, layers="sum", **options), graph)
-        routes = [n for n in graph if n.op.name == "route"]
-        for node in routes:
-            graph.set_output(f"logits.{node.loc}", node.operands[0])
-        found = get_backend("reference").compile(graph).run(model.params(dtype=F64), tokens)
-    return found, {n.loc: found[f"logits.{n.loc}"] for n in routes}
-
-
-@pytest.mark.parametrize("name", [n for n in VALUES["checkpoints"] if not n.startswith("switch")])
-def test_losses_of_decoders(name: str) -> None:
-    golden = VALUES["checkpoints"][name]
-    found, logits = of_checkpoint(name, MIXTRAL)
-    layers = golden["layers"]["balance"]
-    assert len(logits) == len(layers) > 1
-    assert found["loss.balance"] == pytest.approx(sum(layers), rel=1e-12)
-    whole = losses(joint(list(logits.values()), 0), 2, **MIXTRAL)["loss.balance"]
-    assert whole == pytest.approx(golden["model"]["balance"], rel=1e-12)
-
-
-@pytest.mark.parametrize("name", ["switch_half", "switch_drops"])
-def test_losses_of_encoder_decoders(name: str) -> None:
-    golden = VALUES["checkpoints"][name]
-    found, logits = of_checkpoint(name, SWITCH)
-    for kind, ours in (("balance", "loss.balance"), ("z", "loss.router_z")):
-        stacks = {s: golden["layers"][f"{s}.{kind}"] for s in ("encoder", "decoder")}
-        assert found[ours] == pytest.approx(sum(sum(v) for v in stacks.values()), rel=1e-12)
-        for stack, layers in stacks.items():
-            its = [x for at, x in logits.items() if at.startswith(stack)]
-            assert len(its) == len(layers)
-            if f"{stack}.{kind}" in golden["model"]:
-                whole = losses(joint(its, 1), **SWITCH)[ours]
-                assert whole == pytest.approx(golden["model"][f"{stack}.{kind}"], rel=1e-12)
-    assert bool(golden["model"]) == (name == "switch_half")

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from moecc.ir import F64, I32, Builder, Graph, tensor
 from moecc.ir.moe import (
-    emit_expert_choice,
     emit_hash_routing,
     emit_prototypes,
     emit_rescaled,
@@ -81,21 +80,6 @@ def test_a_soft_mixture_is_two_products() -> None:
     slots = np.einsum("bsn,bsd->bnd", softmax(logits, 1), data)
     expected = np.einsum("bsn,bnd->bsd", softmax(logits, 2), slots**2)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-
-
-def test_expert_choice_weighs_by_probability() -> None:
-    graph = Graph()
-    b = Builder(graph)
-    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=3))
-    w = graph.param("w", tensor(F64, expert=4, embed=3))
-    results = emit_expert_choice(b, x, w, tokens=("batch", "seq"), capacity_factor=2.0, minimum=1)
-    for name, value in zip(("e", "g", "p"), results, strict=True):
-        graph.set_output(name, value)
-    rng = np.random.default_rng(0)
-    data, router = rng.normal(size=(2, 4, 3)), rng.normal(size=(4, 3))
-    found = run_reference(graph, inputs={"x": data}, params={"w": router})
-    np.testing.assert_allclose(found["g"], softmax(data @ router.T, -1), rtol=1e-12)
-    assert ((found["p"] >= 0).sum((0, 1)) == 4).all()
 
 
 def test_hash_gates_are_equal_and_add_up_to_one() -> None:

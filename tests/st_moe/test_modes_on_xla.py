@@ -24,13 +24,6 @@ MODES = {
         "priority after-drop=rescale padding-mask=true jitter=0.2 input-dropout=0.1 "
         "router-noise=0.3 dropout=0.2 expert-dropout=0.4}"
     ),
-    "prototypes": (
-        "upcycle{experts=4 routing=prototypes},"
-        "specialize{router-noise=0.5 jitter=0.1 capacity-factor=1.0 minimum=1}"
-    ),
-    "expert choice": (
-        "upcycle{experts=4 routing=expert-choice},specialize{jitter=0.2 padding-mask=true}"
-    ),
     "hash": (
         "upcycle{experts=4 routing=hash},"
         "specialize{padding-mask=true capacity-factor=1.0 minimum=1 after-drop=rescale}"

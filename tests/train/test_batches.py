@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from moecc.train.tokens.make import Making, make_tokens
 
 from .tiny import restored
 
-EOS, PAD, MASK = 256, 257, 258
+EOS, PAD = 256, 257
 SENTINELS = ByteEncoder.special.sentinels
 PACKED = ("tokens", "segments", "positions", "mask")
 DECODER = ModelFacts("decoder", 384, PACKED)
@@ -207,16 +204,6 @@ def test_spans_that_are_rounded_are_reported(tmp_path: Path) -> None:
     )
 
 
-def test_a_mixture_has_its_shares(texts: str, examples: str) -> None:
-    data = DataSection((Corpus(texts, 3.0), Corpus(examples, 1.0)), batch=8, seq=32)
-    batches = open_batches(data, DECODER)
-    asked = 0
-    for number in range(50):
-        batch = batches.batch(number)
-        asked += sum(b"what" in bytes(row[row < 256].astype(np.uint8)) for row in batch["tokens"])
-    assert abs(asked / 400 - 0.25) < 0.01 + 1 / 50
-
-
 def test_hosts_together_have_the_batch_of_one(texts: str) -> None:
     for options in ({}, {"objective": Objective.SPANS}):
         batches = opened(texts, BOTH if options else DECODER, batch=8, **options)
@@ -227,29 +214,6 @@ def test_hosts_together_have_the_batch_of_one(texts: str) -> None:
         assert list(whole) == [*batches.shape.inputs, "targets"]
         for name, (shape, kind) in batches.shape.arrays().items():
             assert (whole[name].shape, whole[name].dtype.name) == (shape, kind)
-
-
-def test_another_process_has_the_same_batches(texts: str) -> None:
-    code = (
-        "import sys, hashlib\nsys.path[:0] = [sys.argv[2]]\n"
-        "from moecc.train.batches import open_batches\n"
-        "from moecc.train.rows import ModelFacts\n"
-        "from moecc.train.recipe import *\n"
-        "names = ('tokens', 'segments', 'decoder_tokens')\n"
-        "data = DataSection((Corpus(sys.argv[1]),), objective=Objective.SPANS, batch=4, seq=64)\n"
-        "b = open_batches(data, ModelFacts('m', 384, names)).batch(3)\n"
-        "print(hashlib.sha256(b''.join(b[n].tobytes() for n in sorted(b))).hexdigest())\n"
-        "print([m for m in ('jax', 'tensorflow') if m in sys.modules])"
-    )
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", code, texts, root], capture_output=True, text=True,
-        env={"PYTHONHASHSEED": "7"}, check=True,
-    )  # fmt: skip
-    model = ModelFacts("m", 384, ("tokens", "segments", "decoder_tokens"))
-    batch = opened(texts, model, objective=Objective.SPANS).batch(3)
-    expected = hashlib.sha256(b"".join(batch[n].tobytes() for n in sorted(batch))).hexdigest()
-    assert done.stdout.split("\n")[:2] == [expected, "[]"]
 
 
 def test_an_evaluation_is_fixed_and_has_each_row_once(texts: str) -> None:

@@ -127,26 +127,6 @@ def test_killed_at_random_moments(folder: Path, seconds: float, tmp_path: Path) 
         same(run, folder / "whole")
 
 
-def test_two_processes_killed_at_random_moments(folder: Path, tmp_path: Path) -> None:
-    train = ("launch", "local", "-n", "2", "--", "train", "--set", "mesh.mesh=data=2")
-    begin = (*train, folder / "recipe.toml")
-    finish(command(*begin, "--out", tmp_path / "whole"))
-    started = time.monotonic()
-    finish(command(*begin, "--out", tmp_path / "timed"))
-    seconds = time.monotonic() - started
-    for run in killed_runs(tmp_path, seconds, begin, train):
-        same(run, tmp_path / "whole")
-    # One process computes the same, up to the order of sums.
-    lines = [
-        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
-        for f in (tmp_path / "whole", folder / "whole")
-    ]
-    for ours, theirs in zip(*lines, strict=True):
-        assert ours["step"] == theirs["step"]
-        if "loss" in ours:
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_after_the_step_and_saved(
     folder: Path, tmp_path: Path, number: signal.Signals, code: int

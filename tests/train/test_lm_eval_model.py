@@ -1,8 +1,7 @@
-"""The three methods that lm-eval calls, by hand; and its harness, where it is installed."""
+"""The three methods that lm-eval calls, by hand."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moecc.jobs.generate import load_tokenizer
-from moecc.jobs.lm_eval_model import HarnessModel, lm_eval_model
+from moecc.jobs.lm_eval_model import HarnessModel
 from moecc.model.open import open_model
 from moecc.train.tokens.encoders import byte_tokenizer
 
@@ -73,25 +72,3 @@ def test_greedy_is_what_generation_finds(harness: HarnessModel) -> None:
     assert not harness.loglikelihood([Instance(("ab", "?" + text))])[0][1]
     (cut,) = harness.generate_until([Instance(("ab", {"until": [text[1]], "max_gen_toks": 3}))])
     assert cut == text[: text.index(text[1])]
-
-
-def test_a_local_task_of_the_harness(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm_eval = pytest.importorskip("lm_eval")
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
-    from lm_eval.tasks import TaskManager
-
-    lines = [{"q": f"{n} and", "choices": [" a", " b"], "answer": n % 2} for n in range(4)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "t.yaml").write_text(
-        "task: tiny\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/d.jsonl}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\n"
-        "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
-    )
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    with open_model(str(folder)) as model, lm_eval_model(model) as adapter:
-        found = lm_eval.simple_evaluate(adapter, tasks=["tiny"], task_manager=manager)
-    assert found["results"]["tiny"]["acc,none"] in (0, 0.25, 0.5, 0.75, 1)

@@ -14,7 +14,6 @@ from moecc.cli.main import main
 from moecc.formats.run import StateReader, saved_steps
 from moecc.train.recipe import OptimizerSection, ParameterGroup
 from moecc.train.settings import phase_at, phases_of
-from tests.support.tiers import few
 
 GROUPS = "[{match='router'}, {match='norm', freeze=true}, {match='*', from_step=3}]"
 EMBEDDING = "model.embed_tokens.weight"
@@ -81,46 +80,6 @@ def test_what_begins_later_stays_as_it_was_before(run: Path) -> None:
     assert (third != fourth).any()
     router = next(n for n in names(run, 1, "params") if "router" in n)
     assert (tensor(run, 1, f"params.{router}") != tensor(run, 2, f"params.{router}")).any()
-
-
-@pytest.mark.slow
-def test_a_fork_needs_the_moments_that_there_are(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe, out = str(run.parent / "recipe.toml"), str(tmp_path / "fork")
-    words = ["train", recipe, "--out", out, "--set", "run.steps=4"]
-    assert main([*words, "--fork", f"{run}@2"]) == 1
-    said = capsys.readouterr().err
-    assert "kept no such moments" in said
-    assert "the frozen groups that it had at step 2" in said
-    assert not (tmp_path / "fork").exists()
-    groups = ["--set", f"optimizer.groups={GROUPS}"]
-    assert main([*words, *groups, "--fork", f"{run}@2"]) == 0
-
-
-@pytest.mark.parametrize("step", few([2, 4], quick=0))
-def test_moments_that_began_later_are_carried_as_of_one_count(
-    run: Path, step: int, tmp_path: Path
-) -> None:
-    """At the same count of updates they make the same direction."""
-    out, folder = tmp_path / "next", run.parent
-    words = ["train", str(folder / "recipe.toml"), "--out", str(out)]
-    sets = (f"model.source={run}@{step}", "model.pipeline=", "model.start=source",
-            "model.moments=carry", "optimizer.rate=1e-12", "optimizer.groups=[]",
-            "run.steps=1", "data.evaluate=[]")  # fmt: skip
-    assert main([*words, *(w for one in sets for w in ("--set", one))]) == 0
-    b1, kept = 0.9, tensor(out, 1, f"moments.m.{EMBEDDING}")
-    assert int(tensor(out, 1, "moments.count")) == step + 1
-    gradient = kept
-    if step == 4:
-        before = tensor(run, 4, f"moments.m.{EMBEDDING}") * (1 - b1**4) / (1 - b1**1)
-        gradient = kept - b1 * before
-    # A batch is the same whatever was before, so that what is new of the mean is its gradient.
-    other = tmp_path / "other"
-    words[3] = str(other)
-    reset = [one.replace("carry", "reset") for one in sets]
-    assert main([*words, *(w for one in reset for w in ("--set", one))]) == 0
-    np.testing.assert_allclose(gradient, tensor(other, 1, f"moments.m.{EMBEDDING}"), atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])

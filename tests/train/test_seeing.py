@@ -21,7 +21,6 @@ from moecc.train.events import (
     tracked,
 )
 from moecc.train.run import MOST_POINTS, create_run, read_run
-from tests.pages.browser import BROWSER, MISSING, look
 
 LAYER = "metric.layers.1.ffn"
 
@@ -140,19 +139,6 @@ def test_a_stranger_s_lineage_is_a_message(
     (run / "lineage.json").write_text(json.dumps({"schema": LINEAGE_SCHEMA, "stages": stages}))
     assert main(["report", str(run), "--html", str(run.parent / "a.html")]) == 1
     assert "lineage.json: stages" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason=MISSING)
-@pytest.mark.parametrize(("width", "dark"), [(1100, False), (480, True)])
-def test_the_page_in_a_browser(run: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    page = tmp_path / "page.html"
-    assert main(["report", str(run), "--html", str(page)]) == 0
-    seen = look(page, width=width, dark=dark)
-    assert seen.console == []
-    assert seen.probe["outside"] == []
-    assert seen.probe["wide"] == []
-    assert (seen.probe["ground"] == "rgb(255, 255, 255)") == (not dark)
 
 
 def test_event_files_have_what_passed_by(tmp_path: Path) -> None:

@@ -112,22 +112,6 @@ def test_examples_have_prompts_and_labels(tmp_path: Path) -> None:
     assert bytes(facts.labels[0].tokens) == b" yes"
 
 
-def test_parquet_is_read_where_pyarrow_is(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    pq = pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table({"text": ["a", None, "b"], "n": [1, 2, 3]}), tmp_path / "x.parquet")
-    with pytest.raises(InputError) as caught:
-        make(tmp_path / "out", tmp_path / "x.parquet")
-    assert "x.parquet: row 2: 'text' is not a text" in problems(caught)[0]
-    make(tmp_path / "out", tmp_path / "x.parquet", format=DocumentFormat(field="n"))
-    assert texts_of(open_tokens(tmp_path / "out")) == ["1", "2", "3"]
-    with pytest.raises(InputError, match="the table lacks columns"):
-        make(tmp_path / "no", tmp_path / "x.parquet", format=DocumentFormat(field="body"))
-    (tmp_path / "y.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(InputError, match="not Parquet"):
-        make(tmp_path / "no", tmp_path / "y.parquet")
-
-
 def test_all_problems_of_the_texts_come_at_once(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": 3}\nnope\n{"body": "b"}\n{"text": []}\n[]\n')
     (tmp_path / "y.txt").write_bytes(b"latin \xe9")

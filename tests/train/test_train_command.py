@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from moecc.cli.main import main
 from moecc.formats.run import saved_steps
@@ -18,7 +16,7 @@ from moecc.formats.run import saved_steps
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
-from .tiny import draw_weights, make_model, make_recipe
+from .tiny import make_model, make_recipe
 
 RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 9"
 
@@ -82,7 +80,6 @@ def test_a_run_has_what_its_layout_says(folder: Path) -> None:
     ("step", "option"),
     [
         pytest.param(0, "--resume", marks=pytest.mark.slow),
-        pytest.param(4, "--resume", marks=pytest.mark.slow),
         (4, "--out"),
     ],
 )
@@ -143,9 +140,8 @@ def test_a_flipped_bit_of_a_checkpoint_is_told(folder: Path, call: Any, tmp_path
     arrays = sorted(p for p in step.rglob("*") if p.parent.name == "d")
     largest = max(arrays, key=lambda p: p.stat().st_size)
     described = [step / "step.json", run / "graph.moe", run / "source" / "config.json"]
-    cases = [(largest, 0.5, commands)]
-    cases += [(p, 0.3, commands[:1]) for p in (*arrays, step / "state" / "_METADATA", *described)]
-    cases += [(p, 0.9, commands[-1:]) for p in described]
+    cases = [(largest, 0.5, commands), (step / "state" / "_METADATA", 0.3, commands[:1])]
+    cases += [(p, at, commands[n : n + 1]) for p in described for at, n in ((0.3, 0), (0.9, 3))]
     for path, at, affected in cases:
         before = path.read_bytes()
         flip(path, at)
@@ -176,27 +172,6 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
     assert last["against_first"]["difference"] == pytest.approx(during[1] - during[0], rel=1e-3)
     code, out, _ = call("evaluate", run, "--data", data, "--sequence", "32", "--batches", "1")
     assert (code, "heldout" in out) == (0, True)
-
-
-@pytest.mark.slow
-def test_losses_that_are_not_finite_from_the_first_step_end_the_run(
-    folder: Path, call: Any, tmp_path: Path
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(folder / "model", model)
-    draw_weights(model)
-    arrays = load_file(model / "model.safetensors")
-    arrays["model.norm.weight"][3] = np.nan
-    save_file(arrays, model / "model.safetensors", metadata={"format": "pt"})
-    run = tmp_path / "run"
-    code, _, err = call("train", folder / "recipe.toml", "--out", run, "--set",
-                        f"model.source={model}", "--set", "model.start=source")  # fmt: skip
-    assert code == 3
-    assert err.count("error:") == 1
-    assert "training gave up: loss nan, where a finite number is needed" in err
-    assert "skipped: loss nan, where a finite number is needed" in err
-    assert "4 skipped steps in a row, twice" in err
-    assert saved_steps(run) == []
 
 
 @pytest.mark.slow
@@ -253,13 +228,10 @@ FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
     ("words", "code", "said"),
     [
         ([], 2, "RECIPE --out RUN, or --resume RUN"),
-        (["recipe.toml"], 2, "RECIPE --out RUN, or --resume RUN"),
         (["--resume", "run", "--out", "x"], 2, "leave --out out"),
         (["--resume", "run", "--fork", "run@4"], 2, "leave --fork out, or --resume"),
-        (["--resume", "model"], 1, "not the folder of a run"),
         (["recipe.toml", "--out", "tokens"], 1, "--resume RUN goes on with a run"),
         (["recipe.toml", "--fork", "run@5", "--out", "x"], 1, "best, last, or one of the steps"),
-        (["recipe.toml", "--fork", "run", "--out", "x"], 1, "as many steps already"),
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=3"], 1, "mesh"),
         (["recipe.toml", "--out", "x", "--set", "model.start=source"], 1, "no weights"),
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=8"], 1, "groups of tokens do not"),
@@ -273,12 +245,9 @@ FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
             1,
             "the mesh has more devices than there are\n  expected: at most 8 devices\n  found: 16",
         ),
-        (["recipe.toml", "--out", "x", "--set", "data.train=[]"], 2, "the mixture is empty"),
-        (["recipe.toml", "--out", "x", "--set", "data.trian=[]"], 2, "did you mean"),
         (["recipe.toml", "--out", "x", "--set", "model.source=small"], 1, "ids beyond the voc"),
         (["recipe.toml", "--out", "x", "--set", "data.train.0.tokens=other"], 1, "other tokenizer"),
         ([*FROZEN, "optimizer.groups=[{match='*', freeze=true}]"], 1, "no parameter is trained"),
-        ([*FROZEN, "optimizer.groups=[{match='moe'}]"], 1, "the model has none of them"),
         ([*FROZEN, "optimizer.groups=[{match='mo'}]"], 1, "did you mean 'moe'"),
     ],
 )

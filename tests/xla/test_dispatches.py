@@ -32,8 +32,6 @@ ORACLE = "used"
 """All tokens at each expert: it moves no row, and its gradients are compared with differences."""
 CLOSE = {F32: 1e-5, F64: 1e-12}
 
-Block = Callable[[Builder, Value, Value], Value]
-
 
 class Layer:
     """A layer of gated experts with biases and a norm, routed in some way."""

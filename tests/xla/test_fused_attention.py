@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -246,9 +245,6 @@ def test_the_kernel_by_platform_and_form(
 
 
 # --- every family
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 
 
 def test_the_share_of_scores_is_that_of_the_blocks() -> None:

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("jax")
 
 from moecc_backends.xla import import_jax as quiet
-
-MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
-
-
-def test_a_command_says_what_it_has_to_say_and_no_more(tmp_path: Path) -> None:
-    """Where libtpu or the CUDA plug-in is installed, this is what they would fill."""
-    np.save(tmp_path / "tokens.npy", np.array([[1, 2, 3]], np.int32))
-    words = ["run", str(MODEL), "--inputs", "tokens.npy", "--outputs", "logits.npy"]
-    done = subprocess.run(
-        [sys.executable, "-m", "moecc", *words],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0
-    if quiet.is_cpu_alone():
-        assert done.stderr.splitlines() == ["logits [1, 3, 37] written to logits.npy"]
 
 
 def test_what_may_be_an_accelerator_is_left_to_jax(

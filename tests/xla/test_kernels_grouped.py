@@ -18,15 +18,12 @@ import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.kernels.grouped_matmul import (  # noqa: E402
     grouped_matmul,
     grouped_matmul_of_parts,
-    repeat_by_group,
 )
 
 SHAPES = ((5, 3), (100, 2), (600, 4), (32, 4), (128, 4))
 """Rows and experts; a shape for each family of block sizes, and as many rows as a block has."""
 
 WIDTHS = (6, 10)
-
-Case = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @st.composite
@@ -125,28 +122,6 @@ def test_bfloat16_is_never_widened_whole() -> None:
     assert "u16[600,10]" in program
     for array in like:
         assert f"f32[{','.join(map(str, array.shape))}]" not in program
-
-
-@partial(jax.jit, static_argnums=2)
-def _bias(values: Any, sizes: Any, num_rows: int, cotangent: Any) -> Any:
-    repeated, pull = jax.vjp(lambda v: repeat_by_group(v, sizes, num_rows), values)
-    return repeated, pull(cotangent)[0]
-
-
-@given(grouped_rows())
-@settings(max_examples=examples(10, 30))
-def test_a_bias_is_repeated_and_its_gradient_summed(case: tuple[int, np.ndarray]) -> None:
-    num_rows, sizes = case
-    rng = np.random.default_rng(0)
-    values, cotangent = rng.standard_normal((sizes.size, 7)), rng.standard_normal((num_rows, 7))
-    expert = _expert_of_row(num_rows, sizes)
-    cotangent[expert < 0] = np.nan
-    with jax.enable_x64(True):
-        repeated, gradient = _bias(values, sizes, num_rows, cotangent)
-    np.testing.assert_array_equal(np.asarray(repeated)[expert >= 0], values[expert[expert >= 0]])
-    expected = np.zeros_like(values)
-    np.add.at(expected, expert[expert >= 0], cotangent[expert >= 0])
-    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("axis", [1, 2])

@@ -10,7 +10,6 @@ from tiers import few
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_passes.add_losses import AddLossesPass  # noqa: E402
 
@@ -19,7 +18,7 @@ from moecc.ir import BF16, F32, F64, PRED, Builder, Graph, tensor  # noqa: E402
 from moecc.rewrite.passes import Context  # noqa: E402
 from moecc.testing import run_reference  # noqa: E402
 
-TOKENS, EXPERTS = 24, 8
+EXPERTS = 8
 
 
 def routed(embed: int = 0, *using: str) -> Graph:
@@ -51,30 +50,6 @@ def routed(embed: int = 0, *using: str) -> Graph:
     options = AddLossesPass(importance_coef=1.0, load_coef=1.0)
     options.apply(graph, Context())
     return graph
-
-
-def test_gradients_of_the_losses() -> None:
-    """The router z-loss: 2/B · log Z · softmax.  The balance loss: through P alone, N f / T."""
-    logits = np.random.default_rng(0).normal(size=(TOKENS, EXPERTS))
-    with jax.enable_x64(True):
-        run = function(routed(), dtype=F64)
-        x = jnp.zeros((TOKENS, 1))
-
-        def values(given: jax.Array) -> list[jax.Array]:
-            found = run({}, {"x": x, "logits": given})
-            return [found[f"loss.{n}"] for n in ("router_z", "balance", "importance", "load")]
-
-        z, balance, importance, load = map(np.asarray, jax.jit(jax.jacrev(values))(logits))
-    total = np.log(np.exp(logits).sum(1, keepdims=True))
-    p = np.exp(logits - total)
-    np.testing.assert_allclose(z, 2 / TOKENS * total * p, rtol=1e-10)
-    f = np.bincount(logits.argmax(1), minlength=EXPERTS) / TOKENS
-    by_p = np.broadcast_to(EXPERTS * f / TOKENS, p.shape)
-    expected = p * (by_p - (p * by_p).sum(1, keepdims=True))
-    np.testing.assert_allclose(balance, expected, rtol=1e-10, atol=1e-16)
-    for gradient in (importance, load):
-        assert np.isfinite(gradient).all()
-        assert np.abs(gradient).max() > 0
 
 
 LOSSES = ("router_z", "balance", "importance", "load")

@@ -32,17 +32,6 @@ def routings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 @given(routings())
 @settings(max_examples=60)
-def test_packed_sort_is_the_stable_argsort(case: tuple[np.ndarray, np.ndarray]) -> None:
-    experts, _ = case
-    order, inverse, sizes = sort(experts, NUM_EXPERTS)
-    expected = np.argsort(experts.reshape(-1), kind="stable")
-    np.testing.assert_array_equal(order, expected)
-    np.testing.assert_array_equal(np.asarray(inverse).reshape(-1)[expected], np.arange(order.size))
-    np.testing.assert_array_equal(sizes, np.bincount(experts.reshape(-1), minlength=NUM_EXPERTS))
-
-
-@given(routings())
-@settings(max_examples=60)
 def test_choices_that_are_not_placed_come_last(case: tuple[np.ndarray, np.ndarray]) -> None:
     experts, placed = case
     order, inverse, sizes = map(np.asarray, sort(experts, NUM_EXPERTS, placed))

@@ -18,7 +18,6 @@ from moecc.testing import run_reference
 jax = pytest.importorskip("jax")
 
 from moecc_backends.xla.backend import function  # noqa: E402
-from moecc_backends.xla.dispatch import rounds  # noqa: E402
 from moecc_backends.xla.lower.function import (  # noqa: E402
     device_mesh,
     sharded_function,
@@ -101,26 +100,3 @@ def test_a_device_has_the_rows_of_all_its_experts() -> None:
     case, experts = "half to three", 16
     outputs, slopes = on_mesh(WEIGHTED, case, experts=experts)
     assert_near(expected(case, experts), (outputs, slopes))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "most"), [("balanced", 1), ("all to two", 4)])
-def test_as_many_rounds_are_done_as_the_busiest_device_needs(
-    case: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A device sends 4 rows to each where routing is balanced, and 16 where all go to two."""
-    done: list[tuple[str, int]] = []
-    turn = rounds.InRounds._turn
-
-    def noted(self: Any, number: Any, routed: Any) -> Any:
-        jax.debug.callback(lambda n: done.append((case, int(n))), number)
-        return turn(self, number, routed)
-
-    monkeypatch.setattr(rounds, "_TILE", 1)
-    monkeypatch.setattr(rounds.InRounds, "_turn", noted)
-    outputs, _ = on_mesh(WEIGHTED, case, poison=False)
-    jax.effects_barrier()
-    assert_near(expected(case)[0], outputs)
-    assert {number for _, number in done} == set(range(most))
-    # Eight devices, forward and for the gradient.
-    assert len(done) == 8 * 2 * most

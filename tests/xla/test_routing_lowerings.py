@@ -226,21 +226,6 @@ def test_gradients_are_those_of_finite_differences(build: Any, slots: int) -> No
     assert slope == pytest.approx((ahead - behind) / (2 * h), rel=1e-6, abs=1e-7)
 
 
-def test_a_key_is_one_of_jax_or_the_bits_of_one() -> None:
-    layer = Layer()
-    layer.returns(u=layer.b.random_uniform(layer.key, layer.x))
-    params, inputs = arrays(layer, 0)
-    program = get_backend("xla").compile(layer.graph)
-    bits = program.run(params, inputs)["u"]
-    number = int(inputs["key"])
-    words = jnp.asarray([number >> 32, number & 0xFFFFFFFF], jnp.uint32)
-    key = jax.random.wrap_key_data(words, impl="threefry2x32")
-    np.testing.assert_array_equal(program.run(params, {**inputs, "key": key})["u"], bits)
-    run = jax.jit(function(layer.graph))
-    np.testing.assert_array_equal(run({}, {**inputs, "key": key})["u"], bits)
-    assert (run({}, {**inputs, "key": jax.random.key(1)})["u"] != bits).any()
-
-
 def test_masked_rows_are_not_worked_on() -> None:
     """What stands in padding, NaN even, reaches no other token."""
     layer = Layer()

@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 from sharding_cases import Bound, Case, layer
+from tiers import few
 
 from moecc.ir import Graph
-from moecc.ir.conventions import DISPATCHES
 from moecc.ir.structure import clone
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -25,18 +25,9 @@ CASES = [
     Case("ragged", "data:4,expert:2", "expert-parallel", "via=ragged"),
     Case("expert-choice", "data:2,expert:4", "expert-replicated", "via=replicated"),
     Case("capacity", "far:2,near:4", "expert-hierarchical", "via=hierarchical chunks=2"),
-    Case("capacity", "data:2,expert:2,model:2", "expert-parallel,tensor-parallel", "via=capacity"),
-    Case("capacity", "data:4,model:2", "st-moe", "via=capacity chunks=2"),
     Case("ragged", "data:4,model:2", "st-moe", "via=ragged slice=model"),
-    Case("ragged", "far:2,near:4", "expert-hierarchical", "via=hierarchical"),
     Case("ragged", "data:2,expert:2,model:2", "expert-parallel,tensor-parallel", "via=ring"),
-    Case("ragged", "data:4,expert:2", "expert-parallel", "via=ragged buffer-factor=8.0"),
-    Case("ragged", "data:2,expert:2,model:2", "expert-replicated,tensor-parallel",
-         "via=replicated"),
 ]  # fmt: skip
-
-
-QUICK = (("capacity", "gather"), ("ragged", "blocks"))
 
 
 @cache
@@ -53,11 +44,7 @@ def laid(case: Case) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=() if at < 1 else pytest.mark.slow) for at, c in enumerate(CASES)],
-    ids=str,
-)
+@pytest.mark.parametrize("case", few(CASES), ids=str)
 def test_on_a_mesh_it_is_the_layer_on_one_device(case: Case) -> None:
     outputs, slopes, _ = on_mesh(laid(case), case.slots, Options(poison=True))
     assert_near(expected(case.slots), ({"y": outputs["y"]}, slopes))
@@ -65,12 +52,7 @@ def test_on_a_mesh_it_is_the_layer_on_one_device(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("slots", "dispatch"),
-    [
-        pytest.param(slots, name, marks=() if (slots, name) in QUICK else pytest.mark.slow)
-        for slots in ("capacity", "ragged")
-        for name in DISPATCHES
-        if slots == "capacity" or name != "gather"
-    ],
+    [("capacity", "gather"), ("ragged", "blocks")],
 )
 def test_every_strategy_weights_rows(slots: Bound, dispatch: str) -> None:
     options = Options(dispatch=dispatch, poison=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -30,34 +27,3 @@ def test_product_and_gradients_are_those_of_jax(widths: tuple[int, int], at: int
         np.testing.assert_allclose(made, expected, rtol=1e-13)
         for found, right in zip(back(slope), plain_back(slope), strict=True):
             np.testing.assert_allclose(found, right, rtol=1e-12, atol=1e-14)
-
-
-FAULTS = """
-import resource, sys
-if len(sys.argv) > 2:
-    from moecc_backends.xla.run.program import keep_freed_memory
-    keep_freed_memory()
-import jax, jax.numpy as jnp
-run = jax.jit(lambda x: jnp.outer(x, x))
-x = jnp.arange(float(sys.argv[1]))
-for _ in range(12):
-    run(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    run(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-@pytest.mark.parametrize("side", [3000, 17000], ids=["36 MB", "1.2 GB"])
-def test_freed_memory_is_kept_for_the_next_step(side: int) -> None:
-    def faults(*words: str) -> int:
-        command = [sys.executable, "-c", FAULTS, str(side), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    pages = 3 * 4 * side**2 // 4096
-    assert faults() > pages / 2, "the result is cleared in each run"
-    assert faults("kept") < pages / 100

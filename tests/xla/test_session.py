@@ -89,16 +89,3 @@ def test_caches_are_updated_in_place() -> None:
         batch.step([3])
     assert before
     assert all(array.is_deleted() for array in before.values())
-
-
-@pytest.mark.slow
-def test_positions_that_depend_on_the_length_are_read_again() -> None:
-    """Beyond its original context a model with dynamic positions has the tokens of the graph."""
-    with open_model(str(GOLDEN / "llama_dynamic")) as model:
-        (found,) = continued(model, [[5, 3, 11]], Continuing(4))
-        program, params = get_backend("xla").compile(model.graph), dict(model.params())
-        line = [5, 3, 11]
-        for _ in range(4):
-            tokens = {"tokens": np.array([line], np.int32)}
-            line.append(int(program.run(params, tokens)["logits"][0, -1].argmax()))
-    assert found == line[3:]

@@ -144,27 +144,11 @@ def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     assert_same(graph, params, inputs, EXPERTS[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["rows, columns", "replicated tokens"])
-def test_noise_is_the_same_on_a_mesh(name: str) -> None:
-    graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
-    text = "specialize{mode=train capacity-factor=0.75 groups=8 jitter=0.3 router-noise=0.5}"
-    run_pipeline(graph, Pipeline.parse(text, installed()))
-    assert "key" in graph.inputs
-    assert_same(graph, params, inputs, EXPERTS[name])
-
-
 def test_experts_on_rows_take_two_exchanges_each_way_and_gather_no_weights() -> None:
     program = assert_same(*decoder(DENSE, seq=8, **SPARSE), EXPERTS["rows"])
     found = census(program)
     assert found["all-to-all"] == 4
     assert not found["all-gather"] + found["reduce-scatter"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in LAYOUTS if n.startswith("fsdp")])
-def test_a_tied_table_has_the_gradients_of_look_up_and_head(name: str) -> None:
-    assert_same(*decoder("llama_square_tied", seq=8), LAYOUTS[name])
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
@@ -225,20 +209,6 @@ def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str)
     found, found_slopes, _ = of(sharded_function(on_mesh, device_mesh(on_mesh)), params, given)
     for name, value in (*expected.items(), *slopes.items()):
         assert_near(value, {**found, **found_slopes}[name], name)
-
-
-def collectives(name: str, layout: str, remat: str) -> int:
-    """Return how many there are of a primitive in the gradient of a model of rolled layers."""
-    small = {
-        "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 32,
-    }  # fmt: skip
-    graph = laid(build(parse_config({**preset_config("smollm2-135m"), **small})), LAYOUTS[layout])
-    run_pipeline(graph, Pipeline.parse(f"roll-layers{{remat={remat}}}", installed()))
-    run, given = sharded_function(graph, device_mesh(graph)), data_for(graph, {})
-    params = {n: np.ones(v.type.shape, "f") for n, v in graph.params.items()}
-    gradient = jax.grad(lambda p: run(p, given)["logits"].sum())
-    return str(jax.make_jaxpr(gradient)(params)).count(f"{name}[")
 
 
 def test_elements_that_32_bits_do_not_count_are_rejected() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,74 +145,3 @@ def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
     store.save(state, Position(3), None)
     assert [saved.step for saved in store.wait()] == [3]
     store.saver.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("passes", [FLAT, ROLLED])
-def test_what_is_saved_takes_at_most_one_copy_of_the_state(
-    made: Canonical, model: Any, passes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, kept = tmp_path / "run", []
-    create_run(
-        run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}
-    )
-    store = checkpoints(run, made, model, passes, "adamw")
-    state, _, _ = store.begin()
-    before = alive_bytes()
-
-    def save(*args: Any) -> list[Any]:
-        kept.append(alive_bytes() - before)
-        return real(*args)
-
-    real = store.saver.save
-    monkeypatch.setattr(store.saver, "save", save)
-    state_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
-    # A save that follows at once waits for the one before, and only then makes its tensors.
-    for number in range(3):
-        store.save(state, Position(number + 1), None)
-    store.wait()
-    assert len(kept) == 3
-    assert 0 < max(kept) <= state_bytes
-    assert alive_bytes() == before, "what is complete keeps nothing"
-    store.saver.close()
-
-
-def alive_bytes() -> int:
-    """The bytes of arrays of jax that something refers to, each buffer once."""
-    gc.collect()
-    return sum({a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays()}.values())
-
-
-PEAK = """
-import resource, sys
-from pathlib import Path
-import jax, numpy as np
-from moecc_backends.xla.train.loop import Saver
-
-def peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-draw = np.random.default_rng(0)
-state = {str(n): jax.device_put(draw.random(1 << 20, np.float32)) for n in range(80)}
-saver = Saver(Path(sys.argv[1]), 1)
-small = {"0": state["0"]}
-saver.save(1, small, {})  # what a first save loads and allocates
-before = peak_bytes()
-saver.save(2, state, {})
-saver.close()
-print(peak_bytes() - before, sum(a.nbytes for a in state.values()))
-"""
-
-
-@pytest.mark.slow
-def test_few_tensors_are_encoded_at_a_time(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    create_run(
-        run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(run)], capture_output=True, text=True, check=True
-    )
-    grown, state_bytes = map(int, done.stdout.split()[-2:])
-    # Two pieces of 32 MiB of 320 MiB, and what tensorstore gathers for a file.
-    assert grown < state_bytes / 2, f"{grown / 1e6:.0f} MB more"

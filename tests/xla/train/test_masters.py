@@ -25,7 +25,7 @@ pytest.importorskip("optax")
 from moecc_backends.xla.train import gradients  # noqa: E402
 from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
 
-BATCH, SEQ, LAYERS = 16, 8, 2
+BATCH, SEQ = 16, 8
 MESHES = {
     "one device": None,
     "stored in parts": MeshPasses("fsdp:4,expert:2", ("fsdp", "expert-parallel"), "capacity"),

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.analysis import check_trainable
-from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import Mesh
@@ -172,14 +170,6 @@ def test_a_step_that_is_not_finite_leaves_every_optimizer_s_moments(name: str) -
     assert metrics["guard.skipped"]
     for part, arrays in before.items():
         jax.tree.map(np.testing.assert_array_equal, state[part], arrays)
-
-
-def test_what_makes_no_logits_cannot_be_trained() -> None:
-    graph = bigram()
-    graph.set_output("scores", graph.outputs["logits"])
-    graph.drop_output("logits")
-    with pytest.raises(InputError, match="needs logits"):
-        check_trainable(graph)
 
 
 def test_a_sweep_of_rates_is_traced_once() -> None:
