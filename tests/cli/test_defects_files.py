@@ -30,12 +30,6 @@ def written(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-# --- 12
-
-
-# --- 14
-
-
 def test_every_added_file_is_found(moecc: Moecc, written: Path) -> None:
     (written / ".gitattributes").write_text("")
     (written / ".git").mkdir()
@@ -64,9 +58,6 @@ def test_an_edited_card_is_found_unless_it_is_allowed(moecc: Moecc, written: Pat
     assert moecc("verify", written, "--allow-edited-card").code == 0
 
 
-# --- 16
-
-
 def test_noise_that_one_infinity_turns_to_nan_is_recorded(
     moecc: Moecc, dense: Path, tmp_path: Path
 ) -> None:
@@ -87,9 +78,6 @@ def test_noise_that_one_infinity_turns_to_nan_is_recorded(
     assert done.err.count("warning: not finite:") == len(bad)
 
 
-# --- 17
-
-
 def test_logits_that_are_all_zero_are_no_agreement(
     moecc: Moecc, dense: Path, edit_tensors: Callable[..., None]
 ) -> None:
@@ -97,9 +85,6 @@ def test_logits_that_are_all_zero_are_no_agreement(
     done = moecc("verify", dense, "--against", dense)
     assert done.code == 3
     assert "are all 0, so comparing them says nothing" in done.err
-
-
-# --- 18
 
 
 def test_a_stored_graph_with_weight_expressions_is_not_read_without_them(
@@ -118,9 +103,6 @@ def test_a_stored_graph_with_weight_expressions_is_not_read_without_them(
     assert done.code == 1
     assert "%model.norm.weight" in done.err
     assert "reads each parameter from the tensor of its name" in done.err
-
-
-# --- 19
 
 
 def test_token_ids_out_of_range_are_reported(
@@ -199,9 +181,6 @@ def test_checkpoints_of_other_frameworks_are_named(
     done = moecc("inspect", tmp_path / "model")
     assert done.code == 1
     assert words in done.err
-
-
-# --- 20
 
 
 def test_relative_names_are_taken_from_the_folder_of_the_file(

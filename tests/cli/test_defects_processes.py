@@ -42,9 +42,6 @@ def wait_until(condition: object, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-# --- 13
-
-
 @pytest.mark.parametrize(
     ("number", "code"),
     [
@@ -124,9 +121,6 @@ def test_outside_a_cluster_nothing_aborts_in_jax(
     assert words in done.stderr
 
 
-# --- 21
-
-
 @pytest.mark.parametrize(("found", "fits"), [("0.0.42.1", True), ("0.0.52", False)])
 def test_a_libtpu_that_does_not_fit_jax_is_named(
     monkeypatch: pytest.MonkeyPatch, found: str, fits: bool
@@ -143,9 +137,6 @@ def test_a_libtpu_that_does_not_fit_jax_is_named(
         return
     with pytest.raises(MachineError, match=r"libtpu 0\.0\.52 does not fit jax 0\.10\.2.*0\.0\.42"):
         topology.require(machine)
-
-
-# --- 25
 
 
 def test_a_sequence_that_the_mesh_does_not_divide_is_reported() -> None:

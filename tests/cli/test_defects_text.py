@@ -45,9 +45,6 @@ class BoomPass(Pass):
 '''
 
 
-# --- 9
-
-
 def test_a_graph_brings_no_escape_sequence_to_the_terminal(moecc: Moecc, tmp_path: Path) -> None:
     file = tmp_path / "g.moe"
     file.write_text(GRAPH.replace("LOC", ESC).replace("MARK", "plain"))
@@ -76,9 +73,6 @@ def test_a_file_name_brings_no_escape_sequence_to_the_terminal(
             assert done.err.replace("\n", "").isprintable()
 
 
-# --- 10
-
-
 @pytest.fixture
 def boom(tmp_path: Path) -> Path:
     file = tmp_path / "boom.py"
@@ -86,22 +80,16 @@ def boom(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("command", ["opt", "convert"])
 def test_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
     moecc: Moecc, dense: Path, boom: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, command: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     (tmp_path / "work").mkdir()
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     passes = ("-p", "canonicalize,boom{at=7}", "--load", boom, "--seed", "7")
-    if command == "opt":
-        moecc("import", dense, "-o", "dense.moe")
-        done = moecc("opt", "dense.moe", *passes)
-        os.unlink("dense.moe")
-    else:
-        done = moecc("convert", dense, tmp_path / "out", *passes, "--to", "llama")
+    done = moecc("convert", dense, tmp_path / "out", *passes, "--to", "llama")
     assert done.code == 1, done.err
     assert f"{boom}:16: the pass 2, boom, crashed: KeyError: 'no such key'" in done.err
     assert "bug in moecc" not in done.err

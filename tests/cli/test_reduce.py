@@ -103,15 +103,6 @@ def test_a_wrong_rule_is_reduced_and_found(moecc: Moecc, scaled: Path, wrong_rul
     assert "{by=2.25}" in found["value"]["where"]
 
 
-# --- in a pass that builds by itself
-
-
-# --- in a lowering
-
-
-# --- in a rule for weights
-
-
 # --- in the writer
 
 

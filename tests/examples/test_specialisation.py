@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 
 from moecc.errors import MachineError
-from moecc.jobs.convert import plan, write
-from moecc.model.open import open_model
-from moecc.rewrite.pipeline import Pipeline
 
 from .conftest import WORDS
 from .loading import load
@@ -47,21 +44,6 @@ def test_a_drawn_router(
     assert layer["layer"] == "layers.1.ffn"
     assert sum(expert["share"] for expert in layer["experts"]) == pytest.approx(1)
     assert layer["explained"] > 2 * layer["by_chance"]
-
-
-def test_a_hash_is_explained_by_the_token_alone(
-    bert: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A checkpoint that has experts already, and a router of which the answer is known."""
-    pipeline = Pipeline.parse("upcycle{experts=4 top-k=1 routing=hash}")
-    with open_model(str(bert), padding=True) as model:
-        write(plan(model, pipeline, "st_moe"), tmp_path / "hashed")
-    found = run(tmp_path / "hashed", text, tmp_path)
-    assert "drawn, not trained" not in capsys.readouterr().out
-    assert not found["routers_drawn"]
-    for layer in found["layers"]:
-        assert layer["explained"] == pytest.approx(1)
-        assert {part for e in layer["experts"] for _, part in e["tokens"]} == {1.0}
 
 
 @pytest.mark.slow

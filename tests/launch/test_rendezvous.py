@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tiers import few
 
 from moecc.errors import MachineError
 from moecc.jobs.launch import free_port
@@ -93,7 +92,7 @@ def connected(port: int) -> socket.socket:
 
 @pytest.mark.parametrize(
     "said",
-    few([b"GET / HTTP/1.1\r\n\r\n", b"moecc 0 of 2\n", b"moecc 7 of 2\n", b"x" * 5000, b"\n"], 2),
+    [b"GET / HTTP/1.1\r\n\r\n", b"moecc 7 of 2\n"],
 )
 def test_strangers_are_not_counted(said: bytes) -> None:
     port = free_port()
@@ -142,10 +141,9 @@ def test_an_address_in_use_is_told() -> None:
             meet(ProcessInfo(f"127.0.0.1:{port}", 2, 0), 1)
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_a_run_ends_with_a_message_when_the_other_never_comes(process: int, tmp_path: Path) -> None:
+def test_a_run_ends_with_a_message_when_the_other_never_comes(tmp_path: Path) -> None:
     pytest.importorskip("jax")
-    process = ProcessInfo(f"127.0.0.1:{free_port()}", 2, process)
+    process = ProcessInfo(f"127.0.0.1:{free_port()}", 2, 0)
     out = tmp_path / "logits.npy"
     done = subprocess.run(
         [sys.executable, "-m", "moecc", "run", LLAMA, "--outputs", out],

@@ -1,6 +1,6 @@
 """Mutants that values do not show are caught: gradients, stored weights, outputs inside, meshes.
 
-Each is found within 200 examples, from any of five seeds.
+Each is found within 200 examples.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from tiers import examples, few
+from tiers import examples, few, some
 
 from moecc.ir import OPS, Graph, equal
 from moecc.rewrite import P
@@ -18,8 +18,6 @@ from moecc.testing import graphs, laws
 
 from . import gradients, inner, meshes, stored
 from .sound import LIKE, SOUND
-
-SEEDS = range(5)
 
 EXAMPLES = settings(
     max_examples=200,
@@ -32,20 +30,24 @@ EXAMPLES = settings(
 
 MESH = "a:2,b:2"
 
-KINDS = [
-    *((item, name, graphs(like=gradients.LIKE)) for name, item in gradients.MUTANTS.items()),
-    *((item, name, graphs()) for name, item in stored.MUTANTS.items()),
-    *((item, name, graphs(like=inner.LIKE[name])) for name, item in inner.MUTANTS.items()),
-    *((item, name, graphs(mesh=MESH)) for name, item in meshes.MUTANTS.items()),
-]
+KINDS: dict[str, tuple[Pass, Any]] = {
+    **{n: (item, graphs(like=gradients.LIKE)) for n, item in gradients.MUTANTS.items()},
+    **{n: (item, graphs()) for n, item in stored.MUTANTS.items()},
+    **{n: (item, graphs(like=inner.LIKE[n])) for n, item in inner.MUTANTS.items()},
+    **{n: (item, graphs(mesh=MESH)) for n, item in meshes.MUTANTS.items()},
+}
+QUICK = (
+    "let_the_gradient_through", "stop_the_other_factor", "round_to_bf16_and_promise_exact",
+    "read_sources_as_bf16", "fold_a_factor_into_what_is_returned", "gather_an_output",
+    "exchange_the_mesh_axes",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("start", few(SEEDS))
-@pytest.mark.parametrize(
-    ("item", "strategy"), [(i, s) for i, _, s in KINDS], ids=[n for _, n, _ in KINDS]
-)
-def test_each_mutant_is_caught(item: Pass, strategy: Any, start: int) -> None:
-    @seed(start)
+@pytest.mark.parametrize("name", some(KINDS, *QUICK))
+def test_each_mutant_is_caught(name: str) -> None:
+    item, strategy = KINDS[name]
+
+    @seed(0)
     @EXAMPLES
     @given(strategy)
     def law(graph: Graph) -> None:
@@ -55,12 +57,11 @@ def test_each_mutant_is_caught(item: Pass, strategy: Any, start: int) -> None:
         law()
 
 
-@pytest.mark.parametrize("start", few(SEEDS))
-@pytest.mark.parametrize("name", ["softmax", "rms_norm", "max", "logsumexp", "contract", "sum"])
-def test_a_row_that_splits_what_must_be_whole_is_caught(name: str, start: int) -> None:
+@pytest.mark.parametrize("name", few(["softmax", "contract", "rms_norm", "max"], 2))
+def test_a_row_that_splits_what_must_be_whole_is_caught(name: str) -> None:
     operation = P.op(name, *(P.any() for _ in OPS[name].operands))
 
-    @seed(start)
+    @seed(0)
     @EXAMPLES
     @given(graphs(mesh=MESH, like=operation))
     def law(graph: Graph) -> None:
@@ -77,7 +78,9 @@ def test_a_random_sharding_is_right(graph: Graph) -> None:
     laws.check_sharded(graph)
 
 
-@pytest.mark.parametrize("name", [n for n in SOUND if "upcycle" not in n])
+@pytest.mark.parametrize(
+    "name", some((n for n in SOUND if "upcycle" not in n), "commute", "reassociate")
+)
 def test_no_sound_rewrite_is_caught_on_a_mesh(name: str) -> None:
     changed = 0
 

@@ -6,29 +6,12 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from .chain import ROOT, failures, interpreter, prove, smollm2
 
 PROOF = ROOT / "docs" / "proofs" / "chain.json"
-
-
-def line(found: dict[str, Any]) -> str:
-    """Return what the page says of a proof."""
-    held_out, judge = found["held_out"], found["transformers"]
-    moved = held_out["sparse_less_dense"]
-    change, low, high = (
-        f"{moved[n]:+.3f}".replace("-", "−") for n in ("difference", "low", "high")
-    )
-    return (
-        f"On {found['date']}, {found['machine']}: {found['steps']} steps, "
-        f"{found['trained_tokens']:,} tokens; the held-out loss of {held_out['tokens']:,} tokens "
-        f"went from {held_out['dense']:.4f} to {held_out['sparse']:.4f} ({change}, {low} to "
-        f"{high}), and is {held_out['transformers']:.4f} in transformers {judge['version']} "
-        f"(`{judge['class']}`), {held_out['apart']:.0e} apart."
-    )
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,3 @@ def test_gradients(gradient: str, loss: str, top_k: int, options: dict[str, Any]
         slope = jax.grad(lambda given: run({}, {"x": x, "logits": given})[f"loss.{loss}"])
         found = jax.jit(slope)(LOGITS[0])
         np.testing.assert_allclose(found, ARRAYS[f"{gradient}.gradient"], rtol=1e-10, atol=1e-16)
-
-
-# --- of checkpoints

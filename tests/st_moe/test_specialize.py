@@ -281,6 +281,3 @@ def test_what_looks_ahead_is_refused_in_a_decoder_unless_forced() -> None:
     assert result.matched == 1
     (node,) = (n for n in graph if n.op.name == "expert_choice")
     assert node.attrs["capacity_factor"] == 2.0
-
-
-# --- what is refused

@@ -156,9 +156,6 @@ def test_every_router_can_be_perturbed(routing: str, noise: str) -> None:
     assert equal(then(noisy, "specialize{mode=eval}"), graph)
 
 
-# --- what contradicts the conversion before, told when the text is read
-
-
 # --- some layers alone
 
 

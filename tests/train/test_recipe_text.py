@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import fields, is_dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moecc.errors import InputError, MoeccError, UsageError
 from moecc.support.documents import toml_lines
@@ -41,35 +36,6 @@ def problems(text: str, *sets: str, error: type[MoeccError] = InputError) -> lis
     with pytest.raises(error) as caught:
         parse_recipe(text, "r.toml", sets=sets)
     return [str(p) for p in caught.value.problems]
-
-
-def any_value(type_: Any) -> st.SearchStrategy[Any]:
-    if is_dataclass(type_) and isinstance(type_, type):
-        hints = get_type_hints(type_, include_extras=True)
-        return st.builds(type_, **{f.name: any_value(hints[f.name]) for f in fields(type_)})
-    if get_origin(type_) is Annotated:
-        base, *checks = get_args(type_)
-        samples = {int: [0, 1, 2, 9], float: [0.0, 0.25, 1.0, 3.5], str: ["a", "b c", "é"]}[base]
-        return st.sampled_from([v for v in samples if all(c.is_valid(v) for c in checks)])
-    if get_args(type_):
-        return st.lists(any_value(get_args(type_)[0]), max_size=2).map(tuple)
-    if issubclass(type_, Enum):
-        return st.sampled_from(type_)
-    return {
-        bool: st.booleans(),
-        int: st.integers(-(2**62), 2**62),
-        float: st.floats(allow_nan=False, allow_infinity=False),
-        str: st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
-    }[type_]
-
-
-@given(any_value(Recipe))
-def test_what_is_written_reads_as_the_same_values(recipe: Recipe) -> None:
-    from moecc.support.record import RecordReader
-
-    reader = RecordReader(str)
-    assert reader.section(Recipe, tomllib.loads(write_recipe(recipe)), ()) == recipe
-    assert reader.problems == []
 
 
 def test_a_recipe_round_trips_with_every_default_written_out() -> None:

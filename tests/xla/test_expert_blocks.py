@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from tiers import examples, few
 
-from moecc.ir import F64, Graph, parse, print_graph
+from moecc.ir import F64, parse, print_graph
 from moecc.testing import run_reference
 from moecc.types import DType
+
+from .test_parts import draw, layer
 
 jax = pytest.importorskip("jax")
 
@@ -67,44 +69,11 @@ def test_every_row_is_written_last_by_its_expert_in_few_blocks(data: st.DataObje
     assert blocks <= sum(-(-int(n) // whole) for n in group_sizes)
 
 
-def skewed(tokens: int) -> Graph:
-    """A layer for `draw`, which masks every fifth token."""
-    rows = "group=1, expert=4, slot=ragged(%slots)"
-    return parse(f"""moecc 1
-graph layer {{
-  input %x : f32[token={tokens}, embed=4]
-  input %wanted : pred[token={tokens}]
-  param %router : f32[expert=4, embed=4]
-  param %up : f32[expert=4, mlp=6, embed=4]
-  param %bias : f32[expert=4, mlp=6]
-  param %down : f32[expert=4, embed=4, mlp=6]
-  %logits = contract %x, %router {{over=embed}} : f32[token={tokens}, expert=4]
-  %experts, %gates = route %logits {{top_k=2}} : i32[token={tokens}, choice=2], f32[token={tokens}, choice=2]
-  %slots = assign_slots %experts, %wanted {{tokens=token, experts=4, slots=ragged, using=mask}} : i32[token={tokens}, choice=2]
-  %rows = dispatch %x, %experts, %slots : f32[{rows}, embed=4]
-  %u = contract %rows, %up {{over=embed}} : f32[{rows}, mlp=6]
-  %biased = add %u, %bias : f32[{rows}, mlp=6]
-  %m = silu %biased : f32[{rows}, mlp=6]
-  %o = contract %m, %down {{over=mlp}} : f32[{rows}, embed=4]
-  %y = combine %o, %experts, %slots, %gates : f32[token={tokens}, embed=4]
-  output y = %y
-}}
-""")  # noqa: E501
-
-
-def draw(graph: Graph, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    rng = np.random.default_rng(0)
-    params = {n: rng.standard_normal(v.type.shape) for n, v in graph.params.items()}
-    x = np.abs(rng.standard_normal((tokens, 4)))
-    # The first expert is wanted by nearly all, the second by none.
-    params["router"] = np.array([[9.0] * 4, [-9.0] * 4, [1, -1, 1, -1], [-1, 1, -1, 1]])
-    return params, {"x": x, "wanted": np.arange(tokens) % 5 > 0}
-
-
 @pytest.mark.parametrize("dispatch", ["blocks", "auto"])
 def test_a_layer_of_many_rows_is_the_reference(dispatch: str) -> None:
-    graph = skewed(700)
-    params, inputs = draw(graph, 700)
+    graph = layer()
+    params, inputs = draw(graph)
+    inputs["x"][::5] = 0
     expected = run_reference(graph, params=params, inputs=inputs)["y"]
     with jax.enable_x64(True):
         run = jax.jit(function(graph, dtype=F64, options=Options(dispatch, platform="cpu")))
@@ -114,13 +83,14 @@ def test_a_layer_of_many_rows_is_the_reference(dispatch: str) -> None:
 
 def slopes(dispatch: str, dtype: DType, remat: bool = False) -> tuple[Any, Any]:
     """The gradients of half the square of the results, in parameters and tokens."""
-    graph = skewed(700)
-    params, inputs = draw(graph, 700)
+    graph = layer()
+    params, inputs = draw(graph)
+    inputs["x"][::5] = 0
     run = function(graph, dtype=dtype, options=Options(dispatch, platform="cpu"))
-    layer = jax.checkpoint(run) if remat else run
+    forward = jax.checkpoint(run) if remat else run
 
     def loss(params: Any, x: Any) -> Any:
-        return jnp.sum(jnp.square(layer(params, {**inputs, "x": x})["y"])) / 2
+        return jnp.sum(jnp.square(forward(params, {**inputs, "x": x})["y"])) / 2
 
     found: tuple[Any, Any] = jax.jit(jax.grad(loss, (0, 1)))(params, inputs["x"])
     return found
@@ -136,7 +106,8 @@ def test_gradients_of_many_rows_are_those_of_all_rows_at_once(remat: bool) -> No
 
 def test_no_array_of_all_rows_is_made_but_their_results() -> None:
     tokens, mlp = 4096, 512
-    text = print_graph(skewed(tokens)).replace("mlp=6", f"mlp={mlp}")
+    text = print_graph(layer()).replace("mlp=12", f"mlp={mlp}")
+    text = text.replace("token=700", f"token={tokens}")
     graph = parse(text)
     shapes = {n: jax.ShapeDtypeStruct(v.type.shape, np.float32) for n, v in graph.params.items()}
     inputs = {
