@@ -54,7 +54,7 @@ outputs in float64 with those of the source, within 10⁻⁶ (weights are stored
 An empty cell is rejected before a byte is written; [proofs/table.json](proofs/table.json) has the
 reasons, which `inspect` prints for a model. [proofs/equal.json](proofs/equal.json) has the proofs
 and the bounds. Rows and tables without a result are left out. `tests/proof/test_cells.py` runs
-sixty cells, twenty of each kind.
+eighteen cells, six of each kind.
 
 The options of a method are those that lead to the family: `glm4_moe` has sigmoid gates and a shared
 expert, `phimoe` SparseMixer, which is exact only under a router of zeros. `BTX` mixes the source
