@@ -24,7 +24,6 @@ def test_a_model_is_upcycled_saved_and_verified(dense: moecc.Model, tmp_path: Pa
     saved = sparse.save(tmp_path / "sparse", to="mixtral")
     assert saved.facts.family == "mixtral"
     assert saved.verify(against=DENSE).passed
-    assert sparse.verify(against=dense).passed
     assert saved.params().keys() == moecc.open(str(tmp_path / "sparse")).params().keys()
 
 

@@ -60,6 +60,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "dense").symlink_to(DENSE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
     return tmp_path
 
 

@@ -46,22 +46,6 @@ def test_a_scan_is_a_loop() -> None:
     np.testing.assert_array_equal(found["s"], np.stack(sums))
 
 
-def test_stacking_follows_names() -> None:
-    graph = Graph()
-    b = Builder(graph)
-    x, y = (graph.input(n, tensor(F32, batch=2, embed=3)) for n in "xy")
-    stacked = b.stack(x, y, axis="layer")
-    graph.set_output("all", stacked)
-    graph.set_output("second", b.index(stacked, axis="layer", at=1))
-    graph.set_output("column", b.index(stacked, axis="embed", at=2))
-    data = np.arange(12.0).reshape(2, 2, 3)
-    program = get_backend("reference").compile(graph)
-    found = program.run({}, {"x": data[0], "y": data[1]})
-    np.testing.assert_array_equal(found["all"], data)
-    np.testing.assert_array_equal(found["second"], data[1])
-    np.testing.assert_array_equal(found["column"], data[..., 2])
-
-
 def test_a_wrong_index_in_a_body_is_told_with_its_node() -> None:
     body = Graph("body")
     table = body.input("table", tensor(F32, vocab=4, embed=2))

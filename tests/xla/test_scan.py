@@ -159,14 +159,17 @@ def test_keys_are_stacked_and_captured() -> None:
     np.testing.assert_allclose(traced, expected, rtol=1e-5)
 
 
-def test_picking_from_a_stack() -> None:
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_picking_from_a_stack(backend: str) -> None:
     graph = Graph()
     b = Builder(graph)
     x, y = (graph.input(n, tensor(F32, batch=2, embed=3)) for n in "xy")
     whole = b.stack(x, y, axis="layer")
+    graph.set_output("all", whole)
     for axis, at in (("layer", 1), ("embed", 2)):
         graph.set_output(axis, b.index(whole, axis=axis, at=at))
     arrays = np.arange(12, dtype="f4").reshape(2, 2, 3)
-    found = get_backend("xla").compile(graph).run({}, {"x": arrays[0], "y": arrays[1]})
+    found = get_backend(backend).compile(graph).run({}, {"x": arrays[0], "y": arrays[1]})
+    np.testing.assert_array_equal(found["all"], arrays)
     np.testing.assert_array_equal(found["layer"], arrays[1])
     np.testing.assert_array_equal(found["embed"], arrays[..., 2])
