@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from math import ceil
+from typing import Any, Literal
 
 Slots = Literal["fixed", "ragged"]
 """Whether every expert has as many slots as the others, or as many as ask."""
@@ -56,6 +57,43 @@ class Via:
 
 ROUND_ROOM = 1.25
 """The rows that two devices exchange in a round, in shares of the choices of one."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds in which two devices exchange rows, as many a round as any other two.
+
+    Attributes:
+      rows: how many rows they exchange in a round.
+      most: how many rounds the worst routing takes.
+    """
+
+    rows: int
+    most: int
+
+    @classmethod
+    def of(cls, tokens: int, choices: int, experts: int, devices: int, tile: int = 1) -> Rounds:
+        """Return the rounds of devices that have `tokens` tokens each.
+
+        Args:
+          tokens: how many there are on a device.
+          choices: how many experts a token chooses.
+          experts: how many there are on all devices; a token chooses none of them twice.
+          devices: how many there are.
+          tile: rows are exchanged in multiples of it.
+        """
+        worst = tokens * min(choices, experts // devices)
+        share = ceil(ROUND_ROOM * tokens * choices / devices)
+        rows = max(min(-(-share // tile) * tile, worst), 1)
+        return cls(rows, max(-(-worst // rows), 1))
+
+    def first(self, turn: Any) -> Any:
+        """Return the first row of a round, whose number may be traced; `rows` of them follow."""
+        return turn * self.rows
+
+    def turns(self, rows: Any) -> Any:
+        """Return how many rounds exchange that many rows."""
+        return (rows + self.rows - 1) // self.rows
 
 
 def _both(op: str) -> dict[Slots, str]:

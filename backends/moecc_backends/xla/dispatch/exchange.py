@@ -96,20 +96,19 @@ def exchange_map(group_sizes: Array, mesh: Mesh, arrivals: int) -> ExchangeMap:
     )
 
 
-def round_map(sizes: Array, mesh: Mesh, turn: Array, rows: int) -> ExchangeMap:
+def round_map(sizes: Array, mesh: Mesh, first: Array, rows: int) -> ExchangeMap:
     """Return the map of the exchange of a round, in which any two devices exchange `rows` rows.
 
     Args:
       sizes: i32 ``[devices, experts]``, the rows that each device has for each expert.
       mesh: the mesh axes; each device along them gets an equal run of the experts.
-      turn: the number of the round.
+      first: the first row of the round, of those for each device.
       rows: how many rows go to each device; those that are there come first.
     """
     devices, device = sizes.shape[0], jax.lax.axis_index(mesh)
     count = devices * rows
     runs = jax.lax.dynamic_index_in_dim(sizes.reshape(devices, devices, -1), device, 1, False)
     ends = jnp.cumsum(runs, 1)
-    first = turn * rows
     inside = [jnp.clip(at, first, first + rows) for at in (ends - runs, ends)]
     parts = inside[1] - inside[0]
     arrived = _starts(parts, 1) + jnp.arange(devices, dtype=jnp.int32)[:, None] * rows

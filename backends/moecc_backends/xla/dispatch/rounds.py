@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
 from typing import NamedTuple
 
 import jax
@@ -27,7 +26,7 @@ from moecc.ir.ops.collectives import CollectiveOp
 from moecc.ir.ops.routing import WithinBufferOp, buffer_rows
 from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.traits import CollectiveKind, RowMove
-from moecc.sharding.vias import ROUND_ROOM
+from moecc.sharding.vias import Rounds
 from moecc.types import Extent
 from moecc_backends.xla.dispatch.choose import region, why_meets
 from moecc_backends.xla.dispatch.exchange import (
@@ -71,28 +70,24 @@ class RoundSpec:
     Attributes:
       mesh: the mesh axes along which devices exchange rows.
       devices: how many there are along it.
-      rows: how many rows any two of them exchange in a round.
-      most: how many rounds the worst routing takes.
+      rounds: their number, and their rows.
     """
 
     mesh: Mesh
     devices: int
-    rows: int
-    most: int
+    rounds: Rounds
 
     @classmethod
     def of(cls, routing: Routing, mesh: Mesh, devices: int) -> RoundSpec:
         """Return that of the rows of `routing`: a token has a choice for an expert at most once."""
         tokens, choices = routing.experts.shape
-        worst = tokens * min(choices, routing.num_experts // devices)
-        share = ceil(ROUND_ROOM * tokens * choices / devices)
-        rows = max(min(-(-share // _TILE) * _TILE, worst), 1)
-        return cls(mesh, devices, rows, max(-(-worst // rows), 1))
+        experts = routing.num_experts
+        return cls(mesh, devices, Rounds.of(tokens, choices, experts, devices, _TILE))
 
     @property
     def exchange(self) -> ExchangeSpec:
         """The exchange of a round."""
-        count = self.devices * self.rows
+        count = self.devices * self.rounds.rows
         return ExchangeSpec(self.mesh, count, count, is_emulated=False, is_even=True)
 
 
@@ -197,11 +192,11 @@ class InRounds(Deferral):
 
     def _turn(self, turn: Array, routed: _Routed) -> SortedRows:
         """Return the layout of the rows of a round, device by device as they are sent."""
-        mesh, count, sizes = self.spec.mesh, self.spec.rows, routed.sizes
+        mesh, count, sizes = self.spec.mesh, self.spec.rounds.rows, routed.sizes
         experts, rows = routed.experts, routed.permutation
         devices = sizes.shape[0]
         sent = sizes[jax.lax.axis_index(mesh)].reshape(devices, -1).sum(1)
-        starts, first = jnp.cumsum(sent) - sent, turn * count
+        starts, first = jnp.cumsum(sent) - sent, self.spec.rounds.first(turn)
         index = first + jnp.arange(count, dtype=jnp.int32)
         choice = jnp.take(rows.choice_of_row, starts[:, None] + index, mode="clip")
         device = jnp.clip(experts // (sizes.shape[1] // devices), 0, devices - 1)
@@ -215,19 +210,19 @@ class InRounds(Deferral):
                 jnp.where(is_now, device * count + at, -1).astype(jnp.int32),
             ),
             group_sizes=jnp.zeros(self.routing.num_experts, jnp.int32),
-            sends=(round_map(sizes, mesh, turn, count), self.spec.exchange),
+            sends=(round_map(sizes, mesh, first, count), self.spec.exchange),
         )
 
     def _repeated(
         self, routed: _Routed, add: Callable[[Array, PyTree], PyTree], total: PyTree
     ) -> PyTree:
         """Return what `add` makes of `total`, turn by turn, as often as any device needs."""
-        if self.spec.most == 1:
+        if self.spec.rounds.most == 1:
             return add(jnp.int32(0), total)
         sent = routed.sizes.reshape(self.spec.devices, self.spec.devices, -1).sum(2)
-        busiest = (jnp.max(sent) + self.spec.rows - 1) // self.spec.rows
+        busiest = self.spec.rounds.turns(jnp.max(sent))
         turns = jax.lax.pmax(busiest, tuple(sorted(varies(busiest))))
-        with jax.named_scope(rounds_scope(self.spec.most)):
+        with jax.named_scope(rounds_scope(self.spec.rounds.most)):
             _, sums = jax.lax.while_loop(
                 lambda state: state[0] < turns,
                 lambda state: (state[0] + 1, add(*state)),
