@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -44,13 +45,14 @@ class MoeccError(Exception):
         self,
         what: str | Iterable[Problem],
         *,
-        where: str | None = None,
+        where: str | Path | None = None,
         expected: str | None = None,
         found: str | None = None,
         hint: str | None = None,
     ) -> None:
         if isinstance(what, str):
-            self.problems: tuple[Problem, ...] = (Problem(what, where, expected, found, hint),)
+            at = None if where is None else str(where)
+            self.problems: tuple[Problem, ...] = (Problem(what, at, expected, found, hint),)
         else:
             self.problems = tuple(what)
         super().__init__("\n".join(map(str, self.problems)))
@@ -85,6 +87,12 @@ class MachineError(MoeccError):
     """The environment failed: disk, memory, permission, time limit, a missing extra."""
 
     exit_code = 4
+
+
+def raise_problems(problems: Iterable[Problem], error: type[MoeccError] = InputError) -> None:
+    """Raise `error` with `problems`, if there are any."""
+    if every := tuple(problems):
+        raise error(every)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

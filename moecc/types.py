@@ -346,6 +346,9 @@ def tensor(dtype: DType, /, **sizes: Size) -> TensorType:
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 """An array of any element type; what it must be stands beside the parameter."""
 
+Shape: TypeAlias = tuple[int, ...]
+"""The sizes of the axes of an array, outermost first."""
+
 Arrays: TypeAlias = Mapping[str, Array]
 """Arrays by name."""
 

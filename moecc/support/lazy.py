@@ -1,4 +1,4 @@
-"""NumPy, imported where it is first used.
+"""NumPy and plotly, imported where they are first used.
 
 Reading and printing a graph needs no array, and importing NumPy takes longer than everything else
 that ``moecc opt`` does on a small graph.  The modules that state what operations and weight
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from plotly import graph_objects
 else:
 
     class _Module:
@@ -26,5 +27,6 @@ else:
             return value
 
     np = _Module("numpy")
+    graph_objects = _Module("plotly.graph_objects")
 
-__all__ = ["np"]
+__all__ = ["graph_objects", "np"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from moecc.errors import InputError, MoeccError, Problem, printable
 
@@ -10,7 +11,11 @@ SHOWN_PROBLEMS = 200
 
 
 class Problems:
-    """A list of problems that is raised once; beyond a limit the rest is only counted."""
+    """A list of problems that is raised once; beyond a limit the rest is only counted.
+
+    As a context, ``with problems:``, it records the problems of an InputError in place of raising
+    it.
+    """
 
     def __init__(self, limit: int = SHOWN_PROBLEMS) -> None:
         self._limit = limit
@@ -20,17 +25,27 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self._shown)
 
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> bool:
+        if not isinstance(error, InputError):
+            return False
+        self.extend(error.problems)
+        return True
+
     def add(
         self,
         what: str,
         *,
-        where: str | None = None,
+        where: str | Path | None = None,
         expected: str | None = None,
         found: str | None = None,
         hint: str | None = None,
     ) -> None:
         """Record one problem."""
-        self.extend((Problem(what, where, expected, found, hint),))
+        at = None if where is None else str(where)
+        self.extend((Problem(what, at, expected, found, hint),))
 
     def extend(self, problems: Iterable[Problem]) -> None:
         """Record several problems."""
