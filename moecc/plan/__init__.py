@@ -1,1 +1,1 @@
-"""What a model costs on a machine: memory, arithmetic, traffic; and a search for the best mesh."""
+"""The cost of a model on a machine: memory, arithmetic, traffic; and a search for the best mesh."""

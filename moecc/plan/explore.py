@@ -1,4 +1,4 @@
-"""What one would try beside the best plan: each priced, or with the reason why it is none.
+"""Alternatives to the best plan, each with its price or with the reason why it is impossible.
 
 Accumulation, sequences sharded between products, chunked exchanges and replicated experts are
 lowered; pipeline stages and context parallelism are priced alone.
@@ -187,7 +187,7 @@ class Staged:
 
     @property
     def turns(self) -> int:
-        """How often a stage takes its turn, idle ones included."""
+        """The turns of a stage, idle ones included."""
         return self.micro_batches + self.stages - 1
 
     @property
@@ -323,7 +323,9 @@ def _on(
     first, last = (e.memory.total for e in estimates)
     # The first stage is furthest ahead of the backward pass.
     most = max(first + flying * estimates[0].memory.activations, last)
-    sent = _boundary_bytes(ends[0], layout, config)
+    inputs = next(layer.inputs for layer in ends[0].layers)
+    elements = sum(shape.elements for shape in inputs) / layout.shards["batch"]
+    sent = elements / layout.shards["seq"] * config.compute_type.itemsize_bytes
     return Staged(
         stages, config.micro_batches, max(estimates, key=lambda e: e.seconds),
         sent / _link(part, machine), most,
@@ -334,13 +336,6 @@ def _reaches(strategy: Strategy) -> bool:
     """Whether the way to the experts is one for experts that are on several devices, or not."""
     apart = bool(strategy.layout.split(strategy.layout.sharded("expert", of_rows=True)))
     return (strategy.via != "local") == (apart and strategy.layout.experts > 0)
-
-
-def _boundary_bytes(work: Workload, layout: Layout, config: StepConfig) -> float:
-    """Return what one device sends to the next stage, of one micro-batch."""
-    inputs = next(layer.inputs for layer in work.layers)
-    elements = sum(shape.elements for shape in inputs) / layout.shards["batch"]
-    return elements / layout.shards["seq"] * config.compute_type.itemsize_bytes
 
 
 def _link(part: Machine, machine: Machine) -> float:
@@ -367,7 +362,7 @@ NOT_LOWERED = {
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What was planned.
+    """A planned step, with the means to plan others.
 
     Attributes:
       work: the model and its micro-batch.

@@ -25,8 +25,6 @@ from moecc.support.record import Check, toml_reader
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import count_bytes
 
-KINDS = ("tpu", "gpu", "cpu")
-
 _SHORT = re.compile(
     r"(?P<tpu>v4|v5e|v5litepod|v5p|v6e|tpu7x)-(?P<size>[1-9]\d{0,5})\Z"
     r"|(?P<gpu>[a-z]+\d+)x(?P<count>[1-9]\d{0,5})\Z"
@@ -39,7 +37,7 @@ _CORES_IN_NAMES = {"v4": 2, "v5p": 2}
 MOST_SLICES = 64
 
 MOST_GPUS = 1 << 13
-"""Where the search for a machine that would fit ends."""
+"""The most GPUs of a machine that the search for one that fits tries."""
 
 _WHOLE = re.compile(r"[1-9]\d{0,5}\Z")
 
@@ -419,7 +417,18 @@ def read_machine(path: str) -> Machine:
     for key, problem in _faults(stated):
         reader.add((key,), problem)
     reader.raise_if_any()
-    return _made(stated, path)
+    base = parse_machine(stated.like) if stated.like else _nothing(stated.kind)
+    peaks = {f.name: getattr(stated.peak_flops, f.name) for f in fields(stated.peak_flops)}
+    return replace(
+        base,
+        name=path,
+        devices=stated.devices or base.devices,
+        peak_flops={**base.peak_flops, **{name: peak for name, peak in peaks.items() if peak}},
+        usable_bytes=count_bytes(stated.memory) if stated.memory else base.usable_bytes,
+        hbm_bytes_per_second=stated.memory_bytes_per_second or base.hbm_bytes_per_second,
+        network=_network(stated, base),
+        sources=(stated.source or path, *base.sources),
+    )
 
 
 def _faults(stated: OwnMachine) -> Iterator[tuple[str, Problem]]:
@@ -438,7 +447,7 @@ def _faults(stated: OwnMachine) -> Iterator[tuple[str, Problem]]:
 
 def _unsaid(stated: OwnMachine) -> Iterator[tuple[str, Problem]]:
     """Yield what a file without `like` must have and has not."""
-    needed: dict[str, object] = {
+    needed: JsonDict = {
         "kind": stated.kind, "devices": stated.devices, "memory": stated.memory,
         "memory_bytes_per_second": stated.memory_bytes_per_second,
         "link_bytes_per_second": stated.link_bytes_per_second,
@@ -478,21 +487,6 @@ def _nodes(stated: OwnMachine, base: Machine | None) -> tuple[int, int]:
     network = base.network if base else None
     per_node = network.per_node if isinstance(network, Switch) else 0
     return devices, min(stated.devices_per_node or per_node or devices, devices)
-
-
-def _made(stated: OwnMachine, path: str) -> Machine:
-    base = parse_machine(stated.like) if stated.like else _nothing(stated.kind)
-    peaks = {f.name: getattr(stated.peak_flops, f.name) for f in fields(stated.peak_flops)}
-    return replace(
-        base,
-        name=path,
-        devices=stated.devices or base.devices,
-        peak_flops={**base.peak_flops, **{name: peak for name, peak in peaks.items() if peak}},
-        usable_bytes=count_bytes(stated.memory) if stated.memory else base.usable_bytes,
-        hbm_bytes_per_second=stated.memory_bytes_per_second or base.hbm_bytes_per_second,
-        network=_network(stated, base),
-        sources=(stated.source or path, *base.sources),
-    )
 
 
 def _nothing(kind: str) -> Machine:

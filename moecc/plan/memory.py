@@ -200,17 +200,17 @@ class StepMemory:
 
     @property
     def arguments(self) -> float:
-        """What a step is given."""
+        """The arguments of a step."""
         return self.parameters + self.optimizer + self.inputs
 
     @property
     def state(self) -> float:
-        """What a training step returns in the place of what it is given."""
+        """The arguments that a training step returns with new values."""
         return self.parameters + self.optimizer
 
     @property
     def temporaries(self) -> float:
-        """What a step needs beside what it is given, at the worst moment."""
+        """The memory that a step needs beside its arguments, at the worst moment."""
         return self.gradients + self.copies + self.activations + self.buffers
 
     @property

@@ -9,7 +9,7 @@ from itertools import combinations
 from math import gcd, prod
 
 HOP_SECONDS = 1e-6
-"""What one hop between neighbours takes at least (How to Scale Your Model: about 1 µs)."""
+"""The shortest time of a hop between neighbours (How to Scale Your Model: about 1 µs)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class SlicedRoute(Route):
 
 @dataclass(frozen=True)
 class Network(ABC):
-    """How the devices of a machine are joined."""
+    """The network between the devices of a machine."""
 
     @abstractmethod
     def routes(self, sizes: dict[str, int]) -> dict[tuple[str, ...], Route]:

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 from moecc.plan.report import batch_text, unit_of
 from moecc.plan.search import seconds_text
 from moecc.plan.sweeps import (
+    AXES,
     FRONTIER,
     MARK,
+    SWEPT,
     UNSAID,
-    axis_text,
     point_cells,
     sweep_title,
     value_text,
     values_of,
 )
+from moecc.support.lazy import graph_objects
 from moecc.support.page import drawing, render_page, require_figures
 from moecc.support.text import count_text, size_text
 from moecc.support.untyped import JsonDict
@@ -36,9 +38,6 @@ COLOURS = {
     "parameters in transit": "#ccb974",
     "waiting for data": "#c44e52",
 }
-
-SWEPT = ("experts", "top_k", "capacity_factor")
-"""The axes of a sweep, in the order of the values of a point."""
 
 SHOWN_SHARE = 2e-3
 """The share of a step below which a part is not drawn."""
@@ -123,8 +122,6 @@ def _facts(data: JsonDict, pipeline: str) -> list[tuple[str, str]]:
 
 
 def _memory(data: JsonDict) -> JsonDict:
-    from plotly import graph_objects
-
     best, limit = data["best"], data["machine"]["usable_bytes"]
     bars = [
         _bar([""], [size / _GB], kind, [f"{kind}: {size_text(size)}"])
@@ -141,8 +138,6 @@ def _memory(data: JsonDict) -> JsonDict:
 
 
 def _times(data: JsonDict) -> JsonDict:
-    from plotly import graph_objects
-
     best = data["best"]
     parts = [p for p in best["parts"] if p["seconds"]["total"] >= best["seconds"] * SHOWN_SHARE]
     names = [f"{p['name']} × {p['count']}" if p["count"] > 1 else p["name"] for p in parts]
@@ -170,8 +165,6 @@ def _says(part: JsonDict, kind: str, seconds: float) -> str:
 
 
 def _bar(names: Sequence[str], values: Sequence[float], kind: str, texts: Sequence[str]) -> Bar:
-    from plotly import graph_objects
-
     return graph_objects.Bar(
         y=names, x=values, name=kind, orientation="h", marker_color=COLOURS[kind],
         hovertext=texts, hoverinfo="text",
@@ -185,8 +178,6 @@ def _quantity(key: str, value: float) -> str:
 
 
 def _search(data: JsonDict, searched: Sequence[JsonDict]) -> JsonDict:
-    from plotly import graph_objects
-
     vias = dict.fromkeys(plan["via"] for plan in searched)
     routed = data["experts"] > 0
     clouds = [
@@ -207,8 +198,6 @@ def _search(data: JsonDict, searched: Sequence[JsonDict]) -> JsonDict:
 
 
 def _cloud(via: str, some: Sequence[JsonDict], routed: bool) -> Scatter:
-    from plotly import graph_objects
-
     return graph_objects.Scatter(
         x=[plan["total_bytes"] / _GB for plan in some], y=[plan["seconds"] * 1e3 for plan in some],
         mode="markers", name=f"experts via {via}" if routed else "others",
@@ -253,8 +242,6 @@ def sweep_page(data: JsonDict, pipeline: str = "") -> str:
 
 def _sweep_times(data: JsonDict) -> JsonDict:
     """Return the times along the first axis with several values, a line for equal others."""
-    from plotly import graph_objects
-
     names = [name for name in SWEPT if len(data["axes"].get(name, ())) > 1]
     axis = SWEPT.index(names[0] if names else next(iter(data["axes"])))
     lines: dict[str, list[tuple[str, JsonDict, JsonDict]]] = {}
@@ -269,12 +256,10 @@ def _sweep_times(data: JsonDict) -> JsonDict:
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=order)
     figure.update_yaxes(title="ms a step", rangemode="tozero")
     figure.update_layout(legend=_BELOW)
-    return drawing(figure, "Time of a step", 420, axis_text(SWEPT[axis]))
+    return drawing(figure, "Time of a step", 420, AXES[axis])
 
 
 def _sweep_line(name: str, points: Sequence[tuple[str, JsonDict, JsonDict]]) -> Scatter:
-    from plotly import graph_objects
-
     symbols = ["circle" if point["frontier"] else "circle-open" for _, _, point in points]
     return graph_objects.Scatter(
         x=[value for value, _, _ in points], y=[best["seconds"] * 1e3 for _, best, _ in points],
@@ -288,5 +273,5 @@ def _sweep_line(name: str, points: Sequence[tuple[str, JsonDict, JsonDict]]) -> 
 
 
 def _settings(values: Sequence[str]) -> str:
-    said = (f"{axis_text(a)} {v}" for a, v in zip(SWEPT, values, strict=True) if v != UNSAID)
+    said = (f"{a} {v}" for a, v in zip(AXES, values, strict=True) if v != UNSAID)
     return ", ".join(said)

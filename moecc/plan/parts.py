@@ -1,4 +1,4 @@
-"""What a step computes, as a plan counts it: parameters, operations, sublayers and layers.
+"""The work of a step, as a plan counts it: parameters, operations, sublayers and layers.
 
 Sizes are global; a layout divides them.
 """
@@ -29,7 +29,7 @@ from moecc.ir.traits import Cost, RowMove
 
 @dataclass(frozen=True, eq=False)
 class GlobalShape:
-    """Axes with their global sizes; one object for equal shapes, which `Shapes` sees to.
+    """Axes with their global sizes; one object for equal shapes, which `ShapeOfAxes` sees to.
 
     The experts of a router's logits are called ``choices``: a device has all of a token's.
     """
@@ -38,7 +38,7 @@ class GlobalShape:
 
     @cached_property
     def elements(self) -> float:
-        """How many elements there are, on all devices together."""
+        """The number of elements, on all devices together."""
         return prod(size for _, size in self.axes)
 
     @cached_property
@@ -59,15 +59,13 @@ class GlobalShape:
         return dict(self.axes)[name]
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """Makes shapes, equal ones only once."""
+Shapes = tuple[GlobalShape, ...]
 
-    shapes: dict[tuple[tuple[str, float], ...], GlobalShape] = field(default_factory=dict)
+ShapeOf = Callable[[Value], GlobalShape]
+"""Returns the global shape of a value."""
 
-    def of(self, axes: tuple[tuple[str, float], ...]) -> GlobalShape:
-        """Return the shape with `axes`."""
-        return self.shapes.setdefault(axes, GlobalShape(axes))
+ShapeOfAxes = Callable[[tuple[tuple[str, float], ...]], GlobalShape]
+"""Returns the shape of axes, the same object for equal ones: ``cache(GlobalShape)``."""
 
 
 # What a plan knows of an attention that is one operation: what decides its kernel, its scores.
@@ -90,14 +88,14 @@ class PlannedAttention:
 
 
 def attention_of(
-    node: Node, size: Callable[[object], float], shapes: Shapes
+    node: Node, size: Callable[[object], float], shape_of: ShapeOfAxes
 ) -> PlannedAttention | None:
     """Return what a plan knows of an attention; None of any other node.
 
     Args:
       node: the node.
       size: the size that the size of an axis stands for.
-      shapes: makes shapes.
+      shape_of: makes shapes.
     """
     if not node.op.attends:
         return None
@@ -108,7 +106,7 @@ def attention_of(
     scores = {n: float(s) for n, s in (query | key).items() if n != attrs.over}
     # Of the program the machine decides, which is not known here.
     facts = facts_of(query, key, value, attrs, AttentionProgram("", ""))
-    return PlannedAttention(facts, shapes.of(tuple(scores.items())))
+    return PlannedAttention(facts, shape_of(tuple(scores.items())))
 
 
 def passes_of_products(kernel: AttentionKernel, facts: AttentionFacts, passes: float) -> float:
@@ -124,17 +122,12 @@ def passes_of_products(kernel: AttentionKernel, facts: AttentionFacts, passes: f
       facts: what is known of it.
       passes: how often its arrays are gone through: 1 for inference, 3 and more for training.
     """
-    return (passes + _scores_again(kernel, facts, passes)) * kernel.share(facts)
-
-
-def _scores_again(kernel: AttentionKernel, facts: AttentionFacts, passes: float) -> float:
-    if passes < FORWARD_AND_GRADIENT:
-        return 0.0
+    again = 0.0 if passes < FORWARD_AND_GRADIENT else kernel.again
     is_made_right_before = passes > FORWARD_AND_GRADIENT and kernel.name == "blocks"
     is_alike = facts.platform != "cpu" or "bias" in facts.given
     if is_made_right_before and is_alike and are_written_out(facts.queries, causal=facts.causal):
-        return 0.0
-    return kernel.again
+        again = 0.0
+    return (passes + again) * kernel.share(facts)
 
 
 # What a backward pass keeps of a layer, and what it computes again under rematerialisation.
@@ -146,7 +139,7 @@ def _scores_again(kernel: AttentionKernel, facts: AttentionFacts, passes: float)
 
 @dataclass(frozen=True)
 class Flow:
-    """What the backward pass does to memory at one node.
+    """The effect of the backward pass on memory at one node.
 
     Attributes:
       born: the gradients that there are from here on.
@@ -155,9 +148,9 @@ class Flow:
       in_place: whether gradients take the place of those that they are made of.
     """
 
-    born: tuple[GlobalShape, ...]
-    done: tuple[GlobalShape, ...]
-    freed: tuple[GlobalShape, ...]
+    born: Shapes
+    done: Shapes
+    freed: Shapes
     in_place: bool
 
 
@@ -170,13 +163,13 @@ class Backward:
       flow: what comes and goes at each node, from last to first.
     """
 
-    alive: tuple[GlobalShape, ...]
+    alive: Shapes
     flow: tuple[Flow, ...]
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """What the backward pass of one layer needs.
+    """The values that the backward pass of one layer needs.
 
     Attributes:
       saved: shapes of all residuals, by the dtype's kind.
@@ -189,8 +182,8 @@ class Residuals:
       fused: its backward pass where what is computed entry by entry is a part of its user.
     """
 
-    saved: tuple[GlobalShape, ...]
-    named: tuple[GlobalShape, ...]
+    saved: Shapes
+    named: Shapes
     again: frozenset[Node]
     saved_again: frozenset[Node]
     onward: frozenset[Node]
@@ -200,11 +193,11 @@ class Residuals:
 
     @property
     def key(self) -> object:
-        """What equal layers share."""
+        """The facts that equal layers share."""
         return self.saved, self.named, self.plain, self.fused
 
 
-def residuals(nodes: Sequence[Node], shape: Callable[[Value], GlobalShape]) -> Residuals:
+def residuals(nodes: Sequence[Node], shape: ShapeOf) -> Residuals:
     """Find the residuals of the layer made of `nodes`."""
     results = {v for node in nodes for v in node.results}
     uses = {node: [_root(v, results) for v in _needs(node)] for node in nodes}
@@ -307,7 +300,7 @@ def _flow(
     nodes: Sequence[Node],
     uses: dict[Node, list[Value]],
     results: set[Value],
-    shape: Callable[[Value], GlobalShape],
+    shape: ShapeOf,
     *,
     fuses: bool,
 ) -> Iterable[Flow]:
@@ -321,7 +314,7 @@ def _flow(
         freed_at.setdefault(node, []).append(value)
     alive: set[Value] = set()
 
-    def shapes(values: Iterable[Value]) -> tuple[GlobalShape, ...]:
+    def shapes(values: Iterable[Value]) -> Shapes:
         return tuple(shape(v) for v in values if v.type.dtype.is_float)
 
     for node in reversed(nodes):
@@ -345,7 +338,7 @@ class Weight:
 
     @property
     def elements(self) -> int:
-        """How many elements it has."""
+        """The number of its elements."""
         return int(self.shape.elements)
 
 
@@ -373,8 +366,8 @@ class StepParts:
 
     cost: Cost
     moves: RowMove | None
-    operands: tuple[GlobalShape, ...]
-    results: tuple[GlobalShape, ...]
+    operands: Shapes
+    results: Shapes
     over: tuple[str, ...]
     weights: tuple[Weight | None, ...]
     again: int
@@ -394,7 +387,7 @@ class StepParts:
 
     @cached_property
     def backward(self) -> int:
-        """How many times its work the backward pass is: a gradient of each of two operands.
+        """The work of the backward pass over its own: a gradient of each of two operands.
 
         That of a frozen parameter is not computed.
         """
@@ -408,14 +401,10 @@ class StepParts:
           in_rounds: whether nothing of rows is kept from one round of an exchange to the next.
         """
         goes = self.moves in (RowMove.TO_SLOTS, RowMove.GATES_TO_SLOTS)
-        if remat == "full" or (in_rounds and (self.has_rows or goes)):
+        has_rows = any("slot" in shape.names for shape in self.operands)
+        if remat == "full" or (in_rounds and (has_rows or goes)):
             return self.again
         return {"save": self.saved_again, "block": self.block_again}.get(remat, 0)
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether it works on the rows of experts."""
-        return any(name == "slot" for shape in self.operands for name, _ in shape)
 
 
 @dataclass(frozen=True)
@@ -468,10 +457,10 @@ class PlannedLayer:
     name: str
     count: int
     residuals: Residuals
-    inputs: tuple[GlobalShape, ...]
+    inputs: Shapes
     is_first: bool = True
-    beside: tuple[tuple[GlobalShape, ...], tuple[GlobalShape, ...]] = ((), ())
-    block_beside: tuple[tuple[GlobalShape, ...], tuple[GlobalShape, ...]] = ((), ())
+    beside: tuple[Shapes, Shapes] = ((), ())
+    block_beside: tuple[Shapes, Shapes] = ((), ())
 
 
 # What a plan knows of the head, whose logits are in memory a chunk of tokens at a time.
@@ -492,9 +481,7 @@ class PlannedHead:
     is_cut: bool
 
 
-def head_of(
-    graph: Graph, shape: Callable[[Value], GlobalShape], weight: Callable[[Value], Weight]
-) -> PlannedHead | None:
+def head_of(graph: Graph, shape: ShapeOf, weight: Callable[[Value], Weight]) -> PlannedHead | None:
     """Return the head of `graph`; None where it has no logits to train.
 
     Args:
@@ -540,7 +527,7 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """How many layers it has."""
+        """The number of its layers."""
         return len(self.looped)
 
     @property
@@ -562,7 +549,7 @@ def stack_of(of: Value | Node) -> str | None:
     return match[1] if match else None
 
 
-def units_of(graph: Graph, shape: Callable[[Value], GlobalShape]) -> dict[str, Unit]:
+def units_of(graph: Graph, shape: ShapeOf) -> dict[str, Unit]:
     """Return the unit of each stack."""
     layers: dict[str, dict[int, list[Node]]] = {}
     for node in graph:
@@ -575,7 +562,7 @@ def units_of(graph: Graph, shape: Callable[[Value], GlobalShape]) -> dict[str, U
     }
 
 
-def _look(nodes: Sequence[Node], shape: Callable[[Value], GlobalShape]) -> tuple[object, ...]:
+def _look(nodes: Sequence[Node], shape: ShapeOf) -> tuple[object, ...]:
     return tuple((n.op.name, *map(shape, n.results)) for n in nodes)
 
 

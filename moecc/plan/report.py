@@ -117,9 +117,9 @@ def batch_json(part: Batch, config: StepConfig) -> JsonDict:
     }
 
 
-def searched_json(ranking: Ranking, work: Workload, most: int = 2000) -> list[JsonDict]:
-    """Return the strategies that fit, fastest first and `most` of them, in a few numbers."""
-    return [_summary(estimate, work) for estimate in ranking.searched[:most]]
+def searched_json(ranking: Ranking, work: Workload) -> list[JsonDict]:
+    """Return the strategies that fit, fastest first and 2,000 of them, in a few numbers."""
+    return [_summary(estimate, work) for estimate in ranking.searched[:2000]]
 
 
 def _strategy(strategy: Strategy) -> JsonDict:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.mesh import Mesh, nearest_divisor
 from moecc.plan.collectives import SLICED, is_exact
 from moecc.plan.machines import Machine, sizes_of_kind
@@ -107,8 +107,7 @@ def check_layout(layout: Layout, work: Workload) -> None:
       InputError: with every axis that does not.
     """
     faults = list(problems(layout, work))
-    if faults:
-        raise InputError(faults)
+    raise_problems(faults)
 
 
 # The meshes of a machine: a grid of all its devices, whose axes have the names of layouts.
@@ -271,7 +270,7 @@ Change = JsonDict
 """New values of fields of `StepConfig`."""
 
 Spelling = Callable[[str, str], str]
-"""How a field and its new value are asked for."""
+"""Returns the option that sets a field to a new value."""
 
 MOST_PARTS = 256
 
@@ -283,7 +282,7 @@ def as_option(name: str, value: str) -> str:
 
 @dataclass(frozen=True)
 class PlanQuery:
-    """What was asked of a plan.
+    """The question to a plan.
 
     Attributes:
       machine: where.
@@ -472,7 +471,7 @@ def smallest_that_fits(asked: PlanQuery) -> Machine | None:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What the search found.
+    """The results of a search.
 
     Attributes:
       best: the fastest that fits and keeps the function.
@@ -531,7 +530,14 @@ def search(
     if config.via is None:
         keeping = [e for e in fitting if is_exact(e.strategy.via, work.dropless)] or fitting
     best, *others = _distinct(keeping)
-    others = _of_other_kinds(best, others, keep)
+    # Meshes that differ in their sizes alone would fill the list with one idea.
+    first = {_kind(best): best}
+    for estimate in others:
+        first.setdefault(_kind(estimate), estimate)
+    kinds = [e for e in first.values() if e is not best]
+    chosen = set(map(id, kinds))
+    more = [e for e in others if id(e) not in chosen]
+    others = sorted([*kinds, *more][:keep], key=lambda e: e.seconds)
     lossy = fitting[0] if fitting[0] is not best else None
     return Ranking(best, tuple(others), tried, len(fitting), lossy, tuple(fitting))
 
@@ -544,20 +550,6 @@ def _distinct(estimates: list[Estimate]) -> Iterator[Estimate]:
         if figures not in seen:
             seen.add(figures)
             yield estimate
-
-
-def _of_other_kinds(best: Estimate, others: list[Estimate], keep: int) -> list[Estimate]:
-    """Return the fastest of each kind but that of the best; where they are few, more of the same.
-
-    Meshes that differ in their sizes alone would fill the list with one idea.
-    """
-    first = {_kind(best): best}
-    for estimate in others:
-        first.setdefault(_kind(estimate), estimate)
-    kinds = [e for e in first.values() if e is not best]
-    chosen = set(map(id, kinds))
-    more = [e for e in others if id(e) not in chosen]
-    return sorted([*kinds, *more][:keep], key=lambda e: e.seconds)
 
 
 def _kind(estimate: Estimate) -> tuple[frozenset[str], str, str]:

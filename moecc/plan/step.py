@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.errors import InputError, Problem, UsageError, nearest, raise_problems
 from moecc.formats.files import read_json_object
 from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
@@ -21,7 +21,7 @@ from moecc.sharding.vias import BY_NAME, EXPLICIT, LOCAL, PARTITIONS, VIAS
 from moecc.support.problems import describe
 from moecc.support.record import RecordReader
 from moecc.support.text import json_text
-from moecc.support.untyped import JsonDict
+from moecc.support.untyped import Json, JsonDict
 from moecc.types import DType, float_type
 
 STEPS = ("train", "forward")
@@ -138,8 +138,7 @@ class StepConfig:
         """
         problems = choice_problems({name: getattr(self, name) for name in CHOICES})
         problems = [*problems, *micro_batch_problems(self.train, self.micro_batches)]
-        if problems:
-            raise UsageError(problems)
+        raise_problems(problems, UsageError)
         for name in ("device_mesh", "lengths", "compute_type", "weight_type", "reduce_type"):
             getattr(self, name)
 
@@ -148,7 +147,7 @@ class StepConfig:
         return {name: value for name, value in asdict(self).items() if name not in COMPILED}
 
 
-def choice_problems(values: Mapping[str, object]) -> list[Problem]:
+def choice_problems(values: Json) -> list[Problem]:
     """Return a problem for each value, by the name of its setting, that is not one of `CHOICES`."""
     return [
         Problem(
@@ -320,7 +319,7 @@ _BEST = {
 }
 
 
-def saved_text(report: Mapping[str, object], request: Mapping[str, object]) -> str:
+def saved_text(report: Json, request: Json) -> str:
     """Return the text of a saved plan: the report, and the options that asked for it."""
     return json_text({"schema": SCHEMA, "request": dict(request), **report}, indent=2) + "\n"
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from math import inf, isfinite
 
-from moecc.errors import Problem, UsageError, nearest
+from moecc.errors import Problem, UsageError, nearest, raise_problems
 from moecc.plan.report import batch_text, unit_of
 from moecc.plan.search import seconds_text
 from moecc.support.text import count_text
@@ -33,7 +33,7 @@ Factor = float | str
 
 @dataclass(frozen=True)
 class Point:
-    """What one model of a sweep differs in; None where it stays as it is.
+    """The numbers in which a model of a sweep differs; None for those of the model.
 
     Attributes:
       experts: of a layer.
@@ -66,12 +66,9 @@ class Sweep:
         yield from (Point(*values) for values in product(*axes))
 
 
-def axis_text(field: str) -> str:
-    """Return an axis as it is spelled: ``top-k``."""
-    return field.replace("_", "-")
-
-
-AXES = tuple(axis_text(f.name) for f in fields(Sweep))
+SWEPT = tuple(f.name for f in fields(Sweep))
+AXES = tuple(name.replace("_", "-") for name in SWEPT)
+"""The axes as they are spelled: ``top-k``."""
 
 
 def parse_sweep(texts: Iterable[str]) -> Sweep:
@@ -91,8 +88,7 @@ def parse_sweep(texts: Iterable[str]) -> Sweep:
             problems.append(Problem(f"{name} stands twice", "--sweep", found=item))
         else:
             texts_by_axis[name] = values
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     axes = {
         name: [_value(piece) for piece in texts_by_axis[name].split(",")]
         if name in texts_by_axis else [] for name in AXES
@@ -121,8 +117,7 @@ def sweep_of(
     """
     axes = zip(AXES, (experts, top_k, capacity_factor), strict=True)
     problems = [p for name, values in axes for p in _problems(name, values)]
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     sweep = Sweep(
         tuple(n for n in experts if isinstance(n, int)),
         tuple(n for n in top_k if isinstance(n, int)),
@@ -166,7 +161,7 @@ def _is_value(name: str, value: object) -> bool:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a model of a sweep has, and the time of its step.
+    """The numbers of a model of a sweep, and the time of its step.
 
     Attributes:
       experts: of a layer.
@@ -182,7 +177,7 @@ class Planned:
 
     @property
     def gains(self) -> tuple[float, float, float]:
-        """What quality grows with: experts, choices, and room for them."""
+        """The numbers that quality grows with: experts, choices, and room for them."""
         factor = inf if isinstance(self.capacity_factor, str) else self.capacity_factor
         return float(self.experts), float(self.top_k), factor
 

@@ -27,10 +27,8 @@ from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 
-BOUNDS = ("compute", "hbm", "network")
-
 SCORE_MOVES = 4.0
-"""How often scores go through memory where no kernel keeps them: made, read, weighed, read."""
+"""Passes of scores through memory where no kernel keeps them: made, read, weighed, read."""
 
 
 class Kernel(NamedTuple):
@@ -105,11 +103,6 @@ class PartCost:
         return self.count * sum(c.seconds for c in self.collectives if not c.waits)
 
     @property
-    def network_seconds(self) -> float:
-        """All collectives."""
-        return self.waiting_seconds + self.hidden_seconds
-
-    @property
     def seconds(self) -> float:
         """The time of the part: what is hidden counts where it is longer than what hides it."""
         alone = max(self.local_seconds, self.hidden_seconds) + self.waiting_seconds
@@ -117,7 +110,7 @@ class PartCost:
 
     @property
     def chunked_seconds(self) -> float:
-        """What is spared by exchanging one chunk of rows beside the products of another.
+        """The seconds spared by exchanging one chunk of rows beside the products of another.
 
         Link and products are two machines in a row, through which equal chunks go: the first chunk
         is waited for, and then the slower of both works without a pause (Johnson 1954).
@@ -129,8 +122,8 @@ class PartCost:
 
     @property
     def bound(self) -> str:
-        """What takes the most of its time, one of `BOUNDS`."""
-        if self.network_seconds > self.local_seconds:
+        """The resource that takes the most of its time, ``compute``, ``hbm`` or ``network``."""
+        if self.waiting_seconds + self.hidden_seconds > self.local_seconds:
             return "network"
         return "hbm" if self.hbm_seconds > self.compute_seconds else "compute"
 

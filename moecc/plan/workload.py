@@ -1,4 +1,4 @@
-"""What a step computes, read from the graph once: its layers, their products and residuals.
+"""The work of a step, read from the graph once: its layers, their products and residuals.
 
 Equal layers are one `Part` with a count, so that a plan of a deep model costs no more than that of
 a shallow one.  Sizes are global; a layout divides them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 
 from moecc.analysis import ATTRIBUTE, trainable
@@ -58,11 +58,11 @@ from moecc.sharding.propagate import Alike, Propagation, propagate
 from moecc.types import F32, Axis, TensorType
 
 TOKENS_PER_DEVICE = 4096
-"""Where no batch is given: so many tokens a device, made whole sequences."""
+"""The default tokens of a device, made whole sequences."""
 
 DECODER_LENGTH = 4096
 ENCDEC_LENGTHS = (512, 114)
-"""Where no length is given; of an encoder-decoder those of ST-MoE's pre-training (§6)."""
+"""The default lengths; of an encoder-decoder those of ST-MoE's pre-training (§6)."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ SentStep = tuple[str, tuple[str, ...], TensorType]
 """An operation, its mesh axes and the larger type, see `moecc.sharding.collectives.sent`."""
 
 Found = tuple[Propagation, Gradients]
-"""How values are sharded, and what the backward pass sums."""
+"""The shardings of values, and the sums of the backward pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,20 +320,20 @@ class Workload:
     params: dict[str, Value] = field(compare=False)
     params_by_kind: dict[tuple[GlobalShape, bool], Value] = field(compare=False)
     head: PlannedHead | None = field(compare=False)
-    features: tuple[GlobalShape, ...]
+    features: Shapes
 
     def __repr__(self) -> str:
         return f"Workload({self.parameters} parameters, {self.batch})"
 
     @cached_property
-    def logits(self) -> tuple[GlobalShape, ...]:
+    def logits(self) -> Shapes:
         """The shapes of values over the vocabulary."""
         shapes = (s for p in self.parts for step in p.steps for s in step.results)
         return tuple(dict.fromkeys(s for s in shapes if "vocab" in s.names))
 
     @cached_property
     def remats(self) -> tuple[str, ...]:
-        """What the backward pass may compute again, each of another cost.
+        """The rematerialisation policies that differ in their cost.
 
         Without loops within a block ``block`` is ``full``.
         """
@@ -359,7 +359,7 @@ class Workload:
 
     @property
     def parameters(self) -> int:
-        """How many parameters there are."""
+        """The number of parameters."""
         return sum(count * weight.elements for weight, count in self.weights)
 
 
@@ -440,7 +440,7 @@ class _Reader:
         self.batch = batch
         self.seen: set[Value] = set()
         self.same: dict[Value, Value] = {}
-        self.shapes = Shapes()
+        self.shape_of = cache(GlobalShape)
         self.trained = trainable(graph) if ATTRIBUTE in graph.attrs else {}
         self.nodes: dict[str, list[Node]] = {}
         self.units = units_of(graph, self.shape)
@@ -460,7 +460,7 @@ class _Reader:
         """Return the global shape of a value."""
         rows = any(a.name == "slot" for a in value.type)
         of_experts = rows or self.of_experts(value)
-        return self.shapes.of(tuple(self._axes(value, of_experts)))
+        return self.shape_of(tuple(self._axes(value, of_experts)))
 
     def _axes(self, value: Value, of_experts: bool) -> Iterator[tuple[str, float]]:
         for axis in value.type:
@@ -522,9 +522,7 @@ class _Reader:
             layers[key] = layer if old is None else replace(old, count=old.count + 1)
         yield from layers.values()
 
-    def _beside(
-        self, loc: str, unit: Unit
-    ) -> tuple[tuple[GlobalShape, ...], tuple[GlobalShape, ...]]:
+    def _beside(self, loc: str, unit: Unit) -> tuple[Shapes, Shapes]:
         """Return what there is of the layers before `loc` in `unit`."""
         (at, _), name = self._at(loc), loc.rstrip("0123456789")
         number = int(loc.removeprefix(name))
@@ -556,7 +554,10 @@ class _Reader:
     def parts(self) -> Iterator[Part]:
         """Yield the parts, equal ones as one."""
         parts: dict[object, Part] = {}
-        for loc, nodes in self._sublayers():
+        sublayers: dict[str, list[Node]] = {}
+        for node in self.graph:
+            sublayers.setdefault(node.loc, []).append(node)
+        for loc, nodes in sublayers.items():
             part = self._part(loc, nodes)
             anonymous = tuple(replace(w, name="") for w in part.weights)
             steps = tuple(
@@ -584,12 +585,6 @@ class _Reader:
             weight = self.weight(value)
             kinds.setdefault((weight.shape, weight.of_experts), value)
         return kinds
-
-    def _sublayers(self) -> Iterable[tuple[str, list[Node]]]:
-        sublayers: dict[str, list[Node]] = {}
-        for node in self.graph:
-            sublayers.setdefault(node.loc, []).append(node)
-        return sublayers.items()
 
     def _part(self, loc: str, nodes: list[Node]) -> Part:
         match = LAYER.match(loc)
@@ -639,6 +634,6 @@ class _Reader:
             source_share=1 / unit.size if outside else 1.0,
             shares=tuple(1 / len({layer_of(n.loc) for n in v.users}) for v in node.operands),
             exact_rows=exact,
-            axes=self.shapes.of(tuple(axes.items())),
-            attention=attention_of(node, self._size, self.shapes),
+            axes=self.shape_of(tuple(axes.items())),
+            attention=attention_of(node, self._size, self.shape_of),
         )
