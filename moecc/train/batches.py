@@ -9,7 +9,7 @@ from functools import cached_property
 
 from numpy.typing import NDArray
 
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.support.lazy import np
 from moecc.support.text import amount
 from moecc.train.objectives import (
@@ -38,7 +38,7 @@ PARTS = ("tokens", "segments", "positions", "mask")
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What the arrays of a batch are like.
+    """The shapes of the arrays of a batch.
 
     Attributes:
       batch: rows.
@@ -120,39 +120,13 @@ Key = tuple[str, str]
 """The use of a folder, ``train`` or ``evaluate``, and the name of its corpus."""
 
 
-def open_rows(
-    folders: Mapping[Key, TokenFolder], data: DataSection, model: ModelFacts
-) -> tuple[BatchShape, dict[Key, CorpusRows]]:
-    """Return the shape of batches, and the rows of each folder.
-
-    Raises:
-      InputError: the folders do not suit each other, the model or the objective; all at once.
-    """
-    maker = _RowMaker(folders, data, model)
-    problems = [*maker.misfits()]
-    if problems:
-        raise InputError(problems)
-    rows = {key: maker.rows(folder) for key, folder in folders.items()}
-    empty = [folders[key] for key, each in rows.items() if not each.rows]
-    if empty:
-        raise InputError(
-            Problem(
-                "no row of the corpus fits a sequence",
-                str(folder.path),
-                "a longer seq, or longer documents",
-            )
-            for folder in empty
-        )
-    return maker.shape, rows
-
-
 def label_rows(
     choices: LabelChoices, data: DataSection, model: ModelFacts
 ) -> tuple[BatchShape, CorpusRows]:
     """Return the shape of batches, and rows of each example with each of its labels, in order.
 
     Args:
-      choices: of a folder that suits the objective and the model, as `open_rows` finds.
+      choices: of a folder that suits the objective and the model.
       data: how long sequences are.
       model: the model.
     """
@@ -185,7 +159,7 @@ class _RowMaker:
 
     @property
     def start(self) -> int:
-        """What a decoder begins with: its config says, or it is padding, as in T5."""
+        """The token that a decoder begins with: its config's, or padding, as in T5."""
         return self.pad if self.model.decoder_start is None else self.model.decoder_start
 
     @property
@@ -420,7 +394,7 @@ class Mixture:
 
     @cached_property
     def _quotas(self) -> Numbers:
-        """How many rows of a period each corpus has: at least one, by largest remainders."""
+        """The rows of each corpus in a period: at least one, by largest remainders."""
         shares = np.asarray(self.weights) / sum(self.weights) * PERIOD
         quotas = np.maximum(np.floor(shares), 1).astype(np.int64)
         # Where many small ones were raised to one, the largest give.
@@ -545,7 +519,7 @@ class Batches:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many rows an epoch of each corpus of the mixture has, by name."""
+        """The rows of an epoch of each corpus of the mixture, by name."""
         names = list(self.folders)[: len(self._rows)]
         return {name: rows.rows for name, rows in zip(names, self._rows, strict=True)}
 
@@ -560,14 +534,29 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
     """
     folders = dict(_opened(data))
     names = [corpus_name(corpus) for corpus in data.train]
-    shape, rows = open_rows(folders, data, model)
+    maker = _RowMaker(folders, data, model)
+    raise_problems(maker.misfits())
+    rows = {key: maker.rows(folder) for key, folder in folders.items()}
+    raise_problems(
+        Problem(
+            "no row of the corpus fits a sequence",
+            str(folders[key].path),
+            "a longer seq, or longer documents",
+        )
+        for key, each in rows.items()
+        if not each.rows
+    )
+    shape = maker.shape
     trained = tuple(rows[("train", name)] for name in names)
     weights = tuple(corpus.weight for corpus in data.train)
     mixture = Mixture(tuple(each.rows for each in trained), weights, data.seed)
     return Batches(
         shape=shape,
         seed=data.seed,
-        folders={_label(*key): folder for key, folder in folders.items()},
+        folders={
+            name if use == "train" else f"{use}/{name}": folder
+            for (use, name), folder in folders.items()
+        },
         remarks=tuple(_remarks(rows, data)),
         _rows=trained,
         _mixture=mixture,
@@ -596,16 +585,11 @@ def _opened(data: DataSection) -> Iterator[tuple[tuple[str, str], TokenFolder]]:
                 yield (use, corpus_name(corpus)), open_tokens(corpus.tokens)
             except InputError as error:
                 problems.extend(error.problems)
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
 
 
 ROUNDED_BY = 0.05
 """Hidden shares and spans that differ by more from the recipe's are a remark."""
-
-
-def _label(use: str, name: str) -> str:
-    return name if use == "train" else f"{use}/{name}"
 
 
 def _remarks(rows: Mapping[tuple[str, str], CorpusRows], data: DataSection) -> Iterator[str]:

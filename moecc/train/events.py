@@ -1,4 +1,4 @@
-"""What happens in a training loop: a stream that command line, notebooks and tests read."""
+"""The events of a training loop, which command line, notebooks and tests read as a stream."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ Event = Stepped | Skipped | Evaluated | Saved | Exported | Stopped
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where the first step begins.
+    """The beginning of a run: parameters and moments before the first step.
 
     Attributes:
       weights: how each parameter is made, by its canonical name.
@@ -227,7 +227,7 @@ class Training(Protocol):
 
     @property
     def devices(self) -> int:
-        """How many devices it runs on."""
+        """The number of devices that it runs on."""
         ...
 
     def events(self, stop: Callable[[], Reason | None]) -> Iterator[Event]:
@@ -330,7 +330,7 @@ MOST_EXPERTS = 16
 
 
 class Tracker(Protocol):
-    """Where metrics go."""
+    """A receiver of metrics."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log values at a step."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moecc.analysis import LOGITS
-from moecc.errors import InputError
+from moecc.errors import InputError, raise_problems
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node
 from moecc.ir.ops.routing import RouteOp
@@ -20,6 +20,7 @@ from moecc.rewrite.pipeline import Pipeline, installed
 from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import GSPMD, LOCAL
+from moecc.support.untyped import Json, JsonDict
 from moecc.train.recipe import Objective, Recipe
 from moecc.train.settings import StepSpec, bias_counts
 from moecc.types import float_type
@@ -35,7 +36,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class MeshPasses:
-    """How a graph is laid on a mesh, with collectives of its own.
+    """The layout of a graph on a mesh, with collectives of its own.
 
     Attributes:
       mesh: the mesh, as text.
@@ -54,7 +55,7 @@ class MeshPasses:
 
 @dataclass(frozen=True)
 class StepPasses:
-    """What the graph of a step is, by the passes that make it.
+    """The passes that make the graph of a step.
 
     Attributes:
       mode: ``train`` or ``eval``.
@@ -64,14 +65,12 @@ class StepPasses:
       bound: the bound on an expert's rows; None for what the graph says.
       groups: token groups of a micro-batch; None for what the graph says.
       balanced: whether tokens take experts in turn, to time a step.
-      fused: whether attention is one operation, whose scores are in no memory.
       weighted: whether rows are weighted at their experts, see `weights_rows`.
       noise: options of ``specialize`` by which training is perturbed.
       losses: options of ``add-losses``; None where none are added.
       mesh: where it is laid on a mesh of its own collectives.
       rolled: whether equal layers are a scan.
       remat: what the backward pass computes again: ``none``, ``full``, or ``save``.
-      save: names that are kept under ``save``.
       split: the mesh axis along which what goes from layer to layer is kept in parts.
     """
 
@@ -82,14 +81,12 @@ class StepPasses:
     bound: Bound | None = None
     groups: int | None = None
     noise: dict[str, float] = field(default_factory=dict)
-    losses: dict[str, object] | None = field(default_factory=dict)
+    losses: JsonDict | None = field(default_factory=dict)
     balanced: bool = False
-    fused: bool = True
     weighted: bool = False
     mesh: MeshPasses | None = None
     rolled: bool = True
     remat: str = "none"
-    save: tuple[str, ...] = ()
     split: str | None = None
 
     def __str__(self) -> str:
@@ -106,8 +103,7 @@ class StepPasses:
             yield _pass("add-losses", self.losses)
         if self.balanced:
             yield "force-balance"
-        if self.fused:
-            yield "fuse-attention"
+        yield "fuse-attention"
         if self.weighted and self.routed:
             yield "weight-rows"
         yield "cse"
@@ -115,9 +111,7 @@ class StepPasses:
             yield from _on_mesh(self.mesh)
             yield "cse"
         if self.rolled:
-            options: dict[str, object] = {"remat": self.remat}
-            if self.save:
-                options["save"] = ",".join(self.save)
+            options: JsonDict = {"remat": self.remat}
             if self.split is not None:
                 options["split"] = self.split
             yield _pass("roll-layers", options)
@@ -136,7 +130,7 @@ def specialize(
     mode: str, bound: Bound | None, groups: int | None, noise: Mapping[str, float] | None = None
 ) -> str:
     """Return the pass that specialises a graph for `mode`."""
-    options: dict[str, object] = {"mode": mode}
+    options: JsonDict = {"mode": mode}
     if bound is not None:
         options["capacity-factor"] = bound.factor
         if bound.convention:
@@ -156,7 +150,7 @@ def _on_mesh(mesh: MeshPasses) -> Iterator[str]:
     yield "lower-collectives"
 
 
-def _pass(name: str, options: dict[str, object]) -> str:
+def _pass(name: str, options: JsonDict) -> str:
     if not options:
         return name
     values = (str(v).lower() if isinstance(v, bool) else str(v) for v in options.values())
@@ -239,9 +233,7 @@ def _check_batch(graph: Graph, recipe: Recipe) -> None:
         return
     sizes = batch_sizes(graph, recipe)
     lengths = tuple((name, sizes[name]) for name in length_variables(graph))
-    problems = list(batch_problems(layout, Batch(recipe.data.batch, lengths)))
-    if problems:
-        raise InputError(problems)
+    raise_problems(batch_problems(layout, Batch(recipe.data.batch, lengths)))
 
 
 def train_passes(graph: Graph, recipe: Recipe) -> StepPasses:
@@ -306,9 +298,7 @@ def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
     return sizes
 
 
-def _passes(
-    graph: Graph, recipe: Recipe, mode: str, factor: float, losses: Mapping[str, object]
-) -> StepPasses:
+def _passes(graph: Graph, recipe: Recipe, mode: str, factor: float, losses: Json) -> StepPasses:
     routed = any(node.op.assigns_slots for node in graph.every_node())
     bound = Bound(factor) if factor and routed else None
     groups = _groups(graph, recipe, mode) if routed else None
@@ -414,8 +404,6 @@ def _via(graph: Graph, layout: Layout, specialised: str) -> str:
         return LOCAL
     if not set(layout.expert_axes) <= set(layout.batch_axes):
         return "replicated"
-    from moecc.ir.structure import clone
-
     copy = clone(graph)
     run_passes(copy, specialised)
     assigners = [node for node in copy.every_node() if node.op.assigns_slots]

@@ -117,7 +117,7 @@ IGNORED = -1
 
 @dataclass(frozen=True)
 class RowSegment:
-    """What one document adds to a row.
+    """The part of a row that one document makes.
 
     Attributes:
       tokens: of the only sequence, or of the encoder's.
@@ -152,7 +152,7 @@ class Examples(Protocol):
 
     @property
     def starts(self) -> Numbers:
-        """Where examples begin, and the end of the last one, ``i64[examples + 1]``."""
+        """The beginnings of examples, and the end of the last one, ``i64[examples + 1]``."""
         ...
 
     @property
@@ -305,7 +305,7 @@ class MaskedRows(CorpusRows):
 
 
 class ExampleRows(CorpusRows):
-    """What follows a prompt; a label is a completion like any other.
+    """Completions of prompts; a label is a completion like any other.
 
     A prompt that is too long loses its beginning, a completion its end.
 

@@ -8,17 +8,18 @@ into a checkpoint.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, partial
 from typing import Annotated
 
-from moecc.errors import MoeccError, nearest
+from moecc.errors import MoeccError, Problem, nearest
 from moecc.ir.mesh import parse_mesh
 from moecc.plan.step import StepConfig, choice_problems
 from moecc.support.documents import KeyPath
 from moecc.support.record import Check, Count
+from moecc.support.untyped import Json
 from moecc.types import float_type
 
 Words = Annotated[str, Check(str.strip, "a text that is not empty")]
@@ -331,23 +332,31 @@ class Recipe:
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 """The optimisers, by their names in optax."""
 
-ENDING = (Schedule.COSINE, Schedule.WSD)
-"""Schedules that depend on the last step, so that a run that goes on is another run."""
-
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong about values, without the place where they stand.
+    """A fault of values, without the place where they stand.
 
     Attributes:
-      keys: the values that it is about, the one to change first.
+      keys: the values concerned, the one to change first: ``run.steps data.train.0.name``.
+      message: the fault.
+      expected: the values that are allowed.
+      value: the value of the first key.
+      hint: a way out.
     """
 
-    keys: tuple[KeyPath, ...]
+    keys: str
     message: str
     expected: str | None = None
-    value: str | None = None
+    value: object = None
     hint: str | None = None
+
+    @property
+    def paths(self) -> list[KeyPath]:
+        """The keys, each as its path; places in lists are numbers."""
+        return [
+            tuple(int(n) if n.isdecimal() else n for n in k.split(".")) for k in self.keys.split()
+        ]
 
 
 def faults(recipe: Recipe) -> Iterator[Fault]:
@@ -355,17 +364,27 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     yield from update_faults(recipe.optimizer)
     if recipe.model.start is Start.RANDOM and recipe.model.moments is Moments.CARRY:
         yield Fault(
-            (("model", "moments"), ("model", "start")),
+            "model.moments model.start",
             "random parameters have no moments to carry",
             'moments = "reset"',
         )
-    yield from _data(recipe.data)
+    data = recipe.data
+    if not data.train:
+        yield Fault("data.train", "the mixture is empty", "a token folder or more")
+    yield from _corpora(data.train, "train")
+    yield from _corpora(data.evaluate, "evaluate")
+    if data.decoder_seq and data.objective in (Objective.CAUSAL, Objective.MASKED):
+        yield Fault(
+            "data.decoder_seq data.objective",
+            f"the objective {data.objective.value} has one sequence",
+            "decoder_seq = 0",
+            data.decoder_seq,
+        )
     yield from _groups(recipe.data, recipe.routing, recipe.run)
-    keys: tuple[KeyPath, ...] = (("routing", "router_dtype"), ("run", "dtype"))
     if recipe.routing.router_dtype not in ("f32", recipe.run.dtype):
         allowed = " | ".join(dict.fromkeys(("f32", recipe.run.dtype)))
         yield Fault(
-            keys,
+            "routing.router_dtype run.dtype",
             "routers compute in float32 or in the type of the run",
             allowed,
             recipe.routing.router_dtype,
@@ -374,26 +393,12 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _parameter_groups(recipe.optimizer.groups, recipe.run.steps)
     yield from _run(recipe.run, recipe.data)
     if recipe.mesh.mesh:
-        yield from _raised(("mesh", "mesh"), partial(parse_mesh, recipe.mesh.mesh))
+        yield from _raised("mesh.mesh", partial(parse_mesh, recipe.mesh.mesh))
     if recipe.mesh.rules and not recipe.mesh.mesh:
-        yield Fault((("mesh", "mesh"), ("mesh", "rules")), "rules need a mesh", "data:8, say")
+        yield Fault("mesh.mesh mesh.rules", "rules need a mesh", "data:8, say")
     yield from _choices(
         "mesh", {"via": recipe.mesh.via or None, "partition": recipe.mesh.partition}
     )
-
-
-def _data(data: DataSection) -> Iterator[Fault]:
-    if not data.train:
-        yield Fault((("data", "train"),), "the mixture is empty", "a token folder or more")
-    yield from _corpora(data.train, "train")
-    yield from _corpora(data.evaluate, "evaluate")
-    if data.decoder_seq and data.objective in (Objective.CAUSAL, Objective.MASKED):
-        yield Fault(
-            (("data", "decoder_seq"), ("data", "objective")),
-            f"the objective {data.objective.value} has one sequence",
-            "decoder_seq = 0",
-            str(data.decoder_seq),
-        )
 
 
 def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:
@@ -402,7 +407,7 @@ def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:
         if counts[name := corpus_name(corpus)] > 1:
             counts[name] = 0
             yield Fault(
-                (("data", key, number, "name"),),
+                f"data.{key}.{number}.name",
                 f"more than one corpus is called {name!r}",
                 hint="give each another name",
             )
@@ -415,114 +420,110 @@ def corpus_name(corpus: Corpus) -> str:
 
 def _groups(data: DataSection, routing: RoutingSection, run: RunSection) -> Iterator[Fault]:
     batch, micro, groups = data.batch, run.micro_batches, routing.groups
-    micro_key, batch_key, groups_key = (
-        ("run", "micro_batches"),
-        ("data", "batch"),
-        ("routing", "groups"),
-    )
     if batch % micro:
         yield Fault(
-            (micro_key, batch_key),
+            "run.micro_batches data.batch",
             "the micro-batches do not divide the batch",
             f"a divisor of batch = {batch}",
-            str(micro),
+            micro,
         )
     if groups and groups % micro:
         yield Fault(
-            (groups_key, micro_key),
+            "routing.groups run.micro_batches",
             "a micro-batch would have parts of token groups",
             f"a multiple of micro_batches = {micro}",
-            str(groups),
+            groups,
         )
     if groups and batch % groups and groups % batch:
         yield Fault(
-            (groups_key, batch_key),
+            "routing.groups data.batch",
             "the token groups do not divide the batch",
             f"a divisor or a multiple of batch = {batch}",
-            str(groups),
+            groups,
         )
     elif groups > batch and data.seq % (groups // batch):
         yield Fault(
-            (groups_key, batch_key, ("data", "seq")),
+            "routing.groups data.batch data.seq",
             "the token groups do not divide the sequences",
             f"parts of a sequence that divide seq = {data.seq}",
-            str(groups),
+            groups,
         )
 
 
 def update_faults(optimizer: OptimizerSection) -> Iterator[Fault]:
     """Yield the faults of an update, which may be no part of a run."""
-    name: KeyPath = ("optimizer", "name")
     if optimizer.name not in OPTIMIZERS:
-        hint = nearest(optimizer.name, OPTIMIZERS)
-        yield Fault((name,), "no such optimiser", " | ".join(OPTIMIZERS), optimizer.name, hint)
-    if optimizer.update_clip != 1.0 and optimizer.name != "adafactor":
-        clip: KeyPath = ("optimizer", "update_clip")
         yield Fault(
-            (clip, name),
+            "optimizer.name",
+            "no such optimiser",
+            " | ".join(OPTIMIZERS),
+            optimizer.name,
+            nearest(optimizer.name, OPTIMIZERS),
+        )
+    if optimizer.update_clip != 1.0 and optimizer.name != "adafactor":
+        yield Fault(
+            "optimizer.update_clip optimizer.name",
             "only adafactor clips the update of a matrix",
             "1.0",
-            str(optimizer.update_clip),
+            optimizer.update_clip,
             "clip bounds the gradients of all",
         )
 
 
 def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
-    keys: dict[str, KeyPath] = {k: ("optimizer", k) for k in ("warmup", "decay_steps")}
-    steps: KeyPath = ("run", "steps")
     if optimizer.warmup > run.steps:
         yield Fault(
-            (keys["warmup"], steps),
+            "optimizer.warmup run.steps",
             "the warm-up is longer than the run",
             f"at most steps = {run.steps}",
-            str(optimizer.warmup),
+            optimizer.warmup,
         )
     is_wsd = optimizer.schedule is Schedule.WSD
-    schedule: KeyPath = ("optimizer", "schedule")
     if is_wsd and optimizer.decay_steps == 0:
         yield Fault(
-            (keys["decay_steps"], schedule), "wsd decays over its last steps", "1 or more", "0"
+            "optimizer.decay_steps optimizer.schedule",
+            "wsd decays over its last steps",
+            "1 or more",
+            0,
         )
     if not is_wsd and optimizer.decay_steps > 0:
         yield Fault(
-            (keys["decay_steps"], schedule),
+            "optimizer.decay_steps optimizer.schedule",
             "only the schedule wsd has decay_steps",
             "0",
-            str(optimizer.decay_steps),
+            optimizer.decay_steps,
         )
     together = optimizer.warmup + optimizer.decay_steps
     if is_wsd and optimizer.warmup <= run.steps < together:
         yield Fault(
-            (keys["decay_steps"], keys["warmup"], steps),
+            "optimizer.decay_steps optimizer.warmup run.steps",
             "warm-up and decay together are longer than the run",
             f"at most steps = {run.steps}",
-            str(together),
+            together,
         )
 
 
 def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterator[Fault]:
     seen: set[str] = set()
     for number, group in enumerate(groups):
-        path: KeyPath = ("optimizer", "groups", number)
+        path = f"optimizer.groups.{number}"
         if group.match in seen:
             yield Fault(
-                ((*path, "match"),),
-                "an earlier group matches the same parameters",
-                value=group.match,
+                f"{path}.match", "an earlier group matches the same parameters", value=group.match
             )
         seen.add(group.match)
         if group.from_step >= max(steps, 1):
             yield Fault(
-                ((*path, "from_step"),),
+                f"{path}.from_step",
                 "out of bounds",
                 f"0 to {steps - 1}",
-                str(group.from_step),
+                group.from_step,
                 "freeze = true never trains them",
             )
         if group.freeze and (group.rate != 1.0 or group.decay >= 0 or group.from_step):
             keys = ("freeze", "rate", "decay", "from_step")
             yield Fault(
-                tuple((*path, key) for key in keys),
+                " ".join(f"{path}.{key}" for key in keys),
                 "frozen parameters have neither rate nor decay nor a first step",
                 "freeze alone",
             )
@@ -532,36 +533,37 @@ def _run(run: RunSection, data: DataSection) -> Iterator[Fault]:
     for key in ("dtype", "weight_dtype", "reduce_dtype"):
         name = getattr(run, key)
         if name or key != "reduce_dtype":
-            yield from _raised(("run", key), partial(float_type, name))
+            yield from _raised(f"run.{key}", partial(float_type, name))
     yield from _choices("run", {"remat": run.remat})
     if run.evaluate_steps > 0 and not data.evaluate:
         yield Fault(
-            (("run", "evaluate_steps"), ("data", "evaluate")),
+            "run.evaluate_steps data.evaluate",
             "there is nothing to evaluate on",
             "token folders in data.evaluate",
             hint="evaluate_steps = 0 does without",
         )
     if run.export_steps > 0 and not run.export_to:
         yield Fault(
-            (("run", "export_to"), ("run", "export_steps")),
+            "run.export_to run.export_steps",
             "exports need a family",
             "auto, or what moecc convert --to takes",
         )
 
 
-def _choices(section: str, values: Mapping[str, object]) -> Iterator[Fault]:
+def _choices(section: str, values: Json) -> Iterator[Fault]:
     """Yield the settings of a step in a section that are not one of their choices."""
     for name, value in values.items():
         for problem in choice_problems({name: value}):
-            yield Fault(
-                ((section, name),), problem.what, problem.expected, problem.found, problem.hint
-            )
+            yield _fault(f"{section}.{name}", problem)
 
 
-def _raised(path: KeyPath, read: Callable[[], object]) -> Iterator[Fault]:
+def _raised(key: str, read: Callable[[], object]) -> Iterator[Fault]:
     """Yield the problems that reading a value raises."""
     try:
         read()
     except MoeccError as error:
-        for problem in error.problems:
-            yield Fault((path,), problem.what, problem.expected, problem.found, problem.hint)
+        yield from (_fault(key, problem) for problem in error.problems)
+
+
+def _fault(key: str, problem: Problem) -> Fault:
+    return Fault(key, problem.what, problem.expected, problem.found, problem.hint)

@@ -18,7 +18,15 @@ from importlib.resources import files
 from pathlib import Path as FilePath
 from typing import Any
 
-from moecc.errors import InputError, MoeccError, Problem, UsageError, nearest, printable
+from moecc.errors import (
+    InputError,
+    MoeccError,
+    Problem,
+    UsageError,
+    nearest,
+    printable,
+    raise_problems,
+)
 from moecc.formats.files import read_utf8
 from moecc.support.documents import KeyPath, parse_toml, toml_lines
 from moecc.support.record import RecordReader, dotted, line_of
@@ -195,11 +203,29 @@ def _options(sets: Sequence[str], table: JsonDict) -> list[_Option]:
     for text in sets:
         try:
             options.append(_option(text))
-            _put(table, options[-1])
+            option = options[-1]
+            at: Any = table
+            for number, part in enumerate(option.path):
+                is_last = number == len(option.path) - 1
+                if isinstance(at, dict) and isinstance(part, str):
+                    if not is_last:
+                        at = at.setdefault(part, {})
+                        continue
+                    at[part] = option.value
+                elif isinstance(at, list) and isinstance(part, int) and part < len(at):
+                    if not is_last:
+                        at = at[part]
+                        continue
+                    at[part] = option.value
+                else:
+                    raise UsageError(
+                        "the recipe has no such table",
+                        where=f"--set {printable(option.text)}",
+                        found=dotted(option.path[: number + 1]),
+                    )
         except UsageError as error:
             problems.extend(error.problems)
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     _leave_decay_out(table, options)
     return options
 
@@ -241,29 +267,6 @@ def _value(text: str) -> object:
     return table["value"] if len(table) == 1 else text
 
 
-def _put(table: JsonDict, option: _Option) -> None:
-    """Replace a value of a table, or add it. Raises UsageError for what is no table."""
-    at: Any = table
-    for number, part in enumerate(option.path):
-        is_last = number == len(option.path) - 1
-        if isinstance(at, dict) and isinstance(part, str):
-            if not is_last:
-                at = at.setdefault(part, {})
-                continue
-            at[part] = option.value
-        elif isinstance(at, list) and isinstance(part, int) and part < len(at):
-            if not is_last:
-                at = at[part]
-                continue
-            at[part] = option.value
-        else:
-            raise UsageError(
-                "the recipe has no such table",
-                where=f"--set {printable(option.text)}",
-                found=dotted(option.path[: number + 1]),
-            )
-
-
 def _set_by(path: KeyPath, options: Sequence[_Option]) -> _Option | None:
     """Return the last option that gave the value at `path`."""
     options_above = (o for o in reversed(options) if path[: len(o.path)] == o.path)
@@ -288,13 +291,15 @@ def _faulty(
     """
     bad, where = [path for path, _ in reader.problems], reader.where
     for fault in found_faults:
-        about = (path[: len(b)] == b or b[: len(path)] == path for path in fault.keys for b in bad)
+        paths = fault.paths
+        about = (path[: len(b)] == b or b[: len(path)] == path for path in paths for b in bad)
         if any(about):
             continue
-        set_keys = [key for key in fault.keys if _set_by(key, options)]
-        blamed = next((k for k in set_keys or fault.keys if where(k) != where(())), fault.keys[0])
-        location = f"{where(blamed)}: {dotted(fault.keys[0])}"
-        yield blamed, Problem(fault.message, location, fault.expected, fault.value, fault.hint)
+        set_paths = [path for path in paths if _set_by(path, options)]
+        blamed = next((p for p in set_paths or paths if where(p) != where(())), paths[0])
+        location = f"{where(blamed)}: {dotted(paths[0])}"
+        value = None if fault.value is None else str(fault.value)
+        yield blamed, Problem(fault.message, location, fault.expected, value, fault.hint)
 
 
 def _resolved(recipe: Recipe, folder: FilePath, options: Sequence[_Option]) -> Recipe:

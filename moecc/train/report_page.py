@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from moecc.support.lazy import np
+from moecc.support.lazy import graph_objects, np
 from moecc.support.page import drawing, render_page, require_figures
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.run import CURVES, ROUTER_CURVES, RunSeries, Series
 
 Layers = Sequence[Json]
-"""What ``moecc specialise`` says of the layers of a model, as JSON values."""
+"""The report of ``moecc specialise`` on the layers of a model, as JSON values."""
 
 
 def report_page(runs: Sequence[RunSeries], specialised: Mapping[str, Layers]) -> str:
@@ -73,8 +73,6 @@ def _router(run: RunSeries) -> Iterator[JsonDict]:
 
 def _loads(run: RunSeries) -> JsonDict:
     """Return a heat map: a row an expert of a layer, its load over an even one."""
-    from plotly import graph_objects
-
     rows, names, steps = [], [], np.zeros(0)
     for layer in run.layers:
         loads = run.of_layer(layer, "loads")
@@ -99,8 +97,6 @@ def _loads(run: RunSeries) -> JsonDict:
 
 
 def _lines(title: str, lines: Mapping[str, Series], *, markers: bool = False) -> JsonDict:
-    from plotly import graph_objects
-
     mode = "lines+markers" if markers else "lines"
     figure = graph_objects.Figure(
         [

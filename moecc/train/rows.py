@@ -125,7 +125,7 @@ class PackedPlan(RowPlan):
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Which pieces make up each row.
+    """The pieces of each row.
 
     Attributes:
       order: pieces, row by row, ``i64[pieces]``.
@@ -142,7 +142,7 @@ class PackedRows:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self.firsts) - 1
 
     def pieces(self, row: int) -> list[int]:
@@ -228,7 +228,7 @@ class LabelChoices:
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Where the repeated examples begin, and the end of the last one."""
+        """The beginnings of the repeated examples, and the end of the last one."""
         sizes = [len(document) for document in self._documents]
         return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -260,7 +260,7 @@ TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What batches need to know of a model.
+    """The facts of a model that batches depend on.
 
     Attributes:
       name: in messages.

@@ -17,7 +17,7 @@ from typing import Any
 
 from moecc.errors import InputError, MachineError
 from moecc.formats.files import (
-    os_problem,
+    os_errors,
     read_whole,
     remove,
     replace_durable,
@@ -122,7 +122,7 @@ def _copy_step(run: Path, step: SavedStep, recipe: str) -> None:
     try:
         shutil.copytree(step.state, state)
     except (shutil.Error, OSError) as error:
-        raise MachineError(f"the state cannot be copied: {error}", where=str(step.state)) from None
+        raise MachineError(f"the state cannot be copied: {error}", where=step.state) from None
     facts = {name: getattr(step.facts, name) for name in ("tokens", "left_out", "tensors")}
     finish_step(run, step.number, {**facts, "recipe": recipe, "loss": None})
 
@@ -135,14 +135,12 @@ def locked_run(run: Path) -> Iterator[None]:
       InputError: another process trains it.
       MachineError: the folder cannot be opened.
     """
-    try:
+    with os_errors(run, "open"):
         descriptor = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise os_problem(error, run, "open") from None
     try:
         if not lock_folder(descriptor):
             raise InputError(
-                "another process trains this run", where=str(run), hint="wait until it has finished"
+                "another process trains this run", where=run, hint="wait until it has finished"
             )
         yield
     finally:
@@ -153,10 +151,8 @@ def begin_step(run: Path, number: int) -> Path:
     """Return the folder for the arrays of a step; what an earlier attempt left there is removed."""
     folder = run / STEPS / str(number)
     remove(folder)
-    try:
+    with os_errors(folder, "make"):
         folder.mkdir()
-    except OSError as error:
-        raise os_problem(error, folder, "make") from None
     return folder / STATE
 
 
@@ -173,7 +169,7 @@ def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
     """
     folder = run / STEPS / str(number)
     if not (folder / STATE).is_dir():
-        raise MachineError("the arrays of a checkpoint were removed", where=str(folder))
+        raise MachineError("the arrays of a checkpoint were removed", where=folder)
     described = [run / name for name in (RECIPE, LINEAGE, GRAPH)]
     content = StepRecord(
         step=number,
@@ -251,19 +247,14 @@ class Journal(Closing):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with os_errors(path, "write"):
             self._file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise os_problem(error, path, "write") from None
 
     def write(self, line: Json) -> None:
         """Append a line. Raises MachineError if the disk is full."""
         text = json.dumps(_finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        data = text.encode() + b"\n"
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise os_problem(error, self.path, "write") from None
+        with os_errors(self.path, "write"):
+            self._file.write(text.encode() + b"\n")
 
     def record(self, event: Event) -> None:
         """Append what the journal says of an event, if anything. Raises as `write`."""
@@ -275,10 +266,8 @@ class Journal(Closing):
 
     def synchronise(self) -> None:
         """Return once the lines are on the disk. Raises MachineError."""
-        try:
+        with os_errors(self.path, "synchronise"):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise os_problem(error, self.path, "synchronise") from None
 
     def close(self) -> None:
         """Close the file."""
@@ -302,16 +291,13 @@ def cut_back(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    try:
-        with path.open("r+b") as file:
-            length = 0
-            for raw in file:
-                if not _is_kept(raw, step):
-                    break
-                length += len(raw)
-            file.truncate(length)
-    except OSError as error:
-        raise os_problem(error, path, "write") from None
+    with os_errors(path, "write"), path.open("r+b") as file:
+        length = 0
+        for raw in file:
+            if not _is_kept(raw, step):
+                break
+            length += len(raw)
+        file.truncate(length)
 
 
 def _is_kept(raw: bytes, step: int) -> bool:
@@ -394,7 +380,7 @@ class Series:
 
 @dataclass(frozen=True)
 class RunSeries:
-    """What a run measured.
+    """The measurements of a run.
 
     Attributes:
       name: of its folder.
@@ -549,11 +535,11 @@ def read_run(path: Path) -> RunSeries:
       InputError: it is no run, has measured nothing, or its journal is damaged.
     """
     if not is_run(path):
-        raise InputError("this is not the folder of a run", where=str(path))
+        raise InputError("this is not the folder of a run", where=path)
     lines = tuple(read_journal(path / METRICS))
     _check_lines(lines, path / METRICS)
     if not any("loss" in line for line in lines):
-        raise InputError("the run has made no step", where=str(path))
+        raise InputError("the run has made no step", where=path)
     stage = run_stages(path)[-1]
     steps = saved_steps(path)
     best = best_step(steps)
@@ -575,7 +561,7 @@ def read_run(path: Path) -> RunSeries:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is.
+    """The position of a run in its data.
 
     Attributes:
       step: steps done.
@@ -671,7 +657,7 @@ def followed(
 
 
 class _Journals:
-    """What a recipe decides, and how fast it went: two files, since only the first is repeatable.
+    """The metrics of a run, and its speed: two files, since only the first is repeatable.
 
     Args:
       job: of the run, whose journals are cut back to its last checkpoint.

@@ -12,14 +12,13 @@ from moecc.ir.graph import Graph
 from moecc.support.lazy import np
 from moecc.types import Array, Arrays, Doubles, DType
 
-CONFIDENCE = 0.95
 _QUANTILE = 1.959963984540054
 """The normal quantile of 0.975."""
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model makes of the targets of a batch.
+    """The scores of a model on the targets of a batch.
 
     Attributes:
       losses: −log p of each target, in nats, 0 where there is none, ``f64[row, seq]``.
@@ -38,7 +37,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class UnitScores:
-    """What a model makes of documents, examples or rows: the units of an evaluation.
+    """The scores of a model on documents, examples or rows: the units of an evaluation.
 
     Attributes:
       losses: −log p of the targets, summed, in nats, ``f64[unit]``.
@@ -113,11 +112,6 @@ class LossDifference:
     low: float
     high: float
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
-
 
 def paired_difference(first: UnitScores, second: UnitScores) -> LossDifference:
     """Return how `second` differs from `first` on the same documents.
@@ -174,7 +168,7 @@ SEED_OF_SHUFFLES = 0
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """Where the tokens of a text went in one layer.
+    """The routes of the tokens of a text in one layer.
 
     Attributes:
       layer: its place in the graph.
@@ -190,7 +184,7 @@ class RoutedTokens:
 
     @cached_property
     def counts(self) -> Array:
-        """How often each id went to each expert, ``[id, expert]``."""
+        """The number of times that each id went to each expert, ``[id, expert]``."""
         return count(self.tokens, self.first, self.experts)
 
     @property
@@ -213,8 +207,8 @@ class RoutedTokens:
         uncertain = entropy(self.shares)
         return information(counts) / uncertain if uncertain else 0.0
 
-    def typical(self, expert: int, most: int = 7) -> list[tuple[int, float]]:
-        """Return the ids that tell this expert most from others, and their part that went there.
+    def typical(self, expert: int) -> list[tuple[int, float]]:
+        """Return seven ids that tell this expert most from others, and their part that went there.
 
         They are those that add most to I(id; expert): frequent ones that prefer it.
         """
@@ -223,7 +217,7 @@ class RoutedTokens:
         part = there / np.maximum(totals, 1)
         with np.errstate(divide="ignore", invalid="ignore"):
             score = np.where(there > 0, there * np.log(part / self.shares[expert]), 0.0)
-        best = np.argsort(-score, kind="stable")[:most]
+        best = np.argsort(-score, kind="stable")[:7]
         return [(int(i), float(part[i])) for i in best if score[i] > 0]
 
     def entropies(self, ids: frozenset[int]) -> tuple[float | None, float | None]:

@@ -1,4 +1,4 @@
-"""What decides a training step beside its graph: rates, phases, moments, micro-batches."""
+"""The settings of a training step beside its graph: rates, phases, moments, micro-batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from math import ceil, cos, pi, prod, sqrt
 from typing import Any
 
 from moecc.analysis import CHUNK_BYTES, GROUPS, parameter_groups, trainable
-from moecc.errors import InputError, Problem, nearest
+from moecc.errors import InputError, Problem, nearest, raise_problems
+from moecc.formats.modelcard import CardEntries
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.contraction import ProductOp
 from moecc.ir.ops.slots import SlotsOp
@@ -71,7 +72,7 @@ _REPEATED = ("layer", "expert")
 
 @dataclass(frozen=True)
 class ParamSettings:
-    """How one parameter is trained.
+    """The settings under which one parameter is trained.
 
     Attributes:
       trained: whether it is; else it has no gradient and no moments.
@@ -107,26 +108,58 @@ def parameter_settings(graph: Graph, section: OptimizerSection) -> dict[str, Par
     Raises:
       InputError: a group matches nothing, all is frozen, or parts of a rolled parameter differ.
     """
-    free, groups = trainable(graph), parameter_groups(graph)
-    chosen = _Chosen(section.groups)
+    free, kinds = trainable(graph), parameter_groups(graph)
+    matched: set[int] = set()
     settings_of, problems = {}, []
     for name, value in graph.params.items():
         if not value.users or not value.type.dtype.is_float:
             continue
-        match = chosen.group_of(name, groups[name])
-        problems += match[1]
-        settings_of[name] = _settings(value, free[name], match[0], section)
-    problems += chosen.unmatched()
+        count = next(iter(lengths(name)), 0)
+        members = [element(name, at) for at in range(count)] if count else [name]
+        numbers = [_first_match(section.groups, member, kinds[name]) for member in members]
+        matched.update(numbers)
+        if odd := [m for m, n in zip(members, numbers, strict=True) if n != numbers[0]]:
+            fault = Problem(
+                "equal layers that are rolled belong to different groups",
+                name,
+                f"the group of {members[0]}",
+                f"{odd[0]} is in another",
+                "run.rolled = false keeps layers apart",
+            )
+            problems.append(fault)
+        group = (*section.groups, ParameterGroup("*"))[numbers[0]]
+        settings_of[name] = _settings(value, free[name], group, section)
+    for number, group in enumerate(section.groups):
+        hidden = any(group.match == earlier.match for earlier in section.groups[:number])
+        if number not in matched and not hidden:
+            is_known = group.match in GROUPS
+            fault = Problem(
+                "a group of parameters matches none",
+                f"optimizer.groups[{number}].match",
+                f"a glob over names, or one of {', '.join(GROUPS)}",
+                group.match,
+                "the model has none of them" if is_known else nearest(group.match, GROUPS),
+            )
+            problems.append(fault)
     if settings_of and not any(settings.trained for settings in settings_of.values()):
         hint = "moecc evaluate measures a model as it is"
         problems.append(Problem("no parameter is trained", "optimizer.groups", hint=hint))
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     return settings_of
 
 
+def _first_match(groups: Sequence[ParameterGroup], name: str, kinds: frozenset[str]) -> int:
+    """Return the number of the first group that a parameter is in; -1 for none."""
+    fits = (
+        number
+        for number, group in enumerate(groups)
+        if group.match in kinds or fnmatchcase(name, group.match)
+    )
+    return next(fits, -1)
+
+
 def _settings(
-    value: Value, free: bool, group: ParameterGroup | None, section: OptimizerSection
+    value: Value, free: bool, group: ParameterGroup, section: OptimizerSection
 ) -> ParamSettings:
     names = value.type.names
     over = tuple(
@@ -137,16 +170,14 @@ def _settings(
         # The rows of a router are those of one matrix.
         blocks = tuple(n for n in blocks if n != "expert")
     is_matrix = bool(over) and len(names) > len(over) + len(blocks)
-    decays = group is not None and group.decay >= 0
-    decay = group.decay if group is not None and decays else section.decay * is_matrix
     return ParamSettings(
-        free and not (group is not None and group.freeze),
-        1.0 if group is None else group.rate,
-        decay,
+        free and not group.freeze,
+        group.rate,
+        group.decay if group.decay >= 0 else section.decay * is_matrix,
         tuple(names.index(n) for n in blocks),
         tuple(names.index(n) for n in over) if is_matrix else (),
         "vocab" in names,
-        0 if group is None else group.from_step,
+        group.from_step,
     )
 
 
@@ -166,63 +197,6 @@ def _products(param: Value) -> Iterator[Node]:
                 yield node
             left += [v for v in passed_on if v not in seen]
             seen.update(passed_on)
-
-
-@dataclass
-class _Chosen:
-    """The groups of a recipe, and which of them matched.
-
-    Attributes:
-      groups: in order; the first that matches holds.
-    """
-
-    groups: tuple[ParameterGroup, ...]
-
-    def __post_init__(self) -> None:
-        self._matched: set[int] = set()
-
-    def group_of(
-        self, name: str, kinds: frozenset[str]
-    ) -> tuple[ParameterGroup | None, list[Problem]]:
-        """Return the group of a parameter, and what is wrong with it."""
-        count = next(iter(lengths(name)), 0)
-        members = [element(name, at) for at in range(count)] if count else [name]
-        groups = [self._first(m, kinds) for m in members]
-        self._matched.update(i for i in groups if i is not None)
-        if len(set(groups)) > 1:
-            odd = next(m for m, i in zip(members, groups, strict=True) if i != groups[0])
-            return None, [
-                Problem(
-                    "equal layers that are rolled belong to different groups",
-                    name,
-                    f"the group of {members[0]}",
-                    f"{odd} is in another",
-                    "run.rolled = false keeps layers apart",
-                )
-            ]
-        return (None if groups[0] is None else self.groups[groups[0]]), []
-
-    def _first(self, name: str, kinds: frozenset[str]) -> int | None:
-        fits = (
-            i
-            for i, group in enumerate(self.groups)
-            if group.match in kinds or fnmatchcase(name, group.match)
-        )
-        return next(fits, None)
-
-    def unmatched(self) -> Iterator[Problem]:
-        """Yield the groups that no parameter is in, for which one is looked in vain."""
-        for number, group in enumerate(self.groups):
-            hidden = any(group.match == earlier.match for earlier in self.groups[:number])
-            if number not in self._matched and not hidden:
-                is_known = group.match in GROUPS
-                yield Problem(
-                    "a group of parameters matches none",
-                    f"optimizer.groups[{number}].match",
-                    f"a glob over names, or one of {', '.join(GROUPS)}",
-                    group.match,
-                    "the model has none of them" if is_known else nearest(group.match, GROUPS),
-                )
 
 
 # Phases of a run: from one step on, groups of parameters are trained that were not before.
@@ -296,15 +270,6 @@ def uses_muon(settings: ParamSettings) -> bool:
     return settings.is_matrix and not settings.is_table
 
 
-def moment_axes(kind: str, type: TensorType, settings: ParamSettings) -> tuple[str, ...]:
-    """Return the axes that a moment has of those of its parameter, in their order."""
-    factored = factored_axes(type, settings)
-    if factored is None or kind not in (ROW, COLUMN):
-        return type.names
-    gone = factored[0] if kind == ROW else factored[1]
-    return tuple(n for n in type.names if n != gone)
-
-
 def factored_axes(type: TensorType, settings: ParamSettings) -> tuple[str, str] | None:
     """Return the axes that Adafactor's row and column means are taken over, or None.
 
@@ -323,9 +288,12 @@ def moment_types(
     """Return the types of all moments, by kind and parameter."""
     types: dict[str, dict[str, TensorType]] = {}
     for name, type in params.items():
+        factored = factored_axes(type, settings[name]) or ("", "")
+        # A factor of a second moment lacks the axis that its means are taken over.
+        missing = dict(zip((ROW, COLUMN), factored, strict=True))
         for kind in moment_kinds(optimizer, type, settings[name]):
-            axes = moment_axes(kind, type, settings[name])
-            types.setdefault(kind, {})[name] = type.with_axes(type[n] for n in axes)
+            axes = (type[n] for n in type.names if n != missing.get(kind))
+            types.setdefault(kind, {})[name] = type.with_axes(axes)
     return types
 
 
@@ -334,7 +302,7 @@ def moment_types(
 
 @dataclass(frozen=True)
 class StepSpec:
-    """How a graph is trained, or run.
+    """The settings under which a graph is trained, or run.
 
     Attributes:
       sizes: what the variables of the graph stand for, for the whole batch.
@@ -391,7 +359,7 @@ def counted(total: Total, batch: Json, parts: int) -> Any:
 # choices of the whole batch (Wang et al. 2024; DeepSeek-V3).
 
 
-def bias_counts(graph: Graph) -> dict[str, tuple[str, ...]]:
+def bias_counts(graph: Graph) -> CardEntries:
     """Return the outputs that count choices, one for each layer, by the balance bias in `graph`."""
     counts: Mapping[str, str] = graph.attrs.get(BALANCE_BIASES) or {}
     outputs = {}
@@ -418,7 +386,7 @@ def moved(bias: Any, counts: Any, rate: float) -> Any:
 # All moments of a model that was made of a trained one, by what a state saves them as.
 
 SAVED = "moments.{}.{}"
-"""What a moment is saved as, by its kind and its parameter."""
+"""The name of a saved moment, from its kind and its parameter."""
 
 
 def saved_moments(graph: Graph, section: OptimizerSection) -> dict[str, dict[str, TensorType]]:
@@ -518,8 +486,7 @@ def rows_together(graph: Graph, sizes: Mapping[str, int]) -> int:
     nodes = [n for n in graph.every_node() if n.op.assigns_slots]
     counted_rows = [_rows(node, sizes) for node in nodes]
     problems = [problem for _, problem in counted_rows if problem is not None]
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     rows = sorted({number for number, _ in counted_rows} | {1})
     odd = [n for n in rows if rows[-1] % n]
     if odd:

@@ -206,14 +206,14 @@ class CarriedMoments:
 
     @cached_property
     def _correction(self) -> float:
-        """What makes the square of the first moment comparable to the second."""
+        """The factor that makes the square of the first moment comparable to the second."""
         if not self.count:
             return 1.0
         return float((1 - self.b2**self.count) / (1 - self.b1**self.count) ** 2)
 
     @cached_property
     def _chosen(self) -> dict[Value, float]:
-        """How many copies of each part a token goes to, by the parameter of experts."""
+        """The number of copies of each part that a token goes to, by the parameter of experts."""
         chosen = {}
         for param in self.graph.params.values():
             slots = next(_slots_of(param), None)

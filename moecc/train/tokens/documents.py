@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from moecc.errors import InputError, MachineError, Problem
-from moecc.formats.files import identify, os_problem
+from moecc.formats.files import identify, os_errors
 from moecc.support.extras import install_hint
 from moecc.support.problems import Problems, describe
+from moecc.support.untyped import Json
 from moecc.train.tokens.folder import DOCUMENTS, SourceFile
 
 SPLITS = ("file", "line", "paragraph", "form-feed")
-"""Where the documents of a text file end."""
+"""The separators of documents in a text file."""
 
 LARGEST_DOCUMENT_BYTES = 64 << 20
 
@@ -47,7 +48,7 @@ class Document:
 
 @dataclass(frozen=True)
 class DocumentFormat:
-    """How documents are made of what files contain.
+    """The way from the records of files to documents.
 
     Attributes:
       kind: one of `moecc.train.tokens.folder.KINDS`.
@@ -71,14 +72,14 @@ class DocumentFormat:
         names = _FIELD.findall(self.prompt) + _FIELD.findall(self.completion)
         return tuple(dict.fromkeys(names))
 
-    def document(self, record: Mapping[str, object]) -> Document:
+    def document(self, record: Json) -> Document:
         """Return the document of a record that has the keys."""
         if self.kind == DOCUMENTS:
             return Document(str(record[self.field]))
         return Document(_filled(self.prompt, record), _filled(self.completion, record))
 
 
-def _filled(template: str, record: Mapping[str, object]) -> str:
+def _filled(template: str, record: Json) -> str:
     return _FIELD.sub(lambda match: str(record[match.group(1)]), template)
 
 
@@ -98,10 +99,8 @@ def text_files(paths: Sequence[str], include: Sequence[str] = ()) -> list[Path]:
         path = Path(name)
         files = _inside(path, include) if path.is_dir() else [path]
         for file in files:
-            try:
+            with problems:
                 identify(file)
-            except InputError as error:
-                problems.extend(error.problems)
         files_of_text.extend(files)
     problems.raise_if_any()
     if not files_of_text:
@@ -140,12 +139,8 @@ class DocumentReader:
         Raises:
           MachineError: the file cannot be read, or is Parquet and pyarrow is not installed.
         """
-        try:
+        with os_errors(path), self.problems:
             yield from self._documents(path)
-        except OSError as error:
-            raise os_problem(error, path) from None
-        except InputError as error:
-            self.problems.extend(error.problems)
 
     def _documents(self, path: Path) -> Iterator[Document]:
         name = path.name.removesuffix(".gz").lower()
@@ -158,7 +153,7 @@ class DocumentReader:
             elif self.format.kind != DOCUMENTS:
                 raise InputError(
                     "examples are read from JSON lines and Parquet",
-                    where=str(path),
+                    where=path,
                     expected=".jsonl, .ndjson or .parquet, and .gz of the first two",
                 )
             else:
@@ -184,7 +179,7 @@ class DocumentReader:
             else:
                 yield from self._record(record, where)
 
-    def _record(self, record: Mapping[str, object], where: str) -> Iterator[Document]:
+    def _record(self, record: Json, where: str) -> Iterator[Document]:
         """Yield the document of a record; what it lacks goes to the problems.
 
         A text of white space alone is left out.
@@ -205,7 +200,7 @@ class DocumentReader:
             from pyarrow.parquet import ParquetFile
         except ImportError:
             raise MachineError(
-                "Parquet needs pyarrow", where=str(path), hint=install_hint("parquet")
+                "Parquet needs pyarrow", where=path, hint=install_hint("parquet")
             ) from None
         keys = list(self.format.keys)
         digest = _Digest(path)
@@ -216,7 +211,7 @@ class DocumentReader:
                 if missing:
                     raise InputError(
                         "the table lacks columns",
-                        where=str(path),
+                        where=path,
                         expected=", ".join(keys),
                         found=", ".join(file.schema_arrow.names),
                         hint=_other_key(missing[0], self.format),
@@ -227,13 +222,11 @@ class DocumentReader:
                         number += 1
                         yield from self._record(record, f"{path}: row {number}")
         except ArrowException as error:
-            raise InputError(f"not Parquet: {str(error)[:300]}", where=str(path)) from None
+            raise InputError(f"not Parquet: {str(error)[:300]}", where=path) from None
         self.sources.append(digest.source(path))
 
 
-def _key_fault(
-    record: Mapping[str, object], key: str, format: DocumentFormat, where: str
-) -> Iterator[Problem]:
+def _key_fault(record: Json, key: str, format: DocumentFormat, where: str) -> Iterator[Problem]:
     if key not in record:
         keys = ", ".join(map(str, list(record)[:8])) or "no keys"
         hint = _other_key(key, format)
@@ -300,7 +293,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], _Digest]]:
         else:
             yield raw, digest
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"not a whole gzip file: {error}", where=str(path)) from None
+        raise InputError(f"not a whole gzip file: {error}", where=path) from None
     finally:
         raw.close()
 
@@ -318,7 +311,7 @@ def _texts(stream: IO[bytes], split: str, path: Path) -> Iterator[str]:
             before = part[max(0, error.start - 20) : error.start]
             raise InputError(
                 "the text is not UTF-8",
-                where=str(path),
+                where=path,
                 found=f"the byte 0x{part[error.start]:02x} after {before!r}",
                 hint="convert it first: iconv -f latin1 -t utf-8",
             ) from None
@@ -334,10 +327,8 @@ def _parts(stream: IO[bytes], split: str, path: Path) -> Iterator[bytes]:
         yield part
     elif split == "line":
         yield from _lines(stream, path)
-    elif split == "paragraph":
-        yield from _paragraphs(_lines(stream, path), path)
     else:
-        yield from _pages(_lines(stream, path), path)
+        yield from _joined(_lines(stream, path), path, split)
 
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
@@ -351,56 +342,24 @@ def _lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
 def _too_long(path: Path) -> InputError:
     return InputError(
         "the document is too long",
-        where=str(path),
+        where=path,
         expected=f"at most {LARGEST_DOCUMENT_BYTES:,} bytes",
         hint="--split paragraph, line or form-feed makes documents of the parts of a file",
     )
 
 
-class _Part:
-    """Lines that become one document.
-
-    Args:
-      path: their file, for the error that they are too long.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines: list[bytes] = []
-        self._size_bytes = 0
-
-    def add(self, line: bytes) -> None:
-        """Add a line. Raises InputError if there are too many."""
-        self._size_bytes += len(line)
-        if self._size_bytes > LARGEST_DOCUMENT_BYTES:
-            raise _too_long(self._path)
-        self._lines.append(line)
-
-    def take(self) -> bytes:
-        """Return the lines, and begin anew."""
-        joined = b"".join(self._lines)
-        self._lines, self._size_bytes = [], 0
-        return joined
-
-
-def _paragraphs(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """Yield what is between blank lines."""
-    part = _Part(path)
+def _joined(lines: Iterable[bytes], path: Path, split: str) -> Iterator[bytes]:
+    """Yield what is between blank lines, or form feeds. Raises InputError where it is too long."""
+    part: list[bytes] = []
+    size_bytes = 0
     for line in lines:
-        if line.strip():
-            part.add(line)
-        else:
-            yield part.take()
-    yield part.take()
-
-
-def _pages(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """Yield what is between form feeds."""
-    part = _Part(path)
-    for line in lines:
-        first, *others = line.split(b"\f")
-        part.add(first)
-        for page in others:
-            yield part.take()
-            part.add(page)
-    yield part.take()
+        blank = [b"", b""] if split == "paragraph" and not line.strip() else [line]
+        for number, piece in enumerate(line.split(b"\f") if split == "form-feed" else blank):
+            if number:
+                yield b"".join(part)
+                part, size_bytes = [], 0
+            size_bytes += len(piece)
+            if size_bytes > LARGEST_DOCUMENT_BYTES:
+                raise _too_long(path)
+            part.append(piece)
+    yield b"".join(part)

@@ -8,6 +8,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +19,7 @@ from moecc.formats.files import read_bounded, read_json_object
 from moecc.formats.run import SOURCE, split_reference
 from moecc.support.lazy import np
 from moecc.support.process import Closing
+from moecc.support.untyped import JsonDict
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.tokens.folder import Special
 
@@ -41,7 +43,7 @@ def byte_tokenizer() -> bytes:
         for n, name in enumerate(extra)
     ]  # fmt: skip
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    document: dict[str, object] = {
+    document: JsonDict = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -94,8 +96,6 @@ BYTES_DIGEST = "bytes/1"
 BYTES_VOCAB = 384
 """256 bytes, the end of a document, padding, the mask, the beginning, and 124 sentinels."""
 
-_BYTES_EOS, _BYTES_PAD, _BYTES_MASK, _BYTES_BOS, _BYTES_SENTINELS = 256, 257, 258, 259, 260
-
 PIECE_CHARACTERS = 1 << 20
 """Longer texts are encoded in pieces that end with a line."""
 
@@ -138,13 +138,7 @@ class ByteEncoder(Encoder):
     name = BYTES
     digest = BYTES_DIGEST
     vocab_size = BYTES_VOCAB
-    special = Special(
-        bos=_BYTES_BOS,
-        eos=_BYTES_EOS,
-        pad=_BYTES_PAD,
-        mask=_BYTES_MASK,
-        sentinels=tuple(range(_BYTES_SENTINELS, BYTES_VOCAB)),
-    )
+    special = Special(eos=256, pad=257, mask=258, bos=259, sentinels=tuple(range(260, BYTES_VOCAB)))
 
     def encode(self, texts: Sequence[str]) -> list[IdArray]:
         """Return the bytes of each text."""
@@ -167,7 +161,7 @@ class TokenizerEncoder(Encoder):
         if not file.is_file():
             raise InputError(
                 "no tokenizer.json",
-                where=str(path),
+                where=path,
                 hint="--tokenizer takes the folder of a checkpoint, or the word bytes",
             )
         self._data = read_bounded(file, _LARGEST_TOKENIZER_BYTES)
@@ -211,22 +205,16 @@ class TokenizerEncoder(Encoder):
                     value = value.get("content")
                 if isinstance(value, str):
                     tokens_by_name[name] = value
-        named = tokens_by_name
         extra = [f"<extra_id_{n}>" for n in range(_MOST_SENTINELS)]
-        names = list(named)
-        ids = self._tokenizer.ids([*named.values(), *extra])
-        by_name = dict(zip(names, ids, strict=False))
-        sentinels = ids[len(names) :]
-        count = sentinels.index(None) if None in sentinels else len(sentinels)
+        ids = self._tokenizer.ids([*tokens_by_name.values(), *extra])
+        named = dict(zip(tokens_by_name, ids, strict=False))
+        sentinels = takewhile(lambda id: id is not None, ids[len(named) :])
         before, after = self._template()
         return Special(
-            bos=by_name.get("bos"),
-            eos=by_name.get("eos"),
-            pad=by_name.get("pad"),
-            mask=by_name.get("mask"),
+            **named,
             before=before,
             after=after,
-            sentinels=tuple(id for id in sentinels[:count] if id is not None),
+            sentinels=tuple(id for id in sentinels if id is not None),
         )
 
     def _template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -286,7 +274,7 @@ def _of_model(file: Path) -> TokenizerEncoder:
             Path(folder, part).write_bytes(data)
         if not Path(folder, "tokenizer.json").is_file():
             raise InputError(
-                "the file has no tokenizer", where=str(file), found="; ".join(checkpoint.remarks())
+                "the file has no tokenizer", where=file, found="; ".join(checkpoint.remarks())
             )
         encoder = TokenizerEncoder(Path(folder))
     encoder.name = file.stem

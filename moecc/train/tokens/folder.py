@@ -10,14 +10,15 @@ from typing import Annotated
 
 from numpy.typing import NDArray
 
-from moecc.errors import InputError, Problem
-from moecc.formats.files import file_fault, open_regular, os_problem, read_into, read_json_object
+from moecc.errors import InputError, Problem, raise_problems
+from moecc.formats.files import file_fault, open_regular, os_errors, read_into, read_json_object
 from moecc.support.lazy import np
 from moecc.support.record import Check, Count, read_record
 
 SCHEMA = "moecc.tokens/1"
 
-DOCUMENTS, EXAMPLES, LABELLED = KINDS = ("documents", "examples", "labelled")
+DOCUMENTS, LABELLED = "documents", "labelled"
+KINDS = (DOCUMENTS, "examples", LABELLED)
 """Texts; prompts with completions; prompts whose completion is one of a few labels."""
 
 ID_TYPES = ("uint16", "uint32")
@@ -166,7 +167,7 @@ class TokenFolder:
         if len(ids) and int(ids.max()) > self.facts.largest_id:
             raise InputError(
                 "the file has other ids than when it was written",
-                where=str(self.path / TOKENS),
+                where=self.path / TOKENS,
                 expected=f"at most {self.facts.largest_id}",
                 found=str(ids.max()),
             )
@@ -174,11 +175,11 @@ class TokenFolder:
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Where documents begin, and the end of the last one, ``i64[documents + 1]``."""
+        """The beginnings of documents, and the end of the last one, ``i64[documents + 1]``."""
         starts = self._read(STARTS, _START)
         is_rising = bool((np.diff(starts) >= 0).all())
         if not is_rising or starts[0] != 0 or starts[-1] != self.facts.tokens:
-            raise InputError("documents do not follow each other", where=str(self.path / STARTS))
+            raise InputError("documents do not follow each other", where=self.path / STARTS)
         return starts
 
     @cached_property
@@ -195,14 +196,12 @@ class TokenFolder:
         """The number of each document's label."""
         numbers = self._read(LABELS, _NUMBER)
         if ((numbers < 0) | (numbers >= len(self.facts.labels))).any():
-            raise InputError("a label is none of the folder's", where=str(self.path / LABELS))
+            raise InputError("a label is none of the folder's", where=self.path / LABELS)
         return numbers
 
     def _read(self, name: str, dtype: np.dtype[np.generic]) -> NDArray[np.int64]:
-        try:
+        with os_errors(self.path / name):
             return np.fromfile(self.path / name, dtype).astype(np.int64)
-        except OSError as error:
-            raise os_problem(error, self.path / name) from None
 
 
 def open_tokens(path: Path | str) -> TokenFolder:
@@ -221,14 +220,13 @@ def open_tokens(path: Path | str) -> TokenFolder:
         elif folder.exists():
             hint = "moecc tokens TEXT --tokenizer FOLDER --out DIR makes one"
         raise InputError(
-            "not a token folder", where=str(path), expected=f"a folder with {FACTS}", hint=hint
+            "not a token folder", where=path, expected=f"a folder with {FACTS}", hint=hint
         )
     document = read_json_object(folder / FACTS, limit_bytes=LARGEST_FACTS_BYTES)
     facts = read_record(TokenFacts, document, str(folder / FACTS))
     sizes = expected_sizes(facts).items()
     problems = [p for name, size in sizes for p in _size_problems(folder, name, size)]
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     return TokenFolder(folder, facts)
 
 

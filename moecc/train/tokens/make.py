@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
-from moecc.errors import InputError, Problem, UsageError
-from moecc.formats.files import os_problem, write_durable
+from moecc.errors import InputError, Problem, UsageError, raise_problems
+from moecc.formats.files import os_errors, write_durable
 from moecc.formats.output import output_folder
 from moecc.support.lazy import np
 from moecc.support.process import Closing
@@ -144,10 +144,8 @@ class _Appended(Closing):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._hash = hashlib.sha256()
-        try:
+        with os_errors(path, "write"):
             self._file: BinaryIO = path.open("xb", _BUFFER_BYTES)
-        except OSError as error:
-            raise os_problem(error, path, "write") from None
 
     @property
     def digest(self) -> str:
@@ -155,17 +153,13 @@ class _Appended(Closing):
 
     def write(self, data: bytes) -> None:
         self._hash.update(data)
-        try:
+        with os_errors(self._path, "write"):
             self._file.write(data)
-        except OSError as error:
-            raise os_problem(error, self._path, "write") from None
 
     def synchronise(self) -> None:
-        try:
+        with os_errors(self._path, "write"):
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise os_problem(error, self._path, "write") from None
 
     def close(self) -> None:
         """Close the file."""
@@ -186,7 +180,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Making:
-    """What is made.
+    """The token folders to make.
 
     Attributes:
       texts: files and folders.
@@ -224,15 +218,6 @@ def make_tokens(
         empty; all problems of the files at once.
       MachineError: a library is missing, or the disk is full.
     """
-    _check(making)
-    files = text_files(making.texts, making.include)
-    with ExitStack() as stack:
-        encoder = stack.enter_context(open_encoder(making.tokenizer))
-        folder = stack.enter_context(output_folder(out, inputs=files, force=force))
-        return _TokenMaker(making, encoder, folder, stack).make(files, progress)
-
-
-def _check(making: Making) -> None:
     problems = []
     if not 0 <= making.hold_out < 1:
         problems.append(
@@ -249,8 +234,12 @@ def _check(making: Making) -> None:
         )
     if making.format.kind not in KINDS:
         problems.append(Problem("no such kind", "--kind", " | ".join(KINDS), making.format.kind))
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
+    files = text_files(making.texts, making.include)
+    with ExitStack() as stack:
+        encoder = stack.enter_context(open_encoder(making.tokenizer))
+        folder = stack.enter_context(output_folder(out, inputs=files, force=force))
+        return _TokenMaker(making, encoder, folder, stack).make(files, progress)
 
 
 class _TokenMaker:
