@@ -13,7 +13,7 @@ from typing import Literal
 from moecc.errors import nearest
 from moecc.formats.files import identify, read_json_object, require_unchanged
 from moecc.formats.folder import SafetensorsFolder
-from moecc.formats.modelcard import hub_repository, read_card
+from moecc.formats.modelcard import CardEntries, hub_repository, read_card
 from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
 from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo
 from moecc.support.lazy import np
@@ -21,7 +21,7 @@ from moecc.support.problems import Problems, quoted
 from moecc.support.record import RecordReader
 from moecc.support.text import amount
 from moecc.support.untyped import Json
-from moecc.types import Array
+from moecc.types import Array, Shape
 from moecc.weights.arithmetic import BASE, branch_and_name, name_in
 
 # Regular expressions of strangers, matched in time that is linear in the text.
@@ -366,7 +366,7 @@ class AdaptedCheckpoint(DerivedCheckpoint):
         is_other = self._stated_base and not names & _names(self._stated_base)
         return self._stated_base if is_other else None
 
-    def card(self) -> dict[str, tuple[str, ...]]:
+    def card(self) -> CardEntries:
         """Return what is kept of the adapter's card."""
         return read_card(self.path)
 
@@ -549,9 +549,7 @@ def _without_prefix(name: str) -> str:
     return name.removeprefix(_PREFIX).replace(".default.", ".")
 
 
-def _product_shape(
-    first: tuple[int, ...], second: tuple[int, ...], *, is_turned: bool
-) -> tuple[int, ...] | None:
+def _product_shape(first: Shape, second: Shape, *, is_turned: bool) -> Shape | None:
     """Return the shape of what an adapter adds to a matrix, None if the two do not match."""
     if len(first) != 2 or len(second) != 2 or first[0] != second[1] or first[0] == 0:
         return None

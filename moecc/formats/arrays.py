@@ -18,10 +18,10 @@ from moecc.support.extras import install_hint
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.untyped import JsonDict
-from moecc.types import Array
+from moecc.types import Array, Shape
 
 _MISSING_CHUNK = re.compile(r"chunk \{([\d, ]*)\} .* is missing")
-"""What tensorstore says where a chunk is not stored."""
+"""The error of tensorstore for a chunk that is not stored."""
 
 _SMALL_CHUNK_BYTES = 64 << 20
 """A chunk of this size may be larger than its array: stores that grow have such."""
@@ -54,7 +54,7 @@ class ZarrArrays:
         except ImportError:
             raise MachineError(
                 "arrays of a JAX program need tensorstore",
-                where=str(folder),
+                where=folder,
                 hint=install_hint("train"),
             ) from None
         self._store = tensorstore
@@ -70,7 +70,7 @@ class ZarrArrays:
         self._open: JsonDict = {}
         self._lock = threading.Lock()
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def shape(self, key: str) -> Shape:
         """Return the sizes of an array. Raises InputError if there is none."""
         return tuple(self._array(key).shape)
 
@@ -130,7 +130,7 @@ class ZarrArrays:
         if chunk_bytes > max(array_bytes, _SMALL_CHUNK_BYTES):
             raise InputError(
                 f"the chunks of the array {key!r} are larger than the array",
-                where=str(self._folder),
+                where=self._folder,
                 expected=f"chunks of at most {list(array.shape)}, {array_bytes:,} bytes",
                 found=f"chunks of {list(chunk)}, {chunk_bytes:,} bytes",
             )
@@ -142,7 +142,7 @@ class ZarrArrays:
         if nbytes > memory:
             raise MachineError(
                 f"the array {key!r} cannot be read: {part} does not fit into memory",
-                where=str(self._folder),
+                where=self._folder,
                 expected=f"at most {memory:,} bytes",
                 found=f"{nbytes:,} bytes",
             )
@@ -151,12 +151,12 @@ class ZarrArrays:
         if missing := _MISSING_CHUNK.search(str(error)):
             return InputError(
                 f"the chunk {missing[1].replace(' ', '')} of the array {key!r} is missing",
-                where=str(self._folder),
+                where=self._folder,
                 hint="fetch the whole folder again",
             )
         reason = str(error).split("[", 1)[0].strip()
         return InputError(
-            f"the array {key!r} cannot be read", where=str(self._folder), found=reason[:300]
+            f"the array {key!r} cannot be read", where=self._folder, found=reason[:300]
         )
 
 
@@ -213,13 +213,13 @@ def _find_t5x(folder: Path) -> Path | None:
 # A tree of arrays, and tensors that are pieces of its arrays.
 
 _MOMENTS = {"opt_state", "optimizer", "optimizer_state", "param_states", "mu", "nu", "v", "m"}
-"""What the state of an optimiser is called in a tree."""
+"""The names of an optimiser's state in a tree."""
 
 
 class ArrayReader(Protocol):
     """Reads arrays by name."""
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def shape(self, key: str) -> Shape:
         """Return the sizes of an array."""
         ...
 
@@ -299,7 +299,7 @@ class ArrayPiece:
         rows, columns = (tuple(map(moved, axes)) for axes in (self.rows, self.columns))
         return replace(self, rows=rows, columns=columns, at={**at, axis: layer})
 
-    def shape(self, array: Sequence[int]) -> tuple[int, ...]:
+    def shape(self, array: Sequence[int]) -> Shape:
         """Return the sizes of the tensor, of an array with these."""
         count = prod(array[axis] for axis in self.rows)
         count = count if self.limit is None else min(count, self.limit)
@@ -327,6 +327,10 @@ class ArrayPiece:
         return np.ascontiguousarray(values)
 
 
+NamedPieces = Iterator[tuple[str, ArrayPiece]]
+"""Tensors with their names."""
+
+
 def _halves(array: Array, axis: int) -> Array:
     """Return `array` with the even places along an axis before the odd ones."""
     order = np.r_[0 : array.shape[axis] : 2, 1 : array.shape[axis] : 2]
@@ -352,7 +356,7 @@ def open_orbax(folder: Path) -> Tree:
     entries, problems = metadata.get("tree_metadata"), Problems()
     if not isinstance(entries, dict):
         raise InputError(
-            "not the metadata of a tree", where=str(path), expected="tree_metadata, an object"
+            "not the metadata of a tree", where=path, expected="tree_metadata, an object"
         )
     keys = dict(_keys(entries, path, problems))
     problems.raise_if_any()
@@ -366,7 +370,7 @@ def open_orbax(folder: Path) -> Tree:
 
 
 def _keys(
-    entries: dict[str, object], path: Path, problems: Problems
+    entries: JsonDict, path: Path, problems: Problems
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the path of each array in the tree, and its name in the store."""
     for name, entry in entries.items():

@@ -16,8 +16,10 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -29,7 +31,9 @@ from moecc.support.untyped import JsonDict
 
 OPEN_DESCRIPTORS = 16
 READ_BYTES = 64 << 20
-HASH_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
+"""The bytes of a read: they should still be in the cache of the core when it is hashed."""
+
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
 
@@ -58,14 +62,14 @@ def os_problem(error: OSError, path: Path, doing: str = "read") -> MoeccError:
     """Return the error for a failed system call on a file: InputError or MachineError."""
     reason = error.strerror or str(error)
     if error.errno in _ABSENT:
-        return InputError(f"cannot {doing} the file: {reason}", where=str(path))
+        return InputError(f"cannot {doing} the file: {reason}", where=path)
     hints = {
         errno.EACCES: f"give this user the right to {doing} it",
         errno.ENOSPC: "free some disk space",
         errno.EMFILE: "raise the limit on open files (ulimit -n)",
     }
     hint = hints.get(error.errno or 0)
-    return MachineError(f"cannot {doing} the file: {reason}", where=str(path), hint=hint)
+    return MachineError(f"cannot {doing} the file: {reason}", where=path, hint=hint)
 
 
 @contextmanager
@@ -111,6 +115,16 @@ def open_regular(path: Path) -> tuple[int, Identity]:
     return descriptor, Identity.of(status)
 
 
+@contextmanager
+def opened_regular(path: Path) -> Iterator[tuple[int, Identity]]:
+    """Yield the descriptor and the identity of a regular file. Raises as `identify`."""
+    descriptor, identity = open_regular(path)
+    try:
+        yield descriptor, identity
+    finally:
+        os.close(descriptor)
+
+
 def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
     """Fill a byte buffer from `offset`.
 
@@ -127,7 +141,7 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
         if count == 0:
             raise InputError(
                 "the file ends in the middle of a read",
-                where=str(path),
+                where=path,
                 expected=f"at least {offset + len(buffer):,} bytes",
                 found=f"{offset + done:,} bytes",
             )
@@ -138,11 +152,9 @@ def require_unchanged(identities: Mapping[Path, Identity]) -> None:
     """Raise InputError with all files that are not as they were when they were identified."""
     problems = Problems()
     for path, identity in identities.items():
-        try:
+        with problems:
             if identify(path) != identity:
                 problems.extend((_changed(path),))
-        except InputError as error:
-            problems.extend(error.problems)
     problems.raise_if_any()
 
 
@@ -157,19 +169,16 @@ def _changed(path: Path) -> Problem:
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
     """Read a whole regular file of at most `limit_bytes`. Raises as `identify`."""
-    descriptor, identity = open_regular(path)
-    try:
+    with opened_regular(path) as (descriptor, identity):
         if identity.size_bytes > limit_bytes:
             raise InputError(
                 "the file is too large for its kind",
-                where=str(path),
+                where=path,
                 expected=f"at most {limit_bytes:,} bytes",
                 found=f"{identity.size_bytes:,} bytes",
             )
         data = bytearray(identity.size_bytes)
         read_into(descriptor, memoryview(data), 0, path)
-    finally:
-        os.close(descriptor)
     return bytes(data)
 
 
@@ -203,20 +212,41 @@ def read_whole(path: Path) -> bytes:
 
 def has_digest(path: Path, offset: int, nbytes: int, sha256: str) -> bool:
     """Return whether a part of a file has a digest; False if it cannot be read."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(nbytes, HASH_BYTES)))
     try:
-        descriptor, _ = open_regular(path)
-        try:
-            for done in range(0, nbytes, HASH_BYTES):
-                part = buffer[: min(HASH_BYTES, nbytes - done)]
-                read_into(descriptor, part, offset + done, path)
-                digest.update(part)
-        finally:
-            os.close(descriptor)
+        with opened_regular(path) as (descriptor, _):
+            return range_digest(partial(read_into, descriptor, path=path), offset, nbytes) == sha256
     except MoeccError:
         return False
-    return digest.hexdigest() == sha256
+
+
+_local = threading.local()
+
+
+def range_digest(
+    read: Callable[[memoryview, int], None],
+    offset: int,
+    nbytes: int,
+    stop: threading.Event | None = None,
+) -> str:
+    """Return the SHA-256 of a part of a file, in hexadecimal and in constant memory.
+
+    Args:
+      read: fills a buffer from an offset of the file.
+      offset: where the part begins.
+      nbytes: its size.
+      stop: ends it with CancelledError once it is set.
+    """
+    if not hasattr(_local, "buffer"):
+        _local.buffer = memoryview(bytearray(CHUNK_BYTES))
+    buffer: memoryview = _local.buffer
+    digest = hashlib.sha256()
+    for done in range(0, nbytes, CHUNK_BYTES):
+        if stop is not None and stop.is_set():
+            raise CancelledError
+        part = buffer[: min(CHUNK_BYTES, nbytes - done)]
+        read(part, offset + done)
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def file_fault(path: Path, root: Path) -> Problem | None:
@@ -230,6 +260,12 @@ def file_fault(path: Path, root: Path) -> Problem | None:
     except InputError as error:
         return error.problems[0]
     return link_fault(path, root)
+
+
+def check_file(path: Path, root: Path) -> None:
+    """Raise InputError if a file in folder `root` must not be opened; see `file_fault`."""
+    if fault := file_fault(path, root):
+        raise InputError((fault,))
 
 
 def link_fault(path: Path, root: Path) -> Problem | None:
@@ -262,7 +298,7 @@ class DescriptorPool:
         self, limit: int = OPEN_DESCRIPTORS, opener: Callable[[Path], int] | None = None
     ) -> None:
         self._limit = limit
-        self._opener = opener or _open_to_read
+        self._opener = opener or (lambda path: open_regular(path)[0])
         self._lock = threading.Lock()
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._users: dict[int, int] = {}
@@ -307,7 +343,7 @@ class DescriptorPool:
 
     def _take(self, path: Path) -> int:
         if self._closed:
-            raise InputError("the checkpoint is closed", where=str(path), hint="open it again")
+            raise InputError("the checkpoint is closed", where=path, hint="open it again")
         descriptor = self._open.get(path)
         if descriptor is None:
             self._shrink(self._limit - 1)
@@ -327,10 +363,6 @@ class DescriptorPool:
             os.close(descriptor)
 
 
-def _open_to_read(path: Path) -> int:
-    return open_regular(path)[0]
-
-
 def _require_regular(status: os.stat_result, path: Path) -> None:
     if stat.S_ISREG(status.st_mode):
         return
@@ -343,7 +375,7 @@ def _require_regular(status: os.stat_result, path: Path) -> None:
     }
     raise InputError(
         "this is not a regular file",
-        where=str(path),
+        where=path,
         expected="a regular file",
         found=kinds.get(stat.S_IFMT(status.st_mode), "something else"),
     )
@@ -410,12 +442,9 @@ def sniff_file(path: Path) -> FileKind | None:
       InputError: there is no such regular file.
       MachineError: it cannot be read.
     """
-    descriptor, identity = open_regular(path)
-    try:
+    with opened_regular(path) as (descriptor, identity):
         head = bytearray(min(SNIFFED_BYTES, identity.size_bytes))
         read_into(descriptor, memoryview(head), 0, path)
-    finally:
-        os.close(descriptor)
     return sniff(bytes(head))
 
 
@@ -467,7 +496,7 @@ def check_layout(
     """
     ordered = sorted(spans, key=lambda span: (span.begin, span.end))
     last = DataSpan(0, 0, "")
-    where = str(path)
+    where = path
     for span in ordered:
         if span.begin < last.end and span.end > span.begin:
             problems.add(
@@ -677,7 +706,7 @@ def require_removed(path: Path, problem: str) -> None:
     """Remove a folder or file, or raise MachineError with `problem` if it is still there."""
     remove(path)
     if os.path.lexists(path):
-        raise MachineError(problem, where=str(path), hint="delete it yourself")
+        raise MachineError(problem, where=path, hint="delete it yourself")
 
 
 def remove_but(folder: Path, names: Collection[str]) -> None:

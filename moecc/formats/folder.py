@@ -16,7 +16,7 @@ from moecc.formats.files import (
     ZIP,
     DescriptorPool,
     Identity,
-    file_fault,
+    check_file,
     identify,
     is_recordable,
     os_errors,
@@ -35,7 +35,7 @@ from moecc.formats.safetensors import (
 from moecc.formats.source import Checkpoint, TensorInfo, tensor_info
 from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, quoted
-from moecc.support.untyped import Json
+from moecc.support.untyped import Json, JsonDict
 from moecc.types import Array
 
 # Companion files, besides the weights, that an export copies byte for byte.
@@ -86,7 +86,7 @@ def find_companions(folder: Path, problems: Problems) -> dict[str, Path]:
         if not is_recordable(name):
             problems.add(
                 f"an export would copy {quoted(name)}, whose name no manifest allows",
-                where=str(folder),
+                where=folder,
                 hint="rename it, or move it out of the folder",
             )
             continue
@@ -103,19 +103,18 @@ def is_companion(name: str) -> bool:
 
 
 def _is_usable(path: Path, folder: Path, problems: Problems) -> bool:
-    if fault := file_fault(path, folder):
-        problems.extend((fault,))
-        return False
-    kind = sniff_file(path)
-    if kind in (PICKLE, ZIP):
+    with problems:
+        check_file(path, folder)
+        kind = sniff_file(path)
+        if kind not in (PICKLE, ZIP):
+            return True
         problems.add(
             "a file that an export would copy does not have the type of its name",
-            where=str(path),
+            where=path,
             found=kind.text,
             hint="remove it from the folder",
         )
-        return False
-    return True
+    return False
 
 
 CONFIG_NAME = "config.json"
@@ -130,7 +129,7 @@ class SafetensorsFolder(Checkpoint):
     def __init__(
         self,
         path: Path,
-        config: dict[str, object],
+        config: JsonDict,
         headers: dict[Path, Header],
         companions: dict[str, Path],
         others: dict[Path, Identity] | None = None,
@@ -245,20 +244,16 @@ def _identify_all(paths: Iterable[Path]) -> dict[Path, Identity]:
     return identities
 
 
-def _read_config(path: Path, problems: Problems) -> dict[str, object]:
+def _read_config(path: Path, problems: Problems) -> JsonDict:
     file = path / CONFIG_NAME
     if not os.path.lexists(file):
         hint = "it comes with the weights; moecc needs it to know the architecture"
-        problems.add("the folder has no config.json", where=str(path), hint=hint)
+        problems.add("the folder has no config.json", where=path, hint=hint)
         return {}
-    if fault := file_fault(file, path):
-        problems.extend((fault,))
-        return {}
-    try:
+    with problems:
+        check_file(file, path)
         return read_json_object(file, limit_bytes=MAX_CONFIG_BYTES)
-    except InputError as error:
-        problems.extend(error.problems)
-        return {}
+    return {}
 
 
 def _read_headers(path: Path, shards: list[str], problems: Problems) -> dict[Path, Header]:
@@ -267,15 +262,11 @@ def _read_headers(path: Path, shards: list[str], problems: Problems) -> dict[Pat
         file = path / name
         if not os.path.lexists(file):
             hint = "fetch it again, or fetch the whole model again"
-            problems.add(f"the shard {quoted(name)} is missing", where=str(path), hint=hint)
+            problems.add(f"the shard {quoted(name)} is missing", where=path, hint=hint)
             continue
-        if fault := file_fault(file, path):
-            problems.extend((fault,))
-            continue
-        try:
+        with problems:
+            check_file(file, path)
             headers[file] = read_header(file)
-        except InputError as error:
-            problems.extend(error.problems)
     return headers
 
 

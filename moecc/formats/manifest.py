@@ -8,9 +8,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +19,11 @@ from moecc.errors import CheckError, InputError, MoeccError, Problem
 from moecc.formats.files import (
     DescriptorPool,
     Identity,
+    check_file,
     file_fault,
     is_recordable,
-    open_regular,
+    opened_regular,
+    range_digest,
     read_bounded,
     read_into,
 )
@@ -181,7 +184,7 @@ def read_sealed(
     if seal(data[: max(0, data.rfind(_SEAL))]) != data:
         raise error(
             f"{path.name} was changed after it was written: its seal does not match its content",
-            where=str(path),
+            where=path,
             hint=hint,
         )
     document = parse_json(data, str(path), max_values=max_values)
@@ -195,11 +198,6 @@ def manifest_beside(file: Path) -> Path:
     return file.with_name(f"{file.name}.moecc.json")
 
 
-def manifest_of(output: Path) -> Path:
-    """Return the manifest of an output, a folder or one file."""
-    return output / MANIFEST_NAME if output.is_dir() else manifest_beside(output)
-
-
 def load(output: Path) -> Manifest:
     """Read the manifest of an output, a folder or one file.
 
@@ -208,17 +206,16 @@ def load(output: Path) -> Manifest:
       CheckError: it differs from what moecc wrote.
       MachineError: it cannot be read.
     """
-    path = manifest_of(output)
+    path = output / MANIFEST_NAME if output.is_dir() else manifest_beside(output)
     if not path.is_file():
         hint = "only what moecc wrote can be verified against a manifest"
-        raise InputError(f"there is no {path.name}", where=str(output), hint=hint)
+        raise InputError(f"there is no {path.name}", where=output, hint=hint)
     return read_manifest(path)
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest by its own name. Raises as `load`."""
-    if fault := file_fault(path, path.parent):
-        raise InputError((fault,))
+    check_file(path, path.parent)
     hint = "fetch the file again"
     document = read_sealed(path, MAX_MANIFEST_BYTES, CheckError, hint, _MAX_VALUES)
     manifest = read_record(Manifest, document, str(path), versions=range(1, SCHEMA + 1))
@@ -234,10 +231,6 @@ def read_manifest(path: Path) -> Manifest:
 # Size and SHA-256 of files, by threads of their own, also beside other work.
 
 HASH_THREADS = 2
-CHUNK_BYTES = 1 << 20
-"""What is read at once: it should still be in the cache of the core when it is hashed."""
-
-_local = threading.local()
 
 
 def file_digest(path: Path) -> str:
@@ -278,36 +271,10 @@ def hashed_beside(
             threads.shutdown(cancel_futures=True)
 
 
-def chunk_buffer() -> memoryview:
-    """Return this thread's own buffer of one chunk."""
-    if not hasattr(_local, "buffer"):
-        _local.buffer = memoryview(bytearray(CHUNK_BYTES))
-    buffer: memoryview = _local.buffer
-    return buffer
-
-
-def range_digest(
-    descriptor: int, end_bytes: int, path: Path, stop: threading.Event | None = None
-) -> str:
-    """Return the SHA-256 of the first bytes of a file. Raises CancelledError after `stop`."""
-    digest = hashlib.sha256()
-    buffer = chunk_buffer()
-    for done in range(0, end_bytes, CHUNK_BYTES):
-        if stop is not None and stop.is_set():
-            raise CancelledError
-        part = buffer[: min(CHUNK_BYTES, end_bytes - done)]
-        read_into(descriptor, part, done, path)
-        digest.update(part)
-    return digest.hexdigest()
-
-
 def _file_record(path: Path, stop: threading.Event) -> FileRecord:
-    descriptor, identity = open_regular(path)
-    try:
-        digest = range_digest(descriptor, identity.size_bytes, path, stop)
-        return FileRecord(identity.size_bytes, digest)
-    finally:
-        os.close(descriptor)
+    with opened_regular(path) as (descriptor, identity):
+        read = partial(read_into, descriptor, path=path)
+        return FileRecord(identity.size_bytes, range_digest(read, 0, identity.size_bytes, stop))
 
 
 def weight_file_record(path: Path) -> WeightFileRecord:
@@ -394,7 +361,7 @@ class _Verification:
     def _usable(self, name: str) -> bool:
         path = self._path(name)
         if not os.path.lexists(path):
-            self._problems.add(f"the file {quoted(name)} is missing", where=str(self._folder))
+            self._problems.add(f"the file {quoted(name)} is missing", where=self._folder)
             return False
         if fault := file_fault(path, self._folder):
             self._problems.extend((fault,))
@@ -412,7 +379,7 @@ class _Verification:
     def _compare(self, name: str, expected: str, actual: str, part: str = "the file") -> None:
         if expected != actual:
             fault = f"{part} differs from the one that moecc wrote"
-            where = str(self._path(name))
+            where = self._path(name)
             self._problems.add(fault, where=where, expected=f"sha256 {expected}", found=actual)
 
     def _headers(self) -> dict[str, Header]:
@@ -421,15 +388,11 @@ class _Verification:
             path = self._path(name)
             if not self._usable(name):
                 continue
-            try:
-                header = _header(path)
-            except InputError as error:
-                self._problems.extend(error.problems)
-                continue
-            headers[name] = header
-            self._identities[path] = header.identity
-            actual = _weight_record(path, header)
-            self._compare(name, record.header_sha256, actual.header_sha256, "the header")
+            with self._problems:
+                header = headers[name] = _header(path)
+                self._identities[path] = header.identity
+                actual = _weight_record(path, header)
+                self._compare(name, record.header_sha256, actual.header_sha256, "the header")
         return headers
 
     def _added(self) -> None:
@@ -440,23 +403,23 @@ class _Verification:
         for name in sorted(present - listed):
             kind = "weight file" if name.endswith((SHARD_SUFFIX, SUFFIX)) else "file"
             fault = f"the {kind} {quoted(name)} is not in the manifest"
-            self._problems.add(fault, where=str(self._folder), hint="move it out of the folder")
+            self._problems.add(fault, where=self._folder, hint="move it out of the folder")
 
     def _tensors(self, headers: dict[str, Header]) -> list[TensorInfo]:
         """Compare names, types and shapes; return the tensors whose bytes can be compared."""
         for file, header in headers.items():
             for name in header.tensors.keys() - self._manifest.tensors.keys():
                 fault = f"the tensor {quoted(name)} is not in the manifest"
-                self._problems.add(fault, where=str(self._path(file)))
+                self._problems.add(fault, where=self._path(file))
         comparable = []
         for name, record in self._manifest.tensors.items():
-            where = str(self._path(record.file))
+            where = self._path(record.file)
             home = headers.get(record.file)
             info = home.tensors.get(name) if home else None
             if info is None:
                 reason = "is missing" if home else "cannot be checked: its file is unusable"
                 self._problems.add(
-                    f"the tensor {quoted(name)} {reason}", where=str(self._path(record.file))
+                    f"the tensor {quoted(name)} {reason}", where=self._path(record.file)
                 )
             elif (stored_name(info), info.shape) != (record.dtype, record.shape):
                 self._problems.add(
@@ -480,24 +443,17 @@ class _Verification:
                 elif digest != expected:
                     self._problems.add(
                         f"the data of the tensor {quoted(info.name)} differ from what moecc wrote",
-                        where=str(info.file),
+                        where=info.file,
                         expected=f"sha256 {expected}",
                         found=digest,
                     )
 
     def _digest(self, info: TensorInfo) -> str | InputError:
-        digest = hashlib.sha256()
-        buffer = chunk_buffer()
+        read = partial(self._pool.read_into, info.file, self._identities[info.file])
         try:
-            for done in range(0, info.nbytes, CHUNK_BYTES):
-                part = buffer[: min(CHUNK_BYTES, info.nbytes - done)]
-                self._pool.read_into(
-                    info.file, self._identities[info.file], part, info.offset + done
-                )
-                digest.update(part)
+            return range_digest(read, info.offset, info.nbytes)
         except InputError as error:
             return error
-        return digest.hexdigest()
 
 
 def _files_in(folder: Path) -> Iterator[str]:
@@ -521,9 +477,7 @@ def stored_name(info: TensorInfo) -> str:
 
 
 def _weight_record(path: Path, header: Header) -> WeightFileRecord:
-    descriptor, identity = open_regular(path)
-    try:
-        digest = range_digest(descriptor, header.data_start_bytes, path)
-    finally:
-        os.close(descriptor)
+    with opened_regular(path) as (descriptor, identity):
+        read = partial(read_into, descriptor, path=path)
+        digest = range_digest(read, 0, header.data_start_bytes)
     return WeightFileRecord(identity.size_bytes, digest)

@@ -21,12 +21,14 @@ from moecc.support.text import with_article
 # A card begins with metadata in YAML, of which only plain scalars and lists of them are read.
 
 CARD_NAME = "README.md"
+CardEntries = dict[str, tuple[str, ...]]
+"""The values of the front matter of a card, by key."""
 SCALARS = ("license", "license_name", "license_link")
 LISTS = ("language", "datasets")
 _MAX_CARD_BYTES = 4 << 20
 
 
-def read_card(folder: Path) -> dict[str, tuple[str, ...]]:
+def read_card(folder: Path) -> CardEntries:
     """Return what is kept of the card of a folder; empty without one."""
     card = folder / CARD_NAME
     if not card.is_file() or file_fault(card, folder):
@@ -38,13 +40,13 @@ def read_card(folder: Path) -> dict[str, tuple[str, ...]]:
     return front_matter(text)
 
 
-def front_matter(text: str) -> dict[str, tuple[str, ...]]:
+def front_matter(text: str) -> CardEntries:
     """Return the values of `SCALARS` and `LISTS` in the front matter of a card."""
     lines = text.removeprefix("\ufeff").splitlines()
     if not lines or lines[0].strip() != "---":
         return {}
     end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), len(lines))
-    card: dict[str, tuple[str, ...]] = {}
+    card: CardEntries = {}
     for at, line in enumerate(lines[1:end], 1):
         key, colon, value = line.partition(":")
         if colon and key in (*SCALARS, *LISTS):
@@ -101,7 +103,6 @@ class CardFacts:
       serving: what else to know about serving it.
       training: how to train it on.
       file: the GGUF file in the folder, if it is one.
-      digests: SHA-256 of the weight files or the source's, by name.
       notes: remarks for readers, e.g. that the source was quantised.
       story: where the source was trained, how it came about, a sentence a stage.
     """
@@ -126,7 +127,6 @@ class CardFacts:
     serving: str = ""
     training: str = ""
     file: str = ""
-    digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     story: tuple[str, ...] = ()
 
@@ -147,7 +147,6 @@ def model_card(facts: CardFacts) -> str:
         "\n".join(f"{n}. {_escape(line)}" for n, line in enumerate(facts.story, 1)),
         f"```\n{_code(facts.command)}\n```",
         "`moecc verify` compares every tensor with `moecc_manifest.json`.",
-        _digests(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -289,13 +288,6 @@ def _code_remark(facts: CardFacts) -> str:
         "`moecc verify` writes it again and compares. moecc itself reads the graph, and never "
         "runs the file."
     )
-
-
-def _digests(facts: CardFacts) -> str:
-    if not facts.digests:
-        return ""
-    rows = [f"| `{_code(name)}` | `{digest}` |" for name, digest in facts.digests.items()]
-    return "\n".join(["| file | sha256 |", "|---|---|", *rows])
 
 
 def _escape(text: str) -> str:

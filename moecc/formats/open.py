@@ -169,17 +169,17 @@ def _open_file(source: Path) -> Checkpoint:
         return open_gguf(source)
     if source.suffix == ".gguf":
         content = kind.text if kind else "a file that does not begin with the letters GGUF"
-        raise InputError("this is not a GGUF file", where=str(source), found=content)
+        raise InputError("this is not a GGUF file", where=source, found=content)
     if kind is None and source.suffix in (".safetensors", ".json"):
         raise InputError(
             "a checkpoint is a folder, not one file of it",
-            where=str(source),
+            where=source,
             expected="the folder with config.json and the weights",
             hint=f"give {str(source.parent)!r} instead",
         )
     raise InputError(
         "this is not a checkpoint",
-        where=str(source),
+        where=source,
         expected="a folder with config.json and *.safetensors, or a .gguf file",
         found=kind.text if kind else "a file of a kind that moecc does not know",
         hint=kind.hint if kind else None,
@@ -189,16 +189,16 @@ def _open_file(source: Path) -> Checkpoint:
 def missing_place(source: Path) -> InputError:
     """Return the error that nothing is at `source`, with the nearest name there."""
     if os.path.lexists(source):
-        return InputError("this is a symbolic link to nothing", where=str(source))
+        return InputError("this is a symbolic link to nothing", where=source)
     parent = source.parent
     if parent.is_dir():
         neighbours = sorted(os.listdir(parent))[:10_000]
         hint = nearest(source.name, neighbours)
-        return InputError("there is no such file or folder", where=str(source), hint=hint)
+        return InputError("there is no such file or folder", where=source, hint=hint)
     name = source.as_posix()
     return InputError(
         "there is no such file or folder",
-        where=str(source),
+        where=source,
         hint=f"{PREFIX}{name} fetches the model of that name from the hub"
         if is_model_id(name)
         else f"the folder {str(parent)!r} does not exist either",

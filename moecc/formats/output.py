@@ -153,14 +153,14 @@ def check_output(
     if not path.parent.is_dir():
         problems.add(
             f"the parent of the output {'file' if is_file else 'folder'} does not exist",
-            where=str(out),
+            where=out,
             hint=f"make it first: mkdir -p {path.parent}",
         )
     if is_file:
         if path.is_dir():
             problems.add(
                 "the output is a folder, not a file",
-                where=str(out),
+                where=out,
                 hint="a GGUF output of another name is a folder with model.gguf",
             )
         _check_file(path, force or (resume and was_committed(path)), problems)
@@ -187,13 +187,13 @@ def _check_folder(folder: Path, out: Path, force: bool, problems: Problems, hint
     elif os.path.ismount(folder):
         fault = "the output is a mount point, which cannot be replaced"
     if fault:
-        problems.add(fault, where=str(out), hint=inside)
+        problems.add(fault, where=out, hint=inside)
         return False
     with os_errors(folder):
         names = sorted(os.listdir(folder))
     if names and not force:
         content = f"{len(names):,} entries, {names[0]!r} among them"
-        problems.add("the output folder is not empty", where=str(out), found=content, hint=hint)
+        problems.add("the output folder is not empty", where=out, found=content, hint=hint)
     return bool(names)
 
 
@@ -202,7 +202,7 @@ def _check_file(file: Path, may_replace: bool, problems: Problems) -> None:
     for path in () if may_replace else (file, manifest_beside(file)):
         if os.path.lexists(path) and not path.is_dir():
             hint = "give another name, or --force to replace it once the new one is complete"
-            problems.add("the output file exists", where=str(path), hint=hint)
+            problems.add("the output file exists", where=path, hint=hint)
 
 
 def _check_apart(path: Path, source: Path, out: Path, input_: Path, problems: Problems) -> None:
@@ -219,7 +219,7 @@ def _check_apart(path: Path, source: Path, out: Path, input_: Path, problems: Pr
     else:
         return
     hint = "choose a folder outside the input"
-    problems.add(fault, where=str(out), found=f"the input {input_}", hint=hint)
+    problems.add(fault, where=out, found=f"the input {input_}", hint=hint)
 
 
 def _is_same(a: Path, b: Path) -> bool:
@@ -237,7 +237,7 @@ def _check_leftovers(path: Path, out: Path, force: bool, problems: Problems, res
     """
     partial, old = partial_of(path), replaced_of(path)
     if _is_locked(partial):
-        problems.add(BUSY, where=str(out), found=str(partial), hint=WAIT)
+        problems.add(BUSY, where=out, found=str(partial), hint=WAIT)
         return
     if force:
         return
@@ -245,7 +245,7 @@ def _check_leftovers(path: Path, out: Path, force: bool, problems: Problems, res
         option = "--resume continues it, " if has_journal(partial) else ""
         problems.add(
             "an earlier conversion was killed and left its partial output behind",
-            where=str(out),
+            where=out,
             found=f"{partial}, {_bytes_in(partial):,} bytes",
             hint=f"{option}--force removes it, and so does moecc clean",
         )
@@ -253,7 +253,7 @@ def _check_leftovers(path: Path, out: Path, force: bool, problems: Problems, res
         clean_hint = "" if os.path.lexists(path) else f"; moecc clean {out} brings it back"
         problems.add(
             "an earlier conversion was killed while it replaced this output",
-            where=str(out),
+            where=out,
             found=f"the old output is {old}",
             hint=f"--force removes it once the new one is complete{clean_hint}",
         )
@@ -262,13 +262,13 @@ def _check_leftovers(path: Path, out: Path, force: bool, problems: Problems, res
 def _require_machine(path: Path, out: Path, needed_bytes: int) -> None:
     """Raise MachineError unless an output of a size can be written beside its name."""
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise MachineError("no right to write into the parent of the output", where=str(out))
+        raise MachineError("no right to write into the parent of the output", where=out)
     with os_errors(path.parent, "measure"):
         free_bytes = shutil.disk_usage(path.parent).free
     if free_bytes < needed_bytes + _SPACE_MARGIN_BYTES:
         raise MachineError(
             "the disk is too small for the output",
-            where=str(out),
+            where=out,
             expected=f"{needed_bytes + _SPACE_MARGIN_BYTES:,} bytes free",
             found=f"{free_bytes:,} bytes free",
             hint="free some space, or write to another disk; an old output counts until replaced",
@@ -313,7 +313,7 @@ def claimed(
             disk().mkdir(folder, _PRIVATE)
         except FileExistsError:
             if not take_over:
-                raise InputError(BUSY, where=str(folder), hint=WAIT) from None
+                raise InputError(BUSY, where=folder, hint=WAIT) from None
         except OSError as error:
             raise os_problem(error, folder, "make") from None
         with _locked(folder):
@@ -340,7 +340,7 @@ def _locked(folder: Path) -> Iterator[None]:
         descriptor = _open_folder(folder)
     try:
         if not lock_folder(descriptor) or not _is_at(descriptor, folder):
-            raise InputError(BUSY, where=str(folder), hint=WAIT)
+            raise InputError(BUSY, where=folder, hint=WAIT)
         yield
     finally:
         os.close(descriptor)
@@ -412,7 +412,7 @@ def _commit_folder(temporary: Path, folder: Path, replaces: bool) -> None:
         except OSError as error:
             if os.path.isdir(folder) and os.listdir(folder):
                 fault = "the output folder was filled by another process in the meantime"
-                raise InputError(fault, where=str(folder)) from None
+                raise InputError(fault, where=folder) from None
             raise os_problem(error, folder, "rename") from None
         _confirm(folder)
     except BaseException:
@@ -441,7 +441,7 @@ def _confirm(folder: Path) -> None:
         raise MachineError(
             "the output is complete, but a loss of power may take it: the folder around it cannot "
             "be synchronised",
-            where=str(folder),
+            where=folder,
             found=error.problems[0].what,
             hint="check the disk (dmesg); then sync, and moecc verify OUT",
         ) from None

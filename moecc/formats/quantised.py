@@ -18,7 +18,7 @@ from moecc.support.lazy import np
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.record import Check, Positive, RecordReader, read_record
 from moecc.support.untyped import Json
-from moecc.types import F32, Array
+from moecc.types import F32, Array, Shape
 
 # A tensor that is stored in several parts, and the tools with which schemes find and read it.
 
@@ -44,7 +44,7 @@ class PackedTensor:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     storage: str
     parts: tuple[str, ...]
     rows: Callable[[ReadRows, int, int], Array]
@@ -72,9 +72,7 @@ class StoredTensors:
             if name.endswith(suffix):
                 yield name[: -len(suffix)], info
 
-    def part(
-        self, name: str, shape: tuple[int, ...] | None, types: tuple[str, ...]
-    ) -> TensorInfo | None:
+    def part(self, name: str, shape: Shape | None, types: tuple[str, ...]) -> TensorInfo | None:
         """Return a part with the given shape and one of the types; else report, and None."""
         info = self.tensors.get(name)
         if info is None:
@@ -139,12 +137,10 @@ def _read_state(stored: StoredTensors, info: TensorInfo) -> _FourBitState | None
     if info.dtype.name != "u8" or info.nbytes > _MAX_STATE_BYTES:
         stored.problems.add("not the state of a quantised matrix", where=where)
         return None
-    try:
+    with stored.problems:
         document = parse_json(stored.read(info.name, 0, None).tobytes(), where)
         return read_record(_FourBitState, document, where, is_open=True)
-    except InputError as error:
-        stored.problems.extend(error.problems)
-        return None
+    return None
 
 
 def _four_bits(
@@ -153,7 +149,7 @@ def _four_bits(
     count = prod(state.shape)
     blocks = -(-count // state.blocksize)
     is_nested = f"{name}.nested_absmax" in stored.tensors
-    needed: dict[str, tuple[tuple[int, ...] | None, tuple[str, ...]]] = {
+    needed: dict[str, tuple[Shape | None, tuple[str, ...]]] = {
         "": (None, ("u8",)),
         ".absmax": ((blocks,), ("u8",) if is_nested else FLOATS),
         ".quant_map": ((16,), FLOATS),
@@ -282,7 +278,7 @@ def find_fp8(stored: StoredTensors) -> Iterator[PackedTensor]:
         yield PackedTensor(name, info.shape, "FP8", (name, scale.name), rows)
 
 
-def _block_sizes(stored: StoredTensors) -> tuple[int, ...] | None:
+def _block_sizes(stored: StoredTensors) -> Shape | None:
     """Return rows and columns of a block, where the config states them."""
     options = stored.settings(_Fp8Options)
     if options.weight_block_size:
@@ -300,9 +296,7 @@ def _block_sizes(stored: StoredTensors) -> tuple[int, ...] | None:
     return None
 
 
-def _scaled_sizes(
-    info: TensorInfo, scale: TensorInfo, blocks: tuple[int, ...] | None
-) -> tuple[int, ...] | None:
+def _scaled_sizes(info: TensorInfo, scale: TensorInfo, blocks: Shape | None) -> Shape | None:
     """Return rows and columns of a block, or None if the scales do not match the matrix."""
     if len(info.shape) < 2:
         return None
@@ -320,7 +314,7 @@ def _scaled_sizes(
 def _fp8_rows(
     info: TensorInfo,
     scale: TensorInfo,
-    sizes: tuple[int, ...],
+    sizes: Shape,
     read: ReadRows,
     start: int,
     stop: int,
@@ -340,7 +334,7 @@ def _fp8_rows(
     return values
 
 
-def _scale_blocks(matrix: Array, scales: Array, sizes: tuple[int, ...], start: int) -> None:
+def _scale_blocks(matrix: Array, scales: Array, sizes: Shape, start: int) -> None:
     """Multiply rows of a matrix, the first of which is row `start`, by the scales of its blocks."""
     high, wide = sizes
     rows = scales.astype(np.float32).reshape(-1, -(-matrix.shape[1] // wide))
@@ -532,7 +526,7 @@ def find_mxfp4(stored: StoredTensors) -> Iterator[PackedTensor]:
 
 
 def _mxfp4_rows(
-    parts: tuple[str, str], shape: tuple[int, ...], read: ReadRows, start: int, stop: int
+    parts: tuple[str, str], shape: Shape, read: ReadRows, start: int, stop: int
 ) -> Array:
     values = np.empty((stop - start, *shape[1:]), np.float32)
     # The blocks of all experts together, unpacked, would be several times as large.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem, nearest
+from moecc.errors import CheckError, InputError, MoeccError, Problem, nearest, raise_problems
 from moecc.formats.adapter import models_of
 from moecc.formats.arrays import ZarrArrays, files_below
 from moecc.formats.files import (
@@ -30,6 +30,7 @@ from moecc.formats.manifest import (
     load,
     read_sealed,
 )
+from moecc.formats.modelcard import CardEntries
 from moecc.formats.source import Checkpoint, GivenParams, TensorInfo, tensor_info
 from moecc.support.problems import Problems, quoted
 from moecc.support.record import Check, Count, RecordReader, read_record
@@ -159,7 +160,7 @@ class SavedStep:
         if record.step != self.number:
             raise InputError(
                 "the step is of another version of moecc, or was moved",
-                where=str(path),
+                where=path,
                 expected=f'"step": {self.number}',
                 found=f'"step": {record.step}',
             )
@@ -215,7 +216,7 @@ def choose_step(run: Path, which: str) -> SavedStep:
     numbers = ", ".join(str(s.number) for s in steps) or "none"
     if not steps:
         raise InputError(
-            "the run has no checkpoint yet", where=str(run), hint="moecc train --resume goes on"
+            "the run has no checkpoint yet", where=run, hint="moecc train --resume goes on"
         )
     if which == LAST:
         return steps[-1]
@@ -269,11 +270,7 @@ def check_inside(run: Path, step: SavedStep) -> None:
     Raises:
       InputError: links that do; all of them.
     """
-    problems = Problems()
-    for path in _links(run, step):
-        if (fault := link_fault(path, run)) is not None:
-            problems.extend((fault,))
-    problems.raise_if_any()
+    raise_problems(fault for path in _links(run, step) if (fault := link_fault(path, run)))
 
 
 def _links(run: Path, step: SavedStep) -> Iterator[Path]:
@@ -319,7 +316,7 @@ def require_run_files(step: SavedStep) -> None:
       InputError: a file is missing or differs; all of them.
       MachineError: a file cannot be read.
     """
-    _require(step, step.folder.parent.parent, lambda facts: facts.run_files)
+    _require(step, step.folder.parent.parent, "run_files")
 
 
 def require_state(step: SavedStep) -> None:
@@ -327,20 +324,17 @@ def require_state(step: SavedStep) -> None:
 
     Raises: as `require_run_files`.
     """
-    _require(step, step.state, lambda facts: facts.files)
+    _require(step, step.state, "files")
 
 
-def _require(
-    step: SavedStep, folder: Path, digests: Callable[[StepRecord], Mapping[str, FileRecord]]
-) -> None:
+def _require(step: SavedStep, folder: Path, digests: str) -> None:
     try:
-        problems = _differences(folder, digests(step.facts))
+        problems = _differences(folder, getattr(step.facts, digests))
     except InputError as error:
         problems = list(error.problems)
     if problems and not (step.folder / STEP).is_file():
         problems = [step_removed(step.folder)]
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
 
 
 def step_removed(folder: Path) -> Problem:
@@ -390,9 +384,6 @@ class StateReader(ZarrArrays):
       MachineError: tensorstore is missing.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-
     def _unreadable(self, key: str, error: Exception) -> InputError:
         if self._folder.is_dir():
             return super()._unreadable(key, error)
@@ -433,7 +424,7 @@ class RunCheckpoint(Checkpoint):
 
     @cached_property
     def state(self) -> StateReader:
-        """What reads parameters and moments, once their files have the digests of step.json.
+        """The reader of parameters and moments; their files are compared with step.json first.
 
         Raises:
           InputError: a file is missing or differs; all of them.
@@ -457,7 +448,7 @@ class RunCheckpoint(Checkpoint):
         steps = amount(self.step.number, "step")
         return [f"trained for {steps}, {self.step.facts.tokens:,} tokens"]
 
-    def card(self) -> dict[str, tuple[str, ...]]:
+    def card(self) -> CardEntries:
         """Return what is kept of the source's card."""
         return dict(self.lineage.card)
 

@@ -8,7 +8,6 @@ usual parser is laxer: it accepts duplicate names, stray fields and unreadable s
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from moecc.formats.files import (
     SNIFFED_BYTES,
     DataSpan,
     Identity,
+    check_file,
     check_layout,
-    file_fault,
     name_fault,
-    open_regular,
+    opened_regular,
     read_into,
     read_json_object,
     sniff,
@@ -34,7 +33,8 @@ from moecc.formats.source import TensorInfo
 from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.process import gc_paused
-from moecc.types import BY_SAFETENSORS, DType
+from moecc.support.untyped import JsonDict
+from moecc.types import BY_SAFETENSORS, DType, Shape
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 1 << 18
@@ -73,11 +73,8 @@ def read_header(path: Path) -> Header:
       InputError: with all problems of the header.
       MachineError: the file cannot be read.
     """
-    descriptor, identity = open_regular(path)
-    try:
+    with opened_regular(path) as (descriptor, identity):
         raw = _read_raw(descriptor, identity.size_bytes, path)
-    finally:
-        os.close(descriptor)
     with gc_paused():
         return _HeaderCheck(path, len(raw), identity).header(_parse(raw, path))
 
@@ -86,7 +83,7 @@ def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytearray:
     head = bytearray(min(SNIFFED_BYTES, size_bytes))
     read_into(descriptor, memoryview(head), 0, path)
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    hint = "the download may be incomplete; fetch the file again"
+    hint: str | None = "the download may be incomplete; fetch the file again"
     if size_bytes < _LENGTH_BYTES:
         fault = "the file is too small to have a header", "8 bytes or more", f"{size_bytes} bytes"
     elif length > MAX_HEADER_BYTES:
@@ -105,27 +102,24 @@ def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytearray:
         read_into(descriptor, memoryview(raw), _LENGTH_BYTES, path)
         return raw
     if kind := sniff(bytes(head)):
-        expected = "the safetensors format, as the name says"
+        expected, hint = "the safetensors format, as the name says", kind.hint
         fault = "this is not a safetensors file", expected, kind.text
-        raise InputError(
-            fault[0], where=str(path), expected=fault[1], found=fault[2], hint=kind.hint
-        )
-    raise InputError(fault[0], where=str(path), expected=fault[1], found=fault[2], hint=hint)
+    raise InputError(fault[0], where=path, expected=fault[1], found=fault[2], hint=hint)
 
 
-def _parse(raw: bytearray, path: Path) -> dict[str, object]:
+def _parse(raw: bytearray, path: Path) -> JsonDict:
     tensors = raw.count(b'"data_offsets"')
     if tensors > MAX_TENSORS:
         raise InputError(
             "the header lists too many tensors",
-            where=str(path),
+            where=path,
             expected=f"at most {MAX_TENSORS:,}",
             found=f"{tensors:,}",
         )
     if len(raw) > _FREE_HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * tensors:
         raise InputError(
             "the header is far too long for its number of tensors",
-            where=str(path),
+            where=path,
             found=f"{len(raw):,} bytes for {tensors:,} tensors",
         )
     max_values = _FREE_VALUES + _VALUES_PER_TENSOR * tensors
@@ -144,7 +138,7 @@ class _HeaderCheck:
         self.problems = Problems()
         self.spans: list[DataSpan] = []
 
-    def header(self, entries: dict[str, object]) -> Header:
+    def header(self, entries: JsonDict) -> Header:
         """Return the checked header, or raise with all its problems."""
         metadata = self._metadata(entries.pop("__metadata__", {}))
         tensors = {}
@@ -227,7 +221,7 @@ class _HeaderCheck:
         self._add(name, fault, f"one of {', '.join(BY_SAFETENSORS)}", describe(value), hint)
         return None
 
-    def _shape(self, name: str, value: object) -> tuple[int, ...] | None:
+    def _shape(self, name: str, value: object) -> Shape | None:
         if type(value) is not list or len(value) > MAX_RANK or not _are_sizes(value):
             expected = f"a list of at most {MAX_RANK} whole numbers from 0 to 2^63 - 1"
             self._add(name, "the shape is not usable", expected, _first_fault(value))
@@ -307,7 +301,7 @@ def read_index(path: Path, problems: Problems) -> ShardIndex:
     if not isinstance(weight_map, dict) or not weight_map:
         problems.add(
             "the index has no weight_map",
-            where=str(path),
+            where=path,
             expected='"weight_map": an object from tensor names to file names',
             found=describe(weight_map),
         )
@@ -330,7 +324,7 @@ def read_index(path: Path, problems: Problems) -> ShardIndex:
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
         problems.add(
             f"the file of the tensor {quoted(names[0])}{more} {faults[key]}",
-            where=str(path),
+            where=path,
             expected="the plain name of a .safetensors file in the same folder",
             found=describe(weight_map[names[0]]),
         )
@@ -341,7 +335,7 @@ def compare_with_headers(
     index: ShardIndex, headers: dict[Path, Header], problems: Problems
 ) -> None:
     """Compare an index with the headers of the shards that could be read."""
-    where = str(index.path)
+    where = index.path
     homes: dict[str, Path] = {}
     for file, header in headers.items():
         for name in header.tensors:
@@ -400,7 +394,7 @@ def _total_size(metadata: object, path: Path, problems: Problems) -> int | None:
         return None if total is None else int(total)
     problems.add(
         "the total_size of the index is not a size",
-        where=str(path),
+        where=path,
         expected="a whole number of bytes",
         found=describe(total),
     )
@@ -433,7 +427,7 @@ def choose_weights(
     if ADAPTER_CONFIG in names and names.intersection((SINGLE_NAME, INDEX_NAME, *numbered)):
         problems.add(
             "the folder holds a model and an adapter: transformers would load the adapter, too",
-            where=str(path),
+            where=path,
             expected="one of the two",
             found=ADAPTER_CONFIG,
             hint="move adapter_config.json out if the model is meant; else merge the adapter with "
@@ -443,7 +437,17 @@ def choose_weights(
         index = _read_index(path, problems)
         if index is None:
             return None, []
-        _refuse_strangers(path, names, numbered, index, problems)
+        shards = set(index.shards)
+        if SINGLE_NAME in names and SINGLE_NAME not in shards:
+            _ambiguous(path, [SINGLE_NAME, INDEX_NAME], problems)
+        leftover = [name for name in numbered if name not in shards]
+        if leftover and shards:
+            problems.add(
+                "the folder has shards that the index does not name, perhaps of an earlier run",
+                where=path,
+                found=_some(leftover),
+                hint="move them out of the folder",
+            )
         return index, index.shards
     if SINGLE_NAME in names:
         if numbered:
@@ -452,50 +456,29 @@ def choose_weights(
     if numbered:
         problems.add(
             f"the folder has shards but no {INDEX_NAME}",
-            where=str(path),
+            where=path,
             found=_some(numbered),
             hint="fetch the index from where the shards came from",
         )
         return None, numbered
     expected = f"{SINGLE_NAME}, or shards with {INDEX_NAME}"
     fault, content, hint = _other_content(names)
-    problems.add(fault, where=str(path), expected=expected, found=content, hint=hint)
+    problems.add(fault, where=path, expected=expected, found=content, hint=hint)
     return None, []
 
 
 def _read_index(path: Path, problems: Problems) -> ShardIndex | None:
     file = path / INDEX_NAME
-    if fault := file_fault(file, path):
-        problems.extend((fault,))
-        return None
-    try:
+    with problems:
+        check_file(file, path)
         return read_index(file, problems)
-    except InputError as error:
-        problems.extend(error.problems)
-        return None
-
-
-def _refuse_strangers(
-    path: Path, names: set[str], numbered: list[str], index: ShardIndex, problems: Problems
-) -> None:
-    """Report weight files that transformers might load instead of those the index names."""
-    shards = set(index.shards)
-    if SINGLE_NAME in names and SINGLE_NAME not in shards:
-        _ambiguous(path, [SINGLE_NAME, INDEX_NAME], problems)
-    leftover = [name for name in numbered if name not in shards]
-    if leftover and shards:
-        problems.add(
-            "the folder has shards that the index does not name, perhaps of an earlier run",
-            where=str(path),
-            found=_some(leftover),
-            hint="move them out of the folder",
-        )
+    return None
 
 
 def _ambiguous(path: Path, files: list[str], problems: Problems) -> None:
     problems.add(
         "the folder holds more than one set of weights",
-        where=str(path),
+        where=path,
         expected=f"either {SINGLE_NAME}, or shards with {INDEX_NAME}",
         found=_some(files),
         hint="move the set that is not wanted out of the folder",
@@ -591,7 +574,7 @@ class Entry:
 
     name: str
     dtype: DType
-    shape: tuple[int, ...]
+    shape: Shape
     storage: Storage | None = None
 
     @property
@@ -687,7 +670,7 @@ def _shard(name: str, group: list[Entry], metadata: Mapping[str, str]) -> Shard:
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    content: dict[str, object] = {"__metadata__": dict(metadata)}
+    content: JsonDict = {"__metadata__": dict(metadata)}
     at = 0
     for entry in entries:
         content[entry.name] = {

@@ -12,12 +12,12 @@ from types import MappingProxyType
 
 from moecc.errors import InputError, nearest
 from moecc.formats.files import Identity, require_unchanged
-from moecc.formats.modelcard import read_card
+from moecc.formats.modelcard import CardEntries, read_card
 from moecc.support.lazy import np
 from moecc.support.problems import quoted
 from moecc.support.process import Closing
 from moecc.support.text import amount
-from moecc.support.untyped import Json
+from moecc.support.untyped import Json, JsonDict
 from moecc.types import DTYPES, Array, DType
 
 
@@ -55,7 +55,7 @@ def tensor_info(tensors: Mapping[str, TensorInfo], name: str, path: Path) -> Ten
         # Comparing with every name of a large model would take seconds.
         similar = (other_name for other_name in tensors if abs(len(other_name) - len(name)) <= 4)
         hint = nearest(name, islice(similar, 2000))
-        raise InputError(f"there is no tensor {quoted(name)}", where=str(path), hint=hint)
+        raise InputError(f"there is no tensor {quoted(name)}", where=path, hint=hint)
     return info
 
 
@@ -71,7 +71,7 @@ class Checkpoint(Closing):
 
     path: Path
     format: str
-    config: dict[str, object]
+    config: JsonDict
     tensors: Mapping[str, TensorInfo]
     _companions: Mapping[str, Path] = MappingProxyType({})
     _identities: Mapping[Path, Identity] = MappingProxyType({})
@@ -94,7 +94,7 @@ class Checkpoint(Closing):
         """Return notes for readers of the result, such as that weights were quantised."""
         return []
 
-    def card(self) -> dict[str, tuple[str, ...]]:
+    def card(self) -> CardEntries:
         """Return what is kept of the model's card: licence, language, data sets."""
         return read_card(self.path)
 
@@ -126,7 +126,7 @@ class DerivedCheckpoint(Checkpoint):
         """Return the files of the base that an export copies, by their name in the folder."""
         return self.base.companions()
 
-    def card(self) -> dict[str, tuple[str, ...]]:
+    def card(self) -> CardEntries:
         """Return what is kept of the base's card."""
         return self.base.card()
 

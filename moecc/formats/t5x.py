@@ -16,17 +16,18 @@ from typing import Any
 import ml_dtypes
 
 from moecc.errors import InputError, MachineError, described
-from moecc.formats.arrays import FILE, ArrayPiece, Tree, ZarrArrays, files_below
+from moecc.formats.arrays import FILE, ArrayPiece, NamedPieces, Tree, ZarrArrays, files_below
 from moecc.support.extras import install_hint
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
-from moecc.types import Array
+from moecc.support.untyped import JsonDict
+from moecc.types import Array, Arrays, Shape
 
 _LARGEST_BYTES = 4 << 30
 _ARRAY, _SCALAR = 1, 3
 _CHUNKED = "__msgpack_chunked_array__"
 _STORED = {"driver", "kvstore", "metadata"}
-"""What says that an array is in a folder of its own."""
+"""The keys of an entry whose array is in a folder of its own."""
 _TYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name))
     for name in (
@@ -47,7 +48,7 @@ def open_t5x(folder: Path) -> Tree:
     tree = _unpacked(path)
     root = tree.get("optimizer", tree) if isinstance(tree, dict) else None
     if not isinstance(root, dict):
-        raise InputError("not a checkpoint of T5X", where=str(path), expected="a tree of arrays")
+        raise InputError("not a checkpoint of T5X", where=path, expected="a tree of arrays")
     inside: dict[str, Array] = {}
     keys: dict[tuple[str, ...], str] = {}
     for steps, leaf in _leaves(root, ()):
@@ -67,10 +68,10 @@ def open_t5x(folder: Path) -> Tree:
 class T5xArrays:
     """Reads arrays of the file, and those in folders; bfloat16 that is stored as integers too."""
 
-    def __init__(self, inside: Mapping[str, Array], stored: ZarrArrays) -> None:
+    def __init__(self, inside: Arrays, stored: ZarrArrays) -> None:
         self._inside, self._stored = inside, stored
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def shape(self, key: str) -> Shape:
         """Return the sizes of an array."""
         return self._inside[key].shape if key in self._inside else self._stored.shape(key)
 
@@ -109,10 +110,10 @@ def _unpacked(path: Path) -> Any:
         import msgpack
     except ImportError:
         raise MachineError(
-            "a checkpoint of T5X needs msgpack", where=str(path), hint=install_hint("train")
+            "a checkpoint of T5X needs msgpack", where=path, hint=install_hint("train")
         ) from None
     if path.stat().st_size > _LARGEST_BYTES:
-        raise InputError("the file is too large for one of T5X", where=str(path))
+        raise InputError("the file is too large for one of T5X", where=path)
     try:
         return msgpack.unpackb(
             path.read_bytes(),
@@ -124,9 +125,7 @@ def _unpacked(path: Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # msgpack raises kinds of its own, and those of Python
-        raise InputError(
-            "not a msgpack file of T5X", where=str(path), found=described(error)
-        ) from None
+        raise InputError("not a msgpack file of T5X", where=path, found=described(error)) from None
 
 
 def _extension(code: int, data: bytes) -> object:
@@ -229,9 +228,7 @@ class _Names:
     is_sparse: bool
     block_size: Mapping[str, int]
 
-    def pieces(
-        self, path: TreePath, key: str, shape: Sequence[int]
-    ) -> Iterator[tuple[str, ArrayPiece]]:
+    def pieces(self, path: TreePath, key: str, shape: Sequence[int]) -> NamedPieces:
         """Yield the tensors that an array has, by name."""
         match path:
             case ("token_embedder", "embedding"):
@@ -251,9 +248,7 @@ class _Names:
             case (("encoder" | "decoder") as stack, block, *rest) if block == stack:
                 yield from self._scanned(stack, tuple(rest), key, shape)
 
-    def _scanned(
-        self, stack: str, path: TreePath, key: str, shape: Sequence[int]
-    ) -> Iterator[tuple[str, ArrayPiece]]:
+    def _scanned(self, stack: str, path: TreePath, key: str, shape: Sequence[int]) -> NamedPieces:
         match = _SUBBLOCK.fullmatch(path[0]) if path else None
         inside = path[1:] if match else path
         if len(shape) < 2:
@@ -264,9 +259,7 @@ class _Names:
                 layer = block * self.block_size[stack] + (int(match[1]) if match else 0)
                 yield f"{stack}.block.{layer}.layer.{name}", piece.of_layer(block)
 
-    def _layer(
-        self, stack: str, path: TreePath, key: str, shape: Sequence[int]
-    ) -> Iterator[tuple[str, ArrayPiece]]:
+    def _layer(self, stack: str, path: TreePath, key: str, shape: Sequence[int]) -> NamedPieces:
         """Yield the tensors of an array of a layer; names begin with the number of the sublayer."""
         last = len(_NORMS[stack]) - 1
         dense = "mlp" if self.is_sparse else "DenseReluDense"
@@ -290,7 +283,7 @@ class _Names:
                     yield name, ArrayPiece(key, (2,), (1,), at={0: expert})
 
 
-def t5_config(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> dict[str, object]:
+def t5_config(shapes: Mapping[str, Shape], problems: Problems) -> JsonDict:
     """Return the config that the sizes of the tensors imply, with what T5 fixes.
 
     T5X keeps none.  Version 1.0 has one matrix before the ReLU and a tied embedding, 1.1 a gated
@@ -304,7 +297,7 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> dict
         return {}
     buckets, heads = shapes[bias]
     vocab, width = shapes["shared.weight"]
-    config: dict[str, object] = {
+    config: JsonDict = {
         "vocab_size": vocab,
         "d_model": width,
         "d_kv": shapes[query][0] // max(heads, 1),
@@ -332,15 +325,13 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> dict
     }
 
 
-def _sparse(
-    shapes: Mapping[str, tuple[int, ...]], experts: int, problems: Problems
-) -> dict[str, object]:
+def _sparse(shapes: Mapping[str, Shape], experts: int, problems: Problems) -> JsonDict:
     """Return what the config of a mixture has beyond that of a dense T5.
 
     Of n layers, those that are 1 modulo a step are sparse in transformers, those before a multiple
     of it in flaxformer: the same for a step of 2.
     """
-    config: dict[str, object] = {
+    config: JsonDict = {
         "model_type": "switch_transformers",
         "architectures": ["SwitchTransformersForConditionalGeneration"],
         "num_experts": experts,
@@ -367,5 +358,5 @@ def _sparse(
     return config
 
 
-def _count(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
+def _count(shapes: Mapping[str, Shape], stack: str) -> int:
     return len({n.split(".")[2] for n in shapes if n.startswith(f"{stack}.block.")})

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from moecc.errors import InputError
 from moecc.families.config import MaxTextFacts, ModelConfig
 from moecc.families.registry import CONFIGS
-from moecc.formats.arrays import METADATA, ArrayPiece, Tree, open_orbax
+from moecc.formats.arrays import METADATA, ArrayPiece, NamedPieces, Tree, open_orbax
 from moecc.formats.files import identify, read_json_object
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
 from moecc.formats.source import Checkpoint, TensorInfo, tensor_info
@@ -23,6 +23,7 @@ from moecc.formats.t5x import open_t5x, t5_config, t5_pieces
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
+from moecc.support.untyped import Json, JsonDict
 from moecc.types import DTYPES, Array, DType, TensorType
 
 # The decoders of MaxText as Hugging Face has them: names, axes, and what it does to queries.
@@ -57,9 +58,7 @@ class _MaxTextDecoder:
     turned: bool
 
 
-def maxtext_pieces(
-    tree: Tree, config: Mapping[str, object], problems: Problems
-) -> dict[str, ArrayPiece]:
+def maxtext_pieces(tree: Tree, config: Json, problems: Problems) -> dict[str, ArrayPiece]:
     """Return the tensors of the model by their Hugging Face names; what is unknown is reported."""
     decoder = _decoder(config, problems)
     pieces: dict[str, ArrayPiece] = {}
@@ -82,7 +81,7 @@ def maxtext_pieces(
     return pieces
 
 
-def _decoder(config: Mapping[str, object], problems: Problems) -> _MaxTextDecoder | None:
+def _decoder(config: Json, problems: Problems) -> _MaxTextDecoder | None:
     families = {name: c for name, c in CONFIGS.items() if c.maxtext is not None}
     family = families.get(str(config.get("model_type")))
     if family is None or family.maxtext is None:
@@ -104,14 +103,12 @@ def _decoder(config: Mapping[str, object], problems: Problems) -> _MaxTextDecode
     return _MaxTextDecoder(family, family.maxtext, head_dim, layers, experts, vocab, turned)
 
 
-def _size(config: Mapping[str, object], key: str) -> int:
+def _size(config: Json, key: str) -> int:
     size = config.get(key)
     return size if type(size) is int and 0 < size < 1 << 26 else 0
 
 
-def _pieces(
-    path: tuple[str, ...], key: str, rank: int, decoder: _MaxTextDecoder
-) -> Iterator[tuple[str, ArrayPiece]]:
+def _pieces(path: tuple[str, ...], key: str, rank: int, decoder: _MaxTextDecoder) -> NamedPieces:
     match path:
         case ("token_embedder", "embedding"):
             yield (
@@ -131,9 +128,7 @@ def _pieces(
                     yield tensor, piece.of_layer(layer) if is_scanned else piece
 
 
-def _layer(
-    path: tuple[str, ...], key: str, rank: int, decoder: _MaxTextDecoder
-) -> Iterator[tuple[str, ArrayPiece]]:
+def _layer(path: tuple[str, ...], key: str, rank: int, decoder: _MaxTextDecoder) -> NamedPieces:
     """Yield the tensors of one layer that an array without an axis of layers has."""
     facts, names = decoder.facts, decoder.family.names
     match path, rank:
@@ -180,7 +175,7 @@ _LEAVES = {
     "m": FIRST, "v": SECOND, "v_row": ROW, "v_col": COLUMN,
     "grad_ema": FIRST, "grad_sq_ema": SECOND,
 }  # fmt: skip
-"""What T5X has below an array, by kind."""
+"""Kinds of moments by the names that T5X stores below an array."""
 
 TreePath = tuple[str, ...]
 
@@ -317,7 +312,7 @@ class TreeCheckpoint(Checkpoint):
         self,
         path: Path,
         tree: Tree,
-        config: dict[str, object],
+        config: JsonDict,
         pieces: Mapping[str, ArrayPiece],
     ) -> None:
         self.path, self.format, self.config = path, tree.format, config
@@ -419,7 +414,7 @@ def open_tree(path: Path, folder: Path, *, needs_config: bool) -> TreeCheckpoint
       MachineError: tensorstore or msgpack is missing.
     """
     tree = open_orbax(folder) if (folder / METADATA).is_file() else open_t5x(folder)
-    config: dict[str, object] = {}
+    config: JsonDict = {}
     if (path / CONFIG_NAME).exists():
         config = read_json_object(path / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
     problems = Problems()
@@ -435,7 +430,7 @@ def open_tree(path: Path, folder: Path, *, needs_config: bool) -> TreeCheckpoint
     if needs_config and not config:
         problems.add(
             f"the {tree.format} checkpoint says no architecture",
-            where=str(path),
+            where=path,
             expected=f"{CONFIG_NAME} of the model as transformers has it",
             hint="put it into the folder; or write a .moe graph over the arrays: "
             "docs/adding-a-family.md",

@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import TypeVar
 
-from moecc.errors import InputError, Problem, UsageError, printable
+from moecc.errors import InputError, Problem, UsageError, printable, raise_problems
 from moecc.formats.files import (
     CREATE,
     OPEN_DESCRIPTORS,
@@ -36,6 +36,7 @@ from moecc.formats.files import (
     write_durable,
 )
 from moecc.formats.gguf.storage import Storage, quantise
+from moecc.formats.manifest import FileRecord
 from moecc.formats.safetensors import INDEX_NAME, Entry, Shard, index_json, natural, plan_shards
 from moecc.support.documents import parse_json_object
 from moecc.support.lazy import np
@@ -159,7 +160,7 @@ MAX_JOURNAL_BYTES = 1 << 30
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 Facts = Json
-"""What decides the result of a conversion, by name."""
+"""The facts that decide the result of a conversion, by name."""
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,7 @@ def read_journal(folder: Path, facts: Facts) -> dict[str, Done]:
     head = _read_line(_JournalHead, lines[0])
     if head is None:
         return {}
-    problems = list(_differences(head.facts, json.loads(json.dumps(facts)), str(folder)))
-    if problems:
-        raise InputError(problems)
+    raise_problems(_differences(head.facts, json.loads(json.dumps(facts)), str(folder)))
     # The last line is torn, or empty.
     notes = (_read_line(Done, line) for line in lines[1:-1])
     return {done.name: done for done in notes if done is not None}
@@ -306,8 +305,8 @@ _AGAIN = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 class OutputFiles:
     """Writes at offsets of many new files; thread-safe; a bounded number of them is open."""
 
-    def __init__(self, limit: int = OPEN_DESCRIPTORS) -> None:
-        self._pool = DescriptorPool(limit, lambda path: _open(path, _AGAIN))
+    def __init__(self) -> None:
+        self._pool = DescriptorPool(OPEN_DESCRIPTORS, lambda path: _open(path, _AGAIN))
         self._lock = threading.Lock()
         self._waiting_bytes: Counter[Path] = Counter()
 
@@ -375,6 +374,44 @@ Progress = Callable[[int, int], None]
 """Receives the bytes written so far and the total bytes."""
 
 
+MAX_SHARD_BYTES = 5 * 10**9
+"""The default limit of a shard."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """Options for writing weights.
+
+    Attributes:
+      max_shard_bytes: the limit of a shard; a larger tensor gets a shard of its own.
+      allow_nonfinite: whether sources may hold NaN and infinity.
+      verify: whether a conversion runs source and result, and compares them.
+      progress: receives the bytes written so far, and all, from one thread at a time.
+      journal: notes complete tensors; those that an earlier run completed, and that are still so
+        on the disk, are not written again.
+      threads: the number of expressions evaluated concurrently.
+      source_files: waits for the digests of the source's files, and returns them.
+    """
+
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    allow_nonfinite: bool = False
+    verify: bool = False
+    progress: Progress | None = None
+    journal: OutputJournal | None = None
+    threads: int = 2
+    source_files: Callable[[], Mapping[str, FileRecord]] = dict
+
+    @property
+    def words(self) -> list[str]:
+        """The options of the command that decide the content of the files."""
+        shards = self.max_shard_bytes != MAX_SHARD_BYTES
+        nonfinite = ["--allow-nonfinite"] if self.allow_nonfinite else []
+        return [f"--max-shard-bytes {self.max_shard_bytes}"] * shards + nonfinite
+
+
+DEFAULTS = WriteOptions()
+
+
 @dataclass(frozen=True)
 class OutputTensor:
     """A tensor to write.
@@ -417,7 +454,6 @@ class WriteReport:
       tensors: sorted by name, numbers compared as numbers.
       files: the size of each file in bytes, by its name, the index included.
       total_bytes: the bytes of all tensors.
-      distinct_bytes: the bytes of the distinct tensors, which were evaluated and hashed.
       nonfinite: the source tensors that hold NaN or infinity.
       spread: a line for each distinct tensor that was written with NaN or infinity, which may be
         more than its sources had: the noise of a matrix is scaled by the spread of all of it.
@@ -428,7 +464,6 @@ class WriteReport:
     tensors: tuple[WrittenTensor, ...]
     files: Mapping[str, int]
     total_bytes: int
-    distinct_bytes: int
     nonfinite: tuple[Nonfinite, ...] = ()
     spread: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
@@ -439,13 +474,9 @@ def write_checkpoint(
     folder: Path,
     tensors: Sequence[OutputTensor],
     reader: TensorReader,
+    options: WriteOptions = DEFAULTS,
     *,
-    max_shard_bytes: int = 5 * 10**9,
     metadata: Mapping[str, str] | None = None,
-    threads: int = 2,
-    progress: Progress | None = None,
-    allow_nonfinite: bool = False,
-    journal: OutputJournal | None = None,
 ) -> WriteReport:
     """Write `tensors` into `folder`, and synchronise it to the disk.
 
@@ -453,13 +484,8 @@ def write_checkpoint(
       folder: an existing folder without weights; after an error its content is undefined.
       tensors: the tensors to write, in any order.
       reader: reads the sources; called from several threads.
-      max_shard_bytes: the limit of a file; a larger tensor gets a file of its own.
+      options: limits, threads and what is accepted.
       metadata: additional header entries of each file, besides ``format``.
-      threads: the number of expressions evaluated concurrently.
-      progress: called after each block, from one thread at a time.
-      allow_nonfinite: whether sources may hold NaN and infinity.
-      journal: notes what is complete; what an earlier run completed, and is still so on the disk,
-        is not written again.
 
     Raises:
       UsageError: an invalid limit.
@@ -467,21 +493,22 @@ def write_checkpoint(
         overflow, all of them at once; a source that changed.
       MachineError: a write failed.
     """
-    if max_shard_bytes < 1 or threads < 1:
+    if options.max_shard_bytes < 1 or options.threads < 1:
         raise UsageError("max_shard_bytes and threads must be at least 1")
     entries = [t.entry for t in tensors]
-    _refuse_names(entries)
-    shards = plan_shards(entries, max_shard_bytes, {"format": "pt", **(metadata or {})})
-    report = write_files(
-        folder,
-        tensors,
-        shards,
-        reader,
-        threads=threads,
-        progress=progress,
-        allow_nonfinite=allow_nonfinite,
-        journal=journal,
-    )
+    problems = Problems()
+    names: set[str] = set()
+    for name in (entry.name for entry in entries):
+        fault = name_fault(name) or ("two tensors of one name" * (name in names))
+        if name == "__metadata__":
+            fault = "the name belongs to the format"
+        if fault:
+            problems.add(fault, where=f"output tensor {quoted(name)}")
+        names.add(name)
+    problems.raise_if_any()
+    header = {"format": "pt", **(metadata or {})}
+    shards = plan_shards(entries, options.max_shard_bytes, header)
+    report = write_files(folder, tensors, shards, reader, options)
     if len(shards) == 1:
         return report
     index = index_json(shards, report.total_bytes, sum(prod(e.shape) for e in entries))
@@ -494,17 +521,18 @@ def write_files(
     tensors: Sequence[OutputTensor],
     files: Sequence[Shard],
     reader: TensorReader,
-    *,
-    threads: int = 2,
-    progress: Progress | None = None,
-    allow_nonfinite: bool = False,
-    journal: OutputJournal | None = None,
+    options: WriteOptions = DEFAULTS,
 ) -> WriteReport:
     """Write `tensors` at the offsets of `files`, whatever their format, and synchronise them.
 
     Arguments and errors are those of `write_checkpoint`.
     """
-    exprs = _simplified(tensors)
+    problems = Problems()
+    exprs: list[Expr] = []
+    for tensor in tensors:
+        with problems:
+            exprs.append(simplify(Cast(tensor.expr, tensor.dtype)))
+    problems.raise_if_any()
     scan = ScanningReader(reader)
     offsets = {n: (folder / s.name, start) for s in files for n, start in s.offsets.items()}
     jobs = _jobs(tensors, exprs, offsets)
@@ -512,14 +540,14 @@ def write_files(
     total_bytes = sum(e.nbytes for e in entries)
     outputs = OutputFiles()
     try:
-        if journal is not None:
+        keep = options.journal is not None
+        if keep:
             remove_but(folder, {JOURNAL_NAME, *(shard.name for shard in files)})
         for shard in files:
-            keep = journal is not None
             outputs.create(folder / shard.name, shard.size_bytes, shard.header, keep=keep)
-        work = _Work(scan, outputs, progress, total_bytes, allow_nonfinite, journal)
-        work.run(jobs, threads)
-        outputs.synchronise([folder / shard.name for shard in files], threads)
+        work = _Work(scan, outputs, total_bytes, options)
+        work.run(jobs)
+        outputs.synchronise([folder / shard.name for shard in files], options.threads)
     finally:
         outputs.close()
     digests = {name: job.sha256 for job in jobs for name in job.names}
@@ -544,39 +572,11 @@ def write_files(
         tuple(written),
         {s.name: s.size_bytes for s in files},
         total_bytes,
-        sum(job.nbytes for job in jobs),
         scan.nonfinite,
         tuple(sorted(spread)),
         scan.zeros,
         work.resumed_bytes,
     )
-
-
-def _refuse_names(entries: Sequence[Entry]) -> None:
-    """Raise InputError if names cannot be written, before they are laid out in files."""
-    problems = Problems()
-    names: set[str] = set()
-    for name in (entry.name for entry in entries):
-        fault = name_fault(name) or ("two tensors of one name" * (name in names))
-        if name == "__metadata__":
-            fault = "the name belongs to the format"
-        if fault:
-            problems.add(fault, where=f"output tensor {quoted(name)}")
-        names.add(name)
-    problems.raise_if_any()
-
-
-def _simplified(tensors: Sequence[OutputTensor]) -> list[Expr]:
-    """Return the expressions to evaluate. Raises InputError with all problems."""
-    problems = Problems()
-    exprs: list[Expr] = []
-    for tensor in tensors:
-        try:
-            exprs.append(simplify(Cast(tensor.expr, tensor.dtype)))
-        except InputError as error:
-            problems.extend(error.problems)
-    problems.raise_if_any()
-    return exprs
 
 
 @dataclass(eq=False)
@@ -592,7 +592,7 @@ class _Job:
 
     @property
     def more_text(self) -> str:
-        """How many names it has besides the first."""
+        """The number of names besides the first, in words."""
         return f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
 
     @property
@@ -619,34 +619,25 @@ class _Work:
     """Evaluates, hashes and writes jobs; after a problem it continues without writing."""
 
     def __init__(
-        self,
-        scan: ScanningReader,
-        files: OutputFiles,
-        progress: Progress | None,
-        total_bytes: int,
-        allow_nonfinite: bool,
-        journal: OutputJournal | None,
+        self, scan: ScanningReader, files: OutputFiles, total_bytes: int, options: WriteOptions
     ) -> None:
         self._evaluator = Evaluator(scan)
-        self._scan = scan
-        self._files = files
-        self._progress = progress
-        self._total_bytes = total_bytes
-        self._allow_nonfinite = allow_nonfinite
-        self._journal = journal
+        self._scan, self._files, self._total_bytes = scan, files, total_bytes
+        self._options, self._progress = options, options.progress
+        self._journal, self._allow_nonfinite = options.journal, options.allow_nonfinite
         self.resumed_bytes = 0
         self._done_bytes = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._problems = Problems()
 
-    def run(self, jobs: Sequence[_Job], threads: int) -> None:
+    def run(self, jobs: Sequence[_Job]) -> None:
         """Run all jobs; an exception in one ends the others.
 
         Raises:
           InputError: all problems of the values.
         """
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(self._options.threads) as pool:
             futures = [pool.submit(self._run_job, job) for job in jobs]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)

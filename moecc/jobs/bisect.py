@@ -35,6 +35,7 @@ from moecc.rewrite.driver import RewriteWatch, rewrites_watched
 from moecc.rewrite.passes import KNOWN, Context, Pass, apply_pass
 from moecc.rewrite.pipeline import Pipeline, format_pass
 from moecc.rewrite.runner import run_pass
+from moecc.support.untyped import JsonDict
 from moecc.weights.expr import Expr
 from moecc.weights.simplify import steps
 
@@ -44,9 +45,8 @@ PASS = "pass"
 LOWERING = "lowering"
 SIMPLIFIER = "simplifier"
 WRITER = "evaluator or writer"
-STEPS = (PASS, LOWERING, SIMPLIFIER, WRITER)
-"""What can be wrong: a pass; how XLA computes an operation; a rule by which weight expressions are
-simplified; how they are evaluated and written."""
+"""The parts that can be wrong: a pass; XLA's lowering of an operation; a rule that simplifies
+weight expressions; their evaluation and the files written."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Bisection:
 
     Attributes:
       failure: what fails.
-      step: what is wrong, one of `STEPS`.
+      step: the wrong part: `PASS`, `LOWERING`, `SIMPLIFIER` or `WRITER`.
       number: the number of the first pass that is wrong, or after which the failure is first seen,
         from 1; 0 if it is seen before any pass.
       item: that pass.
@@ -73,7 +73,7 @@ class Bisection:
     rewrites: tuple[int, int] = (0, 0)
     gap: Gap | None = None
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> JsonDict:
         """Return it as JSON values."""
         gap = self.gap
         return {

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError, UsageError
 from moecc.formats.output import check_output, output_folder
 from moecc.ir.graph import Graph
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.jobs.command import (
+    Amount,
     BatchSize,
     Force,
     LoadFamilies,
@@ -39,7 +40,7 @@ from moecc.train.tokens.encoders import BYTES, BYTES_DIGEST
 from moecc.train.tokens.folder import FACTS as TOKEN_FACTS
 from moecc.train.tokens.folder import TokenFolder, open_tokens
 from moecc.train.tokens.make import Making, make_tokens
-from moecc.types import Array
+from moecc.types import Array, Arrays
 
 # Take statistics of the values of a model over texts: `moecc capture`.
 
@@ -50,7 +51,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """What is captured.
+    """The values to capture.
 
     Attributes:
       at: the locations, as a pattern of the shell.
@@ -65,13 +66,6 @@ class CaptureSpec:
     sequence: int = 512
     batch: int = 2
     active: float = 0.1
-
-    def problems(self) -> list[Problem]:
-        """Return what is out of range."""
-        if 0 < self.active < 1:
-            return []
-        return [Problem("not a share of neurons", "--active", "above 0, below 1",
-                        f"{self.active:g}")]  # fmt: skip
 
 
 @dataclass
@@ -95,7 +89,7 @@ class _Sums:
     active: float
     layers: dict[str, _Layer] = field(default_factory=dict)
 
-    def add(self, text: int, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> int:
+    def add(self, text: int, outputs: Arrays, batch: Arrays) -> int:
         """Add the outputs of a batch; return the number of its tokens."""
         by_location: dict[str, dict[str, Array]] = {}
         count = 0
@@ -152,8 +146,9 @@ def capture_statistics(
         output is not empty.
       MachineError: a library is missing, or the disk is full.
     """
-    if problems := spec.problems():
-        raise UsageError(problems)
+    if not 0 < spec.active < 1:
+        raise UsageError("not a share of neurons", where="--active", expected="above 0, below 1",
+                         found=f"{spec.active:g}")  # fmt: skip
     named = parse_texts(texts)
     inputs = [Path(path) for path in named.values()]
     check_output(Path(out), inputs=inputs, force=force)
@@ -257,7 +252,7 @@ def capture(
     pipeline: PipelineText = "",
     sequence: SequenceLength = 512,
     batch: BatchSize = 2,
-    batches: Annotated[int, Spelling("N", low=1)] = 64,
+    batches: Amount = 64,
     active: Annotated[float, Spelling("SHARE")] = 0.1,
     load: LoadFamilies = (),
     force: Force = False,

@@ -13,25 +13,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem, described
+from moecc.errors import CheckError, InputError, MoeccError, Problem, described, raise_problems
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operand import Attrs
 from moecc.ir.structure import clone, lost_precision, without_opaque
 from moecc.ir.traits import Cut, Product
+from moecc.prove import Prover, Verdict
 from moecc.rewrite.passes import ERROR_MARGIN, Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline, format_pass
 from moecc.rewrite.runner import Instrument, PassRun, run_pass
 from moecc.support.console import warn
 from moecc.support.untyped import JsonDict
 from moecc.types import Axis, TensorType
-from moecc.weights.expr import Source
-
-if TYPE_CHECKING:
-    from moecc.prove import Prover, Verdict
-    from moecc.weights.expr import Expr
-
+from moecc.weights.expr import Expr, Source
 
 # A graph at reduced sizes, on which the reference interpreter can check promises of passes.
 #
@@ -242,7 +237,7 @@ def _map_type(type: TensorType, sizes: Mapping[int, int]) -> TensorType:
     )
 
 
-def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, object]:
+def _map_attrs(node: Node, sizes: Mapping[int, int]) -> JsonDict:
     attrs: JsonDict = dict(node.attrs)
     if node.body is not None:
         return {**attrs, "body": resized(node.body, sizes)}
@@ -321,8 +316,7 @@ def check_pipeline(
         else:
             done.append(_checked(number, item, run.preserves, before, small, seeds))
     problems = [p for result in done for p in result.problems]
-    if problems:
-        raise CheckError(problems)
+    raise_problems(problems, CheckError)
     return done
 
 
@@ -384,7 +378,6 @@ def broken_promise(
 
     An ``approximate`` pass promises nothing that random data could refute.
     """
-    from moecc.prove import Prover
     from moecc.testing.oracle import differences
 
     if promise.kind == "approximate":
@@ -432,7 +425,7 @@ class PassReceipt:
 
 @dataclass(frozen=True)
 class Contracts:
-    """What the passes of a conversion were found to keep, on the model at reduced sizes.
+    """The promises that the passes of a conversion kept, on the model at reduced sizes.
 
     Attributes:
       passes: those that were checked.
@@ -453,8 +446,6 @@ class PassProofs(Instrument):
     """
 
     def __init__(self) -> None:
-        from moecc.prove import Prover
-
         self.real, self._bits = Prover(), Prover(exact=True)
         self.runs: dict[int, PassRun] = {}
         self.source = self._last = Graph("")
@@ -514,4 +505,4 @@ def _rounded(error: float | None) -> float | None:
 
 
 NOT_CHECKED = Contracts(unchecked="--no-check")
-"""What is said if nobody wanted the passes to be checked."""
+"""The contracts of a conversion whose passes are not checked."""

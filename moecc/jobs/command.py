@@ -1,16 +1,17 @@
-"""What the functions of commands share: how parameters are spelled, reports, files, pipelines."""
+"""Tools shared by the functions of commands: spellings of parameters, reports, files, pipelines."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from moecc.errors import InputError, MoeccError
 from moecc.support.console import say, warn
+from moecc.support.untyped import Json, JsonDict
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a parameter is spelled on the command line, where its name and type do not say it.
+    """The spelling of a parameter on the command line, beyond its name and type.
 
     Attributes:
       metavar: what stands for the value in the help.
@@ -156,6 +157,10 @@ Seed = Annotated[int, Spelling("N", help="Seed for all random numbers.")]
 AllowUnmatched = Annotated[
     bool, Spelling(help="Accept passes that match nothing, though they must match.")
 ]
+OutputFile = Annotated[str | None, Spelling("FILE")]
+"""A file to write, which the docstring of the command describes."""
+Amount = Annotated[int, Spelling("N", low=1)]
+"""A number of things, which the docstring of the command describes."""
 Force = Annotated[bool, Spelling(help="Replace an existing output.")]
 SequenceLength = Annotated[int, Spelling("N", low=2, help="Number of tokens in a sequence.")]
 BatchSize = Annotated[int, Spelling("N", low=1, help="Number of sequences in a batch.")]
@@ -163,7 +168,7 @@ BatchSize = Annotated[int, Spelling("N", low=1, help="Number of sequences in a b
 
 @dataclass(frozen=True)
 class Report:
-    """What a command reports of its work.
+    """The report of a command.
 
     Attributes:
       kind: the name of the schema, ``inspect`` for ``moecc.inspect/1``.
@@ -177,7 +182,7 @@ class Report:
     """
 
     kind: str
-    data: Mapping[str, object] | None
+    data: Json | None
     text: Callable[[], str]
     is_aside: bool = False
     is_raw: bool = False
@@ -185,7 +190,7 @@ class Report:
     exit_code: int = 0
     error: MoeccError | None = None
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonDict:
         """Return the report as JSON values, with its schema."""
         return {"schema": f"moecc.{self.kind}/1", **(self.data or {})}
 
@@ -243,7 +248,7 @@ def check_writable(file: str | None, *, force: bool) -> None:
     if path.exists() and not force:
         raise InputError("the file exists", where=file, hint="--force replaces it")
     if not path.resolve().parent.is_dir():
-        raise InputError("the folder to write into does not exist", where=str(path.parent))
+        raise InputError("the folder to write into does not exist", where=path.parent)
 
 
 def write_whole(file: str, content: bytes, *, force: bool) -> None:

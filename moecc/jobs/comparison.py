@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
-from moecc.backend import Arrays, Backend, get_backend
+from moecc.backend import Arrays, get_backend
 from moecc.errors import CheckError, InputError
 from moecc.families.heads import has_head
 from moecc.ir.graph import Graph
@@ -16,7 +16,8 @@ from moecc.model.inputs import default_inputs, first_layers, layer_count
 from moecc.model.open import OpenedModel, open_model
 from moecc.support.lazy import np
 from moecc.support.text import brief, facts_table
-from moecc.types import F32, F64, Array, DType
+from moecc.support.untyped import JsonDict
+from moecc.types import F32, F64, Array, DType, Shape
 
 TOLERANCE = 1e-5
 """The default bound on the largest difference of logits, relative to the largest logit."""
@@ -101,7 +102,7 @@ class ComparisonVerdict:
     model: str
     source: str
     output: str
-    inputs: dict[str, tuple[int, ...]]
+    inputs: dict[str, Shape]
     dtype: str
     compute_dtype: str
     difference: LogitDifference
@@ -109,7 +110,7 @@ class ComparisonVerdict:
     tolerance: float
 
     @property
-    def tokens(self) -> tuple[int, ...]:
+    def tokens(self) -> Shape:
         """The shape of the first input, ``(batch, seq)``."""
         return next(iter(self.inputs.values()))
 
@@ -136,7 +137,7 @@ class ComparisonVerdict:
             ("KL divergence", kl), ("top-1 agreement", same),
         ]  # fmt: skip
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonDict:
         """Return the verdict as JSON values."""
         shapes = {name: list(shape) for name, shape in self.inputs.items()}
         tokens = list(self.tokens)
@@ -150,7 +151,6 @@ def compare(
     inputs: Arrays | None = None,
     tolerance: float = TOLERANCE,
     compute_dtype: DType = F32,
-    backend: Backend | None = None,
 ) -> ComparisonVerdict:
     """Run `model` and `source` on the same inputs and compare the source's first output.
 
@@ -162,7 +162,6 @@ def compare(
     Raises:
       InputError: a model has no weights, or inputs or outputs of the two differ.
     """
-    backend = backend or get_backend("xla")
     output = source.graph.output_names[0]
     if output not in model.graph.output_names:
         names = ", ".join(model.graph.output_names)
@@ -173,7 +172,7 @@ def compare(
     dtype = model.dtype
 
     def run(which: OpenedModel, rounded: DType | None = None) -> Array:
-        program = backend.compile(which.graph, dtype=compute_dtype)
+        program = get_backend("xla").compile(which.graph, dtype=compute_dtype)
         params = which.params(dtype=compute_dtype, rounded=rounded)
         return program.run(params, arrays)[output]
 
@@ -218,32 +217,30 @@ MAX_VERIFIED_PARAMETERS = 4 * 10**9
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found at the logits.
+    """The comparison of what was written with its source.
 
     Attributes:
-      output: what was compared, ``logits`` or ``hidden``.
-      inputs: the shapes of the inputs, by name.
-      dtype: the type of the weights that were written.
-      compute_dtype: the type that was computed in.
+      verdict: of the result against the source.
       layers: how many layers were compared, the first ones; 0 for all.
-      difference: of the result from the source, whose weights were rounded to `dtype` first.
-      rounding: what that rounding alone changes; None if nothing was rounded.
-      tolerance: the bound on `difference.max_relative`; None where a difference was announced.
+      is_exact: whether the function was promised, and not a difference.
     """
 
-    output: str
-    inputs: dict[str, tuple[int, ...]]
-    dtype: str
-    compute_dtype: str
+    verdict: ComparisonVerdict
     layers: int
-    difference: LogitDifference
-    rounding: LogitDifference | None
-    tolerance: float | None
+    is_exact: bool
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonDict:
         """Return it as JSON values."""
-        shapes = {name: list(shape) for name, shape in self.inputs.items()}
-        return {**asdict(self), "inputs": shapes, "layers": self.layers or None}
+        stated = self.verdict.to_json() | {"layers": self.layers or None}
+        if not self.is_exact:
+            stated["tolerance"] = None
+        return {name: stated[name] for name in _VERIFIED}
+
+
+_VERIFIED = (
+    "output", "inputs", "dtype", "compute_dtype", "layers", "difference", "rounding", "tolerance",
+)  # fmt: skip
+"""The keys of a comparison in a receipt."""
 
 
 def verify_written(planned: Plan, written: Path) -> Verified:
@@ -283,7 +280,7 @@ def verify_written(planned: Plan, written: Path) -> Verified:
             found=f"{verdict.difference.max_relative:.2e} in float64",
             hint="moecc bisect finds the pass",
         )
-    return _verified(verdict, layers, exact)
+    return Verified(verdict, layers, exact)
 
 
 def _without_rounding(
@@ -306,13 +303,6 @@ def _without_rounding(
         (step.difference for step in steps), key=lambda difference: difference.max_relative
     )
     return replace(verdict, difference=larger)
-
-
-def _verified(verdict: ComparisonVerdict, layers: int, exact: bool) -> Verified:
-    return Verified(
-        verdict.output, verdict.inputs, verdict.dtype, verdict.compute_dtype, layers,
-        verdict.difference, verdict.rounding, verdict.tolerance if exact else None,
-    )  # fmt: skip
 
 
 def _budget(graph: Graph) -> int:

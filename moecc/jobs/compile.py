@@ -21,6 +21,7 @@ from moecc.ahead.request import Request, update_of
 from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST
 from moecc.errors import MachineError, MoeccError, Problem, UsageError
 from moecc.jobs.command import (
+    Amount,
     AnyModelName,
     BatchTokens,
     ComputeType,
@@ -32,6 +33,7 @@ from moecc.jobs.command import (
     MicroBatches,
     OptimizerName,
     OptionalMachine,
+    OutputFile,
     PipelineText,
     ReduceType,
     RematPolicy,
@@ -94,8 +96,8 @@ ENVIRONMENT = {
     "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
     "MALLOC_ARENA_MAX": "2",
 }
-"""What keeps jax from looking for accelerators, and libtpu from asking a cloud about itself; and
-what keeps a compiler small: no tracebacks in the program, and threads that share free memory."""
+"""Variables that keep jax from looking for accelerators, libtpu from asking a cloud about itself,
+and the compiler small: no tracebacks in the program, and threads that share free memory."""
 
 _TAIL = 3000
 
@@ -333,12 +335,12 @@ def compile(
     partition: Literal["explicit", "gspmd"] = "explicit",
     via: ViaName = None,
     slice: bool = False,
-    chunks: Annotated[int, Spelling("N", low=1)] = 1,
+    chunks: Amount = 1,
     overlap: bool = False,
     quick: bool = False,
     capacity_factor: Annotated[float | None, Spelling("C")] = None,
     emit: Literal["stablehlo", "hlo"] | None = None,
-    save: Annotated[str | None, Spelling("FILE")] = None,
+    save: OutputFile = None,
     time_limit: Annotated[float, Spelling("SECONDS")] = 3600.0,
     force: Force = False,
 ) -> Report:

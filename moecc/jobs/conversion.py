@@ -3,42 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecc.backend import EmittedProgram
 from moecc.errors import InputError, UsageError, described
+from moecc.families.describe import Description, describe
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.formats.gguf.storage import Storage
+from moecc.formats.source import Checkpoint
+from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contracts
 from moecc.jobs.targets import AUTO, choose
 from moecc.model.initialise import reads_small
 from moecc.model.open import OpenedModel
-from moecc.rewrite.passes import Context, Preserves, weakest
+from moecc.prove.conversion import ConversionProof, prove_conversion
+from moecc.rewrite.passes import Context, Preserves, Statistics, weakest
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline, temporary_folder
 from moecc.support.process import gc_paused
 from moecc.support.text import amount, brief, count_text, facts_table, size_text
-from moecc.translate.engines import verdicts, verdicts_on_gguf, verdicts_on_program
+from moecc.support.untyped import JsonDict
+from moecc.translate.engines import (
+    EngineVerdict,
+    summary,
+    verdicts,
+    verdicts_on_gguf,
+    verdicts_on_program,
+)
+from moecc.translate.export import EmittedExport, Export, export_emitted, export_graph
 from moecc.translate.propose import check_target
 from moecc.types import DType
 from moecc.weights.arithmetic import branch_and_name, is_statistic
 from moecc.weights.expr import sources
 
 if TYPE_CHECKING:
-    from moecc.backend import EmittedProgram
-    from moecc.families.describe import Description
-    from moecc.formats.source import Checkpoint
-    from moecc.formats.writer import OutputTensor
-    from moecc.prove.conversion import ConversionProof
-    from moecc.rewrite.passes import Statistics
-    from moecc.translate.engines import EngineVerdict
-    from moecc.translate.export import Export
     from moecc.translate.gguf import GgufExport
 
 
@@ -100,8 +105,6 @@ class Plan:
     @property
     def program(self) -> EmittedProgram | None:
         """The program that is written beside the tensors, if there is one."""
-        from moecc.translate.export import EmittedExport
-
         return self.export.program if isinstance(self.export, EmittedExport) else None
 
     @cached_property
@@ -122,7 +125,7 @@ class Plan:
 
     @property
     def proved(self) -> str:
-        """What is proved of the conversion, in words; empty for nothing."""
+        """The part of the conversion that is proved, in words; empty for nothing."""
         if self.proof is not None and self.proof.verdict:
             return "the same function as the source"
         passes = self.contracts.passes
@@ -132,8 +135,6 @@ class Plan:
     @cached_property
     def tensors(self) -> list[OutputTensor]:
         """The tensors to write, by their names on disk."""
-        from moecc.formats.writer import OutputTensor
-
         outputs = []
         for name, weight in self.export.tensors:
             read = [source for source in sources(weight) if not is_statistic(source.name)]
@@ -166,9 +167,7 @@ class Plan:
 
     @cached_property
     def facts(self) -> Description:
-        """What is said of the model that will be written."""
-        from moecc.families.describe import describe
-
+        """The description of the model that will be written."""
         return describe(self.graph)
 
     def __repr__(self) -> str:
@@ -179,8 +178,6 @@ class Plan:
         return facts_table([*self._rows(), *remarks])
 
     def _rows(self) -> list[tuple[str, str]]:
-        from moecc.translate.engines import summary
-
         return [
             ("", f"{self.model.name} as {self.target}"), ("pipeline", str(self.pipeline)),
             ("preserves", str(self.preserves)), ("parameters", count_text(self.parameters)),
@@ -189,7 +186,7 @@ class Plan:
             ("runs in", summary(self.engines) if self.engines else ""),
         ]  # fmt: skip
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonDict:
         """Return the plan as JSON values."""
         facts = self.facts
         return {
@@ -197,12 +194,7 @@ class Plan:
             "family_from": self.graph.attrs.get("family"),
             "family_to": self.target,
             "pipeline": str(self.pipeline),
-            "preserves": {
-                "kind": self.preserves.kind,
-                "reason": self.preserves.reason,
-                "predicted_error": self.preserves.predicted_error,
-                "up_to": self.preserves.up_to,
-            },
+            "preserves": asdict(self.preserves),
             "proof": None if self.proof is None else self.proof.to_json(),
             "seed": self.seed,
             "dtype": self.dtype_name,
@@ -250,8 +242,6 @@ def plan(
       InputError: a pass cannot be applied to this model, or the target cannot express the result.
       CheckError: a pass broke its promise.
     """
-    from moecc.translate.export import export_emitted, export_graph
-
     if emit is not None and target not in (AUTO, GraphConfig.model_type):
         raise UsageError(
             f"a program is written for {GraphConfig.model_type}, not for {target}",
@@ -308,8 +298,6 @@ def plan(
     if proofs is not None and preserves.is_equality and storage is not None:
         remarks.append("the file is not proved: its weights are quantised, which rounds them")
     elif proofs is not None and preserves.is_equality:
-        from moecc.prove.conversion import prove_conversion
-
         try:
             proof = prove_conversion(proofs.source, export, proofs.real)
         except MemoryError:

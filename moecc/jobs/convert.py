@@ -8,20 +8,35 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from moecc.errors import CheckError, Problem, UsageError
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import files_of
+from moecc.formats.files import make_folder, read_whole, write_durable
 from moecc.formats.gguf.header import Key
-from moecc.formats.gguf.storage import FILE_NAME, SUFFIX
+from moecc.formats.gguf.storage import FILE_NAME, SUFFIX, Storage
 from moecc.formats.manifest import MANIFEST_NAME, hashed_beside
 from moecc.formats.modelcard import CARD_NAME, LISTS
+from moecc.formats.output import check_output, output_folder
 from moecc.formats.run import inputs_of
+from moecc.formats.writer import (
+    MAX_SHARD_BYTES,
+    Done,
+    Facts,
+    OutputJournal,
+    Progress,
+    WriteOptions,
+    WriteReport,
+    read_journal,
+    write_checkpoint,
+    write_files,
+)
 from moecc.jobs.command import (
     AllowUnmatched,
     Force,
     Load,
+    OutputFile,
     PaddingMask,
     PipelineText,
     Report,
@@ -35,28 +50,21 @@ from moecc.jobs.conversion import Plan
 from moecc.jobs.conversion import plan as plan
 from moecc.jobs.prove import check_proof_files
 from moecc.jobs.receipt import (
-    MAX_SHARD_BYTES,
     RECEIPT_NAME,
-    Progress,
-    WriteOptions,
     card,
     manifest,
     receipt_of,
 )
 from moecc.jobs.receipt import conversion_facts as conversion_facts
 from moecc.model.initialise import add_statistics
+from moecc.model.open import add_branches, open_model, parse_branches
 from moecc.support.console import Bar, say, warn
 from moecc.support.process import signals_raised
 from moecc.support.text import amount, count_text, size_text, with_article
+from moecc.translate.engines import summary
 from moecc.translate.export import EmittedExport
-from moecc.types import count_bytes, float_type
+from moecc.types import DType, count_bytes, float_type
 from moecc.version import __version__
-
-if TYPE_CHECKING:
-    from moecc.formats.gguf.storage import Storage
-    from moecc.formats.writer import Done, Facts, OutputJournal, WriteReport
-    from moecc.types import DType
-
 
 # Write a planned GGUF file: keys, tokenizer, tensors, and what stands beside it.
 
@@ -155,8 +163,6 @@ def write(
       InputError: the output cannot be used; a weight is not finite; the source changed meanwhile.
       MachineError: the disk is too small, or a write failed.
     """
-    from moecc.formats.output import output_folder
-
     checkpoint = planned.checkpoint
     path = Path(out)
     one_file = is_file(planned, path)
@@ -187,16 +193,12 @@ class InterruptedConversion:
 
     def can_resume(self, folder: Path) -> bool:
         """Read its journal; return whether it is of use. Raises InputError if it is of another."""
-        from moecc.formats.writer import read_journal
-
         self._completed = read_journal(folder, self._facts)
         return bool(self._completed)
 
     @contextmanager
     def journal(self, folder: Path) -> Iterator[OutputJournal]:
         """Yield the journal of this run, which begins with the completed parts."""
-        from moecc.formats.writer import OutputJournal
-
         journal = OutputJournal(folder, self._facts, self._completed)
         try:
             yield journal
@@ -209,25 +211,18 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
 
     A GGUF file that stands alone has its receipt in the manifest, and nothing else beside it.
     """
-    from moecc.formats.files import make_folder, read_whole, write_durable
     from moecc.formats.gguf.encode import plan_file
-    from moecc.formats.writer import write_checkpoint, write_files
 
     checkpoint, tensors = planned.checkpoint, planned.tensors
     is_gguf, words = bool(planned.architecture), options.words
     if is_gguf:
         words = ["--allow-nonfinite"] if options.allow_nonfinite else []  # there are no shards
         file = plan_file(FILE_NAME, [t.entry for t in tensors], gguf_keys(planned))
-        written = write_files(
-            folder, tensors, [file], checkpoint.read, progress=options.progress,
-            allow_nonfinite=options.allow_nonfinite, journal=options.journal,
-        )  # fmt: skip
+        written = write_files(folder, tensors, [file], checkpoint.read, options)
     else:
         written = write_checkpoint(
-            folder, tensors, checkpoint.read, max_shard_bytes=options.max_shard_bytes,
+            folder, tensors, checkpoint.read, options,
             metadata={"moecc": __version__, "pipeline": planned.pipeline.in_full()},
-            progress=options.progress, allow_nonfinite=options.allow_nonfinite,
-            journal=options.journal,
         )  # fmt: skip
     if not one_file:
         for name, content in checkpoint.companions().items():
@@ -262,12 +257,10 @@ def check_place(
 
     Raises: as `write`.
     """
-    from moecc.formats.output import check_output
-
     one_file = is_file(planned, Path(out))
     if Path(out).suffix == SUFFIX and not one_file:
         raise UsageError(
-            "a .gguf file is written for an architecture of llama.cpp", where=str(out),
+            "a .gguf file is written for an architecture of llama.cpp", where=out,
             expected="--to gguf:ARCH, for example gguf:llama",
             found=f"a folder, of {with_article(planned.target)}",
             hint="or a folder, whose name does not end in .gguf",
@@ -283,8 +276,6 @@ _SHOWN = 10
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return the human-readable plan, written unless `dry_run`."""
-    from moecc.translate.engines import summary
-
     facts, family = planned.facts, planned.graph.attrs.get("family") or "no family"
     rows = [
         f"{planned.model.name} ({family}) -> {out} ({planned.target})",
@@ -345,7 +336,7 @@ def convert(
     allow_unmatched: AllowUnmatched = False,
     allow_other_base: bool = False,
     no_check: bool = False,
-    proof: Annotated[str | None, Spelling("FILE")] = None,
+    proof: OutputFile = None,
     verify: bool = False,
     resume: bool = False,
     force: Force = False,
@@ -380,8 +371,6 @@ def convert(
     Example:
       moecc convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' --to mixtral
     """
-    from moecc.model.open import add_branches, open_model, parse_branches
-
     type = None if dtype is None else _output_type(dtype)
     limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)
     check_proof_files(proof, force=force)

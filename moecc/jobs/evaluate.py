@@ -13,6 +13,7 @@ from moecc.decoding import ReadOnce
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.jobs.command import (
+    Amount,
     BatchSize,
     ComputeType,
     LoadFamilies,
@@ -24,6 +25,7 @@ from moecc.model.open import OpenedModel, open_model
 from moecc.support.console import Bar
 from moecc.support.lazy import np
 from moecc.support.text import amount
+from moecc.support.untyped import JsonDict
 from moecc.train.batches import HeldOutBatches, collate, label_rows, open_batches
 from moecc.train.graphs import check_objective, eval_graph
 from moecc.train.recipe import (
@@ -46,7 +48,7 @@ from moecc.train.scoring import (
     paired_difference,
 )
 from moecc.train.tokens.folder import DOCUMENTS, LABELLED, TokenFolder, open_tokens
-from moecc.types import F32, Array, DType, float_type
+from moecc.types import F32, Array, Arrays, DType, float_type
 
 # Evaluate models on held-out token folders: losses, paired differences, accuracies of tasks.
 
@@ -55,7 +57,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """How models are evaluated.
+    """Settings for the evaluation of models.
 
     Attributes:
       seq: tokens of a sequence.
@@ -72,7 +74,7 @@ class EvaluationSpec:
 
 @dataclass(frozen=True)
 class SetScore:
-    """What a model makes of a folder.
+    """The scores of a model on a folder.
 
     Attributes:
       kind: of `moecc.train.tokens.folder.KINDS`.
@@ -93,7 +95,7 @@ class SetScore:
             return None
         return float((self.scores.hits == self.scores.tokens).mean())
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonDict:
         """Return the score as JSON values."""
         tokens = int(self.scores.tokens.sum())
         return {
@@ -117,7 +119,7 @@ class ModelEvaluation:
     sets: Mapping[str, SetScore]
     against: Mapping[str, LossDifference]
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonDict:
         """Return the evaluation as JSON values."""
         paired = {
             name: {"difference": d.mean, "low": d.low, "high": d.high}
@@ -255,7 +257,7 @@ class Tracing:
 
     def run(
         self, model: OpenedModel, wanted: Callable[[str], bool], graph: Graph | None = None
-    ) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Array], Graph]]:
+    ) -> Iterator[tuple[Arrays, Arrays, Graph]]:
         """Yield the outputs that are wanted, the batch, and the graph of those outputs.
 
         Args:
@@ -277,7 +279,7 @@ class Tracing:
             yield program.run(params, inputs), batch, bare
 
 
-def is_token(value: Value, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+def is_token(value: Value, batch: Arrays) -> tuple[Array, Array]:
     """Return the ids of the tokens that a value is of, and which of them are no padding; flat."""
     decoder = value.graph.inputs.get("decoder_tokens")
     in_decoder = decoder is not None and set(decoder.type.sizes) <= set(value.type.sizes)
@@ -293,7 +295,7 @@ def evaluate(
     data: Annotated[Sequence[str], Spelling("DIR")],
     sequence: SequenceLength = 512,
     batch: BatchSize = 8,
-    batches: Annotated[int, Spelling("N", low=1)] = 64,
+    batches: Amount = 64,
     dtype: ComputeType = "f32",
     load: LoadFamilies = (),
 ) -> Report:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,12 +19,13 @@ from moecc.errors import CheckError, InputError, UsageError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.ir.text import format_node, print_graph
-from moecc.jobs.checks import SEEDS, broken_promise
+from moecc.jobs.checks import broken_promise
 from moecc.rewrite.passes import KNOWN, Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pass
 from moecc.support.lazy import np
-from moecc.types import F64, Array
+from moecc.testing.oracle import distance, magnitude
+from moecc.types import F64, Array, Arrays
 
 # The first value of a graph that is not what it means: of the XLA backend, or of its weights.
 
@@ -66,8 +67,6 @@ def gap(value: Value, expected: Array, actual: Array, tolerance: float) -> Gap |
     """
     if expected.shape != actual.shape:
         return Gap(line_of(value), f"shape {expected.shape}", f"shape {actual.shape}")
-    from moecc.testing.oracle import distance, magnitude
-
     if expected.dtype.kind not in "fV":
         apart = np.asarray(expected != actual, np.float64)
         allowed = 0.0
@@ -112,9 +111,7 @@ def watched(graph: Graph) -> dict[str, str]:
     return {value.name: f"value.{number}" for number, value in enumerate(free)}
 
 
-def values_of(
-    graph: Graph, params: Mapping[str, Array], inputs: Mapping[str, Array]
-) -> dict[Value, Array]:
+def values_of(graph: Graph, params: Arrays, inputs: Arrays) -> dict[Value, Array]:
     """Return all values of `graph` in the reference, without those of repeated bodies."""
     program = cast(Any, get_backend("reference").compile(graph))
     return {value: np.asarray(array.data) for value, array in program.trace(params, inputs)}
@@ -141,14 +138,14 @@ def weight_gap(graph: Graph) -> Gap | None:
       InputError: the weights cannot be written.
     """
     from moecc.formats.safetensors import read_header
-    from moecc.formats.writer import OutputTensor, write_checkpoint
+    from moecc.formats.writer import OutputTensor, WriteOptions, write_checkpoint
     from moecc.testing.weights import stored_sources, whole_naively
 
     weights = {n: v.weight for n, v in graph.params.items() if v.weight is not None}
     read = stored_sources(weights.values(), 0)
     tensors = [OutputTensor(n, w, w.type.dtype) for n, w in weights.items()]
     with tempfile.TemporaryDirectory(prefix="moecc-weights-") as name:
-        written = write_checkpoint(Path(name), tensors, read, max_shard_bytes=1 << 16)
+        written = write_checkpoint(Path(name), tensors, read, WriteOptions(1 << 16))
         files = {t.name: Path(name) / t.file for t in written.tensors}
         headers = {path: read_header(path) for path in set(files.values())}
         for tensor in tensors:
@@ -166,7 +163,7 @@ def weight_gap(graph: Graph) -> Gap | None:
 
 RUN, WEIGHTS = "run", "weights"
 COMPARED = (RUN, WEIGHTS)
-"""What may be compared beside promises: XLA with the reference, written weights with the oracle."""
+"""The comparisons beside promises: XLA with the reference, written weights with the oracle."""
 
 COMMAND_SECONDS = 60
 
@@ -207,11 +204,9 @@ class PromiseTest:
 
     Attributes:
       context: of the passes.
-      seeds: of the random data on which promises are checked.
     """
 
     context: Context = field(default_factory=Context)
-    seeds: Sequence[int] = SEEDS
 
     def __call__(self, graph: Graph, pipeline: Pipeline) -> Failure | None:
         """Return the first failure of a pass; what the user would have to mend is none."""
@@ -227,7 +222,7 @@ class PromiseTest:
             except Exception as error:
                 kind = type(error).__name__
                 return Failure("crash", f"{item.name}: {kind}", f"{kind}: {error}")
-            if broken := broken_promise(run.preserves, before, after, self.seeds):
+            if broken := broken_promise(run.preserves, before, after):
                 return Failure("promise", item.name, f"promised {run.preserves}; {broken[0]}")
         return None
 

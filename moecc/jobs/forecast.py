@@ -19,6 +19,7 @@ from moecc.jobs.command import (
     AnyModelName,
     Force,
     OptionalMachine,
+    OutputFile,
     Report,
     Spelling,
     check_writable,
@@ -31,7 +32,7 @@ from moecc.plan.step import StepConfig
 from moecc.plan.workload import length_variables
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.support.lazy import np
+from moecc.support.lazy import graph_objects, np
 from moecc.support.page import drawing, render_page
 from moecc.support.text import count_text, size_text
 from moecc.support.untyped import JsonDict
@@ -76,7 +77,7 @@ class PilotRuns:
 
 @dataclass(frozen=True)
 class ArmCost:
-    """What a step of an arm costs.
+    """The cost of a step of an arm.
 
     Attributes:
       parameters: stored.
@@ -162,7 +163,7 @@ def _losses(run: Path, steps: int) -> Doubles:
     """Return the cross entropy of the first steps of a run; one that was skipped is as the last."""
     series = read_run(run).scalar("loss.cross_entropy")
     if series is None or not len(series.steps):
-        raise InputError("the run measured no loss.cross_entropy", where=str(run / METRICS))
+        raise InputError("the run measured no loss.cross_entropy", where=run / METRICS)
     inside = series.steps <= steps
     every = np.arange(1, int(series.steps[inside].max(initial=0)) + 1)
     losses: Doubles = np.interp(every, series.steps[inside], series.values[inside])
@@ -232,7 +233,7 @@ def forecast(
     machine: OptionalMachine = None,
     serving: Annotated[str | None, Spelling("M", complete="machines")] = None,
     price: Annotated[float | None, Spelling("X", low=0)] = None,
-    html: Annotated[str | None, Spelling("FILE")] = None,
+    html: OutputFile = None,
     force: Force = False,
 ) -> Report:
     """Forecast whether upcycling a dense model is worth it.
@@ -441,8 +442,6 @@ def _page(result: Forecast, facts: JsonDict) -> str:
 
 
 def _drawing(result: Forecast, ratio: float) -> JsonDict:
-    from plotly import graph_objects
-
     line, runs = result.crossing, result.runs
     assert line is not None, "there is a pilot"
     assert runs is not None, "there is a pilot"

@@ -17,9 +17,10 @@ from moecc.decoding import (
     unstretched,
 )
 from moecc.decoding import DecodingBatch as Batch
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError, Problem, UsageError, raise_problems
 from moecc.formats.files import read_bounded
 from moecc.jobs.command import (
+    Amount,
     ComputeType,
     LoadFamilies,
     ModelName,
@@ -31,9 +32,10 @@ from moecc.jobs.command import (
 )
 from moecc.jobs.comparison import vocabulary
 from moecc.model.inputs import longest
-from moecc.model.open import OpenedModel
+from moecc.model.open import OpenedModel, open_model
 from moecc.support.extras import require
 from moecc.support.lazy import np
+from moecc.support.untyped import JsonDict
 from moecc.tokenizer.process import Tokenizer
 from moecc.types import F32, Array, Arrays, DType, float_type
 
@@ -50,7 +52,7 @@ GIVE = "give some text to continue"
 
 @dataclass(frozen=True)
 class Continuing:
-    """How texts are continued.
+    """Settings for the continuation of texts.
 
     Attributes:
       count: the most tokens to add to each.
@@ -137,7 +139,12 @@ def _continued(
     last: list[int] = []
     for _ in range(how.count):
         logits = reader.step(last) if last else reader.begin(prompts, memory)
-        _check_finite(logits[alive], name)
+        largest = logits[alive].max(axis=-1)
+        if not np.isfinite(largest).all():
+            raise InputError(
+                "the logits contain NaN or infinity", where=name,
+                expected="finite logits", found=f"a largest of {largest[~np.isfinite(largest)][0]}",
+            )  # fmt: skip
         last = [
             how.sampling.choose(row, rng) if goes_on else prompt[-1]
             for row, rng, goes_on, prompt in zip(logits, rngs, alive, prompts, strict=True)
@@ -185,8 +192,7 @@ def check_prompts(model: OpenedModel, prompts: Sequence[Sequence[int]]) -> None:
         elif strange:
             problem = "the tokenizer has tokens that the model does not know"
             problems.append(Problem(problem, where, f"ids below {size}", str(strange[0])))
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
 
 
 def _check_length(model: OpenedModel, count: int) -> None:
@@ -198,15 +204,6 @@ def _check_length(model: OpenedModel, count: int) -> None:
             "the text would be longer than the model has positions", where=model.name,
             expected=f"at most {most + 1} tokens, those to add included", found=str(count),
             hint="give a shorter prompt, or a smaller --tokens",
-        )  # fmt: skip
-
-
-def _check_finite(logits: Array, name: str) -> None:
-    largest = logits.max(axis=-1)
-    if not np.isfinite(largest).all():
-        raise InputError(
-            "the logits contain NaN or infinity", where=name,
-            expected="finite logits", found=f"a largest of {largest[~np.isfinite(largest)][0]}",
         )  # fmt: skip
 
 
@@ -345,8 +342,7 @@ def _stops(tokenizer: Tokenizer, tokens: Sequence[str]) -> frozenset[int]:
         for token, id in ids.items()
         if id is None
     ]  # fmt: skip
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     return frozenset(id for id in ids.values() if id is not None)
 
 
@@ -364,7 +360,7 @@ def decoder_start(model: OpenedModel) -> int:
     return next((token for token in candidates if isinstance(token, int)), 0)
 
 
-def _config(model: OpenedModel) -> dict[str, object]:
+def _config(model: OpenedModel) -> JsonDict:
     return {} if model.checkpoint is None else dict(model.checkpoint.config)
 
 
@@ -372,7 +368,7 @@ def generate(
     model: ModelName,
     *,
     prompt: Annotated[Sequence[str], Spelling("TEXT")],
-    tokens: Annotated[int, Spelling("N", low=1)] = 24,
+    tokens: Amount = 24,
     temperature: Annotated[float, Spelling("T", low=0)] = 0.0,
     top_k: Annotated[int, Spelling("K", low=0)] = 0,
     top_p: Annotated[float, Spelling("P")] = 1.0,
@@ -399,7 +395,6 @@ def generate(
       moecc generate smollm2-8x --prompt "The capital of France is"
     """
     from moecc.families.outside import load_families
-    from moecc.model.open import open_model
 
     require("generating", ("xla", "tokenizers"))
     load_families(load)

@@ -21,7 +21,7 @@ from typing import IO, Annotated, Literal
 
 from moecc.errors import MachineError, UsageError, nearest
 from moecc.jobs import COMMANDS
-from moecc.jobs.command import Spelling
+from moecc.jobs.command import Amount, Spelling
 from moecc.launch.processes import BEATS, LIFELINE, LIMIT, ProcessInfo
 from moecc.support.console import PROGRESS
 from moecc.support.process import signals_noted, signals_raised
@@ -338,7 +338,7 @@ def launch(
     command: Annotated[Sequence[str], Spelling("[slurm|xpk] -- COMMAND…")],
     *,
     processes: Annotated[int, Spelling("N", "n", low=1, high=MOST_LOCAL)] = 2,
-    nodes: Annotated[int, Spelling("N", low=1)] = 1,
+    nodes: Amount = 1,
     name: str = "moecc",
     step_seconds: Annotated[int, Spelling("SECONDS", low=1)] = 300,
 ) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import sqrt
 from typing import Annotated, Literal
 
@@ -58,8 +58,7 @@ def lint(
     else:
         kind, pipeline = "pipeline", Pipeline.parse(target, registry)
         findings = merged([*pipeline.warnings(), *pipeline.lints()])
-    names = ("what", "where", "expected", "found", "hint")
-    rows = [{name: getattr(p, name) for name in names} for p in findings]
+    rows = [asdict(problem) for problem in findings]
     return Report(
         "lint",
         {"target": target, "kind": kind, "findings": rows},
@@ -84,12 +83,8 @@ def graph_lints(graph: Graph, cores: int | None = None) -> Iterator[Problem]:
         if node.op.assigns_slots and node.attrs["slots"] == "capacity":
             attrs = SlotsOp.of_node(node)
             yield from too_much_capacity(attrs.capacity_factor, attrs.experts, node.loc)
-    yield from _routers(flat)
-
-
-def _routers(graph: Graph) -> Iterator[Problem]:
-    groups, trained = parameter_groups(graph), trainable(graph)
-    for name, value in graph.params.items():
+    groups, trained = parameter_groups(flat), trainable(flat)
+    for name, value in flat.params.items():
         if "router" not in groups[name] or not value.type.dtype.is_float:
             continue
         products = [node for node in value.users if node.op.is_product]

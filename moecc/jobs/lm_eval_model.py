@@ -33,7 +33,7 @@ BUCKET = 64
 """Lengths are rounded up to a multiple of this, so that few shapes are compiled."""
 
 LONGEST = 2048
-"""What a context may have at most, unless the model's config says otherwise."""
+"""The longest context in tokens, unless the model's config states another."""
 
 _MOST_TOKENS = 256
 
@@ -148,7 +148,7 @@ class HarnessModel:
 
     @cached_property
     def _start(self) -> int:
-        """What stands before a text without a context: its beginning, or an end."""
+        """The token before a text without a context: a beginning, or an end."""
         config = self.model.graph.attrs.get("config")
         token = config.get("bos_token_id") if isinstance(config, Mapping) else None
         ends = sorted(end_tokens(self.model))

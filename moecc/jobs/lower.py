@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from moecc.jobs.command import (
+    Amount,
     AnyModelName,
     ComputeType,
     Force,
     LoadFamilies,
     Output,
     Report,
-    Spelling,
     Weights,
     artefact,
     check_writable,
 )
-
-AtLeastOne = Annotated[int, Spelling("N", low=1)]
 
 
 def lower(
@@ -26,8 +22,8 @@ def lower(
     emit: str = "stablehlo",
     dispatch: str = "auto",
     platform: str | None = None,
-    batch: AtLeastOne = 2,
-    seq: AtLeastOne = 128,
+    batch: Amount = 2,
+    seq: Amount = 128,
     dtype: ComputeType = "f32",
     output: Output = None,
     force: Force = False,

@@ -19,6 +19,7 @@ from moecc.jobs.command import (
     GraphFile,
     Load,
     Output,
+    OutputFile,
     PipelineText,
     Report,
     Seed,
@@ -31,6 +32,7 @@ from moecc.jobs.command import (
 )
 from moecc.support.console import say
 from moecc.support.page import render_page
+from moecc.support.untyped import JsonDict
 from moecc.weights.text import format_expr
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def graph_page(
     )  # fmt: skip
 
 
-def _side(title: str, graph: Graph) -> dict[str, object]:
+def _side(title: str, graph: Graph) -> JsonDict:
     ends = [(f"input %{n}", str(v.type)) for n, v in graph.inputs.items()]
     ends += [(f"output {n}", f"%{v.name} : {v.type}") for n, v in graph.outputs.items()]
     return {"title": title, "ends": ends, "groups": map(_layer, _groups(graph))}
@@ -94,7 +96,7 @@ def _alike(node: Node) -> str:
     return f"{node.op.name}{format_attrs(node.op, node.attrs)}{types}{node.origin}"
 
 
-def _layer(group: _Group) -> dict[str, object]:
+def _layer(group: _Group) -> JsonDict:
     first, last, number = group.places[0], group.places[-1], len(group.places)
     return {
         "title": (first or "of no layer") + (f" … {last}, {number} alike" if number > 1 else ""),
@@ -103,7 +105,7 @@ def _layer(group: _Group) -> dict[str, object]:
     }
 
 
-def _node(node: Node) -> dict[str, object]:
+def _node(node: Node) -> JsonDict:
     results = ", ".join(f"%{v.name}" for v in node.results)
     operands = ", ".join(f"%{v.name}" for v in node.operands)
     facts = [("type", ", ".join(str(v.type) for v in node.results))]
@@ -134,7 +136,7 @@ def opt(
     seed: Seed = 0,
     allow_unmatched: AllowUnmatched = False,
     load: Load = (),
-    html: Annotated[str | None, Spelling("FILE")] = None,
+    html: OutputFile = None,
     force: Force = False,
 ) -> Report:
     """Run a pipeline over a graph, verified after every pass.

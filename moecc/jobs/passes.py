@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Annotated
 
 from moecc.jobs.command import Load, Report, Spelling
+from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
     from moecc.rewrite.passes import Pass
@@ -39,7 +40,7 @@ def passes(
     )
 
 
-def pass_json(cls: type[Pass]) -> dict[str, object]:
+def pass_json(cls: type[Pass]) -> JsonDict:
     """Return a pass and its options as JSON values."""
     from moecc.rewrite.passes import describe, options
 

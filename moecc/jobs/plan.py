@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated
 
 from moecc.analysis import is_trainable, reads_tokens
-from moecc.errors import InputError, MoeccError, Problem, UsageError
+from moecc.errors import InputError, MoeccError, Problem, UsageError, raise_problems
 from moecc.families import build
 from moecc.families.describe import describe
 from moecc.ir.graph import Graph
@@ -27,6 +27,7 @@ from moecc.jobs.command import (
     Mesh,
     MicroBatches,
     OptimizerName,
+    OutputFile,
     PipelineText,
     ReduceType,
     RematPolicy,
@@ -114,7 +115,7 @@ _MAKES = "-p 'upcycle{experts=8 top-k=2}' makes some"
 
 @dataclass(frozen=True)
 class Swept:
-    """What the models of a sweep have in common.
+    """The common settings of the models of a sweep.
 
     Attributes:
       graph: the source's, before any pass.
@@ -209,7 +210,12 @@ def _with_counts(swept: Swept, counts: Point) -> Graph:
     changes = {n: v for n in ("experts", "top_k") if (v := getattr(counts, n)) is not None}
     graph, passes = clone(swept.graph), swept.passes
     if changes:
-        at = _last_maker(passes)
+        makers = (
+            at
+            for at, item in enumerate(passes)
+            if {"experts", "top_k"} <= {f.name for f in fields(item)}
+        )
+        at = max(makers, default=None)
         if at is None:
             graph = _of_config(graph, changes)
         else:
@@ -218,16 +224,6 @@ def _with_counts(swept: Swept, counts: Point) -> Graph:
             passes = Pipeline(tuple(items))
     run_pipeline(graph, passes, context=swept.context)
     return graph
-
-
-def _last_maker(passes: Pipeline) -> int | None:
-    """Return the number of the last pass that makes experts, by its options; None without one."""
-    makers = (
-        at
-        for at, item in enumerate(passes)
-        if {"experts", "top_k"} <= {f.name for f in fields(item)}
-    )
-    return max(makers, default=None)
 
 
 _OF_CONFIGS = {"experts": "num_experts", "top_k": "experts_per_token"}
@@ -245,13 +241,10 @@ def _of_config(graph: Graph, changes: Mapping[str, int]) -> Graph:
     if not isinstance(stated, Mapping):
         raise InputError("the graph has no config in which experts could be counted", hint=_MAKES)
     config = parse_config(stated, "attr config")
-    problems = list(_cannot(config, changes))
-    if problems:
-        raise InputError(problems)
+    raise_problems(_cannot(config, changes))
     new: JsonDict = {_OF_CONFIGS[name]: value for name, value in changes.items()}
     changed = replace(config, **new)
-    if wrong := [Problem(p.what, expected=p.expected, found=p.found) for p in changed.checks()]:
-        raise InputError(wrong)
+    raise_problems([Problem(p.what, expected=p.expected, found=p.found) for p in changed.checks()])
     return build(changed)
 
 
@@ -301,8 +294,8 @@ def plan(
     price: Annotated[float | None, Spelling("P", low=0)] = None,
     explore: bool = False,
     sweep: Annotated[Sequence[str], Spelling("AXIS=N,…")] = (),
-    html: Annotated[str | None, Spelling("FILE")] = None,
-    save: Annotated[str | None, Spelling("FILE")] = None,
+    html: OutputFile = None,
+    save: OutputFile = None,
     force: Force = False,
 ) -> Report:
     """Predict memory, time and traffic, and find a mesh.

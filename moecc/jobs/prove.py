@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem, UsageError
+from moecc.errors import CheckError, InputError, MoeccError, Problem, UsageError, raise_problems
+from moecc.formats.manifest import MANIFEST_NAME, Manifest, file_digest, load
 from moecc.ir.structure import clone
-from moecc.jobs.command import Force, Load, Report, Spelling, check_writable, read_pipeline
+from moecc.jobs.command import (
+    Force,
+    Load,
+    OutputFile,
+    Report,
+    Spelling,
+    check_writable,
+    read_pipeline,
+)
 from moecc.model.open import CONFIG_NAME, OpenedModel, open_model
-from moecc.prove import Prover
+from moecc.prove import Prover, Verdict
 from moecc.prove.conversion import ConversionProof, compared, prove_conversion
 from moecc.prove.log import proof_paths
 from moecc.support.console import warn
 from moecc.support.text import amount
 from moecc.translate.export import Export
-
-if TYPE_CHECKING:
-    from moecc.formats.manifest import Manifest
-    from moecc.prove import Verdict
 
 
 def prove(
@@ -28,7 +33,7 @@ def prove(
     b: Annotated[str, Spelling("B", complete="models")],
     *,
     exact: bool = False,
-    proof: Annotated[str | None, Spelling("FILE")] = None,
+    proof: OutputFile = None,
     load: Load = (),
     force: Force = False,
 ) -> Report:
@@ -140,8 +145,6 @@ def replayed(source: OpenedModel, result: OpenedModel) -> ConversionProof | None
 
 def _conversion_of(source: OpenedModel, result: OpenedModel) -> Manifest | None:
     """Return the manifest of a result that was converted from the files of `source`."""
-    from moecc.formats.manifest import MANIFEST_NAME, file_digest, load
-
     if source.checkpoint is None or result.checkpoint is None:
         return None
     path = result.checkpoint.path
@@ -172,9 +175,7 @@ def replay(
     export = plan(copied, passes, manifest.family_to, seed=manifest.seed, check=False).export
     if not isinstance(export, Export):
         raise InputError("a folder is of a family", where=result.name, found=manifest.family_to)
-    problems = list(_differences(export, result, manifest))
-    if problems:
-        raise InputError(problems)
+    raise_problems(_differences(export, result, manifest))
     return prove_conversion(source.graph, export, prover)
 
 

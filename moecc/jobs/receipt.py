@@ -10,8 +10,8 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,38 +21,47 @@ from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, files_of
 from moecc.formats.files import identify, read_bounded
 from moecc.formats.gguf.storage import FILE_NAME
-from moecc.formats.manifest import file_digest, library_versions
-from moecc.formats.modelcard import CardFacts, hub_repository, model_card
+from moecc.formats.manifest import (
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    dump,
+    file_digest,
+    file_records,
+    library_versions,
+    load,
+    weight_file_record,
+)
+from moecc.formats.modelcard import GENERATION, CardFacts, hub_repository, model_card
 from moecc.formats.run import is_trained, stages_of, story
 from moecc.formats.source import Checkpoint, GivenParams
+from moecc.formats.writer import JOURNAL_NAME, WriteOptions, WriteReport
 from moecc.jobs.checks import Contracts
 from moecc.jobs.conversion import Plan
 from moecc.jobs.targets import nearest_family
 from moecc.model.open import MODEL_TYPE, MODULE_TYPE
+from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.passes import Preserves
 from moecc.rewrite.runner import loaded_files
 from moecc.support.documents import parse_json
-from moecc.translate.engines import release_of
+from moecc.support.untyped import Json, JsonDict
+from moecc.translate.engines import EngineVerdict, release_of
 from moecc.version import __version__
 
 if TYPE_CHECKING:
-    from moecc.formats.manifest import FileRecord
-    from moecc.formats.writer import OutputJournal, WriteReport
     from moecc.jobs.comparison import Verified
-    from moecc.prove.conversion import ConversionProof
-    from moecc.translate.engines import EngineVerdict
 
 
 RECEIPT_NAME = "moecc_receipt.json"
 SCHEMA = "moecc.receipt/1"
 MAX_RECEIPT_BYTES = 4 << 20
 _OUTPUTS = {"hidden": "hidden states"}
-"""What outputs are called, where it is not their name."""
+"""The words for outputs whose names are not words."""
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What is to be said for a conversion.
+    """The evidence for a conversion.
 
     Attributes:
       target: the family of the result.
@@ -61,7 +70,6 @@ class Receipt:
       proof: the proof that the result is the function of the source, if one was tried.
       verified: what was found at the logits; None if nobody looked.
       engines: whether each engine runs the result.
-      versions: of what decides the bytes.
     """
 
     target: str
@@ -70,20 +78,19 @@ class Receipt:
     proof: ConversionProof | None
     verified: Verified | None
     engines: Sequence[EngineVerdict]
-    versions: Mapping[str, str]
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonDict:
         """Return the receipt as JSON values."""
         return {
             "schema": SCHEMA,
-            "versions": dict(self.versions),
+            "versions": library_versions(),
             "target": self.target,
-            "promised": _promise(self.promised),
+            "promised": asdict(self.promised),
             "proof": None if self.proof is None else self.proof.to_json(),
             "checked": [
                 {
                     "pass": p.text,
-                    "promised": _promise(p.promised),
+                    "promised": asdict(p.promised),
                     "proved": p.measured is None,
                     "measured_error": p.measured,
                 }
@@ -99,20 +106,10 @@ class Receipt:
         return (json.dumps(self.to_json(), indent=2) + "\n").encode()
 
 
-def _promise(promise: Preserves) -> dict[str, object]:
-    return {
-        "kind": promise.kind,
-        "reason": promise.reason,
-        "predicted_error": promise.predicted_error,
-        "up_to": promise.up_to,
-    }
-
-
-def receipt_lines(stated: Mapping[str, object]) -> list[str]:
+def receipt_lines(stated: Json) -> list[str]:
     """Return a receipt in four lines: what was promised, proved and measured, and what runs it."""
     promised = object_of(stated.get("promised"))
-    reason, error = promised.get("reason"), promised.get("predicted_error")
-    text = f"{promised.get('kind')}" + (f": {reason}" if reason else "")
+    text, error = _kind_text(promised), promised.get("predicted_error")
     if up_to := promised.get("up_to"):
         text += f", up to {up_to}"
     if error is not None:
@@ -125,7 +122,12 @@ def receipt_lines(stated: Mapping[str, object]) -> list[str]:
     ]
 
 
-def _proved(stated: Mapping[str, object]) -> str:
+def _kind_text(promise: Json) -> str:
+    reason = promise.get("reason")
+    return f"{promise.get('kind')}" + (f": {reason}" if reason else "")
+
+
+def _proved(stated: Json) -> str:
     verdict = object_of(stated.get("proof")).get("verdict")
     checked = objects_of(stated.get("checked"))
     if verdict == "proved":
@@ -134,7 +136,7 @@ def _proved(stated: Mapping[str, object]) -> str:
     return f"{proved} of {len(checked)} passes" if proved else "nothing"
 
 
-def _measured(stated: Mapping[str, object]) -> str:
+def _measured(stated: Json) -> str:
     errors = [check.get("measured_error") for check in objects_of(stated.get("checked"))]
     numbers = [e for e in errors if isinstance(e, int | float)]
     if stated.get("unchecked"):
@@ -147,7 +149,7 @@ def _measured(stated: Mapping[str, object]) -> str:
     return f"{count} on the model at small sizes, {error}"
 
 
-def _at_the_logits(stated: Mapping[str, object]) -> str:
+def _at_the_logits(stated: Json) -> str:
     comparison = object_of(stated.get("verified"))
     if not comparison:
         return "not at the logits, which `convert --verify` does"
@@ -168,7 +170,7 @@ def number_text(value: object, form: str) -> str:
         return "unknown"
 
 
-def _engines(stated: Mapping[str, object]) -> str:
+def _engines(stated: Json) -> str:
     rows = objects_of(stated.get("engines"))
     runs = [release_of(str(e.get("engine")), str(e.get("version"))) for e in rows if e.get("runs")]
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
@@ -182,24 +184,22 @@ def _engines(stated: Mapping[str, object]) -> str:
     return f"{text}; not in {', '.join(others)}" if others else text
 
 
-def objects_of(value: object) -> list[dict[str, object]]:
+def objects_of(value: object) -> list[JsonDict]:
     """Return a list of objects that a file states, which may be anything."""
     return [object_of(entry) for entry in value] if isinstance(value, list) else []
 
 
-def object_of(value: object) -> dict[str, object]:
+def object_of(value: object) -> JsonDict:
     """Return an object that a file states, which may be anything."""
     return value if isinstance(value, dict) else {}
 
 
-def load_receipt(output: Path) -> dict[str, object] | None:
+def load_receipt(output: Path) -> JsonDict | None:
     """Return the receipt of an output, a folder or one file; None if it has none.
 
     Raises:
       InputError: it is no receipt.
     """
-    from moecc.formats.manifest import load
-
     if not output.is_dir():
         embedded = load(output).receipt
         return None if embedded is None else dict(embedded)
@@ -210,7 +210,7 @@ def load_receipt(output: Path) -> dict[str, object] | None:
     if object_of(document).get("schema") != SCHEMA:
         found_schema = str(object_of(document).get("schema"))
         raise InputError(
-            "not a receipt", where=str(path), expected=f'"schema": "{SCHEMA}"', found=found_schema
+            "not a receipt", where=path, expected=f'"schema": "{SCHEMA}"', found=found_schema
         )
     return object_of(document)
 
@@ -218,7 +218,7 @@ def load_receipt(output: Path) -> dict[str, object] | None:
 # The receipt of a conversion as a page: what was promised, what was found, what runs it.
 
 
-def receipt_page(name: str, stated: Mapping[str, object]) -> str:
+def receipt_page(name: str, stated: Json) -> str:
     """Return the page of a receipt.
 
     Args:
@@ -232,7 +232,7 @@ def receipt_page(name: str, stated: Mapping[str, object]) -> str:
         "receipt.html", f"receipt of {name}",
         facts=[(title, text) for title, text in lines],
         passes=[
-            (str(check.get("pass")), _receipt_page_promise(check.get("promised")),
+            (str(check.get("pass")), _kind_text(object_of(check.get("promised"))),
              "proved" if check.get("proved") else number_text(check.get("measured_error"), ".2g"))
             for check in objects_of(stated.get("checked"))
         ],
@@ -247,13 +247,7 @@ def receipt_page(name: str, stated: Mapping[str, object]) -> str:
     )  # fmt: skip
 
 
-def _receipt_page_promise(stated: object) -> str:
-    promise = object_of(stated)
-    reason = promise.get("reason")
-    return f"{promise.get('kind')}" + (f": {reason}" if reason else "")
-
-
-def _logits(comparison: Mapping[str, object]) -> list[tuple[str, str]]:
+def _logits(comparison: Json) -> list[tuple[str, str]]:
     if not comparison:
         return []
     difference = object_of(comparison.get("difference"))
@@ -265,7 +259,7 @@ def _logits(comparison: Mapping[str, object]) -> list[tuple[str, str]]:
     ]
 
 
-def _reasons(engine: Mapping[str, object]) -> str:
+def _reasons(engine: Json) -> str:
     reasons = engine.get("reasons")
     texts = [str(reason) for reason in reasons] if isinstance(reasons, list) else []
     note = engine.get("note")
@@ -274,41 +268,8 @@ def _reasons(engine: Mapping[str, object]) -> str:
 
 # What is written beside converted weights: the model card and the manifest.
 
-MAX_SHARD_BYTES = 5 * 10**9
-"""The default limit of a shard; a larger tensor gets a shard of its own."""
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """How a planned conversion is written.
-
-    Attributes:
-      max_shard_bytes: the limit of a shard.
-      allow_nonfinite: whether sources may hold NaN and infinity.
-      verify: whether source and result are run and compared.
-      progress: receives the bytes written so far, and all.
-      journal: notes what is complete.
-      source_files: waits for the digests of the source's files, and returns them.
-    """
-
-    max_shard_bytes: int = MAX_SHARD_BYTES
-    allow_nonfinite: bool = False
-    verify: bool = False
-    progress: Progress | None = None
-    journal: OutputJournal | None = None
-    source_files: Callable[[], Mapping[str, FileRecord]] = dict
-
-    @property
-    def words(self) -> list[str]:
-        """What of them decides the files that are written, as options of the command."""
-        shards = self.max_shard_bytes != MAX_SHARD_BYTES
-        nonfinite = ["--allow-nonfinite"] if self.allow_nonfinite else []
-        return [f"--max-shard-bytes {self.max_shard_bytes}"] * shards + nonfinite
-
-
-def conversion_facts(planned: Plan, options: WriteOptions) -> dict[str, object]:
+def conversion_facts(planned: Plan, options: WriteOptions) -> JsonDict:
     """Return what decides the bytes of a conversion, for its journal.
 
     Whether source and result are run and compared is not among it: nothing is kept of that.
@@ -364,7 +325,7 @@ def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
         verified = verify_written(planned, written)
     return Receipt(
         planned.target, planned.preserves, planned.contracts, planned.proof, verified,
-        planned.engines, library_versions(),
+        planned.engines,
     )  # fmt: skip
 
 
@@ -378,9 +339,14 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
     """
     checkpoint = planned.checkpoint
     stages = stages_of(checkpoint)
+    # The model of the Hub that the first stage began with, if it says so.
+    base = stages[0].get("base_model") if stages else None
     path, facts = checkpoint.path, planned.facts
     kinds = Counter(str(layer) for layer in facts.expert_layers)
     task, auto_class = _loaded_as(planned)
+    relation = "finetune" if planned.storage is None else "quantized"
+    if branches_of(checkpoint):
+        relation = "merge"
     layers = (
         f"{count} of {facts.layers} layers {'has' if count == 1 else 'have'} {kind}"
         for kind, count in kinds.items()
@@ -400,30 +366,17 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             code=next(iter(planned.program.files)) if planned.program else "",
             auto_class=auto_class,
             is_sparse=bool(kinds),
-            base_model=hub_repository(path) or _base_model(stages),
+            base_model=hub_repository(path) or (base if isinstance(base, str) else None),
             story=tuple(story(stages)) if is_trained(stages) else (),
-            relation=_relation(planned),
+            relation=relation,
             source_card=checkpoint.card(),
             engines=tuple((f"{v.engine} ({v.version})", v.runs, _why(v)) for v in planned.engines),
             serving=_serving(planned),
             training=_training(planned) if kinds else "",
             file=FILE_NAME if planned.architecture else "",
-            notes=(*layers, *_notes(planned)),
+            notes=(*layers, *planned.model.remarks()),
         )
     )
-
-
-def _relation(planned: Plan) -> str:
-    """Return the relation to the source, in the words of the Hub."""
-    if branches_of(planned.checkpoint):
-        return "merge"
-    return "finetune" if planned.storage is None else "quantized"
-
-
-def _base_model(stages: Sequence[Mapping[str, object]]) -> str | None:
-    """Return the model of the Hub that the first stage began with, if it says so."""
-    base = stages[0].get("base_model") if stages else None
-    return base if isinstance(base, str) else None
 
 
 def command(planned: Plan, options: Sequence[str] = ()) -> str:
@@ -483,8 +436,6 @@ def _training(planned: Plan) -> str:
 
 def _loaded_as(planned: Plan) -> tuple[str, str | None]:
     """Return the Hub task of the output, and the transformers class that loads it."""
-    from moecc.formats.modelcard import GENERATION
-
     if planned.program is not None and (mapped := planned.program.auto_map):
         auto_class = next((n for n in mapped if n.startswith("AutoModelFor")), "AutoModel")
         tasks = {
@@ -501,31 +452,15 @@ def _loaded_as(planned: Plan) -> tuple[str, str | None]:
     return task, None if planned.target == FAMILY else auto_class
 
 
-def _notes(planned: Plan) -> tuple[str, ...]:
-    return tuple(planned.model.remarks())
-
-
 def manifest(
     folder: Path,
     planned: Plan,
     written: WriteReport,
     source_files: Mapping[str, FileRecord],
-    receipt: Mapping[str, object] | None = None,
+    receipt: Json | None = None,
 ) -> bytes:
     """Return the content of the manifest of what was written into `folder`."""
-    from moecc.formats.manifest import (
-        Manifest,
-        TensorRecord,
-        dump,
-        file_records,
-        weight_file_record,
-    )
-    from moecc.formats.writer import JOURNAL_NAME
-
     checkpoint = planned.checkpoint
-    tensors: Mapping[str, TensorRecord] = {
-        t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors
-    }
     weights = sorted({t.file for t in written.tensors})
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     others = [name for name in names if name not in weights and name != JOURNAL_NAME]
@@ -546,8 +481,8 @@ def manifest(
         preserves=str(planned.preserves),
         weights={name: weight_file_record(folder / name) for name in weights},
         files=file_records({name: folder / name for name in others}),
-        tensors=tensors,
-        notes=(*_notes(planned), *nonfinite),
+        tensors={t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors},
+        notes=(*planned.model.remarks(), *nonfinite),
         receipt=receipt,
         lineage=tuple(stages) if is_trained(stages) else (),
     )

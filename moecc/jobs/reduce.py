@@ -10,7 +10,7 @@ from functools import partial
 from math import prod
 from typing import Annotated
 
-from moecc.errors import InputError, MoeccError
+from moecc.errors import InputError, MoeccError, UsageError
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.operation import REQUIRED
@@ -39,6 +39,7 @@ from moecc.rewrite.passes import Context, Pass, apply_pass
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import Replay, loaded_files, reproducer_text
 from moecc.support.console import say
+from moecc.support.untyped import JsonDict
 from moecc.testing.generate import keep_only, remove_dead
 from moecc.weights.expr import Expr, Source, transform, walk
 
@@ -90,19 +91,16 @@ def _plainer(item: Pass) -> Iterator[Pass]:
 def whole_cuts(best: Candidate) -> Iterator[Cut]:
     """Yield the model at small sizes, and with a copy of each repeated layer."""
     if any(node.body is not None for node in best.graph):
-        yield partial(_unrolled, best)
+        yield partial(_changed, best, unroll)
     if any(size > 1 for size in sizes_of(best.graph)):
-        yield partial(_reduced, best)
+        yield lambda: replace(best, graph=reduced(best.graph))
 
 
-def _unrolled(best: Candidate) -> Candidate:
+def _changed(best: Candidate, change: Callable[..., object], *args: object) -> Candidate:
+    """Return the input with a copy of its graph that ``change(graph, *args)`` has changed."""
     graph = clone(best.graph)
-    unroll(graph)
+    change(graph, *args)
     return replace(best, graph=graph)
-
-
-def _reduced(best: Candidate) -> Candidate:
-    return replace(best, graph=reduced(best.graph))
 
 
 def node_cuts(best: Candidate) -> Iterator[Cut]:
@@ -115,64 +113,54 @@ def node_cuts(best: Candidate) -> Iterator[Cut]:
     while count and size:
         parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
         if size < count:
-            yield from (partial(_kept, best, part, True) for part in parts)
-        yield from (partial(_kept, best, part, False) for part in parts)
+            yield from (partial(_changed, best, _keep_nodes, part, True) for part in parts)
+        yield from (partial(_changed, best, _keep_nodes, part, False) for part in parts)
         size //= 2
     names = best.graph.output_names if len(best.graph.output_names) > 1 else []
     for name in names:
-        yield partial(_outputs, best, [name])
+        yield partial(_changed, best, _keep_outputs, [name])
     for name in names:
-        yield partial(_outputs, best, [output for output in names if output != name])
+        yield partial(_changed, best, _keep_outputs, [n for n in names if n != name])
 
 
-def _kept(best: Candidate, part: range, inside: bool) -> Candidate:
-    graph = clone(best.graph)
+def _keep_nodes(graph: Graph, part: range, inside: bool) -> None:
     keep_only(graph, lambda position: (position in part) == inside)
-    return replace(best, graph=graph)
 
 
-def _outputs(best: Candidate, names: list[str]) -> Candidate:
-    graph = clone(best.graph)
+def _keep_outputs(graph: Graph, names: list[str]) -> None:
     for name in [n for n in graph.output_names if n not in names]:
         graph.drop_output(name)
     remove_dead(graph)
-    return replace(best, graph=graph)
 
 
 def plain_cuts(best: Candidate) -> Iterator[Cut]:
     """Yield the graph without its attributes and locations, and with attributes at defaults."""
     if set(best.graph.attrs) - {MESH}:
-        yield partial(_bare, best)
+        yield partial(_changed, best, _drop_attributes)
     if any(node.loc or node.origin for node in best.graph):
-        yield partial(_placeless, best)
+        yield partial(_changed, best, _drop_locations)
     for position, node in enumerate(best.graph):
         if _defaults(node) != node.attrs:
-            yield partial(_with_defaults, best, position)
+            yield partial(_changed, best, _set_defaults, position)
 
 
-def _bare(best: Candidate) -> Candidate:
-    graph = clone(best.graph)
+def _drop_attributes(graph: Graph) -> None:
     graph.attrs = {MESH: graph.attrs[MESH]} if MESH in graph.attrs else {}
-    return replace(best, graph=graph)
 
 
-def _placeless(best: Candidate) -> Candidate:
-    graph = clone(best.graph)
+def _drop_locations(graph: Graph) -> None:
     for node in graph:
         node.loc = node.origin = ""
     for value in graph.params.values():
         value.loc = ""
-    return replace(best, graph=graph)
 
 
-def _with_defaults(best: Candidate, position: int) -> Candidate:
-    graph = clone(best.graph)
+def _set_defaults(graph: Graph, position: int) -> None:
     node = list(graph)[position]
     node.attrs = _defaults(node)
-    return replace(best, graph=graph)
 
 
-def _defaults(node: Node) -> dict[str, object]:
+def _defaults(node: Node) -> JsonDict:
     default = {n: spec.default for n, spec in node.op.attrs.items() if spec.default is not REQUIRED}
     return {name: default.get(name, value) for name, value in node.attrs.items()}
 
@@ -181,7 +169,7 @@ def weight_cuts(best: Candidate) -> Iterator[Cut]:
     """Yield the graph without weight expressions, and one parameter or a part of it alone."""
     params = best.graph.params
     if any(value.weight is not None for value in params.values()):
-        yield partial(_weightless, best)
+        yield partial(_changed, best, _drop_weights)
     for value in params.values():
         if value.weight is None:
             continue
@@ -208,11 +196,9 @@ def _with_source(weight: Expr, part: Expr) -> Expr:
     return transform(weight, lambda e: read if e is part else e)
 
 
-def _weightless(best: Candidate) -> Candidate:
-    graph = clone(best.graph)
+def _drop_weights(graph: Graph) -> None:
     for value in graph.params.values():
         value.weight = None
-    return replace(best, graph=graph)
 
 
 def _one_param(best: Candidate, weight: Expr) -> Candidate:
@@ -413,8 +399,6 @@ def reduce(
     Example:
       moecc reduce model.moe -p 'canonicalize,mine' --load mine.py -o small.moe
     """
-    from moecc.errors import UsageError
-
     check_writable(output, force=force)
     graph, passes, seed = read_failing(file, pipeline, load, seed)
     context = Context(seed=seed, allow_unmatched=True)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from moecc.analysis import parameter_groups
 from moecc.errors import InputError
-from moecc.ir.graph import Graph, Value
+from moecc.ir.graph import Graph
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.jobs.command import (
+    Amount,
     BatchSize,
     LoadFamilies,
     ModelName,
@@ -47,7 +48,7 @@ PREFIX, EXPERTS = "trace.", ".experts"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What is known of one layer.
+    """The routing of one layer.
 
     Attributes:
       routed: where tokens went.
@@ -61,7 +62,7 @@ class LayerReport:
     sentinels: frozenset[int]
     names: Mapping[int, str]
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonDict:
         """Return the report as JSON values."""
         routed = self.routed
         of_sentinels, of_others = routed.entropies(self.sentinels)
@@ -136,19 +137,15 @@ def _trace(model: OpenedModel, tracing: Tracing, graph: Graph | None = None) -> 
     layers: dict[str, list[tuple[Array, Array]]] = {}
     for outputs, batch, bare in tracing.run(model, _is_choice, graph):
         for name, chosen in outputs.items():
-            layers.setdefault(name, []).append(_pairs(bare.outputs[name], chosen, batch))
+            value = bare.outputs[name]
+            tokens, is_real = is_token(value, batch)
+            first = np.take(chosen, 0, axis=value.type.names.index("choice")).reshape(-1)
+            layers.setdefault(name, []).append((tokens[is_real], first[is_real]))
     return [_routed(tracing.graph, name, parts) for name, parts in layers.items()]
 
 
 def _is_choice(name: str) -> bool:
     return name.startswith(PREFIX) and name.endswith(EXPERTS)
-
-
-def _pairs(value: Value, chosen: Array, batch: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Return the ids of the tokens that a layer routed, and their first choices."""
-    tokens, is_real = is_token(value, batch)
-    first = np.take(chosen, 0, axis=value.type.names.index("choice")).reshape(-1)
-    return tokens[is_real], first[is_real]
 
 
 def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> RoutedTokens:
@@ -222,7 +219,7 @@ def specialise(
     pipeline: PipelineText = "",
     sequence: SequenceLength = 512,
     batch: BatchSize = 8,
-    batches: Annotated[int, Spelling("N", low=1)] = 8,
+    batches: Amount = 8,
     seed: Seed = 0,
     load: LoadFamilies = (),
 ) -> Report:

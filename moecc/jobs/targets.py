@@ -22,6 +22,7 @@ from moecc.ir.structure import clone
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pass
+from moecc.support.untyped import JsonDict
 from moecc.translate.engines import EngineVerdict, verdicts
 from moecc.translate.export import export_graph
 from moecc.translate.propose import source_config
@@ -59,7 +60,7 @@ class Fit:
         """Whether the family can hold the model."""
         return not self.reasons
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonDict:
         """Return the fit as JSON values."""
         return {
             "fits": self.fits,

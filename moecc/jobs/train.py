@@ -6,17 +6,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from moecc.backend import get_backend
-from moecc.errors import CheckError, InputError, MoeccError, Problem, UsageError
+from moecc.errors import CheckError, MoeccError, Problem, UsageError, raise_problems
 from moecc.families.describe import count_parameters, sequence_flops
+from moecc.formats.run import is_run, saved_steps
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.jobs.command import Load, OptionalMachine, Report, SavedPlanFile, Spelling
+from moecc.jobs.training import exported, forked_run, new_run, open_source, resumed_run
 from moecc.model.open import registry_with
 from moecc.plan.machines import Machine, find_machine, parse_machine
 from moecc.plan.search import search
@@ -27,7 +29,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.sharding.vias import LOCAL
 from moecc.support.console import PROGRESS, is_quiet, say, use_colour
 from moecc.support.extras import require
-from moecc.support.process import Closing, signals_noted
+from moecc.support.process import Closing, StopRequest, signals_noted
 from moecc.support.text import amount, count_text, duration_text, size_text
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import Batches
@@ -41,21 +43,20 @@ from moecc.train.events import (
     Stepped,
     Stopped,
     TensorBoard,
+    Tracker,
     Trainer,
+    Training,
     TrainJob,
     Watch,
     WeightsAndBiases,
     tracked,
 )
-from moecc.train.graphs import StepPasses, eval_passes, step_graph, train_passes, training_remarks
+from moecc.train.graphs import eval_passes, step_graph, train_passes, training_remarks
 from moecc.train.recipe import Recipe
+from moecc.train.recipe_text import load_recipe
+from moecc.train.run import followed
 from moecc.train.settings import moment_types, parameter_settings
 from moecc.types import float_type
-
-if TYPE_CHECKING:
-    from moecc.support.process import StopRequest
-    from moecc.train.events import Tracker, Training
-
 
 # How a training goes: a line on a terminal that changes, or lines now and then.
 
@@ -188,11 +189,39 @@ def dry_run_facts(
     graph = unrolled(graph)
     training = train_passes(graph, recipe)
     where = machine or _own_machine(recipe)
+    lengths = dict(_lengths(graph, batches))
+    counted = sequence_flops(graph, lengths)
+    data, shape = recipe.data, batches.shape
+    rows = data.batch * recipe.run.steps
+    total = sum(corpus.weight for corpus in data.train)
+    shares = zip(batches.rows.items(), data.train, strict=True)
+    counts = count_parameters(graph)
+    settings = parameter_settings(graph, recipe.optimizer)
+    types = {name: graph.params[name].type for name in settings}
+    trained = [name for name, setting in settings.items() if setting.trained]
+    moments = moment_types(recipe.optimizer.name, types, settings)
+    width = float_type(recipe.run.weight_dtype).itemsize_bytes
+    moment_count = sum(prod(t.shape) for of_kind in moments.values() for t in of_kind.values())
     return {
         "steps": recipe.run.steps,
-        "parameters": _parameters(recipe, graph),
-        "data": _data(recipe, batches),
-        "flops": _flops(recipe, graph, batches),
+        "parameters": {
+            "total": counts.total,
+            "active": counts.active,
+            "trained": sum(prod(types[name].shape) for name in trained),
+            "bytes": counts.total * width,
+            "moment_bytes": moment_count * width,
+        },
+        "data": {
+            "sequences": data.batch,
+            "seq": shape.seq,
+            "decoder_seq": shape.decoder_seq,
+            "tokens": rows * (shape.seq + shape.decoder_seq),
+            "epochs": {name: rows * c.weight / total / count for (name, count), c in shares},
+        },
+        "flops": {
+            "forward_per_token": counted.per_token,
+            "run": float(TRAIN_PASSES * counted.executed * recipe.data.batch * recipe.run.steps),
+        },
         "passes": {"train": str(training), "evaluate": str(eval_passes(graph, recipe))},
         "plan": _plan(recipe, graph, batches, where),
     }
@@ -206,55 +235,6 @@ def dry_run_text(facts: Facts) -> str:
 def _own_machine(recipe: Recipe) -> Machine:
     mesh = recipe.step_config.device_mesh
     return parse_machine(f"cpu:{1 if mesh is None else mesh.devices}")
-
-
-def _parameters(recipe: Recipe, graph: Graph) -> Facts:
-    """Return the parameters, how many are used for a token and trained, and their bytes."""
-    counts = count_parameters(graph)
-    settings = parameter_settings(graph, recipe.optimizer)
-    types = {name: graph.params[name].type for name in settings}
-    trained = [name for name, setting in settings.items() if setting.trained]
-    moments = moment_types(recipe.optimizer.name, types, settings)
-    width = float_type(recipe.run.weight_dtype).itemsize_bytes
-    moment_count = sum(prod(t.shape) for of_kind in moments.values() for t in of_kind.values())
-    return {
-        "total": counts.total,
-        "active": counts.active,
-        "trained": sum(prod(types[name].shape) for name in trained),
-        "bytes": counts.total * width,
-        "moment_bytes": moment_count * width,
-    }
-
-
-def _data(recipe: Recipe, batches: Batches) -> Facts:
-    """Return the tokens of the run, padding included, and the epochs of each corpus."""
-    data, shape = recipe.data, batches.shape
-    rows = data.batch * recipe.run.steps
-    total = sum(corpus.weight for corpus in data.train)
-    shares = zip(batches.rows.items(), data.train, strict=True)
-    return {
-        "sequences": data.batch,
-        "seq": shape.seq,
-        "decoder_seq": shape.decoder_seq,
-        "tokens": rows * (shape.seq + shape.decoder_seq),
-        "epochs": {name: rows * c.weight / total / count for (name, count), c in shares},
-    }
-
-
-def _flops(recipe: Recipe, graph: Graph, batches: Batches) -> Facts:
-    """Return the model's FLOPs: of a token, forward, and of the run, forward and backward."""
-    lengths = dict(_lengths(graph, batches))
-    counted = sequence_flops(graph, lengths)
-    return {
-        "forward_per_token": counted.per_token,
-        "run": float(TRAIN_PASSES * counted.executed * recipe.data.batch * recipe.run.steps),
-    }
-
-
-def _planned_graph(graph: Graph, training: StepPasses) -> Graph:
-    """Return the graph that is planned: in its mode, unrolled and on no mesh, as plans take it."""
-    passes = replace(training, losses=None, mesh=None, rolled=False)
-    return step_graph(graph, passes)
 
 
 def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> Facts:
@@ -288,7 +268,8 @@ def planned_step(
       InputError: it does not fit the machine.
     """
     training = train_passes(graph, recipe)
-    on, planned = training.mesh, _planned_graph(graph, training)
+    passes = replace(training, losses=None, mesh=None, rolled=False)
+    on, planned = training.mesh, step_graph(graph, passes)
     config = recipe.step_config
     config = replace(
         config,
@@ -360,8 +341,8 @@ def _time(seconds: float) -> str:
 _HINT = "moecc plan MODEL -p PIPELINE --save FILE, of the recipe's model and passes"
 
 
-def check_plan(plan: SavedPlan, job: TrainJob, path: str) -> None:
-    """Check that a plan is of a training step, of the passes and the size of a run's model.
+def plan_problems(plan: SavedPlan, job: TrainJob, path: str) -> Iterator[Problem]:
+    """Yield why a plan is not of a training step, or of other passes or sizes than a run's model.
 
     A model that was converted before needs no passes, so that passes are compared where both plan
     and recipe have some.
@@ -370,16 +351,7 @@ def check_plan(plan: SavedPlan, job: TrainJob, path: str) -> None:
       plan: the plan.
       job: the run.
       path: of the plan, for messages.
-
-    Raises:
-      InputError: it is of another step or model; with everything that differs.
     """
-    problems = list(_differences(plan, job, path))
-    if problems:
-        raise InputError(problems)
-
-
-def _differences(plan: SavedPlan, job: TrainJob, path: str) -> Iterator[Problem]:
     section = job.recipe.model
     if not plan.config.train:
         yield Problem("the plan is of another step", f"{path}: request.step", "train",
@@ -464,7 +436,7 @@ def train(
         job = _job(opened, recipe, out, resume, fork, sets, load)
         remarks = [*training_remarks(job.graph), *job.batches.remarks]
         if saved is not None:
-            check_plan(saved, job, str(plan))
+            raise_problems(plan_problems(saved, job, str(plan)))
             remarks += plan_remarks(saved, job)
         for remark in remarks:
             say(f"remark: {remark}")
@@ -473,7 +445,9 @@ def train(
             facts = dry_run_facts(job.recipe, job.graph, job.batches, where)
             return Report("train-dry-run", facts, lambda: dry_run_text(facts))
         noted = opened.enter_context(signals_noted())
-        training = opened.enter_context(_trainer().train(job))
+        backend = get_backend("xla")
+        assert isinstance(backend, Trainer), "the backend xla trains"
+        training = opened.enter_context(backend.train(job))
         trackers = _trackers(job, tensorboard, wandb) if training.writes else []
         predicted = None if saved is None else saved.tokens_per_second
         stopped = _watch(job, training, noted, trackers, predicted)
@@ -490,10 +464,6 @@ def _job(
     load: Sequence[str],
 ) -> TrainJob:
     """Return the job of one of the three forms. Raises UsageError for anything else."""
-    from moecc.formats.run import is_run
-    from moecc.jobs.training import forked_run, new_run, open_source, resumed_run
-    from moecc.train.recipe_text import load_recipe
-
     if resume is not None or fork is not None:
         registry_with(load)
     if resume is not None:
@@ -523,13 +493,6 @@ def _job(
     return new_run(loaded, source, Path(out))
 
 
-def _trainer() -> Trainer:
-
-    backend = get_backend("xla")
-    assert isinstance(backend, Trainer), "the backend xla trains"
-    return backend
-
-
 def _watch(
     job: TrainJob,
     training: Training,
@@ -539,9 +502,6 @@ def _watch(
 ) -> Stopped:
     """Run a training to its end, and show its progress."""
     from signal import SIGINT
-
-    from moecc.jobs.training import exported
-    from moecc.train.run import followed
 
     def stop() -> Reason | None:
         if noted.signal is None:
@@ -562,10 +522,6 @@ def _watch(
 
 def _trackers(job: TrainJob, tensorboard: bool, wandb: str | None) -> list[Tracker]:
     """Return the places besides the journal to which metrics go."""
-    from dataclasses import asdict
-
-    from moecc.formats.run import saved_steps
-
     steps = saved_steps(job.run)
     trackers: list[Tracker] = []
     if tensorboard:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.formats.folder import CONFIG_NAME, open_folder
@@ -168,7 +168,7 @@ _RESET = 'model.moments = "reset" begins with zeros'
 
 @dataclass(frozen=True)
 class CarriedState:
-    """Moments over those of a trained model, and what reads its parameters and moments.
+    """Moments carried over from a trained model, with a reader of its parameters and moments.
 
     Attributes:
       moments: expressions by name, ``moments.m.NAME``.
@@ -358,7 +358,7 @@ def resumed_run(
       InputError: it is no run, its recipe was changed, or another one is expected.
     """
     if not is_run(run):
-        raise InputError("this is not the folder of a run", where=str(run))
+        raise InputError("this is not the folder of a run", where=run)
     begun = _begun_with(run)
     text = recipe_file(run / RECIPE)
     current = recipe or parse_recipe(text, str(run / RECIPE), folder=run, sets=sets)
@@ -368,7 +368,7 @@ def resumed_run(
     differences = recipe_differences(begun, current)
     if differences:
         raise InputError(
-            "the run was begun with another recipe", where=str(run / RECIPE),
+            "the run was begun with another recipe", where=run / RECIPE,
             expected="the same, but for its mesh", found="; ".join(differences),
             hint=f"moecc train RECIPE --fork {run} --out FOLDER goes on with another recipe",
         )  # fmt: skip
@@ -376,14 +376,13 @@ def resumed_run(
         require_run_files(steps[-1])
     graph = read_graph(str(run / GRAPH))
     batches = _checked(current, graph, partial(_facts_of_run, run, graph))
-    before, now = _last_stage(run).get("data", {}), batches.digests
+    before, now = run_stages(run)[-1].get("data", {}), batches.digests
     problems = [
         Problem("the data changed since the run began", name, str(before.get(name)), digest)
         for name, digest in now.items()
         if before.get(name) != digest
     ]
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     return TrainJob(
         run, current, recipe_digest(current), graph, batches, lambda: None,
         lambda: _beginning_again(current, graph, files),
@@ -410,7 +409,23 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
     require_run_files(step)
     graph = read_graph(str(run / GRAPH))
     check_output(out, inputs=[run], hint=_FULL)
-    _check_moments(graph, _begun_with(run).optimizer, recipe.optimizer, step.number)
+    present, wanted = (
+        {
+            (kind, name)
+            for kind, types in saved_moments(graph, section_at(section, step.number)).items()
+            for name in types
+        }
+        for section in (_begun_with(run).optimizer, recipe.optimizer)
+    )
+    missing = sorted(name for _, name in wanted - present)
+    if missing:
+        raise InputError(
+            "the run kept no such moments of what would be trained",
+            where="optimizer",
+            expected=f"the optimiser and the frozen groups that it had at step {step.number}",
+            found=f"{len(missing)} parameters, {missing[0]} first",
+            hint='model.source = "RUN" begins a run of its own, with moments = "carry" or none',
+        )
     batches = _checked(recipe, graph, partial(_facts_of_run, run, graph))
     recipe = resolved(recipe, batches)
     digest = recipe_digest(recipe)
@@ -430,29 +445,6 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
     return TrainJob(
         out, recipe, digest, graph, batches, create, lambda: _beginning_again(recipe, graph)
     )
-
-
-def _check_moments(
-    graph: Graph, before: OptimizerSection, asked: OptimizerSection, step: int
-) -> None:
-    """Raise InputError if training goes on from `step` with moments that were not kept there."""
-    present, wanted = (
-        {
-            (kind, name)
-            for kind, types in saved_moments(graph, section_at(section, step)).items()
-            for name in types
-        }
-        for section in (before, asked)
-    )
-    missing = sorted(name for _, name in wanted - present)
-    if missing:
-        raise InputError(
-            "the run kept no such moments of what would be trained",
-            where="optimizer",
-            expected=f"the optimiser and the frozen groups that it had at step {step}",
-            found=f"{len(missing)} parameters, {missing[0]} first",
-            hint='model.source = "RUN" begins a run of its own, with moments = "carry" or none',
-        )
 
 
 def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts]) -> Batches:
@@ -541,11 +533,7 @@ def _facts_of_run(run: Path, graph: Graph, step: Graph) -> ModelFacts:
     return replace(facts_of(model, step), tokenizer_digest=digest)
 
 
-def _last_stage(run: Path) -> JsonDict:
-    return dict(run_stages(run)[-1])
-
-
 def _begun_with(run: Path) -> Recipe:
     """Return the recipe that a run was begun with, whatever its file says now."""
-    text = _last_stage(run).get("recipe_toml")
+    text = run_stages(run)[-1].get("recipe_toml")
     return parse_recipe(str(text), str(run / LINEAGE), folder=run)

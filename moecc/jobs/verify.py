@@ -13,6 +13,7 @@ from moecc.jobs.command import (
     Inputs,
     LoadFamilies,
     ModelName,
+    OutputFile,
     Report,
     Spelling,
     Weights,
@@ -24,8 +25,6 @@ from moecc.support.console import say
 from moecc.support.text import amount
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from moecc.jobs.comparison import ComparisonVerdict
 
 
@@ -82,7 +81,7 @@ def verify(
     allow_edited_card: bool = False,
     weights: Weights = None,
     load: LoadFamilies = (),
-    html: Annotated[str | None, Spelling("FILE")] = None,
+    html: OutputFile = None,
     force: Force = False,
 ) -> Report:
     """Check the files, logits or plan of a model.
@@ -185,7 +184,7 @@ def check_programs(folder: Path) -> list[str]:
     if (folder / name).read_text(encoding="utf-8") != text:
         raise CheckError(
             "the program is not that of the graph in config.json",
-            where=str(folder / name),
+            where=folder / name,
             hint=f"moecc emit {languages[name]} writes it again; moecc reads the graph alone",
         )
     config = read_json_object(folder / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
@@ -193,7 +192,7 @@ def check_programs(folder: Path) -> list[str]:
     if mapped != program.auto_map:
         raise CheckError(
             "auto_map names other classes than those of the program",
-            where=str(folder / CONFIG_NAME),
+            where=folder / CONFIG_NAME,
             expected=str(program.auto_map),
             found=str(mapped),
         )

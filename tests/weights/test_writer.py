@@ -17,7 +17,7 @@ from safetensors import safe_open
 from moecc.errors import InputError, MachineError
 from moecc.formats import writer
 from moecc.formats.safetensors import Entry, natural, plan_shards, read_header
-from moecc.formats.writer import OutputTensor, WriteReport, write_checkpoint
+from moecc.formats.writer import OutputTensor, WriteOptions, WriteReport, write_checkpoint
 from moecc.types import BF16, DTYPES, F16, F32, I64, PRED, DType, tensor
 from moecc.weights.arithmetic import Add, Scale
 from moecc.weights.draws import Normal
@@ -83,7 +83,8 @@ def everything() -> list[OutputTensor]:
 
 def written(folder: Path, tensors: list[OutputTensor], **more: Any) -> WriteReport:
     folder.mkdir()
-    return write_checkpoint(folder, tensors, more.pop("reader", Reader()), **more)
+    reader, metadata = more.pop("reader", Reader()), more.pop("metadata", None)
+    return write_checkpoint(folder, tensors, reader, WriteOptions(**more), metadata=metadata)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

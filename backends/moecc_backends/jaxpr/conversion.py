@@ -28,7 +28,6 @@ from moecc.formats.manifest import (
     TensorRecord,
     dump,
     file_records,
-    library_versions,
     weight_file_record,
 )
 from moecc.formats.output import output_folder
@@ -204,9 +203,7 @@ class FunctionConversion:
             )
             graph = print_graph(_saved_graph(self, leaves))
             config = json.dumps(_config(self), indent=2) + "\n"
-            receipt = Receipt(
-                MODEL_TYPE, self.preserves, self.contracts, None, None, (), library_versions()
-            )
+            receipt = Receipt(MODEL_TYPE, self.preserves, self.contracts, None, None, ())
             write_durable(temporary / GRAPH_NAME, graph.encode())
             write_durable(temporary / CONFIG_NAME, config.encode())
             write_durable(temporary / RECEIPT_NAME, receipt.content())

@@ -36,7 +36,6 @@ from moecc.formats.manifest import (
     TensorRecord,
     dump,
     file_records,
-    library_versions,
     weight_file_record,
 )
 from moecc.ir.graph import Graph
@@ -454,9 +453,7 @@ def _write_beside(path: Path, conversion: ModuleConversion) -> None:
             for name, info in infos.items()
         }
     graph.attrs |= {"checkpoint": ".", "language": "torch"}
-    receipt = Receipt(
-        MODULE_TYPE, conversion.preserves, conversion.contracts, None, None, (), library_versions()
-    )
+    receipt = Receipt(MODULE_TYPE, conversion.preserves, conversion.contracts, None, None, ())
     _write(path / GRAPH_NAME, print_graph(graph).encode())
     _write(path / FILE_NAME, conversion.emitted.text.encode())
     _write(path / RECEIPT_NAME, receipt.content())

@@ -26,7 +26,7 @@ from moecc.formats.gguf.header import GgufHeader, GgufKeys, Key, StoredTensor, W
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
-from moecc.support.untyped import Json
+from moecc.support.untyped import Json, JsonDict
 from moecc.types import Array, Doubles
 
 # Translate the rotary embedding between a GGUF file and config.json.
@@ -47,7 +47,7 @@ _BETAS = ("beta_fast", "beta_slow")
 _TYPES = ("none", "linear", "yarn")
 
 
-def read_rope(keys: GgufKeys, context_length: int, divisors: Array | None) -> dict[str, object]:
+def read_rope(keys: GgufKeys, context_length: int, divisors: Array | None) -> JsonDict:
     """Return ``rope_theta`` and ``rope_scaling``; what config.json cannot express is a problem.
 
     `divisors` [head_dim / 2] is the content of ``rope_freqs.weight`` if there is one.
@@ -61,7 +61,7 @@ def read_rope(keys: GgufKeys, context_length: int, divisors: Array | None) -> di
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _stated(keys: GgufKeys, context_length: int) -> dict[str, object] | None:
+def _stated(keys: GgufKeys, context_length: int) -> JsonDict | None:
     older = keys.number("rope.scale_linear", 0.0)
     factor = keys.number("rope.scaling.factor", 0.0) or older
     kind = keys.text("rope.scaling.type", "linear")
@@ -85,7 +85,7 @@ def _stated(keys: GgufKeys, context_length: int) -> dict[str, object] | None:
     return None
 
 
-def _llama3(keys: GgufKeys, theta: float, divisors: Array) -> dict[str, object] | None:
+def _llama3(keys: GgufKeys, theta: float, divisors: Array) -> JsonDict | None:
     """Find the parameters that yield these divisors.
 
     Only the ratios of the old length to the two wavelength factors determine them, so with the
@@ -180,14 +180,13 @@ class HeadSizes:
 
 def make_config(
     header: GgufHeader, family: GgufFamily, divisors: Array | None, problems: Problems
-) -> tuple[dict[str, object], HeadSizes]:
+) -> tuple[JsonDict, HeadSizes]:
     """Return config.json and the sizes of a head; every error goes to `problems`."""
-    architecture = str(header.metadata["general.architecture"])
-    keys = GgufKeys(header.metadata, architecture, header.path, problems)
+    keys = GgufKeys(header, problems)
     hidden, context = keys.size("embedding_length"), keys.size("context_length")
     sizes = _head_sizes(keys, hidden, family)
     vocab = _vocabulary_size(keys, header)
-    config: dict[str, object] = {
+    config: JsonDict = {
         "architectures": [family.config.architecture],
         "model_type": family.config.model_type,
         "vocab_size": vocab,
@@ -215,14 +214,12 @@ def make_config(
     return config, sizes
 
 
-def _experts(
-    keys: GgufKeys, family: GgufFamily, tensors: Mapping[str, StoredTensor]
-) -> dict[str, object]:
+def _experts(keys: GgufKeys, family: GgufFamily, tensors: Mapping[str, StoredTensor]) -> JsonDict:
     """Return the keys of the experts: their number in every spelling, widths, gates."""
     mixture = family.mixture
     if mixture is None:
         return {}
-    config: dict[str, object] = dict.fromkeys(mixture.experts_keys, keys.size("expert_count"))
+    config: JsonDict = dict.fromkeys(mixture.experts_keys, keys.size("expert_count"))
     config[mixture.key("experts_per_token")] = keys.size("expert_used_count")
     width = 0
     if mixture.has_expert_width():
@@ -243,9 +240,9 @@ def _experts(
     return config
 
 
-def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> dict[str, object]:
+def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> JsonDict:
     """Return what else the architecture states."""
-    config: dict[str, object] = {}
+    config: JsonDict = {}
     facts = family.facts
     for name, key in facts.keys:
         config[key] = keys.value(name)
@@ -553,7 +550,7 @@ class Order:
 class ShapeContent:
     """A file as a model: its config, the names of its tensors, and their orders by that name."""
 
-    config: dict[str, object]
+    config: JsonDict
     names: dict[str, str]
     orders: dict[str, Order]
 
@@ -606,21 +603,20 @@ def read_shape(header: GgufHeader, config: type[ModelConfig], problems: Problems
             names_of_files = [*model, *(f"blk.0.{stem}.weight" for stem in stems)]
             hint = nearest(stored[:100], names_of_files)
             fault = f"{with_article(config.model_type)} has no tensor {quoted(stored)}"
-            problems.add(fault, where=str(header.path), hint=hint)
+            problems.add(fault, where=header.path, hint=hint)
     return ShapeContent(content, names, orders)
 
 
 def _shape_config(
     header: GgufHeader, family: type[ModelConfig], problems: Problems
-) -> tuple[dict[str, object], int]:
-    architecture = str(header.metadata["general.architecture"])
-    keys = GgufKeys(header.metadata, architecture, header.path, problems)
+) -> tuple[JsonDict, int]:
+    keys = GgufKeys(header, problems)
     sizes = {key: keys.size(key) for key in _SIZES}
     vocab = _rows(header, EMBEDDING)
     keys.value("vocab_size")
     heads = sizes["attention.head_count"]
     assert family.gguf is not None, "a family with an architecture"
-    config: dict[str, object] = {
+    config: JsonDict = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": vocab,
@@ -646,7 +642,7 @@ def _shape_config(
         keys.value("pooling_type")
         positions, types = (_rows(header, f"{n}.weight") for n in ("position_embd", "token_types"))
         if not types:
-            problems.add("a bert without token types is not supported", where=str(header.path))
+            problems.add("a bert without token types is not supported", where=header.path)
         config |= {"max_position_embeddings": positions, "type_vocab_size": max(types, 1)}
     if keys.size("attention.head_count_kv", heads) != heads:
         keys.refuse("attention.head_count_kv", "not supported here", expected=f"{heads}")

@@ -8,13 +8,12 @@ on a crafted file of 49 bytes and lets tensors overlap.
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TypeAlias, TypeVar, overload
+from typing import TypeAlias, overload
 
 from moecc.errors import InputError, printable
 from moecc.formats.files import (
@@ -23,13 +22,13 @@ from moecc.formats.files import (
     Identity,
     check_layout,
     name_fault,
-    open_regular,
+    opened_regular,
     read_into,
 )
 from moecc.formats.gguf.storage import STORAGES, Storage, storage_label
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, describe, quoted
-from moecc.types import Array
+from moecc.types import Array, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class StoredValue:
 
 
 Written: TypeAlias = "bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]"
-"""What a key may have; whole numbers become 32 bits, and arrays have elements of one type."""
+"""The types of a key's value: whole numbers become 32 bits, arrays have elements of one type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,26 +270,24 @@ class GgufArray:
         return np.frombuffer(self._raw(), f"<{self.letter}")
 
     def _raw(self) -> bytes:
-        descriptor, identity = open_regular(self.path)
-        try:
+        with opened_regular(self.path) as (descriptor, identity):
             raw = bytearray(self.nbytes)
             read_into(descriptor, memoryview(raw), self.offset, self.path)
-        finally:
-            os.close(descriptor)
         if identity != self.identity:
-            raise InputError("the file changed since its header was read", where=str(self.path))
+            raise InputError("the file changed since its header was read", where=self.path)
         return bytes(raw)
 
     def _wrong(self, expected: str) -> InputError:
         fault = "an array of the metadata has elements of the wrong kind"
-        return InputError(fault, where=str(self.path), expected=expected, found=self.kind)
+        return InputError(fault, where=self.path, expected=expected, found=self.kind)
 
 
 Value: TypeAlias = int | float | bool | str | GgufArray
+Metadata: TypeAlias = Mapping[str, Value]
 
 
 Spans: TypeAlias = dict[str, tuple[int, int]]
-"""Where the type and the value of each key lie in the file, from the first byte to the last."""
+"""The first and the last byte of the type and value of each key in the file."""
 
 
 def read_metadata(
@@ -369,7 +366,6 @@ DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
 _PREAMBLE_BYTES = 4 + 4 + 8 + 8
 _LEAST_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
-_U32 = struct.Struct("<I")
 _OLDER = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt", b"algg": "ggla"}
 
 
@@ -389,7 +385,7 @@ class StoredTensor:
     name: str
     file: Path
     storage: Storage
-    shape: tuple[int, ...]
+    shape: Shape
     offset: int
     nbytes: int
 
@@ -424,7 +420,7 @@ class GgufHeader:
         return {self.path: self.identity, **self.parts}
 
 
-def part_count(metadata: Mapping[str, Value]) -> int:
+def part_count(metadata: Metadata) -> int:
     """Return the number of files that the model is in, 1 where nothing is said."""
     count = metadata.get("split.count", 1)
     return count if type(count) is int else 1
@@ -437,11 +433,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
       InputError: with all problems of the header.
       MachineError: the file cannot be read.
     """
-    descriptor, identity = open_regular(path)
-    try:
+    with opened_regular(path) as (descriptor, identity):
         return _GgufHeaderCheck(Cursor(descriptor, path, identity.size_bytes), identity).header()
-    finally:
-        os.close(descriptor)
 
 
 class _GgufHeaderCheck:
@@ -524,9 +517,7 @@ class _GgufHeaderCheck:
             hint="convert the original model again, with a current llama.cpp",
         )
 
-    def _entries(
-        self, count: int, *, may_be_none: bool
-    ) -> list[tuple[str, tuple[int, ...], int, int]]:
+    def _entries(self, count: int, *, may_be_none: bool) -> list[tuple[str, Shape, int, int]]:
         """Read the name, sizes (innermost first), storage code and offset of each tensor."""
         cursor = self.cursor
         cursor.reading = "the list of tensors"
@@ -535,7 +526,7 @@ class _GgufHeaderCheck:
             expected = f"at most {limit:,} in a file of {cursor.size_bytes:,} bytes"
             raise cursor.error("too many tensors", expected=expected, found=f"{count:,}")
         if not count and not may_be_none:
-            self.problems.add("the file has no tensors", where=str(self.path))
+            self.problems.add("the file has no tensors", where=self.path)
         entries = []
         for index in range(count):
             cursor.reading = f"tensor {index + 1:,} of {count:,}"
@@ -562,7 +553,7 @@ class _GgufHeaderCheck:
         return 1
 
     def _tensor(
-        self, name: str, sizes: tuple[int, ...], code: int, offset: int, data_start: int
+        self, name: str, sizes: Shape, code: int, offset: int, data_start: int
     ) -> StoredTensor | None:
         storage = STORAGES.get(code)
         if storage is None:
@@ -576,7 +567,7 @@ class _GgufHeaderCheck:
             return StoredTensor(name, self.path, storage, sizes[::-1], data_start + offset, nbytes)
         return None
 
-    def _check_shape(self, name: str, sizes: tuple[int, ...], storage: Storage | None) -> bool:
+    def _check_shape(self, name: str, sizes: Shape, storage: Storage | None) -> bool:
         shape_text = f"{list(sizes)}, innermost first"
         if min(sizes) < 1 or prod(sizes) > MAX_SIZE:
             expected = "sizes of at least 1, with a product below 2^63"
@@ -603,20 +594,16 @@ class _GgufHeaderCheck:
 MAX_LAYERS = 1 << 16
 """The longest array that is read for a key with one value per layer."""
 
-Default = TypeVar("Default")
-
 
 class GgufKeys:
     """Reads the keys of one architecture, ``llama.block_count`` as ``block_count``."""
 
-    def __init__(
-        self, metadata: Mapping[str, Value], architecture: str, path: Path, problems: Problems
-    ) -> None:
-        self.where = str(path)
+    def __init__(self, header: GgufHeader, problems: Problems) -> None:
+        self.where = str(header.path)
         self.problems = problems
         self.used: set[str] = set()
-        self._metadata = metadata
-        self._prefix = f"{architecture}."
+        self._metadata = header.metadata
+        self._prefix = f"{header.metadata['general.architecture']}."
 
     def refuse(
         self, key: str, fault: str, *, expected: str | None = None, hint: str | None = None
@@ -690,7 +677,7 @@ def shown(value: Value | None) -> str:
     return "nothing" if value is None else describe(value)
 
 
-def token_id(metadata: Mapping[str, Value], name: str, count: int) -> int | None:
+def token_id(metadata: Metadata, name: str, count: int) -> int | None:
     """Return the id of a special token below `count`, or None if the file has none.
 
     Raises:

@@ -41,10 +41,12 @@ from moecc.formats.gguf.header import (
 )
 from moecc.formats.gguf.storage import BY_NAME, dequantise
 from moecc.formats.gguf.tokenizer import tokenizer_files
+from moecc.formats.modelcard import CardEntries
 from moecc.formats.source import Checkpoint, TensorInfo, quantised_remark, tensor_info
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
+from moecc.support.untyped import JsonDict
 from moecc.types import Array
 
 # A model in several GGUF files, as llama-gguf-split writes it.
@@ -69,44 +71,6 @@ def read_gguf(path: Path) -> GgufHeader:
     problems = Problems()
     parts = list(_parts(header, problems))
     problems.raise_if_any()
-    return _joined(parts, problems)
-
-
-def _parts(header: GgufHeader, problems: Problems) -> Iterator[GgufHeader]:
-    """Yield the headers of all parts in order, the given one included."""
-    count = part_count(header.metadata)
-    named = _PART.fullmatch(header.path.name)
-    if named is None or int(named["count"]) != count or count > _LARGEST:
-        raise InputError(
-            "the name is not that of a part of a split model, so the others cannot be found",
-            where=str(header.path),
-            expected=f"NAME-00001-of-{count:05}.gguf, up to {_LARGEST:,} parts",
-            found=f"one of {count:,} parts",
-            hint="name the parts as llama-gguf-split does, or join them with its --merge",
-        )
-    for number in range(count):
-        path = header.path.with_name(f"{named['stem']}-{number + 1:05}-of-{count:05}.gguf")
-        if path == header.path:
-            part = header
-        elif path.exists():
-            part = read_gguf_header(path)
-        else:
-            hint = "a split model is read with all of its parts beside each other"
-            problems.add("a part of the model is missing", where=str(path), hint=hint)
-            continue
-        for key, expected in (("split.no", number), ("split.count", count)):
-            value = part.metadata.get(key)
-            if value != expected:
-                problems.add(
-                    "the part is not the one that its name says",
-                    where=f"{part.path}, metadata key {key!r}",
-                    expected=f"{expected}",
-                    found=shown(value),
-                )
-        yield part
-
-
-def _joined(parts: list[GgufHeader], problems: Problems) -> GgufHeader:
     first = parts[0]
     tensors = dict(first.tensors)
     for part in parts[1:]:
@@ -124,6 +88,40 @@ def _joined(parts: list[GgufHeader], problems: Problems) -> GgufHeader:
     problems.raise_if_any()
     others = {part.path: part.identity for part in parts[1:]}
     return replace(first, tensors=tensors, parts=others)
+
+
+def _parts(header: GgufHeader, problems: Problems) -> Iterator[GgufHeader]:
+    """Yield the headers of all parts in order, the given one included."""
+    count = part_count(header.metadata)
+    named = _PART.fullmatch(header.path.name)
+    if named is None or int(named["count"]) != count or count > _LARGEST:
+        raise InputError(
+            "the name is not that of a part of a split model, so the others cannot be found",
+            where=header.path,
+            expected=f"NAME-00001-of-{count:05}.gguf, up to {_LARGEST:,} parts",
+            found=f"one of {count:,} parts",
+            hint="name the parts as llama-gguf-split does, or join them with its --merge",
+        )
+    for number in range(count):
+        path = header.path.with_name(f"{named['stem']}-{number + 1:05}-of-{count:05}.gguf")
+        if path == header.path:
+            part = header
+        elif path.exists():
+            part = read_gguf_header(path)
+        else:
+            hint = "a split model is read with all of its parts beside each other"
+            problems.add("a part of the model is missing", where=path, hint=hint)
+            continue
+        for key, expected in (("split.no", number), ("split.count", count)):
+            value = part.metadata.get(key)
+            if value != expected:
+                problems.add(
+                    "the part is not the one that its name says",
+                    where=f"{part.path}, metadata key {key!r}",
+                    expected=f"{expected}",
+                    found=shown(value),
+                )
+        yield part
 
 
 _GUESSES = 20
@@ -153,7 +151,7 @@ class GgufFile(Checkpoint):
     def __init__(
         self,
         header: GgufHeader,
-        config: dict[str, object],
+        config: JsonDict,
         tensors: dict[str, TensorInfo],
         pool: DescriptorPool,
         *,
@@ -228,9 +226,9 @@ class GgufFile(Checkpoint):
                 keys.append(Key(name, StoredValue(bytes(raw))))
         return keys
 
-    def card(self) -> dict[str, tuple[str, ...]]:
+    def card(self) -> CardEntries:
         """Return names, licence, language and data sets as the metadata state them."""
-        card: dict[str, tuple[str, ...]] = {}
+        card: CardEntries = {}
         for key, name in CARD_KEYS.items():
             value = self.metadata.get(f"general.{name}")
             if isinstance(value, str) and value:
@@ -368,7 +366,7 @@ def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[s
             fault = f"{with_article(kind)} has no tensor {quoted(name)}"
             # Suggesting the nearest name takes longer than everything else.
             hint = nearest(name[:100], candidates) if (guesses := guesses - 1) >= 0 else None
-            problems.add(fault, where=str(header.path), hint=hint)
+            problems.add(fault, where=header.path, hint=hint)
     return names
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from itertools import chain
 
 from moecc.errors import InputError
-from moecc.formats.gguf.header import GgufArray, Value, shown, token_id
+from moecc.formats.gguf.header import GgufArray, Metadata, shown, token_id
 from moecc.support.problems import quoted
+from moecc.support.untyped import JsonDict
 
 # The vocabulary in a GGUF file's metadata, read and checked before use.
 
@@ -69,7 +70,7 @@ class Vocabulary:
         }
 
 
-def read_vocabulary(metadata: Mapping[str, Value], rows: int) -> Vocabulary:
+def read_vocabulary(metadata: Metadata, rows: int) -> Vocabulary:
     """Read the vocabulary of a model whose embedding has `rows` rows.
 
     Raises:
@@ -116,7 +117,7 @@ _NAMED = ("bos", "eos", "unknown", "padding")
 _ENDS = ("eos", "eot", "eom")
 
 
-def _types(metadata: Mapping[str, Value], count: int) -> list[int]:
+def _types(metadata: Metadata, count: int) -> list[int]:
     types = _numbers(metadata, "token_type", count)
     for kind in types:
         if kind not in range(NORMAL, BYTE + 1):
@@ -124,7 +125,7 @@ def _types(metadata: Mapping[str, Value], count: int) -> list[int]:
     return [int(kind) for kind in types]
 
 
-def _merges(metadata: Mapping[str, Value], tokens: set[str]) -> list[tuple[str, str]]:
+def _merges(metadata: Metadata, tokens: set[str]) -> list[tuple[str, str]]:
     merges = []
     for line in _strings(metadata, "merges"):
         left, space, right = line.partition(" ")
@@ -135,7 +136,7 @@ def _merges(metadata: Mapping[str, Value], tokens: set[str]) -> list[tuple[str, 
     return merges
 
 
-def _text(metadata: Mapping[str, Value], name: str) -> str:
+def _text(metadata: Metadata, name: str) -> str:
     value = metadata.get(_PREFIX + name)
     if isinstance(value, str):
         return value
@@ -143,21 +144,21 @@ def _text(metadata: Mapping[str, Value], name: str) -> str:
     raise _unusable(name, fault, "a string", shown(value))
 
 
-def _flag(metadata: Mapping[str, Value], name: str, default: bool) -> bool:
+def _flag(metadata: Metadata, name: str, default: bool) -> bool:
     value = metadata.get(_PREFIX + name, default)
     if isinstance(value, bool):
         return value
     raise _unusable(name, "neither true nor false", "true or false", shown(value))
 
 
-def _strings(metadata: Mapping[str, Value], name: str) -> list[str]:
+def _strings(metadata: Metadata, name: str) -> list[str]:
     value = metadata.get(_PREFIX + name)
     if isinstance(value, GgufArray):
         return value.strings()
     raise _unusable(name, "not an array", "an array of strings", shown(value))
 
 
-def _numbers(metadata: Mapping[str, Value], name: str, count: int) -> list[float]:
+def _numbers(metadata: Metadata, name: str, count: int) -> list[float]:
     value = metadata.get(_PREFIX + name)
     if isinstance(value, GgufArray) and value.count == count:
         numbers: list[float] = value.numbers().tolist()
@@ -183,12 +184,12 @@ _GPT2_STEPS = ({"type": "ByteLevel", "use_regex": True},)
 _DIGIT_STEPS = ({"type": "Digits", "individual_digits": True}, *_GPT2_STEPS)
 
 
-def _split(words: str) -> tuple[dict[str, object], ...]:
+def _split(words: str) -> tuple[JsonDict, ...]:
     split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
     return split, {"type": "ByteLevel", "use_regex": False}
 
 
-PRE_TOKENIZERS: Mapping[str, tuple[dict[str, object], ...]] = {
+PRE_TOKENIZERS: Mapping[str, tuple[JsonDict, ...]] = {
     "gpt-2": _GPT2_STEPS,
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGIT_STEPS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _split(_LLAMA3_WORDS)),
@@ -202,9 +203,7 @@ SPACE = "\u2581"
 _LONGEST_PIECE = 256
 
 
-def tokenizer_files(
-    metadata: Mapping[str, Value], rows: int, context_length: int
-) -> dict[str, bytes]:
+def tokenizer_files(metadata: Metadata, rows: int, context_length: int) -> dict[str, bytes]:
     """Return tokenizer.json, tokenizer_config.json and generation_config.json.
 
     Raises:
@@ -229,7 +228,7 @@ def tokenizer_files(
     }
 
 
-def _byte_level(vocabulary: Vocabulary) -> dict[str, object]:
+def _byte_level(vocabulary: Vocabulary) -> JsonDict:
     steps = PRE_TOKENIZERS.get(vocabulary.pre)
     if steps is None:
         raise InputError(
@@ -257,7 +256,7 @@ def _byte_level(vocabulary: Vocabulary) -> dict[str, object]:
     }
 
 
-def _sentence_piece(vocabulary: Vocabulary) -> dict[str, object]:
+def _sentence_piece(vocabulary: Vocabulary) -> JsonDict:
     to_marks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     to_spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     prefix = [{"type": "Prepend", "prepend": SPACE}] if vocabulary.adds_space else []
@@ -323,7 +322,7 @@ def pairs_of_scores(
     return [(token[:-cut], token[-cut:]) for _, cut, token in ranked]
 
 
-def _frame(vocabulary: Vocabulary) -> dict[str, object]:
+def _frame(vocabulary: Vocabulary) -> JsonDict:
     """Return the parts that do not depend on the kind of tokenizer."""
     added = [
         {
@@ -347,7 +346,7 @@ def _frame(vocabulary: Vocabulary) -> dict[str, object]:
     }
 
 
-def _template(vocabulary: Vocabulary) -> dict[str, object] | None:
+def _template(vocabulary: Vocabulary) -> JsonDict | None:
     """Return the post-processor that adds the first and last token to a text."""
     special = vocabulary.special
     first = [special["bos"]] if vocabulary.adds_bos and "bos" in special else []
@@ -355,12 +354,12 @@ def _template(vocabulary: Vocabulary) -> dict[str, object] | None:
     if not first and not last:
         return None
 
-    def text(name: str, kind: int) -> list[dict[str, object]]:
-        def special_tokens(ids: list[int]) -> Iterator[dict[str, object]]:
+    def text(name: str, kind: int) -> list[JsonDict]:
+        def special_tokens(ids: list[int]) -> Iterator[JsonDict]:
             for number in ids:
                 yield {"SpecialToken": {"id": vocabulary.tokens[number], "type_id": kind}}
 
-        sequence: dict[str, object] = {"Sequence": {"id": name, "type_id": kind}}
+        sequence: JsonDict = {"Sequence": {"id": name, "type_id": kind}}
         return [*special_tokens(first), sequence, *special_tokens(last)]
 
     tokens = {vocabulary.tokens[number]: number for number in chain(first, last)}
@@ -375,11 +374,9 @@ def _template(vocabulary: Vocabulary) -> dict[str, object] | None:
     }
 
 
-def _tokenizer_config(
-    vocabulary: Vocabulary, metadata: Mapping[str, Value], context_length: int
-) -> dict[str, object]:
+def _tokenizer_config(vocabulary: Vocabulary, metadata: Metadata, context_length: int) -> JsonDict:
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    config: dict[str, object] = {
+    config: JsonDict = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
@@ -394,7 +391,7 @@ def _tokenizer_config(
     return config
 
 
-def _chat_template(metadata: Mapping[str, Value]) -> str | list[dict[str, str]] | None:
+def _chat_template(metadata: Metadata) -> str | list[dict[str, str]] | None:
     """Return the template, or the list of named ones if there are several."""
     start = "tokenizer.chat_template"
     named = [

@@ -65,7 +65,7 @@ def tokenizer_keys(checkpoint: Checkpoint, rows: int) -> tuple[list[Key], str | 
 
 
 class _Settings:
-    """What stands beside tokenizer.json: special tokens, chat template."""
+    """The settings beside tokenizer.json: special tokens and the chat template."""
 
     def __init__(self, files: Json, config: Json) -> None:
         self._files = files
@@ -170,7 +170,7 @@ def _byte_level(file: Json, model: Json, vocab: Vocab) -> JsonDict:
     raise _unusable("llama.cpp has no name for the way in which this tokenizer cuts words", "")
 
 
-def _steps(step: Json) -> Iterator[dict[str, object]]:
+def _steps(step: Json) -> Iterator[JsonDict]:
     """Yield the steps of a pre-tokenizer, without what does not change the words."""
     if step.get("type") == "Sequence":
         for inner in _objects(step, "pretokenizers"):
@@ -179,7 +179,7 @@ def _steps(step: Json) -> Iterator[dict[str, object]]:
         yield _plain(step)
 
 
-def _plain(step: Json) -> dict[str, object]:
+def _plain(step: Json) -> JsonDict:
     idle = {"trim_offsets", *(["add_prefix_space"] if not step.get("add_prefix_space") else [])}
     settings = {key: value for key, value in step.items() if key not in idle}
     return {"use_regex": True, **settings} if settings.get("type") == "ByteLevel" else settings
