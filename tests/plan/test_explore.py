@@ -147,33 +147,6 @@ def test_ideas_are_ranked_and_the_lowered_ones_are_plans() -> None:
     assert not model.plan("cpu:8", **STEP).report["explored"]
 
 
-def test_the_options_of_a_chunked_exchange_compile_what_was_priced() -> None:
-    from moecc.ahead.prepare import prepare
-    from moecc.ahead.request import Request
-
-    name, passes = str(GOLDEN / "mixtral_gqa"), "specialize{capacity-factor=1.25}"
-    plan = moecc.open(name).apply(passes).plan("cpu:8", explore=True, **STEP)
-    idea = next(i for i in plan.report["explored"] if i["name"] == "chunked exchanges")
-    words = idea["options"].removeprefix("moecc compile ").split()
-    asked: dict[str, Any] = dict(
-        zip((w[2:].replace("-", "_") for w in words[::2]), words[1::2], strict=True)
-    )
-    asked["chunks"] = int(asked["chunks"])
-    config = StepConfig(batch_tokens=2048, sequence="32", dtype="f32", **asked)
-    job = prepare(Request(name, "cpu:8", config, pipeline=passes))
-    assert str(job.estimate.strategy) == idea["how"].partition(", ")[2].replace(
-        ", via capacity,", f", via capacity in {asked['chunks']} chunks,"
-    )
-
-
-def test_what_is_impossible_says_why() -> None:
-    model = moecc.open(str(GOLDEN / "mixtral_gqa"))
-    plan = model.plan("cpu:8", explore=True, batch_tokens=8 * 31, sequence="31", dtype="f32")
-    why = {f"{i['name']} {i['how']}": i["why"] for i in plan.report["explored"]}
-    assert "sequences of 31 tokens (S) are not 2 equal parts" in why.values()
-    assert any(k.startswith("pipeline stages 4") and "equal stages" in v for k, v in why.items())
-
-
 def test_what_has_no_stages_says_why() -> None:
     work = mixtral(MIXTRAL)
     with pytest.raises(InputError, match="2 equal layers are not 4 equal stages"):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import pytest
 
 from moecc.errors import InputError, UsageError
-from moecc.plan.machines import parse_machine, sizes_of_kind, topologies
+from moecc.plan.machines import parse_machine
 from moecc.plan.search import check_devices
 from moecc.plan.step import plan_mesh
 
@@ -18,9 +16,7 @@ from moecc.plan.step import plan_mesh
         ("tpu:v4:8x8x8", 1024),
         ("tpu:v5e:16x16", 256),
         ("tpu:v5p:4x4x4", 64),
-        ("tpu:v6e:2x4", 8),
         ("tpu:tpu7x:2x2x1", 8),
-        ("gpu:h100:8", 8),
         ("gpu:b200:16", 16),
         ("cpu", 1),
         ("cpu:8", 8),
@@ -37,14 +33,10 @@ def test_devices_are_those_of_jax(name: str, devices: int) -> None:
         ("tpu:v5p", "tpu:v4|v5e|v5p|v6e|tpu7x:TOPOLOGY"),
         ("npu:x:1", "gpu:a100|h100|h200|b200:N"),
         ("tpu:v5p:4x4x5", "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4"),
-        ("tpu:v6e:32x32", "16x16"),
-        ("tpu:v5p:", "no topology ''"),
         ("gpu:h100:12", "a multiple of 8"),
         ("gpu:h100:0", "1 to 8"),
         ("cpu:none", "cpu:8"),
         ("", "unknown machine"),
-        ("h101", "unknown machine"),
-        ("v4", "unknown machine"),
         ("v5e-17", "no topology '17'"),
         ("a101x8", "did you mean 'a100'"),
     ],
@@ -75,27 +67,16 @@ def test_what_is_no_mesh_is_told(text: str, says: str) -> None:
     ("short", "name"),
     [
         ("v5litepod-16", "tpu:v5e:4x4"),
-        ("v5e-16", "tpu:v5e:4x4"),
         ("V6E-8", "tpu:v6e:2x4"),
         ("v4-32", "tpu:v4:2x2x4"),
         ("v5p-128", "tpu:v5p:4x4x4"),
         ("h100x8", "gpu:h100:8"),
         ("16xh200", "gpu:h200:16"),
         ("a100", "gpu:a100:1"),
-        ("H100", "gpu:h100:1"),
     ],
 )
 def test_names_that_clouds_and_people_use(short: str, name: str) -> None:
     assert parse_machine(short) == parse_machine(name)
-
-
-@pytest.mark.parametrize("name", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
-def test_topologies_ascend_and_parse(name: str) -> None:
-    chips = [prod(t) for t in topologies(name)]
-    assert chips == sorted(chips)
-    first = "x".join(map(str, topologies(name)[0]))
-    machines = list(sizes_of_kind(parse_machine(f"tpu:{name}:{first}")))
-    assert [m.devices for m in machines] == sorted(m.devices for m in machines)
 
 
 def test_a_mesh_of_another_size_says_which_would_fit() -> None:

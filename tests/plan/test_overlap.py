@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from moecc.model.open import open_model
-from moecc.plan.collectives import Collective
 from moecc.plan.machines import parse_machine
 from moecc.plan.overlap import overlap
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
@@ -17,7 +15,6 @@ from moecc.plan.workload import make_batch, workload
 from moecc.sharding.layout import Layout
 
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
-LAYERS = 2
 
 
 def planned(machine: str, chunks: int = 1, via: str = "capacity", train: bool = True) -> Estimate:
@@ -47,7 +44,3 @@ def test_parameters_of_layers_are_beside_products_where_compilers_do_so(
         # The embedding and the head are outside of the loop over layers.
         assert found[op]["exposed_bytes"] > 0
     assert found["all_to_all"]["overlapped_bytes"] == 0 < found["all_to_all"]["exposed_bytes"]
-
-
-def moved(transfers: Iterable[Collective], layers: int = 1) -> float:
-    return layers * sum(t.tensor_bytes * t.times for t in transfers)

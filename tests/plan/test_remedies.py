@@ -18,11 +18,7 @@ CASES = {
     f"{LLAMA} gpu:h100:1": ["--optimizer adafactor", "--weight-dtype bf16"],
     f"{LLAMA} tpu:v5e:2x2 --batch-tokens 65536": [BOTH],
     f"{SMOL} gpu:h100:8 --batch-tokens 2097152 --remat none": ["--remat full", "--micro-batches 2"],
-    f"{SMOL} gpu:h100:1 --batch-tokens 2097152 --remat full": ["--micro-batches 2"],
     f"{LLAMA} gpu:h100:8 --mesh data=8 --dense-weights whole": ["--dense-weights split"],
-    f"{MIXTRAL} gpu:h100:16 --mesh data=2,expert=8 --dense-weights whole": [
-        "--optimizer adafactor",
-    ],
 }  # fmt: skip
 
 

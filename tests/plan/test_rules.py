@@ -16,11 +16,8 @@ from moecc.families.registry import parse_config
 from moecc.ir import Graph
 from moecc.ir.mesh import mesh_of, parse_mesh
 from moecc.ir.structure import clone, local_type
-from moecc.plan.machines import parse_machine
 from moecc.plan.memory import Sharding
-from moecc.plan.search import layouts, legal_vias, meshes
-from moecc.plan.step import StepConfig, Strategy
-from moecc.plan.time import Estimator
+from moecc.plan.search import layouts, meshes
 from moecc.plan.workload import Workload, make_batch, workload
 from moecc.presets import preset_config
 from moecc.rewrite.pipeline import Pipeline
@@ -74,20 +71,6 @@ def test_a_device_holds_what_the_plan_says(model: str) -> None:
             wrong.append((str(layout.mesh), layout.dense_weights, layout.names, found,
                           (matrices, vectors)))  # fmt: skip
     assert wrong == []
-
-
-@pytest.mark.parametrize("model", FEW)
-def test_a_plan_reads_the_rules_that_a_graph_is_laid_by(model: str) -> None:
-    """Named by the user or stood for by the mesh, the same rules are the same plan."""
-    work = known(model)[1]
-    estimator = Estimator(work, parse_machine("gpu:h100:16"), StepConfig())
-    for layout in (found for mesh in meshes(DEVICES) for found in layouts(mesh, work)):
-        own = Layout.ruled(layout.mesh, work.experts, layout.names)
-        assert own.replicated is layout.replicated
-        vias = legal_vias(layout, work)
-        first, second = (estimator.estimate(Strategy(x, vias[0])) for x in (layout, own))
-        assert first.memory == second.memory
-        assert first.collectives == second.collectives
 
 
 @pytest.mark.parametrize(

@@ -50,17 +50,6 @@ def test_a_kernel_ends_its_own_gather_and_leaves_the_next_one_beside_itself() ->
     assert early == {"k", "v", "q"}, "what is copied before the kernels ends no gather there"
 
 
-def test_other_gathers_of_a_turn_take_the_products_before_the_kernels() -> None:
-    assert exposed_gathers(KERNELS, NAMES, EXPERTS, ["sums"]) == {"k", "v", "q", "o"}
-    assert exposed_gathers(KERNELS, NAMES, (), ["sums"]) == {"k", "v", "up", "down"}
-    assert exposed_gathers(KERNELS[4:], EXPERTS, EXPERTS, ["sums"]) == {*EXPERTS, "sums"}
-
-
-@pytest.mark.parametrize("seconds", [4.0, 60.0])
-def test_a_gradient_is_reduced_beside_those_of_other_weights(seconds: float) -> None:
-    assert exposed_gradients(CAPACITY, reduced(seconds), len(FIRST)) == set()
-
-
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [(4.0, {"down", "q"}), (4.1, {"down", "q"}), (6.5, {"up", "down", "q"})],

@@ -18,17 +18,13 @@ from tests.support.layouts import layout_text
 from .meshes import census, model, run
 
 LAID = {
-    # (case, mesh, layouts): what lower-collectives makes of it
-    ("llama_gqa", "data:4", "data-parallel"): {},
     ("llama_gqa", "data:4,model:2", "tensor-parallel"): {"all_reduce": 6},
     ("llama_gqa", "data:2,fsdp:4", "data-parallel,fsdp"): {"all_gather": 23, "all_to_all": 1},
     ("llama_gqa", "data:4,model:2", "tensor-parallel,zero"): {
         "all_gather": 23, "all_reduce": 6, "all_to_all": 1,
     },
     ("bert_gelu", "data:4,model:2", "tensor-parallel"): {"all_reduce": 2},
-    ("t5_relu_tied", "data:2", "data-parallel"): {},
     ("mixtral_gqa", "data:4,model:2", "st-moe"): {"all_reduce": 4, "ragged_all_to_all": 4},
-    ("mixtral_gqa", "data:2,expert:4", "expert-parallel"): {"ragged_all_to_all": 4},
     ("mixtral_gqa", "outer:2,inner:4", "st-moe-outer"): {"ragged_all_to_all": 4},
     ("mixtral_gqa", "far:2,near:2", "expert-hierarchical"): {"ragged_all_to_all": 8},
     ("mixtral_gqa", "data:2,expert:4", "expert-replicated"): {"all_reduce": 2, "shard": 2},

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from sharding_cases import layer
 
-from moecc.backend import get_backend
 from moecc.errors import InputError
 from moecc.ir import F32, I32, Builder, Graph, clone, tensor, verify
 from moecc.ir.devices import simulate
@@ -53,7 +52,7 @@ def kept_by_hand(experts: Slots, parts: int, blocks: int, factor: float) -> Slot
     return keep
 
 
-@pytest.mark.parametrize("factor", [0.75, 1.0, 1.3, 8.0])
+@pytest.mark.parametrize("factor", [0.75, 1.3])
 @pytest.mark.parametrize(("mesh", "rules", "way", "parts", "blocks"), WAYS)
 def test_what_has_no_room_is_dropped_and_counted(
     mesh: str, rules: str, way: str, parts: int, blocks: int, factor: float
@@ -77,18 +76,6 @@ def test_what_has_no_room_is_dropped_and_counted(
     run(graph, "strip-sharding")
     verify(graph)
     assert largest_difference(expected, run_reference(graph, params=params, inputs=inputs)) == 0
-
-
-def test_xla_drops_the_same() -> None:
-    pytest.importorskip("jax")
-    graph = layer("ragged")
-    run(graph, "annotate-sharding{mesh=data:4 rules=st-moe},"
-        "expert-parallel{via=ragged buffer-factor=1.0},lower-collectives")  # fmt: skip
-    params, inputs = data_for(graph, batch=8)
-    expected = run_reference(graph, params=params, inputs=inputs)
-    found = get_backend("xla").compile(graph, dtype=F32).run(params, inputs)
-    assert found["dropped.layers.0.ffn"] == expected["dropped.layers.0.ffn"] > 0
-    assert largest_difference(expected, found) <= 1e-5
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

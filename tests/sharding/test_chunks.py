@@ -10,14 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sharding_cases import layer
 
-from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.ir import F32, Builder, Graph, tensor, verify
 from moecc.rewrite.pipeline import Pipeline
 from moecc.testing import run_reference
 
-from .meshes import census, model, run
-from .test_devices import data_for, largest_difference
+from .meshes import model, run
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2))
@@ -34,18 +32,6 @@ def test_joined_chunks_are_the_whole(parts: int, of: int, each: int) -> None:
     assert np.array_equal(found["y"], data)
     runs = data.reshape(2, parts, of * each)
     assert np.array_equal(found["first"], runs[:, :, :each].reshape(2, -1))
-
-
-def test_xla_cuts_alike() -> None:
-    pytest.importorskip("jax")
-    graph = layer("capacity")
-    run(graph, "annotate-sharding{mesh=data:4 rules=st-moe},"
-        "expert-parallel{via=capacity chunks=4},lower-collectives")  # fmt: skip
-    assert census(graph) == {"all_to_all": 8}
-    params, inputs = data_for(graph, batch=8)
-    expected = run_reference(graph, params=params, inputs=inputs)
-    found = get_backend("xla").compile(graph, dtype=F32).run(params, inputs)
-    assert largest_difference(expected, found) <= 1e-5
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

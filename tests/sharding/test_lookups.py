@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from moecc_passes.sharding.annotate import lay
 
-from moecc.ir import Graph, clone
+from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.devices import simulate
 from moecc.ir.mesh import parse_mesh
 from moecc.sharding.assign import Assigner, sites_of
 from moecc.sharding.collectives import dependence, gradients, steps
 from moecc.sharding.propagate import Propagation, propagate
 from moecc.sharding.rules import parse_layout
-from moecc.testing import run_reference
 from moecc.types import F32, I32, tensor
 from tests.support.layouts import layout_text
-
-from .meshes import run
 
 VOCAB, EMBED = 48, 16
 
@@ -99,26 +93,3 @@ def test_a_tied_table_is_gathered_for_the_head_alone() -> None:
     assert found.wanted[graph.value("table")] == gathered.target, "for a plan, that it is gathered"
     made = gradients(sites_of(graph), found, dependence(sites_of(graph), graph.inputs.values()))
     assert made.params[graph.value("table")] == {"fsdp"}, "what the head adds is scattered"
-
-
-@pytest.mark.parametrize("case", COLUMNS)
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_is_looked_up_is_the_same_and_its_bytes_are_those_of_tokens(
-    case: str, tied: bool
-) -> None:
-    mesh, lines, _, crossed = COLUMNS[case]
-    graph = looking_up(tied=tied)
-    whole, parsed = clone(graph), parse_mesh(mesh)
-    lay(graph, parsed, parse_layout(layout_text(*lines.split(";")), "test"))
-    run(graph, "lower-collectives")
-    rng = np.random.default_rng(0)
-    params = {"table": rng.normal(size=(VOCAB, EMBED))}
-    inputs = {"ids": rng.integers(0, VOCAB, (8, 3)).astype(np.int32)}
-    found = simulate(graph, params, inputs)
-    expected = run_reference(whole, params=params, inputs=inputs)
-    for name, value in expected.items():
-        assert np.abs(value - found.outputs[name]).max() <= 1e-12
-    devices, size = parsed.size(tuple(parsed.names)), parsed.size(crossed)
-    others = devices // parsed.size(COLUMNS[case][2])
-    rows = 8 * 3 * EMBED * F32.itemsize_bytes * others / devices
-    assert found.sent_bytes["all_to_all"] == rows * (size - 1) / size

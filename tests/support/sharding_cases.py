@@ -47,6 +47,9 @@ MESHES = (
 )
 """Meshes of eight devices, (8), (2, 4), (4, 2) and (2, 2, 2), with the layouts that suit them."""
 
+SPREAD = (*MESHES[::3], *(mesh for number, mesh in enumerate(MESHES) if number % 3))
+"""The same meshes; the first six have every kind of layout."""
+
 WAYS = (
     "via=capacity",
     "via=capacity slice=model",
