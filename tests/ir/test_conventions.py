@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from moecc_passes.upcycle.gates import MEANINGS, GateLaw
 from moecc_passes.upcycle.gates import gates_of as promised_gates
-from sharding_cases import layer
 
 from moecc.backend import get_backend
 from moecc.ir import Builder, Graph
@@ -18,13 +17,7 @@ from moecc.ir.conventions import (
     GATES,
     GateConvention,
 )
-from moecc.ir.mesh import parse_mesh
 from moecc.ir.ops import routing as reference
-from moecc.sharding.assign import Assigner, sites_of
-from moecc.sharding.collectives import route, sent, sparse_layer
-from moecc.sharding.propagate import propagate
-from moecc.sharding.rules import read_layouts
-from moecc.sharding.vias import WAYS, Via
 from moecc.types import F64, tensor
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -118,24 +111,6 @@ def test_a_bias_needs_a_score(row: GateConvention) -> None:
 
 
 # --- ways to the experts
-
-
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: str(way.name))
-def test_a_route_has_the_collectives_of_the_row(way: Via) -> None:
-    """The passes write what a route has into graphs, and the plan prices it."""
-    rules = "expert-replicated" if way.tokens_everywhere else "expert-hierarchical"
-    mesh = "data:2,expert:2" if way.tokens_everywhere else "far:2,near:2"
-    for bound, slots in (("capacity", "fixed"), ("ragged", "ragged")):
-        if slots not in way.to_experts:
-            continue
-        graph = layer(bound)  # type: ignore[arg-type]
-        sites, by = sites_of(graph), Assigner(parse_mesh(mesh), read_layouts([rules]))
-        found = propagate(sites, graph.inputs.values(), graph.params.values(), by)
-        sparse = sparse_layer(sites, found)
-        assert sparse is not None
-        stages = route(sparse, way, found, None)
-        ops = {op for s in stages for op, _, _ in sent(s.source, s.steps)} - {"shard"}
-        assert ops == {op for op in (way.to_experts[slots], way.back[slots]) if op}
 
 
 # --- dispatch strategies

@@ -117,13 +117,6 @@ def test_a_wrong_text_is_told_with_its_place(message: str) -> None:
     assert str(problem.where).startswith("<text>:")
 
 
-def test_lines_within_a_body_are_all_told() -> None:
-    text = TEXT.replace("rms_norm %h", "rms_nom %h").replace("mean %o", "mean %oo")
-    with pytest.raises(ParseError) as caught:
-        parse(text)
-    assert [p.where for p in caught.value.problems] == ["<text>:10:10", "<text>:13:15"]
-
-
 def test_the_verifier_looks_into_bodies() -> None:
     graph = parse(TEXT)
     body = body_of(graph)
@@ -203,25 +196,6 @@ def test_a_range_stands_for_its_elements(
     assume(not any(map(has_range, texts)))
     assert [element(whole, i) for i in range(count)] == texts
     assert lengths(whole) <= {count}
-
-
-@pytest.mark.parametrize(
-    ("texts", "whole"),
-    [
-        (["layers.0.ffn", "layers.1.ffn"], "layers.{0..1}.ffn"),
-        (["block.3.layer.1", "block.7.layer.1"], "block.{3..7..4}.layer.1"),
-        (["a9", "a10", "a11"], "a{9..11}"),
-        (["same", "same"], "same"),
-        (["a1", "a2", "a4"], None),
-        (["a1", "b2"], None),
-        (["a2", "a1"], None),
-        (["a01", "a02"], None),
-        (["a{0..1}", "a{0..1}"], None),
-        (["alone"], "alone"),
-    ],
-)
-def test_texts_that_join(texts: list[str], whole: str | None) -> None:
-    assert joined(texts) == whole
 
 
 def test_a_body_lies_on_the_mesh_of_its_graph() -> None:

@@ -152,27 +152,6 @@ def test_each_operation_checks_its_operands_and_attributes(name: str) -> None:
             entry.complete({attr: wrong})
 
 
-OPEN: dict[str, dict[str, Any]] = {
-    "assign_slots": {"tokens": ("a",), "experts": 2},
-    "expert_choice": {"tokens": ("a",), "experts": 2, "capacity_factor": 1.0},
-    "route": {"top_k": 1},
-}
-"""Operations that take further operands by `using`, with the attributes that they must have."""
-
-
-@pytest.mark.parametrize("name", OPEN)
-def test_further_operands_are_those_that_using_names(name: str) -> None:
-    """Too many are refused, and too few."""
-    graph = Graph()
-    last = "choice" if name == "assign_slots" else "expert"
-    x = graph.input("x", tensor(I32 if name == "assign_slots" else F32, **{"a": 4, last: 2}))
-    word = OPS[name].attrs["using"].choices[-1]
-    for operands, using in (([x, x], ()), ([x], (word,))):
-        with pytest.raises(InputError, match="has its word in using"):
-            graph.append(name, operands, {**OPEN[name], "using": using})
-    assert graph.append(name, [x], OPEN[name]).alive
-
-
 def test_pred_has_no_arithmetic_but_selects() -> None:
     graph = Graph()
     keep = graph.input("keep", tensor(PRED, a=2))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.ir import BF16, F32, Builder, Graph, Node, Value, VerifyError, parse, tensor, verify
+from moecc.ir import BF16, F32, Graph, Node, Value, VerifyError, parse, tensor, verify
 from moecc.ir.verify import MAX_PROBLEMS
 from moecc.testing import graphs
 
@@ -46,24 +46,12 @@ def use_before_definition(g: Graph) -> None:
     made_by(g, "a").move_before(made_by(g, "h"))
 
 
-def use_of_an_erased_value(g: Graph) -> None:
-    extra = Builder(g, before=made_by(g, "s")).relu(g.value("a"))
-    made_by(g, "s").set_operand(0, extra)
-    extra.users.clear()
-    assert extra.node is not None
-    extra.node.erase()
-
-
 def use_of_another_graphs_value(g: Graph) -> None:
     made_by(g, "a").set_operand(0, other_graph_value())
 
 
 def lost_use(g: Graph) -> None:
     del g.value("h").users[made_by(g, "a")]
-
-
-def double_use(g: Graph) -> None:
-    g.value("h").users[made_by(g, "a")] = 2
 
 
 def false_user(g: Graph) -> None:
@@ -83,10 +71,6 @@ def operand_changed_behind_the_back(g: Graph) -> None:
 
 def wrong_result_type(g: Graph) -> None:
     g.value("s").type = tensor(BF16, batch="B", mlp=6)
-
-
-def stale_type_after_an_operand_changed(g: Graph) -> None:
-    made_by(g, "a").set_operand(0, g.value("x"))
 
 
 def stale_type_after_an_attribute_changed(g: Graph) -> None:
@@ -115,11 +99,6 @@ def too_few_operands(g: Graph) -> None:
     node.operands.pop()
 
 
-def too_many_operands(g: Graph) -> None:
-    made_by(g, "a").operands.append(g.value("h"))
-    g.value("h").users[made_by(g, "a")] += 1
-
-
 def slots_of_nothing(g: Graph) -> None:
     g.value("e").users[made_by(g, "rows")] += 1
     del g.value("p").users[made_by(g, "rows")]
@@ -139,17 +118,9 @@ def broken_link(g: Graph) -> None:
     made_by(g, "s")._prev = g.terminator
 
 
-def links_in_a_circle(g: Graph) -> None:
-    made_by(g, "s")._next = made_by(g, "h")
-
-
 def result_of_another_node(g: Graph) -> None:
     made_by(g, "s").results = (g.value("s"),)
     g.value("s").node = made_by(g, "a")
-
-
-def wrong_result_index(g: Graph) -> None:
-    g.value("gates").index = 0
 
 
 def renamed_behind_the_back(g: Graph) -> None:
@@ -172,10 +143,6 @@ def unsayable_graph_name(g: Graph) -> None:
     g.name = "two words"
 
 
-def unsayable_attribute_name(g: Graph) -> None:
-    g.attrs["a b"] = 1
-
-
 def unsayable_output_name(g: Graph) -> None:
     g.set_output("my output", g.value("s"))
 
@@ -184,48 +151,36 @@ def unsayable_location(g: Graph) -> None:
     made_by(g, "s").loc = "layers 0"
 
 
-def unsayable_parameter_location(g: Graph) -> None:
-    g.value("w").loc = "layers\n0"
-
-
 def unsayable_origin(g: Graph) -> None:
     made_by(g, "s").origin = "my pass"
 
 
 CORRUPTIONS: list[tuple[Callable[[Graph], None], str]] = [
     (use_before_definition, "%h is used before it is defined"),
-    (use_of_an_erased_value, "is used before it is defined"),
     (use_of_another_graphs_value, "%alien is used before it is defined"),
     (lost_use, "the use list of %h is wrong"),
-    (double_use, "the use list of %h is wrong"),
     (false_user, "%x lists a user that does not use it: %s = add"),
     (dead_user, "%a lists a user that is not in the graph"),
     (operand_changed_behind_the_back, "the use list of %s is wrong"),
     (wrong_result_type, "the type is not the one inferred from the operands"),
-    (stale_type_after_an_operand_changed, "the type is not the one inferred from the operands"),
     (stale_type_after_an_attribute_changed, "the type is not the one inferred from the operands"),
     (wrong_attribute_kind, "attribute 'top_k' of route is wrong"),
     (unknown_attribute, "silu has no attribute 'axis'"),
     (missing_attribute, "contract needs the attribute 'over'"),
     (missing_default, "the attributes are not complete"),
     (too_few_operands, "add takes other operands"),
-    (too_many_operands, "silu takes other operands"),
     (slots_of_nothing, "slots come from assign_slots or expert_choice"),
     (no_output, "the graph has no output"),
     (wrong_count, "the graph counts 9 nodes and has 8"),
     (broken_link, "the links of the list of nodes disagree"),
-    (links_in_a_circle, "the links of the list of nodes disagree"),
     (result_of_another_node, "a result belongs to another node"),
-    (wrong_result_index, "a result belongs to another node"),
     (renamed_behind_the_back, "the name %h leads to another value"),
     (name_of_nothing, "names for values that are not in it"),
     (input_listed_under_another_name, "%other is listed as %z"),
     (extent_of_another_graph, "the type of %rows refers to %p, which is not in the graph"),
     (unsayable_graph_name, "'two words' is not a valid name of the graph"),
-    (unsayable_attribute_name, "'a b' is not a valid name of the attribute"),
     (unsayable_output_name, "'my output' is not a valid name of the output"),
     (unsayable_location, "the location 'layers 0' has a space"),
-    (unsayable_parameter_location, "has a space"),
     (unsayable_origin, "'my pass' is not a valid pass and rewrite"),
 ]
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from moecc.types import BF16, DTYPES, F16, F32, F64, PRED, DType, tensor
 from moecc.weights import evaluate as evaluator
-from moecc.weights import fits as moments
 from moecc.weights.arithmetic import (
     Add,
     Cast,
@@ -92,20 +91,6 @@ def test_a_strided_axis_is_cut_the_same_row_by_row(data: st.DataObject) -> None:
     with mock.patch.object(evaluator, "WIDE_BYTES", data.draw(st.sampled_from((0, 64, 1 << 20)))):
         got = Evaluator(Reader(w=ramp(*w.type.shape))).block(e, tuple(box))
     assert (got == whole[tuple(slice(*ends) for ends in box)]).all()
-
-
-@given(st.data())
-def test_moments_do_not_depend_on_how_the_work_is_cut(data: st.DataObject) -> None:
-    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
-    shape = data.draw(st.tuples(*[st.integers(1, 7)] * 3))
-    w = Source("w", tensor(F32, **dict(zip("abc", shape, strict=True))))
-    m = Source("m", tensor(PRED, c=shape[2]))
-    reader = Reader(w=rng.standard_normal(shape).astype(np.float32), m=rng.random(shape[2]) < 0.7)
-    keep = tuple(data.draw(st.sets(st.sampled_from("abc"))))
-    e = Moment("std", w, m if data.draw(st.booleans()) else None, keep)
-    expected = evaluate(e, reader)
-    with mock.patch.object(moments, "_WORK_ELEMENTS", data.draw(st.integers(1, 60))):
-        assert evaluate(e, reader).tobytes() == expected.tobytes()
 
 
 def test_moments_are_those_of_numpy() -> None:

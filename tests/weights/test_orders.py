@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.types import Array
-from moecc.weights.evaluate import Evaluator
 from moecc.weights.fits import cluster_order, fitted_rows
 from moecc.weights.text import parse_expr
-
-TEXTS = (
-    'take(source("w" : f32[mlp=12, embed=4]), mlp=permutation(i32[mlp=12], key=0x1f))',
-    'take(source("w" : f32[mlp=12, embed=4]), mlp=source("order" : i32[mlp=12]))',
-    'clusters(source("pairs" : i32[mlp=12, other=12]), axis=mlp, first=4, groups=2)',
-    'fitted(source("c" : f32[embed=4, other=4]), source("m" : f32[embed=4]), '
-    'source("x" : f32[expert=3, embed=4]), ridge=0.01, std=0.5)',
-)
 
 
 @pytest.mark.parametrize(
@@ -91,24 +82,3 @@ def test_logits_have_the_spread_and_no_preference(seed: int, experts: int, ridge
     assert np.sqrt((logits - logits.mean(0)).var(0).mean()) == pytest.approx(0.5, rel=0.01)
     assert np.abs(logits.mean(0)).max() < 0.01 * np.abs(rows).sum() * np.abs(mean).max()
     assert np.abs(rows.sum(0)).max() < 0.02 * np.abs(rows).max()
-
-
-def test_a_value_is_computed_once_a_checkpoint() -> None:
-    expr = parse_expr(TEXTS[2])[0]
-    pairs = np.eye(12, dtype=np.int32) * np.arange(1, 13, dtype=np.int32)
-    asked = []
-
-    class Tensors:
-        def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-            asked.append(name)
-            return pairs[start:stop]
-
-    tensors = Tensors()
-    first = Evaluator(tensors.read).block(expr, ((0, 12),))
-    count = len(asked)
-    again = Evaluator(tensors.read).block(expr, ((3, 5),))
-    assert len(asked) == count
-    assert np.array_equal(first[3:5], again)
-    other = Tensors()
-    Evaluator(other.read).block(expr, ((0, 12),))
-    assert len(asked) > count
