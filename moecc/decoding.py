@@ -81,8 +81,8 @@ def unstretched(graph: Graph) -> int | None:
 
 
 def check_continues(graph: Graph, name: str) -> None:
-    """Raise InputError unless `graph` makes logits of tokens."""
-    if TOKENS not in graph.inputs or LOGITS not in graph.outputs:
+    """Raise InputError unless `graph` makes logits of tokens, or of those of a decoder."""
+    if not graph.inputs.keys() & {TOKENS, DECODER_TOKENS} or LOGITS not in graph.outputs:
         raise InputError(
             "the model continues no text", where=name,
             expected=f"the input {TOKENS} and the output {LOGITS}",

@@ -14,12 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
-    """Return ``[batch, seq, head, head_dim]`` of operands ``[batch, head, seq, head_dim]``."""
-    name = module.config._attn_implementation or "eager"
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
-    options = kwargs if is_causal else {**kwargs, "is_causal": False}
-    return attention(module, query, key, value, mask, scaling=scaling, **options)[0]
+def kernel_name(config):
+    """Return the name of a function in `ALL_ATTENTION_FUNCTIONS`, which has none for "eager"."""
+    return (config._attn_implementation or "eager").replace("eager", "sdpa")
 
 
 def causal_mask(config, hidden_states, attention_mask, position_ids, cache, **further):
@@ -98,9 +95,9 @@ class Attention(nn.Module):
         value = self.v_proj(hidden_states).unflatten(-1, (-1, 64)).transpose(1, 2)
         if cache is not None:
             key, value = extend_cache(cache, key, value, self.layer_idx)
-        # [batch, seq, q]
-        merged = attend(self, query, key, value, mask, scaling=0.125, **kwargs).flatten(2)
-        return self.o_proj(merged)  # [batch, seq, embed]
+        attention = ALL_ATTENTION_FUNCTIONS[kernel_name(self.config)]
+        output = attention(self, query, key, value, mask, scaling=0.125, **kwargs)[0]
+        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1))
 
 
 class FeedForward(nn.Module):

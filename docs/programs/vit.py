@@ -10,12 +10,10 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
+def attend(module, query, key, value, mask=None, **kwargs):
     """Return ``[batch, seq, head, head_dim]`` of operands ``[batch, head, seq, head_dim]``."""
-    name = module.config._attn_implementation or "eager"
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
-    options = kwargs if is_causal else {**kwargs, "is_causal": False}
-    return attention(module, query, key, value, mask, scaling=scaling, **options)[0]
+    name = (module.config._attn_implementation or "eager").replace("eager", "sdpa")
+    return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, mask, **kwargs)[0]
 
 
 class Scope(nn.Module):

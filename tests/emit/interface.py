@@ -28,7 +28,8 @@ def main():
 
     def probe(module, query, key, value, attention_mask, attention_instances, **kwargs):
         seen.append(attention_instances[module.layer_idx])
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output.flatten(2).flatten(0, 1), None  # as vLLM has it
 
     ALL_ATTENTION_FUNCTIONS.register("probe", probe)
     model.set_attn_implementation("probe")

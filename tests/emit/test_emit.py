@@ -1,7 +1,6 @@
 """Models emitted as PyTorch: their text, and what transformers computes with them."""
 
 import ast
-import hashlib
 import json
 import os
 import re
@@ -25,20 +24,14 @@ from moecc.ir.text import parse, print_graph
 from moecc.jobs.convert import convert
 from moecc.jobs.emit import emit
 from moecc.jobs.verify import verify
-from tests.emit import fuzz
-from tests.emit.cells import METHODS, EmittedCell
+from tests.emit import fuzz, snapshot
+from tests.emit.cells import METHODS, SAMPLE, EmittedCell, program_text
 from tests.emit.prove import is_proved, prove
 from tests.parity.interpreters import in_each_interpreter, interpreters
 
 GOLDEN = Path("tests/golden")
 FILE = "modeling_st_moe.py"
 UPCYCLE = METHODS["upcycled"]
-
-
-def program_text(pipeline: str, source: str = "llama_gqa", *, padding: bool = False) -> str:
-    model = moecc.open(GOLDEN / source, padding=padding).apply(pipeline)
-    (text,) = emit_program(model.graph, "torch").files.values()
-    return text
 
 
 def imported_packages(text: str) -> set[str]:
@@ -49,7 +42,7 @@ def imported_packages(text: str) -> set[str]:
 
 
 def test_text_has_two_imports_and_the_named_classes():
-    text = program_text(UPCYCLE)
+    text = program_text("llama_gqa", UPCYCLE)
     assert imported_packages(text) - set(sys.stdlib_module_names) == {"torch", "transformers"}
     classes = {n.name: n for n in ast.parse(text).body if isinstance(n, ast.ClassDef)}
     assert {"Attention", "Router", "Experts", "Layer", "StMoeForCausalLM"} <= classes.keys()
@@ -64,7 +57,7 @@ def test_text_has_two_imports_and_the_named_classes():
     [("llama_gqa", "", 250), ("t5_gated_untied", METHODS["st-moe"], 450), ("vit_square", "", 200)],
 )
 def test_text_is_short_and_narrow(source, pipeline, most):
-    lines = program_text(pipeline, source).splitlines()
+    lines = program_text(source, pipeline).splitlines()
     assert len(lines) <= most
     assert max(map(len, lines)) <= 100
 
@@ -72,32 +65,14 @@ def test_text_is_short_and_narrow(source, pipeline, most):
 def test_depth_adds_no_lines():
     graph = moecc.open("preset:smollm2-135m").graph
     (text,) = emit_program(graph, "torch").files.values()
-    assert len(text.splitlines()) <= len(program_text("").splitlines()) + 10  # its names are longer
+    most = len(program_text("llama_gqa").splitlines()) + 10  # its names are longer
+    assert len(text.splitlines()) <= most
 
 
-SNAPSHOTS = {
-    ("llama_gqa", "upcycled"): "aa91fa5cde507132",
-    ("bert_square", "soft"): "92e0713010cb27d8",
-    ("t5_gated_untied", "st-moe"): "92f9f3f83ed53cba",
-}
-"""Digests of the classes of layers, by source and method: the rest is common to all."""
-
-
-@pytest.mark.parametrize(("source", "method"), SNAPSHOTS)
-def test_text_is_a_function_of_the_graph(source, method):
-    text = program_text(METHODS[method], source)
-    assert text == program_text(METHODS[method], source)
-    layers = [
-        ast.get_source_segment(text, node) or ""
-        for node in ast.parse(text).body
-        if isinstance(node, ast.ClassDef) and node.name != "Scope"
-        and ast.unparse(node.bases[0] if node.bases else ast.Name("")) in LAYER_BASES
-    ]  # fmt: skip
-    digest = hashlib.sha256("\n".join(layers).encode()).hexdigest()
-    assert digest[:16] == SNAPSHOTS[source, method]
-
-
-LAYER_BASES = ("nn.Module", "GradientCheckpointingLayer")
+def test_text_is_a_function_of_the_graph():
+    assert program_text("llama_gqa", UPCYCLE) == program_text("llama_gqa", UPCYCLE)
+    snapshots = json.loads(snapshot.FILE.read_text())
+    assert snapshot.digests() == snapshots, "run: python -m tests.emit.snapshot"
 
 
 def test_emitted_folder_is_a_source(tmp_path):
@@ -158,7 +133,8 @@ def test_every_operation_is_written_or_named():
 
 
 def test_noise_is_written_or_rejected():
-    text = program_text(f"{UPCYCLE},specialize{{mode=train jitter=0.01 dropout=0.1 policy=random}}")
+    noise = "specialize{mode=train jitter=0.01 dropout=0.1 policy=random}"
+    text = program_text("llama_gqa", f"{UPCYCLE},{noise}")
     assert "jitter(" in text
     assert "F.dropout(" in text
     assert "keep_random(top_k_weights, 0.2) if self.training else None" in text
@@ -215,22 +191,10 @@ def test_fuzzing_sees_what_is_no_variable(code):
         assert "no name" in str(error)  # noqa: PT017
 
 
-CELLS = [
-    ("llama_gqa", "upcycled"), ("llama_gqa", "st-moe in training"), ("gemma3_local", "shared"),
-    ("gpt2_square", "split"), ("opt_after_narrow", "hash"), ("t5_gated_untied", "st-moe"),
-    ("umt5_square_untied", "capacity"), ("bert_square", "soft"), ("mpnet_square", "expert choice"),
-    ("vit_square", "virtual groups"), ("dinov2_plain", "upcycled"), ("whisper_square", "upcycled"),
-    ("qwen3_square", "sparsemixer"), ("phi3_square", "bias-balanced"), ("olmo2_gqa", "prototypes"),
-    ("gpt_neox_parallel", "BTX"), ("smollm3_square_tied", "dense"), ("gemma2_caps", "dense"),
-    ("distilbert_square", "capacity"), ("granite_square_tied", "upcycled"),
-]  # fmt: skip
-
-
 @pytest.mark.parity
 @pytest.mark.skipif(not interpreters(), reason="MOECC_PARITY_PYTHON names no transformers")
 def test_cells_are_right(tmp_path):
-    cells = [EmittedCell(*cell) for cell in CELLS]
-    rows = list(prove(cells, tmp_path, {}, gradients=False))
+    rows = list(prove((EmittedCell(*cell) for cell in SAMPLE), tmp_path, {}))
     assert [row for row in rows if "refused" in row or not is_proved(row)] == []
 
 

@@ -8,17 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import moecc
-from moecc.backend import emit_program
-from tests.emit.cells import METHODS, EmittedCell
+from tests.emit.cells import METHODS, EmittedCell, program_text
 from tests.parity.interpreters import in_each_interpreter, interpreters
-from tests.proof.cells import GOLDEN
-
-
-def program_text(source: str, method: str = "dense") -> str:
-    graph = moecc.open(GOLDEN / source).apply(METHODS[method]).graph
-    (text,) = emit_program(graph, "torch").files.values()
-    return text
 
 
 def asked(command: list[str]) -> dict:
@@ -38,6 +29,11 @@ def test_kernels_are_offered_where_they_see_all_of_attention(source, is_plain):
     text = program_text(source)
     assert f"_supports_flash_attn = {is_plain}\n" in text
     assert f"_supports_attention_backend = {is_plain}\n" in text
+    # vLLM reads in the source which function the module looks up, and its scale.
+    look_up = (
+        r"(\w+) = ALL_ATTENTION_FUNCTIONS\[.*\n.* = \1\(self, .*scaling=([\d.]+|self\.\w+)[,)]"
+    )
+    assert bool(re.search(look_up, text)) >= is_plain
 
 
 def plan_of(text: str) -> dict[str, str]:
@@ -45,7 +41,7 @@ def plan_of(text: str) -> dict[str, str]:
 
 
 def test_plans_follow_the_axes():
-    plan = plan_of(program_text("qwen3_square", "upcycled"))
+    plan = plan_of(program_text("qwen3_square", METHODS["upcycled"]))
     assert plan["layers.*.self_attn.q_proj"] == "colwise"
     assert plan["layers.*.self_attn.q_norm"] == "replicated_with_grad_allreduce"
     assert plan["layers.*.mlp.down_proj.weight"] == "rowwise"

@@ -9,18 +9,11 @@ import pytest
 from moecc_backends.jax_source.dialect import translated, translated_helper
 
 import moecc
-from moecc.backend import emit_program
 from moecc.errors import CheckError, InputError
 from moecc.jobs.verify import verify
-from tests.emit.cells import METHODS, EmittedCell
+from tests.emit.cells import METHODS, EmittedCell, program_text
 from tests.emit.jax_cells import FILE, flat, is_right, judge, program_of
 from tests.proof.cells import GOLDEN
-
-
-def program_text(source: str, pipeline: str = "") -> str:
-    graph = moecc.open(GOLDEN / source).apply(pipeline).graph
-    (text,) = emit_program(graph, "jax").files.values()
-    return text
 
 
 @pytest.mark.parametrize(
@@ -37,7 +30,7 @@ def test_program_computes_the_graph(tmp_path, source, method):
 
 
 def test_text_has_no_torch_and_few_lines():
-    text = program_text("llama_gqa", METHODS["upcycled"])
+    text = program_text("llama_gqa", METHODS["upcycled"], "jax")
     imports = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
     names = {ast.unparse(n).split()[1].partition(".")[0] for n in imports}
     assert names - set(sys.stdlib_module_names) == {"jax", "numpy"}
@@ -50,7 +43,7 @@ def test_noise_is_drawn_in_training_alone():
     pipeline = (
         f"{METHODS['upcycled']},specialize{{mode=train jitter=0.1 dropout=0.1 policy=random}}"
     )
-    text = program_text("llama_gqa", pipeline)
+    text = program_text("llama_gqa", pipeline, "jax")
     namespace: dict = {}
     exec(compile(text, "program", "exec"), namespace)
     params = namespace["init"](jax.random.key(0), std=0.5)

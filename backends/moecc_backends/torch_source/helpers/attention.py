@@ -23,12 +23,15 @@ def one_hot(index, size, like):
     return (index[..., None] == torch.arange(size, device=index.device)).to(float_type(like))
 
 
-def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
+def kernel_name(config):
+    """Return the name of a function in `ALL_ATTENTION_FUNCTIONS`, which has none for "eager"."""
+    return (config._attn_implementation or "eager").replace("eager", "sdpa")
+
+
+def attend(module, query, key, value, mask=None, **kwargs):
     """Return ``[batch, seq, head, head_dim]`` of operands ``[batch, head, seq, head_dim]``."""
-    name = module.config._attn_implementation or "eager"
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
-    options = kwargs if is_causal else {**kwargs, "is_causal": False}
-    return attention(module, query, key, value, mask, scaling=scaling, **options)[0]
+    name = (module.config._attn_implementation or "eager").replace("eager", "sdpa")
+    return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, mask, **kwargs)[0]
 
 
 def biased(bias, mask, is_causal=True):
