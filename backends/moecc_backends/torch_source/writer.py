@@ -556,7 +556,8 @@ def stack_lines(classes: Classes, layers: list[ModuleBlock]) -> str:
         columns = [
             (n, [i.values[at] for i in instances]) for at, n in enumerate(definition.arguments)
         ]
-        index = [n for n, values in columns if values == list(range(count))]
+        # False and True equal 0 and 1, but are no numbers of layers.
+        index = [n for n, values in columns if repr(values) == repr([*range(count)])]
         same = {n: v[0] for n, v in columns if n not in index and len(set(map(repr, v))) == 1}
         varying = [(n, v) for n, v in columns if n not in index and n not in same]
         words = {n: f"{n}=" if isinstance(v, bool) else "" for n, v in same.items()}
