@@ -36,7 +36,6 @@ import moecc_check_graphs as reading
 from moecc_check_graphs import MALFORMED, Rejected, need, read_table, scalar
 
 SCHEMA = "moecc.proof/1"
-SYMMETRIC = ("equal", "maximum", "minimum")  # of a as of −a, or of a and b as of b and a
 
 
 # Terms.
@@ -114,6 +113,12 @@ def loose(size):
     return size.split(" ")[0] if isinstance(size, str) else size
 
 
+def is_symmetric(x):
+    """Return whether x is a function of a as of −a, or of a and b as of b and a."""
+    is_factor = isinstance(x, Term) and x.node.kind == "apply"
+    return is_factor and x.node.label[0] in ("equal", "maximum", "minimum")
+
+
 def ordered(tagged, bound):
     """Return pairs of tags and terms in an order of structure: tags, nodes, shared variables.
 
@@ -156,8 +161,6 @@ class Algebra:
         self.place = Node("place", None, (), (), -1, self)
         self.scope = {**vocabulary(self), "fractions": fractions}
 
-    # Nodes, as they stand.
-
     def fresh(self, size, name="_"):
         need(isinstance(size, str) or (isinstance(size, int) and size > 0), f"an axis of {size}")
         return Var(next(self.serial), name, size, self)
@@ -191,8 +194,8 @@ class Algebra:
 
     def product(self, bound, factors):
         """Return Σ_bound of the product, and the order of its bound variables."""
-        factors = [(0, self.turned(f, bound)) for f in factors]
-        row = [f for _, f in ordered(factors, set(bound))]
+        turned = [(0, self.turned(f, bound, factors)) for f in factors]
+        row = [f for _, f in ordered(turned, set(bound))]
         seen = list(dict.fromkeys(v for f in row for v in f.vars))
         names = sorted(bound, key=lambda v: (seen.index(v) if v in seen else inf, str(v.size)))
         return self.packed("product", tuple(v.size for v in names), row, names), names
@@ -215,14 +218,15 @@ class Algebra:
         row = [*functions, *arguments]
         return self.turned(self.packed("apply", (head, attrs, len(functions)), row))
 
-    def turned(self, factor, bound=()):
-        """Return a factor whose arguments may change places in order, free variables first."""
-        if factor.node.kind != "apply" or factor.node.label[0] not in SYMMETRIC:
+    def turned(self, factor, bound=(), beside=()):
+        """Return a factor whose arguments may change places in order, of free variables first."""
+        if not is_symmetric(factor):
             return factor
-
+        uses = {v: sorted((f.node.number, f.vars.index(v)) for f in beside
+                          if v in f.vars and not is_symmetric(f)) for v in factor.vars}  # fmt: skip
         x = self.parts(factor)
         both = x if len(x) > 1 else [*x, self.scale(x[0], -1)]
-        both.sort(key=lambda t: (t.node.number, [(v in bound, v.serial) for v in t.vars]))
+        both.sort(key=lambda t: (t.node.number, [(v in bound, uses[v], v.serial) for v in t.vars]))
         return self.packed("apply", factor.node.label, both[: len(x)])
 
     # Views.
@@ -413,8 +417,6 @@ class Algebra:
         is_group = word == "group" and role == "factor"
         return self.apply("group", (), (), [total]) if is_group else total
 
-    # Integers.
-
     def is_integral(self, total):
         def is_integer(factor):
             head, _, _, arguments = self.applied(factor)
@@ -599,11 +601,10 @@ def read_log(log, exact=False, fractions=False):
     names = Counter(name for name, _, _ in log["steps"])
     need(log.get("lemmas", names) == names, "counts of lemmas that are not those of the steps")
     a = Algebra(*read_table(), exact, fractions)
-    rows = []  # a term or variable, and the places of the bound variables of a product
+    rows = []  # a term or variable, and of a product the places of bound variables, and factors
 
     def frozen(value):
-        match = re.fullmatch(r"(slots|groups) (\d+)", value) if isinstance(value, str) else None
-        if match:
+        if match := isinstance(value, str) and re.fullmatch(r"(slots|groups) (\d+)", value):
             return f"{match[1]} {a.tag(rows[int(match[2])][0])}"
         return tuple(map(frozen, value)) if isinstance(value, list) else value
 
@@ -613,7 +614,7 @@ def read_log(log, exact=False, fractions=False):
         return a.factor(term) if "apply" in kinds else term
 
     for kind, *fields in log["terms"]:
-        places = {}
+        places, factors = {}, ()
         if kind == "variable":
             term = a.axis(*map(frozen, fields))
         elif kind == "sum":
@@ -623,25 +624,24 @@ def read_log(log, exact=False, fractions=False):
             term, names = a.product([row(i, "") for i in fields[0]], factors)
             places = {v: -1 - i for i, v in enumerate(names)}
         elif kind == "apply":
-            functions, arguments = (
-                [row(i, k) for i in part]
-                for part, k in zip(fields[2:], ("function", "sum"), strict=True)
-            )
+            functions = [row(i, "function") for i in fields[2]]
+            arguments = [row(i, "sum") for i in fields[3]]
             term = a.application(fields[0], frozen(fields[1]), functions, arguments)
         else:
             need(kind == "function", f"a row of unknown kind {kind!r}")
             term = a.function([row(i, "") for i in fields[0]], row(fields[1], "sum"))
-        rows.append((term, places))
+        rows.append((term, places, factors))
 
     for number, (name, at, values) in enumerate(log["steps"]):
         if name in ("equality of opposites", "either order"):
             continue  # one term here
         cut = name in ("cut factor", "cut summand")
         need(cut or ("lemma", name) in a.table, f"step {number}: no lemma is named {name!r}")
-        subject, bound = rows[at]
+        subject, bound, factors = rows[at]
         places = {**{v: i for i, v in enumerate(subject.vars)}, **bound}
         key = (subject.node, name[4:]) if cut else subject.node
-        values = [placed(rows[v["term"]][0], places) if isinstance(v, dict) else v for v in values]
+        values = [placed(a.turned(rows[v["term"]][0], bound, factors), places)
+                  if isinstance(v, dict) else v for v in values]  # fmt: skip
         a.advice.setdefault(key, (number, name, values))
     return a
 

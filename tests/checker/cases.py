@@ -58,7 +58,9 @@ class Bench:
         self._define("H", 'λ([t8, c8], experts[8, 8, "logits"](λ(y8, w(t8, y8)))(c8))')
         self._define("E8", 'λ([t8, c2], experts[4, 2, "logits"](λ(y4, w(t8, y4)))(c2))')
         self._define("E4", 'λ([t4, c2], experts[4, 2, "logits"](λ(y4, w(4*a2 + t4, y4)))(c2))')
-        self._define("F4", 'λ([t4, c2], experts[4, 2, "logits"](λ(y4, w(4*a3 + t4, y4)))(c2))')
+        for name, start in {"F4": "4*a3", "K4": "4*a3 - 4", "L4": "2*a3"}.items():
+            logits = f"λ(y4, w({start} + t4, y4))"
+            self._define(name, f'λ([t4, c2], experts[4, 2, "logits"]({logits})(c2))')
         self._define("M8", "λ(t8, u(t8))")
         self._define("M4", "λ(t4, u(4*a2 + t4))")
         self._define("G", 'group_of["K"](E)(t8)')

@@ -53,9 +53,11 @@ def corrupted(proof: Proof, chance: random.Random) -> tuple[str, Proof]:
     while True:
         kind = chance.choice(sorted(FAULTS))
         log, before, after = copy.deepcopy(proof)
-        changed = FAULTS[kind](log, before, after, chance)
-        if changed is not None and changed != proof:
-            return kind, changed
+        is_of_devices = "devices" in log and kind not in OF_TEXTS and chance.random() < 0.5
+        part = log["devices"] if is_of_devices else log
+        changed = FAULTS[kind](part, before, after, chance)
+        if changed is not None and (log, *changed[1:]) != proof:
+            return kind, (log, *changed[1:])
 
 
 def _recounted(log: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +168,9 @@ def _other_text(log: dict[str, Any], before: str, after: str, chance: random.Ran
         (r"top_k=2", "top_k=1"),
         (r'source\("(?=[^"]*(?:norm|proj|embed|dense|weight))', 'source("x'),
         (r"theta=[0-9.]+", "theta=123.0"),
+        (r"= (all_reduce|all_gather|shard|all_to_all) (.*)mesh=\w+", r"= \1 \2mesh=model"),
+        (r"( unreduced\(\w+\))", ""),
+        (r"(\w+)@\w+=", r"\1="),
     ]
     pattern, text = chance.choice(edits)
     matches = list(re.finditer(pattern, after))
@@ -194,4 +199,5 @@ FAULTS = {
     "another graph": _other_text,
     "another text": _other_digest,
 }
-"""Functions of a log, two texts and a random generator."""
+"""Functions of a log, or of its part about devices, two texts and a random generator."""
+OF_TEXTS = ("another graph", "another text")

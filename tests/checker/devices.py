@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
@@ -13,6 +14,7 @@ from moecc.ir.text import parse, print_graph
 from moecc.prove import prove
 
 from .corruptions import Proof, is_accepted
+from .logs import log_of
 
 TEXT = """moecc 1
 graph g {
@@ -153,11 +155,23 @@ EDITS = (
     ("scan", "stacked=1} : f32[batch@a=B", "stacked=1} : f32[batch=B"),
     ("scan", "%x : f32[batch@a=B", "%x : f32[batch=B"),
     ("softmax in a scan", "softmax %h {axis=embed}", "softmax %h {axis=batch}"),
+    ("itself", '  attr mesh = {"a": 2, "b": 2}\n', ""),
     ("itself", "embed=8]", "embed@a=8]"),
     ("itself", "embed=8]", "embed=8] unreduced(b)"),
     ("itself", "batch@a=8", "batch@a=7"),
 )
 """A graph, a part of its text, and the text with which its devices compute another value."""
+
+LAID_OTHERWISE = (
+    ("itself", '"b": 2', '"b": 4'),
+    ("itself", "batch@a=8", "batch@b=8"),
+    (
+        "reshard",
+        '{to="embed@b"} : f32[batch=8, embed@b=8]',
+        '{to="batch@b"} : f32[batch@b=8, embed=8]',
+    ),
+)
+"""A graph, and another whose devices compute the same, but that lies otherwise on them."""
 
 
 @cache
@@ -177,13 +191,14 @@ def proof_on_devices(graph: Graph) -> Proof:
     return json.loads(json.dumps(verdict.log)), text, text
 
 
-def edited(proof: Proof, old: str, new: str) -> Proof:
-    """Return a proof of which both graphs have another text."""
+def edited(proof: Proof, old: str, new: str, *, of_both: bool = True) -> Proof:
+    """Return a proof of which both graphs have another text, or the second."""
     log, text, _ = proof
     assert old in text, (old, text)
-    changed = text.replace(old, new, 1)
-    digest = sha256(changed.encode()).hexdigest()
-    return {**log, "before": digest, "after": digest}, changed, changed
+    after = text.replace(old, new, 1)
+    before = after if of_both else text
+    digests = (sha256(t.encode()).hexdigest() for t in (before, after))
+    return {**log, **dict(zip(("before", "after"), digests, strict=True))}, before, after
 
 
 def misjudged_on_devices(checker: Any) -> Iterator[str]:
@@ -194,3 +209,12 @@ def misjudged_on_devices(checker: Any) -> Iterator[str]:
     for name, old, new in EDITS:
         if is_accepted(checker, edited(right()[name], old, new), is_pruned=False):
             yield f"accepts {name} with {new} for {old}"
+    text = right()["itself"][1]
+    on_one_device = re.sub(r"@[a-z]+|  attr mesh.*\n", "", text)
+    if not is_accepted(checker, log_of(on_one_device, text), is_pruned=False):
+        yield "refuses a graph and itself on a mesh"
+    for name, old, new in LAID_OTHERWISE:
+        if is_accepted(checker, edited(right()[name], old, new, of_both=False), is_pruned=False):
+            yield f"accepts {name} and {new} for {old}"
+        if not is_accepted(checker, edited(right()[name], old, new), is_pruned=False):
+            yield f"refuses {name} with {new}"

@@ -95,6 +95,8 @@ def wrong_logs() -> Iterator[tuple[str, Proof]]:
         "a statement that is none": "  sort\n  %y = add %x, %x : f32[a=2, b=3]",
     }.items():
         yield name, log_of(BEFORE, TEXT.format(line))
+    summand = TEXT.format("  %y = scale %x {by=2.0} : f32[a=2, b=3] unreduced(m)")
+    yield "a summand on no mesh", log_of(summand, summand)
     yield "text after the graph", log_of(BEFORE, AFTER + "}\n")
     yield "a graph without an end", log_of(BEFORE, AFTER[:-2])
 

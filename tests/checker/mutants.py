@@ -46,7 +46,7 @@ EQUIVALENT = {
     "_bounds: without (-inf, inf)": "bounds that are missing decide as little as infinite ones",
     "matches: without isinstance(y, Values | int)": "what has no value is refused",
     "matches: without self.kind(x) == 'sum'": "equations of sums are true of every term",
-    "check: without all(({*outputs} <= {*g.outputs} for g in graphs))": "it is refused later",
+    "compare: without all(({*outputs} <= {*g.outputs} for g in graphs))": "it is refused later",
     "rewritten: without need(result is not None, f'step {step} ({lemma}): its conditions do not "
     "hold')": "nothing is no value, which is refused",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from functools import cache
+from typing import Any
 
 import moecc_check
 import pytest
@@ -21,11 +22,16 @@ from .logs import misjudged
 from .mutants import GRAPHS, TABLE, TERMS, Mutant, is_alive, of_table
 
 UPCYCLED = ("run", "llama_gqa", "upcycle{experts=4}")
+ON_A_MESH = (
+    "run",
+    "llama_gqa",
+    "annotate-sharding{mesh=data:2,model:2 rules=tensor-parallel},lower-collectives",
+)
 
 
 @cache
-def _upcycled() -> Proof:
-    proof = proof_of(*UPCYCLED)
+def _proof(job: tuple[str, ...]) -> Proof:
+    proof = proof_of(*job)
     assert proof is not None
     return proof
 
@@ -46,6 +52,23 @@ def test_every_lemma_of_the_table_has_uses_of_both_kinds() -> None:
 
 def test_logs_by_hand_are_told_apart() -> None:
     assert not [*misjudged(moecc_check)]
+
+
+@pytest.mark.parametrize("head", ["equal", "maximum"])
+def test_arguments_of_symmetric_heads_have_one_order_whatever_is_bound(head: str) -> None:
+    a = moecc_check.Algebra(*ENTRIES)
+    source, sigma = moecc_check.Head(a, "source", ("w", "f32")), a.scope["Σ"]
+    older, free, newer = a.fresh(4), a.fresh(4), a.fresh(4)
+
+    def total(v: Any) -> Any:
+        factor = (
+            a.scope["equal"](v - free)
+            if head == "equal"
+            else a.scope[head](source(free), source(v))
+        )
+        return sigma([v], factor, source(v))
+
+    assert total(older) == total(newer)
 
 
 def test_graphs_on_a_mesh_are_told_apart() -> None:
@@ -73,12 +96,24 @@ def test_mutants_of_lemmas_are_told_apart(mutant: Mutant) -> None:
         ("run", "llama_gqa", "roll-layers"),
         ("run", "bert_square", "upcycle{experts=4 granularity=4 top-k=4 router-std=1}"),
         ("cell", "bert_square", "st_moe", "grow"),
+        ON_A_MESH,
+        (
+            "run",
+            "bert_gelu",
+            "upcycle{experts=4 routing=expert-choice capacity-factor=2 groups=4},add-losses ; "
+            "annotate-sharding{mesh=data:2,expert:2 rules=expert-parallel},lower-collectives,"
+            "roll-layers",
+        ),
+        (
+            "run",
+            "switch_half",
+            "annotate-sharding{mesh=data:2,fsdp:2 rules=data-parallel,fsdp},lower-collectives,"
+            "roll-layers",
+        ),
     ],
 )
 def test_a_proof_of_the_matrix_is_accepted(job: tuple[str, ...]) -> None:
-    proof = proof_of(*job)
-    assert proof is not None
-    assert is_accepted(moecc_check, proof)
+    assert is_accepted(moecc_check, _proof(job))
 
 
 @pytest.mark.parametrize("cell", few(proved("cell"), 60), ids=" ".join)
@@ -86,10 +121,11 @@ def test_the_proof_of_a_cell_is_accepted(cell: tuple[str, ...]) -> None:
     assert proof_of("cell", *cell) is not None
 
 
-def test_no_fault_is_accepted() -> None:
+@pytest.mark.parametrize("job", [UPCYCLED, ON_A_MESH])
+def test_no_fault_is_accepted(job: tuple[str, ...]) -> None:
     chance, kinds = random.Random(7), Counter[str]()
     while len(kinds) < len(FAULTS) - 1 or kinds.total() < 20:
-        kind, proof = corrupted(_upcycled(), chance)
+        kind, proof = corrupted(_proof(job), chance)
         kinds[kind] += 1
         assert not is_accepted(moecc_check, proof), kind
 
