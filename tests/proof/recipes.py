@@ -22,6 +22,7 @@ from typing import Any
 
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
+from moecc.jobs.compile import environment
 from moecc.jobs.train import planned_step
 from moecc.model.open import open_model
 from moecc.plan.machines import parse_machine
@@ -112,21 +113,20 @@ def compiled(case: Case) -> dict[str, Any]:
     from moecc_backends.xla.aot import compiler as topology
 
     machine = parse_machine(case.machine)
-    topology.prepare(machine)
+    os.environ.update(environment(machine))
     from moecc_backends.xla.aot.census import census
-    from moecc_backends.xla.aot.compiler import compile_program as compile_ahead
     from moecc_backends.xla.train.step import make_step
 
     recipe, graph = model_of(case)
     spec = step_spec(graph, recipe, machine.kind)
     step = make_step(train_graph(graph, recipe), spec, topology.devices(machine))
-    made = compile_ahead(step.function, step.arguments, machine)
+    made = topology.compile_lowered(topology.lower(step.function, step.arguments, machine), machine)
     found = census(made.hlo)
     return {
-        "seconds": round(made.compiled_seconds, 1),
+        "seconds": round(made.seconds, 1),
         "passes": str(train_passes(graph, recipe)),
         "compiled": {
-            "flops": found.flops, **made.memory.to_json(), "collectives": found.by_kind(),
+            "flops": found.flops, **made.memory, "collectives": found.by_kind(),
             "opaque": found.opaque, "unknown_loops": found.unknown_loops,
         },
         "planned": planned(case),

@@ -281,9 +281,7 @@ def _config(conversion: FunctionConversion) -> dict[str, object]:
         "fixed": sorted(tree.fixed.keys() - numbers),
         "leaves": {n: [leaf.dtype.name, list(leaf.shape)] for n, leaf in state.leaves.items()},
         "blocks": [
-            {"loc": i.loc, "text": text, "params": list(i.params),
-             "weights": list(map(str, i.weights)), "summary": i.summary, "line": i.line,
-             "identity": i.identity}
+            {"loc": i.loc, "text": text, **vars(i), "weights": list(map(str, i.weights))}
             for (text, _), i in state.instances.items()
         ],
         "converted": sorted(state.converted),
@@ -505,7 +503,13 @@ def convert(
 
     context = Context(seed=seed, allow_unmatched=allow_unmatched, read=read)
     rewritten = rewrite_blocks(
-        survey, labels, passes, context, name=_name(function), causal=causal, check=check
+        survey,
+        labels,
+        passes,
+        context,
+        name=getattr(function, "__name__", "function"),
+        causal=causal,
+        check=check,
     )
     state = _new_state(tree, arrays, survey, rewritten)
     new = {(s.key, s.in_tree): new_array(s, state.leaves, arrays) for s in state.storage.arrays}
@@ -545,11 +549,8 @@ def graph(
     """
     tree, arrays = ParamTree.of(params)
     traced, survey, labels = _survey_function(function, tree, arrays, (args, kwargs), tokens or {})
-    return graph_of_function(traced, survey, name=_name(function), is_causal=causal, labels=labels)
-
-
-def _name(function: Function) -> str:
-    return str(getattr(function, "__name__", "function"))
+    name = getattr(function, "__name__", "function")
+    return graph_of_function(traced, survey, name=name, is_causal=causal, labels=labels)
 
 
 def _survey_function(

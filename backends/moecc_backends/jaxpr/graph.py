@@ -143,7 +143,7 @@ def _results(
         ranks = [len(v.shape) for v in outputs]
         return [_joined([d for d in operands if len(d) == rank], rank) for rank in ranks]
     if name in ("transpose", "squeeze", "broadcast_in_dim", "reshape"):
-        ((_, axes),) = rearranged(_LabelMoves(), (None, operands[0]), equation)
+        ((_, axes),) = rearranged(_LabelMoves, None, operands[0], equation)
         return [tuple(axis or () for axis in axes)]
     if name == "dot_general":
         (summed, batch) = params["dimension_numbers"]
@@ -214,16 +214,19 @@ def _joined(labels: Sequence[Labels], rank: int) -> Labels:
 
 
 class _LabelMoves:
-    """How labels change with the axes of an array (`scopes.AxisMoves`)."""
+    """How labels change with the axes of an array, see `rearranged`."""
 
-    def sliced(self, content: None, axis: Label, start: int, stop: int) -> tuple[None, Label]:
+    @staticmethod
+    def sliced(array: None, axis: Label, start: int, stop: int) -> tuple[None, Label]:
         return None, axis
 
-    def indexed(self, content: None, axis: Label, index: int) -> None:
+    @staticmethod
+    def indexed(array: None, axis: Label, index: int) -> None:
         return None
 
+    @staticmethod
     def regrouped(
-        self, content: None, axes: Sequence[Label | None], parts: Sequence[int]
+        array: None, axes: Sequence[Label | None], parts: Sequence[int]
     ) -> tuple[None, list[Label | None]]:
         """Cut the axes of tokens of all dimensions again, where they make up the new sizes."""
         if not all(axes):

@@ -7,7 +7,8 @@ of them, and every other equation, is evaluated from the jaxpr of the user's fun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import jax
@@ -21,6 +22,7 @@ from moecc.types import F32, DType
 from moecc_backends.jaxpr.blocks import same_in
 from moecc_backends.jaxpr.graph import BlockPart, BlockParts
 from moecc_backends.jaxpr.scopes import (
+    CHECKPOINTS,
     UNKNOWN,
     Equation,
     JaxprScope,
@@ -67,6 +69,9 @@ ParamArrays = dict[int, tuple[AnyArray, ...]]
 
 SideArrays = dict[int, tuple[AnyArray, ...]]
 """What parts return besides their outputs, by the number of the site."""
+
+Results = tuple[Arrays, SideArrays]
+"""The results of a scope, and what parts in it return besides their outputs."""
 
 
 def dtype_of(array: AnyArray) -> DType:
@@ -197,7 +202,6 @@ class RewrittenFunction:
     """A function whose blocks are replaced, ready to run.
 
     Attributes:
-      scope: the function.
       replacements: what stands for blocks.
       gone: the equations that are not run.
       execution: how parts are run.
@@ -205,33 +209,25 @@ class RewrittenFunction:
       side: whether parts return their other values.
     """
 
-    scope: JaxprScope
     replacements: Sequence[Replacement]
     gone: set[Equation]
     execution: Execution
     extra: Mapping[str, AnyArray]
     side: bool
-    _at: dict[Equation, Replacement] = field(default_factory=dict)
-    _sites: dict[int, BlockSite] = field(default_factory=dict)
-    _holders: set[Equation] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._at = {r.site.slice.equations[-1]: r for r in self.replacements}
         self._sites = {r.number: r.site for r in self.replacements}
-        self._holders = {e for r in self.replacements for e in r.site.slice.scope.owners}
+        self._holders = {e for site in self._sites.values() for e in site.slice.scope.owners}
 
-    def run(self, inputs: Sequence[AnyArray], params: ParamArrays) -> tuple[Arrays, SideArrays]:
-        """Return the results of the function, and what parts return besides.
+    def run(self, scope: JaxprScope, inputs: Sequence[AnyArray], params: ParamArrays) -> Results:
+        """Return the results of a scope, and what parts return besides.
 
         Args:
+          scope: the function, or a body in it.
           inputs: the arguments; None for leaves that are gone.
           params: the parameters of the parts; those of blocks in loops stacked.
         """
-        return self._scope(self.scope, inputs, params)
-
-    def _scope(
-        self, scope: JaxprScope, inputs: Sequence[AnyArray], params: ParamArrays
-    ) -> tuple[Arrays, SideArrays]:
         values: dict[Variable, AnyArray] = dict(zip(scope.inputs, inputs, strict=True))
         side: SideArrays = {}
         waiting: list[Equation] = []
@@ -264,8 +260,15 @@ class RewrittenFunction:
     ) -> SideArrays:
         block, part = replacement.site.slice, replacement.parts[0]
         x = jnp.moveaxis(jnp.asarray(_value(values, block.x)), block.outer, -1)
-        tokens = _as_tokens(x.shape[:-1], len(part.x.type) - 1)
-        arrays = {part.x: x.reshape(*tokens, x.shape[-1])}
+        # Leading axes of tokens are joined, or missing ones put behind.
+        *sizes, width = x.shape
+        missing = len(part.x.type) - 1 - len(sizes)
+        tokens = (
+            [*sizes, *[1] * missing]
+            if missing >= 0
+            else [prod(sizes[: 1 - missing]), *sizes[1 - missing :]]
+        )
+        arrays = {part.x: x.reshape(*tokens, width)}
         arrays |= dict(zip(part.params, params[replacement.number], strict=True))
         for v in part.extra:
             array = self.extra[v.name]
@@ -277,19 +280,15 @@ class RewrittenFunction:
 
     # Loops and branches around blocks.
 
-    def scan(
-        self, equation: Equation, operands: Arrays, params: ParamArrays
-    ) -> tuple[Arrays, SideArrays]:
+    def scan(self, equation: Equation, operands: Arrays, params: ParamArrays) -> Results:
         """Scan: weights that it slices are stacked; what parts return besides is, too."""
         consts, carried = scan_sizes(equation.params)
         sliced = {n: arrays for n, arrays in params.items() if equation in self._sites[n].loops}
         fixed = {n: arrays for n, arrays in params.items() if n not in sliced}
 
-        def step(
-            carry: Arrays, rows: tuple[Arrays, ParamArrays]
-        ) -> tuple[Arrays, tuple[Arrays, SideArrays]]:
+        def step(carry: Arrays, rows: tuple[Arrays, ParamArrays]) -> tuple[Arrays, Results]:
             inputs = [*operands[:consts], *carry, *rows[0]]
-            results, side = self._scope(equation.bodies[0], inputs, {**fixed, **rows[1]})
+            results, side = self.run(equation.bodies[0], inputs, {**fixed, **rows[1]})
             return results[:carried], (results[carried:], side)
 
         first, stacked = operands[consts : consts + carried], operands[consts + carried :]
@@ -297,56 +296,40 @@ class RewrittenFunction:
         last, (results, side) = jax.lax.scan(step, first, (stacked, sliced), **options)
         return [*last, *results], side
 
-    def checkpoint(
-        self, equation: Equation, operands: Arrays, params: ParamArrays
-    ) -> tuple[Arrays, SideArrays]:
+    def checkpoint(self, equation: Equation, operands: Arrays, params: ParamArrays) -> Results:
         """Checkpoint, with its policy."""
-
-        def body(arrays: Arrays, inner: ParamArrays) -> tuple[Arrays, SideArrays]:
-            return self._scope(equation.bodies[0], arrays, inner)
-
         options = {n: equation.params[n] for n in ("prevent_cse", "policy")}
-        results: tuple[Arrays, SideArrays] = jax.checkpoint(body, **options)(operands, params)
+        body = partial(self.run, equation.bodies[0])
+        results: Results = jax.checkpoint(body, **options)(operands, params)
         return results
 
-    def branches(
-        self, equation: Equation, operands: Arrays, params: ParamArrays
-    ) -> tuple[Arrays, SideArrays]:
+    def branches(self, equation: Equation, operands: Arrays, params: ParamArrays) -> Results:
         """Branch: what a branch without a block does not return is zero."""
         index, *arguments = operands
-
-        def plain(body: JaxprScope) -> AnyArray:
-            return lambda arrays, inner: self._scope(body, arrays, inner)
-
-        bodies = [plain(body) for body in equation.bodies]
+        bodies = [partial(self.run, body) for body in equation.bodies]
         shapes: dict[int, AnyArray] = {}
         for body in bodies:
             shapes |= jax.eval_shape(body, arguments, params)[1]
 
-        def padded(body: AnyArray) -> AnyArray:
-            def run(arrays: Arrays, inner: ParamArrays) -> tuple[Arrays, SideArrays]:
-                results, side = body(arrays, inner)
-                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-                return results, {**zeros, **side}
+        def padded(body: AnyArray, arrays: Arrays, inner: ParamArrays) -> Results:
+            results, side = body(arrays, inner)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return results, {**zeros, **side}
 
-            return run
-
-        branches = [padded(body) for body in bodies]
-        results: tuple[Arrays, SideArrays] = jax.lax.switch(index, branches, arguments, params)
+        branches = [partial(padded, body) for body in bodies]
+        results: Results = jax.lax.switch(index, branches, arguments, params)
         return results
 
-    def loop(
-        self, equation: Equation, operands: Arrays, params: ParamArrays
-    ) -> tuple[Arrays, SideArrays]:
+    def loop(self, equation: Equation, operands: Arrays, params: ParamArrays) -> Results:
         """Loop with an unknown length, which has no gradient: its blocks return nothing besides."""
         first, second = equation.params["cond_nconsts"], equation.params["body_nconsts"]
         condition, body = equation.bodies
 
         def proceed(carry: Arrays) -> AnyArray:
-            return self._scope(condition, [*operands[:first], *carry], params)[0][0]
+            return self.run(condition, [*operands[:first], *carry], params)[0][0]
 
         def step(carry: Arrays) -> Arrays:
-            return self._scope(body, [*operands[first : first + second], *carry], params)[0]
+            return self.run(body, [*operands[first : first + second], *carry], params)[0]
 
         results: Arrays = jax.lax.while_loop(proceed, step, operands[first + second :])
         return results, {}
@@ -356,9 +339,7 @@ _REBUILD = {
     "scan": RewrittenFunction.scan,
     "while": RewrittenFunction.loop,
     "cond": RewrittenFunction.branches,
-    "remat2": RewrittenFunction.checkpoint,
-    "checkpoint": RewrittenFunction.checkpoint,
-    "remat": RewrittenFunction.checkpoint,
+    **dict.fromkeys(CHECKPOINTS, RewrittenFunction.checkpoint),
 }
 
 
@@ -388,14 +369,6 @@ def _value(values: Mapping[Variable, AnyArray], variable: Variable, *default: No
         return values.get(variable, *default) if default else values[variable]
     is_fixed = is_key(variable.aval.dtype)
     return variable.const if is_fixed else jnp.asarray(variable.const, variable.aval.dtype)
-
-
-def _as_tokens(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """Return a shape of tokens as one of `rank` axes: leading ones joined, or ones put behind."""
-    if len(shape) <= rank:
-        return (*shape, *[1] * (rank - len(shape)))
-    first = len(shape) - rank + 1
-    return (prod(shape[:first]), *shape[first:])
 
 
 # Losses and metrics: joined over where blocks run, added to a loss.
@@ -617,7 +590,6 @@ def call_converted(
         )
     check_keys({name: extra[name] for name, v in needed.items() if v.type.dtype.kind == "key"})
     rewritten = RewrittenFunction(
-        traced.scope,
         replacements,
         skipped_equations(traced.scope, equations_of(r.site for r in replacements)),
         execution,
@@ -630,7 +602,7 @@ def call_converted(
         columns = zip(*slots, strict=True)
         weights[r.number] = tuple(converted.stacked(each, r.site.lengths) for each in columns)
     arrays = [None if n in storage.gone else converted.leaves[n] for n in state.tree.array_names]
-    results, side = rewritten.run([*arrays, *traced.arrays], weights)
+    results, side = rewritten.run(traced.scope, [*arrays, *traced.arrays], weights)
     result = jax.tree_util.tree_unflatten(traced.treedef, results)
     if not losses:
         return result

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +253,15 @@ def _inline(
     for eqn in inner.eqns:
         operands = [frame.read(atom) for atom in eqn.invars]
         called = callee(eqn)
-        if called is not None and _is_inlined(called, operands):
+        # A call of weights that may hold a product, or only changes their view.
+        if (
+            called is not None
+            and any(v.view is not None for v in operands)
+            and (
+                contains(called, "dot_general")
+                or all(e.primitive.name in STRUCTURAL for e in opened(called)[0].eqns)
+            )
+        ):
             results = _inline(scope, called, operands, numbered)
         else:
             equation = Equation(eqn, frame, operands, [], scope)
@@ -262,14 +270,6 @@ def _inline(
             scope.equations.append(equation)
         frame.values.update(zip(eqn.outvars, results, strict=True))
     return [frame.read(atom) for atom in inner.outvars]
-
-
-def _is_inlined(called: Jaxpr, operands: Sequence[Variable]) -> bool:
-    """Whether a call may hold a product with a weight, or only changes the view of one."""
-    if not any(v.view is not None for v in operands):
-        return False
-    only_views = all(e.primitive.name in STRUCTURAL for e in opened(called)[0].eqns)
-    return only_views or contains(called, "dot_general")
 
 
 def _connect(equation: Equation, numbered: dict[object, Variable]) -> None:
@@ -314,93 +314,70 @@ REARRANGING = frozenset(
 STRUCTURAL = IDENTITY | REARRANGING | {"convert_element_type", "reduce_precision"}
 """Primitives through which a weight stays a view of its leaf."""
 
-Content = TypeVar("Content")
-AxisId = TypeVar("AxisId")
-
-
-class AxisMoves(Protocol[Content, AxisId]):
-    """How an array changes with its axes: views of leaves, terms of blocks, labels of tokens."""
-
-    def sliced(
-        self, content: Content, axis: AxisId, start: int, stop: int, /
-    ) -> tuple[Content, AxisId]:
-        """Return the part ``[start, stop)`` of an axis."""
-        ...
-
-    def indexed(self, content: Content, axis: AxisId, index: int, /) -> Content:
-        """Return one element of an axis."""
-        ...
-
-    def regrouped(
-        self, content: Content, axes: Sequence[AxisId | None], parts: Sequence[int], /
-    ) -> tuple[Content, Sequence[AxisId | None]]:
-        """Return neighbouring axes joined, and cut again into the sizes `parts`."""
-        ...
-
-
-Arranged = tuple[Content, tuple[AxisId | None, ...]]
-"""An array, and the axis of each of its dimensions; None where it does not vary along it."""
-
 
 def rearranged(
-    moves: AxisMoves[Content, AxisId], array: Arranged[Content, AxisId], equation: Equation
-) -> list[Arranged[Content, AxisId]]:
-    """Return the results of an equation of `REARRANGING`.
+    moves: Any, array: Any, dims: Sequence[Any], equation: Equation
+) -> list[tuple[Any, list[Any]]]:
+    """Return the results of an equation of `REARRANGING`, each with the axes of its dimensions.
+
+    Args:
+      moves: changes an array along axes: ``sliced(array, axis, start, stop)`` returns a part and
+        its axis; ``indexed(array, axis, index)`` one element; ``regrouped(array, axes, sizes)``
+        neighbouring axes joined and cut again, and the new ones.
+      array: a view of a leaf, a term of a block, or nothing, where axes are labels of tokens.
+      dims: the axis of each dimension; None where the array does not vary along it.
+      equation: the equation.
 
     Raises:
       NotABlock: the array cannot be rearranged so.
     """
-    (content, dims), params, shape = array, equation.params, equation.inputs[0].shape
-    axes: list[AxisId | None] = []
+    params, shape = equation.params, equation.inputs[0].shape
+    axes: list[Any] = []
     if equation.name == "transpose":
-        return [(content, tuple(dims[i] for i in params["permutation"]))]
+        return [(array, [dims[i] for i in params["permutation"]])]
     if equation.name == "squeeze":
-        for i in params["dimensions"]:
-            axis = dims[i]
-            content = content if axis is None else moves.indexed(content, axis, 0)
-        return [(content, tuple(d for i, d in enumerate(dims) if i not in params["dimensions"]))]
+        for axis in (dims[i] for i in params["dimensions"]):
+            array = array if axis is None else moves.indexed(array, axis, 0)
+        return [(array, [d for i, d in enumerate(dims) if i not in params["dimensions"]])]
     if equation.name == "broadcast_in_dim":
         axes = [None] * len(params["shape"])
-        for i, j in enumerate(params["broadcast_dimensions"]):
-            axis = dims[i]
-            if shape[i] == params["shape"][j]:
+        for axis, size, j in zip(dims, shape, params["broadcast_dimensions"], strict=True):
+            if size == params["shape"][j]:
                 axes[j] = axis
             elif axis is not None:
-                content = moves.indexed(content, axis, 0)
-        return [(content, tuple(axes))]
+                array = moves.indexed(array, axis, 0)
+        return [(array, axes)]
     if equation.name == "reshape":
         for before, after in reshape_groups(shape, params["new_sizes"]):
             sizes, parts = [shape[i] for i in before], [params["new_sizes"][j] for j in after]
-            group: Sequence[AxisId | None] = [dims[i] for i in before]
+            group: Sequence[Any] = [dims[i] for i in before]
             if sizes == parts:
                 axes += group
                 continue
             for axis, size in zip(group, sizes, strict=True):
                 if size == 1 and axis is not None:
-                    content = moves.indexed(content, axis, 0)
+                    array = moves.indexed(array, axis, 0)
             group = [axis for axis, size in zip(group, sizes, strict=True) if size != 1]
             wide = [n for n in parts if n != 1]
             if wide != [n for n in sizes if n != 1]:
-                content, group = moves.regrouped(content, group, wide)
+                array, group = moves.regrouped(array, group, wide)
             remaining = iter(group)
             axes += [next(remaining) if n != 1 else None for n in parts]
-        return [(content, tuple(axes))]
-    results: list[Arranged[Content, AxisId]] = []
+        return [(array, axes)]
+    results = []
     for ranges in _ranges(equation, shape):
-        part, axes = content, list(dims)
+        part, axes = array, list(dims)
         for i, ((start, stop, stride), size) in enumerate(zip(ranges, shape, strict=True)):
-            axis = axes[i]
-            if axis is None or (start, stop, stride) == (0, size, 1):
+            if axes[i] is None or (start, stop, stride) == (0, size, 1):
                 continue
             if stride == 1:
-                part, axes[i] = moves.sliced(part, axis, start, stop)
+                part, axes[i] = moves.sliced(part, axes[i], start, stop)
                 continue
             if size % stride or start >= stride or stop <= size - stride + start:
                 raise NotABlock("a slice with strides inside takes no part of equal parts")
-            part, (axes[i], phase) = moves.regrouped(part, [axis], (size // stride, stride))
-            assert phase is not None, "it is cut from an axis"
+            part, (axes[i], phase) = moves.regrouped(part, [axes[i]], (size // stride, stride))
             part = moves.indexed(part, phase, start)
-        results.append((part, tuple(axes)))
+        results.append((part, axes))
     return results
 
 
@@ -413,38 +390,35 @@ def _ranges(equation: Equation, shape: tuple[int, ...]) -> list[list[tuple[int, 
     if equation.name == "split":
         ranges, start = [], 0
         for size in params["sizes"]:
-            ends = [(0, n, 1) for n in shape]
-            ends[params["axis"]] = (start, start + int(size), 1)
-            ranges.append(ends)
+            ranges.append([(0, n, 1) for n in shape])
+            ranges[-1][params["axis"]] = (start, start + int(size), 1)
             start += int(size)
         return ranges
     if any(v.const is UNKNOWN for v in equation.inputs[1:]):
         raise NotABlock("a slice from a place that is only known when it runs is inside")
-    triples = zip(
-        (int(v.const) for v in equation.inputs[1:]), params["slice_sizes"], shape, strict=True
-    )
-    clamped = [(min(max(start, 0), n - size), size) for start, size, n in triples]
-    return [[(start, start + size, 1) for start, size in clamped]]
+    pairs = zip(equation.inputs[1:], params["slice_sizes"], shape, strict=True)
+    starts = [(min(max(int(v.const), 0), n - size), size) for v, size, n in pairs]
+    return [[(start, start + size, 1) for start, size in starts]]
 
 
 def _views_of(equation: Equation) -> list[LeafView]:
     """Return the views that an equation makes of a view; nothing where they are none."""
-    name, inputs = equation.name, equation.inputs
+    name, inputs, params = equation.name, equation.inputs, equation.params
     view = inputs[0].view if inputs else None
     if view is None or name not in STRUCTURAL or not is_float(inputs[0].aval.dtype):
         return []
-    if name in IDENTITY:
-        return [view]
     if name == "convert_element_type":
-        dtype = equation.params["new_dtype"]
-        return [view.cast(str(jnp.dtype(dtype)))] if is_float(dtype) else []
+        dtype = params["new_dtype"]
+        casts = (*view.casts, str(jnp.dtype(dtype)))
+        return [replace(view, casts=casts)] if is_float(dtype) else []
     if name == "reduce_precision":
         fraction, exponent = float_bits(inputs[0].aval.dtype)
-        params = equation.params
         is_exact = params["mantissa_bits"] >= fraction and params["exponent_bits"] >= exponent
         return [view] if is_exact else []
+    if name in IDENTITY:
+        return [view]
     try:
-        return [v.with_dims(dims) for v, dims in rearranged(LeafView, (view, view.dims), equation)]
+        return [v.with_dims(dims) for v, dims in rearranged(LeafView, view, view.dims, equation)]
     except NotABlock:
         return []
 
@@ -501,21 +475,22 @@ class ParamTree:
         Raises:
           InputError: `tree` is another one.
         """
+
+        def short(words: object) -> str:
+            text = str(words)
+            return text if len(text) <= 200 else f"{text[:200]}…"
+
         try:
             leaves = self.treedef.flatten_up_to(tree)
         except (ValueError, TypeError) as error:
             raise InputError(
                 "the parameters are another tree than the one that was converted",
                 where=where,
-                expected=_short(str(self.treedef)),
-                found=_short(str(jax.tree_util.tree_structure(tree))),
-                hint="pass `moe.params`, or what an optimiser made of it: " + _short(str(error)),
+                expected=short(self.treedef),
+                found=short(jax.tree_util.tree_structure(tree)),
+                hint="pass `moe.params`, or what an optimiser made of it: " + short(error),
             ) from None
         return {n: leaves[i] for i, n in enumerate(self.names) if i not in self.fixed}
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def is_array(leaf: AnyArray) -> bool:
@@ -572,11 +547,7 @@ def trace_function(
       InputError: jax cannot trace it.
     """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tuple(arguments))
-    passed = {
-        i: leaf
-        for i, (_, leaf) in enumerate(pairs)
-        if is_array(leaf) or isinstance(leaf, int | float | complex)
-    }
+    passed = {i: leaf for i, (_, leaf) in enumerate(pairs) if _is_value(leaf)}
     names = tree.array_names
 
     def flat(*arrays: AnyArray) -> AnyArray:
@@ -585,9 +556,8 @@ def trace_function(
         leaves = [traced.get(i, leaf) for i, (_, leaf) in enumerate(pairs)]
         args, kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
         result = function(params, *args, **kwargs)
-        # Raise InputError where a result has a leaf that is no array.
         for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
-            if not is_array(leaf) and not isinstance(leaf, int | float | complex):
+            if not _is_value(leaf):
                 raise InputError(
                     "the function returns what is no array",
                     where=function_line(function),
@@ -618,6 +588,10 @@ def trace_function(
         dict(zip(labels, scope.inputs[len(names) :], strict=True)),
         list(passed.values()),
     )
+
+
+def _is_value(leaf: AnyArray) -> bool:
+    return is_array(leaf) or isinstance(leaf, int | float | complex)
 
 
 def _positions(function: Function) -> list[str]:

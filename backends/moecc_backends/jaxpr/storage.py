@@ -312,7 +312,9 @@ def new_array(
     weight = simplify(Cast(stored.weight, dtype))
     evaluator = LeafEvaluator(arrays)
     if sharding is not None:
-        return sharded_array(evaluator, weight, shape, sharding)
+        return sharded_array(
+            shape, sharding, lambda box: np.array(evaluator.block(weight, box), order="C")
+        )
     array = np.array(evaluator.evaluate(weight), order="C")
     if not isinstance(like, jax.Array):
         return array

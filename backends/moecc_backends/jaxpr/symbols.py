@@ -89,10 +89,9 @@ def function_of(eqn: JaxEquation) -> str | None:
 
 def is_elementwise(eqn: JaxEquation) -> bool:
     """Return whether an equation works element by element, or only on shapes."""
-    called = callee(eqn)
+    called, name = callee(eqn), eqn.primitive.name
     if called is not None:
         return all(map(is_elementwise, opened(called)[0].eqns))
-    name = eqn.primitive.name
     return function_of(eqn) is not None or name in STRUCTURAL or name == "custom_jvp_call"
 
 
@@ -305,8 +304,8 @@ class Symbols:
             x = self.read(equation.inputs[0])
             if isinstance(x.term, float):
                 return [x for _ in equation.outputs]
-            results = rearranged(self, (x.term, x.dims), equation)
-            return [Symbol(term, dims) for term, dims in results]
+            results = rearranged(self, x.term, x.dims, equation)
+            return [Symbol(term, tuple(dims)) for term, dims in results]
         if name == "custom_jvp_call" and self._name_custom is not None:
             function = self._name_custom(equation)
             if function is None:
@@ -387,7 +386,7 @@ class Symbols:
         pairs = zip(symbols, contracted, strict=True)
         return Symbol(term, tuple(d for s, c in pairs for i, d in enumerate(s.dims) if i != c[0]))
 
-    # A part of an axis that weights alone have is a part of the weights (`scopes.AxisMoves`).
+    # A part of an axis that weights alone have is a part of the weights (`scopes.rearranged`).
 
     def sliced(self, term: Term, axis: int, start: int, stop: int) -> tuple[Term, int]:
         """Return the part ``[start, stop)`` of an axis of weights, which is a new one."""

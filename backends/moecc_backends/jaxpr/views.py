@@ -356,10 +356,6 @@ class LeafView:
         """Return this view with its axes along other dimensions."""
         return replace(self, dims=tuple(dims))
 
-    def cast(self, dtype: str) -> LeafView:
-        """Return this view in another element type."""
-        return replace(self, casts=(*self.casts, dtype))
-
     def each(self, loop: Hashable) -> LeafView:
         """Return the view that iteration by iteration `loop` has of the first dimension."""
         axis, *dims = self.dims
@@ -435,19 +431,14 @@ class LeafView:
             elif kind == "split":
                 expr = Split(expr, axis, args)
             elif kind == "merge":
-                expr = _merged(expr, args, axis)
+                names = expr.type.names
+                remaining = [n for n in names if n not in args]
+                before = len([n for n in names[: names.index(args[0])] if n not in args])
+                order = (*remaining[:before], *args, *remaining[before:])
+                expr = Merge(expr if order == names else Permute(expr, order), args, axis)
             else:
                 expr = Index(expr, axis, args[0] if kind == "index" else iteration[args[0]])
         return expr
-
-
-def _merged(expr: Expr, axes: tuple[str, ...], name: str) -> Expr:
-    """Return `expr` with `axes` merged where the first of them is."""
-    names = expr.type.names
-    remaining = [n for n in names if n not in axes]
-    before = len([n for n in names[: names.index(axes[0])] if n not in axes])
-    order = (*remaining[:before], *axes, *remaining[before:])
-    return Merge(expr if order == names else Permute(expr, order), axes, name)
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

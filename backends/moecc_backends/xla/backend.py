@@ -28,8 +28,8 @@ from moecc.types import F32, DType
 from moecc_backends.xla.dispatch.choose import dispatch_problems
 from moecc_backends.xla.import_jax import find_devices, keep_compiled_programs
 from moecc_backends.xla.lower.function import function as function
-from moecc_backends.xla.run.program import XlaProgram
-from moecc_backends.xla.trace.context import AUTO, DEFAULTS, Options, is_lowered
+from moecc_backends.xla.run.program import MultiProcessProgram, XlaProgram, XlaSession, emitted
+from moecc_backends.xla.trace.context import AUTO, DEFAULTS, LOWERINGS, Options
 from moecc_backends.xla.trace.host_arrays import jax_inputs as jax_inputs
 from moecc_backends.xla.trace.values import Function
 
@@ -54,9 +54,7 @@ class XlaBackend:
             raise InputError(problems)
         process = process_info()
         if process is not None:
-            from moecc_backends.xla.run.program import multi_process_program
-
-            return multi_process_program(graph, dtype, options, process)
+            return MultiProcessProgram(graph, dtype, options, process)
         find_devices()
         return XlaProgram(graph, dtype, options)
 
@@ -101,8 +99,6 @@ class XlaBackend:
 
         With several processes, which share parameters, values go in and out at each run.
         """
-        from moecc_backends.xla.run.program import XlaSession
-
         if process_info() is not None:
             return PlainSession(self, ReadOnce(params), dtype)
         find_devices()
@@ -127,8 +123,6 @@ class XlaBackend:
           MachineError: HLO is asked for, for a platform that is not here.
           InputError: the graph has no lowering, or the forced dispatch does not fit it.
         """
-        from moecc_backends.xla.run.program import emitted
-
         find_devices()
         chosen = Options(options.get("dispatch") or AUTO, options.get("platform"))
         return emitted(graph, inputs, emit=emit, dtype=dtype, options=chosen)
@@ -141,6 +135,6 @@ def _problems(graph: Graph, options: Options) -> Iterator[Problem]:
             message = "a ragged value cannot be returned"
             yield Problem(message, f"output {name}", found=str(value.type))
     for node in graph:
-        if not is_lowered(node.op):
+        if node.op.name not in LOWERINGS:
             yield Problem(f"the xla backend cannot lower {node.op}", where(node))
     yield from dispatch_problems(graph, options)

@@ -6,12 +6,14 @@ are taken apart; other attributes stay text, in which `Instruction.attribute` lo
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import prod
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,6 +31,7 @@ ITEMSIZE_BYTES = {
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\]")
 _HEAD = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\Z")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = ")
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\],]')
 _NAME = re.compile(r"%([^\s,(){}]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([^\s,)}]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -80,7 +83,7 @@ class Instruction:
     def attribute(self, name: str) -> str:
         """Return the text of the attribute `name` up to its end, or an empty string."""
         match = re.search(rf"(?:^|[ ,]){re.escape(name)}=", self.attributes)
-        return _until_comma(self.attributes, match.end()) if match else ""
+        return self.attributes[match.end() : _end_of(self.attributes, match.end())] if match else ""
 
     def dimensions(self, name: str) -> tuple[int, ...]:
         """Return an attribute such as ``lhs_contracting_dims={1,2}`` as numbers."""
@@ -121,6 +124,21 @@ class Computation:
         return self.instructions[instruction.operands[index]]
 
 
+Number = int | list[Any] | None
+"""An integer of a program, or a tuple of such; None for what is not known when compiling."""
+
+_NUMBERS: dict[str, Callable[..., Number]] = {
+    **dict.fromkeys(("copy", "bitcast", "convert", "opt-barrier"), lambda x: x),
+    **dict.fromkeys(("parameter", "get-tuple-element", "fusion", "call"), lambda *values: None),
+    "tuple": lambda *values: list(values),
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul,
+    "LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "NE": operator.ne,
+}  # fmt: skip
+"""What instructions make of numbers, by opcode, and comparisons by their direction."""
+
+_MOST_TURNS = 1 << 20
+
+
 @dataclass
 class Module:
     """A compiled program as one device runs it.
@@ -138,57 +156,50 @@ class Module:
     def trip_count(self, where: Computation, loop: Instruction) -> int | None:
         """Return how often a ``while`` of the computation `where` runs its body.
 
-        That is what XLA has noted, or else the bound that its condition compares a counter with;
-        None where neither is known when compiling.
+        That is what XLA has noted, or else how often the counter that it carries passes the
+        condition; None where neither is known when compiling.
         """
         noted = _TRIPS.search(loop.attributes)
         if noted:
             return int(noted[1])
-        match = re.search(r"condition=%([^\s,)}]+)", loop.attributes)
-        condition = self.computations[match[1]] if match else None
-        if condition is None:
-            return None
-        bounds = self._compared(where, loop, condition)
-        if bounds is None:
-            return None
-        return max(-((bounds[0] - bounds[1]) // self._stride(loop, condition)), 0)
+        condition, body = (
+            self.computations[loop.attribute(n).lstrip("%")] for n in ("condition", "body")
+        )
+        carried = self._number(where, loop.operands[0])
+        for turn in range(_MOST_TURNS):
+            is_passed = self._number(condition, condition.root, [carried])
+            if not is_passed:
+                return None if is_passed is None else turn
+            carried = self._number(body, body.root, [carried])
+        return None
 
-    def _stride(self, loop: Instruction, condition: Computation) -> int:
-        """Return by how much a turn of the body advances the counter: XLA unrolls some loops."""
-        (name,) = re.findall(r"body=%([^\s,)}]+)", loop.attributes)
-        body = self.computations[name]
-        carried = body.instructions[body.root]
-        counters = [i for i in condition if i.opcode == "get-tuple-element"]
-        for index in (int(i.attribute("index")) for i in counters):
-            if carried.opcode == "tuple" and index < len(carried.operands):
-                stride = _added(body, carried.operands[index], index)
-                if stride > 0:
-                    return stride
-        return 1
+    def _number(self, where: Computation, name: str, arguments: Sequence[Number] = ()) -> Number:
+        """Return what an instruction of `where` makes of the arguments of that computation."""
 
-    def _compared(
-        self, where: Computation, loop: Instruction, condition: Computation
-    ) -> tuple[int, int] | None:
-        """Return the first value of the counter, and the value at which the loop ends."""
-        root, inner = condition.instructions[condition.root], condition
-        outer: Instruction | None = None
-        if root.opcode == "fusion" and root.called:
-            outer, inner = root, self.computations[root.called[0]]
-            root = inner.instructions[inner.root]
-        direction = root.attribute("direction")
-        if root.opcode != "compare" or direction not in ("LT", "LE"):
-            return None
-        numbers = []
-        for name in root.operands:
-            if outer is not None and name in inner.parameters:
-                name = outer.operands[inner.parameters[name]]
-                numbers.append(_number(where, loop, condition, name))
-            else:
-                numbers.append(_number(where, loop, inner, name))
-        first, last = numbers
-        if first is None or last is None:
-            return None
-        return first, last + (direction == "LE")
+        @cache
+        def number(name: str) -> Number:
+            instruction = where.instructions[name]
+            opcode, operands, shapes = instruction.opcode, instruction.operands, instruction.shapes
+            if opcode == "constant":
+                return int(operands[0]) if operands[0].lstrip("-").isdigit() else None
+            operation = instruction.attribute("direction") or opcode
+            # Arrays are not followed.
+            if operation not in _NUMBERS or (len(shapes) == 1 and shapes[0].sizes):
+                return None
+            try:
+                if opcode == "parameter":
+                    return arguments[int(operands[0])]
+                values: list[Any] = [*map(number, operands)]
+                if opcode == "get-tuple-element":
+                    return cast("Number", values[0][int(instruction.attribute("index"))])
+                if opcode in ("fusion", "call"):
+                    called = self.computations[instruction.called[0]]
+                    return self._number(called, called.root, values)
+                return _NUMBERS[operation](*values)
+            except (IndexError, TypeError):
+                return None  # one of them is not known
+
+        return number(name)
 
 
 def parse_hlo(text: str) -> Module:
@@ -242,9 +253,9 @@ def _add(computation: Computation, line: str) -> None:
         return
     # The type of a tuple has spaces in it, any other has none.
     start = head.end()
-    end = _closing(line, start) + 1 if line[start] == "(" else line.index(" ", start)
+    end = _end_of(line, start) + 1 if line[start] == "(" else line.index(" ", start)
     opened = line.index("(", end)
-    closed = _closing(line, opened)
+    closed = _end_of(line, opened)
     opcode, inside = line[end:opened].strip(), line[opened + 1 : closed]
     is_literal = opcode in ("constant", "parameter")
     computation.instructions[head[2]] = Instruction(
@@ -269,65 +280,17 @@ def _shape(dtype: str, sizes: str) -> HloShape:
     return HloShape(dtype, tuple(int(s.lstrip("<=")) for s in sizes.split(",") if s))
 
 
-def _closing(text: str, start: int) -> int:
-    """Return where the bracket that opens at `start` closes; a string may hold others."""
+def _end_of(text: str, start: int) -> int:
+    """Return where the bracket that opens at `start` closes, or the next comma outside brackets."""
     depth = 0
-    for match in re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\]]').finditer(text, start):
-        bracket = match[0]
-        if bracket in "([{":
+    for match in _BRACKETS.finditer(text, start):
+        if match[0] in "([{":
             depth += 1
-        elif bracket in ")]}":
+        elif match[0] in ")]}":
             depth -= 1
-            if depth == 0:
-                return match.start()
+        if depth <= 0 and match[0] in ")]},":
+            return match.start()
     return len(text)
-
-
-def _until_comma(text: str, start: int) -> str:
-    """Return the text from `start` to the next comma outside brackets."""
-    depth = 0
-    for at in range(start, len(text)):
-        if text[at] in "([{":
-            depth += 1
-        elif text[at] in ")]}":
-            depth -= 1
-        elif text[at] == "," and depth == 0:
-            return text[start:at]
-    return text[start:]
-
-
-def _added(body: Computation, name: str, index: int) -> int:
-    """Return what `name` adds to the carried value `index` in all, or 0 if it is no such sum."""
-    total, instruction = 0, body.instructions[name]
-    while instruction.opcode in ("add", "copy"):
-        operands = [body.instructions[operand] for operand in instruction.operands]
-        constants = [i for i in operands if i.opcode == "constant"]
-        terms = [i for i in operands if i.opcode != "constant"]
-        if len(terms) != 1 or not all(i.operands[0].isdigit() for i in constants):
-            return 0
-        total += sum(int(i.operands[0]) for i in constants)
-        instruction = terms[0]
-    is_counter = instruction.opcode == "get-tuple-element" and instruction.attribute(
-        "index"
-    ) == str(index)
-    return total if is_counter and instruction.operands[0] in body.parameters else 0
-
-
-def _number(where: Computation, loop: Instruction, inner: Computation, name: str) -> int | None:
-    """Return the integer that `name` is when the loop begins: a constant, or carried from one."""
-    instruction = inner.instructions[name]
-    if instruction.opcode == "get-tuple-element" and instruction.operands[0] in inner.parameters:
-        carried = where.operand(loop, 0)
-        if carried.opcode != "tuple":
-            return None
-        instruction = where.operand(carried, int(instruction.attribute("index")))
-    while (
-        instruction.opcode in ("copy", "bitcast") and instruction.operands[0] in where.instructions
-    ):
-        instruction = where.instructions[instruction.operands[0]]
-    if instruction.opcode != "constant" or not instruction.operands[0].lstrip("-").isdigit():
-        return None
-    return int(instruction.operands[0])
 
 
 # What a compiled program does on one device: its collectives and its multiplications.
@@ -344,8 +307,6 @@ def _number(where: Computation, loop: Instruction, inner: Computation, name: str
 # A batch axis of a dot may come back as a spatial axis, with padding and dilation chosen such that
 # each output meets one input: the product of all sizes would count what is multiplied with padding.
 
-_FIELDS = ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")
-
 
 def convolution_flops(where: Computation, instruction: Instruction) -> int:
     """Return 2 · products of the convolution `instruction` in `where`, those with padding left out.
@@ -357,29 +318,28 @@ def convolution_flops(where: Computation, instruction: Instruction) -> int:
     out = instruction.shapes[0].sizes
     labels = re.split(r"_|->", instruction.attribute("dim_labels"))
     left_at, kernel_at, out_at = ({c: i for i, c in enumerate(text)} for text in labels)
-    window = _window(instruction.attribute("window"))
-    spatial = sorted(c for c in out_at if c.isdigit())
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", instruction.attribute("window")))
+
+    def along(name: str, axis: int, default: int = 1) -> int:
+        if name not in window:
+            return default
+        return int(window[name].split("x")[axis].split("_")[0])
+
     pairs = (
-        _pairs(left[left_at[c]], kernel[kernel_at[c]], out[out_at[c]], *_along(window, int(c)))
-        for c in spatial
+        _pairs(
+            left[left_at[c]],
+            kernel[kernel_at[c]],
+            out[out_at[c]],
+            along("stride", int(c)),
+            along("pad", int(c), 0),
+            along("lhs_dilate", int(c)),
+            along("rhs_dilate", int(c)),
+        )
+        for c in out_at
+        if c.isdigit()
     )
     features = kernel[kernel_at["i"]] * out[out_at["f"]] * out[out_at["b"]]
     return 2 * features * prod(pairs)
-
-
-def _window(text: str) -> dict[str, list[str]]:
-    entries = dict(re.findall(r"(\w+)=([\w\-]+)", text))
-    return {name: entries[name].split("x") for name in _FIELDS if name in entries}
-
-
-def _along(window: dict[str, list[str]], axis: int) -> tuple[int, int, int, int]:
-    """Return stride, low padding, and the dilations of input and kernel along one axis."""
-
-    def entry(name: str) -> int:
-        return int(window[name][axis]) if name in window else 1
-
-    low = int(window["pad"][axis].split("_")[0]) if "pad" in window else 0
-    return entry("stride"), low, entry("lhs_dilate"), entry("rhs_dilate")
 
 
 @cache
@@ -415,38 +375,30 @@ def overlapped(
     busy = [instruction.name in multiplying for instruction in order]
     beside = {
         instruction.name
-        for instruction in order
+        for number, instruction in enumerate(order)
         if instruction.opcode.endswith("-start")
-        and any(busy[at[instruction.name] + 1 : _end(order, at, instruction)])
+        and any(busy[number + 1 : _waiting_for(order, number)])
     }
     for chain in set(chains.values()):
-        parts = [name for name, of in chains.items() if of == chain]
-        numbers = [at[name] for name in parts]
+        numbers = [at[name] for name, of in chains.items() if of == chain]
         if any(busy[min(numbers) : max(numbers) + 1]):
-            beside.update(parts)
+            beside.update(order[number].name for number in numbers)
     return frozenset(beside)
 
 
-def _end(order: list[Instruction], at: Mapping[str, int], start: Instruction) -> int:
-    """Return the number of the instruction that waits for what `start` began.
+def _waiting_for(order: list[Instruction], start: int) -> int:
+    """Return the number of the instruction that waits for what instruction `start` began.
 
     That is the end where nothing here does: another turn of a loop waits.
     """
-    last, waits = start, True
-    while waits:
-        following = next(_waiting(order, at, last), None)
-        if following is None:
-            return len(order)
-        last, waits = following, following.opcode.endswith("-update")
-    return at[last.name]
-
-
-def _waiting(
-    order: list[Instruction], at: Mapping[str, int], begun: Instruction
-) -> Iterator[Instruction]:
-    for instruction in order[at[begun.name] + 1 :]:
-        if instruction.opcode.endswith(("-done", "-update")) and begun.name in instruction.operands:
-            yield instruction
+    begun = order[start].name
+    for number, instruction in enumerate(order[start + 1 :], start + 1):
+        if begun in instruction.operands:
+            if instruction.opcode.endswith("-done"):
+                return number
+            if instruction.opcode.endswith("-update"):
+                begun = instruction.name
+    return len(order)
 
 
 # What kernels of Pallas multiply.

@@ -1,18 +1,18 @@
 """The devices that programs are compiled for: TPU slices, GPUs, and this computer's CPU.
 
 Nothing here needs the hardware: libtpu knows its topologies, and XLA compiles for a GPU from a
-description of one.  `prepare` must run before jax is imported.
+description of one.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ from jax.stages import Lowered, Wrapped
 from moecc.ahead.request import Job, Result
 from moecc.errors import InputError, MachineError, Problem, UsageError
 from moecc.ir.graph import Graph
-from moecc.jobs.compile import environment
 from moecc.plan.machines import Machine
 from moecc.plan.networks import Slices
 from moecc.sharding.vias import GSPMD
@@ -33,7 +32,7 @@ from moecc.train.settings import StepSpec
 from moecc_backends.xla.aot.census import census
 from moecc_backends.xla.run.program import in_precision
 from moecc_backends.xla.trace.values import PyTree
-from moecc_backends.xla.train.step import AbstractStep, make_step
+from moecc_backends.xla.train.step import make_step
 
 if TYPE_CHECKING:
     import jax
@@ -185,11 +184,6 @@ def require(machine: Machine) -> None:
         raise MachineError(reason)
 
 
-def prepare(machine: Machine) -> None:
-    """Set the environment in which jax can compile for `machine`, before jax is imported."""
-    os.environ.update(environment(machine))
-
-
 def devices(machine: Machine) -> list[jax.Device]:
     """Return the devices of `machine` as jax describes them.
 
@@ -197,7 +191,6 @@ def devices(machine: Machine) -> list[jax.Device]:
       MachineError: an extra is missing, or a CPU was not prepared for so many devices.
       UsageError: libtpu refuses the topology.
     """
-    import jax
     from jax.experimental import topologies
 
     require(machine)
@@ -209,35 +202,26 @@ def devices(machine: Machine) -> list[jax.Device]:
             )
         return list(cpus[: machine.devices])
     if machine.kind == "gpu":
-        return _gpus(machine)
+        from jax._src import xla_bridge
+
+        plugin = _cuda_plugin()
+        assert plugin is not None, "`require` has looked"
+        if not xla_bridge.is_known_platform("cuda"):
+            import_module(plugin).initialize()
+        hosts = max(machine.devices // _GPUS_PER_HOST, 1)
+        described = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            topology=f"1x{hosts}x{machine.devices // hosts}",
+            target_config=description(machine.compiled_as.split(":")[1]),
+        )
+        return list(described.devices)
     name = machine.compiled_as.partition(":")[2]
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError) as error:
         reason = str(error).removeprefix("INVALID_ARGUMENT: ").splitlines()[0]
         raise UsageError(f"libtpu refuses the topology {name}", found=reason) from None
-
-
-def _gpus(machine: Machine) -> list[jax.Device]:
-    from jax.experimental import topologies
-
-    hosts = max(machine.devices // _GPUS_PER_HOST, 1)
-    shape = f"1x{hosts}x{machine.devices // hosts}"
-    from importlib import import_module
-
-    name = _cuda_plugin()
-    assert name is not None, "`require` has looked"
-    from jax._src import xla_bridge
-
-    if not xla_bridge.is_known_platform("cuda"):
-        import_module(name).initialize()
-    described = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="",
-        topology=shape,
-        target_config=description(machine.compiled_as.split(":")[1]),
-    )
-    return list(described.devices)
 
 
 # A job of `moecc compile`, done with XLA.
@@ -291,15 +275,11 @@ def overlap_options(machine: Machine) -> dict[str, str]:
     Their programs have run on no device yet, so they are asked for.
     """
     name = machine.compiled_as or machine.name
-    chip_options = next((o for chip, o in BY_CHIP.items() if name.startswith(chip)), None)
-    return dict(chip_options) if chip_options and _libtpu().startswith(TRIED) else {}
-
-
-def _libtpu() -> str:
     try:
-        return version("libtpu")
+        is_tried = version("libtpu").startswith(TRIED)
     except PackageNotFoundError:
-        return ""
+        is_tried = False
+    return next((o for c, o in BY_CHIP.items() if is_tried and name.startswith(c)), {})
 
 
 # Compiling a function for hardware that is not attached, and what came of it.
@@ -311,31 +291,6 @@ _TOO_LARGE = (
     re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
 )
 """How libtpu reports that a program is too large."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """The memory of one device, in bytes.
-
-    Attributes:
-      arguments: parameters, optimiser state and inputs.
-      outputs: results, those that take the place of donated arguments included.
-      aliased: the part of the outputs that does.
-      temporaries: what lives while the program runs.
-      code: the program itself.
-      peak: the most that is needed at a time, as the compiler reports.
-    """
-
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    code: int
-    peak: int
-
-    def to_json(self) -> dict[str, int]:
-        """Return the sizes by kind, with unit in the names."""
-        return {f"{name}_bytes": size for name, size in asdict(self).items()}
 
 
 class DoesNotFit(InputError):
@@ -362,43 +317,30 @@ class Compiled:
     """A program compiled ahead of time.
 
     Attributes:
-      lowered_seconds: tracing and lowering to StableHLO.
-      compiled_seconds: what XLA took.
-      memory: of one device.
+      seconds: the time that XLA took.
+      memory: bytes of one device: ``arguments_bytes`` are parameters, optimiser state and inputs;
+        ``outputs_bytes`` results, of which ``aliased_bytes`` take the place of donated arguments;
+        ``temporaries_bytes`` live while the program runs; ``code_bytes`` are the program itself,
+        and ``peak_bytes`` the most that is needed at a time, as the compiler reports.
       hlo: the optimised program, as one device runs it.
-      host_peak_bytes: the most memory that this process has had so far.
     """
 
-    lowered_seconds: float
-    compiled_seconds: float
-    memory: DeviceMemory
+    seconds: float
+    memory: dict[str, int]
     hlo: str
-    host_peak_bytes: int
 
 
 def lower(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> Lowered:
     """Trace and lower a jitted `function` of abstract `arguments` for `machine`."""
-    platform = {"gpu": "cuda"}.get(machine.kind, machine.kind)
-    return function.trace(*arguments).lower(lowering_platforms=(platform,))
+    return function.trace(*arguments).lower(lowering_platforms=(_platform(machine),))
 
 
-def compile_program(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> Compiled:
-    """Compile a jitted `function` of abstract `arguments`, whose shardings name the devices.
-
-    Raises:
-      DoesNotFit: a device has not enough memory.
-    """
-    start = time.perf_counter()
-    lowered = lower(function, arguments, machine)
-    lowered_seconds = time.perf_counter() - start
-    return compile_lowered(lowered, lowered_seconds, machine)
+def _platform(machine: Machine) -> str:
+    return {"gpu": "cuda"}.get(machine.kind, machine.kind)
 
 
 def compile_lowered(
-    lowered: Lowered,
-    lowered_seconds: float,
-    machine: Machine,
-    options: Mapping[str, str | float] | None = None,
+    lowered: Lowered, machine: Machine, options: Mapping[str, str | float] | None = None
 ) -> Compiled:
     """Compile what `lower` returned, with `options` of XLA.
 
@@ -406,31 +348,29 @@ def compile_lowered(
       DoesNotFit: a device has not enough memory.
     """
     start = time.perf_counter()
+    # jax takes numbers, which its type leaves out.
+    xla_options: dict[str, Any] = dict(options or {})
     try:
-        xla_options: dict[str, Any] = dict(
-            options or {}
-        )  # jax takes numbers, which its type leaves out
         compiled = lowered.compile(compiler_options=xla_options or None)
     except RuntimeError as error:
         raise refusal(error) from None
     seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
-    is_cpu = machine.kind == "cpu"
-    arguments, outputs, aliased, temporaries, code = (
-        int(getattr(analysis, f"{kind}_size_in_bytes"))
-        for kind in ("argument", "output", "alias", "temp", "generated_code")
-    )
+    memory = {
+        f"{name}_bytes": int(getattr(analysis, f"{kind}_size_in_bytes"))
+        for name, kind in {
+            "arguments": "argument",
+            "outputs": "output",
+            "aliased": "alias",
+            "temporaries": "temp",
+            "code": "generated_code",
+        }.items()
+    }
     peak = int(getattr(analysis, "peak_memory_in_bytes", 0))
-    if is_cpu or not peak:
+    if machine.kind == "cpu" or not peak:
         # The peak that XLA's CPU compiler reports leaves the temporaries out.
-        peak = arguments + outputs - aliased + temporaries
-    return Compiled(
-        lowered_seconds,
-        seconds,
-        DeviceMemory(arguments, outputs, aliased, temporaries, code, peak),
-        compiled.as_text() or "",
-        host_peak_bytes(),
-    )
+        peak = sum(memory.values()) - memory["code_bytes"] - 2 * memory["aliased_bytes"]
+    return Compiled(seconds, {**memory, "peak_bytes": peak}, compiled.as_text() or "")
 
 
 def host_peak_bytes() -> int:
@@ -469,22 +409,29 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
 
 
 def _compiled(graph: Graph, job: Job) -> Result:
-    layout = job.layout if job.config.partition == GSPMD else None
-    platform = job.machine.kind
-    spec = StepSpec(job.sizes, job.config, job.update, platform=platform, layout=layout)
-    step = make_step(graph, spec, devices(job.machine))
+    config, machine = job.config, job.machine
+    layout = job.layout if config.partition == GSPMD else None
+    spec = StepSpec(job.sizes, config, job.update, platform=machine.kind, layout=layout)
+    step = make_step(graph, spec, devices(machine))
     start = time.perf_counter()
-    lowered = lower(step.function, step.arguments, job.machine)
+    lowered = lower(step.function, step.arguments, machine)
     seconds = time.perf_counter() - start
     program = lowered.as_text() if job.emit == "stablehlo" else ""
-    artefact = _exported(step, job) if job.export else b""
+    artefact = b""
+    if job.export:
+        from jax import export
+
+        exported = export.export(step.function, platforms=[_platform(machine)])(*step.arguments)
+        artefact = bytes(exported.serialize())
+    options = overlap_options(machine) if job.overlap else {}
     try:
-        compiled = compile_lowered(lowered, seconds, job.machine, options_of(job))
+        compiled = compile_lowered(
+            lowered, machine, {**options, **(LEAST_EFFORT if job.quick else {})}
+        )
     except DoesNotFit as error:
-        took = time.perf_counter() - start - seconds
         return Result(
             seconds,
-            took,
+            time.perf_counter() - start - seconds,
             host_peak_bytes(),
             None,
             error.needed_bytes,
@@ -492,39 +439,21 @@ def _compiled(graph: Graph, job: Job) -> Result:
             program=program,
             artefact=artefact,
         )
-    return _result(compiled, program if job.emit != "hlo" else compiled.hlo, artefact)
-
-
-def options_of(job: Job) -> dict[str, str | float]:
-    """Return the options of XLA with which a job is compiled."""
-    overlapping = overlap_options(job.machine) if job.overlap else {}
-    return {**overlapping, **(LEAST_EFFORT if job.quick else {})}
-
-
-def _result(compiled: Compiled, program: str, artefact: bytes) -> Result:
     counted = census(compiled.hlo)
     return Result(
-        lower_seconds=compiled.lowered_seconds,
-        compile_seconds=compiled.compiled_seconds,
-        host_peak_bytes=compiled.host_peak_bytes,
-        memory=compiled.memory.to_json(),
-        needed_bytes=compiled.memory.peak,
+        lower_seconds=seconds,
+        compile_seconds=compiled.seconds,
+        host_peak_bytes=host_peak_bytes(),
+        memory=compiled.memory,
+        needed_bytes=compiled.memory["peak_bytes"],
         flops=counted.flops,
         collectives=counted.by_kind(),
         overlap=counted.overlap(),
         unknown_loops=counted.unknown_loops,
         opaque=counted.opaque,
-        program=program,
+        program=compiled.hlo if job.emit == "hlo" else program,
         artefact=artefact,
     )
-
-
-def _exported(step: AbstractStep, job: Job) -> bytes:
-    from jax import export
-
-    platform = {"gpu": "cuda"}.get(job.machine.kind, job.machine.kind)
-    exported = export.export(step.function, platforms=[platform])(*step.arguments)
-    return bytes(exported.serialize())
 
 
 # A step that `moecc compile --save` wrote, read back and called.
@@ -576,40 +505,37 @@ class ExportedStep:
         Raises:
           InputError: the arguments are others than `arguments`.
         """
-        problems = list(_differences(_types(arguments), self._types))
-        if problems:
-            raise InputError(problems)
+        types, expected = _types(arguments), self._types
+        names = [n for n in {**expected, **types} if types.get(n) != expected.get(n)]
+        if names:
+            raise InputError(
+                Problem(
+                    f"the program takes other arguments ({len(names)} differ)",
+                    f"argument {name}",
+                    expected=expected.get(name, "no such array"),
+                    found=types.get(name, "none"),
+                    hint="step.arguments has them; parameters are those after the passes of the "
+                    "report",
+                )
+                for name in names[:_FEW]
+            )
         return self._exported.call(*arguments)
 
 
 def _types(tree: PyTree) -> dict[str, str]:
-    """Return type and shape of each array by its place: ``[0]['lm_head.weight']``."""
+    """Return type and shape of each array by its path: ``[0]['lm_head.weight']``."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path): _type(leaf) for path, leaf in leaves}
-
-
-def _type(leaf: object) -> str:
-    # Every step asks this of its whole state: arrays of jax are not traced for it.
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return f"{leaf.dtype}{list(leaf.shape)}"
-    try:
-        shape = jax.eval_shape(lambda x: x, leaf)
-    except TypeError:
-        return f"no array, but {type(leaf).__name__}"
-    return f"{shape.dtype}{list(shape.shape)}"
-
-
-def _differences(types: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield a problem for each array that is missing, too many, or of another type; the first."""
-    names = [n for n in {**expected, **types} if types.get(n) != expected.get(n)]
-    for name in names[:_FEW]:
-        yield Problem(
-            f"the program takes other arguments ({len(names)} differ)",
-            f"argument {name}",
-            expected=expected.get(name, "no such array"),
-            found=types.get(name, "none"),
-            hint="step.arguments has them; parameters are those after the passes of the report",
-        )
+    types = {}
+    for path, leaf in leaves:
+        try:
+            # Every step asks this of its whole state: arrays of jax are not traced for it.
+            is_typed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+            shape = leaf if is_typed else jax.eval_shape(lambda x: x, leaf)
+            type = f"{shape.dtype}{list(shape.shape)}"
+        except TypeError:
+            type = f"no array, but {leaf.__class__.__name__}"
+        types[jax.tree_util.keystr(path)] = type
+    return types
 
 
 def load_step(data: bytes, where: str) -> ExportedStep:

@@ -53,15 +53,14 @@ from moecc_backends.xla.trace.values import (
     DispatchLayout,
     Named,
     Operand,
-    Routing,
+    RowLayout,
     Rows,
     accumulator,
     load,
+    padded,
     store,
     stored_as,
     varies,
-    with_masked_gradient,
-    zeroed,
 )
 
 MOST_BYTES = 4_000_000
@@ -186,26 +185,28 @@ def matrix_product(rows: Array, matrix: Array, axis: int) -> Array:
 
 
 @dataclass(frozen=True)
-class BlockOfExpert:
+class BlockOfExpert(RowLayout):
     """Some rows of one expert, which has all to itself what there is of an expert.
 
     Attributes:
-      routing: what was routed.
       choice_of_row: i32 ``[rows]``, the choice in each row; of another expert, or negative, in
         rows that are not used.
-      is_used: whether each row is one of the expert: bool ``[rows]``.
+      used: whether each row is one of the expert: bool ``[rows]``.
       part: which part of the expert.
       first: the number of the first row among those of all experts.
       product: multiplies rows with the matrix of the expert, see `matrix_product`.
     """
 
-    routing: Routing
     choice_of_row: Array
-    is_used: Array
+    used: Array
     part: Array | int
     first: Array
     product: Callable[[Array, Array, int], Array] = matrix_product
-    is_full = False
+
+    @property
+    def is_used(self) -> Array:
+        """Whether each row is one of the expert."""
+        return self.used
 
     @property
     def row_experts(self) -> Array:
@@ -213,24 +214,20 @@ class BlockOfExpert:
         return jnp.zeros_like(self.choice_of_row)
 
     @property
-    def row_groups(self) -> Array:
-        """The group of the token of each row."""
-        return self.routing.row_groups(self._tokens)
-
-    @property
-    def _tokens(self) -> Array:
+    def row_tokens(self) -> Array:
+        """The token of each row."""
         return self.choice_of_row // self.routing.experts.shape[1]
 
     def by_expert(self, values: Array) -> Array:
         """Repeat what the expert has for each row; a gradient comes from rows that are used."""
         rows = jnp.broadcast_to(values, (self.choice_of_row.size, *values.shape[1:]))
-        return with_masked_gradient(rows, self.is_used) if _is_float(rows) else rows
+        return padded(rows, self.is_used, None, 0)
 
     def permute(self, x: Named) -> Rows:
         """Gather rows from tokens."""
 
         def gathered(tokens: Array) -> Array:
-            rows = jnp.take(store(tokens), self._tokens, axis=0, mode="clip")
+            rows = jnp.take(store(tokens), self.row_tokens, axis=0, mode="clip")
             return load(rows, tokens.dtype)
 
         return replace(tokens_to_rows(self, x, gathered), are_tokens=True)
@@ -238,15 +235,11 @@ class BlockOfExpert:
     def permute_gates(self, gates: Array) -> Rows:
         """Gather the gates of rows from those of choices; a gradient comes from used rows."""
         rows = jnp.take(gates.reshape(-1), self.choice_of_row, mode="clip")
-        return Rows(with_masked_gradient(rows, self.is_used), (), self)
+        return Rows(padded(rows, self.is_used, None, 0), (), self)
 
     def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Not for a block: a token has rows in several."""
         raise AssertionError("all blocks are combined at once")
-
-    def of_experts(self, first: Array | int, count: int) -> BlockOfExpert:
-        """Return the same rows: they have an expert already."""
-        return self
 
     def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
         """Multiply rows with the matrix of the expert."""
@@ -534,7 +527,7 @@ def backward(layer: BlockwiseLayer, residuals: Residuals, d_total: Array) -> tup
         operands = [weights[v] for v in of_expert], [outside[v].array for v in shared]
         _, pull = jax.vjp(again, [x.array for x in moved.values()], *operands)
         d_block = jax.lax.dynamic_slice_in_dim(d_rows, block.first, size)
-        d_moved, d_experts, d_shared = pull(zeroed(d_block, block.is_used))
+        d_moved, d_experts, d_shared = pull(padded(d_block, block.is_used, 0))
         return BlockResult(d_moved, (), d_experts, d_shared)
 
     sums = layer.walk(inputs, work, of_expert)

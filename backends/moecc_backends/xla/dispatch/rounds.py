@@ -147,7 +147,7 @@ class InRounds(Deferral):
             def summed(flat: Array) -> Array:
                 return sum_rows(flat.astype(kind or flat.dtype), layout.permutation, weights)
 
-            result = rows_to_tokens(layout.routing, sums, summed)
+            result = rows_to_tokens(layout.routing, sums.array, sums.axes, summed)
             axes = result.axes
             return result.array
 

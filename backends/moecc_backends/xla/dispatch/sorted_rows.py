@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial, reduce
-from math import prod
-from typing import NamedTuple, Self
+from math import nan, prod
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from moecc_backends.xla.trace.values import (
     SLOT_AXES,
     Deferred,
     DeferredRows,
+    DispatchLayout,
     ExpertArrays,
     Named,
     Operand,
@@ -26,29 +27,13 @@ from moecc_backends.xla.trace.values import (
     RowLayout,
     Rows,
     accumulator,
-    einsum,
+    gathered_matmul,
     load,
-    per_row,
-    poisoned_values,
+    padded,
     store,
-    with_masked_gradient,
-    with_poisoned_gradient,
 )
 
 Move = Callable[[Array], Array]
-
-
-def tokens_to_slots(routing: Routing, x: Named, move: Move) -> Named:
-    """Return slots, which `move` makes ``[expert * group * slot, width]`` of tokens."""
-    tokens, inner, sizes = flat_tokens(routing, x)
-    return Named(move(tokens).reshape(*routing.slot_shape, *sizes), (*SLOT_AXES, *inner))
-
-
-def slots_to_tokens(routing: Routing, slots: Named, move: Move) -> Named:
-    """Return tokens, which `move` makes ``[tokens, width]`` of slots."""
-    inner = tuple(a for a in slots.axes if a not in SLOT_AXES)
-    array = slots.to((*SLOT_AXES, *inner)).array
-    return _tokens(routing, array.reshape(prod(array.shape[:3]), *array.shape[3:]), inner, move)
 
 
 def tokens_to_rows(layout: RowLayout, x: Named, move: Move) -> Rows:
@@ -57,28 +42,14 @@ def tokens_to_rows(layout: RowLayout, x: Named, move: Move) -> Rows:
     return Rows(move(tokens).reshape(-1, *sizes), inner, layout)
 
 
-def rows_to_tokens(routing: Routing, rows: Rows, move: Move) -> Named:
-    """Return tokens, which `move` makes ``[tokens, width]`` of rows."""
-    return _tokens(routing, rows.array, rows.axes, move)
-
-
-def _tokens(routing: Routing, rows: Array, inner: tuple[str, ...], move: Move) -> Named:
+def rows_to_tokens(routing: Routing, rows: Array, inner: tuple[str, ...], move: Move) -> Named:
+    """Return tokens, which `move` makes ``[tokens, width]`` of rows ``[rows, *inner]``."""
     axes, sizes = (*routing.tokens, *inner), rows.shape[1:]
     shape = (*routing.token_sizes, *sizes)
     if not routing.num_tokens:
         # From no rows at all nothing can be gathered.
         return Named(jnp.zeros(shape, rows.dtype), axes)
     return Named(move(rows.reshape(rows.shape[0], prod(sizes))).reshape(shape), axes)
-
-
-def gathered_matmul(x: Rows, weight: Named, over: tuple[str, ...]) -> Rows:
-    """Multiply each row with a copy of its expert's weights.
-
-    The copies are large: for few rows, or a product so odd that they are small.
-    """
-    product = einsum(x.inner(), per_row(weight, x.layout), over)
-    inner = tuple(a for a in product.axes if a != "rows")
-    return x.with_array(product.to(("rows", *inner)).array, inner)
 
 
 def flat_tokens(routing: Routing, x: Named) -> tuple[Array, tuple[str, ...], tuple[int, ...]]:
@@ -141,18 +112,14 @@ def sort_by_expert(
     keys = experts.reshape(-1).astype(jnp.int32)
     if assigned is not None:
         keys = jnp.where(assigned.reshape(-1), keys, num_experts)
-    index = jnp.arange(keys.size, dtype=jnp.int32)
-    order = _order(keys, index, num_experts)
+    index, count = jnp.arange(keys.size, dtype=jnp.int32), max(keys.size, 1)
+    if (num_experts + 1) * count > _INT32_MAX:
+        order = jnp.argsort(keys, stable=True).astype(jnp.int32)
+    else:
+        order = lax.rem(lax.sort(keys * count + index, is_stable=False), jnp.int32(count))
     inverse = jnp.zeros_like(index).at[order].set(index, unique_indices=True)
     group_sizes = jnp.zeros(num_experts, jnp.int32).at[keys].add(1, mode="drop")
     return SortedChoices(order, inverse.reshape(experts.shape), group_sizes)
-
-
-def _order(keys: Array, index: Array, num_experts: int) -> Array:
-    count = max(keys.size, 1)
-    if (num_experts + 1) * count > _INT32_MAX:
-        return jnp.argsort(keys, stable=True).astype(jnp.int32)
-    return lax.rem(lax.sort(keys * count + index, is_stable=False), jnp.int32(count))
 
 
 def rank_in_expert(sorted_choices: SortedChoices, experts: Array) -> Array:
@@ -308,15 +275,13 @@ fourth argument) is 2; the third argument is the group sizes, the last the type 
 
 
 @dataclass(frozen=True)
-class PermutedRows:
+class PermutedRows(RowLayout):
     """Rows in the order of the choices: nothing is sorted, and weights are gathered by row.
 
     Attributes:
-      routing: the experts of each token.
       permutation: the map between choices and rows.
     """
 
-    routing: Routing
     permutation: RowPermutation
 
     @classmethod
@@ -338,20 +303,20 @@ class PermutedRows:
         return self.routing.assigned is None
 
     @property
+    def row_tokens(self) -> Array:
+        """The token of each row; negative where the row has none."""
+        return self.permutation.token_of_row
+
+    @property
     def row_experts(self) -> Array:
         """The expert of each row; any expert where the row has no token."""
         experts = self.routing.experts.reshape(-1)
         return experts if self.is_full else jnp.where(self.is_used, experts, 0)
 
-    @property
-    def row_groups(self) -> Array:
-        """The group of the token of each row; the first where the row has none."""
-        return self.routing.row_groups(self.permutation.token_of_row)
-
     def by_expert(self, values: Array) -> Array:
         """Gather the entry of each row's expert."""
         picked = jnp.take(values, self.row_experts, axis=0, mode="clip")
-        return picked if self.is_full else with_masked_gradient(picked, self.is_used)
+        return picked if self.is_full else padded(picked, self.is_used, None, 0)
 
     def permute(self, x: Named) -> Rows:
         """Gather rows from tokens, forward and backward."""
@@ -364,17 +329,15 @@ class PermutedRows:
     def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Gather the rows of each token, forward and backward."""
         assert isinstance(rows, Rows), "`permute` made rows"
-        return rows_to_tokens(
-            self.routing, rows, lambda flat: sum_rows(flat, self.permutation, gates)
-        )
+
+        def summed(flat: Array) -> Array:
+            return sum_rows(flat, self.permutation, gates)
+
+        return rows_to_tokens(self.routing, rows.array, rows.axes, summed)
 
     def of_experts(self, first: Array | int, count: int) -> PermutedRows:
         """Return the rows of `count` experts from `first` on; the others stay, unused."""
         return self.unsorted(self.routing.of_experts(first, count))
-
-    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
-        """Multiply each row with a copy of its expert's weights."""
-        return gathered_matmul(x, weight, over)
 
 
 @partial(
@@ -511,10 +474,8 @@ def _matrices(
 
 
 @dataclass(frozen=True)
-class Deferral:
+class Deferral(DispatchLayout):
     """A routing whose rows, and what becomes of them, are deferred until `unpermute`."""
-
-    routing: Routing
 
     @cached_property
     def _deferred(self) -> Deferred:
@@ -528,24 +489,18 @@ class Deferral:
         """Make nothing yet, as of rows."""
         return self._deferred
 
-    def of_experts(self, first: Array | int, count: int) -> Self:
-        """Return `count` experts from `first` on, for all tokens."""
-        return replace(self, routing=self.routing.of_experts(first, count))
-
 
 # Slots under a capacity, reached by index.
 
 
 @dataclass(frozen=True)
-class CapacitySlots:
-    """Slots filled from an index of each, and read by one; gradients gather as well.
+class CapacitySlots(DispatchLayout):
+    """Slots under a capacity, filled from an index of each, and read by one; so are gradients.
 
     Attributes:
-      routing: the experts and slots of each token.
       poison: put NaN into empty slots, in values and cotangents, to see that nothing reads them.
     """
 
-    routing: Routing
     poison: bool = False
 
     @cached_property
@@ -562,31 +517,30 @@ class CapacitySlots:
 
         Values of empty slots are zeros, poisoned or not: an operation may sum over slots.
         """
-        slots = tokens_to_slots(self.routing, x, lambda tokens: permute(tokens, self.permutation))
-        return self._poisoned(slots, with_poisoned_gradient)
+        tokens, inner, sizes = flat_tokens(self.routing, x)
+        rows = permute(tokens, self.permutation)
+        slots = self._poisoned(rows, None, nan).reshape(*self.routing.slot_shape, *sizes)
+        return Named(slots, (*SLOT_AXES, *inner))
 
     def permute_gates(self, gates: Array) -> Named:
         """Gather the gates of slots from those of choices."""
-        slots = permute_choices(gates, self.permutation).reshape(self.routing.slot_shape)
-        return self._poisoned(Named(slots, SLOT_AXES), with_poisoned_gradient)
+        rows = permute_choices(gates, self.permutation)
+        slots = self._poisoned(rows, None, nan).reshape(self.routing.slot_shape)
+        return Named(slots, SLOT_AXES)
 
     def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Gather the slots of each token."""
         assert isinstance(rows, Named), "slots have axes"
-        return slots_to_tokens(
-            self.routing,
-            self._poisoned(rows, poisoned_values),
-            lambda slots: sum_rows(slots, self.permutation, gates),
-        )
+        inner = tuple(a for a in rows.axes if a not in SLOT_AXES)
+        array = rows.to((*SLOT_AXES, *inner)).array
+        slots = array.reshape(prod(array.shape[:3]), *array.shape[3:])
 
-    def of_experts(self, first: Array | int, count: int) -> Self:
-        """Return the slots of `count` experts from `first` on."""
-        return replace(self, routing=self.routing.of_experts(first, count))
+        def summed(flat: Array) -> Array:
+            return sum_rows(self._poisoned(flat, nan, None), self.permutation, gates)
 
-    def _poisoned(self, slots: Named, poison: Callable[[Array, Array], Array]) -> Named:
+        return rows_to_tokens(self.routing, slots, inner, summed)
+
+    def _poisoned(self, rows: Array, value: float | None, gradient: float | None) -> Array:
         if not self.poison:
-            return slots
-        slots = slots.to((*SLOT_AXES, *(a for a in slots.axes if a not in SLOT_AXES)))
-        shape, is_used = slots.array.shape, self.permutation.choice_of_row >= 0
-        flat = poison(slots.array.reshape(prod(shape[:3]), *shape[3:]), is_used)
-        return Named(flat.reshape(shape), slots.axes)
+            return rows
+        return padded(rows, self.permutation.choice_of_row >= 0, value, gradient)

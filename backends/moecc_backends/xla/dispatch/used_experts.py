@@ -14,13 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 
 from moecc.ir.graph import Value
 from moecc.ir.traits import RowMove
 from moecc_backends.xla.dispatch.sorted_rows import (
     Deferral,
-    gathered_matmul,
     rows_to_tokens,
     tokens_to_rows,
 )
@@ -31,25 +29,22 @@ from moecc_backends.xla.trace.values import (
     Named,
     Operand,
     Routing,
+    RowLayout,
     Rows,
     accumulator,
-    with_masked_gradient,
-    zeroed,
+    padded,
 )
 
 
 @dataclass(frozen=True)
-class OneExpert:
+class OneExpert(RowLayout):
     """All tokens as the rows of one expert; used are those that chose it.
 
     Attributes:
-      routing: the experts of each token.
       expert: the number of the expert.
     """
 
-    routing: Routing
     expert: Array
-    is_full = False
 
     @property
     def _is_choice(self) -> Array:
@@ -63,14 +58,14 @@ class OneExpert:
         return jnp.any(self._is_choice, axis=1)
 
     @property
+    def row_tokens(self) -> Array:
+        """The tokens in their order."""
+        return jnp.arange(self.routing.num_tokens, dtype=jnp.int32)
+
+    @property
     def row_experts(self) -> Array:
         """The expert, for each token."""
         return jnp.broadcast_to(self.expert, (self.routing.num_tokens,))
-
-    @property
-    def row_groups(self) -> Array:
-        """The group of each token."""
-        return self.routing.row_groups(jnp.arange(self.routing.num_tokens, dtype=jnp.int32))
 
     def by_expert(self, values: Array) -> Array:
         """Repeat the entry of the expert for each token."""
@@ -78,7 +73,7 @@ class OneExpert:
 
     def permute(self, x: Named) -> Rows:
         """Return the tokens as they are; a gradient comes from those that chose the expert."""
-        rows = tokens_to_rows(self, x, lambda tokens: with_masked_gradient(tokens, self.is_used))
+        rows = tokens_to_rows(self, x, lambda tokens: padded(tokens, self.is_used, None, 0))
         return replace(rows, are_tokens=True)
 
     def permute_gates(self, gates: Array) -> Rows:
@@ -94,17 +89,13 @@ class OneExpert:
             kind = accumulator(flat.dtype)
             gate = 1 if gates is None else gates.astype(kind)
             weight = jnp.sum(jnp.where(self._is_choice, gate, 0).astype(kind), axis=1)
-            return zeroed(flat, self.is_used).astype(kind) * weight[:, None]
+            return padded(flat, self.is_used, 0, 0).astype(kind) * weight[:, None]
 
-        return rows_to_tokens(self.routing, rows, weighted)
+        return rows_to_tokens(self.routing, rows.array, rows.axes, weighted)
 
     def of_experts(self, first: Array | int, count: int) -> OneExpert:
         """Return the same expert, as one of `count` from `first` on."""
         return OneExpert(self.routing.of_experts(first, count), self.expert - first)
-
-    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
-        """Multiply each row with a copy of the weights that it is given."""
-        return gathered_matmul(x, weight, over)
 
 
 def sliced_by_expert(rows: DeferredRows, outside: Mapping[Value, Named]) -> dict[Value, Named]:

@@ -31,7 +31,6 @@ from moecc_backends.xla.trace.values import (
     accumulator,
     lifted,
     varies,
-    with_masked_rows,
 )
 
 Array = jax.Array
@@ -119,9 +118,7 @@ def _embedding(ctx: TraceContext, node: Node, table: Operand, ids: Operand) -> O
     # Either may be rows of experts, but not both: their axes would be there twice.
     if isinstance(ids, Rows):
         assert isinstance(table, Named), "one of the two is"
-        picked = lifted(ids, lambda index: pick(table, index))
-        assert isinstance(picked, Rows), "rows stay rows"
-        return with_masked_rows(picked)
+        return ids.of(pick(table, ids.inner())).padded(None, 0)
     return lifted(table, lambda rows: pick(rows, ids))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,67 +9,69 @@ from jax import Array
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
-from moecc.ir.ops.collectives import AllGatherOp, AllReduceOp, AllToAllOp, ReduceScatterOp, ShardOp
+from moecc.ir.ops.collectives import CollectiveOp, ShardOp
 from moecc_backends.xla.dispatch.rounds import local_rows, send_rows, send_rows_back
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.trace.context import DeviceView, TraceContext, lowering
 from moecc_backends.xla.trace.values import Named, Operand, Rows, lifted, varies
 
-Collective = Callable[[DeviceView, Node, Named], Array]
-OfRows = Callable[[TraceContext, Node, Rows, SortedRows], Rows]
 
-
-def collective(name: str, of_rows: OfRows | None = None) -> Callable[[Collective], Collective]:
-    """Register what one device does of a collective, and what becomes of rows sorted by expert."""
-
-    def register(function: Collective) -> Collective:
-        lowering(name)(partial(_collective, function, of_rows))
-        return function
-
-    return register
-
-
-def _collective(
-    function: Collective, of_rows: OfRows | None, ctx: TraceContext, node: Node, x: Operand
-) -> Operand:
+@lowering(
+    "reshard",
+    "shard",
+    "all_gather",
+    "all_reduce",
+    "reduce_scatter",
+    "all_to_all",
+    "ragged_all_to_all",
+)
+def _collective(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     if ctx.view.mesh is None:
         # On the global value it is the identity.
         return x
     if isinstance(x, Rows) and {"expert", "group"} & set(node.attrs.values()):
-        assert of_rows is not None, "these rows stay where they are"
         assert isinstance(x.layout, SortedRows), "rows that go to other devices are sorted"
-        return of_rows(ctx, node, x, x.layout)
-    return lifted(x, lambda full: Named(function(ctx.view, node, full), full.axes))
+        if node.op.name == "shard":
+            return local_rows(ctx, node, x, x.layout)
+        if node.attrs["split"] == "expert":
+            return send_rows(ctx, node, x, x.layout)
+        return send_rows_back(x, x.layout)
+    return lifted(x, lambda full: Named(_on_device(ctx.view, node, full), full.axes))
 
 
-@collective("reshard")
-def _reshard(view: DeviceView, node: Node, x: Named) -> Array:
-    raise _not_lowered(node, hint="lower-collectives")
+def _on_device(view: DeviceView, node: Node, x: Named) -> Array:
+    """Return what one device has after a collective."""
+    name, attrs = node.op.name, node.attrs
+    if name in ("reshard", "ragged_all_to_all"):
+        raise InputError(
+            f"the xla backend cannot lower {node.op} on a mesh",
+            found=str(node.operands[0].type),
+            hint="lower-collectives" if name == "reshard" else None,
+        )
+    mesh = CollectiveOp.of_node(node).mesh
+    if name == "shard":
+        return _shard(view, node, x, mesh)
+    array = view.varying(x.array, frozenset(mesh))
+    if name == "all_reduce":
+        return jax.lax.psum(array, mesh)
+    if name == "all_to_all":
+        split, gather = (x.axes.index(attrs[word]) for word in ("split", "gather"))
+        return jax.lax.all_to_all(array, mesh, split, gather, tiled=True)
+    at = x.axes.index(attrs["axis"])
+    if name == "reduce_scatter":
+        return jax.lax.psum_scatter(array, mesh, scatter_dimension=at, tiled=True)
+    to = "invarying" if any(_is_agreed(node.result, m) for m in mesh) else "varying"
+    return jax.lax.all_gather(array, mesh, axis=at, tiled=True, to=to)
 
 
-def _not_lowered(node: Node, hint: str | None = None) -> InputError:
-    message = f"the xla backend cannot lower {node.op} on a mesh"
-    return InputError(message, found=str(node.operands[0].type), hint=hint)
-
-
-def _exchange_rows(ctx: TraceContext, node: Node, x: Rows, layout: SortedRows) -> Rows:
-    """Bring rows to the devices of their experts, or back from them."""
-    if node.attrs["split"] == "expert":
-        return send_rows(ctx, node, x, layout)
-    return send_rows_back(x, layout)
-
-
-@collective("shard", of_rows=local_rows)
-def _shard(view: DeviceView, node: Node, x: Named) -> Array:
-    attrs = ShardOp.of_node(node)
-    name, mesh = attrs.axis, attrs.mesh
-    at, before = x.axes.index(name), node.operands[0].type[name]
+def _shard(view: DeviceView, node: Node, x: Named, mesh: tuple[str, ...]) -> Array:
+    name = ShardOp.of_node(node).axis
+    at, meshes = x.axes.index(name), {*mesh, *node.operands[0].type[name].mesh}
     assert view.mesh is not None, "without a mesh nothing is sent"
     size = x.size(name) // view.mesh.size(mesh)
-    if not varies(x.array) & {*mesh, *before.mesh}:
+    if not varies(x.array) & meshes:
         return _shard_of_replicated(x.array, mesh, at, size)
-    array = view.varying(x.array, frozenset((*mesh, *before.mesh)))
-    return _part(array, mesh, at, size)
+    return _part(view.varying(x.array, frozenset(meshes)), mesh, at, size)
 
 
 def _part(array: Array, mesh: tuple[str, ...], at: int, size: int) -> Array:
@@ -96,16 +97,6 @@ _shard_of_replicated.defvjp(
 )
 
 
-@collective("all_gather")
-def _all_gather(view: DeviceView, node: Node, x: Named) -> Array:
-    attrs = AllGatherOp.of_node(node)
-    mesh = attrs.mesh
-    array = view.varying(x.array, frozenset(mesh))
-    to = "invarying" if any(_is_agreed(node.result, m) for m in mesh) else "varying"
-    at = x.axes.index(attrs.axis)
-    return jax.lax.all_gather(array, mesh, axis=at, tiled=True, to=to)
-
-
 def _is_agreed(value: Value, mesh: str) -> bool:
     """Whether devices along a mesh axis have to agree that `value` is the same for all of them.
 
@@ -120,32 +111,3 @@ def _is_agreed(value: Value, mesh: str) -> bool:
         and _is_agreed(r, mesh)
         for r in results
     )
-
-
-@collective("all_reduce")
-def _all_reduce(view: DeviceView, node: Node, x: Named) -> Array:
-    mesh = AllReduceOp.of_node(node).mesh
-    return jax.lax.psum(view.varying(x.array, frozenset(mesh)), mesh)
-
-
-@collective("reduce_scatter")
-def _reduce_scatter(view: DeviceView, node: Node, x: Named) -> Array:
-    attrs = ReduceScatterOp.of_node(node)
-    array = view.varying(x.array, frozenset(attrs.mesh))
-    return jax.lax.psum_scatter(
-        array, attrs.mesh, scatter_dimension=x.axes.index(attrs.axis), tiled=True
-    )
-
-
-@collective("all_to_all", of_rows=_exchange_rows)
-def _all_to_all(view: DeviceView, node: Node, x: Named) -> Array:
-    attrs = AllToAllOp.of_node(node)
-    array = view.varying(x.array, frozenset(attrs.mesh))
-    return jax.lax.all_to_all(
-        array, attrs.mesh, x.axes.index(attrs.split), x.axes.index(attrs.gather), tiled=True
-    )
-
-
-@collective("ragged_all_to_all", of_rows=_exchange_rows)
-def _ragged_all_to_all(view: DeviceView, node: Node, x: Named) -> Array:
-    raise _not_lowered(node)

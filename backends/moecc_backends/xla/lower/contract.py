@@ -25,8 +25,6 @@ from moecc_backends.xla.trace.values import (
     einsum,
     lifted,
     product_type,
-    with_masked_rows,
-    zeroed_rows,
 )
 
 # Selective precision: routers compute in float32 (ST-MoE, §3.3), as their products ask for.
@@ -102,12 +100,10 @@ def _slots_times(ctx: TraceContext, x: Named, w: Named, over: tuple[str, ...]) -
 def _rows_times(ctx: TraceContext, x: Rows, w: Operand, over: tuple[str, ...]) -> Operand:
     """Multiply rows with the weights of their experts, or with what all of them share."""
     if isinstance(w, Rows):
-        named = w.inner()
-        return lifted(x, lambda rows: einsum(rows, named, over))
+        return x.of(einsum(x.inner(), w.inner(), over))
     if not {"expert", "group"} & set(w.axes):
-        product = lifted(zeroed_rows(x), lambda rows: einsum(rows, w, over))
-        assert isinstance(product, Rows), "rows stay rows"
-        return with_masked_rows(product)
+        x = x if x.are_tokens else x.padded(0, 0)
+        return x.of(einsum(x.inner(), w, over)).padded(None, 0)
     return x.layout.matmul(x, w, over, product_type(x.array.dtype, ctx.options.target))
 
 

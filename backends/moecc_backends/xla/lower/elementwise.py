@@ -35,11 +35,6 @@ def evaluate(formula: Formula, x: Array) -> Array:
     return jnp.asarray(term, x.dtype)
 
 
-def _where(condition: Array, a: Term, b: Term) -> Array:
-    first, second = _alike(a, b)
-    return jnp.where(condition, first, second)
-
-
 def _alike(*terms: Term) -> list[Any]:
     """Return numbers as the type of the arrays among them, which they must not widen."""
     dtype = next((x.dtype for x in terms if isinstance(x, Array)), None)
@@ -51,62 +46,36 @@ def _of_all(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "neg": jnp.negative,
-    "abs": jnp.abs,
-    "sign": jnp.sign,
-    "exp": jnp.exp,
-    "exp2": jnp.exp2,
-    "expm1": jnp.expm1,
-    "log": jnp.log,
-    "log1p": jnp.log1p,
-    "sin": jnp.sin,
-    "cos": jnp.cos,
-    "tan": jnp.tan,
-    "asin": jnp.arcsin,
-    "acos": jnp.arccos,
-    "atan": jnp.arctan,
-    "sinh": jnp.sinh,
-    "cosh": jnp.cosh,
-    "tanh": jnp.tanh,
-    "asinh": jnp.arcsinh,
-    "acosh": jnp.arccosh,
-    "atanh": jnp.arctanh,
-    "sigmoid": lax.logistic,
-    "sqrt": jnp.sqrt,
-    "rsqrt": lax.rsqrt,
-    "cbrt": jnp.cbrt,
-    "square": jnp.square,
-    "erf": lax.erf,
-    "erfc": lax.erfc,
-    "floor": jnp.floor,
-    "ceil": jnp.ceil,
-    "round": jnp.round,
-    "relu": jax.nn.relu,
-    "relu6": jax.nn.relu6,
-    "stop_gradient": lax.stop_gradient,
-    "wide": lambda x: x.astype(accumulator(x.dtype)),
+    **{name: getattr(jnp, name) for name in (
+        "abs", "sign", "exp", "exp2", "expm1", "log", "log1p", "sin", "cos", "tan", "asin", "acos",
+        "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "sqrt", "cbrt", "square",
+        "floor", "ceil", "round",
+    )},
+    **{name: _of_all(getattr(jnp, name)) for name in (
+        "maximum", "minimum", "atan2", "logaddexp", "less", "less_equal", "greater",
+        "greater_equal", "equal", "not_equal",
+    )},
     "add": _of_all(jnp.add),
     "sub": _of_all(jnp.subtract),
     "mul": _of_all(jnp.multiply),
     "div": _of_all(jnp.divide),
+    "neg": jnp.negative,
     "pow": lambda x, y: lax.integer_pow(x, int(y)) if _is_whole(y) else jnp.power(*_alike(x, y)),
-    "maximum": _of_all(jnp.maximum),
-    "minimum": _of_all(jnp.minimum),
-    "atan2": _of_all(jnp.arctan2),
-    "logaddexp": _of_all(jnp.logaddexp),
     "clamp": lambda low, x, high: lax.clamp(*_alike(low, x, high)),
-    "less": _of_all(jnp.less),
-    "less_equal": _of_all(jnp.less_equal),
-    "greater": _of_all(jnp.greater),
-    "greater_equal": _of_all(jnp.greater_equal),
-    "equal": _of_all(jnp.equal),
-    "not_equal": _of_all(jnp.not_equal),
+    "where": lambda condition, a, b: jnp.where(condition, *_alike(a, b)),
     "and": jnp.logical_and,
     "or": jnp.logical_or,
     "xor": jnp.logical_xor,
     "not": jnp.logical_not,
-    "where": _where,
-}
+    "sigmoid": lax.logistic,
+    "rsqrt": lax.rsqrt,
+    "erf": lax.erf,
+    "erfc": lax.erfc,
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "stop_gradient": lax.stop_gradient,
+    "wide": lambda x: x.astype(accumulator(x.dtype)),
+}  # fmt: skip
 """By name; ``narrow`` depends on the operand."""
 
 
@@ -114,46 +83,22 @@ def _is_whole(power: Term) -> bool:
     return isinstance(power, float) and power == int(power) and abs(power) < 64
 
 
-def _normal_cdf(x: Array) -> Array:
-    """Return Φ(x), computed in float32 at least: JAX has none for narrower types."""
-    wide = jax.scipy.special.ndtr(x.astype(accumulator(x.dtype)))
-    return wide.astype(x.dtype)
-
-
 ELEMENTWISE: dict[str, Callable[..., Array]] = {
+    **{name: FUNCTIONS[name] for name in (
+        "relu", "sigmoid", "tanh", "exp", "log", "square", "rsqrt", "neg", "stop_gradient",
+        "add", "sub", "mul", "div", "maximum", "minimum", "less", "equal",
+    )},
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
-    "tanh": jnp.tanh,
-    "exp": jnp.exp,
-    "log": jnp.log,
-    "square": jnp.square,
-    "rsqrt": jax.lax.rsqrt,
-    "normal_cdf": _normal_cdf,
-    "neg": jnp.negative,
-    "stop_gradient": jax.lax.stop_gradient,
-    "add": jnp.add,
-    "sub": jnp.subtract,
-    "mul": jnp.multiply,
-    "div": jnp.divide,
-    "maximum": jnp.maximum,
-    "minimum": jnp.minimum,
-    "less": jnp.less,
-    "equal": jnp.equal,
-}
+    # JAX has none for types narrower than float32.
+    "normal_cdf": lambda x: jax.scipy.special.ndtr(x.astype(accumulator(x.dtype))).astype(x.dtype),
+}  # fmt: skip
 """Operations that are one function of jax."""
 
 
-def _apply(
-    function: Callable[..., Array], ctx: TraceContext, node: Node, *operands: Operand
-) -> Operand:
-    return elementwise(function, *operands)
-
-
 for _name, _function in ELEMENTWISE.items():
-    lowering(_name)(partial(_apply, _function))
+    lowering(_name)(partial(lambda f, ctx, node, *operands: elementwise(f, *operands), _function))
 
 
 @lowering("pointwise")
@@ -216,20 +161,14 @@ def number(value: float, dtype: DTypeLike) -> Array:
 @lowering("broadcast")
 def _broadcast(ctx: TraceContext, node: Node, x: Operand, like: Operand) -> Operand:
     def widened(a: Array, b: Array) -> Array:
-        return jnp.broadcast_to(a.astype(_broadcast_type(a, b, ctx)), b.shape)
+        kind = a.dtype
+        if jnp.issubdtype(kind, jnp.floating):
+            # A 1 for each choice is summed to a count, which a narrow type would round.
+            is_float = jnp.issubdtype(b.dtype, jnp.floating)
+            kind = jnp.promote_types(kind, b.dtype if is_float else accumulator(ctx.dtype))
+        return jnp.broadcast_to(a.astype(kind), b.shape)
 
     return elementwise(widened, x, like)
-
-
-def _broadcast_type(a: Array, b: Array, ctx: TraceContext) -> DTypeLike:
-    """Return the type of `a` broadcast over `b`: as wide as `b`, and not narrow where it counts.
-
-    A 1 for each choice is summed to a count, which a narrow type would round.
-    """
-    if not jnp.issubdtype(a.dtype, jnp.floating):
-        return a.dtype
-    is_float = jnp.issubdtype(b.dtype, jnp.floating)
-    return jnp.promote_types(a.dtype, b.dtype if is_float else accumulator(ctx.dtype))
 
 
 # Lowering of random numbers: those of a shard are those that the whole has there.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from math import prod
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -21,8 +20,7 @@ from moecc.ir.traits import CollectiveKind, Role
 from moecc.sharding.layout import Layout, ShardingSpec, group_spec, param_spec, value_spec
 from moecc.types import F32, DType, TensorType
 from moecc.types import Array as HostArray
-from moecc.weights.evaluate import Evaluator
-from moecc.weights.expr import Box, Expr
+from moecc.weights.expr import Box
 from moecc_backends.xla.dispatch.choose import check_dispatch
 from moecc_backends.xla.dispatch.sorted_rows import (
     RowPermutation,
@@ -202,45 +200,31 @@ def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sh
     return jax.make_mesh(grid.shape, grid.names, kinds, devices=devices[: grid.devices])
 
 
-def shardings(
-    values: dict[str, Value], mesh: jax.sharding.Mesh
-) -> dict[str, jax.sharding.NamedSharding]:
-    """Return the sharding on `mesh` of each of `values`, the parameters of a graph, say."""
-    return {n: NamedSharding(mesh, spec) for n, spec in specs(values).items()}
-
-
-def specs(values: dict[str, Value]) -> dict[str, PartitionSpec]:
-    """Return how each of `values` is sharded, as jax spells it."""
-    return {n: spec(v.type) for n, v in values.items()}
-
-
 def spec(type: TensorType) -> PartitionSpec:
     """Return how the axes of `type` are sharded, as jax spells it."""
     return PartitionSpec(*(axis.mesh or None for axis in type.axes))
 
 
 def sharded_array(
-    evaluator: Evaluator, wanted: Expr, shape: tuple[int, ...], where: jax.sharding.Sharding
+    shape: tuple[int, ...],
+    where: jax.sharding.Sharding | None,
+    part: Callable[[Box], HostArray],
 ) -> jax.Array:
-    """Return the values of a weight expression as an array whose shards are evaluated one by one.
+    """Return an array whose shards are made one by one, each where its device needs it.
 
     Args:
-      evaluator: of the expression.
-      wanted: the expression.
-      shape: of the array.
-      where: its devices, each of which evaluates its own part.
+      shape: the shape of the array.
+      where: its devices; None for the first one.
+      part: makes a box of the array; devices that are copies of one another share it.
     """
-    blocks: dict[Box, HostArray] = {}
+    boxed = cache(part)
 
-    def part(index: tuple[slice, ...] | None) -> HostArray:
+    def shard(index: tuple[slice, ...] | None) -> HostArray:
         assert index is not None, "every device has its part"
-        box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        # Devices that are copies of one another ask for the same part.
-        if box not in blocks:
-            blocks[box] = np.array(evaluator.block(wanted, box), order="C")
-        return blocks[box]
+        return boxed(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))
 
-    return jax.make_array_from_callback(shape, where, part)
+    where = where or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.make_array_from_callback(shape, where, shard)
 
 
 # The token groups of a graph that XLA's partitioner spreads over a mesh.
@@ -311,12 +295,12 @@ class GspmdLowering(Interceptor):
 
     def sharding(self, axes: tuple[str, ...], spec: ShardingSpec) -> NamedSharding:
         """Return the sharding of an array with `axes`, of which `spec` names the mesh axes."""
-        return NamedSharding(self.mesh, PartitionSpec(*(spec.get(a) for a in axes)))
+        return NamedSharding(self.mesh, PartitionSpec(*map(spec.get, axes)))
 
-    def weight_sharding(self, value: Value, *, stored: bool, layers: str = "") -> NamedSharding:
-        """Return the sharding of a parameter, as it is stored or as it is used."""
-        sizes = {a.name: s for a, s in zip(value.type.axes, value.type.shape, strict=True)}
-        spec = param_spec(self.plan, sizes, stored=stored, layers=layers)
+    def weight_sharding(self, value: Value, layers: str) -> NamedSharding:
+        """Return the sharding of a parameter as it is stored, stacked along the axis `layers`."""
+        sizes = dict(zip(value.type.names, value.type.shape, strict=True))
+        spec = param_spec(self.plan, sizes, stored=True, layers=layers)
         return self.sharding(value.type.names, {} if is_precise_param(value) else spec)
 
     def constrained(self, x: Named, spec: ShardingSpec) -> Named:
@@ -341,25 +325,16 @@ class GspmdLowering(Interceptor):
         )
         return Named(_gathered_param(x.array, used, stored), x.axes)
 
-    # --- the shards of token groups, see `GroupSlots`
-
     def grouped(self, array: Array, groups: int) -> Array:
         """Return ``[tokens, …]`` as ``[group, token, …]``, each group where its tokens are."""
         return self.with_groups(array.reshape(groups, -1, *array.shape[1:]))
 
     def with_groups(self, array: Array) -> Array:
         """Return ``[group, …]`` with each group where its tokens are."""
-        spec = group_spec(self.plan, {"group": array.shape[0]})
         axes = ("group", *("" for _ in array.shape[1:]))
-        return jax.lax.with_sharding_constraint(array, self.sharding(axes, spec))
-
-    def at_groups(self, slots: Named) -> Named:
-        """Return slots where the tokens of their groups are."""
-        return self.constrained(slots, group_spec(self.plan, slots.sizes))
-
-    def at_experts(self, slots: Named) -> Named:
-        """Return slots where their experts are."""
-        return self.constrained(slots, value_spec(self.plan, slots.sizes))
+        return self.constrained(
+            Named(array, axes), group_spec(self.plan, {"group": array.shape[0]})
+        ).array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -385,15 +360,13 @@ _GROUP_MAJOR = ("group", "expert", "slot")
 
 
 @dataclass(frozen=True)
-class GroupSlots:
-    """Slots of each group apart.
+class GroupSlots(DispatchLayout):
+    """Slots of each group apart, of a routing under a capacity.
 
     Attributes:
-      routing: the experts and slots of each token, under a capacity.
       shards: where groups and experts are sharded.
     """
 
-    routing: Routing
     shards: GspmdLowering
 
     @cached_property
@@ -424,8 +397,14 @@ class GroupSlots:
         experts, groups, limit = self.routing.slot_shape
         rows = jax.vmap(move)(self.shards.grouped(tokens, groups), self.permutations)
         rows = self.shards.with_groups(rows).reshape(groups, experts, limit, *sizes)
-        slots = self.shards.at_groups(Named(rows, (*_GROUP_MAJOR, *inner)))
-        return self.shards.at_experts(slots).to((*SLOT_AXES, *inner))
+        slots = Named(rows, (*_GROUP_MAJOR, *inner))
+        return self._held(slots, group_spec, value_spec).to((*SLOT_AXES, *inner))
+
+    def _held(self, slots: Named, *specs: Callable[..., ShardingSpec]) -> Named:
+        """Return slots held first to one sharding, then to another."""
+        for spec in specs:
+            slots = self.shards.constrained(slots, spec(self.shards.plan, slots.sizes))
+        return slots
 
     def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Exchange the slots for those of the groups, and gather the slots of each token."""
@@ -433,16 +412,12 @@ class GroupSlots:
         routing, groups = self.routing, self.routing.groups
         inner = tuple(a for a in rows.axes if a not in SLOT_AXES)
         slots = rows.to((*_GROUP_MAJOR, *inner))
-        back = self.shards.at_groups(self.shards.at_experts(slots)).array
+        back = self._held(slots, value_spec, group_spec).array
         sizes = back.shape[3:]
         flat = back.reshape(groups, prod(back.shape[1:3]), prod(sizes))
         weights = None if gates is None else self.shards.grouped(gates, groups)
         tokens = self.shards.with_groups(jax.vmap(sum_rows)(flat, self.permutations, weights))
         return Named(tokens.reshape(*routing.token_sizes, *sizes), (*routing.tokens, *inner))
-
-    def of_experts(self, first: Array | int, count: int) -> GroupSlots:
-        """Return the slots of `count` experts from `first` on."""
-        return GroupSlots(self.routing.of_experts(first, count), self.shards)
 
 
 # A graph on a mesh as one program: the same for every device, on the shards that each holds.
@@ -471,33 +446,6 @@ def sharded_function(
         a dispatch lowering is forced that does not fit.  The function raises it for inputs with
         an axis that the mesh does not divide.
     """
-    grid = _checked(graph, mesh)
-    check_dispatch(graph, options)
-    nodes = list(graph)
-    params = {n: v for n, v in graph.params.items() if v.users}
-
-    def one(weights: Tree, inputs: Tree) -> dict[str, Array]:
-        arrays = {v: inputs[n] for n, v in graph.inputs.items()}
-        arrays |= {v: weights[n] for n, v in params.items()}
-        values = lower_values(nodes, arrays, dtype, options, view=DeviceView(grid))
-        return {n: _settled(values[v], v, grid) for n, v in graph.outputs.items()}
-
-    mapped = jax.shard_map(
-        one,
-        mesh=mesh,
-        in_specs=(specs(params), specs(graph.inputs)),
-        out_specs=specs(graph.outputs),
-        check_vma=True,
-    )
-
-    def run(weights: Tree, inputs: Tree) -> dict[str, Array]:
-        _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, grid)
-        return mapped({n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs})
-
-    return run
-
-
-def _checked(graph: Graph, mesh: jax.sharding.Mesh) -> Mesh:
     grid = mesh_of(graph)
     spelling = ",".join(f"{n}:{s}" for n, s in mesh.shape.items())
     if grid is None or str(grid) != spelling:
@@ -506,10 +454,47 @@ def _checked(graph: Graph, mesh: jax.sharding.Mesh) -> Mesh:
             expected="no mesh" if grid is None else str(grid),
             found=spelling,
         )
-    problems = list(_unfinalize_output(graph))
+    problems = [
+        Problem("an output is an unreduced sum", f"output {name}", found=str(value.type))
+        for name, value in graph.outputs.items()
+        if value.type.unreduced
+    ] + [
+        Problem("the collectives are not lowered", where(node))
+        for node in graph
+        if node.op.collective is CollectiveKind.ANY
+    ]
     if problems:
-        raise InputError(problems)
-    return grid
+        raise InputError(replace(problem, hint="run lower-collectives") for problem in problems)
+    check_dispatch(graph, options)
+    nodes = list(graph)
+    params = {n: v for n, v in graph.params.items() if v.users}
+
+    def on_device(weights: Tree, inputs: Tree) -> dict[str, Array]:
+        arrays = {v: inputs[n] for n, v in graph.inputs.items()}
+        arrays |= {v: weights[n] for n, v in params.items()}
+        values = lower_values(nodes, arrays, dtype, options, view=DeviceView(grid))
+        return {
+            n: DeviceView(grid).settled(finalize_output(values[v], v), v.type)
+            for n, v in graph.outputs.items()
+        }
+
+    in_specs, inputs_specs, out_specs = (
+        {n: spec(v.type) for n, v in values.items()}
+        for values in (params, graph.inputs, graph.outputs)
+    )
+    mapped = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(in_specs, inputs_specs),
+        out_specs=out_specs,
+        check_vma=True,
+    )
+
+    def run(weights: Tree, inputs: Tree) -> dict[str, Array]:
+        _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, grid)
+        return mapped({n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs})
+
+    return run
 
 
 def _check_divided(arrays: Mapping[Value, Array], mesh: Mesh) -> None:
@@ -528,19 +513,3 @@ def _check_divided(arrays: Mapping[Value, Array], mesh: Mesh) -> None:
     ]
     if problems:
         raise InputError(problems)
-
-
-def _unfinalize_output(graph: Graph) -> Iterator[Problem]:
-    hint = "run lower-collectives"
-    for name, value in graph.outputs.items():
-        if value.type.unreduced:
-            message = "an output is an unreduced sum"
-            yield Problem(message, f"output {name}", found=str(value.type), hint=hint)
-    for node in graph:
-        if node.op.collective is CollectiveKind.ANY:
-            yield Problem("the collectives are not lowered", where(node), hint=hint)
-
-
-def _settled(value: Operand, declared: Value, mesh: Mesh) -> Array:
-    array = finalize_output(value, declared)
-    return DeviceView(mesh).settled(array, declared.type)

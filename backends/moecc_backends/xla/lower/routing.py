@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from math import prod
 
 import jax
@@ -23,7 +23,6 @@ from moecc_backends.xla.trace.context import TraceContext, lowering, lowering_al
 from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,
-    DispatchLayout,
     Named,
     Operand,
     Routing,
@@ -45,7 +44,10 @@ def _route(ctx: TraceContext, node: Node, logits: Operand, *bias: Named) -> tupl
         if attrs.precision == "f32":
             scores = scores.astype(accumulator(scores.dtype))
         if bias:
-            ranked = _scores(attrs.gates, scores) + bias[0].array.astype(scores.dtype)
+            # A bias is added to what gates are made of.
+            is_sigmoid = convention(attrs.gates).score == "sigmoid"
+            score = jax.nn.sigmoid(scores) if is_sigmoid else jax.nn.softmax(scores, axis=-1)
+            ranked = score + bias[0].array.astype(scores.dtype)
             _, experts = jax.lax.top_k(jax.lax.stop_gradient(ranked), attrs.top_k)
             best = jnp.take_along_axis(scores, experts, axis=-1)
         else:
@@ -55,12 +57,6 @@ def _route(ctx: TraceContext, node: Node, logits: Operand, *bias: Named) -> tupl
         return Named(experts.astype(jnp.int32), axes), Named(gates, axes)
 
     return lifted_all(logits, choose)
-
-
-def _scores(kind: str, logits: Array) -> Array:
-    """Return what a bias for choosing is added to."""
-    is_sigmoid = convention(kind).score == "sigmoid"
-    return jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits, axis=-1)
 
 
 def _shares(chosen: Array) -> Array:
@@ -105,21 +101,11 @@ def _keep_choices(ctx: TraceContext, node: Node, gates: Operand, *uniform: Opera
         if policy == "threshold":
             keep = full.array > threshold
         if policy == "random":
-            keep = _plain(uniform[0]).to(full.axes).array < full.array / max(threshold, 1e-9)
+            drawn = uniform[0].inner() if isinstance(uniform[0], Rows) else uniform[0]
+            keep = drawn.to(full.axes).array < full.array / max(threshold, 1e-9)
         return Named(keep | first, full.axes)
 
     return lifted(gates, decide)
-
-
-def _plain(x: Operand) -> Named:
-    return x.inner() if isinstance(x, Rows) else x
-
-
-def _hashed(ids: Array, seed: int) -> Array:
-    h = ids ^ jnp.uint32(seed * 0x9E3779B9 % 2**32)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        h = (h ^ (h >> shift)) * jnp.uint32(factor)
-    return h ^ (h >> 16)
 
 
 @lowering_along("hash_experts")
@@ -127,7 +113,10 @@ def _hash_experts(ctx: TraceContext, node: Node, ids: Named) -> Named:
     attrs = HashExpertsOp.of_node(node)
     number = ids.array.astype(jnp.uint32)
     if attrs.hash != "modulo":
-        number = _hashed(number, attrs.seed)
+        number = number ^ jnp.uint32(attrs.seed * 0x9E3779B9 % 2**32)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            number = (number ^ (number >> shift)) * jnp.uint32(factor)
+        number = number ^ (number >> 16)
     first = (number % jnp.uint32(attrs.experts)).astype(jnp.int32)
     chosen = (first[..., None] + jnp.arange(attrs.top_k, dtype=jnp.int32)) % attrs.experts
     return Named(chosen, (*ids.axes, attrs.choice))
@@ -152,43 +141,43 @@ def _plan(ctx: TraceContext, slots: Value, routing: Routing) -> None:
     ctx.layouts[slots] = layout
 
 
+def _flat(x: Named, tokens: tuple[str, ...]) -> Array:
+    """Return ``[tokens, …]``, all token axes flattened."""
+    array = x.to((*tokens, *(a for a in x.axes if a not in tokens))).array
+    return array.reshape(prod(array.shape[: len(tokens)]), *array.shape[len(tokens) :])
+
+
 @lowering("assign_slots")
 def _assign(ctx: TraceContext, node: Node, experts: Named, *extras: Named) -> Operand:
     attrs = ctx.view.attrs(node)
     tokens: tuple[str, ...] = attrs["tokens"]
     (choice,) = (a for a in experts.axes if a not in tokens)
-    sizes = tuple(experts.size(a) for a in tokens)
-    chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), experts.size(choice))
+    chosen = _flat(experts, tokens)
     groups = group_count(attrs, chosen.shape[0])
-    more = dict(zip(attrs["using"], extras, strict=True))
-    layout = (*tokens, choice)
-    wanted = None
-    if not _always_names_experts(node.operands[0]):
-        wanted = (chosen >= 0) & (chosen < SlotsOp.of_node(node).experts)
-    if "keep" in more:
-        keep = more["keep"].to(layout).array.reshape(chosen.shape)
-        wanted = keep if wanted is None else wanted & keep
-    if "mask" in more:
-        mask = more["mask"].to(layout[:-1]).array.reshape(-1, 1)
-        wanted = jnp.broadcast_to(mask, chosen.shape) if wanted is None else wanted & mask
-    wanted = wanted
-    priority = more["priority"].to(tokens).array.reshape(-1) if "priority" in more else None
+    more = {word: _flat(x, tokens) for word, x in zip(attrs["using"], extras, strict=True)}
+    conditions = [
+        jnp.broadcast_to(more[word] if word == "keep" else more[word][:, None], chosen.shape)
+        for word in ("keep", "mask")
+        if word in more
+    ]
+    source = node.operands[0].node
+    if source is None or source.op.name not in ("route", "hash_experts"):
+        # Others may name no expert at all.
+        conditions.append((chosen >= 0) & (chosen < SlotsOp.of_node(node).experts))
+    wanted = reduce(jnp.logical_and, conditions) if conditions else None
     rank, limit = partial(_ranks_in_experts, attrs), None
     if attrs["slots"] == "capacity":
         limit = capacity(attrs, chosen.shape[0] // max(groups, 1), chosen.shape[1])
-        slots = ctx.interceptor.by_group(rank, groups, (chosen, wanted, priority))
+        slots = ctx.interceptor.by_group(rank, groups, (chosen, wanted, more.get("priority")))
         slots = jnp.where(slots < limit, slots, -1)
     else:
         # Rows are sorted over all groups: nothing is gained by ranking them apart.
-        slots = rank(groups, chosen, wanted, priority)
+        slots = rank(groups, chosen, wanted, more.get("priority"))
+    sizes = tuple(map(experts.size, tokens))
     routing = Routing(chosen, slots, wanted, attrs["experts"], groups, limit, tokens, sizes)
     _plan(ctx, node.result, routing)
     shape = (*sizes, chosen.shape[1])
     return Named(slots.reshape(shape), (*tokens, choice)).to(experts.axes)
-
-
-def _always_names_experts(experts: Value) -> bool:
-    return experts.node is not None and experts.node.op.name in ("route", "hash_experts")
 
 
 def _ranks_in_experts(
@@ -207,21 +196,24 @@ def _ranks_in_experts(
       wanted: which choices ask for a slot, likewise; None if all do.
       priority: tokens take their turns by falling priority, ``[tokens]``; None: in their order.
     """
-    experts = attrs["experts"]
+    experts, by_choice = attrs["experts"], attrs["order"] == "choice"
     group = jnp.arange(chosen.shape[0], dtype=jnp.int32) // max(chosen.shape[0] // groups, 1)
     keys = chosen + group[:, None] * experts
     if wanted is not None:
         # What is left out may name no expert at all, so its key must not be looked up.
         keys = jnp.where(wanted, keys, 0)
     order = None if priority is None else jnp.argsort(-priority, stable=True)
-    if order is not None:
-        keys, wanted = keys[order], None if wanted is None else wanted[order]
-    if attrs["order"] == "choice":
-        keys, wanted = keys.T, None if wanted is None else wanted.T
-    ranks = rank_in_expert(sort_by_expert(keys, groups * experts, wanted), keys)
-    if wanted is not None:
-        ranks = jnp.where(wanted, ranks, -1)
-    ranks = ranks.T if attrs["order"] == "choice" else ranks
+
+    def in_turn(array: Array) -> Array:
+        array = array if order is None else array[order]
+        return array.T if by_choice else array
+
+    keys = in_turn(keys)
+    asked = None if wanted is None else in_turn(wanted)
+    ranks = rank_in_expert(sort_by_expert(keys, groups * experts, asked), keys)
+    if asked is not None:
+        ranks = jnp.where(asked, ranks, -1)
+    ranks = ranks.T if by_choice else ranks
     return ranks if order is None else jnp.zeros_like(ranks).at[order].set(ranks)
 
 
@@ -231,13 +223,12 @@ def _expert_choice(
 ) -> tuple[Operand, ...]:
     attrs = ctx.view.attrs(node)
     tokens: tuple[str, ...] = attrs["tokens"]
-    sizes = tuple(scores.size(a) for a in tokens)
-    values = scores.to((*tokens, attrs["axis"])).array.reshape(prod(sizes), -1)
+    sizes, values = tuple(map(scores.size, tokens)), _flat(scores, tokens)
     groups = group_count(attrs, values.shape[0])
     limit = capacity(attrs, values.shape[0] // max(groups, 1), 1)
     ranked = values
     if mask:
-        ranked = jnp.where(mask[0].to(tokens).array.reshape(-1, 1), values, -jnp.inf)
+        ranked = jnp.where(_flat(mask[0], tokens)[:, None], values, -jnp.inf)
     experts = jnp.broadcast_to(jnp.arange(attrs["experts"], dtype=jnp.int32), values.shape)
     slots = _taken(jax.lax.stop_gradient(ranked), groups, limit)
     routing = Routing(experts, slots, None, attrs["experts"], groups, limit, tokens, sizes)
@@ -262,14 +253,11 @@ def _taken(ranked: Array, groups: int, limit: int) -> Array:
 @lowering("group_sum")
 def _group_sum(ctx: TraceContext, node: Node, x: Named, slots: Named) -> Operand:
     (attrs,) = (ctx.view.attrs(v.node) for v in node.operands[1:] if v.node is not None)
-    tokens: tuple[str, ...] = attrs["tokens"]
-    inner = tuple(a for a in x.axes if a not in tokens)
-    source = x.to((*tokens, *inner)).array
-    flat = source.reshape(prod(source.shape[: len(tokens)]), *source.shape[len(tokens) :])
+    flat = _flat(x, attrs["tokens"])
     groups = group_count(attrs, flat.shape[0])
     parts = flat.reshape(groups, flat.shape[0] // max(groups, 1), *flat.shape[1:])
     total = jnp.sum(parts.astype(accumulator(ctx.dtype)), axis=1).astype(x.array.dtype)
-    return Named(total, ("group", *inner))
+    return Named(total, ("group", *(a for a in x.axes if a not in attrs["tokens"])))
 
 
 # Lowering of dispatch and combine: what the strategy of their routing makes of them.
@@ -287,7 +275,7 @@ def _dispatch_gates(
     ctx: TraceContext, node: Node, gates: Named, experts: Named, slots: Named
 ) -> Operand | Deferred:
     layout = ctx.layouts[node.operands[2]]
-    return layout.permute_gates(_by_token(gates, layout))
+    return layout.permute_gates(_flat(gates, layout.routing.tokens))
 
 
 @lowering("weight_rows")
@@ -309,32 +297,20 @@ def _combine(
     slots: Named,
     gates: Named | None = None,
 ) -> Operand:
-    layout = _layout_of(ctx, node.operands[0], rows, ctx.layouts[node.operands[2]])
-    tokens = layout.routing.tokens
-    tokens_out = layout.unpermute(rows, None if gates is None else _by_token(gates, layout))
-    outer = tuple(a for a in node.result.type.names if a in tokens)
-    return tokens_out.to((*outer, *(a for a in tokens_out.axes if a not in tokens)))
-
-
-def _by_token(gates: Named, layout: DispatchLayout) -> Array:
-    """Return gates ``[tokens, choice]``, all token axes flattened."""
-    tokens = layout.routing.tokens
-    (choice,) = (a for a in gates.axes if a not in tokens)
-    array = gates.to((*tokens, choice)).array
-    return array.reshape(layout.routing.num_tokens, gates.size(choice))
-
-
-def _layout_of(
-    ctx: TraceContext, value: Value, rows: Operand | DeferredRows, planned: DispatchLayout
-) -> DispatchLayout:
-    """Return the layout of `rows`: on a mesh, a device may have those of some experts alone."""
+    layout = ctx.layouts[node.operands[2]]
     if isinstance(rows, Rows):
-        return rows.layout
-    parts = ctx.view.shard_count(value.type["expert"])
-    if parts == 1:
-        return planned
-    count = planned.routing.num_experts // parts
-    return planned.of_experts(ctx.view.offset(value.type["expert"], count), count)
+        layout = rows.layout
+    else:
+        axis = node.operands[0].type["expert"]
+        parts = ctx.view.shard_count(axis)
+        if parts > 1:
+            # On a mesh, a device may have the rows of some experts alone.
+            count = layout.routing.num_experts // parts
+            layout = layout.of_experts(ctx.view.offset(axis, count), count)
+    tokens = layout.routing.tokens
+    x = layout.unpermute(rows, None if gates is None else _flat(gates, tokens))
+    outer = tuple(a for a in node.result.type.names if a in tokens)
+    return x.to((*outer, *(a for a in x.axes if a not in tokens)))
 
 
 # Lowering of bounded receive buffers, where a program sees the tokens of all groups.
@@ -346,13 +322,13 @@ def _within_buffer(
 ) -> Named:
     attrs, tokens = ctx.view.attrs(node), WithinBufferOp.of_node(node).tokens
     (choice,) = (a for a in experts.axes if a not in tokens)
-    layout = (*tokens, choice)
-    full = experts.to(layout).array
-    chosen, ranks = (x.to(layout).array.reshape(-1, full.shape[-1]) for x in (experts, slots))
+    chosen, ranks = (_flat(x, tokens) for x in (experts, slots))
     counted = counts.to(("group", "expert")).array.astype(jnp.int32)
     groups, num_experts = counted.shape
     blocks, parts = attrs["blocks"], attrs["parts"]
-    mine = groups // (1 if ctx.view.mesh is None else ctx.view.mesh.size(_over(node)))
+    # The mesh axes along which the counts are of all tokens, and the tokens of some.
+    over = node.operands[0].type[tokens[0]].mesh[len(node.operands[2].type["group"].mesh) :]
+    mine = groups // (1 if ctx.view.mesh is None else ctx.view.mesh.size(over))
     each = chosen.shape[0] // mine
     rows = buffer_rows(attrs, each * groups // blocks, chosen.shape[1])
     cells = counted.reshape(blocks, groups // blocks, parts, num_experts // parts)
@@ -360,14 +336,8 @@ def _within_buffer(
     room = jnp.clip(rows - (jnp.cumsum(line, -1) - line), 0, line)
     back = room.reshape(blocks, parts, groups // blocks, num_experts // parts)
     limit = back.transpose(0, 2, 1, 3).reshape(groups, num_experts)
-    first = ctx.view.shard_index(_over(node)) * mine
-    group = first + jnp.arange(chosen.shape[0]) // max(each, 1)
+    group = ctx.view.shard_index(over) * mine + jnp.arange(chosen.shape[0]) // max(each, 1)
     there = (ranks >= 0) & (chosen >= 0) & (chosen < num_experts)
     keep = there & (ranks < limit[group[:, None], jnp.where(there, chosen, 0)])
-    return Named(keep.reshape(full.shape), layout).to(experts.axes)
-
-
-def _over(node: Node) -> tuple[str, ...]:
-    """Return the mesh axes along which the counts are of all tokens, and the tokens of some."""
-    tokens = node.operands[0].type[WithinBufferOp.of_node(node).tokens[0]].mesh
-    return tokens[len(node.operands[2].type["group"].mesh) :]
+    sizes = (*map(experts.size, tokens), chosen.shape[1])
+    return Named(keep.reshape(sizes), (*tokens, choice)).to(experts.axes)

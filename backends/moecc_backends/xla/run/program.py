@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from math import ceil
 from typing import Any
@@ -33,7 +33,6 @@ from moecc.launch.processes import (
     DISTRIBUTED,
     JOIN,
     ProcessInfo,
-    Watchdog,
     hold_lifeline,
     note_joined,
     process_info,
@@ -123,24 +122,70 @@ def in_precision(*types: DType | None) -> AbstractContextManager[object]:
 # Equal layers are compiled once, and parameters are fetched, cast and freed layer by layer.
 
 
-class XlaProgram:
-    """A graph cut into segments, each compiled once a structure.
+Weight = jax.Array | tuple[jax.Array, ...]
+"""A parameter; one that experts have is an array for each, so that a step reads those it needs."""
+
+
+class SegmentRunner:
+    """Segments of graphs, each compiled once a structure.
+
+    Attributes:
+      dtype: the type of the computation.
+      options: what was chosen for the lowering.
+    """
+
+    def __init__(self, dtype: DType, options: Options) -> None:
+        self.dtype = dtype
+        self.options = options
+        self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def _run(
+        self,
+        segment: GraphSegment,
+        alive: dict[Value, jax.Array],
+        weights: Sequence[Weight],
+        donated: Collection[Value] = (),
+    ) -> None:
+        """Run a segment on the values `alive`: results join them, and what was used last leaves.
+
+        XLA writes into the memory of those in `donated` that nothing uses afterwards.
+        """
+        spent = [v for v in segment.inputs if v in donated and v in segment.last_uses]
+        borrowed = [v for v in segment.inputs if v not in spent]
+        key = (*segment.key, *map(segment.inputs.index, spent))
+        if key not in self._compiled:
+            values = (*spent, *borrowed, *segment.params)
+
+            def run(
+                spent: list[jax.Array], borrowed: list[jax.Array], weights: Sequence[Weight]
+            ) -> list[jax.Array]:
+                named = dict(zip(values, (*spent, *borrowed, *weights), strict=True))
+                results = lower_values(segment.nodes, named, self.dtype, self.options)
+                return [_boundary(results[v], v) for v in segment.outputs]
+
+            self._compiled[key] = jax.jit(run, donate_argnums=0)
+        arrays = ([alive[v] for v in part] for part in (spent, borrowed))
+        results = self._compiled[key](*arrays, weights)
+        alive.update(zip(segment.outputs, results, strict=True))
+        for value in segment.last_uses:
+            if not value.is_output:
+                del alive[value]
+
+
+class XlaProgram(SegmentRunner):
+    """A graph cut into segments.
 
     Attributes:
       graph: the graph.
-      dtype: the type of the computation.
-      options: what was chosen for the lowering.
       writes: whether this process writes what `run` returns.
     """
 
     writes = True
 
     def __init__(self, graph: Graph, dtype: DType, options: Options = DEFAULTS) -> None:
+        super().__init__(dtype, options)
         self.graph = graph
-        self.dtype = dtype
-        self.options = options
         self._segments = segments(graph)
-        self._compiled: dict[tuple[object, ...], Any] = {}
 
     def run(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:
         """Return the outputs by name.
@@ -160,25 +205,16 @@ class XlaProgram:
         if problems:
             raise InputError(problems)
         with machine_errors(), in_precision(self.dtype):
-            return self._run_all(params, inputs)
-
-    def _run_all(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:
-        alive = {v: self._to_devices(inputs[n], v) for n, v in self.graph.inputs.items()}
-        returned = set(self.graph.outputs.values())
-        for segment in self._segments:
-            arrays = {v: alive[v] for v in segment.inputs}
-            weights = {v: self._to_devices(params[v.name], v) for v in segment.params}
-            alive.update(self._run(segment, arrays, weights))
-            for value in segment.last_uses:
-                if value not in returned:
-                    del alive[value]
-        for value in returned:
-            if value.is_param:
-                alive[value] = self._to_devices(params[value.name], value)
-        return {
-            n: self._to_numpy(finalize_output(Named(alive[v], v.type.names), v))
-            for n, v in self.graph.outputs.items()
-        }
+            alive = {v: self._to_devices(inputs[n], v) for n, v in self.graph.inputs.items()}
+            for segment in self._segments:
+                weights = [self._to_devices(params[v.name], v) for v in segment.params]
+                self._run(segment, alive, weights)
+            outputs = self.graph.outputs.items()
+            alive |= {v: self._to_devices(params[v.name], v) for _, v in outputs if v.is_param}
+            return {
+                n: self._to_numpy(finalize_output(Named(alive[v], v.type.names), v))
+                for n, v in outputs
+            }
 
     def _to_devices(self, array: Any, value: Value) -> jax.Array:
         """Return a parameter or input on its devices."""
@@ -187,41 +223,6 @@ class XlaProgram:
     def _to_numpy(self, array: jax.Array) -> NumpyArray:
         return to_numpy(array)
 
-    def _run(
-        self, segment: GraphSegment, inputs: dict[Value, jax.Array], weights: dict[Value, jax.Array]
-    ) -> dict[Value, jax.Array]:
-        compiled = self._compiled.get(segment.key)
-        if compiled is None:
-            function = segment_function(segment, segment.inputs, self.dtype, self.options)
-            compiled = self._compiled[segment.key] = jax.jit(function)
-        results = compiled([], [*inputs.values()], [*weights.values()])
-        return dict(zip(segment.outputs, results, strict=True))
-
-
-def segment_function(
-    segment: GraphSegment, inputs: list[Value], dtype: DType, options: Options
-) -> Callable[..., list[jax.Array]]:
-    """Return a segment as a function of inputs that are spent, other inputs, and parameters.
-
-    Args:
-      segment: the segment.
-      inputs: its inputs, those that are spent first.
-      dtype: the type of the computation.
-      options: what was chosen for the lowering.
-    """
-
-    def run(
-        spent: list[jax.Array],
-        borrowed: list[jax.Array],
-        weights: list[jax.Array | tuple[jax.Array, ...]],
-    ) -> list[jax.Array]:
-        arrays = (*spent, *borrowed, *weights)
-        named = dict(zip((*inputs, *segment.params), arrays, strict=True))
-        values = lower_values(segment.nodes, named, dtype, options)
-        return [_boundary(values[v], v) for v in segment.outputs]
-
-    return run
-
 
 def _boundary(value: Operand, declared: Value) -> jax.Array:
     assert isinstance(value, Named), f"the ragged value %{declared.name} crosses a segment"
@@ -229,33 +230,22 @@ def _boundary(value: Operand, declared: Value) -> jax.Array:
 
 
 # A session: parameters and caches stay on the device, and caches are updated in place.
-#
-# Graphs are cut into segments as in `program`, so equal layers are compiled once. What a run takes
-# from the session and makes anew is donated: XLA writes into the same memory.
-
-Alive = dict[Value, jax.Array]
-
-Weight = jax.Array | tuple[jax.Array, ...]
-"""A parameter; one that experts have is an array for each, so that a step reads those it needs."""
 
 
-@dataclass
-class XlaSession:
+class XlaSession(SegmentRunner):
     """See `moecc.decoding.Session`.
 
-    Attributes:
+    Args:
       params: the parameters by name; each is read once.
       dtype: the type of the computation.
-      options: what was chosen for the lowering.
     """
 
-    params: Arrays
-    dtype: DType
-    options: Options = DEFAULTS
-    _weights: dict[str, Weight] = field(default_factory=dict)
-    _values: dict[str, jax.Array] = field(default_factory=dict)
-    _segments: dict[Graph, list[GraphSegment]] = field(default_factory=dict)
-    _compiled: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    def __init__(self, params: Arrays, dtype: DType) -> None:
+        super().__init__(dtype, Options(in_place=True))
+        self._params = params
+        self._weights: dict[str, Weight] = {}
+        self._values: dict[str, jax.Array] = {}
+        self._segments: dict[Graph, list[GraphSegment]] = {}
 
     def keep(self, values: Mapping[str, NumpyArray]) -> None:
         """Keep `values` on the device, in the type of the computation."""
@@ -278,42 +268,22 @@ class XlaSession:
                 v: (to_device(inputs[n], v) if n in inputs else self._values[n])
                 for n, v in graph.inputs.items()
             }
-            donated = {v for n, v in graph.inputs.items() if n not in inputs}
-            donated &= {graph.inputs[n] for n in graph.outputs if n in graph.inputs}
+            updated = graph.inputs.keys() & graph.outputs.keys()
+            donated = {graph.inputs[n] for n in updated.difference(inputs)}
             if graph not in self._segments:
                 self._segments[graph] = segments(graph)
             for segment in self._segments[graph]:
-                alive.update(self._run(segment, alive, donated))
-                for value in segment.last_uses:
-                    if not value.is_output:
-                        del alive[value]
-            return self._returned(graph, alive)
-
-    def _returned(self, graph: Graph, alive: Alive) -> dict[str, NumpyArray]:
-        returned = {}
-        for name, value in graph.outputs.items():
-            if name in graph.inputs:
-                self._values[name] = alive[value]
-            else:
-                array = finalize_output(Named(alive[value], value.type.names), value)
-                returned[name] = to_numpy(array)
-        return returned
-
-    def _run(self, segment: GraphSegment, alive: Alive, donated: set[Value]) -> Alive:
-        borrowed = [v for v in segment.inputs if not (v in donated and v in segment.last_uses)]
-        spent = [v for v in segment.inputs if v not in borrowed]
-        key = (*segment.key, tuple(segment.inputs.index(v) for v in spent))
-        if key not in self._compiled:
-            options = replace(self.options, in_place=True)
-            function = segment_function(segment, [*spent, *borrowed], self.dtype, options)
-            self._compiled[key] = jax.jit(function, donate_argnums=0)
-        weights = [self._weight(v) for v in segment.params]
-        arrays = [alive[v] for v in spent], [alive[v] for v in borrowed], weights
-        return dict(zip(segment.outputs, self._compiled[key](*arrays), strict=True))
+                self._run(segment, alive, [*map(self._weight, segment.params)], donated)
+            self._values |= {n: alive[graph.outputs[n]] for n in updated}
+            return {
+                n: to_numpy(finalize_output(Named(alive[v], v.type.names), v))
+                for n, v in graph.outputs.items()
+                if n not in updated
+            }
 
     def _weight(self, value: Value) -> Weight:
         if value.name not in self._weights:
-            self._weights[value.name] = _on_device(self.params[value.name], value)
+            self._weights[value.name] = _on_device(self._params[value.name], value)
         return self._weights[value.name]
 
 
@@ -607,14 +577,9 @@ def _decoded(row: Array) -> tuple[str, str]:
     return name, value
 
 
-def data_mesh() -> Mesh:
-    """Return all devices of all processes, in a row."""
-    return Mesh(np.array(jax.devices()), ("data",))
-
-
 def replicated(array: Array) -> jax.Array:
     """Return `array` whole on every device of every process."""
-    return _global(array, ())
+    return _on_all(array, PartitionSpec())
 
 
 def split_batch(array: Array, axis: int) -> jax.Array:
@@ -631,11 +596,12 @@ def split_batch(array: Array, axis: int) -> jax.Array:
             found=str(size),
             hint=f"{nearest_multiple(size, devices)} sequences would do",
         )
-    return _global(array, (*(None,) * axis, "data"))
+    return _on_all(array, PartitionSpec(*(None,) * axis, "data"))
 
 
-def _global(array: Array, axes: tuple[str | None, ...]) -> jax.Array:
-    sharding = NamedSharding(data_mesh(), PartitionSpec(*axes))
+def _on_all(array: Array, spec: PartitionSpec) -> jax.Array:
+    """Return `array` on a row of all devices of all processes."""
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), spec)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
@@ -649,32 +615,23 @@ def whole(array: jax.Array) -> Array:
 # A graph run by several processes together: the batch sharded over all of their devices.
 
 
-def multi_process_program(
-    graph: Graph, dtype: DType, options: Options, process: ProcessInfo
-) -> MultiProcessProgram:
-    """Meet the other processes, and return `graph` ready to run on the devices of all.
-
-    Raises:
-      MachineError: they did not come.
-      UsageError: the limit of the watchdog is no number of seconds.
-    """
-    hold_lifeline()
-    watchdog = watchdog_of_environment()
-    join(process)
-    watchdog.beat("all processes have met")
-    return MultiProcessProgram(graph, dtype, options, watchdog)
-
-
 class MultiProcessProgram(XlaProgram):
     """A graph that all processes run, each giving the same parameters and inputs.
 
     Attributes:
       watchdog: is informed of every step.
+
+    Raises:
+      MachineError: the other processes did not come.
+      UsageError: the limit of the watchdog is no number of seconds.
     """
 
-    def __init__(self, graph: Graph, dtype: DType, options: Options, watchdog: Watchdog) -> None:
+    def __init__(self, graph: Graph, dtype: DType, options: Options, process: ProcessInfo) -> None:
+        hold_lifeline()
+        self.watchdog = watchdog_of_environment()
+        join(process)
+        self.watchdog.beat("all processes have met")
         super().__init__(graph, dtype, options)
-        self.watchdog = watchdog
         self.writes = is_first()
         self._read = 0
 
@@ -718,10 +675,13 @@ class MultiProcessProgram(XlaProgram):
         return whole(array)
 
     def _run(
-        self, segment: GraphSegment, inputs: dict[Value, jax.Array], weights: dict[Value, jax.Array]
-    ) -> dict[Value, jax.Array]:
-        results = super()._run(segment, inputs, weights)
+        self,
+        segment: GraphSegment,
+        alive: dict[Value, jax.Array],
+        weights: Sequence[Weight],
+        donated: Collection[Value] = (),
+    ) -> None:
+        super()._run(segment, alive, weights, donated)
         # What was dispatched may still wait for another process.
-        jax.block_until_ready(list(results.values()))
+        jax.block_until_ready([alive[v] for v in segment.outputs])
         self.watchdog.beat(segment.nodes[-1].loc or "the graph")
-        return results

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import nan, prod
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from moecc.ir.attention import ATTENTIONS
 from moecc.ir.conventions import DISPATCHES
 from moecc.ir.graph import Node, Value, where
 from moecc.ir.mesh import Mesh
-from moecc.ir.operation import Attrs, OpDef
+from moecc.ir.operation import Attrs
 from moecc.ir.remat_names import remat_name
 from moecc.ir.structure import local_attrs
 from moecc.types import Axis, TensorType
@@ -35,7 +35,6 @@ from moecc_backends.xla.trace.values import (
     Routing,
     Rows,
     lifted,
-    poisoned_rows,
     varies,
 )
 
@@ -259,11 +258,6 @@ def lowering_along(
     return register
 
 
-def is_lowered(op: OpDef) -> bool:
-    """Return whether the operation `op` has a lowering."""
-    return LOWERINGS.get(op.name) is not None
-
-
 class Interceptor:
     """Stands between the framework and lowerings, for what shards values.
 
@@ -387,7 +381,7 @@ def _lowered(ctx: TraceContext, node: Node) -> tuple[Operand, ...] | Deferred:
         return lowered
     results: tuple[Operand, ...] = lowered if isinstance(lowered, tuple) else (lowered,)
     if ctx.options.poison:
-        results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
+        results = tuple(x.padded(nan, nan) if isinstance(x, Rows) else x for x in results)
     first = remat_name(node)
     # What is made again of others at no cost: a view, or rows times a number each.
     unnamed = node.op.alias or node.op.is_weighting or entry.names_result

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,20 +124,11 @@ class Routing:
             num_experts=count,
         )
 
-    def group_of(self, token: Array) -> Array:
-        """Return the group of each token; groups are equal runs of tokens."""
-        return token // max(self.num_tokens // max(self.groups, 1), 1)
-
-    def row_groups(self, row_tokens: Array) -> Array:
-        """Return the group of the token of each row; any group where the row has no token."""
-        return jnp.clip(self.group_of(row_tokens), 0, max(self.groups - 1, 0))
-
 
 # Values under trace: arrays with named axes, the rows that experts work on, and rows to come.
 #
-# What a dispatch strategy has to offer is a protocol here, so that the framework knows no
-# strategy
-# and imports none; `moecc_backends.xla.dispatch` has them.
+# What a dispatch strategy has to offer is a base class here, so that the framework knows no
+# strategy and imports none; `moecc_backends.xla.dispatch` has them.
 
 SLOT_AXES = ("expert", "group", "slot")
 """The axes of slots under a capacity, in the order in which they are laid out."""
@@ -250,6 +242,17 @@ class Rows:
         """Return the rows as an ordinary array whose first axis is called ``rows``."""
         return Named(self.array, ("rows", *self.axes))
 
+    def of(self, rows: Named) -> Rows:
+        """Return rows of the same layout of an ordinary array with the axis ``rows``."""
+        inner = tuple(a for a in rows.axes if a != "rows")
+        return self.with_array(rows.to(("rows", *inner)).array, inner)
+
+    def padded(self, value: float | None, gradient: float | None) -> Rows:
+        """Return rows with other contents where there is no token, see `padded`."""
+        if self.layout.is_full:
+            return self
+        return self.with_array(padded(self.array, self.layout.is_used, value, gradient))
+
 
 Operand = Named | Rows
 
@@ -324,30 +327,32 @@ class DeferredRows:
         return values[self.value]
 
 
-class DispatchLayout(Protocol):
+@dataclass(frozen=True)
+class DispatchLayout(ABC):
     """How a strategy lays out the rows of a routing: plan, permute, multiply, unpermute.
 
     A strategy is planned once for a routing; then tokens are permuted into rows, experts work on
     them, and rows are unpermuted into tokens.  Both take and return arrays with named axes, so a
     strategy may exchange rows between devices, do so in rounds, or bring a gradient of its own.
+
+    Attributes:
+      routing: what was routed.
     """
 
-    @property
-    def routing(self) -> Routing:
-        """What was routed."""
-        ...
+    routing: Routing
 
+    @abstractmethod
     def permute(self, x: Named) -> Operand | Deferred:
         """Return the rows of tokens ``[*tokens, *axes]``.
 
         Rows without a token may hold anything.
         """
-        ...
 
+    @abstractmethod
     def permute_gates(self, gates: Array) -> Operand | Deferred:
         """Return the gate of each row, of ``[tokens, choice]``; of those without a token, any."""
-        ...
 
+    @abstractmethod
     def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Return for each token the sum of its rows, weighted: ``[*tokens, *axes]``.
 
@@ -357,39 +362,45 @@ class DispatchLayout(Protocol):
           rows: what experts made of the rows that `permute` returned.
           gates: ``[tokens, choice]``, all token axes flattened; None where rows have weights.
         """
-        ...
 
     def of_experts(self, first: Array | int, count: int) -> DispatchLayout:
         """Return the same strategy for `count` experts from `first` on, which a device has."""
-        ...
+        return replace(self, routing=self.routing.of_experts(first, count))
 
 
-class RowLayout(DispatchLayout, Protocol):
+class RowLayout(DispatchLayout):
     """Rows without axes of experts and groups: each stands by itself."""
-
-    @property
-    def is_used(self) -> Array:
-        """Whether each row has a token: bool ``[rows]``."""
-        ...
 
     @property
     def is_full(self) -> bool:
         """Whether it is certain that every row has a token."""
-        ...
+        return False
 
     @property
+    @abstractmethod
+    def is_used(self) -> Array:
+        """Whether each row has a token: bool ``[rows]``."""
+
+    @property
+    @abstractmethod
+    def row_tokens(self) -> Array:
+        """The token of each row, i32 ``[rows]``; any number where the row has none."""
+
+    @property
+    @abstractmethod
     def row_experts(self) -> Array:
         """The expert of each row, i32 ``[rows]``; any expert where the row has no token."""
-        ...
 
     @property
     def row_groups(self) -> Array:
         """The group of the token of each row; any group where the row has no token."""
-        ...
+        routing = self.routing
+        tokens_of_group = max(routing.num_tokens // max(routing.groups, 1), 1)
+        return jnp.clip(self.row_tokens // tokens_of_group, 0, max(routing.groups - 1, 0))
 
+    @abstractmethod
     def by_expert(self, values: Array) -> Array:
         """Pick for each row what its expert has of ``[experts, …]``: ``[rows, …]``."""
-        ...
 
     def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
         """Multiply rows with the weights of their experts, and sum over the axes `over`.
@@ -400,7 +411,7 @@ class RowLayout(DispatchLayout, Protocol):
           over: what is summed over.
           kind: the type that a kernel is asked for; others sum in float32 at least.
         """
-        ...
+        return gathered_matmul(x, weight, over)
 
 
 # The type that sums are kept in, and the type that narrow floats are moved as.
@@ -459,73 +470,36 @@ def most_rounds(source: str) -> int | None:
     return int(counts[-1]) if counts else None
 
 
-# What lowerings do with values under trace, whether they are arrays or rows of experts.
-
-# Padding rows, which have no token: zeroed where they would count, or poisoned.
+# Padding rows, which have no token: zeroed where they would count, or poisoned with NaN.
 #
 # Where choices are dropped, fewer rows are used than there are.  What the others hold is left to
 # whatever computed it (a kernel of an accelerator may leave anything there), and nothing may read
-# it.
-# A sum over rows would: the gradient of what rows share.  There it is masked.
+# it.  A sum over rows would: the gradient of what rows share.  There it is zero.
 
 
-@jax.custom_vjp
-def zeroed(rows: Array, is_used: Array) -> Array:
-    """Return ``[rows, …]`` with zeros in padding rows, in values and cotangents."""
-    return _selected(rows, is_used)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def padded(
+    rows: Array, is_used: Array, value: float | None = None, gradient: float | None = None
+) -> Array:
+    """Return floating-point rows with `value` in padding rows; None leaves what is there.
 
-
-def _selected(rows: Array, is_used: Array) -> Array:
-    return jnp.where(_broadcast_over(is_used, rows), rows, jnp.zeros((), rows.dtype))
-
-
-@jax.custom_vjp
-def with_masked_gradient(rows: Array, is_used: Array) -> Array:
-    """Return `rows` as they are; the cotangent is zeroed in padding rows."""
-    return rows
-
-
-# A choice of the two would keep the mask as wide as the rows for its gradient.
-zeroed.defvjp(
-    lambda rows, is_used: (_selected(rows, is_used), is_used),
-    lambda is_used, cotangent: (_selected(cotangent, is_used), None),
-)
-with_masked_gradient.defvjp(
-    lambda rows, is_used: (rows, is_used),
-    lambda is_used, cotangent: (_selected(cotangent, is_used), None),
-)
-
-
-def poisoned_values(rows: Array, is_used: Array) -> Array:
-    """Return floating-point `rows` with NaN in padding rows; cotangents as they are."""
-    if not jnp.issubdtype(rows.dtype, jnp.floating):
+    Args:
+      rows: ``[rows, …]``.
+      is_used: bool ``[rows]``.
+      value: what padding rows hold.
+      gradient: what padding rows of the cotangent hold, likewise.
+    """
+    if value is None or not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows
-    # Not a choice of the two, whose gradient would be masked.
-    nothing = jnp.where(_broadcast_over(is_used, rows), 0, jnp.asarray(jnp.nan, rows.dtype))
-    return rows + nothing
+    used = is_used.reshape(-1, *[1] * (rows.ndim - 1))
+    return jnp.where(used, rows, jnp.asarray(value, rows.dtype))
 
 
-@jax.custom_vjp
-def with_poisoned_gradient(rows: Array, is_used: Array) -> Array:
-    """Return `rows` as they are; the cotangent is NaN in padding rows."""
-    return rows
-
-
-with_poisoned_gradient.defvjp(
-    lambda rows, is_used: (rows, is_used),
-    lambda is_used, cotangent: (poisoned_values(cotangent, is_used), None),
+# The derivative of a choice of the two would keep the mask as wide as the rows.
+padded.defvjp(
+    lambda rows, is_used, value, gradient: (padded(rows, is_used, value, gradient), is_used),
+    lambda value, gradient, is_used, cotangent: (padded(cotangent, is_used, gradient), None),
 )
-
-
-def poisoned(rows: Array, is_used: Array) -> Array:
-    """Return `rows` with NaN in padding rows, in values and cotangents."""
-    if not jnp.issubdtype(rows.dtype, jnp.floating):
-        return rows
-    return with_poisoned_gradient(poisoned_values(rows, is_used), is_used)
-
-
-def _broadcast_over(is_used: Array, rows: Array) -> Array:
-    return is_used.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def lifted(x: Operand, function: Callable[[Named], Named]) -> Operand:
@@ -535,28 +509,16 @@ def lifted(x: Operand, function: Callable[[Named], Named]) -> Operand:
 
 def lifted_all(x: Operand, function: Callable[[Named], tuple[Named, ...]]) -> tuple[Operand, ...]:
     """Apply to `x` a function of several results, as `lifted` does."""
-    if isinstance(x, Named):
-        return function(x)
-    return tuple(_packed(result, x) for result in function(x.inner()))
-
-
-def _packed(result: Named, like: Rows) -> Rows:
-    inner = tuple(a for a in result.axes if a != "rows")
-    return like.with_array(result.to(("rows", *inner)).array, inner)
+    return function(x) if isinstance(x, Named) else tuple(map(x.of, function(x.inner())))
 
 
 def elementwise(function: Callable[..., Array], *operands: Operand) -> Operand:
     """Apply `function` to operands broadcast over the axes of the one that has them all."""
-    layout = next((x.layout for x in operands if isinstance(x, Rows)), None)
-    named = [x if isinstance(x, Named) else x.inner() for x in operands]
-    if layout is not None:
-        named = [per_row(x, layout) for x in operands]
+    rows = next((x for x in operands if isinstance(x, Rows)), None)
+    named = [broadcast_like(x, rows) for x in operands]
     axes = max((x.axes for x in named), key=len)
-    result = function(*(x.over(axes) for x in named))
-    if layout is None:
-        return Named(result, axes)
-    inner = tuple(a for a in axes if a != "rows")
-    return Rows(Named(result, axes).to(("rows", *inner)).array, inner, layout)
+    result = Named(function(*(x.over(axes) for x in named)), axes)
+    return result if rows is None else rows.of(result)
 
 
 def einsum(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike | None = None) -> Named:
@@ -619,15 +581,24 @@ def per_row(value: Operand, layout: RowLayout) -> Named:
     """
     if isinstance(value, Rows):
         return value.inner()
-    if "group" in value.axes:
-        return _masked(_per_group(value, layout), layout)
-    if "expert" not in value.axes:
-        return _masked(value, layout)
-    inner = tuple(a for a in value.axes if a != "expert")
-    return Named(layout.by_expert(value.to(("expert", *inner)).array), ("rows", *inner))
+    is_masked = not layout.is_full and jnp.issubdtype(value.array.dtype, jnp.floating)
+    inner = tuple(a for a in value.axes if a not in ("rows", "group", "expert"))
+    outer = tuple(a for a in ("group", "expert") if a in value.axes)
+    if outer == ("expert",):
+        return Named(layout.by_expert(value.to((*outer, *inner)).array), ("rows", *inner))
+    if outer:
+        index = {"group": layout.row_groups, "expert": layout.row_experts}
+        array = value.to((*outer, *inner)).array[tuple(index[a] for a in outer)]
+    elif not is_masked:
+        return value
+    elif "rows" in value.axes:
+        array = value.to(("rows", *inner)).array
+    else:
+        array = jnp.broadcast_to(value.array, (layout.is_used.size, *value.array.shape))
+    return Named(padded(array, layout.is_used, None, 0) if is_masked else array, ("rows", *inner))
 
 
-def broadcast_like(value: Operand, x: Operand) -> Named:
+def broadcast_like(value: Operand, x: Operand | None) -> Named:
     """Return `value`, whose axes are among those of `x`, so that it broadcasts against `x`."""
     if isinstance(x, Rows):
         return per_row(value, x.layout)
@@ -635,39 +606,9 @@ def broadcast_like(value: Operand, x: Operand) -> Named:
     return value
 
 
-def with_masked_rows(x: Rows) -> Rows:
-    """Return `x`; no cotangent of rows without a token gets past it."""
-    if x.layout.is_full or not jnp.issubdtype(x.array.dtype, jnp.floating):
-        return x
-    return x.with_array(with_masked_gradient(x.array, x.layout.is_used))
+def gathered_matmul(x: Rows, weight: Named, over: tuple[str, ...]) -> Rows:
+    """Multiply each row with a copy of its expert's weights.
 
-
-def zeroed_rows(x: Rows) -> Rows:
-    """Return `x` with zeros in the rows without a token, in values and cotangents."""
-    if x.layout.is_full or x.are_tokens:
-        return x
-    return x.with_array(zeroed(x.array, x.layout.is_used))
-
-
-def poisoned_rows(x: Rows) -> Rows:
-    """Return `x` with NaN in the rows without a token, in values and cotangents."""
-    return x if x.layout.is_full else x.with_array(poisoned(x.array, x.layout.is_used))
-
-
-def _masked(value: Named, layout: RowLayout) -> Named:
-    """Return `value` for each row, with a gradient from the rows alone that have a token."""
-    if layout.is_full or not jnp.issubdtype(value.array.dtype, jnp.floating):
-        return value
-    is_used, array = layout.is_used, value.array
-    if "rows" not in value.axes:
-        array = jnp.broadcast_to(array, (is_used.size, *array.shape))
-    inner = tuple(a for a in value.axes if a != "rows")
-    return Named(with_masked_gradient(array, is_used), ("rows", *inner))
-
-
-def _per_group(value: Named, layout: RowLayout) -> Named:
-    inner = tuple(a for a in value.axes if a not in ("group", "expert"))
-    by_group = value.to(tuple(a for a in ("group", "expert") if a in value.axes) + inner).array
-    group = layout.row_groups
-    index = (group, layout.row_experts) if "expert" in value.axes else (group,)
-    return Named(by_group[index], ("rows", *inner))
+    The copies are large: for few rows, or a product so odd that they are small.
+    """
+    return x.of(einsum(x.inner(), per_row(weight, x.layout), over))

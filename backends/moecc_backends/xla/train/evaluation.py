@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from moecc.ir.routing_losses import MASK
 from moecc.train.batches import TARGETS
 from moecc.train.objectives import IGNORED
 from moecc.train.scoring import TokenScores
-from moecc.train.settings import StepSpec, coefficients, counted, finished, rows_together, totals_of
+from moecc.train.settings import coefficients, counted, finished, totals_of
 from moecc.types import Arrays as HostArrays
 from moecc.types import DType, TensorType
 from moecc_backends.xla.lower.function import function
@@ -33,8 +33,6 @@ from moecc_backends.xla.train.gradients import (
     Outputs,
     StepShardings,
     batch_types,
-    size_of,
-    step_shardings,
     summed_outputs,
 )
 
@@ -44,13 +42,11 @@ class EvaluationStep:
     """A compiled evaluation.
 
     Attributes:
-      graph: of a micro-batch, in evaluation.
-      spec: what decides the step besides.
-      where: how and where it is lowered.
+      graph: the graph of a micro-batch, in evaluation.
+      where: the settings of the step, and where its arrays lie.
     """
 
     graph: Graph
-    spec: StepSpec
     where: StepShardings
 
     @cached_property
@@ -58,85 +54,30 @@ class EvaluationStep:
         """The jitted ``(params, batch, key) → metrics``."""
         return jax.jit(self.pure)
 
-    @cached_property
-    def loss(self) -> BatchLoss:
-        """The loss of a batch on one device."""
-        return batch_loss(self.graph, self.spec, self.where)
-
-    def evaluate(self, params: Arrays, batch: Arrays, key: Array | None = None) -> Outputs:
-        """Return metrics of a batch, and the sums ``loss.sum``, ``hits`` and ``tokens``.
-
-        Args:
-          params: all parameters of the graph, by name.
-          batch: the graph's inputs, but for a key, and the targets ``[batch, seq]``, −1 for none.
-          key: of what is random in evaluation, as policies may be; one that is fixed by default.
-        """
-        key = jax.random.key(0) if key is None else key
-        return self.function({n: params[n] for n in self._params}, dict(batch), key)
-
-    def check(self, params: PyTree, batch: PyTree, key: PyTree) -> None:
-        """Trace the evaluation of arrays that may be abstract.
-
-        Raises:
-          InputError: the mesh or micro-batches do not suit the batch.
-        """
-        self.function.trace({n: params[n] for n in self._params}, dict(batch), key)
-
-    @cached_property
-    def _params(self) -> tuple[str, ...]:
-        return tuple(n for n, v in self.graph.params.items() if v.users)
+    def used(self, params: PyTree) -> PyTree:
+        """Return the parameters that the graph reads, by name."""
+        return {n: params[n] for n, v in self.graph.params.items() if v.users}
 
     def pure(self, params: Arrays, batch: Arrays, key: Array) -> Outputs:
-        """Return what `evaluate` returns, as a function to trace."""
+        """Return what `TrainStep.evaluate` returns, as a function to trace."""
         graph = self.graph
-        types = {n: graph.params[n].type for n in self._params}
-        totals = totals_for(graph, self.spec, self.where, batch)
+        types = {n: graph.params[n].type for n in params}
+        totals = totals_for(graph, self.where, batch)
         types_of_arguments = (types, {**batch_types(graph), **dict.fromkeys(totals)}, None)
-        run = self.where.mapped(self.loss.values, types_of_arguments, sum_types(graph))
+        loss = BatchLoss(graph, self.where)
+        run = self.where.mapped(loss.values, types_of_arguments, sum_types(graph))
         sums: Outputs = run(params, {**batch, **totals}, key)
         return {**told(sums, graph), LOSS_SUM: sums[LOSS_SUM], "hits": sums["hits"]}
 
 
-def make_evaluation(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> EvaluationStep:
-    """Return the evaluation of `graph` over `devices`.
-
-    Raises:
-      InputError: the mesh or micro-batches cut a group of tokens, or the graph has no logits.
-    """
-    check_trainable(graph)
-    return EvaluationStep(graph, spec, step_shardings(graph, spec, devices))
-
-
-def batch_loss(graph: Graph, spec: StepSpec, where: StepShardings) -> BatchLoss:
-    """Return the loss of a batch on one device.
-
-    Raises:
-      InputError: micro-batches cut a group of tokens.
-    """
-    batch = {v.type["batch"].size for v in graph.inputs.values() if "batch" in v.type}
-    sizes = {n: s // spec.config.micro_batches if n in batch else s for n, s in spec.sizes.items()}
-    return BatchLoss(
-        graph,
-        where.lowering,
-        spec.config.micro_batches,
-        rows_together(graph, sizes),
-        spec.output_z,
-        # The partitioner would reduce the gradients of the head once a chunk.
-        spec.chunk_bytes if spec.layout is None else 1 << 62,
-        spec.config.reduce_type.numpy,
-    )
-
-
-def totals_for(graph: Graph, spec: StepSpec, where: StepShardings, batch: Arrays) -> Outputs:
+def totals_for(graph: Graph, where: StepShardings, batch: Arrays) -> Outputs:
     """Return the totals of a batch that the graph of a micro-batch takes."""
     totals = totals_of(graph)
     if not totals:
         return {}
     arrays = {**batch, **_masks(graph, where, batch)}
-    return {
-        n: jnp.asarray(counted(t, arrays, spec.config.micro_batches), jnp.float32)
-        for n, t in totals.items()
-    }
+    parts = where.spec.config.micro_batches
+    return {n: jnp.asarray(counted(t, arrays, parts), jnp.float32) for n, t in totals.items()}
 
 
 def _masks(graph: Graph, where: StepShardings, batch: Arrays) -> Outputs:
@@ -196,22 +137,6 @@ def told(sums: Outputs, graph: Graph) -> Outputs:
         "accuracy": sums["hits"] / count,
         TOKENS: sums[TOKENS],
     }
-
-
-def abstract_arrays(
-    types: Mapping[str, TensorType], spec: StepSpec, where: StepShardings
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return arrays of inputs and targets, abstractly."""
-    abstract = {}
-    for name, type in types.items():
-        kind = {"float": spec.config.compute_type.numpy, "bool": np.dtype(bool)}.get(
-            type.dtype.kind
-        )
-        shape = tuple(size_of(a, spec.sizes) for a in type.axes)
-        abstract[name] = jax.ShapeDtypeStruct(
-            shape, kind or np.dtype("int32"), sharding=where.along(type)
-        )
-    return abstract
 
 
 # Scores of rows: the loss of each row of a batch, as one compiled function.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import cast
 
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
-from jax.typing import DTypeLike
 
 from moecc.analysis import LOGITS, VOCAB, OutputHead, chunk_count, split_head
 from moecc.errors import InputError, Problem
@@ -25,8 +24,8 @@ from moecc.sharding.layout import value_spec
 from moecc.support.text import amount
 from moecc.train.batches import TARGETS
 from moecc.train.objectives import IGNORED
-from moecc.train.settings import StepSpec, totals_of
-from moecc.types import I32, KEY, Axis, DType, TensorType
+from moecc.train.settings import StepSpec, rows_together, totals_of
+from moecc.types import I32, KEY, DType, TensorType
 from moecc_backends.xla.lower.function import (
     Given,
     GspmdLowering,
@@ -66,18 +65,18 @@ class LoweringConfig:
     Attributes:
       dtype: the type of the computation.
       options: what is chosen for the lowering.
-      view: the device whose shards arrays are; None where they are whole.
+      mesh: the mesh whose shards arrays are; None where they are whole.
       interceptor: calls each lowering.
     """
 
     dtype: DType
     options: Options
-    view: DeviceView | None = None
+    mesh: Mesh | None = None
     interceptor: Interceptor = DIRECT
 
     def fresh(self) -> DeviceView:
         """Return the device, with nothing remembered of another trace."""
-        return DeviceView(None if self.view is None else self.view.mesh)
+        return DeviceView(self.mesh)
 
     def lower(self, nodes: Sequence[Node], arrays: Mapping[Value, Given]) -> Mapping[Value, Named]:
         """Return the values of `nodes`, lowered under the current trace."""
@@ -101,8 +100,8 @@ class HeadLoss:
 
     head: OutputHead
     lowering: LoweringConfig
-    output_z: float = 0.0
-    chunk_bytes: int = 1 << 62
+    output_z: float
+    chunk_bytes: int
 
     def __call__(
         self, hidden: LossArrays, weights: LossArrays, targets: Array
@@ -122,7 +121,7 @@ class HeadLoss:
 
     def varies(self, *arrays: Array) -> frozenset[str]:
         """Return the mesh axes along which any of `arrays` may differ."""
-        if self.lowering.view is None or self.lowering.view.mesh is None:
+        if self.lowering.mesh is None:
             return frozenset()
         return frozenset[str]().union(*map(varies, arrays))
 
@@ -138,16 +137,14 @@ class HeadLoss:
 
     def summed(self, weights: LossArrays, hidden: LossArrays, targets: Array) -> tuple[Array, Sums]:
         """Return the loss of all tokens at once."""
-        arrays = dict(zip(self.head.hidden, hidden, strict=True))
-        arrays |= dict(zip(self.head.weights, weights, strict=True))
-        values = self.lowering.lower(self.head.nodes, arrays)
+        operands = zip((*self.head.hidden, *self.head.weights), (*hidden, *weights), strict=True)
+        values = self.lowering.lower(self.head.nodes, dict(operands))
         logits, type = values[self.head.logits], self.head.logits.type
         names = (*(n for n in type.names if n != VOCAB), VOCAB)
         losses = token_losses(
             logits.to(names).array, targets, type[VOCAB].mesh, self.lowering.fresh()
         )
-        counted = targets != IGNORED
-        sums = {n: jnp.sum(jnp.where(counted, a, 0)) for n, a in losses.items()}
+        sums = {n: jnp.sum(jnp.where(targets != IGNORED, a, 0)) for n, a in losses.items()}
         loss = sums["loss.sum"]
         return (loss + self.output_z * sums["output_z"] if self.output_z else loss), sums
 
@@ -227,7 +224,7 @@ def _chunked(
 
 def _forward(
     loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: Array
-) -> tuple[tuple[Array, Sums], tuple[LossArrays, LossArrays]]:
+) -> tuple[tuple[Array, Sums], PyTree]:
     slopes_of = jax.value_and_grad(loss.summed, argnums=(0, 1), has_aux=True)
 
     def add(total: PyTree, chunk: tuple[LossArrays, Array]) -> tuple[PyTree, LossArrays]:
@@ -245,11 +242,9 @@ def _forward(
     return sums, (narrow, by_hidden)
 
 
-def _backward(
-    loss: HeadLoss, slopes: tuple[LossArrays, LossArrays], cotangents: tuple[Array, Sums]
-) -> tuple[LossArrays, LossArrays, None]:
-    by_weights, by_hidden = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), slopes)
-    return by_weights, by_hidden, None
+def _backward(loss: HeadLoss, slopes: PyTree, cotangents: tuple[Array, Sums]) -> PyTree:
+    by_arrays = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), slopes)
+    return (*by_arrays, None)
 
 
 _chunked.defvjp(_forward, _backward)
@@ -279,36 +274,23 @@ LOSS_SUM, TOKENS = "loss.sum", "tokens"
 SUMS = (LOSS_SUM, "output_z", "hits", TOKENS)
 """Sums over the targets of a batch, and their number, beside the outputs of the graph."""
 
-Gradients = Callable[..., tuple[dict[str, Array], Outputs]]
-"""``(trained, fixed, inputs, key)`` → gradients by name, and sums over the batch."""
-
 
 @dataclass(frozen=True)
 class BatchLoss:
     """The loss of a graph over a batch, on the shards of one device.
 
     Attributes:
-      graph: of a micro-batch.
-      lowering: how and where it is lowered.
-      micro_batches: how many there are.
-      rows: sequences that stay together: those of a token group, one at least.
-      output_z: the coefficient of the z-loss of the output's softmax.
-      chunk_bytes: of the logits of a chunk, about.
-      reduce_dtype: the type in which gradients are added and reduced; None for their own.
+      graph: the graph of a micro-batch.
+      where: the settings of the step, and where its arrays lie.
     """
 
     graph: Graph
-    lowering: LoweringConfig
-    micro_batches: int = 1
-    rows: int = 1
-    output_z: float = 0.0
-    chunk_bytes: int = 1 << 62
-    reduce_dtype: DTypeLike | None = None
+    where: StepShardings
 
-    @property
-    def mesh(self) -> Mesh | None:
-        """The mesh whose shards arrays are."""
-        return None if self.lowering.view is None else self.lowering.view.mesh
+    @cached_property
+    def lowering(self) -> LoweringConfig:
+        """How and where nodes are lowered."""
+        return self.where.lowering
 
     def gradients(
         self, trained: Arrays, fixed: Arrays, inputs: Arrays, key: Array
@@ -321,12 +303,20 @@ class BatchLoss:
           inputs: of the graph but for its key, and the targets.
           key: of all that is random in the batch.
         """
-        over = self._batch_axes
+        # The mesh axes along which devices have sequences of their own, and share the parameter.
+        batch = {
+            m for v in self.graph.inputs.values() if "batch" in v.type for m in v.type["batch"].mesh
+        }
+        over = {
+            n: frozenset(batch.difference(*(a.mesh for a in self.graph.params[n].type.axes)))
+            for n in trained
+        }
         view = self.lowering.fresh()
-        apart = {n: view.varying(a, over - self._own(n)) for n, a in trained.items()}
+        apart = {n: view.varying(a, over[n]) for n, a in trained.items()}
         total = self._targets(inputs[TARGETS])
         stored = self._stored({**apart, **fixed})
         differentiated = {n: self._slope(stored[n]) if n in stored else a for n, a in apart.items()}
+        kind = self.where.spec.config.reduce_type.numpy
 
         def of_part(part: Arrays, number: Array | int) -> tuple[PyTree, Outputs]:
             loss = partial(
@@ -338,16 +328,20 @@ class BatchLoss:
                 key=jax.random.fold_in(key, number),
             )
             slopes, sums = jax.grad(loss, has_aux=True)(differentiated)
-            return self._narrow(slopes), sums
+            return jax.tree.map(lambda g: g.astype(kind), slopes), sums
+
+        def reduced(name: str, slope: Array) -> Array:
+            axes = tuple(sorted(over[name]))
+            if self.lowering.mesh is not None and axes:
+                slope = jax.lax.psum(slope, axes)
+            return slope.astype(trained[name].dtype)
 
         slopes, sums = self._over_parts(of_part, inputs)
-        reduced = {n: self._reduced(g, trained[n], n) for n, g in slopes.items()}
-        return reduced, {**sums, TOKENS: total}
+        return {n: reduced(n, g) for n, g in slopes.items()}, {**sums, TOKENS: total}
 
     def values(self, params: Arrays, inputs: Arrays, key: Array) -> Outputs:
         """Return the sums of a batch, without gradients."""
         total = self._targets(inputs[TARGETS])
-
         loss = partial(self._loss, {}, stored=self._stored(params), fixed=params, total=total)
 
         def of_part(part: Arrays, number: Array | int) -> Outputs:
@@ -356,11 +350,25 @@ class BatchLoss:
         return {**self._over_parts(of_part, inputs), TOKENS: total}
 
     def _over_parts(self, of_part: Function, inputs: Arrays) -> PyTree:
-        """Return the sum of what `of_part` makes of the micro-batches."""
-        if self.micro_batches == 1:
+        """Return the sum of what `of_part` makes of the micro-batches.
+
+        Raises:
+          InputError: micro-batches would cut token groups.
+        """
+        spec = self.where.spec
+        count = spec.config.micro_batches
+        batch = {v.type["batch"].size for v in self.graph.inputs.values() if "batch" in v.type}
+        sizes = {n: size // count if n in batch else size for n, size in spec.sizes.items()}
+        rows = rows_together(self.graph, sizes)
+        if count == 1:
             return of_part(inputs, 0)
         totals = {n: a for n, a in inputs.items() if n in totals_of(self.graph)}
-        parts = {n: self._cut(n, a) for n, a in inputs.items() if n not in totals}
+        types = batch_types(self.graph)
+        parts = {
+            n: _micro_batches(a, types[n].names.index("batch"), count, rows)
+            for n, a in inputs.items()
+            if n not in totals
+        }
 
         def add(total: PyTree, part: tuple[Arrays, Array]) -> tuple[PyTree, None]:
             sums = of_part({**part[0], **totals}, part[1])
@@ -371,8 +379,7 @@ class BatchLoss:
         first = {n: a[0] for n, a in parts.items()}
         shapes = jax.eval_shape(lambda: of_part({**first, **totals}, 0))
         zeros = jax.tree.map(zeros_like_on_devices, shapes)
-        numbers = jnp.arange(self.micro_batches)
-        return jax.lax.scan(add, zeros, (parts, numbers))[0]
+        return jax.lax.scan(add, zeros, (parts, jnp.arange(count)))[0]
 
     def _loss(
         self,
@@ -394,7 +401,7 @@ class BatchLoss:
           total: the number of targets of the whole batch.
           key: of all that is random in it.
         """
-        graph, head = self.graph, self._head
+        graph, head, spec = self.graph, self._head, self.where.spec
         params = {**fixed, **trained}
         arrays = {v: key if v.type.dtype == KEY else inputs[n] for n, v in graph.inputs.items()}
         arrays |= {v: params[n] for n, v in graph.params.items() if v.users}
@@ -407,9 +414,10 @@ class BatchLoss:
             tuple(arrays[v] if v in arrays else values[v].to(v.type.names).array for v in group)
             for group in (head.hidden, head.weights)
         )
-        of_head = HeadLoss(head, self.lowering, self.output_z, self.chunk_bytes)
-        summed, sums = of_head(hidden, weights, inputs[TARGETS])
-        summed, sums = self._everywhere((summed, sums))
+        # The partitioner would reduce the gradients of the head once a chunk.
+        chunk_bytes = spec.chunk_bytes if spec.layout is None else 1 << 62
+        of_head = HeadLoss(head, self.lowering, spec.output_z, chunk_bytes)
+        summed, sums = self._everywhere(of_head(hidden, weights, inputs[TARGETS]))
         outputs = {
             n: self.lowering.fresh().settled(finalize_output(values[v], v), v.type)
             for n, v in summed_outputs(graph).items()
@@ -417,19 +425,17 @@ class BatchLoss:
         loss = summed / jnp.maximum(total, 1).astype(summed.dtype)
         return loss + outputs.get(AUXILIARY, 0.0), {**outputs, **sums}
 
-    # --- parameters that are cast a layer at a time
-
     def _stored(self, params: Arrays) -> dict[str, Array]:
         """Return those of `params` that are wider than the computation, and that loops alone read.
 
         Cast beforehand there would be a copy of all layers for the whole step.
         """
-        width, values = self.lowering.dtype.itemsize_bytes, self.graph.params
-        floats = {n: a for n, a in params.items() if jnp.issubdtype(a.dtype, jnp.floating)}
         return {
             n: a
-            for n, a in floats.items()
-            if a.dtype.itemsize > width and is_cast_by_layer(values[n])
+            for n, a in params.items()
+            if jnp.issubdtype(a.dtype, jnp.floating)
+            and a.dtype.itemsize > self.lowering.dtype.itemsize_bytes
+            and is_cast_by_layer(self.graph.params[n])
         }
 
     def _slope(self, stored: Array) -> Array:
@@ -437,74 +443,49 @@ class BatchLoss:
         kind = self.lowering.dtype.numpy
         return zeros_like_on_devices(jax.eval_shape(lambda a: a.astype(kind), stored))
 
-    # --- what lies where
-
-    @property
+    @cached_property
     def _head(self) -> OutputHead:
         return split_head(self.graph)
 
-    @property
-    def _batch_axes(self) -> frozenset[str]:
-        """The mesh axes along which devices have sequences of their own."""
-        return frozenset(
-            m for v in self.graph.inputs.values() if "batch" in v.type for m in v.type["batch"].mesh
-        )
-
-    def _own(self, name: str) -> frozenset[str]:
-        """Return the mesh axes over which a parameter is sharded."""
-        return frozenset(m for a in self.graph.params[name].type.axes for m in a.mesh)
-
     def _everywhere(self, local: PyTree) -> PyTree:
         """Return the sums over the devices that have tokens of their own."""
-        if self.mesh is None:
+        if self.lowering.mesh is None:
             return local
-        axes = tuple(sorted(token_axes(self._head.logits.type)))
-        view = self.lowering.fresh()
-        return jax.tree.map(lambda a: jax.lax.psum(view.varying(a, frozenset(axes)), axes), local)
+        type = self._head.logits.type
+        axes = frozenset(m for a in type.axes if a.name != VOCAB for m in a.mesh)
+        view, names = self.lowering.fresh(), tuple(sorted(axes))
+        return jax.tree.map(lambda a: jax.lax.psum(view.varying(a, axes), names), local)
 
     def _targets(self, targets: Array) -> Array:
         """Return the number of targets of the whole batch."""
         return self._everywhere(jnp.sum(targets != IGNORED))
 
-    def _narrow(self, slopes: PyTree) -> PyTree:
-        if self.reduce_dtype is None:
-            return slopes
-        return jax.tree.map(lambda g: g.astype(self.reduce_dtype), slopes)
 
-    def _reduced(self, slope: Array, param: Array, name: str) -> Array:
-        axes = tuple(sorted(self._batch_axes - self._own(name)))
-        if self.mesh is not None and axes:
-            slope = jax.lax.psum(slope, axes)
-        return slope.astype(param.dtype)
+def _micro_batches(array: Array, at: int, count: int, rows: int) -> Array:
+    """Return ``[micro-batch, …]``: token groups in turn, so that a mesh does not matter.
 
-    def _cut(self, name: str, array: Array) -> Array:
-        """Return ``[micro-batch, …]``: token groups in turn, so that a mesh does not matter.
+    Args:
+      array: of a batch.
+      at: the position of its batch axis.
+      count: the number of micro-batches.
+      rows: the sequences that stay together.
 
-        Raises:
-          InputError: micro-batches would cut token groups.
-        """
-        at = batch_types(self.graph)[name].names.index("batch")
-        array = jnp.moveaxis(array, at, 0)
-        batch = array.shape[0]
-        together = self.micro_batches * self.rows
-        if batch % together:
-            raise InputError(
-                "micro-batches hold whole token groups",
-                where=f"the batch on a device, {amount(batch, 'sequence')}",
-                expected=f"a multiple of {self.micro_batches} micro-batches × "
-                f"{amount(self.rows, 'sequence')}",
-                found=str(batch),
-                hint="another data.batch, fewer run.micro_batches, or fewer devices that share it",
-            )
-        shape = (batch // together, self.micro_batches, self.rows, *array.shape[1:])
-        turned = jnp.moveaxis(array.reshape(shape), 1, 0)
-        parts = turned.reshape(self.micro_batches, batch // self.micro_batches, *array.shape[1:])
-        return jnp.moveaxis(parts, 1, at + 1)
-
-
-def token_axes(logits: TensorType) -> frozenset[str]:
-    """Return the mesh axes along which devices have tokens of their own."""
-    return frozenset(m for a in logits.axes if a.name != "vocab" for m in a.mesh)
+    Raises:
+      InputError: micro-batches would cut token groups.
+    """
+    array = jnp.moveaxis(array, at, 0)
+    batch, *sizes = array.shape
+    together = count * rows
+    if batch % together:
+        raise InputError(
+            "micro-batches hold whole token groups",
+            where=f"the batch on a device, {amount(batch, 'sequence')}",
+            expected=f"a multiple of {count} micro-batches × {amount(rows, 'sequence')}",
+            found=str(batch),
+            hint="another data.batch, fewer run.micro_batches, or fewer devices that share it",
+        )
+    turned = array.reshape(batch // together, count, rows, *sizes).swapaxes(0, 1)
+    return jnp.moveaxis(turned.reshape(count, batch // count, *sizes), 1, at + 1)
 
 
 def summed_outputs(graph: Graph) -> dict[str, Value]:
@@ -520,7 +501,7 @@ def input_types(graph: Graph) -> dict[str, TensorType]:
 def batch_types(graph: Graph) -> dict[str, TensorType]:
     """Return the types of what a batch of `graph` holds: targets, and inputs but key and totals."""
     logits, totals = graph.outputs[LOGITS].type, totals_of(graph)
-    targets = logits.with_dtype(I32).with_axes(a for a in logits.axes if a.name != "vocab")
+    targets = logits.with_dtype(I32).with_axes(a for a in logits.axes if a.name != VOCAB)
     inputs = {n: t for n, t in input_types(graph).items() if n not in totals}
     return {**inputs, TARGETS: targets}
 
@@ -564,24 +545,46 @@ class StepShardings:
         return LoweringConfig(
             self.spec.config.compute_type,
             Options(platform=self.spec.platform),
-            None if self.grid is None else DeviceView(self.grid),
+            self.grid,
             self.interceptor or DIRECT,
         )
 
-    def param(self, value: Value) -> Sharding:
-        """Return the sharding of a parameter."""
-        if self.interceptor is None:
-            return self.along(value.type)
-        # The axis along which a scan has stacked the parameter.
-        scans = [node for node in value.users if node.body is not None]
-        stacked = {repetitions(node.attrs)[0] for node in scans if is_stacked(node, value)}
-        layers = stacked.pop() if stacked else ""
-        return self.interceptor.weight_sharding(value, stored=True, layers=layers)
+    @property
+    def key(self) -> jax.ShapeDtypeStruct:
+        """The random key of a step, abstractly."""
+        return jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=self.whole)
 
-    def along(self, type: TensorType) -> Sharding:
-        """Return the sharding of an array of inputs or targets."""
+    def param(self, value: Value) -> jax.ShapeDtypeStruct:
+        """Return the shape, type and sharding of a parameter."""
+        if self.interceptor is None:
+            sharding = self._along(value.type)
+        else:
+            # The axis along which a scan has stacked the parameter.
+            scans = (n for n in value.users if n.body is not None and is_stacked(n, value))
+            layers = next((repetitions(n.attrs)[0] for n in scans), "")
+            sharding = self.interceptor.weight_sharding(value, layers)
+        kind = self.spec.config.weight_type.numpy
+        return jax.ShapeDtypeStruct(value.type.shape, kind, sharding=sharding)
+
+    def arrays(self, types: Mapping[str, TensorType]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes, types and shardings of inputs and targets."""
+        kinds = {"float": self.spec.config.compute_type.numpy, "bool": np.dtype(bool)}
+        return {
+            name: jax.ShapeDtypeStruct(
+                tuple(self._sizes(type).values()),
+                kinds.get(type.dtype.kind, np.dtype("int32")),
+                sharding=self._along(type),
+            )
+            for name, type in types.items()
+        }
+
+    def _sizes(self, type: TensorType) -> dict[str, int]:
+        sizes = self.spec.sizes
+        return {a.name: a.size if isinstance(a.size, int) else sizes[str(a.size)] for a in type}
+
+    def _along(self, type: TensorType) -> Sharding:
         if self.interceptor is not None:
-            sizes = {a.name: size_of(a, self.spec.sizes) for a in type.axes}
+            sizes = self._sizes(type)
             return self.interceptor.sharding(tuple(sizes), value_spec(self.interceptor.plan, sizes))
         return self.whole if self.mesh is None else NamedSharding(self.mesh, spec(type))
 
@@ -616,11 +619,6 @@ class StepShardings:
         )
 
 
-def size_of(axis: Axis, sizes: Mapping[str, int]) -> int:
-    """Return the size of an axis, which a number or a variable says."""
-    return axis.size if isinstance(axis.size, int) else sizes[str(axis.size)]
-
-
 def step_shardings(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> StepShardings:
     """Return the shardings of the step of `graph` over `devices`.
 
@@ -628,7 +626,8 @@ def step_shardings(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> S
       InputError: the graph is on no mesh and there are several devices, or the mesh cuts a group
         of tokens.
     """
-    grid = mesh_of(graph) if spec.layout is None else spec.layout.mesh
+    layout = spec.layout
+    grid = mesh_of(graph) if layout is None else layout.mesh
     if grid is None and len(devices) == 1:
         return StepShardings(spec, devices[0])
     if grid is None:
@@ -636,9 +635,8 @@ def step_shardings(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> S
             "the graph is on no mesh", hint="annotate-sharding{mesh=data:8 rules=st-moe}"
         )
     mesh = jax.sharding.Mesh(np.array(devices).reshape(grid.shape), grid.names)
-    if spec.layout is None:
+    if layout is None:
         return StepShardings(spec, devices[0], mesh, grid)
-    layout = spec.layout
     shards = layout.shards["batch"]
     problems = [
         Problem(
@@ -653,5 +651,4 @@ def step_shardings(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> S
     ]
     if problems:
         raise InputError(problems)
-    lowering = GspmdLowering(mesh, spec.layout)
-    return StepShardings(spec, devices[0], mesh, interceptor=lowering)
+    return StepShardings(spec, devices[0], mesh, interceptor=GspmdLowering(mesh, layout))

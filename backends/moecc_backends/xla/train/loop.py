@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from math import inf, prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from moecc.errors import InputError, MachineError, MoeccError
 from moecc.formats.run import (
     PARAMS,
     StateReader,
-    StepRecord,
     array_key,
     best_step,
     check_inside,
@@ -71,7 +70,9 @@ from moecc.train.run import (
 )
 from moecc.train.settings import rate_at
 from moecc.types import DTYPES, Array, float_type
+from moecc.weights.expr import Box
 from moecc_backends.xla.import_jax import find_devices, keep_compiled_programs
+from moecc_backends.xla.lower.function import sharded_array
 from moecc_backends.xla.run.program import (
     StopAgreement,
     agreed_seconds,
@@ -104,17 +105,6 @@ _PIECE_BYTES = 32 << 20
 """Pieces of about this size are encoded and written at the same time, two of them."""
 
 
-@dataclass
-class _Pending:
-    """A save that is being written."""
-
-    step: int
-    started_seconds: float
-    thread: threading.Thread = field(init=False)
-    saved: Saved | None = None
-    error: BaseException | None = None
-
-
 class Saver:
     """Writes checkpoints of a run, one at a time; on accelerators while training goes on.
 
@@ -143,7 +133,8 @@ class Saver:
         self._run, self._keep = run, keep
         self._beside = jax.default_backend() != "cpu" if beside is None else beside
         self._checkpointer: PyTree = None
-        self._pending: _Pending | None = None
+        self._writer = ThreadPoolExecutor(1)
+        self._pending: tuple[Path, Future[Saved]] | None = None
 
     def save(self, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> list[Saved]:
         """Begin to write a step, once an earlier one is complete; return what is complete.
@@ -161,74 +152,62 @@ class Saver:
         if is_first():
             begin_step(self._run, step)
         meet_processes(f"moecc begins step {step}")
-        folder = self._run / "steps" / str(step) / "state"
+        folder = self._run / "steps" / str(step)
         if self._checkpointer is None:
-            pieces = (
-                prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-                for array in tensors.values()
-            )
-            self._checkpointer = _checkpointer(max(pieces, default=0))
+            self._checkpointer = _checkpointer(tensors)
         try:
-            self._checkpointer.save(folder.absolute(), args=self._arguments(tensors))
+            state = (folder / "state").absolute()
+            self._checkpointer.save(state, args=self._arguments(tensors))
         except Exception as error:
-            raise _failed(error, folder) from None
-        self._pending = pending = _Pending(step, started)
-        pending.thread = threading.Thread(
-            target=self._finish, args=(pending, dict(facts)), daemon=True
-        )
-        pending.thread.start()
+            raise _failed(error, folder / "state") from None
+        future = self._writer.submit(self._complete, step, folder, dict(facts), started)
+        self._pending = folder, future
         return done if self._beside else [*done, *self.wait()]
 
     def finished(self) -> list[Saved]:
         """Return the step that was completed since, if any. Raises as `save`."""
-        pending = self._pending
-        if pending is None or pending.thread.is_alive():
-            return []
-        return self.wait()
+        return self.wait() if self._pending and self._pending[1].done() else []
 
     def wait(self) -> list[Saved]:
         """Wait until nothing is being written, and return the step that was. Raises as `save`."""
         pending, self._pending = self._pending, None
         if pending is None:
             return []
-        pending.thread.join()
-        if pending.error is not None:
-            raise _failed(pending.error, self._run / "steps" / str(pending.step))
-        return [] if pending.saved is None else [pending.saved]
+        try:
+            return [pending[1].result()]
+        except Exception as error:
+            raise _failed(error, pending[0]) from None
 
     def close(self) -> None:
         """Wait, and let Orbax go; what fails now was not asked for any more."""
-        if self._pending is not None:
-            self._pending.thread.join()
+        self._writer.shutdown()
         if self._checkpointer is not None:
             self._checkpointer.close()
 
-    def _finish(self, pending: _Pending, facts: Mapping[str, Any]) -> None:
-        try:
-            self._checkpointer.wait_until_finished()
-            pending.saved = self._completed(pending.step, facts, pending.started_seconds)
-        except BaseException as error:
-            pending.error = error
-
-    def _completed(self, step: int, facts: Mapping[str, Any], started: float) -> Saved:
-        if not is_first():
-            return Saved(step, self._run / "steps" / str(step), False, time.monotonic() - started)
-        done = finish_step(self._run, step, facts)
-        best = best_step(saved_steps(self._run))
-        keep_steps(self._run, self._keep)
-        is_best = best is not None and best.number == step
-        return Saved(step, done.folder, is_best, time.monotonic() - started)
+    def _complete(self, step: int, folder: Path, facts: Mapping[str, Any], started: float) -> Saved:
+        self._checkpointer.wait_until_finished()
+        is_best = False
+        if is_first():
+            folder = finish_step(self._run, step, facts).folder
+            best = best_step(saved_steps(self._run))
+            keep_steps(self._run, self._keep)
+            is_best = best is not None and best.number == step
+        return Saved(step, folder, is_best, time.monotonic() - started)
 
 
-def _checkpointer(largest_bytes: int) -> PyTree:
-    """Return what writes arrays, of which `largest_bytes` are the most in one piece.
+def _checkpointer(tensors: Tensors) -> PyTree:
+    """Return what writes arrays like `tensors`, a bounded number of bytes at a time.
 
     Without a bound Orbax encodes all of them at once, which is another copy of the state.
     """
     import orbax.checkpoint as orbax
 
+    pieces = (
+        prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in tensors.values()
+    )
     handler = orbax.BasePyTreeCheckpointHandler(
-        save_concurrent_bytes=2 * max(largest_bytes, _PIECE_BYTES) + 1,
+        save_concurrent_bytes=2 * max(_PIECE_BYTES, *pieces) + 1,
         use_ocdbt=True,
         use_zarr3=True,
     )
@@ -273,16 +252,16 @@ class RunCheckpoints:
     saver: Saver
     recipe: str
 
-    _known: tuple[PyTree, Callable[[PyTree], Tensors]] | None = field(init=False, default=None)
+    _last: tuple[PyTree, Callable[[PyTree], Tensors]] | None = field(init=False, default=None)
 
     def _slots(self, step: int) -> list[StateLeaf]:
         return slots_of(self.graph, self.abstract(step))
 
     def _tensors(self, state: PyTree, step: int) -> Tensors:
         kind = jax.tree.structure(state)
-        if self._known is None or self._known[0] != kind:
-            self._known = (kind, to_tensors(self._slots(step)))
-        return self._known[1](state)
+        if self._last is None or self._last[0] != kind:
+            self._last = (kind, to_tensors(self._slots(step)))
+        return self._last[1](state)
 
     def begin(self) -> tuple[PyTree, Position, float | None]:
         """Return state, position and best held-out loss of the last checkpoint, or the start.
@@ -293,20 +272,28 @@ class RunCheckpoints:
         steps = saved_steps(self.run)
         if not steps:
             return (*self.start(), None)
-        check_inside(self.run, steps[-1])
-        require_state(steps[-1])
-        step = steps[-1].number
-        state = restore(self._slots(step), StateReader(steps[-1].state).read, self.abstract(step))
-        best = best_step(steps)
-        return state, position_of(steps[-1].facts), None if best is None else best.loss
+        last, best = steps[-1], best_step(steps)
+        check_inside(self.run, last)
+        require_state(last)
+        slots, abstract = self._slots(last.number), self.abstract(last.number)
+        state = restore(slots, StateReader(last.state).read, abstract)
+        at = Position(last.facts.step, last.facts.tokens, last.facts.left_out)
+        return state, at, None if best is None else best.loss
 
     def save(self, state: PyTree, at: Position, loss: float | None) -> list[Saved]:
         """Begin to save; return what is complete since. Raises MachineError."""
-        done = self.saver.wait()  # before tensors are made: of one save there is one copy
+        done = self.wait()  # before tensors are made: of one save there is one copy
         tensors = self._tensors(state, at.step)
+        prefix = array_key(PARAMS, "")
+        names = {d.numpy: d.name for d in DTYPES.values() if d.kind != "key"}
+        params = {
+            key.removeprefix(prefix): {"dtype": names[array.dtype], "shape": list(array.shape)}
+            for key, array in sorted(tensors.items())
+            if key.startswith(prefix)
+        }
         facts = {
             "recipe": self.recipe, "tokens": at.tokens, "left_out": list(at.left_out),
-            "loss": loss, "tensors": _listed(tensors),
+            "loss": loss, "tensors": params,
         }  # fmt: skip
         return [*done, *self.saver.save(at.step, tensors, facts)]
 
@@ -317,22 +304,6 @@ class RunCheckpoints:
     def wait(self) -> list[Saved]:
         """Wait until nothing is being saved; return what is complete since. Raises MachineError."""
         return self.saver.wait()
-
-
-def position_of(facts: StepRecord) -> Position:
-    """Return the position that a ``step.json`` states."""
-    return Position(facts.step, facts.tokens, facts.left_out)
-
-
-def _listed(tensors: Tensors) -> dict[str, dict[str, object]]:
-    """Return types and shapes of the parameters, by their names."""
-    prefix = array_key(PARAMS, "")
-    names = {d.numpy: d.name for d in DTYPES.values() if d.kind != "key"}
-    return {
-        key.removeprefix(prefix): {"dtype": names[array.dtype], "shape": list(array.shape)}
-        for key, array in sorted(tensors.items())
-        if key.startswith(prefix)
-    }
 
 
 # The training loop, as a stream of events.
@@ -434,8 +405,8 @@ class Loop:
                 # While the devices compute.
                 batch = self.feed.train(batch_of(self._at.step + 1, self._at.left_out))
             measured = on_host(metrics)
-            skipped, tokens = bool(measured.pop(SKIPPED, 0)), int(scalar(measured.pop(TOKENS)))
-            limit = scalar(measured.pop(LIMIT, inf))
+            skipped, tokens = bool(measured.pop(SKIPPED, 0)), int(np.asarray(measured.pop(TOKENS)))
+            limit = float(np.asarray(measured.pop(LIMIT, inf)))
             self._at = self._at.after(0 if skipped else tokens)
             self._state = self.program.entered(self._state, self._at.step)
             if skipped:
@@ -510,12 +481,6 @@ def on_host(metrics: Mapping[str, jax.Array]) -> dict[str, Metric]:
     }
 
 
-def scalar(metric: Metric) -> float:
-    """Return a metric that is one number."""
-    assert not isinstance(metric, list), "it is one number"
-    return metric
-
-
 # How far the experts of a layer are apart: nothing at first, where they are copies.
 
 EXPERT, LAYER = "expert", "layer"
@@ -576,8 +541,6 @@ def spread_of(graph: Graph, replicated: Sharding) -> SpreadOf | None:
 
 # Batches on their devices: each process reads the rows of its own.
 
-Rows = Callable[[slice], Mapping[str, Array]]
-
 
 @dataclass(frozen=True)
 class DeviceFeed:
@@ -605,20 +568,16 @@ class DeviceFeed:
         evaluation = self.batches.evaluations[name]
         return self._placed(lambda rows: evaluation.batch(number, rows))
 
-    def _placed(self, read: Rows) -> dict[str, jax.Array]:
-        read_rows: dict[tuple[int, int], Mapping[str, Array]] = {}
+    def _placed(self, read: Callable[[slice], Mapping[str, Array]]) -> dict[str, jax.Array]:
+        read_rows = cache(lambda start, stop: read(slice(start, stop)))
 
-        def of_rows(name: str, index: tuple[slice, ...] | None) -> Array:
-            assert index is not None, "every device has its part"
-            shape = self.abstract[name].shape
-            start, stop, _ = index[0].indices(shape[0])
-            if (start, stop) not in read_rows:
-                read_rows[start, stop] = read(slice(start, stop))
-            part = read_rows[start, stop][name][(slice(None), *index[1:])]
-            return np.asarray(part, self.abstract[name].dtype)
+        def part(name: str, box: Box) -> Array:
+            rows, *inner = box
+            array = read_rows(*rows)[name][(slice(None), *(slice(*ends) for ends in inner))]
+            return np.asarray(array, self.abstract[name].dtype)
 
         return {
-            name: jax.make_array_from_callback(leaf.shape, leaf.sharding, partial(of_rows, name))
+            name: sharded_array(leaf.shape, leaf.sharding, partial(part, name))
             for name, leaf in self.abstract.items()
         }
 

@@ -35,9 +35,6 @@ from moecc.types import KEY, TensorType
 from moecc_backends.xla.trace.values import PyTree
 from moecc_backends.xla.train.evaluation import (
     EvaluationStep,
-    abstract_arrays,
-    batch_loss,
-    make_evaluation,
     sum_types,
     told,
     totals_for,
@@ -59,7 +56,7 @@ from moecc_backends.xla.train.optimizer import Optimizer, Settle
 # to a checkpoint is the loop's to decide.
 
 GuardState = dict[str, Array]
-"""``losses``: those of the last steps that were taken; ``taken``, ``skipped``, ``in_a_row``."""
+"""``losses`` of the last steps that were taken, and ``taken``, ``skipped``, ``in_a_row``."""
 
 
 @dataclass(frozen=True)
@@ -90,37 +87,29 @@ class Guard:
           loss: of the batch.
           norm: of its gradients.
         """
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        limit = self._limit(state)
-        is_spike = loss.astype(jnp.float32) > limit
-        ok = is_finite & ~is_spike
-        at = state["taken"] % self.section.window
-        losses = state["losses"].at[at].set(loss.astype(jnp.float32))
+        section, losses, wide = self.section, state["losses"], loss.astype(jnp.float32)
+        limit = jnp.asarray(jnp.inf, jnp.float32)
+        if section.sigma:
+            mean = jnp.mean(losses)
+            # A deviation of nothing but rounding would make a spike of any loss.
+            std = jnp.maximum(jnp.std(losses), 1e-4 * jnp.abs(mean))
+            is_full = state["taken"] >= section.window
+            limit = jnp.where(is_full, mean + section.sigma * std, limit)
+        is_spike = wide > limit
+        ok = jnp.isfinite(loss) & jnp.isfinite(norm) & ~is_spike
         after = {
-            "losses": jnp.where(ok, losses, state["losses"]),
+            "losses": jnp.where(ok, losses.at[state["taken"] % section.window].set(wide), losses),
             "taken": state["taken"] + ok,
             "skipped": state["skipped"] + ~ok,
             "in_a_row": jnp.where(ok, 0, state["in_a_row"] + 1),
         }
-        told = {
+        metrics = {
             "guard.skipped": ~ok,
             "guard.spike": is_spike,
             "guard.limit": limit,
             "guard.in_a_row": after["in_a_row"],
         }
-        return ok, after, told
-
-    def _limit(self, state: GuardState) -> Array:
-        """Return the loss above which a loss is far above those of the window."""
-        unbounded = jnp.asarray(jnp.inf, jnp.float32)
-        if not self.section.sigma:
-            return unbounded
-        losses = state["losses"]
-        mean = jnp.mean(losses)
-        # A deviation of nothing but rounding would make a spike of any loss.
-        std = jnp.maximum(jnp.std(losses), 1e-4 * jnp.abs(mean))
-        is_full = state["taken"] >= self.section.window
-        return jnp.where(is_full, mean + self.section.sigma * std, unbounded)
+        return ok, after, metrics
 
 
 State = dict[str, PyTree]
@@ -147,18 +136,10 @@ class TrainStep:
     where: StepShardings
     evaluation: EvaluationStep | None = None
 
-    # --- what there is
-
-    @cached_property
-    def section(self) -> OptimizerSection:
-        """The optimiser's part of the recipe."""
-        assert self.spec.optimizer is not None, "a step of training has an optimiser"
-        return self.spec.optimizer
-
     @cached_property
     def settings(self) -> dict[str, ParamSettings]:
         """How each parameter is trained, by its name in the graph; biases of balance are not."""
-        settings = parameter_settings(self.graph, self.section)
+        settings = parameter_settings(self.graph, _section(self.spec))
         return {n: s for n, s in settings.items() if n not in self.biases}
 
     @cached_property
@@ -175,19 +156,12 @@ class TrainStep:
     def optimizer(self) -> Optimizer:
         """The optimiser, of what is trained."""
         types = {n: self.graph.params[n].type for n in self.trained}
-        return Optimizer(self.section, types, {n: self.settings[n] for n in self.trained})
+        return Optimizer(_section(self.spec), types, {n: self.settings[n] for n in self.trained})
 
     @cached_property
     def guard(self) -> Guard | None:
         """The guard, if there is one."""
         return None if self.spec.guard is None else Guard(self.spec.guard)
-
-    @cached_property
-    def loss(self) -> BatchLoss:
-        """The loss of a batch on one device."""
-        return batch_loss(self.graph, self.spec, self.where)
-
-    # --- the state
 
     def init(self, params: Mapping[str, PyTree]) -> State:
         """Return the state before the first step, where it belongs.
@@ -198,7 +172,7 @@ class TrainStep:
         Raises:
           InputError: a parameter is missing.
         """
-        kinds = {**self.abstract_state["params"], **self.abstract_state["bias"]}
+        kinds = self.model_params(self.abstract_state)
         missing = [n for n in kinds if n not in params]
         if missing:
             raise InputError("a parameter is missing", expected=", ".join(missing[:5]))
@@ -222,51 +196,30 @@ class TrainStep:
     @cached_property
     def abstract_state(self) -> State:
         """The shapes, types and shardings of the state."""
-        params = {n: self._abstract_param(n) for n in self.settings}
-        bias = {n: self._abstract_param(n) for n in self.biases}
-        shapes = jax.eval_shape(self._initial, {**params, **bias})
-        replicated = self.where.whole
+        values = self.graph.params
+        params = {n: self.where.param(values[n]) for n in (*self.settings, *self.biases)}
         state: State = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.where.whole),
+            jax.eval_shape(self._initial, params),
         )
-        state |= {"params": params, "bias": bias}
+        for group in ("params", "bias"):
+            state[group] = {n: params[n] for n in state[group]}
         for kind, types in self.optimizer.moment_types.items():
-            state["moments"][kind] = {n: self._abstract_moment(n, t) for n, t in types.items()}
+            state["moments"][kind] = {
+                n: _abstract_moment(t, values[n].type, params[n]) for n, t in types.items()
+            }
         return state
-
-    def _abstract_param(self, name: str) -> jax.ShapeDtypeStruct:
-        value = self.graph.params[name]
-        kind = self.spec.config.weight_type.numpy
-        return jax.ShapeDtypeStruct(value.type.shape, kind, sharding=self.where.param(value))
-
-    def _abstract_moment(self, name: str, type: TensorType) -> jax.ShapeDtypeStruct:
-        """Return a moment, sharded along the axes that it has of its parameter."""
-        type_of_param, param = self.graph.params[name].type, self._abstract_param(name)
-        sharding = param.sharding
-        if isinstance(sharding, NamedSharding):
-            parts = dict(
-                zip(
-                    type_of_param.names,
-                    [*sharding.spec, *[None] * type_of_param.rank],
-                    strict=False,
-                )
-            )
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*map(parts.get, type.names)))
-        return jax.ShapeDtypeStruct(type.shape, param.dtype, sharding=sharding)
 
     @cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes, types and shardings of a batch: the graph's inputs, and the targets."""
-        return abstract_arrays(batch_types(self.graph), self.spec, self.where)
+        return self.where.arrays(batch_types(self.graph))
 
     @property
     def arguments(self) -> tuple[PyTree, ...]:
         """What `step` takes, abstractly."""
-        key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=self.where.whole)
         rate = jax.ShapeDtypeStruct((), np.dtype("float32"), sharding=self.where.whole)
-        return self.abstract_state, self.abstract_batch, key, rate
-
-    # --- the step
+        return self.abstract_state, self.abstract_batch, self.where.key, rate
 
     @cached_property
     def function(self) -> PyTree:
@@ -297,13 +250,22 @@ class TrainStep:
         # As `step` is given them: a sharding would be another trace.
         key, rate = jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(0)))
         self.function.trace(state, batch, key, rate)
-        if self.evaluation is not None:
-            self.evaluation.check(self.model_params(state), batch, key)
+        judge = self.evaluation
+        if judge is not None:
+            judge.function.trace(judge.used(self.model_params(state)), dict(batch), key)
 
     def evaluate(self, params: Arrays, batch: Arrays, key: Array | None = None) -> Outputs:
-        """Return the metrics of a batch in evaluation; see `EvaluationStep.evaluate`."""
-        assert self.evaluation is not None, "make_train_step was given the graph of evaluation"
-        return self.evaluation.evaluate(params, batch, key)
+        """Return metrics of a batch in evaluation, and the sums ``loss.sum``, ``hits``, ``tokens``.
+
+        Args:
+          params: all parameters of the graph, by name.
+          batch: the graph's inputs, but for a key, and the targets ``[batch, seq]``, −1 for none.
+          key: of what is random in evaluation, as policies may be; one that is fixed by default.
+        """
+        judge = self.evaluation
+        assert judge is not None, "make_train_step was given the graph of evaluation"
+        key = jax.random.key(0) if key is None else key
+        return judge.function(judge.used(params), dict(batch), key)
 
     @staticmethod
     def model_params(state: State) -> dict[str, Array]:
@@ -336,17 +298,16 @@ class TrainStep:
     ) -> tuple[dict[str, Array], Outputs]:
         """Return the gradients of what is trained, and sums over the batch; a function to trace."""
         graph = self.graph
-        types = {n: graph.params[n].type for n in (*self.settings, *self.biases)}
-        trained_types = {n: types[n] for n in trained}
-        fixed_types = {n: types[n] for n in fixed}
-        totals = totals_for(graph, self.spec, self.where, batch)
-        arguments = (
-            trained_types,
-            fixed_types,
-            {**batch_types(graph), **dict.fromkeys(totals)},
-            None,
+        trained_types, fixed_types = (
+            {n: graph.params[n].type for n in params} for params in (trained, fixed)
         )
-        run = self.where.mapped(self.loss.gradients, arguments, (trained_types, sum_types(graph)))
+        totals = totals_for(graph, self.where, batch)
+        inputs = {**batch_types(graph), **dict.fromkeys(totals)}
+        run = self.where.mapped(
+            BatchLoss(graph, self.where).gradients,
+            (trained_types, fixed_types, inputs, None),
+            (trained_types, sum_types(graph)),
+        )
         return run(trained, fixed, {**batch, **totals}, key)
 
     def update(
@@ -361,25 +322,20 @@ class TrainStep:
         """Return what parameters become, and the moments that `keep` keeps; to trace."""
 
         def settle(after: PyTree, before: PyTree) -> PyTree:
+            settled = keep(after, before)
+            if self.where.lowering.options.target != "cpu":
+                return settled
             # XLA for CPUs would compute the moments once more within the update of a parameter,
             # from those before, which it copies for that: with 30 M parameters a third more time
             # for this part of a step, and 608 MB of temporaries in place of 415.
-            settled = keep(after, before)
-            return (
-                jax.tree.map(jax.lax.optimization_barrier, settled)
-                if self.where.lowering.options.target == "cpu"
-                else settled
-            )
+            return jax.tree.map(jax.lax.optimization_barrier, settled)
 
-        clipped = self._clipped(slopes, norm)
-        directions, after = self.optimizer.directions(clipped, moments, trained, settle)
+        clip = _section(self.spec).clip
+        if clip:
+            factor = clip / jnp.maximum(norm, clip)
+            slopes = {n: g * factor.astype(g.dtype) for n, g in slopes.items()}
+        directions, after = self.optimizer.directions(slopes, moments, trained, settle)
         return {n: self._moved(n, trained[n], d, rate) for n, d in directions.items()}, after
-
-    def _clipped(self, slopes: Arrays, norm: Array) -> Arrays:
-        if not self.section.clip:
-            return slopes
-        factor = self.section.clip / jnp.maximum(norm, self.section.clip)
-        return {n: g * factor.astype(g.dtype) for n, g in slopes.items()}
 
     def _moved_bias(self, name: str, bias: Array, sums: Outputs) -> Array:
         """Return a balance bias after a step, by the choices of the whole batch."""
@@ -393,6 +349,23 @@ class TrainStep:
         if settings.decay:
             direction = direction + settings.decay * param
         return param - (rate * settings.rate).astype(param.dtype) * direction.astype(param.dtype)
+
+
+def _section(spec: StepSpec) -> OptimizerSection:
+    """Return the optimiser's part of the recipe."""
+    assert spec.optimizer is not None, "a step of training has an optimiser"
+    return spec.optimizer
+
+
+def _abstract_moment(
+    type: TensorType, param: TensorType, abstract: jax.ShapeDtypeStruct
+) -> jax.ShapeDtypeStruct:
+    """Return a moment, sharded along the axes that it has of its parameter."""
+    sharding = abstract.sharding
+    if isinstance(sharding, NamedSharding):
+        parts = dict(zip(param.names, sharding.spec, strict=False))
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*map(parts.get, type.names)))
+    return jax.ShapeDtypeStruct(type.shape, abstract.dtype, sharding=sharding)
 
 
 def gradient_norm(slopes: Arrays) -> Array:
@@ -419,7 +392,10 @@ def make_train_step(
       InputError: the mesh or micro-batches cut a group of tokens, or the graph cannot be trained.
     """
     check_trainable(graph)
-    judge = None if evaluation is None else make_evaluation(evaluation, spec, devices)
+    judge = None
+    if evaluation is not None:
+        check_trainable(evaluation)
+        judge = EvaluationStep(evaluation, step_shardings(evaluation, spec, devices))
     return TrainStep(graph, spec, step_shardings(graph, spec, devices), judge)
 
 
@@ -482,21 +458,6 @@ def _by_path(state: State) -> dict[str, PyTree]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def make_phased_step(
-    graph: Graph, spec: StepSpec, devices: list[jax.Device], evaluation: Graph | None = None
-) -> PhasedStep:
-    """Return the steps of `graph`, one for each phase; see `make_train_step`.
-
-    Raises:
-      InputError: as `make_train_step`.
-    """
-    assert spec.optimizer is not None, "a step of training has an optimiser"
-    phases = phases_of(spec.optimizer)
-    first = make_train_step(graph, replace(spec, optimizer=phases[0].section), devices, evaluation)
-    later = (replace(first, spec=replace(spec, optimizer=p.section)) for p in phases[1:])
-    return PhasedStep(phases, (first, *later))
-
-
 _SHARED: dict[str, PhasedStep] = {}
 """The last step: runs of a sweep that differ in rates, schedules or seeds share it."""
 
@@ -504,21 +465,27 @@ _SHARED: dict[str, PhasedStep] = {}
 def shared_step(
     graph: Graph, spec: StepSpec, devices: list[jax.Device], evaluation: Graph
 ) -> PhasedStep:
-    """Return `make_phased_step`, or the last one that was made if it is the same program.
+    """Return the steps of `graph`, one for each phase; the last ones if they are the same programs.
 
     The rate is an argument of a program, so that what decides it is no part of the comparison.
+
+    Raises:
+      InputError: as `make_train_step`.
     """
-    assert spec.optimizer is not None, "a step of training has an optimiser"
     unset = OptimizerSection()
     section = replace(
-        spec.optimizer, rate=unset.rate, schedule=unset.schedule, warmup=unset.warmup,
+        _section(spec), rate=unset.rate, schedule=unset.schedule, warmup=unset.warmup,
         decay_steps=unset.decay_steps, end_factor=unset.end_factor,
     )  # fmt: skip
     spec = replace(spec, optimizer=section)
     key = "\n".join((print_graph(graph), print_graph(evaluation), repr(spec), repr(devices)))
     if key not in _SHARED:
         _SHARED.clear()
-        _SHARED[key] = make_phased_step(graph, spec, devices, evaluation)
+        phases = phases_of(section)
+        specs = [replace(spec, optimizer=phase.section) for phase in phases]
+        first = make_train_step(graph, specs[0], devices, evaluation)
+        steps = (first, *(replace(first, spec=later) for later in specs[1:]))
+        _SHARED[key] = PhasedStep(phases, steps)
     return _SHARED[key]
 
 
@@ -551,14 +518,7 @@ def make_step(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> Abstra
         step = make_train_step(graph, spec, devices)
         return AbstractStep(step.function, step.arguments)
     where = step_shardings(graph, spec, devices)
-    params = {
-        name: jax.ShapeDtypeStruct(
-            value.type.shape, spec.config.weight_type.numpy, sharding=where.param(value)
-        )
-        for name, value in graph.params.items()
-        if value.users
-    }
-    inputs = abstract_arrays(input_types(graph), spec, where)
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=where.whole)
-    inputs |= {n: key for n, v in graph.inputs.items() if v.type.dtype == KEY}
+    params = {name: where.param(value) for name, value in graph.params.items() if value.users}
+    inputs = where.arrays(input_types(graph))
+    inputs |= {n: where.key for n, v in graph.inputs.items() if v.type.dtype == KEY}
     return AbstractStep(jax.jit(where.model(graph)), (params, inputs))
