@@ -15,7 +15,6 @@ import jax
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.structure import attributes
 from moecc.model.open import GRAPH
 from moecc.types import F32, Axis, DType, TensorType, is_name
 from moecc_backends.jaxpr.blocks import INNER, OUTER
@@ -31,7 +30,7 @@ from moecc_backends.jaxpr.survey import BlockSite, Survey, equations_of
 from moecc_backends.jaxpr.symbols import function_of
 from moecc_backends.jaxpr.views import NotABlock, callee, dtype_named, path_name, unique
 from moecc_backends.xla.lower.function import finalize_output, lower_values
-from moecc_backends.xla.lower.scan import axis_key
+from moecc_backends.xla.lower.scan import computation_key, type_key
 
 Label = tuple[tuple[str, int], ...]
 """Names and sizes of the axes of tokens that a dimension runs over, outermost first."""
@@ -538,20 +537,10 @@ class BlockPart:
 
         They have the same operations on corresponding operands.
         """
-        numbers: dict[Value, int] = {}
-
-        def described(value: Value) -> object:
-            numbers[value] = len(numbers)
-            axes = tuple(axis_key(a, numbers) for a in value.type.axes)
-            return (value.type.dtype.name, axes)
-
-        lines: list[object] = [described(self.x)]
-        for node in self.side_nodes:
-            lines += [described(v) for v in node.operands if v.node is None and v not in numbers]
-            uses = tuple(numbers[v] for v in node.operands)
-            types = tuple(map(described, node.results))
-            lines.append((node.op.name, uses, attributes(node.attrs), types))
-        return (*lines, tuple(numbers[v] for v in (self.y, *self.side)))
+        operands = list(dict.fromkeys((self.x, *self._sources)))
+        numbers = {v: number for number, v in enumerate(operands)}
+        types = (type_key(v.type, numbers) for v in operands)
+        return (*types, computation_key(operands, self.side_nodes, (self.y, *self.side)))
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,12 @@ def find_devices() -> None:
 @cache
 def is_cpu_alone() -> bool:
     """Return whether jax can find nothing here but a CPU."""
-    return not has_accelerator() and all(name.startswith(_CUDA) for name in _plugins())
+    # The plug-ins that jax would try, libtpu's aside.
+    spec = find_spec("jax_plugins")
+    folders = [] if spec is None else spec.submodule_search_locations
+    names = [m.name for m in iter_modules(folders, "jax_plugins.")]
+    names += [p.value for p in entry_points(group="jax_plugins")]
+    return not has_accelerator() and all(name.startswith(_CUDA) for name in names)
 
 
 def has_accelerator() -> bool:
@@ -82,14 +87,6 @@ def has_accelerator() -> bool:
     if any(glob.glob(pattern) for pattern in _DEVICES):
         return True
     return any(Path(p).read_text("ascii").strip() == _GOOGLE for p in glob.glob(_PCI_VENDORS))
-
-
-def _plugins() -> list[str]:
-    """Return the modules of the plug-ins that jax would try, libtpu's aside."""
-    spec = find_spec("jax_plugins")
-    folders = [] if spec is None else spec.submodule_search_locations
-    names = [m.name for m in iter_modules(folders, "jax_plugins.")]
-    return sorted({*names, *(p.value for p in entry_points(group="jax_plugins"))})
 
 
 @contextmanager

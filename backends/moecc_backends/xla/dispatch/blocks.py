@@ -123,13 +123,9 @@ def parts_of(rows: DeferredRows, operands: Mapping[Value, Named]) -> ExpertParts
         if axis != "expert" and _can_cut(rows, stacks, axis):
             matrices = (x for x in stacks.values() if axis in x.axes)
             largest = max(x.array.nbytes // x.size("expert") for x in matrices)
-            return ExpertParts(axis, _count(largest, width))
+            counts = (n for n in range(1, width // _LEAST_WIDTH + 1) if width % n == 0)
+            return ExpertParts(axis, next((n for n in counts if largest // n <= MOST_BYTES), 1))
     return ExpertParts()
-
-
-def _count(size: int, width: int) -> int:
-    counts = [n for n in range(1, width // _LEAST_WIDTH + 1) if width % n == 0]
-    return next((n for n in counts if size // n <= MOST_BYTES), 1)
 
 
 def _is_float(array: Array) -> bool:

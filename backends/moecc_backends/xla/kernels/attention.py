@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -119,8 +119,15 @@ def _backward(
         ends = (_part(a, _QUERIES, start, span.size) for a in (d_mixed, denominators, spread))
         d_query, *more = _block_gradient(rule, part, (start, span.first_key), *ends)
         places = {4: (0, 0, span.first_key, 0), 5: (0, 0, 0, start, span.first_key)}
-        pairs = zip(sums, more, strict=True)
-        return tuple(_added(s, new, places[new.ndim]) for s, new in pairs), (d_query,)
+
+        def added(total: Array, new: Array) -> Array:
+            """Return `total` with `new` added, which begins further on where it is smaller."""
+            at = zip(places[new.ndim], total.shape, new.shape, strict=True)
+            first = [0 if full == size else index for index, full, size in at]
+            before = lax.dynamic_slice(total, first, new.shape)
+            return lax.dynamic_update_slice(total, before + new, first)
+
+        return tuple(map(added, sums, more)), (d_query,)
 
     zeros = (zeros_after(d_mixed, a.shape, wide, i) for i, a in enumerate(summed))
     sums, (d_query,) = _walk(rule, arrays, block, tuple(zeros))
@@ -145,15 +152,11 @@ def _walk(
         else:
             starts = span.start + span.size * jnp.arange(span.blocks)
             sums, stacked = lax.scan(partial(block, span), sums, starts)
-            arrays_of_span = tuple(map(_unstacked, stacked))
+            # The queries of all blocks in a row.
+            rows = (jnp.moveaxis(a, 0, _QUERIES) for a in stacked)
+            arrays_of_span = tuple(a.reshape(*a.shape[:3], -1, *a.shape[5:]) for a in rows)
         spanned.append(arrays_of_span)
     return sums, tuple(jnp.concatenate(parts, _QUERIES) for parts in zip(*spanned, strict=True))
-
-
-def _unstacked(blocks: Array) -> Array:
-    """Return ``[block, batch, head, group, query, …]`` with the queries of all blocks in a row."""
-    rows = jnp.moveaxis(blocks, 0, _QUERIES)
-    return rows.reshape(*rows.shape[:_QUERIES], -1, *rows.shape[_QUERIES + 2 :])
 
 
 def _part(array: Array, axis: int, start: Array | int, size: int) -> Array:
@@ -332,14 +335,6 @@ def _summed_to(array: Array, like: Array) -> Array:
     """Return `array` summed along the axes that have size 1 in `like`."""
     axes = [i for i, size in enumerate(like.shape) if size == 1 < array.shape[i]]
     return jnp.sum(array, axes, keepdims=True)
-
-
-def _added(total: Array, new: Array, at: Sequence[Array | int]) -> Array:
-    """Return `total` with `new` added, which begins at the indices `at` where it is smaller."""
-    pairs = zip(at, total.shape, new.shape, strict=True)
-    start = [0 if full == size else index for index, full, size in pairs]
-    now = lax.dynamic_slice(total, start, new.shape)
-    return lax.dynamic_update_slice(total, now + new, start)
 
 
 # Attention of GPUs: cuDNN's fused kernel, as ``jax.nn`` calls it.

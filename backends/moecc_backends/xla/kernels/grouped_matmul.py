@@ -387,23 +387,16 @@ def rows_times(rows: Array, matrix: Array, at: int) -> Array:
     return jax.lax.dot_general(rows, matrix, (((1,), (at,)), ((), ())))
 
 
-def _row_product_backward(
-    at: int, residuals: tuple[Array, Array], slope: Array
-) -> tuple[Array, Array]:
+def _row_product_backward(at: int, residuals: Arrays, slope: Array) -> Arrays:
     rows, matrix = residuals
     by_rows = jax.lax.dot_general(slope, matrix, (((1,), (1 - at,)), ((), ())))
-    pair = (rows, slope) if at == 0 else (slope, rows)
-    return by_rows, _summed_over_rows(*pair)
-
-
-def _summed_over_rows(x: Array, y: Array) -> Array:
-    """Return ``[a, b]`` of ``[rows, a]`` and ``[rows, b]``."""
+    x, y = (rows, slope) if at == 0 else (slope, rows)
     over_rows = (((0,), (0,)), ((), ()))
     if x.shape[1] <= y.shape[1]:
-        return jax.lax.dot_general(x, y, over_rows)
+        return by_rows, jax.lax.dot_general(x, y, over_rows)
     # Without the barrier the compiler would exchange the two again.
     turned = lax.optimization_barrier(jax.lax.dot_general(y, x, over_rows))
-    return jnp.transpose(turned)
+    return by_rows, jnp.transpose(turned)
 
 
 rows_times.defvjp(
@@ -568,19 +561,16 @@ def why_no_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str | None:
     installed = version("jaxlib")
     if tuple(map(int, installed.split(".")[:2])) < _LEAST_JAXLIB:
         return f"jaxlib {installed} has no kernel for a GPU, 0.11 has"
-    return _why_not_this_gpu()
-
-
-def _why_not_this_gpu() -> str | None:
     if jax.default_backend() != "gpu":
         return "no GPU is here to be asked"
-    capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+    gpu = jax.devices()[0]
+    capability = float(getattr(gpu, "compute_capability", 0))
     if capability < _LEAST_CAPABILITY:
         return f"compute capability {capability}, 8.0 is needed"
-    version = getattr(jax.devices()[0].client, "platform_version", "")
-    match = re.search(r"cudnn\D*(\d{5,6})", version, re.IGNORECASE)
-    if match is None or int(match.group(1)) < _LEAST_CUDNN:
-        return f"cuDNN 9.22 is needed, found {version.strip() or 'none'}"
+    libraries = getattr(gpu.client, "platform_version", "")
+    match = re.search(r"cudnn\D*(\d{5,6})", libraries, re.IGNORECASE)
+    if match is None or int(match[1]) < _LEAST_CUDNN:
+        return f"cuDNN 9.22 is needed, found {libraries.strip() or 'none'}"
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from math import prod
 
@@ -80,21 +79,15 @@ def _positions(ctx: TraceContext, node: Node, like: Operand | DeferredRows) -> O
         return like.deferred
     if isinstance(axis.size, int):
         size = axis.size // ctx.view.shard_count(axis)
+    elif isinstance(like, Named):
+        size = like.size(axis.name)
+    elif axis.name == "group":
+        size = (like.layout if isinstance(like, Rows) else like).routing.groups
     else:
-        size = _size(like, axis.name)
+        assert isinstance(like, Rows), "other axes are of rows that are there"
+        size = like.inner().size(axis.name)
     local = jnp.arange(size, dtype=jnp.int32) + ctx.view.offset(axis, size)
     return Named(local, (axis.name,))
-
-
-def _size(like: Operand | DeferredRows, axis: str) -> int:
-    """Return the size of `axis`, which rows have or their routing knows."""
-    if isinstance(like, Named):
-        return like.size(axis)
-    routing = like.routing if isinstance(like, DeferredRows) else like.layout.routing
-    if axis == "group":
-        return routing.groups
-    assert isinstance(like, Rows), "other axes are of rows that are there"
-    return like.inner().size(axis)
 
 
 @lowering("embedding")
@@ -105,14 +98,17 @@ def _embedding(ctx: TraceContext, node: Node, table: Operand, ids: Operand) -> O
 
     def pick(rows: Named, index: Named) -> Named:
         columns = tuple(a for a in rows.axes if a != axis)
-        local, take = rows.to((axis, *columns)).array, _take
+        local, at, take = rows.to((axis, *columns)).array, index.array, _take
         if in_columns:
-            local = view.varying(local, varies(index.array))
+            local = view.varying(local, varies(at))
             take = partial(_take_of_columns, len(local))
         if view.shard_count(declared) == 1:
-            picked = take(local, index.array)
-        else:
-            picked = _of_local_rows(local, index.array - view.offset(declared, len(local)), take)
+            return Named(take(local, at), (*index.axes, *columns))
+        # Rows of other shards are zeros here.
+        at = at - view.offset(declared, len(local))
+        is_own = (at >= 0) & (at < len(local))
+        picked = take(local, jnp.where(is_own, at, 0))
+        picked = jnp.where(is_own.reshape(*at.shape, *[1] * len(columns)), picked, 0)
         return Named(picked, (*index.axes, *columns))
 
     # Either may be rows of experts, but not both: their axes would be there twice.
@@ -120,13 +116,6 @@ def _embedding(ctx: TraceContext, node: Node, table: Operand, ids: Operand) -> O
         assert isinstance(table, Named), "one of the two is"
         return ids.of(pick(table, ids.inner())).padded(None, 0)
     return lifted(table, lambda rows: pick(rows, ids))
-
-
-def _of_local_rows(rows: Array, index: Array, take: Callable[[Array, Array], Array]) -> Array:
-    """Return rows of the local shard of a table, and zeros for those of other shards."""
-    is_own = (index >= 0) & (index < len(rows))
-    picked = take(rows, jnp.where(is_own, index, 0))
-    return jnp.where(is_own.reshape(*index.shape, *[1] * (rows.ndim - 1)), picked, 0)
 
 
 def _take(rows: Array, index: Array) -> Array:

@@ -39,62 +39,55 @@ def is_precise(node: Node) -> bool:
 
 def is_precise_param(value: Value) -> bool:
     """Return whether all products with the parameter `value` are precise; it stays float32."""
-    return value.is_param and _only_precise(value)
 
+    def only_precise(value: Value) -> bool:
+        return all(
+            is_precise(user)
+            if user.body is None
+            else all(
+                only_precise(inner)
+                for outer, inner in zip(user.operands, user.body.inputs.values(), strict=True)
+                if outer is value
+            )
+            for user in value.users
+        )
 
-def _only_precise(value: Value) -> bool:
-    return all(_reads_precisely(user, value) for user in value.users)
-
-
-def _reads_precisely(user: Node, value: Value) -> bool:
-    if user.body is None:
-        return is_precise(user)
-    inner = zip(user.operands, user.body.inputs.values(), strict=True)
-    return all(_only_precise(i) for v, i in inner if v is value)
+    return value.is_param and only_precise(value)
 
 
 @lowering("contract")
 def _contract(ctx: TraceContext, node: Node, x: Operand, w: Operand) -> Operand:
     over: tuple[str, ...] = ContractOp.of_node(node).over
-    if isinstance(x, Named) and isinstance(w, Named):
-        if is_precise(node):
-            wide = accumulator(ctx.dtype)
-            x, w = (Named(v.array.astype(wide), v.axes) for v in (x, w))
-        is_slots = len(over) == 1 and x.axes == (*SLOT_AXES, *over)
-        is_matrix = len(w.axes) == 3 and w.axes[0] == "expert"
-        if is_slots and is_matrix and set(w.axes) & set(x.axes) == {"expert", *over}:
-            return _slots_times(ctx, x, w, over)
-        kind = product_type(x.array.dtype, ctx.options.target)
-        if (
-            (ctx.options.target == "cpu" and ctx.interceptor is DIRECT)
-            and _is_matrix(x, w, over)
-            and x.array.dtype == w.array.dtype == kind
-        ):
-            *lead, width = x.array.shape
-            product = rows_times(x.array.reshape(prod(lead), width), w.array, w.axes.index(over[0]))
-            (column,) = (a for a in w.axes if a not in over)
-            return Named(product.reshape(*lead, product.shape[-1]), (*x.axes[:-1], column))
-        return einsum(x, w, over, kind)
     if isinstance(x, Rows):
         return _rows_times(ctx, x, w, over)
-    assert isinstance(w, Rows), "one of the two is"
-    return _rows_times(ctx, w, x, over)
-
-
-def _is_matrix(x: Named, w: Named, over: tuple[str, ...]) -> bool:
-    """Whether each row of `x` along its last axis is multiplied with the matrix `w`."""
-    is_matrix = len(w.axes) == 2 and len(over) == 1 and set(x.axes) & set(w.axes) == set(over)
-    return is_matrix and len(x.axes) > 2 and x.axes[-1:] == over
-
-
-def _slots_times(ctx: TraceContext, x: Named, w: Named, over: tuple[str, ...]) -> Named:
-    """Multiply ``[expert, group, slot, a]`` with the matrices of the experts, in one product."""
-    (column,) = (a for a in w.axes[1:] if a not in over)
-    experts, groups, slots, width = x.array.shape
-    rows = x.array.reshape(experts, groups * slots, width)
-    kind = product_type(rows.dtype, ctx.options.target)
-    product = slot_matmul(rows, w.array.astype(rows.dtype), w.axes.index(over[0]), kind)
-    return Named(product.reshape(experts, groups, slots, -1), (*SLOT_AXES, column))
+    if isinstance(w, Rows):
+        return _rows_times(ctx, w, x, over)
+    if is_precise(node):
+        wide = accumulator(ctx.dtype)
+        x, w = (Named(v.array.astype(wide), v.axes) for v in (x, w))
+    shared, target = set(x.axes) & set(w.axes), ctx.options.target
+    kind = product_type(x.array.dtype, target)
+    if len(over) != 1:
+        return einsum(x, w, over, kind)
+    is_matrix_of_each = len(w.axes) == 3 and w.axes[0] == "expert" and shared == {"expert", *over}
+    if is_matrix_of_each and x.axes == (*SLOT_AXES, *over):
+        experts, *slots, width = x.array.shape
+        rows = x.array.reshape(experts, prod(slots), width)
+        product = slot_matmul(rows, w.array.astype(rows.dtype), w.axes.index(over[0]), kind)
+        (column,) = (a for a in w.axes[1:] if a not in over)
+        return Named(product.reshape(experts, *slots, -1), (*SLOT_AXES, column))
+    is_matrix = len(w.axes) == 2 and shared == set(over)
+    is_rows = len(x.axes) > 2 and x.axes[-1:] == over
+    if (
+        (is_matrix and is_rows and target == "cpu")
+        and ctx.interceptor is DIRECT
+        and x.array.dtype == w.array.dtype == kind
+    ):
+        *lead, width = x.array.shape
+        product = rows_times(x.array.reshape(prod(lead), width), w.array, w.axes.index(over[0]))
+        (column,) = (a for a in w.axes if a not in over)
+        return Named(product.reshape(*lead, product.shape[-1]), (*x.axes[:-1], column))
+    return einsum(x, w, over, kind)
 
 
 def _rows_times(ctx: TraceContext, x: Rows, w: Operand, over: tuple[str, ...]) -> Operand:

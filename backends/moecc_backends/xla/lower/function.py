@@ -130,20 +130,17 @@ def lower_values(
 
 
 def _operand(value: Value, array: Given, dtype: DType) -> Named:
+    names = value.type.names
     if isinstance(array, Master):
-        return Uncast(array, value.type.names)
-    if isinstance(array, tuple):
-        precise = _is_precise(value)
-        parts = tuple(cast_input(part, dtype, precise=precise) for part in array)
-        return ExpertArrays(parts, value.type.names)
-    if value.node is not None:
-        return Named(array, value.type.names)
-    return Named(cast_input(array, dtype, precise=_is_precise(value)), value.type.names)
-
-
-def _is_precise(value: Value) -> bool:
+        return Uncast(array, names)
     # A number for the whole batch is a count, which a narrow type would round.
-    return is_precise_param(value) or not (value.is_param or value.type.axes)
+    precise = is_precise_param(value) or not (value.is_param or value.type.axes)
+    if isinstance(array, tuple):
+        parts = tuple(cast_input(part, dtype, precise=precise) for part in array)
+        return ExpertArrays(parts, names)
+    if value.node is None:
+        array = cast_input(array, dtype, precise=precise)
+    return Named(array, names)
 
 
 def cast_input(array: Array, dtype: DType, *, precise: bool = False) -> Array:
@@ -159,8 +156,13 @@ def cast_input(array: Array, dtype: DType, *, precise: bool = False) -> Array:
     return array.astype(jnp.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array
 
 
-def finalize_output(value: Operand, declared: Value) -> Array:
-    """Return an output with its axes in the declared order, floats as float32 at least.
+def finalize_output(value: Operand, declared: Value, *, wide: bool = True) -> Array:
+    """Return an output with its axes in the declared order.
+
+    Args:
+      value: the output.
+      declared: the value of the graph.
+      wide: whether floats are float32 at least.
 
     Raises:
       InputError: the output is ragged.
@@ -168,7 +170,7 @@ def finalize_output(value: Operand, declared: Value) -> Array:
     if not isinstance(value, Named):
         raise InputError("a ragged value cannot be returned", where=f"%{declared.name}")
     array = value.to(declared.type.names).array
-    if jnp.issubdtype(array.dtype, jnp.floating):
+    if wide and jnp.issubdtype(array.dtype, jnp.floating):
         return array.astype(jnp.promote_types(array.dtype, jnp.float32))
     return array
 

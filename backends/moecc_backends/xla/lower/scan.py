@@ -13,7 +13,7 @@ dear of that which lowerings have between them.  Parameters are gathered again a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -27,7 +27,8 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.ops.repetition import IndexOp, ScanOp, StackOp, repetitions
 from moecc.ir.ops.slots import is_slots
 from moecc.ir.remat_names import DEFAULT
-from moecc.types import Axis, Extent
+from moecc.ir.structure import attributes
+from moecc.types import Extent, TensorType
 from moecc_backends.xla.lower.contract import is_precise_param
 from moecc_backends.xla.trace.context import (
     DIRECT,
@@ -71,9 +72,21 @@ class GraphSegment:
 
 
 def segments(graph: Graph) -> list[GraphSegment]:
-    """Return the segments of `graph`, in order."""
-    cut = [GraphSegment(run) for run in _runs(graph)]
-    at = {node: i for i, segment in enumerate(cut) for node in segment.nodes}
+    """Return the segments of `graph`, in order: nodes of one layer, and no ragged value between."""
+    cut: list[GraphSegment] = []
+    layer: str | None = None
+    ragged: set[Value] = set()
+    at: dict[Node, int] = {}
+    for node in graph:
+        here = layer_of(node)
+        if not cut or (here != layer and not ragged):
+            cut.append(GraphSegment([]))
+        layer = here
+        cut[-1].nodes.append(node)
+        at[node] = len(cut) - 1
+        # The layout that a routing has goes with its value, so that counts as ragged too.
+        ragged.update(v for v in node.results if v.type.ragged or is_slots(v))
+        ragged = {v for v in ragged if not v.users.keys() <= at.keys()}
     at[graph.terminator] = len(cut)
     for i, segment in enumerate(cut):
         mine = set(segment.nodes)
@@ -83,7 +96,8 @@ def segments(graph: Graph) -> list[GraphSegment]:
         results = [v for n in segment.nodes for v in n.results]
         segment.outputs = [v for v in results if not v.users.keys() <= mine]
         segment.last_uses = [v for v in segment.inputs if max(at[u] for u in v.users) == i]
-        segment.key = _key(segment)
+        operands = (*segment.inputs, *segment.params)
+        segment.key = computation_key(operands, segment.nodes, segment.outputs)
     return cut
 
 
@@ -93,52 +107,35 @@ def layer_of(node: Node) -> str | None:
     return match.group(1) if match else None
 
 
-def _runs(graph: Graph) -> Iterator[list[Node]]:
-    """Yield runs of nodes of one layer; a run never ends while a ragged value is alive."""
-    run: list[Node] = []
-    layer: str | None = None
-    ragged: set[Value] = set()
-    seen: set[Node] = set()
-    for node in graph:
-        here = layer_of(node)
-        if run and here != layer and not ragged:
-            yield run
-            run = []
-        layer = here
-        run.append(node)
-        seen.add(node)
-        # The layout that a routing has goes with its value, so that counts as ragged too.
-        ragged.update(v for v in node.results if v.type.ragged or is_slots(v))
-        ragged = {v for v in ragged if not v.users.keys() <= seen}
-    if run:
-        yield run
+def computation_key(
+    operands: Sequence[Value], nodes: Sequence[Node], outputs: Sequence[Value]
+) -> tuple[object, ...]:
+    """Return what is equal for the same operations on operands that correspond.
 
-
-def _key(segment: GraphSegment) -> tuple[object, ...]:
-    numbers: dict[Value, int] = {}
-    for value in (*segment.inputs, *segment.params):
-        numbers[value] = len(numbers)
-    # Shapes are those of the arrays at run time; what must agree here are the names of the axes,
-    # and whether a value comes in from outside the graph.
-    lines: list[object] = [tuple((v.type.names, v.node is None) for v in numbers)]
-    for node in segment.nodes:
+    Shapes are those of the arrays at run time; what must agree here are the names of the axes, and
+    whether a value comes in from outside the graph.
+    """
+    numbers = {value: number for number, value in enumerate(operands)}
+    lines: list[object] = [tuple((v.type.names, v.node is None) for v in operands)]
+    for node in nodes:
         uses = tuple(numbers[v] for v in node.operands)
         for value in node.results:
             numbers[value] = len(numbers)
-        types = tuple(
-            (v.type.dtype.name, tuple(axis_key(a, numbers) for a in v.type.axes))
-            for v in node.results
-        )
-        lines.append((node.op.name, uses, tuple(node.attrs.items()), types))
-    lines.append(tuple(numbers[v] for v in segment.outputs))
+        types = tuple(type_key(v.type, numbers) for v in node.results)
+        lines.append((node.op.name, uses, attributes(node.attrs), types))
+    lines.append(tuple(numbers[v] for v in outputs))
     return tuple(lines)
 
 
-def axis_key(axis: Axis, numbers: Mapping[Value, int]) -> object:
-    """Return what is equal for axes that correspond, where values are numbered."""
-    if isinstance(axis.size, Extent):
-        return (axis.name, axis.size.kind, numbers.get(setter_of(axis.size), -1))
-    return (axis.name, axis.size)
+def type_key(type: TensorType, numbers: Mapping[Value, int]) -> object:
+    """Return what is equal for types that correspond, where values are numbered."""
+    axes = (
+        (a.name, a.size.kind, numbers.get(setter_of(a.size), -1))
+        if isinstance(a.size, Extent)
+        else (a.name, a.size)
+        for a in type.axes
+    )
+    return (type.dtype.name, *axes)
 
 
 # Equal layers within a body, which become a loop of their own.
@@ -180,18 +177,18 @@ class LayerLoop:
 
 def pieces_of(body: Graph) -> Iterator[GraphSegment | LayerLoop]:
     """Yield `body` piece by piece, in order; layers that are alike as one loop."""
-    for (is_layer, *_), group in groupby(segments(body), key=_kind):
+
+    def kind(segment: GraphSegment) -> tuple[object, ...]:
+        # Where operands come from, which stands first in a key, is looked at in `_loop`.
+        return (layer_of(segment.nodes[0]) is not None, *segment.key[1:])
+
+    for (is_layer, *_), group in groupby(segments(body), key=kind):
         layers = list(group)
         loop = _loop(layers) if is_layer and len(layers) > 1 else None
         if loop is None:
             yield from layers
         else:
             yield loop
-
-
-def _kind(segment: GraphSegment) -> tuple[object, ...]:
-    # Where operands come from, which stands first in a key, is looked at in `_loop`.
-    return (layer_of(segment.nodes[0]) is not None, *segment.key[1:])
 
 
 def _is_alike(each: tuple[Value, ...]) -> bool:
@@ -291,7 +288,12 @@ def _scan(ctx: TraceContext, node: Node, *operands: Named) -> tuple[Operand, ...
     names = [x.axes for x in operands]
     names[carries:last] = [x.axes[1:] for x in slices]
 
-    remembering = _remembering(node)
+    # What a gradient keeps of what the run names; it computes the rest again.
+    remembering = None
+    if attrs.remat != "none":
+        saved = jax.checkpoint_policies.save_only_these_names(*(attrs.save or DEFAULT))
+        policy = saved if attrs.remat == "save" else None
+        remembering = partial(jax.checkpoint, policy=policy)
     in_loops = _KEEPING if attrs.remat == "block" else remembering
     inner = zip(body.inputs.values(), node.operands, strict=True)
     weights = {i for i, v in inner if v.is_param or v in ctx.weights}
@@ -306,29 +308,24 @@ def _scan(ctx: TraceContext, node: Node, *operands: Named) -> tuple[Operand, ...
         within = replace(ctx, weights=set(weights))
         outputs = run_body(within, body, [Named(array, axes) for array, axes in pairs], in_loops)
         # A carry keeps the order of its axes from run to run.
-        carried = tuple(
-            m.to(n).array for m, n in zip(outputs[:carries], names[:carries], strict=True)
-        )
-        return carried, tuple(m.array for m in outputs[carries:])
+        carried = zip(outputs[:carries], names[:carries], strict=True)
+        return tuple(m.to(n).array for m, n in carried), tuple(m.array for m in outputs[carries:])
 
     initial = zip(operands[:carries], node.operands, strict=False)
     first = tuple(ctx.view.settled(x.array, v.type) for x, v in initial)
     # Within a loop nothing could be merged across the barrier that this would set.
     step = (remembering or _KEEPING)(run, prevent_cse=False)
     now = tuple(x.master if isinstance(x, Uncast) else x.array for x in slices)
-    unroll = remembering is None and _is_written_out(ctx, body, now, runs)
-    carry, stacked = _repeat(step, first, now, runs, unroll)
+    stacked_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(now))
+    is_written_out = (
+        (ctx.options.target == "cpu" and remembering is None)
+        and (ctx.view.mesh is None and ctx.interceptor is DIRECT)
+        and (stacked_bytes >= UNROLLED_BYTES and runs * len(body) <= UNROLLED_NODES)
+    )
+    carry, stacked = _repeat(step, first, now, runs, is_written_out)
     finals = [Named(a, n) for a, n in zip(carry, names[:carries], strict=True)]
     more = zip(stacked, node.results[carries:], strict=True)
     return (*finals, *(Named(array, value.type.names) for array, value in more))
-
-
-def _is_written_out(ctx: TraceContext, body: Graph, slices: Slices, runs: int) -> bool:
-    """Whether runs are compiled one by one, see `UNROLLED_BYTES`."""
-    stacked_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(slices))
-    is_worth_it = stacked_bytes >= UNROLLED_BYTES and runs * len(body) <= UNROLLED_NODES
-    is_whole = ctx.view.mesh is None and ctx.interceptor is DIRECT
-    return ctx.options.target == "cpu" and is_whole and is_worth_it
 
 
 def _repeat(
@@ -341,18 +338,6 @@ def _repeat(
             break
         carry = tuple(a.astype(m.dtype) for a, m in zip(carry, carried, strict=True))
     return jax.lax.scan(run, carry, slices, runs, unroll=unroll)
-
-
-def _remembering(node: Node) -> Remembering | None:
-    """Return what makes a gradient keep what `node` names, and recompute the rest."""
-    attrs = ScanOp.of_node(node)
-    if attrs.remat == "none":
-        return None
-    policy = None
-    if attrs.remat == "save":
-        names = attrs.save or DEFAULT
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
-    return partial(jax.checkpoint, policy=policy)
 
 
 def _worth_keeping(primitive: jax.extend.core.Primitive, *_: object, **params: object) -> bool:

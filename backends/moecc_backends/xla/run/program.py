@@ -48,7 +48,7 @@ from moecc_backends.xla.lower.function import cast_input, finalize_output, funct
 from moecc_backends.xla.lower.scan import GraphSegment, segments
 from moecc_backends.xla.trace.context import DEFAULTS, Options
 from moecc_backends.xla.trace.host_arrays import misfits, missing, to_device, to_numpy
-from moecc_backends.xla.trace.values import MOST_LISTED, Named, Operand
+from moecc_backends.xla.trace.values import MOST_LISTED, Named
 
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 """How XLA's message begins on every platform."""
@@ -161,7 +161,7 @@ class SegmentRunner:
             ) -> list[jax.Array]:
                 named = dict(zip(values, (*spent, *borrowed, *weights), strict=True))
                 results = lower_values(segment.nodes, named, self.dtype, self.options)
-                return [_boundary(results[v], v) for v in segment.outputs]
+                return [finalize_output(results[v], v, wide=False) for v in segment.outputs]
 
             self._compiled[key] = jax.jit(run, donate_argnums=0)
         arrays = ([alive[v] for v in part] for part in (spent, borrowed))
@@ -224,11 +224,6 @@ class XlaProgram(SegmentRunner):
         return to_numpy(array)
 
 
-def _boundary(value: Operand, declared: Value) -> jax.Array:
-    assert isinstance(value, Named), f"the ragged value %{declared.name} crosses a segment"
-    return value.to(declared.type.names).array
-
-
 # A session: parameters and caches stay on the device, and caches are updated in place.
 
 
@@ -282,19 +277,17 @@ class XlaSession(SegmentRunner):
             }
 
     def _weight(self, value: Value) -> Weight:
-        if value.name not in self._weights:
-            self._weights[value.name] = _on_device(self._params[value.name], value)
-        return self._weights[value.name]
-
-
-def _on_device(array: NumpyArray, value: Value) -> Weight:
-    names = value.type.names
-    if len(names) < 3 or names[0] != "expert" or len(array) > MOST_LISTED:
-        return to_device(array, value)
-    problems = misfits(value, array, {})
-    if problems:
-        raise InputError(problems)
-    return tuple(jnp.asarray(part) for part in array)
+        name, names = value.name, value.type.names
+        if name not in self._weights:
+            array = self._params[name]
+            if len(names) > 2 and names[0] == "expert" and len(array) <= MOST_LISTED:
+                problems = misfits(value, array, {})
+                if problems:
+                    raise InputError(problems)
+                self._weights[name] = tuple(map(jnp.asarray, array))
+            else:
+                self._weights[name] = to_device(array, value)
+        return self._weights[name]
 
 
 # A graph as the text that jax or XLA makes of it, for people to read.
@@ -545,9 +538,14 @@ def preflight(mine: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    texts = np.stack([_encoded(f"{name}\n{value}") for name, value in sorted(mine.items())])
-    everyone = np.asarray(multihost_utils.process_allgather(texts))
-    problems = list(differences([[_decoded(row) for row in rows] for rows in everyone]))
+    lines = (f"{name}\n{value}".encode()[:_WIDTH] for name, value in sorted(mine.items()))
+    rows = [np.frombuffer(line.ljust(_WIDTH, b"\0"), np.uint8) for line in lines]
+    gathered = np.asarray(multihost_utils.process_allgather(np.stack(rows)))
+    texts = [
+        [row.tobytes().rstrip(b"\0").decode(errors="replace").partition("\n") for row in rows]
+        for rows in gathered
+    ]
+    problems = list(differences([[(name, value) for name, _, value in rows] for rows in texts]))
     if problems:
         raise InputError(problems)
 
@@ -565,16 +563,6 @@ def differences(everyone: list[list[tuple[str, str]]]) -> list[Problem]:
                 message = f"process {number} has another {name} than process 0"
                 problems.append(Problem(message, None, first or "none", value or "none"))
     return problems
-
-
-def _encoded(text: str) -> Array:
-    data = text.encode()[:_WIDTH]
-    return np.frombuffer(data.ljust(_WIDTH, b"\0"), np.uint8)
-
-
-def _decoded(row: Array) -> tuple[str, str]:
-    name, _, value = row.tobytes().rstrip(b"\0").decode(errors="replace").partition("\n")
-    return name, value
 
 
 def replicated(array: Array) -> jax.Array:

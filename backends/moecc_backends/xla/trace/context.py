@@ -174,10 +174,18 @@ class Options:
     in_place: bool = False
 
     def __post_init__(self) -> None:
-        problems = _unknown("dispatch lowering", self.dispatch, (AUTO, *DISPATCHES))
-        problems += _unknown("attention kernel", self.attention, (AUTO, *ATTENTIONS))
-        if self.platform is not None:
-            problems += _unknown("platform", self.platform, PLATFORMS)
+        chosen = {
+            "dispatch lowering": (self.dispatch, (AUTO, *DISPATCHES)),
+            "attention kernel": (self.attention, (AUTO, *ATTENTIONS)),
+            "platform": ("cpu" if self.platform is None else self.platform, PLATFORMS),
+        }
+        problems = [
+            Problem(
+                f"unknown {kind} {name!r}", expected=", ".join(names), hint=nearest(name, names)
+            )
+            for kind, (name, names) in chosen.items()
+            if name not in names
+        ]
         if problems:
             raise UsageError(problems)
 
@@ -185,16 +193,6 @@ class Options:
     def target(self) -> str:
         """The platform that is lowered for."""
         return self.platform or str(jax.default_backend())
-
-
-def _unknown(kind: str, name: str, choices: tuple[str, ...]) -> list[Problem]:
-    if name in choices:
-        return []
-    return [
-        Problem(
-            f"unknown {kind} {name!r}", expected=", ".join(choices), hint=nearest(name, choices)
-        )
-    ]
 
 
 DEFAULTS = Options()
@@ -331,14 +329,13 @@ class TraceContext:
         """Return a value that was lowered, or the rows that were deferred."""
         if value not in self.deferred:
             return self.values[value]
-        return DeferredRows(value, self.deferred[value], self.values, self._lower_deferred)
 
-    def _lower_deferred(
-        self, rows: DeferredRows, values: dict[Value, Operand], layout: DispatchLayout
-    ) -> None:
-        layouts = {v: layout for v in self.layouts if self.layouts[v].routing is rows.routing}
-        left = [node for node in rows.nodes if not values.keys() >= set(node.results)]
-        lower_nodes(self.within(values, layouts), left)
+        def lower(rows: DeferredRows, values: dict[Value, Operand], layout: DispatchLayout) -> None:
+            layouts = {v: layout for v in self.layouts if self.layouts[v].routing is rows.routing}
+            left = [node for node in rows.nodes if not values.keys() >= set(node.results)]
+            lower_nodes(self.within(values, layouts), left)
+
+        return DeferredRows(value, self.deferred[value], self.values, lower)
 
 
 def lower_nodes(ctx: TraceContext, nodes: Iterable[Node]) -> None:
@@ -350,7 +347,13 @@ def lower_nodes(ctx: TraceContext, nodes: Iterable[Node]) -> None:
     for node in nodes:
         if node.operands and ctx.weights.issuperset(node.operands):
             ctx.weights.update(node.results)
-        lowered = _deferred(ctx, node) or _lowered(ctx, node)
+        entry = LOWERINGS.get(node.op.name)
+        if entry is None:
+            raise InputError(f"the xla backend cannot lower {node.op}", where=where(node))
+        # A node is deferred with its operands, unless it can do without them.
+        lowered = next((ctx.deferred[v] for v in node.operands if v in ctx.deferred), None)
+        if lowered is None or entry.takes_deferred:
+            lowered = _lowered(ctx, node, entry)
         if isinstance(lowered, Deferred):
             lowered.nodes.append(node)
             ctx.deferred.update(dict.fromkeys(node.results, lowered))
@@ -358,21 +361,7 @@ def lower_nodes(ctx: TraceContext, nodes: Iterable[Node]) -> None:
             ctx.values.update(zip(node.results, lowered, strict=True))
 
 
-def _deferred(ctx: TraceContext, node: Node) -> Deferred | None:
-    """Return what `node` is deferred with, because an operand is and it cannot do without."""
-    deferred = next((ctx.deferred[v] for v in node.operands if v in ctx.deferred), None)
-    return None if deferred is None or _entry(node).takes_deferred else deferred
-
-
-def _entry(node: Node) -> Lowering:
-    entry = LOWERINGS.get(node.op.name)
-    if entry is None:
-        raise InputError(f"the xla backend cannot lower {node.op}", where=where(node))
-    return entry
-
-
-def _lowered(ctx: TraceContext, node: Node) -> tuple[Operand, ...] | Deferred:
-    entry = _entry(node)
+def _lowered(ctx: TraceContext, node: Node, entry: Lowering) -> tuple[Operand, ...] | Deferred:
     try:
         lowered = ctx.interceptor(ctx, node, [*map(ctx.operand, node.operands)], entry.function)
     except InputError as error:

@@ -530,13 +530,19 @@ def einsum(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike | None = N
       over: what is summed over.
       kind: the type that the product is asked for in; float32 at least by default.
     """
-    result = (
-        *(a for a in x.axes if a not in over),
-        *(a for a in w.axes if a not in over and a not in x.axes),
-    )
+    outer, columns = (tuple(a for a in v.axes if a not in over) for v in (x, w))
+    result = (*outer, *(a for a in columns if a not in x.axes))
     wide = kind or accumulator(x.array.dtype)
-    if _is_one_row(x, w, over):
-        return _vector_product(x, w, over, wide).to(result)
+    sizes = [x.size(a) for a in over]
+    if columns and set(over) == set(x.axes) & set(w.axes) and x.array.size == prod(sizes):
+        # A matrix with a vector, as in a step of decoding: on a CPU twice as quick as a product
+        # with one row.  The matrix is read as it is stored.
+        vector = x.to((*outer, *over)).array.reshape(sizes)
+        at = tuple(map(w.axes.index, over)), tuple(range(len(over)))
+        product = lax.dot_general(w.array, vector, (at, ((), ())), preferred_element_type=wide)
+        shape = [1] * len(outer) + [w.size(a) for a in columns]
+        array = product.astype(x.array.dtype).reshape(shape)
+        return Named(array, (*outer, *columns)).to(result)
     letters = dict(zip(dict.fromkeys((*x.axes, *w.axes)), string.ascii_letters, strict=False))
     spell = ["".join(letters[a] for a in axes) for axes in (x.axes, w.axes, result)]
     array = jnp.einsum(
@@ -546,30 +552,6 @@ def einsum(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike | None = N
         preferred_element_type=wide,
     )
     return Named(array.astype(x.array.dtype), result)
-
-
-def _is_one_row(x: Named, w: Named, over: tuple[str, ...]) -> bool:
-    """Whether all that is not summed over of `x` is one element, and a matrix multiplies it."""
-    shared = set(x.axes) & set(w.axes)
-    return (
-        shared == set(over)
-        and len(w.axes) > len(over)
-        and x.array.size == prod(x.size(a) for a in over)
-    )
-
-
-def _vector_product(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike) -> Named:
-    """Multiply a matrix with a vector: on a CPU twice as quick as a product with one row.
-
-    A step of decoding is made of these.  The matrix is read as it is stored.
-    """
-    columns = tuple(a for a in w.axes if a not in over)
-    outer = tuple(a for a in x.axes if a not in over)
-    vector = x.to((*outer, *over)).array.reshape([x.size(a) for a in over])
-    at = tuple(w.axes.index(a) for a in over), tuple(range(len(over)))
-    product = jax.lax.dot_general(w.array, vector, (at, ((), ())), preferred_element_type=kind)
-    shape = [1] * len(outer) + [w.size(a) for a in columns]
-    return Named(product.astype(x.array.dtype).reshape(shape), (*outer, *columns))
 
 
 def per_row(value: Operand, layout: RowLayout) -> Named:

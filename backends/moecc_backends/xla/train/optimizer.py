@@ -144,11 +144,6 @@ class Update:
     params: Arrays
     settle: Settle
 
-    def of(self, names: Iterable[str], **moments: PyTree) -> Update:
-        """Return the update of some parameters, with other moments."""
-        gradients = _some(self.gradients, names)
-        return replace(self, gradients=gradients, moments={**self.moments, **moments})
-
 
 Direction = tuple[dict[str, Array], Moments]
 """Directions by parameter, and the moments after; their count is the caller's to settle."""
@@ -182,10 +177,15 @@ def _muon(update: Update) -> Direction:
     from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
     section, settings = update.optimizer.section, update.optimizer.settings
-    gradients, moments = update.gradients, update.moments
+    gradients, moments, params = update.gradients, update.moments, update.params
     mine = [n for n in gradients if uses_muon(settings[n])]
     plain = [n for n in gradients if n not in mine]
-    sides = {n: _sides(settings[n], update.params[n].ndim) for n in mine}
+    # The dimensions that a matrix sums over, and those that it makes.
+    sides = {}
+    for name in mine:
+        over, blocks = settings[name].over, settings[name].blocks
+        columns = (d for d in range(params[name].ndim) if d not in (*blocks, *over))
+        sides[name] = over, tuple(columns)
     numbers = {n: MuonDimensionNumbers(*pair) for n, pair in sides.items()}
     muon = scale_by_muon(beta=section.b1, eps=section.eps, weight_dimension_numbers=numbers)
     start = muon.init({})
@@ -196,8 +196,9 @@ def _muon(update: Update) -> Direction:
         shape = update.optimizer.types[name].shape
         largest = max(prod(shape[d] for d in side) for side in sides[name])
         directions[name] = direction * (MUON_RMS * sqrt(largest))
+    of_plain = {FIRST: _some(moments[FIRST], plain), SECOND: moments.get(SECOND, {})}
     others, moved = _adamw(
-        update.of(plain, **{FIRST: _some(moments[FIRST], plain), SECOND: moments.get(SECOND, {})})
+        replace(update, gradients=_some(gradients, plain), moments={**moments, **of_plain})
     )
     first = {**update.settle(after.mu, before.mu), **moved[FIRST]}
     return {**directions, **others}, {
@@ -209,12 +210,6 @@ def _muon(update: Update) -> Direction:
 
 def _some(arrays: Arrays, names: Iterable[str]) -> dict[str, Array]:
     return {n: arrays[n] for n in names}
-
-
-def _sides(settings: ParamSettings, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the dimensions that a matrix sums over, and those that it makes."""
-    columns = (d for d in range(rank) if d not in (*settings.blocks, *settings.over))
-    return settings.over, tuple(columns)
 
 
 def _adafactor(update: Update) -> Direction:

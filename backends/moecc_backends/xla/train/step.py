@@ -286,7 +286,13 @@ class TrainStep:
             keep = partial(jax.tree.map, partial(jnp.where, ok))
             metrics |= more
         changed, moments = self.update(trained, state["moments"], slopes, norm, rate, keep)
-        bias = {n: self._moved_bias(n, b, sums) for n, b in state["bias"].items()}
+        bias = dict(state["bias"])
+        if self.spec.bias_rate:
+            for name, before in state["bias"].items():
+                # By the choices of the whole batch.
+                counts = jnp.stack([sums[output] for output in self.biases[name]])
+                after_step = moved(before, counts.reshape(before.shape), self.spec.bias_rate)
+                bias[name] = after_step.astype(before.dtype)
         after = {
             "params": {**params, **keep(changed, trained)}, "moments": moments,
             "bias": keep(bias, state["bias"]), "guard": guard, "step": state["step"] + 1,
@@ -335,20 +341,14 @@ class TrainStep:
             factor = clip / jnp.maximum(norm, clip)
             slopes = {n: g * factor.astype(g.dtype) for n, g in slopes.items()}
         directions, after = self.optimizer.directions(slopes, moments, trained, settle)
-        return {n: self._moved(n, trained[n], d, rate) for n, d in directions.items()}, after
-
-    def _moved_bias(self, name: str, bias: Array, sums: Outputs) -> Array:
-        """Return a balance bias after a step, by the choices of the whole batch."""
-        if not self.spec.bias_rate:
-            return bias
-        counts = jnp.stack([sums[output] for output in self.biases[name]])
-        return moved(bias, counts.reshape(bias.shape), self.spec.bias_rate).astype(bias.dtype)
-
-    def _moved(self, name: str, param: Array, direction: Array, rate: Array) -> Array:
-        settings = self.settings[name]
-        if settings.decay:
-            direction = direction + settings.decay * param
-        return param - (rate * settings.rate).astype(param.dtype) * direction.astype(param.dtype)
+        params = {}
+        for name, direction in directions.items():
+            param, settings = trained[name], self.settings[name]
+            if settings.decay:
+                direction = direction + settings.decay * param
+            by = (rate * settings.rate).astype(param.dtype)
+            params[name] = param - by * direction.astype(param.dtype)
+        return params, after
 
 
 def _section(spec: StepSpec) -> OptimizerSection:
