@@ -48,11 +48,8 @@ from moecc.weights.movement import Index, Stack
 from moecc.weights.text import parse_expr
 from moecc_backends.jaxpr.graph import (
     BlockParts,
-    VariableLabels,
     cut_graph,
     graph_of_function,
-    refuse_mixing,
-    token_labels,
 )
 from moecc_backends.jaxpr.rewriting import (
     MAX_READ_ELEMENTS,
@@ -83,10 +80,13 @@ from moecc_backends.jaxpr.storage import (
 from moecc_backends.jaxpr.survey import (
     BlockInstance,
     Survey,
+    VariableLabels,
     equations_of,
     leaf_uses,
+    refuse_mixing,
     refuse_shared_weights,
     survey_blocks,
+    token_labels,
 )
 from moecc_backends.jaxpr.views import AnyArray, TreeLeaf, function_line, shape_of
 from moecc_backends.xla.dispatch.choose import check_dispatch

@@ -17,12 +17,12 @@ from moecc.rewrite.runner import PipelineReport, run_pipeline
 from moecc_backends.jaxpr.blocks import BlockMiss
 from moecc_backends.jaxpr.graph import (
     BlockParts,
-    VariableLabels,
     cut_graph,
     graph_of_blocks,
 )
 from moecc_backends.jaxpr.survey import (
     Survey,
+    VariableLabels,
     equations_of,
 )
 
