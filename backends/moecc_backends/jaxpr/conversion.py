@@ -8,7 +8,7 @@ arrays beside it, so that ``moecc inspect`` and ``moecc verify`` take the folder
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import wraps
 from math import prod
@@ -47,14 +47,11 @@ from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Stack
 from moecc.weights.text import parse_expr
 from moecc_backends.jaxpr.graph import (
-    BlockParts,
-    cut_graph,
-    graph_of_function,
-)
-from moecc_backends.jaxpr.rewriting import (
     MAX_READ_ELEMENTS,
     FunctionReport,
     RewrittenBlocks,
+    cut_graph,
+    graph_of_function,
     parsed_pipeline,
     problems_of,
     rewrite_blocks,
@@ -190,8 +187,25 @@ class FunctionConversion:
           MachineError: the disk is too small, or a write failed.
         """
         path, force = Path(folder_text(folder)), flag("force", force)
-        arrays = _named_arrays(self.state, self.params if params is None else params)
-        leaves = _stored_leaves(arrays)
+        tree = self.state.tree
+        new_params = self.params if params is None else params
+        converted = ConvertedParams.of(tree, self.state.storage, new_params)
+        arrays = {n: a for n, a in converted.leaves.items() if a is not None}
+        arrays |= {_beside_name(n, tree.names): a for n, a in converted.beside.items()}
+        present = {n: a for n, a in arrays.items() if not isinstance(a, jax.ShapeDtypeStruct)}
+        leaves = {n: leaf for n, leaf in leaves_of(present).items() if leaf.dtype.safetensors}
+        problems = [
+            Problem(
+                "an array cannot be stored",
+                f"params {name}",
+                found=f"{type(array).__name__} of {array.dtype}",
+                hint="convert arrays and not shapes, and keep random keys elsewhere",
+            )
+            for name, array in arrays.items()
+            if name not in leaves
+        ]
+        if problems:
+            raise InputError(problems)
         tensors = [OutputTensor(n, leaf.source, leaf.dtype) for n, leaf in leaves.items()]
         needed = sum(int(a.nbytes) for a in arrays.values())
         with output_folder(path, force=force, needed_bytes=needed) as temporary:
@@ -201,12 +215,14 @@ class FunctionConversion:
                 lambda name, start=0, stop=None: rows_of(arrays[name], start, stop),
                 metadata={"moecc": __version__, "pipeline": self.pipeline.in_full()},
             )
-            graph = print_graph(_saved_graph(self, leaves))
-            config = json.dumps(_config(self), indent=2) + "\n"
             receipt = Receipt(MODEL_TYPE, self.preserves, self.contracts, None, None, ())
-            write_durable(temporary / GRAPH_NAME, graph.encode())
-            write_durable(temporary / CONFIG_NAME, config.encode())
-            write_durable(temporary / RECEIPT_NAME, receipt.content())
+            files = {
+                GRAPH_NAME: print_graph(_saved_graph(self, leaves)).encode(),
+                CONFIG_NAME: (json.dumps(_config(self), indent=2) + "\n").encode(),
+                RECEIPT_NAME: receipt.content(),
+            }
+            for name, content in files.items():
+                write_durable(temporary / name, content)
             write_durable(temporary / MANIFEST_NAME, _manifest(temporary, self, written))
         return path
 
@@ -214,32 +230,6 @@ class FunctionConversion:
 def _beside_name(name: str, leaves: Collection[str]) -> str:
     """Return the name under which an array beside a tree of `leaves` is stored."""
     return f"{BESIDE}.{name}" if name in leaves else name
-
-
-def _named_arrays(state: ConversionState, params: PyTree) -> dict[str, AnyArray]:
-    """Return the arrays of new parameters by the names under which they are stored."""
-    converted = ConvertedParams.of(state.tree, state.storage, params)
-    arrays = {n: a for n, a in converted.leaves.items() if a is not None}
-    return arrays | {_beside_name(n, state.tree.names): a for n, a in converted.beside.items()}
-
-
-def _stored_leaves(arrays: Mapping[str, AnyArray]) -> dict[str, TreeLeaf]:
-    """Return the arrays as leaves. Raises InputError for types that are not stored."""
-    present = {n: a for n, a in arrays.items() if not isinstance(a, jax.ShapeDtypeStruct)}
-    leaves = {n: leaf for n, leaf in leaves_of(present).items() if leaf.dtype.safetensors}
-    problems = [
-        Problem(
-            "an array cannot be stored",
-            f"params {name}",
-            found=f"{type(array).__name__} of {array.dtype}",
-            hint="convert arrays and not shapes, and keep random keys elsewhere",
-        )
-        for name, array in arrays.items()
-        if name not in leaves
-    ]
-    if problems:
-        raise InputError(problems)
-    return leaves
 
 
 def _saved_graph(conversion: FunctionConversion, leaves: Mapping[str, TreeLeaf]) -> Graph:
@@ -353,25 +343,6 @@ def load(folder: str | Path, like: PyTree = None) -> FunctionConversion:
 def _loaded_conversion(
     config: Json, graph: str, arrays: Mapping[str, jax.Array], like: PyTree
 ) -> FunctionConversion:
-    state = _loaded_state(config, graph, like)
-    leaves = {n: arrays[n] for n in state.tree.array_names if n in arrays}
-    names = {
-        s.key: _beside_name(s.key, state.tree.names) for s in state.storage.arrays if not s.in_tree
-    }
-    beside = {key: arrays[name] for key, name in names.items()}
-    return FunctionConversion(
-        params={TREE: state.tree.unflatten(leaves), BESIDE: beside},
-        graph=state.parts.graph,
-        report=FunctionReport.from_json(config["report"]),
-        preserves=Preserves(**config["preserves"]),
-        pipeline=Pipeline.parse(config["pipeline"], installed()),
-        seed=config["seed"],
-        contracts=Contracts(unchecked="read from a folder"),
-        state=state,
-    )
-
-
-def _loaded_state(config: Json, graph: str, like: PyTree) -> ConversionState:
     instances = {}
     for block in config["blocks"]:
         weights = tuple(parse_expr(text)[0] for text in block["weights"])
@@ -383,13 +354,26 @@ def _loaded_state(config: Json, graph: str, like: PyTree) -> ConversionState:
         for key, in_tree, weight, leaf in config["arrays"]
     ]
     slots = {n: ParamSlot(*fields) for n, fields in config["slots"].items()}
-    return ConversionState(
-        _loaded_tree(config, like),
+    tree = _loaded_tree(config, like)
+    state = ConversionState(
+        tree,
         {n: TreeLeaf(n, tuple(shape), DTYPES[d]) for n, (d, shape) in config["leaves"].items()},
         cut_graph(read_graph(graph), [i.loc for i in instances.values()]),
         instances,
         frozenset(config["converted"]),
         ParamStorage(slots, stored, set(config["gone"])),
+    )
+    leaves = {n: arrays[n] for n in tree.array_names if n in arrays}
+    beside = {s.key: arrays[_beside_name(s.key, tree.names)] for s in stored if not s.in_tree}
+    return FunctionConversion(
+        params={TREE: tree.unflatten(leaves), BESIDE: beside},
+        graph=state.parts.graph,
+        report=FunctionReport.from_json(config["report"]),
+        preserves=Preserves(**config["preserves"]),
+        pipeline=Pipeline.parse(config["pipeline"], installed()),
+        seed=config["seed"],
+        contracts=Contracts(unchecked="read from a folder"),
+        state=state,
     )
 
 
@@ -606,26 +590,8 @@ def _new_state(
     """
     parts, instances, converted = rewritten.parts, survey.instances(), rewritten.converted
     groups = [(site, [instances[key] for key in site.keys]) for site in survey.sites]
-    _check_loops((blocks for _, blocks in groups), parts, converted)
-    replaced = [(site, blocks) for site, blocks in groups if blocks[0].loc in converted]
-    uses = leaf_uses(survey.scope, equations_of(site for site, _ in replaced))
-    leaves = leaves_of(arrays)
-    storage = plan_storage(
-        rewritten.graph,
-        leaves,
-        [(bool(site.loops), blocks) for site, blocks in replaced],
-        {use.view.leaf.name for use in uses},
-        {loc: [p.name for p in parts.blocks[loc].params] for loc in converted},
-    )
-    return ConversionState(tree, leaves, parts, instances, converted, storage)
-
-
-def _check_loops(
-    groups: Iterable[Sequence[BlockInstance]], parts: BlockParts, converted: frozenset[str]
-) -> None:
-    """Raise InputError unless the blocks of each loop became alike."""
     problems = []
-    for blocks in groups:
+    for _, blocks in groups:
         count = sum(i.loc in converted for i in blocks)
         kinds = {parts.blocks[i.loc].key() for i in blocks}
         if len(kinds) > 1 or count not in (0, len(blocks)):
@@ -639,6 +605,17 @@ def _check_loops(
             problems.append(problem)
     if problems:
         raise InputError(problems)
+    replaced = [(site, blocks) for site, blocks in groups if blocks[0].loc in converted]
+    uses = leaf_uses(survey.scope, equations_of(site for site, _ in replaced))
+    leaves = leaves_of(arrays)
+    storage = plan_storage(
+        rewritten.graph,
+        leaves,
+        [(bool(site.loops), blocks) for site, blocks in replaced],
+        {use.view.leaf.name for use in uses},
+        {loc: [p.name for p in parts.blocks[loc].params] for loc in converted},
+    )
+    return ConversionState(tree, leaves, parts, instances, converted, storage)
 
 
 def _count_elements(params: PyTree) -> int:

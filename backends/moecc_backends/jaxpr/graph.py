@@ -7,22 +7,24 @@ the blocks instead, to look at.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 
+from moecc.api.arguments import pipeline_of
+from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.jobs.checks import Contracts, check_contracts
 from moecc.model.open import GRAPH
+from moecc.rewrite.passes import Context, Pass
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import PipelineReport, run_pipeline
 from moecc.types import F32, Axis, DType, TensorType, is_name
-from moecc_backends.jaxpr.blocks import OUTER
-from moecc_backends.jaxpr.scopes import (
-    Equation,
-    JaxprScope,
-    TracedFunction,
-    Variable,
-)
+from moecc_backends.jaxpr.blocks import OUTER, BlockMiss
+from moecc_backends.jaxpr.scopes import Equation, JaxprScope, TracedFunction, Variable
 from moecc_backends.jaxpr.survey import BlockSite, Survey, VariableLabels, equations_of
 from moecc_backends.jaxpr.views import dtype_named, path_name, unique
 from moecc_backends.xla.lower.function import finalize_output, lower_values
@@ -147,32 +149,28 @@ class _Blocks:
             tokens = [label for i, label in enumerate(labels[x]) if i != outer]
             joined = ["_".join(name for name, _ in label) for label in tokens]
             names = tuple(unique(n or f"axis{i}" for i, n in enumerate(joined)))
-        axes = [Axis(n, self._variable(n, size)) for n, size in zip(names, sizes, strict=True)]
-        return TensorType(F32, (*axes, Axis(OUTER, x.shape[outer])))
-
-    def _variable(self, axis: str, size: int) -> str:
-        """Return the variable for the size of an axis; one more where it has another size."""
-        if (axis, size) not in self._variables:
-            letter = axis[0].upper()
+        for axis in zip(names, sizes, strict=True):
+            # Another size of an axis has another variable.
+            letter = axis[0][0].upper()
             count = len([v for v in self._variables.values() if v[0] == letter])
-            self._variables[axis, size] = f"{letter}{count + 1}" if count else letter
-        return self._variables[axis, size]
+            self._variables.setdefault(axis, f"{letter}{count + 1}" if count else letter)
+        axes = [Axis(n, self._variables[n, size]) for n, size in zip(names, sizes, strict=True)]
+        return TensorType(F32, (*axes, Axis(OUTER, x.shape[outer])))
 
     def emit(self, graph: Graph, loc: str, x: Value) -> Value:
         """Add the operations of a block to a graph; return its output."""
         instance, site = self._blocks[loc]
         builder = Builder(graph, loc=loc)
         values = {"x": x}
-        for i, name in enumerate(instance.params):
-            weight = instance.weights[i]
+        for i, (name, weight) in enumerate(zip(instance.params, instance.weights, strict=True)):
             if name not in graph.params:
                 graph.param(name, weight.type.with_dtype(F32), weight, loc=loc)
             values[f"p{i}"] = graph.params[name]
         for i, operation in enumerate(site.block.operations):
             operands = (values[o] for o in operation.operands)
             attrs: dict[str, Any] = dict(operation.attrs)
-            values[f"v{i}"] = builder.node(operation.name, *operands, **attrs).result
-        return values[f"v{len(site.block.operations) - 1}"]
+            x = values[f"v{i}"] = builder.node(operation.name, *operands, **attrs).result
+        return x
 
 
 # What lies between blocks: where each takes its input from, and how much of the program is there.
@@ -338,11 +336,11 @@ class BlockParts:
     def finish(self, values: Mapping[Value, jax.Array], dtype: DType) -> dict[str, jax.Array]:
         """Return the outputs besides those of the blocks from the values that parts returned."""
         results = lower_values(list(self.epilogue), values, dtype)
-        outputs = {part.y: output_name(loc) for loc, part in self.blocks.items()}
+        of_blocks = set(map(output_name, self.blocks))
         return {
             name: finalize_output(results[v], v)
             for name, v in self.graph.outputs.items()
-            if outputs.get(v) != name and v in results
+            if name not in of_blocks and v in results
         }
 
 
@@ -391,3 +389,217 @@ def cut_graph(graph: Graph, locations: Iterable[str]) -> BlockParts:
         nodes = needed((y,)), needed((y, *side))
         blocks[loc] = BlockPart(graph.inputs[input_name(loc)], y, *nodes, side)
     return BlockParts(graph, blocks, tuple(sorted(late, key=order.__getitem__)))
+
+
+# The blocks of a program, rewritten by a pipeline, and the report of what became of them.
+
+MAX_READ_ELEMENTS = 1 << 20
+"""The largest parameter that a promise may depend on."""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """A block of a function.
+
+    Attributes:
+      loc: its location.
+      line: where it is in the user's program.
+      operations: what it computes, the names of operations in order.
+      is_converted: whether the pipeline changed it.
+    """
+
+    loc: str
+    line: str
+    operations: str
+    is_converted: bool
+
+    def __str__(self) -> str:
+        state = "converted" if self.is_converted else "left as it is"
+        line = f" ({self.line})" if self.line else ""
+        return f"{self.loc}: {state}, {self.operations}{line}"
+
+
+@dataclass(frozen=True)
+class FunctionReport:
+    """What a conversion did: blocks, near misses with reasons, what stayed JAX.
+
+    Attributes:
+      function: the name of the function.
+      pipeline: the passes.
+      preserves: what they promise.
+      blocks: the blocks, in order.
+      misses: what is nearly a block, and why it is none.
+      unused: the parameters that the function does not use.
+      remarks: the notes of the passes.
+      stayed: what stayed as it was.
+      elements_before: the elements of the parameters before.
+      elements_after: and afterwards.
+      line: where the function is in the user's program.
+    """
+
+    function: str
+    pipeline: str
+    preserves: str
+    blocks: tuple[BlockReport, ...] = ()
+    misses: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    stayed: str = ""
+    elements_before: int = 0
+    elements_after: int = 0
+    line: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the report as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> FunctionReport:
+        """Return the report that `to_json` wrote."""
+        blocks = tuple(BlockReport(**block) for block in document["blocks"])
+        lists = {n: tuple(v) for n, v in document.items() if isinstance(v, list)}
+        return cls(**{**document, **lists, "blocks": blocks})
+
+    def __str__(self) -> str:
+        count = sum(b.is_converted for b in self.blocks)
+        lines = [
+            f"{self.function}: {count} of {len(self.blocks)} blocks converted by {self.pipeline}",
+            f"preserves {self.preserves}",
+            f"parameters: {self.elements_before:,} → {self.elements_after:,}",
+            self.stayed,
+            *(f"  {block}" for block in self.blocks),
+        ]
+        if self.misses:
+            lines += ["not converted:", *(f"  {miss}" for miss in self.misses)]
+        if self.unused:
+            by = f" by {self.line}" if self.line else ""
+            lines.append(f"not used{by}: {', '.join(self.unused)}")
+        if self.remarks:
+            lines += ["remarks:", *(f"  {remark}" for remark in self.remarks)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class RewrittenBlocks:
+    """The blocks of a program, rewritten.
+
+    Attributes:
+      name: the name of the program.
+      graph: the blocks as one graph.
+      pipeline: the passes.
+      run: what they did.
+      contracts: what they were found to keep, at reduced sizes.
+      keys: the computation of each block before, by location.
+    """
+
+    name: str
+    graph: Graph
+    pipeline: Pipeline
+    run: PipelineReport
+    contracts: Contracts
+    keys: Mapping[str, object]
+
+    @cached_property
+    def parts(self) -> BlockParts:
+        """The graph in parts."""
+        return cut_graph(self.graph, self.keys)
+
+    @property
+    def converted(self) -> frozenset[str]:
+        """The locations of the blocks that the pipeline changed."""
+        parts = self.parts.blocks
+        return frozenset(loc for loc, part in parts.items() if part.key() != self.keys[loc])
+
+    def report(
+        self,
+        survey: Survey,
+        line: str,
+        before: int,
+        after: int,
+        stayed: str = "",
+    ) -> FunctionReport:
+        """Return what was done.
+
+        Args:
+          survey: the blocks.
+          line: where the program is.
+          before: the elements of its parameters before.
+          after: and afterwards.
+          stayed: what stayed as it was; by default equations of JAX.
+        """
+        equations = len([*survey.scope.every_equation()]) - len(equations_of(survey.sites))
+        return FunctionReport(
+            function=self.name,
+            line=line,
+            pipeline=str(self.pipeline),
+            preserves=str(self.run.preserves),
+            blocks=tuple(
+                BlockReport(i.loc, i.line, i.summary, i.loc in self.converted)
+                for i in survey.instances().values()
+            ),
+            misses=tuple(map(str, survey.misses)),
+            unused=survey.unused,
+            remarks=tuple(dict.fromkeys(str(r) for each in self.run.runs for r in each.remarks)),
+            stayed=stayed or f"stayed JAX: {equations:,} equations",
+            elements_before=before,
+            elements_after=after,
+        )
+
+
+def rewrite_blocks(
+    survey: Survey,
+    labels: VariableLabels,
+    passes: Pipeline,
+    context: Context,
+    *,
+    name: str,
+    causal: bool,
+    check: bool,
+) -> RewrittenBlocks:
+    """Run passes on the blocks of a program.
+
+    Args:
+      survey: the blocks.
+      labels: the axes of tokens.
+      passes: the passes.
+      context: what they may use.
+      name: the name of the program.
+      causal: whether no token may depend on later ones.
+      check: whether each pass is held to its promise, on the graph at reduced sizes.
+
+    Raises:
+      InputError: a pass does not fit.
+      CheckError: a pass broke its promise.
+    """
+    graph = graph_of_blocks(survey, name=name, is_causal=causal, labels=labels)
+    locations = [i.loc for i in survey.instances().values()]
+    keys = {loc: part.key() for loc, part in cut_graph(graph, locations).blocks.items()}
+    contracts = Contracts(unchecked="convert(…, check=True) does")
+    if check:
+        contracts = check_contracts(graph, passes, context)
+    try:
+        run = run_pipeline(graph, passes, context=context)
+    except InputError as error:
+        # Where a pass matches nothing, the near misses say why.
+        raise InputError([*error.problems, *problems_of(survey.misses)]) from None
+    return RewrittenBlocks(name, graph, passes, run, contracts, keys)
+
+
+def problems_of(misses: Iterable[BlockMiss]) -> list[Problem]:
+    """Return near misses as problems."""
+    return [
+        Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
+        for miss in misses
+    ]
+
+
+def parsed_pipeline(pipeline: object) -> Pipeline:
+    """Return a pipeline. Raises UsageError where it is none."""
+    parts = pipeline if isinstance(pipeline, (list, tuple)) and pipeline else (pipeline,)
+    if all(isinstance(part, (str, Pass, Pipeline)) for part in parts):
+        return pipeline_of(pipeline)
+    raise UsageError(
+        "no pipeline was given",
+        expected='convert(function, params, batch, "upcycle{experts=8}")',
+        found=type(pipeline).__name__,
+    )

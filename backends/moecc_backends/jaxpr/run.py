@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,45 +106,18 @@ class Execution:
         Raises:
           InputError: the graph lies on a mesh, and no devices were given, or others.
         """
-        mesh = mesh_of(part.x.graph)
+        mesh, manual = mesh_of(part.x.graph), manual_axes()
+        lowered = partial(self._lowered, part, dtype, side)
         if mesh is None:
-            return self._lowered(part, arrays, dtype, side, interceptor=self._hints(part))
-        if set(mesh.names) <= manual_axes():
-            return self._lowered(part, arrays, dtype, side, view=DeviceView(mesh))
-        return self._mapped(part, arrays, dtype, side, mesh)
-
-    def _hints(self, part: BlockPart) -> Interceptor:
-        """Return what holds values to a layout of the mesh, where there is a mesh."""
-        if self.mesh is None or set(self.mesh.axis_names) & manual_axes():
-            return DIRECT
-        experts = next((v.type["expert"].size for v in part.params if "expert" in v.type), 0)
-        assert isinstance(experts, int), "the number of experts is known"
-        grid = Mesh(tuple((n, int(s)) for n, s in self.mesh.shape.items()))
-        return GspmdLowering(self.mesh, Layout(grid, experts))
-
-    def _lowered(
-        self,
-        part: BlockPart,
-        arrays: PartArrays,
-        dtype: DType,
-        side: bool,
-        *,
-        view: DeviceView | None = None,
-        interceptor: Interceptor = DIRECT,
-    ) -> PartResult:
-        nodes = list(part.side_nodes if side else part.nodes)
-        used = {v for n in nodes for v in n.operands} | {part.x}
-        operands = _alike({v: a for v, a in arrays.items() if v in used})
-        values = lower_values(nodes, operands, dtype, self.options, view, interceptor)
-        y = values[part.y]
-        assert isinstance(y, Named), "rows are combined"
-        side_arrays = tuple(finalize_output(values[v], v) for v in part.side) if side else ()
-        return y.to(part.x.type.names).array, side_arrays
-
-    def _mapped(
-        self, part: BlockPart, arrays: PartArrays, dtype: DType, side: bool, mesh: Mesh
-    ) -> PartResult:
-        """Run a part that lies on a mesh, shard by shard, with the collectives of its graph."""
+            if self.mesh is None or set(self.mesh.axis_names) & manual:
+                return lowered(arrays)
+            experts = next((v.type["expert"].size for v in part.params if "expert" in v.type), 0)
+            assert isinstance(experts, int), "the number of experts is known"
+            grid = Mesh(tuple((n, int(s)) for n, s in self.mesh.shape.items()))
+            return lowered(arrays, interceptor=GspmdLowering(self.mesh, Layout(grid, experts)))
+        if set(mesh.names) <= manual:
+            return lowered(arrays, view=DeviceView(mesh))
+        # Shard by shard, with the collectives of the graph.
         shape = self.mesh.shape.items() if self.mesh is not None else ()
         devices = ",".join(f"{n}:{s}" for n, s in shape) or "none"
         if devices != str(mesh):
@@ -152,38 +126,49 @@ class Execution:
                 expected=f"moe(function, mesh=…) with the mesh {mesh}",
                 found=devices,
             )
-        values, view = list(arrays), DeviceView(mesh)
 
         def on_device(*shards: jax.Array) -> PartResult:
-            local = dict(zip(values, shards, strict=True))
-            y, side_arrays = self._lowered(part, local, dtype, side, view=view)
+            view = DeviceView(mesh)
+            y, side_arrays = lowered(dict(zip(arrays, shards, strict=True)), view=view)
             pairs = zip(side_arrays, part.side, strict=False)
             return view.settled(y, part.y.type), tuple(view.settled(a, v.type) for a, v in pairs)
 
-        order = {a.name: a for a in part.y.type.axes}
-        result = part.y.type.with_axes(order[n] for n in part.x.type.names)
+        result = part.y.type.with_axes(part.y.type[n] for n in part.x.type.names)
         mapped = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=tuple(spec(v.type) for v in values),
+            in_specs=tuple(spec(v.type) for v in arrays),
             out_specs=(spec(result), tuple(spec(v.type) for v in part.side) if side else ()),
             check_vma=True,
         )
         output: PartResult = mapped(*arrays.values())
         return output
 
+    def _lowered(
+        self,
+        part: BlockPart,
+        dtype: DType,
+        side: bool,
+        arrays: PartArrays,
+        *,
+        view: DeviceView | None = None,
+        interceptor: Interceptor = DIRECT,
+    ) -> PartResult:
+        nodes = list(part.side_nodes if side else part.nodes)
+        used = {v for n in nodes for v in n.operands} | {part.x}
+        operands = {v: a for v, a in arrays.items() if v in used}
+        # In a `shard_map` of the user tokens differ from device to device, and copies of experts
+        # do not: all differ along the mesh axes along which any does.
+        axes = frozenset[str]().union(*map(varies, operands.values()))
+        operands = {v: DeviceView().varying(a, axes) for v, a in operands.items()}
+        values = lower_values(nodes, operands, dtype, self.options, view, interceptor)
+        y = values[part.y]
+        assert isinstance(y, Named), "rows are combined"
+        side_arrays = tuple(finalize_output(values[v], v) for v in part.side) if side else ()
+        return y.to(part.x.type.names).array, side_arrays
 
-def _alike(arrays: PartArrays) -> PartArrays:
-    """Return arrays that all differ along the mesh axes along which any does.
 
-    In a `shard_map` of the user tokens differ from device to device, and copies of experts do not.
-    """
-    axes = frozenset[str]().union(*map(varies, arrays.values()))
-    return {v: DeviceView().varying(a, axes) for v, a in arrays.items()} if axes else arrays
-
-
-@dataclass(frozen=True)
-class Replacement:
+class Replacement(NamedTuple):
     """What stands for a block.
 
     Attributes:

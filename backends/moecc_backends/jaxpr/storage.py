@@ -106,11 +106,14 @@ def plan_storage(
     for instance in {i.loc: i for _, instances in sites for i in instances}.values():
         for name, weight in zip(instance.params, instance.weights, strict=True):
             (source,) = sources(weight)
+            # The names that blocks give to its axes do not count.
+            while isinstance(weight, Rename):
+                weight = weight.x
             dense.setdefault(source.name, {})[name] = weight
-    for leaf, parts in dense.items():
-        if leaf not in still_used:
-            storage.gone.add(leaf)
-            _put_in_place(storage, leaves[leaf], parts, weights)
+    for name, parts in dense.items():
+        if name not in still_used:
+            storage.gone.add(name)
+            _put_in_place(storage, leaves[name], parts, weights)
     for is_stack, instances in sites:
         (source, *_) = sources(instances[0].weights[0])
         for names in zip(*(params_of[i.loc] for i in instances), strict=True):
@@ -128,32 +131,22 @@ def _put_in_place(
     weights: Mapping[str, Expr],
 ) -> None:
     """Put what became of the parts of a leaf in its place, where that is one array."""
-    if not all(n in weights for n in parts) or len({weights[n].type for n in parts}) != 1:
+    if not parts.keys() <= weights.keys() or len({weights[n].type for n in parts}) != 1:
         return
-    bare = {name: _without_names(weight) for name, weight in parts.items()}
-    rows = {_row(weight, leaf): name for name, weight in bare.items()}
+    # Which part along the first axis of the leaf each is.
+    rows = {
+        part.at
+        if isinstance(part, Index) and part.x is leaf.source and part.axis == leaf.axes[0]
+        else None: name
+        for name, part in parts.items()
+    }
     if leaf.shape and rows.keys() == set(range(leaf.shape[0])):
-        ordered = (rows[i] for i in range(leaf.shape[0]))
-        stacked = {n: weights[n] for n in ordered}
+        stacked = {rows[i]: weights[rows[i]] for i in range(leaf.shape[0])}
         storage.put(leaf.name, True, leaf.name, stacked, is_stack=True)
         return
-    ((name, weight), *more) = bare.items()
+    ((name, weight), *more) = parts.items()
     if not more and prod(weight.type.shape) == prod(leaf.shape):
         storage.put(leaf.name, True, leaf.name, {name: weights[name]}, is_stack=False)
-
-
-def _without_names(weight: Expr) -> Expr:
-    """Return a weight without the names that blocks give to its axes."""
-    while isinstance(weight, Rename):
-        weight = weight.x
-    return weight
-
-
-def _row(weight: Expr, leaf: TreeLeaf) -> int | None:
-    """Return which part along the first axis of `leaf` a weight is; None if it is none."""
-    if not isinstance(weight, Index) or weight.x is not leaf.source:
-        return None
-    return weight.at if weight.axis == leaf.axes[0] else None
 
 
 # Placement: sharded as the dense leaf is, experts over the mesh axis for them.
@@ -178,17 +171,17 @@ def sharding_of(weight: Expr, like: AnyArray) -> NamedSharding | None:
     sharding = getattr(like, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
         return None
-    mesh = sharding.mesh
-    mesh_axes = _mesh_axes(weight, sharding)
+    mesh, mesh_axes = sharding.mesh, _mesh_axes(weight, sharding)
     if EXPERT in mesh.shape and EXPERT in weight.type.names:
         mesh_axes = {EXPERT: (EXPERT,), **mesh_axes}
     used: set[str] = set()
     parts: list[tuple[str, ...] | None] = []
     for axis, size in zip(weight.type.names, weight.type.shape, strict=True):
         names = tuple(m for m in mesh_axes.get(axis, ()) if m not in used)
-        fits = bool(names) and size % prod(mesh.shape[n] for n in names) == 0
-        parts.append(names if fits else None)
-        used.update(names if fits else ())
+        if not names or size % prod(mesh.shape[n] for n in names):
+            names = ()
+        parts.append(names or None)
+        used.update(names)
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
@@ -243,14 +236,38 @@ class LeafEvaluator(Evaluator):
         self._leaves = leaves
 
     def block(self, expr: Expr, box: Box) -> Array:
-        """Return the elements of `expr` in `box`.
+        """Return the elements of `expr` in `box`; of a leaf without putting its shards together.
 
         Raises:
           InputError: another process has some of them.
         """
-        if isinstance(expr, Source):
-            return _part(expr.name, self._leaves[expr.name], box)
-        return super().block(expr, box)
+        if not isinstance(expr, Source):
+            return super().block(expr, box)
+        leaf = self._leaves[expr.name]
+        if not is_sharded(leaf):
+            return np.asarray(leaf)[tuple(slice(*ends) for ends in box)]
+        part: Array = np.empty(extents(box), leaf.dtype)
+        missing = np.ones(extents(box), bool)
+        for shard in leaf.addressable_shards:
+            ends = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
+            both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, ends, strict=True)]
+            if any(start >= stop for start, stop in both):
+                continue
+            into, source = (
+                tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, frame, strict=True))
+                for frame in (box, ends)
+            )
+            if missing[into].any():
+                part[into] = np.asarray(shard.data)[source]
+                missing[into] = False
+        if missing.any():
+            raise InputError(
+                "another process has a part of this leaf that experts here need",
+                where=f"params {expr.name}",
+                expected="a leaf whose shards go where the experts' go, or a replicated one",
+                found=str(leaf.sharding),
+            )
+        return part
 
     def evaluate(self, expr: Expr) -> Array:
         """Return all elements of `expr`."""
@@ -261,32 +278,6 @@ def rows_of(leaf: AnyArray, start: int = 0, stop: int | None = None) -> Array:
     """Return rows of an array; all of one without axes."""
     array: Array = np.asarray(leaf)
     return array[start:stop] if array.ndim else array
-
-
-def _part(name: str, leaf: AnyArray, box: Box) -> Array:
-    """Return a box of a leaf from the shards that are here, without putting the leaf together."""
-    if not is_sharded(leaf):
-        return np.asarray(leaf)[tuple(slice(*ends) for ends in box)]
-    part: Array = np.empty(extents(box), leaf.dtype)
-    missing = np.ones(extents(box), bool)
-    for shard in leaf.addressable_shards:
-        ends = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
-        both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, ends, strict=True)]
-        if any(start >= stop for start, stop in both):
-            continue
-        into = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, box, strict=True))
-        if missing[into].any():
-            from_ = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, ends, strict=True))
-            part[into] = np.asarray(shard.data)[from_]
-            missing[into] = False
-    if missing.any():
-        raise InputError(
-            "another process has a part of this leaf that experts here need",
-            where=f"params {name}",
-            expected="a leaf whose shards go where the experts' go, or a replicated one",
-            found=str(leaf.sharding),
-        )
-    return part
 
 
 def new_array(

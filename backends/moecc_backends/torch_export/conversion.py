@@ -50,7 +50,7 @@ from moecc.types import Array, Axis, TensorType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, sources
 from moecc.weights.simplify import simplify
-from moecc_backends.jaxpr.rewriting import (
+from moecc_backends.jaxpr.graph import (
     MAX_READ_ELEMENTS,
     FunctionReport,
     RewrittenBlocks,

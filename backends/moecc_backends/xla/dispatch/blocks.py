@@ -53,6 +53,7 @@ from moecc_backends.xla.trace.values import (
     DispatchLayout,
     Named,
     Operand,
+    PyTree,
     RowLayout,
     Rows,
     accumulator,
@@ -132,9 +133,9 @@ def _is_float(array: Array) -> bool:
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
-def _are_wide(arrays: Iterable[Array | None]) -> bool:
+def _are_wide(arrays: Iterable[Array]) -> bool:
     """Whether sums in the types of all floating-point arrays lose nothing."""
-    return all(a.dtype.itemsize >= 4 for a in arrays if a is not None and _is_float(a))
+    return all(a.dtype.itemsize >= 4 for a in arrays if _is_float(a))
 
 
 def _ends_in_product(rows: DeferredRows, stacks: Mapping[Value, Named]) -> bool:
@@ -283,8 +284,8 @@ class LayerArrays(NamedTuple):
       gates: ``[tokens, choice]``; None where rows have weights.
     """
 
-    layout: SortedRows | None
-    arrays: list[Array | None]
+    layout: SortedRows
+    arrays: list[Array]
     gates: Array | None
 
 
@@ -320,8 +321,8 @@ class BlockwiseLayer:
 
     def outside(self, inputs: LayerArrays) -> dict[Value, Named]:
         """Return what the rows are made of."""
-        arrays = zip(self.operands.items(), inputs.arrays, strict=True)
-        return {v: Named(array, x.axes) for (v, x), array in arrays if array is not None}
+        pairs = zip(self.operands.items(), inputs.arrays, strict=True)
+        return {v: Named(array, x.axes) for (v, x), array in pairs}
 
     def evaluate(self, values: Mapping[Value, Operand], layout: DispatchLayout) -> Array:
         """Return the rows ``[rows, *row_axes]``, made of `values` in a layout."""
@@ -339,14 +340,12 @@ class BlockwiseLayer:
 
     def combined(self, inputs: LayerArrays, rows: Array) -> Array:
         """Return what each token gets of the rows of all experts."""
-        layout = inputs.layout
-        assert layout is not None, "cotangents have no rows"
-        axes = (*layout.routing.tokens, *self.row_axes)
-        return layout.unpermute(Rows(rows, self.row_axes, layout), inputs.gates).to(axes).array
+        axes = (*inputs.layout.routing.tokens, *self.row_axes)
+        all_rows = Rows(rows, self.row_axes, inputs.layout)
+        return inputs.layout.unpermute(all_rows, inputs.gates).to(axes).array
 
     def at_once(self, inputs: LayerArrays) -> Array:
         """Return what each token gets, by one operation on all rows after the other."""
-        assert inputs.layout is not None, "cotangents have no rows"
         return self.combined(inputs, self.evaluate(self.outside(inputs), inputs.layout))
 
     def named(self, weights: Mapping[Value, Array]) -> dict[Value, Named]:
@@ -363,7 +362,6 @@ class BlockwiseLayer:
     def walk(self, inputs: LayerArrays, work: Work, owners: Sequence[Value] = ()) -> BlockResult:
         """Return what `work` makes of all blocks; its `weights` are of the stacks `owners`."""
         layout, outside, parts = inputs.layout, self.outside(inputs), self.parts
-        assert layout is not None, "cotangents have no rows"
         choices, counts = layout.permutation.choice_of_row, layout.group_sizes
         ends = jnp.cumsum(counts)
         stacks = {
@@ -489,7 +487,7 @@ def forward(
     return layer.combined(inputs, rows), (inputs, rows, sums.products)
 
 
-def backward(layer: BlockwiseLayer, residuals: Residuals, d_total: Array) -> tuple[LayerArrays]:
+def backward(layer: BlockwiseLayer, residuals: Residuals, d_total: Array) -> tuple[PyTree]:
     """Return the cotangents of the arrays of a layer."""
     inputs, rows, saved = residuals
     _, pull = jax.vjp(lambda r, g: layer.combined(inputs._replace(gates=g), r), rows, inputs.gates)
@@ -536,14 +534,14 @@ def backward(layer: BlockwiseLayer, residuals: Residuals, d_total: Array) -> tup
 
     def move(arrays: list[Array]) -> list[Array]:
         tokens = {v: Named(a, outside[v].axes) for v, a in zip(sources, arrays, strict=True)}
-        assert inputs.layout is not None, "residuals have rows"
+
         moved = layer.dispatched({**outside, **tokens}, inputs.layout)
         return [x.array for x in moved.values()]
 
     _, pull = jax.vjp(move, [outside[v].array for v in sources])
     for v, array in zip(sources, pull(list(sums.rows))[0], strict=True):
         cotangents[v] = cotangents[v] + array if v in cotangents else array
-    return (LayerArrays(None, [cotangents.get(v) for v in outside], d_gates),)
+    return (LayerArrays._make((None, [cotangents.get(v) for v in outside], d_gates)),)
 
 
 def _saved_products(
@@ -609,7 +607,7 @@ class ExpertBlocks(Deferral):
         if not self.routing.num_choices:
             return Named(layer.at_once(inputs), axes)
         differentiable = jax.custom_vjp(lambda inputs: forward(layer, inputs, saves=False)[0])
-        on_mesh = any(varies(a) for a in inputs.arrays if a is not None and _is_float(a))
+        on_mesh = any(varies(a) for a in inputs.arrays if _is_float(a))
         if _are_wide(inputs.arrays) and not on_mesh:
             differentiable.defvjp(partial(forward, layer), partial(backward, layer))
         else:

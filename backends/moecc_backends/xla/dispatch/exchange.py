@@ -76,22 +76,31 @@ def exchange_map(group_sizes: Array, mesh: Mesh, arrivals: int) -> ExchangeMap:
       arrivals: how many rows a device has room for.
     """
     sizes = jax.lax.all_gather(group_sizes, mesh)
-    device = jax.lax.axis_index(mesh)
-    devices = sizes.shape[0]
+    device, devices = jax.lax.axis_index(mesh), sizes.shape[0]
     by_device = sizes.reshape(devices, devices, -1).sum(2)
     sent, got = by_device[device], by_device[:, device]
     there = RaggedArgs(_starts(sent), sent, _starts(by_device, 0)[device], got)
     back = RaggedArgs(_starts(got), got, _starts(by_device, 1)[:, device], sent)
-    parts = jax.lax.dynamic_slice_in_dim(
-        sizes, device * (sizes.shape[1] // devices), sizes.shape[1] // devices, 1
-    )
+    count = sizes.shape[1] // devices
+    parts = jax.lax.dynamic_slice_in_dim(sizes, device * count, count, 1)
     arrived = _starts(parts.reshape(-1)).reshape(parts.shape)
-    sorted_ = _starts(parts.T.reshape(-1)).reshape(parts.T.shape)
+    return _sorted_map(parts, arrived, arrivals, there, back)
+
+
+def _sorted_map(parts: Array, arrived: Array, count: int, *args: RaggedArgs | None) -> ExchangeMap:
+    """Return the map of rows that arrive device by device, and are sorted by expert then.
+
+    Args:
+      parts: ``[devices, experts]``, the rows that come from each device for each expert.
+      arrived: where the first of them arrives.
+      count: the number of arrivals.
+      *args: what is sent there and back.
+    """
+    by_expert = _starts(parts.T.reshape(-1)).reshape(parts.T.shape)
     return ExchangeMap(
-        there,
-        back,
-        _matched(sorted_, arrived.T, parts.T, arrivals),
-        _matched(arrived, sorted_.T, parts, arrivals),
+        *args,
+        _matched(by_expert, arrived.T, parts.T, count),
+        _matched(arrived, by_expert.T, parts, count),
         parts.sum(0),
     )
 
@@ -106,20 +115,12 @@ def round_map(sizes: Array, mesh: Mesh, first: Array, rows: int) -> ExchangeMap:
       rows: how many rows go to each device; those that are there come first.
     """
     devices, device = sizes.shape[0], jax.lax.axis_index(mesh)
-    count = devices * rows
     runs = jax.lax.dynamic_index_in_dim(sizes.reshape(devices, devices, -1), device, 1, False)
     ends = jnp.cumsum(runs, 1)
-    inside = [jnp.clip(at, first, first + rows) for at in (ends - runs, ends)]
-    parts = inside[1] - inside[0]
+    starts, stops = (jnp.clip(at, first, first + rows) for at in (ends - runs, ends))
+    parts = stops - starts
     arrived = _starts(parts, 1) + jnp.arange(devices, dtype=jnp.int32)[:, None] * rows
-    sorted_ = _starts(parts.T.reshape(-1)).reshape(parts.T.shape)
-    return ExchangeMap(
-        None,
-        None,
-        _matched(sorted_, arrived.T, parts.T, count),
-        _matched(arrived, sorted_.T, parts, count),
-        parts.sum(0),
-    )
+    return _sorted_map(parts, arrived, devices * rows, None, None)
 
 
 def _starts(sizes: Array, axis: int = 0) -> Array:

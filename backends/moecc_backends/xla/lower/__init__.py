@@ -2,7 +2,6 @@
 
 from moecc_backends.xla.lower import (  # noqa: F401
     attention,
-    axes,
     collectives,
     contract,
     elementwise,

@@ -61,8 +61,9 @@ def _rope(ctx: TraceContext, node: Node, positions: Operand) -> tuple[Operand, .
     def tables(full: Named) -> tuple[Named, Named]:
         half = full.array.astype(wide)[..., None] * _rates(attrs, full.array, wide)
         axes, factor = (*full.axes, attrs.axis), attrs.attention_factor
-        pair = (_twice(f(half) * factor, ctx.options.target) for f in (jnp.cos, jnp.sin))
-        cos, sin = (Named(table, axes) for table in pair)
+        cos, sin = (
+            Named(_twice(f(half) * factor, ctx.options.target), axes) for f in (jnp.cos, jnp.sin)
+        )
         return cos, sin
 
     return lifted_all(positions, tables)
@@ -82,18 +83,16 @@ def _twice(half: Array, target: str) -> Array:
 
 def _rates(attrs: RopeOp, positions: Array, dtype: DTypeLike) -> Array:
     """Return the angle per position of each pair of entries, ``[size / 2]``."""
+    # The number of positions is known at run time only.
+    length, context = jnp.max(positions, initial=0) + 1, attrs.original_context
     if attrs.scaling == "longrope":
-        # The number of positions is known at run time only.
-        context = attrs.original_context
-        short, long = (attrs.frequencies(n) for n in (context, context + 1))
-        is_long = jnp.max(positions, initial=0) >= context
-        return jnp.where(is_long, jnp.asarray(long, dtype), jnp.asarray(short, dtype))
+        short, long = (jnp.asarray(attrs.frequencies(n), dtype) for n in (context, context + 1))
+        return jnp.where(length > context, long, short)
     if attrs.scaling != "dynamic":
         return jnp.asarray(attrs.frequencies(0), dtype)
-    # The number of positions is known at run time only (NTK scaling of bloc97 and emozilla).
-    size, factor, context = attrs.size, attrs.factor, attrs.original_context
-    length = jnp.max(positions, initial=0).astype(dtype) + 1
-    grown = factor * jnp.maximum(length, context) / context - (factor - 1)
+    # NTK scaling of bloc97 and emozilla.
+    size, factor = attrs.size, attrs.factor
+    grown = factor * jnp.maximum(length.astype(dtype), context) / context - (factor - 1)
     theta = attrs.theta * grown ** (size / (size - 2))
     return theta ** -(jnp.arange(0, size, 2, dtype=dtype) / size)
 
@@ -178,7 +177,15 @@ def _attention(ctx: TraceContext, node: Node, *operands: Named) -> Named:
     if kernel == "plain" or axes is None:
         return plain_attention(query, key, value, extras, attrs)
     rule = AttentionRule(attrs.scale, attrs.cap, bool(attrs.causal), attrs.window)
-    mixed = _RUN[kernel](ctx, rule, _arrays(axes, query, key, value, extras))
+    dims = (axes.batch, axes.heads, axes.groups, axes.queries)
+    keys, shared = (*dims[:2], (axes.keys,)), query.sizes | key.sizes
+    arrays = AttentionArrays(
+        _laid_out(query, (*dims, (axes.width,)), shared),
+        _laid_out(key, (*keys, (axes.width,)), shared),
+        _laid_out(value, (*keys, axes.wide), value.sizes),
+        **{word: _laid_out(x, (*dims, (axes.keys,)), shared) for word, x in extras.items()},
+    )
+    mixed = _RUN[kernel](ctx, rule, arrays)
     axis_sizes = query.sizes | {a: value.size(a) for a in axes.wide}
     return Named(mixed.reshape([axis_sizes[a] for a in axes.result]), axes.result)
 
@@ -220,22 +227,6 @@ _RUN: dict[str, Callable[[TraceContext, AttentionRule, AttentionArrays], Array]]
 assert (*_RUN, "plain") == ATTENTIONS, "options name what there is"
 
 
-def _arrays(
-    axes: AttentionAxes, query: Named, key: Named, value: Named, extras: dict[str, Named]
-) -> AttentionArrays:
-    """Return the operands as kernels take them."""
-    dims = (axes.batch, axes.heads, axes.groups, axes.queries)
-    sizes = query.sizes | key.sizes
-    scores = (*dims, (axes.keys,))
-    more = {word: _laid_out(x, scores, sizes) for word, x in extras.items()}
-    return AttentionArrays(
-        _laid_out(query, (*dims, (axes.width,)), sizes),
-        _laid_out(key, (*dims[:2], (axes.keys,), (axes.width,)), sizes),
-        _laid_out(value, (*dims[:2], (axes.keys,), axes.wide), value.sizes),
-        **more,
-    )
-
-
 def _laid_out(x: Named, dims: tuple[tuple[str, ...], ...], sizes: dict[str, int]) -> Array:
     """Return `x` with the axes of each of `dims` as one; with size 1 where it has none of them."""
     shape = []
@@ -261,10 +252,13 @@ def plain_attention(
         scores = scores + extras["bias"].over(axes).astype(wide)
     for seen in _seen(Named(scores, axes), extras, attrs):
         scores = jnp.where(seen, scores, -jnp.inf)
-    at = axes.index(attrs.along)
-    sinks = extras["sinks"].over(axes).astype(wide) if "sinks" in extras else None
-    weights = Named(_weights(scores, at, sinks).astype(kind), axes)
-    return einsum(weights, value, (attrs.along,))
+    at, keys = axes.index(attrs.along), scores.shape[axes.index(attrs.along)]
+    if "sinks" in extras:
+        shape = [n if i != at else 1 for i, n in enumerate(scores.shape)]
+        sinks = jnp.broadcast_to(extras["sinks"].over(axes).astype(wide), shape)
+        scores = jnp.concatenate([scores, sinks], at)
+    weights = jax.lax.slice_in_dim(softmax(scores, at), 0, keys, axis=at)
+    return einsum(Named(weights.astype(kind), axes), value, (attrs.along,))
 
 
 def _seen(scores: Named, extras: dict[str, Named], attrs: AttentionOp) -> Iterator[Array]:
@@ -280,12 +274,3 @@ def _seen(scores: Named, extras: dict[str, Named], attrs: AttentionOp) -> Iterat
     if "query_segments" in extras:
         queries, keys = (extras[w].over(scores.axes) for w in ("query_segments", "key_segments"))
         yield (queries == keys) | (queries == 0)
-
-
-def _weights(scores: Array, axis: int, sinks: Array | None) -> Array:
-    """Return the softmax along `axis` of the scores and the sinks, less these."""
-    if sinks is None:
-        return softmax(scores, axis)
-    sunk = jnp.broadcast_to(sinks, [n if i != axis else 1 for i, n in enumerate(scores.shape)])
-    joined = softmax(jnp.concatenate([scores, sunk], axis), axis)
-    return jax.lax.slice_in_dim(joined, 0, scores.shape[axis], axis=axis)

@@ -16,7 +16,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routing_losses import MASK
 from moecc.train.batches import TARGETS
 from moecc.train.objectives import IGNORED
-from moecc.train.scoring import TokenScores
+from moecc.train.scoring import Scorer, TokenScores
 from moecc.train.settings import coefficients, counted, finished, totals_of
 from moecc.types import Arrays as HostArrays
 from moecc.types import DType, TensorType
@@ -142,63 +142,37 @@ def told(sums: Outputs, graph: Graph) -> Outputs:
 # Scores of rows: the loss of each row of a batch, as one compiled function.
 
 
-@dataclass(frozen=True)
-class XlaScorer:
-    """A graph with its parameters; see `moecc.train.scoring.Scorer`.
-
-    Attributes:
-      graph: the graph.
-      params: its parameters, on the device.
-      dtype: the type of the computation.
-    """
-
-    graph: Graph
-    params: dict[str, Array]
-    dtype: DType
-
-    @machine_errors()
-    def __call__(self, batch: HostArrays) -> TokenScores:
-        """Return the scores of a batch.
-
-        Raises:
-          MachineError: the memory of a device is too small.
-        """
-        with in_precision(self.dtype):
-            inputs = {n: jnp.asarray(a) for n, a in batch.items() if n in self.graph.inputs}
-            keys = (n for n, v in self.graph.inputs.items() if v.type.dtype.kind == "key")
-            arguments = {**inputs, **{name: jax.random.key(0) for name in keys}}
-            scores = jax.device_get(
-                self._function(self.params, arguments, jnp.asarray(batch[TARGETS]))
-            )
-        losses, counted, hits = (np.asarray(part) for part in scores)
-        return TokenScores(losses.astype(np.float64), counted, hits)
-
-    @cached_property
-    def _function(self) -> PyTree:
-        model = function(self.graph, dtype=self.dtype)
-        names = self.graph.outputs[LOGITS].type.names
-
-        def scores(params: PyTree, inputs: PyTree, targets: Array) -> tuple[Array, ...]:
-            logits = jnp.moveaxis(model(params, inputs)[LOGITS], names.index(VOCAB), -1)
-            wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-            counted = targets != IGNORED
-            picked = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
-            losses = jax.nn.logsumexp(wide, axis=-1) - picked
-            hits = jnp.argmax(wide, axis=-1) == targets
-            return jnp.where(counted, losses, 0), counted, counted & hits
-
-        return jax.jit(scores)
-
-
-@machine_errors()
-def scorer(graph: Graph, params: HostArrays, *, dtype: DType) -> XlaScorer:
+def scorer(graph: Graph, params: HostArrays, *, dtype: DType) -> Scorer:
     """Return the scorer of `graph`; see `moecc.train.scoring.ScoringBackend`.
 
     Raises:
       InputError: the graph has no logits.
-      MachineError: the memory of a device is too small.
+      MachineError: the memory of a device is too small; the scorer raises it, too.
     """
     check_trainable(graph)
-    with in_precision(dtype):
+    with machine_errors(), in_precision(dtype):
         placed = {n: jnp.asarray(params[n]) for n, v in graph.params.items() if v.users}
-    return XlaScorer(graph, placed, dtype)
+    model = function(graph, dtype=dtype)
+    names = graph.outputs[LOGITS].type.names
+
+    @jax.jit
+    def scores(params: PyTree, inputs: PyTree, targets: Array) -> tuple[Array, ...]:
+        logits = jnp.moveaxis(model(params, inputs)[LOGITS], names.index(VOCAB), -1)
+        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        counted = targets != IGNORED
+        picked = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+        losses = jax.nn.logsumexp(wide, axis=-1) - picked
+        hits = jnp.argmax(wide, axis=-1) == targets
+        return jnp.where(counted, losses, 0), counted, counted & hits
+
+    @machine_errors()
+    def score(batch: HostArrays) -> TokenScores:
+        with in_precision(dtype):
+            inputs = {n: jnp.asarray(a) for n, a in batch.items() if n in graph.inputs}
+            keys = (n for n, v in graph.inputs.items() if v.type.dtype.kind == "key")
+            inputs |= {name: jax.random.key(0) for name in keys}
+            results = jax.device_get(scores(placed, inputs, jnp.asarray(batch[TARGETS])))
+        losses, counted, hits = map(np.asarray, results)
+        return TokenScores(losses.astype(np.float64), counted, hits)
+
+    return score
