@@ -120,7 +120,7 @@ def compiled(case: Case) -> dict[str, Any]:
     recipe, graph = model_of(case)
     spec = step_spec(graph, recipe, machine.kind)
     step = make_step(train_graph(graph, recipe), spec, topology.devices(machine))
-    made = topology.compile_lowered(topology.lower(step.function, step.arguments, machine), machine)
+    made = topology.compile_lowered(topology.lower(*step, machine), machine)
     found = census(made.hlo)
     return {
         "seconds": round(made.seconds, 1),

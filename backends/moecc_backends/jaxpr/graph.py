@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+from jax import Array
 
 from moecc.api.arguments import pipeline_of
 from moecc.errors import InputError, Problem, UsageError
@@ -333,7 +334,7 @@ class BlockParts:
     blocks: Mapping[str, BlockPart]
     epilogue: tuple[Node, ...]
 
-    def finish(self, values: Mapping[Value, jax.Array], dtype: DType) -> dict[str, jax.Array]:
+    def finish(self, values: Mapping[Value, Array], dtype: DType) -> dict[str, Array]:
         """Return the outputs besides those of the blocks from the values that parts returned."""
         results = lower_values(list(self.epilogue), values, dtype)
         of_blocks = set(map(output_name, self.blocks))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array, lax
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Value
@@ -60,8 +61,8 @@ from moecc_backends.xla.trace.context import DEFAULTS, DIRECT, DeviceView, Inter
 from moecc_backends.xla.trace.host_arrays import check_keys
 from moecc_backends.xla.trace.values import Function, Named, PyTree, manual_axes, varies
 
-PartArrays = Mapping[Value, jax.Array]
-PartResult = tuple[jax.Array, tuple[jax.Array, ...]]
+PartArrays = Mapping[Value, Array]
+PartResult = tuple[Array, tuple[Array, ...]]
 """The output ``[*tokens, embed]`` of a part, and the other values that it returns."""
 
 Arrays = list[AnyArray]
@@ -127,7 +128,7 @@ class Execution:
                 found=devices,
             )
 
-        def on_device(*shards: jax.Array) -> PartResult:
+        def on_device(*shards: Array) -> PartResult:
             view = DeviceView(mesh)
             y, side_arrays = lowered(dict(zip(arrays, shards, strict=True)), view=view)
             pairs = zip(side_arrays, part.side, strict=False)
@@ -159,7 +160,7 @@ class Execution:
         operands = {v: a for v, a in arrays.items() if v in used}
         # In a `shard_map` of the user tokens differ from device to device, and copies of experts
         # do not: all differ along the mesh axes along which any does.
-        axes = frozenset[str]().union(*map(varies, operands.values()))
+        axes = varies(*operands.values())
         operands = {v: DeviceView().varying(a, axes) for v, a in operands.items()}
         values = lower_values(nodes, operands, dtype, self.options, view, interceptor)
         y = values[part.y]
@@ -278,7 +279,7 @@ class RewrittenFunction:
 
         first, stacked = operands[consts : consts + carried], operands[consts + carried :]
         options = {n: equation.params[n] for n in ("length", "reverse", "unroll")}
-        last, (results, side) = jax.lax.scan(step, first, (stacked, sliced), **options)
+        last, (results, side) = lax.scan(step, first, (stacked, sliced), **options)
         return [*last, *results], side
 
     def checkpoint(self, equation: Equation, operands: Arrays, params: ParamArrays) -> Results:
@@ -302,7 +303,7 @@ class RewrittenFunction:
             return results, {**zeros, **side}
 
         branches = [partial(padded, body) for body in bodies]
-        results: Results = jax.lax.switch(index, branches, arguments, params)
+        results: Results = lax.switch(index, branches, arguments, params)
         return results
 
     def loop(self, equation: Equation, operands: Arrays, params: ParamArrays) -> Results:
@@ -316,7 +317,7 @@ class RewrittenFunction:
         def step(carry: Arrays) -> Arrays:
             return self.run(body, [*operands[first : first + second], *carry], params)[0]
 
-        results: Arrays = jax.lax.while_loop(proceed, step, operands[first + second :])
+        results: Arrays = lax.while_loop(proceed, step, operands[first + second :])
         return results, {}
 
 
@@ -352,8 +353,8 @@ def _value(values: Mapping[Variable, AnyArray], variable: Variable, *default: No
     """Return the value of a variable, or the default where there is one."""
     if variable.const is UNKNOWN:
         return values.get(variable, *default) if default else values[variable]
-    is_fixed = is_key(variable.aval.dtype)
-    return variable.const if is_fixed else jnp.asarray(variable.const, variable.aval.dtype)
+    dtype = variable.aval.dtype
+    return variable.const if is_key(dtype) else jnp.asarray(variable.const, dtype)
 
 
 # Losses and metrics: joined over where blocks run, added to a loss.
@@ -378,18 +379,15 @@ def joined_losses(
       side: what their parts returned, loops in front.
     """
     values: dict[Value, list[AnyArray]] = {}
-    for replacement in replacements:
-        site = replacement.site
+    for number, site, parts_of_site in replacements:
         scans = [e for e in site.slice.scope.owners if e.name == "scan"]
         repeated = tuple(i for i, e in enumerate(scans) if e not in site.loops)
-        for at, array in enumerate(side.get(replacement.number, ())):
+        for at, array in enumerate(side.get(number, ())):
             mean = jnp.mean(array, axis=repeated) if repeated else array
-            rows = mean.reshape(len(replacement.parts), *mean.shape[len(site.loops) :])
-            for row, part in zip(rows, replacement.parts, strict=True):
+            rows = mean.reshape(len(parts_of_site), *mean.shape[len(site.loops) :])
+            for row, part in zip(rows, parts_of_site, strict=True):
                 values.setdefault(part.side[at], []).append(row)
-    means: dict[Value, AnyArray] = {
-        v: rows[0] if len(rows) == 1 else sum(rows) / len(rows) for v, rows in values.items()
-    }
+    means: dict[Value, AnyArray] = {v: sum(rows) / len(rows) for v, rows in values.items()}
     for value in (v for part in parts.blocks.values() for v in part.side if v not in means):
         shape = [s if isinstance(s, int) else 1 for s in value.type.sizes]
         means[value] = jnp.zeros(shape, jnp.float32)

@@ -192,7 +192,13 @@ def survey_blocks(scope: JaxprScope) -> Survey:
             survey.sites.append(BlockSite(block, block_of(block)))
         except NotABlock as reason:
             survey.misses.append(BlockMiss(block.leaves, str(reason), block.line))
-    survey.misses += _unseen(scope)
+    # Products with weights besides those that blocks are made of.
+    computed: dict[Variable, Reason] = {}
+    for equation in scope.every_equation():
+        _note_computed(equation, computed)
+        hidden = _why_hidden(equation, computed)
+        if hidden is not None:
+            survey.misses.append(BlockMiss(tuple(sorted(hidden[1])), hidden[0], equation.line))
     return survey
 
 
@@ -208,16 +214,6 @@ Reason = tuple[str, frozenset[str]]
 
 _NO_PRODUCTS = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call")
 """Work whose products no jaxpr shows."""
-
-
-def _unseen(scope: JaxprScope) -> Iterator[BlockMiss]:
-    """Yield what products with weights there are besides those that blocks are made of."""
-    computed: dict[Variable, Reason] = {}
-    for equation in scope.every_equation():
-        _note_computed(equation, computed)
-        hidden = _why_hidden(equation, computed)
-        if hidden is not None:
-            yield BlockMiss(tuple(sorted(hidden[1])), hidden[0], equation.line)
 
 
 def _why_hidden(equation: Equation, computed: Mapping[Variable, Reason]) -> Reason | None:
@@ -563,11 +559,10 @@ def _looped(
     equation: Equation, operands: list[Labels], labels: dict[Variable, Labels]
 ) -> Sequence[Labels]:
     """Return the labels of the results of a loop or a branch, after labelling its bodies."""
-    current = list(operands)
-    bodies = equation.body_operands()
+    current, bodies = list(operands), equation.body_operands()
     carried = [at for at, role in bodies[-1] if role == "carried"]
     # What a scan carries may gain labels in its first iteration.
-    for _ in range(2):
+    for _ in range(2 if equation.name == "scan" else 1):
         results = [
             _run(
                 equation.inner(i),
@@ -576,14 +571,11 @@ def _looped(
             )
             for i, roles in enumerate(bodies)
         ]
-        before = list(current)
         for at, result in zip(carried, results[-1], strict=False):
             current[at] = _joined((current[at], result), len(result))
-        if equation.name != "scan" or current == before:
-            break
     if equation.name == "scan":
-        stacked = [((), *result) for result in results[0][len(carried) :]]
-        return [*results[0][: len(carried)], *stacked]
+        count = len(carried)
+        return [*results[0][:count], *(((), *result) for result in results[0][count:])]
     if equation.name == "while":
         return results[1]
     return [_joined(branches, len(branches[0])) for branches in zip(*results, strict=True)]

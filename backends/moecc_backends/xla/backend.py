@@ -13,7 +13,7 @@ do the rest.  Where things are:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from moecc.ahead.request import Job, LoadedStep, Result
@@ -49,9 +49,7 @@ class XlaBackend:
           InputError: an operation has no lowering, an output is ragged, or a dispatch lowering is
             forced that does not fit.
         """
-        problems = list(_problems(graph, options))
-        if problems:
-            raise InputError(problems)
+        _check(graph, options)
         process = process_info()
         if process is not None:
             return MultiProcessProgram(graph, dtype, options, process)
@@ -64,9 +62,7 @@ class XlaBackend:
         Raises:
           InputError: an operation has no lowering, or an output is ragged.
         """
-        problems = list(_problems(graph, DEFAULTS))
-        if problems:
-            raise InputError(problems)
+        _check(graph, DEFAULTS)
         return function(graph, dtype=dtype)
 
     def compile_ahead(self, graph: Graph, job: Job) -> Result:
@@ -128,13 +124,18 @@ class XlaBackend:
         return emitted(graph, inputs, emit=emit, dtype=dtype, options=chosen)
 
 
-def _problems(graph: Graph, options: Options) -> Iterator[Problem]:
-    """Yield all that keeps `graph` from being lowered."""
-    for name, value in graph.outputs.items():
-        if value.type.ragged:
-            message = "a ragged value cannot be returned"
-            yield Problem(message, f"output {name}", found=str(value.type))
-    for node in graph:
-        if node.op.name not in LOWERINGS:
-            yield Problem(f"the xla backend cannot lower {node.op}", where(node))
-    yield from dispatch_problems(graph, options)
+def _check(graph: Graph, options: Options) -> None:
+    """Raise InputError with all that keeps `graph` from being lowered."""
+    problems = [
+        Problem("a ragged value cannot be returned", f"output {name}", found=str(value.type))
+        for name, value in graph.outputs.items()
+        if value.type.ragged
+    ]
+    problems += [
+        Problem(f"the xla backend cannot lower {node.op}", where(node))
+        for node in graph
+        if node.op.name not in LOWERINGS
+    ]
+    problems += dispatch_problems(graph, options)
+    if problems:
+        raise InputError(problems)

@@ -19,7 +19,7 @@ import numpy as np
 
 from moecc.errors import InputError
 from moecc_backends.xla.kernels.attention import score_pairs_of
-from moecc_backends.xla.trace.values import most_rounds
+from moecc_backends.xla.trace.values import Names, most_rounds
 
 ITEMSIZE_BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3": 1, "f8e4m3b11fnuz": 1,
@@ -72,7 +72,7 @@ class Instruction:
     name: str
     opcode: str
     shapes: tuple[HloShape, ...]
-    operands: tuple[str, ...]
+    operands: Names
     attributes: str
 
     @property
@@ -90,7 +90,7 @@ class Instruction:
         return tuple(map(int, re.findall(r"\d+", self.attribute(name))))
 
     @property
-    def called(self) -> tuple[str, ...]:
+    def called(self) -> Names:
         """The computations that it runs; of a loop, the body; of a branch, all of them."""
         match = _BRANCHES.search(self.attributes)
         branches = _NAME.findall(match[1]) if match else []
@@ -269,7 +269,7 @@ def _add(computation: Computation, line: str) -> None:
         computation.root = head[2]
 
 
-def _operands(text: str) -> tuple[str, ...]:
+def _operands(text: str) -> Names:
     if "%" in text or not text:
         return tuple(_NAME.findall(text))
     # Before it is optimised, a program is printed without the signs.

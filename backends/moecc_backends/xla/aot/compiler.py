@@ -412,16 +412,16 @@ def _compiled(graph: Graph, job: Job) -> Result:
     config, machine = job.config, job.machine
     layout = job.layout if config.partition == GSPMD else None
     spec = StepSpec(job.sizes, config, job.update, platform=machine.kind, layout=layout)
-    step = make_step(graph, spec, devices(machine))
+    function, arguments = make_step(graph, spec, devices(machine))
     start = time.perf_counter()
-    lowered = lower(step.function, step.arguments, machine)
+    lowered = lower(function, arguments, machine)
     seconds = time.perf_counter() - start
     program = lowered.as_text() if job.emit == "stablehlo" else ""
     artefact = b""
     if job.export:
         from jax import export
 
-        exported = export.export(step.function, platforms=[_platform(machine)])(*step.arguments)
+        exported = export.export(function, platforms=[_platform(machine)])(*arguments)
         artefact = bytes(exported.serialize())
     options = overlap_options(machine) if job.overlap else {}
     try:

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
@@ -48,10 +48,10 @@ from moecc_backends.xla.kernels.grouped_matmul import (
 )
 from moecc_backends.xla.trace.context import DeviceView
 from moecc_backends.xla.trace.values import (
-    SLOT_AXES,
     DeferredRows,
     DispatchLayout,
     Named,
+    Names,
     Operand,
     PyTree,
     RowLayout,
@@ -96,7 +96,7 @@ class ExpertParts:
         """Run ``step(part, carry)`` for all parts of an expert."""
         if self.count == 1:
             return step(0, carry)
-        result: Carry = jax.lax.fori_loop(0, self.count, step, carry)
+        result: Carry = lax.fori_loop(0, self.count, step, carry)
         return result
 
     def bounds(
@@ -238,7 +238,7 @@ class BlockOfExpert(RowLayout):
         """Not for a block: a token has rows in several."""
         raise AssertionError("all blocks are combined at once")
 
-    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
+    def matmul(self, x: Rows, weight: Named, over: Names, kind: DTypeLike) -> Rows:
         """Multiply rows with the matrix of the expert."""
 
         def product(flat: Array, matrices: Matrices, axis: int) -> Array:
@@ -310,11 +310,6 @@ class BlockwiseLayer:
     sizes: tuple[int, ...]
 
     @cached_property
-    def row_axes(self) -> tuple[str, ...]:
-        """The axes of a row."""
-        return tuple(a for a in self.rows.value.type.names if a not in SLOT_AXES)
-
-    @cached_property
     def moves(self) -> list[Node]:
         """The operations that gather rows from tokens."""
         return [n for n in self.rows.nodes if n.op.moves is RowMove.TO_SLOTS]
@@ -328,7 +323,7 @@ class BlockwiseLayer:
         """Return the rows ``[rows, *row_axes]``, made of `values` in a layout."""
         result = self.rows.make(values, layout)
         assert isinstance(result, Rows), "`permute` made rows"
-        return result.inner().to(("rows", *self.row_axes)).array
+        return result.inner().to(("rows", *self.rows.row_axes)).array
 
     def dispatched(
         self, outside: Mapping[Value, Named], layout: DispatchLayout
@@ -340,8 +335,8 @@ class BlockwiseLayer:
 
     def combined(self, inputs: LayerArrays, rows: Array) -> Array:
         """Return what each token gets of the rows of all experts."""
-        axes = (*inputs.layout.routing.tokens, *self.row_axes)
-        all_rows = Rows(rows, self.row_axes, inputs.layout)
+        axes = (*inputs.layout.routing.tokens, *self.rows.row_axes)
+        all_rows = Rows(rows, self.rows.row_axes, inputs.layout)
         return inputs.layout.unpermute(all_rows, inputs.gates).to(axes).array
 
     def at_once(self, inputs: LayerArrays) -> Array:
@@ -374,11 +369,11 @@ class BlockwiseLayer:
             weights = {}
             for value, stack in stacks.items():
                 at, sizes = parts.bounds(stack, expert, part)
-                sliced = jax.lax.dynamic_slice(store(stack.array), at, sizes)
+                sliced = lax.dynamic_slice(store(stack.array), at, sizes)
                 weights[value] = load(sliced[0], stack.array.dtype)
 
             def block(first: Array, size: int) -> BlockResult:
-                choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
+                choice = lax.dynamic_slice_in_dim(choices, first, size)
                 is_used = first + jnp.arange(size, dtype=first.dtype) < ends[expert]
                 rows = BlockOfExpert(layout.routing, choice, is_used, part, first)
                 return work(rows, weights)
@@ -393,18 +388,18 @@ class BlockwiseLayer:
                 total = new
                 if parts.count > 1:
                     # Before the first part there may be anything.
-                    before = jax.lax.dynamic_slice_in_dim(rows, at, new.shape[0])
+                    before = lax.dynamic_slice_in_dim(rows, at, new.shape[0])
                     total = jnp.where(part == 0, new, load(before, new.dtype) + new)
-                return jax.lax.dynamic_update_slice_in_dim(rows, store(total), at, 0)
+                return lax.dynamic_update_slice_in_dim(rows, store(total), at, 0)
 
             def added_products(saved: Array, new: Array, first: Array, size: int) -> Array:
                 at = start_in_products(part, first * (new.shape[0] // size), saved.ndim)
-                return jax.lax.dynamic_update_slice(saved, store(new)[None], at)
+                return lax.dynamic_update_slice(saved, store(new)[None], at)
 
             def added_weights(total: Array, gradient: Array, like: Named) -> Array:
                 at, sizes = parts.bounds(like, expert, part)
-                more = jax.lax.dynamic_slice(total, at, sizes) + gradient
-                return jax.lax.dynamic_update_slice(total, more, at)
+                more = lax.dynamic_slice(total, at, sizes) + gradient
+                return lax.dynamic_update_slice(total, more, at)
 
             def step(first: Array, size: int, sums: BlockResult) -> BlockResult:
                 new = block(first, size)
@@ -507,7 +502,7 @@ def backward(layer: BlockwiseLayer, residuals: Residuals, d_total: Array) -> tup
             times = arrays.shape[1] // d_rows.shape[0]  # Each row may stand for several.
             shape = (1, size * times, *arrays.shape[2:])
             at = start_in_products(block.part, block.first * times, arrays.ndim)
-            products.append(jax.lax.dynamic_slice(arrays, at, shape)[0])
+            products.append(lax.dynamic_slice(arrays, at, shape)[0])
 
         def again(rows: list[Array], experts: list[Array], common: list[Array]) -> Array:
             layout = replace(block, product=_saved_products(products, block.is_used))
@@ -520,7 +515,7 @@ def backward(layer: BlockwiseLayer, residuals: Residuals, d_total: Array) -> tup
 
         operands = [weights[v] for v in of_expert], [outside[v].array for v in shared]
         _, pull = jax.vjp(again, [x.array for x in moved.values()], *operands)
-        d_block = jax.lax.dynamic_slice_in_dim(d_rows, block.first, size)
+        d_block = lax.dynamic_slice_in_dim(d_rows, block.first, size)
         d_moved, d_experts, d_shared = pull(padded(d_block, block.is_used, 0))
         return BlockResult(d_moved, (), d_experts, d_shared)
 
@@ -579,7 +574,7 @@ def _saved_product_backward(
         pair = (used, d_used) if axis == 0 else (d_used, used)
         kind = accumulator(rows.dtype)
         over_rows = (((0,), (0,)), ((), ()))
-        outer = jax.lax.dot_general(*pair, over_rows, preferred_element_type=kind)
+        outer = lax.dot_general(*pair, over_rows, preferred_element_type=kind)
     return d_rows, outer.astype(matrix.dtype), None, None
 
 
@@ -603,7 +598,7 @@ class ExpertBlocks(Deferral):
         layout = replace(layout, permutation=layout.permutation._replace(choice_of_row=padded))
         layer = BlockwiseLayer(rows, outside, parts_of(rows, outside), sizes)
         inputs = LayerArrays(layout, [x.array for x in outside.values()], gates)
-        axes = (*self.routing.tokens, *layer.row_axes)
+        axes = (*self.routing.tokens, *rows.row_axes)
         if not self.routing.num_choices:
             return Named(layer.at_once(inputs), axes)
         differentiable = jax.custom_vjp(lambda inputs: forward(layer, inputs, saves=False)[0])

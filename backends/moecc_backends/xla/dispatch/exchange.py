@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from moecc_backends.xla.trace.values import varies
 
@@ -75,30 +75,38 @@ def exchange_map(group_sizes: Array, mesh: Mesh, arrivals: int) -> ExchangeMap:
       mesh: the mesh axes; each device along them gets an equal run of the experts.
       arrivals: how many rows a device has room for.
     """
-    sizes = jax.lax.all_gather(group_sizes, mesh)
-    device, devices = jax.lax.axis_index(mesh), sizes.shape[0]
+    sizes = lax.all_gather(group_sizes, mesh)
+    device, devices = lax.axis_index(mesh), sizes.shape[0]
     by_device = sizes.reshape(devices, devices, -1).sum(2)
     sent, got = by_device[device], by_device[:, device]
     there = RaggedArgs(_starts(sent), sent, _starts(by_device, 0)[device], got)
     back = RaggedArgs(_starts(got), got, _starts(by_device, 1)[:, device], sent)
     count = sizes.shape[1] // devices
-    parts = jax.lax.dynamic_slice_in_dim(sizes, device * count, count, 1)
+    parts = lax.dynamic_slice_in_dim(sizes, device * count, count, 1)
     arrived = _starts(parts.reshape(-1)).reshape(parts.shape)
     return _sorted_map(parts, arrived, arrivals, there, back)
 
 
-def _sorted_map(parts: Array, arrived: Array, count: int, *args: RaggedArgs | None) -> ExchangeMap:
+def _sorted_map(
+    parts: Array,
+    arrived: Array,
+    count: int,
+    there: RaggedArgs | None = None,
+    back: RaggedArgs | None = None,
+) -> ExchangeMap:
     """Return the map of rows that arrive device by device, and are sorted by expert then.
 
     Args:
       parts: ``[devices, experts]``, the rows that come from each device for each expert.
       arrived: where the first of them arrives.
       count: the number of arrivals.
-      *args: what is sent there and back.
+      there: what is sent to the experts, where devices get different numbers of rows.
+      back: what is sent back.
     """
     by_expert = _starts(parts.T.reshape(-1)).reshape(parts.T.shape)
     return ExchangeMap(
-        *args,
+        there,
+        back,
         _matched(by_expert, arrived.T, parts.T, count),
         _matched(arrived, by_expert.T, parts, count),
         parts.sum(0),
@@ -114,13 +122,13 @@ def round_map(sizes: Array, mesh: Mesh, first: Array, rows: int) -> ExchangeMap:
       first: the first row of the round, of those for each device.
       rows: how many rows go to each device; those that are there come first.
     """
-    devices, device = sizes.shape[0], jax.lax.axis_index(mesh)
-    runs = jax.lax.dynamic_index_in_dim(sizes.reshape(devices, devices, -1), device, 1, False)
+    devices, device = sizes.shape[0], lax.axis_index(mesh)
+    runs = lax.dynamic_index_in_dim(sizes.reshape(devices, devices, -1), device, 1, False)
     ends = jnp.cumsum(runs, 1)
     starts, stops = (jnp.clip(at, first, first + rows) for at in (ends - runs, ends))
     parts = stops - starts
     arrived = _starts(parts, 1) + jnp.arange(devices, dtype=jnp.int32)[:, None] * rows
-    return _sorted_map(parts, arrived, devices * rows, None, None)
+    return _sorted_map(parts, arrived, devices * rows)
 
 
 def _starts(sizes: Array, axis: int = 0) -> Array:
@@ -176,10 +184,10 @@ def _picked(rows: Array, index: Array) -> Array:
 
 def _exchanged(rows: Array, args: RaggedArgs | None, spec: ExchangeSpec, count: int) -> Array:
     if args is None:
-        return jax.lax.all_to_all(rows, spec.mesh, 0, 0, tiled=True)
+        return lax.all_to_all(rows, spec.mesh, 0, 0, tiled=True)
     zeros = jnp.zeros((count, rows.shape[1]), rows.dtype)
-    room = jax.lax.pcast(zeros, tuple(sorted(varies(rows))), to="varying")
-    exchange = emulated if spec.is_emulated else jax.lax.ragged_all_to_all
+    room = lax.pcast(zeros, tuple(sorted(varies(rows))), to="varying")
+    exchange = emulated if spec.is_emulated else lax.ragged_all_to_all
     return exchange(rows, room, *args, axis_name=spec.mesh)
 
 
@@ -197,11 +205,10 @@ def emulated(
 
     Every device sees the rows of all, so this tests a program and does not show its cost.
     """
-    device = jax.lax.axis_index(axis_name)
-    every = jax.lax.all_gather(operand, axis_name)
+    device = lax.axis_index(axis_name)
+    every = lax.all_gather(operand, axis_name)
     starts, sizes, targets = (
-        jax.lax.all_gather(a, axis_name)[:, device]
-        for a in (input_offsets, send_sizes, output_offsets)
+        lax.all_gather(a, axis_name)[:, device] for a in (input_offsets, send_sizes, output_offsets)
     )
     row = jnp.arange(output.shape[0], dtype=jnp.int32)[:, None]
     is_there = (row >= targets) & (row < targets + sizes)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value, setter_of
@@ -50,6 +50,7 @@ from moecc_backends.xla.trace.context import DeviceView, TraceContext, zeros_lik
 from moecc_backends.xla.trace.values import (
     DeferredRows,
     Named,
+    Names,
     Operand,
     PyTree,
     Routing,
@@ -130,13 +131,12 @@ class InRounds(Deferral):
         operands = rows.outside()
         learned = [v for v, x in operands.items() if jnp.issubdtype(x.array.dtype, jnp.floating)]
         others = [v for v in operands if v not in learned]
-        axes: tuple[str, ...] = ()
+        axes = (*self.routing.tokens, *rows.row_axes)
 
         def in_round(
             turn: Array, floats: Floats, routed: _Routed, kind: DTypeLike | None = None
         ) -> Array:
             """Return what a round adds to tokens, in the type `kind`; None: in that of the rows."""
-            nonlocal axes
             arrays = [*zip(learned, floats, strict=False), *zip(others, routed.others, strict=True)]
             values = {v: replace(operands[v], array=array) for v, array in arrays}
             layout = self._turn(turn, routed)
@@ -147,9 +147,7 @@ class InRounds(Deferral):
             def summed(flat: Array) -> Array:
                 return sum_rows(flat.astype(kind or flat.dtype), layout.permutation, weights)
 
-            result = rows_to_tokens(layout.routing, sums.array, sums.axes, summed)
-            axes = result.axes
-            return result.array
+            return rows_to_tokens(layout.routing, sums.array, sums.axes, summed).to(axes).array
 
         def forward(floats: Floats, routed: _Routed) -> Array:
             shape = jax.eval_shape(partial(in_round, jnp.int32(0)), floats, routed)
@@ -172,13 +170,13 @@ class InRounds(Deferral):
             return self._repeated(routed, add, zeros), None
 
         floats = [operands[v].array for v in learned] + ([] if gates is None else [gates])
-        mesh = frozenset[str]().union(*map(varies, floats), self.spec.mesh)
+        mesh = varies(*floats).union(self.spec.mesh)
         # Devices that differ in one of them differ in all that is made of it.
         floats = [self.view.varying(array, mesh) for array in floats]
         routed = _Routed(
             self.routing.experts,
             self.rows.permutation,
-            jax.lax.all_gather(self.rows.group_sizes, self.spec.mesh),
+            lax.all_gather(self.rows.group_sizes, self.spec.mesh),
             [operands[v].array for v in others],
         )
         differentiable = jax.custom_vjp(forward)
@@ -195,7 +193,7 @@ class InRounds(Deferral):
         mesh, count, sizes = self.spec.mesh, self.spec.rounds.rows, routed.sizes
         experts, rows = routed.experts, routed.permutation
         devices = sizes.shape[0]
-        sent = sizes[jax.lax.axis_index(mesh)].reshape(devices, -1).sum(1)
+        sent = sizes[lax.axis_index(mesh)].reshape(devices, -1).sum(1)
         starts, first = jnp.cumsum(sent) - sent, self.spec.rounds.first(turn)
         index = first + jnp.arange(count, dtype=jnp.int32)
         choice = jnp.take(rows.choice_of_row, starts[:, None] + index, mode="clip")
@@ -221,9 +219,9 @@ class InRounds(Deferral):
             return add(jnp.int32(0), total)
         sent = routed.sizes.reshape(self.spec.devices, self.spec.devices, -1).sum(2)
         busiest = self.spec.rounds.turns(jnp.max(sent))
-        turns = jax.lax.pmax(busiest, tuple(sorted(varies(busiest))))
+        turns = lax.pmax(busiest, tuple(sorted(varies(busiest))))
         with jax.named_scope(rounds_scope(self.spec.rounds.most)):
-            _, sums = jax.lax.while_loop(
+            _, sums = lax.while_loop(
                 lambda state: state[0] < turns,
                 lambda state: (state[0] + 1, add(*state)),
                 (jnp.int32(0), total),
@@ -280,7 +278,7 @@ def local_rows(ctx: TraceContext, node: Node, x: Rows, layout: SortedRows) -> Ro
     mesh = CollectiveOp.of_node(node).mesh
     assert ctx.view.mesh is not None, "without a mesh all experts are local"
     count = layout.routing.num_experts // ctx.view.mesh.size(mesh)
-    first = jax.lax.axis_index(mesh) * count
+    first = lax.axis_index(mesh) * count
     local = layout.of_experts(first, count)
     # A token goes to an expert at most once, so few local experts have fewer rows than all.
     tokens, choices = layout.routing.experts.shape
@@ -312,7 +310,7 @@ def _room(node: Node, layout: SortedRows, devices: int, num_experts: int) -> int
     return min(room, buffer_rows(bound.attrs, tokens * devices, choices))
 
 
-def exchanged_once(slots: Value) -> tuple[str, ...] | None:
+def exchanged_once(slots: Value) -> Names | None:
     """Return the mesh axes along which the rows of `slots` go to their experts and back, or None.
 
     None, too, where they go in several steps, into bounded buffers, or meet one another, and where

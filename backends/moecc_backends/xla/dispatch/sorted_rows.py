@@ -22,6 +22,7 @@ from moecc_backends.xla.trace.values import (
     DispatchLayout,
     ExpertArrays,
     Named,
+    Names,
     Operand,
     Routing,
     RowLayout,
@@ -42,7 +43,7 @@ def tokens_to_rows(layout: RowLayout, x: Named, move: Move) -> Rows:
     return Rows(move(tokens).reshape(-1, *sizes), inner, layout)
 
 
-def rows_to_tokens(routing: Routing, rows: Array, inner: tuple[str, ...], move: Move) -> Named:
+def rows_to_tokens(routing: Routing, rows: Array, inner: Names, move: Move) -> Named:
     """Return tokens, which `move` makes ``[tokens, width]`` of rows ``[rows, *inner]``."""
     axes, sizes = (*routing.tokens, *inner), rows.shape[1:]
     shape = (*routing.token_sizes, *sizes)
@@ -52,7 +53,7 @@ def rows_to_tokens(routing: Routing, rows: Array, inner: tuple[str, ...], move: 
     return Named(move(rows.reshape(rows.shape[0], prod(sizes))).reshape(shape), axes)
 
 
-def flat_tokens(routing: Routing, x: Named) -> tuple[Array, tuple[str, ...], tuple[int, ...]]:
+def flat_tokens(routing: Routing, x: Named) -> tuple[Array, Names, tuple[int, ...]]:
     """Return tokens ``[tokens, width]``, and the axes and sizes that the width is made of."""
     inner = tuple(a for a in x.axes if a not in routing.tokens)
     source = x.to((*routing.tokens, *inner)).array
@@ -392,7 +393,7 @@ class SortedRows(PermutedRows):
         """Return the rows of `count` experts from `first` on, sorted again."""
         return SortedRows.of(self.routing.of_experts(first, count), self.kernel)
 
-    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
+    def matmul(self, x: Rows, weight: Named, over: Names, kind: DTypeLike) -> Rows:
         """Multiply rows with the weights of their experts, group by group."""
 
         def product(flat: Array, matrices: Matrices, axis: int) -> Array:
@@ -427,7 +428,7 @@ Matrices = Array | tuple[Array, ...]
 def flat_matmul(
     x: Rows,
     weight: Named,
-    over: tuple[str, ...],
+    over: Names,
     product: Callable[[Array, Matrices, int], Array],
 ) -> Rows:
     """Multiply rows with the weights of their experts, by a product of flat rows and matrices.
@@ -450,9 +451,7 @@ def flat_matmul(
     return x.with_array(products.reshape(*lead, *sizes), (*outer, *columns))
 
 
-def _matrices(
-    weight: Named, over: tuple[str, ...], columns: tuple[str, ...]
-) -> tuple[Matrices, int]:
+def _matrices(weight: Named, over: Names, columns: Names) -> tuple[Matrices, int]:
     """Return weights as ``[experts, a, b]`` or ``[experts, b, a]``, and the axis of `over`.
 
     Whichever of the two stands last in the checkpoint stays last: nothing is transposed.  Where

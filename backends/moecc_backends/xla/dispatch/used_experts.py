@@ -27,6 +27,7 @@ from moecc_backends.xla.trace.values import (
     DeferredRows,
     ExpertArrays,
     Named,
+    Names,
     Operand,
     Routing,
     RowLayout,
@@ -138,34 +139,29 @@ class UsedExperts(Deferral):
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         outside = rows.outside()
         stacks = sliced_by_expert(rows, outside)
-        shared = [v for v in outside if v not in stacks]
-        axes: tuple[str, ...] = ()
+        shared = {v: x for v, x in outside.items() if v not in stacks}
+        axes = (*self.routing.tokens, *rows.row_axes)
 
-        def weighted(number: int, weights: list[Array], operands: _SumOperands) -> Array:
-            nonlocal axes
-            pairs = zip(shared, operands.shared, strict=True)
-            values = {v: Named(a, outside[v].axes) for v, a in pairs}
-            values |= {
-                v: Named(a, axes_of_expert(x))
-                for (v, x), a in zip(stacks.items(), weights, strict=True)
-            }
+        def expert_sum(number: int, weights: list[Array], operands: _SumOperands) -> Array:
+            pairs = zip(shared.items(), operands.shared, strict=True)
+            of_expert = zip(stacks.items(), weights, strict=True)
+            values = {v: Named(a, x.axes) for (v, x), a in pairs}
+            values |= {v: Named(a, axes_of_expert(x)) for (v, x), a in of_expert}
             layout = OneExpert(operands.routing, jnp.asarray(number, jnp.int32))
-            result = layout.unpermute(rows.make(values, layout), operands.gates)
-            axes = result.axes
-            return result.array
+            return layout.unpermute(rows.make(values, layout), operands.gates).to(axes).array
 
         def total(operands: _SumOperands, *, in_place: bool) -> Array:
             def weights(number: int) -> list[Array]:
                 return [stack[number] for stack in operands.stacks]
 
-            shape = jax.eval_shape(lambda: weighted(0, weights(0), operands))
+            shape = jax.eval_shape(lambda: expert_sum(0, weights(0), operands))
             sums = zeros_like_on_devices(shape)
             for number in range(self.routing.num_experts):
                 layout = OneExpert(operands.routing, jnp.asarray(number, jnp.int32))
 
                 def add(sums: Array, *sliced: list[Array], number: int = number) -> Array:
                     expert_weights = sliced[0] if sliced else weights(number)
-                    return sums + weighted(number, expert_weights, operands)
+                    return sums + expert_sum(number, expert_weights, operands)
 
                 sliced = () if in_place else (weights(number),)
                 sums = jax.lax.cond(
@@ -173,21 +169,17 @@ class UsedExperts(Deferral):
                 )
             return sums
 
+        # Which slot it is makes no difference here, and costs a count over all tokens.
+        slots = jnp.zeros_like(self.routing.experts)
         operands = _SumOperands(
-            # Which slot it is makes no difference here, and costs a count over all tokens.
-            replace(
-                self.routing,
-                slots=jnp.zeros_like(self.routing.experts),
-                wanted=self.routing.assigned,
-                capacity=None,
-            ),
+            replace(self.routing, slots=slots, wanted=self.routing.assigned, capacity=None),
             [
                 x.parts
                 if isinstance(x, ExpertArrays)
                 else x.to(("expert", *axes_of_expert(x))).array
                 for x in stacks.values()
             ],
-            [outside[v].array for v in shared],
+            [x.array for x in shared.values()],
             gates,
         )
         differentiable = jax.custom_vjp(lambda operands: total(operands, in_place=True))
@@ -195,10 +187,9 @@ class UsedExperts(Deferral):
             lambda operands: jax.vjp(lambda o: total(o, in_place=False), operands),
             lambda pull, cotangent: pull(cotangent),
         )
-        array = differentiable(operands)
-        return Named(array, axes)
+        return Named(differentiable(operands), axes)
 
 
-def axes_of_expert(x: Named) -> tuple[str, ...]:
+def axes_of_expert(x: Named) -> Names:
     """Return the axes of an operand without that of the experts."""
     return tuple(a for a in x.axes if a != "expert")

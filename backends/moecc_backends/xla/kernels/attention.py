@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -406,8 +406,6 @@ def score_pairs_of(op_name: str) -> int | None:
 # their results. So they are called where nothing is tracked, forward and backward each by
 # themselves, and the gradient is put together here.
 
-SplashArrays = tuple[Array, ...]
-
 
 def splash_attention(
     rule: AttentionRule, arrays: AttentionArrays, *, interpret: bool = False
@@ -423,12 +421,11 @@ def splash_attention(
     # The kernel has no factor of its own.
     query = (arrays.query * rule.scale).astype(arrays.query.dtype)
     rows = query.reshape(batch, head * group, seq, width)
-    sinks = None
+    operands: Arrays = (rows, arrays.key, arrays.value)
     if arrays.sinks is not None:
         wide = jnp.broadcast_to(arrays.sinks[:1, :, :, 0, 0], (1, head, group))
-        sinks = wide.reshape(head * group)
-    mixed = _splash(rule, interpret, rows, arrays.key, arrays.value, sinks)
-    return mixed.reshape(batch, head, group, seq, -1)
+        operands = (*operands, wide.reshape(head * group))
+    return _splash(rule, interpret, operands).reshape(batch, head, group, seq, -1)
 
 
 @cache
@@ -448,22 +445,14 @@ def splash_kernel(
         mask = splash_attention_mask.LocalMask(shape, (rule.window - 1, 0), 0)
     elif rule.causal:
         mask = splash_attention_mask.CausalMask(shape)
-    q, kv = map(tpu_block, shape)
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=q,
-        block_kv=kv,
-        block_kv_compute=kv,
-        block_q_dkv=q,
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=kv,
-        block_q_dq=q,
-        block_kv_dq=kv,
-    )
+    names = ("", "_dkv", "_dq")
+    blocks: dict[str, Any] = {f"block_q{n}": tpu_block(queries) for n in names}
+    blocks |= {f"block_kv{n}": tpu_block(keys) for n in (*names, "_compute", "_dkv_compute")}
     # What is traced while a kernel is made must not stay in the cache.
     with jax.ensure_compile_time_eval():
         return splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * heads),
-            block_sizes=sizes,
+            block_sizes=splash_attention_kernel.BlockSizes(**blocks),
             head_shards=1,
             q_seq_shards=1,
             attn_logits_soft_cap=rule.cap or None,
@@ -472,86 +461,70 @@ def splash_kernel(
         )
 
 
-def _pairs(rule: AttentionRule, queries: int, keys: int) -> int:
-    share = share_of_tpu_blocks(queries, keys, causal=rule.causal, window=rule.window)
-    return round(share * queries * keys)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _splash(
-    rule: AttentionRule,
-    interpret: bool,
-    query: Array,
-    key: Array,
-    value: Array,
-    sinks: Array | None,
-) -> Array:
-    return _splash_forward(rule, interpret, query, key, value, sinks)[0]
+def _splash(rule: AttentionRule, interpret: bool, operands: Arrays) -> Array:
+    """Return averages, of queries, keys, values ``[batch, head, seq, …]`` and sinks ``[head]``."""
+    return _splash_forward(rule, interpret, operands)[0]
 
 
 def _splash_forward(
-    rule: AttentionRule,
-    interpret: bool,
-    query: Array,
-    key: Array,
-    value: Array,
-    sinks: Array | None,
-) -> tuple[Array, tuple[Array | None, ...]]:
-    kernel = splash_kernel(rule, query.shape[1], query.shape[2], key.shape[2], interpret)
-
-    def one(query: Array, key: Array, value: Array, *sinks: Array) -> SplashArrays:
+    rule: AttentionRule, interpret: bool, operands: Arrays
+) -> tuple[Array, tuple[Arrays, Array, Array]]:
+    def averaged(kernel: PyTree, query: Array, key: Array, value: Array, *sinks: Array) -> Arrays:
         mixed, (denominators,) = kernel(query, key, value, None, *sinks)
         return mixed, denominators
 
-    more = () if sinks is None else (sinks,)
-    run = jax.vmap(one, (0, 0, 0, *(None for _ in more)))
-    with score_pairs_scope(_pairs(rule, query.shape[2], key.shape[2])):
-        mixed, denominators = _untracked(run, query, key, value, *more)
+    results = _by_sequence(rule, interpret, averaged, operands)
     # Named, so that a policy of rematerialisation keeps them and the kernel runs once.
-    mixed, denominators = checkpoint_name(mixed, VALUE), checkpoint_name(denominators, VALUE)
-    return mixed, (query, key, value, sinks, mixed, denominators)
+    mixed, denominators = (checkpoint_name(a, VALUE) for a in results)
+    return mixed, (operands, mixed, denominators)
 
 
 def _splash_backward(
     rule: AttentionRule,
     interpret: bool,
-    residuals: tuple[Array, Array, Array, Array | None, Array, Array],
+    residuals: tuple[Arrays, Array, Array],
     d_mixed: Array,
-) -> tuple[Array | None, ...]:
-    query, key, value, sinks, mixed, denominators = residuals
-    kernel = splash_kernel(rule, query.shape[1], query.shape[2], key.shape[2], interpret)
-    more = () if sinks is None else (sinks,)
+) -> tuple[Arrays]:
+    operands, *more = residuals
 
-    def one(
-        query: Array,
-        key: Array,
-        value: Array,
-        mixed: Array,
-        denominators: Array,
-        d_mixed: Array,
-        *sinks: Array,
-    ) -> SplashArrays:
+    def gradient(kernel: PyTree, *arrays: Array) -> Arrays:
+        query, key, value, mixed, denominators, d_mixed, *sinks = arrays
         residuals = (query, key, value, None, *(sinks or (None,)), mixed, denominators)
         return _gradient(kernel, residuals, d_mixed)
 
-    run = jax.vmap(one, (*(0 for _ in range(6)), *(None for _ in more)))
-    with score_pairs_scope(_pairs(rule, query.shape[2], key.shape[2])):
-        gradients = _untracked(run, query, key, value, mixed, denominators, d_mixed, *more)
-    d_sinks = None if sinks is None else jnp.sum(gradients[3], 0).astype(sinks.dtype)
-    pairs = zip(gradients, (query, key, value), strict=False)
-    return (*(d.astype(x.dtype) for d, x in pairs), d_sinks)
+    gradients = _by_sequence(rule, interpret, gradient, operands, *more, d_mixed)
+    # All sequences share the sinks.
+    summed = [jnp.sum(d, 0) if x.ndim == 1 else d for d, x in zip(gradients, operands, strict=True)]
+    return (tuple(d.astype(x.dtype) for d, x in zip(summed, operands, strict=True)),)
+
+
+def _by_sequence(
+    rule: AttentionRule,
+    interpret: bool,
+    call: Callable[..., Arrays],
+    operands: Arrays,
+    *more: Array,
+) -> Arrays:
+    """Return what `call` makes with a kernel of each sequence; it varies as queries do.
+
+    jax does not track there what varies.
+    """
+    query, key, value, *sinks = operands
+    queries, keys = query.shape[2], key.shape[2]
+    kernel = splash_kernel(rule, query.shape[1], queries, keys, interpret)
+    share = share_of_tpu_blocks(queries, keys, causal=rule.causal, window=rule.window)
+    sequences = (query, key, value, *more)
+    axes = (*(0 for _ in sequences), *(None for _ in sinks))
+    with score_pairs_scope(round(share * queries * keys)):
+        results = unchecked(jax.vmap(partial(call, kernel), axes), *sequences, *sinks)
+    return tuple(DeviceView().varying(a, varies(query)) for a in results)
 
 
 _splash.defvjp(_splash_forward, _splash_backward)
 
 
-def _untracked(run: Callable[..., SplashArrays], *arrays: Array) -> SplashArrays:
-    """Call `run` where jax does not track what varies; its results vary as the first array does."""
-    axes = varies(arrays[0])
-    return tuple(DeviceView().varying(a, axes) for a in unchecked(run, *arrays))
-
-
-def _gradient(kernel: PyTree, residuals: PyTree, d_mixed: Array) -> SplashArrays:
+def _gradient(kernel: PyTree, residuals: PyTree, d_mixed: Array) -> Arrays:
     """Return the gradients of the operands of a splash attention.
 
     Args:
@@ -561,17 +534,17 @@ def _gradient(kernel: PyTree, residuals: PyTree, d_mixed: Array) -> SplashArrays
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-    told = kernel.kwargs
+    options = kernel.kwargs
     # The public function differentiates itself, which a program that tracks what varies rejects.
     gradients = splash_attention_kernel._splash_attention_bwd(
         False,
-        told["mask_value"],
-        told["is_mqa"],
-        told["block_sizes"],
+        options["mask_value"],
+        options["is_mqa"],
+        options["block_sizes"],
         None,
-        told["mask_function"],
-        told["attn_logits_soft_cap"],
-        told["interpret"],
+        options["mask_function"],
+        options["attn_logits_soft_cap"],
+        options["interpret"],
         (*residuals, kernel.dq_mask_info, kernel.dkv_mask_info),
         d_mixed,
     )

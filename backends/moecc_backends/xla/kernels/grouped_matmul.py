@@ -384,18 +384,18 @@ def rows_times(rows: Array, matrix: Array, at: int) -> Array:
       matrix: ``[a, b]``, or ``[b, a]``.
       at: the position of ``a`` in the matrix.
     """
-    return jax.lax.dot_general(rows, matrix, (((1,), (at,)), ((), ())))
+    return lax.dot_general(rows, matrix, (((1,), (at,)), ((), ())))
 
 
 def _row_product_backward(at: int, residuals: Arrays, slope: Array) -> Arrays:
     rows, matrix = residuals
-    by_rows = jax.lax.dot_general(slope, matrix, (((1,), (1 - at,)), ((), ())))
+    by_rows = lax.dot_general(slope, matrix, (((1,), (1 - at,)), ((), ())))
     x, y = (rows, slope) if at == 0 else (slope, rows)
     over_rows = (((0,), (0,)), ((), ()))
     if x.shape[1] <= y.shape[1]:
-        return by_rows, jax.lax.dot_general(x, y, over_rows)
+        return by_rows, lax.dot_general(x, y, over_rows)
     # Without the barrier the compiler would exchange the two again.
-    turned = lax.optimization_barrier(jax.lax.dot_general(y, x, over_rows))
+    turned = lax.optimization_barrier(lax.dot_general(y, x, over_rows))
     return by_rows, jnp.transpose(turned)
 
 

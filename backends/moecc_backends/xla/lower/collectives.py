@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-from jax import Array
+from jax import Array, lax
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
@@ -13,7 +13,7 @@ from moecc.ir.ops.collectives import CollectiveOp, ShardOp
 from moecc_backends.xla.dispatch.rounds import local_rows, send_rows, send_rows_back
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.trace.context import DeviceView, TraceContext, lowering
-from moecc_backends.xla.trace.values import Named, Operand, Rows, lifted, varies
+from moecc_backends.xla.trace.values import Named, Names, Operand, Rows, lifted, varies
 
 
 @lowering(
@@ -53,18 +53,18 @@ def _on_device(view: DeviceView, node: Node, x: Named) -> Array:
         return _shard(view, node, x, mesh)
     array = view.varying(x.array, frozenset(mesh))
     if name == "all_reduce":
-        return jax.lax.psum(array, mesh)
+        return lax.psum(array, mesh)
     if name == "all_to_all":
         split, gather = (x.axes.index(attrs[word]) for word in ("split", "gather"))
-        return jax.lax.all_to_all(array, mesh, split, gather, tiled=True)
+        return lax.all_to_all(array, mesh, split, gather, tiled=True)
     at = x.axes.index(attrs["axis"])
     if name == "reduce_scatter":
-        return jax.lax.psum_scatter(array, mesh, scatter_dimension=at, tiled=True)
+        return lax.psum_scatter(array, mesh, scatter_dimension=at, tiled=True)
     to = "invarying" if any(_is_agreed(node.result, m) for m in mesh) else "varying"
-    return jax.lax.all_gather(array, mesh, axis=at, tiled=True, to=to)
+    return lax.all_gather(array, mesh, axis=at, tiled=True, to=to)
 
 
-def _shard(view: DeviceView, node: Node, x: Named, mesh: tuple[str, ...]) -> Array:
+def _shard(view: DeviceView, node: Node, x: Named, mesh: Names) -> Array:
     name = ShardOp.of_node(node).axis
     at, meshes = x.axes.index(name), {*mesh, *node.operands[0].type[name].mesh}
     assert view.mesh is not None, "without a mesh nothing is sent"
@@ -74,25 +74,25 @@ def _shard(view: DeviceView, node: Node, x: Named, mesh: tuple[str, ...]) -> Arr
     return _part(view.varying(x.array, frozenset(meshes)), mesh, at, size)
 
 
-def _part(array: Array, mesh: tuple[str, ...], at: int, size: int) -> Array:
+def _part(array: Array, mesh: Names, at: int, size: int) -> Array:
     # The mesh axes join innermost, so the local shard is within the one that is there.
-    start = jax.lax.axis_index(mesh) * size
-    return jax.lax.dynamic_slice_in_dim(array, start, size, at)
+    start = lax.axis_index(mesh) * size
+    return lax.dynamic_slice_in_dim(array, start, size, at)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _shard_of_replicated(array: Array, mesh: tuple[str, ...], at: int, size: int) -> Array:
+def _shard_of_replicated(array: Array, mesh: Names, at: int, size: int) -> Array:
     """Slice this device's shard of an array replicated along `mesh`; its gradient is gathered.
 
     The derivative of a slice would be a sum of shards among zeros, which sends twice as much.
     """
-    return _part(jax.lax.pcast(array, mesh, to="varying"), mesh, at, size)
+    return _part(lax.pcast(array, mesh, to="varying"), mesh, at, size)
 
 
 _shard_of_replicated.defvjp(
     lambda array, mesh, at, size: (_shard_of_replicated(array, mesh, at, size), None),
     lambda mesh, at, size, _, gradient: (
-        jax.lax.all_gather(gradient, mesh, axis=at, tiled=True, to="invarying"),
+        lax.all_gather(gradient, mesh, axis=at, tiled=True, to="invarying"),
     ),
 )
 

@@ -8,6 +8,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
@@ -18,6 +19,7 @@ from moecc_backends.xla.trace.context import DIRECT, VALUE, TraceContext, loweri
 from moecc_backends.xla.trace.values import (
     SLOT_AXES,
     Named,
+    Names,
     Operand,
     Rows,
     accumulator,
@@ -57,7 +59,7 @@ def is_precise_param(value: Value) -> bool:
 
 @lowering("contract")
 def _contract(ctx: TraceContext, node: Node, x: Operand, w: Operand) -> Operand:
-    over: tuple[str, ...] = ContractOp.of_node(node).over
+    over: Names = ContractOp.of_node(node).over
     if isinstance(x, Rows):
         return _rows_times(ctx, x, w, over)
     if isinstance(w, Rows):
@@ -90,7 +92,7 @@ def _contract(ctx: TraceContext, node: Node, x: Operand, w: Operand) -> Operand:
     return einsum(x, w, over, kind)
 
 
-def _rows_times(ctx: TraceContext, x: Rows, w: Operand, over: tuple[str, ...]) -> Operand:
+def _rows_times(ctx: TraceContext, x: Rows, w: Operand, over: Names) -> Operand:
     """Multiply rows with the weights of their experts, or with what all of them share."""
     if isinstance(w, Rows):
         return x.of(einsum(x.inner(), w.inner(), over))
@@ -124,7 +126,7 @@ def _windows(x: Named, w: Named, attrs: ConvolveOp, kind: DTypeLike) -> Named:
     kernel = right.reshape(
         prod(w.size(n) for n in features), prod(w.size(n) for n in over), *map(w.size, taps)
     )
-    out: jax.Array = jax.lax.conv_general_dilated(
+    out: Array = lax.conv_general_dilated(
         spread,
         kernel.astype(spread.dtype),
         window_strides=(attrs.stride,) * len(along),
@@ -139,20 +141,14 @@ def _windows(x: Named, w: Named, attrs: ConvolveOp, kind: DTypeLike) -> Named:
 
 # Lowering of reductions along axes, softmax and norms, in float32 at least.
 
-Array = jax.Array
-
-
-def _wide(array: Array) -> DTypeLike:
-    """Return the type to normalise in: at least float32 (selective precision, ST-MoE §3.3)."""
-    return jnp.promote_types(array.dtype, jnp.float32)
-
 
 def _reduce(
     function: Callable[..., Array], ctx: TraceContext, node: Node, x: Named, parts: int = 1
 ) -> Named:
     axes = ReductionOp.of_node(node).axes
     at = tuple(x.axes.index(a) for a in axes)
-    result = function(x.array.astype(_wide(x.array)), axis=at)
+    # Selective precision: float32 at least (ST-MoE §3.3).
+    result = function(x.array.astype(accumulator(x.array.dtype)), axis=at)
     if parts != 1:
         result = result / parts
     return Named(result.astype(x.array.dtype), tuple(a for a in x.axes if a not in axes))
@@ -177,7 +173,7 @@ def softmax(x: Array, axis: int) -> Array:
     It is computed in float32 at least, and has the type of `x`.  Its derivative reads the result.
     """
     # −∞ − (−∞) is undefined, and any finite number serves to shift by.
-    wide = x.astype(_wide(x))
+    wide = x.astype(accumulator(x.dtype))
     top = jnp.max(wide, axis, keepdims=True)
     parts = jnp.exp(wide - jnp.where(jnp.isneginf(top), 0, top))
     total = jnp.sum(parts, axis, keepdims=True)
@@ -188,7 +184,7 @@ def softmax(x: Array, axis: int) -> Array:
 def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # Named here, so that the derivative reads the very array that is kept.
     result = checkpoint_name(softmax(primals[0], axis), VALUE)
-    wide, tangent = (v.astype(_wide(v)) for v in (result, tangents[0]))
+    wide, tangent = (v.astype(accumulator(v.dtype)) for v in (result, tangents[0]))
     change = wide * (tangent - jnp.sum(wide * tangent, axis, keepdims=True))
     return result, change.astype(result.dtype)
 
@@ -202,10 +198,10 @@ def _unit(full: Named, node: Node, *, centre: bool) -> Array:
     """Return the array in wide precision divided by its root mean square, then narrowed."""
     attrs = NormOp.of_node(node)
     at = full.axes.index(attrs.axis)
-    wide = full.array.astype(_wide(full.array))
+    wide = full.array.astype(accumulator(full.array.dtype))
     if centre:
         wide = wide - wide.mean(at, keepdims=True)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, at, keepdims=True) + attrs.eps)
+    scaled = wide * lax.rsqrt(jnp.mean(wide * wide, at, keepdims=True) + attrs.eps)
     return scaled.astype(full.array.dtype)
 
 

@@ -41,6 +41,7 @@ from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,
     Named,
+    Names,
     Operand,
     Rows,
     accumulator,
@@ -207,7 +208,7 @@ def _fold_key(ctx: TraceContext, node: Node, key: Named) -> Operand:
 
 
 def _uniform(
-    ctx: TraceContext, key: Array, node: Node, axes: tuple[str, ...], shape: tuple[int, ...]
+    ctx: TraceContext, key: Array, node: Node, axes: Names, shape: tuple[int, ...]
 ) -> Array:
     """Return 23 random bits for each element as numbers on [0, 1)."""
     type = node.result.type
@@ -217,7 +218,7 @@ def _uniform(
     return (bits >> 9).astype(accumulator(ctx.dtype)) / 2**23
 
 
-def _numbered(like: Named) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _numbered(like: Named) -> tuple[Names, tuple[int, ...]]:
     # In alphabetical order, so that the order of the axes means nothing.
     axes = tuple(sorted(like.axes))
     return axes, tuple(like.size(a) for a in axes)
@@ -284,7 +285,7 @@ def _merge(ctx: TraceContext, node: Node, x: Named) -> Named:
 def _slice(ctx: TraceContext, node: Node, x: Named) -> Named:
     attrs = SliceOp.of_node(node)
     at = x.axes.index(attrs.axis)
-    return Named(jax.lax.slice_in_dim(x.array, attrs.start, attrs.stop, axis=at), x.axes)
+    return Named(lax.slice_in_dim(x.array, attrs.start, attrs.stop, axis=at), x.axes)
 
 
 @lowering("positions", takes_deferred=True)
@@ -348,7 +349,7 @@ def _take_of_columns(count: int, columns: Array, index: Array) -> Array:
 
 
 def _take_backward(count: int, index: Array, gradient: Array) -> tuple[Array, None]:
-    kind = jnp.promote_types(gradient.dtype, jnp.float32)
+    kind = accumulator(gradient.dtype)
     shape = (count, *gradient.shape[index.ndim :])
     zeros = DeviceView().varying(jnp.zeros(shape, kind), varies(gradient))
     return zeros.at[index].add(gradient.astype(kind)).astype(gradient.dtype), None
@@ -416,7 +417,7 @@ def _update_slice(ctx: TraceContext, node: Node, x: Named, update: Named, start:
     at = x.axes.index(UpdateSliceOp.of_node(node).axis)
     # JAX counts a negative start from the end; the operation does not.
     first = jnp.maximum(start.array, 0)
-    return Named(jax.lax.dynamic_update_slice_in_dim(x.array, part, first, at), x.axes)
+    return Named(lax.dynamic_update_slice_in_dim(x.array, part, first, at), x.axes)
 
 
 # Regions of functions of JAX: they run in the function, where blocks are replaced.

@@ -9,7 +9,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError, Problem
@@ -51,6 +51,7 @@ from moecc_backends.xla.trace.values import (
     DispatchLayout,
     ExpertArrays,
     Named,
+    Names,
     Operand,
     Routing,
     Uncast,
@@ -171,7 +172,7 @@ def finalize_output(value: Operand, declared: Value, *, wide: bool = True) -> Ar
         raise InputError("a ragged value cannot be returned", where=f"%{declared.name}")
     array = value.to(declared.type.names).array
     if wide and jnp.issubdtype(array.dtype, jnp.floating):
-        return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+        return array.astype(accumulator(array.dtype))
     return array
 
 
@@ -295,7 +296,7 @@ class GspmdLowering(Interceptor):
     def _divides(self, groups: int) -> bool:
         return groups > 0 and groups % self.plan.shards["batch"] == 0
 
-    def sharding(self, axes: tuple[str, ...], spec: ShardingSpec) -> NamedSharding:
+    def sharding(self, axes: Names, spec: ShardingSpec) -> NamedSharding:
         """Return the sharding of an array with `axes`, of which `spec` names the mesh axes."""
         return NamedSharding(self.mesh, PartitionSpec(*map(spec.get, axes)))
 
@@ -307,7 +308,7 @@ class GspmdLowering(Interceptor):
 
     def constrained(self, x: Named, spec: ShardingSpec) -> Named:
         """Return `x` held to `spec`."""
-        return Named(jax.lax.with_sharding_constraint(x.array, self.sharding(x.axes, spec)), x.axes)
+        return Named(lax.with_sharding_constraint(x.array, self.sharding(x.axes, spec)), x.axes)
 
     def _held(self, x: Operand) -> Operand:
         if not isinstance(x, Named) or x.array.ndim < 2 or not set(_TOKEN_AXES) & set(x.axes):
@@ -341,13 +342,13 @@ class GspmdLowering(Interceptor):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered_param(array: Array, used: NamedSharding, stored: NamedSharding | None) -> Array:
-    return jax.lax.with_sharding_constraint(array, used)
+    return lax.with_sharding_constraint(array, used)
 
 
 _gathered_param.defvjp(
     lambda array, used, stored: (_gathered_param(array, used, stored), None),
     lambda used, stored, _, gradient: (
-        gradient if stored is None else jax.lax.with_sharding_constraint(gradient, stored),
+        gradient if stored is None else lax.with_sharding_constraint(gradient, stored),
     ),
 )
 
@@ -393,7 +394,7 @@ class GroupSlots(DispatchLayout):
         self,
         move: Callable[[Array, RowPermutation], Array],
         tokens: Array,
-        inner: tuple[str, ...],
+        inner: Names,
         sizes: tuple[int, ...],
     ) -> Named:
         experts, groups, limit = self.routing.slot_shape

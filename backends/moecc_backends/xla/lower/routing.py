@@ -8,7 +8,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Node, Value
@@ -24,6 +24,7 @@ from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,
     Named,
+    Names,
     Operand,
     Routing,
     Rows,
@@ -48,10 +49,10 @@ def _route(ctx: TraceContext, node: Node, logits: Operand, *bias: Named) -> tupl
             is_sigmoid = convention(attrs.gates).score == "sigmoid"
             score = jax.nn.sigmoid(scores) if is_sigmoid else jax.nn.softmax(scores, axis=-1)
             ranked = score + bias[0].array.astype(scores.dtype)
-            _, experts = jax.lax.top_k(jax.lax.stop_gradient(ranked), attrs.top_k)
+            _, experts = lax.top_k(lax.stop_gradient(ranked), attrs.top_k)
             best = jnp.take_along_axis(scores, experts, axis=-1)
         else:
-            best, experts = jax.lax.top_k(scores, attrs.top_k)
+            best, experts = lax.top_k(scores, attrs.top_k)
         gates = GATES[attrs.gates](scores, best, experts) * attrs.scale
         axes = (*outer, attrs.choice)
         return Named(experts.astype(jnp.int32), axes), Named(gates, axes)
@@ -141,7 +142,7 @@ def _plan(ctx: TraceContext, slots: Value, routing: Routing) -> None:
     ctx.layouts[slots] = layout
 
 
-def _flat(x: Named, tokens: tuple[str, ...]) -> Array:
+def _flat(x: Named, tokens: Names) -> Array:
     """Return ``[tokens, …]``, all token axes flattened."""
     array = x.to((*tokens, *(a for a in x.axes if a not in tokens))).array
     return array.reshape(prod(array.shape[: len(tokens)]), *array.shape[len(tokens) :])
@@ -150,7 +151,7 @@ def _flat(x: Named, tokens: tuple[str, ...]) -> Array:
 @lowering("assign_slots")
 def _assign(ctx: TraceContext, node: Node, experts: Named, *extras: Named) -> Operand:
     attrs = ctx.view.attrs(node)
-    tokens: tuple[str, ...] = attrs["tokens"]
+    tokens: Names = attrs["tokens"]
     (choice,) = (a for a in experts.axes if a not in tokens)
     chosen = _flat(experts, tokens)
     groups = group_count(attrs, chosen.shape[0])
@@ -222,7 +223,7 @@ def _expert_choice(
     ctx: TraceContext, node: Node, scores: Named, *mask: Named
 ) -> tuple[Operand, ...]:
     attrs = ctx.view.attrs(node)
-    tokens: tuple[str, ...] = attrs["tokens"]
+    tokens: Names = attrs["tokens"]
     sizes, values = tuple(map(scores.size, tokens)), _flat(scores, tokens)
     groups = group_count(attrs, values.shape[0])
     limit = capacity(attrs, values.shape[0] // max(groups, 1), 1)
@@ -230,7 +231,7 @@ def _expert_choice(
     if mask:
         ranked = jnp.where(_flat(mask[0], tokens)[:, None], values, -jnp.inf)
     experts = jnp.broadcast_to(jnp.arange(attrs["experts"], dtype=jnp.int32), values.shape)
-    slots = _taken(jax.lax.stop_gradient(ranked), groups, limit)
+    slots = _taken(lax.stop_gradient(ranked), groups, limit)
     routing = Routing(experts, slots, None, attrs["experts"], groups, limit, tokens, sizes)
     _plan(ctx, node.results[-1], routing)
     layout = (*tokens, attrs["choice"])
@@ -243,7 +244,7 @@ def _taken(ranked: Array, groups: int, limit: int) -> Array:
     """Return the slot of each token at each expert, or −1: ``[token, expert]``."""
     size = ranked.shape[0] // max(groups, 1)
     columns = ranked.reshape(groups, size, -1).swapaxes(1, 2)
-    best, index = jax.lax.top_k(columns, min(limit, size))
+    best, index = lax.top_k(columns, min(limit, size))
     slot = jnp.where(best > -jnp.inf, jnp.arange(best.shape[-1], dtype=jnp.int32), -1)
     slots = jnp.full(columns.shape, -1, jnp.int32)
     slots = jnp.put_along_axis(slots, index, slot, axis=-1, inplace=False)

@@ -21,7 +21,7 @@ from itertools import groupby
 import jax
 import jax.extend.core
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.ops.repetition import IndexOp, ScanOp, StackOp, repetitions
@@ -337,7 +337,7 @@ def _repeat(
         if all(a.dtype == m.dtype for a, m in zip(carry, carried, strict=True)):
             break
         carry = tuple(a.astype(m.dtype) for a, m in zip(carry, carried, strict=True))
-    return jax.lax.scan(run, carry, slices, runs, unroll=unroll)
+    return lax.scan(run, carry, slices, runs, unroll=unroll)
 
 
 def _worth_keeping(primitive: jax.extend.core.Primitive, *_: object, **params: object) -> bool:
@@ -416,11 +416,11 @@ def _apart(array: Array) -> Array:
     libtpu compiles equal fusions once.  Without this, XLA gathers the slice with the dimension of
     turns, of size 1, and no product with it is equal to one outside of the loop.
     """
-    return jax.lax.optimization_barrier(array)
+    return lax.optimization_barrier(array)
 
 
 _apart.defvjp(
-    lambda array: (jax.lax.optimization_barrier(array), None), lambda _, gradient: (gradient,)
+    lambda array: (lax.optimization_barrier(array), None), lambda _, gradient: (gradient,)
 )
 
 

@@ -12,7 +12,7 @@ from math import nan, prod
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry2x32_p
 from jax.typing import DTypeLike
@@ -68,7 +68,7 @@ class DeviceView:
         """Return which of the shards along the mesh axes `mesh` is the local one."""
         if self.mesh is None or self.mesh.size(mesh) == 1:
             return 0
-        return jax.lax.axis_index(mesh)
+        return lax.axis_index(mesh)
 
     def offset(self, axis: Axis, size: int) -> Array | int:
         """Return where the local shard of `axis`, of `size` elements, begins."""
@@ -102,7 +102,7 @@ class DeviceView:
             )
         number = jnp.zeros(shape, jnp.uint32)
         for at, (axis, size) in enumerate(zip(type.axes, shape, strict=True)):
-            along = jax.lax.broadcasted_iota(jnp.uint32, shape, at)
+            along = lax.broadcasted_iota(jnp.uint32, shape, at)
             start = jnp.asarray(self.offset(axis, size), jnp.uint32)
             number = number * jnp.uint32(size * self.shard_count(axis)) + start + along
         return number
@@ -114,7 +114,7 @@ class DeviceView:
             return array
         key = (id(array), missing)
         if key not in self.varied:
-            varied = jax.lax.pcast(array, tuple(sorted(missing)), to="varying")
+            varied = lax.pcast(array, tuple(sorted(missing)), to="varying")
             # The array is kept with it, so that no other takes its id.
             self.varied[key] = (array, varied)
         return self.varied[key][1]
@@ -351,9 +351,9 @@ def lower_nodes(ctx: TraceContext, nodes: Iterable[Node]) -> None:
         if entry is None:
             raise InputError(f"the xla backend cannot lower {node.op}", where=where(node))
         # A node is deferred with its operands, unless it can do without them.
-        lowered = next((ctx.deferred[v] for v in node.operands if v in ctx.deferred), None)
-        if lowered is None or entry.takes_deferred:
-            lowered = _lowered(ctx, node, entry)
+        deferred = [ctx.deferred[v] for v in node.operands if v in ctx.deferred]
+        is_deferred = deferred and not entry.takes_deferred
+        lowered = deferred[0] if is_deferred else _lowered(ctx, node, entry)
         if isinstance(lowered, Deferred):
             lowered.nodes.append(node)
             ctx.deferred.update(dict.fromkeys(node.results, lowered))
@@ -387,7 +387,7 @@ def _alike(ctx: TraceContext, node: Node, operands: list[AnyOperand]) -> list[An
     if ctx.view.mesh is None or node.op.places or node.body is not None:
         return operands
     present = [x for x in operands if not isinstance(x, DeferredRows)]
-    axes = frozenset[str]().union(*(varies(x.array) for x in present))
+    axes = varies(*(x.array for x in present))
     return [
         x if isinstance(x, DeferredRows) else replace(x, array=ctx.view.varying(x.array, axes))
         for x in operands

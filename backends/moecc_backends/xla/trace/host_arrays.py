@@ -56,17 +56,22 @@ def to_numpy(array: jax.Array) -> NumpyArray:
     return np.asarray((words[..., 0] << np.uint64(32)) | words[..., 1])
 
 
+def _label(value: Value) -> str:
+    return f"{'param' if value.is_param else 'input'} %{value.name}"
+
+
 def missing(graph: Graph, params: Collection[str], inputs: Collection[str]) -> list[Problem]:
     """Return which inputs, and which parameters that something reads, are not given."""
-    problems = [
-        Problem("no array is given", f"input %{n}", str(v.type), hint=nearest(n, inputs))
-        for n, v in graph.inputs.items()
-        if n not in inputs
-    ]
-    return problems + [
-        Problem("no array is given", f"param %{n}", str(v.type))
-        for n, v in graph.params.items()
-        if v.users and n not in params
+    absent = [v for n, v in graph.inputs.items() if n not in inputs]
+    absent += [v for n, v in graph.params.items() if v.users and n not in params]
+    return [
+        Problem(
+            "no array is given",
+            _label(v),
+            str(v.type),
+            hint=None if v.is_param else nearest(v.name, inputs),
+        )
+        for v in absent
     ]
 
 
@@ -74,17 +79,15 @@ def check_given(graph: Graph, params: Collection[str], inputs: Mapping[str, Any]
     """Raise InputError where arrays are missing, or inputs are no arrays of the axes of theirs."""
     problems = missing(graph, params, inputs)
     for name, value in graph.inputs.items():
-        array = inputs.get(name)
+        array, message, actual = inputs.get(name), "", ""
         if array is None:
             continue
         if not hasattr(array, "dtype"):
-            type_name = type(array).__name__
-            problems.append(
-                Problem("this is no array", f"input %{name}", str(value.type), type_name)
-            )
+            message, actual = "this is no array", type(array).__name__
         elif value.type.dtype.kind != "key" and array.ndim != value.type.rank:
-            message, shape = "the array has another number of axes", str(list(array.shape))
-            problems.append(Problem(message, f"input %{name}", str(value.type), shape))
+            message, actual = "the array has another number of axes", str(list(array.shape))
+        if message:
+            problems.append(Problem(message, _label(value), str(value.type), actual))
     if problems:
         raise InputError(problems)
 
@@ -124,8 +127,8 @@ def misfits(value: Value, array: Any, sizes: dict[str, int]) -> list[Problem]:
     kind, expected = element_kind(array.dtype), value.type.dtype.kind
     if fits and (kind == expected or (kind, expected) == ("int", "key")):
         return []
-    here = f"{'param' if value.is_param else 'input'} %{value.name}"
-    return [Problem("the array does not fit", here, str(value.type), f"{kind}{list(shape)}")]
+    actual = f"{kind}{list(shape)}"
+    return [Problem("the array does not fit", _label(value), str(value.type), actual)]
 
 
 def element_kind(dtype: np.dtype[np.generic]) -> str:

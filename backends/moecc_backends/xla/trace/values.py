@@ -24,14 +24,18 @@ from moecc_backends.xla.trace.host_arrays import Master
 PyTree = Any
 """A pytree of arrays or of what stands for them (types, shardings, tracers): jax has no type."""
 
+Names = tuple[str, ...]
+"""Names, in order: of axes for the most part."""
+
 Function = Callable[..., PyTree]
 """A function of pytrees, which jax traces."""
 
 
-def varies(array: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
-    """Return the mesh axes along which `array` may differ from device to device."""
+def varies(*arrays: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
+    """Return the mesh axes along which any of `arrays` may differ from device to device."""
     # Only within shard_map has the type of an array this attribute.
-    return getattr(jax.typeof(array), "manual_axis_type").varying  # noqa: B009
+    types = (getattr(jax.typeof(a), "manual_axis_type") for a in arrays)  # noqa: B009
+    return frozenset[str]().union(*(type.varying for type in types))
 
 
 def manual_axes() -> frozenset[str]:
@@ -39,7 +43,7 @@ def manual_axes() -> frozenset[str]:
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def unchecked(run: Function, *arrays: jax.Array) -> PyTree:
+def unchecked(run: Function, *arrays: Array) -> PyTree:
     """Return ``run(*arrays)``, where jax does not track what varies over the mesh."""
     if not manual_axes():
         return run(*arrays)
@@ -82,7 +86,7 @@ class Routing:
     num_experts: int
     groups: int
     capacity: int | None
-    tokens: tuple[str, ...]
+    tokens: Names
     token_sizes: tuple[int, ...]
 
     @property
@@ -143,7 +147,7 @@ class Named:
     """An array and the names of its axes, in order."""
 
     array: Array
-    axes: tuple[str, ...]
+    axes: Names
 
     def size(self, axis: str) -> int:
         """Return the size of `axis`."""
@@ -154,13 +158,13 @@ class Named:
         """The sizes by the name of the axis, in order."""
         return dict(zip(self.axes, self.array.shape, strict=True))
 
-    def to(self, axes: tuple[str, ...]) -> Named:
+    def to(self, axes: Names) -> Named:
         """Return this array with its axes in the order `axes`, which has the same names."""
         if axes == self.axes:
             return self
         return Named(jnp.transpose(self.array, [self.axes.index(a) for a in axes]), axes)
 
-    def over(self, axes: tuple[str, ...]) -> Array:
+    def over(self, axes: Names) -> Array:
         """Return the array laid out for broadcasting over `axes`, which contains all its own."""
         mine = self.to(tuple(a for a in axes if a in self.axes))
         shape = [mine.size(a) if a in mine.axes else 1 for a in axes]
@@ -178,7 +182,7 @@ class ExpertArrays(Named):
 
     parts: tuple[Array, ...]
 
-    def __init__(self, parts: tuple[Array, ...], axes: tuple[str, ...]) -> None:
+    def __init__(self, parts: tuple[Array, ...], axes: Names) -> None:
         assert axes[0] == "expert", "experts come first"
         object.__setattr__(self, "parts", parts)
         object.__setattr__(self, "axes", axes)
@@ -206,7 +210,7 @@ class Uncast(Named):
 
     master: Master
 
-    def __init__(self, master: Master, axes: tuple[str, ...]) -> None:
+    def __init__(self, master: Master, axes: Names) -> None:
         object.__setattr__(self, "master", master)
         object.__setattr__(self, "axes", axes)
 
@@ -230,11 +234,11 @@ class Rows:
     """
 
     array: Array
-    axes: tuple[str, ...]
+    axes: Names
     layout: RowLayout
     are_tokens: bool = False
 
-    def with_array(self, array: Array, axes: tuple[str, ...] | None = None) -> Rows:
+    def with_array(self, array: Array, axes: Names | None = None) -> Rows:
         """Return rows of the same layout with other contents."""
         return Rows(array, self.axes if axes is None else axes, self.layout)
 
@@ -305,6 +309,11 @@ class DeferredRows:
     def nodes(self) -> list[Node]:
         """The operations that the rows are made by, in order."""
         return self.deferred.nodes_behind(self.value)
+
+    @property
+    def row_axes(self) -> Names:
+        """The axes of a row."""
+        return tuple(a for a in self.value.type.names if a not in SLOT_AXES)
 
     def outside(self) -> dict[Value, Named]:
         """Return what the operations take that was made before."""
@@ -402,7 +411,7 @@ class RowLayout(DispatchLayout):
     def by_expert(self, values: Array) -> Array:
         """Pick for each row what its expert has of ``[experts, …]``: ``[rows, …]``."""
 
-    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
+    def matmul(self, x: Rows, weight: Named, over: Names, kind: DTypeLike) -> Rows:
         """Multiply rows with the weights of their experts, and sum over the axes `over`.
 
         Args:
@@ -521,7 +530,7 @@ def elementwise(function: Callable[..., Array], *operands: Operand) -> Operand:
     return result if rows is None else rows.of(result)
 
 
-def einsum(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike | None = None) -> Named:
+def einsum(x: Named, w: Named, over: Names, kind: DTypeLike | None = None) -> Named:
     """Sum the product of two arrays over the axes `over`; others that both have are batch axes.
 
     Args:
@@ -588,7 +597,7 @@ def broadcast_like(value: Operand, x: Operand | None) -> Named:
     return value
 
 
-def gathered_matmul(x: Rows, weight: Named, over: tuple[str, ...]) -> Rows:
+def gathered_matmul(x: Rows, weight: Named, over: Names) -> Rows:
     """Multiply each row with a copy of its expert's weights.
 
     The copies are large: for few rows, or a product so odd that they are small.

@@ -22,7 +22,7 @@ from moecc.types import Arrays as HostArrays
 from moecc.types import DType, TensorType
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.run.program import in_precision, machine_errors
-from moecc_backends.xla.trace.values import PyTree
+from moecc_backends.xla.trace.values import PyTree, accumulator
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
     LOSS_SUM,
@@ -158,7 +158,7 @@ def scorer(graph: Graph, params: HostArrays, *, dtype: DType) -> Scorer:
     @jax.jit
     def scores(params: PyTree, inputs: PyTree, targets: Array) -> tuple[Array, ...]:
         logits = jnp.moveaxis(model(params, inputs)[LOGITS], names.index(VOCAB), -1)
-        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        wide = logits.astype(accumulator(logits.dtype))
         counted = targets != IGNORED
         picked = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
         losses = jax.nn.logsumexp(wide, axis=-1) - picked

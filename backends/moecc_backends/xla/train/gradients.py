@@ -11,7 +11,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from moecc.analysis import LOGITS, VOCAB, OutputHead, chunk_count, split_head
@@ -45,7 +45,7 @@ from moecc_backends.xla.trace.context import (
     zeros_like_on_devices,
 )
 from moecc_backends.xla.trace.host_arrays import Master
-from moecc_backends.xla.trace.values import Function, Named, PyTree, varies
+from moecc_backends.xla.trace.values import Function, Named, Names, PyTree, accumulator, varies
 
 # The cross entropy of a head: a chunk of tokens at a time, on the shards that a device has.
 #
@@ -123,7 +123,7 @@ class HeadLoss:
         """Return the mesh axes along which any of `arrays` may differ."""
         if self.lowering.mesh is None:
             return frozenset()
-        return frozenset[str]().union(*map(varies, arrays))
+        return varies(*arrays)
 
     def _chunks(self, tokens: int, weights: LossArrays) -> int:
         """Return in how many chunks the tokens are cut."""
@@ -149,9 +149,7 @@ class HeadLoss:
         return (loss + self.output_z * sums["output_z"] if self.output_z else loss), sums
 
 
-def token_losses(
-    logits: Array, targets: Array, mesh: tuple[str, ...], view: DeviceView
-) -> dict[str, Array]:
+def token_losses(logits: Array, targets: Array, mesh: Names, view: DeviceView) -> dict[str, Array]:
     """Return −log softmax(logits)[target], (log Σ exp)² and whether it is hit, of each token.
 
     In float32 at least.  No entry is picked by index, because the vocabulary may be sharded.  A
@@ -164,22 +162,22 @@ def token_losses(
       mesh: the mesh axes over which the vocabulary is sharded.
       view: the device.
     """
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    top = jnp.max(jax.lax.stop_gradient(wide), axis=-1)
+    wide, aims = logits.astype(accumulator(logits.dtype)), targets[..., None]
+    fixed = lax.stop_gradient(wide)
+    top = jnp.max(fixed, axis=-1)
     is_sharded = view.mesh is not None and bool(mesh)
     if is_sharded:
-        top = jax.lax.pmax(top, mesh)
+        top = lax.pmax(top, mesh)
     total = jnp.sum(jnp.exp(wide - top[..., None]), axis=-1)
     first = view.shard_index(mesh) * wide.shape[-1]
-    entry = jax.lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1) + first
-    picked = jnp.sum(jnp.where(entry == targets[..., None], wide, 0), axis=-1)
-    is_tied_before = (entry < targets[..., None]) & (jax.lax.stop_gradient(wide) >= top[..., None])
+    entry = lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1) + first
+    picked = jnp.sum(jnp.where(entry == aims, wide, 0), axis=-1)
+    is_tied_before = (entry < aims) & (fixed >= top[..., None])
     ties_before = jnp.sum(is_tied_before, axis=-1, dtype=jnp.int32)
     if is_sharded:
-        total, picked = jax.lax.psum(total, mesh), jax.lax.psum(picked, mesh)
-        ties_before = jax.lax.psum(ties_before, mesh)
+        total, picked, ties_before = (lax.psum(x, mesh) for x in (total, picked, ties_before))
     log_total = jnp.log(total) + top
-    hit = (jax.lax.stop_gradient(picked) >= top) & (ties_before == 0)
+    hit = (lax.stop_gradient(picked) >= top) & (ties_before == 0)
     return {
         "loss.sum": log_total - picked,
         "output_z": jnp.square(log_total),
@@ -187,7 +185,7 @@ def token_losses(
     }
 
 
-def _chunks(x: Named, axes: tuple[str, ...], count: int, fill: int) -> Array:
+def _chunks(x: Named, axes: Names, count: int, fill: int) -> Array:
     """Return chunks of tokens in front of the axes of `x`, of which only the last has a size.
 
     Args:
@@ -218,7 +216,7 @@ def _chunked(
         return jax.tree.map(jnp.add, total, loss.summed(weights, *chunk)), None
 
     total: tuple[Array, Sums]
-    total, _ = jax.lax.scan(add, _zeros(loss, weights, hidden, targets), (hidden, targets))
+    total, _ = lax.scan(add, _zeros(loss, weights, hidden, targets), (hidden, targets))
     return total
 
 
@@ -233,11 +231,10 @@ def _forward(
 
     view = loss.lowering.fresh()
     empty = tuple(
-        view.varying(jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), loss.varies(w))
-        for w in weights
+        view.varying(jnp.zeros(w.shape, accumulator(w.dtype)), loss.varies(w)) for w in weights
     )
     start = _zeros(loss, weights, hidden, targets), empty
-    (sums, by_weights), by_hidden = jax.lax.scan(add, start, (hidden, targets))
+    (sums, by_weights), by_hidden = lax.scan(add, start, (hidden, targets))
     narrow = tuple(g.astype(w.dtype) for g, w in zip(by_weights, weights, strict=True))
     return sums, (narrow, by_hidden)
 
@@ -333,7 +330,7 @@ class BatchLoss:
         def reduced(name: str, slope: Array) -> Array:
             axes = tuple(sorted(over[name]))
             if self.lowering.mesh is not None and axes:
-                slope = jax.lax.psum(slope, axes)
+                slope = lax.psum(slope, axes)
             return slope.astype(trained[name].dtype)
 
         slopes, sums = self._over_parts(of_part, inputs)
@@ -379,7 +376,7 @@ class BatchLoss:
         first = {n: a[0] for n, a in parts.items()}
         shapes = jax.eval_shape(lambda: of_part({**first, **totals}, 0))
         zeros = jax.tree.map(zeros_like_on_devices, shapes)
-        return jax.lax.scan(add, zeros, (parts, jnp.arange(count)))[0]
+        return lax.scan(add, zeros, (parts, jnp.arange(count)))[0]
 
     def _loss(
         self,
@@ -454,7 +451,7 @@ class BatchLoss:
         type = self._head.logits.type
         axes = frozenset(m for a in type.axes if a.name != VOCAB for m in a.mesh)
         view, names = self.lowering.fresh(), tuple(sorted(axes))
-        return jax.tree.map(lambda a: jax.lax.psum(view.varying(a, axes), names), local)
+        return jax.tree.map(lambda a: lax.psum(view.varying(a, axes), names), local)
 
     def _targets(self, targets: Array) -> Array:
         """Return the number of targets of the whole batch."""

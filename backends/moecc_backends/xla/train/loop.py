@@ -362,20 +362,17 @@ class Loop:
           InputError: the last checkpoint cannot be read.
         """
         with machine_errors():
-            yield from self._events()
-
-    def _events(self) -> Iterator[Event]:
-        self._begin()
-        returned_to: int | None = None
-        while (streak := (yield from self._until_streak())) is not None:
-            yield from self.checkpoints.wait()
             self._begin()
-            if returned_to == self._at.step:
-                yield Stopped(self._at.step, Reason.GUARD, self._faults)
-                return
-            returned_to = self._at.step
-            self._at = self._at.without(streak)
-            yield Skipped(self._at.step, {}, streak[-1], returned_to, streak)
+            returned_to: int | None = None
+            while (streak := (yield from self._until_streak())) is not None:
+                yield from self.checkpoints.wait()
+                self._begin()
+                if returned_to == self._at.step:
+                    yield Stopped(self._at.step, Reason.GUARD, self._faults)
+                    return
+                returned_to = self._at.step
+                self._at = self._at.without(streak)
+                yield Skipped(self._at.step, {}, streak[-1], returned_to, streak)
 
     def _begin(self) -> None:
         self.enter("start")

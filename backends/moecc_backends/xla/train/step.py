@@ -32,7 +32,7 @@ from moecc.train.settings import (
     phases_of,
 )
 from moecc.types import KEY, TensorType
-from moecc_backends.xla.trace.values import PyTree
+from moecc_backends.xla.trace.values import Names, PyTree, accumulator
 from moecc_backends.xla.train.evaluation import (
     EvaluationStep,
     sum_types,
@@ -143,12 +143,12 @@ class TrainStep:
         return {n: s for n, s in settings.items() if n not in self.biases}
 
     @cached_property
-    def biases(self) -> dict[str, tuple[str, ...]]:
+    def biases(self) -> dict[str, Names]:
         """The outputs that count choices, one for each layer, by the name of a balance bias."""
         return bias_counts(self.graph)
 
     @cached_property
-    def trained(self) -> tuple[str, ...]:
+    def trained(self) -> Names:
         """The parameters that have a gradient."""
         return tuple(n for n, s in self.settings.items() if s.trained)
 
@@ -370,10 +370,7 @@ def _abstract_moment(
 
 def gradient_norm(slopes: Arrays) -> Array:
     """Return the norm of all gradients together, in float32 at least."""
-    squares = [
-        jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32))))
-        for g in slopes.values()
-    ]
+    squares = [jnp.sum(jnp.square(g.astype(accumulator(g.dtype)))) for g in slopes.values()]
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 
@@ -429,14 +426,17 @@ class PhasedStep:
         program = self.at(done)
         if self._by_structure[jax.tree.structure(state)] is program:
             return state
-        wanted, present = _by_path(program.abstract_state), _by_path(state)
+        # Leaves by their paths, in order.
+        wanted, present = (
+            {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+            for tree in (program.abstract_state, state)
+        )
         new = {path: kind for path, kind in wanted.items() if path not in present}
-        shardings = {path: kind.sharding for path, kind in new.items()}
         zeros = jax.jit(
             lambda: {path: jnp.zeros(kind.shape, kind.dtype) for path, kind in new.items()},
-            out_shardings=shardings,
+            out_shardings={path: kind.sharding for path, kind in new.items()},
         )()
-        leaves = [present[path] if path in present else zeros[path] for path in wanted]
+        leaves = [{**zeros, **present}[path] for path in wanted]
         return jax.tree.unflatten(jax.tree.structure(program.abstract_state), leaves)
 
     def model_params(self, state: State) -> dict[str, Array]:
@@ -450,12 +450,6 @@ class PhasedStep:
     @cached_property
     def _by_structure(self) -> dict[PyTree, TrainStep]:
         return {jax.tree.structure(step.abstract_state): step for step in self.steps}
-
-
-def _by_path(state: State) -> dict[str, PyTree]:
-    """Return the leaves of a state by their paths, in order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 _SHARED: dict[str, PhasedStep] = {}
@@ -495,30 +489,24 @@ def shared_step(
 # is compiled ahead of time is the step that runs.
 
 
-@dataclass(frozen=True)
-class AbstractStep:
-    """A jitted function and what it takes, abstractly."""
-
-    function: PyTree
-    arguments: tuple[PyTree, ...]
-
-
-def make_step(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> AbstractStep:
-    """Return the step of `graph` over `devices`, which the mesh has as many of.
+def make_step(
+    graph: Graph, spec: StepSpec, devices: list[jax.Device]
+) -> tuple[PyTree, tuple[PyTree, ...]]:
+    """Return the jitted step of `graph` over `devices`, and what it takes, abstractly.
 
     Args:
       graph: the graph, for training with its losses.
       spec: how it is trained or run.
-      devices: in the order of the mesh.
+      devices: in the order of the mesh, which has as many.
 
     Raises:
       InputError: the mesh cuts a group of tokens, or the graph cannot be trained.
     """
     if spec.optimizer is not None:
         step = make_train_step(graph, spec, devices)
-        return AbstractStep(step.function, step.arguments)
+        return step.function, step.arguments
     where = step_shardings(graph, spec, devices)
     params = {name: where.param(value) for name, value in graph.params.items() if value.users}
     inputs = where.arrays(input_types(graph))
     inputs |= {n: where.key for n, v in graph.inputs.items() if v.type.dtype == KEY}
-    return AbstractStep(jax.jit(where.model(graph)), (params, inputs))
+    return jax.jit(where.model(graph)), (params, inputs)

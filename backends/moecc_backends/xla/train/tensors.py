@@ -13,6 +13,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from moecc.ir.graph import Graph
@@ -33,7 +34,7 @@ _COUNT = "moments.count"
 _GROUPS = 8
 """Tensors to be saved are made in about so many groups."""
 
-Tensors = dict[str, jax.Array]
+Tensors = dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class StateLeaf:
         parts = stored("array", self.expr)
         return [(key, expr, _sharding(expr, where)) for key, expr in parts]
 
-    def restored(self, evaluator: Evaluator, reader: TensorReader) -> jax.Array:
+    def restored(self, evaluator: Evaluator, reader: TensorReader) -> Array:
         """Return the array, made from saved tensors."""
         shape, dtype, where = self.abstract.shape, self.abstract.dtype, self.abstract.sharding
         if self.expr is not None:
@@ -100,10 +101,10 @@ def to_tensors(slots: list[StateLeaf]) -> Callable[[PyTree], Tensors]:
     there a group at a time, so that a device has room for a group of them beside the state at most.
     """
 
-    def compiled(group: list[int]) -> Callable[[list[jax.Array]], Tensors]:
+    def compiled(group: list[int]) -> Callable[[list[Array]], Tensors]:
         parts = [slots[at].tensors for at in group]
 
-        def tensors_of(arrays: list[jax.Array]) -> Tensors:
+        def tensors_of(arrays: list[Array]) -> Tensors:
             pairs = zip(arrays, parts, strict=True)
             return {
                 key: array if expr is None else _moved(expr, array)
@@ -144,7 +145,7 @@ def _on_host(where: Sharding) -> Sharding:
     return where.with_memory_kind("pinned_host")
 
 
-def _moved(expr: Expr, array: jax.Array) -> jax.Array:
+def _moved(expr: Expr, array: Array) -> Array:
     """Return what `expr` is of `array`."""
     if isinstance(expr, Source):
         return array
@@ -152,9 +153,9 @@ def _moved(expr: Expr, array: jax.Array) -> jax.Array:
     names = expr.operands[0].type.names
     match expr:
         case Index():
-            return jax.lax.index_in_dim(x, expr.at, names.index(expr.axis), keepdims=False)
+            return lax.index_in_dim(x, expr.at, names.index(expr.axis), keepdims=False)
         case Slice():
-            return jax.lax.slice_in_dim(x, expr.start, expr.stop, axis=names.index(expr.axis))
+            return lax.slice_in_dim(x, expr.start, expr.stop, axis=names.index(expr.axis))
         case Permute():
             return jnp.transpose(x, [names.index(n) for n in expr.type.names])
         case Rename():
@@ -246,7 +247,7 @@ def load(
     return params
 
 
-def _evaluated(expr: Expr, evaluator: Evaluator, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _evaluated(expr: Expr, evaluator: Evaluator, leaf: jax.ShapeDtypeStruct) -> Array:
     """Return the value of `expr` in the type of `leaf` and on its devices, part by part."""
     kind = next(d for d in DTYPES.values() if d.numpy_name != "key" and d.numpy == leaf.dtype)
     wanted = simplify(Cast(expr, kind) if kind.is_float else expr)
