@@ -85,7 +85,7 @@ class XlaBackend:
 
     def scorer(self, graph: Graph, params: Arrays, *, dtype: DType) -> Scorer:
         """Return what scores rows of texts; see `moecc.train.scoring`."""
-        from moecc_backends.xla.train.evaluation import scorer
+        from moecc_backends.xla.train.step import scorer
 
         find_devices()
         return scorer(graph, params, dtype=dtype)

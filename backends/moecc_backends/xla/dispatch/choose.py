@@ -12,9 +12,8 @@ from moecc.ir.conventions import STRATEGIES
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.slots import is_slots
 from moecc.ir.traits import RowMove
-from moecc_backends.xla.dispatch.blocks import ExpertBlocks
+from moecc_backends.xla.dispatch.blocks import ExpertBlocks, UsedExperts
 from moecc_backends.xla.dispatch.sorted_rows import CapacitySlots, PermutedRows, SortedRows
-from moecc_backends.xla.dispatch.used_experts import UsedExperts
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul, ragged_matmul, why_no_kernel
 from moecc_backends.xla.trace.context import AUTO, Options
 from moecc_backends.xla.trace.values import MOST_LISTED, SLOT_AXES, DispatchLayout, Routing
