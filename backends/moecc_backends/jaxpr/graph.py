@@ -310,7 +310,7 @@ class BlockPart:
         return dict.fromkeys(v for v in used if v.node is None)
 
     def key(self) -> tuple[object, ...]:
-        """Return what is equal for parts that are the same computation: one lowering serves them.
+        """Return a key that is equal for parts with the same computation: one lowering serves them.
 
         They have the same operations on corresponding operands.
         """

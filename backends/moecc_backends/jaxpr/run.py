@@ -73,7 +73,7 @@ SideArrays = dict[int, tuple[AnyArray, ...]]
 """What parts return besides their outputs, by the number of the site."""
 
 Results = tuple[Arrays, SideArrays]
-"""The results of a scope, and what parts in it return besides their outputs."""
+"""The results of a scope, and the further values of the parts in it."""
 
 
 def dtype_of(array: AnyArray) -> DType:
@@ -207,7 +207,7 @@ class RewrittenFunction:
         self._holders = {e for site in self._sites.values() for e in site.slice.scope.owners}
 
     def run(self, scope: JaxprScope, inputs: Sequence[AnyArray], params: ParamArrays) -> Results:
-        """Return the results of a scope, and what parts return besides.
+        """Return the results of a scope, and the further values of the parts in it.
 
         Args:
           scope: the function, or a body in it.
@@ -416,7 +416,7 @@ def with_losses(result: PyTree, losses: dict[str, AnyArray]) -> AnyArray:
 # One trace of a function on new parameters: its blocks found again, and run as they are now.
 
 TREE, BESIDE = "params", "moe"
-"""The keys of new parameters: the tree with experts in place, and what has no place there."""
+"""The keys of new parameters: the tree with experts in it, and the arrays beside the tree."""
 
 
 @dataclass(frozen=True)
@@ -459,7 +459,7 @@ class ConversionState:
 
 @dataclass(frozen=True)
 class ConvertedParams:
-    """New parameters, taken apart: what stands in the place of leaves, and what is beside."""
+    """New parameters, taken apart: the leaves of the tree, and the arrays beside it."""
 
     leaves: Mapping[str, AnyArray]
     beside: Mapping[str, AnyArray]

@@ -176,7 +176,7 @@ class Equation:
         return inner
 
     def inner(self, index: int = 0) -> JaxprScope:
-        """Return the scope of one of its jaxprs, a body or one that is only for looking at.
+        """Return the scope of one of its jaxprs: a body, or a scope for inspection alone.
 
         The equations of the latter are no users of the operands.
         """
@@ -211,7 +211,7 @@ class JaxprScope:
     outputs: list[Variable] = field(default_factory=list)
 
     def every_equation(self) -> Iterator[Equation]:
-        """Yield all equations, those of bodies after the equation that has them."""
+        """Yield all equations; the equations of a body follow the equation that has it."""
         for equation in self.equations:
             yield equation
             for body in equation.bodies:
@@ -461,7 +461,7 @@ class ParamTree:
         return [n for i, n in enumerate(self.names) if i not in self.fixed]
 
     def unflatten(self, leaves: Mapping[str, AnyArray]) -> AnyArray:
-        """Return the tree of the arrays `leaves`; those that are missing are None."""
+        """Return the tree of the arrays `leaves`; a missing leaf is None."""
         filled = [self.fixed.get(i, leaves.get(n)) for i, n in enumerate(self.names)]
         return jax.tree_util.tree_unflatten(self.treedef, filled)
 

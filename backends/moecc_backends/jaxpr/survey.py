@@ -51,7 +51,7 @@ from moecc_backends.jaxpr.views import (
 )
 
 BlockKey = tuple[str, tuple[Expr, ...]]
-"""What identifies a block: its text, and what its parameters are of the leaves."""
+"""The identity of a block: its text, and its parameters as expressions over leaves."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Survey:
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """The names of those that the function does not use."""
+        """The names of the leaves that the function does not use."""
         idle = (v.view for v in self.scope.inputs if not v.users and not v.is_returned)
         return tuple(view.leaf.name for view in idle if view is not None)
 
@@ -274,7 +274,7 @@ def _note_computed(equation: Equation, computed: dict[Variable, Reason]) -> None
 
 @dataclass(frozen=True)
 class LeafUse:
-    """A use of a leaf that is no view of it.
+    """A use of a leaf other than a view of it.
 
     Attributes:
       view: the part of the leaf.
@@ -495,7 +495,7 @@ def _label(variable: Variable, labels: Mapping[Variable, Labels]) -> Labels:
 def _run(
     scope: JaxprScope, inputs: Sequence[Labels], labels: dict[Variable, Labels]
 ) -> list[Labels]:
-    """Label all values of a scope from those of its inputs; return those of its results."""
+    """Label all values of a scope, given the labels of its inputs; return those of its results."""
     labels.update(zip(scope.inputs, inputs, strict=True))
     for equation in scope.equations:
         operands = [_label(v, labels) for v in equation.inputs]
@@ -513,7 +513,7 @@ def _run(
 def _results(
     equation: Equation, operands: list[Labels], labels: dict[Variable, Labels]
 ) -> Sequence[Labels]:
-    """Return the labels of the results of an equation from those of its operands."""
+    """Return the labels of the results of an equation, given the labels of its operands."""
     name, params, outputs = equation.name, equation.params, equation.outputs
     if function_of(equation.eqn) is not None or name in _BY_PLACE:
         ranks = [len(v.shape) for v in outputs]

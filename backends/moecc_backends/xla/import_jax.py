@@ -91,7 +91,7 @@ def has_accelerator() -> bool:
 
 @contextmanager
 def _without(noise: tuple[bytes, ...]) -> Iterator[None]:
-    """Hold back what is written to the standard error, and then write all but lines of `noise`."""
+    """Hold back the standard error, and then write it without the lines of `noise`."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -26,7 +26,7 @@ ITEMSIZE_BYTES = {
     "f8e4m3fnuz": 1, "f8e5m2fnuz": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4,
     "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
-"""Bytes of an element; what is not listed (tokens, opaque values) has none."""
+"""Bytes of an element; tokens and opaque values are not listed, and have none."""
 
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\]")
 _HEAD = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\Z")
@@ -227,7 +227,7 @@ def parse_hlo(text: str) -> Module:
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
-    """Yield lines; those of an instruction that goes on, as what kernels say does, as one."""
+    """Yield lines; an instruction that spans several, as kernels do, becomes one."""
     joined = ""
     for line in lines:
         if joined and not (_ends(line) or _INSTRUCTION.match(line)):

@@ -68,7 +68,7 @@ from moecc_backends.xla.trace.values import (
 
 @dataclass(frozen=True)
 class OneExpert(RowLayout):
-    """All tokens as the rows of one expert; used are those that chose it.
+    """All tokens as the rows of one expert; the tokens that chose it are used.
 
     Attributes:
       expert: the number of the expert.
@@ -220,7 +220,7 @@ class UsedExperts(Deferral):
 
 
 def axes_of_expert(x: Named) -> Names:
-    """Return the axes of an operand without that of the experts."""
+    """Return the axes of an operand without the axis of experts."""
     return tuple(a for a in x.axes if a != "expert")
 
 
@@ -230,8 +230,8 @@ def axes_of_expert(x: Named) -> Names:
 # products make and its last one sums over.
 
 MOST_BYTES = 4_000_000
-"""Of an expert's matrix, or a part of it.  On cores with 2 MB of cache each, parts of 1.4 and of
-2.9 MB were alike, and a matrix of 3.5 MB was no slower whole (``benchmarks/moe_layer.py``)."""
+"""The largest matrix of an expert, or part of one.  With 2 MB of cache for each core, parts of 1.4 and
+of 2.9 MB were alike, and a matrix of 3.5 MB was no slower whole (``benchmarks/moe_layer.py``)."""
 
 _LEAST_WIDTH = 128
 """Narrower products do not run at their best rate."""
@@ -395,7 +395,7 @@ class BlockOfExpert(RowLayout):
         return replace(tokens_to_rows(self, x, gathered), are_tokens=True)
 
     def permute_gates(self, gates: Array) -> Rows:
-        """Gather the gates of rows from those of choices; a gradient comes from used rows."""
+        """Gather the gates of rows from the gates of choices; used rows alone have a gradient."""
         rows = jnp.take(gates.reshape(-1), self.choice_of_row, mode="clip")
         return Rows(padded(rows, self.is_used, None, 0), (), self)
 

@@ -80,7 +80,7 @@ class RoundSpec:
 
     @classmethod
     def of(cls, routing: Routing, mesh: Mesh, devices: int) -> RoundSpec:
-        """Return that of the rows of `routing`: a token has a choice for an expert at most once."""
+        """Return the rounds for the rows of `routing`: a token chooses an expert at most once."""
         tokens, choices = routing.experts.shape
         experts = routing.num_experts
         return cls(mesh, devices, Rounds.of(tokens, choices, experts, devices, _TILE))
@@ -136,7 +136,7 @@ class InRounds(Deferral):
         def in_round(
             turn: Array, floats: Floats, routed: _Routed, kind: DTypeLike | None = None
         ) -> Array:
-            """Return what a round adds to tokens, in the type `kind`; None: in that of the rows."""
+            """Return the sums that a round adds to tokens, in the type `kind` (of rows if None)."""
             arrays = [*zip(learned, floats, strict=False), *zip(others, routed.others, strict=True)]
             values = {v: replace(operands[v], array=array) for v, array in arrays}
             layout = self._turn(turn, routed)

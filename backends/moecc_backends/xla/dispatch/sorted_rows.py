@@ -324,7 +324,7 @@ class PermutedRows(RowLayout):
         return tokens_to_rows(self, x, lambda tokens: permute(tokens, self.permutation))
 
     def permute_gates(self, gates: Array) -> Rows:
-        """Gather the gates of rows from those of choices."""
+        """Gather the gates of rows from the gates of choices."""
         return Rows(permute_choices(gates, self.permutation), (), self)
 
     def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
@@ -409,7 +409,7 @@ class SortedRows(PermutedRows):
 
 @dataclass(frozen=True)
 class ExchangeRecord:
-    """How rows came from the devices of their tokens to those of their experts.
+    """How rows came from the devices of their tokens to the devices of their experts.
 
     Attributes:
       origin: the layout before.
@@ -474,7 +474,7 @@ def _matrices(weight: Named, over: Names, columns: Names) -> tuple[Matrices, int
 
 @dataclass(frozen=True)
 class Deferral(DispatchLayout):
-    """A routing whose rows, and what becomes of them, are deferred until `unpermute`."""
+    """A routing whose rows, with all operations on them, are deferred until `unpermute`."""
 
     @cached_property
     def _deferred(self) -> Deferred:
@@ -485,7 +485,7 @@ class Deferral(DispatchLayout):
         return self._deferred
 
     def permute_gates(self, gates: Array) -> Deferred:
-        """Make nothing yet, as of rows."""
+        """Make nothing: gates are gathered when rows are combined."""
         return self._deferred
 
 
@@ -522,7 +522,7 @@ class CapacitySlots(DispatchLayout):
         return Named(slots, (*SLOT_AXES, *inner))
 
     def permute_gates(self, gates: Array) -> Named:
-        """Gather the gates of slots from those of choices."""
+        """Gather the gates of slots from the gates of choices."""
         rows = permute_choices(gates, self.permutation)
         slots = self._poisoned(rows, None, nan).reshape(self.routing.slot_shape)
         return Named(slots, SLOT_AXES)

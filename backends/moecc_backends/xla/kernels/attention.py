@@ -73,7 +73,7 @@ Block = Callable[[Span, Arrays, "Array | int"], tuple[Arrays, Arrays]]
 """Takes a span, sums so far and the first query; returns the sums, and arrays of its queries."""
 
 _QUERIES, _KEYS = 3, 4
-"""The dimensions of scores, and of what is laid out as they are."""
+"""The dimensions of scores, and of arrays that are laid out like them."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,7 +86,7 @@ def block_attention(rule: AttentionRule, arrays: AttentionArrays) -> Array:
 
 
 def _blocks(rule: AttentionRule, arrays: AttentionArrays) -> Arrays:
-    """Return the averaged values, and what `_averaged` says of each query's denominator."""
+    """Return the averaged values, and the denominator of each query, see `_averaged`."""
 
     def block(span: Span, sums: Arrays, start: Array | int) -> tuple[Arrays, Arrays]:
         part = _block(arrays, span, start)
@@ -203,7 +203,7 @@ class _Form:
     is_by_key: bool
 
     def of(self, array: Array) -> Array:
-        """Return ``[batch, head, group, query, key]``, or what is to be broadcast over it, so."""
+        """Return an array for ``[batch, head, group, query, key]`` in this order."""
         return jnp.moveaxis(array, _KEYS, 2) if self.is_by_key else array
 
     def pairs(self, rows: Array, keys: Array, block: AttentionArrays) -> Array:

@@ -101,7 +101,7 @@ def _to_16(rows: float) -> int:
 
 
 def overhang(sizes: tuple[int, ...]) -> int:
-    """Return the most rows by which a block of `cover_blocks` ends beyond those that it covers."""
+    """Return the largest number of rows by which a block of `cover_blocks` ends too late."""
     return max(size - low for low, size in pairwise((0, *sizes))) - 1
 
 
@@ -310,7 +310,7 @@ def _walk_gradient(
 def _gradient_of_few(
     rows: Array, d_product: Array, weights: Array, group_sizes: Array, axis: int
 ) -> Array:
-    """Return what `_walk_gradient` does, of few rows: all of them could be those of each expert.
+    """Return the result of `_walk_gradient` for few rows: any expert could have all of them.
 
     Gradients are larger than what they are made of, and a loop writes them twice.  Sums of narrow
     ones would be an array of twice their size.

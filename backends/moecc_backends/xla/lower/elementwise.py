@@ -176,7 +176,7 @@ def _constant(ctx: TraceContext, node: Node) -> Operand:
 
 
 def number(value: float, dtype: DTypeLike) -> Array:
-    """Return a number in `dtype`; one that is finite stays so, as the nearest that there is.
+    """Return a number in `dtype`; a finite number becomes the nearest finite one.
 
     A bound such as −1e30 would be −∞ in float16, whose product with zero is NaN.
     """

@@ -410,7 +410,7 @@ class GroupSlots(DispatchLayout):
         return slots
 
     def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
-        """Exchange the slots for those of the groups, and gather the slots of each token."""
+        """Exchange the slots of experts for the slots of groups, and gather those of each token."""
         assert isinstance(rows, Named), "slots have axes"
         routing, groups = self.routing, self.routing.groups
         inner = tuple(a for a in rows.axes if a not in SLOT_AXES)

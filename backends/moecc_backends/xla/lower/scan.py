@@ -52,7 +52,7 @@ _LAYER = re.compile(r"(.*?layers\.(?:\d+|\{[^}]*\}))(?:\.|$)")
 
 @dataclass
 class GraphSegment:
-    """A run of nodes with what flows in and out of it.
+    """A run of nodes with the values that flow in and out of it.
 
     Attributes:
       nodes: the nodes, in order.
@@ -110,7 +110,7 @@ def layer_of(node: Node) -> str | None:
 def computation_key(
     operands: Sequence[Value], nodes: Sequence[Node], outputs: Sequence[Value]
 ) -> tuple[object, ...]:
-    """Return what is equal for the same operations on operands that correspond.
+    """Return a key that is equal for the same operations on corresponding operands.
 
     Shapes are those of the arrays at run time; what must agree here are the names of the axes, and
     whether a value comes in from outside the graph.
@@ -128,7 +128,7 @@ def computation_key(
 
 
 def type_key(type: TensorType, numbers: Mapping[Value, int]) -> object:
-    """Return what is equal for types that correspond, where values are numbered."""
+    """Return a key that is equal for corresponding types, where values are numbered."""
     axes = (
         (a.name, a.size.kind, numbers.get(setter_of(a.size), -1))
         if isinstance(a.size, Extent)
@@ -149,7 +149,7 @@ Each = tuple[Value, ...]
 
 @dataclass
 class LayerLoop:
-    """Layers that are alike, and what flows from one to the next.
+    """Layers that are alike, and the values that flow from one to the next.
 
     Attributes:
       layers: the layers, in order, two at least.
@@ -381,7 +381,7 @@ def run_body(
 
 
 def _lower_loop(ctx: TraceContext, loop: LayerLoop, remembering: Remembering) -> None:
-    """Lower layers that are alike as a loop; what is used later goes to the values of `ctx`."""
+    """Lower layers that are alike as a loop; values that are used later join those of `ctx`."""
     captured = {each[0]: ctx.values[each[0]] for each in loop.captured}
     entries = [each[0] for each in (*loop.carries, *loop.stacked)]
 

@@ -123,7 +123,7 @@ def in_precision(*types: DType | None) -> AbstractContextManager[object]:
 
 
 Weight = jax.Array | tuple[jax.Array, ...]
-"""A parameter; one that experts have is an array for each, so that a step reads those it needs."""
+"""A parameter: one array, or one for each expert, so that a step reads only what it needs."""
 
 
 class SegmentRunner:
@@ -146,7 +146,7 @@ class SegmentRunner:
         weights: Sequence[Weight],
         donated: Collection[Value] = (),
     ) -> None:
-        """Run a segment on the values `alive`: results join them, and what was used last leaves.
+        """Run a segment on the values `alive`: results join them, and spent values leave.
 
         XLA writes into the memory of those in `donated` that nothing uses afterwards.
         """
@@ -249,7 +249,7 @@ class XlaSession(SegmentRunner):
         self._values.update(arrays)
 
     def kept(self) -> dict[str, NumpyArray]:
-        """Return what is kept."""
+        """Return the values that are kept on the device."""
         return {name: to_numpy(array) for name, array in self._values.items()}
 
     def run(self, graph: Graph, inputs: Arrays) -> dict[str, NumpyArray]:

@@ -1,4 +1,4 @@
-"""The table of lowerings, and what a lowering may look at.
+"""The table of lowerings, and the state that a lowering may look at.
 
 The framework lowers nodes in order and knows no operation: what is particular to one stands at its
 registration.  It knows no dispatch strategy either, only that some rows are `Deferred`.
@@ -79,7 +79,7 @@ class DeviceView:
         return node.attrs if self.mesh is None else local_attrs(node, self.mesh)
 
     def element_numbers(self, type: TensorType, shape: tuple[int, ...]) -> Array | None:
-        """Return the number of each element of a shard among those of the whole, row by row.
+        """Return the number of each element of a shard in the whole array, row by row.
 
         None where the shard is the whole.
 

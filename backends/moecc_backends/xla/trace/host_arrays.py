@@ -112,7 +112,7 @@ def check_keys(keys: Mapping[str, jax.Array]) -> None:
 
 
 def misfits(value: Value, array: Any, sizes: dict[str, int]) -> list[Problem]:
-    """Return what is wrong with the shape or the kind of an array for `value`.
+    """Return the problems of the shape or the kind of an array for `value`.
 
     Args:
       value: an input or a parameter.
@@ -202,7 +202,7 @@ def stored_order(shape: tuple[int, ...], platform: str) -> tuple[int, ...]:
 
 
 def cast_all(arrays: Iterable[jax.Array | Master]) -> tuple[jax.Array, ...]:
-    """Return `arrays`, those that are stored in another type cast."""
+    """Return `arrays` in the type of the computation."""
     return tuple(a.cast() if isinstance(a, Master) else a for a in arrays)
 
 

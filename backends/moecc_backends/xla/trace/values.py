@@ -39,7 +39,7 @@ def varies(*arrays: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
 
 
 def manual_axes() -> frozenset[str]:
-    """Return the mesh axes along which the program that is traced is that of one device."""
+    """Return the mesh axes along which the traced program is the program of one device."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
@@ -490,7 +490,7 @@ def most_rounds(source: str) -> int | None:
 def padded(
     rows: Array, is_used: Array, value: float | None = None, gradient: float | None = None
 ) -> Array:
-    """Return floating-point rows with `value` in padding rows; None leaves what is there.
+    """Return floating-point rows with `value` in padding rows; None leaves them.
 
     Args:
       rows: ``[rows, …]``.
@@ -522,7 +522,7 @@ def lifted_all(x: Operand, function: Callable[[Named], tuple[Named, ...]]) -> tu
 
 
 def elementwise(function: Callable[..., Array], *operands: Operand) -> Operand:
-    """Apply `function` to operands broadcast over the axes of the one that has them all."""
+    """Apply `function` to operands, broadcast over the axes of the largest operand."""
     rows = next((x for x in operands if isinstance(x, Rows)), None)
     named = [broadcast_like(x, rows) for x in operands]
     axes = max((x.axes for x in named), key=len)

@@ -423,7 +423,7 @@ class BatchLoss:
         return loss + outputs.get(AUXILIARY, 0.0), {**outputs, **sums}
 
     def _stored(self, params: Arrays) -> dict[str, Array]:
-        """Return those of `params` that are wider than the computation, and that loops alone read.
+        """Return the parameters that are wider than the computation, and that loops alone read.
 
         Cast beforehand there would be a copy of all layers for the whole step.
         """
@@ -436,7 +436,7 @@ class BatchLoss:
         }
 
     def _slope(self, stored: Array) -> Array:
-        """Return that by which the gradient of a parameter leaves a loop that casts it."""
+        """Return the array by which the gradient of a parameter leaves the loop that casts it."""
         kind = self.lowering.dtype.numpy
         return zeros_like_on_devices(jax.eval_shape(lambda a: a.astype(kind), stored))
 

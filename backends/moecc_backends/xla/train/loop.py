@@ -137,7 +137,7 @@ class Saver:
         self._pending: tuple[Path, Future[Saved]] | None = None
 
     def save(self, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> list[Saved]:
-        """Begin to write a step, once an earlier one is complete; return what is complete.
+        """Begin to write a step, once an earlier one is complete; return the completed steps.
 
         Args:
           step: steps done.
@@ -281,7 +281,7 @@ class RunCheckpoints:
         return state, at, None if best is None else best.loss
 
     def save(self, state: PyTree, at: Position, loss: float | None) -> list[Saved]:
-        """Begin to save; return what is complete since. Raises MachineError."""
+        """Begin to save; return the steps completed since. Raises MachineError."""
         done = self.wait()  # before tensors are made: of one save there is one copy
         tensors = self._tensors(state, at.step)
         prefix = array_key(PARAMS, "")
@@ -298,11 +298,11 @@ class RunCheckpoints:
         return [*done, *self.saver.save(at.step, tensors, facts)]
 
     def finished(self) -> list[Saved]:
-        """Return what is complete since. Raises MachineError."""
+        """Return the steps completed since. Raises MachineError."""
         return self.saver.finished()
 
     def wait(self) -> list[Saved]:
-        """Wait until nothing is being saved; return what is complete since. Raises MachineError."""
+        """Wait until nothing is being saved; return the steps completed. Raises MachineError."""
         return self.saver.wait()
 
 

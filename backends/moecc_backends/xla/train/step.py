@@ -306,7 +306,7 @@ class TrainStep:
 
     @cached_property
     def optimizer(self) -> Optimizer:
-        """The optimiser, of what is trained."""
+        """The optimiser of the trained parameters."""
         types = {n: self.graph.params[n].type for n in self.trained}
         return Optimizer(_section(self.spec), types, {n: self.settings[n] for n in self.trained})
 
@@ -421,7 +421,7 @@ class TrainStep:
 
     @staticmethod
     def model_params(state: State) -> dict[str, Array]:
-        """Return all parameters of the graph: those that are trained, frozen, and biases."""
+        """Return all parameters of the graph: trained ones, frozen ones, and biases."""
         return {**state["params"], **state["bias"]}
 
     def pure(self, state: State, batch: Arrays, key: Array, rate: Array) -> tuple[State, Outputs]:
@@ -454,7 +454,7 @@ class TrainStep:
     def gradients(
         self, trained: Arrays, fixed: Arrays, batch: Arrays, key: Array
     ) -> tuple[dict[str, Array], Outputs]:
-        """Return the gradients of what is trained, and sums over the batch; a function to trace."""
+        """Return the gradients of trained parameters, and sums over the batch; to be traced."""
         graph = self.graph
         trained_types, fixed_types = (
             {n: graph.params[n].type for n in params} for params in (trained, fixed)

@@ -197,7 +197,7 @@ def restore(slots: list[StateLeaf], reader: TensorReader, tree: PyTree) -> PyTre
 def with_moments(
     state: PyTree, slots: list[StateLeaf], moments: Weights, reader: TensorReader
 ) -> PyTree:
-    """Return a state with moments that are made from those of another one.
+    """Return a state whose moments are made from the moments of another state.
 
     Args:
       state: with zeros in their place.
