@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.api.arguments import flag, folder_text, whole
-from moecc.errors import InputError, MachineError, Problem, UsageError, described
+from moecc.errors import InputError, MachineError, Problem, UsageError, described, raise_problems
 from moecc.formats.files import write_durable
 from moecc.formats.folder import open_folder
 from moecc.formats.manifest import (
@@ -204,8 +204,7 @@ class FunctionConversion:
             for name, array in arrays.items()
             if name not in leaves
         ]
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         tensors = [OutputTensor(n, leaf.source, leaf.dtype) for n, leaf in leaves.items()]
         needed = sum(int(a.nbytes) for a in arrays.values())
         with output_folder(path, force=force, needed_bytes=needed) as temporary:
@@ -603,8 +602,7 @@ def _new_state(
                 hint="layers=all; or split the scan into two, each with alike layers",
             )
             problems.append(problem)
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     replaced = [(site, blocks) for site, blocks in groups if blocks[0].loc in converted]
     uses = leaf_uses(survey.scope, equations_of(site for site, _ in replaced))
     leaves = leaves_of(arrays)

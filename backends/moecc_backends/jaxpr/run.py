@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.graph import Value
 from moecc.ir.mesh import Mesh, mesh_of
 from moecc.sharding.layout import Layout
@@ -503,8 +503,7 @@ class ConvertedParams:
                 actual = type(array).__name__ if shape is None else str(list(shape))
                 words = "an array of the parameters has another shape than the conversion gave it"
                 problems.append(Problem(words, at, str(list(expected)), actual))
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         return converted
 
     def array(self, slot: ParamSlot) -> AnyArray:

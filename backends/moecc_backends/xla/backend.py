@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from moecc.ahead.request import Job, LoadedStep, Result
 from moecc.backend import Arrays
 from moecc.decoding import PlainSession, ReadOnce, Session
-from moecc.errors import InputError, Problem
+from moecc.errors import Problem, raise_problems
 from moecc.ir.graph import Graph, where
 from moecc.launch.processes import process_info
 from moecc.train.events import Training, TrainJob
@@ -137,5 +137,4 @@ def _check(graph: Graph, options: Options) -> None:
         if node.op.name not in LOWERINGS
     ]
     problems += dispatch_problems(graph, options)
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)

@@ -230,7 +230,7 @@ def axes_of_expert(x: Named) -> Names:
 # products make and its last one sums over.
 
 MOST_BYTES = 4_000_000
-"""The largest matrix of an expert, or part of one.  With 2 MB of cache for each core, parts of 1.4 and
+"""The largest matrix of an expert, or part of one.  With 2 MB of cache a core, parts of 1.4 and
 of 2.9 MB were alike, and a matrix of 3.5 MB was no slower whole (``benchmarks/moe_layer.py``)."""
 
 _LEAST_WIDTH = 128

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 
-from moecc.errors import InputError, Problem
+from moecc.errors import Problem, raise_problems
 from moecc.ir.conventions import STRATEGIES
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.slots import is_slots
@@ -165,5 +165,4 @@ def check_dispatch(graph: Graph, options: Options) -> None:
       InputError: with every routing that it does not fit, why, and which strategies do.
     """
     problems = dispatch_problems(graph, options)
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.ops.slots import SlotsOp
@@ -514,5 +514,4 @@ def _check_divided(arrays: Mapping[Value, Array], mesh: Mesh) -> None:
         for axis, size in zip(value.type.axes, array.shape, strict=False)
         if size % (parts := mesh.size(axis.mesh))
     ]
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)

@@ -25,7 +25,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from moecc.backend import Arrays
-from moecc.errors import InputError, MachineError, Problem, UsageError, described, nearest
+from moecc.errors import (
+    InputError,
+    MachineError,
+    Problem,
+    UsageError,
+    described,
+    nearest,
+    raise_problems,
+)
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import nearest_multiple
 from moecc.ir.structure import fingerprint
@@ -202,8 +210,7 @@ class XlaProgram(SegmentRunner):
         for name, value in self.graph.inputs.items():
             if name in inputs:
                 problems += misfits(value, inputs[name], sizes)
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         with machine_errors(), in_precision(self.dtype):
             alive = {v: self._to_devices(inputs[n], v) for n, v in self.graph.inputs.items()}
             for segment in self._segments:
@@ -282,8 +289,7 @@ class XlaSession(SegmentRunner):
             array = self._params[name]
             if len(names) > 2 and names[0] == "expert" and len(array) <= MOST_LISTED:
                 problems = misfits(value, array, {})
-                if problems:
-                    raise InputError(problems)
+                raise_problems(problems)
                 self._weights[name] = tuple(map(jnp.asarray, array))
             else:
                 self._weights[name] = to_device(array, value)
@@ -546,8 +552,7 @@ def preflight(mine: Mapping[str, str]) -> None:
         for rows in gathered
     ]
     problems = list(differences([[(name, value) for name, _, value in rows] for rows in texts]))
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
 
 
 def differences(everyone: list[list[tuple[str, str]]]) -> list[Problem]:

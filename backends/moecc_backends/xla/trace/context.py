@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry2x32_p
 from jax.typing import DTypeLike
 
-from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.errors import InputError, Problem, UsageError, nearest, raise_problems
 from moecc.ir.attention import ATTENTIONS
 from moecc.ir.conventions import DISPATCHES
 from moecc.ir.graph import Node, Value, where
@@ -186,8 +186,7 @@ class Options:
             for kind, (name, names) in chosen.items()
             if name not in names
         ]
-        if problems:
-            raise UsageError(problems)
+        raise_problems(problems, UsageError)
 
     @property
     def target(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from moecc.backend import Arrays
-from moecc.errors import InputError, Problem, nearest
+from moecc.errors import Problem, nearest, raise_problems
 from moecc.ir.graph import Graph, Value
 from moecc.plan.machines import in_tiles
 from moecc.types import Array as NumpyArray
@@ -37,8 +37,7 @@ def to_device(array: Any, value: Value) -> jax.Array:
       InputError: it does not fit the type of `value`.
     """
     problems = misfits(value, array, {})
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     if value.type.dtype.kind == "key":
         return _key(array)
     if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
@@ -88,8 +87,7 @@ def check_given(graph: Graph, params: Collection[str], inputs: Mapping[str, Any]
             message, actual = "the array has another number of axes", str(list(array.shape))
         if message:
             problems.append(Problem(message, _label(value), str(value.type), actual))
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
 
 
 def check_keys(keys: Mapping[str, jax.Array]) -> None:
@@ -107,8 +105,7 @@ def check_keys(keys: Mapping[str, jax.Array]) -> None:
         for name, array in keys.items()
         if not hasattr(array, "dtype") or not _is_key(array) or array.ndim
     ]
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
 
 
 def misfits(value: Value, array: Any, sizes: dict[str, int]) -> list[Problem]:

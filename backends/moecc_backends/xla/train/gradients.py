@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from moecc.analysis import LOGITS, VOCAB, OutputHead, chunk_count, split_head
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of
 from moecc.ir.ops.repetition import repetitions
@@ -646,6 +646,5 @@ def step_shardings(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> S
         for groups in sorted(group_counts(graph))
         if groups % shards
     ]
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     return StepShardings(spec, devices[0], mesh, interceptor=GspmdLowering(mesh, layout))
