@@ -60,8 +60,13 @@ def test_a_snapshot_may_not_link_elsewhere(make_folder, tmp_path, place):
     assert "leaves its folder" in problem
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
-@pytest.mark.parametrize("call", ["open", "preadv", "stat", "listdir"])
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("open", errno.EACCES), ("preadv", errno.EIO), ("stat", errno.ESTALE),
+        ("listdir", errno.EMFILE),
+    ],
+)  # fmt: skip
 def test_what_the_system_refuses_is_the_machines_fault(make_folder, monkeypatch, call, code):
     folder = make_folder({"model.safetensors": {"a": 3}})
 

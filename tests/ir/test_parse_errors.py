@@ -58,17 +58,6 @@ def test_random_text(text: str) -> None:
     parse_or_check(text)
 
 
-WORDS = """moecc 1 graph g { } attr input param output % %x %y = : , ( ) @ by f32[batch=B] f32[ ]
-{over= {over=embed} {} contract silu add place -> # ragged(%p) " \\ 9 -1 inf nan true unreduced(m)
-source("a" f32[slot=ragged(%p)] {into=(a=2,b)} {into=(=)} {axes=()} {axes=(a,,b)} {by=1e999}"""
-TOKENS = st.sampled_from([*WORDS.split(), "\n"])
-
-
-@given(st.lists(TOKENS, max_size=40), st.sampled_from(["", " ", "\n"]))
-def test_random_tokens(tokens: list[str], between: str) -> None:
-    parse_or_check("moecc 1\ngraph g {\n  input %x : f32[batch=B]\n" + between.join(tokens))
-
-
 @given(graphs(max_steps=4), st.data())
 def test_mutated_text(graph: Graph, data: st.DataObject) -> None:
     text = print_graph(graph)

@@ -62,7 +62,7 @@ def test_with_all_experts_chosen_the_block_is_their_weighted_sum(gates: str) -> 
     assert relative(run(graph, params, {"x": x})["y"], expected) <= EXACT
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("gates", GATES)
 def test_the_error_under_a_capacity_is_what_was_dropped(gates: str, groups: int) -> None:
     options: dict[str, Any] = {"experts": 3, "top_k": 2, "gates": gates}

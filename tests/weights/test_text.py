@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from moecc.errors import InputError
 from moecc.support.scan import ParseError
-from moecc.types import BF16, F32, PRED, tensor
+from moecc.types import BF16, F32, tensor
 from moecc.weights.arithmetic import Cast, Moment, Scale
-from moecc.weights.draws import Normal, Subset, Uniform
+from moecc.weights.draws import Normal, Uniform
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
 from moecc.weights.movement import (
     Permute,
@@ -23,7 +20,6 @@ from moecc.weights.text import format_expr, parse_expr
 W = Source("model.up.weight", tensor(BF16, mlp=6, embed=4))
 TEXT = 'source("model.up.weight" : bf16[mlp=6, embed=4])'
 F = tensor(F32, expert=2)
-M = Subset(tensor(PRED, mlp=6), "mlp", 3, 31)
 
 EXAMPLES: list[tuple[Expr, str]] = [
     (W, TEXT),
@@ -115,24 +111,6 @@ def test_deep_text_is_refused(count: int) -> None:
     text = "scale(" * count + TEXT + ", 3.0)" * count
     with pytest.raises(ParseError, match="nests deeper"):
         parse_expr(text)
-
-
-_PIECES = st.sampled_from(
-    [TEXT, "tile(", "scale(", ")", ",", "=", "expert", "8", "(", "key=0x1", "axis=", '"', ":", " "]
-)
-
-
-@given(st.lists(_PIECES | st.text(max_size=3), max_size=12).map("".join) | st.text())
-def test_any_text_is_read_or_refused(text: str) -> None:
-    try:
-        expr, at = parse_expr(text)
-    except ParseError as error:
-        at = error.offset
-    except InputError:
-        return
-    else:
-        assert parse_expr(format_expr(expr))[0] is expr
-    assert 0 <= at <= len(text)
 
 
 @pytest.mark.parametrize(
