@@ -1,4 +1,4 @@
-"""The proof of a conversion: the graph of the source against that of what will be written."""
+"""The proof of a conversion: the graph of the source against the graph of the written result."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConversionProof:
-    """What was proved of a conversion, as its receipt states it.
+    """The verdict on a conversion, as its receipt states it.
 
     Attributes:
       verdict: of the source against the result.
       source: the SHA-256 of the text of the source's graph.
-      result: that of the graph of the result, its tensors replaced by what is written to them.
+      result: the SHA-256 of the result's graph, over the expressions written to its tensors.
       graphs: both graphs.
     """
 
@@ -125,7 +125,7 @@ def written_graph(export: Export | GgufExport) -> Graph:
 
 
 def over_source(graph: Graph, tensors: Mapping[str, Expr]) -> Graph:
-    """Return `graph` with each tensor that it reads replaced by what is written to it."""
+    """Return `graph` with each source tensor replaced by the expression written to it."""
     graph = clone(graph)
 
     def written_to(part: Expr) -> Expr:
@@ -138,7 +138,7 @@ def over_source(graph: Graph, tensors: Mapping[str, Expr]) -> Graph:
 
 
 def _as(written: Expr, source: Source) -> Expr:
-    """Return what is written to a tensor, with the axis names and the type that `source` reads."""
+    """Return the expression written to a tensor, with the axis names and the type of `source`."""
     # Two steps: a new name may be an old name of another axis.
     between = [f"axis{number}_" for number in range(len(source.type.names))]
     for names in (between, source.type.names):
@@ -148,7 +148,7 @@ def _as(written: Expr, source: Source) -> Expr:
 
 
 class _UnwrittenCheckpoint(Checkpoint):
-    """A checkpoint of which only names, types and shapes are known."""
+    """A checkpoint without data: names, types and shapes alone."""
 
     format = "safetensors"
 

@@ -93,7 +93,7 @@ def _differing_gradient(before: Graph, after: Graph, seed: int) -> Counterexampl
 
 
 def find_device_gap(before: Graph, after: Graph) -> tuple[str, Counterexample] | None:
-    """Return what devices compute otherwise than a graph means, on drawn data, or None.
+    """Return the first output that devices compute wrongly on drawn data, or None.
 
     Args:
       before: a graph.
@@ -166,7 +166,7 @@ class _Run:
         self.outputs = ReferenceProgram(graph).run(params, inputs)
 
     def significant(self, gaps: dict[str, float], seed: int) -> dict[str, float]:
-        """Return the gaps that are far greater than what rounding moves: a tipped tie is none."""
+        """Return the gaps that exceed those of rounding by far, ties that it tips included."""
         from moecc.testing.oracle import with_errors
 
         params = {n: _nudged(a, seed, n) for n, a in self.params.items()} if gaps else {}

@@ -1,12 +1,12 @@
-"""Proofs that a graph that continues texts with caches computes rows of the graph of whole texts.
+"""Proofs that a decoding step with caches computes rows of the graph of the full text.
 
 The steps are those of one text.  A step takes the tokens from `start` on and caches with the keys
-and values of all positions before; it returns the rows of the whole graph from `start` on, and
+and values of all positions before; it returns the rows of the full graph from `start` on, and
 caches with their keys and values, too.  That is proved of one step, whatever `start` is, and so
 holds for all steps by induction.
 
 Nodes of both graphs are matched one by one.  Of each value of the step it is derived how it agrees
-with its value w of the whole graph, of which the axis of tokens is t and that of keys is k:
+with its value w of the full graph, of which the axis of tokens is t and that of keys is k:
 
 * fixed: it is w.
 * row: at s it is w at t = start + s.
@@ -50,21 +50,21 @@ ROWS = frozenset({"group", "expert", "slot"})
 
 
 class Agreement(NamedTuple):
-    """How a value of a step agrees with one of the whole graph.
+    """The relation of a value of a step to a value of the full graph.
 
     Attributes:
-      whole: the class of the value of the whole graph.
-      kind: how.
-      hidden: what a pair has where the key is after the token.
+      full: the class of the value of the full graph.
+      kind: how the two agree.
+      hidden: the elements of pairs whose key is after the token.
     """
 
-    whole: int
+    full: int
     kind: Kind
     hidden: Hidden = ""
 
 
 class NotContinuedError(Exception):
-    """A node of a step of which no agreement is known; it says why."""
+    """A node of a step has no known agreement with the full graph; the message says why."""
 
 
 def is_step(before: Graph, after: Graph) -> bool:
@@ -74,23 +74,23 @@ def is_step(before: Graph, after: Graph) -> bool:
 
 
 def step_gap(before: Graph, after: Graph) -> tuple[str, tuple[str, str]] | None:
-    """Return where a step is not proved to compute rows of the whole graph, or None."""
+    """Return where a step is not proved to compute rows of the full graph, or None."""
     step = unrolled(after)
     proof = _StepProof(_Classes(unrolled(before)), step)
     for node in step:
         try:
             proof.add(node)
         except NotContinuedError as error:
-            return where(node), ("a row of the whole graph", str(error))
+            return where(node), ("a row of the full graph", str(error))
     return proof.output_gap()
 
 
 class _Classes:
-    """The values of the whole graph; those of one operation on the same values are one class.
+    """The values of the full graph in classes: equal operations on equal values are one class.
 
     Attributes:
       of: the class of each value.
-      ids: the class of what identifies a value.
+      ids: the class of each key of values.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -120,12 +120,12 @@ class _Classes:
 
     @staticmethod
     def parameter_key(value: Value) -> Hashable:
-        """Return what identifies a parameter in any graph: its weight, or its name."""
+        """Return the key of a parameter in any graph: its weight, or its name."""
         return "param", value.weight if value.weight is not None else value.name, value.type
 
     @staticmethod
     def key(node: Node, operands: Collection[int], index: int) -> Hashable:
-        """Return what identifies a result."""
+        """Return the key of a result."""
         if node.op.name == "positions":
             return "positions", PositionsOp.of_node(node).axis
         body = format_attrs(node.op, node.attrs)
@@ -137,9 +137,9 @@ class _StepProof:
     """The agreements of a step, value by value.
 
     Attributes:
-      classes: the values of the whole graph.
+      classes: the values of the full graph.
       step: the step, its layers written out.
-      agreements: of each value with one of the whole graph.
+      agreements: of each value with one of the full graph.
       caches: what each cache becomes, and the class that it holds.
     """
 
@@ -151,18 +151,18 @@ class _StepProof:
     def __post_init__(self) -> None:
         self.tokens: str = self.step.inputs[TOKENS].type.names[-1]
         self.keys: str = self.step.inputs[KEY_POSITIONS].type.names[-1]
-        wholes: dict[str, tuple[int | None, Kind]] = {
+        full_classes: dict[str, tuple[int | None, Kind]] = {
             TOKENS: (self.classes.ids.get(("input", TOKENS)), "row"),
             POSITIONS: (self.classes.positions(self.tokens), "row"),
             KEY_POSITIONS: (self.classes.key_positions(self.tokens, self.keys), "key"),
         }
-        for name, (whole, kind) in wholes.items():
-            if name in self.step.inputs and whole is not None:
-                self.agreements[self.step.inputs[name]] = Agreement(whole, kind)
+        for name, (full, kind) in full_classes.items():
+            if name in self.step.inputs and full is not None:
+                self.agreements[self.step.inputs[name]] = Agreement(full, kind)
         for value in self.step.params.values():
-            whole = self.classes.ids.get(self.classes.parameter_key(value))
-            if whole is not None:
-                self.agreements[value] = Agreement(whole, "fixed")
+            full = self.classes.ids.get(self.classes.parameter_key(value))
+            if full is not None:
+                self.agreements[value] = Agreement(full, "fixed")
 
     def add(self, node: Node) -> None:
         """Derive how the results of a node agree.
@@ -179,11 +179,11 @@ class _StepProof:
         operands = [self.agreements[v] for v in node.operands]
         kind, hidden = self._kind(node, operands)
         for value in node.results:
-            key = self.classes.key(node, [a.whole for a in operands], value.index)
-            whole = self.classes.ids.get(key)
-            if whole is None:
-                raise NotContinuedError(f"the whole graph has no such {node.op.name}")
-            self.agreements[value] = Agreement(whole, kind, hidden)
+            key = self.classes.key(node, [a.full for a in operands], value.index)
+            full = self.classes.ids.get(key)
+            if full is None:
+                raise NotContinuedError(f"the full graph has no such {node.op.name}")
+            self.agreements[value] = Agreement(full, kind, hidden)
 
     def _add_cache(self, node: Node) -> None:
         """Keys before `start`, and the new ones from there on, are all keys before the end."""
@@ -197,20 +197,20 @@ class _StepProof:
         if agreement.kind != "new" or node.attrs["axis"] != self.keys:
             raise NotContinuedError("what is written into the cache is no new key")
         self.caches[name] = node.result
-        self.agreements[node.result] = Agreement(agreement.whole, "key")
+        self.agreements[node.result] = Agreement(agreement.full, "key")
 
     def output_gap(self) -> tuple[str, tuple[str, str]] | None:
-        """Return an output that is no row of the whole graph, and no cache; None if all are."""
+        """Return an output that is no row of the full graph, and no cache; None if all are."""
         for name, value in self.step.outputs.items():
             if name.startswith(CACHE):
                 if self.caches.get(name) is not value:
                     return f"output {name}", ("what the cache becomes", f"%{value.name}")
                 continue
-            whole = self.classes.graph.outputs.get(name)
-            expected = None if whole is None else self.classes.of[whole]
+            full = self.classes.graph.outputs.get(name)
+            expected = None if full is None else self.classes.of[full]
             agreement = self.agreements.get(value)
             if agreement is None or agreement[:2] != (expected, "row"):
-                return f"output {name}", ("rows of the whole output", f"%{value.name}")
+                return f"output {name}", ("rows of the full output", f"%{value.name}")
         missing = self.caches.keys() - self.step.outputs.keys()
         unused = {n for n in self.step.inputs if n.startswith(CACHE)} - self.caches.keys()
         for name in sorted(missing | unused):
@@ -260,10 +260,10 @@ class _StepProof:
         return all(axes <= set(v.type.names) for v in node.results)
 
     def _hidden(self, node: Node, operands: list[Agreement]) -> Hidden:
-        """Return what a result has where the key is after the token."""
+        """Return the elements of a result whose key is after the token."""
         states, name = [a.hidden for a in operands], node.op.name
         if name == "causal":
-            query, key = (a.whole for a in operands)
+            query, key = (a.full for a in operands)
             is_causal = query == self.classes.positions(self.tokens)
             is_of_keys = key == self.classes.key_positions(self.tokens, self.keys)
             return "zero" if is_causal and is_of_keys else ""
@@ -279,7 +279,7 @@ class _StepProof:
         return ""
 
     def _reduced(self, node: Node, operands: list[Agreement]) -> tuple[Kind, Hidden]:
-        """Return the kind of what has read all keys, of which those after a token are hidden."""
+        """Return the kind of a value that has read all keys, hidden ones included."""
         states, name = [a.hidden for a in operands], node.op.name
         if name == "softmax" and states == ["infinite"]:
             return "pair", "zero"

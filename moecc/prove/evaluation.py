@@ -29,7 +29,7 @@ class Evaluation:
       exact: whether only operations that rearrange elements mean more than their names.
       rolled: whether repetition is a function of its body, and not run after run.
       weights: the terms of weight expressions, which graphs share.
-      results: those of operations on equal operands, which layers and graphs share.
+      results: the terms of operations on equal operands, which layers and graphs share.
     """
 
     def __init__(self, algebra: Algebra, *, exact: bool = False, rolled: bool = False) -> None:
@@ -225,7 +225,7 @@ class Evaluation:
         return [terms[v] for v in body.terminator.operands]
 
     def _folded(self, node: Node, body: Graph, operands: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the results of a scan as functions of what it starts with, and of its body.
+        """Return the results of a scan as functions of its initial carries and of its body.
 
         The body is evaluated once, with a variable for the number of the run and with unknown
         carries, so two scans are equal if they start alike and do alike in every run.
@@ -264,7 +264,7 @@ class Evaluation:
     def _uninterpreted(
         self, node: Node, operands: Sequence[Tensor], text: str, layouts: Sequence[tuple[Var, ...]]
     ) -> Sequence[Tensor]:
-        """Return functions of all elements of the operands, of which only the key is known."""
+        """Return uninterpreted functions of all elements of the operands, named by a key."""
         if node.op.commutative:
             operands = sorted(operands, key=lambda t: (t.closed().body.serial, t.names))
         functions = [t.closed() for t in operands]
@@ -290,7 +290,7 @@ _BOUNDED = frozenset({"sigmoid", "tanh", "normal_cdf"})
 
 
 def _carry(start: Tensor, number: int, finite: bool) -> Tensor:
-    """Return what a carry may be at the beginning of any run: an unknown tensor."""
+    """Return the unknown tensor of a carry at the beginning of any run."""
     algebra, indices = start.algebra, [start.algebra.index(v) for v in start.axes]
     sizes = tuple(v.size for v in start.axes)
     body = algebra.apply(Head("carry", (number, sizes)), (), indices)

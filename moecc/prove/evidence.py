@@ -1,4 +1,4 @@
-"""On what the promise of a pass rests."""
+"""The evidence for the promise of a pass: a proof, or drawn data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moecc.prove.prover import Prover
 from moecc.rewrite.passes import Pass
 
 Evidence = Literal["proved", "sampled", "none"]
-"""On what the promise of a pass rests: a proof for all inputs, drawn data, or nothing."""
+"""The evidence for a promise: a proof for all inputs, drawn data, or nothing."""
 
 
 def evidence(item: Pass, graph: Graph, seeds: Sequence[int] = (0,)) -> Evidence:

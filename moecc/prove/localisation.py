@@ -111,10 +111,10 @@ class _Walk:
         return twins[first], first
 
     def first_stranger(self, value: Value) -> Value | None:
-        """Return the first value on the way to `value` that nothing of the first graph is like."""
+        """Return the first value towards `value` with an outline that the first graph lacks."""
         outlines = {v: _outline(t.body, self.memo) for v, t in self.old.items()}
-        known = {*outlines.values()}
-        summands = {part for outline in known for part, _ in outline}
+        old_outlines = {*outlines.values()}
+        summands = {part for outline in old_outlines for part, _ in outline}
         for candidate in _upstream_rows(value):
             body = self.new[candidate].body
             node = candidate.node
@@ -123,7 +123,7 @@ class _Walk:
             if source in self.right or _key(self.new[source]) in self.values:
                 continue
             outline = self._outline(candidate)
-            if outline not in known and not (
+            if outline not in old_outlines and not (
                 _is_piecewise(body) and {part for part, _ in outline} <= summands
             ):
                 return self._unlike_operand(candidate, outlines)
@@ -138,9 +138,9 @@ class _Walk:
         assert node is not None
         for twin in (v.node for v in outlines if _is_at_one_place(v.node, node)):
             assert twin is not None
-            known = {outlines[v] for v in twin.operands}
-            unlike = [v for v in node.operands if self._outline(v) not in known]
-            if len(unlike) == 1 and (len(node.operands) == 1 or len(known) > 1):
+            expected = {outlines[v] for v in twin.operands}
+            unlike = [v for v in node.operands if self._outline(v) not in expected]
+            if len(unlike) == 1 and (len(node.operands) == 1 or len(expected) > 1):
                 operand = unlike[0]
                 return stranger if operand.node is None or operand in self.right else operand
         return stranger
@@ -161,10 +161,10 @@ def _is_at_one_place(before: Node | None, after: Node | None) -> bool:
 
 
 def _aligned(before: Value, after: Value, old: Terms, new: Terms) -> Iterator[Pair]:
-    """Yield the pairs of values that stand for one another where their users do.
+    """Yield pairs of operands of two values that stand for one another.
 
     Operands that are equal in another order are no difference.  Of nodes of two operations, one is
-    taken to be added: the other is compared with what it was added to.
+    taken to be added: its operand is compared with the other.
     """
     a, b = before.node, after.node
     if a is None or b is None:
@@ -207,7 +207,7 @@ def _is_alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _upstream_rows(value: Value) -> list[Value]:
-    """Return what a value is computed from but for choices and slots, in order."""
+    """Return the values that a value is computed from, choices and slots excluded, in order."""
     upstream = {value}
     for node in reversed([*value.graph]):
         if not upstream.isdisjoint(node.results):
@@ -257,16 +257,16 @@ def _best_expert(tensor: Tensor) -> Polynomial | None:
 
 
 def _by_token(terms: Terms) -> Terms:
-    """Return values as functions of tokens: of rows, that of the token's first choice."""
+    """Return values as functions of tokens; a row is that of the first choice of its token."""
     assignments = {t.slots.sizes: t.slots for t in terms.values() if t.slots is not None}
     values: Terms = {}
     for value, tensor in terms.items():
         sizes = tuple(v.size for v in tensor.axes if v.name in ("group", "expert", "slot"))
         slots = assignments.get(sizes) if tensor.has("slot") else None  # type: ignore[arg-type]
         if slots is not None:
-            place = slots.place(tensor.algebra, tensor.algebra.zero)
-            axes = (*slots.tokens, *tensor.without(*place))
-            tensor = tensor.moved(axes, place)
+            row = slots.place(tensor.algebra, tensor.algebra.zero)
+            axes = (*slots.tokens, *tensor.without(*row))
+            tensor = tensor.moved(axes, row)
         values[value] = tensor
     return values
 
@@ -286,7 +286,7 @@ Outline = frozenset[tuple[int, Fraction]]
 
 
 def _outline(body: Polynomial, memo: dict[Factor, int]) -> Outline:
-    """Return what terms share that differ in indices, in gates and in a number alone.
+    """Return a key that terms share if they differ in indices, gates and a factor alone.
 
     A slice of a matrix has the outline of the matrix, and a row of an expert that of its token.
     """

@@ -187,7 +187,7 @@ class _NodeProof:
 
     Attributes:
       whole: the terms of global values.
-      shards: those of what a device has of them, as functions of its coordinates.
+      shards: the terms of the shards of a device, as functions of its coordinates.
     """
 
     def __init__(self, evaluation: Evaluation, mesh: Mesh, finite: Mapping[Value, bool]) -> None:
@@ -239,7 +239,7 @@ class _NodeProof:
             self.shards[value] = replace(tensor, dtype=value.type.dtype)
 
     def _bound_of(self, node: Node, number: int) -> int | None:
-        """Return what the integers of an operand are below, which are rows of a table."""
+        """Return the exclusive bound of the integers of an operand, which pick rows of a table."""
         index, is_sum = node.op.index, bool(node.operands[number].type.unreduced)
         if index is None or not index.strict or index.operand != number or is_sum:
             return None
@@ -273,7 +273,7 @@ class _NodeProof:
         return assignment.sizes[0 if size.kind == "groups" else 2]
 
     def _add_unknown(self, value: Value, below: int | None) -> None:
-        """Add any value: its elements are those of a source, or sums of such over coordinates."""
+        """Add an arbitrary value: elements of a source, or sums of them over coordinates."""
         type, axes = value.type, self._axes(value.type)
         name = {"int": "integer", "bool": "holds"}.get(type.dtype.kind, "source")
         attrs = (f"operand {len(self.unsharded)}", str(type.dtype), tuple(v.size for v in axes))
@@ -286,7 +286,7 @@ class _NodeProof:
         self.shards[value] = self._shard(part, type)
 
     def _shard(self, tensor: Tensor, type: TensorType) -> Tensor:
-        """Return what a device has of a tensor that lies as a type says."""
+        """Return the shard of a tensor that a type gives a device."""
         axes = [self._shard_axis(v, type[v.name]) for v in tensor.axes]
         indices = {
             v.name: self.algebra.add(self._start(type[v.name].mesh, v.size), self.algebra.index(v))
@@ -331,7 +331,7 @@ class _NodeProof:
     # What a device does.
 
     def _locally(self, node: Node) -> Sequence[Tensor]:
-        """Return what a device computes of its shards, as `moecc.ir.devices` does it."""
+        """Return the results of a device on its shards, as `moecc.ir.devices` computes them."""
         operands = [self.shards[v] for v in node.operands]
         if node.op.collective is CollectiveKind.ANY:
             return [self._expected(node.result)]
@@ -360,7 +360,7 @@ class _NodeProof:
         return self.evaluation.computed(node, operands, attrs, axes)
 
     def _note_groups(self, node: Node) -> None:
-        """Note the functions of tokens that are those of a shard of the groups."""
+        """Note the functions of tokens that belong to a shard of the groups."""
         slots = next((v for v in (*node.results, *node.operands) if is_slots(v)), None)
         assignment = self.unsharded[slots].slots if slots is not None else None
         if slots is None or slots.node is None or assignment is None:
@@ -402,7 +402,7 @@ class _NodeProof:
         return expected
 
     def _apart(self, node: Node) -> Tensor:
-        """Return the shard of the result along axes of which an operation mixes no elements."""
+        """Return the shard of the result along axes whose elements the operation does not mix."""
         mixed, unsharded = node.mixes, self.unsharded[node.result]
         meshes: dict[str, tuple[str, ...]] = {}
         for axis in (a for v in node.operands for a in v.type.axes):
@@ -414,7 +414,7 @@ class _NodeProof:
         return self._shard(unsharded, TensorType(node.result.type.dtype, tuple(axes)))
 
     def _exchanged(self, node: Node, x: Tensor) -> Tensor:
-        """Return what a collective gives a device."""
+        """Return the result of a collective on a device."""
         attrs: Attrs = node.attrs
         over = CollectiveOp.of_node(node).mesh
         match node.op.name:
@@ -492,7 +492,7 @@ class _NodeProof:
         return rows.with_body(self.algebra.multiply(inside, rows.body))
 
     def _combine(self, node: Node, operands: Sequence[Tensor]) -> Tensor:
-        """Return what the experts of the device add to each token."""
+        """Return the sum that the experts of the device add to each token."""
         rows, experts, slots, *gates = operands
         mesh, assignment = node.operands[0].type["expert"].mesh, slots.slots
         if not mesh or assignment is None:

@@ -27,7 +27,7 @@ class Occurrences:
 
     Attributes:
       linear: for each index, the coefficients of the variables that are terms of it.
-      other: the variables that occur as anything but a term of an index.
+      nonlinear: the variables that occur otherwise than as a term of an index.
       divided: variables with the numbers by which indices divide them.
       ends: variables with the numbers at which ranges of them begin and end.
       choices: the applications that choose by a variable alone, stacks included.
@@ -35,7 +35,7 @@ class Occurrences:
     """
 
     linear: frozenset[Linear] = frozenset()
-    other: frozenset[Var] = frozenset()
+    nonlinear: frozenset[Var] = frozenset()
     divided: frozenset[tuple[Var, int]] = frozenset()
     ends: frozenset[tuple[Var, int]] = frozenset()
     choices: frozenset[Application] = frozenset()
@@ -78,7 +78,7 @@ def index_of_all(algebra: Algebra, polynomial: Polynomial) -> Occurrences:
 
 def _of_factor(algebra: Algebra, factor: Factor) -> Occurrences:
     if isinstance(factor, Var):
-        return Occurrences(other=frozenset([factor]))
+        return Occurrences(nonlinear=frozenset([factor]))
     if not factor.free:
         return _NONE
     memo = algebra.memo
@@ -125,7 +125,7 @@ def _union(parts: list[Occurrences]) -> Occurrences:
         return parts[0] if parts else _NONE
     return Occurrences(
         frozenset(chain.from_iterable(p.linear for p in parts)),
-        frozenset(chain.from_iterable(p.other for p in parts)),
+        frozenset(chain.from_iterable(p.nonlinear for p in parts)),
         frozenset(chain.from_iterable(p.divided for p in parts)),
         frozenset(chain.from_iterable(p.ends for p in parts)),
         frozenset(chain.from_iterable(p.choices for p in parts)),
@@ -140,7 +140,7 @@ def _outside(inner: Occurrences, bound: tuple[Var, ...]) -> Occurrences:
     linear = (frozenset((v, c) for v, c in part if v not in bound) for part in inner.linear)
     return Occurrences(
         frozenset(part for part in linear if part),
-        inner.other.difference(bound),
+        inner.nonlinear.difference(bound),
         frozenset(d for d in inner.divided if d[0] not in bound),
         frozenset(e for e in inner.ends if e[0] not in bound),
         frozenset(c for c in inner.choices if not any(v in bound for v in c.free)),

@@ -1,8 +1,8 @@
-"""Proofs that the graph of a micro-batch computes a part of what the graph of its batch does.
+"""Proofs that the graph of a micro-batch computes its part of the results of the batch.
 
-A batch in p parts is a batch on a mesh of p devices, each with one part: that devices compute rows
-of what the whole batch gives, and summands of its losses, is proved as for any mesh.  What a device
-runs is then matched, node by node, with the graph of a micro-batch.
+A batch in p parts is a batch on a mesh of p devices, each with one part: it is proved, as for any
+mesh, that devices compute rows of the results of the batch, and summands of its losses.  Then the
+program of a device is matched, node by node, with the graph of a micro-batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ASSUMPTIONS = (
 
 
 def part_count(before: Graph, after: Graph) -> int:
-    """Return of how many parts of a batch the second graph sees one, as it says; 1 for all."""
+    """Return the number of micro-batches of which the second graph computes one; 1 for all."""
     losses = [graph.attrs.get("losses") for graph in (before, after)]
     counts = [x.get(PARTS, 1) if isinstance(x, dict) else 0 for x in losses]
     on_mesh = mesh_of(before) is not None or mesh_of(after) is not None
@@ -40,11 +40,11 @@ def part_count(before: Graph, after: Graph) -> int:
 
 
 def part_gap(before: Graph, after: Graph, parts: int) -> Parting | None:
-    """Return where a micro-batch is not proved to compute its part of the batch, or None.
+    """Return the node of a micro-batch that is not proved to compute its part, or None.
 
     Args:
       before: the graph of a batch.
-      after: that of a micro-batch.
+      after: the graph of a micro-batch.
       parts: how many micro-batches there are.
     """
     part = unrolled(after)
@@ -73,7 +73,7 @@ def part_gap(before: Graph, after: Graph, parts: int) -> Parting | None:
 
 
 def _cut(batch: Graph, parts: int) -> Graph:
-    """Return a graph on as many devices as there are parts, each of which has one of its inputs."""
+    """Return a graph with its inputs split over as many devices as there are parts."""
     set_mesh(batch, Mesh(((PARTS, parts),)))
     for value in batch.inputs.values():
         first, *others = value.type.axes or (None,)

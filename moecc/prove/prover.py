@@ -50,9 +50,9 @@ ON_DEVICES = (
     "open sizes divide into equal shards, and tokens into equal groups",
     "integers that pick rows of a table are below their number",
 )
-"""What the proof of a graph on a mesh rests on besides."""
+"""Further assumptions of the proof of a graph on a mesh."""
 FROZEN = "frozen parameters have no gradient"
-"""What the proof rests on besides where graphs are equal but for gradients of frozen parameters."""
+"""Further assumption where graphs are equal but for gradients of frozen parameters."""
 EXACT_ON_DEVICES = "sums over devices are those of real numbers"
 
 EXACT_ASSUMPTIONS = (
@@ -63,14 +63,14 @@ EXACT_ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a proof of two graphs came to.
+    """The verdict on two graphs.
 
     Attributes:
       status: ``proved``, ``refuted`` by a counterexample, or ``unknown``.
       node: where the graphs part, as messages name it; empty if they do not.
       terms: the terms that differ there, of the first graph and of the second.
       lemmas: how often each lemma was used, for all graphs that were evaluated by then.
-      assumptions: what the proof rests on besides.
+      assumptions: further assumptions of the proof.
       counterexample: for ``refuted``, the data on which outputs differ.
       make_log: makes the log.
     """
@@ -108,7 +108,7 @@ def prove(before: Graph, after: Graph, *, exact: bool = False, refute: bool = Tr
 
 
 class Prover:
-    """Proves pairs of graphs, each of which is evaluated once; none may change in between.
+    """Proves pairs of graphs; each is evaluated once and must not change in between.
 
     Attributes:
       exact: whether outputs must have the same bits in the reference interpreter.
@@ -116,7 +116,7 @@ class Prover:
 
     def __init__(self, *, exact: bool = False) -> None:
         self.exact = exact
-        self._made: dict[Reading, tuple[Lemmas, Evaluation]] = {}
+        self._evaluations: dict[Reading, tuple[Lemmas, Evaluation]] = {}
         self._devices = Devices()
 
     def prove(
@@ -169,8 +169,8 @@ class Prover:
                 try:
                     gap = _parting(evaluation, before, after, outputs)
                 except (TooManyTerms, RecursionError) as error:
-                    # What is half built stays unused: another proof begins anew.
-                    del self._made[reading]
+                    # Terms that are half built are not used again.
+                    del self._evaluations[reading]
                     gap = "the graphs", (f"too large to compare: {error}", "")
             if gap is None:
                 names = before.outputs if outputs is None else outputs
@@ -208,7 +208,7 @@ class Prover:
             if parting is None and not moved:
                 continue
             gap = find_device_gap(before, graph) if refute else None
-            node, terms = parting or ("devices", ("what the graph means", moved))
+            node, terms = parting or ("devices", ("the values of the graph", moved))
             if gap is None:
                 return Verdict("unknown", node, terms)
             return Verdict("refuted", node, terms, counterexample=gap[1])
@@ -251,12 +251,12 @@ class Prover:
         return find_counterexample(before, after, exact=self.exact)
 
     def _reading(self, reading: Reading) -> tuple[Lemmas, Evaluation]:
-        if reading not in self._made:
+        if reading not in self._evaluations:
             lemmas = Lemmas(self.exact)
             algebra = Algebra(lemmas, fractions=reading.fractions)
             evaluation = Evaluation(algebra, exact=self.exact, rolled=reading.rolled)
-            self._made[reading] = lemmas, evaluation
-        return self._made[reading]
+            self._evaluations[reading] = lemmas, evaluation
+        return self._evaluations[reading]
 
 
 def _verdict_on_part(before: Graph, after: Graph) -> Verdict | None:

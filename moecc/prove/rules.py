@@ -127,8 +127,8 @@ class Lemmas(Rules):
     """All lemmas, with a record of their uses.
 
     Attributes:
-      exact: whether only lemmas are used of which both sides are the same bits.
-      of_shards: whether lemmas are used that proofs about devices need.
+      exact: whether only lemmas are used whose two sides have the same bits.
+      of_shards: whether lemmas for proofs about devices are used, too.
       counts: how often each was used.
       steps: the uses, each after those that its right side rests on, and cuts among them.
       cuts: how polynomials were cut, by role.
@@ -155,11 +155,11 @@ class Lemmas(Rules):
         return self.cuts[key]
 
     def of_application(self, algebra: Algebra, application: Application) -> Polynomial | None:
-        """Return what the first lemma that applies says."""
+        """Return the other side of the first lemma that applies, or None."""
         return self._first(APPLICATIONS.get(application.head.name, ()), algebra, application)
 
     def of_monomial(self, algebra: Algebra, opened: OpenMonomial) -> Polynomial | None:
-        """Return what the first lemma that applies says."""
+        """Return the other side of the first lemma that applies, or None."""
         if not opened.bound and len(opened.factors) < 2:
             return None
         # A lemma is of the product alone: what it adds up is the same with any coefficient.
@@ -167,7 +167,7 @@ class Lemmas(Rules):
         return None if equal is None else algebra.scale(equal, opened.coefficient)
 
     def of_polynomial(self, algebra: Algebra, polynomial: Polynomial) -> Polynomial | None:
-        """Return what the first lemma that applies says."""
+        """Return the other side of the first lemma that applies, or None."""
         return self._first(SUMS, algebra, polynomial)
 
     def _first(

@@ -54,7 +54,7 @@ def joined_size(size: Size, parts: int) -> Size | None:
 
 
 def open_shard(size: str) -> tuple[str, int]:
-    """Return the open size of which this is the size of a shard, and the number of shards."""
+    """Return the open size that this is a shard of, and the number of shards."""
     base, _, count = size.partition("/")
     return base, int(count or 1)
 

@@ -1,4 +1,4 @@
-"""Stopped twins: what no gradient flows through is a function of other sources.
+"""Stopped twins: values without a gradient are functions of sources of their own.
 
 A gradient sees more than values: a graph is a function f(W, W̄) of its sources W and of their
 stopped twins W̄, which have the same values and no gradient.  Two graphs that are the same function
@@ -66,7 +66,7 @@ def _factor(algebra: Algebra, factor: Factor, memo: dict[object, Polynomial]) ->
 
 
 def _head(factor: Application) -> Head:
-    """Return a head whose closed functions, or whose elements, are those of stopped twins."""
+    """Return the head over stopped twins, in place of closed functions or of elements."""
     is_leaf = factor.head.name in LEAVES
     has_closed = any(not a.free for a in factor.abstractions)
     if not (is_leaf or has_closed) or STOPPED in factor.head.attrs:

@@ -293,7 +293,7 @@ def merge_sums(algebra: Algebra, opened: OpenMonomial, outer: Var, inner: Var) -
     if not isinstance(outer.size, int) or not isinstance(inner.size, int):
         return None
     occurrences = Occurrences.of(algebra, opened.factors)
-    if outer in occurrences.other or inner in occurrences.other:
+    if outer in occurrences.nonlinear or inner in occurrences.nonlinear:
         return None
     for part in map(dict, occurrences.linear):
         if part.get(outer, 0) != part.get(inner, 0) * inner.size:

@@ -27,8 +27,8 @@ class SlotTerms:
     """The assignment of slots to choices, as far as terms know it.
 
     Attributes:
-      head: what identifies the rule of the assignment: attributes and sizes.
-      operands: what is assigned, and by what, each as a closed abstraction.
+      head: the attributes and sizes of the rule of the assignment.
+      operands: the operands of the assignment, each as a closed abstraction.
       tokens: the token axes, outermost first.
       choice: the axis of choices.
       experts: the expert of each choice.
@@ -264,7 +264,7 @@ def quotient(algebra: Algebra, index: Polynomial, by: int) -> Polynomial:
 
 
 def remainder(algebra: Algebra, index: Polynomial, by: int) -> Polynomial:
-    """Return what is left of an index divided by a number."""
+    """Return the remainder of an index divided by a number."""
     return algebra.apply(Head("mod", (by,)), (), [index])
 
 

@@ -181,7 +181,7 @@ class TooManyTerms(Exception):
 
 
 class OpenMonomial(NamedTuple):
-    """A monomial whose bound variables are fresh: what rules of monomials read and return."""
+    """A monomial whose bound variables are fresh, which rules of monomials read and return."""
 
     coefficient: Coefficient
     bound: tuple[Var, ...]
@@ -540,15 +540,15 @@ class Rules:
         return None
 
     def of_application(self, algebra: Algebra, application: Application) -> Polynomial | None:
-        """Return what the application equals, in normal form, or None if it is normal."""
+        """Return the normal form of an application, or None if it is normal."""
         return None
 
     def of_monomial(self, algebra: Algebra, opened: OpenMonomial) -> Polynomial | None:
-        """Return what the monomial equals, in normal form, or None if it is normal."""
+        """Return the normal form of a monomial, or None if it is normal."""
         return None
 
     def of_polynomial(self, algebra: Algebra, polynomial: Polynomial) -> Polynomial | None:
-        """Return what the polynomial equals, in normal form, or None if it is normal."""
+        """Return the normal form of a polynomial, or None if it is normal."""
         return None
 
 

@@ -5,8 +5,8 @@
 
 Pairs come in parts of 200 seeds, each with a file of counts in the work folder, so that a run that
 was stopped, or given a number of seconds, goes on with those that are missing.  Prints the counts;
-exit code 1 if prover and reference disagree anywhere, with the graphs in ``found/`` beside this
-file.
+exit code 1 if prover and reference disagree anywhere, with the graphs in ``disagreements/``
+beside this file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compare the prover with the reference on pairs of graphs.
 
 A pair agrees unless the prover says *proved* and the reference differs, or *refuted* and the
-reference agrees on all data.  What disagrees is made small and stored as two texts.
+reference agrees on all data.  A pair that disagrees is made small and stored as two texts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .judge import Difference, difference
 from .pairs import Pair, parted, remove_dead_nodes
 from .sources import pair_of
 
-FOUND = Path(__file__).parent / "found"
+DISAGREEMENTS = Path(__file__).parent / "disagreements"
 LIMIT_SECONDS = 30
 FURTHER_DRAWS = 24
 """How often more data are drawn before a refutation counts as wrong."""
@@ -53,15 +53,15 @@ def limited(seconds: int = LIMIT_SECONDS) -> Iterator[None]:
 
 @dataclass
 class Outcome:
-    """What came of a pair.
+    """The outcome of a pair.
 
     Attributes:
       kind: ``agreed``, ``unsound`` (proved, and the reference differs), ``unfounded`` (refuted, and
         it does not), ``crashed`` or ``slow``.
       status: the prover's verdict.
-      differs: whether the reference differs; None where nobody asked.
-      at_node: whether a refutation named an edited node; None where none was to name.
-      at_place: whether it named one, or the layer of one.
+      differs: whether the reference differs; None where it was not asked.
+      at_node: whether a refutation named an edited node; None without an edited node.
+      in_layer: whether it named such a node, or a node of its layer.
       detail: the difference, or the trace.
       prover_seconds: the processor time of the prover.
     """
@@ -70,7 +70,7 @@ class Outcome:
     status: str = ""
     differs: bool | None = None
     at_node: bool | None = None
-    at_place: bool | None = None
+    in_layer: bool | None = None
     detail: str = ""
     prover_seconds: float = 0.0
 
@@ -93,8 +93,8 @@ def compare(
       seed: chooses the data.
       exact: whether equality is that of bits.
       is_sound: whether the edits are right, so that little data will do.
-      ask: whether the reference is asked about what the prover left open.
-      right: what `after` was before a mistake, which a refutation is to name.
+      ask: whether the reference is asked where the prover finds neither.
+      right: `after` without its mistake, which a refutation is to name.
     """
     from moecc.prove import prove
 
@@ -128,7 +128,7 @@ def compare(
             outcome.kind = "unfounded"
         elif right is not None:
             outcome.at_node = is_named(verdict, parted(right, after))
-            outcome.at_place = outcome.at_node or is_located(verdict, right, after)
+            outcome.in_layer = outcome.at_node or is_located(verdict, right, after)
     outcome.detail = described(gap) if gap else f"{verdict.node} {verdict.terms}"[:500]
     return outcome
 
@@ -158,7 +158,7 @@ def described(gap: Difference) -> str:
 
 
 def compare_pair(pair: Pair, seed: int, *, exact: bool = False) -> Outcome:
-    """Return what comes of a pair."""
+    """Return the outcome of a pair."""
     return compare(
         pair.before,
         pair.after,
@@ -180,14 +180,14 @@ def minimised(before: Graph, after: Graph, disagrees: Question) -> tuple[Graph, 
     before, after = clone(before), clone(after)
     for name in list(before.output_names):
         if len(before.output_names) > 1:
-            before, after = _kept(before, after, _without_output(name), disagrees)
+            before, after = _if_it_disagrees(before, after, _without_output(name), disagrees)
     names = [v.name for n in before for v in n.results]
     for name in reversed(names):
-        before, after = _kept(before, after, _cut_at(name), disagrees)
+        before, after = _if_it_disagrees(before, after, _cut_at(name), disagrees)
     return before, after
 
 
-def _kept(
+def _if_it_disagrees(
     before: Graph, after: Graph, change: Callable[[Graph], bool], disagrees: Question
 ) -> tuple[Graph, Graph]:
     small = clone(before), clone(after)
@@ -219,7 +219,7 @@ def _without_output(name: str) -> Callable[[Graph], bool]:
 
 
 def _cut_at(name: str) -> Callable[[Graph], bool]:
-    """Return what makes an input of the value `name`, which both graphs have."""
+    """Return a change that makes the value `name`, which both graphs have, an input."""
 
     def change(graph: Graph) -> bool:
         if name not in graph:
@@ -234,7 +234,9 @@ def _cut_at(name: str) -> Callable[[Graph], bool]:
     return change
 
 
-def save(pair: Pair, outcome: Outcome, source: str, exact: bool, folder: Path = FOUND) -> Path:
+def save(
+    pair: Pair, outcome: Outcome, source: str, exact: bool, folder: Path = DISAGREEMENTS
+) -> Path:
     """Make a disagreement small and write it to a folder of its own."""
 
     def disagrees(before: Graph, after: Graph) -> bool:
@@ -295,7 +297,7 @@ def run(seeds: range, only: str = "") -> dict[str, Any]:
             counts[f"{outcome.status}, reference {says}"] += 1
         if outcome.at_node is not None:
             counts["refuted at the node" if outcome.at_node else "refuted elsewhere"] += 1
-            counts["refuted in the layer"] += bool(outcome.at_place)
+            counts["refuted in the layer"] += bool(outcome.in_layer)
         for name in set(pair.edits[-1:] if not pair.is_sound else pair.edits):
             edits.setdefault(name, Counter())[outcome.status or outcome.kind] += 1
         prover += outcome.prover_seconds

@@ -165,7 +165,7 @@ class Difference:
 
 
 def interface_changes(before: Graph, after: Graph) -> list[str]:
-    """Return what differs between inputs and outputs: names, element types, axes, shardings."""
+    """Return the differences between interfaces: names, element types, axes, shardings."""
     return list(_signature_changes(before, after))
 
 
@@ -215,7 +215,7 @@ def value_gaps(draw: Draw, coarse: bool = False) -> list[str]:
 
 
 def _noisy(draw: Draw) -> Run:
-    """Return what runs the right graph with errors where it rounds."""
+    """Return a function that runs the right graph with errors where it rounds."""
     params, inputs = draw.data(draw.before)
     if draw.kind not in TIES:
         return rerun_of(draw.before, params, inputs)
@@ -229,7 +229,7 @@ MAKES_INFINITE = ("mask", "constant")
 def is_admissible(graph: Graph, params: Mapping[str, Array], inputs: Mapping[str, Array]) -> bool:
     """Return whether no operation makes an infinite number, or none at all, of finite ones.
 
-    What a mask has made infinite may go on to be so: a prover must not calculate with it.
+    Values that a mask makes infinite are allowed: a prover must not calculate with them.
     """
     finite: dict[Value, bool] = {}
     for value, array in ReferenceProgram(graph).trace(params, inputs):

@@ -146,7 +146,7 @@ UNPROMISED = ("rejected", "approximate", "up to")
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a run or of a cell.
+    """The outcome of a run or of a cell.
 
     Attributes:
       verdict: ``proved``, ``refuted``, ``unknown``, ``crashed``; ``rejected`` where a pass or an
@@ -257,7 +257,7 @@ def judged(before: Graph, after: Graph, promise: str) -> Row:
 
 
 def reason_of(verdict: Any) -> str:
-    """Return where the graphs part and by what, in one line."""
+    """Return the node and the terms at which the graphs part, in one line."""
     text = " | ".join([str(verdict.node), *map(str, verdict.terms or ())])
     return " ".join(text.split())[:300]
 
@@ -269,7 +269,7 @@ def run_cell(cell: Cell) -> Row:
 
 
 def composed(cell: Cell) -> tuple[Graph, Graph, str] | Row:
-    """Return the graph of a cell's source and that of its written result over the source."""
+    """Return the graph of a cell's source, and the graph of its written result over the source."""
     before = source_graph(cell.source)
     graph, checkpoint = clone(before), with_branch(cell.source, cell.method)
     try:

@@ -103,7 +103,7 @@ class Wrong:
 
 
 def wrong_passes(each: int, seed: int) -> Iterator[Wrong]:
-    """Yield what wrong passes make of random graphs, `each` of every pass."""
+    """Yield random graphs with the results of wrong passes, `each` of every pass."""
     for name, item in sorted(ON_GRAPHS.items()):
         yield from _on_random_graphs("pass", name, item, each, seed, "")
     for name, item in sorted(meshes.MUTANTS.items()):
@@ -235,7 +235,7 @@ def wrong_weights(count: int, seed: int) -> Iterator[Wrong]:
 
 
 def wrong_exports(count: int, seed: int) -> Iterator[Wrong]:
-    """Yield sources and what is read back of exports in which two names are exchanged."""
+    """Yield sources, and exports read back in which two names are exchanged."""
     chance = random.Random(seed)
     for cell in chance.sample(equal_cells(), min(count, 60)):
         graph = clone(source_graph(cell.source))
@@ -257,16 +257,16 @@ def wrong_exports(count: int, seed: int) -> Iterator[Wrong]:
             yield Wrong("export", name, source_graph(cell.source), after, right=read_back(export))
 
 
-def tried(item: Wrong, seed: int) -> dict[str, Any] | None:
-    """Return what the prover says of a wrong pair, or None where the reference agrees."""
+def judged(item: Wrong, seed: int) -> dict[str, Any] | None:
+    """Return the verdict on a wrong pair as a row, or None where the reference agrees."""
     if item.kind == "table":
         # Such a graph is none where the table is right.
         with meshes.wrong_row(item.name):
-            return _tried(item, seed)
-    return _tried(item, seed)
+            return _judged(item, seed)
+    return _judged(item, seed)
 
 
-def _tried(item: Wrong, seed: int) -> dict[str, Any] | None:
+def _judged(item: Wrong, seed: int) -> dict[str, Any] | None:
     try:
         after = with_outputs_of(item.before, item.after)
         with limited(120):
@@ -285,7 +285,7 @@ def _tried(item: Wrong, seed: int) -> dict[str, Any] | None:
             "name": item.name,
             "status": outcome.status or "crashed",
             "at_node": outcome.at_node,
-            "at_place": outcome.at_place,
+            "in_layer": outcome.in_layer,
             "detail": outcome.detail[-300:],
         }
     return None
@@ -324,7 +324,7 @@ def run(kind: str, count: int, seed: int, log: Path, until: float) -> None:
         if row is None:
             if time.time() > until:
                 return
-            result = tried(item, seed + number)
+            result = judged(item, seed + number)
             row = result or {"kind": kind, "name": item.name, "status": "agreed"}
             with log.open("a", encoding="utf-8") as file:
                 print(json.dumps({**row, "number": number}), file=file)
@@ -361,7 +361,7 @@ def main() -> int:
 
 
 def by_slip(results: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Return what came of each slip, by its name."""
+    """Return the number of verdicts of each slip, by name and status."""
     slips: dict[str, Counter[str]] = {}
     for row in results:
         if row["kind"] == "slip":
@@ -370,7 +370,7 @@ def by_slip(results: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of what was tried."""
+    """Return the record of the verdicts."""
     kinds: dict[str, Any] = {}
     for kind in KINDS:
         of_kind = [r for r in results if r["kind"] == kind]
@@ -380,7 +380,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
             "mutants": len({r["name"] for r in of_kind}),
             **dict(sorted(statuses.items())),
             "refuted_where_they_part": sum(r["at_node"] is True for r in of_kind),
-            "refuted_in_the_layer": sum(r.get("at_place") is True for r in of_kind),
+            "refuted_in_the_layer": sum(r.get("in_layer") is True for r in of_kind),
         }
     at_node = sum(k["refuted_where_they_part"] for k in kinds.values())
     in_layer = sum(k["refuted_in_the_layer"] for k in kinds.values())

@@ -1,4 +1,4 @@
-"""Pairs of graphs: one that is drawn, and what edits make of it."""
+"""Pairs of graphs: a drawn graph, and its edited copy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Pair:
       after: the edited one.
       edits: the names of the edits.
       is_sound: whether all edits keep the function.
-      right: what `after` was before the wrong edit, if there is one.
+      right: `after` before the wrong edit, if there is one.
       seed: of the pair.
     """
 
@@ -94,7 +94,7 @@ def _twin(graph: Graph, copy: Graph, scan: Node | None, node: Node) -> Node:
 
 
 def draw_pair(seed: int, graph: Graph) -> Pair | None:
-    """Return a pair of `graph` and what one to four edits make of it, or None where none suits.
+    """Return a pair of `graph` and a copy with one to four edits, or None where none suits.
 
     The last edit may be a wrong one in half of the pairs.
     """
@@ -104,7 +104,7 @@ def draw_pair(seed: int, graph: Graph) -> Pair | None:
 
 
 def edited(before: Graph, after: Graph, seed: int, name: str) -> Pair | None:
-    """Return a pair of graphs that a pass makes of one another; edits change the second further.
+    """Return a pair of a graph and the result of a pass, with edits of the result.
 
     Args:
       before: the graph that is right.
@@ -148,7 +148,7 @@ def _edit(pair: Pair, edits: dict[str, Edit], rng: Rng) -> bool:
 
 
 def remove_dead_nodes(graph: Graph) -> None:
-    """Remove what no output needs, inputs excepted: they are part of the interface."""
+    """Remove nodes that no output needs; inputs stay, as parts of the interface."""
     inputs = {n: v.type for n, v in graph.inputs.items()}
     remove_dead(graph)
     order = list(inputs)

@@ -104,7 +104,7 @@ def replace(node: Node, value: Value) -> bool:
 
 
 def insert(node: Node, build: Callable[[Builder, Value], Value], at: int = 0) -> bool:
-    """Let the users of a result of `node` use what `build` makes of it."""
+    """Replace a result of `node` in its users by the value that `build` returns."""
     value = node.results[at]
     users = list(value.users)
     if not users:
@@ -384,7 +384,7 @@ def exp_of_a_sum(node: Node, rng: Rng) -> bool:
 
 @sound("sum")
 def sum_in_parts(node: Node, rng: Rng) -> bool:
-    """A sum over an axis becomes that of its halves, or over its axes one by one."""
+    """A sum over an axis becomes the sum of its halves, or a sum over its axes one by one."""
     (x,), axes = node.operands, node.attrs["axes"]
     b = before(node)
     if len(axes) > 1:

@@ -192,7 +192,7 @@ def from_stack(seed: int, rng: Rng) -> Pair | None:
 
 
 def from_upcycle(seed: int, rng: Rng) -> Pair | None:
-    """Compare a dense model with what upcycling, and an edit, make of it."""
+    """Compare a dense model with its upcycled and edited form."""
     dense = dense_graph(rng)
     text, further = pick(rng, UPCYCLES), pick(rng, AFTER)
     sparse = passed(dense, text, seed)
@@ -209,7 +209,7 @@ def from_upcycle(seed: int, rng: Rng) -> Pair | None:
 
 
 def from_pass(seed: int, rng: Rng) -> Pair | None:
-    """Compare a random graph with what a pass, and an edit, make of it."""
+    """Compare a random graph with the edited result of a pass."""
     graph = random_graph(seed, max_steps=int(rng.integers(2, 7)))
     text = pick(rng, ANYWHERE)
     after = passed(graph, text, seed)

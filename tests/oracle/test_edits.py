@@ -32,7 +32,7 @@ def has_masks(graph: Graph) -> bool:
 
 
 def applied(edit: Edit, count: int, *, masked: bool) -> Iterator[tuple[Graph, Graph, int]]:
-    """Yield graphs, what the edit makes of them, and a seed.
+    """Yield graphs, their edited copies, and a seed.
 
     Args:
       edit: the edit.

@@ -1,4 +1,4 @@
-"""The judge sees what normal data do not show, and takes no rounding for a difference."""
+"""The judge sees differences that normal data hide, and ignores rounding."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def break_ties_the_other_way(node: Node, rng: Rng) -> bool:
 
 @wrong("causal", "mask", "attention")
 def mistake_a_mask(node: Node, rng: Rng) -> bool:
-    """A mask keeps other positions: those of another window, or it fills in another number."""
+    """A mask keeps other positions: as of another window, or it fills in another number."""
     if node.op.name == "attention" and not node.attrs["causal"]:
         return False
     name, values = ("fill", [-1.0, 0.0]) if node.op.name == "mask" else ("window", [1, 2])

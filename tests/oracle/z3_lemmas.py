@@ -27,7 +27,7 @@ Claim = tuple[list[Any], Any]
 
 
 def rank(scores: Sequence[Any], at: int) -> Any:
-    """Return how many scores come before the one at a place: larger ones, or equal and earlier."""
+    """Return how many scores are ranked before a score: larger ones, or equal and earlier."""
     return z3.Sum(
         [
             z3.If(z3.Or(s > scores[at], z3.And(s == scores[at], i < at)), 1, 0)
