@@ -12,6 +12,9 @@ from moecc.families.mixture import MOE_DEFAULTS, TRANSFORMERS, MoeConfig
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
 
+ZERO_WIDTH = 128
+"""The width of a shared expert of zeros: eight devices divide it, and blocks of 32 weights do."""
+
 
 @config_class
 class Qwen2Config(DecoderConfig):
@@ -46,6 +49,7 @@ class Qwen2MoeConfig(MoeConfig):
     plain_heads = "qwen2_moe has heads of hidden_size / num_attention_heads"
     experts_keys = ("num_experts",)
     has_shared_expert = True
+    shared_is_optional = True
     upcycle_options = "top-k=2 shared=0.5"
     gguf = GgufFacts("qwen2moe", needs_head=True, renormalises=False)
     engines = {
@@ -73,24 +77,36 @@ class Qwen2MoeConfig(MoeConfig):
     }
 
     def completed(self) -> tuple[ModelConfig, dict[str, Expr]]:
-        """Return the config and the tensors with the biases that vLLM and mlx-lm always read."""
+        """Return the config and the tensors with the parts that engines always build.
+
+        vLLM and mlx-lm read biases of queries, keys and values, and every engine a shared expert;
+        zeros stand for those that the model lacks.
+        """
         config, tensors = super().completed()
-        if self.qkv_bias:
-            return config, tensors
         from moecc.types import F32, tensor
         from moecc.weights.expr import Full
 
-        kv_heads = self.num_key_value_heads
-        for layer in range(self.num_hidden_layers):
-            prefix = self.names.layer.format(layer=layer)
-            for letter, heads in (
-                ("q", self.num_attention_heads),
-                ("k", kv_heads),
-                ("v", kv_heads),
-            ):
-                zeros = Full(0.0, tensor(F32, heads=heads * self.head_dim))
-                tensors[f"{prefix}self_attn.{letter}_proj.bias"] = zeros
-        return replace(config, qkv_bias=True), tensors  # type: ignore[call-arg]
+        def zeros(**axes: int) -> Expr:
+            return Full(0.0, tensor(F32, **axes))
+
+        names, embed, changes = self.names, self.hidden_size, dict[str, object]()
+        width = min(ZERO_WIDTH, self.expert_intermediate_size)
+        heads = (self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads)
+        for layer, is_sparse in enumerate(self.sparse_layers):
+            prefix = names.layer.format(layer=layer)
+            if not self.qkv_bias:
+                changes["qkv_bias"] = True
+                for letter, count in zip("qkv", heads, strict=True):
+                    bias = zeros(heads=count * self.head_dim)
+                    tensors[f"{prefix}self_attn.{letter}_proj.bias"] = bias
+            if is_sparse and self.shared_expert_intermediate_size is None:
+                changes["shared_expert_intermediate_size"] = width
+                shared = f"{prefix}{names.sparse}{names.shared}"
+                tensors[f"{prefix}{names.sparse}{names.shared_gate}"] = zeros(gate=1, embed=embed)
+                for matrix in (names.gate, names.up):
+                    tensors[f"{shared}{matrix}.weight"] = zeros(mlp=width, embed=embed)
+                tensors[f"{shared}{names.down}.weight"] = zeros(embed=embed, mlp=width)
+        return replace(config, **changes), tensors  # type: ignore[arg-type]
 
 
 @config_class

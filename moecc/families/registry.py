@@ -33,6 +33,7 @@ from moecc.families.st_moe import FAMILY, GraphConfig, StMoeConfig
 from moecc.families.t5 import MT5Config, SwitchTransformersConfig, T5Config, UMT5Config
 from moecc.families.vision import Dinov2Config, ViTConfig
 from moecc.families.whisper import WhisperConfig
+from moecc.families.wrappers import TEXT, text_config, wrapper_of
 
 # Of families that run in as many engines, `--to auto` takes the first.
 CONFIGS: dict[str, type[ModelConfig]] = {
@@ -69,13 +70,15 @@ ENTRY_POINT = "moecc.families"
 
 
 def parse_config(data: Mapping[str, object], where: str = "config.json") -> ModelConfig:
-    """Read a config of whichever family `model_type` names.
+    """Read a config of whichever family `model_type` names; of a wrapper, that of its text model.
 
     Raises InputError with every problem: an unknown family, a wrong type or size, contradictory
     keys, quantised weights, a model with its own code.
     """
     if not isinstance(data, Mapping):
         raise InputError("not a config", where=where, expected="a JSON object", found=shown(data))
+    if (wrapper := wrapper_of(data)) is not None:
+        data, where = text_config(wrapper, data), f"{where}: {TEXT}"
     name = data.get("model_type")
     load_installed()
     config = CONFIGS.get(name) if isinstance(name, str) else None

@@ -16,6 +16,7 @@ from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.formats.gguf.storage import Storage
 from moecc.formats.source import Checkpoint
+from moecc.formats.wrapped import WrappedText
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
@@ -34,10 +35,17 @@ from moecc.translate.engines import (
     EngineVerdict,
     summary,
     verdicts,
+    verdicts_in_wrapper,
     verdicts_on_gguf,
     verdicts_on_program,
 )
-from moecc.translate.export import EmittedExport, Export, export_emitted, export_graph
+from moecc.translate.export import (
+    EmittedExport,
+    Export,
+    WrappedExport,
+    export_emitted,
+    export_graph,
+)
 from moecc.translate.propose import check_target
 from moecc.types import DType
 from moecc.weights.arithmetic import branch_and_name, is_statistic
@@ -107,6 +115,11 @@ class Plan:
         """The program that is written beside the tensors, if there is one."""
         return self.export.program if isinstance(self.export, EmittedExport) else None
 
+    @property
+    def wrapped(self) -> WrappedExport | None:
+        """The export inside the model that held the source, if it is put back."""
+        return self.export if isinstance(self.export, WrappedExport) else None
+
     @cached_property
     def engines(self) -> tuple[EngineVerdict, ...]:
         """Whether each engine runs the model that will be written."""
@@ -114,6 +127,8 @@ class Plan:
             return verdicts_on_gguf(self.architecture)
         if self.program is not None:
             return verdicts_on_program() if self.program.auto_map else ()
+        if self.wrapped is not None:
+            return verdicts_in_wrapper(self.export.config, self.wrapped.source.wrapper)
         return verdicts(self.export.config)
 
     def without_log(self) -> Plan:
@@ -136,10 +151,13 @@ class Plan:
     def tensors(self) -> list[OutputTensor]:
         """The tensors to write, by their names on disk."""
         outputs = []
-        for name, weight in self.export.tensors:
+        wrapped = self.wrapped
+        for name, weight in self.export.tensors if wrapped is None else wrapped.stored:
             read = [source for source in sources(weight) if not is_statistic(source.name)]
             # Drawn tensors have no type on disk and take that of most of the model.
             element_type = self.dtype or (read[0].type.dtype if read else self.model.dtype)
+            if wrapped is not None and name in wrapped.untouched:
+                element_type = read[0].type.dtype
             if self.architecture:
                 from moecc.translate.gguf import stored_as
 
@@ -277,13 +295,14 @@ def plan(
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
     if target == AUTO:
-        choice = choose(model.graph)
+        choice = choose(model.graph, in_wrapper=isinstance(model.checkpoint, WrappedText))
         target, remarks = choice.target, [*remarks, choice.reason]
     storage = dtype if isinstance(dtype, Storage) else None
     if emit is not None:
         export: Export | GgufExport = export_emitted(model.graph, emit)
     elif architecture is None:
-        export = export_graph(model.graph, target)
+        export, said = _put_back(export_graph(model.graph, target), model.checkpoint)
+        remarks += said
     else:
         from moecc.translate.gguf import export_gguf, quantising_remarks
 
@@ -336,6 +355,16 @@ def _misreadings(export: Export | GgufExport) -> list[str]:
         for v in verdicts(export.config)
         if v.silent
     ]
+
+
+def _put_back(export: Export, checkpoint: Checkpoint) -> tuple[Export, list[str]]:
+    """Return the export inside the wrapper of its source, and a remark if it stands alone."""
+    if not isinstance(checkpoint, WrappedText):
+        return export, []
+    family, wrapper = export.config.model_type, checkpoint.base.config["model_type"]
+    if not checkpoint.holds(family):
+        return export, [f"the text model alone is written: a {wrapper} holds no {family}"]
+    return WrappedExport(export.config, export.tensors, checkpoint, up_to=export.up_to), []
 
 
 def _with_tokenizer(export: GgufExport, checkpoint: Checkpoint) -> tuple[GgufExport, list[str]]:

@@ -233,7 +233,8 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
             make_folder((folder / name).parent)  # chat templates are in a subfolder
             write_durable(folder / name, data)
     if not is_gguf:
-        config = dict(planned.export.config_json)
+        wrapped = planned.wrapped
+        config = dict(planned.export.config_json if wrapped is None else wrapped.stored_config)
         if planned.dtype is not None:
             config["torch_dtype"] = config["dtype"] = planned.dtype.torch
         write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())

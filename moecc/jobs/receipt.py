@@ -443,7 +443,9 @@ def _loaded_as(planned: Plan) -> tuple[str, str | None]:
             "AutoModelForSeq2SeqLM": "text2text-generation",
         }
         return tasks.get(auto_class, "feature-extraction"), auto_class
-    if "logits" not in planned.graph.outputs:
+    if planned.wrapped is not None:
+        task, auto_class = "image-text-to-text", "AutoModelForImageTextToText"
+    elif "logits" not in planned.graph.outputs:
         task, auto_class = "feature-extraction", "AutoModel"
     elif "decoder_tokens" in planned.graph.inputs:
         task, auto_class = "text2text-generation", "AutoModelForSeq2SeqLM"

@@ -23,7 +23,7 @@ from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pass
 from moecc.support.untyped import JsonDict
-from moecc.translate.engines import EngineVerdict, verdicts
+from moecc.translate.engines import TRANSFORMERS, EngineVerdict, verdicts
 from moecc.translate.export import export_graph
 from moecc.translate.propose import source_config
 
@@ -173,13 +173,18 @@ class Choice:
     reason: str
 
 
-def choose(graph: Graph) -> Choice:
+def choose(graph: Graph, *, in_wrapper: bool = False) -> Choice:
     """Choose the family to write `graph` as; whatever moecc reads is written as some family.
 
     A mixture stays in its family.  Else, of the families that can hold it, that which most engines
     read without misreading it; of equals the family it came from, then the first in the order of
     `moecc.families.registry.CONFIGS`; and st_moe, which holds any graph and only moecc reads, if
     there is no other.
+
+    Args:
+      graph: the model.
+      in_wrapper: whether it is written into the wrapper of its source, which other engines than
+        transformers were not examined with.
     """
     fitting = _fitting(graph)
     family = str(graph.attrs.get("family", ""))
@@ -189,6 +194,11 @@ def choose(graph: Graph) -> Choice:
         changes = "; ".join(reason.what for reason in near.reasons[:3]) if near else ""
         why = f"; the nearest other is {near.target}: {changes}" if near else ""
         return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{why}")
+    if in_wrapper:
+        fitting = [
+            replace(f, engines=tuple(v for v in f.engines if v.engine.startswith(TRANSFORMERS)))
+            for f in fitting
+        ]
     best = max(fitting, key=lambda fit: (fit.target == stays, sum(v.runs for v in fit.engines)))
     others = [fit.target for fit in fitting if fit is not best]
     reason = f"auto chose {best.target}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.gpt_oss import GptOssConfig
 from moecc.families.mixture import MoeConfig
+from moecc.families.wrappers import Wrapper
 from moecc.formats.gguf.config import misfits
 from moecc.formats.gguf.families import GGUF_MIXTURES
 
@@ -204,6 +205,18 @@ def verdicts(config: ModelConfig) -> tuple[EngineVerdict, ...]:
     return tuple(_verdict(engine, config) for engine in ENGINES)
 
 
+def verdicts_in_wrapper(config: ModelConfig, wrapper: Wrapper) -> tuple[EngineVerdict, ...]:
+    """Return the verdicts on a text model inside a wrapper: only transformers was looked at."""
+    judged = [v for v in verdicts(config) if v.engine.startswith(TRANSFORMERS)]
+    if config.model_type in wrapper.uncalled:
+        fault = f"{config.model_type} takes no image_sizes, which {wrapper.architecture} hands on"
+        judged = [
+            replace(v, runs=False, reasons=(*v.reasons, fault)) if v.engine.endswith(" 4") else v
+            for v in judged
+        ]
+    return tuple(judged)
+
+
 def verdicts_on_gguf(architecture: str) -> tuple[EngineVerdict, ...]:
     """Return the verdict on a GGUF file that moecc writes: only llama.cpp was looked at."""
     if architecture not in GGUF_MIXTURES:
@@ -213,12 +226,13 @@ def verdicts_on_gguf(architecture: str) -> tuple[EngineVerdict, ...]:
     )
 
 
-RUNS_PROGRAMS = "transformers"
+TRANSFORMERS = "transformers"
+"""The beginning of the names of both releases of transformers."""
 
 
 def verdicts_on_program() -> tuple[EngineVerdict, ...]:
     """Return the verdicts on a program in PyTorch beside its weights, where one was looked for."""
-    runs = [e for e in ENGINES if e.name.startswith(RUNS_PROGRAMS)]
+    runs = [e for e in ENGINES if e.name.startswith(TRANSFORMERS)]
     never = [e for e in ENGINES if e.name in (LLAMA_CPP, "mlx-lm")]
     return (
         *(EngineVerdict(e.name, e.version, runs=True, note="trust_remote_code") for e in runs),

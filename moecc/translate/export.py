@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moecc.backend import EmittedProgram, emit_program
@@ -10,6 +10,7 @@ from moecc.errors import InputError, Problem
 from moecc.families.building import build_model, graph_tensors
 from moecc.families.config import ModelConfig
 from moecc.families.st_moe import GraphConfig
+from moecc.formats.wrapped import WrappedText
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
 from moecc.ir.text import format_node
@@ -330,6 +331,38 @@ class Export:
     def config_json(self) -> dict[str, object]:
         """config.json, with the keys of transformers 4 and 5 side by side."""
         return self.config.to_json()
+
+    @property
+    def stored(self) -> list[tuple[str, Expr]]:
+        """The tensors as they are written, those of a wrapper among them."""
+        return self.tensors
+
+
+@dataclass(frozen=True)
+class WrappedExport(Export):
+    """A text model that is put back into the model that holds it.
+
+    Attributes:
+      source: the text model that was read, with the other tensors.
+    """
+
+    source: WrappedText
+
+    @property
+    def stored_config(self) -> dict[str, object]:
+        """config.json of the wrapper, with the text model's as a part."""
+        return self.source.config_with(self.config_json)
+
+    @property
+    def stored(self) -> list[tuple[str, Expr]]:
+        """The text model's tensors under their names in the wrapper, and the others."""
+        text = [(self.source.stored_name(name), expr) for name, expr in self.tensors]
+        return [*text, *self.source.other_tensors()]
+
+    @property
+    def untouched(self) -> Container[str]:
+        """The tensors that are not the text model's."""
+        return self.source.others
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from moecc.errors import InputError
+from moecc.families.glm4_moe import Glm4MoeConfig
 from moecc.families.llama import MixtralConfig
 from moecc.families.mixture import MoeConfig
-from moecc.families.qwen import Qwen2MoeConfig, Qwen3MoeConfig
+from moecc.families.qwen import Qwen3MoeConfig
 from moecc.families.registry import decoders, parse_config
 from moecc.families.rope import RopeConfig
 from tests.support.rotary_tables import rotary_frequencies
@@ -107,7 +108,7 @@ def test_number_of_experts(family: str, keys: dict[str, int], experts: int) -> N
         (MixtralConfig, {"sliding_windows": (8, None, 8, 8)}, "same sliding window in every"),
         (MixtralConfig, {"expert_intermediate_size": 12}, "one width"),
         (MixtralConfig, {"shared_expert_intermediate_size": 12}, "has no shared expert"),
-        (Qwen2MoeConfig, {}, "qwen2_moe needs a shared expert"),
+        (Glm4MoeConfig, {}, "glm4_moe needs a shared expert"),
         (Qwen3MoeConfig, {}, "qwen3_moe always has norms of the queries and keys"),
         (Qwen3MoeConfig, {"qk_norm": True, "qkv_bias": True}, "on all four projections or on none"),
         (MixtralConfig, {"experts_per_token": 9}, "cannot choose that many"),

@@ -46,10 +46,11 @@ def reasons(graph: Graph, target: str) -> list[Problem]:
 @pytest.mark.parametrize(
     ("family", "options", "target", "what", "hint"),
     [
-        ("llama", {}, "qwen3_moe", "always has norms of the queries and keys", "mixtral, granite"),
+        ("llama", {}, "qwen3_moe", "always has norms of the queries and keys", "mixtral, qwen2"),
         ("qwen3", {}, "mixtral", "mixtral has no norms of the queries and keys", "qwen3_moe can"),
         ("qwen2", {}, "mixtral", "has no biases on the query", None),
-        ("llama", {}, "qwen2_moe", "has a shared expert in every sparse layer", "shared=0.5"),
+        ("llama", {"gates": "sigmoid-renormalised"}, "glm4_moe", "has a shared expert in every",
+         "shared=0.5"),
         ("llama", {"shared": 0.5}, "mixtral", "mixtral has no shared expert", "qwen2_moe"),
         ("llama", {"gates": "softmax"}, "mixtral", "cannot express softmax", "qwen3_moe, "),
         ("llama", {"gates": "sigmoid"}, "mixtral", "cannot express sigmoid gates", None),

@@ -1,0 +1,192 @@
+"""Models that hold a text model beside encoders of images or sound: where their text model is.
+
+A wrapper is read as its text model.  Its other tensors, its other settings and its files are kept,
+and a converted text model is put back among them where transformers builds the text model from its
+own config (`Wrapper.holds_any`), or where the family did not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from moecc.errors import InputError
+from moecc.families.reader import one_of, shown
+from moecc.support.untyped import Json, JsonDict
+
+TEXT = "text_config"
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model type of transformers that holds a text model.
+
+    Attributes:
+      architecture: the class that generates text.
+      families: the family of the text model by the `model_type` that the wrapper calls it.
+      holds_any: whether transformers builds the text model from its own config, whatever its
+        family is.
+      defaults: keys of the text model whose defaults differ from those of its family.
+      uncalled: families whose text model the wrapper of transformers 4 calls with arguments that
+        it does not take.
+      is_flat: whether older files state the text model's keys beside the wrapper's own.
+    """
+
+    architecture: str
+    families: Mapping[str, str] = field(default_factory=dict)
+    holds_any: bool = False
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    uncalled: tuple[str, ...] = ()
+    is_flat: bool = False
+
+
+WRAPPERS: Mapping[str, Wrapper] = {
+    "llava": Wrapper("LlavaForConditionalGeneration", holds_any=True),
+    "llava_next": Wrapper("LlavaNextForConditionalGeneration", holds_any=True),
+    "llava_onevision": Wrapper("LlavaOnevisionForConditionalGeneration", holds_any=True),
+    "vipllava": Wrapper("VipLlavaForConditionalGeneration", holds_any=True),
+    "mistral3": Wrapper("Mistral3ForConditionalGeneration", holds_any=True),
+    "internvl": Wrapper(
+        "InternVLForConditionalGeneration", holds_any=True, uncalled=("qwen2_moe",)
+    ),
+    "idefics3": Wrapper("Idefics3ForConditionalGeneration", holds_any=True),
+    "smolvlm": Wrapper("SmolVLMForConditionalGeneration", holds_any=True),
+    "gemma3": Wrapper("Gemma3ForConditionalGeneration"),
+    "qwen2_vl": Wrapper(
+        "Qwen2VLForConditionalGeneration",
+        {"qwen2_vl_text": "qwen2", "qwen2_vl": "qwen2"},
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        is_flat=True,
+    ),
+    "qwen2_5_vl": Wrapper(
+        "Qwen2_5_VLForConditionalGeneration",
+        {"qwen2_5_vl_text": "qwen2", "qwen2_5_vl": "qwen2"},
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        is_flat=True,
+    ),
+    "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", {"qwen3_vl_text": "qwen3"}),
+}
+"""The wrappers that moecc reads, by `model_type`."""
+
+UNREADABLE: Mapping[str, str] = {
+    "mllama": "layers of its text model attend to images",
+    "paligemma": "its text model attends in both directions over the prompt",
+    "blip-2": "its text model begins with the queries of another model",
+}
+"""Why the text model of other wrappers is no model of its own."""
+
+LAYOUTS: tuple[tuple[str, str], ...] = (
+    ("language_model.model.", "language_model.lm_head.weight"),
+    ("model.language_model.", _HEAD),
+    ("model.text_model.", _HEAD),
+    ("model.", _HEAD),
+)
+"""The beginning of a text model's tensors in a file in place of ``model.``, and the name of its
+output matrix: older and newer files of transformers, those of Idefics 3, and those of Qwen2-VL."""
+
+
+def wrapper_of(config: Mapping[str, object]) -> Wrapper | None:
+    """Return the wrapper whose config this is; None for the config of another model.
+
+    Raises:
+      InputError: the text model of this wrapper cannot be read alone.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str):
+        return None
+    if name in UNREADABLE:
+        raise InputError(
+            f"the text model of {name} cannot be converted alone: {UNREADABLE[name]}",
+            where="config.json: model_type",
+            expected=f"a text model, or one inside {one_of(WRAPPERS)}",
+            found=shown(name),
+        )
+    return WRAPPERS.get(name)
+
+
+def text_config(wrapper: Wrapper, config: Json, *, is_tied: bool | None = None) -> JsonDict:
+    """Return the config of the text model as its family spells it.
+
+    Args:
+      wrapper: the wrapper.
+      config: its config.
+      is_tied: whether the file lacks an output matrix; None where only the config is known.
+
+    Raises:
+      InputError: the config has no text model.
+    """
+    text = config.get(TEXT)
+    if text is None and wrapper.is_flat:
+        text = {k: v for k, v in config.items() if not k.startswith("vision")}
+    if not isinstance(text, Mapping):
+        raise InputError(
+            "the config has no text model",
+            where=f"config.json: {TEXT}",
+            expected="an object with the text model's keys",
+            found=shown(text) if TEXT in config else "nothing",
+        )
+    name = str(text.get("model_type"))
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    keys: JsonDict = {
+        **wrapper.defaults,
+        **{k: v for k, v in text.items() if k not in ("architectures", "tie_word_embeddings")},
+        "model_type": wrapper.families.get(name, name),
+    }
+    for key in ("rope_scaling", "rope_parameters"):
+        if key in keys and (rope := _without_sections(keys.pop(key))) is not None:
+            keys[key] = rope
+    if "rope_parameters" in keys and "rope_theta" not in text:
+        keys.pop("rope_theta", None)
+    if is_tied is not None or tied is not None:
+        keys["tie_word_embeddings"] = tied if is_tied is None else is_tied
+    return keys
+
+
+def _without_sections(rope: object) -> object:
+    """Return rotary settings without the sections of three-part positions.
+
+    Text has three equal positions a token, so that sections compute what a single one does.
+    """
+    if not isinstance(rope, Mapping):
+        return rope
+    settings = {k: v for k, v in rope.items() if k not in ("mrope_section", "mrope_interleaved")}
+    kinds = ("type", "rope_type")
+    settings |= {key: "default" for key in kinds if settings.get(key) == "mrope"}
+    return None if set(settings) <= {*kinds} and "default" in settings.values() else settings
+
+
+def text_names(tensors: Collection[str]) -> dict[str, str]:
+    """Return the names in the file of a text model's tensors, by their names in its family."""
+    for prefix, head in LAYOUTS:
+        if f"{prefix}embed_tokens.weight" in tensors:
+            names = {f"model.{n.removeprefix(prefix)}": n for n in tensors if n.startswith(prefix)}
+            return {**names, _HEAD: head} if head in tensors else names
+    return {}
+
+
+def file_name(name: str, names: Mapping[str, str]) -> str:
+    """Return the name in a file of a tensor of the text model, new ones among them.
+
+    Args:
+      name: its name in the family.
+      names: those that the file of the source has, as `text_names` returns them.
+    """
+    embedding = names["model.embed_tokens.weight"]
+    prefix = embedding.removesuffix("embed_tokens.weight")
+    if name == _HEAD:
+        return next(head for start, head in LAYOUTS if start == prefix)
+    return f"{prefix}{name.removeprefix('model.')}"
+
+
+def put_back(config: Json, text: Json, *, same_family: bool) -> JsonDict:
+    """Return a wrapper's config with another text model.
+
+    Args:
+      config: of the wrapper.
+      text: the config of the converted text model.
+      same_family: whether the text model's family and settings are those of the source.
+    """
+    if same_family:
+        return dict(config)
+    return {**config, TEXT: dict(text), "tie_word_embeddings": text.get("tie_word_embeddings")}

@@ -1,0 +1,124 @@
+"""Text models inside wrappers: read alone, converted, and put back with the rest untouched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import moecc
+from moecc.errors import InputError
+from moecc.formats.open import open_checkpoint
+from moecc.formats.wrapped import WrappedText
+from moecc.jobs.convert import plan, write
+from moecc.model.open import open_model
+from moecc.rewrite.pipeline import Pipeline
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+REST = {
+    "vision_tower.patch.weight": np.arange(6, dtype=np.float16).reshape(2, 3),
+    "vision_tower.position_ids": np.arange(4),
+    "multi_modal_projector.weight": np.full((3, 2), 0.1, np.float32),
+}
+
+
+def wrap(
+    folder: Path,
+    golden: str,
+    wrapper_type: str,
+    named: Callable[[str], str] = lambda name: f"language_model.{name}",
+    **changes: Any,
+) -> Path:
+    """Write a golden text model as a wrapper holds it."""
+    folder.mkdir()
+    config = json.loads((GOLDEN / golden / "config.json").read_text())
+    text = {**config, "architectures": ["AnyTextModel"], **changes}
+    wrapper = {"model_type": wrapper_type, "image_token_id": 3, "vision_config": {"hidden_size": 3}}
+    (folder / "config.json").write_text(json.dumps({**wrapper, "text_config": text}))
+    tensors = load_file(GOLDEN / golden / "model.safetensors")
+    save_file({**{named(n): t for n, t in tensors.items()}, **REST}, folder / "model.safetensors")
+    return folder
+
+
+def older(name: str) -> str:
+    return f"language_model.{name}"
+
+
+def newer(name: str) -> str:
+    return name if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)
+
+
+@pytest.mark.parametrize("named", [older, newer])
+def test_mixture_is_put_back_with_the_rest_untouched(
+    tmp_path: Path, named: Callable[[str], str]
+) -> None:
+    source = wrap(tmp_path / "llava", "llama_gqa", "llava", named)
+    with open_model(str(source)) as model:
+        planned = plan(model, Pipeline.parse("upcycle{experts=4}"), "auto")
+        assert planned.proof is not None
+        assert planned.proof.verdict.status == "proved"
+        write(planned, tmp_path / "out")
+    before, after = (load_file(f / "model.safetensors") for f in (source, tmp_path / "out"))
+    for name in REST:
+        assert before[name].tobytes() == after[name].tobytes()
+        assert before[name].dtype == after[name].dtype
+    assert named("model.layers.0.block_sparse_moe.experts.3.w1.weight") in after
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llava"
+    assert config["text_config"]["model_type"] == "mixtral"
+    assert config["vision_config"] == {"hidden_size": 3}
+    assert moecc.open(tmp_path / "out").verify(against=source).passed
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForImageTextToText" in card
+
+
+def test_rest_keeps_its_element_type(tmp_path: Path) -> None:
+    source = wrap(tmp_path / "llava", "llama_gqa", "llava")
+    moecc.open(source).save(tmp_path / "out", to="llama", dtype="bf16")
+    with open_checkpoint(tmp_path / "out") as saved:
+        assert isinstance(saved, WrappedText)
+        assert {info.dtype.name for info in saved.tensors.values()} == {"bf16"}
+        assert {n: i.dtype.numpy for n, i in saved.others.items()} == {
+            n: t.dtype for n, t in REST.items()
+        }
+
+
+def test_wrapper_of_one_family_writes_a_mixture_alone(tmp_path: Path) -> None:
+    source = wrap(tmp_path / "gemma", "gemma3_local", "gemma3")
+    with open_model(str(source)) as model:
+        planned = plan(model, Pipeline.parse("upcycle{experts=4}"), "st_moe")
+    assert planned.wrapped is None
+    assert any("a gemma3 holds no st_moe" in remark for remark in planned.remarks)
+
+
+def test_sections_of_positions_are_those_of_text(tmp_path: Path) -> None:
+    sections = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    source = wrap(
+        tmp_path / "qwen", "qwen2_square", "qwen2_5_vl", newer,
+        model_type="qwen2_5_vl_text", rope_scaling=sections, rope_parameters=sections,
+        rope_theta=1e6,
+    )  # fmt: skip
+    with open_model(str(source)) as model:
+        assert model.graph.attrs["family"] == "qwen2"
+        assert any("3 tensors are left as they are" in remark for remark in model.remarks())
+
+
+def test_text_model_that_reads_images_is_rejected(tmp_path: Path) -> None:
+    source = wrap(tmp_path / "mllama", "llama_gqa", "mllama")
+    with pytest.raises(InputError, match="layers of its text model attend to images"):
+        open_model(str(source))
+
+
+def test_wrapper_without_a_text_model_is_rejected(tmp_path: Path) -> None:
+    source = wrap(tmp_path / "llava", "llama_gqa", "llava")
+    (source / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(InputError, match="the config has no text model"):
+        open_model(str(source))
+    wrap(tmp_path / "other", "llama_gqa", "llava", lambda name: f"elsewhere.{name}")
+    with pytest.raises(InputError, match="the tensors of the text model are not where"):
+        open_model(str(tmp_path / "other"))
