@@ -470,28 +470,14 @@ class Devices(Evaluation):
                         for x in n.operands), *((number(x), numbered(types[x]))
                         for x in n.results)) for n in lines)  # fmt: skip
 
-    def check_scan(self, n, types, finite):
+    def check_scan(self, n, outside, finite):
         """Check a scan, whose runs begin and end alike; return which results are finite."""
-        options, inner = options_of(n), types_of(n.body)
+        types, carries = types_of(n.body), options_of(n).get("carries", 0)
         inputs, returned = list(n.body.inputs), list(n.body.outputs.values())
-        carries = options.get("carries", 0)
-        stacked = range(carries, carries + options.get("stacked", 0))
-        pairs = [
-            (types[x], y, i in stacked)
-            for i, (x, y) in enumerate(zip(n.operands, inputs, strict=True))
-        ]
-        pairs += [
-            (t, y, i >= carries) for i, (t, y) in enumerate(zip(n.types, returned, strict=True))
-        ]
-        pairs += [
-            (inner[x], y, False) for x, y in zip(inputs[:carries], returned[:carries], strict=True)
-        ]
-        for outer, y, is_stacked in pairs:
-            need(placement(outer) == placement(inner[y]), f"{y} lies elsewhere in a run")
-            need(
-                not is_stacked or options["over"][0][0] not in placement(outer)[0],
-                "runs are sharded",
-            )
+        outer = [*(outside[x] for x in n.operands), *n.types, *(types[x] for x in inputs[:carries])]
+        inner = [types[x] for x in (*inputs, *returned, *returned[:carries])]
+        for s, t in zip(outer, inner, strict=True):
+            need(placement(s) == placement(t), f"{t} lies elsewhere in a run: {s}")
         holds, carried = [finite[x] for x in n.operands], None
         while carried != holds[:carries]:
             carried = holds[:carries]

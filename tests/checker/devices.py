@@ -93,14 +93,16 @@ GRAPHS = {
     %z = mul %h, %v : f32[batch@a=B, embed=8]
     output h = %z
   }""",
-    "softmax in a scan": """
-  input %x : f32[batch@a=B, embed=8]
-  param %w : f32[layer=2, batch@a=B, embed=8]
-  %y = scan %x, %w {over=(layer=2), carries=1, stacked=1} : f32[batch@a=B, embed=8] {
-    input %h : f32[batch@a=B, embed=8]
-    input %v : f32[batch@a=B, embed=8]
-    %s = softmax %h {axis=embed} : f32[batch@a=B, embed=8]
-    %z = mul %s, %v : f32[batch@a=B, embed=8]
+    "mean in a scan": """
+  input %x : f32[batch=B, embed@a=8]
+  input %k : pred[batch=B, embed@a=8]
+  %y = scan %x, %k {over=(layer=2), carries=1} : f32[batch=B, embed@a=8] {
+    input %h : f32[batch=B, embed@a=8]
+    input %c : pred[batch=B, embed@a=8]
+    %m = mean %h {axes=embed} : f32[batch=B] unreduced(a)
+    %r = all_reduce %m {mesh=a} : f32[batch=B]
+    %d = broadcast %r, %h : f32[batch=B, embed@a=8]
+    %z = mask %d, %c {fill=0.0} : f32[batch=B, embed@a=8]
     output h = %z
   }""",
     "itself": """
@@ -154,7 +156,7 @@ EDITS = (
     ("scan", "%z = mul %h, %v : f32[batch@a=B", "%z = mul %h, %v : f32[batch@b=B"),
     ("scan", "stacked=1} : f32[batch@a=B", "stacked=1} : f32[batch=B"),
     ("scan", "%x : f32[batch@a=B", "%x : f32[batch=B"),
-    ("softmax in a scan", "softmax %h {axis=embed}", "softmax %h {axis=batch}"),
+    ("mean in a scan", " {fill=0.0}", ""),  # the mean of a later run is infinite
     ("itself", '  attr mesh = {"a": 2, "b": 2}\n', ""),
     ("itself", "embed=8]", "embed@a=8]"),
     ("itself", "embed=8]", "embed=8] unreduced(b)"),
@@ -198,7 +200,8 @@ def edited(proof: Proof, old: str, new: str, *, of_both: bool = True) -> Proof:
     after = text.replace(old, new, 1)
     before = after if of_both else text
     digests = (sha256(t.encode()).hexdigest() for t in (before, after))
-    return {**log, **dict(zip(("before", "after"), digests, strict=True))}, before, after
+    digests_by_key = dict(zip(("before", "after"), digests, strict=True))
+    return {**log, "rolled": False, **digests_by_key}, before, after
 
 
 def misjudged_on_devices(checker: Any) -> Iterator[str]:
