@@ -20,6 +20,7 @@ it may name the lemma to use where a node is built, after its conditions are che
 
 import ast
 import hashlib
+import itertools
 import json
 import re
 import struct
@@ -27,8 +28,6 @@ import sys
 from collections import Counter, namedtuple
 from fractions import Fraction
 from functools import reduce
-from itertools import count
-from itertools import product as choices_of
 from math import inf, isfinite, prod
 from pathlib import Path
 
@@ -156,7 +155,7 @@ class Algebra:
 
     def __init__(self, table, words, exact=False, fractions=False):
         self.table, self.words, self.exact = table, words, exact
-        self.nodes, self.axes, self.serial = {}, {}, count()
+        self.nodes, self.axes, self.serial = {}, {}, itertools.count()
         self.advice, self.results, self.used, self.open = {}, {}, set(), set()
         self.place = Node("place", None, (), (), -1, self)
         self.scope = {**vocabulary(self), "fractions": fractions}
@@ -312,7 +311,7 @@ class Algebra:
     def multiply(self, *totals, over=()):
         """Return the sum over free variables of the product of sums."""
         results = []
-        for choice in choices_of(*map(self.terms, totals)):
+        for choice in itertools.product(*map(self.terms, totals)):
             opened = [self.entered(m) for _, m in choice]
             bound = [*over, *(v for inner, _ in opened for v in inner)]
             factors = [f for _, row in opened for f in row]
@@ -691,7 +690,8 @@ def main():
         print(f"rejected: {error}")
         return 1
     notes = [", for constants as fractions"] if log["fractions"] else []
-    notes += [", on the devices of a mesh, too"] if "devices" in log else []
+    if "\n  attr mesh = " in "".join(graphs):
+        notes.append(f", on all devices{', in real arithmetic' if log['exact'] else ''}")
     print(f"accepted: {sum(map(len, used))} steps, {len(log['outputs'])} outputs{''.join(notes)}")
     return 0
 

@@ -88,10 +88,10 @@ def pruned(log: JsonDict, needed: Sequence[Collection[int]]) -> JsonDict:
       log: of a proof.
       needed: the numbers of the steps, and of those about devices.
     """
-    kept = _pruned(log, needed[0])
+    result = _pruned(log, needed[0])
     if "devices" in log:
-        kept["devices"] = _pruned(log["devices"], needed[1])
-    return kept
+        result["devices"] = _pruned(log["devices"], needed[1])
+    return result
 
 
 def _pruned(log: JsonDict, needed: Collection[int]) -> JsonDict:
