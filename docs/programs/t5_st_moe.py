@@ -112,12 +112,12 @@ class ExpertRows:
 
     def each(self, vectors):
         """Return the vector of the expert of each row, of ``[expert, …]``."""
+        vectors = vectors.to_local() if hasattr(vectors, "to_local") else vectors
         return vectors.index_select(0, self.expert.clamp(max=self.experts - 1))
 
     def linear(self, rows, weight):
         """Return each row times the matrix of its expert, ``[expert, out, in]``."""
-        if hasattr(weight, "to_local"):  # the part of this device, in tensor parallelism
-            weight = weight.to_local()
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight  # on this device
         # An operation of transformers 5, whose gradient is written in place.
         grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
         if grouped is not None and (self.bounds is None or torch.is_grad_enabled()):

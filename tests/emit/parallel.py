@@ -30,7 +30,13 @@ def main():
     options = {"trust_remote_code": True, "dtype": torch.float64}
     tokens = torch.arange(24).reshape(2, 12) % 16
     whole = outputs(load(folder, **options), tokens)
-    model = load(folder, tp_plan="auto", **options)
+    plan = {"tp_plan": "auto"}
+    if sys.argv[2] == "experts":
+        from transformers.distributed import DistributedConfig
+
+        config = DistributedConfig(tp_size=2, ep_size=2, ep_implementation="all_reduce")
+        plan = {"distributed_config": config}
+    model = load(folder, **plan, **options)
     parts = outputs(model, tokens)
     placements = [p.placements for p in model.parameters() if hasattr(p, "placements")]
     sharded = sum(place.is_shard() for places in placements for place in places)

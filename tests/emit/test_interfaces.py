@@ -40,12 +40,20 @@ def plan_of(text: str) -> dict[str, str]:
     return dict(re.findall(r'"(layers\.\*[\w.]+|embed_tokens)": "(\w+)"', text))
 
 
+def ep_plan_of(text: str) -> dict[str, str]:
+    return plan_of(text[text.index("base_model_ep_plan") :])
+
+
 def test_plans_follow_the_axes():
-    plan = plan_of(program_text("qwen3_square", METHODS["upcycled"]))
+    text = program_text("qwen3_square", METHODS["upcycled"])
+    plan = plan_of(text[: text.index("base_model_ep_plan")])
     assert plan["layers.*.self_attn.q_proj"] == "colwise"
     assert plan["layers.*.self_attn.q_norm"] == "replicated_with_grad_allreduce"
     assert plan["layers.*.mlp.down_proj.weight"] == "rowwise"
     assert plan["layers.*.mlp"] == "moe_tp_experts"
+    plan = ep_plan_of(text)
+    assert plan["layers.*.mlp.down_proj.weight"] == "grouped_gemm"
+    assert list(plan.items())[-1] == ("layers.*.mlp", "ep_dispatch_experts")  # parameters first
     assert plan_of(program_text("granite_square_tied"))["embed_tokens"] == "replicate"
 
 
@@ -66,14 +74,18 @@ def test_attention_loss_and_checkpointing_are_as_transformers_has_them(tmp_path,
 @pytest.mark.parity
 @pytest.mark.skipif(not interpreters(), reason="MOECC_PARITY_PYTHON names no transformers")
 @pytest.mark.parametrize(
-    ("source", "method"), [("qwen3_square", "upcycled"), ("granite_square_tied", "dense")]
-)
-def test_two_processes_compute_the_same(tmp_path, source, method):
+    ("source", "method", "shared"),
+    [
+        ("qwen3_square", "upcycled", "neurons"), ("granite_square_tied", "dense", "neurons"),
+        ("qwen3_square", "upcycled", "experts"), ("llama_gqa", "st-moe", "experts"),
+    ],
+)  # fmt: skip
+def test_two_processes_compute_the_same(tmp_path, source, method, shared):
     EmittedCell(source, method).write(tmp_path / "model")
     python = next(p for p in interpreters() if asked([p, "-c", VERSION])["major"] >= 5)
     script = Path(__file__).parent / "parallel.py"
     launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    verdict = asked([*launch, str(script), str(tmp_path / "model")])
+    verdict = asked([*launch, str(script), str(tmp_path / "model"), shared])
     assert verdict["sharded"] > 10
     assert max(verdict["logits"], verdict["gradient"]) < 1e-12
 

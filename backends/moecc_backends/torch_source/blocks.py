@@ -40,6 +40,7 @@ class ModuleBlock:
       attribute: the name of the module in the block around it, where no path names it.
       stack: the name of the stack that it is in: Encoder, Decoder, or empty.
       base: the class that its own extends; by default that of layers, or of modules.
+      is_local: whether a device may have a part of its experts.
     """
 
     title: str
@@ -49,6 +50,7 @@ class ModuleBlock:
     attribute: str = ""
     stack: str = ""
     base: str = ""
+    is_local: bool = False
     inputs: list[ProgramValue] = field(default_factory=list)
     outputs: list[ProgramValue] = field(default_factory=list)
 
@@ -116,6 +118,13 @@ def blocks_of(
     for step in steps:
         close(step, program)
     return steps
+
+
+def let_experts_be_shared(steps: Iterable[Item | ModuleBlock]) -> None:
+    """Let devices share the experts of each block that has parameters of experts alone."""
+    layers = [step for step in steps if isinstance(step, ModuleBlock)]
+    for block in (b for layer in layers for b in layer.blocks if b.title == "Experts"):
+        block.is_local = bool(block.params) and all("expert" in v.axes[:1] for v in block.params)
 
 
 def close(step: Item | ModuleBlock, program: TorchProgram) -> None:

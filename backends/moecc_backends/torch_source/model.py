@@ -16,7 +16,7 @@ from moecc_backends.torch_source.blocks import ModuleBlock, members
 from moecc_backends.torch_source.heads import HEAD, LOSSES, head_parts, new_heads
 from moecc_backends.torch_source.names import common, is_under
 from moecc_backends.torch_source.operations import OPERATIONS
-from moecc_backends.torch_source.parallel import tensor_parallel_plan
+from moecc_backends.torch_source.parallel import expert_parallel_plan, tensor_parallel_plan
 from moecc_backends.torch_source.program import (
     CACHE,
     CONTINUES,
@@ -771,8 +771,12 @@ class Models:
         """Return the configuration and the class that the models share."""
         layers = [d.name for d in self.classes.definitions if d.base != "nn.Module"]
         plan = tensor_parallel_plan(self.program, self.steps, self.base)
+        experts = expert_parallel_plan(self.steps, self.base)
         parts: dict[str, str | list[str]] = {
-            "plan": ["base_model_tp_plan = {", *plan, "}"] if plan else [],
+            "plan": [
+                *(["base_model_tp_plan = {", *plan, "}"] if plan else []),
+                *(["base_model_ep_plan = {", *experts, "}"] if experts else []),
+            ],
             "prefix": literal(self.base or ("model" if len(self.texts) > 1 else "")),
             "main_input": []
             if self.main_input == "input_ids"

@@ -619,6 +619,10 @@ def _dispatch(w: BlockWriter, item: Item, *, experts: int = 0) -> PythonExpr:
 def _write_rows(w: BlockWriter, chosen: PythonExpr, experts: int) -> None:
     w.helper("ExpertRows")
     count = w.literal(experts, "experts")
+    if w.block.is_local:
+        if not w.experts:
+            w.constructor.append("self.config = config")
+        w.experts, count = count, "self.num_experts"
     line = f"rows = ExpertRows({chosen.text}, {count})"
     if not any(text.startswith("rows = ") for text in w.lines):
         w.state(line)

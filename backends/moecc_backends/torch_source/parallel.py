@@ -1,9 +1,9 @@
-"""Which parameters devices of tensor parallelism share, by the names of their axes."""
+"""The parameters that devices share, in tensor and expert parallelism, by their axes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moecc.decoding import TOKENS
 from moecc_backends.torch_source.blocks import ModuleBlock
@@ -56,6 +56,19 @@ def tensor_parallel_plan(
                 return []
             if last == "weight":
                 styles[module] = style
+    return _plan_lines(styles, base)
+
+
+def expert_parallel_plan(steps: Sequence[Item | ModuleBlock], base: str) -> list[str]:
+    """Return the lines of a plan by which devices share experts, by paths of the base model."""
+    layers = [s for s in steps if isinstance(s, ModuleBlock)]
+    blocks = [b for layer in layers for b in layer.blocks if b.is_local and base]
+    styles = {v.name: "grouped_gemm" for block in blocks for v in block.params}
+    styles |= {block.path: "ep_dispatch_experts" for block in blocks}
+    return _plan_lines(styles, base)
+
+
+def _plan_lines(styles: Mapping[str, str], base: str) -> list[str]:
     start = len(base) + 1
     plan = {re.sub(r"\.\d+(?=\.|$)", ".*", name[start:]): s for name, s in styles.items()}
     return _packed([f'"{name}": "{style}",' for name, style in plan.items()])

@@ -9,12 +9,13 @@ from functools import cache, lru_cache
 from importlib.resources import files
 
 from moecc.backend import EmittedProgram
+from moecc.decoding import TOKENS
 from moecc.families.heads import LOGITS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.support.untyped import JsonDict
 from moecc.translate.export import rename_params
-from moecc_backends.torch_source.blocks import ModuleBlock, blocks_of
+from moecc_backends.torch_source.blocks import ModuleBlock, blocks_of, let_experts_be_shared
 from moecc_backends.torch_source.model import Models
 from moecc_backends.torch_source.names import is_under, layer_prefixes, renamed_params
 from moecc_backends.torch_source.operations import OPERATIONS
@@ -89,7 +90,10 @@ def segments_of(graph: Graph, *, continues: bool) -> Segments:
     if continues:
         share_masks(program)
     layers = layer_prefixes(ready)
-    return Segments(program, blocks_of(program, layers), layers, names)
+    steps = blocks_of(program, layers)
+    if continues and program.tokens == TOKENS:
+        let_experts_be_shared(steps)
+    return Segments(program, steps, layers, names)
 
 
 def programmed(ready: Graph, *, continues: bool) -> TorchProgram:

@@ -57,6 +57,7 @@ class ClassDef:
       forward: its lines.
       doc: its docstring.
       optional: the parameters that some calls leave out.
+      experts: the number of all experts, of which a device may have a part.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ClassDef:
     doc: str = ""
     base: str = "nn.Module"
     optional: frozenset[str] = frozenset()
+    experts: str = ""
 
     def parameters(self) -> list[str]:
         """Return the parameters of ``forward``; None is the default of the optional last ones."""
@@ -87,9 +89,19 @@ class ClassDef:
             "        super().__init__()",
             *(line for text in self.constructor for line in folded(f"        {text}")),
             "",
+            *(LOCAL_EXPERTS.format(self.experts).splitlines() if self.experts else []),
             *folded(f"    def forward({', '.join(['self', *self.parameters()])}):"),
             *(line for text in self.forward for line in folded(f"        {text}")),
         ]
+
+
+LOCAL_EXPERTS = '''    @property
+    def num_experts(self):
+        """The number of experts of this device."""
+        distributed = getattr(self.config, "distributed_config", None)
+        return {} // (getattr(distributed, "ep_size", None) or 1)
+
+'''
 
 
 class WrittenBlock(Protocol):
@@ -101,6 +113,7 @@ class WrittenBlock(Protocol):
     constructor: list[str]
     signature: list[str]
     optional: set[str]
+    experts: str
 
     def argument_names(self) -> set[str]:
         """Return the names that an argument of the constructor must not have."""
@@ -182,7 +195,11 @@ class Classes:
             arguments[name] = values
             inits[marker], forwards[marker] = name, f"self.{name}"
         constructor = [with_texts(line, inits) for line in first.constructor]
-        used = {n for m, n in forwards.items() if any(m in line for line in first.lines)}
+        used = {
+            n
+            for m, n in forwards.items()
+            if any(m in line for line in (*first.lines, first.experts))
+        }
         stored = [f"self.{n} = {n}" for n in arguments if f"self.{n}" in used]
         definition = ClassDef(
             self.unique(title, group[0][0].stack),
@@ -192,6 +209,7 @@ class Classes:
             [with_texts(line, forwards) for line in first.lines],
             base=group[0][0].base
             or ("GradientCheckpointingLayer" if group[0][0].layer else "nn.Module"),
+            experts=with_texts(first.experts, forwards),
             optional=frozenset[str]().union(*(writer.optional for _, writer in group)),
         )
         self.definitions.append(definition)

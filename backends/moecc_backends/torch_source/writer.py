@@ -52,6 +52,7 @@ class BlockWriter:
     remaining: Counter[ProgramValue] = field(default_factory=Counter)
     names: set[str] = field(default_factory=set)
     optional: set[str] = field(default_factory=set)
+    experts: str = ""
     tree: ModuleTree = field(init=False)
     longest_operands: ClassVar[int] = 66
     longest_value: ClassVar[int] = 64
