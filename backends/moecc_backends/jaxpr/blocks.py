@@ -409,7 +409,7 @@ class Operation:
     """An operation of a block.
 
     Attributes:
-      name: of the operation.
+      name: the name of the operation.
       operands: ``x``, ``p0`` for the first parameter, ``v0`` for the first operation.
       attrs: its attributes.
     """
@@ -429,7 +429,7 @@ class JaxprBlock:
 
     Attributes:
       params: the parameters, in the order of use.
-      operations: in order.
+      operations: the operations, in order.
     """
 
     params: list[Param] = field(default_factory=list)

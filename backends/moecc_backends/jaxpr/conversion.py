@@ -85,7 +85,7 @@ from moecc_backends.jaxpr.survey import (
     survey_blocks,
     token_labels,
 )
-from moecc_backends.jaxpr.views import AnyArray, TreeLeaf, function_line, shape_of
+from moecc_backends.jaxpr.views import AnyArray, AnyArrays, TreeLeaf, function_line, shape_of
 from moecc_backends.xla.dispatch.choose import check_dispatch
 from moecc_backends.xla.trace.context import AUTO, Options
 from moecc_backends.xla.trace.values import Function, PyTree
@@ -103,7 +103,7 @@ class FunctionConversion:
       report: what was done.
       preserves: what the passes promise.
       pipeline: the passes.
-      seed: of the random numbers.
+      seed: the seed of the random numbers.
       contracts: what the passes were found to keep, at reduced sizes.
       state: what functions of the parameters need to know.
     """
@@ -162,7 +162,7 @@ class FunctionConversion:
         def converted(
             params: PyTree,
             *args: PyTree,
-            moe_inputs: Mapping[str, AnyArray] | None = None,
+            moe_inputs: AnyArrays | None = None,
             **kwargs: PyTree,
         ) -> AnyArray:
             arguments, extra = (args, kwargs), moe_inputs or {}
@@ -456,7 +456,7 @@ def convert(
       tokens: the names of the axes of arguments that number tokens, ``{"batch.tokens": ("batch",
         "seq")}``: with them, a product that sums over tokens is no block.
       causal: whether no token may depend on later ones; routings that look ahead are rejected.
-      seed: of the random numbers.
+      seed: the seed of the random numbers.
       allow_unmatched: whether a pass that must match may match nothing.
       check: whether each pass is held to its promise, on the graph at reduced sizes.
       kwargs: further arguments of the function.
@@ -539,8 +539,8 @@ def graph(
 def _survey_function(
     function: Function,
     tree: ParamTree,
-    arrays: Mapping[str, AnyArray],
-    arguments: tuple[Sequence[AnyArray], Mapping[str, AnyArray]],
+    arrays: AnyArrays,
+    arguments: tuple[Sequence[AnyArray], AnyArrays],
     tokens: Mapping[str, Sequence[str]],
 ) -> tuple[TracedFunction, Survey, VariableLabels]:
     """Return a function traced, its blocks, and the labels of its values.
@@ -572,7 +572,7 @@ def _survey_function(
 
 def _new_state(
     tree: ParamTree,
-    arrays: Mapping[str, AnyArray],
+    arrays: AnyArrays,
     survey: Survey,
     rewritten: RewrittenBlocks,
 ) -> ConversionState:

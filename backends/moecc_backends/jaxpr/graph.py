@@ -52,7 +52,7 @@ def graph_of_blocks(survey: Survey, *, name: str, is_causal: bool, labels: Varia
 
     Args:
       survey: the blocks.
-      name: of the function.
+      name: the name of the function.
       is_causal: whether no token may depend on later ones.
       labels: the axes of tokens.
     """
@@ -72,7 +72,7 @@ def graph_of_function(
     Args:
       traced: the function.
       survey: its blocks.
-      name: of the function.
+      name: the name of the function.
       is_causal: whether no token may depend on later ones.
       labels: the axes of tokens.
     """

@@ -48,6 +48,7 @@ from moecc_backends.jaxpr.survey import (
 )
 from moecc_backends.jaxpr.views import (
     AnyArray,
+    AnyArrays,
     TreeLeaf,
     dtype_named,
     evaluate,
@@ -59,7 +60,7 @@ from moecc_backends.jaxpr.views import (
 from moecc_backends.xla.lower.function import GspmdLowering, finalize_output, lower_values, spec
 from moecc_backends.xla.trace.context import DEFAULTS, DIRECT, DeviceView, Interceptor, Options
 from moecc_backends.xla.trace.host_arrays import check_keys
-from moecc_backends.xla.trace.values import Function, Named, PyTree, manual_axes, varies
+from moecc_backends.xla.trace.values import Function, Named, PyTree, is_float, manual_axes, varies
 
 PartArrays = Mapping[Value, Array]
 PartResult = tuple[Array, tuple[Array, ...]]
@@ -173,7 +174,7 @@ class Replacement(NamedTuple):
     """What stands for a block.
 
     Attributes:
-      number: of the site.
+      number: the number of the site.
       site: the block.
       parts: what the blocks of the site became: of a loop, alike.
     """
@@ -198,7 +199,7 @@ class RewrittenFunction:
     replacements: Sequence[Replacement]
     gone: set[Equation]
     execution: Execution
-    extra: Mapping[str, AnyArray]
+    extra: AnyArrays
     side: bool
 
     def __post_init__(self) -> None:
@@ -402,7 +403,7 @@ def with_losses(result: PyTree, losses: dict[str, AnyArray]) -> AnyArray:
     is_tuple = isinstance(result, tuple) and bool(result)
     loss = result[0] if is_tuple else result
     is_scalar = hasattr(loss, "shape") and loss.shape == ()
-    if not is_scalar or not jnp.issubdtype(loss.dtype, jnp.floating):
+    if not is_scalar or not is_float(loss.dtype):
         return result, losses
     auxiliary = losses.get(AUXILIARY)
     total = loss if auxiliary is None else loss + auxiliary.astype(loss.dtype)
@@ -461,8 +462,8 @@ class ConversionState:
 class ConvertedParams:
     """New parameters, taken apart: the leaves of the tree, and the arrays beside it."""
 
-    leaves: Mapping[str, AnyArray]
-    beside: Mapping[str, AnyArray]
+    leaves: AnyArrays
+    beside: AnyArrays
 
     @classmethod
     def of(
@@ -530,15 +531,15 @@ def call_converted(
     function: Function,
     execution: Execution,
     params: PyTree,
-    arguments: tuple[tuple[AnyArray, ...], Mapping[str, AnyArray]],
-    extra: Mapping[str, AnyArray],
+    arguments: tuple[tuple[AnyArray, ...], AnyArrays],
+    extra: AnyArrays,
     *,
     losses: bool,
 ) -> AnyArray:
     """Return the result of a function on new parameters.
 
     Args:
-      state: of the conversion.
+      state: the state of the conversion.
       function: the user's function of dense parameters.
       execution: how parts are run.
       params: the new parameters.

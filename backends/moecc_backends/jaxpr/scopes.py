@@ -20,6 +20,7 @@ from moecc.errors import InputError
 from moecc.support.untyped import JsonDict
 from moecc_backends.jaxpr.views import (
     AnyArray,
+    AnyArrays,
     Atom,
     Aval,
     JaxEquation,
@@ -33,7 +34,6 @@ from moecc_backends.jaxpr.views import (
     float_bits,
     function_line,
     has_inside,
-    is_float,
     is_literal,
     line_of,
     opened,
@@ -45,7 +45,7 @@ from moecc_backends.jaxpr.views import (
     unique,
     user_line,
 )
-from moecc_backends.xla.trace.values import Function, PyTree
+from moecc_backends.xla.trace.values import Function, PyTree, is_float
 
 UNKNOWN = object()
 """Stands for the value of a variable that is not constant."""
@@ -460,7 +460,7 @@ class ParamTree:
         """The names of the leaves that are arrays, in order."""
         return [n for i, n in enumerate(self.names) if i not in self.fixed]
 
-    def unflatten(self, leaves: Mapping[str, AnyArray]) -> AnyArray:
+    def unflatten(self, leaves: AnyArrays) -> AnyArray:
         """Return the tree of the arrays `leaves`; a missing leaf is None."""
         filled = [self.fixed.get(i, leaves.get(n)) for i, n in enumerate(self.names)]
         return jax.tree_util.tree_unflatten(self.treedef, filled)
@@ -503,7 +503,7 @@ def is_key(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jax.dtypes.extended))
 
 
-def leaves_of(arrays: Mapping[str, AnyArray]) -> dict[str, TreeLeaf]:
+def leaves_of(arrays: AnyArrays) -> dict[str, TreeLeaf]:
     """Return the leaves that weights can be read from: those whose types have names in the IR."""
     typed = {n: a for n, a in arrays.items() if not is_key(a.dtype)}
     dtypes = {n: dtype_named(np.dtype(a.dtype)) for n, a in typed.items()}
@@ -530,9 +530,9 @@ class TracedFunction:
 def trace_function(
     function: Function,
     tree: ParamTree,
-    avals: Mapping[str, AnyArray],
+    avals: AnyArrays,
     weights: Mapping[str, TreeLeaf],
-    arguments: tuple[Sequence[AnyArray], Mapping[str, AnyArray]],
+    arguments: tuple[Sequence[AnyArray], AnyArrays],
 ) -> TracedFunction:
     """Trace ``function(params, *args, **kwargs)``.
 

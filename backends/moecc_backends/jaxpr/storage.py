@@ -23,7 +23,7 @@ from moecc.weights.expr import Box, Expr, Source, extents, sources
 from moecc.weights.movement import Index, Merge, Rename, Split, Stack, Tile
 from moecc.weights.simplify import simplify
 from moecc_backends.jaxpr.survey import BlockInstance
-from moecc_backends.jaxpr.views import AnyArray, TreeLeaf, ranged_name, shape_of
+from moecc_backends.jaxpr.views import AnyArray, AnyArrays, TreeLeaf, ranged_name, shape_of
 from moecc_backends.xla.lower.function import sharded_array
 
 
@@ -64,7 +64,7 @@ class ParamStorage:
     """Where the parameters of converted blocks lie.
 
     Attributes:
-      slots: by the name of the parameter in the graph.
+      slots: the slot of each parameter, by its name in the graph.
       arrays: the arrays to make.
       gone: the leaves that nothing uses any more.
     """
@@ -231,7 +231,7 @@ class LeafEvaluator(Evaluator):
       leaves: the arrays by the names of the leaves.
     """
 
-    def __init__(self, leaves: Mapping[str, AnyArray]) -> None:
+    def __init__(self, leaves: AnyArrays) -> None:
         super().__init__(lambda name, start=0, stop=None: rows_of(leaves[name], start, stop))
         self._leaves = leaves
 
@@ -280,9 +280,7 @@ def rows_of(leaf: AnyArray, start: int = 0, stop: int | None = None) -> Array:
     return array[start:stop] if array.ndim else array
 
 
-def new_array(
-    stored: StoredParam, leaves: Mapping[str, TreeLeaf], arrays: Mapping[str, AnyArray]
-) -> AnyArray:
+def new_array(stored: StoredParam, leaves: Mapping[str, TreeLeaf], arrays: AnyArrays) -> AnyArray:
     """Return an array of the new parameters, or its shape where leaves are shapes.
 
     It lies where the dense leaf does, sharded likewise.

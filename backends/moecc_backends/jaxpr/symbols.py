@@ -37,14 +37,13 @@ from moecc_backends.jaxpr.views import (
     callee,
     evaluate,
     float_bits,
-    is_float,
     is_literal,
     opened,
     shape_of,
     trace,
 )
 from moecc_backends.xla.lower.elementwise import ELEMENTWISE
-from moecc_backends.xla.trace.values import Function
+from moecc_backends.xla.trace.values import Function, is_float
 
 ONE_VALUE = "a block takes one value, so apply the other before it or behind it"
 MATRICES = "reshape its weights to matrices"

@@ -34,6 +34,9 @@ Aval = Any
 AnyArray = Any
 """An array, of jax or NumPy, or the tracer of one."""
 
+AnyArrays = Mapping[str, AnyArray]
+"""Arrays by name."""
+
 CALLS = frozenset(("jit", "pjit", "closed_call", "core_call"))
 """Primitives whose jaxpr stands for itself, called."""
 
@@ -56,11 +59,6 @@ def shape_of(shape: Sequence[int], dtype: Any, sharding: Any = None) -> jax.Shap
 def is_literal(atom: Atom) -> bool:
     """Return whether `atom` is a value written into its equation."""
     return isinstance(atom, core.Literal)
-
-
-def is_float(dtype: Any) -> bool:
-    """Return whether a type is of floating point."""
-    return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def float_bits(dtype: Any) -> tuple[int, int]:

@@ -144,7 +144,7 @@ class Module:
     """A compiled program as one device runs it.
 
     Attributes:
-      computations: by name.
+      computations: the computations by name.
       entry: the name of the one that runs first.
       partitions: how many devices run it together.
     """
@@ -448,7 +448,7 @@ class HloCollective:
 
     Attributes:
       kind: one of `KINDS`.
-      size_bytes: of the full tensor, each time.
+      size_bytes: bytes of the full tensor, each time.
       group_size: how many devices take part in one exchange.
       times: how often it runs.
       dtype: the element type of what is moved.
@@ -480,7 +480,7 @@ class Census:
 
     Attributes:
       collectives: every collective of the program, those within one device left out.
-      flops: of all dots and convolutions, a multiplication and an addition each.
+      flops: the operations of all dots and convolutions, two for each multiplication.
       unknown_loops: loops whose number of turns is not known when compiling; their bodies are
         counted once.  Rounds of an exchange are not among them: there is one if it is balanced.
       opaque: kernels that may multiply in a way that HLO does not tell, by name.

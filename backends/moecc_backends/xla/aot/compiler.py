@@ -490,8 +490,8 @@ class ExportedStep:
         """Return arguments with every array where the program expects it.
 
         Args:
-          *arguments: as `arguments`.
-          mesh: of the devices, its axes and sizes those that the program was compiled for.
+          *arguments: arrays, as `arguments` describes them.
+          mesh: the devices, with the axes and sizes that the program was compiled for.
         """
         shardings = self._exported.in_shardings_jax(mesh)
         places = jax.tree.unflatten(self._exported.in_tree, shardings)[0]

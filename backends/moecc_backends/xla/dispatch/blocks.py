@@ -47,6 +47,7 @@ from moecc_backends.xla.kernels.grouped_matmul import (
 )
 from moecc_backends.xla.trace.context import DeviceView, zeros_like_on_devices
 from moecc_backends.xla.trace.values import (
+    Arrays,
     DeferredRows,
     DispatchLayout,
     ExpertArrays,
@@ -58,6 +59,7 @@ from moecc_backends.xla.trace.values import (
     RowLayout,
     Rows,
     accumulator,
+    is_float,
     load,
     padded,
     store,
@@ -134,7 +136,7 @@ def sliced_by_expert(rows: DeferredRows, outside: Mapping[Value, Named]) -> dict
     return {v: x for v, x in outside.items() if "expert" in x.axes and v not in dispatched}
 
 
-Stack = Array | tuple[Array, ...]
+Stack = Array | Arrays
 """Arrays of all experts: one array ``[expert, …]``, or an array for each."""
 
 
@@ -294,13 +296,9 @@ def parts_of(rows: DeferredRows, operands: Mapping[Value, Named]) -> ExpertParts
     return ExpertParts()
 
 
-def _is_float(array: Array) -> bool:
-    return bool(jnp.issubdtype(array.dtype, jnp.floating))
-
-
 def _are_wide(arrays: Iterable[Array]) -> bool:
     """Whether sums in the types of all floating-point arrays lose nothing."""
-    return all(a.dtype.itemsize >= 4 for a in arrays if _is_float(a))
+    return all(a.dtype.itemsize >= 4 for a in arrays if is_float(a.dtype))
 
 
 def _ends_in_product(rows: DeferredRows, stacks: Mapping[Value, Named]) -> bool:
@@ -465,8 +463,8 @@ class BlockwiseLayer:
     Attributes:
       rows: the rows that are combined.
       operands: what they are made of.
-      parts: of an expert, done one after the other.
-      sizes: of blocks.
+      parts: the parts of an expert, done one after the other.
+      sizes: the sizes of blocks.
     """
 
     rows: DeferredRows
@@ -655,7 +653,7 @@ def backward(layer: BlockwiseLayer, residuals: Residuals, d_total: Array) -> tup
     outside = layer.outside(inputs)
     stacks = sliced_by_expert(layer.rows, outside)
     read = {v for n in layer.rows.nodes if n not in layer.moves for v in n.operands}
-    smooth = [v for v, x in outside.items() if v in read and _is_float(x.array)]
+    smooth = [v for v, x in outside.items() if v in read and is_float(x.array.dtype)]
     of_expert = [v for v in smooth if v in stacks]
     shared = [v for v in smooth if v not in stacks]
 
@@ -767,7 +765,7 @@ class ExpertBlocks(Deferral):
         if not self.routing.num_choices:
             return Named(layer.at_once(inputs), axes)
         differentiable = jax.custom_vjp(lambda inputs: forward(layer, inputs, saves=False)[0])
-        on_mesh = any(varies(a) for a in inputs.arrays if _is_float(a))
+        on_mesh = any(varies(a) for a in inputs.arrays if is_float(a.dtype))
         if _are_wide(inputs.arrays) and not on_mesh:
             differentiable.defvjp(partial(forward, layer), partial(backward, layer))
         else:

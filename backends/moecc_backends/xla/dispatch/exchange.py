@@ -27,8 +27,8 @@ class ExchangeMap(NamedTuple):
       there: offsets and sizes of what is sent and received on the way to the experts; None where
         as many rows go to each device.
       back: those of the way back.
-      arrival_of_row: for each row, by expert, where it arrived, or −1.
-      row_of_arrival: for each arrival, the row that it goes to, or −1.
+      arrival_of_row: the arrival of each row, by expert, or −1.
+      row_of_arrival: the row of each arrival, or −1.
       group_sizes: ``[experts]``, the rows of each of this device's experts.
     """
 

@@ -56,6 +56,7 @@ from moecc_backends.xla.trace.values import (
     Routing,
     Rows,
     accumulator,
+    is_float,
     rounds_scope,
     varies,
 )
@@ -129,7 +130,7 @@ class InRounds(Deferral):
         """Return the sum over all rounds of the rows of each token."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         operands = rows.outside()
-        learned = [v for v, x in operands.items() if jnp.issubdtype(x.array.dtype, jnp.floating)]
+        learned = [v for v, x in operands.items() if is_float(x.array.dtype)]
         others = [v for v in operands if v not in learned]
         axes = (*self.routing.tokens, *rows.row_axes)
 

@@ -17,6 +17,7 @@ from moecc_backends.xla.dispatch.exchange import ExchangeMap, ExchangeSpec
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul_of_parts, repeat_by_group
 from moecc_backends.xla.trace.values import (
     SLOT_AXES,
+    Arrays,
     Deferred,
     DeferredRows,
     DispatchLayout,
@@ -422,7 +423,7 @@ class ExchangeRecord:
     spec: ExchangeSpec
 
 
-Matrices = Array | tuple[Array, ...]
+Matrices = Array | Arrays
 
 
 def flat_matmul(
@@ -435,7 +436,7 @@ def flat_matmul(
 
     Args:
       x: the rows.
-      weight: of each expert or group, over all axes `over`.
+      weight: the weight of each expert or group, over all axes `over`.
       over: what is summed over.
       product: makes ``[rows, b]`` of ``[rows, a]``, of matrices ``[experts, a, b]`` or
         ``[experts, b, a]``, and of the axis of these that is summed over.

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moecc.ir.attention import Span, share_of_tpu_blocks, spans, tpu_block
 from moecc_backends.xla.kernels.grouped_matmul import zeros_after
 from moecc_backends.xla.trace.context import VALUE, DeviceView
-from moecc_backends.xla.trace.values import PyTree, accumulator, unchecked, varies
+from moecc_backends.xla.trace.values import Arrays, PyTree, accumulator, unchecked, varies
 
 # What an attention is made of, as arrays without names of axes.
 
@@ -68,7 +68,6 @@ class AttentionRule:
     by_key: bool = False
 
 
-Arrays = tuple[Array, ...]
 Block = Callable[[Span, Arrays, "Array | int"], tuple[Arrays, Arrays]]
 """Takes a span, sums so far and the first query; returns the sums, and arrays of its queries."""
 
@@ -385,7 +384,7 @@ def score_pairs_scope(pairs: int) -> AbstractContextManager[object]:
     """Return a scope of kernels that compute, for each head, the scores of `pairs`.
 
     Args:
-      pairs: of a query and a key; those of blocks that are skipped do not count.
+      pairs: the number of pairs of a query and a key, skipped blocks left out.
     """
     return jax.named_scope(f"{_MARK}{pairs}")
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from moecc_backends.xla.trace.values import accumulator, load, store, stored_as
+from moecc_backends.xla.trace.values import Arrays, accumulator, load, store, stored_as
 
 # How the rows of one expert are cut into blocks that a compiled loop can multiply.
 #
@@ -192,7 +192,7 @@ def grouped_matmul(
 
 def grouped_matmul_of_parts(
     rows: Array,
-    weights: tuple[Array, ...],
+    weights: Arrays,
     group_sizes: Array,
     contracting_axis: int,
 ) -> Array:
@@ -380,7 +380,7 @@ def rows_times(rows: Array, matrix: Array, at: int) -> Array:
     """Return ``[rows, b]``, the sum over ``a`` of ``rows [rows, a]`` times `matrix`.
 
     Args:
-      rows: in one type with the matrix, which is that of the sums.
+      rows: the rows; they, the matrix and the sums have one type.
       matrix: ``[a, b]``, or ``[b, a]``.
       at: the position of ``a`` in the matrix.
     """
@@ -459,8 +459,6 @@ repeat_by_group.defvjp(
 #
 # Where it has none it masks the rows once for each expert and multiplies them all: as much
 # arithmetic and memory as experts, which is right and slow.
-
-Arrays = tuple[Array, ...]
 
 _BLOCK = 2048
 """Rows of a gradient at a time: enough work for a product to hide reading and writing its sum."""

@@ -51,14 +51,14 @@ from moecc_backends.xla.trace.values import (
     DispatchLayout,
     ExpertArrays,
     Named,
+    NamedArrays,
     Names,
     Operand,
     Routing,
     Uncast,
     accumulator,
+    is_float,
 )
-
-Tree = Mapping[str, Array]
 
 Given = Array | Master | tuple[Array, ...]
 """What is given of a value: an array, a parameter as it is stored, or an array for each expert."""
@@ -70,7 +70,7 @@ def function(
     dtype: DType = F32,
     options: Options = DEFAULTS,
     interceptor: Interceptor = DIRECT,
-) -> Callable[[Tree, Tree], dict[str, Array]]:
+) -> Callable[[NamedArrays, NamedArrays], dict[str, Array]]:
     """Return `graph` as a pure function of parameters and inputs, by name.
 
     A random key is a key of jax's, ``jax.random.key(0)`` or what `jax_inputs` makes of a number.
@@ -91,7 +91,7 @@ def function(
     nodes = list(graph)
     keys = [name for name, value in graph.inputs.items() if value.type.dtype.kind == "key"]
 
-    def run(params: Tree, inputs: Tree) -> dict[str, Array]:
+    def run(params: NamedArrays, inputs: NamedArrays) -> dict[str, Array]:
         check_given(graph, params, inputs)
         check_keys({name: inputs[name] for name in keys})
         operands = {v: inputs[n] for n, v in graph.inputs.items()}
@@ -152,7 +152,7 @@ def cast_input(array: Array, dtype: DType, *, precise: bool = False) -> Array:
       dtype: the type of the computation.
       precise: whether it is float32 at least, as a router is under selective precision.
     """
-    if jnp.issubdtype(array.dtype, jnp.floating):
+    if is_float(array.dtype):
         return array.astype(accumulator(dtype.numpy) if precise else dtype.numpy)
     return array.astype(jnp.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array
 
@@ -171,7 +171,7 @@ def finalize_output(value: Operand, declared: Value, *, wide: bool = True) -> Ar
     if not isinstance(value, Named):
         raise InputError("a ragged value cannot be returned", where=f"%{declared.name}")
     array = value.to(declared.type.names).array
-    if wide and jnp.issubdtype(array.dtype, jnp.floating):
+    if wide and is_float(array.dtype):
         return array.astype(accumulator(array.dtype))
     return array
 
@@ -319,7 +319,7 @@ class GspmdLowering(Interceptor):
         """Return a parameter as it is used, gathered from where it is stored."""
         if not isinstance(x, Named) or value.node is not None or set(_TOKEN_AXES) & set(x.axes):
             return x
-        if x.array.ndim < 2 or not jnp.issubdtype(x.array.dtype, jnp.floating):
+        if x.array.ndim < 2 or not is_float(x.array.dtype):
             return x
         if is_precise(node):
             return Named(_gathered_param(x.array, self.sharding(x.axes, {}), None), x.axes)
@@ -435,7 +435,7 @@ def sharded_function(
     *,
     dtype: DType = F32,
     options: Options = DEFAULTS,
-) -> Callable[[Tree, Tree], dict[str, Array]]:
+) -> Callable[[NamedArrays, NamedArrays], dict[str, Array]]:
     """Return `graph` as a function of global parameters and inputs, run shard by shard on `mesh`.
 
     Args:
@@ -472,7 +472,7 @@ def sharded_function(
     nodes = list(graph)
     params = {n: v for n, v in graph.params.items() if v.users}
 
-    def on_device(weights: Tree, inputs: Tree) -> dict[str, Array]:
+    def on_device(weights: NamedArrays, inputs: NamedArrays) -> dict[str, Array]:
         arrays = {v: inputs[n] for n, v in graph.inputs.items()}
         arrays |= {v: weights[n] for n, v in params.items()}
         values = lower_values(nodes, arrays, dtype, options, view=DeviceView(grid))
@@ -493,7 +493,7 @@ def sharded_function(
         check_vma=True,
     )
 
-    def run(weights: Tree, inputs: Tree) -> dict[str, Array]:
+    def run(weights: NamedArrays, inputs: NamedArrays) -> dict[str, Array]:
         _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, grid)
         return mapped({n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs})
 

@@ -191,7 +191,7 @@ def _ranks_in_experts(
     """Return how many choices of one group and expert come before each, −1 where not `wanted`.
 
     Args:
-      attrs: of the node.
+      attrs: the attributes of the node.
       groups: the number of token groups.
       chosen: the expert of each choice, ``[tokens, choice]``.
       wanted: which choices ask for a slot, likewise; None if all do.

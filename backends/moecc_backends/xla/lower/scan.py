@@ -38,7 +38,7 @@ from moecc_backends.xla.trace.context import (
     lowering_along,
 )
 from moecc_backends.xla.trace.host_arrays import Master, cast_all
-from moecc_backends.xla.trace.values import Function, Named, Operand, Uncast
+from moecc_backends.xla.trace.values import Arrays, Function, Named, Operand, Uncast
 
 # Cutting a graph into segments that repeat, so that equal layers are compiled once.
 #
@@ -223,7 +223,6 @@ def _loop(layers: list[GraphSegment]) -> LayerLoop | None:
     return loop
 
 
-Arrays = tuple[Array, ...]
 Slices = tuple[Array | Master, ...]
 Step = Callable[[Arrays, Slices], tuple[Arrays, Arrays]]
 Remembering = Callable[..., Function]

@@ -56,7 +56,7 @@ from moecc_backends.xla.lower.function import cast_input, finalize_output, funct
 from moecc_backends.xla.lower.scan import GraphSegment, segments
 from moecc_backends.xla.trace.context import DEFAULTS, Options
 from moecc_backends.xla.trace.host_arrays import misfits, missing, to_device, to_numpy
-from moecc_backends.xla.trace.values import MOST_LISTED, Named
+from moecc_backends.xla.trace.values import MOST_LISTED, Named, Outputs
 
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 """How XLA's message begins on every platform."""
@@ -246,7 +246,7 @@ class XlaSession(SegmentRunner):
         super().__init__(dtype, Options(in_place=True))
         self._params = params
         self._weights: dict[str, Weight] = {}
-        self._values: dict[str, jax.Array] = {}
+        self._values: Outputs = {}
         self._segments: dict[Graph, list[GraphSegment]] = {}
 
     def keep(self, values: Mapping[str, NumpyArray]) -> None:
@@ -559,7 +559,7 @@ def differences(everyone: list[list[tuple[str, str]]]) -> list[Problem]:
     """Return what each process has otherwise than the first.
 
     Args:
-      everyone: for each process the names and values, in one order.
+      everyone: the names and values of each process, in one order.
     """
     problems = []
     for number, theirs in enumerate(everyone):

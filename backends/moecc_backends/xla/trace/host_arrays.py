@@ -164,7 +164,7 @@ class Master(NamedTuple):
 
     Attributes:
       stored: the parameter.
-      slope: of its shape, in the type of the computation; its gradient is that of the parameter
+      slope: an array of its shape in the type of the computation; its gradient is the parameter's
         when it is cast, and its elements are never read.
     """
 

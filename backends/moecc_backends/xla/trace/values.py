@@ -27,6 +27,15 @@ PyTree = Any
 Names = tuple[str, ...]
 """Names, in order: of axes for the most part."""
 
+Arrays = tuple[Array, ...]
+"""Several arrays, in order."""
+
+NamedArrays = Mapping[str, Array]
+"""Arrays by name: parameters, inputs, gradients."""
+
+Outputs = dict[str, Array]
+"""The arrays that a function returns, by name."""
+
 Function = Callable[..., PyTree]
 """A function of pytrees, which jax traces."""
 
@@ -36,6 +45,11 @@ def varies(*arrays: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     # Only within shard_map has the type of an array this attribute.
     types = (getattr(jax.typeof(a), "manual_axis_type") for a in arrays)  # noqa: B009
     return frozenset[str]().union(*(type.varying for type in types))
+
+
+def is_float(dtype: DTypeLike) -> bool:
+    """Return whether a type is of floating point."""
+    return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def manual_axes() -> frozenset[str]:
@@ -228,7 +242,7 @@ class Rows:
 
     Attributes:
       array: the rows.
-      axes: of each.
+      axes: the axes of a row.
       layout: how they are laid out.
       are_tokens: whether padding rows are tokens as well, of other experts: safe to read.
     """
@@ -266,7 +280,7 @@ class Deferred:
     """What a lowering returns that makes nothing yet: its node is lowered at the combine.
 
     Attributes:
-      routing: of the rows that are deferred.
+      routing: the routing of the deferred rows.
       nodes: the operations that were deferred so far, in order.
     """
 
@@ -416,7 +430,7 @@ class RowLayout(DispatchLayout):
 
         Args:
           x: the rows.
-          weight: of each expert or group, over all axes `over`.
+          weight: the weight of each expert or group, over all axes `over`.
           over: what is summed over.
           kind: the type that a kernel is asked for; others sum in float32 at least.
         """
@@ -498,7 +512,7 @@ def padded(
       value: what padding rows hold.
       gradient: what padding rows of the cotangent hold, likewise.
     """
-    if value is None or not jnp.issubdtype(rows.dtype, jnp.floating):
+    if value is None or not is_float(rows.dtype):
         return rows
     used = is_used.reshape(-1, *[1] * (rows.ndim - 1))
     return jnp.where(used, rows, jnp.asarray(value, rows.dtype))
@@ -572,7 +586,7 @@ def per_row(value: Operand, layout: RowLayout) -> Named:
     """
     if isinstance(value, Rows):
         return value.inner()
-    is_masked = not layout.is_full and jnp.issubdtype(value.array.dtype, jnp.floating)
+    is_masked = not layout.is_full and is_float(value.array.dtype)
     inner = tuple(a for a in value.axes if a not in ("rows", "group", "expert"))
     outer = tuple(a for a in ("group", "expert") if a in value.axes)
     if outer == ("expert",):

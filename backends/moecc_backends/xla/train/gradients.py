@@ -45,14 +45,25 @@ from moecc_backends.xla.trace.context import (
     zeros_like_on_devices,
 )
 from moecc_backends.xla.trace.host_arrays import Master
-from moecc_backends.xla.trace.values import Function, Named, Names, PyTree, accumulator, varies
+from moecc_backends.xla.trace.values import (
+    Arrays,
+    Function,
+    Named,
+    NamedArrays,
+    Names,
+    Outputs,
+    PyTree,
+    accumulator,
+    is_float,
+    varies,
+)
 
 # The cross entropy of a head: a chunk of tokens at a time, on the shards that a device has.
 #
 # Logits of a large vocabulary would take more memory than the rest of a step. Gradients of a chunk
 # are made with its loss, so that nothing of it is kept or computed again.
 
-LossArrays = tuple[Array, ...]
+LossArrays = Arrays
 
 Sums = dict[str, Array]
 """Sums over tokens: of the negative log-likelihood, of (log Σ exp)², of targets hit."""
@@ -95,7 +106,7 @@ class HeadLoss:
       head: the head.
       lowering: how and where it is lowered.
       output_z: the coefficient of the z-loss of the softmax.
-      chunk_bytes: of logits in float32, about.
+      chunk_bytes: bytes of logits in float32 that a chunk has, about.
     """
 
     head: OutputHead
@@ -149,7 +160,7 @@ class HeadLoss:
         return (loss + self.output_z * sums["output_z"] if self.output_z else loss), sums
 
 
-def token_losses(logits: Array, targets: Array, mesh: Names, view: DeviceView) -> dict[str, Array]:
+def token_losses(logits: Array, targets: Array, mesh: Names, view: DeviceView) -> Outputs:
     """Return −log softmax(logits)[target], (log Σ exp)² and whether it is hit, of each token.
 
     In float32 at least.  No entry is picked by index, because the vocabulary may be sharded.  A
@@ -259,9 +270,6 @@ def _zeros(
     return jax.tree.map(lambda a: view.varying(jnp.zeros(a.shape, a.dtype), over), shapes)
 
 
-Arrays = Mapping[str, Array]
-Outputs = dict[str, Array]
-
 AUXILIARY = "loss.auxiliary"
 """The output that `add-losses` makes of all the losses of routers."""
 
@@ -290,15 +298,15 @@ class BatchLoss:
         return self.where.lowering
 
     def gradients(
-        self, trained: Arrays, fixed: Arrays, inputs: Arrays, key: Array
-    ) -> tuple[dict[str, Array], Outputs]:
+        self, trained: NamedArrays, fixed: NamedArrays, inputs: NamedArrays, key: Array
+    ) -> tuple[Outputs, Outputs]:
         """Return the gradients of a batch, reduced over devices, and its sums.
 
         Args:
           trained: the parameters that have a gradient.
           fixed: the others.
-          inputs: of the graph but for its key, and the targets.
-          key: of all that is random in the batch.
+          inputs: the inputs of the graph but its key, and the targets.
+          key: the random key of the batch.
         """
         # The mesh axes along which devices have sequences of their own, and share the parameter.
         batch = {
@@ -315,7 +323,7 @@ class BatchLoss:
         differentiated = {n: self._slope(stored[n]) if n in stored else a for n, a in apart.items()}
         kind = self.where.spec.config.reduce_type.numpy
 
-        def of_part(part: Arrays, number: Array | int) -> tuple[PyTree, Outputs]:
+        def of_part(part: NamedArrays, number: Array | int) -> tuple[PyTree, Outputs]:
             loss = partial(
                 self._loss,
                 stored=stored,
@@ -336,17 +344,17 @@ class BatchLoss:
         slopes, sums = self._over_parts(of_part, inputs)
         return {n: reduced(n, g) for n, g in slopes.items()}, {**sums, TOKENS: total}
 
-    def values(self, params: Arrays, inputs: Arrays, key: Array) -> Outputs:
+    def values(self, params: NamedArrays, inputs: NamedArrays, key: Array) -> Outputs:
         """Return the sums of a batch, without gradients."""
         total = self._targets(inputs[TARGETS])
         loss = partial(self._loss, {}, stored=self._stored(params), fixed=params, total=total)
 
-        def of_part(part: Arrays, number: Array | int) -> Outputs:
+        def of_part(part: NamedArrays, number: Array | int) -> Outputs:
             return loss(inputs=part, key=jax.random.fold_in(key, number))[1]
 
         return {**self._over_parts(of_part, inputs), TOKENS: total}
 
-    def _over_parts(self, of_part: Function, inputs: Arrays) -> PyTree:
+    def _over_parts(self, of_part: Function, inputs: NamedArrays) -> PyTree:
         """Return the sum of what `of_part` makes of the micro-batches.
 
         Raises:
@@ -367,7 +375,7 @@ class BatchLoss:
             if n not in totals
         }
 
-        def add(total: PyTree, part: tuple[Arrays, Array]) -> tuple[PyTree, None]:
+        def add(total: PyTree, part: tuple[NamedArrays, Array]) -> tuple[PyTree, None]:
             sums = of_part({**part[0], **totals}, part[1])
             return jax.tree.map(jnp.add, total, sums), None
 
@@ -380,11 +388,11 @@ class BatchLoss:
 
     def _loss(
         self,
-        trained: Arrays,
+        trained: NamedArrays,
         *,
-        stored: Arrays,
-        fixed: Arrays,
-        inputs: Arrays,
+        stored: NamedArrays,
+        fixed: NamedArrays,
+        inputs: NamedArrays,
         total: Array,
         key: Array,
     ) -> tuple[Array, Outputs]:
@@ -394,9 +402,9 @@ class BatchLoss:
           trained: what has a gradient: parameters, of those in `stored` their `slope`.
           stored: the parameters that loops cast.
           fixed: the other parameters.
-          inputs: of the micro-batch.
+          inputs: the inputs of the micro-batch.
           total: the number of targets of the whole batch.
-          key: of all that is random in it.
+          key: the random key of the micro-batch.
         """
         graph, head, spec = self.graph, self._head, self.where.spec
         params = {**fixed, **trained}
@@ -422,7 +430,7 @@ class BatchLoss:
         loss = summed / jnp.maximum(total, 1).astype(summed.dtype)
         return loss + outputs.get(AUXILIARY, 0.0), {**outputs, **sums}
 
-    def _stored(self, params: Arrays) -> dict[str, Array]:
+    def _stored(self, params: NamedArrays) -> Outputs:
         """Return the parameters that are wider than the computation, and that loops alone read.
 
         Cast beforehand there would be a copy of all layers for the whole step.
@@ -430,7 +438,7 @@ class BatchLoss:
         return {
             n: a
             for n, a in params.items()
-            if jnp.issubdtype(a.dtype, jnp.floating)
+            if is_float(a.dtype)
             and a.dtype.itemsize > self.lowering.dtype.itemsize_bytes
             and is_cast_by_layer(self.graph.params[n])
         }
@@ -462,7 +470,7 @@ def _micro_batches(array: Array, at: int, count: int, rows: int) -> Array:
     """Return ``[micro-batch, …]``: token groups in turn, so that a mesh does not matter.
 
     Args:
-      array: of a batch.
+      array: an input of a batch.
       at: the position of its batch axis.
       count: the number of micro-batches.
       rows: the sequences that stay together.

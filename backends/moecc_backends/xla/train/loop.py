@@ -85,7 +85,7 @@ from moecc_backends.xla.run.program import (
     meet_processes,
     preflight,
 )
-from moecc_backends.xla.trace.values import PyTree
+from moecc_backends.xla.trace.values import NamedArrays, Outputs, PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 from moecc_backends.xla.train.step import PhasedStep, TrainStep, shared_step
 from moecc_backends.xla.train.tensors import (
@@ -312,7 +312,7 @@ class RunCheckpoints:
 # handled before the loop goes on, so a checkpoint is never ahead of the journal.
 
 State = PyTree
-Placed = Mapping[str, jax.Array]
+Placed = NamedArrays
 """A batch on its devices."""
 
 SKIPPED = "guard.skipped"
@@ -343,7 +343,7 @@ class Loop:
     rate: Callable[[int], float]
     stop: Callable[[], Reason | None]
     clock: Callable[[], float] = time.monotonic
-    spread: Callable[[Mapping[str, jax.Array]], dict[str, list[float]]] | None = None
+    spread: Callable[[NamedArrays], dict[str, list[float]]] | None = None
     enter: Callable[[Phase], None] = lambda phase: None
 
     _state: State = field(init=False, default=None)
@@ -469,7 +469,7 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def on_host(metrics: Mapping[str, jax.Array]) -> dict[str, Metric]:
+def on_host(metrics: NamedArrays) -> dict[str, Metric]:
     """Return metrics as numbers, and lists of them."""
     arrays = {name: np.asarray(a) for name, a in sorted(jax.device_get(dict(metrics)).items())}
     return {
@@ -482,7 +482,7 @@ def on_host(metrics: Mapping[str, jax.Array]) -> dict[str, Metric]:
 
 EXPERT, LAYER = "expert", "layer"
 
-SpreadOf = Callable[[Mapping[str, jax.Array]], dict[str, list[float]]]
+SpreadOf = Callable[[NamedArrays], dict[str, list[float]]]
 
 
 def spread_of(graph: Graph, replicated: Sharding) -> SpreadOf | None:
@@ -492,7 +492,7 @@ def spread_of(graph: Graph, replicated: Sharding) -> SpreadOf | None:
     None where the graph has no experts.
 
     Args:
-      graph: of a program.
+      graph: the graph of a program.
       replicated: where every device of the program has all of an array.
     """
     groups = parameter_groups(graph)
@@ -522,7 +522,7 @@ def spread_of(graph: Graph, replicated: Sharding) -> SpreadOf | None:
 
     compiled = jax.jit(squares, out_shardings=replicated)
 
-    def spread(params: Mapping[str, jax.Array]) -> dict[str, list[float]]:
+    def spread(params: NamedArrays) -> dict[str, list[float]]:
         spreads: dict[str, list[float]] = {}
         sums = jax.device_get(compiled({name: params[name] for name in chosen}))
         for location, (apart, size) in sums.items():
@@ -544,7 +544,7 @@ class DeviceFeed:
     """The batches of a recipe, on the devices of a program.
 
     Attributes:
-      batches: on the host.
+      batches: the batches on the host.
       abstract: shapes, types and shardings of the arrays of a batch; the first axis is the batch.
     """
 
@@ -556,16 +556,16 @@ class DeviceFeed:
         """The number of batches of each held-out text."""
         return {name: evaluation.batches for name, evaluation in self.batches.evaluations.items()}
 
-    def train(self, number: int) -> dict[str, jax.Array]:
+    def train(self, number: int) -> Outputs:
         """Return a batch of the mixture."""
         return self._placed(lambda rows: self.batches.batch(number, rows))
 
-    def evaluate(self, name: str, number: int) -> dict[str, jax.Array]:
+    def evaluate(self, name: str, number: int) -> Outputs:
         """Return a batch of a held-out text."""
         evaluation = self.batches.evaluations[name]
         return self._placed(lambda rows: evaluation.batch(number, rows))
 
-    def _placed(self, read: Callable[[slice], Mapping[str, Array]]) -> dict[str, jax.Array]:
+    def _placed(self, read: Callable[[slice], Mapping[str, Array]]) -> Outputs:
         read_rows = cache(lambda start, stop: read(slice(start, stop)))
 
         def part(name: str, box: Box) -> Array:

@@ -29,9 +29,8 @@ from moecc.train.settings import (
 )
 from moecc.train.state import COLUMN, FIRST, ROW, SECOND
 from moecc.types import TensorType
-from moecc_backends.xla.trace.values import PyTree
+from moecc_backends.xla.trace.values import Arrays, NamedArrays, Outputs, PyTree
 
-Arrays = Mapping[str, Array]
 Moments = dict[str, PyTree]
 """``{kind: {parameter: array}}``, and the counts of updates."""
 
@@ -48,7 +47,7 @@ class Optimizer:
 
     Attributes:
       section: its name and numbers.
-      types: of the parameters.
+      types: the types of the parameters.
       settings: how each of them is trained.
     """
 
@@ -71,7 +70,7 @@ class Optimizer:
         """The types of the moments, by kind and parameter."""
         return moment_types(self.section.name, self.types, self.settings)
 
-    def init(self, params: Arrays) -> Moments:
+    def init(self, params: NamedArrays) -> Moments:
         """Return the moments before the first update: zeros."""
         zeros = {
             kind: {n: jnp.zeros(t.shape, params[n].dtype) for n, t in types.items()}
@@ -82,22 +81,22 @@ class Optimizer:
 
     def directions(
         self,
-        gradients: Arrays,
+        gradients: NamedArrays,
         moments: Moments,
-        params: Arrays,
+        params: NamedArrays,
         settle: Settle = lambda after, before: after,
-    ) -> tuple[dict[str, Array], Moments]:
+    ) -> tuple[Outputs, Moments]:
         """Return the directions in which parameters go, to be subtracted, and the moments after.
 
         Parameters that are trained from a later step on have a count of updates of their own.
 
         Args:
-          gradients: of the parameters.
+          gradients: the gradients of the parameters.
           moments: before the update.
           params: the parameters.
           settle: says which moments stay; AdamW's directions are those of the moments that do.
         """
-        directions: dict[str, Array] = {}
+        directions: Outputs = {}
         after: Moments = {kind: {} for kind in self.moment_types}
         for first, names in self._parts.items():
             count = count_of(first)
@@ -132,20 +131,20 @@ class Update:
 
     Attributes:
       optimizer: the optimiser.
-      gradients: of the parameters.
+      gradients: the gradients of the parameters.
       moments: before the update.
       params: the parameters.
       settle: says which moments stay.
     """
 
     optimizer: Optimizer
-    gradients: Arrays
+    gradients: NamedArrays
     moments: Moments
-    params: Arrays
+    params: NamedArrays
     settle: Settle
 
 
-Direction = tuple[dict[str, Array], Moments]
+Direction = tuple[Outputs, Moments]
 """Directions by parameter, and the moments after; their count is the caller's to settle."""
 
 
@@ -208,7 +207,7 @@ def _muon(update: Update) -> Direction:
     }
 
 
-def _some(arrays: Arrays, names: Iterable[str]) -> dict[str, Array]:
+def _some(arrays: NamedArrays, names: Iterable[str]) -> Outputs:
     return {n: arrays[n] for n in names}
 
 
@@ -219,7 +218,7 @@ def _adafactor(update: Update) -> Direction:
     """
     optimizer, moments = update.optimizer, update.moments
     types_of_moments = optimizer.moment_types
-    directions: dict[str, Array] = {}
+    directions: Outputs = {}
     after: Moments = {kind: {} for kind in moments if kind != COUNT}
     for name, gradient in update.gradients.items():
         kinds = tuple(kind for kind in after if name in moments[kind])
@@ -244,8 +243,8 @@ class _Factored:
     """What Adafactor's update of a parameter depends on.  Those that are alike share one function.
 
     Attributes:
-      types: of the parameter, and of its moments.
-      kinds: of the moments.
+      types: the type of the parameter, and of its moments.
+      kinds: the kinds of the moments.
       blocks: the dimensions along which each slice is a parameter by itself.
       clip: the largest root mean square of an update.
     """
@@ -259,7 +258,7 @@ class _Factored:
 @partial(jax.jit, static_argnums=0)
 def _by_block(
     like: _Factored, count: Array, gradient: Array, param: Array, *moments: Array
-) -> tuple[Array, ...]:
+) -> Arrays:
     """Return the direction of one parameter by Adafactor, and its moments after."""
     import optax
 
@@ -285,7 +284,7 @@ def _by_block(
         axis = left.pop(0)
         at = tuple([n for n in names if n not in left].index(axis) for names in arguments)
         function = jax.vmap(function, in_axes=at, out_axes=(at[0], *at[2:]))
-    updated: tuple[Array, ...] = function(gradient, param, *moments)
+    updated: Arrays = function(gradient, param, *moments)
     return updated
 
 

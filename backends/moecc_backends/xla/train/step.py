@@ -43,15 +43,13 @@ from moecc.types import KEY, DType, TensorType
 from moecc.types import Arrays as HostArrays
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.run.program import in_precision, machine_errors
-from moecc_backends.xla.trace.values import Names, PyTree, accumulator
+from moecc_backends.xla.trace.values import Arrays, NamedArrays, Names, Outputs, PyTree, accumulator
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
     LOSS_SUM,
     SUMS,
     TOKENS,
-    Arrays,
     BatchLoss,
-    Outputs,
     StepShardings,
     batch_types,
     input_types,
@@ -82,7 +80,7 @@ class EvaluationStep:
         """Return the parameters that the graph reads, by name."""
         return {n: params[n] for n, v in self.graph.params.items() if v.users}
 
-    def pure(self, params: Arrays, batch: Arrays, key: Array) -> Outputs:
+    def pure(self, params: NamedArrays, batch: NamedArrays, key: Array) -> Outputs:
         """Return what `TrainStep.evaluate` returns, as a function to trace."""
         graph = self.graph
         types = {n: graph.params[n].type for n in params}
@@ -94,7 +92,7 @@ class EvaluationStep:
         return {**told(sums, graph), LOSS_SUM: sums[LOSS_SUM], "hits": sums["hits"]}
 
 
-def totals_for(graph: Graph, where: StepShardings, batch: Arrays) -> Outputs:
+def totals_for(graph: Graph, where: StepShardings, batch: NamedArrays) -> Outputs:
     """Return the totals of a batch that the graph of a micro-batch takes."""
     totals = totals_of(graph)
     if not totals:
@@ -104,7 +102,7 @@ def totals_for(graph: Graph, where: StepShardings, batch: Arrays) -> Outputs:
     return {n: jnp.asarray(counted(t, arrays, parts), jnp.float32) for n, t in totals.items()}
 
 
-def _masks(graph: Graph, where: StepShardings, batch: Arrays) -> Outputs:
+def _masks(graph: Graph, where: StepShardings, batch: NamedArrays) -> Outputs:
     """Return the masks that `graph` computes of the inputs of a batch, and of nothing else."""
     masks = {n: v for n, v in graph.outputs.items() if n.startswith(MASK)}
     if not masks:
@@ -112,7 +110,7 @@ def _masks(graph: Graph, where: StepShardings, batch: Arrays) -> Outputs:
     nodes, config = _ancestors(graph, masks.values()), where.lowering
     types = {n: t for n, t in batch_types(graph).items() if n in graph.inputs}
 
-    def run(inputs: Arrays) -> Outputs:
+    def run(inputs: NamedArrays) -> Outputs:
         values = config.lower(nodes, {graph.inputs[n]: a for n, a in inputs.items()})
         return {
             n: config.fresh().settled(values[v].to(v.type.names).array, v.type)
@@ -180,7 +178,7 @@ def scorer(graph: Graph, params: HostArrays, *, dtype: DType) -> Scorer:
     names = graph.outputs[LOGITS].type.names
 
     @jax.jit
-    def scores(params: PyTree, inputs: PyTree, targets: Array) -> tuple[Array, ...]:
+    def scores(params: PyTree, inputs: PyTree, targets: Array) -> Arrays:
         logits = jnp.moveaxis(model(params, inputs)[LOGITS], names.index(VOCAB), -1)
         wide = logits.astype(accumulator(logits.dtype))
         counted = targets != IGNORED
@@ -229,15 +227,15 @@ class Guard:
 
     def __call__(
         self, state: GuardState, loss: Array, norm: Array
-    ) -> tuple[Array, GuardState, dict[str, Array]]:
+    ) -> tuple[Array, GuardState, Outputs]:
         """Return whether the step is taken, the state after it, and metrics.
 
         ``guard.limit`` is the largest loss that is taken, infinite until the window is full.
 
         Args:
           state: the state before it.
-          loss: of the batch.
-          norm: of its gradients.
+          loss: the loss of the batch.
+          norm: the norm of its gradients.
         """
         section, losses, wide = self.section, state["losses"], loss.astype(jnp.float32)
         limit = jnp.asarray(jnp.inf, jnp.float32)
@@ -277,10 +275,10 @@ class TrainStep:
     """A compiled step of training, and where its state lies.
 
     Attributes:
-      graph: of a micro-batch.
+      graph: the graph of a micro-batch.
       spec: what decides the step besides.
       where: how and where it is lowered.
-      evaluation: of the same parameters, if there is one.
+      evaluation: the evaluation of the same parameters, if there is one.
     """
 
     graph: Graph
@@ -319,7 +317,7 @@ class TrainStep:
         """Return the state before the first step, where it belongs.
 
         Args:
-          params: by the names of the graph; those of this process's devices, or whole.
+          params: the parameters by name; those of this process's devices, or whole.
 
         Raises:
           InputError: a parameter is missing.
@@ -335,7 +333,7 @@ class TrainStep:
         out = jax.tree.map(lambda a: a.sharding, self.abstract_state)
         return jax.jit(self._initial, out_shardings=out)(placed)
 
-    def _initial(self, params: Arrays) -> State:
+    def _initial(self, params: NamedArrays) -> State:
         trained = {n: params[n] for n in self.trained}
         return {
             "params": {n: params[n] for n in self.settings},
@@ -380,14 +378,14 @@ class TrainStep:
         return jax.jit(self.pure, donate_argnums=(0,), out_shardings=(shardings, None))
 
     def step(
-        self, state: State, batch: Arrays, key: Array, rate: Array | float
+        self, state: State, batch: NamedArrays, key: Array, rate: Array | float
     ) -> tuple[State, Outputs]:
         """Return the state after a step, and metrics; the state that is given is used up.
 
         Args:
-          state: as `init` returns it.
+          state: a state, as `init` returns it.
           batch: the graph's inputs, but for a key, and the targets ``[batch, seq]``, −1 for none.
-          key: of all that is random in this step.
+          key: the random key of this step.
           rate: the learning rate.
         """
         return self.function(state, batch, key, jnp.asarray(rate, jnp.float32))
@@ -406,13 +404,15 @@ class TrainStep:
         if judge is not None:
             judge.function.trace(judge.used(self.model_params(state)), dict(batch), key)
 
-    def evaluate(self, params: Arrays, batch: Arrays, key: Array | None = None) -> Outputs:
+    def evaluate(
+        self, params: NamedArrays, batch: NamedArrays, key: Array | None = None
+    ) -> Outputs:
         """Return metrics of a batch in evaluation, and the sums ``loss.sum``, ``hits``, ``tokens``.
 
         Args:
           params: all parameters of the graph, by name.
           batch: the graph's inputs, but for a key, and the targets ``[batch, seq]``, −1 for none.
-          key: of what is random in evaluation, as policies may be; one that is fixed by default.
+          key: the random key, which policies may need in evaluation; a fixed one by default.
         """
         judge = self.evaluation
         assert judge is not None, "make_train_step was given the graph of evaluation"
@@ -420,11 +420,13 @@ class TrainStep:
         return judge.function(judge.used(params), dict(batch), key)
 
     @staticmethod
-    def model_params(state: State) -> dict[str, Array]:
+    def model_params(state: State) -> Outputs:
         """Return all parameters of the graph: trained ones, frozen ones, and biases."""
         return {**state["params"], **state["bias"]}
 
-    def pure(self, state: State, batch: Arrays, key: Array, rate: Array) -> tuple[State, Outputs]:
+    def pure(
+        self, state: State, batch: NamedArrays, key: Array, rate: Array
+    ) -> tuple[State, Outputs]:
         """Return what `step` returns, as a function to trace."""
         params = state["params"]
         trained = {n: params[n] for n in self.trained}
@@ -452,8 +454,8 @@ class TrainStep:
         return after, metrics
 
     def gradients(
-        self, trained: Arrays, fixed: Arrays, batch: Arrays, key: Array
-    ) -> tuple[dict[str, Array], Outputs]:
+        self, trained: NamedArrays, fixed: NamedArrays, batch: NamedArrays, key: Array
+    ) -> tuple[Outputs, Outputs]:
         """Return the gradients of trained parameters, and sums over the batch; to be traced."""
         graph = self.graph
         trained_types, fixed_types = (
@@ -470,13 +472,13 @@ class TrainStep:
 
     def update(
         self,
-        trained: Arrays,
+        trained: NamedArrays,
         moments: PyTree,
-        slopes: Arrays,
+        slopes: NamedArrays,
         norm: Array,
         rate: Array,
         keep: Settle = _as_changed,
-    ) -> tuple[dict[str, Array], PyTree]:
+    ) -> tuple[Outputs, PyTree]:
         """Return what parameters become, and the moments that `keep` keeps; to trace."""
 
         def settle(after: PyTree, before: PyTree) -> PyTree:
@@ -520,7 +522,7 @@ def _abstract_moment(
     return jax.ShapeDtypeStruct(type.shape, abstract.dtype, sharding=sharding)
 
 
-def gradient_norm(slopes: Arrays) -> Array:
+def gradient_norm(slopes: NamedArrays) -> Array:
     """Return the norm of all gradients together, in float32 at least."""
     squares = [jnp.sum(jnp.square(g.astype(accumulator(g.dtype)))) for g in slopes.values()]
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
@@ -532,9 +534,9 @@ def make_train_step(
     """Return the step of `graph` over `devices`, which its mesh has as many of.
 
     Args:
-      graph: of a micro-batch, for training with its losses.
+      graph: the graph of a micro-batch, for training with its losses.
       spec: what decides the step besides.
-      devices: in the order of the mesh.
+      devices: the devices, in the order of the mesh.
       evaluation: the graph of a micro-batch in evaluation.
 
     Raises:
@@ -556,7 +558,7 @@ class PhasedStep:
     """A step of training for each phase of a run; a state knows by its moments which one it is of.
 
     Attributes:
-      phases: in order, one at least.
+      phases: the phases in order, one at least.
       steps: the step of each; they differ in what is trained.
     """
 
@@ -568,7 +570,7 @@ class PhasedStep:
         return self.steps[phase_at(self.phases, done)]
 
     def step(
-        self, state: State, batch: Arrays, key: Array, rate: Array | float
+        self, state: State, batch: NamedArrays, key: Array, rate: Array | float
     ) -> tuple[State, Outputs]:
         """Return the state after a step, and metrics; see `TrainStep.step`."""
         return self._by_structure[jax.tree.structure(state)].step(state, batch, key, rate)
@@ -591,11 +593,11 @@ class PhasedStep:
         leaves = [{**zeros, **present}[path] for path in wanted]
         return jax.tree.unflatten(jax.tree.structure(program.abstract_state), leaves)
 
-    def model_params(self, state: State) -> dict[str, Array]:
+    def model_params(self, state: State) -> Outputs:
         """Return all parameters of the graph; see `TrainStep.model_params`."""
         return self.steps[0].model_params(state)
 
-    def evaluate(self, params: Arrays, batch: Arrays) -> Outputs:
+    def evaluate(self, params: NamedArrays, batch: NamedArrays) -> Outputs:
         """Return the metrics of a batch in evaluation; see `TrainStep.evaluate`."""
         return self.steps[0].evaluate(params, batch)
 
@@ -649,7 +651,7 @@ def make_step(
     Args:
       graph: the graph, for training with its losses.
       spec: how it is trained or run.
-      devices: in the order of the mesh, which has as many.
+      devices: the devices in the order of the mesh, which has as many.
 
     Raises:
       InputError: the mesh cuts a group of tokens, or the graph cannot be trained.

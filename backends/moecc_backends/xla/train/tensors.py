@@ -200,7 +200,7 @@ def with_moments(
     """Return a state whose moments are made from the moments of another state.
 
     Args:
-      state: with zeros in their place.
+      state: the state, with zeros in place of its moments.
       slots: its leaves.
       moments: expressions by name, ``moments.m.NAME``; what is not among them stays zero.
       reader: reads what they are made of, and the number of updates.
