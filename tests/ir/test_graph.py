@@ -69,6 +69,16 @@ def test_replacing_a_value_reaches_operands_and_outputs() -> None:
     verify(graph)
 
 
+def test_a_node_that_is_replaced_is_erased() -> None:
+    graph, _ = chain()
+    node = graph.value("r").node
+    assert node is not None
+    node.replace_by(graph.inputs["x"])
+    assert not node.alive
+    assert "r" not in graph
+    verify(graph)
+
+
 def test_the_only_user_uses_once_and_is_no_output() -> None:
     graph, b = chain()
     r, s = graph.value("r"), graph.value("s")

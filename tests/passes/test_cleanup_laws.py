@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from moecc_passes.cleanup import CanonicalizePass, CsePass, DcePass
+from tiers import examples
 
 from moecc.ir import Graph
 from moecc.rewrite.passes import Pass
@@ -20,6 +21,7 @@ PASSES: list[Pass] = [
 
 
 @pytest.mark.parametrize("item", PASSES, ids=str)
+@settings(max_examples=examples(30, 100))
 @given(graph=graphs(dead=True))
 def test_laws(item: Pass, graph: Graph) -> None:
     laws.check_pass(item, graph)

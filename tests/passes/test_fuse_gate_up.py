@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.fuse_gate_up import FuseGateUpPass, Fusion, find_siblings, fuse_siblings
+from tiers import examples
 
 from moecc.ir import Graph, clone, equal, parse
 from moecc.rewrite.passes import Context
@@ -151,6 +152,7 @@ def test_whoever_has_values_is_told_how_to_join_them() -> None:
 # --- laws
 
 
+@settings(max_examples=examples(20, 100))
 @given(seed=st.integers(0, 2**24 - 1))
 def test_laws(seed: int) -> None:
     laws.check_pass(ITEM, with_sources(random_graph(seed, steps=(feed_forward, experts))))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from moecc_passes.upcycle.upcycle import UpcyclePass
+from tiers import examples
 
 from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError
@@ -221,6 +222,7 @@ def test_what_is_sparse_already_is_a_near_miss(options: dict[str, Any]) -> None:
 # --- random graphs
 
 
+@settings(max_examples=examples(20, 100))
 @given(graphs(steps=[feed_forward]), st.integers(0, 2), st.booleans())
 def test_random_graphs_keep_what_is_promised(graph: Graph, seed: int, scaled: bool) -> None:
     """Every block that the strategy makes, with taps inside it, batch axes and shared weights."""

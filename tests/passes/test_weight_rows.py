@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.routed import WeightRowsPass, routed_layers
+from tiers import examples
 
 from moecc.errors import InputError
 from moecc.ir import Graph, clone, equal, parse, print_graph
@@ -83,6 +84,7 @@ def test_passes_on_routing_need_gates() -> None:
 # --- laws
 
 
+@settings(max_examples=examples(20, 100))
 @given(seed=st.integers(0, 2**24 - 1))
 def test_laws(seed: int) -> None:
     laws.check_pass(ITEM, random_graph(seed, steps=(feed_forward, experts)))
