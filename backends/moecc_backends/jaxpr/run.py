@@ -443,8 +443,8 @@ class ConversionState:
     def parts_of(self, site: BlockSite) -> list[BlockPart]:
         """Return the parts of the blocks of a site; none if it is not converted."""
         instances = [self._instance(site, key) for key in site.keys]
-        locs = [i.loc for i in instances if i is not None and i.loc in self.converted]
-        return [self.parts.blocks[loc] for loc in locs] if len(locs) == len(instances) else []
+        parts = [self.parts.blocks[i.loc] for i in instances if i and i.loc in self.converted]
+        return parts if len(parts) == len(instances) else []
 
     def _instance(self, site: BlockSite, key: BlockKey) -> BlockInstance | None:
         """Return a block of the conversion, traced in another element type perhaps."""

@@ -47,7 +47,6 @@ from moecc_backends.xla.kernels.grouped_matmul import (
 )
 from moecc_backends.xla.trace.context import DeviceView, zeros_like_on_devices
 from moecc_backends.xla.trace.values import (
-    Arrays,
     DeferredRows,
     DispatchLayout,
     ExpertArrays,
@@ -136,22 +135,18 @@ def sliced_by_expert(rows: DeferredRows, outside: Mapping[Value, Named]) -> dict
     return {v: x for v, x in outside.items() if "expert" in x.axes and v not in dispatched}
 
 
-Stack = Array | Arrays
-"""Arrays of all experts: one array ``[expert, …]``, or an array for each."""
-
-
 class _SumOperands(NamedTuple):
     """All arrays that the sum depends on: a function with its own gradient closes over none.
 
     Attributes:
       routing: the experts of each token.
-      stacks: operands with a part for each expert.
+      stacks: operands with a part for each expert: one array, or an array for each.
       shared: operands of all experts.
       gates: ``[tokens, choice]``; None where rows have weights.
     """
 
     routing: Routing
-    stacks: list[Stack]
+    stacks: list[Matrices]
     shared: list[Array]
     gates: Array | None
 

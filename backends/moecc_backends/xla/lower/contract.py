@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops.contraction import ContractOp, ConvolveOp, MeanOp, NormOp, ReductionOp, SoftmaxOp
@@ -109,34 +108,30 @@ def _rows_times(ctx: TraceContext, x: Rows, w: Operand, over: Names) -> Operand:
 def _convolve(ctx: TraceContext, node: Node, x: Operand, w: Operand) -> Operand:
     attrs = ConvolveOp.of_node(node)
     assert isinstance(w, Named), "the type rule refuses ragged weights"
-    kind = product_type(w.array.dtype, ctx.options.target)
-    return lifted(x, lambda full: _windows(full, w, attrs, kind))
-
-
-def _windows(x: Named, w: Named, attrs: ConvolveOp, kind: DTypeLike) -> Named:
     over, along, taps = attrs.over, attrs.along, attrs.taps
-    batch = tuple(n for n in x.axes if n not in (*over, *along))
-    features = tuple(n for n in w.axes if n not in (*over, *taps))
     # XLA has one axis each for the batch, for what is summed, and for what is made.
-    left = x.to((*batch, *over, *along)).array
+    features = tuple(n for n in w.axes if n not in (*over, *taps))
     right = w.to((*features, *over, *taps)).array
-    spread = left.reshape(
-        prod(x.size(n) for n in batch), prod(x.size(n) for n in over), *map(x.size, along)
-    )
-    kernel = right.reshape(
-        prod(w.size(n) for n in features), prod(w.size(n) for n in over), *map(w.size, taps)
-    )
-    out: Array = lax.conv_general_dilated(
-        spread,
-        kernel.astype(spread.dtype),
-        window_strides=(attrs.stride,) * len(along),
-        padding=((attrs.padding, attrs.padding),) * len(along),
-        preferred_element_type=kind,
-    )
-    places = out.shape[2:]
-    split = out.astype(x.array.dtype).reshape(*map(x.size, batch), *map(w.size, features), *places)
-    order = [n for n in x.axes if n not in over] + list(features)
-    return Named(split, (*batch, *features, *along)).to(tuple(order))
+    sums, out_features = (prod(map(w.size, axes)) for axes in (over, features))
+    kernel = right.reshape(out_features, sums, *map(w.size, taps))
+
+    def windows(full: Named) -> Named:
+        batch = tuple(n for n in full.axes if n not in (*over, *along))
+        left = full.to((*batch, *over, *along)).array
+        spread = left.reshape(prod(map(full.size, batch)), sums, *map(full.size, along))
+        out: Array = jax.lax.conv_general_dilated(
+            spread,
+            kernel.astype(spread.dtype),
+            window_strides=(attrs.stride,) * len(along),
+            padding=((attrs.padding, attrs.padding),) * len(along),
+            preferred_element_type=product_type(kernel.dtype, ctx.options.target),
+        )
+        sizes = (*map(full.size, batch), *map(w.size, features), *out.shape[2:])
+        split = out.astype(full.array.dtype).reshape(sizes)
+        order = [n for n in full.axes if n not in over] + list(features)
+        return Named(split, (*batch, *features, *along)).to(tuple(order))
+
+    return lifted(x, windows)
 
 
 # Lowering of reductions along axes, softmax and norms, in float32 at least.

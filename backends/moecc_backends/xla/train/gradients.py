@@ -63,11 +63,6 @@ from moecc_backends.xla.trace.values import (
 # Logits of a large vocabulary would take more memory than the rest of a step. Gradients of a chunk
 # are made with its loss, so that nothing of it is kept or computed again.
 
-LossArrays = Arrays
-
-Sums = dict[str, Array]
-"""Sums over tokens: of the negative log-likelihood, of (log Σ exp)², of targets hit."""
-
 
 @dataclass(frozen=True)
 class LoweringConfig:
@@ -114,10 +109,8 @@ class HeadLoss:
     output_z: float
     chunk_bytes: int
 
-    def __call__(
-        self, hidden: LossArrays, weights: LossArrays, targets: Array
-    ) -> tuple[Array, Sums]:
-        """Return the loss summed over the tokens of this device, and sums besides."""
+    def __call__(self, hidden: Arrays, weights: Arrays, targets: Array) -> tuple[Array, Outputs]:
+        """Return the loss summed over the tokens of this device, and sums; see `token_losses`."""
         axes = tuple(n for n in self.head.logits.type.names if n != VOCAB)
         count = self._chunks(targets.size, weights)
         if count == 1:
@@ -136,7 +129,7 @@ class HeadLoss:
             return frozenset()
         return varies(*arrays)
 
-    def _chunks(self, tokens: int, weights: LossArrays) -> int:
+    def _chunks(self, tokens: int, weights: Arrays) -> int:
         """Return in how many chunks the tokens are cut."""
         if not self.head.is_cut:
             return 1
@@ -146,7 +139,7 @@ class HeadLoss:
         weights_bytes = sum(4 * weight.size for weight in weights)
         return min(chunk_count(logits_bytes, weights_bytes, self.chunk_bytes), max(tokens, 1))
 
-    def summed(self, weights: LossArrays, hidden: LossArrays, targets: Array) -> tuple[Array, Sums]:
+    def summed(self, weights: Arrays, hidden: Arrays, targets: Array) -> tuple[Array, Outputs]:
         """Return the loss of all tokens at once."""
         operands = zip((*self.head.hidden, *self.head.weights), (*hidden, *weights), strict=True)
         values = self.lowering.lower(self.head.nodes, dict(operands))
@@ -219,24 +212,24 @@ def _chunks(x: Named, axes: Names, count: int, fill: int) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
-    loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: Array
-) -> tuple[Array, Sums]:
+    loss: HeadLoss, weights: Arrays, hidden: Arrays, targets: Array
+) -> tuple[Array, Outputs]:
     """Return the loss of chunks of tokens, one after the other."""
 
-    def add(total: PyTree, chunk: tuple[LossArrays, Array]) -> tuple[PyTree, None]:
+    def add(total: PyTree, chunk: tuple[Arrays, Array]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, loss.summed(weights, *chunk)), None
 
-    total: tuple[Array, Sums]
+    total: tuple[Array, Outputs]
     total, _ = lax.scan(add, _zeros(loss, weights, hidden, targets), (hidden, targets))
     return total
 
 
 def _forward(
-    loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: Array
-) -> tuple[tuple[Array, Sums], PyTree]:
+    loss: HeadLoss, weights: Arrays, hidden: Arrays, targets: Array
+) -> tuple[tuple[Array, Outputs], PyTree]:
     slopes_of = jax.value_and_grad(loss.summed, argnums=(0, 1), has_aux=True)
 
-    def add(total: PyTree, chunk: tuple[LossArrays, Array]) -> tuple[PyTree, LossArrays]:
+    def add(total: PyTree, chunk: tuple[Arrays, Array]) -> tuple[PyTree, Arrays]:
         sums, (by_weights, by_hidden) = slopes_of(weights, *chunk)
         return jax.tree.map(jnp.add, total, (sums, by_weights)), by_hidden
 
@@ -250,7 +243,7 @@ def _forward(
     return sums, (narrow, by_hidden)
 
 
-def _backward(loss: HeadLoss, slopes: PyTree, cotangents: tuple[Array, Sums]) -> PyTree:
+def _backward(loss: HeadLoss, slopes: PyTree, cotangents: tuple[Array, Outputs]) -> PyTree:
     by_arrays = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), slopes)
     return (*by_arrays, None)
 
@@ -259,8 +252,8 @@ _chunked.defvjp(_forward, _backward)
 
 
 def _zeros(
-    loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: Array
-) -> tuple[Array, Sums]:
+    loss: HeadLoss, weights: Arrays, hidden: Arrays, targets: Array
+) -> tuple[Array, Outputs]:
     """Return sums of no tokens."""
     first = tuple(a[0] for a in hidden)
     shapes = jax.eval_shape(loss.summed, weights, first, targets[0])
@@ -277,7 +270,7 @@ LOSS_SUM, TOKENS = "loss.sum", "tokens"
 """The sum of the losses of tokens, in nats, and the tokens that have a target."""
 
 SUMS = (LOSS_SUM, "output_z", "hits", TOKENS)
-"""Sums over the targets of a batch, and their number, beside the outputs of the graph."""
+"""Outputs over the targets of a batch, and their number, beside the outputs of the graph."""
 
 
 @dataclass(frozen=True)

@@ -386,7 +386,7 @@ class Loop:
         They begin with that of the last step that was taken, whose update led there.
         """
         streak: list[int] = []
-        taken: list[int] = []
+        accepted: list[int] = []
         batch = self.feed.train(self._at.batch) if self._at.step < self.run.steps else {}
         while self._at.step < self.run.steps:
             number, started, worked = self._at.batch, time.monotonic(), time.process_time()
@@ -411,10 +411,10 @@ class Loop:
                 self._faults = guard_faults(measured, limit)
                 yield Skipped(self._at.step, measured, number, faults=self._faults)
                 if len(streak) >= self.run.guard.skips > 0:
-                    return (*taken, *streak)
+                    return (*accepted, *streak)
             else:
                 streak.clear()
-                taken = [number]
+                accepted = [number]
                 seconds = time.monotonic() - started, time.process_time() - worked
                 yield Stepped(self._at.step, measured, self._at.tokens, *seconds, compiles)
             if (yield from self._between(bool(streak))):

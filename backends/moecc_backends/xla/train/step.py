@@ -6,7 +6,7 @@ type that is asked for, its router in float32 (selective precision, ST-MoE §3.3
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.analysis import LOGITS, VOCAB, check_trainable
 from moecc.errors import InputError
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node
 from moecc.ir.routing_losses import MASK
 from moecc.ir.text import print_graph
 from moecc.train.batches import TARGETS
@@ -107,7 +107,15 @@ def _masks(graph: Graph, where: StepShardings, batch: NamedArrays) -> Outputs:
     masks = {n: v for n, v in graph.outputs.items() if n.startswith(MASK)}
     if not masks:
         return {}
-    nodes, config = _ancestors(graph, masks.values()), where.lowering
+    # The nodes that compute them, in order.
+    needed: set[Node] = set()
+    left = list(masks.values())
+    while left:
+        node = left.pop().node
+        if node is not None and node not in needed:
+            needed.add(node)
+            left += node.operands
+    nodes, config = [node for node in graph if node in needed], where.lowering
     types = {n: t for n, t in batch_types(graph).items() if n in graph.inputs}
 
     def run(inputs: NamedArrays) -> Outputs:
@@ -119,18 +127,6 @@ def _masks(graph: Graph, where: StepShardings, batch: NamedArrays) -> Outputs:
 
     mapped = where.mapped(run, (types,), {n: v.type for n, v in masks.items()})
     return mapped({n: batch[n] for n in types})
-
-
-def _ancestors(graph: Graph, values: Iterable[Value]) -> list[Node]:
-    """Return the nodes that compute `values`, in order."""
-    wanted: set[Node] = set()
-    left = list(values)
-    while left:
-        node = left.pop().node
-        if node is not None and node not in wanted:
-            wanted.add(node)
-            left += node.operands
-    return [node for node in graph if node in wanted]
 
 
 def sum_types(graph: Graph) -> dict[str, TensorType | None]:
