@@ -6,9 +6,9 @@
   parameters a variable is a view of;
 - `symbols`, `blocks`: what equations compute on named axes, the blocks among them, and their
   operations in the IR;
-- `survey`: where blocks run, and who else uses their weights;
-- `graph`: which axes are of tokens, all blocks as one graph, the graph in parts again, and the
-  function around them;
+- `survey`: where blocks run, who else uses their weights, and which axes are of tokens;
+- `graph`: all blocks as one graph, the graph in parts again, the function around them, and the
+  blocks rewritten by a pipeline;
 - `storage`: where new parameters lie, and their values;
 - `run`: the function with its blocks replaced;
 - `conversion`: the parameters with all functions of them, and their folder.

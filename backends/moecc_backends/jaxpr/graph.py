@@ -1,4 +1,4 @@
-"""The blocks of a function as one graph, the graph in parts again, and the function around them.
+"""The blocks of a function as one graph, rewritten by a pipeline, and the graph in parts again.
 
 Each block has an input and an output of the graph.  `graph_of_function` has regions of JAX between
 the blocks instead, to look at.
