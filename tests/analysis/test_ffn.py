@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from moecc.analysis import FFNBlock, find_ffn_blocks
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
+from moecc.model.open import open_model
 from moecc.testing import graphs
 from moecc.testing.blocks import attention, experts, feed_forward
 from moecc.testing.steps import binary, contract, unary
@@ -182,6 +184,14 @@ def test_unknown_sizes_make_a_near_miss() -> None:
 
 
 # --- whole models
+
+
+def test_sparse_layers_are_no_blocks() -> None:
+    with open_model(str(Path(__file__).parents[1] / "golden" / "mixtral_gqa")) as model:
+        search = find_ffn_blocks(model.graph)
+    assert search.blocks == []
+    assert {refusal.reason for refusal in search.refusals} == {"it is sparse already"}
+    assert len(search.refusals) == 2
 
 
 @given(graphs(steps=[feed_forward, unary, contract, attention, binary, experts], max_steps=6))

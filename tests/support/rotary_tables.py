@@ -1,4 +1,4 @@
-"""The frequencies of a config's rotary tables, and the products by which a CPU doubles them."""
+"""The frequencies of a config's rotary tables."""
 
 from moecc.families.graphs.decoder import rope_tables
 from moecc.families.rope import RopeConfig
@@ -16,8 +16,3 @@ def rotary_frequencies(
     cos, _ = rope_tables(Builder(graph), positions, rope, head_dim, max_position_embeddings)
     assert cos.node is not None
     return tuple(RopeOp.of_node(cos.node).frequencies(length))
-
-
-def table_flops(positions: int, width: int) -> int:
-    """Return the FLOPs of the two tables, of cosines and of sines, ``[positions, width / 2]``."""
-    return 2 * 2 * positions * (width // 2) * width
