@@ -41,6 +41,7 @@ from moecc.formats.safetensors import INDEX_NAME, Entry, Shard, index_json, natu
 from moecc.support.documents import parse_json_object
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
+from moecc.support.process import Closing
 from moecc.support.record import read_record, stored, to_json
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import Array, DType
@@ -188,7 +189,7 @@ class Done:
     zeros: tuple[str, ...] = field(default=(), metadata=stored(omit_default=True))
 
 
-class OutputJournal:
+class OutputJournal(Closing):
     """The journal of one output; thread-safe.
 
     Attributes:

@@ -101,20 +101,11 @@ class Bisection:
 # Find what is wrong where values are compared: the lowering, a rule for weights, or the writer.
 
 
-def bisect_compared(graph: Graph, pipeline: Pipeline, context: Context, compare: str) -> Bisection:
-    """Return what is wrong with the values after `pipeline`.
+def _compared(graph: Graph, pipeline: Pipeline, context: Context, compare: str) -> Bisection:
+    """Return what is wrong with the values after `pipeline`, as XLA runs or writes them.
 
     A pass is named where the failure is first seen after it: it made the operation, or the weight
     expression, that is handled wrongly.
-
-    Args:
-      graph: stays as it is.
-      pipeline: the passes.
-      context: of the passes.
-      compare: ``run`` or ``weights``.
-
-    Raises:
-      InputError: nothing is wrong.
     """
     after, items = [clone(graph)], list(pipeline)
     for number, item in enumerate(items, 1):
@@ -168,24 +159,8 @@ def _differ(before: Expr, after: Expr) -> bool:
 # Find the step that is wrong: the pass, then the rewrite, then the first value that differs.
 
 
-def find_wrong_step(
-    graph: Graph, pipeline: Pipeline, *, context: Context | None = None, compare: str = ""
-) -> Bisection:
-    """Return the first step of `pipeline` that is wrong on `graph`, which is small.
-
-    Args:
-      graph: stays as it is.
-      pipeline: the passes.
-      context: of the passes.
-      compare: empty for promises of passes; ``run`` for the values that XLA computes after the
-        passes, ``weights`` for what is written of them.
-
-    Raises:
-      InputError: nothing is wrong.
-    """
-    context = context or Context()
-    if compare in COMPARED:
-        return bisect_compared(graph, pipeline, context, compare)
+def _promised(graph: Graph, pipeline: Pipeline, context: Context) -> Bisection:
+    """Return the first pass of `pipeline` that breaks its promise on `graph`, which is small."""
     before = clone(graph)
     for number, item in enumerate(pipeline, 1):
         failure = PromiseTest(context)(before, Pipeline((item,)))
@@ -293,5 +268,8 @@ def bisect(
     context = Context(seed=seed, allow_unmatched=allow_unmatched)
     # Weights are compared as they are written, so their expressions have to stay.
     small = graph if compare == "weights" else small_if_possible(graph)
-    bisection = find_wrong_step(small, passes, context=context, compare=compare or "")
+    if compare in COMPARED:
+        bisection = _compared(small, passes, context, compare)
+    else:
+        bisection = _promised(small, passes, context)
     return Report("bisect", bisection.as_dict(), lambda: bisection_text(bisection))

@@ -49,25 +49,6 @@ PREFIX = "values."
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class CaptureSpec:
-    """The values to capture.
-
-    Attributes:
-      at: the locations, as a pattern of the shell.
-      batches: the most batches of a text.
-      sequence: tokens of a sequence.
-      batch: sequences at a time.
-      active: the share of the neurons of a token that count as active.
-    """
-
-    at: str = "*"
-    batches: int = 64
-    sequence: int = 512
-    batch: int = 2
-    active: float = 0.1
-
-
 @dataclass
 class _Layer:
     """The sums of one location."""
@@ -119,56 +100,6 @@ class _Sums:
         return count
 
 
-def capture_statistics(
-    name: str,
-    texts: Sequence[str],
-    out: str,
-    spec: CaptureSpec,
-    *,
-    pipeline: str = "",
-    force: bool = False,
-    progress: Progress | None = None,
-) -> CaptureFacts:
-    """Write the statistics of a model over texts to the folder `out`.
-
-    Args:
-      name: the model.
-      texts: files or token folders, ``NAME=PATH`` or a path, whose name then is its stem.
-      out: the folder to write.
-      spec: what is captured.
-      pipeline: passes that are run first.
-      force: whether an existing folder is replaced.
-      progress: is called with the texts that are read, and all.
-
-    Raises:
-      UsageError: an option is out of range, or two texts have one name.
-      InputError: nothing is at the location, a text is missing or of another tokenizer, or the
-        output is not empty.
-      MachineError: a library is missing, or the disk is full.
-    """
-    if not 0 < spec.active < 1:
-        raise UsageError("not a share of neurons", where="--active", expected="above 0, below 1",
-                         found=f"{spec.active:g}")  # fmt: skip
-    named = parse_texts(texts)
-    inputs = [Path(path) for path in named.values()]
-    check_output(Path(out), inputs=inputs, force=force)
-    with open_model(name) as model, ExitStack() as stack:
-        if model.checkpoint is None:
-            raise InputError(f"{name} has no weights", hint="give a checkpoint")
-        folders = {n: _tokens(model, path, stack) for n, path in named.items()}
-        graph = _traced(model, pipeline, spec.at)
-        sums, tokens = _run(model, graph, list(folders.values()), spec, progress)
-        facts = CaptureFacts(
-            model=fingerprint(model.checkpoint),
-            texts={n: f.facts.digest for n, f in folders.items()},
-            tokens=tokens,
-            sequence=spec.sequence,
-            active=spec.active,
-        )
-        with output_folder(Path(out), inputs=inputs, force=force) as folder:
-            return write_capture(folder, facts, dict(_statistics(sums)))
-
-
 def parse_texts(words: Sequence[str]) -> dict[str, str]:
     """Return the paths of texts by name. Raises UsageError: two have one name."""
     paths: dict[str, str] = {}
@@ -216,11 +147,11 @@ def _run(
     model: OpenedModel,
     graph: Graph,
     folders: Sequence[TokenFolder],
-    spec: CaptureSpec,
+    seen: EvaluationSpec,
+    active: float,
     progress: Progress | None,
 ) -> tuple[_Sums, int]:
-    seen = EvaluationSpec(spec.sequence, spec.batch, spec.batches)
-    sums = _Sums(graph, len(folders), spec.active)
+    sums = _Sums(graph, len(folders), active)
     tokens = 0
     for number, folder in enumerate(folders):
         tracing = Tracing.of(model, graph, folder, seen)
@@ -276,10 +207,28 @@ def capture(
     from moecc.families.outside import load_families
 
     load_families(load)
-    spec = CaptureSpec(at, batches, sequence, batch, active)
-    with signals_raised(), Bar("capturing", unit_bytes=False) as bar:
-        facts = capture_statistics(
-            source, text, out, spec, pipeline=pipeline, force=force, progress=bar
+    if not 0 < active < 1:
+        raise UsageError("not a share of neurons", where="--active", expected="above 0, below 1",
+                         found=f"{active:g}")  # fmt: skip
+    named = parse_texts(text)
+    inputs = [Path(path) for path in named.values()]
+    check_output(Path(out), inputs=inputs, force=force)
+    with signals_raised(), Bar("capturing", unit_bytes=False) as bar, \
+            open_model(source) as model, ExitStack() as stack:  # fmt: skip
+        if model.checkpoint is None:
+            raise InputError(f"{source} has no weights", hint="give a checkpoint")
+        folders = {n: _tokens(model, path, stack) for n, path in named.items()}
+        graph = _traced(model, pipeline, at)
+        seen = EvaluationSpec(sequence, batch, batches)
+        sums, tokens = _run(model, graph, list(folders.values()), seen, active, bar)
+        facts = CaptureFacts(
+            model=fingerprint(model.checkpoint),
+            texts={n: f.facts.digest for n, f in folders.items()},
+            tokens=tokens,
+            sequence=sequence,
+            active=active,
         )
+        with output_folder(Path(out), inputs=inputs, force=force) as folder:
+            facts = write_capture(folder, facts, dict(_statistics(sums)))
     summary = f"{out}: statistics of {amount(facts.tokens, 'token')} of {', '.join(facts.texts)}"
     return Report("capture", {"folder": out, **asdict(facts)}, lambda: summary)

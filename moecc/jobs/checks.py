@@ -411,19 +411,6 @@ CONTRACT_SEEDS = (0,)
 
 
 @dataclass(frozen=True)
-class PassReceipt:
-    """One pass: its text, its promise, and the evidence for it.
-
-    Attributes:
-      measured: the relative error on the model at small sizes; None where the promise is proved.
-    """
-
-    text: str
-    promised: Preserves
-    measured: float | None
-
-
-@dataclass(frozen=True)
 class Contracts:
     """The promises that the passes of a conversion kept, on the model at reduced sizes.
 
@@ -432,7 +419,7 @@ class Contracts:
       unchecked: why they were not; empty if they were.
     """
 
-    passes: tuple[PassReceipt, ...] = ()
+    passes: tuple[Checked, ...] = ()
     unchecked: str = ""
 
 
@@ -490,9 +477,7 @@ def check_contracts(
         return Contracts(unchecked=error.problems[0].what)
     except Exception as error:  # a crash has its reproducer when the real model is converted
         return Contracts(unchecked=described(error))
-    return Contracts(
-        tuple(PassReceipt(format_pass(c.item), c.promise, _rounded(c.measured)) for c in checked)
-    )
+    return Contracts(tuple(replace(c, measured=_rounded(c.measured)) for c in checked))
 
 
 def _rounded(error: float | None) -> float | None:

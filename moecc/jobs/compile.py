@@ -201,11 +201,7 @@ def _error(data: JsonDict) -> MoeccError:
 
 
 def compile_text(data: JsonDict) -> str:
-    """Return the human-readable report.
-
-    Args:
-      data: the result of `moecc.ahead.worker.report`.
-    """
+    """Return a result of `moecc.ahead.worker.report` for people."""
     return "\n".join([*_heading(data), *_memory(data), *_work(data), *_collectives(data)])
 
 
@@ -255,13 +251,10 @@ def _memory(data: JsonDict) -> Iterator[str]:
         yield f"               {data['would_fit']}, by the plan"
     yield f"{'':15}{'compiled':>12}{'planned':>12}"
     memory = data["memory"] or {}
-    rows = (
-        ("arguments", "arguments_bytes", predicted["arguments_bytes"]),
-        ("temporaries", "temporaries_bytes", predicted["temporaries_bytes"]),
-    )
-    for title, key, planned in rows:
+    for title in ("arguments", "temporaries"):
+        key = f"{title}_bytes"
         size = size_text(memory[key]) if key in memory else "-"
-        yield f"    {title:<11}{size:>12}{size_text(planned):>12}"
+        yield f"    {title:<11}{size:>12}{size_text(predicted[key]):>12}"
     if "outputs_bytes" in memory:
         new = memory["outputs_bytes"] - memory["aliased_bytes"]
         yield f"    {'new outputs':<11}{size_text(new):>12}"
@@ -416,12 +409,7 @@ _PLANNED = (
 def _planned(
     file: str, machine: str | None, pipeline: str, config: StepConfig
 ) -> tuple[str, str, StepConfig]:
-    """Return machine, pipeline and settings of a saved plan.
-
-    Raises:
-      InputError: the file is no plan.
-      UsageError: options state settings of the plan, too.
-    """
+    """Return machine, pipeline and settings of a saved plan, which no option may state, too."""
     default = StepConfig()
     names = [name for name, text in (("machine", machine), ("pipeline", pipeline)) if text]
     names += [name for name in _PLANNED if getattr(config, name) != getattr(default, name)]

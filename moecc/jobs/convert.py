@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +22,6 @@ from moecc.formats.run import inputs_of
 from moecc.formats.writer import (
     MAX_SHARD_BYTES,
     Done,
-    Facts,
     OutputJournal,
     Progress,
     WriteOptions,
@@ -167,11 +165,18 @@ def write(
     path = Path(out)
     one_file = is_file(planned, path)
     options = WriteOptions(max_shard_bytes, allow_nonfinite, verify, progress)
-    interrupted = InterruptedConversion(conversion_facts(planned, options))
+    facts = conversion_facts(planned, options)
+    completed: dict[str, Done] = {}
+
+    def can_resume(folder: Path) -> bool:
+        nonlocal completed
+        completed = read_journal(folder, facts)
+        return bool(completed)
+
     with output_folder(
         path, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
-        can_resume=interrupted.can_resume if resume else None, is_file=one_file,
-    ) as temporary, interrupted.journal(temporary) as journal, \
+        can_resume=can_resume if resume else None, is_file=one_file,
+    ) as temporary, OutputJournal(temporary, facts, completed) as journal, \
             hashed_beside(files_of(checkpoint)) as source_files:  # fmt: skip
         options = replace(options, journal=journal, source_files=source_files)
         written = _fill(temporary, planned, options, one_file)
@@ -182,28 +187,6 @@ def write(
         else:
             journal.remove()
     return Conversion(path, planned, written)
-
-
-class InterruptedConversion:
-    """The completed parts of a killed run of the same conversion."""
-
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
-        self._completed: dict[str, Done] = {}
-
-    def can_resume(self, folder: Path) -> bool:
-        """Read its journal; return whether it is of use. Raises InputError if it is of another."""
-        self._completed = read_journal(folder, self._facts)
-        return bool(self._completed)
-
-    @contextmanager
-    def journal(self, folder: Path) -> Iterator[OutputJournal]:
-        """Yield the journal of this run, which begins with the completed parts."""
-        journal = OutputJournal(folder, self._facts, self._completed)
-        try:
-            yield journal
-        finally:
-            journal.close()
 
 
 def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) -> WriteReport:

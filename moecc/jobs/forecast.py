@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,7 @@ from moecc.jobs.command import (
 from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
 from moecc.plan.machines import find_machine
-from moecc.plan.step import StepConfig
+from moecc.plan.step import TRAIN_PASSES, StepConfig
 from moecc.plan.workload import length_variables
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -42,9 +43,6 @@ from moecc.train.recipe_text import load_recipe, parse_recipe, recipe_file
 from moecc.train.run import read_run
 from moecc.train.tokens.folder import open_tokens
 from moecc.types import Doubles
-
-TRAIN_PASSES = 3
-"""FLOPs of a training step over those of its forward pass: backward, there are twice as many."""
 
 SAFETY = 2
 """From this many times the crossing on a budget is enough: before, there is little to be won."""
@@ -73,21 +71,6 @@ class PilotRuns:
     pilots: tuple[Pilot, ...]
     recipe: Recipe
     text_tokens: int
-
-
-@dataclass(frozen=True)
-class ArmCost:
-    """The cost of a step of an arm.
-
-    Attributes:
-      parameters: stored.
-      flops_per_token: executed, forward.
-      device_hours: of a step, on all devices of the machine, as planned; None without a machine.
-    """
-
-    parameters: int
-    flops_per_token: int
-    device_hours: float | None
 
 
 def read_pilots(runs: Sequence[str], parameters: int) -> PilotRuns:
@@ -170,23 +153,6 @@ def _losses(run: Path, steps: int) -> Doubles:
     return losses
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """The answer, and what it is made of.
-
-    Attributes:
-      facts: the report, as JSON values.
-      crossing: of the pilot, if there is one.
-      runs: the pilot.
-      behind_steps: the dense model's tokens before the switch, in steps of the pilot.
-    """
-
-    facts: JsonDict
-    crossing: Crossing | None = None
-    runs: PilotRuns | None = None
-    behind_steps: float = 0.0
-
-
 def _refusals(
     crossing: Crossing, steps: int, pilots: int, budget_steps: float, text_steps: float
 ) -> Iterator[tuple[str, str]]:
@@ -259,21 +225,21 @@ def forecast(
         check_writable(html, force=force)
     if price is not None and machine is None:
         raise UsageError("--price has no device-hours to price", hint="state the --machine")
-    limit = None if budget is None else parse_budget(budget, machine)
+    limit = None if budget is None else _budget(budget, machine)
     passes = Pipeline.parse(pipeline or load_recipe("recipe:upcycle").model.pipeline)
     with open_model(model, config_alone=True) as opened:
         dense, sparse = opened.graph, clone(opened.graph)
     run_pipeline(sparse, passes)
     dense, sparse = unrolled(dense), unrolled(sparse)
     runs = read_pilots(pilot, count_parameters(dense).total) if pilot else None
-    result = _forecast(model, dense, sparse, runs, tokens, limit, machine)
-    facts = {**result.facts, "pipeline": str(passes)}
+    facts, draw = _forecast(model, dense, sparse, runs, tokens, limit, machine)
+    facts["pipeline"] = str(passes)
     if serving is not None and (too_large := _too_large(facts["served_bytes"], serving)):
         facts = {**facts, "worth_it": False, "reasons": [*facts["reasons"], too_large]}
     if price is not None and facts["device_hours"] is not None:
         facts["price"] = price * facts["device_hours"]
     if html is not None:
-        write_whole(html, _page(result, facts).encode(), force=force)
+        write_whole(html, _page(facts, draw).encode(), force=force)
     return Report("forecast", facts, lambda: "\n".join(_lines(facts)))
 
 
@@ -283,20 +249,20 @@ def _forecast(
     sparse: Graph,
     runs: PilotRuns | None,
     tokens: float,
-    budget: Budget | None,
+    budget: tuple[float, bool] | None,
     machine: str | None,
-) -> Forecast:
+) -> tuple[JsonDict, Callable[[], JsonDict] | None]:
+    """Return the report as JSON values, and what draws the curves of a pilot."""
     seq = 4096 if runs is None else runs.recipe.data.seq
     batch = None if runs is None else seq * runs.recipe.data.batch
-    costs = [_cost(model, graph, seq, batch, machine) for graph in (dense, sparse)]
-    before, after = costs
-    ratio = after.flops_per_token / before.flops_per_token
-    if before.device_hours and after.device_hours:
-        ratio = after.device_hours / before.device_hours
+    before, after = (_cost(model, graph, seq, batch, machine) for graph in (dense, sparse))
+    ratio = after["flops_per_token"] / before["flops_per_token"]
+    if before["device_hours"] and after["device_hours"]:
+        ratio = after["device_hours"] / before["device_hours"]
     facts: JsonDict = {
         "model": model, "machine": machine, "tokens_behind": tokens, "sequence": seq,
-        "dense": asdict(before), "sparse": asdict(after), "compute_ratio": ratio,
-        "served_bytes": after.parameters * _SERVED_BYTES, "crossing": None, "flops": None,
+        "dense": before, "sparse": after, "compute_ratio": ratio,
+        "served_bytes": after["parameters"] * _SERVED_BYTES, "crossing": None, "flops": None,
         "device_hours": None, "price": None, "pilot": None,
     }  # fmt: skip
     if runs is None:
@@ -304,23 +270,23 @@ def _forecast(
             f"{FEWEST_SEEDS} seeds of both arms, {PILOT_STEPS} steps each: moecc train "
             "recipe:continue-dense and recipe:upcycle with --set optimizer.schedule=constant"
         )
-        if before.device_hours is not None and after.device_hours is not None:
-            each = before.device_hours + after.device_hours
-            needed += f"; {FEWEST_SEEDS * PILOT_STEPS * each:.3g} device-hours of {machine}"
-        none = [("there is no pilot", needed)]
-        return Forecast({**facts, **_answer(none)})
+        if before["device_hours"] is not None and after["device_hours"] is not None:
+            hours = FEWEST_SEEDS * PILOT_STEPS * (before["device_hours"] + after["device_hours"])
+            needed += f"; {hours:.3g} device-hours of {machine}"
+        return {**facts, **_answer([("there is no pilot", needed)])}, None
     assert batch is not None, "a pilot has batches"
     behind = tokens / batch
     crossing = crossing_of(runs.pilots, behind, ratio, runs.recipe.optimizer.warmup)
     steps = len(runs.pilots[0].dense)
-    step_flops = TRAIN_PASSES * after.flops_per_token * batch
+    step_flops = TRAIN_PASSES * after["flops_per_token"] * batch
     budget_steps = inf
     if budget is not None:
-        a_step = after.device_hours if budget.is_hours else float(step_flops)
+        amount, is_hours = budget
+        a_step = after["device_hours"] if is_hours else float(step_flops)
         assert a_step is not None, "device-hours come with a machine"
-        budget_steps = budget.amount / a_step
-    reasons = tuple(_refusals(crossing, steps, len(runs.pilots), budget_steps,
-                              runs.text_tokens / batch))  # fmt: skip
+        budget_steps = amount / a_step
+    text_steps = runs.text_tokens / batch
+    reasons = list(_refusals(crossing, steps, len(runs.pilots), budget_steps, text_steps))
     crossing_steps = crossing.steps if isfinite(crossing.steps) else None
     facts |= {
         "pilot": {
@@ -334,10 +300,10 @@ def _forecast(
                                 ("high", crossing.high))
         },
         "flops": None if crossing_steps is None else crossing_steps * step_flops,
-        "device_hours": None if crossing_steps is None or after.device_hours is None
-        else crossing_steps * after.device_hours,
+        "device_hours": None if crossing_steps is None or after["device_hours"] is None
+        else crossing_steps * after["device_hours"],
     }  # fmt: skip
-    return Forecast({**facts, **_answer(reasons)}, crossing, runs, behind)
+    return {**facts, **_answer(reasons)}, partial(_drawing, crossing, runs, behind, ratio)
 
 
 def _too_large(served_bytes: int, serving: str) -> JsonDict | None:
@@ -359,41 +325,30 @@ def _answer(reasons: Sequence[tuple[str, str]]) -> JsonDict:
     }
 
 
-def _cost(model: str, graph: Graph, seq: int, batch: int | None, machine: str | None) -> ArmCost:
+def _cost(model: str, graph: Graph, seq: int, batch: int | None, machine: str | None) -> JsonDict:
+    """Return the stored parameters of an arm, and what a step of it costs, as planned."""
     flops = sequence_flops(graph, dict.fromkeys(length_variables(graph), seq)).per_token
     hours = None
     if machine is not None:
         config = StepConfig(batch_tokens=batch, sequence=str(seq))
         plan = plan_step(graph, model, machine, config)[0]
         hours = plan["best"]["seconds"] * plan["machine"]["devices"] / 3600
-    return ArmCost(count_parameters(graph).total, flops, hours)
+    parameters = count_parameters(graph).total
+    return {"parameters": parameters, "flops_per_token": flops, "device_hours": hours}
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Compute that is there to train with.
-
-    Attributes:
-      amount: FLOPs, or device-hours.
-      is_hours: whether they are device-hours.
-    """
-
-    amount: float
-    is_hours: bool
-
-
-def parse_budget(text: str, machine: str | None) -> Budget:
-    """Return a budget as ``--budget`` states it. Raises UsageError."""
+def _budget(text: str, machine: str | None) -> tuple[float, bool]:
+    """Return the FLOPs or device-hours of ``--budget``, and whether they are hours."""
     try:
         amount = float(text.removesuffix("h"))
     except ValueError:
         amount = nan
     if not 0 < amount < inf:
         raise UsageError("--budget is no amount", expected="1e20, or 500h", found=text)
-    budget = Budget(amount, text.endswith("h"))
-    if budget.is_hours and machine is None:
+    is_hours = text.endswith("h")
+    if is_hours and machine is None:
         raise UsageError("--budget in device-hours needs --machine", found=text)
-    return budget
+    return amount, is_hours
 
 
 def _lines(facts: JsonDict) -> Iterator[str]:
@@ -426,13 +381,11 @@ def _lines(facts: JsonDict) -> Iterator[str]:
         yield f"  instead     {reason['changes_it']}"
 
 
-def _page(result: Forecast, facts: JsonDict) -> str:
+def _page(facts: JsonDict, draw: Callable[[], JsonDict] | None) -> str:
     """Return a page with the lines of the report and the curves. Raises MachineError."""
     rows = [line.strip().split(None, 1) for line in list(_lines(facts))[1:]]
     title = f"{facts['model']}: {'worth it' if facts['worth_it'] else 'not worth it'}"
-    sections = []
-    if result.crossing is not None and result.runs is not None:
-        sections = [("Both arms at equal compute", [_drawing(result, facts["compute_ratio"])])]
+    sections = [] if draw is None else [("Both arms at equal compute", [draw()])]
     return render_page(
         "runs.html", title, figures=True, fact_heads=["", "forecast"],
         facts=[row for row in rows if row[0] not in ("no", "instead")],
@@ -441,16 +394,13 @@ def _page(result: Forecast, facts: JsonDict) -> str:
     )  # fmt: skip
 
 
-def _drawing(result: Forecast, ratio: float) -> JsonDict:
-    line, runs = result.crossing, result.runs
-    assert line is not None, "there is a pilot"
-    assert runs is not None, "there is a pilot"
+def _drawing(line: Crossing, runs: PilotRuns, behind: float, ratio: float) -> JsonDict:
     steps = len(runs.pilots[0].dense)
     end = min(max(2 * line.steps, 2 * steps), FARTHEST * steps)
     at = np.linspace(1, end, 200)
     arms = {
-        "dense, at as much compute": line.dense(result.behind_steps + ratio * at),
-        "sparse": line.dense(result.behind_steps + at) - line.gain(at),
+        "dense, at as much compute": line.dense(behind + ratio * at),
+        "sparse": line.dense(behind + at) - line.gain(at),
     }
     figure = graph_objects.Figure(
         [graph_objects.Scatter(x=at, y=y, name=name, mode="lines") for name, y in arms.items()]

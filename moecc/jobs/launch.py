@@ -282,54 +282,28 @@ TEMPLATES = ("slurm", "xpk")
 _LABEL = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?\Z")
 
 
-@dataclass(frozen=True)
-class TemplateJob:
-    """The parameters of a template.
-
-    Attributes:
-      command: arguments of moecc, ``run`` first.
-      name: the name of the job: a DNS label, as Kubernetes requires.
-      nodes: the number of machines, or slices of TPUs.
-      stuck_seconds: how long a process may report no step.
-    """
-
-    command: Sequence[str]
-    name: str = "moecc"
-    nodes: int = 1
-    stuck_seconds: int = 300
-
-
-def fill_template(kind: str, job: TemplateJob) -> str:
-    """Return the script of a cluster.
-
-    Args:
-      kind: one of `TEMPLATES`.
-      job: what to run.
-
-    Raises:
-      UsageError: there is no such template, or the name is not a DNS label.
-    """
+def _script(kind: str, words: Sequence[str], name: str, nodes: int, step_seconds: int) -> str:
+    """Return the script of a cluster."""
     if kind not in TEMPLATES:
         hint = nearest(kind, TEMPLATES) or f"templates: {', '.join(TEMPLATES)}"
         raise UsageError(f"unknown template {kind!r}", hint=hint)
-    if _LABEL.match(job.name) is None:
+    if _LABEL.match(name) is None:
         raise UsageError(
             "not a valid name of a job",
             expected="a DNS label of at most 40: small letters, digits and dashes",
-            found=job.name,
+            found=name,
         )
     text = (files("moecc.launch") / "scripts" / f"{kind}.sh").read_text("utf-8")
-    command = shlex.join(["moecc", *job.command])
+    command = shlex.join(["moecc", *words])
+    settings = f"MOECC_DISTRIBUTED=cluster MOECC_STEP_SECONDS={step_seconds}"
     return Template(text).substitute(
-        name=job.name,
-        nodes=job.nodes,
-        seconds=job.stuck_seconds,
+        name=name,
+        nodes=nodes,
+        seconds=step_seconds,
         # A training that begins again goes on where it was saved.
-        restarts=10 if job.command[0] == "train" else 0,
+        restarts=10 if words[0] == "train" else 0,
         command=command,
-        quoted=shlex.quote(
-            f"MOECC_DISTRIBUTED=cluster MOECC_STEP_SECONDS={job.stuck_seconds} {command}"
-        ),
+        quoted=shlex.quote(f"{settings} {command}"),
     )
 
 
@@ -361,8 +335,7 @@ def launch(
     """
     if how == "template":
         kind, *words = command
-        job = TemplateJob(_checked(words), name, nodes, step_seconds)
-        sys.stdout.write(fill_template(kind, job))
+        sys.stdout.write(_script(kind, _checked(words), name, nodes, step_seconds))
         return 0
     if command[0] == "python" and len(command) > 1:
         program = [sys.executable, "-m", "moecc.launch.script", *command[1:]]

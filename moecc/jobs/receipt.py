@@ -42,6 +42,7 @@ from moecc.jobs.targets import nearest_family
 from moecc.model.open import MODEL_TYPE, MODULE_TYPE
 from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.passes import Preserves
+from moecc.rewrite.pipeline import format_pass
 from moecc.rewrite.runner import loaded_files
 from moecc.support.documents import parse_json
 from moecc.support.untyped import Json, JsonDict
@@ -89,8 +90,8 @@ class Receipt:
             "proof": None if self.proof is None else self.proof.to_json(),
             "checked": [
                 {
-                    "pass": p.text,
-                    "promised": asdict(p.promised),
+                    "pass": format_pass(p.item),
+                    "promised": asdict(p.promise),
                     "proved": p.measured is None,
                     "measured_error": p.measured,
                 }

@@ -34,7 +34,7 @@ from moecc.jobs.command import (
     check_writable,
     read_failing,
 )
-from moecc.jobs.failures import CommandTest, ComparisonTest, Failure, FailureTest, PromiseTest
+from moecc.jobs.failures import CommandTest, ComparisonTest, FailureTest, PromiseTest
 from moecc.rewrite.passes import Context, Pass, apply_pass
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import Replay, loaded_files, reproducer_text
@@ -236,52 +236,9 @@ def sizes_of(graph: Graph) -> set[int]:
 TIME_LIMIT_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """The result of `reduce`.
-
-    Attributes:
-      graph: the smallest graph found.
-      pipeline: the passes that are left.
-      failure: the failure, as it is on that graph.
-      tries: how many inputs were tried.
-      seconds: the time it took.
-      finished: whether nothing more can be taken away; otherwise the time was over.
-    """
-
-    graph: Graph
-    pipeline: Pipeline
-    failure: Failure
-    tries: int
-    seconds: float
-    finished: bool
-
-
-def reduce_failure(
-    graph: Graph,
-    pipeline: Pipeline,
-    test: FailureTest,
-    *,
-    context: Context | None = None,
-    time_limit_seconds: float = TIME_LIMIT_SECONDS,
-) -> Reduction:
-    """Return a small input that fails as `graph` and `pipeline` do.
-
-    Args:
-      graph: stays as it is.
-      pipeline: the passes.
-      test: what fails.
-      context: of the passes, for those that are applied once and for all.
-      time_limit_seconds: after this time the smallest input so far is returned.
-
-    Raises:
-      InputError: nothing fails.
-    """
-    start = Candidate(graph, pipeline)
-    return _Reducer(start, test, context or Context(), time_limit_seconds).run()
-
-
 class _Reducer:
+    """Searches for a small input that fails alike. Raises InputError if nothing fails."""
+
     def __init__(
         self, start: Candidate, test: FailureTest, context: Context, time_limit_seconds: float
     ) -> None:
@@ -299,7 +256,7 @@ class _Reducer:
             )
         self.failure = failure
 
-    def run(self) -> Reduction:
+    def run(self) -> None:
         """Try all kinds of cuts again and again, until none makes the input smaller."""
         for cut in whole_cuts(self.best):
             self.accepts(cut, smaller=False)
@@ -314,10 +271,6 @@ class _Reducer:
         while changed and not self.is_late:
             progress = [self.take(kind) for kind in kinds]
             changed = any(progress)
-        return Reduction(
-            self.best.graph, self.best.pipeline, self.failure, self.tries,
-            time.monotonic() - self.began, not self.is_late,
-        )  # fmt: skip
 
     @property
     def is_late(self) -> bool:
@@ -409,21 +362,22 @@ def reduce(
         fails = CommandTest(test)
     elif compare is not None:
         fails = ComparisonTest(compare, context)
-    reduction = reduce_failure(graph, passes, fails, context=context, time_limit_seconds=time_limit)
-    small, failure = reduction.graph, reduction.failure
+    reducer = _Reducer(Candidate(graph, passes), fails, context, time_limit)
+    reducer.run()
+    small, left, failure = reducer.best.graph, reducer.best.pipeline, reducer.failure
     say(
-        f"{len(graph)} nodes became {len(small)}, {len(passes)} passes {len(reduction.pipeline)}, "
-        f"in {reduction.seconds:.1f} s and {reduction.tries} tries"
-        + ("" if reduction.finished else "; the time was over")
+        f"{len(graph)} nodes became {len(small)}, {len(passes)} passes {len(left)}, "
+        f"in {time.monotonic() - reducer.began:.1f} s and {reducer.tries} tries"
+        + ("; the time was over" if reducer.is_late else "")
     )
     say(str(failure))
-    if len(reduction.pipeline):
-        say(f"pipeline: {reduction.pipeline}")
+    if len(left):
+        say(f"pipeline: {left}")
     replay = Replay(
-        str(reduction.pipeline), seed, True, failure.kind in ("promise", "invalid"),
-        loaded_files(reduction.pipeline), compare or "",
+        str(left), seed, True, failure.kind in ("promise", "invalid"), loaded_files(left),
+        compare or "",
     )  # fmt: skip
     return artefact(
         "reduce", reproducer_text(small, replay, str(failure).splitlines()[0]), output,
-        force=force, pipeline=str(reduction.pipeline), failure=str(failure), nodes=len(small),
+        force=force, pipeline=str(left), failure=str(failure), nodes=len(small),
     )  # fmt: skip

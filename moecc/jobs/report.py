@@ -44,8 +44,7 @@ def report(
         spec = EvaluationSpec(seq=sequence, batches=8)
         for path, run in zip(runs, folders, strict=True):
             if run.layers:
-                layers = specialisation(path, data, spec)
-                specialised[run.name] = [layer.to_json() for layer in layers]
+                specialised[run.name] = specialisation(path, data, spec)
     write_whole(html, report_page(folders, specialised).encode(), force=force)
     facts = {"html": html, "runs": {run.name: run.facts for run in folders}}
     return Report("report", facts, lambda: f"written to {html}", is_aside=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,53 +45,10 @@ if TYPE_CHECKING:
 PREFIX, EXPERTS = "trace.", ".experts"
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """The routing of one layer.
-
-    Attributes:
-      routed: where tokens went.
-      untrained: where they went when the routers were drawn anew.
-      sentinels: the ids that stand for hidden spans.
-      names: of the ids that are shown.
-    """
-
-    routed: RoutedTokens
-    untrained: RoutedTokens
-    sentinels: frozenset[int]
-    names: Mapping[int, str]
-
-    def to_json(self) -> JsonDict:
-        """Return the report as JSON values."""
-        routed = self.routed
-        of_sentinels, of_others = routed.entropies(self.sentinels)
-        experts = [
-            {
-                "share": float(share),
-                "tokens": [
-                    {"token": self.names.get(i, str(i)), "part": part}
-                    for i, part in routed.typical(expert)
-                ],
-            }
-            for expert, share in enumerate(routed.shares)
-        ]
-        return {
-            "layer": routed.layer,
-            "tokens": len(routed.tokens),
-            "explained": routed.explained,
-            "by_chance": routed.by_chance,
-            "untrained": self.untrained.explained,
-            "sentinel_entropy": of_sentinels,
-            "other_entropy": of_others,
-            "even_entropy": log(routed.experts),
-            "experts": experts,
-        }
-
-
 def specialisation(
     name: str, data: str, spec: EvaluationSpec, *, pipeline: str = "", seed: int = 0
-) -> list[LayerReport]:
-    """Return, for each routed layer, which tokens of a folder went to which expert.
+) -> list[JsonDict]:
+    """Return, for each routed layer, as JSON values, which tokens of a folder went to which expert.
 
     Args:
       name: the model.
@@ -113,11 +69,35 @@ def specialisation(
         untrained = _trace(model, tracing, _with_drawn_routers(tracing.graph, seed))
         special = folder.facts.special
         return [
-            LayerReport(
-                trained, drawn, frozenset(special.sentinels), _names(trained, tokenizer, folder)
-            )
+            _layer_facts(trained, drawn, special.sentinels, _names(trained, tokenizer, folder))
             for trained, drawn in zip(pairs, untrained, strict=True)
         ]
+
+
+def _layer_facts(
+    routed: RoutedTokens, untrained: RoutedTokens, sentinels: Iterable[int], names: dict[int, str]
+) -> JsonDict:
+    of_sentinels, of_others = routed.entropies(frozenset(sentinels))
+    experts = [
+        {
+            "share": float(share),
+            "tokens": [
+                {"token": names.get(i, str(i)), "part": part} for i, part in routed.typical(expert)
+            ],
+        }
+        for expert, share in enumerate(routed.shares)
+    ]
+    return {
+        "layer": routed.layer,
+        "tokens": len(routed.tokens),
+        "explained": routed.explained,
+        "by_chance": routed.by_chance,
+        "untrained": untrained.explained,
+        "sentinel_entropy": of_sentinels,
+        "other_entropy": of_others,
+        "even_entropy": log(routed.experts),
+        "experts": experts,
+    }
 
 
 def _traced(graph: Graph, name: str) -> Graph:
@@ -240,7 +220,6 @@ def specialise(
 
     load_families(load)
     spec = EvaluationSpec(sequence, batch, batches)
-    traced = specialisation(model, data, spec, pipeline=pipeline, seed=seed)
-    layers = [layer.to_json() for layer in traced]
+    layers = specialisation(model, data, spec, pipeline=pipeline, seed=seed)
     facts = {"model": model, "data": data, "layers": layers}
     return Report("specialise", facts, lambda: specialisation_text(layers))

@@ -22,7 +22,7 @@ from moecc.jobs.training import exported, forked_run, new_run, open_source, resu
 from moecc.model.open import registry_with
 from moecc.plan.machines import Machine, find_machine, parse_machine
 from moecc.plan.search import search
-from moecc.plan.step import OPTIMIZERS, SavedPlan, read_plan
+from moecc.plan.step import OPTIMIZERS, TRAIN_PASSES, SavedPlan, read_plan
 from moecc.plan.time import Estimate
 from moecc.plan.workload import Batch, Workload, length_variables, workload
 from moecc.rewrite.pipeline import Pipeline
@@ -89,7 +89,9 @@ class TrainProgress(Closing):
 
     def close(self) -> None:
         """End the line that is rewritten."""
-        self._end_line()
+        if self._is_open:
+            print(file=sys.stderr)
+        self._is_open = False
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -112,7 +114,7 @@ class TrainProgress(Closing):
             case Exported():
                 self._say(f"step {event.step:,}: exported to {event.folder}")
             case Stopped():
-                self._end_line()
+                self.close()
 
     def _stepped(self, event: Stepped) -> None:
         for alarm in self._watch(event.step, event.metrics):
@@ -144,37 +146,21 @@ class TrainProgress(Closing):
 
     def _pace(self, event: Stepped) -> str:
         left = duration_text((self._steps - event.step) * self._step_seconds)
-        return f"{count_text(round(self._rate))} tokens/s{self._share()}  {left} left"
-
-    def _share(self) -> str:
-        """Return which share of a plan's tokens a second is reached, if there is a plan."""
-        if self._predicted is None:
-            return ""
-        return f" ({self._rate / self._predicted:.0%} of the plan)"
+        plan = self._predicted
+        share = "" if plan is None else f" ({self._rate / plan:.0%} of the plan)"
+        return f"{count_text(round(self._rate))} tokens/s{share}  {left} left"
 
     def _say(self, text: str) -> None:
-        self._end_line()
+        self.close()
         say(text)
-
-    def _end_line(self) -> None:
-        if self._is_open:
-            print(file=sys.stderr)
-        self._is_open = False
 
 
 # What a run of training would be: sizes, FLOPs, passes, and what a plan predicts of it.
 
-TRAIN_PASSES = 3
-"""FLOPs of a training step over those of its forward pass: backward, there are twice as many."""
-
-_DAY_SECONDS = 86_400
-
-Facts = JsonDict
-
 
 def dry_run_facts(
     recipe: Recipe, graph: Graph, batches: Batches, machine: Machine | None = None
-) -> Facts:
+) -> JsonDict:
     """Return what a run would be, as JSON values; nothing is read but headers.
 
     Args:
@@ -188,11 +174,12 @@ def dry_run_facts(
     """
     graph = unrolled(graph)
     training = train_passes(graph, recipe)
-    where = machine or _own_machine(recipe)
-    lengths = dict(_lengths(graph, batches))
-    counted = sequence_flops(graph, lengths)
+    mesh = recipe.step_config.device_mesh
+    where = machine or parse_machine(f"cpu:{1 if mesh is None else mesh.devices}")
     data, shape = recipe.data, batches.shape
-    rows = data.batch * recipe.run.steps
+    lengths = dict(zip(length_variables(graph), (shape.seq, shape.decoder_seq), strict=False))
+    counted = sequence_flops(graph, lengths)
+    rows, tokens = data.batch * recipe.run.steps, shape.seq + shape.decoder_seq
     total = sum(corpus.weight for corpus in data.train)
     shares = zip(batches.rows.items(), data.train, strict=True)
     counts = count_parameters(graph)
@@ -202,6 +189,7 @@ def dry_run_facts(
     moments = moment_types(recipe.optimizer.name, types, settings)
     width = float_type(recipe.run.weight_dtype).itemsize_bytes
     moment_count = sum(prod(t.shape) for of_kind in moments.values() for t in of_kind.values())
+    planned = planned_step(recipe, graph, lengths, where)
     return {
         "steps": recipe.run.steps,
         "parameters": {
@@ -215,40 +203,26 @@ def dry_run_facts(
             "sequences": data.batch,
             "seq": shape.seq,
             "decoder_seq": shape.decoder_seq,
-            "tokens": rows * (shape.seq + shape.decoder_seq),
+            "tokens": rows * tokens,
             "epochs": {name: rows * c.weight / total / count for (name, count), c in shares},
         },
         "flops": {
             "forward_per_token": counted.per_token,
-            "run": float(TRAIN_PASSES * counted.executed * recipe.data.batch * recipe.run.steps),
+            "run": float(TRAIN_PASSES * counted.executed * rows),
         },
         "passes": {"train": str(training), "evaluate": str(eval_passes(graph, recipe))},
-        "plan": _plan(recipe, graph, batches, where),
-    }
+        "plan": {
+            "machine": where.name, "strategy": str(planned.strategy),
+            "step_seconds": planned.seconds, "seconds": planned.seconds * recipe.run.steps,
+            "tokens_per_second": shape.batch * tokens / planned.seconds,
+            "memory_bytes": planned.memory.total, "usable_bytes": where.usable_bytes,
+        },
+    }  # fmt: skip
 
 
-def dry_run_text(facts: Facts) -> str:
+def dry_run_text(facts: JsonDict) -> str:
     """Return `dry_run` for people."""
     return "\n".join(_lines(facts))
-
-
-def _own_machine(recipe: Recipe) -> Machine:
-    mesh = recipe.step_config.device_mesh
-    return parse_machine(f"cpu:{1 if mesh is None else mesh.devices}")
-
-
-def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> Facts:
-    """Return what a plan predicts of time and memory, as JSON values."""
-    estimates = planned_step(recipe, graph, dict(_lengths(graph, batches)), machine)
-    return {
-        "machine": machine.name,
-        "strategy": str(estimates.strategy),
-        "step_seconds": estimates.seconds,
-        "seconds": estimates.seconds * recipe.run.steps,
-        "tokens_per_second": _tokens(batches) / estimates.seconds,
-        "memory_bytes": estimates.memory.total,
-        "usable_bytes": machine.usable_bytes,
-    }
 
 
 def planned_step(
@@ -292,18 +266,7 @@ def as_setting(name: str, value: str) -> str:
     return f"--set {key}={value}"
 
 
-def _lengths(graph: Graph, batches: Batches) -> Iterator[tuple[str, int]]:
-    """Yield the length that each variable of the graph stands for."""
-    shape = batches.shape
-    yield from zip(length_variables(graph), (shape.seq, shape.decoder_seq), strict=False)
-
-
-def _tokens(batches: Batches) -> int:
-    shape = batches.shape
-    return shape.batch * (shape.seq + shape.decoder_seq)
-
-
-def _lines(facts: Facts) -> Iterator[str]:
+def _lines(facts: JsonDict) -> Iterator[str]:
     parameters, data, plan = facts["parameters"], facts["data"], facts["plan"]
     yield (
         f"parameters   {count_text(parameters['total'])}, {count_text(parameters['active'])} for "
@@ -330,7 +293,7 @@ def _lines(facts: Facts) -> Iterator[str]:
 
 def _time(seconds: float) -> str:
     """Return a time for people."""
-    for unit, size in (("days", _DAY_SECONDS), ("h", 3600), ("min", 60), ("s", 1.0)):
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60), ("s", 1.0)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds * 1000:.1f} ms"

@@ -46,7 +46,6 @@ from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.lazy import np
-from moecc.support.untyped import JsonDict
 from moecc.train.batches import Batches, open_batches, resolved
 from moecc.train.events import Beginning, Event, Exported, Saved, TrainJob
 from moecc.train.graphs import eval_graph, step_spec, train_graph
@@ -328,12 +327,18 @@ def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
     recipe = resolved(recipe, batches)
     if recipe.model.moments is Moments.CARRY:
         carried_from(source, recipe.optimizer)
-    digest = recipe_digest(recipe)
+    digest, section = recipe_digest(recipe), recipe.model
 
     def create() -> None:
         create_run(
             out, recipe=write_recipe(recipe), graph=print_graph(graph), inputs=inputs,
-            lineage=lineage(source.model, _stage(recipe, digest, source, batches)),
+            lineage=lineage(source.model, {
+                "kind": TRAINED, "family": str(source.canonical.graph.attrs.get("family", "")),
+                "pipeline": section.pipeline, "pipeline_in_full": source.pipeline,
+                "seed": section.seed, "preserves": source.preserves,
+                "start": section.start.value, "moments": section.moments.value,
+                "recipe": digest, "recipe_toml": write_recipe(recipe), "data": batches.digests,
+            }),
             source=_source_files(source.model, batches),
         )  # fmt: skip
 
@@ -466,23 +471,6 @@ def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts])
             check_target(target)
             export_graph(graph, target)
     return open_batches(recipe.data, facts(step))
-
-
-def _stage(recipe: Recipe, digest: str, source: RecipeSource, batches: Batches) -> JsonDict:
-    section = recipe.model
-    return {
-        "kind": TRAINED,
-        "family": str(source.canonical.graph.attrs.get("family", "")),
-        "pipeline": section.pipeline,
-        "pipeline_in_full": source.pipeline,
-        "seed": section.seed,
-        "preserves": source.preserves,
-        "start": section.start.value,
-        "moments": section.moments.value,
-        "recipe": digest,
-        "recipe_toml": write_recipe(recipe),
-        "data": batches.digests,
-    }
 
 
 def _source_files(model: OpenedModel, batches: Batches) -> dict[str, Path | bytes]:

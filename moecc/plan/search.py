@@ -100,16 +100,6 @@ def batch_problems(layout: Layout, batch: Batch) -> Iterator[Problem]:
             )
 
 
-def check_layout(layout: Layout, work: Workload) -> None:
-    """Check that every axis divides what it splits.
-
-    Raises:
-      InputError: with every axis that does not.
-    """
-    faults = list(problems(layout, work))
-    raise_problems(faults)
-
-
 # The meshes of a machine: a grid of all its devices, whose axes have the names of layouts.
 
 MOST_TENSOR = 64
@@ -138,12 +128,9 @@ def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
 def searched_meshes(
     devices: int, experts: int, rules: Sequence[str] | None = None
 ) -> Iterator[Mesh]:
-    """Yield the meshes that a search tries, skipping those equivalent up to renaming axes.
+    """Yield the meshes that a search tries, over the axes of `rules` if there are some.
 
-    Args:
-      devices: of the machine.
-      experts: of a layer, 0 in a dense model.
-      rules: the layouts whose axes they may have; None: `AXES`.
+    Those equivalent up to renaming axes are skipped.
     """
     if rules is not None:
         # Layouts reject meshes with an axis over which nothing is sharded.
@@ -186,19 +173,14 @@ def strategies(work: Workload, machine: Machine, config: StepConfig) -> Iterator
     """Yield every strategy that is legal and agrees with the settings that `config` fixes."""
     remats = work.remats if config.remat is None else (config.remat,)
     for layout in _layouts(work, machine, config):
-        for via in _vias(layout, work, config):
+        for via in legal_vias(layout, work):
+            if config.via not in (None, via) or (via == "replicated") != layout.replicated:
+                continue
             dispatch = "grouped" if work.dropless and via != "capacity" else "index"
             for remat in remats if config.train else ("none",):
                 yield Strategy(layout, via, dispatch, remat)
                 if via in SLICED and layout.tensor_axes:
                     yield Strategy(layout, via, dispatch, remat, sliced=True)
-
-
-def _vias(layout: Layout, work: Workload, config: StepConfig) -> Iterator[str]:
-    """Yield the ways to the experts that a layout has and that agree with `config`."""
-    for name in legal_vias(layout, work):
-        if config.via in (None, name) and (name == "replicated") == layout.replicated:
-            yield name
 
 
 def legal_vias(layout: Layout, work: Workload) -> list[str]:
@@ -248,7 +230,7 @@ def check_constraints(work: Workload, machine: Machine, config: StepConfig) -> N
         layout = Layout(config.device_mesh, work.experts, "whole", config.via == "replicated")
     else:
         layout = Layout.ruled(config.device_mesh, work.experts, config.layout_names)
-    check_layout(layout, work)
+    raise_problems(problems(layout, work))
     devices, fitting = layout.shards["expert"], legal_vias(layout, work)
     if config.via is not None and config.via not in fitting:
         raise InputError(
@@ -265,9 +247,6 @@ def check_constraints(work: Workload, machine: Machine, config: StepConfig) -> N
 
 WorkOn = Callable[[Machine, int], Workload]
 """The work on a machine in so many micro-batches: a batch may grow with the devices."""
-
-Change = JsonDict
-"""New values of fields of `StepConfig`."""
 
 Spelling = Callable[[str, str], str]
 """Returns the option that sets a field to a new value."""
@@ -300,7 +279,7 @@ class PlanQuery:
     spelling: Spelling = as_option
     share: float = 1.0
 
-    def changed(self, change: Change) -> PlanQuery:
+    def changed(self, change: JsonDict) -> PlanQuery:
         """Return what is asked after a change."""
         work = self.work
         if self.work_on is not None and "micro_batches" in change:
@@ -330,12 +309,7 @@ class PlanQuery:
 
 
 def nothing_fits(asked: PlanQuery, least: tuple[float, Strategy] | None) -> InputError:
-    """Return the error of a plan without a strategy that fits.
-
-    Args:
-      asked: what was asked.
-      least: the strategy that needs the least, and its bytes; None where none is legal.
-    """
+    """Return the error where nothing fits; `least` needs the least, None where none is legal."""
     if least is None:
         return _nothing_legal(asked)
     size, strategy = least
@@ -408,7 +382,7 @@ def remedies(asked: PlanQuery) -> list[str]:
     return [text] if text else []
 
 
-def _changes(asked: PlanQuery) -> Iterator[Change]:
+def _changes(asked: PlanQuery) -> Iterator[JsonDict]:
     """Yield what may be changed of what is asked, that which costs the least first."""
     config = asked.config
     if config.dense_weights is not None:
@@ -425,7 +399,7 @@ def _changes(asked: PlanQuery) -> Iterator[Change]:
         yield {"weight_dtype": config.compute_type.name}
 
 
-def _tried(asked: PlanQuery, change: Change) -> str | None:
+def _tried(asked: PlanQuery, change: JsonDict) -> str | None:
     """Return the options of a change under which something fits, or None."""
     if "micro_batches" in change:
         return _in_parts(asked, {})
@@ -433,7 +407,7 @@ def _tried(asked: PlanQuery, change: Change) -> str | None:
     return None if strategy is None else _options(asked, change, strategy)
 
 
-def _in_parts(asked: PlanQuery, change: Change) -> str | None:
+def _in_parts(asked: PlanQuery, change: JsonDict) -> str | None:
     """Return the fewest micro-batches with which something fits after a change, or None."""
     if asked.work_on is None:
         return None
@@ -448,7 +422,7 @@ def _in_parts(asked: PlanQuery, change: Change) -> str | None:
     return None
 
 
-def _options(asked: PlanQuery, change: Change, strategy: Strategy) -> str:
+def _options(asked: PlanQuery, change: JsonDict, strategy: Strategy) -> str:
     """Return the options that stand for a change, and for what was found."""
     layout = strategy.layout
     mesh = ",".join(f"{name}={size}" for name, size in layout.mesh.axes)

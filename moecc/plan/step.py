@@ -26,6 +26,8 @@ from moecc.types import DType, float_type
 
 STEPS = ("train", "forward")
 OPTIMIZERS = ("adamw", "adafactor")
+TRAIN_PASSES = 3
+"""FLOPs of a training step over those of its forward pass: backward, there are twice as many."""
 REMATS = ("none", "save", "block", "full")
 """What the backward pass recomputes: nothing; all but the results of attention and combine;
 everything but the input of each block of layers; everything but the input of each layer, so that

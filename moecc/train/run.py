@@ -648,46 +648,34 @@ def followed(
     Raises:
       As `moecc.train.events.Training.events`.
     """
+    every = job.recipe.run.log_steps
     with ExitStack() as opened:
-        journals = _Journals(job, opened) if training.writes else None
+        journals: list[Journal] = []
+        if training.writes:
+            steps = saved_steps(job.run)
+            for name in (METRICS, SPEED):
+                cut_back(job.run / name, steps[-1].number if steps else 0)
+                journals.append(opened.enter_context(Journal(job.run / name)))
         for event in training.events(stop):
-            if journals is not None:
-                journals.record(event)
+            if journals and not (isinstance(event, Stepped) and event.step % every):
+                _record(event, *journals)
             yield event
 
 
-class _Journals:
-    """The metrics of a run, and its speed: two files, since only the first is repeatable.
-
-    Args:
-      job: of the run, whose journals are cut back to its last checkpoint.
-      opened: closes them.
-    """
-
-    def __init__(self, job: TrainJob, opened: ExitStack) -> None:
-        steps = saved_steps(job.run)
-        last = steps[-1].number if steps else 0
-        for name in (METRICS, SPEED):
-            cut_back(job.run / name, last)
-        self._every = job.recipe.run.log_steps
-        self._metrics = opened.enter_context(Journal(job.run / METRICS))
-        self._speed = opened.enter_context(Journal(job.run / SPEED))
-
-    def record(self, event: Event) -> None:
-        if isinstance(event, Stepped) and event.step % self._every:
-            return
-        self._metrics.record(event)
-        match event:
-            case Stepped():
-                line = {
-                    "step": event.step,
-                    "seconds": round(event.seconds, 6),
-                    "processor_seconds": round(event.processor_seconds, 6),
-                }
-                self._speed.write({**line, "compiles": True} if event.compiles else line)
-            case Saved():
-                self._metrics.synchronise()
-                line = {"step": event.step, "saved_seconds": round(event.seconds, 3)}
-                self._speed.write({**line, "at": round(time.time(), 3)})
-            case Stopped():
-                self._metrics.synchronise()
+def _record(event: Event, metrics: Journal, speed: Journal) -> None:
+    """Write an event to two files, since only the first is repeatable."""
+    metrics.record(event)
+    match event:
+        case Stepped():
+            line = {
+                "step": event.step,
+                "seconds": round(event.seconds, 6),
+                "processor_seconds": round(event.processor_seconds, 6),
+            }
+            speed.write({**line, "compiles": True} if event.compiles else line)
+        case Saved():
+            metrics.synchronise()
+            line = {"step": event.step, "saved_seconds": round(event.seconds, 3)}
+            speed.write({**line, "at": round(time.time(), 3)})
+        case Stopped():
+            metrics.synchronise()

@@ -546,15 +546,6 @@ class Order:
         return np.ascontiguousarray(parts.swapaxes(0, 1)).reshape(array.shape)
 
 
-@dataclass(frozen=True)
-class ShapeContent:
-    """A file as a model: its config, the names of its tensors, and their orders by that name."""
-
-    config: JsonDict
-    names: dict[str, str]
-    orders: dict[str, Order]
-
-
 def _shape_names(config: type[ModelConfig]) -> tuple[dict[str, str], dict[str, str]]:
     """Return the names of a model's own tensors and of a layer's, without the last part."""
     names = config.names
@@ -580,8 +571,13 @@ def _shape_names(config: type[ModelConfig]) -> tuple[dict[str, str], dict[str, s
     return model, stems | dict(zip(norms, names.norms, strict=True))
 
 
-def read_shape(header: GgufHeader, config: type[ModelConfig], problems: Problems) -> ShapeContent:
-    """Return the model of a file of such an architecture; every error goes to `problems`."""
+def read_shape(
+    header: GgufHeader, config: type[ModelConfig], problems: Problems
+) -> tuple[JsonDict, dict[str, str], dict[str, Order]]:
+    """Return the config of a file of such an architecture, names of tensors, and their orders.
+
+    Orders are by the new names; every error goes to `problems`.
+    """
     content, heads = _shape_config(header, config, problems)
     model, stems = _shape_names(config)
     names: dict[str, str] = {}
@@ -604,7 +600,7 @@ def read_shape(header: GgufHeader, config: type[ModelConfig], problems: Problems
             hint = nearest(stored[:100], names_of_files)
             fault = f"{with_article(config.model_type)} has no tensor {quoted(stored)}"
             problems.add(fault, where=header.path, hint=hint)
-    return ShapeContent(content, names, orders)
+    return content, names, orders
 
 
 def _shape_config(

@@ -321,12 +321,12 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
 def _open_shape(header: GgufHeader, shape: type[ModelConfig]) -> GgufFile:
     """Open a file of one of the architectures that are read only."""
     problems = Problems()
-    read = read_shape(header, shape, problems)
+    config, names, orders = read_shape(header, shape, problems)
     problems.raise_if_any()
-    infos = {new: _info(header.tensors[old], new, ()) for old, new in read.names.items()}
-    for name, order in read.orders.items():
+    infos = {new: _info(header.tensors[old], new, ()) for old, new in names.items()}
+    for name, order in orders.items():
         infos[name] = replace(infos[name], shape=order.shape(infos[name].shape))
-    return GgufFile(header, read.config, infos, DescriptorPool(), orders=read.orders)
+    return GgufFile(header, config, infos, DescriptorPool(), orders=orders)
 
 
 def _family(header: GgufHeader) -> GgufFamily:
