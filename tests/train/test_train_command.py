@@ -260,6 +260,7 @@ def test_what_cannot_be_is_one_message(
     assert not (folder / "x").exists()
 
 
+@pytest.mark.slow
 def test_doubles_are_trained_and_evaluated_as_doubles(
     folder: Path, call: Any, tmp_path: Path
 ) -> None:
