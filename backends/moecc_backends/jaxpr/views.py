@@ -266,8 +266,7 @@ def ranged_name(names: Sequence[str]) -> str:
 # A leaf of the parameters as an equation sees it: sliced, reshaped, cut from a stack.
 #
 # A view is a chain of moves on a leaf.  Orders of axes, casts and repetitions along new axes are
-# not
-# among them: axes have names here, so these change only which dimension of the array is which
+# not among them: axes have names here, so these change only which dimension of the array is which
 # axis.
 
 Iteration = Mapping[Hashable, int]

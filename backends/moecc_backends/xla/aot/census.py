@@ -296,11 +296,9 @@ def _end_of(text: str, start: int) -> int:
 # What a compiled program does on one device: its collectives and its multiplications.
 #
 # Both are counted from optimised HLO, bodies of loops as often as they run; ``cost_analysis``
-# counts
-# them once.  The bytes of a collective are those of its *full tensor*, the larger of what goes in
-# and
-# what comes out, as MaxText and the reports of XLA's profiler have them; what crosses a wire is
-# less.
+# counts them once.  The bytes of a collective are those of its *full tensor*, the larger of what
+# goes in and what comes out, as MaxText and the reports of XLA's profiler have them; what crosses
+# a wire is less.
 
 # The multiplications of a convolution in HLO, which is how a TPU spells a dot.
 #

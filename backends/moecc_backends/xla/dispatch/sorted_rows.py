@@ -171,8 +171,6 @@ def capacity_permutation(
     return RowPermutation(choice_of_row, row)
 
 
-# Rows sorted by expert, multiplied group by group: by a loop over blocks, or `lax.ragged_dot`.
-
 # Move tokens into the experts' rows and back, with gradients that gather as well.
 #
 # The derivative that JAX would find for a gather is a scatter-add, which is slow everywhere and

@@ -575,7 +575,7 @@ def why_no_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str | None:
 # Expert matrix multiplication under a capacity: one batched product.
 #
 # Every expert has the same number of slots; empty ones are zero rows that cost their share. Rows
-# are made with `dispatch.gather_vjp.permute`, by `dispatch.permutation.capacity_permutation`.
+# are made by `permute` of `dispatch.sorted_rows`, along its `capacity_permutation`.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

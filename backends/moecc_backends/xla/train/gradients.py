@@ -507,8 +507,7 @@ def batch_types(graph: Graph) -> dict[str, TensorType]:
 # Where parameters and inputs of a training step are sharded, and the graph as its model.
 #
 # Types of the graph say it, with the graph's own collectives; or a layout of the plan does, and
-# XLA's
-# partitioner adds the collectives.
+# XLA's partitioner adds the collectives.
 
 
 @dataclass(frozen=True)
