@@ -115,3 +115,11 @@ def test_a_folder_without_usable_weights_says_what_it_holds(make_folder, name, w
     [problem] = problems(folder)
     assert what in problem
     assert hint in problem
+
+
+def test_leftover_shards_are_a_question(make_folder):
+    other = "model-00001-of-00003.safetensors"
+    folder = make_folder({ONE: {"a": 3}, other: {"a": 3}}, index=index_of({"a": ONE}))
+    [problem] = problems(folder)
+    assert "shards that the index does not name" in problem
+    assert f"found: '{other}'" in problem
