@@ -95,6 +95,7 @@ def test_no_row_is_lost_whatever_the_routing(case: str, pipeline: str) -> None:
     assert_near(run_reference(layer("ragged"), params=params, inputs=inputs), outputs)
 
 
+@pytest.mark.slow
 def test_a_device_has_the_rows_of_all_its_experts() -> None:
     """With 16 experts on 8 devices an expert's number is not its device's."""
     case, experts = "half to three", 16

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiers import few, some
+from tiers import some
 
 from moecc.errors import InputError
 from moecc.families import build
@@ -187,7 +187,8 @@ def test_what_is_not_ready_for_a_mesh_is_refused() -> None:
         device_mesh(on_mesh, jax.devices()[:4])
 
 
-@pytest.mark.parametrize("remat", few(["full", "full split=model", "save"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "full split=model", "save"])
 def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str) -> None:
     small = {
         "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
