@@ -518,7 +518,7 @@ class Devices(Evaluation):
         over = self.a.scope["over"](type_.unreduced)
         rows = rows if isinstance(rows, int) else 0
         element = self.a.scope["unknown"](f"operand {len(values)}", type_.dtype, axes, over, rows)
-        x = self.tensor(axes, element, type_.dtype, finite.get(n.operands[at], True))
+        x = self.tensor(axes, element, type_.dtype, finite[n.operands[at]])
         shard = self.a.scope["shard_of"](x, type_.mesh)
         return self.a.scope["summed"](x, type_.unreduced), shard
 

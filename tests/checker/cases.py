@@ -56,7 +56,9 @@ class Bench:
         self._define("E", 'λ([t8, c2], experts[4, 2, "logits"](λ(y4, w(t8, y4)))(c2))')
         self._define("D", 'λ([t8, c2], experts[4, 2, "logits"](λ(y4, u(t8, y4)))(c2))')
         self._define("H", 'λ([t8, c8], experts[8, 8, "logits"](λ(y8, w(t8, y8)))(c8))')
-        self._define("E8", 'λ([t8, c2], experts[4, 2, "logits"](λ(y4, w(t8, y4)))(c2))')
+        for name, axes in {"E8": ("t8", "c2"), "E9": ("t9", "c2"), "N8": ("t8", "c4")}.items():
+            experts = f'experts[4, 2, "logits"](λ(y4, w({axes[0]}, y4)))({axes[1]})'
+            self._define(name, f"λ([{axes[0]}, {axes[1]}], {experts})")
         self._define("E4", 'λ([t4, c2], experts[4, 2, "logits"](λ(y4, w(4*a2 + t4, y4)))(c2))')
         for name, start in {"F4": "4*a3", "K4": "4*a3 - 4", "L4": "2*a3"}.items():
             logits = f"λ(y4, w({start} + t4, y4))"

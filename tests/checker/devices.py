@@ -120,6 +120,7 @@ EDITS = (
     ("sum", '"b": 2', '"c": 2'),
     ("mean", "unreduced(a, b)", "unreduced(a)"),
     ("mean", "{mesh=(a, b)}", "{mesh=a}"),
+    ("mean", "{mesh=(a, b)}", "{mesh=(a, b, a)}"),
     ("scatter", "batch@a=8", "batch=8"),
     ("scatter", "batch@a=8", "batch@b=8"),
     ("gather", "f32[batch@a=8, embed=8]", "f32[batch@b=8, embed=8]"),
