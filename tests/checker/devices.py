@@ -73,6 +73,11 @@ GRAPHS = {
   input %x : f32[batch@a=B, place=4, channel=2]
   param %w : f32[tap=2, channel=2, e@b=4]
   %y = convolve %x, %w {over=channel, along=place, taps=tap} : f32[batch@a=B, place=3, e@b=4]""",
+    "update": """
+  input %x : f32[batch=8, embed@a=8]
+  input %u : f32[batch=8, embed@a=8]
+  input %i : i32[]
+  %y = update_slice %x, %u, %i {axis=batch} : f32[batch=8, embed@a=8]""",
     "chunks": """
   input %x : f32[mlp@a=16, embed=4]
   %u = chunk %x {axis=mlp, at=0, of=2, parts=4} : f32[mlp@a=8, embed=4]
@@ -147,6 +152,7 @@ EDITS = (
     ("windows", "f32[batch@a=B, place=4, channel=2]", "f32[batch=B, place@a=4, channel=2]"),
     ("windows", "batch@a=B, place=4, channel=2", "batch@a=B, place=4, channel@b=2"),
     ("windows", "place=3, e@b=4", "place=3, e=4"),
+    ("update", "axis=batch", "axis=embed"),
     ("chunks", "of=2, parts=4", "of=2, parts=1"),
     ("chunks", "of=2, parts=4", "of=2"),
     ("chunks", "{axis=mlp, parts=4}", "{axis=mlp}"),
