@@ -64,7 +64,8 @@ proof-chain: $(STAMP) ## SmolLM2 upcycled, trained on, exported, judged by trans
 	$(BIN)/python -m tests.proof.chain --out docs/proofs/chain.json > /dev/null
 
 proof-emit: $(STAMP) ## every source by every method as PyTorch, outputs, gradients and tokens judged by torch in the interpreters of MOECC_PARITY_PYTHON; continues docs/proofs/emit.jsonl, whose table docs/emit.md has
-	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.prove --out docs/proofs/emit.jsonl
+	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.prove
+	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.prove --page docs/emit.md
 
 proof-emit-jax: $(STAMP) ## every source as functions in JAX, dense, upcycled and ST-MoE in training; writes docs/proofs/emit-jax.json
 	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.jax_cells --out docs/proofs/emit-jax.json

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from moecc.errors import MoeccError
-from tests.emit.cells import METHODS, SOURCES, EmittedCell, write_reference
+from tests.emit.cells import METHODS, SOURCES, EmittedCell, relative, write_reference
+from tests.emit.prove import BOUNDS, is_right
 
 METHODS_IN_JAX = ("dense", "upcycled", "st-moe", "st-moe in training")
-BOUNDS = {"float32": 1e-5, "float64": 1e-10}
 FILE = "jax_st_moe.py"
 
 
@@ -90,18 +90,6 @@ def flat(tree: object) -> dict[str, object]:
         ".".join(str(getattr(k, "key", getattr(k, "idx", ""))) for k in path): x
         for path, x in leaves
     }
-
-
-def relative(x: object, expected: np.ndarray) -> float:
-    """Return the largest difference over the largest magnitude; zeros are compared to 1."""
-    scale = float(np.abs(expected).max())
-    difference = np.abs(np.asarray(x, np.float64) - expected).max()
-    return float(difference / (scale if scale > 1e-12 else 1.0))
-
-
-def is_right(errors: dict[str, float]) -> bool:
-    """Whether all errors are within their bounds."""
-    return all(error <= BOUNDS[name.partition(".")[0]] for name, error in errors.items())
 
 
 def main() -> None:

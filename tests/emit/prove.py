@@ -3,7 +3,8 @@
     python -m tests.emit.prove --out FILE [--work DIR] [--pairs] [--sources …] [--methods …]
 
 FILE has a line of JSON for each cell; a cell whose text is as it was, and was right, is not judged
-again.  DIR keeps outputs of the reference, and gradients by XLA.  With ``--pairs`` the cells are
+again.  ``--page docs/emit.md`` writes the table of docs/proofs/emit.jsonl into the page, and judges
+nothing.  DIR keeps outputs of the reference, and gradients by XLA.  With ``--pairs`` the cells are
 those of the proof table, without gradients: between equal experts that of a router is zero.  Of
 several with one text, which differ in weights alone, one is judged.
 """
@@ -15,6 +16,7 @@ import datetime
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from moecc.errors import MoeccError
-from tests.emit.cells import EmittedCell, cells, pairs, write_reference
+from moecc.support.generated_docs import GeneratedPart
+from tests.emit.cells import MIXTURES, EmittedCell, cells, pairs, write_reference
 from tests.parity.interpreters import interpreters
 
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
@@ -147,17 +150,62 @@ def is_proved(row: dict[str, Any], judges: Iterable[Judge] = ()) -> bool:
     return is_judged and all(verdicts.values())
 
 
+RECORD = Path("docs/proofs/emit.jsonl")
+
+
+def render() -> str:
+    """Return the record as Markdown: for each method the cells that are right, and the errors."""
+    rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
+    written = [row for row in rows if "refused" not in row]
+    judges = sorted({n for row in written for n in row if n.startswith("transformers")})
+    lines = [
+        f"On {max(row['date'] for row in written)}, {' and '.join(judges)}, on a CPU: of "
+        f"{len(rows)} cells {sum(map(is_proved, written))} are right, and "
+        f"{len(rows) - len(written)} are rejected.\n",
+        "| method | right | outputs | auxiliary loss | gradients | tokens |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for method in dict.fromkeys(map(_label, written)):
+        chosen = [row for row in written if _label(row) == method]
+        verdicts = [row[judge] for row in chosen for judge in judges]
+        errors = [
+            " · ".join(f"{max(v):.1e}" for kind in BOUNDS
+                       if (v := [x[key] for x in verdicts if (key := f"{kind}.{name}") in x]))
+            for name in ("output", "aux_loss", "gradient")
+        ]  # fmt: skip
+        tokens = sum("moecc" in row[judges[0]] for row in chosen)
+        right = f"{sum(map(is_proved, chosen))} of {len(chosen)}"
+        lines.append(f"| {' | '.join([method, right, *errors, str(tokens or '')])} |")
+    sources: dict[str, list[str]] = {}
+    for row in rows:
+        if "refused" in row:
+            reason = f"{row['method']}: {row['refused']}"
+            sources.setdefault(reason, []).append(row["source"])
+    lines += ["", *(f"- {why} ({', '.join(sorted(v))})" for why, v in sources.items())]
+    return "\n".join(lines)
+
+
+def _label(row: dict[str, Any]) -> str:
+    return "mixtures as they are" if row["source"] in MIXTURES else str(row["method"])
+
+
+CELLS = GeneratedPart("cells", "tests.emit.prove --page", render)
+
+
 def main() -> None:
     """Judge the cells that the file has not."""
     import tests.conftest  # noqa: F401 (XLA compiles as in tests: in a third of the time)
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--page")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--sources", nargs="*", default=[])
     parser.add_argument("--methods", nargs="*", default=[])
     options = parser.parse_args()
+    if options.page:
+        sys.exit(CELLS.main([options.page]))
     lines = options.out.read_text().splitlines() if options.out.is_file() else []
     rows: Rows = {(row["source"], row["method"]): row for row in map(json.loads, lines)}
     wanted = [
@@ -176,7 +224,10 @@ def main() -> None:
     written = [row for row in rows.values() if "refused" not in row]
     right, twins = sum(map(is_proved, written)), sum("as" in row for row in written)
     refused = len(rows) - len(written)
+    usages = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    minutes = sum(u.ru_utime + u.ru_stime for u in usages) / 60
     print(f"{right} of {len(written)} right ({twins} by their text), {refused} refused")
+    print(f"{minutes:.0f} minutes of processor time")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from moecc.jobs.emit import emit
 from moecc.jobs.verify import verify
 from tests.emit import fuzz, snapshot
 from tests.emit.cells import METHODS, SAMPLE, EmittedCell, program_text
-from tests.emit.prove import is_proved, prove
+from tests.emit.prove import CELLS, is_proved, prove
 from tests.parity.interpreters import in_each_interpreter, interpreters
 
 GOLDEN = Path("tests/golden")
@@ -114,6 +114,7 @@ def test_card_says_what_loading_runs(tmp_path):
 def test_the_page_prints_the_programs_as_they_are():
     page = Path("docs/emit.md").read_text("utf-8")
     assert PROGRAMS.replace(page) == page, "run: make docs"
+    assert CELLS.replace(page) == page, "run: python -m tests.emit.prove --page docs/emit.md"
     for name, text in programs().items():
         assert Path("docs/programs", name).read_text("utf-8") == text, "run: make docs"
 

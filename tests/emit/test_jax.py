@@ -12,7 +12,8 @@ import moecc
 from moecc.errors import CheckError, InputError
 from moecc.jobs.verify import verify
 from tests.emit.cells import METHODS, EmittedCell, program_text
-from tests.emit.jax_cells import FILE, flat, is_right, judge, program_of
+from tests.emit.jax_cells import FILE, flat, judge, program_of
+from tests.emit.prove import is_right
 from tests.proof.cells import GOLDEN
 
 
