@@ -96,6 +96,8 @@ class ModelWriter(BlockWriter):
                 arguments.append(STATE)
             elif isinstance(role, ProgramValue):
                 arguments.append(self.canonical(role))
+            elif not role:
+                arguments.append("None")
             else:
                 texts = [self.canonical(v) if v is not None else "None" for v in role]
                 zipped.append((name, repeated_texts(texts)))
@@ -153,7 +155,8 @@ class ModelWriter(BlockWriter):
             ]
             present = [v for v in values if v is not None]
             if all(v.item is not None and v.item.op == "none" for v in present):
-                continue  # None by default
+                roles[name] = []
+                continue
             is_carried = len(layers) > 1 and all(
                 v is not None and v in before.outputs
                 for v, before in zip(values[1:], layers, strict=False)
@@ -164,6 +167,8 @@ class ModelWriter(BlockWriter):
                 roles[name] = present[0]
             else:
                 roles[name] = values
+        while roles and roles[next(reversed(roles))] == []:
+            roles.popitem()  # None by default
         return roles
 
     def _signature(self, layer: ModuleBlock) -> list[str]:
