@@ -77,10 +77,11 @@ def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
     source = graph.attrs.get("config")
     source = source if isinstance(source, Mapping) else {}
     dtype, vocabulary = source.get("dtype"), vocabulary_of(graph)
+    keys = (*TOKEN_KEYS, "decoder_start_token_id")
     return GraphConfig(
         vocab_size=vocabulary,
         dtype=dtype if isinstance(dtype, str) else None,
-        extra={key: source[key] for key in TOKEN_KEYS if key in source and vocabulary},
+        extra={key: source[key] for key in keys if key in source and vocabulary},
         lines=tuple(print_graph(bare).splitlines()),
     )
 

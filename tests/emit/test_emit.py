@@ -111,6 +111,15 @@ def test_card_says_what_loading_runs(tmp_path):
     assert "No engine" not in card
 
 
+def test_config_has_the_token_that_a_decoder_begins_with(tmp_path):
+    emit("torch", str(GOLDEN / "umt5_square_untied"), output=str(tmp_path / "a"))
+    source, emitted = (
+        json.loads((folder / "config.json").read_text())["decoder_start_token_id"]
+        for folder in (GOLDEN / "umt5_square_untied", tmp_path / "a")
+    )
+    assert emitted == source
+
+
 def test_the_page_prints_the_programs_as_they_are():
     page = Path("docs/emit.md").read_text("utf-8")
     assert PROGRAMS.replace(page) == page, "run: make docs"
