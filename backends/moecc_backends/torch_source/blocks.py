@@ -318,8 +318,8 @@ def _is_norm_around(block: ModuleBlock, blocks: Iterable[str]) -> bool:
     if not inner:
         return False
     shared = common(f"{path}.x" for path in inner)
-    others = [v for v in block.params if not is_under(v.name, shared)]
-    readers = {item.op for v in others for item in v.users}
+    outside = [v for v in block.params if not is_under(v.name, shared)]
+    readers = {item.op for v in outside for item in v.users}
     return shared in inner and readers <= {"rms_norm_module", "layer_norm_module"}
 
 

@@ -186,9 +186,9 @@ class ModelWriter(BlockWriter):
             for var in layer.outputs:
                 if "embed" in var.axes:
                     self.values[var] = PythonExpr(STATE, var.axes)
-            others = [v for v in layer.outputs if "embed" not in v.axes]
+            losses = [v for v in layer.outputs if "embed" not in v.axes]
             names = [n for n, role in outputs if role == "collect"]
-            for name, var in zip(names, others, strict=False):
+            for name, var in zip(names, losses, strict=False):
                 self.values[var] = PythonExpr(f"{name}es[{index}]", var.axes)
 
 
@@ -535,14 +535,17 @@ class Models:
             self.texts.append(_output_class(list(results)[1:], "BaseModelOutputWithPast"))
         self.texts.append(filled(DECODER, parts))
         base = f"self.{self.base or 'model'}"
-        own = [line for line in root.tree.lines() if not line.startswith(f"{base} =")]
+        module_lines = [line for line in root.tree.lines() if not line.startswith(f"{base} =")]
         logits = root.canonical(self.program.outputs["logits"])
         lines = [*root.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
         self.texts.append(
             filled(
                 CAUSAL_LM,
                 {
-                    "constructor": [f"{base} = StMoeModel(config)", *root.filled_lines(own)],
+                    "constructor": [
+                        f"{base} = StMoeModel(config)",
+                        *root.filled_lines(module_lines),
+                    ],
                     "base": base,
                     "statements": root.filled_lines(lines),
                     **self._loss_parts(root, "MoeCausalLMOutputWithPast"),
@@ -695,9 +698,9 @@ class Models:
         decoder.remaining[memory] += 1
         decoder.values[item.result] = PythonExpr("inputs_embeds", item.result.axes)
         decoder.write_steps([s for s in [*masks, *after] if s is not item])
-        whole = self._writer("whole", "", self.steps)
+        root = self._writer("whole", "", self.steps)
         stack = next((s.path for s in before if isinstance(s, ModuleBlock)), "").rpartition(".")[0]
-        module = whole.tree.access(stack.rpartition(".")[0])
+        module = root.tree.access(stack.rpartition(".")[0])
         logits = decoder.canonical(self.program.outputs["logits"])
         lines = [*decoder.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
         arguments = self._arguments()
@@ -709,7 +712,7 @@ class Models:
                 {
                     "name": name,
                     "constructor": [
-                        *whole.filled_lines(whole.tree.lines()),
+                        *root.filled_lines(root.tree.lines()),
                         f"{module}.forward = self.encode",
                         f"{module}.main_input_name = self.main_input_name",
                     ],
@@ -720,7 +723,7 @@ class Models:
                     "encoder": [*self._mask_lines(), *encoder.filled_lines(encoder.lines)],
                     "encoder_output": "StMoeEncoderOutput" if lists else "BaseModelOutput",
                     "encoder_results": encoder.filled(", ".join(results)),
-                    "embedding": whole.tree.access(str(item.attrs["module"])),
+                    "embedding": root.tree.access(str(item.attrs["module"])),
                     "positions": self._positions(),
                     "continues": self._continues(),
                     "statements": [*self._decoder_mask(), *decoder.filled_lines(lines)],
@@ -733,7 +736,7 @@ class Models:
         auto = "AutoModelForSpeechSeq2Seq" if is_speech else "AutoModelForSeq2SeqLM"
         self._map(auto, name)
         self._map("AutoModel", name)
-        self.classes.helpers |= encoder.helpers | decoder.helpers | whole.helpers | {"with_cache"}
+        self.classes.helpers |= encoder.helpers | decoder.helpers | root.helpers | {"with_cache"}
 
     def _decoder_mask(self) -> list[str]:
         """Return the lines that read the encoder's mask."""
@@ -796,9 +799,9 @@ def _is_plain(item: Item) -> bool:
     """Whether attention has no bias, window or mask that a kernel is not told of."""
     if item.op not in ("attention", "cached_attention"):
         return True
-    given = item.attrs["given"]
-    assert isinstance(given, tuple), "words"
-    further = set(given) - {"mask", "cache", KWARGS}
+    words = item.attrs["given"]
+    assert isinstance(words, tuple), "words"
+    further = set(words) - {"mask", "cache", KWARGS}
     shared = item.attrs.get("is_shared")
     return not further and not shared and not item.attrs["window"] and not item.attrs["cap"]
 

@@ -163,8 +163,8 @@ TITLE = "Mixtures of experts that moecc has put into a model, to be edited."
 
 def _keep_blocks(graph: Graph, locations: Iterable[str]) -> None:
     """Drop the outputs of other blocks: those stay as they are in the model."""
-    kept = {f"y.{loc}" for loc in locations}
-    for name in [n for n in graph.output_names if n.startswith("y.") and n not in kept]:
+    outputs = {f"y.{loc}" for loc in locations}
+    for name in [n for n in graph.output_names if n.startswith("y.") and n not in outputs]:
         graph.drop_output(name)
 
 
@@ -199,18 +199,18 @@ def _parts(
 ) -> tuple[dict[str, list[Item]], list[Item]]:
     """Return the items of each block, and those that read several blocks."""
     owner: dict[ProgramValue, str] = {program.inputs[f"x.{loc}"]: loc for loc in locations}
-    own: dict[str, list[Item]] = {loc: [] for loc in locations}
+    items_of: dict[str, list[Item]] = {loc: [] for loc in locations}
     epilogue: list[Item] = []
     for item in program.items:
         locs = {owner[v] for v in item.operands if v in owner} or {item.loc}
         loc = locs.pop() if len(locs) == 1 else ""
-        if loc in own:
-            own[loc].append(item)
+        if loc in items_of:
+            items_of[loc].append(item)
         else:
             loc = ""
             epilogue.append(item)
         owner.update(dict.fromkeys(item.results, loc))
-    return own, epilogue
+    return items_of, epilogue
 
 
 def _add_dropout(items: list[Item], names: Mapping[str, str], position: BlockPlace) -> None:

@@ -468,13 +468,13 @@ def _assign_slots(
         names = axes if word == "keep" else tokens
         options[word] = w.permuted(w.expr(var), names).text
     if evaluation is not None:
-        others = _slot_options(w, evaluation)
+        evaluated = _slot_options(w, evaluation)
         if "keep" in options:
-            others["keep"] = _evaluated_keep(w, evaluation, options["keep"])
-        options |= {word: text for word, text in others.items() if word not in options}
+            evaluated["keep"] = _evaluated_keep(w, evaluation, options["keep"])
+        options |= {word: text for word, text in evaluated.items() if word not in options}
         for word, text in options.items():
-            if (other := others.get(word, SLOT_DEFAULTS.get(word, text))) != text:
-                options[word] = f"{text} if self.training else {other}"
+            if (default := evaluated.get(word, SLOT_DEFAULTS.get(word, text))) != text:
+                options[word] = f"{text} if self.training else {default}"
     is_simple = options.keys() <= {"capacity_factor", "keep"} and is_route(item.operands[0])
     for word, text in options.items():
         if is_simple and " if self.training" in text:

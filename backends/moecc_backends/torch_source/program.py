@@ -189,7 +189,7 @@ def program_of(graph: Graph, tokens: Value | None) -> TorchProgram:
 def _merge_equal(program: TorchProgram) -> None:
     """Let items of one location that compute the same be one; constants stay where they are."""
     images: dict[ProgramValue, ProgramValue] = {}
-    known: dict[tuple[object, ...], Item] = {}
+    first_items: dict[tuple[object, ...], Item] = {}
     for item in program.items:
         item.operands = [images.get(v, v) for v in item.operands]
         if item.loc == "encoder.memory":
@@ -198,7 +198,7 @@ def _merge_equal(program: TorchProgram) -> None:
         if not item.operands or is_drawn:
             continue
         key = (item.loc, item.op, repr(item.attrs), *map(id, item.operands))
-        first = known.setdefault(key, item)
+        first = first_items.setdefault(key, item)
         images.update(zip(item.results, first.results, strict=True))
     program.outputs = {name: images.get(v, v) for name, v in program.outputs.items()}
 
@@ -224,7 +224,7 @@ def loss_name(output: str) -> str:
 
 
 def add_evaluation(program: TorchProgram, evaluation: TorchProgram) -> None:
-    """Let slots be assigned in training as `program` has it, in evaluation as the other has it.
+    """Let slots be assigned in training as `program` has it, and otherwise as `evaluation` has it.
 
     Raises:
       InputError: the two differ in more than noise, capacities and what is kept.
@@ -234,21 +234,21 @@ def add_evaluation(program: TorchProgram, evaluation: TorchProgram) -> None:
             "training and evaluation differ in more than capacity, policy and noise",
             hint="specialize{mode=eval} writes the graph of evaluation alone",
         )
-    others = [item for item in evaluation.items if item.op == "assign_slots"]
+    assignments = [item for item in evaluation.items if item.op == "assign_slots"]
     by_loc: dict[str, list[Item]] = {}
-    for item in others:
+    for item in assignments:
         by_loc.setdefault(item.loc, []).append(item)
     for item in program.items:
         if item.op != "assign_slots":
             continue
-        places = by_loc.get(item.loc)
-        if not places:  # nothing drops a choice, so slots are not counted
+        candidates = by_loc.get(item.loc)
+        if not candidates:  # nothing drops a choice, so slots are not counted
             defaults = {name: spec.default for name, spec in OPS["assign_slots"].attrs.items()}
             item.attrs = {**item.attrs, "evaluation": defaults}
             continue
-        other = places.pop(0)
-        attrs = dict(other.attrs)
-        keep = next((v.item for v in other.operands[1:] if v.item is not None), None)
+        assignment = candidates.pop(0)
+        attrs = dict(assignment.attrs)
+        keep = next((v.item for v in assignment.operands[1:] if v.item is not None), None)
         if keep is not None and keep.op == "keep_choices":
             attrs["keep_policy"] = keep.attrs["policy"]
             attrs["keep_threshold"] = keep.attrs["threshold"]

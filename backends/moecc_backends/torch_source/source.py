@@ -210,13 +210,13 @@ def imports(preamble: str, body: str) -> str:
     for line in preamble.rstrip().splitlines():
         if line.startswith("from ") and " import " in line:
             source, _, names = line.partition(" import ")
-            kept = [n for n in names.split(", ") if n in words]
+            used = [n for n in names.split(", ") if n in words]
             before = lines[-1] if lines[-1].startswith(f"{source} import ") else ""
-            joined = f"{before}, {', '.join(kept)}"
-            if before and kept and len(joined) <= 100:
+            joined = f"{before}, {', '.join(used)}"
+            if before and used and len(joined) <= 100:
                 lines[-1] = joined
-            elif kept:
-                lines.append(f"{source} import {', '.join(kept)}")
+            elif used:
+                lines.append(f"{source} import {', '.join(used)}")
         elif line.startswith("import ") and line.split()[-1].rpartition(".")[2] not in words:
             continue
         else:

@@ -311,12 +311,12 @@ def _merge(w: BlockWriter, item: Item, *, axes: tuple[str, ...], into: str) -> P
     plain = [name for a in x.axes for name in a.split("+")]
     if not _consecutive(plain, axes):
         x = w.expanded(x)
-        others = [a for a in x.axes if a not in axes]
+        outer = [a for a in x.axes if a not in axes]
         first = len([a for a in x.axes[: x.axes.index(axes[0])] if a not in axes])
-        x = w.permuted(x, [*others[:first], *axes, *others[first:]])
-    kept = [i for i, a in enumerate(x.axes) if set(a.split("+")) & set(axes)]
-    start, stop = kept[0], kept[-1]
-    if {n for i in kept for n in x.axes[i].split("+")} != set(axes):
+        x = w.permuted(x, [*outer[:first], *axes, *outer[first:]])
+    merged = [i for i, a in enumerate(x.axes) if set(a.split("+")) & set(axes)]
+    start, stop = merged[0], merged[-1]
+    if {n for i in merged for n in x.axes[i].split("+")} != set(axes):
         x = w.expanded(x)
         return _merge_plain(x, axes, into)
     names = (*x.axes[:start], into, *x.axes[stop + 1 :])

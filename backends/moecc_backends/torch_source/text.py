@@ -266,19 +266,19 @@ def _with_decoder(encoder: ClassDef, decoder: ClassDef) -> ClassDef | None:
     stop = start + len(decoder.forward) - len(encoder.forward)
     if encoder.forward[start:] != decoder.forward[stop:]:
         return None
-    own = [f"    {line}" for line in decoder.forward[start:stop]]
-    forward = [*decoder.forward[:start], f"if self.{STACK}:", *own, *decoder.forward[stop:]]
+    inserted = [f"    {line}" for line in decoder.forward[start:stop]]
+    forward = [*decoder.forward[:start], f"if self.{STACK}:", *inserted, *decoder.forward[stop:]]
     constructor = [f"self.{STACK} = {STACK}"]
-    rest = list(encoder.constructor)
+    remaining = list(encoder.constructor)
     for line in decoder.constructor:
         target = line.partition(" = ")[0]
-        before = next((x for x in rest if x.partition(" = ")[0] == target), None)
+        before = next((x for x in remaining if x.partition(" = ")[0] == target), None)
         text = line if line == before else _with_part(before or "", line)
         if text is None or before is None:
             return None
-        rest.remove(before)
+        remaining.remove(before)
         constructor.append(text)
-    if rest:
+    if remaining:
         return None
     optional = encoder.optional | set(decoder.signature[len(names) :])
     return ClassDef(
@@ -316,8 +316,8 @@ def _with_experts(dense: ClassDef, sparse: ClassDef) -> ClassDef | None:
         if target not in targets:
             only_sparse.append(f"    {line}")
             continue
-        other = targets.pop(target)
-        text = line if line == other else _with_both_names(other, line)
+        dense_line = targets.pop(target)
+        text = line if line == dense_line else _with_both_names(dense_line, line)
         if text is None:
             return None
         common.append(text)

@@ -455,11 +455,11 @@ class ModuleTree:
                 lines.append(f"self.{block.attribute} = {self.construct(block)}")
         for path, layers in stacks.items():
             self._put(tree, path, stack_lines(self.writer.classes, layers))
-        own = [v for v in self.block.params if v.name not in inner]
+        direct = [v for v in self.block.params if v.name not in inner]
         late: list[str] = []
-        for module in dict.fromkeys(v.name.rpartition(".")[0] for v in own):
-            members = [v for v in own if v.name.rpartition(".")[0] == module]
-            text = self.leaf(module, own) if module not in ("", self.block.path) else ""
+        for module in dict.fromkeys(v.name.rpartition(".")[0] for v in direct):
+            members = [v for v in direct if v.name.rpartition(".")[0] == module]
+            text = self.leaf(module, direct) if module not in ("", self.block.path) else ""
             parts = {module: text} if text else {v.name: self.parameter(v) for v in members}
             for path, part in parts.items():
                 # A layer may hold what is read outside of it, as T5's first one does.
