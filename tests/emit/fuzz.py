@@ -1,4 +1,6 @@
-"""Hostile graphs: ``python -m tests.emit.fuzz COUNT`` emits graphs whose names and texts are code.
+"""Hostile graphs, whose names and texts are code: ``python -m tests.emit.fuzz COUNT FILE``.
+
+The JSON file has the counts, from which a next run goes on.
 
 Whatever the values, parameters, axes, scopes and texts of a graph are called, the emitted text has
 one syntax tree, but for names of its own: those become placeholders, and everything that Python,
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import json
 import keyword
 import re
 import sys
@@ -16,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from moecc_backends.torch_source.writer import BlockWriter
@@ -158,9 +162,35 @@ def emitted(text: str) -> str:
     return program
 
 
+WORD = re.compile(r'"[^"\n]*"|\d[\w.]*|[A-Za-z_]\w*', re.ASCII)
+"""Texts, numbers and names."""
+
+
 def shape(program: str, head: str = "") -> list[str]:
     """Return the statements of a program after `head`, names of its own apart."""
-    return [ast.dump(Shape().visit(node)) for node in ast.parse(program.removeprefix(head)).body]
+    text = program.removeprefix(head)
+    lines = text.splitlines()
+    return [_dump(node, "\n".join(lines[node.lineno - 1 : node.end_lineno]))
+            for node in ast.parse(text).body]  # fmt: skip
+
+
+def _dump(node: ast.AST, text: str) -> str:
+    """Return a statement; equal texts but for names of their own are the same one."""
+    if "\\" in text or "'" in text:
+        return ast.dump(Shape().visit(node))
+    key = WORD.sub(_word, text)
+    if key not in DUMPS:
+        DUMPS[key] = ast.dump(Shape().visit(node))
+    return DUMPS[key]
+
+
+def _word(match: re.Match[str]) -> str:
+    text = match[0]
+    is_own = (text[0].isalpha() or text[0] == "_") and text not in vocabulary()
+    return "_" if is_own and not keyword.iskeyword(text) else text
+
+
+DUMPS: dict[str, str] = {}
 
 
 @contextmanager
@@ -200,10 +230,10 @@ def fault(rng: np.random.Generator) -> str:
     return next((f"{a} is not {b}" for a, b in pairs if a != b), "")
 
 
-def run(count: int, seed: int = 0) -> tuple[int, list[str]]:
-    """Return how many graphs were written, and the faults of their texts."""
+def run(count: int, first: int = 0, seed: int = 0) -> tuple[int, list[str]]:
+    """Return how many of `count` graphs were written, and the faults of their texts."""
     written, faults = 0, []
-    for number in range(count):
+    for number in range(first, first + count):
         try:
             difference = fault(np.random.default_rng((seed, number)))
         except MoeccError:
@@ -214,8 +244,16 @@ def run(count: int, seed: int = 0) -> tuple[int, list[str]]:
 
 
 if __name__ == "__main__":
-    start = time.monotonic()
-    written, faults = run(int(sys.argv[1]))
-    print(f"{written} of {sys.argv[1]} graphs written in {time.monotonic() - start:.0f} s")
-    print("\n".join(faults[:20]) or "no fault")
-    sys.exit(bool(faults))
+    path = Path(sys.argv[2])
+    counts = {"graphs": 0, "written": 0, "seconds": 0.0, "faults": []}
+    counts |= json.loads(path.read_text()) if path.exists() else {}
+    while counts["graphs"] < int(sys.argv[1]):
+        start = time.process_time()
+        written, faults = run(500, counts["graphs"])
+        counts["graphs"] += 500
+        counts["written"] += written
+        counts["faults"] += faults
+        counts["seconds"] = round(counts["seconds"] + time.process_time() - start, 1)
+        counts["date"] = time.strftime("%Y-%m-%d")
+        path.write_text(json.dumps(counts, indent=1) + "\n")
+    sys.exit(bool(counts["faults"]))
