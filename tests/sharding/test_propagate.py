@@ -16,6 +16,9 @@ from moecc.ir import Graph, clone
 from moecc.ir.builder import Builder
 from moecc.ir.mesh import parse_mesh
 from moecc.ir.text import print_graph
+from moecc.plan.memory import Sharding
+from moecc.plan.search import layouts, meshes
+from moecc.plan.workload import make_batch, workload
 from moecc.presets import preset_config
 from moecc.sharding.assign import Assigner, cuts_of, sites_of
 from moecc.sharding.collectives import dependence, gradients, sent, steps
@@ -170,3 +173,25 @@ def test_rows_are_brought_to_their_experts_and_back() -> None:
     assert kinds == [["all_to_all"], ["all_to_all"]]
     sharded = prod(by.mesh.size(a.mesh) for a in found.reshards[0].target)
     assert sharded == 4
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_value_by_itself_has_as_much_on_a_device_as_in_its_layer(name: str) -> None:
+    """The plan's memory looks at shapes alone."""
+    graph = model(name)
+    lengths = (64, 32) if name == "st-moe-l" else (64,)
+    work = workload(graph, make_batch(graph, 8, 64 * sum(lengths), lengths))
+    for layout in (found for mesh in meshes(8) for found in layouts(mesh, work)):
+        local = Sharding.of(layout, work)
+        sharded = local.sharded
+        for part in work.parts:
+            for node, step in zip(part.nodes, part.steps, strict=True):
+                for value, shape in zip(node.results, step.results, strict=True):
+                    if value.type.dtype.is_float and "batch" in shape.names:
+                        shards = layout.shards_of(sharded.propagation.types[value])
+                        alone = shape.elements / local.values.elements(shape)
+                        # A table that is looked up again, and stored over an axis that the batch
+                        # leaves free, is not gathered: what is looked up is sharded as it is.
+                        free = layout.replicated and layout.dense_weights == "split"
+                        wrong = f"{layout.names} {layout.mesh} {value}"
+                        assert shards == alone or (free and shards > alone), wrong

@@ -214,3 +214,13 @@ def test_a_rule_that_is_not_known(pre: str, small_model: Any, tmp_path: Path) ->
     assert "does not know how this tokenizer cuts text" in text
     assert pre in text
     assert "smollm" in text
+
+
+def test_named_chat_templates(small_model: Any, tmp_path: Path) -> None:
+    builder = byte_level(small_model).key("tokenizer.chat_template", "string", "a")
+    builder.key("tokenizer.chat_template.tool_use", "string", "b")
+    config = content(opened(builder, tmp_path), "tokenizer_config.json")
+    assert config["chat_template"] == [
+        {"name": "default", "template": "a"},
+        {"name": "tool_use", "template": "b"},
+    ]
