@@ -81,7 +81,7 @@ proof-splits: $(STAMP) ## SmolLM2 split by activation beside index and random, p
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.splits --out docs/proofs/splits.json > /dev/null
 
-proof-owned: $(STAMP) ## real models as programs, in MOECC_OWNED_PYTHON with transformers and sentence-transformers; MODELS="smollm2=FILE minilm=DIR gemma3=FILE"
+proof-owned: $(STAMP) ## real models as programs, in MOECC_OWNED_PYTHON with transformers and sentence-transformers; MODELS="smollm2=FILE minilm=DIR gemma3=FILE whisper=DIR"
 	$(BIN)/python -m tests.emit.prove_owned --judge $(MOECC_OWNED_PYTHON) --work owned --text docs/decisions.md --out docs/proofs/owned.json $(MODELS)
 
 proof-recipes: $(STAMP) ## steps of the shipped recipes compiled for v5p and H100, which libtpu and the CUDA plug-in know; docs/proofs/recipes.jsonl

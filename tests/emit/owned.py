@@ -3,6 +3,7 @@
     python tests/emit/owned.py generate FOLDER PROMPT
     python tests/emit/owned.py train FOLDER OUT TEXT
     python tests/emit/owned.py embed FOLDER DENSE
+    python tests/emit/owned.py transcribe FOLDER DENSE
 
 Each prints what it has seen, as JSON.
 """
@@ -83,6 +84,26 @@ def embed(folder, dense):
     return {
         "difference": float((tables[0] - tables[1]).abs().max()),
         "paraphrase": float(similarity[0, 1]), "other": float(similarity[0, 2]),
+    }  # fmt: skip
+
+
+def transcribe(folder, dense):
+    """Compute logits of noise with a Whisper and the dense model, and continue them by tokens."""
+    torch.manual_seed(0)
+    features = torch.randn(1, 80, 3000)
+    load = transformers.AutoModelForSpeechSeq2Seq.from_pretrained
+    models = [load(folder, **LOAD).eval(), load(dense, dtype=torch.float32).eval()]
+    start = torch.tensor([[models[1].config.decoder_start_token_id, 50259, 50359, 50363]])
+    options = {"decoder_input_ids": start, "max_new_tokens": 8, "do_sample": False}
+    with torch.no_grad():
+        logits, expected = (m(input_features=features, decoder_input_ids=start).logits
+                            for m in models)  # fmt: skip
+        cached, plain = (
+            models[0].generate(features, use_cache=c, **options) for c in (True, False)
+        )
+    return {
+        "difference": float((logits - expected).abs().max() / expected.abs().max()),
+        "cached": bool(torch.equal(cached, plain)), "tokens": cached[0].tolist(),
     }  # fmt: skip
 
 

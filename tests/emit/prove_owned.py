@@ -2,8 +2,8 @@
 
     python -m tests.emit.prove_owned --judge PYTHON --work DIR --out FILE --text TEXT
 
-PYTHON has torch, transformers, accelerate and sentence-transformers.  ``smollm2=…``, ``minilm=…``
-and ``gemma3=…`` name checkpoints; what DIR holds already is not made again.
+PYTHON has torch, transformers, accelerate and sentence-transformers.  ``smollm2=…``, ``minilm=…``,
+``gemma3=…`` and ``whisper=…`` name checkpoints; what DIR holds already is not made again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PASSES = {
     "smollm2": "upcycle{experts=8 top-k=2 router-std=0.1 layers=every:5}",
     "minilm": "upcycle{experts=4 top-k=2 router-std=0.1}",
     "gemma3": "upcycle{experts=4 top-k=2 router-std=0.1}",
+    "whisper": "upcycle{experts=4 top-k=2 router-std=0.1}",
 }
 
 
@@ -79,6 +80,9 @@ def main() -> None:
 
         if name == "minilm":
             report[name]["embed"] = answer("embed", checkpoint)
+            continue
+        if name == "whisper":
+            report[name]["transcribe"] = answer("transcribe", checkpoint)
             continue
         report[name]["generate"] = answer("generate", "The capital of France is")
         if name == "smollm2":
