@@ -44,7 +44,11 @@ def first_difference(name: str, outputs: Pair, old: Terms, new: Terms) -> Partin
         text = f"{_shown(outputs[1])}, returned as %{name}"
         return text, (shown(old[outputs[0]]), shown(new[outputs[1]]))
     twin, first = walk.first()
-    suspect = _first_lost_row(first, old, new) or walk.first_stranger(first) or first
+    suspects = {_first_lost_row(first, old, new)}
+    if not _is_one_step(twin, first, old, new):
+        suspects.add(walk.first_stranger(first))
+    results = (v for node in first.graph for v in node.results)
+    suspect = next((v for v in results if v in suspects), first)
     return _shown(suspect), (shown(old[twin]), shown(new[suspect]))
 
 
@@ -73,7 +77,9 @@ class _Walk:
         while stack:
             for pair in _aligned(*stack.pop(), old, new):
                 if self._is_equal(pair):
-                    self.right.add(pair[1])
+                    # A value that is equal at its start alone shows nothing of its operands.
+                    if _key(old[pair[0]]) == _key(new[pair[1]]):
+                        self.right.add(pair[1])
                 elif pair not in visited:
                     visited.add(pair)
                     stack.append(pair)
@@ -89,7 +95,10 @@ class _Walk:
 
     def _is_equal(self, pair: Pair) -> bool:
         a, b = self.old[pair[0]], self.new[pair[1]]
-        return _key(a) == _key(b) or _is_alike(a, b)
+        if _key(a) == _key(b) or _is_alike(a, b):
+            return True
+        is_grown = a.names == b.names and a.has("slot") and a.axis("expert") != b.axis("expert")
+        return is_grown and _outline(a.body, self.memo) == _outline(b.body, self.memo)
 
     def first(self) -> Pair:
         """Return the first value of the second graph that is wrong, and its twin before it."""
@@ -140,6 +149,9 @@ class _Walk:
             assert twin is not None
             expected = {outlines[v] for v in twin.operands}
             unlike = [v for v in node.operands if self._outline(v) not in expected]
+            if len(node.operands) == 1:
+                # The outline of its operand leaves out a factor, that of the result does not.
+                unlike = node.operands
             if len(unlike) == 1 and (len(node.operands) == 1 or len(expected) > 1):
                 operand = unlike[0]
                 return stranger if operand.node is None or operand in self.right else operand
@@ -151,6 +163,14 @@ class _Walk:
 
 def _key(tensor: Tensor) -> tuple[frozenset[Var], Polynomial]:
     return frozenset(tensor.axes), tensor.body
+
+
+def _is_one_step(before: Value, after: Value, old: Terms, new: Terms) -> bool:
+    """Return whether two values are results of one operation on operands of the same axes."""
+    a, b = before.node, after.node
+    if a is None or b is None or a.op is not b.op:
+        return False
+    return [old[v].axes for v in a.operands] == [new[v].axes for v in b.operands]
 
 
 def _is_at_one_place(before: Node | None, after: Node | None) -> bool:
@@ -232,14 +252,13 @@ def _first_lost_row(combined: Value, old: Terms, new: Terms) -> Value | None:
     if best and any(_best_expert(new[v]) not in best for v in node.operands if new[v].slots):
         choice = node.operands[1]
         is_comparable = any(t.axes == new[choice].axes for t in assignments)
-        return choice if is_comparable and choice.node is not None else None
+        keys = {_key(t) for t in old.values()}
+        lost = (v for v in (*_upstream_rows(choice), choice) if _key(new[v]) not in keys)
+        return next(lost, None) if is_comparable else None
     values = {_up_to_a_factor(t) for t in _by_token(old).values()}
     layouts = {axes for axes, _ in values}
-    rows, upstream = _by_token(new), {*node.operands}
-    for earlier in reversed(list(combined.graph)):
-        if not upstream.isdisjoint(earlier.results):
-            upstream.update(earlier.operands)
-    for value in (v for n in combined.graph for v in n.results if v in upstream):
+    rows = _by_token(new)
+    for value in _upstream_rows(combined):
         is_moved = value.node is None or value.node.op.moves is not None
         if slot in new[value].axes and not is_moved:
             key = _up_to_a_factor(rows[value])
@@ -319,7 +338,7 @@ def _of_factor(factor: Factor, memo: dict[Factor, int]) -> int:
     name, attrs = factor.head
     if name in LEAVES:
         names = attrs[0] if isinstance(attrs[0], tuple) else attrs[:1]
-        memo[factor] = hash((frozenset(names), STOPPED in attrs))
+        memo[factor] = hash((frozenset(names), attrs[1:2], STOPPED in attrs))
     else:
         # What is closed is one object in both graphs.
         functions = (a if not a.free else _of_sum(a.body, memo) for a in factor.abstractions)
