@@ -64,6 +64,10 @@ GRAPHS = {
   param %w : f32[vocab@a=8, embed=4]
   %z = embedding %w, %x {axis=vocab} : f32[batch@b=B, embed=4] unreduced(a)
   %y = all_reduce %z {mesh=a} : f32[batch@b=B, embed=4]""",
+    "embedding of an id for each row": """
+  input %x : i32[vocab@b=8]
+  param %w : f32[vocab=8, embed=4]
+  %y = embedding %w, %x {axis=vocab} : f32[vocab@b=8, embed=4]""",
     "contraction": """
   input %x : f32[batch@a=B, embed@b=8]
   param %w : f32[mlp=4, embed@b=8]

@@ -43,6 +43,8 @@ DEFINED = ("lemma", "bounds", "define once", "define positive", "define shared",
 EQUIVALENT = {
     "lemma best of undominated scores: experts[N, k, S](f, b)(c) given a, n: "
     "0 < a with a turned operator 0": "a step of 0 makes no places, which is refused",
+    "turned: len(x) > 1 with a turned operator 0": "equal terms may be seen to be different",
+    "turned: without not is_symmetric(f)": "equal terms may be seen to be different",
     "_bounds: without (-inf, inf)": "bounds that are missing decide as little as infinite ones",
     "matches: without isinstance(y, Values | int)": "what has no value is refused",
     "matches: without self.kind(x) == 'sum'": "equations of sums are true of every term",
