@@ -147,9 +147,9 @@ def main() -> None:
     jobs = matrix.jobs_of(asked.sample)
     random.Random(0).shuffle(jobs)  # what is judged first is a sample of all
     with ProcessPoolExecutor(asked.jobs, max_tasks_per_child=200) as pool:
+        proofs.complete(pool, judge_proof, jobs, until)
         faults.complete(pool, judge_fault, range(asked.faults), until)
         changes.complete(pool, judge_mutant, mutants(), until)
-        proofs.complete(pool, judge_proof, jobs, until)
     asked.out.write_text(json.dumps(summary(proofs, faults, changes), indent=1) + "\n", "utf-8")
 
 
