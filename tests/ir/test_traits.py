@@ -1,9 +1,13 @@
-"""Traits are proved, not trusted: each is evaluated, and a row that says something else fails."""
+"""Traits are proved, not trusted: each is evaluated, and a row that says something else fails.
+
+The second half changes every trait of every row, one at a time, and each change must be found.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -13,17 +17,27 @@ from moecc_backends.reference import ReferenceBackend
 from moecc.errors import InputError
 from moecc.ir import F32, OPS, Graph, tensor
 from moecc.ir.devices import simulate
-from moecc.ir.operation import OpDef
+from moecc.ir.operation import OpDef, mixes_none
+from moecc.ir.ops.rules import by_place
 from moecc.ir.traits import (
+    CollectiveKind,
     Cut,
+    Domain,
     Homogeneity,
+    IndexOperand,
     Product,
+    Residual,
+    Role,
+    RowMove,
 )
 
 from . import evaluated_axes as axes
 from . import evaluated_derivatives as derivatives
 from . import evaluated_traits as found
 from .operations import Function, applied, sample
+
+WRONG = (AssertionError, ValueError, IndexError, ZeroDivisionError, InputError)
+"""What a wrong row leads to: a trait that differs, or a meaning that cannot be evaluated so."""
 
 KNOWN = sorted(name for name, entry in OPS.items() if not entry.opaque)
 """Operations with a meaning that can be evaluated."""
@@ -226,6 +240,118 @@ CHECKS: tuple[Check, ...] = (
 def test_what_a_row_says_is_what_the_meaning_does(name: str) -> None:
     for check in CHECKS:
         check(OPS[name])
+
+
+def _flags(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+    names = ("elementwise", "logical", "alias", "blocks_gradient", "normalises", "chooses",
+             "assigns_slots", "attends", "commutative", "places")  # fmt: skip
+    for name in names:
+        yield name, replace(entry, **{name: not getattr(entry, name)})
+    if len(entry.linear) > 1:
+        yield "jointly", replace(entry, jointly=not entry.jointly)
+
+
+def _choices(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+    for name, values in (
+        ("domain", tuple(Domain)),
+        ("collective", (None, *CollectiveKind)),
+        ("moves", (None, *RowMove)),
+    ):
+        for value in values:
+            if value is not getattr(entry, name):
+                yield f"{name}={value}", replace(entry, **{name: value})
+
+
+def _operands(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+    """Yield rows that say something else of one operand."""
+    kept, count = entry.residual, len(entry.operands)
+    yield "residual result", replace(entry, residual=replace(kept, result=not kept.result))
+    if kept.of:
+        yield "residual of", replace(entry, residual=replace(kept, of=()))
+    for i in range(count):
+        yield f"linear {i}", replace(entry, linear=_toggled(entry.linear, i))
+        others = Residual(_toggled(kept.operands, i), kept.result, kept.of)
+        yield f"residual {i}", replace(entry, residual=others)
+        yield f"roles {i}", replace(entry, roles=_other_roles(entry, i))
+        yield f"degree {i}", replace(entry, homogeneous=_other_degree(entry, i))
+    if count > 1:
+        law = entry.homogeneity
+        yield "alike", replace(entry, homogeneous=replace(law, alike=not law.alike))
+
+
+def _toggled(of: tuple[int, ...], i: int) -> tuple[int, ...]:
+    return tuple(sorted({*of} ^ {i}))
+
+
+def _other_roles(entry: OpDef, i: int) -> tuple[Role, ...]:
+    given = [entry.role(n) for n in range(len(entry.operands))]
+    given[i] = Role.GAIN if given[i] is not Role.GAIN else Role.BIAS
+    return tuple(given)
+
+
+def _other_degree(entry: OpDef, i: int) -> Homogeneity:
+    law = entry.homogeneity
+    given = list(law.degrees)
+    given[i] = 3.0 if given[i] is None else None
+    return Homogeneity(tuple(given), law.alike)
+
+
+def _rules(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+    """Yield rows that lack a rule, or have another one."""
+    for name in ("local", "sizes", "index", "sharding"):
+        if getattr(entry, name) is not None:
+            yield f"no {name}", replace(entry, **{name: None})
+    if entry.mixes is not mixes_none:
+        yield "no mixes", replace(entry, mixes=mixes_none)
+        blind = {n for n in found.mixed(entry.name) if applies(entry, n)}
+        if entry.sharding not in (None, by_place) and blind:
+            yield "other sharding", replace(entry, sharding=by_place)
+    if entry.index is not None:
+        index = entry.index
+        yield "index strict", replace(entry, index=replace(index, strict=not index.strict))
+        yield (
+            "index below",
+            replace(entry, index=IndexOperand(index.operand, lambda _: 3, index.strict)),
+        )
+    for name, spec in entry.attrs.items():
+        for flag in ("pins", "shrinks") if spec.kind == "int" else ("pins",):
+            changed = replace(spec, **{flag: not getattr(spec, flag)})
+            yield f"{name} {flag}", replace(entry, attrs={**entry.attrs, name: changed})
+
+
+@cache
+def applies(entry: OpDef, axis: str) -> bool:
+    """Whether a rule that lets everything lie split takes `axis` split, and has it wrong."""
+    mutant = replace(entry, sharding=by_place)
+    try:
+        applied(mutant, split=axis)
+        _is_right_on_shards(mutant, axis)
+    except InputError:
+        return False
+    except WRONG:
+        return True
+    return False
+
+
+def mutants(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+    """Yield rows that differ from `entry` in one trait."""
+    for some in (_flags, _choices, _operands, _rules):
+        yield from some(entry)
+
+
+def _is_found(mutant: OpDef) -> bool:
+    try:
+        for check in CHECKS:
+            check(mutant)
+    except WRONG:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_other_row_is_refuted(name: str) -> None:
+    alive = [what for what, mutant in mutants(OPS[name]) if not _is_found(mutant)]
+    assert not alive
 
 
 def test_what_is_opaque_has_no_meaning_and_no_trait_but_to_mix_all() -> None:

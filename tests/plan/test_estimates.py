@@ -10,7 +10,7 @@ from math import prod
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiers import examples
+from tiers import examples, few
 
 from moecc.families.describe import describe
 from moecc.model.open import open_model
@@ -23,7 +23,8 @@ from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload, make_batch, workload
 from moecc.sharding.layout import Layout
 
-MODELS = ("mixtral-8x7b", "st-moe-l")
+MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")
+MACHINES = ("tpu:v5p:2x2x4", "tpu:v4:2x2x2", "tpu:v6e:4x4", "gpu:h100:16")
 
 
 @cache
@@ -54,6 +55,10 @@ def strategies(model: str) -> st.SearchStrategy[Strategy]:
 def estimate(work: Workload, strategy: Strategy, machine: str, **setting: object) -> Estimate:
     given = StepConfig(**setting)  # type: ignore[arg-type]
     return Estimator(work, parse_machine(machine), given).estimate(strategy)
+
+
+def with_batch(work: Workload, model: str, factor: int) -> Workload:
+    return work_of(model, work.batch.sequences * factor)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -103,6 +108,26 @@ def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -
         assert found.flops == pytest.approx(least / 0.999, rel=1e-6)
 
 
+@pytest.mark.parametrize("model", few(MODELS, 3))
+@settings(max_examples=examples(4, 25), deadline=None)
+@given(data=st.data(), machine=st.sampled_from(MACHINES), factor=st.integers(2, 4))
+def test_a_larger_batch_costs_no_less(
+    model: str, data: st.DataObject, machine: str, factor: int
+) -> None:
+    work = work_of(model)
+    strategy = data.draw(strategies(model))
+    small = estimate(work, strategy, machine)
+    large = estimate(with_batch(work, model, factor), strategy, machine)
+    assert large.seconds >= small.seconds * (1 - 1e-9)
+    assert large.flops == pytest.approx(factor * small.flops)
+    assert large.memory.total >= small.memory.total
+    assert large.memory.arguments - large.memory.inputs == pytest.approx(
+        small.memory.arguments - small.memory.inputs
+    )
+    for op, row in small.collectives.items():
+        assert large.collectives[op]["sent_bytes"] >= row["sent_bytes"]
+
+
 @pytest.mark.parametrize("model", MODELS)
 @settings(max_examples=examples(5, 25), deadline=None)
 @given(data=st.data())
@@ -124,6 +149,23 @@ def test_rematerialisation_trades_arithmetic_for_activations(
     assert block.memory.total >= full.memory.total
     assert none.memory.arguments == save.memory.arguments == full.memory.arguments
     assert none.model_flops == full.model_flops
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=examples(6, 15), deadline=None)
+@given(data=st.data())
+def test_adafactor_keeps_less_than_adamw_and_both_less_than_all_copies(
+    model: str, data: st.DataObject
+) -> None:
+    work = work_of(model)
+    strategy = data.draw(strategies(model))
+    adamw = estimate(work, strategy, "tpu:v5p:2x2x4", optimizer="adamw").memory
+    factored = estimate(work, strategy, "tpu:v5p:2x2x4", optimizer="adafactor").memory
+    assert adamw.optimizer == pytest.approx(2 * adamw.parameters)
+    assert factored.optimizer <= adamw.optimizer / 2
+    assert factored.parameters == adamw.parameters
+    narrow = estimate(work, strategy, "tpu:v5p:2x2x4", dtype="f32").memory
+    assert narrow.activations == pytest.approx(2 * adamw.activations)
 
 
 def census(model: str, mesh: str, via: str, remat: str, step: str) -> dict[str, float]:

@@ -1,0 +1,90 @@
+"""What moecc reads of a mutated config is transformers' function, or it is rejected.
+
+`MOECC_MUTATIONS` is the number of mutations (default: two of each golden checkpoint), and
+`MOECC_MUTATIONS_SEED` chooses them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.backend import get_backend
+from moecc.errors import MoeccError
+from moecc.model.open import open_model
+from moecc.types import F64
+
+from .interpreters import ask, in_each_interpreter, major_of
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
+SOURCES = sorted(GOLDEN / name for name in MANIFEST)
+DRAWS = int(os.environ.get("MOECC_MUTATIONS", 2 * len(SOURCES)))
+SEED = int(os.environ.get("MOECC_MUTATIONS_SEED", 1))
+AT_ONCE = 250
+BOUND = 1e-6
+
+
+@in_each_interpreter
+def test_a_mutated_config_is_read_as_transformers_does_or_rejected(
+    python: str, tmp_path: Path
+) -> None:
+    sources = sources_of(major_of(python))
+    wrong, counts = [], {"equal": 0, "rejected": 0, "not in transformers": 0}
+    for start in range(0, DRAWS, AT_ONCE):
+        number = min(AT_ONCE, DRAWS - start)
+        turn = start % len(sources)
+        turned = [*map(str, sources[turn:]), *map(str, sources[:turn])]
+        question = {"sources": turned, "draws": number, "seed": SEED + start, "out": str(tmp_path)}
+        for case in ask(python, "mutated_models.py", question):
+            verdict = outcome(case)
+            if verdict in counts:
+                counts[verdict] += 1
+            else:
+                wrong.append(f"{case['source']}: {case['key']} = {case['value']}: {verdict}")
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+    print(counts)
+    assert not wrong, f"{len(wrong)} of {DRAWS}, {counts}:\n" + "\n".join(wrong)
+
+
+def sources_of(major: int) -> list[Path]:
+    """Return the checkpoints whose config a version reads as the one that wrote it did."""
+    key = "float64, config.json as it is"
+    sources = []
+    for source in SOURCES:
+        differences = MANIFEST[source.name]["differences"]
+        offs = [d[key] for v, d in differences.items() if v.startswith(f"transformers {major}.")]
+        if offs and float(offs[0]) <= BOUND:
+            sources.append(source)
+    return sources
+
+
+def outcome(case: dict[str, Any]) -> str:
+    """Return which of the outcomes a mutation has, or how far moecc is off."""
+    if case["refused"]:
+        return "not in transformers"
+    folder = Path(case["folder"])
+    try:
+        model = open_model(str(folder))
+    except MoeccError as error:
+        return "rejected" if error.exit_code == 1 else f"{type(error).__name__}: {error}"
+    with model:
+        inputs = {name: np.load(folder / f"{name}.npy") for name in model.graph.inputs}
+        program = get_backend("reference").compile(model.graph)
+        (output,) = program.run(model.params(dtype=F64), inputs).values()
+    expected = np.load(folder / "output.npy")
+    if output.shape != expected.shape:
+        return f"a shape of {output.shape} for {expected.shape}"
+    off = np.abs(output - expected).max() / np.abs(expected).max()
+    if np.isnan(expected).any():
+        return "equal" if np.isnan(output).any() else "numbers for NaN"
+    return "equal" if off <= BOUND else f"off by {off:.1e}"
