@@ -13,7 +13,7 @@ from moecc.families.decoder import DecoderConfig
 from moecc.families.encdec import EncDecConfig
 from moecc.families.gpt import GptConfig
 from moecc.families.graphs.parameters import DtypeOf, GraphRequest, float32_of
-from moecc.families.heads import Head
+from moecc.families.heads import ModelHead
 from moecc.families.reader import TOKEN_KEYS
 from moecc.families.st_moe import GraphConfig, StMoeConfig
 from moecc.families.vision import VisionConfig
@@ -154,7 +154,7 @@ def build_model(
     batch: Size = "B",
     seq: Size = "S",
     decoder_seq: Size = "T",
-    head: Head | None = None,
+    head: ModelHead | None = None,
 ) -> Graph:
     """Return the graph of `config`; the arguments are those of `GraphRequest`.
 

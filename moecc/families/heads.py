@@ -27,7 +27,7 @@ CLASSIFIER = "labels classifier"
 
 
 @dataclass(frozen=True)
-class Head:
+class ModelHead:
     """The head of a checkpoint.
 
     Attributes:
@@ -53,7 +53,7 @@ def stated_head(
     config: Mapping[str, object],
     shapes: Mapping[str, tuple[int, ...]],
     stored: Callable[[str], str],
-) -> Head | None:
+) -> ModelHead | None:
     """Return the head that a checkpoint names and has, or None.
 
     Args:
@@ -75,7 +75,7 @@ def stated_head(
     if not all(stored(n) in shapes for n in read):
         return None
     widths = {m: shapes[n][0] for m in modules if (n := stored(f"{m}.weight")) in shapes}
-    return Head(task, heads[task], widths, is_tied)
+    return ModelHead(task, heads[task], widths, is_tied)
 
 
 def has_head(graph: Graph) -> bool:

@@ -39,7 +39,7 @@ def first_difference(name: str, outputs: Pair, old: Terms, new: Terms) -> Partin
       old: the terms of the first graph.
       new: the terms of the second.
     """
-    walk = _Walk(outputs, old, new)
+    walk = _ParallelWalk(outputs, old, new)
     if walk.returns_another():
         text = f"{_shown(outputs[1])}, returned as %{name}"
         return text, (shown(old[outputs[0]]), shown(new[outputs[1]]))
@@ -56,7 +56,7 @@ def _shown(value: Value) -> str:
     return where(value.node) if value.node is not None else f"%{value.name}"
 
 
-class _Walk:
+class _ParallelWalk:
     """Two graphs, walked side by side from an output.
 
     Attributes:

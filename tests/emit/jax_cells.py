@@ -59,7 +59,7 @@ def judge(cell: EmittedCell, folder: Path, *, gradients: bool) -> dict[str, floa
             cotangent = reference["cotangent"].astype(types["f"])
 
             def loss(params, inputs=inputs, cotangent=cotangent):  # type: ignore[no-untyped-def]
-                training = program.Training() if is_train else None
+                training = program.TrainingKeys() if is_train else None
                 outputs = program.apply(params, **inputs, training=training)
                 value = (outputs[main] * cotangent).sum() + outputs.get("aux_loss", 0.0)
                 return value, outputs

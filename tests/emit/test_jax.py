@@ -50,7 +50,7 @@ def test_noise_is_drawn_in_training_alone():
     params = namespace["init"](jax.random.key(0), std=0.5)
     tokens = np.arange(12).reshape(2, 6)
     draw = [
-        namespace["apply"](params, tokens, training=namespace["Training"](jax.random.key(seed)))
+        namespace["apply"](params, tokens, training=namespace["TrainingKeys"](jax.random.key(seed)))
         for seed in (0, 0, 1)
     ]
     first, again, third = (np.asarray(outputs["logits"]) for outputs in draw)

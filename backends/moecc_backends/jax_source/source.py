@@ -47,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 '''
 
-HELD = ("Training", "load", "init")
+HELD = ("TrainingKeys", "load", "init")
 """The helpers that every file has."""
 
 
@@ -305,7 +305,7 @@ def _apply_lines(model: JaxWriter, program: TorchProgram) -> list[str]:
     outputs = ", ".join(f'"{n}": {translated(text)}' for n, text in results.items())
     return [
         f"def apply({', '.join(signature)}):",
-        '    """Return the outputs by name; `training` is a `Training`, or None in evaluation."""',
+        '    """Return the outputs by name; `training` is `TrainingKeys`, None to evaluate."""',
         *(f"    {line}" for line in body),
         f"    return {{{outputs}}}",
     ]

@@ -10,7 +10,7 @@ from typing import Any
 from moecc.families.config import BlockNames
 from moecc.families.graphs.decoder import ACTIVATION_OPS
 from moecc.families.graphs.parameters import Parameters
-from moecc.families.heads import Head
+from moecc.families.heads import ModelHead
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 
@@ -162,7 +162,7 @@ class Blocks:
         mixed = self.attend(query, key, value, heads[1] ** -0.5, bias=bias, masks=masks)
         return self.linear(mixed, names[3], ("embed", embed), "q")
 
-    def add_head(self, hidden: Value, head: Head | None) -> None:
+    def add_head(self, hidden: Value, head: ModelHead | None) -> None:
         """Emit a head on ``[batch, seq, embed]``, and its output; without one nothing."""
         if head is None:
             return
@@ -173,7 +173,7 @@ class Blocks:
         self.params.graph.set_output(head.output, x)
         self.params.graph.attrs["head"] = head.task
 
-    def _head_step(self, x: Value, op: str, *modules: str, head: Head) -> Value:
+    def _head_step(self, x: Value, op: str, *modules: str, head: ModelHead) -> Value:
         builder, seq = self.builder, x.type["seq"].size if "seq" in x.type else None
         match op:
             case "first":

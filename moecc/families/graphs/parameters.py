@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moecc.errors import InputError
 from moecc.families.config import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, ModelConfig, TensorNames
-from moecc.families.heads import Head
+from moecc.families.heads import ModelHead
 from moecc.ir.graph import Graph, Value
 from moecc.types import F32, DType, Size, tensor
 from moecc.weights.expr import Expr, Source
@@ -51,7 +51,7 @@ class GraphRequest:
     batch: Size = "B"
     seq: Size = "S"
     decoder_seq: Size = "T"
-    head: Head | None = None
+    head: ModelHead | None = None
 
 
 class Parameters:

@@ -10,7 +10,7 @@ from moecc_backends.torch_source.helpers.attention import widened
 from moecc_backends.torch_source.helpers.experts import _with_first
 
 
-class Training:
+class TrainingKeys:
     """Training mode, and the random keys that its noise draws."""
 
     def __init__(self, key=None):
