@@ -76,9 +76,7 @@ class Judge:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None, "a pipe"
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
         self._modules.cleanup()
 
 
