@@ -515,6 +515,11 @@ class ModelConfig:
     others_up_to: ClassVar[str] = ""
     """How far a model of another family is from itself in this one, as of a promise."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the family's own files may lack the parts that `completed` adds."""
+        return True
+
     def completed(self) -> tuple[ModelConfig, dict[str, Expr]]:
         """Return the config that engines read, and tensors that they want and a model lacks.
 

@@ -76,6 +76,11 @@ class Qwen2MoeConfig(MoeConfig):
         "qkv_bias": True,
     }
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a shared expert, which every file of the family has."""
+        return self.shared_expert_intermediate_size is not None
+
     def completed(self) -> tuple[ModelConfig, dict[str, Expr]]:
         """Return the config and the tensors with the parts that engines always build.
 

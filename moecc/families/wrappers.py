@@ -86,8 +86,12 @@ LAYOUTS: tuple[tuple[str, str], ...] = (
 output matrix: older and newer files of transformers, those of Idefics 3, and those of Qwen2-VL."""
 
 
-def wrapper_of(config: Mapping[str, object]) -> Wrapper | None:
+def wrapper_of(config: Mapping[str, object], *, by_family: bool = True) -> Wrapper | None:
     """Return the wrapper whose config this is; None for the config of another model.
+
+    Args:
+      config: any config.
+      by_family: whether the text model is read by its family, not by a graph of the user's own.
 
     Raises:
       InputError: the text model of this wrapper cannot be read alone.
@@ -95,7 +99,7 @@ def wrapper_of(config: Mapping[str, object]) -> Wrapper | None:
     name = config.get("model_type")
     if not isinstance(name, str):
         return None
-    if name in UNREADABLE:
+    if name in UNREADABLE and by_family:
         raise InputError(
             f"the text model of {name} cannot be converted alone: {UNREADABLE[name]}",
             where="config.json: model_type",
@@ -179,14 +183,21 @@ def file_name(name: str, names: Mapping[str, str]) -> str:
     return f"{prefix}{name.removeprefix('model.')}"
 
 
-def put_back(config: Json, text: Json, *, same_family: bool) -> JsonDict:
-    """Return a wrapper's config with another text model.
+def put_back(config: Json, text: Json, before: Json) -> JsonDict:
+    """Return a wrapper's config with a converted text model.
+
+    Of a text model that stays in its family only the settings that changed are written, since the
+    wrapper has names of its own for the rest.
 
     Args:
-      config: of the wrapper.
-      text: the config of the converted text model.
-      same_family: whether the text model's family and settings are those of the source.
+      config: the config of the wrapper.
+      text: the config of the converted text model, as its family writes it.
+      before: the config of the text model that was read, written likewise.
     """
-    if same_family:
-        return dict(config)
-    return {**config, TEXT: dict(text), "tie_word_embeddings": text.get("tie_word_embeddings")}
+    if text["model_type"] != before["model_type"]:
+        tied = {k: v for k, v in text.items() if k == "tie_word_embeddings"}
+        return {**config, TEXT: dict(text), **tied}
+    changes = {key: value for key, value in text.items() if before.get(key) != value}
+    if TEXT not in config:
+        return {**config, **changes}
+    return {**config, TEXT: {**config[TEXT], **changes}}

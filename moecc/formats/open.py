@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from moecc.errors import InputError, MachineError, UsageError, nearest, printable
-from moecc.families.wrappers import wrapper_of
+from moecc.families.wrappers import text_names, wrapper_of
 from moecc.formats.files import os_problem, sniff_file
 from moecc.formats.folder import CONFIG_NAME, open_folder
 from moecc.formats.gguf.storage import FILE_NAME
@@ -137,17 +137,17 @@ def _open_folder(source: Path, needs_config: bool) -> Checkpoint:
         return open_tree(source, tree, needs_config=needs_config)
     folder = open_folder(source, needs_config=needs_config)
     try:
-        wrapper = wrapper_of(folder.config)
+        wrapper = wrapper_of(folder.config, by_family=needs_config)
         checkpoint: Checkpoint = folder
         # Both are rare, as GGUF is.
         if folder.config.get("quantization_config") is not None:
             from moecc.formats.quantised import open_quantised
 
             checkpoint = open_quantised(folder)
-        if wrapper is not None:
+        if wrapper is not None and (needs_config or text_names(folder.tensors)):
             from moecc.formats.wrapped import WrappedText
 
-            checkpoint = WrappedText(checkpoint, wrapper)
+            checkpoint = WrappedText(checkpoint, wrapper, by_family=needs_config)
         return checkpoint
     except BaseException:
         folder.close()

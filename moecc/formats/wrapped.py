@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from moecc.errors import InputError
+from moecc.families.registry import parse_config
 from moecc.families.st_moe import FAMILY as ST_MOE
 from moecc.families.wrappers import Wrapper, file_name, put_back, text_config, text_names
 from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo
@@ -22,7 +23,7 @@ class WrappedText(DerivedCheckpoint):
       others: the other tensors of the file, by their names there.
     """
 
-    def __init__(self, base: Checkpoint, wrapper: Wrapper) -> None:
+    def __init__(self, base: Checkpoint, wrapper: Wrapper, *, by_family: bool = True) -> None:
         super().__init__(base)
         self.wrapper, self.format = wrapper, base.format
         self._names = text_names(base.tensors)
@@ -35,7 +36,9 @@ class WrappedText(DerivedCheckpoint):
             )
         tensors = base.tensors
         names_in_file = frozenset(self._names.values())
-        self.tensors = MappingProxyType({n: tensors[f] for n, f in self._names.items()})
+        # A graph of the user's own reads tensors under their names in the file, too.
+        named = {} if by_family else dict(tensors)
+        self.tensors = MappingProxyType(named | {n: tensors[f] for n, f in self._names.items()})
         self.others: dict[str, TensorInfo] = {
             name: info for name, info in tensors.items() if name not in names_in_file
         }
@@ -68,8 +71,8 @@ class WrappedText(DerivedCheckpoint):
 
     def config_with(self, text: JsonDict) -> JsonDict:
         """Return the wrapper's config.json with the config of a converted text model."""
-        same_family = text["model_type"] == self.config["model_type"]
-        return put_back(self.base.config, text, same_family=same_family)
+        before = parse_config(self.config, str(self.path)).to_json()
+        return put_back(self.base.config, text, before)
 
 
 def _type_of(info: TensorInfo) -> TensorType:

@@ -15,7 +15,7 @@ from moecc.families.describe import Description, describe
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.formats.gguf.storage import Storage
-from moecc.formats.source import Checkpoint
+from moecc.formats.source import Checkpoint, DerivedCheckpoint
 from moecc.formats.wrapped import WrappedText
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
@@ -359,6 +359,9 @@ def _misreadings(export: Export | GgufExport) -> list[str]:
 
 def _put_back(export: Export, checkpoint: Checkpoint) -> tuple[Export, list[str]]:
     """Return the export inside the wrapper of its source, and a remark if it stands alone."""
+    # Further models and adapters are read beside the wrapper, or over it.
+    while isinstance(checkpoint, DerivedCheckpoint) and not isinstance(checkpoint, WrappedText):
+        checkpoint = checkpoint.base
     if not isinstance(checkpoint, WrappedText):
         return export, []
     family, wrapper = export.config.model_type, checkpoint.base.config["model_type"]

@@ -15,7 +15,8 @@ import moecc
 from moecc.errors import InputError
 from moecc.formats.open import open_checkpoint
 from moecc.formats.wrapped import WrappedText
-from moecc.jobs.convert import plan, write
+from moecc.ir.text import print_graph
+from moecc.jobs.convert import convert, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 
@@ -75,6 +76,47 @@ def test_mixture_is_put_back_with_the_rest_untouched(
     assert moecc.open(tmp_path / "out").verify(against=source).passed
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForImageTextToText" in card
+
+
+def test_settings_of_a_mixture_that_stays_in_its_family_are_written(tmp_path: Path) -> None:
+    source = wrap(tmp_path / "llava", "mixtral_gqa", "llava")
+    moecc.open(source).apply("prune{keep=2}").save(tmp_path / "out")
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["num_local_experts"] == 2
+    assert text["architectures"] == ["AnyTextModel"]
+    assert moecc.open(tmp_path / "out").graph.attrs["family"] == "mixtral"
+
+
+def test_adapted_text_model_is_put_back(tmp_path: Path) -> None:
+    source = wrap(tmp_path / "llava", "llama_gqa", "llava")
+    experts = wrap(tmp_path / "other", "llama_gqa", "llava")
+    out = tmp_path / "out"
+    convert(
+        str(source), str(out), pipeline="upcycle{experts=2 sources=a,b top-k=2}", to="mixtral",
+        experts=(f"a={experts}", f"b={experts}"),
+    )  # fmt: skip
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llava"
+    assert REST.keys() <= load_file(out / "model.safetensors").keys()
+
+
+def test_graph_of_the_user_reads_names_of_the_file(tmp_path: Path) -> None:
+    source = wrap(tmp_path / "mllama", "llama_gqa", "mllama")
+    imported = wrap(tmp_path / "llava", "llama_gqa", "llava")
+    text = """moecc 1
+graph one {{
+  attr checkpoint = "{}"
+  param %w : f32[a=2, b=3] = cast(source("vision_tower.patch.weight" : f16[a=2, b=3]), f32)
+  output w = %w
+}}
+"""
+    for folder in (source, imported):
+        (tmp_path / "one.moe").write_text(text.format(folder))
+        with open_model(str(tmp_path / "one.moe")) as model:
+            assert model.params()["w"].shape == (2, 3)
+    with open_model(str(imported)) as model:
+        (tmp_path / "all.moe").write_text(print_graph(model.graph))
+    with open_model(str(tmp_path / "all.moe")) as model:
+        assert model.params()["model.norm.weight"].ndim == 1
 
 
 def test_rest_keeps_its_element_type(tmp_path: Path) -> None:
