@@ -13,6 +13,7 @@ from moecc.ir.structure import equal, infer_again
 from moecc.ir.verify import VerifyError, verify
 from moecc.testing.generate import remove_dead
 
+from . import sound_weights  # noqa: F401 (its edits are among those of SOUND)
 from .sound_edits import SOUND, Edit, Rng, pick
 from .wrong_edits import WRONG
 

@@ -13,6 +13,7 @@ from moecc.ir import Graph
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.generate import random_graph
 
+from . import sound_weights  # noqa: F401 (its edits are among those of SOUND)
 from .judge import difference
 from .pairs import apply_edit
 from .sound_edits import SOUND, Edit

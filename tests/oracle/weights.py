@@ -27,7 +27,8 @@ from moecc.weights.movement import (
 )
 
 from .pairs import Pair
-from .sound_edits import Rng, pick, same_weight
+from .sound_edits import Rng, pick
+from .sound_weights import same_weight
 from .wrong_edits import swapped_axes, with_slip
 
 NAMES = ("a", "b", "c")

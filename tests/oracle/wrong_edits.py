@@ -28,8 +28,8 @@ from .sound_edits import (
     is_float,
     pick,
     replace,
-    weights_of,
 )
+from .sound_weights import weights_of
 
 WRONG: dict[str, Edit] = {}
 

@@ -15,7 +15,7 @@ from moecc.ir.graph import Graph
 from moecc_backends.jax_source.dialect import translated, translated_helper, translated_line
 from moecc_backends.torch_source import source as torch_source
 from moecc_backends.torch_source.blocks import ModuleBlock
-from moecc_backends.torch_source.model import ModelWriter
+from moecc_backends.torch_source.layers import ModelWriter
 from moecc_backends.torch_source.names import identifier, is_under, variable
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.program import Item, TorchProgram, loss_name

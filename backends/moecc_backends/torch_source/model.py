@@ -7,13 +7,13 @@ encoder that generation runs once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from moecc.errors import InputError
 from moecc.families.heads import LOGITS, POOLED
 from moecc.support.untyped import JsonDict
 from moecc_backends.torch_source.blocks import ModuleBlock, members
 from moecc_backends.torch_source.heads import HEAD, LOSSES, head_parts, new_heads
+from moecc_backends.torch_source.layers import ModelWriter
 from moecc_backends.torch_source.names import common, is_under
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.parallel import expert_parallel_plan, tensor_parallel_plan
@@ -34,163 +34,8 @@ from moecc_backends.torch_source.text import (
     PythonExpr,
     folded,
     literal,
-    repeated_texts,
 )
-from moecc_backends.torch_source.writer import STATE, BlockWriter, var_hint
-
-Role = ProgramValue | list[ProgramValue | None] | None
-"""An argument of the layers of a loop: the same for all, one for each, or carried (None)."""
-
-
-@dataclass(eq=False)
-class ModelWriter(BlockWriter):
-    """Writes what is around the layers: calls of all layers of a stack are a loop.
-
-    Attributes:
-      program: the whole model.
-      loops: the number of loops so far.
-    """
-
-    program: TorchProgram = field(default_factory=TorchProgram)
-    results: list[tuple[ProgramValue, str]] = field(default_factory=list)
-
-    def write_steps(self, steps: Sequence[Item | ModuleBlock]) -> None:
-        """Write items, calls and loops over layers."""
-        at = 0
-        while at < len(steps):
-            step = steps[at]
-            run = [step]
-            if isinstance(step, ModuleBlock) and step.layer is not None:
-                while at + len(run) < len(steps):
-                    following = steps[at + len(run)]
-                    if not isinstance(following, ModuleBlock) or following.layer is None:
-                        break
-                    if following.layer != (step.layer[0], step.layer[1] + len(run)):
-                        break
-                    run.append(following)
-            layers = [s for s in run if isinstance(s, ModuleBlock)]
-            if isinstance(step, ModuleBlock) and step.layer is not None:
-                self.loop(layers)
-            elif isinstance(step, ModuleBlock):
-                self.call(step)
-            else:
-                self.run(step)
-            at += len(run)
-
-    def loop(self, layers: list[ModuleBlock]) -> None:
-        """Write the calls of consecutive layers as a loop."""
-        names = self._roles(layers)
-        carried = next((n for n, role in names.items() if role is None), STATE)
-        first = layers[0]
-        source = next((v for v in first.inputs if self._input_name(first, v) == carried), None)
-        if source is not None:
-            expr = self.expr(source)
-            if expr.text != STATE:
-                self.remaining[source] = 0
-                self.state(f"{STATE} = {self.canonical(source)}")
-        stack = first.path.rpartition(".")[0]
-        arguments: list[str] = []
-        zipped: list[tuple[str, str]] = []
-        for name, role in names.items():
-            if role is None:
-                arguments.append(STATE)
-            elif isinstance(role, ProgramValue):
-                arguments.append(self.canonical(role))
-            elif not role:
-                arguments.append("None")
-            else:
-                texts = [self.canonical(v) if v is not None else "None" for v in role]
-                zipped.append((name, repeated_texts(texts)))
-                arguments.append(name)
-        outputs = self._outputs(layers)
-        stacks = {b.layer[0] for b in self.block.blocks if b.layer is not None}
-        is_first = len(stacks) > 1 and layers[0].title.startswith("Encoder")
-        prefix = "encoder_" if is_first else ""
-        results = [STATE if kind == "carry" else name for name, kind in outputs]
-        collected = [name for name, kind in outputs if kind == "collect"]
-        if collected:
-            names_of_lists = ", ".join(f"{prefix}{name}es" for name in collected)
-            self.state(f"{names_of_lists} = {', '.join(['[]'] * len(collected))}")
-        head, call = self.layer_call(layers, self.tree.access(stack), arguments, zipped)
-        self.state(head)
-        self.state(f"    {', '.join(results)} = {call}")
-        for name in collected:
-            self.state(f"    {prefix}{name}es.append({name})")
-        for layer in layers:
-            self.remaining.subtract(layer.inputs)
-        self._bind(layers, [(prefix + n, kind) for n, kind in outputs])
-
-    def layer_call(
-        self,
-        layers: list[ModuleBlock],
-        stack: str,
-        arguments: list[str],
-        zipped: list[tuple[str, str]],
-    ) -> tuple[str, str]:
-        """Return the head of a loop over a stack of layers, and the call of one of them.
-
-        Args:
-          layers: the layers.
-          stack: the expression of their modules.
-          arguments: those of a call.
-          zipped: those that vary by their names, with the list of their values.
-        """
-        head = f"for layer in {stack}:"
-        if zipped:
-            loops = ", ".join(["layer", *(n for n, _ in zipped)])
-            head = f"for {loops} in zip({', '.join([stack, *(t for _, t in zipped)])}):"
-        return head, f"layer({', '.join(arguments)})"
-
-    def _input_name(self, layer: ModuleBlock, var: ProgramValue) -> str:
-        return self.classes.instances[layer].inputs[layer.inputs.index(var)]
-
-    def _roles(self, layers: list[ModuleBlock]) -> dict[str, Role]:
-        """Return for each argument of the layers whether it is carried, the same, or varies."""
-        names = list(dict.fromkeys(n for layer in layers for n in self._signature(layer)))
-        roles: dict[str, Role] = {}
-        for name in names:
-            values = [
-                next((v for v in layer.inputs if self._input_name(layer, v) == name), None)
-                for layer in layers
-            ]
-            present = [v for v in values if v is not None]
-            if all(v.item is not None and v.item.op == "none" for v in present):
-                roles[name] = []
-                continue
-            is_carried = len(layers) > 1 and all(
-                v is not None and v in before.outputs
-                for v, before in zip(values[1:], layers, strict=False)
-            )
-            if is_carried or (name == STATE and len(layers) == 1):
-                roles[name] = None
-            elif present and all(v is present[0] for v in present):
-                roles[name] = present[0]
-            else:
-                roles[name] = values
-        while roles and roles[next(reversed(roles))] == []:
-            roles.popitem()  # None by default
-        return roles
-
-    def _signature(self, layer: ModuleBlock) -> list[str]:
-        return self.classes.instances[layer].definition.signature
-
-    def _outputs(self, layers: list[ModuleBlock]) -> list[tuple[str, str]]:
-        """Return a name for each output of the layers, and whether it is carried or collected."""
-        first = max(layers, key=lambda layer: len(layer.outputs))
-        return [
-            (var_hint(var), "carry" if "embed" in var.axes else "collect") for var in first.outputs
-        ]
-
-    def _bind(self, layers: list[ModuleBlock], outputs: list[tuple[str, str]]) -> None:
-        for index, layer in enumerate(layers):
-            for var in layer.outputs:
-                if "embed" in var.axes:
-                    self.values[var] = PythonExpr(STATE, var.axes)
-            losses = [v for v in layer.outputs if "embed" not in v.axes]
-            names = [n for n, role in outputs if role == "collect"]
-            for name, var in zip(names, losses, strict=False):
-                self.values[var] = PythonExpr(f"{name}es[{index}]", var.axes)
-
+from moecc_backends.torch_source.writer import STATE, BlockWriter
 
 # The classes that transformers calls, around the layers.
 
