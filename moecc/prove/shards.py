@@ -134,11 +134,11 @@ def place_in_shard(algebra: Algebra, index: Polynomial, size: str) -> Polynomial
 @of_application("place in a shard", "shard", "within", of_shards=True)
 def place_within_shard(algebra: Algebra, application: Application) -> Polynomial | None:
     """B/p · a + b lies at place b of shard a, for an integer a and an index b below B/p."""
-    number, place = parts_of_place(algebra, application)
+    shard, position = parts_of_place(algebra, application)
     base, count = application.head.attrs
-    if not is_integral(number) or not _is_below_shard(place, str(base), int(str(count))):
+    if not is_integral(shard) or not _is_below_shard(position, str(base), int(str(count))):
         return None
-    return number if application.head.name == "shard" else place
+    return shard if application.head.name == "shard" else position
 
 
 def parts_of_place(algebra: Algebra, application: Application) -> tuple[Polynomial, Polynomial]:

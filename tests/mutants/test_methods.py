@@ -39,12 +39,12 @@ ROUTER = "layers.0.ffn.router.weight"
 
 def drawn(graph: Graph, seed: int, *prefixes: str) -> Arrays:
     """Return normal tensors for the parameters of a graph, of every model named."""
-    found = {}
+    tensors = {}
     for prefix in prefixes or ("",):
         for name, param in graph.params.items():
             rng = np.random.default_rng([seed, *f"{prefix}{name}".encode()])
-            found[f"{prefix}{name}"] = rng.normal(0, 0.6, [a.size for a in param.type])
-    return found
+            tensors[f"{prefix}{name}"] = rng.normal(0, 0.6, [a.size for a in param.type])
+    return tensors
 
 
 def made(graph: Graph, arrays: Arrays) -> Arrays:
@@ -109,12 +109,12 @@ def weights(logits: Array, gates: str, top_k: int) -> Array:
 
 
 def mixed(x: Array, arrays: Arrays, gates: str, top_k: int) -> Array:
-    found = weights(x @ arrays[ROUTER].T, gates, top_k)
-    return np.einsum("bse,bsed->bsd", found, results(x, arrays))
+    shares = weights(x @ arrays[ROUTER].T, gates, top_k)
+    return np.einsum("bse,bsed->bsd", shares, results(x, arrays))
 
 
-def close(found: Array, expected: Array) -> None:
-    assert relative(found, expected) <= EXACT
+def close(actual: Array, expected: Array) -> None:
+    assert relative(actual, expected) <= EXACT
 
 
 def gates_of(seed: int) -> str:
@@ -174,8 +174,8 @@ def together(seed: int) -> tuple[Arrays, Statistics]:
         size = np.zeros((40, BLOCK.mlp))
         size[:, order[2 * pair : 2 * pair + 2]] = 1 + rng.random((len(size), 2))
         sums.add(0, rng.normal(pair, 1, (len(size), BLOCK.embed)), size)
-    found = {name_in(STATISTICS, f"{LOC}.{n}"): a for n, a in sums.statistics().items()}
-    return {**found, "order": order}, Statistics(("text",))
+    statistics = {name_in(STATISTICS, f"{LOC}.{n}"): a for n, a in sums.statistics().items()}
+    return {**statistics, "order": order}, Statistics(("text",))
 
 
 def activation_split(seed: int) -> None:
@@ -211,10 +211,10 @@ def fitted_router(seed: int, kind: str = "ridge") -> None:
     if kind == "ridge":
         unit = 0.01 * np.trace(covariance) / BLOCK.embed
         expected = np.linalg.solve(covariance + unit * np.eye(BLOCK.embed), expected)
-    found, mean = rows[0] - rows[1], x.mean(0)
+    direction, mean = rows[0] - rows[1], x.mean(0)
     wanted = expected[:, 0] - expected[:, 1]
     wanted -= mean * (wanted @ mean) / (mean @ mean)
-    assert found @ wanted / np.linalg.norm(found) / np.linalg.norm(wanted) > 0.9999
+    assert direction @ wanted / np.linalg.norm(direction) / np.linalg.norm(wanted) > 0.9999
 
 
 def centroids(seed: int) -> None:
@@ -255,8 +255,8 @@ def lora(seed: int) -> None:
         save_file(pair, Path(folder) / ADAPTER_WEIGHTS)
         base = MemoryCheckpoint({}, {"m.weight": weight})
         with adapter.AdaptedCheckpoint(base, Path(folder)) as merged:
-            found = merged.read("m.weight")
-    assert relative(found, weight + 6 / rank * second @ first) <= 1e-6
+            matrix = merged.read("m.weight")
+    assert relative(matrix, weight + 6 / rank * second @ first) <= 1e-6
 
 
 def growth(seed: int) -> None:
@@ -300,13 +300,13 @@ def merging_by_results(seed: int) -> None:
     """Those whose mean results are near each other become one (L9)."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(4)
-    found = np.zeros((4, BLOCK.embed))
+    targets = np.zeros((4, BLOCK.embed))
     levels = np.array([[1], [1.1], [-1], [-1.1]])
-    found[order] = levels + rng.normal(0, 0.01, (4, BLOCK.embed))
+    targets[order] = levels + rng.normal(0, 0.01, (4, BLOCK.embed))
     graph, x = mixture("renormalised"), inputs(seed)
     arrays = drawn(graph, seed)
     item = resizing.MergePass(by="result")
-    reduced = after(item, graph, statistics=Statistics(("t",)), read=lambda _expr: found)
+    reduced = after(item, graph, statistics=Statistics(("t",)), read=lambda _expr: targets)
     groups = sorted((tuple(sorted(order[:2])), tuple(sorted(order[2:]))))
     means = {n: np.stack([a[list(g)].mean(0) for g in groups]) for n, a in arrays.items()}
     close(output(reduced, arrays, x), mixed(x, means, "renormalised", 1))
@@ -363,9 +363,9 @@ def dropping(seed: int) -> None:
     params = made(after(item, graph, seed=seed), arrays)
     same = [params[f"{PREFIX}.{n}"] == arrays[f"{PREFIX}.{n}"] for n in ("gate", "up")]
     same.append((params[f"{PREFIX}.down"] == arrays[f"{PREFIX}.down"]).transpose(0, 2, 1))
-    for found in same:
-        assert (found.all(-1).sum(-1) == 4).all()
-        assert (found == same[0]).all()
+    for mask in same:
+        assert (mask.all(-1).sum(-1) == 4).all()
+        assert (mask == same[0]).all()
 
 
 LAWS = (

@@ -16,13 +16,13 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 @in_each_interpreter
 def test_wrappers_with_a_converted_text_model(python: str, tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    version = ask(python, "wrappers.py", {"make": str(made)})["version"]
+    sources = tmp_path / "sources"
+    version = ask(python, "wrappers.py", {"make": str(sources)})["version"]
     folders: dict[str, str] = {}
-    names = [name for name in WRAPPERS if (made / name).is_dir()]
+    names = [name for name in WRAPPERS if (sources / name).is_dir()]
     assert len(names) == 8
     for name in names:
-        model = moecc.open(made / name)
+        model = moecc.open(sources / name)
         model.save(tmp_path / f"{name}-same")
         folders[f"{name}-same"] = str(tmp_path / f"{name}-same")
         # transformers 4 hands image_sizes to the text model of an InternVL.
@@ -30,7 +30,7 @@ def test_wrappers_with_a_converted_text_model(python: str, tmp_path: Path) -> No
         if WRAPPERS[name].holds_any and not refused:
             model.upcycle(experts=4).save(tmp_path / f"{name}-sparse")
             folders[f"{name}-sparse"] = str(tmp_path / f"{name}-sparse")
-    verdicts = ask(python, "wrappers.py", {"judge": folders, "made": str(made)})
+    verdicts = ask(python, "wrappers.py", {"judge": folders, "sources": str(sources)})
     assert {name: v["gap"] for name, v in verdicts.items() if v["gap"] > 1e-6} == {}
     assert {name: v["reported"] for name, v in verdicts.items() if v["reported"]} == {}
     assert verdicts["llava-sparse"]["text"] == "mixtral"

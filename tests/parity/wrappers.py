@@ -1,8 +1,8 @@
 """Tiny wrappers of transformers, made and judged: run by an interpreter that has it.
 
-Reads {"make": FOLDER} or {"judge": {NAME: FOLDER}, "made": FOLDER} from standard input.  Made are a
-folder of each wrapper and its logits of tokens alone; judged is how far a folder's logits are from
-them, relative to the largest, and what loading reported.
+Reads {"make": FOLDER} or {"judge": {NAME: FOLDER}, "sources": FOLDER} from standard input.  The
+first writes a folder of each wrapper and its logits of tokens alone; the second returns how far the
+logits of a folder are from them, relative to the largest, and what loading reported.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def make(folder: Path) -> dict[str, str]:
     return {"version": transformers.__version__}
 
 
-def judge(folders: dict[str, str], made: Path) -> dict[str, dict[str, Any]]:
+def judge(folders: dict[str, str], sources: Path) -> dict[str, dict[str, Any]]:
     verdicts = {}
     for name, folder in folders.items():
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
-        expected = np.load(made / f"{name.partition('-')[0]}.npy")
+        expected = np.load(sources / f"{name.partition('-')[0]}.npy")
         gap = np.abs(logits_of(model.eval()) - expected).max() / np.abs(expected).max()
         verdicts[name] = {
             "gap": float(gap),
@@ -102,6 +102,6 @@ if __name__ == "__main__":
     answer: Any = (
         make(Path(question["make"]))
         if "make" in question
-        else judge(question["judge"], Path(question["made"]))
+        else judge(question["judge"], Path(question["sources"]))
     )
     print(json.dumps(answer))
