@@ -55,11 +55,10 @@ class WrappedText(DerivedCheckpoint):
         beside = f"beside the text model, {count} are left as they are: {', '.join(parts)}"
         return [*self.base.remarks(), *([beside] if parts else [])]
 
-    def holds(self, family: str) -> bool:
-        """Whether the wrapper can hold a text model of a family that transformers has."""
-        if family == self.config["model_type"]:
-            return True
-        return self.wrapper.holds_any and family != ST_MOE
+    def holder_of(self, family: str) -> Wrapper | None:
+        """Return the wrapper if it can hold a text model of a family, else None."""
+        stays = family == self.config["model_type"]
+        return self.wrapper if stays or (self.wrapper.holds_any and family != ST_MOE) else None
 
     def stored_name(self, name: str) -> str:
         """Return the name in the wrapper's file of a tensor of the text model."""
@@ -73,6 +72,13 @@ class WrappedText(DerivedCheckpoint):
         """Return the wrapper's config.json with the config of a converted text model."""
         before = parse_config(self.config, str(self.path)).to_json()
         return put_back(self.base.config, text, before)
+
+
+def wrapped_in(checkpoint: Checkpoint | None) -> WrappedText | None:
+    """Return the wrapped text model that a checkpoint reads, adapters and branches beneath it."""
+    while isinstance(checkpoint, DerivedCheckpoint) and not isinstance(checkpoint, WrappedText):
+        checkpoint = checkpoint.base
+    return checkpoint if isinstance(checkpoint, WrappedText) else None
 
 
 def _type_of(info: TensorInfo) -> TensorType:

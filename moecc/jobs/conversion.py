@@ -15,8 +15,8 @@ from moecc.families.describe import Description, describe
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.formats.gguf.storage import Storage
-from moecc.formats.source import Checkpoint, DerivedCheckpoint
-from moecc.formats.wrapped import WrappedText
+from moecc.formats.source import Checkpoint
+from moecc.formats.wrapped import wrapped_in
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
@@ -35,7 +35,6 @@ from moecc.translate.engines import (
     EngineVerdict,
     summary,
     verdicts,
-    verdicts_in_wrapper,
     verdicts_on_gguf,
     verdicts_on_program,
 )
@@ -127,9 +126,7 @@ class Plan:
             return verdicts_on_gguf(self.architecture)
         if self.program is not None:
             return verdicts_on_program() if self.program.auto_map else ()
-        if self.wrapped is not None:
-            return verdicts_in_wrapper(self.export.config, self.wrapped.source.wrapper)
-        return verdicts(self.export.config)
+        return _verdicts(self.export)
 
     def without_log(self) -> Plan:
         """Return the plan without the log of its proof, which holds all terms."""
@@ -295,7 +292,7 @@ def plan(
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
     if target == AUTO:
-        choice = choose(model.graph, in_wrapper=isinstance(model.checkpoint, WrappedText))
+        choice = choose(model.graph, wrapped_in(model.checkpoint))
         target, remarks = choice.target, [*remarks, choice.reason]
     storage = dtype if isinstance(dtype, Storage) else None
     if emit is not None:
@@ -347,27 +344,30 @@ def unread_models(graph: Graph, models: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in models if name not in read)
 
 
+def _verdicts(export: Export | GgufExport) -> tuple[EngineVerdict, ...]:
+    wrapper = export.source.wrapper if isinstance(export, WrappedExport) else None
+    return verdicts(export.config, wrapper)
+
+
 def _misreadings(export: Export | GgufExport) -> list[str]:
     """Return a remark for each engine that computes another function without an error."""
     return [
         f"{v.release} would load this and compute something else, because it does not "
         f"read {' and '.join(v.reasons)}"
-        for v in verdicts(export.config)
+        for v in _verdicts(export)
         if v.silent
     ]
 
 
 def _put_back(export: Export, checkpoint: Checkpoint) -> tuple[Export, list[str]]:
     """Return the export inside the wrapper of its source, and a remark if it stands alone."""
-    # Further models and adapters are read beside the wrapper, or over it.
-    while isinstance(checkpoint, DerivedCheckpoint) and not isinstance(checkpoint, WrappedText):
-        checkpoint = checkpoint.base
-    if not isinstance(checkpoint, WrappedText):
+    wrapped = wrapped_in(checkpoint)
+    if wrapped is None:
         return export, []
-    family, wrapper = export.config.model_type, checkpoint.base.config["model_type"]
-    if not checkpoint.holds(family):
+    family, wrapper = export.config.model_type, wrapped.base.config["model_type"]
+    if wrapped.holder_of(family) is None:
         return export, [f"the text model alone is written: a {wrapper} holds no {family}"]
-    return WrappedExport(export.config, export.tensors, checkpoint, up_to=export.up_to), []
+    return WrappedExport(export.config, export.tensors, wrapped, up_to=export.up_to), []
 
 
 def _with_tokenizer(export: GgufExport, checkpoint: Checkpoint) -> tuple[GgufExport, list[str]]:

@@ -62,6 +62,7 @@ def inspection(model: OpenedModel) -> JsonDict:
     """Return the inspection of `model` as JSON values."""
     from moecc.analysis import find_ffn_blocks
     from moecc.families.describe import CONVENTION, describe, paper_groups
+    from moecc.formats.wrapped import wrapped_in
     from moecc.ir.structure import without_opaque
     from moecc.ir.unroll import unrolled
     from moecc.jobs.targets import fits
@@ -70,7 +71,8 @@ def inspection(model: OpenedModel) -> JsonDict:
     # Repeated layers count once per repetition.
     graph = unrolled(without_opaque(model.graph))
     facts, name, search = describe(graph), function_name(graph), find_ffn_blocks(graph)
-    groups = facts.parameters.groups
+    groups, wrapped = facts.parameters.groups, wrapped_in(model.checkpoint)
+    targets = [] if name is not None else fits(graph, wrapped)
     return {
         "source": model.name,
         "format": model.checkpoint.format if model.checkpoint else None,
@@ -100,7 +102,7 @@ def inspection(model: OpenedModel) -> JsonDict:
             "refused": [{"where": r.loc, "reason": r.reason} for r in search.refusals],
         },
         # A function is no model of a family, with blocks or without.
-        "targets": {} if name is not None else {f.target: f.to_json() for f in fits(graph)},
+        "targets": {fit.target: fit.to_json() for fit in targets},
     }
 
 

@@ -17,13 +17,14 @@ from moecc.families.experts import expert_layers, layer_number
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS
 from moecc.families.t5 import SwitchTransformersConfig
+from moecc.formats.wrapped import WrappedText
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pass
 from moecc.support.untyped import JsonDict
-from moecc.translate.engines import TRANSFORMERS, EngineVerdict, verdicts
+from moecc.translate.engines import EngineVerdict, verdicts
 from moecc.translate.export import export_graph
 from moecc.translate.propose import source_config
 
@@ -70,8 +71,13 @@ class Fit:
         }
 
 
-def fits(graph: Graph) -> list[Fit]:
-    """Return for each family of experts whether it can hold `graph`, upcycled if it is dense."""
+def fits(graph: Graph, wrapped: WrappedText | None = None) -> list[Fit]:
+    """Return for each family of experts whether it can hold `graph`, upcycled if it is dense.
+
+    Args:
+      graph: the model.
+      wrapped: where it was read from, if a wrapper holds it.
+    """
     dense = not expert_layers(graph) and "config" in graph.attrs
     graph = _shallow(graph) if dense else graph
     source = _source_of(graph)
@@ -81,7 +87,7 @@ def fits(graph: Graph) -> list[Fit]:
         passes = _passes_for(name) if dense else ""
         if passes not in upcycled:
             upcycled[passes] = _upcycled(graph, passes)
-        verdicts_of_families.append(_fit(upcycled[passes], name, passes, source))
+        verdicts_of_families.append(_fit(upcycled[passes], name, passes, source, wrapped))
     return verdicts_of_families
 
 
@@ -153,6 +159,7 @@ def _fit(
     target: str,
     passes: str,
     source: ModelConfig | None = None,
+    wrapped: WrappedText | None = None,
 ) -> Fit:
     if not isinstance(candidate, Graph):
         return Fit(target, passes, candidate)
@@ -162,7 +169,8 @@ def _fit(
         export = export_graph(candidate, target, source=source)
     except InputError as error:
         return Fit(target, passes, error.problems)
-    return Fit(target, passes, (), verdicts(export.config))
+    wrapper = wrapped.holder_of(target) if wrapped is not None else None
+    return Fit(target, passes, (), verdicts(export.config, wrapper))
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,7 @@ class Choice:
     reason: str
 
 
-def choose(graph: Graph, *, in_wrapper: bool = False) -> Choice:
+def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
     """Choose the family to write `graph` as; whatever moecc reads is written as some family.
 
     A mixture stays in its family.  Else, of the families that can hold it, that which most engines
@@ -183,10 +191,9 @@ def choose(graph: Graph, *, in_wrapper: bool = False) -> Choice:
 
     Args:
       graph: the model.
-      in_wrapper: whether it is written into the wrapper of its source, which other engines than
-        transformers were not examined with.
+      wrapped: where it was read from, if a wrapper holds it.
     """
-    fitting = _fitting(graph)
+    fitting = _fitting(graph, wrapped)
     family = str(graph.attrs.get("family", ""))
     stays = family if issubclass(CONFIGS.get(family, ModelConfig), MoeConfig) else ""
     if not fitting:
@@ -194,11 +201,6 @@ def choose(graph: Graph, *, in_wrapper: bool = False) -> Choice:
         changes = "; ".join(reason.what for reason in near.reasons[:3]) if near else ""
         why = f"; the nearest other is {near.target}: {changes}" if near else ""
         return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{why}")
-    if in_wrapper:
-        fitting = [
-            replace(f, engines=tuple(v for v in f.engines if v.engine.startswith(TRANSFORMERS)))
-            for f in fitting
-        ]
     best = max(fitting, key=lambda fit: (fit.target == stays, sum(v.runs for v in fit.engines)))
     others = [fit.target for fit in fitting if fit is not best]
     reason = f"auto chose {best.target}"
@@ -209,13 +211,13 @@ def choose(graph: Graph, *, in_wrapper: bool = False) -> Choice:
     return Choice(best.target, reason)
 
 
-def _fitting(graph: Graph) -> list[Fit]:
+def _fitting(graph: Graph, wrapped: WrappedText | None) -> list[Fit]:
     """Return the families that can hold `graph` as it is, its own first; st_moe is not one."""
     family = str(graph.attrs.get("family", ""))
     names = (
         [family, *(name for name in CONFIGS if name != family)] if family in CONFIGS else [*CONFIGS]
     )
-    candidates = (_fit(graph, name, "") for name in names if name != FAMILY)
+    candidates = (_fit(graph, name, "", wrapped=wrapped) for name in names if name != FAMILY)
     return [fit for fit in candidates if fit.fits]
 
 

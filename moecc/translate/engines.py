@@ -198,16 +198,17 @@ def release_of(engine: str, version: str) -> str:
     return f"{name} {version}" if name and version.startswith(major) else f"{engine} {version}"
 
 
-def verdicts(config: ModelConfig) -> tuple[EngineVerdict, ...]:
-    """Return the verdict of each engine on a model of `config`; none for dense families."""
+def verdicts(config: ModelConfig, wrapper: Wrapper | None = None) -> tuple[EngineVerdict, ...]:
+    """Return the verdict of each engine on a model of `config`; none for dense families.
+
+    Inside a wrapper text models were examined with transformers alone.
+    """
     if not config.engines:
         return ()
-    return tuple(_verdict(engine, config) for engine in ENGINES)
-
-
-def verdicts_in_wrapper(config: ModelConfig, wrapper: Wrapper) -> tuple[EngineVerdict, ...]:
-    """Return the verdicts on a text model inside a wrapper: only transformers was looked at."""
-    judged = [v for v in verdicts(config) if v.engine.startswith(TRANSFORMERS)]
+    judged = [_verdict(engine, config) for engine in ENGINES]
+    if wrapper is None:
+        return tuple(judged)
+    judged = [v for v in judged if v.engine.startswith(TRANSFORMERS)]
     if config.model_type in wrapper.uncalled:
         fault = f"{config.model_type} takes no image_sizes, which {wrapper.architecture} hands on"
         judged = [

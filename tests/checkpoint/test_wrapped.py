@@ -17,6 +17,7 @@ from moecc.formats.open import open_checkpoint
 from moecc.formats.wrapped import WrappedText
 from moecc.ir.text import print_graph
 from moecc.jobs.convert import convert, plan, write
+from moecc.jobs.inspect import inspection
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 
@@ -76,6 +77,14 @@ def test_mixture_is_put_back_with_the_rest_untouched(
     assert moecc.open(tmp_path / "out").verify(against=source).passed
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForImageTextToText" in card
+
+
+def test_engines_that_were_not_tried_with_a_wrapper_have_no_verdict(tmp_path: Path) -> None:
+    source = wrap(tmp_path / "internvl", "qwen2_square", "internvl")
+    with open_model(str(source)) as model:
+        targets = inspection(model)["targets"]
+    runs = {v["engine"]: v["runs"] for v in targets["qwen2_moe"]["engines"]}
+    assert runs == {"transformers 5": True, "transformers 4": False}
 
 
 def test_settings_of_a_mixture_that_stays_in_its_family_are_written(tmp_path: Path) -> None:
