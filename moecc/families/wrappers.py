@@ -44,7 +44,9 @@ class Wrapper:
 WRAPPERS: Mapping[str, Wrapper] = {
     "llava": Wrapper("LlavaForConditionalGeneration", holds_any=True),
     "llava_next": Wrapper("LlavaNextForConditionalGeneration", holds_any=True),
-    "llava_onevision": Wrapper("LlavaOnevisionForConditionalGeneration", holds_any=True),
+    "llava_onevision": Wrapper(
+        "LlavaOnevisionForConditionalGeneration", holds_any=True, uncalled=("qwen2_moe",)
+    ),
     "vipllava": Wrapper("VipLlavaForConditionalGeneration", holds_any=True),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", holds_any=True),
     "internvl": Wrapper(

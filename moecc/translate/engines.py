@@ -210,7 +210,7 @@ def verdicts(config: ModelConfig, wrapper: Wrapper | None = None) -> tuple[Engin
         return tuple(judged)
     judged = [v for v in judged if v.engine.startswith(TRANSFORMERS)]
     if config.model_type in wrapper.uncalled:
-        fault = f"{config.model_type} takes no image_sizes, which {wrapper.architecture} hands on"
+        fault = f"{config.model_type} does not take the arguments of {wrapper.architecture}"
         judged = [
             replace(v, runs=False, reasons=(*v.reasons, fault)) if v.engine.endswith(" 4") else v
             for v in judged

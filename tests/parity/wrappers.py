@@ -29,6 +29,12 @@ QWEN = {**IMAGE, "video_token_id": 61, "vision_start_token_id": 58, "vision_end_
 DEPTH = {"depth": 1, "num_heads": 2, "patch_size": 14}
 WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llava": ({"model_type": "llama"}, {**ONE, "model_type": "clip_vision_model"}, IMAGE),
+    "vipllava": ({"model_type": "llama"}, {**ONE, "model_type": "clip_vision_model"}, IMAGE),
+    "llava_next": ({"model_type": "llama"}, {**ONE, "model_type": "clip_vision_model"}, IMAGE),
+    "llava_onevision": (
+        {"model_type": "qwen2"}, {**ONE, "model_type": "siglip_vision_model"}, IMAGE,
+    ),
+    "idefics3": ({"model_type": "llama"}, ONE, {**IMAGE, "pad_token_id": 0}),
     "mistral3": (
         {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
         {**ONE, "model_type": "pixtral", "head_dim": 8},
