@@ -19,8 +19,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.ir import Graph, Value
+from moecc.ir import Graph
 from moecc.ir.interpreter import ReferenceProgram
+from moecc.prove.counterexample import keeps_finite
 from moecc.testing.data import inputs_for, params_for, sizes_for
 from moecc.testing.draws import generator, moved
 from moecc.testing.oracle import (
@@ -208,7 +209,7 @@ def value_gaps(draw: Draw, coarse: bool = False) -> list[str]:
             bounds = {n: bounds[n] + rerun[n] for n in expected}
             lines = list(beyond(expected, actual, bounds, draw.seed))
     if lines and not all(
-        is_admissible(g, p, inputs) for g, p in ((draw.before, params), (draw.after, after_params))
+        keeps_finite(g, p, inputs) for g, p in ((draw.before, params), (draw.after, after_params))
     ):
         return []
     return lines
@@ -220,29 +221,6 @@ def _noisy(draw: Draw) -> Run:
     if draw.kind not in TIES:
         return rerun_of(draw.before, params, inputs)
     return lambda number: with_errors(draw.before, number, exact_ops=EXACT_OPS).run(params, inputs)
-
-
-MAKES_INFINITE = ("mask", "constant")
-"""Operations that may well make infinite numbers of finite ones."""
-
-
-def is_admissible(graph: Graph, params: Mapping[str, Array], inputs: Mapping[str, Array]) -> bool:
-    """Return whether no operation makes an infinite number, or none at all, of finite ones.
-
-    Values that a mask makes infinite are allowed: a prover must not calculate with them.
-    """
-    finite: dict[Value, bool] = {}
-    for value, array in ReferenceProgram(graph).trace(params, inputs):
-        data, node = array.data, value.node
-        is_padded = value.type.ragged is not None
-        finite[value] = data.dtype.kind != "f" or bool(
-            np.isfinite(data[~np.isnan(data)] if is_padded else data).all()
-        )
-        if finite[value] or node is None or node.op.name in MAKES_INFINITE:
-            continue
-        if all(finite.get(v, True) for v in node.operands):
-            return False
-    return True
 
 
 def plan(seed: int, thorough: bool) -> Iterator[tuple[int, Kind, int]]:
