@@ -146,7 +146,7 @@ def main() -> None:
     proofs, faults, changes = (Judgements(asked.work / f"{n}.jsonl") for n in names)
     jobs = matrix.jobs_of(asked.sample)
     random.Random(0).shuffle(jobs)  # what is judged first is a sample of all
-    with ProcessPoolExecutor(asked.jobs, max_tasks_per_child=200) as pool:
+    with ProcessPoolExecutor(asked.jobs) as pool:
         proofs.complete(pool, judge_proof, jobs, until)
         faults.complete(pool, judge_fault, range(asked.faults), until)
         changes.complete(pool, judge_mutant, mutants(), until)

@@ -45,7 +45,7 @@ def main() -> int:
     until = time.time() + asked.seconds
     starts = range(asked.seed, asked.seed + asked.pairs, PART)
     parts: dict[int, dict[str, Any]] = {}
-    with ProcessPoolExecutor(asked.jobs, max_tasks_per_child=4) as pool:
+    with ProcessPoolExecutor(asked.jobs) as pool:
         futures = {}
         for start in starts:
             file = asked.work / f"{asked.source or 'all'}-{start}.json"
