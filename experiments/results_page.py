@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import nan
 from pathlib import Path
 from statistics import mean
 
@@ -17,54 +18,45 @@ HEAD = """# Experiments
 Does it learn? Each experiment trains models of 0.2 to 1.2 million parameters over bytes, but for
 (l) with 4.8 to 15.4 million, on this documentation, on two cores: enough to see whether the
 machinery does what it should, and far too small to say what holds at scale. `experiments/` has the
-recipes, what each arm changes of them, and the runner; `python experiments/run.py a b` runs what
-has no result yet, and writes this page from `experiments/results/`. `make proof-learning` shows one
-claim again, from nothing.
+recipes, the changes of each arm, and the runner; `python experiments/run.py a b` runs what has no
+result yet, and writes this page from `experiments/results/`.
 
 The dense model (`experiments/base.toml`) is trained for 300 steps of 2,048 bytes, once for each
-seed: weights, batches and all. An arm goes on from it (`experiments/continue.toml`), on batches in
-another order. Losses are of paragraphs that were held out, in nats a byte, after the last step. An
-effect is the difference between two arms of the same seed, so of the same dense model and batches;
-its interval of 95 % is Student's over the seeds. A claim is *reproduced* where the whole interval
-is below 0, and *not shown* where it holds 0: not that it is wrong, but that this is too small to
-tell. Every arm has the same learning rate; a sweep of each might move effects of this size. An
-experiment has one text: (a), (b), (e) and (f) an earlier state of the documentation than the rest.
-Effects are in nats a byte unless they say otherwise.
+seed; an arm goes on from it (`experiments/continue.toml`), on batches in another order. Losses are
+of held-out paragraphs, in nats a byte, after the last step. An effect is the difference between two
+arms of one seed, so of one dense model and one order of batches; its interval of 95 % is Student's
+over the seeds. A claim is *reproduced* where the whole interval is below 0, and *not shown* where
+it holds 0: this is then too small to tell. Every arm has the same learning rate; a sweep of each
+might move effects of this size. (a), (b), (e) and (f) have an earlier text of the documentation
+than the others.
 
-Fine-tuning (`experiments/finetune.toml`) goes on from the sparse model of (a): in (g) on Pang and
-Lee's sentences of plots and reviews, in (t) on the pairs of RTE 1 to 3, in (q) on questions with
-their six coarse classes; `--tasks FOLDER` says the place of them. A result is the share of a tenth
-that was held out whose answer is wrong. A row has 56 bytes of a text. Where a model does not do
-better than the likelier label, nothing can be said of its claims: *not measurable here*.
+* Fine-tuning (`experiments/finetune.toml`) goes on from the sparse model of (a): in (g) on Pang and
+  Lee's sentences of plots and reviews, in (t) on the pairs of RTE 1 to 3, in (q) on questions with
+  their six coarse classes; `--tasks FOLDER` has them. A result is the share of wrong answers in a
+  held-out tenth; a row has 56 bytes of a text. Where a model does no better than the likelier
+  label, its claims are *not measurable here*.
+* In (h) an encoder-decoder learns hidden spans from random parameters (`experiments/spans.toml`). A
+  result is the entropy of the first choices of sentinels, the mean over the layers of a stack,
+  divided by that of an even spread; other tokens have 0.9 of it in the decoder.
+* "As much compute" in (a) and (l) is that of active parameters, 1.67 times; executed FLOPs say
+  1.52. Both begin from 2.8 tokens a parameter at most, and end after 150 steps.
+  [worth.md](worth.md) compares at equal executed FLOPs and at equal processor time, from a dense
+  model that was trained for longer, with the recipe that `recipe:upcycle` has now, and there
+  experts are worth it.
+* (l) is (a) on one seed, with a dense model of 4.8 million parameters (`experiments/decoder_5m`),
+  for which 0.6 million tokens before the switch are few.
 
-For (h) an encoder-decoder learns hidden spans from random parameters (`experiments/spans.toml`);
-what is compared is the entropy of the first choices of sentinels, the mean over the layers of a
-stack, divided by that of an even spread. In the decoder sentinels are apart from all other tokens
-(0.34 of an even spread, other tokens 0.9), in the encoder they are nearly as spread as those: of
-models of this size after 400 steps the opposite of the claim holds.
-
-"As much compute" in (a) and (l) is that of active parameters, 1.67 times; executed FLOPs say 1.52.
-Both begin from 2.8 tokens a parameter at most, and end after 150 steps. [worth.md](worth.md)
-has the comparison at equal executed FLOPs and at equal processor time, from a dense model that was
-trained for longer, with the recipe that `recipe:upcycle` has now, and there experts are worth it.
-
-(l) is (a) once more, on one seed, with a dense model of 4.8 million parameters
-(`experiments/decoder_5m`); 0.6 million tokens before the switch are few for it, which the losses
-show.
-
-Processor time of the runs on this page includes the compilation of their programs; `run.py` leaves
-it out of what it measures now.
+Processor time includes the compilation of the programs.
 """
 
 TAIL = """
 ## Run again
-`make proof-learning` took 4 min 48 s on two cores with little other load, 4 min 24 s of processor
-time, on the documentation of 28 November 2026: a capacity of 1.25 against one of 0.75, −0.1160 ±
-0.0300 over the same three seeds. The first claim of (a), which it showed before, was −0.0085 ±
-0.0172 on another text: an effect of that size is at the edge of what three seeds can tell.
 
-## What was not run
-* SmolLM2 upcycled against SmolLM2 trained on.
+`make proof-learning` repeats one claim from nothing, in 4 min 48 s on two cores: on the
+documentation of 28 November 2026, a capacity of 1.25 against one of 0.75 is −0.1160 ± 0.0300 over
+the same three seeds. The first claim of (a) was −0.0085 ± 0.0172 on another text: an effect of that
+size is at the edge of what three seeds can tell. SmolLM2 upcycled against SmolLM2 trained on was
+not run.
 
 *Tests:* `tests/experiments/`.
 """
@@ -73,9 +65,9 @@ time, on the documentation of 28 November 2026: a capacity of 1.25 against one o
 def page(lines: Sequence[Line]) -> str:
     """Return the page."""
     experiments = declared().values()
-    parts = [HEAD, *_claims(experiments, lines)]
+    parts = [HEAD, *_claims(experiments, lines), *_results(experiments, lines)]
     for experiment in experiments:
-        parts += _section(experiment, [x for x in lines if x["experiment"] == experiment.key])
+        parts += _curves(experiment, [x for x in lines if x["experiment"] == experiment.key])
     return "\n".join(parts) + TAIL
 
 
@@ -121,27 +113,28 @@ def _verdict(effect: Effect, verdict: Verdict) -> str:
     return verdict.value
 
 
-def _section(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
-    yield f"## {experiment.key}: {experiment.title}\n"
-    yield f"After {experiment.source}.\n"
-    if not lines:
-        yield "Not run.\n"
-        return
-    yield f"| arm | held-out, {experiment.unit}, by seed | mean | steps | tokens | processor time |"
-    yield "|---|---|---|---|---|---|"
-    for arm in experiment.arms:
-        found = sorted((x for x in lines if x["arm"] == arm), key=lambda x: int(x["seed"]))
-        if not found:
-            yield f"| {arm} | not run | | | | |"
-            continue
-        losses = [float(line["loss"]) for line in found]
-        seconds = mean(float(line["processor_seconds"]) for line in found)
-        yield (
-            f"| {arm} | {', '.join(f'{x:.4f}' for x in losses)} | {mean(losses):.4f} | "
-            f"{found[0]['steps']} | {found[0]['tokens']:,} | {seconds:.0f} s |"
-        )
-    yield f"\n{_cost(lines)}\n"
-    yield from _curves(experiment, lines)
+def _results(experiments: Iterable[Experiment], lines: Sequence[Line]) -> Iterator[str]:
+    """Yield a table of the experiments, and one of their arms."""
+    yield "## Results\n"
+    yield "| | experiment | after | runs: tokens, processor time |"
+    yield "|---|---|---|---|"
+    for experiment in experiments:
+        cost = _cost([x for x in lines if x["experiment"] == experiment.key])
+        yield f"| {experiment.key} | {experiment.title} | {experiment.source} | {cost} |"
+    yield "\n| | arm | held-out, by seed | mean | steps | tokens | processor time |"
+    yield "|---|---|---|---|---|---|---|"
+    for experiment in experiments:
+        for arm in experiment.arms:
+            runs = [x for x in lines if (x["experiment"], x["arm"]) == (experiment.key, arm)]
+            runs.sort(key=lambda x: int(x["seed"]))
+            losses = [float(line["loss"]) for line in runs] or [nan]
+            seconds = mean([float(line["processor_seconds"]) for line in runs] or [nan])
+            steps, tokens = (runs[0]["steps"], runs[0]["tokens"]) if runs else (0, 0)
+            yield (
+                f"| {experiment.key} | {arm} | {', '.join(f'{x:.4f}' for x in losses)} | "
+                f"{mean(losses):.4f} | {steps} | {tokens:,} | {seconds:.0f} s |"
+            )
+    yield ""
 
 
 def _cost(lines: Sequence[Line]) -> str:
@@ -149,23 +142,11 @@ def _cost(lines: Sequence[Line]) -> str:
     runs = {line["recipe"]: int(line["tokens"]) for line in lines if line["steps"]}
     hours = sum(float(line["processor_seconds"]) for line in lines) / 3600
     tokens = sum(runs.values()) / 1e6
-    return f"{len(runs)} runs, {tokens:.2f} M tokens, {hours:.2f} hours of processor time in all."
+    return f"{len(runs)}: {tokens:.2f} M tokens, {hours:.2f} hours"
 
 
 def _curves(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
-    """Yield the training loss after the switch, the mean over seeds, at a few steps."""
-    shown = [step for step in (1, 2, 3, 5, 10, 20, 30, 40) if step <= experiment.curves]
-    if not shown:
-        return
-    yield "Training loss at a step after the switch, the mean over seeds:\n"
-    yield "| arm | " + " | ".join(map(str, shown)) + " |"
-    yield "|---" * (len(shown) + 1) + "|"
-    for arm in experiment.arms:
-        curves = [line["curve"] for line in lines if line["arm"] == arm and "curve" in line]
-        if curves:
-            means = (mean(float(curve[step - 1]) for curve in curves) for step in shown)
-            yield f"| {arm} | " + " | ".join(f"{x:.3f}" for x in means) + " |"
-    yield ""
+    """Yield the picture of the training loss after the switch, and its differences."""
     if not any(curves_of(experiment, lines).values()):
         return  # no seed has all arms yet
     seen = ", ".join(f"“{arm}”" for arm in experiment.arms)
@@ -181,7 +162,10 @@ def _early(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
         return
     spans = [(2, 10), (11, 20), (21, 30), (31, 40)]
     shown = [span for span in spans if span[1] <= experiment.curves]
-    yield f"The same less that of {first}, the mean over steps, ± Student's 95 % over the seeds:\n"
+    yield (
+        f"({experiment.key}) Training loss after the switch less that of {first}, the mean over "
+        "steps, ± Student's 95 % over the seeds:\n"
+    )
     yield "| arm | " + " | ".join(f"steps {a} to {b}" for a, b in shown) + " |"
     yield "|---" * (len(shown) + 1) + "|"
     for arm, each in others:

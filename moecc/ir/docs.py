@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import moecc.ir.ops as _filled
-from moecc.ir.operation import OPS, REQUIRED, Attr, OpDef, format_attr, mixes_none
+from moecc.ir.operation import OPS, REQUIRED, OpDef, format_attr, mixes_none
 from moecc.support.generated_docs import GeneratedPart
 
 GROUPS = (
@@ -28,8 +27,7 @@ GROUPS = (
 )
 """Headings, and the module of `moecc.ir.ops` whose operations are listed under each."""
 
-OPERATION_COLUMNS = ("operation", "computes", "mixes", "linear in")
-ATTRIBUTE_COLUMNS = ("operation", "attribute", "kind", "default", "meaning")
+COLUMNS = ("operation", "computes", "mixes", "linear in")
 
 
 def render_operations() -> str:
@@ -37,22 +35,17 @@ def render_operations() -> str:
     parts = [_heading()]
     for title, module in GROUPS:
         rows = [entry for entry in OPS.values() if _module(entry) == module]
-        parts += [f"### {title}", _table(OPERATION_COLUMNS, map(_operation, rows))]
+        parts += [f"### {title}", _table(COLUMNS, map(_operation, rows))]
         parts += [_note(entry) for entry in rows if "\n" in entry.doc]
-        attributes = [row for entry in rows for row in _attributes(entry)]
-        if attributes:
-            parts.append(_table(ATTRIBUTE_COLUMNS, attributes))
     return "\n\n".join(parts)
 
 
 def _heading() -> str:
-    return (
-        f"There are {len(OPS)}. Along the axes that an operation *mixes*, an element of the "
-        "result needs other elements of the operands; where it mixes none, an element of the "
-        "result needs one of each. *Linear in* names operands, each with the others held fixed, "
-        "or, where it says *together*, only all at once, as a sum is. `⇄` marks operands that may "
-        "be exchanged."
-    )
+    return f"""There are {len(OPS)}. Along the axes that an operation *mixes*, an element of the
+result needs other elements of the operands; where it mixes none, one of each. *Linear in* names
+operands, each with the others held fixed, or, where it says *together*, only all at once, as a sum
+is. `⇄` marks operands that may be exchanged. Below its meaning an operation has its attributes,
+each with its kind or choices, and its default unless it is required."""
 
 
 def _module(entry: OpDef) -> str:
@@ -70,7 +63,8 @@ def _operation(entry: OpDef) -> tuple[str, ...]:
     linear = ", ".join(f"`{entry.operands[i]}`" for i in entry.linear)
     linear += " together" if entry.jointly else ""
     exchange = " ⇄" if entry.commutative else ""
-    return (f"`{_signature(entry)}`{exchange}", _cell(_lines(entry)[0]), _mixes(entry), linear)
+    computes = "<br>".join([_cell(_lines(entry)[0]), *_attributes(entry)])
+    return (f"`{_signature(entry)}`{exchange}", computes, _mixes(entry), linear)
 
 
 def _signature(entry: OpDef) -> str:
@@ -89,7 +83,7 @@ def _lines(entry: OpDef) -> list[str]:
 def _note(entry: OpDef) -> str:
     """Return the lines of the entry's documentation after the first."""
     note = "\n".join(_lines(entry)[1:]).strip()
-    return f"**{entry.name}.** {note}"
+    return f"**{entry.name}.** {note}".replace("``", "`")
 
 
 def _mixes(entry: OpDef) -> str:
@@ -120,17 +114,13 @@ MIXED_BY_OPERANDS = {
 """Operations whose mixed axes depend on their operands, not on attributes alone."""
 
 
-def _attributes(entry: OpDef) -> Iterator[tuple[str, ...]]:
+def _attributes(entry: OpDef) -> Iterator[str]:
     for name, spec in entry.attrs.items():
-        yield f"`{entry.name}`", f"`{name}`", _kind(spec), _default(spec), _cell(spec.doc)
-
-
-def _kind(spec: Attr[Any]) -> str:
-    return ", ".join(f"`{c}`" for c in spec.choices) if spec.choices else spec.kind
-
-
-def _default(spec: Attr[Any]) -> str:
-    return "required" if spec.default is REQUIRED else f"`{format_attr(spec, spec.default)}`"
+        choices = ", ".join(f"`{c}`" for c in spec.choices)
+        kind = f"one of {choices}" if choices else spec.kind
+        is_required = spec.default is REQUIRED
+        default = "" if is_required else f"; default `{format_attr(spec, spec.default)}`"
+        yield f"`{name}` ({kind}{default}): {_cell(spec.doc)}"
 
 
 def _cell(text: str) -> str:

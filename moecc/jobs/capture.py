@@ -19,7 +19,7 @@ from moecc.jobs.command import (
     Amount,
     BatchSize,
     Force,
-    LoadFamilies,
+    Load,
     PipelineText,
     Report,
     SequenceLength,
@@ -185,7 +185,7 @@ def capture(
     batch: BatchSize = 2,
     batches: Amount = 64,
     active: Annotated[float, Spelling("SHARE")] = 0.1,
-    load: LoadFamilies = (),
+    load: Load = (),
     force: Force = False,
 ) -> Report:
     """Take statistics of a model's values over texts.

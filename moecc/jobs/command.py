@@ -44,10 +44,6 @@ Load = Annotated[
     Sequence[str],
     Spelling("FILE.py", help="Python file with passes and families of your own; may be repeated."),
 ]
-LoadFamilies = Annotated[
-    Sequence[str],
-    Spelling("FILE.py", help="Python file with families of your own; may be repeated."),
-]
 SourceName = Annotated[str, Spelling("SOURCE", complete="models")]
 ModelName = Annotated[
     str,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from moecc.jobs.command import (
     Force,
-    LoadFamilies,
+    Load,
     ModelName,
     Report,
     Spelling,
@@ -22,7 +22,7 @@ def emit(
     dtype: Annotated[str | None, Spelling("TYPE")] = None,
     max_shard_bytes: Annotated[str, Spelling("SIZE")] = "5000000000",
     weights: Weights = None,
-    load: LoadFamilies = (),
+    load: Load = (),
     force: Force = False,
 ) -> Report:
     """Write a model as a program, with its weights.

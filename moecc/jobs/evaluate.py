@@ -16,7 +16,7 @@ from moecc.jobs.command import (
     Amount,
     BatchSize,
     ComputeType,
-    LoadFamilies,
+    Load,
     Report,
     SequenceLength,
     Spelling,
@@ -297,7 +297,7 @@ def evaluate(
     batch: BatchSize = 8,
     batches: Amount = 64,
     dtype: ComputeType = "f32",
-    load: LoadFamilies = (),
+    load: Load = (),
 ) -> Report:
     """Evaluate models on token folders, in pairs.
 

@@ -22,7 +22,7 @@ from moecc.formats.files import read_bounded
 from moecc.jobs.command import (
     Amount,
     ComputeType,
-    LoadFamilies,
+    Load,
     ModelName,
     Report,
     Seed,
@@ -376,7 +376,7 @@ def generate(
     seed: Seed = 0,
     dtype: ComputeType = "f32",
     weights: Weights = None,
-    load: LoadFamilies = (),
+    load: Load = (),
 ) -> Report:
     """Continue texts with a model.
 

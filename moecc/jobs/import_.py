@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moecc.jobs.command import (
     Force,
-    LoadFamilies,
+    Load,
     Output,
     PaddingMask,
     Report,
@@ -19,7 +19,7 @@ def import_(
     *,
     output: Output = None,
     padding_mask: PaddingMask = False,
-    load: LoadFamilies = (),
+    load: Load = (),
     force: Force = False,
 ) -> Report:
     """Print the graph of a model; no weights are read.

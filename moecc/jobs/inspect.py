@@ -9,7 +9,7 @@ from math import lcm
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
-from moecc.jobs.command import LoadFamilies, Report, Spelling, say_weights
+from moecc.jobs.command import Load, Report, Spelling, say_weights
 from moecc.support.process import gc_paused
 from moecc.support.untyped import JsonDict
 
@@ -27,9 +27,7 @@ _SHOWN = 4
 """The number of refused blocks that are shown."""
 
 
-def inspect(
-    source: Annotated[str, Spelling(complete="models")], *, load: LoadFamilies = ()
-) -> Report:
+def inspect(source: Annotated[str, Spelling(complete="models")], *, load: Load = ()) -> Report:
     """Describe a model from its headers; no weights are read.
 
     The report has the family, layers, parameters, the feed-forward blocks and how many can be

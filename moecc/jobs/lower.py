@@ -7,7 +7,7 @@ from moecc.jobs.command import (
     AnyModelName,
     ComputeType,
     Force,
-    LoadFamilies,
+    Load,
     Output,
     Report,
     Weights,
@@ -28,7 +28,7 @@ def lower(
     output: Output = None,
     force: Force = False,
     weights: Weights = None,
-    load: LoadFamilies = (),
+    load: Load = (),
 ) -> Report:
     """Print a model as jax or XLA sees it.
 

@@ -13,7 +13,7 @@ from moecc.jobs.command import (
     ComputeType,
     Force,
     Inputs,
-    LoadFamilies,
+    Load,
     ModelName,
     Report,
     Spelling,
@@ -101,7 +101,7 @@ def run(
     output: str = "",
     print_values: Annotated[str | None, Spelling("GLOB")] = None,
     weights: Weights = None,
-    load: LoadFamilies = (),
+    load: Load = (),
     force: Force = False,
 ) -> Report | None:
     """Run a model and write its logits or hidden states.

@@ -15,7 +15,7 @@ from moecc.ir.structure import clone
 from moecc.jobs.command import (
     Amount,
     BatchSize,
-    LoadFamilies,
+    Load,
     ModelName,
     PipelineText,
     Report,
@@ -201,7 +201,7 @@ def specialise(
     batch: BatchSize = 8,
     batches: Amount = 8,
     seed: Seed = 0,
-    load: LoadFamilies = (),
+    load: Load = (),
 ) -> Report:
     """Show which tokens tell each expert from others.
 

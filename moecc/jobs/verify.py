@@ -11,7 +11,7 @@ from moecc.jobs.command import (
     ComputeType,
     Force,
     Inputs,
-    LoadFamilies,
+    Load,
     ModelName,
     OutputFile,
     Report,
@@ -80,7 +80,7 @@ def verify(
     dtype: ComputeType = "f32",
     allow_edited_card: bool = False,
     weights: Weights = None,
-    load: LoadFamilies = (),
+    load: Load = (),
     html: OutputFile = None,
     force: Force = False,
 ) -> Report:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moecc.errors import UsageError
@@ -17,8 +17,10 @@ from moecc.rewrite.pipeline import Registry, installed
 
 HEAD = """# Passes
 
-Written by `make docs` from the passes themselves; `moecc passes NAME` shows the same. A pipeline
-names passes in the order in which they run: `canonicalize,upcycle{experts=8 top-k=2},cse,dce`.
+Written by `make docs` from the passes themselves. `moecc passes NAME` shows a pass with the text of
+a graph before and after it. A pipeline names passes in the order in which they run:
+`canonicalize,upcycle{experts=8 top-k=2},cse,dce`. A pass that *must match* fails where it finds
+nothing to do, unless `--allow-unmatched` is given; each states what it preserves without options.
 How to write one: [writing-a-pass.md](writing-a-pass.md).
 """
 
@@ -38,40 +40,30 @@ def render(registry: Registry | None = None) -> str:
 
 def _section(cls: type[Pass]) -> str:
     paragraphs = list(_paragraphs(cls)) or [f"{cls.summary[0].upper()}{cls.summary[1:]}."]
-    parts = [f"## {cls.name}", *paragraphs]
-    if cls.must_match:
-        parts.append("Finding nothing to do is an error, unless `--allow-unmatched` is given.")
+    facts = ["*Must match.*"] if cls.must_match else []
     if not any(option.required for option in options(cls).values()):
-        parts.append(f"Preserves, without options: {cls().preserves}.")
-    parts.append(_table(list(options(cls).values())))
-    return "\n\n".join(parts)
+        facts.append(f"*Preserves*: {cls().preserves}.")
+    parts = [f"## {cls.name}", *paragraphs, " ".join(facts), _list(options(cls).values())]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _table(some: list[Option]) -> str:
-    if not some:
-        return "No options."
+def _list(some: Iterable[Option]) -> str:
     rows = []
     for o in some:
         bounds = "" if o.bounds is None else f", {o.bounds}"
-        default = "required" if o.required else f"`{write(o.type, o.default)}`"
-        value, doc = (text.replace("|", "\\|") for text in (describe(o.type) + bounds, o.doc))
-        rows.append(f"| `{o.name}` | {value} | {default} | {doc} |")
-    return "\n".join(["| option | value | default | meaning |", "|---|---|---|---|", *rows])
+        default = "required" if o.required else f"default `{write(o.type, o.default)}`"
+        rows.append(f"* `{o.name}` ({describe(o.type)}{bounds}; {default}): {o.doc}")
+    return "\n".join(rows)
 
 
 def _paragraphs(cls: type[Pass]) -> Iterator[str]:
-    """Yield the paragraphs of the docstring, its literal blocks fenced."""
+    """Yield the paragraphs of the docstring, but for literal blocks and the lines before them."""
     # A dataclass without a docstring gets its signature as one.
     text = inspect.cleandoc(cls.__doc__ or "")
     blocks = text.split("\n\n") if not text.startswith(f"{cls.__name__}(") else []
-    literal = False
     for block in blocks:
-        if literal:
-            yield f"```moe sketch\n{inspect.cleandoc(block)}\n```"
-            literal = False
-            continue
-        literal = block.endswith("::")
-        yield (block[:-1] if literal else block).replace("``", "`")
+        if not block.endswith("::") and not block.startswith("    "):
+            yield block.replace("``", "`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -53,7 +53,7 @@ outputs in float64 with those of the source, within 10⁻⁶ (weights are stored
 
 An empty cell is rejected before a byte is written; [proofs/table.json](proofs/table.json) has the
 reasons, which `inspect` prints for a model. [proofs/equal.json](proofs/equal.json) has the proofs
-and the bounds. Rows and tables without a result are left out. `tests/proof/test_cells.py` runs
+and the bounds. Rows without a result are left out. `tests/proof/test_cells.py` runs
 eighteen cells, six of each kind.
 
 The options of a method are those that lead to the family: `glm4_moe` has sigmoid gates and a shared
@@ -125,10 +125,10 @@ def page(record: Mapping[str, Any]) -> str:
         f"rejected. The largest error is {record['largest_error']:.1e} of the largest output."
     )
     lines = [HEAD, textwrap.fill(summary, 100), ""]
-    for target in TARGETS:
-        lines += _table(f"To {target}", {s: results[s][target] for s in DENSE}, tuple(METHODS))
-    mixtures = {s: dict(ChainMap(*results[s].values())) for s in MIXTURES}
-    lines += _table("Over mixtures", mixtures, tuple(OVER_MIXTURES))
+    dense = [(f"`{t}`", s, results[s][t]) for t in TARGETS for s in DENSE]
+    mixtures = [("", s, dict(ChainMap(*results[s].values()))) for s in MIXTURES]
+    lines += ["## Dense models", "", *_table(dense, tuple(METHODS))]
+    lines += ["## Mixtures", "", *_table(mixtures, tuple(OVER_MIXTURES))]
     programs = record["programs"]
     pairs = len(DENSE) * len(METHODS) + len(MIXTURES) * len(OVER_MIXTURES)
     summary = (
@@ -137,9 +137,9 @@ def page(record: Mapping[str, Any]) -> str:
     )
     lines += [PROGRAMS, textwrap.fill(summary, 100), ""]
     for sources, methods in ((DENSE, METHODS), (MIXTURES, OVER_MIXTURES)):
-        rows = {s: programs["cells"].get(s, {}) for s in sources}
-        lines += _table("", {s: {m: r.get(m, " ") for m in methods} for s, r in rows.items()},
-                        tuple(methods))  # fmt: skip
+        signs = programs["cells"]
+        rows = [("", s, {m: signs.get(s, {}).get(m, " ") for m in methods}) for s in sources]
+        lines += _table(rows, tuple(methods))
     return "\n".join(lines)
 
 
@@ -163,18 +163,20 @@ def _with_proofs(results: Cells) -> Cells:
 
 
 def _table(
-    title: str, rows: Mapping[str, Mapping[str, str]], methods: Sequence[str]
+    rows: Iterable[tuple[str, str, Mapping[str, str]]], methods: Sequence[str]
 ) -> Iterable[str]:
-    reached = {s: row for s, row in rows.items() if any(text[0] in "∎=ε≈" for text in row.values())}
-    if not reached:
-        return
-    if title:
-        yield f"## {title}\n"
-    yield f"| | {' | '.join(methods)} |"
-    yield "|---" * (len(methods) + 1) + "|"
-    for source, row in reached.items():
-        signs = (row[m][0].replace("—", "") for m in methods)
-        yield f"| `{family_of(source)}` | {' | '.join(signs)} |"
+    """Yield a table of targets, sources and signs; sources with the same signs share a row."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for target, source, row in rows:
+        signs = [row[m][0] for m in methods]
+        if any(sign in "∎=ε≈" for sign in signs):
+            key = (target, *(sign.strip("— ") for sign in signs))
+            groups.setdefault(key, []).append(f"`{family_of(source)}`")
+    heads = ["to" if target else "" for target, *_ in groups][:1]
+    yield f"| {' | '.join(filter(None, [*heads, 'from', *methods]))} |"
+    yield "|---" * (len(methods) + 1 + bool(heads[0])) + "|"
+    for (target, *signs), sources in groups.items():
+        yield f"| {' | '.join([*filter(None, [target]), ', '.join(sources), *signs])} |"
     yield ""
 
 
