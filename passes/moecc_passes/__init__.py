@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 _PASSES = {
     "add-losses": "add_losses:AddLossesPass",
     "annotate-sharding": "sharding.annotate:AnnotateShardingPass",
+    "append-expert": "resize.one_expert:AppendExpertPass",
     "canonicalize": "cleanup:CanonicalizePass",
     "cse": "cleanup:CsePass",
     "dce": "cleanup:DcePass",
     "decode": "decode:DecodePass",
+    "exchange-expert": "resize.one_expert:ExchangeExpertPass",
     "expert-parallel": "sharding.expert_parallel:ExpertParallelPass",
     "force-balance": "training:ForceBalancePass",
     "freeze": "training:FreezePass",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moecc_passes.resize.layer import alike
+from moecc_passes.resize.layer import alike, shared_out
 from safetensors.numpy import load_file, save_file
 from tiers import few
 
@@ -168,6 +168,18 @@ def test_the_most_important_experts_stay(mixture: Path, tmp_path: Path, by: str)
     kept = sorted(np.argsort(-values, kind="stable")[:2].tolist())
     name = "model.layers.1.mlp.up_proj.weight"
     assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
+
+
+def test_a_budget_of_the_model_is_shared_out(mixture: Path, tmp_path: Path) -> None:
+    seen = captured(mixture, tmp_path / "seen")
+    passes = "prune{keep=3 by=share budget=model}"
+    assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
+    shares = [open_capture(seen)[0].read(f"layers.{n}.ffn.experts.share") for n in (0, 1)]
+    counts = shared_out([share.astype(float) for share in shares], [2, 2], 6)
+    for number, (share, count) in enumerate(zip(shares, counts, strict=True)):
+        kept = sorted(np.argsort(-share, kind="stable")[:count].tolist())
+        name = f"model.layers.{number}.mlp.up_proj.weight"
+        assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
 
 
 def test_experts_of_like_results_become_one(mixture: Path, tmp_path: Path) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from moecc_passes.resize.layer import shared_out
+from safetensors.numpy import load_file, save_file
 
 from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.jobs.convert import plan, write
-from moecc.model.open import open_model
+from moecc.model.open import add_branches, open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.types import F64, Array
+from moecc.weights.evaluate import evaluate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = 1e-12
@@ -33,6 +36,9 @@ SAME = [
     ("qwen2_moe_plain", "zero-experts"),
     ("phimoe_window", "zero-experts{count=2}"),
     ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},zero-experts,grow"),
+    ("mixtral_gqa", "append-expert{source-expert=2}"),
+    ("qwen2_moe_plain", "append-expert"),
+    ("glm4_moe_plain_v4", "append-expert{source-expert=1}"),
     ("llama_gqa", "upcycle{experts=4 gates=sigmoid router-init=zero},grow"),
     ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},grow,merge,to-dense"),
     ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},to-dense{how=mean}"),
@@ -46,6 +52,8 @@ SAME = [
 
 OTHER = [
     ("mixtral_gqa", "prune{keep=3}", 0.01),
+    ("mixtral_gqa", "prune{keep=3,2}", 0.01),
+    ("mixtral_gqa", "exchange-expert{expert=1 source-expert=2}", 0.01),
     ("mixtral_gqa", "to-dense", 0.01),
     ("mixtral_gqa", "to-dense{how=mean}", 0.01),
     ("mixtral_gqa", "to-dense{how=concat}", 0.01),
@@ -106,6 +114,62 @@ def test_a_round_trip_gives_the_very_tensors(source: str, mixture: str, tmp_path
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+@pytest.fixture
+def branch(tmp_path: Path) -> Path:
+    """A mixtral like that of the golden files, with other weights."""
+    shutil.copytree(GOLDEN / "mixtral_gqa", tmp_path / "branch")
+    file = tmp_path / "branch" / "model.safetensors"
+    save_file({name: a + a.dtype.type(1) for name, a in load_file(file).items()}, file)
+    return tmp_path / "branch"
+
+
+def test_an_appended_expert_of_another_model_is_proved_to_change_nothing(branch: Path) -> None:
+    with open_model(str(GOLDEN / "mixtral_gqa")) as model:
+        add_branches(model, {"a": str(branch)})
+        passes = Pipeline.parse("append-expert{source=a source-expert=3}")
+        planned = plan(model, passes, "st_moe")
+        assert planned.proof is not None
+        name = "model.layers.1.mlp.up_proj.weight"
+        (tensor,) = (t for t in planned.tensors if t.name == name)
+        appended = evaluate(tensor.expr, planned.checkpoint.read, F64)[-1]
+    stored = load_file(branch / "model.safetensors")
+    assert np.array_equal(appended, stored["model.layers.1.block_sparse_moe.experts.3.w3.weight"])
+
+
+def test_an_exchanged_expert_goes_back(branch: Path, tmp_path: Path) -> None:
+    """One expert and its row of the router become the other model's; then all is as it was."""
+    source = GOLDEN / "mixtral_gqa"
+    stored = load_file(source / "model.safetensors")
+    there = "exchange-expert{expert=1 source=a source-expert=3}"
+    back = "exchange-expert{expert=1 source=b}"
+    steps = ((source, "a", branch, there, "there"), (tmp_path / "there", "b", source, back, "back"))
+    for folder, name, other, passes, out in steps:
+        with open_model(str(folder)) as model:
+            add_branches(model, {name: str(other)})
+            write(plan(model, Pipeline.parse(passes), "mixtral"), tmp_path / out)
+    for name, array in load_file(tmp_path / "there" / "model.safetensors").items():
+        if ".experts.1." in name:
+            assert np.array_equal(array, stored[name.replace(".1.w", ".3.w")] + 1)
+        elif name.endswith(".gate.weight"):
+            assert np.array_equal(array[1], stored[name][3] + 1)
+            assert np.array_equal(array[[0, 2, 3]], stored[name][[0, 2, 3]])
+        else:
+            assert np.array_equal(array, stored[name])
+    again = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(np.array_equal(again[name], array) for name, array in stored.items())
+
+
+def test_an_expert_of_the_same_weights_changes_nothing() -> None:
+    assert changed("mixtral_gqa", "exchange-expert{expert=1}") == ("exact", 0.0)
+
+
+def test_a_budget_goes_to_the_layers_whose_experts_share_the_work() -> None:
+    even, uneven = np.array([5.0, 5, 5, 5]), np.array([1.0, 98, 1, 0])
+    assert shared_out([even, uneven], [1, 1], 4) == (3, 1)
+    assert shared_out([even, even], [2, 2], 5) == (3, 2)
+    assert shared_out([even, np.zeros(4)], [2, 2], 8) == (4, 4)
+
+
 def _name(target: str, family: str) -> str:
     return "dense" if target == family else "sparse"
 
@@ -117,7 +181,13 @@ def _name(target: str, family: str) -> str:
         ("grow{bias=choice}", "no bias is needed"),
         ("zero-experts{count=0}", "at least 1"),
         ("merge{size=1}", "at least 2"),
-        ("prune{keep=1}", "at least 2"),
+        ("prune{keep=1}", "too few experts"),
+        ("prune{keep=3,1}", "too few experts"),
+        ("prune{keep=()}", "too few experts"),
+        ("prune{budget=model}", "shared out by statistics"),
+        ("prune{keep=3,2 budget=model by=share}", "shared out by statistics"),
+        ("append-expert{source-expert=-1}", "at least 0"),
+        ("exchange-expert{expert=-1}", "at least 0"),
         ("prune{keep=2 experts=0,x}", "not numbers of experts"),
         ("prune{keep=2 experts=1,0}", "not in ascending order"),
         ("prune{keep=2 experts=1}", "another number of experts is listed"),
@@ -136,6 +206,13 @@ def test_options_that_make_no_sense(passes: str, message: str) -> None:
         ("mixtral_gqa", "merge{size=4}", "one expert is no mixture"),
         ("mixtral_gqa", "prune{keep=9}", "cannot keep that many"),
         ("mixtral_gqa", "prune{keep=2 experts=0,9}", "there are no such experts"),
+        ("mixtral_gqa", "prune{keep=3,3,3}", "another number of layers is listed"),
+        ("mixtral_gqa", "prune{keep=2 budget=model by=share}", "statistics"),
+        ("mixtral_gqa", "append-expert{source=a}", "no model of this name"),
+        ("mixtral_gqa", "append-expert{source-expert=4}", "there are no such experts"),
+        ("mixtral_gqa", "exchange-expert{expert=9}", "there are no such experts"),
+        ("mixtral_gqa", "exchange-expert{source=b}", "no model of this name"),
+        ("llama_gqa", "upcycle{slots=capacity},append-expert", "a capacity shrinks"),
         ("phimoe_square_v4", "grow", "do not divide among copies"),
         ("llama_gqa", "upcycle{slots=capacity},grow", "copies drop other choices"),
         ("llama_gqa", "upcycle{routing=prototypes},grow", "by a router can be changed"),

@@ -19,7 +19,7 @@ from moecc.support.text import exponential_text
 from moecc.types import F32, Axis, Doubles, TensorType, tensor
 from moecc.weights.arithmetic import STATISTICS, Add, Scale, name_in
 from moecc.weights.expr import Expr, Full, Source
-from moecc.weights.movement import Index, Stack
+from moecc.weights.movement import Concat, Index, Stack
 from moecc.weights.simplify import simplify
 from moecc_passes.routed import RoutedLayer, routed_layers
 
@@ -253,7 +253,9 @@ def not_dormant(layer: Anatomy, wanted: BiasChoice) -> Iterator[Problem]:
         )
 
 
-def dormant_up_to(layer: Anatomy, ctx: Context, wanted: BiasChoice, count: int) -> str:
+def dormant_up_to(
+    layer: Anatomy, ctx: Context, wanted: BiasChoice, count: int, are_copies: bool = True
+) -> str:
     """Return up to what, and for which scores, `count` more experts of a low bias change nothing.
 
     It is a bound of a promise; empty where the scores are between 0 and 1, and biases are numbers.
@@ -272,7 +274,7 @@ def dormant_up_to(layer: Anatomy, ctx: Context, wanted: BiasChoice, count: int) 
     if row.renormalised or row.score == "sigmoid" or not row.equal_for_equal_logits:
         return f"0 {where}"
     # Copies of experts have their logits, but for a bias that these have.
-    nearer = 0.0 if layer.bias_of_logits is None else -NO_LOGIT / 2
+    nearer = 0.0 if are_copies and layer.bias_of_logits is None else -NO_LOGIT / 2
     return (
         f"{exponential_text(NO_LOGIT + nearer, ceil(count / layer.experts))} of each gate {where}"
     )
@@ -364,7 +366,8 @@ def resize(
     """
     image: dict[Value, Value] = {}
     for param in part.params:
-        parts = regroup(members(param))
+        before = members(param)
+        parts = regroup(before)
         if part.is_last(param):
             parts = [scaled(weight, factor) for weight in parts]
         elif param in part.route.operands:
@@ -373,7 +376,13 @@ def resize(
             parts = dormant.changed(param, part.is_last(param), parts)
         count = len(parts)
         axes = [Axis(a.name, count if a.name == EXPERT else a.size) for a in param.type]
-        weight = Stack(tuple(parts), EXPERT, param.type.names.index(EXPERT))
+        at = param.type.names.index(EXPERT)
+        weight: Expr = Stack(tuple(parts), EXPERT, at)
+        if before == parts[:-1]:
+            # The prover sees that the experts before an appended one are those that they were.
+            weight = Concat(
+                (Stack(tuple(before), EXPERT, at), Stack((parts[-1],), EXPERT, at)), EXPERT
+            )
         image[param] = _replacement(graph, param, axes, weight)
     attrs: dict[Node, dict[str, object]] = {
         part.route: {"top_k": top_k},
@@ -487,6 +496,29 @@ def _embed(layer: Anatomy) -> int:
 def largest(values: Doubles, count: int) -> tuple[int, ...]:
     """Return the numbers of the largest values, in ascending order; of equal ones the first."""
     return tuple(sorted(np.argsort(-values, kind="stable")[:count].tolist()))
+
+
+def shared_out(values: Sequence[Doubles], least: Sequence[int], total: int) -> tuple[int, ...]:
+    """Return the number of experts that each layer keeps of a budget for all layers.
+
+    Each layer keeps its `least` first.  The others follow by their part in the sum of their layer,
+    since results grow along the residual stream; of equal parts the first layer's.
+
+    Args:
+      values: the importance of the experts of each layer.
+      least: the least number of each layer.
+      total: the number of all.
+    """
+    parts = [np.sort(layer)[::-1] / max(layer.sum(), np.finfo(float).tiny) for layer in values]
+    candidates = [
+        (-part, at)
+        for at, (layer, count) in enumerate(zip(parts, least, strict=True))
+        for part in layer[count:].tolist()
+    ]
+    counts = list(least)
+    for _, at in sorted(candidates)[: total - sum(least)]:
+        counts[at] += 1
+    return tuple(counts)
 
 
 def alike(results: Doubles, size: int) -> list[tuple[int, ...]]:

@@ -37,6 +37,7 @@ from moecc_passes.resize.layer import (
     not_dormant,
     resize,
     scaled,
+    shared_out,
     statistic,
     unread,
     with_bias,
@@ -62,6 +63,10 @@ class ResizePass(Pass):
         """Return the promise for a layer, before it is changed."""
         return self.preserves
 
+    def for_layers(self, layers: list[Anatomy], ctx: Context) -> list[ResizePass]:
+        """Return the pass of each layer, where layers have options of their own."""
+        return [self] * len(layers)
+
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Change every routed layer.
 
@@ -69,21 +74,22 @@ class ResizePass(Pass):
           InputError: a layer does not allow it; all problems at once.
         """
         layers = anatomies(graph)
-        problems = [problem for layer in layers for problem in self.problems(layer, ctx)]
+        each = list(zip(layers, self.for_layers(layers, ctx), strict=True))
+        problems = [problem for layer, item in each for problem in item.problems(layer, ctx)]
         if problems:
             raise InputError(list(dict.fromkeys(problems)))
         promises = [self.promise(layer, ctx) for layer in layers]
-        for layer in layers:
+        for layer, item in each:
             if not may_rewrite(self.name, layer.name):
                 break
-            ctx.remark(Remark(layer.name, self.build(graph, layer, ctx)))
+            ctx.remark(Remark(layer.name, item.build(graph, layer, ctx)))
         result = PassResult(bool(layers), len(layers), {"layers": len(layers)})
         result.near_misses = [] if layers else [NOTHING_ROUTED]
         result.preserves = weakest(dict.fromkeys(promises)) if promises else None
         return result
 
 
-def _missing(layer: Anatomy, numbers: tuple[int, ...]) -> Iterator[Problem]:
+def missing_experts(layer: Anatomy, numbers: tuple[int, ...]) -> Iterator[Problem]:
     """Yield the problem that a layer has not all experts that are listed."""
     beyond = [number for number in numbers if number >= layer.experts]
     if beyond:
@@ -95,6 +101,25 @@ def _listed(text: str) -> tuple[int, ...]:
     numbers = expert_numbers(text)
     assert not isinstance(numbers, Problem), "validated"
     return numbers
+
+
+def promise_of_dormant(
+    layer: Anatomy, ctx: Context, bias: BiasChoice, count: int, *, are_copies: bool = True
+) -> Preserves:
+    """Return the promise of `count` more experts that a bias keeps from being chosen.
+
+    Args:
+      layer: the layer.
+      ctx: reads a bias that is there.
+      bias: the bias that keeps them.
+      count: their number.
+      are_copies: whether their rows of the router are copies of rows that are there.
+    """
+    weighs = layer.bias_of_choice is not None and bias_kind(layer, bias) == "choice"
+    is_softmax = convention(layer.attrs.gates).score == "softmax"
+    if weighs and is_softmax and count % layer.experts:
+        return Preserves("approximate", "probabilities that a bias is added to shrink")
+    return Preserves("reassociation", up_to=dormant_up_to(layer, ctx, bias, count, are_copies))
 
 
 @dataclass(frozen=True)
@@ -223,11 +248,7 @@ class ZeroExpertsPass(ResizePass):
 
     def promise(self, layer: Anatomy, ctx: Context) -> Preserves:
         """A bias is added to probabilities, which more experts make smaller: alike, or unlike."""
-        weighs = layer.bias_of_choice is not None and bias_kind(layer, self.bias) == "choice"
-        is_softmax = convention(layer.attrs.gates).score == "softmax"
-        if weighs and is_softmax and self.count % layer.experts:
-            return Preserves("approximate", "probabilities that a bias is added to shrink")
-        return replace(self.preserves, up_to=dormant_up_to(layer, ctx, self.bias, self.count))
+        return promise_of_dormant(layer, ctx, self.bias, self.count)
 
     def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
         """Add the experts."""
@@ -341,7 +362,15 @@ class PrunePass(ResizePass):
     name = "prune"
     summary = "remove some of the experts"
 
-    keep: Annotated[int, "experts kept in each layer", Bounds(2, hint="to-dense")] = 4
+    keep: Annotated[
+        int | tuple[int, ...],
+        "experts kept in each layer: one number for all, or one for each routed layer, 6,4,3",
+    ] = 4
+    budget: Annotated[
+        Literal["layer", "model"],
+        "layer: `keep` experts of each; model: as many in all, shared out among layers by the "
+        "experts' part in their layer's sum of `by`, with at least top-k in each",
+    ] = "layer"
     experts: Annotated[
         str,
         "numbers of the kept experts, 0,2,5, in all layers; empty: chosen for each "
@@ -366,33 +395,70 @@ class PrunePass(ResizePass):
             return [*problems, numbers]
         if numbers and self.by != "draw":
             problems.append(Problem("the experts are listed", "by", "the default", self.by))
-        if numbers and len(numbers) != self.keep:
+        few = [count for count in self._counts if count < 2]
+        if few or not self._counts:
+            text = ",".join(map(str, self._counts)) or "none"
+            problems.append(Problem("too few experts", "keep", "at least 2", text, "to-dense"))
+        elif numbers and {len(numbers)} != set(self._counts):
             message, expected = "another number of experts is listed", f"{self.keep} numbers"
             problems.append(Problem(message, "experts", expected, f"{len(numbers)}"))
+        if self.budget == "model" and (self.by == "draw" or len(self._counts) > 1):
+            expected = "one number of keep, and by=saliency or by=share"
+            given = f"keep={','.join(map(str, self._counts))} by={self.by}"
+            message = "the budget of a model is shared out by statistics"
+            problems.append(Problem(message, "budget", expected, given, "budget=layer"))
         return problems
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        return (self.keep,) if isinstance(self.keep, int) else self.keep
 
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
         """Yield why a layer cannot keep these experts."""
         if self.by != "draw":
             yield from unread(layer, f"experts.{self.by}", ctx)
         top_k = layer.attrs.top_k
-        if not top_k <= self.keep <= layer.experts:
+        bad = [count for count in self._counts if not top_k <= count <= layer.experts]
+        if bad:
             message, expected = "a layer cannot keep that many experts", f"top-k {top_k} to"
             expected = f"{expected} {layer.experts}"
-            yield Problem(message, layer.name, expected, f"keep={self.keep}")
-        yield from _missing(layer, _listed(self.experts))
+            yield Problem(message, layer.name, expected, f"keep={bad[0]}")
+        yield from missing_experts(layer, _listed(self.experts))
+
+    def for_layers(self, layers: list[Anatomy], ctx: Context) -> list[ResizePass]:
+        """Return the pass with the number of experts of each layer.
+
+        Raises:
+          InputError: another number of layers is listed.
+        """
+        counts = self._counts * len(layers) if len(self._counts) == 1 else self._counts
+        if len(counts) != len(layers):
+            message, expected = "another number of layers is listed", f"{len(layers)} numbers"
+            names = ", ".join(layer.name for layer in layers)
+            raise InputError(
+                message, where="keep", expected=f"{expected}: {names}", found=f"{len(counts)}"
+            )
+        name = f"experts.{self.by}"
+        if self.budget == "model" and not any(any(unread(layer, name, ctx)) for layer in layers):
+            statistics = [statistic(layer, name, ctx) for layer in layers]
+            values = [v for v in statistics if v is not None]
+            least = [layer.attrs.top_k for layer in layers]
+            # There are no values on reduced sizes.
+            if len(values) == len(layers) and min(counts, default=0) >= max(least, default=0):
+                counts = shared_out(values, least, sum(counts))
+        return [replace(self, keep=count, budget="layer") for count in counts]
 
     def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
         """Remove the experts that are not kept."""
-        numbers = _listed(self.experts)
+        numbers, (count,) = _listed(self.experts), self._counts
         if not numbers:
             values = None if self.by == "draw" else statistic(layer, f"experts.{self.by}", ctx)
             if values is not None:
-                numbers = largest(values, self.keep)
+                numbers = largest(values, count)
             else:
                 key = derive_key(ctx.seed, f"{layer.name}/prune")
                 order = np.random.default_rng(key).permutation(layer.experts)
-                numbers = tuple(sorted(order[: self.keep].tolist()))
+                numbers = tuple(sorted(order[:count].tolist()))
         resize(graph, layer, lambda parts: [parts[n] for n in numbers], layer.attrs.top_k)
         return f"kept experts {', '.join(map(str, numbers))}"
 
@@ -441,7 +507,7 @@ class ToDensePass(ResizePass):
 
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
         """Yield the problem that a layer does not have the experts."""
-        yield from _missing(layer, self.chosen(layer))
+        yield from missing_experts(layer, self.chosen(layer))
 
     def chosen(self, layer: Anatomy) -> tuple[int, ...]:
         """Return the numbers of the experts that the block is made of."""

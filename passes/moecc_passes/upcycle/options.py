@@ -10,12 +10,13 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 from moecc.analysis import FFNBlock, FFNSearch
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, nearest
 from moecc.ir.conventions import Gates as GateConvention
 from moecc.ir.conventions import convention
 from moecc.ir.moe import SlotOptions
 from moecc.rewrite.passes import Bounds, advice, too_many_experts, too_much_capacity
 from moecc.support.text import ranges
+from moecc.weights.arithmetic import BASE
 from moecc_passes.routed import is_decoder
 
 Gates = Literal[
@@ -357,6 +358,23 @@ LEAST_STD, MOST_STD = 1e-3, 0.2
 
 LEAST_LOGIT_STD, MOST_LOGIT_STD = 0.03, 3.0
 """Those of its logits: Switch's initialisation has √0.1."""
+
+
+def unknown_models(
+    models: Sequence[str], names: Sequence[str], option: str = "sources"
+) -> list[Problem]:
+    """Return a problem for each of `models` that is neither the source nor in `names`."""
+    return [
+        Problem(
+            "there is no model of this name",
+            option,
+            " or ".join((BASE, *names)),
+            name,
+            nearest(name, names) or "name it: --experts NAME=DIR",
+        )
+        for name in dict.fromkeys(models)
+        if name not in (BASE, *names)
+    ]
 
 
 def lints(item: UpcycleOptions) -> Iterator[Problem]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 
 from moecc.analysis import FFNBlock, find_ffn_blocks
-from moecc.errors import InputError, Problem, nearest
+from moecc.errors import InputError, Problem
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Value
 from moecc.rewrite.driver import may_rewrite
@@ -15,12 +15,17 @@ from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, ReadWeigh
 from moecc.rewrite.pattern import NearMiss
 from moecc.support.text import amount
 from moecc.types import F32, Axis, TensorType
-from moecc.weights.arithmetic import BASE
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.routed import causal_values, is_decoder, token_ids
 from moecc_passes.upcycle.gates import factors_of, of_blocks, promise, scale_factors
-from moecc_passes.upcycle.options import UpcycleOptions, check_layers, choose, lints
+from moecc_passes.upcycle.options import (
+    UpcycleOptions,
+    check_layers,
+    choose,
+    lints,
+    unknown_models,
+)
 from moecc_passes.upcycle.rewrite import average_rest, rewrite_block, surroundings
 from moecc_passes.upcycle.routers import (
     LOOKS_AHEAD,
@@ -204,21 +209,6 @@ def _split(item: UpcycleOptions) -> Iterator[Problem]:
         yield Problem(
             "there is no router to fit", "router-init", "token-choice", f"routing={item.routing}"
         )
-
-
-def unknown_models(item: UpcycleOptions, names: Sequence[str]) -> list[Problem]:
-    """Return a problem for each of ``sources`` that is neither the source nor in `names`."""
-    return [
-        Problem(
-            "there is no model of this name",
-            "sources",
-            " or ".join((BASE, *names)),
-            name,
-            nearest(name, names) or "name it: --experts NAME=DIR",
-        )
-        for name in dict.fromkeys(item.models)
-        if name not in (BASE, *names)
-    ]
 
 
 def _decoders(item: UpcycleOptions) -> Iterator[Problem]:
@@ -546,7 +536,7 @@ class UpcyclePass(UpcycleOptions, Pass):
             misfit(self, b) or misrouted(self, graph, b, causal) or missing(self, b, ctx.statistics)
             for b in chosen
         ]
-        unknown = [*unknown_models(self, ctx.models), *unread(self, ctx.statistics)]
+        unknown = [*unknown_models(self.models, ctx.models), *unread(self, ctx.statistics)]
         if any(misfits) or unknown:
             raise InputError([*unknown, *(p for p in misfits if p is not None)])
         result = PassResult(changed=bool(chosen), matched=len(chosen))
