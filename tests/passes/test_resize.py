@@ -129,7 +129,7 @@ def test_an_appended_expert_of_another_model_is_proved_to_change_nothing(branch:
         passes = Pipeline.parse("append-expert{source=a source-expert=3}")
         planned = plan(model, passes, "st_moe")
         assert planned.proof is not None
-        name = "model.layers.1.mlp.up_proj.weight"
+        name = "model.layers.1.block_sparse_moe.experts.w3.weight"
         (tensor,) = (t for t in planned.tensors if t.name == name)
         appended = evaluate(tensor.expr, planned.checkpoint.read, F64)[-1]
     stored = load_file(branch / "model.safetensors")
