@@ -23,6 +23,7 @@ _PASSES = {
     "dce": "cleanup:DcePass",
     "decode": "decode:DecodePass",
     "exchange-expert": "resize.one_expert:ExchangeExpertPass",
+    "expand-blocks": "expand_blocks:ExpandBlocksPass",
     "expert-parallel": "sharding.expert_parallel:ExpertParallelPass",
     "force-balance": "training:ForceBalancePass",
     "freeze": "training:FreezePass",
