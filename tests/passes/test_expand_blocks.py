@@ -59,11 +59,11 @@ def test_the_layers_are_numbered_anew(tmp_path: Path) -> None:
         assert config["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
         old, new = model.params(dtype=F64), deeper.params(dtype=F64)
         names = [n for n in model.graph.params if "layers.1." in n]
-    for name in names:
-        copy = new[name.replace("layers.1.", "layers.2.")]
-        is_last = "post_attention" in name or "post_feedforward" in name
-        # Gemma stores the gain of a norm less one.
-        assert np.array_equal(copy, np.full_like(copy, -1) if is_last else old[name])
+        for name in names:
+            copy = new[name.replace("layers.1.", "layers.2.")]
+            is_last = "post_attention" in name or "post_feedforward" in name
+            # Gemma stores the gain of a norm less one.
+            assert np.array_equal(copy, np.full_like(copy, -1) if is_last else old[name])
 
 
 @pytest.mark.parametrize(
