@@ -1,4 +1,4 @@
-"""Generate the options of each command in ``docs/cli.md`` from its signature and docstring.
+"""Generate the usage of each command in ``docs/cli.md`` from its signature and docstring.
 
     python -m moecc.cli.docs docs/cli.md
 
@@ -7,11 +7,9 @@ replaces the texts between markers; a test checks that the file is current.
 
 from __future__ import annotations
 
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import partial
 
 import click
 
@@ -19,63 +17,45 @@ from moecc.cli.commands import Argument, Docstring, command_of, job_function
 from moecc.jobs import COMMANDS
 from moecc.support.generated_docs import GeneratedPart
 
-SHARED_BY = 3
-"""The number of commands from which on the page lists an option once, for all of them."""
-
-_OPTION = re.compile(r"`?(--?[a-z-]+)")
+WIDTH = 100
+"""The columns of a line of usage."""
 
 
 def render_command(name: str) -> str:
-    """Return the description of a command, its arguments and its options as Markdown."""
-    doc, shared = Docstring.of(job_function(name)), shared_rows()
-    rows = list(_rows(name))
-    common = ", ".join(f"`{_OPTION.findall(row[0])[0]}`" for row in rows if row in shared)
-    items = _list(row for row in rows if row not in shared)
-    items += f"\n* [Common options](#common-options): {common}." if common else ""
-    examples = "\n".join(f"    {line}" for line in doc.example)
-    return "\n\n".join([doc.text, examples, items])
+    """Return the description of a command, its usage and its examples as Markdown."""
+    doc = Docstring.of(job_function(name))
+    lines, line = list[str](), f"    moecc {name}"
+    for word in _words(name):
+        if len(line) + len(word) > WIDTH:
+            lines.append(line)
+            line = "       "
+        line += f" {word}"
+    examples = [f"    $ {example}" for example in doc.example]
+    return "\n".join([doc.text, "", *lines, line, *examples])
 
 
-def render_shared() -> str:
-    """Return the options that several commands have alike, as Markdown."""
-    return _list(sorted(shared_rows(), key=lambda row: row[0].lstrip("`-")))
-
-
-@cache
-def shared_rows() -> frozenset[tuple[str, str]]:
-    """Return the spelling and the help of the options that several commands have alike."""
-    counts = Counter(row for name in COMMANDS for row in _rows(name) if _OPTION.match(row[0]))
-    return frozenset(row for row, count in counts.items() if count >= SHARED_BY)
-
-
-def _rows(name: str) -> Iterator[tuple[str, str]]:
-    """Yield the spelling and the help of each parameter of a command, ``--quiet`` aside."""
+def _words(name: str) -> Iterator[str]:
+    """Yield the arguments and options of a command as its usage has them, ``--quiet`` aside."""
     context = click.Context(click.Command(name))
+    command = ""  # that another command runs: it stands last
     for parameter in command_of(name).params:
         if isinstance(parameter, Argument):
-            spelling = f"`{parameter.metavar}`"
-        else:
+            words, dashes, command = str(parameter.metavar).partition("-- ")
+            yield words.strip()
+            command = dashes + command
+        elif parameter.name != "quiet":  # which the page describes once
             assert isinstance(parameter, click.Option), "the other parameters are options"
-            if parameter.name == "quiet":  # which the page describes once
-                continue
-            words = sorted(parameter.opts, key=len)
-            value = "" if parameter.is_flag else f" {parameter.make_metavar(context)}"
-            spelling = ", ".join(f"`{word}`" for word in [*words[:-1], f"{words[-1]}{value}"])
-        help = getattr(parameter, "help", "")
-        if getattr(parameter, "show_default", False):
-            help = f"{help} Default: `{parameter.default}`."
-        yield spelling, help
-
-
-def _list(rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"* {spelling}: {help}" for spelling, help in rows)
+            word, value = min(parameter.opts, key=len), parameter.make_metavar(context)
+            if isinstance(parameter.type, click.Choice):
+                value = "|".join(parameter.type.choices)
+            usage = word if parameter.is_flag else f"{word} {value}"
+            yield usage if parameter.required else f"[{usage}]"
+    if command:
+        yield command
 
 
 MODULE = "moecc.cli.docs"
-PARTS = [
-    GeneratedPart("shared", MODULE, render_shared),
-    *(GeneratedPart(name, MODULE, partial(render_command, name)) for name in COMMANDS),
-]
+PARTS = [GeneratedPart(name, MODULE, partial(render_command, name)) for name in COMMANDS]
 
 if __name__ == "__main__":
     sys.exit(max(part.main() for part in PARTS))

@@ -8,20 +8,22 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from moecc.errors import UsageError
-from moecc.rewrite.passes import Option, Pass, describe, options, write
+from moecc.rewrite.passes import Pass, options, write
 from moecc.rewrite.pipeline import Registry, installed
 
 HEAD = """# Passes
 
-Written by `make docs` from the passes themselves. `moecc passes NAME` shows a pass with the text of
-a graph before and after it. A pipeline names passes in the order in which they run:
-`canonicalize,upcycle{experts=8 top-k=2},cse,dce`. A pass that *must match* fails where it finds
-nothing to do, unless `--allow-unmatched` is given; each states what it preserves without options.
-How to write one: [writing-a-pass.md](writing-a-pass.md).
+Written by `make docs` from the passes: what each does, what it preserves without options,
+whether it is an error that it finds nothing to do (*must match*, unless `--allow-unmatched` is
+given), and its options with their defaults. `moecc passes NAME` has the meaning of each option, the
+details, and the text of a graph before and after the pass. A pipeline names passes in the order in
+which they run: `canonicalize,upcycle{experts=8 top-k=2},cse,dce`. How to write one:
+[writing-a-pass.md](writing-a-pass.md).
 """
 
 
@@ -32,38 +34,30 @@ def render(registry: Registry | None = None) -> str:
       registry: the passes; by default the installed ones.
     """
     registry = installed() if registry is None else registry
-    classes = [registry.get(name) for name in registry.names()]
-    rows = [f"| [`{c.name}`](#{c.name}) | {c.summary} |" for c in classes]
-    table = "\n".join(["| pass | what it does |", "|---|---|", *rows])
-    return "\n".join([HEAD, table, *(f"\n{_section(c)}" for c in classes)]) + "\n"
+    return "\n".join([HEAD, *(_section(registry.get(name)) for name in registry.names())])
 
 
 def _section(cls: type[Pass]) -> str:
-    paragraphs = list(_paragraphs(cls)) or [f"{cls.summary[0].upper()}{cls.summary[1:]}."]
     facts = ["*Must match.*"] if cls.must_match else []
     if not any(option.required for option in options(cls).values()):
-        facts.append(f"*Preserves*: {cls().preserves}.")
-    parts = [f"## {cls.name}", *paragraphs, " ".join(facts), _list(options(cls).values())]
-    return "\n\n".join(part for part in parts if part)
+        facts.append(f"*Preserves* {cls().preserves}.")
+    rows = [
+        f"`{o.name}`" if o.required else f"`{o.name}={write(o.type, o.default)}`"
+        for o in options(cls).values()
+    ]
+    facts += [f"*Options*: {', '.join(rows)}."] if rows else []
+    lines = textwrap.fill(" ".join([_summary(cls), *facts]), 100, break_on_hyphens=False)
+    return f"## {cls.name}\n\n{lines}\n"
 
 
-def _list(some: Iterable[Option]) -> str:
-    rows = []
-    for o in some:
-        bounds = "" if o.bounds is None else f", {o.bounds}"
-        default = "required" if o.required else f"default `{write(o.type, o.default)}`"
-        rows.append(f"* `{o.name}` ({describe(o.type)}{bounds}; {default}): {o.doc}")
-    return "\n".join(rows)
-
-
-def _paragraphs(cls: type[Pass]) -> Iterator[str]:
-    """Yield the paragraphs of the docstring, but for literal blocks and the lines before them."""
+def _summary(cls: type[Pass]) -> str:
+    """Return the first paragraph of the docstring, on one line."""
     # A dataclass without a docstring gets its signature as one.
     text = inspect.cleandoc(cls.__doc__ or "")
-    blocks = text.split("\n\n") if not text.startswith(f"{cls.__name__}(") else []
-    for block in blocks:
-        if not block.endswith("::") and not block.startswith("    "):
-            yield block.replace("``", "`")
+    paragraph = text.partition("\n\n")[0]
+    if not paragraph or text.startswith(f"{cls.__name__}("):
+        paragraph = f"{cls.summary[0].upper()}{cls.summary[1:]}."
+    return " ".join(paragraph.replace("``", "`").split())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,7 +46,7 @@ class GeneratedPart:
         if not begin or not end:
             fault = f"the page has no markers for the part {self.name!r}"
             raise InputError(fault, expected=f"{self.begin} … {self.end}")
-        return f"{before}{begin}\n\n{self.render()}\n\n{end}{after}"
+        return f"{before}{begin}\n{self.render()}\n{end}{after}"
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Regenerate the part in the page named on the command line, and return the exit code."""

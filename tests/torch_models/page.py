@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from moecc.support.generated_docs import GeneratedPart
+from moecc.support.untyped import JsonDict
 
 RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "torch-models.json"
 STAGES = {
@@ -19,6 +20,8 @@ STAGES = {
     "wrong": "computed something else",
 }
 
+DIFFERENCES = ("logits", "experts", "gradients")
+
 
 def render() -> str:
     """Return the counts, and the architectures that are right, as Markdown."""
@@ -27,10 +30,14 @@ def render() -> str:
     counts = Counter(row["stage"] for row in rows)
     others = [f"* {counts[stage]} {words}" for stage, words in STAGES.items()]
     right = [row for row in rows if row["stage"] == "right"]
+    forms: dict[str, list[JsonDict]] = {}
+    for row in right:
+        forms.setdefault(row["operations"][0], []).append(row)
     lines = [
-        f"| {row['type']} | {row['converted']} | {row['operations'][0]} | {row['logits']:.0e} "
-        f"| {row['experts']:.0e} | {row['gradients']:.0e} |"
-        for row in right
+        f"| {form} | {', '.join(row['type'] for row in rows)} | "
+        + " | ".join(f"{max(row[key] for row in rows):.0e}" for key in DIFFERENCES)
+        + " |"
+        for form, rows in forms.items()
     ]
     return "\n".join(
         [
@@ -40,8 +47,8 @@ def render() -> str:
             "",
             *others,
             "",
-            "| architecture | blocks | a block | logits | experts | gradients |",
-            "|---|---:|---|---:|---:|---:|",
+            f"| a block | architectures | {' | '.join(DIFFERENCES)} |",
+            "|---|---|---:|---:|---:|",
             *lines,
         ]
     )
