@@ -18,7 +18,7 @@ from .logs import log_of
 
 TEXT = """moecc 1
 graph g {
-  attr mesh = {"a": 2, "b": 2}
+  attr mesh = {"a": 2, "b": 2, "c": 1}
 %s
   output y = %%y
 }
@@ -114,19 +114,64 @@ GRAPHS = {
     %z = mask %d, %c {fill=0.0} : f32[batch=B, embed@a=8]
     output h = %z
   }""",
+    "values of a scan": """
+  input %x : f32[embed@a=8]
+  input %k : pred[embed@a=8]
+  %i = mask %x, %k {fill=0.0} : f32[embed@a=8]
+  %u, %v = scan %i {over=(layer=2), carries=1} : f32[embed@a=8], f32[layer=2, embed@a=8] {
+    input %h : f32[embed@a=8]
+    %z = sigmoid %h : f32[embed@a=8]
+    output h = %z
+    output all = %h
+  }
+  %m = mean %v {axes=embed} : f32[layer=2] unreduced(a)
+  %y = all_reduce %m {mesh=a} : f32[layer=2]""",
+    "noise": """
+  input %k : key[]
+  input %x : f32[batch@a=8]
+  %y = random_normal %k, %x : f32[batch@a=8]""",
+    "slots": """
+  input %x : f32[batch@a*b=B, embed=4]
+  input %c : i32[batch@a*b=B, choice=2]
+  input %d : i32[batch@a*b=B, choice=2]
+  input %g : f32[batch@a*b=B, choice=2]
+  %s = assign_slots %c {tokens=batch, experts=4, groups=4} : i32[batch@a*b=B, choice=2]
+  %t = assign_slots %d {tokens=batch, experts=4, groups=4} : i32[batch@a*b=B, choice=2]
+  %r = dispatch %x, %c, %s : f32[group@a*b=4, expert=4, slot=ragged(%s), embed=4]
+  %q = dispatch %x, %d, %t : f32[group@a*b=4, expert=4, slot=ragged(%t), embed=4]
+  %z = combine %r, %c, %s, %g : f32[batch@a*b=B, embed=4]
+  %w = combine %q, %d, %t, %g : f32[batch@a*b=B, embed=4]
+  %y = add %z, %w : f32[batch@a*b=B, embed=4]""",
+    "part of the experts": """
+  input %x : f32[batch@a=B, embed=4]
+  input %c : i32[batch@a=B, choice=2]
+  input %g : f32[batch@a=B, choice=2]
+  %s = assign_slots %c {tokens=batch, experts=4, groups=2} : i32[batch@a=B, choice=2]
+  %r = dispatch %x, %c, %s : f32[group@a=2, expert=4, slot=ragged(%s), embed=4]
+  %q = shard %r {axis=expert, mesh=b} : f32[group@a=2, expert@b=4, slot=ragged(%s), embed=4]
+  %z = combine %q, %c, %s, %g : f32[batch@a=B, embed=4] unreduced(b)
+  %y = all_reduce %z {mesh=b} : f32[batch@a=B, embed=4]""",
+    "sum over one device": """
+  input %x : f32[batch@a=B, embed@c=8]
+  %s = sum %x {axes=embed} : f32[batch@a=B] unreduced(c)
+  %y = all_reduce %s {mesh=c} : f32[batch@a=B]""",
     "itself": """
   input %y : f32[batch@a=8, embed=8]""",
 }
-"""Graphs on two by two devices, by what they show."""
+"""Graphs on two by two by one devices, by what they show."""
 
 EDITS = (
     ("sum", "unreduced(b)", ""),
     ("sum", "{mesh=b}", "{mesh=a}"),
-    ("sum", '  attr mesh = {"a": 2, "b": 2}\n', ""),
-    ("sum", '  attr mesh = {"a": 2, "b": 2}\n', '  attr mesh = {"a": 2, "b": 2}\n' * 2),
+    ("sum", '  attr mesh = {"a": 2, "b": 2, "c": 1}\n', ""),
+    (
+        "sum",
+        '  attr mesh = {"a": 2, "b": 2, "c": 1}\n',
+        '  attr mesh = {"a": 2, "b": 2, "c": 1}\n' * 2,
+    ),
     ("sum", '"b": 2', '"b": 3'),
     ("sum", '"b": 2', '"b": 2.0'),
-    ("sum", '"b": 2', '"c": 2'),
+    ("sum", '"b": 2', '"d": 2'),
     ("mean", "unreduced(a, b)", "unreduced(a)"),
     ("mean", "{mesh=(a, b)}", "{mesh=a}"),
     ("mean", "{mesh=(a, b)}", "{mesh=(a, b, a)}"),
@@ -168,7 +213,24 @@ EDITS = (
     ("scan", "stacked=1} : f32[batch@a=B", "stacked=1} : f32[batch=B"),
     ("scan", "%x : f32[batch@a=B", "%x : f32[batch=B"),
     ("mean in a scan", " {fill=0.0}", ""),  # the mean of a later run is infinite
-    ("itself", '  attr mesh = {"a": 2, "b": 2}\n', ""),
+    ("values of a scan", " {fill=0.0}", ""),  # the mean of the first run is infinite
+    (
+        "noise",
+        "%y = random_normal %k, %x : f32[batch@a=8]",
+        "%y = random_normal %k, %x : f32[batch=8]",
+    ),
+    ("slots", "groups=4", "groups=1"),
+    ("slots", "combine %r, %c, %s", "combine %r, %d, %s"),
+    ("slots", "combine %r, %c, %s", "combine %q, %c, %s"),
+    ("slots", "combine %r, %c, %s", "combine %r, %c, %c"),
+    ("slots", "dispatch %x, %c, %s", "dispatch %x, %d, %s"),
+    (
+        "part of the experts",
+        "{axis=expert, mesh=b} : f32[group@a=2, expert@b=4",
+        "{axis=expert, mesh=a} : f32[group=2, expert@a=4",
+    ),
+    ("part of the experts", "unreduced(b)", ""),
+    ("itself", '  attr mesh = {"a": 2, "b": 2, "c": 1}\n', ""),
     ("itself", "embed=8]", "embed@a=8]"),
     ("itself", "embed=8]", "embed=8] unreduced(b)"),
     ("itself", "batch@a=8", "batch@a=7"),

@@ -16,6 +16,17 @@ graph g {{
 }}
 """
 BEFORE = TEXT.format("  %y = scale %x {by=2.0} : f32[a=2, b=3]")
+JOINED = """moecc 1
+graph g {{
+  input %s : f32[]
+  input %v : f32[a=2]
+  input %w : f32[a=4]
+  %x = broadcast %s, %w : f32[a=4]
+  %z = broadcast %s, %v : f32[a=2]
+  %y = join %v, {} {{axis=a, parts=2}} : f32[a=4]
+  output y = %y
+}}
+"""
 AFTER = TEXT.format("  %y = add %x, %x : f32[a=2, b=3]")
 
 
@@ -95,6 +106,8 @@ def wrong_logs() -> Iterator[tuple[str, Proof]]:
         "a statement that is none": "  sort\n  %y = add %x, %x : f32[a=2, b=3]",
     }.items():
         yield name, log_of(BEFORE, TEXT.format(line))
+    joined = JOINED.format("%x"), JOINED.format("%z")
+    yield "a join of chunks of two sizes", log_of(*joined)
     summand = TEXT.format("  %y = scale %x {by=2.0} : f32[a=2, b=3] unreduced(m)")
     yield "a summand on no mesh", log_of(summand, summand)
     yield "text after the graph", log_of(BEFORE, AFTER + "}\n")
