@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sharding_cases import SPREAD, Case, cases, layer, outcome
+from sharding_cases import SPREAD, Case, layer, legal_cases
 from tiers import few
 
 from moecc.errors import InputError, UsageError
@@ -21,8 +21,7 @@ from .test_devices import check_every_value, data_for, largest_difference
 
 @pytest.mark.parametrize(("mesh", "rules"), few(SPREAD, 6))
 def test_devices_compute_what_one_does(mesh: str, rules: str) -> None:
-    of_mesh = [c for c in cases() if (c.mesh, c.rules) == (mesh, rules)]
-    legal = [(case, graph) for case in of_mesh if (graph := outcome(case)[0]) is not None]
+    legal = legal_cases(mesh, rules)
     assert len(legal) >= 3
     for case, shared in legal:
         graph, whole = clone(shared), layer(case.slots)

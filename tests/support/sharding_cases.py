@@ -133,6 +133,12 @@ def outcome(case: Case) -> tuple[Graph | None, str]:
     return graph, ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
 
 
+def legal_cases(mesh: str, rules: str) -> list[tuple[Case, Graph]]:
+    """Return the legal cases of a mesh with their sharded graphs, which callers clone to change."""
+    of_mesh = [case for case in cases() if (case.mesh, case.rules) == (mesh, rules)]
+    return [(case, graph) for case in of_mesh if (graph := outcome(case)[0]) is not None]
+
+
 def render() -> str:
     """Return what is legal as Markdown: a row for each layout and mesh, a column for each way.
 

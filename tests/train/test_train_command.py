@@ -103,7 +103,7 @@ def test_a_run_is_a_model(folder: Path, call: Any, tmp_path: Path) -> None:
     code, text, _ = call("inspect", f"{run}@4", "--format", "json")
     assert code == 0
     tokens = json.loads((run / "steps" / "4" / "step.json").read_text())["tokens"]
-    assert 256 < tokens <= 512
+    assert 64 < tokens <= 128
     assert f"trained for 4 steps, {tokens} tokens" in json.loads(text)["remarks"][0]
     assert call("generate", f"{run}@best", "--prompt", "moecc", "--tokens", 3)[0] == 0
     assert call("plan", run, "--machine", "cpu", "--sequence", "32", "--batch-tokens", "64")[0] == 0
@@ -134,7 +134,7 @@ def test_a_flipped_bit_of_a_checkpoint_is_told(folder: Path, call: Any, tmp_path
     commands = [
         ("convert", run, out, "-p", "", "--to", "st_moe"),
         ("generate", run, "--prompt", "moecc", "--tokens", 1),
-        ("evaluate", run, *data, "--sequence", "32"),
+        ("evaluate", run, *data, "--sequence", "8"),
         ("train", "--resume", run),
     ]
     arrays = sorted(p for p in step.rglob("*") if p.parent.name == "d")
@@ -161,7 +161,7 @@ def test_a_flipped_bit_of_a_checkpoint_is_told(folder: Path, call: Any, tmp_path
 
 def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
     run, data = folder / "run", folder / "tokens" / "heldout"
-    code, out, _ = call("evaluate", f"{run}@3", run, "--data", data, "--sequence", "32", "--batch",
+    code, out, _ = call("evaluate", f"{run}@3", run, "--data", data, "--sequence", "8", "--batch",
                         "4", "--batches", "1", "--format", "json")  # fmt: skip
     assert code == 0
     first, last = (model["sets"]["heldout"] for model in json.loads(out)["models"])
@@ -170,7 +170,7 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
     assert [first["loss"], last["loss"]] == pytest.approx(during, rel=1e-5)
     assert first["against_first"] is None
     assert last["against_first"]["difference"] == pytest.approx(during[1] - during[0], rel=1e-3)
-    code, out, _ = call("evaluate", run, "--data", data, "--sequence", "32", "--batches", "1")
+    code, out, _ = call("evaluate", run, "--data", data, "--sequence", "8", "--batches", "1")
     assert (code, "heldout" in out) == (0, True)
 
 
@@ -274,7 +274,7 @@ def test_doubles_are_trained_and_evaluated_as_doubles(
     losses = {}
     for dtype in ("f32", "f64"):
         code, out, err = call(
-            "evaluate", run, "--data", data, "--sequence", "32", "--batch", "4", "--batches", "1",
+            "evaluate", run, "--data", data, "--sequence", "8", "--batch", "4", "--batches", "1",
             "--dtype", dtype, "--format", "json",
         )  # fmt: skip
         assert (code, "Warning" in err) == (0, False), err

@@ -27,7 +27,7 @@ start = "random"
 
 [data]
 batch = 4
-seq = 32
+seq = 8
 train = [{{ tokens = "tokens/train" }}]
 evaluate = [{{ tokens = "tokens/heldout" }}]
 evaluate_batches = 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sharding_cases import Case, cases, layer, outcome
+from sharding_cases import MESHES, Case, layer, legal_cases, outcome
 from tiers import few
 
 from moecc.ir import Graph
@@ -26,17 +26,6 @@ from moecc_backends.xla.lower.function import (  # noqa: E402
 from moecc_backends.xla.trace.context import DEFAULTS, Options  # noqa: E402
 
 from .test_shard_map import census  # noqa: E402
-
-QUICK = {
-    Case("capacity", "data:4,model:2", "st-moe", "via=capacity slice=model"),
-    Case("ragged", "data:4,model:2", "st-moe", "via=ring"),
-    Case("expert-choice", "data:2,expert:4", "expert-replicated", "via=replicated"),
-}
-LEGAL = [
-    c if c in QUICK else pytest.param(c, marks=pytest.mark.slow)
-    for c in cases()
-    if outcome(c)[0] is not None
-]
 
 
 @cache
@@ -78,12 +67,31 @@ def assert_near(expected: Any, found: Any) -> None:
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
 
 
-@pytest.mark.parametrize("case", LEGAL, ids=str)
-def test_every_legal_way_is_the_layer_on_one_device(case: Case) -> None:
+def assert_is_the_layer_on_one_device(case: Case) -> None:
     graph, _ = outcome(case)
     assert graph is not None
     outputs, slopes, _ = on_mesh(graph, case.slots)
     assert_near(expected(case.slots), (outputs, slopes))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("capacity", "data:4,model:2", "st-moe", "via=capacity slice=model"),
+        Case("ragged", "data:4,model:2", "st-moe", "via=ring"),
+        Case("expert-choice", "data:2,expert:4", "expert-replicated", "via=replicated"),
+    ],
+    ids=str,
+)
+def test_a_way_of_each_kind_of_slots_is_the_layer_on_one_device(case: Case) -> None:
+    assert_is_the_layer_on_one_device(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "rules"), MESHES)
+def test_every_legal_way_is_the_layer_on_one_device(mesh: str, rules: str) -> None:
+    for case, _ in legal_cases(mesh, rules):
+        assert_is_the_layer_on_one_device(case)
 
 
 def laid(slots: str, text: str) -> Graph:

@@ -27,6 +27,7 @@ from moecc_backends.xla.train.optimizer import OPTIMIZERS  # noqa: E402
 from moecc_backends.xla.train.step import TrainStep, make_train_step, shared_step  # noqa: E402
 
 
+@jax.jit
 def cross_entropy(logits: Any, targets: Any) -> Any:
     nll = token_losses(logits, targets, (), DeviceView())["loss.sum"]
     return jnp.sum(jnp.where(targets != IGNORED, nll, 0))
@@ -61,10 +62,10 @@ def test_of_equal_logits_argmax_says_which_target_is_hit(shards: int) -> None:
     devices = jax.sharding.Mesh(np.asarray(jax.devices()[:shards]), ("model",))
     view = DeviceView(Mesh((("model", shards),)))
     spec = jax.sharding.PartitionSpec
-    hits = jax.shard_map(
+    hits = jax.jit(jax.shard_map(
         lambda x, y: token_losses(x, y, ("model",), view)["hits"], mesh=devices,
         in_specs=(spec(None, "model"), spec()), out_specs=spec(), check_vma=shards > 1,
-    )(logits, targets)  # fmt: skip
+    ))(logits, targets)  # fmt: skip
     assert hits.astype(bool).tolist() == [is_hit for _, _, is_hit in TIES]
     assert (jnp.argmax(logits, axis=-1) == targets).tolist() == hits.astype(bool).tolist()
 
