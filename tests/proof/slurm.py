@@ -232,7 +232,8 @@ def main() -> int:
 
     with TemporaryDirectory(prefix="moecc-train-") as text, cluster() as nodes:
         folder = Path(text)
-        make_recipe(folder, f"steps = {options.steps}\nsave_steps = {options.steps // 8}\nkeep = 3")
+        settings = f"steps = {options.steps}\nsave_steps = {options.steps // 8}\nkeep = 3"
+        make_recipe(folder, settings, seq=32)
         with (folder / "recipe.toml").open("a") as recipe:
             recipe.write('\n[mesh]\nmesh = "data=2"\n')
 

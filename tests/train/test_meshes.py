@@ -42,7 +42,8 @@ def forget(run: Path, step: int) -> None:
 
 
 def test_a_run_goes_from_one_device_to_eight_and_back(tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, "steps = 10\nsave_steps = 2\nevaluate_steps = 5\nkeep = 9")
+    settings = "steps = 10\nsave_steps = 2\nevaluate_steps = 5\nkeep = 9"
+    recipe = make_recipe(tmp_path, settings, seq=32)
     whole, run = tmp_path / "whole", tmp_path / "run"
     for folder in (whole, run):
         assert main(["train", str(recipe), "--out", str(folder), *words(*SETS)]) == 0

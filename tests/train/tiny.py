@@ -27,7 +27,7 @@ start = "random"
 
 [data]
 batch = 4
-seq = 8
+seq = {seq}
 train = [{{ tokens = "tokens/train" }}]
 evaluate = [{{ tokens = "tokens/heldout" }}]
 evaluate_batches = 1
@@ -72,12 +72,12 @@ def make_corpus(out: Path) -> Path:
     return out
 
 
-def make_recipe(folder: Path, run: str) -> Path:
+def make_recipe(folder: Path, run: str, seq: int = 8) -> Path:
     """Write model, tokens and a recipe into `folder`, and return the recipe."""
     make_model(folder / "model")
     make_corpus(folder / "tokens")
     path = folder / "recipe.toml"
-    path.write_text(RECIPE.format(run=run))
+    path.write_text(RECIPE.format(run=run, seq=seq))
     return path
 
 
