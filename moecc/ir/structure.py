@@ -14,7 +14,8 @@ from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
 from moecc.ir.operand import Attrs
 from moecc.ir.ops.slots import is_slots
 from moecc.support.text import amount
-from moecc.types import Axis, Extent, Size, TensorType
+from moecc.types import Axis, Extent, Size, TensorType, tensor
+from moecc.weights.expr import Expr, Source
 
 
 def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:
@@ -27,6 +28,17 @@ def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:
         else a
         for a in type.axes
     )
+
+
+def weight_of(param: Value, name: str = "") -> Expr:
+    """Return the weight of a parameter; without an expression it is the tensor of its name.
+
+    Args:
+      param: the parameter.
+      name: the name of the tensor, where the parameter was renamed.
+    """
+    plain = tensor(param.type.dtype, **{a.name: a.size for a in param.type})
+    return Source(name or param.name, plain) if param.weight is None else param.weight
 
 
 def clone(graph: Graph) -> Graph:

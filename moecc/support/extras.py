@@ -11,6 +11,7 @@ from moecc.errors import MachineError
 _MODULES = {
     "xla": ("jax",), "train": ("jax", "optax", "orbax", "tensorstore"),
     "tokenizers": ("tokenizers",), "export": ("flatbuffers",), "report": ("plotly",),
+    "align": ("scipy",),
 }  # fmt: skip
 """What is imported of the packages of an extra."""
 

@@ -14,8 +14,9 @@ from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Sel
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.evaluate import TensorReader, evaluate
 from moecc.weights.expr import Expr, Full, Source, sources, transform
-from moecc.weights.fits import Fitted, cluster_order, fitted_rows
+from moecc.weights.fits import Fitted, cluster_order, fitted_rows, matched_order
 from moecc.weights.movement import (
+    Aligned,
     Clusters,
     Concat,
     Index,
@@ -175,6 +176,13 @@ def _naive(e: Expr, read: TensorReader) -> Array:
             return np.argsort(words).astype(np.int32)
         case Clusters():
             return cluster_order(lambda a, b: x[0][a:b], len(x[0]), e.first, e.groups)
+        case Aligned():
+            rows = [np.moveaxis(v, y.type.names.index(e.axis), 0).astype(np.float64)
+                    for v, y in zip(x, e.xs, strict=True)]  # fmt: skip
+            neurons, half = np.arange(len(rows[0])), len(rows) // 2
+            scores = [[sum(np.vdot(rows[n][i], rows[n + half][j]) for n in np.arange(half))
+                       for i in neurons] for j in neurons]  # fmt: skip
+            return matched_order(np.array(scores, np.float64))
         case Fitted():
             a, b, c = (v.astype(np.float64) for v in x)
             return fitted_rows(a, b, c, ridge=e.ridge, std=e.std)

@@ -45,8 +45,9 @@ from moecc.weights.expr import (
     whole,
 )
 from moecc.weights.expr import sources as sources
-from moecc.weights.fits import Fitted, cluster_order, fitted_rows, remembered
+from moecc.weights.fits import Fitted, cluster_order, fitted_rows, matched_order, remembered
 from moecc.weights.movement import (
+    Aligned,
     Clusters,
     Concat,
     Index,
@@ -308,6 +309,22 @@ class Evaluator:
 
         return remembered(e, self._read, compute)[slice(*box[0])]
 
+    def _aligned(self, e: Aligned, box: Box) -> Array:
+        def rows(x: Expr) -> Array:
+            values = np.moveaxis(self.block(x, whole(x.type)), x.type.names.index(e.axis), 0)
+            return values.reshape(len(values), -1).astype(np.float64)
+
+        def compute() -> Array:
+            count = len(e.xs) // 2
+            pairs = zip(e.xs[:count], e.xs[count:], strict=True)
+            scores = sum(rows(reference) @ rows(x).T for x, reference in pairs)
+            try:
+                return matched_order(np.asarray(scores))
+            except ValueError:
+                raise e.error("weights that are not finite have no nearest order") from None
+
+        return remembered(e, self._read, compute)[slice(*box[0])]
+
     def _fitted(self, e: Fitted, box: Box) -> Array:
         def compute() -> Array:
             parts = (self.block(x, whole(x.type)).astype(np.float64) for x in e.operands)
@@ -425,5 +442,6 @@ _RULES: dict[type[Expr], Callable[[Evaluator, Any, Box], Array]] = {
     Take: Evaluator._take,
     Permutation: Evaluator._permutation,
     Clusters: Evaluator._clusters,
+    Aligned: Evaluator._aligned,
     Fitted: Evaluator._fitted,
 }

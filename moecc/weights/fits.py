@@ -118,6 +118,20 @@ def fitted_rows(
     return np.asarray((rows * scale).astype(BF16.numpy), np.float32)
 
 
+def matched_order(scores: Doubles) -> Array:
+    """Return the order of the largest sum of scores, an optimal assignment.
+
+    Args:
+      scores: the score of each position and neuron, ``[position, neuron]``.
+
+    Raises:
+      ValueError: a score is not finite.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    return np.asarray(linear_sum_assignment(scores, maximize=True)[1], np.int32)
+
+
 # Balanced clusters of neurons by how often they are active together.
 #
 # After CMoE (2502.04416, §3): neurons that are active at most tokens come first, the others are

@@ -428,3 +428,42 @@ class Clusters(Expr):
                 found=str(self.groups),
             )
         return TensorType(I32, (type.axes[0],))
+
+
+@node
+class Aligned(Expr):
+    """An order of neurons that brings a block's weights nearest to those of a reference.
+
+    ``aligned(gate, down, gate_of_reference, down_of_reference, axis=mlp)``: of all orders, the one
+    of the largest sum of products with the reference, which has the least squared distance from it
+    (Ainsworth et al. 2022, weight matching of one layer).
+
+    Attributes:
+      xs: the weights with an axis of neurons, then those of the reference, in the same order.
+      axis: the axis of the neurons.
+    """
+
+    syntax = "aligned({xs}axis={axis})"
+    xs: tuple[Expr, ...]
+    axis: str
+
+    def _infer(self) -> TensorType:
+        count = len(self.xs) // 2
+        weights, references = self.xs[:count], self.xs[count:]
+        if not count or [x.type.axes for x in weights] != [x.type.axes for x in references]:
+            raise self.error(
+                "a reference has the shapes of the weights",
+                expected=", ".join(str(x.type) for x in weights) or "weights and references",
+                found=", ".join(str(x.type) for x in references) or "nothing",
+            )
+        neurons = weights[0].type.axes[axis_of(self, weights[0], self.axis)]
+        for x in weights:
+            if x.type.axes[axis_of(self, x, self.axis)] != neurons or not x.type.dtype.is_float:
+                raise self.error("not weights of the same neurons", found=str(x.type))
+        return TensorType(I32, (neurons,))
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        # Some order of all neurons, which the text identifies.
+        (axis,) = (algebra.axis(a.name, size(a)) for a in self.type.axes)
+        head = Head("permutation", (axis.size, str(self)))
+        return Tensor(algebra, (axis,), algebra.apply(head, (), [algebra.index(axis)]))

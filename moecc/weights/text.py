@@ -14,7 +14,7 @@ truncated_normal(f32[expert=8], std=0.02, key=0x1f)  with bound=2.0
 uniform(f32[expert=8], low=-0.1, high=0.1, key=0x1f)
 subset(pred[expert=8, mlp=1536], axis=mlp, count=768, key=0x1f)
 take(x, mlp=order)  permutation(i32[mlp=1536], key=0x1f)
-clusters(counts, axis=mlp, first=384, groups=6)
+clusters(counts, axis=mlp, first=384, groups=6)  aligned(x, reference, axis=mlp)
 fitted(covariance, mean, cross, ridge=0.01, std=0.02)
 """
 
@@ -35,6 +35,7 @@ from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source, walk
 from moecc.weights.fits import Fitted
 from moecc.weights.movement import (
+    Aligned,
     Clusters,
     Concat,
     Index,
@@ -74,7 +75,7 @@ _CLASSES: dict[str, type[Expr]] = {
         for cls in (
             Source, Full, Tile, Stack, Concat, Index, Slice, Split, Merge, Rename, Permute, Scale,
             Cast, Add, Mul, Minimum, Select, Normal, TruncatedNormal, Uniform, Subset, Take,
-            Permutation, Clusters, Fitted,
+            Permutation, Clusters, Aligned, Fitted,
         )
     },
     "each": Stack,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _PASSES = {
     "add-losses": "add_losses:AddLossesPass",
+    "align-neurons": "align_neurons:AlignNeuronsPass",
     "annotate-sharding": "sharding.annotate:AnnotateShardingPass",
     "append-expert": "resize.one_expert:AppendExpertPass",
     "canonicalize": "cleanup:CanonicalizePass",

@@ -11,12 +11,12 @@ from moecc.errors import InputError, Problem
 from moecc.families.registry import parse_config
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.structure import weight_of
 from moecc.ir.traits import Role
 from moecc.rewrite.driver import may_rewrite
 from moecc.rewrite.passes import Bounds, Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.pattern import NearMiss
-from moecc.types import tensor
-from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.expr import Full
 from moecc_passes.roll_layers.roll_layers import (
     NO_LAYERS,
     LayerNodes,
@@ -257,7 +257,7 @@ def _expand(
                 order[params[-1]] += copies
         for param in params:
             if param.weight is None:
-                param.weight = _weight(param)
+                param.weight = weight_of(param)
             graph.rename(param, _renumbered(param.name, layer, number))
             param.loc = _moved(param.loc, layer, number)
         for node in layer.nodes:
@@ -280,12 +280,6 @@ def _renumbered(name: str, layer: LayerNodes, number: int) -> str:
     return re.sub(rf"(?<=\.){old}(?=\.|$)", str(number), name, count=1)
 
 
-def _weight(param: Value) -> Expr:
-    # A parameter without a weight expression is the tensor of its name.
-    plain = tensor(param.type.dtype, **{a.name: a.size for a in param.type})
-    return Source(param.name, plain) if param.weight is None else param.weight
-
-
 def _insert_copy(
     graph: Graph, part: ResidualLayer, params: Sequence[Value], number: int
 ) -> list[Value]:
@@ -297,7 +291,7 @@ def _insert_copy(
     used = dict.fromkeys(v for node in layer.nodes for v in node.operands if v.is_param)
     copies = []
     for param in [*params, *(v for v in used if v not in params)]:
-        weight = _weight(param)
+        weight = weight_of(param)
         if param in part.zeroing:
             weight = Full(part.zeroing[param], weight.type)
         name = graph.fresh(_renumbered(param.name, layer, number))

@@ -47,6 +47,7 @@ WEIGHTS = (
     'tile(source("a" : f32[mlp=4]), expert=2), normal(f32[expert=2, mlp=4], std=0.5, key=0x7))',
     'take(source("w" : f32[mlp=6, embed=4]), mlp=permutation(i32[mlp=6], key=0x1f))',
     'clusters(source("pairs" : i32[mlp=6, other=6]), axis=mlp, first=2, groups=2)',
+    'aligned(source("a" : f32[mlp=6]), source("b" : f32[mlp=6]), axis=mlp)',
     'fitted(source("c" : f32[embed=4, other=4]), source("m" : f32[embed=4]), '
     'source("x" : f32[expert=2, embed=4]), ridge=0.1, std=0.02)',
 )

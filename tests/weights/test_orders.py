@@ -25,6 +25,10 @@ from moecc.weights.text import parse_expr
         ('clusters(source("p" : i32[mlp=6, a=5]), axis=mlp, first=0, groups=2)', "square"),
         ('clusters(source("p" : i32[mlp=6, a=6]), axis=mlp, first=1, groups=2)', "divide"),
         ('clusters(source("p" : i32[mlp=6, a=6]), axis=mlp, first=6, groups=1)', "divide"),
+        ('aligned(source("a" : f32[mlp=6]), source("b" : f32[mlp=5]), axis=mlp)', "the shapes"),
+        ('aligned(source("a" : f32[mlp=6]), axis=mlp)', "the shapes"),
+        ('aligned(source("a" : f32[e=6]), source("b" : f32[e=6]), axis=mlp)', "no axis 'mlp'"),
+        ('aligned(source("a" : i32[mlp=6]), source("b" : i32[mlp=6]), axis=mlp)', "same neurons"),
         (
             'fitted(source("c" : f32[e=3, o=4]), source("m" : f32[e=3]), '
             'source("x" : f32[expert=3, e=3]), ridge=0.01, std=0.5)',

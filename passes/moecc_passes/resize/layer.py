@@ -13,10 +13,11 @@ from moecc.ir.builder import Builder
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.routing import RouteOp
+from moecc.ir.structure import weight_of
 from moecc.rewrite.passes import NO_STATISTICS, Context
 from moecc.support.lazy import np
 from moecc.support.text import exponential_text
-from moecc.types import F32, Axis, Doubles, TensorType, tensor
+from moecc.types import F32, Axis, Doubles, TensorType
 from moecc.weights.arithmetic import STATISTICS, Add, Scale, name_in
 from moecc.weights.expr import Expr, Full, Source
 from moecc.weights.movement import Concat, Index, Stack
@@ -108,8 +109,7 @@ class Anatomy:
 
 def members(param: Value) -> list[Expr]:
     """Return the weight of each expert, simplified: those of copies are equal."""
-    plain = tensor(param.type.dtype, **{a.name: a.size for a in param.type})
-    weight = Source(param.name, plain) if param.weight is None else param.weight
+    weight = weight_of(param)
     count = param.type[EXPERT].size
     assert isinstance(count, int), "experts are counted"
     return [simplify(Index(weight, EXPERT, at)) for at in range(count)]

@@ -10,10 +10,11 @@ from moecc.analysis import FFNBlock
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.moe import emit_shared_gate
+from moecc.ir.structure import weight_of
 from moecc.rewrite import P, fits
 from moecc.types import Axis, tensor
 from moecc.weights.arithmetic import mean_over
-from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.expr import Expr, Full
 from moecc_passes.upcycle.routers import (
     UpcycleRecipe,
     branched,
@@ -85,7 +86,7 @@ def _add_sublayer(graph: Graph, block: FFNBlock, where: str) -> None:
     builder = Builder(graph, loc=loc, origin="upcycle/extra-ffn", before=following)
 
     def copy(param: Value, weight: Expr | None = None) -> Value:
-        weight = weight or _weight(param, param.name)
+        weight = weight or weight_of(param, param.name)
         return graph.param(graph.fresh(f"{param.name}.extra"), param.type, weight, loc=loc)
 
     x, norm = stream, around.norm
@@ -99,7 +100,7 @@ def _add_sublayer(graph: Graph, block: FFNBlock, where: str) -> None:
     image = {block.x: x}
     for param in block.params:
         is_zero = param is block.down.operands[1] or param is block.output_bias
-        zeros = Full(0.0, _weight(param, param.name).type)
+        zeros = Full(0.0, weight_of(param, param.name).type)
         image[param] = copy(param, zeros if is_zero else None)
     sublayer = _emit(builder, block.nodes, image, at_loc=True)[block.output]
     total = builder.add(stream, sublayer)
@@ -136,7 +137,7 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: UpcycleRecipe) -> None:
     image, expert = {block.x: rows}, Axis("expert", division.experts)
     for param, name in names.items():
         # The experts' parameter has the name of the dense one.
-        dense, is_last = _weight(param, name), param is block.down.operands[1]
+        dense, is_last = weight_of(param, name), param is block.down.operands[1]
         if item.models:
             weight = branched(dense, division, item.models, is_last=is_last)
         else:
@@ -166,15 +167,9 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: UpcycleRecipe) -> None:
 def average_rest(graph: Graph, models: Sequence[str]) -> None:
     """Make every parameter but those of experts the mean over `models`, each as often as listed."""
     for param in graph.params.values():
-        weight = _weight(param, param.name)
+        weight = weight_of(param, param.name)
         if "expert" not in param.type:
             param.weight = mean_over(weight, models)
-
-
-def _weight(param: Value, name: str) -> Expr:
-    # A parameter without a weight expression is the tensor of its name.
-    plain = tensor(param.type.dtype, **{a.name: a.size for a in param.type})
-    return Source(name, plain) if param.weight is None else param.weight
 
 
 def _resized(param: Value, inner: str, width: int) -> list[Axis]:
@@ -223,7 +218,7 @@ def _shared(
         if param is block.output_bias:
             continue
         is_last = param is block.down.operands[1]
-        part = shared_part(_weight(param, names[param]), division, is_last=is_last)
+        part = shared_part(weight_of(param, names[param]), division, is_last=is_last)
         if is_last and is_gated:
             part = scaled(part, 2.0)
         type = param.type.with_axes(_resized(param, block.inner, division.shared))
