@@ -8,10 +8,13 @@ exit code of the command line.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
+
+ALIASES: dict[str, str] = {}
+"""Addresses that messages show in place of the local folders that mirror them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,13 @@ class Problem:
     expected: str | None = None
     found: str | None = None
     hint: str | None = None
+
+    def __post_init__(self) -> None:
+        for folder, address in ALIASES.items():
+            for field in fields(self):
+                text = getattr(self, field.name)
+                if text is not None and folder in text:
+                    object.__setattr__(self, field.name, text.replace(folder, address))
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from moecc.errors import InputError, MachineError, MoeccError, Problem
 from moecc.support.documents import parse_json_object
@@ -56,6 +56,23 @@ class Identity:
         return cls(
             status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         )
+
+
+class Ranged(Protocol):
+    """A file that is read by ranges from elsewhere, where its path holds an empty file."""
+
+    identity: Identity
+    sha256: str | None
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a byte buffer from `offset`."""
+
+    def refresh(self) -> None:
+        """Bring `identity` up to date."""
+
+
+RANGED: dict[Path, Ranged] = {}
+"""The files of `moecc.formats.store`, by the paths that stand for them."""
 
 
 def os_problem(error: OSError, path: Path, doing: str = "read") -> MoeccError:
@@ -95,7 +112,7 @@ def identify(path: Path) -> Identity:
     except ValueError:  # a NUL in the name
         raise InputError("the name of the file is not usable", where=repr(str(path))) from None
     _require_regular(status, path)
-    return Identity.of(status)
+    return RANGED[path].identity if path in RANGED else Identity.of(status)
 
 
 def open_regular(path: Path) -> tuple[int, Identity]:
@@ -112,7 +129,7 @@ def open_regular(path: Path) -> tuple[int, Identity]:
     except InputError:
         os.close(descriptor)
         raise
-    return descriptor, Identity.of(status)
+    return descriptor, RANGED[path].identity if path in RANGED else Identity.of(status)
 
 
 @contextmanager
@@ -132,6 +149,9 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
       InputError: the file ends too early.
       MachineError: the system cannot read it.
     """
+    if path in RANGED:
+        RANGED[path].read_into(buffer, offset)
+        return
     done = 0
     while done < len(buffer):
         try:
@@ -153,6 +173,8 @@ def require_unchanged(identities: Mapping[Path, Identity]) -> None:
     problems = Problems()
     for path, identity in identities.items():
         with problems:
+            if path in RANGED:
+                RANGED[path].refresh()
             if identify(path) != identity:
                 problems.extend((_changed(path),))
     problems.raise_if_any()
@@ -325,7 +347,7 @@ class DescriptorPool:
             self._shrink(0)
 
     def _require_same(self, path: Path, identity: Identity, descriptor: int) -> None:
-        if identify(path) == identity == Identity.of(os.fstat(descriptor)):
+        if path in RANGED or identify(path) == identity == Identity.of(os.fstat(descriptor)):
             return
         raise InputError([_changed(path)])
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from moecc.errors import CheckError, InputError, MoeccError, Problem
 from moecc.formats.files import (
+    RANGED,
     DescriptorPool,
     Identity,
     check_file,
@@ -272,6 +273,8 @@ def hashed_beside(
 
 
 def _file_record(path: Path, stop: threading.Event) -> FileRecord:
+    if path in RANGED and (stated := RANGED[path].sha256):
+        return FileRecord(RANGED[path].identity.size_bytes, stated)
     with opened_regular(path) as (descriptor, identity):
         read = partial(read_into, descriptor, path=path)
         return FileRecord(identity.size_bytes, range_digest(read, 0, identity.size_bytes, stop))

@@ -7,32 +7,13 @@ import re
 import stat
 from pathlib import Path
 
-from moecc.errors import InputError, MachineError, UsageError, nearest, printable
+from moecc.errors import InputError, nearest, printable
 from moecc.families.wrappers import text_names, wrapper_of
 from moecc.formats.files import os_problem, sniff_file
 from moecc.formats.folder import CONFIG_NAME, open_folder
 from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.source import Checkpoint
-
-# Models of the Hugging Face hub, through the package huggingface_hub where it is installed.
-#
-# ``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION`` is fetched; a plain ``ORG/NAME`` that is no folder is
-# only looked up in the cache, so that a mistyped path asks nobody.
-
-PREFIX = "hf:"
-FETCHED = (
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.jinja",
-    "merges.txt",
-    "vocab.txt",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
-)
-"""The files that moecc reads or copies; pickles and code are not fetched."""
+from moecc.formats.store import is_address, mirror
 
 _MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -59,58 +40,29 @@ def cached(source: str) -> Path | None:
         return None
 
 
-def fetch(source: str) -> Path:
-    """Return the folder of ``hf:ORG/NAME[@REVISION]``, after fetching what is not in the cache.
-
-    Raises:
-      UsageError: it is not such a name.
-      MachineError: huggingface_hub is not installed, or the hub does not give the model.
-    """
-    name, _, revision = source.removeprefix(PREFIX).partition("@")
-    if not is_model_id(name):
-        raise UsageError(
-            "not the name of a model of the hub",
-            expected="hf:ORG/NAME, or hf:ORG/NAME@REVISION",
-            found=printable(source),
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MachineError(
-            "models of the hub need a package that is missing",
-            where=source,
-            hint="pip install huggingface_hub; or fetch the folder otherwise, and give its path",
-        ) from None
-    try:
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED))
-        )
-    except Exception as error:  # of its own kinds, of HTTP libraries and of the system
-        first = str(error).strip().split("\n")[0]
-        raise MachineError(
-            "the hub does not give the model",
-            where=source,
-            found=printable(f"{type(error).__name__}: {first}"),
-            hint="is the name right, and the hub reachable; is a token needed (hf auth login)?",
-        ) from None
-
-
 def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) -> Checkpoint:
-    """Open a folder of safetensors, a ``.gguf`` file, a JAX checkpoint, or a model of the hub.
+    """Open a folder of safetensors, a ``.gguf`` file or a JAX checkpoint, local or in a store.
 
     Headers and configs are checked; no weight is read.  Quantised matrices are dequantised later.
 
     Args:
-      path: the folder or file, or ``hf:ORG/NAME``.
+      path: the folder or file, or its address: ``s3://BUCKET/FOLDER``, ``hf://ORG/NAME``.
       needs_config: whether a folder without ``config.json`` is an error.
 
     Raises:
       InputError: not a checkpoint, or an invalid one; all problems at once.
-      MachineError: the system denies access.
+      MachineError: the system or a store denies access.
     """
-    if str(path).startswith(PREFIX):
-        return _open_folder(fetch(str(path)), needs_config)
-    source = Path(path)
+    if is_address(str(path)):
+        source = mirror(str(path))
+        if not source.is_file() and _tree_in(source):
+            raise InputError(
+                "a checkpoint of a JAX program is not read from a store",
+                where=str(path),
+                hint="copy the folder to this machine, and give its path",
+            )
+    else:
+        source = Path(path)
     try:
         mode = os.stat(source).st_mode
     except FileNotFoundError:
@@ -206,7 +158,7 @@ def missing_place(source: Path) -> InputError:
     return InputError(
         "there is no such file or folder",
         where=source,
-        hint=f"{PREFIX}{name} fetches the model of that name from the hub"
+        hint=f"hf://{name} is the model of that name on the hub"
         if is_model_id(name)
         else f"the folder {str(parent)!r} does not exist either",
     )

@@ -129,13 +129,13 @@ def _verify_files(model: str, allow_edited_card: bool, html: str | None, force: 
     from moecc.formats.gguf.storage import SUFFIX
     from moecc.formats.manifest import MANIFEST_NAME, check_manifest
     from moecc.formats.manifest import load as load_manifest
-    from moecc.formats.open import PREFIX as HUB
     from moecc.formats.open import missing_place
+    from moecc.formats.store import is_address, mirror
     from moecc.jobs.receipt import load_receipt, receipt_lines, receipt_page
     from moecc.presets import PREFIX as PRESET
 
-    path = Path(model)
-    if not path.exists() and not model.startswith((HUB, PRESET)):
+    path = mirror(model) if is_address(model) else Path(model)
+    if not path.exists() and not model.startswith(PRESET):
         raise missing_place(path)
     if not path.is_dir() and not (path.is_file() and path.suffix == SUFFIX):
         raise InputError(
@@ -170,7 +170,7 @@ def check_programs(folder: Path) -> list[str]:
       CheckError: the file is another program than the graph's.
     """
     from moecc.backend import emit_program
-    from moecc.formats.files import read_json_object
+    from moecc.formats.files import read_json_object, read_whole
     from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES
     from moecc.model.open import open_model
 
@@ -181,7 +181,7 @@ def check_programs(folder: Path) -> list[str]:
     with open_model(str(folder), config_alone=True) as opened:
         program = emit_program(opened.graph, languages[name])
     (text,) = program.files.values()
-    if (folder / name).read_text(encoding="utf-8") != text:
+    if read_whole(folder / name).decode() != text:
         raise CheckError(
             "the program is not that of the graph in config.json",
             where=folder / name,

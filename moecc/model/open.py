@@ -20,7 +20,7 @@ from moecc.families import build
 from moecc.families.config import ModelConfig
 from moecc.families.registry import parse_config
 from moecc.formats.adapter import AdaptedCheckpoint, SeveralCheckpoints, is_adapter
-from moecc.formats.files import read_json_object
+from moecc.formats.files import read_json_object, read_whole
 from moecc.formats.folder import CONFIG_NAME as CONFIG_NAME
 from moecc.formats.folder import findings, open_folder
 from moecc.formats.run import GRAPH as _OpenGRAPH
@@ -485,7 +485,7 @@ def _tokens(checkpoint: Checkpoint) -> dict[str, int] | None:
     if content is None:
         return None
     try:
-        data = json.loads(content.read_bytes() if isinstance(content, Path) else content)
+        data = json.loads(read_whole(content) if isinstance(content, Path) else content)
         vocab = data["model"]["vocab"]
         pairs = (
             vocab.items() if isinstance(vocab, dict) else ((v[0], n) for n, v in enumerate(vocab))

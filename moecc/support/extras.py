@@ -12,6 +12,7 @@ _MODULES = {
     "xla": ("jax",), "train": ("jax", "optax", "orbax", "tensorstore"),
     "tokenizers": ("tokenizers",), "export": ("flatbuffers",), "report": ("plotly",),
     "align": ("scipy",),
+    "s3": ("s3fs",), "gs": ("gcsfs",), "hub": ("huggingface_hub",),
 }  # fmt: skip
 """What is imported of the packages of an extra."""
 

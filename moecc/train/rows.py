@@ -11,6 +11,7 @@ from pathlib import Path
 
 from numpy.typing import NDArray
 
+from moecc.formats.files import read_whole
 from moecc.ir.graph import Graph
 from moecc.ir.structure import index_bound
 from moecc.model.inputs import longest
@@ -310,4 +311,4 @@ def _digest(model: OpenedModel) -> str | None:
     tokenizer = companions.get("tokenizer.json")
     if tokenizer is None:
         return None
-    return tokenizer_digest(tokenizer.read_bytes() if isinstance(tokenizer, Path) else tokenizer)
+    return tokenizer_digest(read_whole(tokenizer) if isinstance(tokenizer, Path) else tokenizer)

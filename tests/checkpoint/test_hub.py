@@ -1,4 +1,4 @@
-"""Models of the hub, through a package in the place of huggingface_hub; folders without weights."""
+"""Models in the cache of the hub, through a package in the place of huggingface_hub; configs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from moecc.cli.main import main
-from moecc.errors import InputError, MachineError, UsageError
-from moecc.formats.open import FETCHED, is_model_id, open_checkpoint
+from moecc.errors import InputError
+from moecc.formats.open import is_model_id, open_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama_gqa"
 
@@ -36,17 +36,6 @@ def put(monkeypatch: pytest.MonkeyPatch, hub: Hub | None) -> Hub | None:
     return hub
 
 
-def test_a_model_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(GOLDEN)
-    put(monkeypatch, hub)
-    with open_checkpoint("hf:some-org/a.model@v1") as checkpoint:
-        assert checkpoint.config["model_type"] == "llama"
-    assert hub.asked == [
-        ("some-org/a.model", {"revision": "v1", "allow_patterns": list(FETCHED)}),
-    ]
-    assert not any(Path(name).match(p) for p in FETCHED for name in ("pytorch_model.bin", "x.py"))
-
-
 def test_a_plain_name_is_looked_up_in_the_cache(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -56,20 +45,10 @@ def test_a_plain_name_is_looked_up_in_the_cache(
     with open_checkpoint("some-org/model") as checkpoint:
         assert checkpoint.path == GOLDEN
     assert hub.asked == [("some-org/model", {"local_files_only": True})]
-    put(monkeypatch, Hub(GOLDEN, cached=False))
-    with pytest.raises(InputError, match="hf:some-org/model fetches the model"):
-        open_checkpoint("some-org/model")
-
-
-def test_what_cannot_be_fetched_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    put(monkeypatch, Hub(None))
-    with pytest.raises(MachineError, match="RuntimeError: no such model\n"):
-        open_checkpoint("hf:some-org/model")
-    put(monkeypatch, None)
-    with pytest.raises(MachineError, match="pip install huggingface_hub"):
-        open_checkpoint("hf:some-org/model")
-    with pytest.raises(UsageError, match="hf:ORG/NAME"):
-        open_checkpoint("hf:model")
+    for absent in (Hub(GOLDEN, cached=False), None):
+        put(monkeypatch, absent)
+        with pytest.raises(InputError, match="hf://some-org/model is the model of that name"):
+            open_checkpoint("some-org/model")
     assert not any(map(is_model_id, ("a/b/c", "../b", "a/", "/a", "-a/b", "a/b\n")))
 
 

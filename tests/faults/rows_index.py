@@ -45,7 +45,7 @@ ROWS = [
         27,
         "no checkpoint there",
         1,
-        "is empty|not a checkpoint|did you mean 'model'|from the hub",
+        "is empty|not a checkpoint|did you mean 'model'|on the hub",
         folder(lambda f: (shutil.rmtree(f), f.mkdir())),
         lambda p: (p.root / "x").write_text("hello") and p.open(p.root / "x"),
         lambda p: p.open(p.root / "modle"),

@@ -70,7 +70,8 @@ ROWS = [
         68,
         "a name of the Hub that is none",
         2,
-        "hf:ORG/NAME@REVISION",
-        lambda p: p.open("hf://HuggingFaceTB/SmolLM2-135M@main"),
+        "hf://ORG/NAME@REVISION",
+        lambda p: p.open("hf://SmolLM2-135M"),
+        lambda p: p.open("hf:HuggingFaceTB/SmolLM2-135M?revision=main"),
     ),
 ]

@@ -1,0 +1,276 @@
+"""Checkpoints in stores: a server of S3 and one with the hub's routes, both on this machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("s3fs")
+pytest.importorskip("huggingface_hub")
+moto_server = pytest.importorskip("moto.server")
+
+from hub_server import HubServer  # noqa: E402
+
+from moecc.cli.main import main  # noqa: E402
+from moecc.errors import InputError  # noqa: E402
+from moecc.formats.open import open_checkpoint  # noqa: E402
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "AKIA-secret-of-a-test",
+    "AWS_SECRET_ACCESS_KEY": "secret-key-of-a-test",
+    "HF_TOKEN": "hf_secret_of_a_test",
+}
+UPCYCLE = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral")
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Any]:
+    """fsspec's access to an S3 server with a model at ``bucket/tiny``."""
+    import fsspec
+
+    server = moto_server.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        system.mkdir("bucket")
+        system.put(str(GOLDEN / "llama_gqa"), "bucket/tiny", recursive=True)
+        yield system
+    server.stop()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub with ``org/tiny``, whose branch v2 has another model."""
+    import fsspec
+    from huggingface_hub import constants
+
+    model = tmp_path / "hub" / "org" / "tiny"
+    shutil.copytree(GOLDEN / "llama_gqa", model / "main")
+    shutil.copytree(GOLDEN / "gemma2_caps", model / "v2")
+    server = HubServer(tmp_path / "hub")
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
+    fsspec.get_filesystem_class("hf").clear_instance_cache()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Return exit code and all output of a command, which must hold no secret."""
+    code = main([str(word) for word in words])
+    text = "".join(capsys.readouterr())
+    assert not any(secret in text for secret in SECRETS.values())
+    return code, text
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/tiny", "hf://org/tiny"])
+def test_a_conversion_of_a_store_has_the_bytes_of_one_of_a_folder(
+    address: str, store: Any, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near, far = tmp_path / "near", tmp_path / "far"
+    assert said(capsys, "convert", str(GOLDEN / "llama_gqa"), near, *UPCYCLE)[0] == 0
+    assert said(capsys, "convert", address, far, *UPCYCLE)[0] == 0
+    name = "model.safetensors"
+    assert (near / name).read_bytes() == (far / name).read_bytes()
+    manifests = [json.loads((f / "moecc_manifest.json").read_text()) for f in (near, far)]
+    assert manifests[0]["source_files"] == manifests[1]["source_files"]
+    for path in far.iterdir():
+        assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
+
+
+def test_a_revision_of_the_hub_is_read(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ": gemma2, " in said(capsys, "inspect", "hf://org/tiny@v2")[1]
+    assert ": llama, " in said(capsys, "inspect", "hf:org/tiny")[1]
+    for address in ("hf:org/tiny@v3", "hf://org/none"):
+        code, text = said(capsys, "inspect", address)
+        assert code == 1
+        assert "the store has no such folder or file" in text
+        assert "HF_TOKEN" in text
+
+
+def sparse_model(folder: Path, shards: int, shard_bytes: int) -> None:
+    """Write a llama of `shards` files of zeros that take no room on the disk."""
+    folder.mkdir(parents=True)
+    hidden, inner, vocabulary = 8192, 28672, 32000
+    layer = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (1024, hidden),
+        "self_attn.v_proj": (1024, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,),
+    }  # fmt: skip
+    layers = round(shards * shard_bytes / (2 * sum(map(np.prod, layer.values()))))
+    for n in range(layers):
+        shapes |= {f"model.layers.{n}.{name}.weight": shape for name, shape in layer.items()}
+    files: list[list[str]] = [[] for _ in range(shards)]
+    for n, name in enumerate(shapes):
+        files[n * shards // len(shapes)].append(name)
+    weight_map = {}
+    for n, names in enumerate(files, 1):
+        file, header, end = f"model-{n:05d}-of-{shards:05d}.safetensors", {}, 0
+        for name in names:
+            start, end = end, end + 2 * int(np.prod(shapes[name]))
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [start, end]}
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        (folder / file).write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(folder / file, 8 + len(text) + end)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text()) | {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": vocabulary, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_inspection_moves_headers_alone(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    sparse_model(hub.root / "org" / "large" / "main", 7, 30_000_000_000 // 7)
+    sizes = [path.stat().st_size for path in (hub.root / "org" / "large" / "main").iterdir()]
+    assert sum(sizes) > 29_000_000_000
+    for command in (["inspect"], ["plan", "--machine", "gpu:h100:16"]):
+        hub.sent_bytes = 0
+        code, text = said(capsys, command[0], "hf://org/large", *command[1:])
+        assert code == 0, text
+        assert hub.sent_bytes < 20_000_000
+
+
+def test_a_gated_model_is_denied(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.gated.add("org/tiny")
+    code, text = said(capsys, "inspect", "hf://org/tiny")
+    assert code == 4
+    assert text.count("the store denies access") == 1
+    assert "hf auth login" in text
+
+
+def test_a_cut_connection_leaves_nothing(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub's own attempts
+    hub.cut_after = 2000
+    code, text = said(capsys, "convert", "hf://org/tiny", tmp_path / "out", *UPCYCLE)
+    assert code == 4
+    assert text.count("error:") == 1
+    assert "hf://org/tiny@" in text
+    assert "/model.safetensors: cannot read it" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
+
+
+def test_a_source_that_changes_is_rejected(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(str(GOLDEN / "llama_gqa"), "bucket/changing", recursive=True)
+    with open_checkpoint("s3://bucket/changing") as checkpoint:
+        checkpoint.require_unchanged()
+        store.pipe("bucket/changing/config.json", b"{}")
+        with pytest.raises(InputError, match=r"s3://bucket/changing/config\.json: the file ch"):
+            checkpoint.require_unchanged()
+        store.rm("bucket/changing/model.safetensors")
+        with pytest.raises(InputError, match=r"model\.safetensors"):
+            checkpoint.require_unchanged()
+
+
+def test_a_gguf_file_and_an_orbax_folder(
+    store: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "m.gguf"
+    made = said(capsys, "convert", str(GOLDEN / "llama_gqa"), file, "--to", "gguf:llama")
+    assert made[0] == 0, made[1]
+    store.put(str(file), "bucket/files/m.gguf")
+    assert (
+        "s3://bucket/files/m.gguf: llama" in said(capsys, "inspect", "s3://bucket/files/m.gguf")[1]
+    )
+    store.pipe("bucket/orbax/_METADATA", b"{}")
+    code, text = said(capsys, "inspect", "s3://bucket/orbax")
+    assert code == 1
+    assert "s3://bucket/orbax: a checkpoint of a JAX program is not read from a store" in text
+
+
+def test_a_store_that_denies_or_does_not_answer(
+    store: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    fs = fsspec.get_filesystem_class("s3")
+    fs.clear_instance_cache()
+    for error, code, words in (
+        (PermissionError(f"denied to {SECRETS['AWS_SECRET_ACCESS_KEY']}"), 4, "denies access"),
+        (TimeoutError("http://u:pw@h/x?X-Amz-Signature=hf_sig"), 4, "is the store reachable"),
+        (FileNotFoundError("bucket/tiny"), 1, "no such folder"),
+    ):
+        monkeypatch.setattr(fs, "find", raising(error))
+        actual, text = said(capsys, "inspect", "s3://bucket/tiny")
+        assert actual == code
+        assert words in text
+        assert "hf_sig" not in text
+        assert "u:pw" not in text
+        assert text.count("error:") == 1
+
+
+def raising(error: Exception) -> Any:
+    def call(*words: Any, **options: Any) -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://",
+        "s3://key:password@b/x",
+        "s3://bucket/x?versionId=1",
+        "gs://b/../x",
+        "hf://x",
+        "hf:x/y/../z",
+    ],
+)
+def test_a_wrong_address_is_one_message(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = said(capsys, "inspect", address)
+    assert code == 2
+    assert "not an address in a store" in text
+    assert "password" not in text
+
+
+def test_a_package_that_is_missing_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs"), ("hf", "huggingface_hub")):
+        monkeypatch.setattr("moecc.support.extras.find_spec", lambda name: None)
+        monkeypatch.setattr("moecc.support.extras._is_missing", lambda name: True)
+        code, text = said(capsys, "inspect", f"{scheme}://bucket/name")
+        assert code == 4
+        assert f"an address of {scheme}:// needs {package}" in text
+        assert re.search(rf"pip install '({package}>=|moecc\[)", text)
+
+
+def test_the_endpoint_of_the_hub_is_that_of_the_environment(hub: HubServer, tmp_path: Path) -> None:
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "moecc", "inspect", "hf://org/tiny", "--format", "json"]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, check=True)
+    assert json.loads(done.stdout)["family"] == "llama"
