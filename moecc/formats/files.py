@@ -613,6 +613,14 @@ class Disk:
         """Give a file another name, which another file may have."""
         os.replace(source, target)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name."""
+        os.link(source, target)
+
+    def copy(self, source: Path, target: Path) -> None:
+        """Write the content of a file to a new file."""
+        shutil.copyfile(source, target)
+
     def mkdir(self, path: Path, mode: int = 0o777) -> None:
         """Make a folder."""
         os.mkdir(path, mode)
@@ -703,7 +711,8 @@ def synchronise_folder(folder: Path) -> None:
 def make_folder(path: Path) -> None:
     """Make a folder unless it is there. Raises MachineError."""
     if not path.is_dir():
-        with os_errors(path, "make"):
+        # Another process may make it at the same moment.
+        with os_errors(path, "make"), suppress(FileExistsError):
             disk().mkdir(path)
 
 

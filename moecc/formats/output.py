@@ -55,6 +55,12 @@ def replaced_of(output: Path) -> Path:
     return output.parent / f".{output.name}.moecc-old"
 
 
+def parts_of(output: Path) -> Path:
+    """Return the folder of the parts of `output`, see `moecc.formats.parts`."""
+    path = Path(os.path.realpath(output))
+    return path.parent / f".{path.name}.moecc-parts"
+
+
 @contextmanager
 def output_folder(
     out: Path,
@@ -236,7 +242,7 @@ def _check_leftovers(path: Path, out: Path, force: bool, problems: Problems, res
     With `resume` a partial output is no problem: it is continued.
     """
     partial, old = partial_of(path), replaced_of(path)
-    if _is_locked(partial):
+    if is_locked(partial):
         problems.add(BUSY, where=out, found=str(partial), hint=WAIT)
         return
     if force:
@@ -346,7 +352,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Return whether another process holds the lock of a folder."""
     try:
         descriptor = _open_folder(folder)
@@ -527,7 +533,7 @@ def _replace(source: Path, target: Path) -> None:
 
 # Remove what killed writers left beside an output, or finish what they had all but finished.
 
-_LEFTOVER = re.compile(r"\.(.+)\.moecc-(?:partial|old)")
+_LEFTOVER = re.compile(r"\.(.+)\.moecc-(?:partial|old|parts)")
 
 
 def clean(out: Path) -> list[str]:
@@ -546,10 +552,13 @@ def clean(out: Path) -> list[str]:
     path = Path(os.path.realpath(out))
     if match := _LEFTOVER.fullmatch(path.name):
         path = path.with_name(match[1])
-    partial, old = partial_of(path), replaced_of(path)
-    if not os.path.lexists(partial) and not os.path.lexists(old):
+    partial, old, parts = partial_of(path), replaced_of(path), parts_of(path)
+    if not any(map(os.path.lexists, (partial, old, parts))):
         return []
-    partial_bytes = _bytes_in(partial) if os.path.lexists(partial) else None
+    for folder in sorted(parts.glob(".*.moecc-partial")):
+        if is_locked(folder):
+            raise InputError(BUSY, where=folder, hint=WAIT)
+    sizes_bytes = {p: _bytes_in(p) for p in (partial, parts) if os.path.lexists(p)}
     undeleted = "it cannot be removed"
     lines = []
     with claimed(partial, take_over=True, can_resume=lambda _: True):
@@ -563,7 +572,7 @@ def clean(out: Path) -> list[str]:
                 disk().rename(old, path)
             synchronise_folder(path.parent)
             lines.append(f"put {old} back as {path}")
+        require_removed(parts, undeleted)
         require_removed(partial, undeleted)
-    if partial_bytes is not None:
-        lines.append(f"removed {partial}, {partial_bytes:,} bytes")
+    lines += [f"removed {folder}, {nbytes:,} bytes" for folder, nbytes in sizes_bytes.items()]
     return lines

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PureWindowsPath
+from typing import TypeVar
 
-from moecc.errors import InputError, nearest
+from moecc.errors import InputError, UsageError, nearest
 from moecc.formats.files import (
     MAX_SIZE,
     SNIFFED_BYTES,
@@ -33,8 +34,11 @@ from moecc.formats.source import TensorInfo
 from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.process import gc_paused
+from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
 from moecc.types import BY_SAFETENSORS, DType, Shape
+
+T = TypeVar("T")
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 1 << 18
@@ -602,6 +606,22 @@ class Shard:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """A share of the shards of a conversion: its number, from 1, and the number of parts."""
+
+    number: int
+    count: int
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the consecutive items of a sequence that belong to this part."""
+        start, stop = (n * len(items) // self.count for n in (self.number - 1, self.number))
+        return items[start:stop]
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
 def plan_shards(
     entries: Sequence[Entry], max_shard_bytes: int, metadata: Mapping[str, str]
 ) -> list[Shard]:
@@ -633,6 +653,49 @@ def plan_shards(
         )
         for i, group in enumerate(groups, 1)
     ]
+
+
+def shards_of(
+    entries: Sequence[Entry],
+    max_shard_bytes: int,
+    metadata: Mapping[str, str],
+    part: Part | None = None,
+) -> Sequence[Shard]:
+    """Return the shards of a checkpoint, or those of one part.
+
+    Args:
+      entries: the tensors, in any order.
+      max_shard_bytes: the limit of a shard, header included.
+      metadata: additional header entries of each file, besides ``format``.
+      part: the part; None for all shards.
+
+    Raises:
+      UsageError: an invalid limit, or more parts than shards.
+      InputError: names that cannot be written, all of them at once.
+    """
+    if max_shard_bytes < 1:
+        raise UsageError("max_shard_bytes must be at least 1")
+    problems = Problems()
+    names: set[str] = set()
+    for name in (entry.name for entry in entries):
+        fault = name_fault(name) or ("two tensors of one name" * (name in names))
+        if name == "__metadata__":
+            fault = "the name belongs to the format"
+        if fault:
+            problems.add(fault, where=f"output tensor {quoted(name)}")
+        names.add(name)
+    problems.raise_if_any()
+    shards = plan_shards(entries, max_shard_bytes, {"format": "pt", **metadata})
+    if part is None:
+        return shards
+    if part.count > len(shards):
+        fitting = max(1, sum(entry.nbytes for entry in entries) // part.count)
+        raise UsageError(
+            "there are more parts than shards", where=f"--part {part}",
+            expected=f"at most {amount(len(shards), 'part')}", found=str(part.count),
+            hint=f"--max-shard-bytes {fitting} makes more shards",
+        )  # fmt: skip
+    return part.share(shards)
 
 
 def index_json(shards: Sequence[Shard], total_bytes: int, parameters: int) -> bytes:

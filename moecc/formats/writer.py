@@ -27,7 +27,6 @@ from moecc.formats.files import (
     DescriptorPool,
     disk,
     has_digest,
-    name_fault,
     os_errors,
     read_bounded,
     remove_but,
@@ -37,7 +36,15 @@ from moecc.formats.files import (
 )
 from moecc.formats.gguf.storage import Storage, quantise
 from moecc.formats.manifest import FileRecord
-from moecc.formats.safetensors import INDEX_NAME, Entry, Shard, index_json, natural, plan_shards
+from moecc.formats.safetensors import (
+    INDEX_NAME,
+    Entry,
+    Part,
+    Shard,
+    index_json,
+    natural,
+    shards_of,
+)
 from moecc.support.documents import parse_json_object
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
@@ -239,10 +246,21 @@ def _journal_of(folder: Path) -> Path:
     return commit if commit.is_file() and not journal.is_file() else journal
 
 
-def read_journal(folder: Path, facts: Facts) -> dict[str, Done]:
+def read_journal(
+    folder: Path,
+    facts: Facts,
+    fault: str = "the conversion that was killed is not this one",
+    hint: str = "continue it as it was started; --force without --resume begins anew",
+) -> dict[str, Done]:
     """Return the tensors that an earlier run of the same conversion completed, by name.
 
     There are none if it left no journal, or one of another version of moecc.
+
+    Args:
+      folder: the folder of the journal.
+      facts: the facts of this conversion.
+      fault: the problem of a journal with other facts.
+      hint: the way out of it.
 
     Raises:
       InputError: the earlier run was another conversion; all differences.
@@ -254,7 +272,11 @@ def read_journal(folder: Path, facts: Facts) -> dict[str, Done]:
     head = _read_line(_JournalHead, lines[0])
     if head is None:
         return {}
-    raise_problems(_differences(head.facts, json.loads(json.dumps(facts)), str(folder)))
+    differences = _differences(head.facts, json.loads(json.dumps(facts)))
+    raise_problems(
+        Problem(f"{fault}: {name} differs", str(folder), _fact_text(old), _fact_text(new), hint)
+        for name, old, new in differences
+    )
     # The last line is torn, or empty.
     notes = (_read_line(Done, line) for line in lines[1:-1])
     return {done.name: done for done in notes if done is not None}
@@ -268,20 +290,16 @@ def _read_line(cls: Callable[..., T], line: bytes) -> T | None:
         return None
 
 
-def _differences(before: Json, now: Json, where: str, section: str = "") -> Iterator[Problem]:
-    """Yield a problem for each fact, and each part of one, that is not as it was."""
+def _differences(
+    before: Json, now: Json, section: str = ""
+) -> Iterator[tuple[str, object, object]]:
+    """Yield name, old and new value of each fact, and of each part of one, that differs."""
     for name in dict.fromkeys((*before, *now)):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, where, f"{name} ")
+            yield from _differences(old, new, f"{name} ")
         elif old != new:
-            yield Problem(
-                f"the conversion that was killed is not this one: {section}{name} differs",
-                where=where,
-                expected=_fact_text(old),
-                found=_fact_text(new),
-                hint="continue it as it was started; --force without --resume begins anew",
-            )
+            yield f"{section}{name}", old, new
 
 
 def _fact_text(value: object) -> str:
@@ -391,6 +409,9 @@ class WriteOptions:
       journal: notes complete tensors; those that an earlier run completed, and that are still so
         on the disk, are not written again.
       threads: the number of expressions evaluated concurrently.
+      part: the part of the shards to write; None for all, and their index.
+      is_join: whether parts wrote all tensors: one that the journal or the disk does not have is a
+        problem, and is not written.
       source_files: waits for the digests of the source's files, and returns them.
     """
 
@@ -400,6 +421,8 @@ class WriteOptions:
     progress: Progress | None = None
     journal: OutputJournal | None = None
     threads: int = 2
+    part: Part | None = None
+    is_join: bool = False
     source_files: Callable[[], Mapping[str, FileRecord]] = dict
 
     @property
@@ -494,23 +517,12 @@ def write_checkpoint(
         overflow, all of them at once; a source that changed.
       MachineError: a write failed.
     """
-    if options.max_shard_bytes < 1 or options.threads < 1:
-        raise UsageError("max_shard_bytes and threads must be at least 1")
+    if options.threads < 1:
+        raise UsageError("threads must be at least 1")
     entries = [t.entry for t in tensors]
-    problems = Problems()
-    names: set[str] = set()
-    for name in (entry.name for entry in entries):
-        fault = name_fault(name) or ("two tensors of one name" * (name in names))
-        if name == "__metadata__":
-            fault = "the name belongs to the format"
-        if fault:
-            problems.add(fault, where=f"output tensor {quoted(name)}")
-        names.add(name)
-    problems.raise_if_any()
-    header = {"format": "pt", **(metadata or {})}
-    shards = plan_shards(entries, options.max_shard_bytes, header)
+    shards = shards_of(entries, options.max_shard_bytes, metadata or {}, options.part)
     report = write_files(folder, tensors, shards, reader, options)
-    if len(shards) == 1:
+    if len(shards) == 1 or options.part is not None:
         return report
     index = index_json(shards, report.total_bytes, sum(prod(e.shape) for e in entries))
     write_durable(folder / INDEX_NAME, index)
@@ -537,7 +549,7 @@ def write_files(
     scan = ScanningReader(reader)
     offsets = {n: (folder / s.name, start) for s in files for n, start in s.offsets.items()}
     jobs = _jobs(tensors, exprs, offsets)
-    entries = [t.entry for t in tensors]
+    entries = [t.entry for t in tensors if t.name in offsets]
     total_bytes = sum(e.nbytes for e in entries)
     outputs = OutputFiles()
     try:
@@ -604,16 +616,20 @@ class _Job:
 def _jobs(
     tensors: Sequence[OutputTensor], exprs: list[Expr], offsets: Mapping[str, tuple[Path, int]]
 ) -> list[_Job]:
-    """Group the tensors by the expression of their bytes; the largest first, to end together."""
+    """Group the tensors by the expression of their bytes; the largest first, to end together.
+
+    Expressions without a tensor in `offsets` are left out; the others have all their names.
+    """
     jobs: dict[tuple[Expr, Storage | None], _Job] = {}
     for tensor, expr in zip(tensors, exprs, strict=True):
         key = same_bytes(expr)
         job = jobs.setdefault((key, tensor.storage), _Job(key, tensor.storage))
         job.names.append(tensor.name)
-        job.targets.append(offsets[tensor.name])
+        if tensor.name in offsets:
+            job.targets.append(offsets[tensor.name])
     for job in jobs.values():
         job.targets.sort()
-    return sorted(jobs.values(), key=lambda job: -job.nbytes)
+    return sorted((j for j in jobs.values() if j.targets), key=lambda job: -job.nbytes)
 
 
 class _Work:
@@ -653,8 +669,18 @@ class _Work:
         self._problems.raise_if_any()
 
     def _run_job(self, job: _Job) -> None:
-        if not self._is_complete(job):
+        if self._is_complete(job):
+            return
+        if not self._options.is_join:
             self._write_job(job)
+            return
+        with self._lock:
+            self._problems.add(
+                "a tensor is not the one that its part wrote",
+                where=f"output tensor {quoted(job.names[0])}{job.more_text}",
+                found=f"other bytes in {', '.join({path.name: 0 for path, _ in job.targets})}",
+                hint="write the part again, with --force",
+            )
 
     def _write_job(self, job: _Job) -> None:
         digest = hashlib.sha256()

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
 from moecc.errors import CheckError, Problem, UsageError
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import files_of
-from moecc.formats.files import make_folder, read_whole, write_durable
+from moecc.formats.files import make_folder, read_whole, require_removed, write_durable
 from moecc.formats.gguf.header import Key
 from moecc.formats.gguf.storage import FILE_NAME, SUFFIX, Storage
 from moecc.formats.manifest import MANIFEST_NAME, hashed_beside
 from moecc.formats.modelcard import CARD_NAME, LISTS
-from moecc.formats.output import check_output, output_folder
+from moecc.formats.output import check_output, output_folder, parts_of
+from moecc.formats.parts import parse_part, part_folder, read_part, read_parts, write_record
 from moecc.formats.run import inputs_of
+from moecc.formats.safetensors import Part, Shard, shards_of
 from moecc.formats.writer import (
+    DEFAULTS,
     MAX_SHARD_BYTES,
     Done,
     OutputJournal,
@@ -57,12 +62,13 @@ from moecc.jobs.receipt import conversion_facts as conversion_facts
 from moecc.model.initialise import add_statistics
 from moecc.model.open import add_branches, open_model, parse_branches
 from moecc.support.console import Bar, say, warn
-from moecc.support.process import signals_raised
+from moecc.support.process import available_cores, signals_raised
 from moecc.support.text import amount, count_text, size_text, with_article
 from moecc.translate.engines import summary
 from moecc.translate.export import EmittedExport
 from moecc.types import DType, count_bytes, float_type
 from moecc.version import __version__
+from moecc.weights.expr import sources
 
 # Write a planned GGUF file: keys, tokenizer, tensors, and what stands beside it.
 
@@ -140,6 +146,9 @@ def write(
     verify: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    threads: int = DEFAULTS.threads,
+    part: Part | None = None,
+    join: bool = False,
 ) -> Conversion:
     """Write a planned conversion to `out`, atomically.
 
@@ -155,38 +164,82 @@ def write(
       verify: whether source and result are run and compared before the result is in place.
       resume: whether to continue what a killed run of the same conversion has written.
       progress: receives the bytes written so far, and all.
+      threads: the number of tensors evaluated concurrently.
+      part: the part of the shards to write, beside `out`; None for the whole output.
+      join: whether the weights are those of the parts, which are removed once `out` is complete.
 
     Raises:
       CheckError: the result is not the function that was promised.
-      InputError: the output cannot be used; a weight is not finite; the source changed meanwhile.
+      InputError: the output cannot be used; a weight is not finite; the source changed meanwhile;
+        a part is missing, or of another conversion.
       MachineError: the disk is too small, or a write failed.
     """
     checkpoint = planned.checkpoint
-    path = Path(out)
+    path = Path(out) if part is None else part_folder(Path(out), part)
     one_file = is_file(planned, path)
-    options = WriteOptions(max_shard_bytes, allow_nonfinite, verify, progress)
+    options = WriteOptions(
+        max_shard_bytes, allow_nonfinite, verify, progress, None, threads, part, join
+    )
     facts = conversion_facts(planned, options)
-    completed: dict[str, Done] = {}
+    if part is not None:
+        make_folder(path.parent)
+    parts = read_parts(path, facts, planned_shards(planned, options)) if join else None
+    completed: Mapping[str, Done] = {} if parts is None else parts.completed
 
     def can_resume(folder: Path) -> bool:
         nonlocal completed
-        completed = read_journal(folder, facts)
-        return bool(completed)
+        if parts is None:
+            completed = read_journal(folder, facts)
+        return parts is None and bool(completed)
 
     with output_folder(
-        path, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
+        path, inputs=inputs_of(checkpoint), force=force,
+        needed_bytes=_needed_bytes(planned, options),
         can_resume=can_resume if resume else None, is_file=one_file,
-    ) as temporary, OutputJournal(temporary, facts, completed) as journal, \
-            hashed_beside(files_of(checkpoint)) as source_files:  # fmt: skip
-        options = replace(options, journal=journal, source_files=source_files)
-        written = _fill(temporary, planned, options, one_file)
-        # After all of it was hashed and read: the digests are those of what was converted.
-        checkpoint.require_unchanged()
-        if one_file:
-            journal.synchronise()
-        else:
-            journal.remove()
+    ) as temporary, hashed_beside(_hashed(planned, options)) as source_files:  # fmt: skip
+        if parts is not None:
+            parts.link_into(temporary)
+            source_files = partial(dict, parts.source_files)
+        with OutputJournal(temporary, facts, completed) as journal:
+            options = replace(options, journal=journal, source_files=source_files)
+            written = _fill(temporary, planned, options, one_file)
+            # After all of it was hashed and read: the digests are those of what was converted.
+            checkpoint.require_unchanged()
+            if one_file or part is not None:
+                journal.synchronise()
+            else:
+                journal.remove()
+    if join:
+        require_removed(parts_of(path), "the output is complete, but its parts are still there")
     return Conversion(path, planned, written)
+
+
+def _hashed(planned: Plan, options: WriteOptions) -> dict[str, Path]:
+    """Return the files of the source whose digests are computed, by name."""
+    files = files_of(planned.checkpoint)
+    if options.is_join:
+        return {}
+    if options.part is None:
+        return files
+    return {name: files[name] for name in options.part.share(sorted(files))}
+
+
+def _needed_bytes(planned: Plan, options: WriteOptions) -> int:
+    """Return the bytes that a run writes."""
+    if options.part is not None:
+        return sum(shard.size_bytes for shard in planned_shards(planned, options))
+    return 0 if options.is_join else planned.size_bytes
+
+
+def _header_metadata(planned: Plan) -> dict[str, str]:
+    return {"moecc": __version__, "pipeline": planned.pipeline.in_full()}
+
+
+def planned_shards(planned: Plan, options: WriteOptions) -> Sequence[Shard]:
+    """Return the shards that a run writes. Raises as `shards_of`."""
+    entries = [tensor.entry for tensor in planned.tensors]
+    limit, metadata = options.max_shard_bytes, _header_metadata(planned)
+    return shards_of(entries, limit, metadata, options.part)
 
 
 def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) -> WriteReport:
@@ -204,9 +257,11 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
         written = write_files(folder, tensors, [file], checkpoint.read, options)
     else:
         written = write_checkpoint(
-            folder, tensors, checkpoint.read, options,
-            metadata={"moecc": __version__, "pipeline": planned.pipeline.in_full()},
-        )  # fmt: skip
+            folder, tensors, checkpoint.read, options, metadata=_header_metadata(planned)
+        )
+    if options.part is not None:
+        write_record(folder, options.source_files())
+        return written
     if not one_file:
         for name, content in checkpoint.companions().items():
             # A GGUF file has the tokenizer itself.
@@ -235,13 +290,24 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
 
 
 def check_place(
-    planned: Plan, out: str | Path, *, force: bool = False, resume: bool = False
+    planned: Plan,
+    out: str | Path,
+    options: WriteOptions = DEFAULTS,
+    *,
+    force: bool = False,
+    resume: bool = False,
 ) -> None:
     """Check whether `write` could write to `out`, before anything is; nothing is created.
 
     Raises: as `write`.
     """
     one_file = is_file(planned, Path(out))
+    if planned.architecture and (options.is_join or options.part is not None):
+        option = "--join" if options.is_join else "--part"
+        raise UsageError(
+            "a GGUF file is written by one process", where=option,
+            expected="a folder of shards", found=planned.target,
+        )  # fmt: skip
     if Path(out).suffix == SUFFIX and not one_file:
         raise UsageError(
             "a .gguf file is written for an architecture of llama.cpp", where=out,
@@ -251,15 +317,51 @@ def check_place(
         )  # fmt: skip
     check_output(
         Path(out), inputs=inputs_of(planned.checkpoint), force=force,
-        needed_bytes=planned.size_bytes, resume=resume, is_file=one_file,
+        needed_bytes=_needed_bytes(planned, options),
+        # What a killed run left of the output stands in the way of no part.
+        resume=resume or options.part is not None, is_file=one_file,
     )  # fmt: skip
 
 
 _SHOWN = 10
 
 
-def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
-    """Return the human-readable plan, written unless `dry_run`."""
+@dataclass(frozen=True)
+class Work:
+    """The work of one run of a conversion.
+
+    Attributes:
+      shards: the number of shards that it writes, or checks.
+      written_bytes: the size of their tensors; 0 where parts wrote them.
+      read_bytes: the size of the tensors that it reads: those of the source, or of the parts.
+    """
+
+    shards: int
+    written_bytes: int
+    read_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"reads {size_text(self.read_bytes)}, writes {size_text(self.written_bytes)} in "
+            f"{amount(self.shards, 'shard')}"
+        )
+
+
+def work_of(planned: Plan, options: WriteOptions) -> Work:
+    """Return the work of a conversion, or of a part of one. Raises as `shards_of`."""
+    shards = planned_shards(planned, options)
+    names = {name for shard in shards for name in shard.offsets}
+    tensors = [tensor for tensor in planned.tensors if tensor.name in names]
+    size_bytes = sum(tensor.entry.nbytes for tensor in tensors)
+    if options.is_join:
+        return Work(len(shards), 0, size_bytes)
+    read = {s.name: s.type for tensor in tensors for s in sources(tensor.expr)}
+    read_bytes = sum(prod(type.shape) * type.dtype.itemsize_bytes for type in read.values())
+    return Work(len(shards), size_bytes, read_bytes)
+
+
+def plan_text(planned: Plan, out: str, dry_run: bool, work: Work | None = None) -> str:
+    """Return the human-readable plan, written unless `dry_run`; `out` names what was written."""
     facts, family = planned.facts, planned.graph.attrs.get("family") or "no family"
     rows = [
         f"{planned.model.name} ({family}) -> {out} ({planned.target})",
@@ -271,6 +373,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
         f"  FLOPs       {facts.sequence}",
         f"  on disk     {size_text(planned.size_bytes)} in "
         f"{amount(len(planned.tensors), 'tensor')}, {planned.dtype_name}",
+        *([] if work is None else [f"  this run    {work}"]),
         *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),
         *(f"  remark      {r}" for r in _shortened(planned.remarks)),
         "nothing was written (--dry-run)" if dry_run else f"written to {out}",
@@ -314,6 +417,9 @@ def convert(
     capture: Annotated[str | None, Spelling("DIR")] = None,
     padding_mask: PaddingMask = False,
     max_shard_bytes: Annotated[str, Spelling("SIZE")] = "5000000000",
+    part: Annotated[str | None, Spelling("K/N")] = None,
+    join: bool = False,
+    threads: Annotated[int | None, Spelling("N", low=1, high=1024)] = None,
     dry_run: bool = False,
     load: Load = (),
     allow_nonfinite: bool = False,
@@ -341,6 +447,10 @@ def convert(
         upcycle has for it; may be repeated.
       capture: Folder of statistics of SOURCE that moecc capture wrote.
       max_shard_bytes: Maximal size of a shard: 5000000000, 5GB, 500 MB.
+      part: Share of the shards to write, for example 3/8, by one of several processes that are
+        started with the same options.
+      join: Check the parts that --part wrote, and complete OUT with them.
+      threads: Number of tensors converted at once (default: the cores).
       dry_run: Plan from headers, report, and write nothing.
       allow_nonfinite: Write NaN and infinity, and note them in the manifest.
       allow_other_base: Accept an adapter that names another model than SOURCE as its base.
@@ -357,6 +467,11 @@ def convert(
     """
     type = None if dtype is None else _output_type(dtype)
     limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)
+    options = WriteOptions(
+        limit, allow_nonfinite, verify, threads=threads or available_cores(),
+        part=None if part is None else parse_part(part), is_join=join,
+    )  # fmt: skip
+    _check_modes(options)
     check_proof_files(proof, force=force)
     passes = read_pipeline(pipeline, load)
     with (
@@ -389,16 +504,41 @@ def convert(
             planned.proof.write(Path(proof))
         # Its terms would stay in memory, and the collector walk them, while weights are written.
         planned = planned.without_log()
-        check_place(planned, out, force=force, resume=resume)
-        if not dry_run:
-            with Bar("writing") as bar:
+        check_place(planned, out, options, force=force, resume=resume)
+        work = None if planned.architecture else work_of(planned, options)
+        if not dry_run and (force or not _has_part(planned, out, options)):
+            with Bar("checking" if join else "writing") as bar:
                 written = write(
                     planned, out, max_shard_bytes=limit, force=force, verify=verify,
                     allow_nonfinite=allow_nonfinite, resume=resume, progress=bar,
+                    threads=options.threads, part=options.part, join=join,
                 ).written  # fmt: skip
-            _say_weights_written(written, resume)
-    data = planned.to_json() | {"out": out, "dry_run": dry_run}
-    return Report("convert", data, lambda: plan_text(planned, out, dry_run))
+            _say_weights_written(written, resume and not join)
+    data = planned.to_json() | {"out": out, "dry_run": dry_run, "part": part}
+    data["work"] = None if work is None else asdict(work)
+    name = out if part is None else f"part {part} of {out}"
+    return Report("convert", data, lambda: plan_text(planned, name, dry_run, work))
+
+
+def _check_modes(options: WriteOptions) -> None:
+    """Reject options that exclude one another. Raises UsageError."""
+    if options.part is not None and options.is_join:
+        raise UsageError("--part writes shards and --join completes them", hint="give one of them")
+    if options.part is not None and options.verify:
+        raise UsageError("--verify runs all of the result", hint="give it with --join")
+
+
+def _has_part(planned: Plan, out: str, options: WriteOptions) -> bool:
+    """Return whether an earlier run completed the part, which is then left as it is.
+
+    Raises: as `read_part`.
+    """
+    if options.part is None or not (folder := part_folder(Path(out), options.part)).is_dir():
+        return False
+    facts, shards = conversion_facts(planned, options), planned_shards(planned, options)
+    read_part(folder, options.part, facts, shards)
+    say(f"part {options.part} was complete")
+    return True
 
 
 def _say_weights_written(written: WriteReport, resume: bool) -> None:

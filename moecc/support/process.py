@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import threading
 from abc import ABC, abstractmethod
@@ -29,6 +30,12 @@ class Closing(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    is_limited = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if is_limited else os.cpu_count() or 1
 
 
 # Pause the cyclic garbage collector during large allocations.
