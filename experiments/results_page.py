@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from math import nan
 from pathlib import Path
 from statistics import mean
 
@@ -19,7 +18,8 @@ Does it learn? Each experiment trains models of 0.2 to 1.2 million parameters ov
 (l) with 4.8 to 15.4 million, on this documentation, on two cores: enough to see whether the
 machinery does what it should, and far too small to say what holds at scale. `experiments/` has the
 recipes, the changes of each arm, and the runner; `python experiments/run.py a b` runs what has no
-result yet, and writes this page from `experiments/results/`.
+result yet, and writes this page from `experiments/results/`, which has the result, steps, tokens
+and processor time of each seed.
 
 The dense model (`experiments/base.toml`) is trained for 300 steps of 2,048 bytes, once for each
 seed; an arm goes on from it (`experiments/continue.toml`), on batches in another order. Losses are
@@ -114,26 +114,20 @@ def _verdict(effect: Effect, verdict: Verdict) -> str:
 
 
 def _results(experiments: Iterable[Experiment], lines: Sequence[Line]) -> Iterator[str]:
-    """Yield a table of the experiments, and one of their arms."""
+    """Yield a table of the experiments, with the mean result of each arm."""
     yield "## Results\n"
-    yield "| | experiment | after | runs: tokens, processor time |"
-    yield "|---|---|---|---|"
+    yield "| | experiment | after | held-out means, by arm | runs: tokens, processor time |"
+    yield "|---|---|---|---|---|"
     for experiment in experiments:
-        cost = _cost([x for x in lines if x["experiment"] == experiment.key])
-        yield f"| {experiment.key} | {experiment.title} | {experiment.source} | {cost} |"
-    yield "\n| | arm | held-out, by seed | mean | steps | tokens | processor time |"
-    yield "|---|---|---|---|---|---|---|"
-    for experiment in experiments:
+        runs = [x for x in lines if x["experiment"] == experiment.key]
+        arms = []
         for arm in experiment.arms:
-            runs = [x for x in lines if (x["experiment"], x["arm"]) == (experiment.key, arm)]
-            runs.sort(key=lambda x: int(x["seed"]))
-            losses = [float(line["loss"]) for line in runs] or [nan]
-            seconds = mean([float(line["processor_seconds"]) for line in runs] or [nan])
-            steps, tokens = (runs[0]["steps"], runs[0]["tokens"]) if runs else (0, 0)
-            yield (
-                f"| {experiment.key} | {arm} | {', '.join(f'{x:.4f}' for x in losses)} | "
-                f"{mean(losses):.4f} | {steps} | {tokens:,} | {seconds:.0f} s |"
-            )
+            losses = [float(line["loss"]) for line in runs if line["arm"] == arm]
+            arms.append(f"{arm}: {mean(losses):.4f}" if losses else f"{arm}: not run")
+        yield (
+            f"| {experiment.key} | {experiment.title} | {experiment.source} | {'; '.join(arms)} | "
+            f"{_cost(runs)} |"
+        )
     yield ""
 
 

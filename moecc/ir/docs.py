@@ -36,7 +36,6 @@ def render_operations() -> str:
     for title, module in GROUPS:
         rows = [entry for entry in OPS.values() if _module(entry) == module]
         parts += [f"### {title}", _table(COLUMNS, map(_operation, rows))]
-        parts += [_note(entry) for entry in rows if "\n" in entry.doc]
     return "\n\n".join(parts)
 
 
@@ -63,7 +62,7 @@ def _operation(entry: OpDef) -> tuple[str, ...]:
     linear = ", ".join(f"`{entry.operands[i]}`" for i in entry.linear)
     linear += " together" if entry.jointly else ""
     exchange = " ⇄" if entry.commutative else ""
-    computes = "<br>".join([_cell(_lines(entry)[0]), *_attributes(entry)])
+    computes = "<br>".join([_meaning(entry), *_attributes(entry)])
     return (f"`{_signature(entry)}`{exchange}", computes, _mixes(entry), linear)
 
 
@@ -76,14 +75,10 @@ def _signature(entry: OpDef) -> str:
     return f"{prefix}{' '.join([entry.name, ', '.join(operands)]).strip()}{attrs}"
 
 
-def _lines(entry: OpDef) -> list[str]:
-    return [" ".join(line.split()) for line in entry.doc.splitlines()]
-
-
-def _note(entry: OpDef) -> str:
-    """Return the lines of the entry's documentation after the first."""
-    note = "\n".join(_lines(entry)[1:]).strip()
-    return f"**{entry.name}.** {note}".replace("``", "`")
+def _meaning(entry: OpDef) -> str:
+    """Return the documentation of an entry on one line, its paragraphs apart."""
+    paragraphs = entry.doc.replace("``", "`").split("\n\n")
+    return "<br>".join(_cell(" ".join(text.split())) for text in paragraphs if text.strip())
 
 
 def _mixes(entry: OpDef) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from moecc.rewrite.pipeline import Registry, installed
 
 HEAD = """# Passes
 
-Written by `make docs` from the passes: what each does, what it preserves without options,
-whether it is an error that it finds nothing to do (*must match*, unless `--allow-unmatched` is
-given), and its options with their defaults. `moecc passes NAME` has the meaning of each option, the
-details, and the text of a graph before and after the pass. A pipeline names passes in the order in
-which they run: `canonicalize,upcycle{experts=8 top-k=2},cse,dce`. How to write one:
-[writing-a-pass.md](writing-a-pass.md).
+A pipeline names passes in the order in which they run:
+`canonicalize,upcycle{experts=8 top-k=2},cse,dce`. `moecc passes NAME` has the meaning of each
+option, the details of a pass, and the text of a graph before and after it. A pass with an asterisk
+fails where it finds nothing to do, unless `--allow-unmatched` is given. What a pass preserves is
+stated for its default options. How to write one: [writing-a-pass.md](writing-a-pass.md).
+`make docs` writes this page from the passes.
 """
 
 
@@ -34,20 +33,22 @@ def render(registry: Registry | None = None) -> str:
       registry: the passes; by default the installed ones.
     """
     registry = installed() if registry is None else registry
-    return "\n".join([HEAD, *(_section(registry.get(name)) for name in registry.names())])
+    rows = [_row(registry.get(name)) for name in registry.names()]
+    table = ["| pass | what it does | preserves | options and defaults |", "|---|---|---|---|"]
+    return "\n".join([HEAD, *table, *rows, ""])
 
 
-def _section(cls: type[Pass]) -> str:
-    facts = ["*Must match.*"] if cls.must_match else []
-    if not any(option.required for option in options(cls).values()):
-        facts.append(f"*Preserves* {cls().preserves}.")
-    rows = [
-        f"`{o.name}`" if o.required else f"`{o.name}={write(o.type, o.default)}`"
-        for o in options(cls).values()
-    ]
-    facts += [f"*Options*: {', '.join(rows)}."] if rows else []
-    lines = textwrap.fill(" ".join([_summary(cls), *facts]), 100, break_on_hyphens=False)
-    return f"## {cls.name}\n\n{lines}\n"
+def _row(cls: type[Pass]) -> str:
+    defaults = options(cls).values()
+    preserves = "" if any(option.required for option in defaults) else str(cls().preserves)
+    words = [o.name if o.required else f"{o.name}={write(o.type, o.default)}" for o in defaults]
+    cells = (
+        f"`{cls.name}`{' *' if cls.must_match else ''}",
+        _summary(cls),
+        preserves,
+        ", ".join(f"`{word}`" for word in words),
+    )
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _summary(cls: type[Pass]) -> str:

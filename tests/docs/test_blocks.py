@@ -51,7 +51,7 @@ def test_machines_are_valid(block: Block, tmp_path: Path) -> None:
     assert find_machine(str(path)).devices
 
 
-LONG = ("testing.md:14", "any-jax-model.md:9", "python.md:7")
+LONG = ("testing.md:13", "any-jax-model.md:9", "python.md:6")
 """Blocks that train, draw many graphs or convert; they run in `make test-all`."""
 
 

@@ -140,7 +140,7 @@ def legal_cases(mesh: str, rules: str) -> list[tuple[Case, Graph]]:
 
 
 def render() -> str:
-    """Return what is legal as Markdown: a row for each layout and mesh, a column for each way.
+    """Return what is legal as Markdown: layouts and meshes by row, a column for each way.
 
     A cell has the slots that go together with both, by their initials.  The reasons that are told
     for the others stand below.
@@ -156,14 +156,15 @@ def render() -> str:
             continue
         cells.setdefault(key, []).append(case.slots[0].upper())
         sent.setdefault(case.way, f"{text} (`{case.mesh}`)")
-    head = ["rules", "mesh", *(f"`{way}`" for way in WAYS)]
+    head = ["rules and mesh", *(f"`{way}`" for way in WAYS)]
     lines = [_row(head), _row(["---"] * len(head))]
+    groups: dict[tuple[str, ...], list[str]] = {}
     for mesh, rules in MESHES:
-        texts = (" ".join(cells.get((mesh, rules, way), ["–"])) for way in WAYS)
-        lines.append(_row([f"`{rules}`", f"`{mesh}`", *texts]))
-    lines += ["", "C: slots under a capacity; R: ragged; E: experts that choose.", ""]
-    lines += [_row(["way", "collectives of one layer"]), _row(["---", "---"])]
-    lines += [_row([f"`{way}`", text]) for way, text in sent.items()]
+        texts = tuple(" ".join(cells.get((mesh, rules, way), ["–"])) for way in WAYS)
+        groups.setdefault(texts, []).append(f"`{rules}` on `{mesh}`")
+    lines += [_row(["; ".join(layouts), *texts]) for texts, layouts in groups.items()]
+    lines.append(_row(["collectives of one layer", *(sent[way] for way in WAYS)]))
+    lines += ["", "C: slots under a capacity; R: ragged; E: experts that choose."]
     lines += ["", "What is rejected, with the reason that is reported:", ""]
     lines += [
         f"* {reason}: {', '.join(sorted(which))}." for reason, which in sorted(refused.items())
