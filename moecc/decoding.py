@@ -192,11 +192,14 @@ def open_session(backend: Backend, params: Arrays, dtype: DType) -> Session:
 
 # A batch of texts that is continued: prompts in one go, then a token of each at a time.
 
-BUCKET = 32
-"""Prompts are padded to a multiple of this, to compile few shapes."""
+LEAST_WIDTH, MOST_DOUBLED_WIDTH = 32, 256
+"""Prompts are padded to few widths: doubled up to the second, multiples of it beyond."""
 
 LEAST_CAPACITY = 64
 """The places of the smallest cache; the others have twice as many as the next smaller one."""
+
+MOST_RESERVED = 512
+"""The most new tokens to have places from the start: a text may end long before it is full."""
 
 NOWHERE = 1 << 30
 """The position of a place without a token: no token is so far on, so none sees it."""
@@ -219,20 +222,24 @@ class DecodingBatch:
         self._positions = np.zeros((0, 0), np.int32)
         self._end = 0
 
-    def begin(self, prompts: Sequence[Sequence[int]], memory: Arrays | None = None) -> Array:
+    def begin(
+        self, prompts: Sequence[Sequence[int]], memory: Arrays | None = None, count: int = 0
+    ) -> Array:
         """Read `prompts`, none of which is empty; return the logits after each, ``[text, vocab]``.
 
         Args:
           prompts: the tokens of each text.
           memory: for an encoder-decoder, the inputs of the encoder.
+          count: the number of steps to come; a cache without places for them grows, and another
+            shape of it is compiled.
 
         Raises:
           InputError: an input of the encoder does not fit.
         """
-        longest = max(map(len, prompts))
-        width = -(-(longest - 1) // BUCKET) * BUCKET
+        width = _width(max(map(len, prompts)) - 1)
+        places = _capacity(width + 1 + min(count, MOST_RESERVED))
         self._lengths = np.zeros(len(prompts), np.int32)
-        self._positions = np.full((len(prompts), _capacity(width + 1)), NOWHERE, np.int32)
+        self._positions = np.full((len(prompts), places), NOWHERE, np.int32)
         self._end = 0
         self._session.keep({n: self._empty(v) for n, v in self.graphs.caches.items()})
         if self.graphs.encode is not None:
@@ -294,11 +301,14 @@ class DecodingBatch:
         return np.zeros(shape, cache.type.dtype.numpy)
 
 
+def _width(least: int) -> int:
+    if least > MOST_DOUBLED_WIDTH:
+        return -(-least // MOST_DOUBLED_WIDTH) * MOST_DOUBLED_WIDTH
+    return max(LEAST_WIDTH, 1 << (least - 1).bit_length()) if least else 0
+
+
 def _capacity(least: int) -> int:
-    places = LEAST_CAPACITY
-    while places < least:
-        places *= 2
-    return places
+    return max(LEAST_CAPACITY, 1 << (least - 1).bit_length())
 
 
 def _padded(array: Array, axis: int, more: int) -> Array:

@@ -138,7 +138,7 @@ def _continued(
     alive = [True] * len(prompts)
     last: list[int] = []
     for _ in range(how.count):
-        logits = reader.step(last) if last else reader.begin(prompts, memory)
+        logits = reader.step(last) if last else reader.begin(prompts, memory, how.count - 1)
         largest = logits[alive].max(axis=-1)
         if not np.isfinite(largest).all():
             raise InputError(
@@ -163,8 +163,8 @@ class _Rereader:
         self._params = params
         self._texts: list[list[int]] = []
 
-    def begin(self, prompts: Sequence[Sequence[int]], memory: Arrays | None) -> Array:
-        """Return the logits after each prompt, ``[text, vocab]``."""
+    def begin(self, prompts: Sequence[Sequence[int]], memory: Arrays | None, count: int) -> Array:
+        """Return the logits after each prompt, ``[text, vocab]``; there is no cache for `count`."""
         self._texts = [list(prompt) for prompt in prompts]
         return self._logits()
 

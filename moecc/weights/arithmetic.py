@@ -223,15 +223,16 @@ def _exponent_bits() -> dict[np.dtype[Any], Any]:
 _BLOCK = 1 << 16
 
 
-def widen(values: Array, dtype: DType) -> Array:
-    """Return `values`, floats, in `dtype`, f32 or f64, without loss; always a copy."""
+def widen(values: Array, dtype: DType, out: Array | None = None) -> Array:
+    """Return `values`, floats, in `dtype`, f32 or f64, without loss; always a copy, in `out`."""
+    result = np.empty(values.shape, dtype.numpy) if out is None else out
     if values.dtype == BF16.numpy and dtype is F32:
         # The bits of a bf16 are the upper half of those of the f32.
-        bits = values.view(np.uint16).astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32)
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        return values.astype(dtype.numpy)
+        np.left_shift(values.view(np.uint16), 16, out=result.view(np.uint32), dtype=np.uint32)
+    else:
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            result[...] = values
+    return result
 
 
 def round_to(values: Array, dtype: DType) -> Array:

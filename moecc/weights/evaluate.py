@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from moecc.errors import InputError
 from moecc.support.lazy import np
-from moecc.types import Array, DType, TensorType
+from moecc.support.memory import empty
+from moecc.types import Array, DType, TensorType, is_lossless
 from moecc.weights import draws as random
 from moecc.weights import fits as moments
 from moecc.weights.arithmetic import (
@@ -104,10 +105,11 @@ def evaluate(
         box = (rows, *box[1:])
         if not wanted.type.axes or not 0 <= rows[0] <= rows[1] <= wanted.type.shape[0]:
             raise ValueError(f"rows {rows} of {wanted.type}")
-    value = Evaluator(reader).block(wanted, box)
-    # A cast to another type is memory of its own; anything else may be the reader's.
-    is_fresh = isinstance(wanted, Cast) and wanted.dtype != wanted.x.type.dtype
-    return np.array(value, order="C", copy=None if is_fresh else True)
+    evaluator, value = Evaluator(reader), empty(extents(box), wanted.type.dtype.numpy)
+    if isinstance(wanted, Cast) and is_lossless(wanted.x.type.dtype, wanted.dtype):
+        return widen(evaluator.block(wanted.x, box), wanted.dtype, out=value)
+    value[...] = evaluator.block(wanted, box)
+    return value
 
 
 def blocks(

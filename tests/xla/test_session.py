@@ -78,6 +78,16 @@ def test_caches_grow() -> None:
     np.testing.assert_allclose(np.stack(found), whole[0, 59:], rtol=2e-4, atol=2e-5)
 
 
+def test_steps_that_are_announced_compile_one_shape() -> None:
+    """A cache that has room for all tokens from the start does not grow."""
+    with open_model(str(GOLDEN / "llama_square_mlp")) as model:
+        continuer = Continuer(model)
+        assert len(list(continuer.texts([[5]], Continuing(80)))) == 80
+        (batch,) = continuer._readers.values()
+    programs = batch._session._compiled  # type: ignore[union-attr]
+    assert {program._cache_size() for program in programs.values()} == {1}
+
+
 def test_caches_are_updated_in_place() -> None:
     """What goes in is given up: memory does not grow by a cache a layer and a step."""
     with open_model(str(GOLDEN / "llama_gqa")) as model:

@@ -207,9 +207,11 @@ def grouped_matmul_of_parts(
     starts = jnp.cumsum(group_sizes) - group_sizes
     wide = weights[0].shape[2 - contracting_axis]
     output = jnp.zeros((rows.shape[0], wide), stored_as(rows.dtype))
+    # Experts have one shape, so that jax traces and lowers the walk once.
+    walk = jax.jit(_walk_rows, static_argnums=(2, 4))
     for number, weight in enumerate(weights):
         span = starts[number], group_sizes[number]
-        output = _walk_rows(rows, weight, contracting_axis - 1, span, two, output)
+        output = walk(rows, weight, contracting_axis - 1, span, two, output)
     return load(output, rows.dtype)
 
 

@@ -290,7 +290,7 @@ class XlaSession(SegmentRunner):
             if len(names) > 2 and names[0] == "expert" and len(array) <= MOST_LISTED:
                 problems = misfits(value, array, {})
                 raise_problems(problems)
-                self._weights[name] = tuple(map(jnp.asarray, array))
+                self._weights[name] = tuple(map(jax.device_put, array))
             else:
                 self._weights[name] = to_device(array, value)
         return self._weights[name]

@@ -42,7 +42,8 @@ def to_device(array: Any, value: Value) -> jax.Array:
         return _key(array)
     if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
         array = np.asarray(array).astype(np.int32)
-    return jnp.asarray(array)
+    # Weights stay where they were read to; what a caller gives may change behind a run.
+    return jax.device_put(array) if value.is_param else jnp.asarray(array)
 
 
 def to_numpy(array: jax.Array) -> NumpyArray:
