@@ -10,7 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from moecc.errors import nearest
+from moecc.errors import Problem, nearest
+from moecc.formats.expert_adapter import ExpertDelta, find_parameter
 from moecc.formats.files import identify, read_json_object, require_unchanged
 from moecc.formats.folder import SafetensorsFolder
 from moecc.formats.modelcard import CardEntries, hub_repository, read_card
@@ -199,7 +200,6 @@ _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<letter>[AB
 _UNSUPPORTED = {
     "use_dora": "DoRA scales the rows of the merged matrix",
     "lora_bias": "biases of the second matrix",
-    "target_parameters": "matrices of parameters that are no modules",
     "layer_replication": "layers that occur several times",
     "megatron_config": "layers of Megatron",
     "trainable_token_indices": "rows of an embedding that were trained",
@@ -334,8 +334,12 @@ class AdaptedCheckpoint(DerivedCheckpoint):
         delta = self._deltas.get(name)
         if delta is None:
             return weight
-        first, second = self._matrices(delta, start, stop)
-        added = second @ first * np.float32(delta.scale)
+        if isinstance(delta, ExpertDelta):
+            added = delta.rows(self._stored.read, start, start + len(weight))
+        else:
+            first, second = self._matrices(delta, start, stop)
+            added = second @ first
+        added = added * np.float32(delta.scale)
         merged: Array = (weight.astype(np.float32) + added).astype(dtype)
         return merged
 
@@ -402,7 +406,7 @@ class _AdapterReading:
     ) -> None:
         self.base, self.tensors, self.path = base, tensors, path
         self.problems = Problems()
-        self.deltas: dict[str, _Delta] = {}
+        self.deltas: dict[str, _Delta | ExpertDelta] = {}
         self.replaced: dict[str, str] = {}
         self._config_path = str(path / ADAPTER_CONFIG)
         self.settings = self._read_settings(config)
@@ -480,6 +484,10 @@ class _AdapterReading:
         is_table = any(kind.endswith("t") for kind in parts)
         first, second = (parts.get(letter + "t" * is_table) for letter in "AB")
         tensor = f"{module}.weight"
+        if tensor not in self.base.tensors:
+            # Transformers calls the sparse block of mixtral mlp, whose files have another name.
+            renamed = tensor.replace(".mlp.", ".block_sparse_moe.")
+            tensor = renamed if renamed in self.base.tensors else tensor
         info = self.base.tensors.get(tensor)
         if first is None or second is None:
             self.problems.add(
@@ -489,10 +497,10 @@ class _AdapterReading:
                 found=", ".join(parts.values()),
             )
             return
-        if info is None:
-            self._unknown(tensor, first)
-            return
         shapes = self.tensors[first].shape, self.tensors[second].shape
+        if info is None or len(info.shape) == 3:
+            self._add_experts(module.replace(".base_layer", ""), tensor, first, second)
+            return
         is_gpt2 = self.base.config.get("model_type") == "gpt2"
         is_turned = is_table or (is_gpt2 and _INPUTS_FIRST.fullmatch(module) is not None)
         if not is_turned and not is_gpt2 and self.settings.fan_in_fan_out:
@@ -514,6 +522,31 @@ class _AdapterReading:
         scale = self._scale(module, shapes[0][0])
         if scale is not None:
             self.deltas[tensor] = _Delta(first, second, scale, is_turned)
+
+    def _add_experts(self, module: str, tensor: str, first: str, second: str) -> None:
+        """Add an adapter of a parameter of experts, which may be many tensors on disk."""
+        shapes = self.tensors[first].shape, self.tensors[second].shape
+        family = self.base.config.get("model_type")
+        parameter = find_parameter(self.base.tensors, family, module, *shapes)
+        if parameter is None:
+            self._unknown(tensor, first)
+            return
+        if isinstance(parameter, Problem):
+            where = f"{self.path}: {parameter.where}"
+            self.problems.extend([replace(parameter, where=where, hint=_MERGE_WITH_PEFT)])
+            return
+        (of, is_turned), count = parameter, parameter[0].shape[0]
+        scale = self._scale(of.name, shapes[0][0] // count)
+        twice = [name for name in of.parts if name in self.deltas]
+        if twice:
+            message = "two adapters are of one parameter of experts"
+            self.problems.add(message, where=f"{self.path}: {module}", found=of.name,
+                              hint=_MERGE_WITH_PEFT)  # fmt: skip
+        elif scale is not None:
+            for name, (expert, start) in of.parts.items():
+                self.deltas[name] = ExpertDelta(
+                    first, second, scale, count, is_turned, expert, start
+                )
 
     def _scale(self, module: str, rank: int) -> float | None:
         """Return s: alpha / rank, or / √rank where it is stabilised (Kalajdzievski 2023)."""

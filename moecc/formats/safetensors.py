@@ -496,7 +496,7 @@ def _other_content(names: set[str]) -> tuple[str, str | None, str | None]:
     original = [name for name in others if name.startswith("consolidated")]
     gguf = sorted(name for name in names if name.endswith(".gguf"))
     if adapters:
-        hint = "merge it into its base model first, then convert the merged model"
+        hint = "convert its base model: -p 'merge-adapter{source=a}' --experts a=ADAPTER"
         return "the folder holds an adapter, not a model", _some(adapters), hint
     if original:
         hint = "convert them to the Hugging Face layout first, or fetch the files of that layout"

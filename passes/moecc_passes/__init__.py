@@ -33,6 +33,7 @@ _PASSES = {
     "grow": "resize.passes:GrowPass",
     "lower-collectives": "sharding.lower:LowerCollectivesPass",
     "merge": "resize.passes:MergePass",
+    "merge-adapter": "merge_adapter:MergeAdapterPass",
     "pack-segments": "training:PackSegmentsPass",
     "prune": "resize.passes:PrunePass",
     "record-modes": "specialize.specialize:RecordModesPass",
