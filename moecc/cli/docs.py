@@ -8,6 +8,7 @@ replaces the texts between markers; a test checks that the file is current.
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator
 from functools import partial
 
@@ -18,7 +19,10 @@ from moecc.jobs import COMMANDS
 from moecc.support.generated_docs import GeneratedPart
 
 WIDTH = 100
-"""The columns of a line of usage."""
+"""The columns of a line."""
+
+COMMON = ("quiet", "format", "load", "force")
+"""Options of most commands, which the page describes once."""
 
 
 def render_command(name: str) -> str:
@@ -31,11 +35,12 @@ def render_command(name: str) -> str:
             line = "       "
         line += f" {word}"
     examples = [f"    $ {example}" for example in doc.example]
-    return "\n".join([doc.text, "", *lines, line, *examples])
+    text = textwrap.fill(" ".join(doc.text.split()), WIDTH, break_on_hyphens=False)
+    return "\n".join([text, "", *lines, line, *examples])
 
 
 def _words(name: str) -> Iterator[str]:
-    """Yield the arguments and options of a command as its usage has them, ``--quiet`` aside."""
+    """Yield the arguments and options of a command as its usage has them, common ones aside."""
     context = click.Context(click.Command(name))
     command = ""  # that another command runs: it stands last
     for parameter in command_of(name).params:
@@ -43,7 +48,7 @@ def _words(name: str) -> Iterator[str]:
             words, dashes, command = str(parameter.metavar).partition("-- ")
             yield words.strip()
             command = dashes + command
-        elif parameter.name != "quiet":  # which the page describes once
+        elif parameter.name not in COMMON:
             assert isinstance(parameter, click.Option), "the other parameters are options"
             word, value = min(parameter.opts, key=len), parameter.make_metavar(context)
             if isinstance(parameter.type, click.Choice):

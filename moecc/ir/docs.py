@@ -35,7 +35,7 @@ def render_operations() -> str:
     parts = [_heading()]
     for title, module in GROUPS:
         rows = [entry for entry in OPS.values() if _module(entry) == module]
-        parts += [f"### {title}", _table(COLUMNS, map(_operation, rows))]
+        parts.append(f"### {title}\n{_table(COLUMNS, map(_operation, rows))}")
     return "\n\n".join(parts)
 
 
