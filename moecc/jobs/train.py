@@ -41,6 +41,7 @@ from moecc.train.events import (
     Saved,
     Skipped,
     Stepped,
+    StepWork,
     Stopped,
     TensorBoard,
     Tracker,
@@ -148,6 +149,7 @@ class TrainProgress(Closing):
         left = duration_text((self._steps - event.step) * self._step_seconds)
         plan = self._predicted
         share = "" if plan is None else f" ({self._rate / plan:.0%} of the plan)"
+        share += f" {event.speed['mfu']:.1%} of the peak" if "mfu" in event.speed else ""
         return f"{count_text(round(self._rate))} tokens/s{share}  {left} left"
 
     def _say(self, text: str) -> None:
@@ -218,6 +220,25 @@ def dry_run_facts(
             "memory_bytes": planned.memory.total, "usable_bytes": where.usable_bytes,
         },
     }  # fmt: skip
+
+
+def step_work(
+    job: TrainJob, devices: int, machine: Machine | None, tokens_per_second: float | None
+) -> StepWork:
+    """Return the work of a step of a run.
+
+    Args:
+      job: the run.
+      devices: how many it runs on.
+      machine: their kind; None: not known.
+      tokens_per_second: of all devices, by a plan.
+    """
+    graph, shape, batch = unrolled(job.graph), job.batches.shape, job.recipe.data.batch
+    lengths = dict(zip(length_variables(graph), (shape.seq, shape.decoder_seq), strict=False))
+    flops = TRAIN_PASSES * sequence_flops(graph, lengths).executed * batch
+    peak = None if machine is None else machine.peak(job.recipe.run.dtype) * devices
+    tokens = batch * (shape.seq + shape.decoder_seq)
+    return StepWork(flops, peak, None if tokens_per_second is None else tokens / tokens_per_second)
 
 
 def dry_run_text(facts: JsonDict) -> str:
@@ -367,6 +388,7 @@ def train(
     plan: SavedPlanFile = None,
     dry_run: bool = False,
     machine: OptionalMachine = None,
+    profile: Annotated[int, Spelling("STEPS")] = 0,
     tensorboard: bool = False,
     wandb: Annotated[str | None, Spelling("PROJECT")] = None,
     load: Load = (),
@@ -384,7 +406,9 @@ def train(
       fork: Run to continue from a step, under another recipe and in another folder.
       set: Value of the recipe to replace, for example run.steps=500; may be repeated.
       dry_run: Check everything, report, and train nothing.
-      machine: Machine that a dry run plans for, as moecc plan takes it.
+      machine: Machine that a dry run plans for, and whose peak a step is compared with, as moecc
+        plan takes it.
+      profile: Number of steps to trace for xprof, after two that warm up; in RUN/profile.
       tensorboard: Also write event files of TensorBoard to the folder of the run.
       wandb: Also log to this Weights & Biases project.
 
@@ -396,7 +420,7 @@ def train(
     with ExitStack() as opened:
         saved = None if plan is None else read_plan(plan)
         sets = [*(saved.recipe_values(is_new=resume is None) if saved else ()), *set]
-        job = _job(opened, recipe, out, resume, fork, sets, load)
+        job = replace(_job(opened, recipe, out, resume, fork, sets, load), traced_steps=profile)
         remarks = [*training_remarks(job.graph), *job.batches.remarks]
         if saved is not None:
             raise_problems(plan_problems(saved, job, str(plan)))
@@ -413,7 +437,9 @@ def train(
         training = opened.enter_context(backend.train(job))
         trackers = _trackers(job, tensorboard, wandb) if training.writes else []
         predicted = None if saved is None else saved.tokens_per_second
-        stopped = _watch(job, training, noted, trackers, predicted)
+        asked = machine or (saved and saved.machine)
+        work = step_work(job, training.devices, find_machine(asked) if asked else None, predicted)
+        stopped = _watch(job, training, noted, trackers, work, predicted)
     return _outcome(stopped, job, training.writes)
 
 
@@ -461,6 +487,7 @@ def _watch(
     training: Training,
     noted: StopRequest,
     trackers: Sequence[Tracker],
+    work: StepWork,
     predicted: float | None,
 ) -> Stopped:
     """Run a training to its end, and show its progress."""
@@ -471,7 +498,7 @@ def _watch(
             return None
         return Reason.INTERRUPTED if noted.signal is SIGINT else Reason.TERMINATED
 
-    events = followed(job, training, stop)
+    events = followed(job, training, stop, work)
     if training.writes:
         events = tracked(exported(job, events), trackers, job.recipe.run.log_steps)
     quiet = not training.writes

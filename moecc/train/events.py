@@ -43,6 +43,8 @@ class Stepped:
       seconds: this step took.
       processor_seconds: of all threads of this process, in that time.
       compiles: whether it is the first step of a program in this run, which compiles it.
+      speed: further figures that depend on the machine, by name: ``memory_bytes``, the peak of the
+        fullest device of this process so far, and those of `StepWork`.
     """
 
     step: int
@@ -51,6 +53,31 @@ class Stepped:
     seconds: float
     processor_seconds: float = 0.0
     compiles: bool = False
+    speed: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """The work of a step, and the bounds that a machine and a plan set to its time.
+
+    Attributes:
+      flops: the products of all devices, forward and backward, without rematerialisation.
+      peak_flops: FLOP/s of all devices together; None where the machine is not known.
+      planned_seconds: of a step, by a plan; None without one.
+    """
+
+    flops: float
+    peak_flops: float | None = None
+    planned_seconds: float | None = None
+
+    def figures(self, seconds: float) -> dict[str, float]:
+        """Return FLOP/s, the model FLOP utilisation and the planned time, where they are known."""
+        figures = {"flops_per_second": self.flops / seconds}
+        if self.peak_flops is not None:
+            figures["mfu"] = figures["flops_per_second"] / self.peak_flops
+        if self.planned_seconds is not None:
+            figures["planned_seconds"] = self.planned_seconds
+        return figures
 
 
 @dataclass(frozen=True)
@@ -206,6 +233,7 @@ class TrainJob:
       batches: its data.
       create: makes the folder; it is there already where the run goes on.
       begin: opens what the first step begins from, where nothing is saved yet.
+      traced_steps: how many steps are traced for xprof, in the folder ``profile`` of the run.
     """
 
     run: Path
@@ -215,6 +243,7 @@ class TrainJob:
     batches: Batches
     create: Callable[[], None]
     begin: Callable[[], AbstractContextManager[Beginning]]
+    traced_steps: int = 0
 
 
 class Training(Protocol):
@@ -361,6 +390,7 @@ def scalars(event: Event) -> dict[str, float]:
     match event:
         case Stepped():
             speed = {"train/tokens": float(event.tokens), "train/seconds": event.seconds}
+            speed |= {f"train/{name}": value for name, value in event.speed.items()}
             return {**speed, **dict(_named(event.metrics))}
         case Evaluated():
             losses = {f"held_out/{name}": loss for name, loss in event.losses.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from moecc.errors import InputError, MachineError
@@ -63,6 +64,7 @@ from moecc.train.events import (
     Saved,
     Skipped,
     Stepped,
+    StepWork,
     Stopped,
     Training,
     TrainJob,
@@ -528,6 +530,22 @@ def _line_faults(line: JsonDict, lengths: dict[str, int | None]) -> Iterator[tup
                 yield key, "as many numbers as in earlier lines"
 
 
+def _pace(path: Path) -> str:
+    """Return the median time of the steps of a run that compiled nothing, beside its plan's."""
+    file = path / SPEED
+    steps = [line for line in read_journal(file) if "seconds" in line and "compiles" not in line]
+    if not steps:
+        return "not measured"
+    names = ("seconds", "planned_seconds", "mfu")
+    values = {n: [line[n] for line in steps if n in line] for n in names}
+    if not all(_is_number(value) for row in values.values() for value in row):
+        raise InputError("not a line of a journal", where=file, expected=f"numbers as {names}")
+    seconds, planned, mfu = (median(values[n]) if values[n] else None for n in names)
+    text = f"{seconds:.3g}"
+    text += "" if planned is None else f", planned {planned:.3g}"
+    return text if mfu is None else f"{text}, {mfu:.1%} of the peak"
+
+
 def read_run(path: Path) -> RunSeries:
     """Return what a run measured.
 
@@ -552,6 +570,7 @@ def read_run(path: Path) -> RunSeries:
         "tokens": f"{tokens:,}",
         "best held out": "none" if best is None else f"{best.loss:.4f} at step {best.number:,}",
         "recipe": str(stage.get("recipe", ""))[:19],
+        "seconds a step": _pace(path),
     }
     return RunSeries(path.resolve().name, lines, facts)
 
@@ -636,7 +655,7 @@ def source_files(model: OpenedModel, config: bytes) -> dict[str, Path | bytes]:
 
 
 def followed(
-    job: TrainJob, training: Training, stop: Callable[[], Reason | None]
+    job: TrainJob, training: Training, stop: Callable[[], Reason | None], work: StepWork
 ) -> Iterator[Event]:
     """Yield the events of a training, each after it is in the journals of its run.
 
@@ -644,6 +663,7 @@ def followed(
       job: what is trained.
       training: on its devices.
       stop: returns why to stop after the step, or None.
+      work: of a step.
 
     Raises:
       As `moecc.train.events.Training.events`.
@@ -657,6 +677,8 @@ def followed(
                 cut_back(job.run / name, steps[-1].number if steps else 0)
                 journals.append(opened.enter_context(Journal(job.run / name)))
         for event in training.events(stop):
+            if isinstance(event, Stepped):
+                event = replace(event, speed={**event.speed, **work.figures(event.seconds)})
             if journals and not (isinstance(event, Stepped) and event.step % every):
                 _record(event, *journals)
             yield event
@@ -671,6 +693,7 @@ def _record(event: Event, metrics: Journal, speed: Journal) -> None:
                 "step": event.step,
                 "seconds": round(event.seconds, 6),
                 "processor_seconds": round(event.processor_seconds, 6),
+                **{name: float(f"{value:.6g}") for name, value in event.speed.items()},
             }
             speed.write({**line, "compiles": True} if event.compiles else line)
         case Saved():

@@ -16,6 +16,7 @@ from moecc.formats.run import LINEAGE_SCHEMA
 from moecc.train.events import (
     DEAD_STEPS,
     Stepped,
+    StepWork,
     TensorBoard,
     Watch,
     tracked,
@@ -73,6 +74,23 @@ def test_series_of_a_journal(run: Path) -> None:
     assert found.spread("layers.1.ffn").values.tolist() == [[1.0, 2.0]]  # type: ignore[union-attr]
     assert found.scalar("nothing") is None
     assert [a.step for a in found.alarms()] == [900 + DEAD_STEPS]
+
+
+def test_the_pace_of_a_run_is_that_of_steps_that_compiled_nothing(run: Path) -> None:
+    assert read_run(run).facts["seconds a step"] == "not measured"
+    lines = [{"step": 1, "seconds": 9.0, "compiles": True}, {"step": 2, "saved_seconds": 7.0}]
+    lines += [{"step": s, "seconds": s / 10, "planned_seconds": 0.25} for s in (2, 3, 4)]
+    (run / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(run).facts["seconds a step"] == "0.3, planned 0.25"
+    (run / "speed.jsonl").write_text('{"step": 1, "seconds": "soon"}\n')
+    with pytest.raises(InputError, match="not a line of a journal"):
+        read_run(run)
+
+
+def test_the_work_of_a_step_is_compared_with_peak_and_plan() -> None:
+    assert StepWork(6e9).figures(2.0) == {"flops_per_second": 3e9}
+    figures = StepWork(6e9, 12e9, 1.5).figures(2.0)
+    assert figures == {"flops_per_second": 3e9, "mfu": 0.25, "planned_seconds": 1.5}
 
 
 def test_what_is_no_run_or_made_no_step_is_refused(run: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from moecc.cli.main import main
 from moecc.formats.run import saved_steps
+from moecc.train.run import read_run
 
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
@@ -26,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe, and a run of it that went to its end."""
     folder = tmp_path_factory.mktemp("train")
     recipe = make_recipe(folder, RUN)
-    assert main(["train", str(recipe), "--out", str(folder / "run")]) == 0
+    options = ["--machine", "cpu:1", "--profile", "2"]
+    assert main(["train", str(recipe), "--out", str(folder / "run"), *options]) == 0
     make_model(folder / "small", vocab_size=100)
     shutil.copytree(folder / "tokens" / "train", folder / "other")
     facts = json.loads((folder / "other" / "tokens.json").read_text())
@@ -47,6 +49,20 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
         return code, found.out, found.err
 
     return run
+
+
+def test_a_run_measures_its_speed_and_is_traced(folder: Path) -> None:
+    run = folder / "run"
+    lines = [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "seconds" in line]
+    assert len(steps) == 6
+    for line in steps:
+        work = line["flops_per_second"] * line["seconds"]
+        assert work == pytest.approx(steps[0]["flops_per_second"] * steps[0]["seconds"], rel=1e-2)
+        assert 0 < line["mfu"] < 1
+    assert read_run(run).facts["seconds a step"].endswith("of the peak")
+    (trace,) = (run / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size
 
 
 def killed(folder: Path, step: int, name: str) -> Path:

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from math import inf, prod
@@ -416,7 +416,9 @@ class Loop:
                 streak.clear()
                 accepted = [number]
                 seconds = time.monotonic() - started, time.process_time() - worked
-                yield Stepped(self._at.step, measured, self._at.tokens, *seconds, compiles)
+                yield Stepped(
+                    self._at.step, measured, self._at.tokens, *seconds, compiles, device_memory()
+                )
             if (yield from self._between(bool(streak))):
                 return None
         self.enter("save")
@@ -462,6 +464,32 @@ class Loop:
         yield from self.checkpoints.wait()
         yield Stopped(step, why)
         return True
+
+
+def device_memory() -> dict[str, float]:
+    """Return the peak of the fullest device of this process, in bytes, where devices count it."""
+    counts = [stats for d in jax.local_devices() if (stats := d.memory_stats())]
+    peaks = [count["peak_bytes_in_use"] for count in counts if "peak_bytes_in_use" in count]
+    return {"memory_bytes": float(max(peaks))} if peaks else {}
+
+
+def traced(events: Iterator[Event], steps: int, folder: Path) -> Iterator[Event]:
+    """Yield events, and write a trace of some steps, after two that compile and warm up.
+
+    Args:
+      events: of a run.
+      steps: how many are traced; 0: none.
+      folder: where the trace goes, as xprof and TensorBoard read it.
+    """
+    made = 0
+    with ExitStack() as tracing:
+        for event in events:
+            yield event
+            made += isinstance(event, Stepped)
+            if steps and isinstance(event, Stepped) and made == 2:
+                tracing.enter_context(jax.profiler.trace(str(folder)))
+            elif made == 2 + steps:
+                tracing.close()
 
 
 def is_due(step: int, every: int) -> bool:
@@ -632,7 +660,7 @@ class XlaTraining:
             spread_of(self.first.graph, self.first.where.whole),
             self.watchdog.enter,
         )
-        for event in loop.events():
+        for event in traced(loop.events(), job.traced_steps, job.run / "profile"):
             self.watchdog.beat(type(event).__name__)
             yield event
 
