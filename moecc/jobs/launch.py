@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import selectors
-import shlex
 import signal
 import socket
 import subprocess
@@ -15,14 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.resources import files
-from string import Template
 from typing import IO, Annotated, Literal
 
 from moecc.errors import MachineError, UsageError, nearest
 from moecc.jobs import COMMANDS
-from moecc.jobs.command import Amount, Spelling
+from moecc.jobs.command import OptionalMachine, Spelling
 from moecc.launch.processes import BEATS, LIFELINE, LIMIT, ProcessInfo
+from moecc.launch.templates import make_job, template
 from moecc.support.console import PROGRESS
 from moecc.support.process import signals_noted, signals_raised
 
@@ -274,45 +271,22 @@ def _copy(line: bytes) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# Cluster scripts that start moecc: printed, for people to read and change, never run.
+# The command.
 
 MOST_LOCAL = 64
-TEMPLATES = ("slurm", "xpk")
-
-_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?\Z")
-
-
-def _script(kind: str, words: Sequence[str], name: str, nodes: int, step_seconds: int) -> str:
-    """Return the script of a cluster."""
-    if kind not in TEMPLATES:
-        hint = nearest(kind, TEMPLATES) or f"templates: {', '.join(TEMPLATES)}"
-        raise UsageError(f"unknown template {kind!r}", hint=hint)
-    if _LABEL.match(name) is None:
-        raise UsageError(
-            "not a valid name of a job",
-            expected="a DNS label of at most 40: small letters, digits and dashes",
-            found=name,
-        )
-    text = (files("moecc.launch") / "scripts" / f"{kind}.sh").read_text("utf-8")
-    command = shlex.join(["moecc", *words])
-    settings = f"MOECC_DISTRIBUTED=cluster MOECC_STEP_SECONDS={step_seconds}"
-    return Template(text).substitute(
-        name=name,
-        nodes=nodes,
-        seconds=step_seconds,
-        # A training that begins again goes on where it was saved.
-        restarts=10 if words[0] == "train" else 0,
-        command=command,
-        quoted=shlex.quote(f"{settings} {command}"),
-    )
 
 
 def launch(
     how: Annotated[Literal["local", "template"], Spelling("local|template")],
-    command: Annotated[Sequence[str], Spelling("[slurm|xpk] -- COMMAND…")],
+    command: Annotated[Sequence[str], Spelling("[slurm|jobset|skypilot|xpk] -- COMMAND…")],
     *,
     processes: Annotated[int, Spelling("N", "n", low=1, high=MOST_LOCAL)] = 2,
-    nodes: Amount = 1,
+    nodes: Annotated[int | None, Spelling("N", low=1, high=99_999)] = None,
+    machine: OptionalMachine = None,
+    image: str | None = None,
+    queue: str | None = None,
+    volume: str | None = None,
+    cluster: str | None = None,
     name: str = "moecc",
     step_seconds: Annotated[int, Spelling("SECONDS", low=1)] = 300,
 ) -> int:
@@ -325,7 +299,13 @@ def launch(
       how: Start processes on this machine, or print the script of a cluster.
       command: Command of moecc, or: python FILE. For a template, the cluster stands first.
       processes: Number of processes on this machine.
-      nodes: Number of machines in a template, or of slices of TPUs.
+      nodes: Number of hosts in a template, or of parts of a conversion (default: the hosts of the
+        machine).
+      image: Container image that has moecc, in a template.
+      queue: Queue of Kueue or partition of Slurm, in a template.
+      volume: Volume with the files of the command, in a template: a claim of Kubernetes, or a
+        volume of SkyPilot.
+      cluster: Cluster of xpk, in a template.
       name: Name of the job in a template.
       step_seconds: Time without a step after which a process counts as stuck; loading, compiling,
         evaluating and saving have limits of their own.
@@ -335,7 +315,11 @@ def launch(
     """
     if how == "template":
         kind, *words = command
-        sys.stdout.write(_script(kind, _checked(words), name, nodes, step_seconds))
+        job = make_job(
+            name, _checked(words), nodes, machine, step_seconds, image=image, queue=queue,
+            volume=volume, cluster=cluster,
+        )  # fmt: skip
+        sys.stdout.write(template(kind, job))
         return 0
     if command[0] == "python" and len(command) > 1:
         program = [sys.executable, "-m", "moecc.launch.script", *command[1:]]

@@ -34,6 +34,8 @@ _SHORT = re.compile(
 _CORES_IN_NAMES = {"v4": 2, "v5p": 2}
 """Clouds count the cores of these, two a chip, and the chips of the others."""
 
+_CLOUD_NAMES = {"v5e": "v5litepod"}
+
 MOST_SLICES = 64
 
 MOST_GPUS = 1 << 13
@@ -316,6 +318,12 @@ def _more_slices(name: str) -> Iterator[Machine]:
     single = name.rpartition(":")[0]
     for power in range(MOST_SLICES.bit_length()):
         yield parse_machine(f"{single}:{2**power}")
+
+
+def short_tpu_name(chip: str, topology: str) -> str:
+    """Return what clouds call a slice of TPUs: ``v5litepod-16``, ``v5p-128``."""
+    chips = prod(map(int, topology.split("x")))
+    return f"{_CLOUD_NAMES.get(chip, chip)}-{chips * _CORES_IN_NAMES.get(chip, 1)}"
 
 
 def short_names() -> Iterator[str]:

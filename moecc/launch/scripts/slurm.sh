@@ -1,16 +1,15 @@
 #!/bin/bash
 # One task for each GPU, as JAX takes them: it reads Slurm's variables for the address of the
-# first task, the number of tasks and the number of this one.  Change what your cluster wants.
+# first task, the number of tasks and the number of this one.
 #SBATCH --job-name=$name
-#SBATCH --nodes=$nodes
-#SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=8
+$partition#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=$tasks
+$gpus#SBATCH --cpus-per-task=8
 #SBATCH --time=01:00:00
 #SBATCH --output=$name-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue                     # after the loss of a node
-#SBATCH --signal=TERM@300             # to the tasks, five minutes before the time is up
+#SBATCH --signal=TERM@$stop             # to the tasks, five minutes before the time is up
 
 set -euo pipefail
 export MOECC_DISTRIBUTED=cluster      # JAX finds the other processes

@@ -1,11 +1,11 @@
 #!/bin/bash
-# A workload on a GKE cluster that xpk made.  GKE tells each host of a TPU slice its place, and
-# JAX reads it.  Fill in what stands in capitals.
+# A workload on a GKE cluster that xpk made, in gcloud's current project and zone.  GKE tells each
+# host of a TPU slice its place, and JAX reads it.
 set -euo pipefail
 xpk workload create \
-  --cluster=CLUSTER --zone=ZONE --project=PROJECT \
+  --cluster=$cluster \
   --workload=$name \
-  --tpu-type=TPU_TYPE --num-slices=$nodes \
-  --docker-image=IMAGE_WITH_MOECC \
+  --tpu-type=$type --num-slices=$slices \
+  --docker-image=$image \
   --max-restarts=$restarts \
-  --command=$quoted
+  --command=$command

@@ -1,0 +1,237 @@
+"""``moecc launch template``: what schedulers read is what moecc means."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moecc.cli.main import main
+from moecc.launch.processes import ProcessInfo, process_info
+
+TRAIN = ("--", "train", "recipe:upcycle", "--out", "run", "--set", 'a="b c"')
+CONVERT = ("--", "convert", "source", "out dir", "-p", "upcycle{experts=8 top-k=2}")
+CLUSTER = ("--image", "registry/moecc:1", "--queue", "team", "--volume", "data")
+
+Printed = Callable[..., str]
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
+    """Return what ``moecc launch template ARGS`` prints."""
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["launch", "template", *words]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def pods(jobset: Any) -> dict[str, Any]:
+    """Return the jobs of a JobSet by name."""
+    return {job["name"]: job["template"]["spec"] for job in jobset["spec"]["replicatedJobs"]}
+
+
+def with_stubs(folder: Path, script: str, **environment: str) -> dict[str, str]:
+    """Run a script with commands that note their arguments and environment."""
+    for name in ("moecc", "sbatch", "srun", "xpk"):
+        stub = folder / name
+        stub.write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/{name}.args\nenv > {folder}/env\n'
+        )
+        stub.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    subprocess.run(
+        ["bash", "-c", script], check=True, cwd=folder, env={"PATH": path, **environment}
+    )
+    return {p.stem: p.read_text() for p in folder.glob("*.args")}
+
+
+def arguments(words: Sequence[str]) -> str:
+    return "".join(f"{word}\n" for word in words)
+
+
+def noted_process(folder: Path) -> ProcessInfo | None:
+    lines = (line.partition("=") for line in (folder / "env").read_text().splitlines())
+    return process_info({name: value for name, _, value in lines})
+
+
+def test_a_jobset_tells_each_host_its_process(printed: Printed) -> None:
+    jobset = yaml.safe_load(printed("jobset", "--machine", "h100x16", *CLUSTER, *TRAIN))
+    assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    job = pods(jobset)["workers"]
+    container = job["template"]["spec"]["containers"][0]
+    assert container["command"] == ["moecc", *TRAIN[1:]]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    variables = {v["name"]: v.get("value", "1") for v in container["env"]}
+    # The name that JobSet gives to the first pod of its first job.
+    assert process_info(variables) == ProcessInfo("moecc-workers-0-0.moecc:8476", 2, 1)
+    assert job["completions"] == job["parallelism"] == 2
+
+
+def test_a_jobset_asks_for_slices_of_tpus(printed: Printed) -> None:
+    text = printed("jobset", "--machine", "tpu:v5p:4x4x4:2", *CLUSTER, *TRAIN)
+    jobs = yaml.safe_load(text)["spec"]["replicatedJobs"]
+    pod = jobs[0]["template"]["spec"]["template"]["spec"]
+    assert (jobs[0]["replicas"], jobs[0]["template"]["spec"]["completions"]) == (2, 16)
+    assert set(pod["nodeSelector"].values()) == {"tpu-v5p-slice", "4x4x4"}
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+def test_a_saved_plan_names_the_machine(printed: Printed, tmp_path: Path) -> None:
+    plan = str(tmp_path / "plan.json")
+    words = ["plan", "preset:smollm2-135m", "--machine", "h100x32", "--save", plan]
+    assert main(words) == 0
+    text = printed("skypilot", *CLUSTER, *TRAIN, "--plan", plan)
+    task = yaml.safe_load(text)
+    assert (task["num_nodes"], task["resources"]["accelerators"]) == (4, "H100:8")
+    assert "--nodes=4" in printed("slurm", *TRAIN, f"--plan={plan}")
+
+
+def test_a_task_of_skypilot_runs_the_command(printed: Printed, tmp_path: Path) -> None:
+    task = yaml.safe_load(printed("skypilot", "--machine", "a100x16", *CLUSTER, *TRAIN))
+    assert task["resources"]["accelerators"] == "A100-80GB:8"
+    ran = with_stubs(
+        tmp_path, task["run"].replace("cd /work\n", ""), SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
+        SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1",
+    )  # fmt: skip
+    assert ran["moecc"] == arguments(TRAIN[1:])
+    assert noted_process(tmp_path) == ProcessInfo("10.0.0.1:8476", 2, 1)
+
+
+def test_a_conversion_becomes_parts_and_a_join(printed: Printed, tmp_path: Path) -> None:
+    first, parts, join = yaml.safe_load_all(
+        printed("skypilot", "--nodes", "8", "--name", "big", *CLUSTER, *CONVERT)
+    )
+    assert (first, parts["num_nodes"], join["num_nodes"]) == ({"name": "big"}, 8, 1)
+    jobs = pods(yaml.safe_load(printed("jobset", "--nodes", "8", *CLUSTER, *CONVERT)))
+    assert jobs["parts"]["completions"] == 8
+    scripts = {
+        "sky": parts["run"].replace("cd /work\n", ""),
+        "kubernetes": jobs["parts"]["template"]["spec"]["containers"][0]["command"][2],
+        "slurm": printed("slurm", "--nodes", "8", *CONVERT),
+    }
+    variables = {
+        "sky": {"SKYPILOT_NODE_RANK": "2"},
+        "kubernetes": {"JOB_COMPLETION_INDEX": "2"},
+        "slurm": {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"},
+    }
+    expected = arguments([*CONVERT[1:], "--part", "3/8", "--threads", "8", "--resume"])
+    for kind, script in scripts.items():
+        assert with_stubs(tmp_path, script, **variables[kind]) == {"moecc": expected}, kind
+    joins = [join["run"].replace("cd /work\n", ""),
+             jobs["join"]["template"]["spec"]["containers"][0]["command"][2]]  # fmt: skip
+    assert joins[0].strip() == joins[1]
+    joined = [*CONVERT[1:], "--join", "--threads", "8", "--resume"]
+    assert with_stubs(tmp_path, joins[0])["moecc"] == arguments(joined)
+
+
+def test_the_first_part_on_slurm_submits_the_join_once(printed: Printed, tmp_path: Path) -> None:
+    script = printed("slurm", "--nodes", "8", "--queue", "cpu", *CONVERT)
+    assert "#SBATCH --partition=cpu\n" in script
+    first = {
+        "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_PARTITION": "cpu",
+    }  # fmt: skip
+    assert "sbatch" not in with_stubs(tmp_path, script, **first, SLURM_RESTART_COUNT="1")
+    submitted = with_stubs(tmp_path, script, **first)["sbatch"].splitlines()
+    assert "--dependency=afterok:7" in submitted
+    wrapped = next(word for word in submitted if word.startswith("--wrap="))
+    joined = ["moecc", *CONVERT[1:], "--join", "--threads", "8", "--resume"]
+    assert shlex.split(wrapped.removeprefix("--wrap=")) == joined
+
+
+def test_xpk_gets_the_type_that_clouds_call_a_slice(printed: Printed, tmp_path: Path) -> None:
+    script = printed(
+        "xpk", "--machine", "tpu:v5p:4x4x4:2", "--cluster", "c", "--image", "i", *TRAIN
+    )
+    ran = with_stubs(tmp_path, script)["xpk"].splitlines()
+    assert {"--cluster=c", "--tpu-type=v5p-128", "--num-slices=2", "--max-restarts=10"} <= {*ran}
+    command = next(word for word in ran if word.startswith("--command="))
+    assert shlex.split(command.removeprefix("--command="))[2:] == ["moecc", *TRAIN[1:]]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("slumr -- train r", "did you mean 'slurm'?"),
+        ("jobset --machine h100x16 -- train r", "needs --image"),
+        ("jobset --image i -- train r", "--machine, for example h100x16"),
+        ("jobset --image i -- convert a b", "needs --volume"),
+        ("xpk --machine v5p-128 -- train r", "needs --cluster"),
+        ("xpk --machine h100x16 --cluster c --image i -- train r", "a machine of tpu"),
+        ("xpk --cluster c --image i -- convert a b", "moecc launch template jobset"),
+        ("slurm --machine h100x16 --nodes 3 -- train r", "--nodes 2, or none"),
+        ("slurm --machine h100x3x -- train r", "unknown machine"),
+        ("slurm --name A_B -- train r", "a DNS label"),
+        ("slurm --queue 'a\n#SBATCH --x' -- train r", "not a name that a template can hold"),
+        ("slurm -- convert a b --part 1/3", "the template adds the parts itself"),
+    ],
+)
+def test_a_template_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], words: str, told: str
+) -> None:
+    assert main(["launch", "template", *shlex.split(words)]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert captured.out == ""
+
+
+JUDGES = {
+    "MOECC_KUBERNETES_PYTHON": """
+import json, sys, kubernetes_validate
+for job in json.load(sys.stdin):
+    kubernetes_validate.validate(job, "1.31", strict=True)
+""",
+    "MOECC_SKYPILOT_PYTHON": """
+import json, sys
+from sky.utils import dag_utils
+for text in json.load(sys.stdin):
+    dag = dag_utils.load_chain_dag_from_yaml_str(text)
+    assert all(task.run for task in dag.tasks) and dag.name
+""",
+    "MOECC_XPK_PYTHON": """
+import json, sys
+from xpk.parser.core import set_parser
+import argparse
+for words in json.load(sys.stdin):
+    parser = argparse.ArgumentParser()
+    set_parser(parser)
+    assert parser.parse_args(words).tpu_type
+""",
+}
+"""The programs by which schedulers judge, by the variable that names an interpreter."""
+
+
+@pytest.mark.parametrize("variable", JUDGES)
+def test_the_parser_of_the_scheduler_accepts_it(
+    printed: Printed, tmp_path: Path, variable: str
+) -> None:
+    interpreter = os.environ.get(variable)
+    if not interpreter:
+        pytest.skip(f"{variable} names no interpreter with the scheduler's package")
+    subjects: list[Any] = []
+    machine = ("--machine", "h100x16")
+    if "KUBERNETES" in variable:
+        for words in ((*machine, *CLUSTER, *TRAIN), ("--nodes", "8", *CLUSTER, *CONVERT),
+                      ("--machine", "v5e-16", "--image", "i", *TRAIN)):  # fmt: skip
+            jobs = pods(yaml.safe_load(printed("jobset", *words)))
+            subjects += [{"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name},
+                          "spec": spec} for name, spec in jobs.items()]  # fmt: skip
+    elif "SKYPILOT" in variable:
+        subjects.append(printed("skypilot", *machine, *CLUSTER, *TRAIN))
+        subjects.append(printed("skypilot", "--nodes", "8", *CLUSTER, *CONVERT))
+    else:
+        words = ("--machine", "v5p-128", "--cluster", "c", "--image", "i", *TRAIN)
+        subjects.append(with_stubs(tmp_path, printed("xpk", *words))["xpk"].splitlines())
+    subprocess.run(
+        [interpreter, "-c", JUDGES[variable]], input=json.dumps(subjects), text=True, check=True
+    )
