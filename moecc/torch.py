@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moecc.support.backend_names import lazy_names
 
-NAMES = ("convert", "load")
+NAMES = ("convert", "convert_folder", "load", "prove_folder")
 """The public names."""
 
 __all__ = list(NAMES)

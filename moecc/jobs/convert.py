@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from moecc.errors import CheckError, Problem, UsageError
+from moecc.errors import CheckError, Problem, UsageError, raise_problems
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import files_of
 from moecc.formats.files import make_folder, read_whole, require_removed, write_durable
@@ -38,6 +38,7 @@ from moecc.formats.writer import (
 from moecc.jobs.command import (
     AllowUnmatched,
     Force,
+    Inputs,
     Load,
     OutputFile,
     PaddingMask,
@@ -60,7 +61,8 @@ from moecc.jobs.receipt import (
 )
 from moecc.jobs.receipt import conversion_facts as conversion_facts
 from moecc.model.initialise import add_statistics
-from moecc.model.open import add_branches, open_model, parse_branches
+from moecc.model.open import MODULE_TYPE, add_branches, open_model, parse_branches
+from moecc.rewrite.pipeline import Pipeline
 from moecc.support.console import Bar, say, warn
 from moecc.support.process import available_cores, signals_raised
 from moecc.support.text import amount, count_text, size_text, with_article
@@ -411,6 +413,9 @@ def convert(
     pipeline: PipelineText = "",
     to: Annotated[str, Spelling("FAMILY", complete="targets")] = "auto",
     emit: Annotated[str | None, Spelling("LANGUAGE")] = None,
+    via: Annotated[Literal["torch"] | None, Spelling()] = None,
+    inputs: Inputs = None,
+    trust_remote_code: bool = False,
     dtype: Annotated[str | None, Spelling("TYPE")] = None,
     seed: Seed = 0,
     experts: Annotated[Sequence[str], Spelling("NAME=DIR")] = (),
@@ -441,6 +446,10 @@ def convert(
       out: Folder to write, or file that ends in .gguf.
       to: Family to write, gguf:ARCH with llama.cpp's name of an architecture, or auto.
       emit: Language of a program to write beside the tensors of st_moe: torch or jax.
+      via: Read a folder whose family moecc does not know as its class of PyTorch, with
+        torch.export; attention and all else stay the code of that class.
+      trust_remote_code: Run the Python code of the folder, which --via torch needs where
+        transformers has no class of the model.
       dtype: Element type to write: f32, bf16, f16 or f64, in a GGUF file also q8_0 and q4_k
         (default: as stored).
       experts: Model like SOURCE, or LoRA adapter of it, by the name that the option sources of
@@ -474,6 +483,18 @@ def convert(
     _check_modes(options)
     check_proof_files(proof, force=force)
     passes = read_pipeline(pipeline, load)
+    if via is not None:
+        refused = {"to": to != "auto", "emit": emit, "dtype": dtype, "experts": experts,
+                   "capture": capture, "padding-mask": padding_mask, "verify": verify,
+                   "resume": resume, "proof": proof, "part": part, "join": join}  # fmt: skip
+        return _convert_via_torch(
+            source, out, passes, inputs, [name for name, value in refused.items() if value],
+            trust_remote_code=trust_remote_code, seed=seed, allow_unmatched=allow_unmatched,
+            check=not no_check, dry_run=dry_run, force=force,
+            options=options,
+        )  # fmt: skip
+    if inputs is not None or trust_remote_code:
+        raise UsageError("--inputs and --trust-remote-code go with --via torch")
     with (
         signals_raised(),
         open_model(
@@ -539,6 +560,44 @@ def _has_part(planned: Plan, out: str, options: WriteOptions) -> bool:
     read_part(folder, options.part, facts, shards)
     say(f"part {options.part} was complete")
     return True
+
+
+def _convert_via_torch(
+    source: str, out: str, passes: Pipeline, inputs: str | None, refused: Sequence[str],
+    *, dry_run: bool, options: WriteOptions, **more: Any,
+) -> Report:  # fmt: skip
+    """Convert a folder by what torch.export shows of its class, and return the report."""
+    from moecc import torch as mt
+    from moecc.model.inputs import read_named_arrays
+
+    raise_problems(
+        (Problem(f"--{name} does not go with --via torch", hint="leave one out")
+         for name in refused), UsageError,
+    )  # fmt: skip
+    arrays = None if inputs is None else read_named_arrays(inputs)
+    with signals_raised(), Bar("writing") as bar:
+        done = mt.convert_folder(
+            source, out, passes, inputs=arrays, dry_run=dry_run,
+            options=replace(options, progress=bar), **more,
+        )  # fmt: skip
+    conversion, proof = done.conversion, done.conversion.proof
+    if done.written is not None:
+        _say_weights_written(done.written, resume=False)
+    data = {
+        "source": source, "family_from": MODULE_TYPE, "family_to": MODULE_TYPE,
+        "pipeline": str(conversion.pipeline), "preserves": asdict(conversion.preserves),
+        "proof": None if proof is None else proof.to_json(), "seed": conversion.seed,
+        "tensors": done.tensors, "size_bytes": done.size_bytes,
+        "report": conversion.report.to_json(), "out": out, "dry_run": dry_run,
+    }  # fmt: skip
+    rows = [
+        f"{source} -> {out} ({conversion.dense.sparse})",
+        str(conversion.report),
+        *([f"{proof.verdict.status}: blocks of the dense model"] if proof is not None else []),
+        f"on disk: {size_text(done.size_bytes)} in {amount(done.tensors, 'tensor')}",
+        "nothing was written (--dry-run)" if dry_run else f"written to {out}",
+    ]
+    return Report("convert", data, lambda: "\n".join(rows))
 
 
 def _say_weights_written(written: WriteReport, resume: bool) -> None:

@@ -19,7 +19,7 @@ from moecc.jobs.command import (
     check_writable,
     read_pipeline,
 )
-from moecc.model.open import CONFIG_NAME, OpenedModel, open_model
+from moecc.model.open import CONFIG_NAME, OpenedModel, is_function_folder, open_model
 from moecc.prove import Prover, Verdict
 from moecc.prove.conversion import ConversionProof, compared, prove_conversion
 from moecc.prove.log import proof_paths
@@ -57,20 +57,28 @@ def prove(
       moecc prove smollm2 smollm2-8x
     """
     check_proof_files(proof, force=force)
-    with open_model(a, config_alone=True) as source, open_model(b, config_alone=True) as result:
-        prover = Prover(exact=exact)
-        manifest = _conversion_of(source, result)
-        if manifest is None:
-            comparison = compared(source.graph, result.graph, prover)
-        else:
-            comparison = replay(source, result, manifest, prover, load)
-        if proof is not None and comparison.verdict:
-            comparison.write(Path(proof))
+    comparison = _comparison(a, b, Prover(exact=exact), load)
+    if proof is not None and comparison.verdict:
+        comparison.write(Path(proof))
     data = {"a": a, "b": b, "proof": comparison.to_json(), "node": comparison.verdict.node}
     data["terms"] = list(comparison.verdict.terms)
     problem = verdict_problem(comparison.verdict)
     error = None if problem is None else _error(comparison.verdict, problem)
     return Report("prove", data, lambda: proof_text(comparison, a, b), error=error)
+
+
+def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
+    if is_function_folder(b) and not is_function_folder(a) and Path(a, CONFIG_NAME).is_file():
+        from moecc import torch as mt
+
+        read_pipeline("", load)
+        module_proof: ConversionProof = mt.prove_folder(a, b, prover)
+        return module_proof
+    with open_model(a, config_alone=True) as source, open_model(b, config_alone=True) as result:
+        manifest = _conversion_of(source, result)
+        if manifest is None:
+            return compared(source.graph, result.graph, prover)
+        return replay(source, result, manifest, prover, load)
 
 
 def check_proof_files(file: str | None, *, force: bool) -> None:

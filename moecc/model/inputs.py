@@ -239,12 +239,17 @@ def read_inputs(path: str, graph: Graph) -> dict[str, Array]:
     Raises:
       InputError: it is no such file, or its content does not match the graph.
     """
-    if not os.path.isfile(path):
-        raise InputError("no such file", where=path)
     if path.endswith(".npz"):
-        return check_inputs(graph, _load_all(path), path)
+        return check_inputs(graph, read_named_arrays(path), path)
+    require_file(path)
     with open(path, "rb") as file:
         return check_inputs(graph, {next(iter(graph.inputs)): _load(file, path)}, path)
+
+
+def require_file(path: str) -> None:
+    """Raise InputError unless there is a file."""
+    if not os.path.isfile(path):
+        raise InputError("no such file", where=path)
 
 
 _FOREIGN = (
@@ -254,7 +259,9 @@ _FOREIGN = (
 """What NumPy, zipfile and the parser of headers raise for files that are none."""
 
 
-def _load_all(path: str) -> dict[str, Array]:
+def read_named_arrays(path: str) -> dict[str, Array]:
+    """Return the arrays of a ``.npz`` file, by name. Raises InputError."""
+    require_file(path)
     # Pickled objects are code; NumPy rejects them by default.
     try:
         with open(path, "rb") as file, _quiet(), np.load(file, allow_pickle=False) as archive:

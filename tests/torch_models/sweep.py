@@ -35,7 +35,7 @@ from moecc.weights.expr import sources
 from . import tiny
 
 PIPELINE = "upcycle{experts=4 top-k=2},add-losses{metrics=false}"
-SECONDS = 150
+SECONDS = 100
 
 
 class Wrong(Exception):
@@ -334,6 +334,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", default="0/1")
+    parser.add_argument("--again", nargs="*", default=[], help="stages that are judged anew")
     parser.add_argument("types", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -343,14 +344,21 @@ def main() -> int:
     if lines.exists():
         earlier += map(json.loads, lines.read_text().splitlines())
     rows = {row["type"]: row for row in earlier}
+    again = {kind for kind, row in rows.items() if row["stage"] in options.again}
     chosen = tiny.architectures()
     # What all of them import is imported once, before processes part.
-    exported_module(next(tiny.builds("llama", "LlamaForCausalLM")), (torch.zeros(1, 2).long(),), {})
+    inputs = {"input_ids": torch.zeros(1, 2).long()}
+    moe = conversions.convert(next(tiny.builds("llama", "LlamaForCausalLM")), inputs, PIPELINE)
+    with tempfile.TemporaryDirectory() as folder:
+        moe.save_pretrained(folder)
+        conversions.load(folder)
     at, parts = map(int, options.part.split("/"))
-    for number, (kind, name) in enumerate(chosen.items()):
+    new_first = sorted(chosen.items(), key=lambda item: item[0] in rows)
+    for number, (kind, name) in enumerate(new_first):
         if options.types and kind not in options.types:
             continue
-        if (kind in rows and not options.types) or number % parts != at:
+        is_judged = kind in rows and kind not in again and not options.types
+        if is_judged or number % parts != at:
             continue
         rows[kind] = in_child(kind, name)
         with lines.open("a") as stream:

@@ -45,7 +45,9 @@ SIZES = {
     "max_target_positions": 40,
     "num_mel_bins": 16, "state_size": 8, "mamba_d_state": 8, "ssm_state_size": 8,
     "codebook_size": 32, "num_queries": 5, "num_query_tokens": 4, "num_frames": 4,
-    "rotary_dim": 4,
+    "rotary_dim": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "n_mamba_heads": 8,
+    "mamba_headdim": 8, "mamba_expand": 2, "num_experts_per_token": 2, "moe_topk": 2,
+    "moe_top_k": 2, "mamba_num_heads": 8, "mamba_head_dim": 8,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
@@ -67,6 +69,8 @@ def shrink(config: Any, *, lists: bool, sizes: bool) -> Any:
                 _set(config, name, SIZES[name])
             elif name.endswith("token_id") and value > 90:
                 _set(config, name, 1 + len(name) % 60)
+        elif value is None and name in ("head_dim", "num_experts_per_tok", "num_key_value_heads"):
+            _set(config, name, SIZES[name])
         elif isinstance(value, list) and value and lists:
             if name in BY_STAGE:
                 _set(config, name, [16 * 2**i for i in range(len(value))])
@@ -123,18 +127,23 @@ def builds(kind: str, name: str) -> Iterator[Any]:
     is_built = False
     for lists, sizes in ((True, True), (False, True), (False, False)):
         try:
-            config = transformers.CONFIG_MAPPING[kind]()
+            config, kind_of_model = transformers.CONFIG_MAPPING[kind](), getattr(transformers, name)
+            text = config.get_text_config()
+            if kind_of_model.config_class is type(text):  # of the text model inside a wrapper
+                config = text
             shrink(config, lists=lists, sizes=sizes)
             config.use_cache = False
+            if hasattr(config, "default_language"):
+                config.default_language = config.languages[0]
             for part in (config, *vars(config).values()):
                 if isinstance(part, transformers.PretrainedConfig):
                     part._experts_implementation = "batched_mm"
             with torch.device("meta"):
-                model = getattr(transformers, name)._from_config(config)
+                model = kind_of_model._from_config(config)
             if sum(p.numel() for p in model.parameters()) > MAX_ELEMENTS:
                 continue
             torch.manual_seed(0)
-            model = getattr(transformers, name)._from_config(config, dtype=torch.float64)
+            model = kind_of_model._from_config(config, dtype=torch.float64)
             is_built = True
             yield model.double().eval()
         except Exception as problem:  # a size does not fit another: the next way

@@ -2,12 +2,15 @@
 
 `convert` is the door.  `lowering` makes a function of JAX of what `torch.export` shows, which the
 chapters of `moecc_backends.jaxpr` then read like any other; `placing` finds where blocks stand in
-the module; `conversion` puts the rewritten ones there, as the modules that ``emit torch`` writes.
+the module; `conversion` puts the rewritten ones there, as the modules that ``emit torch`` writes;
+`folders` does so for a folder of transformers.
 """
 
 from __future__ import annotations
 
 from moecc_backends.torch_export.conversion import convert as convert
 from moecc_backends.torch_export.conversion import load as load
+from moecc_backends.torch_export.folders import convert_folder as convert_folder
+from moecc_backends.torch_export.folders import prove_folder as prove_folder
 
-__all__ = ["convert", "load"]
+__all__ = ["convert", "convert_folder", "load", "prove_folder"]

@@ -13,12 +13,13 @@ import linecache
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import wraps
 from hashlib import sha256
+from importlib import import_module
 from math import prod
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from moecc.formats.files import read_json_object, write_durable
 from moecc.formats.folder import open_folder
 from moecc.formats.manifest import (
     MANIFEST_NAME,
+    FileRecord,
     Manifest,
     TensorRecord,
     dump,
@@ -44,6 +46,8 @@ from moecc.ir.text import print_graph, read_graph
 from moecc.jobs.checks import Contracts
 from moecc.jobs.receipt import RECEIPT_NAME, Receipt
 from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MAX_CONFIG_BYTES, MODULE_SCHEMA, MODULE_TYPE
+from moecc.prove import Prover
+from moecc.prove.conversion import ConversionProof, compared
 from moecc.rewrite.passes import Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline
 from moecc.types import Array, Axis, TensorType
@@ -54,6 +58,7 @@ from moecc_backends.jaxpr.graph import (
     MAX_READ_ELEMENTS,
     FunctionReport,
     RewrittenBlocks,
+    graph_of_blocks,
     parsed_pipeline,
     problems_of,
     rewrite_blocks,
@@ -83,6 +88,8 @@ class ModuleConversion:
       places: where the mixtures stand.
       emitted: the mixtures as text.
       dense: the class of the dense model.
+      proof: the proof that the blocks are those of the dense model, if one was tried.
+      inputs: the inputs that a folder was traced with, as JSON values.
     """
 
     graph: Graph
@@ -94,6 +101,8 @@ class ModuleConversion:
     places: tuple[BlockPlace, ...]
     emitted: EmittedModules
     dense: DenseClass
+    proof: ConversionProof | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: object) -> ModuleConversion:
         return self
@@ -175,11 +184,14 @@ def survey_model(model: Any, exported: ExportedModule) -> SurveyedModel:
     dtypes = {n: shape_of(t.shape, numpy_dtype(t)) for n, t in exported.parameters.items()}
     with jax.enable_x64(True):
         tree, shapes = ParamTree.of(exported.params)
-        arguments = ((), exported.arguments)
-        traced = trace_function(exported, tree, shapes, leaves_of(dtypes), arguments)
-        survey = survey_blocks(traced.scope)
-        refuse_shared_weights(survey)
-        places = Placer(model, exported).places(survey)
+        count = -1
+        while count < len(exported.flattened):  # again, where a module takes tokens of all rows
+            count = len(exported.flattened)
+            arguments = ((), exported.arguments)
+            traced = trace_function(exported, tree, shapes, leaves_of(dtypes), arguments)
+            survey = survey_blocks(traced.scope)
+            refuse_shared_weights(survey)
+            places = Placer(model, exported).places(survey)
         refuse_shared_weights(survey)
     if survey.sites:
         return SurveyedModel(model, exported, survey, places)
@@ -199,8 +211,12 @@ def convert_surveyed(
     seed: int = 0,
     allow_unmatched: bool = False,
     check: bool = False,
+    prover: Prover | None = None,
 ) -> Any:
-    """Return a model whose blocks are known, converted: `convert` without its survey."""
+    """Return a model whose blocks are known, converted: `convert` without its survey.
+
+    With a `prover`, the blocks are proved to be those of the dense model, where passes promise it.
+    """
     model, passes = surveyed.model, parsed_pipeline(pipeline)
     arrays = {name: _shape_or_array(t) for name, t in surveyed.exported.parameters.items()}
 
@@ -215,7 +231,14 @@ def convert_surveyed(
     rewritten = rewrite_blocks(
         surveyed.survey, {}, passes, context, name=type(model).__name__, causal=causal, check=check
     )
-    return _converted_model(model, _conversion(surveyed, rewritten, seed), arrays)
+    conversion = _conversion(surveyed, rewritten, seed)
+    if prover is not None and rewritten.run.preserves.is_equality:
+        source = graph_of_blocks(
+            surveyed.survey, name=type(model).__name__, is_causal=causal, labels={}
+        )
+        proof = compared(source, rewritten.graph, prover, refute=False)
+        conversion = replace(conversion, proof=proof)
+    return _converted_model(model, conversion, arrays)
 
 
 def _with_downs(position: BlockPlace, rewritten: RewrittenBlocks) -> BlockPlace:
@@ -260,8 +283,14 @@ def _dense_class(model: Any) -> DenseClass:
     if not hasattr(model, "save_pretrained") or config is None:
         return DenseClass(kind.__module__, kind.__name__)
     owner = type(config)
-    names = owner.__module__, owner.__name__, str(config.model_type)
-    return DenseClass(kind.__module__, kind.__name__, *names)
+    names = _module_of(owner), owner.__name__, str(config.model_type)
+    return DenseClass(_module_of(kind), kind.__name__, *names)
+
+
+def _module_of(kind: type) -> str:
+    """Return the module to import a class from: beside the emitted file where a folder has it."""
+    is_remote = kind.__module__.startswith("transformers_modules.")
+    return f".{kind.__module__.rpartition('.')[2]}" if is_remote else kind.__module__
 
 
 def _weight(graph: Graph, name: str) -> Expr:
@@ -302,15 +331,25 @@ def _shape_or_array(tensor: Any) -> Any:
 # The model.
 
 
-def _loaded_module(emitted: EmittedModules, dense: type) -> ModuleType:
+def _config_class(conversion: ModuleConversion, dense: Any) -> Any:
+    """Return the class of the config, which may be another than the class of the model states."""
+    config, names = getattr(dense, "config_class", None), conversion.dense
+    is_stated = config is None or config.__name__ == names.config
+    if is_stated or not names.config_module.startswith("transformers."):
+        return config
+    return getattr(import_module(names.config_module), names.config)
+
+
+def _loaded_module(conversion: ModuleConversion, dense: type) -> ModuleType:
     """Return the emitted text as a module of Python."""
+    emitted = conversion.emitted
     name = f"moecc_modules_{sha256(emitted.text.encode()).hexdigest()[:16]}_{id(dense)}"
     if name not in sys.modules:
         module, file = ModuleType(name), f"<{name}>"
         text = emitted.text.replace(emitted.imports, "\n")
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         module.__dict__[dense.__name__] = dense
-        config = getattr(dense, "config_class", None)
+        config = _config_class(conversion, dense)
         if config is not None:
             module.__dict__[config.__name__] = config
         sys.modules[name] = module
@@ -320,17 +359,16 @@ def _loaded_module(emitted: EmittedModules, dense: type) -> ModuleType:
 
 def _sparse_class(conversion: ModuleConversion, dense: type) -> Any:
     """Return the class of a converted model, which writes what `load` needs."""
-    sparse = vars(_loaded_module(conversion.emitted, dense))[conversion.dense.sparse]
+    sparse = vars(_loaded_module(conversion, dense))[conversion.dense.sparse]
     inherited = getattr(dense, "save_pretrained", None)
 
     def save_pretrained(self: Any, folder: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write the model to a folder, with its graph, manifest and receipt."""
         path = Path(folder_text(folder))
         if inherited is not None:
-            self.config.moecc = _config(self.conversion)
             # Tensors have the names of their modules, and not those of the dense checkpoint.
             inherited(self, path, *args, **{"save_original_format": False, **kwargs})
-            _name_classes(path / CONFIG_NAME, self.conversion.dense)
+            write_config(path, self.config, self.conversion)
         else:
             from safetensors.torch import save_model
 
@@ -338,16 +376,32 @@ def _sparse_class(conversion: ModuleConversion, dense: type) -> Any:
             save_model(self, str(path / "model.safetensors"))
             document = {"model_type": MODULE_TYPE, "moecc": _config(self.conversion)}
             _write(path / CONFIG_NAME, (json.dumps(document, indent=2) + "\n").encode())
-        _write_beside(path, self.conversion)
+        with open_folder(path) as checkpoint:
+            records = {
+                name: TensorRecord(
+                    sha256(np.ascontiguousarray(checkpoint.read(name)).tobytes()).hexdigest(),
+                    info.dtype.name,
+                    tuple(info.shape),
+                    Path(info.file).name,
+                )
+                for name, info in checkpoint.tensors.items()
+            }
+        write_beside(path, self.conversion, records)
 
     sparse.save_pretrained = wraps(inherited)(save_pretrained) if inherited else save_pretrained
     return sparse
 
 
-def _name_classes(file: Path, dense: DenseClass) -> None:
-    """Let transformers load the classes of the folder: by its own type the model would be dense."""
+def write_config(path: Path, config: Any, conversion: ModuleConversion) -> None:
+    """Write the config of a converted model of transformers.
+
+    It names the classes of the folder: by its own type the model would be loaded as dense.
+    """
     import transformers
 
+    dense, file = conversion.dense, path / CONFIG_NAME
+    config.moecc = _config(conversion)
+    config.save_pretrained(path)
     document = read_json_object(file, limit_bytes=MAX_CONFIG_BYTES)
     autos = [name for name in dir(transformers) if name.startswith("AutoModel")]
     names = {n: getattr(getattr(transformers, n), "_model_mapping", None) for n in autos}
@@ -430,30 +484,43 @@ def _config(conversion: ModuleConversion) -> dict[str, object]:
         "preserves": asdict(conversion.preserves),
         "report": conversion.report.to_json(),
         "places": [asdict(position) for position in conversion.places],
+        "inputs": dict(conversion.inputs),
     }
 
 
-def _write_beside(path: Path, conversion: ModuleConversion) -> None:
-    """Write the graph, the mixtures as text, receipt and manifest beside the weights."""
-    with open_folder(path) as checkpoint:
-        infos = checkpoint.tensors
-        graph = clone(conversion.graph)
-        for name, stored in conversion.emitted.names.items():
-            param, info = graph.params[name], infos[stored]
-            axes = zip(param.type.names, info.shape, strict=True)
-            type = TensorType(info.dtype, tuple(Axis(n, size) for n, size in axes))
-            param.weight = Source(stored, type)
-        tensors = {
-            name: TensorRecord(
-                sha256(np.ascontiguousarray(checkpoint.read(name)).tobytes()).hexdigest(),
-                info.dtype.name,
-                tuple(info.shape),
-                Path(info.file).name,
-            )
-            for name, info in infos.items()
-        }
+def graph_over(conversion: ModuleConversion, tensors: Mapping[str, Any]) -> Graph:
+    """Return the graph of a conversion with its parameters read from the tensors of its folder."""
+    graph = clone(conversion.graph)
+    for name, stored in conversion.emitted.names.items():
+        param, tensor = graph.params[name], tensors[stored]
+        axes = zip(param.type.names, tensor.shape, strict=True)
+        type = TensorType(tensor.dtype, tuple(Axis(n, size) for n, size in axes))
+        param.weight = Source(stored, type)
     graph.attrs |= {"checkpoint": ".", "language": "torch"}
-    receipt = Receipt(MODULE_TYPE, conversion.preserves, conversion.contracts, None, None, ())
+    return graph
+
+
+def write_beside(
+    path: Path,
+    conversion: ModuleConversion,
+    tensors: Mapping[str, TensorRecord],
+    source: str = "",
+    source_files: Mapping[str, FileRecord] = MappingProxyType({}),
+) -> None:
+    """Write the graph, the mixtures as text, receipt and manifest beside the weights.
+
+    Args:
+      path: the folder.
+      conversion: what it holds.
+      tensors: the tensors that were written.
+      source: the name of the source; by default the class of the dense model.
+      source_files: the files of the source, by name.
+    """
+    with open_folder(path) as checkpoint:
+        graph = graph_over(conversion, checkpoint.tensors)
+    receipt = Receipt(
+        MODULE_TYPE, conversion.preserves, conversion.contracts, conversion.proof, None, ()
+    )
     _write(path / GRAPH_NAME, print_graph(graph).encode())
     _write(path / FILE_NAME, conversion.emitted.text.encode())
     _write(path / RECEIPT_NAME, receipt.content())
@@ -462,8 +529,8 @@ def _write_beside(path: Path, conversion: ModuleConversion) -> None:
     manifest = Manifest(
         pipeline=conversion.pipeline.in_full(),
         seed=conversion.seed,
-        source=f"{conversion.dense.module}.{conversion.dense.name}",
-        source_files={},
+        source=source or f"{conversion.dense.module}.{conversion.dense.name}",
+        source_files=source_files,
         family_from=MODULE_TYPE,
         family_to=MODULE_TYPE,
         dtype="as stored",

@@ -534,10 +534,12 @@ class ExportedModule:
     Attributes:
       params: its parameters by name, as a tree of shapes.
       arguments: what else it reads, by name: its inputs and buffers, as shapes.
-      nodes: its nodes by name, in order.
+      graph: its nodes.
+      sources: what a placeholder stands for: a parameter, a constant or an argument, by name.
+      constants: the numbers that are tensors of the program.
       parameters: the tensors of the parameters, by name.
-      aliases: further names of parameters that have several.
-      features: for each node the dimension along which a token has its features, once traced.
+      traced: the value of each node, once traced.
+      flattened: nodes whose results are traced in their own shape, though rows could stay grouped.
     """
 
     graph: Any
@@ -546,6 +548,7 @@ class ExportedModule:
     arguments: dict[str, Any] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     traced: dict[FxNode, Operand] = field(default_factory=dict)
+    flattened: set[FxNode] = field(default_factory=set)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -577,6 +580,9 @@ class ExportedModule:
                 tracer.values[node] = None
             else:
                 tracer.run(node)
+            if node in self.flattened:
+                value = tracer.values[node]
+                tracer.values[node] = replace(value, array=value.whole)
         self.traced = tracer.values
         return outputs
 
@@ -607,8 +613,13 @@ def exported_module(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     import torch
 
     is_training = {module: module.training for module in model.modules()}
+    every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in every if hasattr(config, "use_cache")}
+    uses_cache = [(config, config.use_cache) for config in configs.values()]
     model.eval()
     try:
+        for config, _ in uses_cache:  # models of transformers, whose caches torch cannot return
+            config.use_cache = False
         with torch.no_grad():
             program = torch.export.export(model, args, dict(kwargs), strict=False)
     except Exception as error:
@@ -621,6 +632,8 @@ def exported_module(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     finally:
         for module, mode in is_training.items():
             module.training = mode
+        for config, use_cache in uses_cache:
+            config.use_cache = use_cache
     return _read_program(model, program)
 
 

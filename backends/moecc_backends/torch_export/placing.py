@@ -63,6 +63,13 @@ def _reached(starts: Iterable[FxNode], step: Any) -> set[FxNode]:
     return nodes
 
 
+def _values(node: FxNode) -> list[Any]:
+    """Return the tensors that a node computes."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else [value]
+    return [value for value in values if hasattr(value, "is_floating_point")]
+
+
 class Placer:
     """Finds where blocks stand in a module.
 
@@ -107,6 +114,10 @@ class Placer:
         path = self._whole_module(region)
         if path is not None:
             return path, "", {}, rate, down
+        x = self._input(region.ups[0])
+        is_outside = module_calls(x) != module_calls(region.ups[0])
+        if is_outside and tuple(x.meta["val"].shape) != self._rows(region):
+            self._exported.flattened.add(x)
         ups = [self._product_module(node, region) for node in region.ups]
         last, _ = self._product_module(region.down, region)
         order = list(self._exported.graph.nodes).index
@@ -124,8 +135,9 @@ class Placer:
             raise NotABlock("its products do not sum over the last axis of its input")
         x_node = self._input(region.ups[0])
         bits = x_node.meta["val"].dtype.itemsize
-        for value in (node.meta.get("val") for node in region.nodes):
-            if value is not None and value.is_floating_point() and value.dtype.itemsize < bits:
+        values = [value for node in region.nodes for value in _values(node)]
+        for value in values:
+            if value.is_floating_point() and value.dtype.itemsize < bits:
                 raise NotABlock(f"a cast to {value.dtype} is inside, narrower than its input")
         x = self._traced(x_node)
         if x is not None and x.feature is not None and x.feature != len(x.shape) - 1:
