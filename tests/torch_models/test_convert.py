@@ -248,6 +248,34 @@ class EarlyDropout(Block):
         return F.gelu(F.dropout(self.up(x), 0.5, self.training))
 
 
+class Quantised(Block):
+    """Weights of the first product are whole numbers in a buffer, with a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        numbers = torch.randint(-127, 127, (HIDDEN, WIDTH), dtype=torch.int8)
+        self.register_buffer("numbers", numbers)
+
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(F.linear(x, self.numbers.to(x.dtype) * 0.01))
+
+
+@torch.library.custom_op("moecc_tests::up", mutates_args=())
+def kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A product in a kernel of its own."""
+    return x @ weight.T
+
+
+@kernel.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+class Kernel(Block):
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(kernel(x, self.up.weight))
+
+
 def normed() -> Any:
     layer = Block()
     layer.up = nn.utils.parametrizations.weight_norm(layer.up)
@@ -270,6 +298,8 @@ def shared() -> tuple[Any, Any]:
         ((Adapted(),), "different values"),
         ((EarlyDropout(),), "dropout inside it is not before its last product"),
         ((normed(),), "computed"),
+        ((Quantised(),), "made of buffers, as of a quantised layer"),
+        ((Kernel(),), "a kernel that shows none"),
         ((Rounded(),), "narrower than its input"),
         (shared(), "another"),
     ],

@@ -68,7 +68,7 @@ from moecc_backends.jaxpr.storage import LeafEvaluator
 from moecc_backends.jaxpr.survey import Survey, refuse_shared_weights, survey_blocks
 from moecc_backends.jaxpr.views import shape_of
 from moecc_backends.torch_export.lowering import ExportedModule, exported_module
-from moecc_backends.torch_export.placing import Placer
+from moecc_backends.torch_export.placing import Placer, unseen_products
 from moecc_backends.torch_source.modules import BlockPlace, DenseClass, EmittedModules, emit_modules
 
 FILE_NAME = "modeling_moecc.py"
@@ -193,6 +193,7 @@ def survey_model(model: Any, exported: ExportedModule) -> SurveyedModel:
             refuse_shared_weights(survey)
             places = Placer(model, exported).places(survey)
         refuse_shared_weights(survey)
+    survey.misses += unseen_products(exported)
     if survey.sites:
         return SurveyedModel(model, exported, survey, places)
     problem = Problem(

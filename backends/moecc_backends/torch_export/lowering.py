@@ -537,6 +537,7 @@ class ExportedModule:
       graph: its nodes.
       sources: what a placeholder stands for: a parameter, a constant or an argument, by name.
       constants: the numbers that are tensors of the program.
+      buffers: the names of the buffers that placeholders stand for.
       parameters: the tensors of the parameters, by name.
       traced: the value of each node, once traced.
       flattened: nodes whose results are traced in their own shape, though rows could stay grouped.
@@ -549,6 +550,7 @@ class ExportedModule:
     constants: dict[str, Tensor] = field(default_factory=dict)
     traced: dict[FxNode, Operand] = field(default_factory=dict)
     flattened: set[FxNode] = field(default_factory=set)
+    buffers: dict[FxNode, str] = field(default_factory=dict)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -662,5 +664,7 @@ def _read_program(model: Any, program: Any) -> ExportedModule:
             exported.sources[node] = ("constant", target)
             continue
         exported.sources[node] = ("argument", node.name)
+        if kind == "BUFFER":
+            exported.buffers[node] = target
         exported.arguments[node.name] = shape_of(meta.shape, jax_dtype(meta.dtype))
     return exported

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
 
-from moecc_backends.jaxpr.blocks import BlockSlice
+from moecc_backends.jaxpr.blocks import BlockMiss, BlockSlice
 from moecc_backends.jaxpr.survey import Survey
 from moecc_backends.jaxpr.views import NotABlock, scope_of
 from moecc_backends.torch_export.lowering import (
@@ -17,6 +17,7 @@ from moecc_backends.torch_export.lowering import (
     ModuleCall,
     TracedTensor,
     module_calls,
+    node_line,
     operation_name,
 )
 from moecc_backends.torch_source.modules import BlockPlace
@@ -257,3 +258,38 @@ class Placer:
                 "write it as nn.Linear, or the block as a module"
             )
         return self._sole_path(call.path), int(ends[1].meta["val"].shape[-1])
+
+
+# Products that no search of blocks sees.
+
+
+def unseen_products(exported: ExportedModule) -> Iterator[BlockMiss]:
+    """Yield operations with weights that are no parameters, or that torch.export does not show."""
+    for node in exported.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = operation_name(node)
+        if name in ("aten.linear", "aten.addmm", "aten.matmul", "aten.mm"):
+            buffers = _buffers_of(
+                node.all_input_nodes[-1 if name != "aten.linear" else 1], exported
+            )
+            if buffers:
+                reason = "its weight is made of buffers, as of a quantised layer: give parameters"
+                yield BlockMiss(buffers, reason, node_line(node))
+        elif getattr(node.target, "namespace", "aten") not in _NAMESPACES:
+            sources = (exported.sources.get(n, ("", "")) for n in node.all_input_nodes)
+            weights = tuple(leaf for kind, leaf in sources if kind == "parameter")
+            if weights:
+                reason = f"its products may be inside `{name}`, a kernel that shows none"
+                yield BlockMiss(weights, reason, node_line(node))
+
+
+_NAMESPACES = ("aten", "prims", "prim", "higher_order")
+
+
+def _buffers_of(weight: FxNode, exported: ExportedModule) -> tuple[str, ...]:
+    """Return the buffers that a weight is made of; nothing where it is made of other values."""
+    leaves = [n for n in _reached([weight], lambda n: n.all_input_nodes) if n.op == "placeholder"]
+    if not leaves or not all(leaf in exported.buffers for leaf in leaves):
+        return ()
+    return tuple(sorted(exported.buffers[leaf] for leaf in leaves))
