@@ -81,7 +81,7 @@ def test_a_run_has_what_its_layout_says(folder: Path) -> None:
     run = folder / "run"
     assert {p.name for p in run.iterdir()} == {
         "recipe.toml", "lineage.json", "graph.moe", "source", "metrics.jsonl", "speed.jsonl",
-        "steps",
+        "steps", "profile",
     }  # fmt: skip
     assert [s.number for s in saved_steps(run)] == [2, 3, 4, 6]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
