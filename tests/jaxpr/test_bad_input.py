@@ -121,6 +121,9 @@ def test_pipelines_and_lowerings_that_do_not_fit(moe: Any) -> None:
         moe(ffn, dispatch="fast")
     with pytest.raises(InputError, match="the parameters have no array"):
         mx.convert(ffn, {}, X, PIPELINE)
+    variable = type("Parameter", (), {"__module__": "penzai.core.variables"})
+    with pytest.raises(InputError, match="unbind_params"):
+        mx.convert(ffn, {"w1": variable()}, X, PIPELINE)
 
 
 @pytest.mark.parametrize(

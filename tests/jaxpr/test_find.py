@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
+from sysconfig import get_paths
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+from moecc_backends.jaxpr.views import user_line  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
 from moecc.errors import InputError  # noqa: E402
@@ -64,6 +67,11 @@ def prelu(p: Any, x: Any) -> Any:
     return (jnp.maximum(h, 0.0) + p["b1"] * jnp.minimum(h, 0.0)) @ p["w2"]
 
 
+@jax.checkpoint
+def passing(p: Any, x: Any) -> Any:
+    return act(jax.nn.silu)(p, x), p
+
+
 BLOCKS: dict[str, tuple[Function, dict[str, Shape], str]] = {
     "silu": (act(jax.nn.silu), PLAIN, "contract silu contract"),
     "gelu": (act(lambda h: jax.nn.gelu(h, approximate=False)), PLAIN, "contract gelu contract"),
@@ -94,6 +102,13 @@ BLOCKS: dict[str, tuple[Function, dict[str, Shape], str]] = {
         lambda p, x: (lambda h: jax.nn.silu(h[..., 0, :]) * h[..., 1, :])(
             jnp.einsum("bsd,dcf->bscf", x, p["w1"])) @ p["w2"],
         {"w1": (E, 2, F), "w2": (F, E)}, "contract silu contract mul contract",
+    ),
+    "a weight times one": (
+        lambda p, x: jax.nn.silu(x @ (p["w1"] * 1.0)) @ (1.0 * p["w2"] / 1.0), PLAIN,
+        "contract silu contract",
+    ),
+    "a checkpoint that returns its weights": (
+        lambda p, x: passing(p, x)[0], PLAIN, "contract silu contract",
     ),
     "a reshaped weight": (
         lambda p, x: jax.nn.silu(x @ p["w1"].reshape(E, F)) @ p["w2"].reshape(F, E),
@@ -236,6 +251,10 @@ MISSES: dict[str, tuple[Function, dict[str, Shape], str]] = {
         lambda p, x: (lambda a, b: jnp.where(a > b, a, b))(x @ p["w1"], x @ p["w3"]) @ p["w2"],
         GATED, "`where` inside it takes several hidden values",
     ),
+    "weights times a number": (
+        lambda p, x: act(jax.nn.silu)({n: 0.5 * w for n, w in p.items()}, x), PLAIN,
+        "its weight is computed by `mul`",
+    ),
     "rounded weights": (rounded, PLAIN, "its weight w1 is rounded to float8_e4m3fn first"),
     "fused when it runs": (fused_late, GATED, "its weight is computed by `concatenate`"),
     "a convolution": (convolved, KERNELS, "write it as a product"),
@@ -270,6 +289,27 @@ def test_tokens_that_do_not_fit(tokens: Any, problem: str) -> None:
     assert re.search(r"test_find.py:\d+ in biased, tokens\[", str(error.value))
 
 
+def test_a_key_that_is_a_path_names_the_block() -> None:
+    def gemma(p: Any, x: Any) -> Any:
+        return act(jax.nn.silu)(
+            {"w1": p["layer_0/mlp/gate"]["w"], "w2": p["layer_0/mlp/~/out"]["w"]}, x
+        )
+
+    params = {"layer_0/mlp/gate": shapes(w=(E, F)), "layer_0/mlp/~/out": shapes(w=(F, E))}
+    (block,) = mx.convert(gemma, params, X, "upcycle{experts=4}").report.blocks
+    assert block.loc == "layer_0.mlp"
+
+
+@pytest.mark.parametrize(("package", "line"), [("gemma", "net.py:1 in f"), ("flax", "")])
+def test_lines_are_of_models_and_not_of_frameworks(package: str, line: str) -> None:
+    file = Path(get_paths()["purelib"], package, "net.py")
+    names: dict[str, Any] = {}
+    exec(compile("def f(x): return x + 1", str(file), "exec"), names)
+    jaxpr = jax.make_jaxpr(names["f"])(1.0)
+    here = user_line(jaxpr.eqns[0])
+    assert here == line or (not line and here.startswith("test_find.py:"))
+
+
 def test_a_deep_model_is_surveyed_in_one_pass() -> None:
     """What grows faster than the program would not end for 64 layers."""
     names = ("gate", "up", "down")
@@ -302,7 +342,8 @@ def mixer(p: Any, x: Any) -> Any:
 
 def test_a_product_over_tokens_is_no_block_where_tokens_are_named() -> None:
     params = {"t1": (S, 5), "t2": (5, S), **PLAIN}
-    assert len(found(mixer, params).report.blocks) == 2
+    with pytest.raises(InputError, match="sum over dimension 1 of x, along which other blocks"):
+        found(mixer, params)
     named = found(mixer, params, tokens={"x": ("batch", "patch")}).report
     assert [b.loc for b in named.blocks] == ["ffn"]
     assert "its products sum over patch, an axis of tokens" in named.misses[0]

@@ -66,7 +66,8 @@ def test_linen(scan: bool) -> None:
     check(lambda p, ids: Model().apply(p, ids), params, locations)
 
 
-def test_nnx() -> None:
+@pytest.mark.parametrize("remat", [False, True])
+def test_nnx(remat: bool) -> None:
     nnx = pytest.importorskip("flax.nnx")
 
     class Block(nnx.Module):  # type: ignore[misc,name-defined]
@@ -84,7 +85,8 @@ def test_nnx() -> None:
             self.block = Block(rngs)
 
         def __call__(self, ids: Any) -> Any:
-            return self.block(self.embed(ids))
+            call = nnx.remat(Block.__call__) if remat else Block.__call__
+            return call(self.block, self.embed(ids))
 
     definition, state = nnx.split(Model(nnx.Rngs(0)))
     check(lambda s, ids: nnx.merge(definition, s)(ids), state, ["block"])
@@ -130,4 +132,4 @@ def test_haiku() -> None:
         return x + hk.nets.MLP([MLP, EMBED], activation=jax.nn.gelu)(norm)
 
     transformed = hk.without_apply_rng(hk.transform(forward))
-    check(transformed.apply, transformed.init(jax.random.key(0), TOKENS), ["mlp_linear"])
+    check(transformed.apply, transformed.init(jax.random.key(0), TOKENS), ["mlp"])

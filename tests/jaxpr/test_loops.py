@@ -88,6 +88,26 @@ def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe: Any) -> None:
     assert "length=2" in text
 
 
+def test_a_checkpoint_that_returns_its_weights_is_the_one_that_does_not() -> None:
+    def passing(params: Any, tokens: Any) -> Any:
+        @jax.checkpoint
+        def block(p: Any, x: Any) -> Any:
+            return decoder.swiglu(p, x), p
+
+        x, again = params["embed"][tokens], None
+        for number in range(LAYERS):
+            p = jax.tree.map(lambda a, number=number: a[number] * 1.0, params["layers"]["mlp"])
+            y, again = block(p, x)
+            x = x + y + decoder.swiglu(again, y)
+        return x @ params["head"]
+
+    dense = stacked()
+    moe = mx.convert(passing, dense, TOKENS, "upcycle{experts=4 top-k=2}")
+    assert [b.loc for b in moe.report.blocks] == ["layers.0.mlp", "layers.1.mlp"]
+    found = jax.jit(moe(passing, dispatch="gathered"))(moe.params, TOKENS)
+    assert apart(found, jax.jit(passing)(dense, TOKENS)) < 1e-5
+
+
 def halves(params: Any, tokens: Any) -> Any:
     """Two scans, one after the other, each over a part of the stack."""
     x = params["embed"][tokens]

@@ -80,6 +80,7 @@ from moecc_backends.jaxpr.survey import (
     VariableLabels,
     equations_of,
     leaf_uses,
+    refuse_ambiguous,
     refuse_mixing,
     refuse_shared_weights,
     survey_blocks,
@@ -552,7 +553,10 @@ def _survey_function(
     traced = trace_function(function, tree, shapes, leaves_of(arrays), arguments)
     survey, line = survey_blocks(traced.scope), function_line(function)
     labels = token_labels(traced, tokens, line) if tokens else {}
-    refuse_mixing(survey, labels)
+    if labels:
+        refuse_mixing(survey, labels)
+    else:
+        refuse_ambiguous(survey, traced)
     refuse_shared_weights(survey)
     if survey.sites:
         return traced, survey, labels

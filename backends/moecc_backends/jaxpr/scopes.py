@@ -250,7 +250,9 @@ def _inline(
     for variable, const in zip(inner.constvars, consts, strict=True):
         frame.values[variable] = Variable(variable.aval, const=const)
     frame.values.update(zip(inner.invars, inputs, strict=True))
-    for eqn in inner.eqns:
+    passed: dict[Atom, Atom] = {}
+    for each in inner.eqns:
+        eqn = _without_passed(each, passed)
         operands = [frame.read(atom) for atom in eqn.invars]
         called = callee(eqn)
         # A call of weights that may hold a product, or only changes their view.
@@ -269,7 +271,38 @@ def _inline(
             _connect(equation, numbered)
             scope.equations.append(equation)
         frame.values.update(zip(eqn.outvars, results, strict=True))
-    return [frame.read(atom) for atom in inner.outvars]
+    return [frame.read(_renamed(atom, passed)) for atom in inner.outvars]
+
+
+def _renamed(atom: Atom, passed: Mapping[Atom, Atom]) -> Atom:
+    return atom if is_literal(atom) else passed.get(atom, atom)
+
+
+def _without_passed(eqn: JaxEquation, passed: dict[Atom, Atom]) -> JaxEquation:
+    """Return an equation that reads operands in place of `passed` results of checkpoints.
+
+    A checkpoint loses the results that are its operands, and they join `passed`: a module whose
+    checkpoint returns its parameters (``nnx.remat``) does not use them a second time.
+    """
+    invars = [_renamed(atom, passed) for atom in eqn.invars]
+    if eqn.primitive.name not in CHECKPOINTS:
+        return eqn.replace(invars=invars) if invars != eqn.invars else eqn
+    jaxpr = eqn.params["jaxpr"]
+    operands = dict(zip(jaxpr.invars, invars, strict=True))
+    computed = []
+    for result, inner in zip(eqn.outvars, jaxpr.outvars, strict=True):
+        if not is_literal(inner) and inner in operands:
+            passed[result] = operands[inner]
+        else:
+            computed.append((result, inner))
+    short = jaxpr.replace(
+        outvars=[inner for _, inner in computed], debug_info=jaxpr.debug_info.with_unknown_names()
+    )
+    return eqn.replace(
+        invars=invars,
+        outvars=[out for out, _ in computed],
+        params={**eqn.params, "jaxpr": short},
+    )
 
 
 def _connect(equation: Equation, numbered: dict[object, Variable]) -> None:
@@ -405,6 +438,8 @@ def _views_of(equation: Equation) -> list[LeafView]:
     """Return the views that an equation makes of a view; nothing where they are none."""
     name, inputs, params = equation.name, equation.inputs, equation.params
     view = inputs[0].view if inputs else None
+    if name in ("mul", "div"):
+        return _view_of_product(name, inputs)
     if view is None or name not in STRUCTURAL or not is_float(inputs[0].aval.dtype):
         return []
     if name == "convert_element_type":
@@ -421,6 +456,16 @@ def _views_of(equation: Equation) -> list[LeafView]:
         return [v.with_dims(dims) for v, dims in rearranged(LeafView, view, view.dims, equation)]
     except NotABlock:
         return []
+
+
+def _view_of_product(name: str, inputs: Sequence[Variable]) -> list[LeafView]:
+    """Return the view of a weight that is multiplied with, or divided by, the number 1."""
+    weights = [v for v in (inputs if name == "mul" else inputs[:1]) if v.view is not None]
+    numbers = [v.const for v in inputs if v.view is None and v.const is not UNKNOWN]
+    if len(weights) != 1 or len(numbers) != 1 or np.size(numbers[0]) != 1:
+        return []
+    view = weights[0].view
+    return [view] if view is not None and bool(np.all(np.asarray(numbers[0]) == 1)) else []
 
 
 # Functions of a tree of parameters, traced anew for each call over the shapes of dense leaves.
@@ -451,7 +496,13 @@ class ParamTree:
         names = tuple(unique(path_name(path) for path, _ in pairs))
         fixed = {i: leaf for i, (_, leaf) in enumerate(pairs) if not is_array(leaf)}
         if len(fixed) == len(pairs):
-            raise InputError("the parameters have no array", found=str(treedef)[:80])
+            is_penzai = any(type(leaf).__module__.startswith("penzai") for leaf in fixed.values())
+            raise InputError(
+                "the parameters have no array",
+                found=str(treedef)[:80],
+                hint="a penzai model holds variables: pass the values of pz.unbind_params(model), "
+                "and bind them in the function with pz.bind_variables" if is_penzai else None,
+            )  # fmt: skip
         arrays = {n: leaf for n, (_, leaf) in zip(names, pairs, strict=True) if is_array(leaf)}
         return cls(treedef, names, fixed), arrays
 

@@ -299,8 +299,8 @@ def leaf_uses(scope: JaxprScope, besides: Collection[Equation]) -> Iterator[Leaf
         if equation.bodies:
             is_passed = list(map(_are_views, equation.bound()))
         else:
-            is_passed = [_are_views(equation.outputs), *(False for _ in equation.inputs)]
-        for variable, is_view in zip(equation.inputs, is_passed, strict=False):
+            is_passed = [_are_views(equation.outputs) for _ in equation.inputs]
+        for variable, is_view in zip(equation.inputs, is_passed, strict=True):
             if variable.view is not None and not is_view:
                 yield LeafUse(variable.view, equation)
         for body in equation.bodies:
@@ -475,9 +475,30 @@ def _misfit(name: str, axes: Sequence[str], arguments: Mapping[str, Variable]) -
     return None
 
 
+def refuse_ambiguous(survey: Survey, traced: TracedFunction) -> None:
+    """Turn blocks into near misses that sum over a dimension which others have as rows.
+
+    Where nobody names the axes of tokens, one of the two mixes tokens.
+    """
+    labels: dict[Variable, Labels] = {}
+    for name, variable in traced.arguments.items():
+        labels[variable] = tuple(
+            ((f"dimension {i} of {name}", size),) for i, size in enumerate(variable.shape)
+        )
+    _run(traced.scope, [_label(v, labels) for v in traced.scope.inputs], labels)
+    inputs = [(s, _label(s.slice.x, labels)) for s in survey.sites]
+    rows = {d for s, x in inputs for i, d in enumerate(x) if d and i != s.slice.outer}
+    for site, x in inputs:
+        summed = x[site.slice.outer]
+        if summed in rows:
+            axis = " and ".join(name for name, _ in summed)
+            words = f"its products sum over {axis}, along which other blocks have rows"
+            survey.refuse(site, f"{words}: name the axes of tokens in `tokens`")
+
+
 def refuse_mixing(survey: Survey, labels: Mapping[Variable, Labels]) -> None:
     """Turn blocks that sum over tokens, or have none, into near misses."""
-    for site in list(survey.sites) if labels else []:
+    for site in list(survey.sites):
         x_labels = labels.get(site.slice.x, ())
         summed = x_labels[site.slice.outer] if x_labels else ()
         if summed:

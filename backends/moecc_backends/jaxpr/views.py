@@ -14,6 +14,7 @@ from functools import cache, partial
 from inspect import unwrap
 from itertools import takewhile
 from math import prod
+from os import sep
 from pathlib import Path
 from sysconfig import get_paths
 from types import TracebackType
@@ -142,10 +143,20 @@ def evaluate(
 # Where an equation comes from in the user's program.
 
 
+_FRAMEWORKS = (
+    "jax", "jaxlib", "flax", "haiku", "equinox", "haliax", "penzai", "keras", "optax", "chex",
+    "numpy", "einops", "jaxtyping", "beartype", "typeguard", "moecc", "moecc_backends",
+)  # fmt: skip
+"""Installed packages whose lines say nothing of a model; an installed model is in others."""
+
+
 @cache
 def _is_library(file: str) -> bool:
-    folders = (get_paths()["purelib"], get_paths()["platlib"], get_paths()["stdlib"])
-    return file.startswith((*folders, str(Path(__file__).parent), "<"))
+    paths = get_paths()
+    for folder in (paths["purelib"], paths["platlib"]):
+        if file.startswith(f"{folder}{sep}"):
+            return file.removeprefix(folder).split(sep)[1] in _FRAMEWORKS
+    return file.startswith((paths["stdlib"], str(Path(__file__).parent), "<"))
 
 
 def _line(file: str, number: int | None, function: str) -> str:
@@ -198,12 +209,19 @@ _NUMBER = re.compile(r"(\d+)")
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """Return ``layers.0.mlp.up`` for a path of jax's; characters beyond names become ``_``."""
+    """Return ``layers.0.mlp.up`` for a path of jax's; characters beyond names become ``_``.
+
+    A key with slashes is a path of its own, such as the names of modules in haiku and gemma.
+    """
     keys = (
         next((getattr(entry, a) for a in ("key", "name", "idx") if hasattr(entry, a)), entry)
         for entry in path
     )
-    parts = (_NOT_IN_NAMES.sub("_", str(key)).strip("_") for key in keys)
+    parts = [
+        _NOT_IN_NAMES.sub("_", part).strip("_")
+        for key in keys
+        for part in str(key).replace("/~/", "/").split("/")
+    ]
     return ".".join(part or "_" for part in parts) or "params"
 
 
