@@ -18,8 +18,8 @@ from moecc.cli.commands import Argument, Docstring, command_of, job_function
 from moecc.jobs import COMMANDS
 from moecc.support.generated_docs import GeneratedPart
 
-WIDTH = 100
-"""The columns of a line."""
+WIDTH, USAGE = 100, 86
+"""The columns of a line of text, and of a usage, which is shown without scrolling."""
 
 COMMON = ("quiet", "format", "load", "force")
 """Options of most commands, which the page describes once."""
@@ -30,7 +30,7 @@ def render_command(name: str) -> str:
     doc = Docstring.of(job_function(name))
     lines, line = list[str](), f"    moecc {name}"
     for word in _words(name):
-        if len(line) + len(word) > WIDTH:
+        if len(line) + len(word) > USAGE:
             lines.append(line)
             line = "       "
         line += f" {word}"

@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moecc.errors import UsageError
-from moecc.rewrite.passes import Pass, options, write
+from moecc.rewrite.passes import Pass, describe, options, write
 from moecc.rewrite.pipeline import Registry, installed
 
 HEAD = """# Passes
 
 A pipeline names passes in the order in which they run:
-`canonicalize,upcycle{experts=8 top-k=2},cse,dce`. `moecc passes NAME` has the meaning of each
-option, the details of a pass, and the text of a graph before and after it. A pass with an asterisk
-fails where it finds nothing to do, unless `--allow-unmatched` is given. What a pass preserves is
-stated for its default options. How to write one: [writing-a-pass.md](writing-a-pass.md).
-`make docs` writes this page from the passes.
+`canonicalize,upcycle{experts=8 top-k=2},cse,dce`. A pass with an asterisk fails where it finds
+nothing to do, unless `--allow-unmatched` is given. What a pass preserves is stated for its default
+options. `moecc passes NAME` has the details of a pass, and the text of a graph before and after it.
+How to write one: [writing-a-pass.md](writing-a-pass.md). `make docs` writes this page from the
+passes.
 """
 
 
@@ -34,20 +34,22 @@ def render(registry: Registry | None = None) -> str:
     """
     registry = installed() if registry is None else registry
     rows = [_row(registry.get(name)) for name in registry.names()]
-    table = ["| pass | what it does | preserves | options and defaults |", "|---|---|---|---|"]
+    table = [
+        "| pass | what it does, what it preserves, and its options with their defaults |",
+        "|---|---|",
+    ]
     return "\n".join([HEAD, *table, *rows, ""])
 
 
 def _row(cls: type[Pass]) -> str:
     defaults = options(cls).values()
     preserves = "" if any(option.required for option in defaults) else str(cls().preserves)
-    words = [o.name if o.required else f"{o.name}={write(o.type, o.default)}" for o in defaults]
-    cells = (
-        f"`{cls.name}`{' *' if cls.must_match else ''}",
-        _summary(cls),
-        preserves,
-        ", ".join(f"`{word}`" for word in words),
-    )
+    text = [_summary(cls), f"*Preserves*: {preserves}." if preserves else ""]
+    for option in defaults:
+        default = "" if option.required else f"={write(option.type, option.default)}"
+        bounds = "" if option.bounds is None else f", {option.bounds}"
+        text.append(f"`{option.name}{default}` ({describe(option.type)}{bounds}): {option.doc}")
+    cells = f"`{cls.name}`{' *' if cls.must_match else ''}", "<br>".join(filter(None, text))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
