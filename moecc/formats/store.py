@@ -49,6 +49,9 @@ _ACCESS = {
     HUB: "ask for access on the model's page, then `hf auth login`, or set HF_TOKEN",
 }
 
+CLAIM_NAME, UPLOADING = "moecc_claim.txt", "uploading"
+"""The object by which a writer claims an output, and its first word while files are uploaded."""
+
 _BLOCK_BYTES = 256 << 10
 _CACHE_BYTES = 4 << 30
 """Experts are copies of one layer, so that its weights are read once for each expert."""
@@ -192,6 +195,7 @@ class _BlockCache:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it is open as long as the process
+        atexit.register(self._file.close)
         free = shutil.disk_usage(tempfile.gettempdir()).free
         self._limit = max(1, min(_CACHE_BYTES, free // 4) // _BLOCK_BYTES)
         self._slots: OrderedDict[Hashable, tuple[int, int]] = OrderedDict()
@@ -344,6 +348,16 @@ def mirror(source: str) -> Path:
     files = {name.removeprefix(prefix): e for name, e in entries.items() if name.startswith(prefix)}
     if not files or (is_file and address.name not in files):
         raise InputError("the store has no such folder or file", where=str(address))
+    if files.pop(CLAIM_NAME, None) is not None:
+        with store_errors(folder):
+            claim: bytes = system.cat_file(f"{prefix}{CLAIM_NAME}")
+        if claim.startswith(UPLOADING.encode()):
+            raise InputError(
+                "the upload of this folder is not complete",
+                where=str(folder),
+                found=CLAIM_NAME,
+                hint="wait for it; moecc clean removes an interrupted one",
+            )
     top = Path(tempfile.mkdtemp(prefix="moecc-"))
     atexit.register(shutil.rmtree, top, ignore_errors=True)
     # The hub's cache has such a folder; the model card names the model by it.

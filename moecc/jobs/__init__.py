@@ -13,6 +13,7 @@ COMMANDS = {
     "bisect": "Find the first pass of a pipeline that is wrong.",
     "replay": "Repeat a failure from its reproducer.",
     "convert": "Convert a model and write it to a folder or .gguf.",
+    "push": "Upload a converted folder, with card and receipt.",
     "clean": "Remove what killed conversions left beside outputs.",
     "prove": "Prove that two models are the same function.",
     "verify": "Check the files, logits or plan of a model.",

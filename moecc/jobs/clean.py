@@ -12,7 +12,8 @@ def clean(out: Annotated[Sequence[str], Spelling("OUT…")]) -> Report:
     """Remove what killed conversions left beside outputs.
 
     An old output that was being replaced is put back if the new one is not there. A conversion that
-    is running is left alone.
+    is running is left alone. In an object store, the claim of a writer is removed with the files of
+    its unfinished upload and their local copy; make sure that no other machine is writing.
 
     Args:
       out: Output of a conversion, whether it was written or not.
@@ -23,8 +24,13 @@ def clean(out: Annotated[Sequence[str], Spelling("OUT…")]) -> Report:
     from pathlib import Path
 
     from moecc.formats.output import clean as clean_output
+    from moecc.formats.store import is_address
+    from moecc.formats.upload import StoreOutput
 
-    removed = {path: clean_output(Path(path)) for path in out}
+    removed = {
+        path: StoreOutput(path).clean() if is_address(path) else clean_output(Path(path))
+        for path in out
+    }
     lines = [
         line
         for path, actions in removed.items()

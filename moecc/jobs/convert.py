@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
@@ -23,6 +25,7 @@ from moecc.formats.output import check_output, output_folder, parts_of
 from moecc.formats.parts import parse_part, part_folder, read_part, read_parts, write_record
 from moecc.formats.run import inputs_of
 from moecc.formats.safetensors import Part, Shard, shards_of
+from moecc.formats.store import is_address
 from moecc.formats.writer import (
     DEFAULTS,
     MAX_SHARD_BYTES,
@@ -442,8 +445,8 @@ def convert(
     held to its promise on the model at small sizes; exit code 3 if one breaks it.
 
     Args:
-      source: Hugging Face folder, .gguf file, or preset:NAME.
-      out: Folder to write, or file that ends in .gguf.
+      source: Hugging Face folder, .gguf file, hf://…, s3://…, gs://… or preset:NAME.
+      out: Folder to write, also s3://… or gs://…, or file that ends in .gguf.
       to: Family to write, gguf:ARCH with llama.cpp's name of an architecture, or auto.
       emit: Language of a program to write beside the tensors of st_moe: torch or jax.
       via: Read a folder whose family moecc does not know as its class of PyTorch, with
@@ -525,16 +528,17 @@ def convert(
             planned.proof.write(Path(proof))
         # Its terms would stay in memory, and the collector walk them, while weights are written.
         planned = planned.without_log()
-        check_place(planned, out, options, force=force, resume=resume)
         work = None if planned.architecture else work_of(planned, options)
-        if not dry_run and (force or not _has_part(planned, out, options)):
-            with Bar("checking" if join else "writing") as bar:
-                written = write(
-                    planned, out, max_shard_bytes=limit, force=force, verify=verify,
-                    allow_nonfinite=allow_nonfinite, resume=resume, progress=bar,
-                    threads=options.threads, part=options.part, join=join,
-                ).written  # fmt: skip
-            _say_weights_written(written, resume and not join)
+        with _local_output(out, planned, options, force, resume, dry_run) as local:
+            check_place(planned, local, options, force=force, resume=resume)
+            if not dry_run and (force or not _has_part(planned, out, options)):
+                with Bar("checking" if join else "writing") as bar:
+                    written = write(
+                        planned, local, max_shard_bytes=limit, force=force, verify=verify,
+                        allow_nonfinite=allow_nonfinite, resume=resume, progress=bar,
+                        threads=options.threads, part=options.part, join=join,
+                    ).written  # fmt: skip
+                _say_weights_written(written, resume and not join)
     data = planned.to_json() | {"out": out, "dry_run": dry_run, "part": part}
     data["work"] = None if work is None else asdict(work)
     name = out if part is None else f"part {part} of {out}"
@@ -574,6 +578,9 @@ def _convert_via_torch(
         (Problem(f"--{name} does not go with --via torch", hint="leave one out")
          for name in refused), UsageError,
     )  # fmt: skip
+    for name in filter(is_address, (source, out)):
+        hint = "copy the model to this machine; moecc push uploads the result"
+        raise UsageError("--via torch reads and writes local folders", found=name, hint=hint)
     arrays = None if inputs is None else read_named_arrays(inputs)
     with signals_raised(), Bar("writing") as bar:
         done = mt.convert_folder(
@@ -598,6 +605,32 @@ def _convert_via_torch(
         "nothing was written (--dry-run)" if dry_run else f"written to {out}",
     ]
     return Report("convert", data, lambda: "\n".join(rows))
+
+
+@contextmanager
+def _local_output(
+    out: str, planned: Plan, options: WriteOptions, force: bool, resume: bool, dry_run: bool
+) -> Iterator[Path]:
+    """Yield the path to write for `out`, and upload it at the end if that is in a store."""
+    if not is_address(out):
+        yield Path(out)
+        return
+    from moecc.formats.upload import StoreOutput
+
+    if options.part is not None or options.is_join:
+        hint = "convert the parts into a folder that all of them see, join them, and moecc push it"
+        raise UsageError("parts are not written to a store", where=out, hint=hint)
+    output = StoreOutput(out, force=force, resume=resume)
+    facts = json.dumps(conversion_facts(planned, options), sort_keys=True)
+    content = hashlib.sha256(facts.encode()).hexdigest()
+    output.check(content)
+    output.stage.parent.mkdir(parents=True, exist_ok=True)
+    if dry_run:
+        yield output.stage
+        return
+    with output.claimed(content):
+        yield output.stage
+    output.put_stage()
 
 
 def _say_weights_written(written: WriteReport, resume: bool) -> None:

@@ -115,7 +115,7 @@ def verify(
     if against is not None:
         return _verify_logits(model, against, inputs, tolerance, dtype, weights)
     if run is None:
-        return _verify_files(model, allow_edited_card, html, force)
+        return verify_files(model, allow_edited_card, html, force)
     step = choose_step(Path(run[0]), run[1])
     check_step(Path(run[0]), step)
     tensors = len(step.facts.tensors)
@@ -124,7 +124,7 @@ def verify(
     return Report("verify-manifest", data, lambda: text)
 
 
-def _verify_files(model: str, allow_edited_card: bool, html: str | None, force: bool) -> Report:
+def verify_files(model: str, allow_edited_card: bool, html: str | None, force: bool) -> Report:
     """Compare the files of a model with its manifest."""
     from moecc.formats.gguf.storage import SUFFIX
     from moecc.formats.manifest import MANIFEST_NAME, check_manifest

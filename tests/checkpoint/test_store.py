@@ -3,86 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hub_server import HubServer
+from stores import GOLDEN, SECRETS, UPCYCLE, hub, said, store
 
-pytest.importorskip("s3fs")
-pytest.importorskip("huggingface_hub")
-moto_server = pytest.importorskip("moto.server")
+from moecc.errors import InputError
+from moecc.formats.open import open_checkpoint
 
-from hub_server import HubServer  # noqa: E402
-
-from moecc.cli.main import main  # noqa: E402
-from moecc.errors import InputError  # noqa: E402
-from moecc.formats.open import open_checkpoint  # noqa: E402
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-SECRETS = {
-    "AWS_ACCESS_KEY_ID": "AKIA-secret-of-a-test",
-    "AWS_SECRET_ACCESS_KEY": "secret-key-of-a-test",
-    "HF_TOKEN": "hf_secret_of_a_test",
-}
-UPCYCLE = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral")
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Any]:
-    """fsspec's access to an S3 server with a model at ``bucket/tiny``."""
-    import fsspec
-
-    server = moto_server.ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in SECRETS.items():
-            patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        system = fsspec.filesystem("s3", skip_instance_cache=True)
-        system.mkdir("bucket")
-        system.put(str(GOLDEN / "llama_gqa"), "bucket/tiny", recursive=True)
-        yield system
-    server.stop()
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A hub with ``org/tiny``, whose branch v2 has another model."""
-    import fsspec
-    from huggingface_hub import constants
-
-    model = tmp_path / "hub" / "org" / "tiny"
-    shutil.copytree(GOLDEN / "llama_gqa", model / "main")
-    shutil.copytree(GOLDEN / "gemma2_caps", model / "v2")
-    server = HubServer(tmp_path / "hub")
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
-    fsspec.get_filesystem_class("hf").clear_instance_cache()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    """Return exit code and all output of a command, which must hold no secret."""
-    code = main([str(word) for word in words])
-    text = "".join(capsys.readouterr())
-    assert not any(secret in text for secret in SECRETS.values())
-    return code, text
+__all__ = ["hub", "store"]  # fixtures
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/tiny", "hf://org/tiny"])

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -19,8 +20,9 @@ _PART = 1 << 20
 
 
 def commit_of(branch: Path) -> str:
-    """Return the commit that stands for a folder."""
-    return hashlib.sha1(str(branch).encode()).hexdigest()
+    """Return the commit that stands for the state of a folder."""
+    files = [(str(p), p.is_file() and p.stat().st_size) for p in sorted(branch.rglob("*"))]
+    return hashlib.sha1(repr((str(branch), files)).encode()).hexdigest()
 
 
 class HubServer(ThreadingHTTPServer):
@@ -56,6 +58,48 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.command, path, body.decode(errors="replace")))
+        model = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/(.+)", path)
+        if path == "/api/repos/create":
+            values = json.loads(body)
+            name = f"{values.get('organization', 'user')}/{values['name']}"
+            (self.server.root / name / "main").mkdir(parents=True, exist_ok=True)
+            self._json({"url": f"{self.server.url}/{name}", "id": name})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif model is None:
+            self._error(404, "RepoNotFound")
+        elif model[1] in self.server.gated:
+            self._error(403, "Forbidden")
+        elif model[2] == "branch":
+            (self.server.root / model[1] / model[3]).mkdir(exist_ok=True)
+            self._json({})
+        elif model[2] == "preupload":
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for f in json.loads(body)["files"]]  # fmt: skip
+            self._json({"files": files})
+        else:
+            self._commit(self.server.root / model[1] / model[3], body, model[1])
+
+    def _commit(self, branch: Path, body: bytes, model: str) -> None:
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header" and value.get("parentCommit") not in (
+                None, commit_of(branch)
+            ):  # fmt: skip
+                self._error(412, "")
+                return
+            if line["key"] == "deletedFile":
+                (branch / value["path"]).unlink()
+            if line["key"] == "file":
+                (branch / value["path"]).write_bytes(base64.b64decode(value["content"]))
+        commit = commit_of(branch)
+        self._json({"commitUrl": f"{self.server.url}/{model}/commit/{commit}",
+                    "commitOid": commit, "hookOutput": ""})  # fmt: skip
+
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path, self.headers.get("Range", "")))
@@ -70,7 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif tree:
             self._json([self._entry(p, branch) for p in sorted(branch.rglob("*"))])
         elif file is None:
-            self._json({"id": match[1], "sha": commit_of(branch), "siblings": []})
+            names = [p.relative_to(branch).as_posix() for p in branch.rglob("*") if p.is_file()]
+            siblings = [{"rfilename": name} for name in names]
+            self._json({"id": match[1], "sha": commit_of(branch), "siblings": siblings})
         elif match[1] in self.server.gated:
             self._error(403, "GatedRepo")
         elif not (branch / match[3]).is_file():

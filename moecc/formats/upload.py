@@ -1,0 +1,225 @@
+"""Outputs in object stores: claimed by one writer, filled file by file, complete at the end.
+
+A store renames nothing and locks nothing. An object of its own, the claim, says who writes an
+output, and makes it unreadable to moecc while files are uploaded; index, config and manifest come
+last, and then the claim is removed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from moecc.errors import InputError, MoeccError, UsageError
+from moecc.formats.files import require_removed
+from moecc.formats.folder import CONFIG_NAME
+from moecc.formats.manifest import MANIFEST_NAME, file_digest, load
+from moecc.formats.output import clean as clean_local
+from moecc.formats.safetensors import INDEX_NAME
+from moecc.formats.store import CLAIM_NAME, HUB, UPLOADING, Address, file_system, store_errors
+from moecc.support.text import amount
+
+_LAST = (INDEX_NAME, CONFIG_NAME, MANIFEST_NAME)
+_CONVERTING = "converting"
+
+
+def staging_folder(address: Address) -> Path:
+    """Return the local folder where an output for a store is written."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "moecc", "uploads", address.scheme, address.path)
+
+
+def upload_digest(folder: Path) -> str:
+    """Return the digest of a folder's manifest, which has those of all files."""
+    return file_digest(folder / MANIFEST_NAME)
+
+
+class StoreOutput:
+    """A folder in an object store that is written.
+
+    Args:
+      address: its address.
+      force: whether an existing output is replaced, and the claim of another writer.
+      resume: whether what the same writer has begun is continued.
+
+    Raises:
+      UsageError: it is no address of a folder in an object store.
+      MachineError: a package is missing.
+    """
+
+    def __init__(self, address: str, *, force: bool = False, resume: bool = False) -> None:
+        self.address = Address.parse(address)
+        if self.address.scheme == HUB:
+            hint = f"convert to a local folder; then moecc push FOLDER {self.address}"
+            raise UsageError("no conversion writes to the hub itself", where=address, hint=hint)
+        if "/" not in self.address.path or self.address.name.endswith(".gguf"):
+            expected = f"{self.address.scheme}://BUCKET/FOLDER"
+            raise UsageError("not a folder in a store", where=address, expected=expected)
+        self.stage = staging_folder(self.address)
+        self._force, self._resume, self._held = force, resume, ""
+        self._system: Any = file_system(self.address)
+
+    def check(self, content: str) -> None:
+        """Check whether the output may be written with this content; nothing is changed.
+
+        Raises:
+          InputError: another writer has claimed it, or it is not empty.
+          MachineError: the store denies access, or does not answer.
+        """
+        claim = self._claimed()
+        self._require_free(claim, content)
+        names = self._names()
+        if names and not claim and not self._force:
+            raise InputError(
+                "the output folder is not empty",
+                where=str(self.address),
+                found=f"{len(names):,} files, {min(names)!r} among them",
+                hint="give another folder, or --force to replace it",
+            )
+
+    @contextmanager
+    def claimed(self, content: str) -> Iterator[None]:
+        """Hold the claim while the output is converted; give it up on any failure.
+
+        Args:
+          content: a digest of what decides the bytes of the output.
+
+        Raises: as `check`.
+        """
+        self._claim(f"{_CONVERTING} {content}")
+        try:
+            yield
+        except BaseException:
+            with suppress(MoeccError):
+                if self._claimed() == self._held:
+                    self._remove(CLAIM_NAME)
+            raise
+
+    def put(self, folder: Path) -> None:
+        """Upload a folder that moecc wrote, its manifest last.
+
+        Raises:
+          InputError: another writer has claimed the output.
+          MachineError: the store denies access, or does not answer; the same call continues.
+        """
+        manifest = load(folder)
+        claim = f"{UPLOADING} {upload_digest(folder)}"
+        is_continued = self._claimed() == claim
+        self._claim(claim)
+        listed = {*manifest.weights, *manifest.files, MANIFEST_NAME}
+        present = self._names()
+        # An old output is unreadable before the first of its files is replaced.
+        for name in [*reversed(_LAST), *sorted(present.keys() - set(_LAST))]:
+            if name in present and not (is_continued and name in listed):
+                self._remove(name)
+                del present[name]
+        for name in [
+            *sorted(listed.difference(_LAST)),
+            *(name for name in _LAST if name in listed),
+        ]:
+            path, target = folder / name, self._file(name)
+            self._require_held()
+            if present.get(name) != path.stat().st_size:
+                with store_errors(target, "write"):
+                    self._system.put_file(str(path), target.in_store)
+        self._remove(CLAIM_NAME)
+
+    def put_stage(self) -> None:
+        """Upload the staged output and remove it. Raises as `put`, naming how to continue."""
+        try:
+            self.put(self.stage)
+        except MoeccError as error:
+            if isinstance(error, InputError):
+                raise
+            (problem,) = error.problems
+            raise type(error)(
+                problem.what, where=problem.where, found=problem.found,
+                hint=f"the converted model is complete: {self._continuing()}",
+            ) from None  # fmt: skip
+        require_removed(self.stage, "the upload is complete, but its staging folder remains")
+
+    def clean(self) -> list[str]:
+        """Remove what an interrupted writer left, here and in the store; return what was done.
+
+        Files are removed where an upload had begun, because they are no complete output.
+        """
+        actions = clean_local(self.stage) if self.stage.parent.is_dir() else []
+        if self.stage.is_dir():
+            require_removed(self.stage, "this could not be deleted")
+            actions.append(f"{self.stage}: removed what was not uploaded")
+        if claim := self._claimed():
+            names = sorted(self._names()) if claim.startswith(UPLOADING) else []
+            for name in (*names, CLAIM_NAME):
+                self._remove(name)
+            actions.append(f"{self.address}: removed a claim and {amount(len(names), 'file')}")
+        return actions
+
+    def _file(self, name: str) -> Address:
+        return Address(self.address.scheme, f"{self.address.path}/{name}")
+
+    def _names(self) -> dict[str, int]:
+        """Return the sizes of the files in the folder, the claim excepted."""
+        path = self.address.in_store
+        with store_errors(self.address, "list"):
+            self._system.invalidate_cache()
+            entries = self._system.find(path, detail=True)
+        sizes = {name.removeprefix(f"{path}/"): int(e["size"]) for name, e in entries.items()}
+        return {name: size for name, size in sizes.items() if name not in (CLAIM_NAME, path)}
+
+    def _claimed(self) -> str:
+        """Return the text of the claim, empty if there is none."""
+        with store_errors(self._file(CLAIM_NAME)):
+            try:
+                self._system.invalidate_cache()
+                text: bytes = self._system.cat_file(self._file(CLAIM_NAME).in_store)
+            except FileNotFoundError:
+                return ""
+        return text.decode("utf-8", "replace").strip()
+
+    def _claim(self, claim: str) -> None:
+        """Make the claim, or replace one that is held or may be taken over."""
+        path, data = self._file(CLAIM_NAME).in_store, f"{claim}\n".encode()
+        with store_errors(self.address, "write"):
+            try:
+                self._system.pipe_file(path, data, mode="create")
+            except OSError:  # each library has another error for an object that exists
+                current = self._claimed()
+                if not current:
+                    raise
+                if current != self._held:
+                    self._require_free(current, claim)
+                self._system.pipe_file(path, data)
+        self._held = claim
+
+    def _require_free(self, claim: str, content: str) -> None:
+        """Raise InputError if a claim, if there is one, may not be taken for some content."""
+        if not claim or self._force or (self._resume and claim.endswith(content)):
+            return
+        hint = "wait for it; --resume continues the same one, --force takes its place"
+        if claim.startswith(UPLOADING) and self.stage.is_dir():
+            hint = f"{self._continuing()} continues the upload, --force begins again"
+        raise InputError(
+            "another conversion is writing this output, or was interrupted",
+            where=str(self.address),
+            found=f"its claim, {CLAIM_NAME}: {claim}",
+            hint=hint,
+        )
+
+    def _require_held(self) -> None:
+        if (claim := self._claimed()) != self._held:
+            raise InputError(
+                "another writer took this output over",
+                where=str(self.address),
+                found=f"its claim, {CLAIM_NAME}: {claim or 'none'}",
+                hint="let it finish, or begin again with --force",
+            )
+
+    def _continuing(self) -> str:
+        return f"moecc push {self.stage} {self.address} --resume"
+
+    def _remove(self, name: str) -> None:
+        with store_errors(self._file(name), "remove"):
+            self._system.rm_file(self._file(name).in_store)

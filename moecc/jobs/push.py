@@ -1,0 +1,93 @@
+"""``moecc push``: upload a converted folder to the hub or to an object store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from moecc.errors import InputError, UsageError
+from moecc.jobs.command import Force, Report, Spelling
+from moecc.support.text import amount
+
+if TYPE_CHECKING:
+    from moecc.formats.store import Address
+
+
+def push(
+    folder: Annotated[str, Spelling(complete="models")],
+    address: str,
+    *,
+    private: bool = False,
+    allow_edited_card: bool = False,
+    resume: bool = False,
+    force: Force = False,
+) -> Report:
+    """Upload a converted folder, with card and receipt, after verifying it.
+
+    Every file is compared with the manifest first. The hub gets one commit; in an object store the
+    manifest comes last, and until then the folder is marked as incomplete.
+
+    Args:
+      folder: Folder that moecc convert wrote.
+      address: hf://ORG/NAME, hf://ORG/NAME@BRANCH, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
+      private: Make a new repository of the hub private.
+      allow_edited_card: Accept a model card that was edited after the conversion.
+      resume: Continue an upload of the same folder to an object store that was interrupted.
+      force: Replace what is there.
+
+    Example:
+      moecc push smollm2-8x hf://ORG/smollm2-8x --private
+    """
+    from moecc.formats.manifest import MANIFEST_NAME, load
+    from moecc.formats.store import HUB, Address, is_address
+    from moecc.formats.upload import StoreOutput, upload_digest
+    from moecc.jobs.verify import verify_files
+
+    if not is_address(address):
+        expected = "hf://ORG/NAME, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
+        raise UsageError("not an address in a store", expected=expected, found=address)
+    target, path = Address.parse(address), Path(folder)
+    output = None if target.scheme == HUB else StoreOutput(address, force=force, resume=resume)
+    if path.is_file():
+        raise InputError("a folder is pushed, not a file", where=folder)
+    verify_files(folder, allow_edited_card, None, False)
+    manifest = load(path)
+    names = [*manifest.weights, *manifest.files, MANIFEST_NAME]
+    commit = None
+    if output is None:
+        commit = _commit(path, target, names, private=private, force=force)
+    else:
+        output.check(upload_digest(path))
+        output.put(path)
+    data = {"folder": folder, "address": str(target), "files": len(names), "commit": commit}
+    text = f"{amount(len(names), 'file')} of {folder} uploaded to {target}"
+    return Report("push", data, lambda: text)
+
+
+def _commit(folder: Path, target: Address, names: list[str], *, private: bool, force: bool) -> str:
+    """Upload files to a branch of a model of the hub in one commit, and return it."""
+    from moecc.formats.store import require_package, store_errors
+
+    require_package(target)
+    from huggingface_hub import HfApi
+
+    hub, branch = HfApi(), target.revision or None
+    with store_errors(target, "write"):
+        hub.create_repo(target.path, private=private or None, exist_ok=True)
+        if branch is not None:
+            hub.create_branch(target.path, branch=branch, exist_ok=True)
+        state = hub.model_info(target.path, revision=branch)
+        present = {file.rfilename for file in state.siblings or ()} - {".gitattributes"}
+        if present and not force:
+            raise InputError(
+                "the repository is not empty",
+                where=str(target),
+                found=f"{len(present):,} files, {min(present)!r} among them",
+                hint="give another branch, hf://ORG/NAME@BRANCH, or --force to replace them",
+            )
+        commit = hub.upload_folder(
+            repo_id=target.path, folder_path=folder, allow_patterns=names, revision=branch,
+            commit_message="Upload a model converted by moecc", parent_commit=state.sha,
+            delete_patterns=sorted(present.difference(names)) or None,
+        )  # fmt: skip
+    return str(commit.oid)

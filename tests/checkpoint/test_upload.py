@@ -1,0 +1,248 @@
+"""Outputs in stores: uploads, their interruptions, and two writers of one output."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+from stores import GOLDEN, SECRETS, UPCYCLE, hub, said, store
+
+from moecc.errors import InputError, MachineError
+from moecc.formats.manifest import verify_manifest
+from moecc.formats.store import CLAIM_NAME, mirror
+from moecc.formats.upload import StoreOutput
+
+__all__ = ["hub", "store"]  # fixtures
+SHARDS = ("--max-shard-bytes", "20000")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where outputs are staged."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted folder of several shards."""
+    from moecc.cli.main import main
+
+    folder = tmp_path_factory.mktemp("converted") / "moe"
+    assert main(["convert", str(GOLDEN / "llama_gqa"), str(folder), *UPCYCLE, *SHARDS]) == 0
+    return folder
+
+
+def contents(store: Any, path: str) -> dict[str, bytes]:
+    """Return the files of a folder in a store."""
+    store.invalidate_cache()
+    return {name.removeprefix(f"{path}/"): store.cat_file(name) for name in store.find(path)}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_conversion_is_written_to_a_store(
+    store: Any, converted: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("convert", "s3://bucket/tiny", "s3://bucket/out", *UPCYCLE, *SHARDS)
+    assert said(capsys, *command, "--dry-run")[0] == 0
+    assert not store.exists("bucket/out")
+    assert said(capsys, *command)[0] == 0
+    files = contents(store, "bucket/out")
+    assert files.keys() == files_of(converted).keys()
+    weights = [name for name in files if name.endswith(".safetensors")]
+    assert len(weights) > 2
+    assert all(files[name] == (converted / name).read_bytes() for name in weights)
+    assert not any(
+        secret.encode() in data for data in files.values() for secret in SECRETS.values()
+    )
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert said(capsys, "verify", "s3://bucket/out")[0] == 0
+    code, text = said(capsys, *command)
+    assert code == 1
+    assert "s3://bucket/out: the output folder is not empty" in text
+    assert said(capsys, *command[:3], *UPCYCLE, "--force")[0] == 0
+    assert "model.safetensors" in contents(store, "bucket/out")
+    assert verify_manifest(mirror("s3://bucket/out")) == []
+
+
+class Killed(BaseException):
+    """The process ends."""
+
+
+def ending_at(system: Any, number: int, error: BaseException) -> Callable[[], int]:
+    """Let the `number`-th call that changes the store fail; return what counts the calls."""
+    count = 0
+
+    def wrapped(call: Any) -> Any:
+        def run(*words: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise error
+            return call(*words, **options)
+
+        return run
+
+    for name in ("pipe_file", "put_file", "rm_file"):
+        setattr(system, name, wrapped(getattr(system, name)))
+    return lambda: count
+
+
+@pytest.fixture
+def folder_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """A store that is a folder of this machine, for a test of many uploads."""
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    def system(*address: object) -> Any:
+        local = LocalFileSystem(auto_mkdir=True, skip_instance_cache=True)
+        return DirFileSystem(str(tmp_path), local, skip_instance_cache=True)
+
+    for module in ("store", "upload"):
+        monkeypatch.setattr(f"moecc.formats.{module}.file_system", system)
+    return system
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_an_upload_that_is_killed_anywhere_is_continued(
+    folder_store: Callable[[], Any], converted: Path, replaces: bool
+) -> None:
+    """Absent, incomplete and unreadable, the old one, or complete: then the same bytes."""
+    expected, number, calls, store = files_of(converted), 0, 1, folder_store()
+    while number < calls:
+        number += 1
+        if store.exists("bucket/kill"):
+            store.rm("bucket/kill", recursive=True)
+        if replaces:
+            store.put(str(GOLDEN / "llama_gqa"), "bucket/kill", recursive=True)
+        old = contents(store, "bucket/kill")
+        output = StoreOutput("s3://bucket/kill", force=replaces)
+        count = ending_at(output._system, number, Killed())
+        try:
+            output.put(converted)
+        except Killed:
+            calls = number + 1
+        else:
+            assert count() == calls - 1
+        state = contents(store, "bucket/kill")
+        if CLAIM_NAME not in state:
+            assert state in (old, expected)
+            continue
+        with pytest.raises(InputError, match="the upload of this folder is not complete"):
+            mirror("s3://bucket/kill")
+        with pytest.raises(InputError, match="is writing this output, or was interrupted"):
+            StoreOutput("s3://bucket/kill").put(converted)
+        StoreOutput("s3://bucket/kill", resume=True).put(converted)
+        assert contents(store, "bucket/kill") == expected
+    assert calls > len(expected) + 2
+
+
+def test_an_interrupted_upload_names_how_it_goes_on(
+    store: Any, converted: Path, cache: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import fsspec
+
+    system, names = fsspec.filesystem("s3"), list[str]()
+    put = system.put_file
+
+    def failing(path: str, target: str, **options: Any) -> None:
+        if len(names) == 3:
+            raise ConnectionError(f"reset; {SECRETS['AWS_SECRET_ACCESS_KEY']}")
+        names.append(target)
+        put(path, target, **options)
+
+    monkeypatch.setattr(system, "put_file", failing)
+    source, target = str(GOLDEN / "llama_gqa"), "s3://bucket/cut"
+    code, text = said(capsys, "convert", source, target, *UPCYCLE, *SHARDS)
+    assert code == 4
+    assert text.count("error:") == 1
+    stage = cache / "moecc" / "uploads" / "s3" / "bucket" / "cut"
+    assert f"moecc push {stage} {target} --resume" in text
+    code, text = said(capsys, "convert", source, target, *UPCYCLE, *SHARDS)
+    assert code == 1
+    assert f"moecc push {stage} {target} --resume continues the upload" in text
+    monkeypatch.setattr(system, "put_file", put)
+    assert said(capsys, "push", stage, target, "--resume")[0] == 0
+    assert verify_manifest(mirror(target)) == []
+    # Given up instead.
+    monkeypatch.setattr(system, "put_file", failing)
+    assert said(capsys, "convert", source, target, *UPCYCLE, "--force")[0] == 4
+    assert said(capsys, "clean", target)[0] == 0
+    assert contents(store, "bucket/cut") == {}
+    assert not stage.exists()
+
+
+def test_a_second_writer_of_an_output_is_refused(
+    store: Any, converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = StoreOutput("s3://bucket/two")
+    with first.claimed("first"):
+        with pytest.raises(InputError, match="another conversion is writing this output"):
+            StoreOutput("s3://bucket/two").check("second")
+        with pytest.raises(InputError, match="another conversion is writing this output"):
+            StoreOutput("s3://bucket/two", resume=True).put(converted)
+        code, text = said(capsys, "push", converted, "s3://bucket/two")
+        assert code == 1
+        assert "--force takes its place" in text
+        StoreOutput("s3://bucket/two", force=True).put(converted)
+    with pytest.raises(InputError, match="another writer took this output over"):
+        first._require_held()
+    failing = StoreOutput("s3://bucket/failed")
+    with pytest.raises(MachineError, match="disk"), failing.claimed("x"):
+        raise MachineError("the disk is full")
+    assert contents(store, "bucket/failed") == {}
+
+
+def test_a_push_to_the_hub_is_one_commit(
+    hub: HubServer, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "moe"
+    shutil.copytree(converted, folder)
+    assert said(capsys, "push", folder, "hf://org/moe", "--private")[0] == 0
+    assert files_of(hub.root / "org" / "moe" / "main") == files_of(folder)
+    assert sum(path.endswith("/commit/main") for _, path, _ in hub.requests) == 1
+    assert not any(secret in body for _, _, body in hub.requests for secret in SECRETS.values())
+    code, text = said(capsys, "push", folder, "hf://org/moe")
+    assert code == 1
+    assert "the repository is not empty" in text
+    assert said(capsys, "push", folder, "hf://org/tiny@v3")[0] == 0
+    assert said(capsys, "push", folder, "hf://org/tiny", "--force")[0] == 0
+    assert files_of(hub.root / "org" / "tiny" / "main") == files_of(folder)
+    hub.gated.add("org/moe")
+    code, text = said(capsys, "push", folder, "hf://org/moe", "--force")
+    assert code == 4
+    assert "hf://org/moe: the store denies access" in text
+    (folder / "config.json").write_text("{}")
+    hub.requests.clear()
+    code, text = said(capsys, "push", folder, "hf://org/new")
+    assert code == 3
+    assert "config.json: the file differs" in text
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "problem"),
+    [
+        (("convert", str(GOLDEN / "llama_gqa"), "hf://org/x"), 2, "moecc push FOLDER hf://org/x"),
+        (("convert", str(GOLDEN / "llama_gqa"), "s3://bucket"), 2, "not a folder in a store"),
+        (("convert", str(GOLDEN / "llama_gqa"), "gs://bucket/a?b"), 2, "not an address"),
+        (("push", str(GOLDEN / "llama_gqa"), "elsewhere"), 2, "not an address in a store"),
+        (("push", str(GOLDEN / "llama_gqa"), "s3://bucket/x"), 1, "no moecc_manifest.json"),
+        (("push", "nowhere", "s3://bucket/x"), 1, "there is no such file or folder"),
+    ],
+)
+def test_a_wrong_request_is_one_message(
+    words: tuple[str, ...], code: int, problem: str, store: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actual, text = said(capsys, *words)
+    assert actual == code, text
+    assert problem in text
+    assert text.count("error:") == 1
