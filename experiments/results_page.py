@@ -65,7 +65,7 @@ not run.
 def page(lines: Sequence[Line]) -> str:
     """Return the page."""
     experiments = declared().values()
-    parts = [HEAD, *_claims(experiments, lines), *_results(experiments, lines)]
+    parts = [HEAD, *_results(experiments, lines)]
     for experiment in experiments:
         parts += _curves(experiment, [x for x in lines if x["experiment"] == experiment.key])
     return "\n".join(parts) + TAIL
@@ -85,18 +85,13 @@ def picture(experiment: Experiment) -> str:
     return f"experiments_{experiment.key}.svg"
 
 
-def _claims(experiments: Iterable[Experiment], lines: Sequence[Line]) -> Iterator[str]:
-    yield "## Claims\n"
-    yield "| | claim | effect | seeds | |"
-    yield "|---|---|---|---|---|"
-    for experiment in experiments:
-        for claim in experiment.claims:
-            effect = effect_of(lines, experiment, claim)
-            yield (
-                f"| {experiment.key} | {claim} | {_effect(effect, experiment.unit)} | "
-                f"{len(effect.values)} | {_verdict(effect, verdict_of(lines, experiment, claim))} |"
-            )
-    yield ""
+def _claims(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
+    """Yield the claims of an experiment, each with its effect and verdict."""
+    for claim in experiment.claims:
+        effect = effect_of(lines, experiment, claim)
+        verdict = _verdict(effect, verdict_of(lines, experiment, claim))
+        values = f": {_effect(effect, experiment.unit)}" if effect.values else ""
+        yield f"{claim}{values}: **{verdict}**"
 
 
 def _effect(effect: Effect, unit: str) -> str:
@@ -114,20 +109,19 @@ def _verdict(effect: Effect, verdict: Verdict) -> str:
 
 
 def _results(experiments: Iterable[Experiment], lines: Sequence[Line]) -> Iterator[str]:
-    """Yield a table of the experiments, with the mean result of each arm."""
-    yield "## Results\n"
-    yield "| | experiment | after | held-out means, by arm | runs: tokens, processor time |"
-    yield "|---|---|---|---|---|"
+    """Yield a table of the experiments: their claims, and the mean result of each arm."""
+    yield "## Claims and results\n"
+    yield "| | experiment | claims, with their effects | held-out means, by arm |"
+    yield "|---|---|---|---|"
     for experiment in experiments:
         runs = [x for x in lines if x["experiment"] == experiment.key]
         arms = []
         for arm in experiment.arms:
             losses = [float(line["loss"]) for line in runs if line["arm"] == arm]
             arms.append(f"{arm}: {mean(losses):.4f}" if losses else f"{arm}: not run")
-        yield (
-            f"| {experiment.key} | {experiment.title} | {experiment.source} | {'; '.join(arms)} | "
-            f"{_cost(runs)} |"
-        )
+        title = f"{experiment.title}<br>After {experiment.source}<br>{_cost(runs)}"
+        claims = "<br>".join(_claims(experiment, lines))
+        yield f"| {experiment.key} | {title} | {claims} | {'<br>'.join(arms)} |"
     yield ""
 
 
@@ -136,7 +130,8 @@ def _cost(lines: Sequence[Line]) -> str:
     runs = {line["recipe"]: int(line["tokens"]) for line in lines if line["steps"]}
     hours = sum(float(line["processor_seconds"]) for line in lines) / 3600
     tokens = sum(runs.values()) / 1e6
-    return f"{len(runs)}: {tokens:.2f} M tokens, {hours:.2f} hours"
+    seeds = len({line["seed"] for line in lines})
+    return f"{len(runs)} runs, seeds: {seeds}, {tokens:.2f} M tokens, {hours:.2f} hours"
 
 
 def _curves(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:

@@ -13,14 +13,21 @@ from moecc.support.generated_docs import GeneratedPart
 
 
 def _rows() -> Iterator[str]:
-    lemmas = {x.name: x for x in (*chain.from_iterable(APPLICATIONS.values()), *MONOMIALS, *SUMS)}
-    yield "| lemma | statement |"
+    yield "| used on | lemmas |"
     yield "|---|---|"
-    for name, lemma in sorted(lemmas.items()):
-        statement = inspect.getdoc(lemma.apply)
-        assert statement is not None, name
-        text = " ".join(statement.partition("\n\n")[0].split())
-        yield f"| {name} | {text.replace('|', chr(92) + '|')} |"
+    groups = (
+        ("a function", chain.from_iterable(APPLICATIONS.values())),
+        ("a product", MONOMIALS),
+        ("a sum", SUMS),
+    )
+    for title, lemmas in groups:
+        texts = []
+        for name, lemma in sorted({x.name: x for x in lemmas}.items()):
+            statement = inspect.getdoc(lemma.apply)
+            assert statement is not None, name
+            text = " ".join(statement.partition("\n\n")[0].split())
+            texts.append(f"*{name}*: {text.replace('|', chr(92) + '|')}")
+        yield f"| {title} | {'<br>'.join(texts)} |"
 
 
 LEMMAS = GeneratedPart("lemmas", "tests.prove.exactness", lambda: "\n".join(_rows()))
