@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from moecc.ir.graph import Graph, Node
+from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.text import format_attrs, read_graph
 from moecc.jobs.command import (
     AllowUnmatched,
@@ -120,6 +121,62 @@ def _node(node: Node) -> JsonDict:
     return {"title": title, "made": bool(node.origin), "facts": facts}
 
 
+# Graphs as Model Explorer reads them: one collection, nodes nested by their location.
+
+
+def explorer_collection(graphs: Mapping[str, Graph]) -> JsonDict:
+    """Return graphs by title as a collection for Model Explorer, a JSON object."""
+    rows = [{"id": title, "nodes": _explorer_nodes(graph)} for title, graph in graphs.items()]
+    return {"label": next(iter(graphs.values())).name, "graphs": rows}
+
+
+def _explorer_nodes(graph: Graph) -> list[JsonDict]:
+    nodes: list[JsonDict] = []
+    sources: dict[Value, tuple[str, int]] = {}
+
+    def add(id: str, label: str, loc: str, operands: Iterable[Value], results: Sequence[Value],
+            **attrs: str) -> None:  # fmt: skip
+        edges = [
+            {"sourceNodeId": sources[v][0], "sourceNodeOutputId": str(sources[v][1]),
+             "targetNodeInputId": str(i)}
+            for i, v in enumerate(operands)
+        ]  # fmt: skip
+        sources.update((v, (id, i)) for i, v in enumerate(results))
+        nodes.append({
+            "id": id, "label": label, "namespace": loc.replace(".", "/"), "incomingEdges": edges,
+            "attrs": [{"key": k, "value": v} for k, v in attrs.items() if v],
+            "outputsMetadata": [
+                {"id": str(i), "attrs": [{"key": "tensor_shape", "value": str(v.type)}]}
+                for i, v in enumerate(results)
+            ],
+        })  # fmt: skip
+
+    def walk(graph: Graph, prefix: str) -> None:
+        for value in (*graph.inputs.values(), *graph.params.values()):
+            if value in sources:
+                continue
+            weight = "" if value.weight is None else format_expr(value.weight)
+            user = next(iter(value.users), None)
+            loc = user.loc if value.is_param and user is not None else ""
+            kind = "param" if value.is_param else "input"
+            add(f"{prefix}{value.name}", f"{kind} %{value.name}", loc, (), [value], weight=weight)
+        for node in graph:
+            id, operands = f"{prefix}{node.results[0].name}", node.operands
+            if node.body is not None:
+                bound = zip(node.body.inputs.values(), node.operands, strict=False)
+                sources.update((inner, sources[v]) for inner, v in bound)
+                walk(node.body, f"{id}/")
+                operands = list(node.body.outputs.values())
+            attrs = format_attrs(node.op, node.attrs).strip()
+            add(id, node.op.name, node.loc, operands, node.results, attributes=attrs,
+                origin=node.origin)  # fmt: skip
+
+    walk(graph, "")
+    for name, value in graph.outputs.items():
+        add(f"output {name}", f"output {name}", "", [value], [])
+    return nodes
+
+
 def opt(
     file: GraphFile,
     *,
@@ -137,6 +194,7 @@ def opt(
     allow_unmatched: AllowUnmatched = False,
     load: Load = (),
     html: OutputFile = None,
+    explorer: OutputFile = None,
     force: Force = False,
 ) -> Report:
     """Run a pipeline over a graph, verified after every pass.
@@ -156,6 +214,7 @@ def opt(
       remarks: Print remarks of passes, and near misses with the reason.
       html: File to write a page to, with the graph before and after side by side, the type,
         weight expression and origin of each node, and a search.
+      explorer: File to write the graph to as JSON for Model Explorer, before and after.
 
     Example:
       moecc import SmolLM2-135M | moecc opt - -p 'upcycle{experts=8}' --diff
@@ -169,7 +228,7 @@ def opt(
         return stated if stated in words else frozenset(n.strip() for n in stated.split(","))
 
     passes = read_pipeline(pipeline, load)
-    for path in (output, html):
+    for path in (output, html, explorer):
         check_writable(path, force=force)
     instruments: list[runner.Instrument] = []
     if print_before is not None:
@@ -182,7 +241,7 @@ def opt(
              runner.Remarks: remarks}  # fmt: skip
     instruments += [kind(sys.stderr) for kind, is_wanted in kinds.items() if is_wanted]
     graph, said = read_graph(file), list[str]()
-    before = clone(graph) if html is not None else graph
+    before = graph if html is None and explorer is None else clone(graph)
     context = Context(seed, allow_unmatched, remark=lambda remark: said.append(str(remark)))
     if check:
         from moecc.jobs.checks import PassProofs, check_pipeline
@@ -201,5 +260,9 @@ def opt(
         page = graph_page(before, graph if len(passes) else None, str(passes), said)
         write_whole(html, page.encode(), force=force)
         say(f"the graph is in {html}")
+    if explorer is not None:
+        graphs = {"before": before, "after": graph} if len(passes) else {"graph": graph}
+        write_whole(explorer, json.dumps(explorer_collection(graphs)).encode(), force=force)
+        say(f"the graph for Model Explorer is in {explorer}")
     text = graph_text(graph, output)
     return artefact("opt", text, output, force=force, pipeline=str(passes), remarks=said)

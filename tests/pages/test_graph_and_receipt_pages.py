@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -46,6 +47,29 @@ def test_a_graph_is_shown_before_and_after(graph_page: Path) -> None:
     assert "layers.0.ffn … layers.2.ffn, 3 alike" in after
     assert "tile(source(&#34;model.layers.0.mlp.up_proj.weight&#34;" in after
     assert "became 4 experts, top-2" in after
+
+
+def test_model_explorer_has_every_edge(graph_page: Path, folder: Path) -> None:
+    """A loop's body is nested in it, and its edges end at nodes that there are."""
+    out, rolled = folder / "explorer.json", UPCYCLE + ",roll-layers"
+    command = ["opt", str(folder / "dense.moe"), "-p", rolled, "--explorer", str(out)]
+    assert main([*command, "-o", str(folder / "rolled.moe")]) == 0
+    collection = json.loads(out.read_text("utf-8"))
+    assert collection["label"]
+    for graph in collection["graphs"]:
+        nodes = {node["id"]: node for node in graph["nodes"]}
+        assert len(nodes) == len(graph["nodes"])
+        for node in graph["nodes"]:
+            for at, edge in enumerate(node["incomingEdges"]):
+                source = nodes[edge["sourceNodeId"]]
+                assert int(edge["sourceNodeOutputId"]) < len(source["outputsMetadata"])
+                assert edge["targetNodeInputId"] == str(at)
+    before, after = collection["graphs"]
+    assert "layers/0/ffn" in {node["namespace"] for node in before["nodes"]}
+    (scan,) = (node for node in after["nodes"] if node["label"] == "scan")
+    assert any(edge["sourceNodeId"].startswith(f"{scan['id']}/") for edge in scan["incomingEdges"])
+    assert any(a["key"] == "weight" for node in before["nodes"] for a in node["attrs"])
+    assert main([*command, "-o", str(folder / "again.moe")]) == 1, "nothing is replaced unasked"
 
 
 def test_pages_load_nothing(graph_page: Path, receipt_page: Path) -> None:
