@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,8 +47,8 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.lazy import np
 from moecc.train.batches import Batches, open_batches, resolved
-from moecc.train.events import Beginning, Event, Exported, Saved, TrainJob
-from moecc.train.graphs import eval_graph, step_spec, train_graph
+from moecc.train.events import Beginning, Event, Exported, Saved, Teacher, TrainJob
+from moecc.train.graphs import eval_graph, step_spec, teacher_graph, train_graph
 from moecc.train.recipe import ModelSection, Moments, OptimizerSection, Recipe, Start
 from moecc.train.recipe_text import (
     parse_recipe,
@@ -134,6 +134,21 @@ def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[RecipeSou
         yield RecipeSource(
             model, model_graph, str(done.preserves), pipeline.in_full(), tuple(remarks)
         )
+
+
+@contextmanager
+def open_teacher(recipe: Recipe) -> Iterator[Teacher]:
+    """Open the source that the model of a recipe is distilled from. Raises as `open_source`."""
+    with open_model(recipe.model.source) as model:
+        if model.checkpoint is None:
+            raise InputError("the source has no weights", where=recipe.model.source)
+        source = canonical(model.graph, float_type(recipe.run.weight_dtype))
+        yield Teacher(source.graph, source.weights, model.checkpoint.read)
+
+
+def teacher_of(recipe: Recipe) -> Callable[[], AbstractContextManager[Teacher]] | None:
+    """Return what opens the teacher of a recipe; None without distillation."""
+    return partial(open_teacher, recipe) if recipe.loss.distill else None
 
 
 def _opened(section: ModelSection) -> OpenedModel:
@@ -342,7 +357,10 @@ def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
             source=_source_files(source.model, batches),
         )  # fmt: skip
 
-    return TrainJob(out, recipe, digest, graph, batches, create, lambda: _beginning(recipe, source))
+    return TrainJob(
+        out, recipe, digest, graph, batches, create, lambda: _beginning(recipe, source),
+        teacher=teacher_of(recipe),
+    )  # fmt: skip
 
 
 def resumed_run(
@@ -390,7 +408,7 @@ def resumed_run(
     raise_problems(problems)
     return TrainJob(
         run, current, recipe_digest(current), graph, batches, lambda: None,
-        lambda: _beginning_again(current, graph, files),
+        lambda: _beginning_again(current, graph, files), teacher=teacher_of(current),
     )  # fmt: skip
 
 
@@ -448,8 +466,9 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
             )  # fmt: skip
 
     return TrainJob(
-        out, recipe, digest, graph, batches, create, lambda: _beginning_again(recipe, graph)
-    )
+        out, recipe, digest, graph, batches, create, lambda: _beginning_again(recipe, graph),
+        teacher=teacher_of(recipe),
+    )  # fmt: skip
 
 
 def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts]) -> Batches:
@@ -465,6 +484,9 @@ def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts])
         parameter_settings(step, phase.section)
     eval_graph(graph, recipe)
     step_spec(graph, recipe)
+    if recipe.loss.distill:
+        with open_teacher(recipe) as teacher:
+            teacher_graph(teacher.graph, recipe, step)
     if recipe.run.export_steps:
         target = recipe.run.export_to
         if target and target != DEFAULT_TARGET and architecture_of(target) is None:

@@ -424,6 +424,9 @@ class Mixture:
 TARGETS = "targets"
 """The input of a step besides those of its graph: the ids to predict, ``i32[batch, seq]``."""
 
+TEACHER = "teacher"
+"""The logits of the model that a step is distilled from, ``[batch, seq, vocab]``."""
+
 _EVALUATION = 0
 """The order of held-out rows has a seed of its own, so that runs are compared on the same ones."""
 

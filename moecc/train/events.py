@@ -222,6 +222,21 @@ class Beginning:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """The source of a run, before the pipeline.
+
+    Attributes:
+      graph: its canonical graph.
+      weights: how each parameter is made, by its canonical name.
+      read: reads its tensors.
+    """
+
+    graph: Graph
+    weights: Weights
+    read: TensorReader
+
+
+@dataclass(frozen=True)
 class TrainJob:
     """A run that is to begin, or to go on.
 
@@ -234,6 +249,7 @@ class TrainJob:
       create: makes the folder; it is there already where the run goes on.
       begin: opens what the first step begins from, where nothing is saved yet.
       traced_steps: how many steps are traced for xprof, in the folder ``profile`` of the run.
+      teacher: opens the source that the model is distilled from; None without distillation.
     """
 
     run: Path
@@ -244,6 +260,7 @@ class TrainJob:
     create: Callable[[], None]
     begin: Callable[[], AbstractContextManager[Beginning]]
     traced_steps: int = 0
+    teacher: Callable[[], AbstractContextManager[Teacher]] | None = None
 
 
 class Training(Protocol):

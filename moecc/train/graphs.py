@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moecc.analysis import LOGITS
 from moecc.errors import InputError, raise_problems
@@ -205,6 +205,31 @@ def eval_graph(graph: Graph, recipe: Recipe) -> Graph:
     return _step_graph(graph, recipe, eval_passes(graph, recipe))
 
 
+def teacher_graph(graph: Graph, recipe: Recipe, student: Graph) -> Graph:
+    """Return the graph of a source that a model is distilled from, in evaluation.
+
+    Args:
+      graph: the source's.
+      recipe: the recipe.
+      student: the graph of a step of the model.
+
+    Raises:
+      InputError: its logits are not of the model's tokens.
+    """
+    passes = replace(eval_passes(graph, recipe), losses=None)
+    teacher = _step_graph(graph, recipe, passes)
+    found, expected = (g.outputs[LOGITS].type if LOGITS in g.outputs else None
+                       for g in (teacher, student))  # fmt: skip
+    if found != expected:
+        raise InputError(
+            "the source has no logits like those of the model",
+            where="loss.distill",
+            expected=str(expected),
+            found=str(found or "hidden states"),
+        )
+    return teacher
+
+
 def check_objective(graph: Graph, objective: Objective) -> None:
     """Raise InputError if `graph` is of an encoder alone, and its targets are not those of one."""
     is_encoder = "hidden" in graph.output_names and LOGITS not in graph.output_names
@@ -276,6 +301,7 @@ def step_spec(graph: Graph, recipe: Recipe, platform: str = "cpu") -> StepSpec:
         recipe.run.guard,
         recipe.routing.bias_rate,
         (recipe.run.output_z or float(coefficient)),
+        bool(recipe.loss.distill),
         platform=platform,
         layout=_layout(graph, recipe) if recipe.mesh.partition == GSPMD else None,
     )

@@ -282,6 +282,24 @@ class RunSection:
 
 
 @dataclass(frozen=True)
+class LossSection:
+    """What is added to the loss of the objective.
+
+    Attributes:
+      distill: coefficient of the divergence of the source's distribution of each token from the
+        model's, KL(source ‖ model), at the first step.
+      distill_steps: the steps in which the coefficient falls linearly to 0; 0 for all of the run.
+    """
+
+    distill: NonNegative = 0.0
+    distill_steps: Count = 0
+
+    def distill_at(self, step: int, steps: int) -> float:
+        """Return the coefficient of the divergence in the step with number `step`, from 0."""
+        return self.distill * max(1 - step / (self.distill_steps or steps), 0.0)
+
+
+@dataclass(frozen=True)
 class MeshSection:
     """Where the run takes place; it does not change what is computed.
 
@@ -307,6 +325,7 @@ class Recipe:
     run: RunSection
     routing: RoutingSection = field(default_factory=RoutingSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    loss: LossSection = field(default_factory=LossSection)
     mesh: MeshSection = field(default_factory=MeshSection)
 
     @cached_property
@@ -392,6 +411,7 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _schedule(recipe.optimizer, recipe.run)
     yield from _parameter_groups(recipe.optimizer.groups, recipe.run.steps)
     yield from _run(recipe.run, recipe.data)
+    yield from _distillation(recipe)
     if recipe.mesh.mesh:
         yield from _raised("mesh.mesh", partial(parse_mesh, recipe.mesh.mesh))
     if recipe.mesh.rules and not recipe.mesh.mesh:
@@ -399,6 +419,19 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _choices(
         "mesh", {"via": recipe.mesh.via or None, "partition": recipe.mesh.partition}
     )
+
+
+def _distillation(recipe: Recipe) -> Iterator[Fault]:
+    loss = recipe.loss
+    if loss.distill_steps and not loss.distill:
+        message = "there is nothing that falls in so many steps"
+        yield Fault("loss.distill_steps loss.distill", message, "0", loss.distill_steps)
+    if loss.distill and recipe.model.start is Start.RANDOM:
+        message = "random parameters have no source to learn from"
+        yield Fault("loss.distill model.start", message, "0", loss.distill, 'start = "source"')
+    if loss.distill and recipe.mesh.mesh:
+        message = "the source's logits are computed on one device"
+        yield Fault("loss.distill mesh.mesh", message, "0", loss.distill, "a run without a mesh")
 
 
 def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:

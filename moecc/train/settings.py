@@ -311,6 +311,7 @@ class StepSpec:
       guard: which steps are skipped; None for none.
       bias_rate: step of the loss-free balance bias.
       output_z: coefficient of the z-loss of the output's softmax.
+      distill: whether a batch has the logits of a teacher, and the coefficient of the divergence.
       platform: what it is lowered for, ``tpu``, ``gpu`` or ``cpu``.
       layout: what XLA's partitioner shards the graph by; None where the graph is on a mesh, or
         runs on one device.
@@ -323,6 +324,7 @@ class StepSpec:
     guard: GuardSection | None = field(default_factory=GuardSection)
     bias_rate: float = 0.0
     output_z: float = 0.0
+    distill: bool = False
     platform: str = "cpu"
     layout: Layout | None = None
     chunk_bytes: int = CHUNK_BYTES

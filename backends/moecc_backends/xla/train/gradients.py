@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from moecc.ir.ops.repetition import repetitions
 from moecc.ir.routing_losses import MASK
 from moecc.sharding.layout import value_spec
 from moecc.support.text import amount
-from moecc.train.batches import TARGETS
+from moecc.train.batches import TARGETS, TEACHER
 from moecc.train.objectives import IGNORED
 from moecc.train.settings import StepSpec, rows_together, totals_of
 from moecc.types import I32, KEY, DType, TensorType
@@ -93,6 +93,19 @@ class LoweringConfig:
         return cast("Mapping[Value, Named]", values)
 
 
+class Aims(NamedTuple):
+    """What the logits of tokens are compared with.
+
+    Attributes:
+      targets: the ids, ``[…]``.
+      teacher: the logits of a teacher, like those of the head, and what the divergence from it is
+        multiplied by; None without one.
+    """
+
+    targets: Array
+    teacher: tuple[Array, Array] | None = None
+
+
 @dataclass(frozen=True)
 class HeadLoss:
     """The loss of a head, as a function of hidden states, weights and targets.
@@ -109,19 +122,24 @@ class HeadLoss:
     output_z: float
     chunk_bytes: int
 
-    def __call__(self, hidden: Arrays, weights: Arrays, targets: Array) -> tuple[Array, Outputs]:
+    def __call__(self, hidden: Arrays, weights: Arrays, aims: Aims) -> tuple[Array, Outputs]:
         """Return the loss summed over the tokens of this device, and sums; see `token_losses`."""
-        axes = tuple(n for n in self.head.logits.type.names if n != VOCAB)
+        names, targets = self.head.logits.type.names, aims.targets
+        axes = tuple(n for n in names if n != VOCAB)
         count = self._chunks(targets.size, weights)
         if count == 1:
-            return self.summed(weights, hidden, targets)
+            return self.summed(weights, hidden, aims)
         pairs = zip(hidden, self.head.hidden, strict=True)
         flat = tuple(_chunks(Named(a, v.type.names), axes, count, 0) for a, v in pairs)
-        aims = _chunks(Named(targets, axes), axes, count, IGNORED)
+        parts = Aims(_chunks(Named(targets, axes), axes, count, IGNORED))
+        if aims.teacher is not None:
+            taught, coefficient = aims.teacher
+            chunks = _chunks(Named(taught, names), axes, count, 0)
+            parts = Aims(parts.targets, (chunks, jnp.broadcast_to(coefficient, (count,))))
         over = self.varies(*hidden, targets)
         # Gradients of weights are added over all chunks before devices add theirs.
         apart = tuple(self.lowering.fresh().varying(w, over) for w in weights)
-        return _chunked(self, apart, flat, aims)
+        return _chunked(self, apart, flat, parts)
 
     def varies(self, *arrays: Array) -> frozenset[str]:
         """Return the mesh axes along which any of `arrays` may differ."""
@@ -139,8 +157,9 @@ class HeadLoss:
         weights_bytes = sum(4 * weight.size for weight in weights)
         return min(chunk_count(logits_bytes, weights_bytes, self.chunk_bytes), max(tokens, 1))
 
-    def summed(self, weights: Arrays, hidden: Arrays, targets: Array) -> tuple[Array, Outputs]:
+    def summed(self, weights: Arrays, hidden: Arrays, aims: Aims) -> tuple[Array, Outputs]:
         """Return the loss of all tokens at once."""
+        targets = aims.targets
         operands = zip((*self.head.hidden, *self.head.weights), (*hidden, *weights), strict=True)
         values = self.lowering.lower(self.head.nodes, dict(operands))
         logits, type = values[self.head.logits], self.head.logits.type
@@ -150,7 +169,21 @@ class HeadLoss:
         )
         sums = {n: jnp.sum(jnp.where(targets != IGNORED, a, 0)) for n, a in losses.items()}
         loss = sums["loss.sum"]
-        return (loss + self.output_z * sums["output_z"] if self.output_z else loss), sums
+        if self.output_z:
+            loss = loss + self.output_z * sums["output_z"]
+        if aims.teacher is not None:
+            taught, coefficient = aims.teacher
+            each = divergence(Named(taught, type.names).to(names).array, logits.to(names).array)
+            sums[DISTILL] = jnp.sum(jnp.where(targets != IGNORED, each, 0))
+            loss = loss + coefficient.astype(loss.dtype) * sums[DISTILL]
+        return loss, sums
+
+
+def divergence(teacher: Array, logits: Array) -> Array:
+    """Return KL(teacher ‖ model) of each token, from logits ``[…, vocab]`` that are whole."""
+    wide = logits.astype(accumulator(logits.dtype))
+    fixed = jax.nn.log_softmax(lax.stop_gradient(teacher).astype(wide.dtype))
+    return jnp.sum(jnp.exp(fixed) * (fixed - jax.nn.log_softmax(wide)), axis=-1)
 
 
 def token_losses(logits: Array, targets: Array, mesh: Names, view: DeviceView) -> Outputs:
@@ -211,25 +244,23 @@ def _chunks(x: Named, axes: Names, count: int, fill: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(
-    loss: HeadLoss, weights: Arrays, hidden: Arrays, targets: Array
-) -> tuple[Array, Outputs]:
+def _chunked(loss: HeadLoss, weights: Arrays, hidden: Arrays, aims: Aims) -> tuple[Array, Outputs]:
     """Return the loss of chunks of tokens, one after the other."""
 
-    def add(total: PyTree, chunk: tuple[Arrays, Array]) -> tuple[PyTree, None]:
+    def add(total: PyTree, chunk: tuple[Arrays, Aims]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, loss.summed(weights, *chunk)), None
 
     total: tuple[Array, Outputs]
-    total, _ = lax.scan(add, _zeros(loss, weights, hidden, targets), (hidden, targets))
+    total, _ = lax.scan(add, _zeros(loss, weights, hidden, aims), (hidden, aims))
     return total
 
 
 def _forward(
-    loss: HeadLoss, weights: Arrays, hidden: Arrays, targets: Array
+    loss: HeadLoss, weights: Arrays, hidden: Arrays, aims: Aims
 ) -> tuple[tuple[Array, Outputs], PyTree]:
     slopes_of = jax.value_and_grad(loss.summed, argnums=(0, 1), has_aux=True)
 
-    def add(total: PyTree, chunk: tuple[Arrays, Array]) -> tuple[PyTree, Arrays]:
+    def add(total: PyTree, chunk: tuple[Arrays, Aims]) -> tuple[PyTree, Arrays]:
         sums, (by_weights, by_hidden) = slopes_of(weights, *chunk)
         return jax.tree.map(jnp.add, total, (sums, by_weights)), by_hidden
 
@@ -237,8 +268,8 @@ def _forward(
     empty = tuple(
         view.varying(jnp.zeros(w.shape, accumulator(w.dtype)), loss.varies(w)) for w in weights
     )
-    start = _zeros(loss, weights, hidden, targets), empty
-    (sums, by_weights), by_hidden = lax.scan(add, start, (hidden, targets))
+    start = _zeros(loss, weights, hidden, aims), empty
+    (sums, by_weights), by_hidden = lax.scan(add, start, (hidden, aims))
     narrow = tuple(g.astype(w.dtype) for g, w in zip(by_weights, weights, strict=True))
     return sums, (narrow, by_hidden)
 
@@ -251,15 +282,13 @@ def _backward(loss: HeadLoss, slopes: PyTree, cotangents: tuple[Array, Outputs])
 _chunked.defvjp(_forward, _backward)
 
 
-def _zeros(
-    loss: HeadLoss, weights: Arrays, hidden: Arrays, targets: Array
-) -> tuple[Array, Outputs]:
+def _zeros(loss: HeadLoss, weights: Arrays, hidden: Arrays, aims: Aims) -> tuple[Array, Outputs]:
     """Return sums of no tokens."""
-    first = tuple(a[0] for a in hidden)
-    shapes = jax.eval_shape(loss.summed, weights, first, targets[0])
+    first = jax.tree.map(lambda a: a[0], (hidden, aims))
+    shapes = jax.eval_shape(loss.summed, weights, *first)
     view = loss.lowering.fresh()
     # Along the axes that shard the vocabulary the devices have summed their parts of the softmax.
-    over = loss.varies(*hidden, targets) - set(loss.head.logits.type[VOCAB].mesh)
+    over = loss.varies(*hidden, aims.targets) - set(loss.head.logits.type[VOCAB].mesh)
     return jax.tree.map(lambda a: view.varying(jnp.zeros(a.shape, a.dtype), over), shapes)
 
 
@@ -268,6 +297,9 @@ AUXILIARY = "loss.auxiliary"
 
 LOSS_SUM, TOKENS = "loss.sum", "tokens"
 """The sum of the losses of tokens, in nats, and the tokens that have a target."""
+
+DISTILL, COEFFICIENT = "distill", "distill.coefficient"
+"""The divergence from a teacher, and what it is multiplied by in the loss."""
 
 SUMS = (LOSS_SUM, "output_z", "hits", TOKENS)
 """Outputs over the targets of a batch, and their number, beside the outputs of the graph."""
@@ -360,8 +392,9 @@ class BatchLoss:
         rows = rows_together(self.graph, sizes)
         if count == 1:
             return of_part(inputs, 0)
-        totals = {n: a for n, a in inputs.items() if n in totals_of(self.graph)}
-        types = batch_types(self.graph)
+        whole = (*totals_of(self.graph), COEFFICIENT)
+        totals = {n: a for n, a in inputs.items() if n in whole}
+        types = {**batch_types(self.graph), TEACHER: self.graph.outputs[LOGITS].type}
         parts = {
             n: _micro_batches(a, types[n].names.index("batch"), count, rows)
             for n, a in inputs.items()
@@ -415,7 +448,9 @@ class BatchLoss:
         # The partitioner would reduce the gradients of the head once a chunk.
         chunk_bytes = spec.chunk_bytes if spec.layout is None else 1 << 62
         of_head = HeadLoss(head, self.lowering, spec.output_z, chunk_bytes)
-        summed, sums = self._everywhere(of_head(hidden, weights, inputs[TARGETS]))
+        taught = (inputs[TEACHER], inputs[COEFFICIENT]) if TEACHER in inputs else None
+        aims = Aims(inputs[TARGETS], taught)
+        summed, sums = self._everywhere(of_head(hidden, weights, aims))
         outputs = {
             n: self.lowering.fresh().settled(finalize_output(values[v], v), v.type)
             for n, v in summed_outputs(graph).items()

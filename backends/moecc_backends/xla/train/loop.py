@@ -88,6 +88,7 @@ from moecc_backends.xla.run.program import (
 from moecc_backends.xla.trace.values import NamedArrays, Outputs, PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 from moecc_backends.xla.train.step import PhasedStep, TrainStep, shared_step
+from moecc_backends.xla.train.teacher import TAUGHT, TeacherProgram, teacher_program
 from moecc_backends.xla.train.tensors import (
     StateLeaf,
     Tensors,
@@ -333,6 +334,7 @@ class Loop:
       stop: returns why to stop after this step, or None; equal in all processes.
       clock: returns seconds, equal in all processes.
       spread: returns how far experts are apart, from the parameters; None without experts.
+      teacher: what the model is distilled from; None without distillation.
       enter: is told which phase begins, for the limits of the watchdog.
     """
 
@@ -344,6 +346,7 @@ class Loop:
     stop: Callable[[], Reason | None]
     clock: Callable[[], float] = time.monotonic
     spread: Callable[[NamedArrays], dict[str, list[float]]] | None = None
+    teacher: TeacherProgram | None = None
     enter: Callable[[Phase], None] = lambda phase: None
 
     _state: State = field(init=False, default=None)
@@ -387,7 +390,7 @@ class Loop:
         """
         streak: list[int] = []
         accepted: list[int] = []
-        batch = self.feed.train(self._at.batch) if self._at.step < self.run.steps else {}
+        batch = self._batch(self._at.step) if self._at.step < self.run.steps else {}
         while self._at.step < self.run.steps:
             number, started, worked = self._at.batch, time.monotonic(), time.process_time()
             structure = jax.tree.structure(self._state)  # as each program has its own
@@ -400,7 +403,7 @@ class Loop:
             )
             if self._at.step + 1 < self.run.steps:
                 # While the devices compute.
-                batch = self.feed.train(batch_of(self._at.step + 1, self._at.left_out))
+                batch = self._batch(self._at.step + 1)
             measured = on_host(metrics)
             skipped, tokens = bool(measured.pop(SKIPPED, 0)), int(np.asarray(measured.pop(TOKENS)))
             limit = float(np.asarray(measured.pop(LIMIT, inf)))
@@ -425,6 +428,11 @@ class Loop:
         yield from self.checkpoints.wait()
         yield Stopped(self._at.step, Reason.DONE)
         return None
+
+    def _batch(self, step: int) -> Outputs:
+        """Return the batch of a step, with the logits of the teacher where there is one."""
+        batch = self.feed.train(batch_of(step, self._at.left_out))
+        return batch if self.teacher is None else {**batch, **self.teacher(batch, step)}
 
     def _between(self, is_skipped: bool) -> Generator[Event, None, bool]:
         """Evaluate, save and stop where it is time to; return whether the run stops."""
@@ -649,15 +657,21 @@ class XlaTraining:
             self.saver,
             job.digest,
         )
+        teacher = None
+        if job.teacher is not None:
+            with job.teacher() as source:
+                teacher = teacher_program(source, job.recipe, self.first)
+        abstract = {n: leaf for n, leaf in self.first.abstract_batch.items() if n not in TAUGHT}
         loop = Loop(
             self.program,
-            DeviceFeed(job.batches, self.first.abstract_batch),
+            DeviceFeed(job.batches, abstract),
             checkpoints,
             run,
             lambda step: rate_at(job.recipe.optimizer, step, run.steps),
             StopAgreement(stop),
             agreed_seconds,
             spread_of(self.first.graph, self.first.where.whole),
+            teacher,
             self.watchdog.enter,
         )
         for event in traced(loop.events(), job.traced_steps, job.run / "profile"):

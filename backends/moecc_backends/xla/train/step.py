@@ -21,7 +21,7 @@ from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node
 from moecc.ir.routing_losses import MASK
 from moecc.ir.text import print_graph
-from moecc.train.batches import TARGETS
+from moecc.train.batches import TARGETS, TEACHER
 from moecc.train.objectives import IGNORED
 from moecc.train.recipe import GuardSection, OptimizerSection
 from moecc.train.scoring import Scorer, TokenScores
@@ -46,6 +46,8 @@ from moecc_backends.xla.run.program import in_precision, machine_errors
 from moecc_backends.xla.trace.values import Arrays, NamedArrays, Names, Outputs, PyTree, accumulator
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
+    COEFFICIENT,
+    DISTILL,
     LOSS_SUM,
     SUMS,
     TOKENS,
@@ -358,8 +360,18 @@ class TrainStep:
 
     @cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes, types and shardings of a batch: the graph's inputs, and the targets."""
-        return self.where.arrays(batch_types(self.graph))
+        """The shapes, types and shardings of a batch: the graph's inputs, and the targets.
+
+        Where a model is distilled, the logits of the teacher, and the coefficient, too.
+        """
+        arrays = self.where.arrays(batch_types(self.graph))
+        if self.spec.distill:
+            logits = self.where.arrays({TEACHER: self.graph.outputs[LOGITS].type})[TEACHER]
+            arrays[TEACHER] = logits.update(dtype=accumulator(logits.dtype))
+            arrays[COEFFICIENT] = jax.ShapeDtypeStruct(
+                (), np.dtype("float32"), sharding=self.where.whole
+            )
+        return arrays
 
     @property
     def arguments(self) -> tuple[PyTree, ...]:
@@ -430,6 +442,11 @@ class TrainStep:
         slopes, sums = self.gradients(trained, fixed, batch, key)
         norm = gradient_norm(slopes)
         metrics = {**told(sums, self.graph), "gradient_norm": norm, "rate": rate}
+        if self.spec.distill:
+            distance = metrics.pop(DISTILL) / jnp.maximum(sums[TOKENS], 1)
+            metrics["loss.distill"] = distance
+            metrics["loss.distill.scaled"] = batch[COEFFICIENT].astype(distance.dtype) * distance
+            metrics["loss"] += metrics["loss.distill.scaled"]
         keep, guard = _as_changed, state["guard"]
         if self.guard is not None:
             ok, guard, more = self.guard(guard, metrics["loss"], norm)
@@ -459,10 +476,14 @@ class TrainStep:
         )
         totals = totals_for(graph, self.where, batch)
         inputs = {**batch_types(graph), **dict.fromkeys(totals)}
+        results = sum_types(graph)
+        if self.spec.distill:
+            inputs |= {TEACHER: graph.outputs[LOGITS].type, COEFFICIENT: None}
+            results[DISTILL] = None
         run = self.where.mapped(
             BatchLoss(graph, self.where).gradients,
             (trained_types, fixed_types, inputs, None),
-            (trained_types, sum_types(graph)),
+            (trained_types, results),
         )
         return run(trained, fixed, {**batch, **totals}, key)
 

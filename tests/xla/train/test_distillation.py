@@ -1,0 +1,94 @@
+"""The divergence from a teacher: loss and gradients against NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph
+from moecc.plan.step import StepConfig
+from moecc.train.batches import TARGETS, TEACHER
+from moecc.train.objectives import IGNORED
+from moecc.train.recipe import LossSection, OptimizerSection
+from moecc.train.settings import StepSpec
+from moecc.types import F64, I32, Array, tensor
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+from moecc_backends.xla.run.program import in_precision  # noqa: E402
+from moecc_backends.xla.train.gradients import COEFFICIENT  # noqa: E402
+from moecc_backends.xla.train.step import make_train_step  # noqa: E402
+
+VOCAB, EMBED, BATCH, SEQ = 11, 5, 4, 6
+WEIGHT = 0.75
+
+
+def bigram() -> Graph:
+    graph = Graph("bigram")
+    tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
+    table = graph.param("table", tensor(F64, vocab=VOCAB, embed=EMBED))
+    head = graph.param("head", tensor(F64, vocab=VOCAB, embed=EMBED))
+    hidden = Builder(graph).embedding(table, tokens, axis="vocab")
+    graph.set_output("logits", Builder(graph).contract(hidden, head, over="embed"))
+    return graph
+
+
+def log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def by_hand(params: dict[str, Array], batch: dict[str, Array]) -> tuple[float, dict[str, Array]]:
+    """Return Σ KL(teacher ‖ model) over targets, and the gradients of the mean loss."""
+    hidden = params["table"][batch["tokens"]]
+    own = log_softmax(hidden @ params["head"].T)
+    taught = log_softmax(batch[TEACHER])
+    counted = batch[TARGETS] != IGNORED
+    divergence = (np.exp(taught) * (taught - own)).sum(-1)[counted].sum()
+    onehot = np.eye(VOCAB)[np.maximum(batch[TARGETS], 0)]
+    slope = (np.exp(own) - onehot) + WEIGHT * (np.exp(own) - np.exp(taught))
+    slope = np.where(counted[..., None], slope, 0) / counted.sum()
+    by_table = np.zeros_like(params["table"])
+    np.add.at(by_table, batch["tokens"], slope @ params["head"])
+    return divergence, {"table": by_table, "head": np.einsum("bsv,bse->ve", slope, hidden)}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("chunk_bytes", [1 << 62, 4 * VOCAB * 5])
+def test_loss_and_gradients_are_those_of_the_formula(micro_batches: int, chunk_bytes: int) -> None:
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(VOCAB, EMBED)) for name in ("table", "head")}
+    batch: dict[str, Any] = {
+        "tokens": rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32),
+        TARGETS: rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32),
+        TEACHER: rng.normal(0, 2, (BATCH, SEQ, VOCAB)),
+    }
+    batch[TARGETS][1, 2:] = IGNORED
+    divergence, slopes = by_hand(params, batch)
+    config = StepConfig(dtype="f64", weight_dtype="f64", micro_batches=micro_batches)
+    spec = StepSpec(
+        {"B": BATCH, "S": SEQ}, config, OptimizerSection("sgd"), distill=True,
+        chunk_bytes=chunk_bytes,
+    )  # fmt: skip
+    with in_precision(F64):
+        step = make_train_step(bigram(), spec, jax.devices()[:1])
+        inputs = {**batch, COEFFICIENT: np.float32(WEIGHT)}
+        found, sums = jax.jit(step.gradients)(params, {}, inputs, jax.random.key(0))
+        assert float(sums["distill"]) == pytest.approx(divergence, rel=1e-12)
+        for name, slope in slopes.items():
+            np.testing.assert_allclose(found[name], slope, rtol=1e-11, atol=1e-14)
+        _, metrics = step.step(step.init(params), inputs, jax.random.key(0), 0.0)
+        mean = divergence / (batch[TARGETS] != IGNORED).sum()
+        assert float(metrics["loss.distill"]) == pytest.approx(mean, rel=1e-6)
+        total = metrics["loss.cross_entropy"] + WEIGHT * mean
+        assert float(metrics["loss"]) == pytest.approx(float(total), rel=1e-6)
+
+
+def test_the_coefficient_falls_to_zero() -> None:
+    section = LossSection(0.8, 4)
+    assert [round(section.distill_at(n, 9), 9) for n in range(6)] == [0.8, 0.6, 0.4, 0.2, 0, 0]
+    assert LossSection(0.8).distill_at(8, 16) == 0.4
