@@ -13,7 +13,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.interpreter import ReferenceProgram
 from moecc.ir.mesh import mesh_of
 from moecc.ir.ops.slots import SlotsOp
-from moecc.ir.structure import index_bound, length_bounds
+from moecc.ir.structure import index_sizes, length_bounds
 from moecc.ir.unroll import unrolled
 from moecc.support.lazy import np
 from moecc.types import F32, F64, Array, Arrays, TensorType
@@ -252,7 +252,7 @@ def _shape(type: TensorType, sizes: Sizes) -> tuple[int, ...]:
 
 
 def _input(value: Value, same: Value, seed: int, sizes: Sizes) -> Array:
-    bounds = [b for b in (index_bound(value), index_bound(same)) if b is not None]
+    bounds = [s for v in (value, same) for s in index_sizes(v) if isinstance(s, int)]
     return _drawn(f"input {value.name}", value.type, seed, sizes, min(bounds, default=8))
 
 
@@ -260,6 +260,8 @@ def _drawn(name: str, type: TensorType, seed: int, sizes: Sizes, below: int = 8)
     generator, shape = _generator(seed, name), _shape(type, sizes)
     if type.dtype.kind == "float":
         data = np.asarray(generator.standard_normal(shape))
+        if type.dtype.itemsize_bytes < F32.itemsize_bytes:
+            data = data.astype(type.dtype.numpy).astype(np.float64)
         return -np.abs(data) if seed in NEGATIVE_SEEDS else data
     if type.dtype.kind == "bool":
         return np.asarray(generator.random(shape) < 0.5)

@@ -97,7 +97,8 @@ class _ParallelWalk:
         a, b = self.old[pair[0]], self.new[pair[1]]
         if _key(a) == _key(b) or _is_alike(a, b):
             return True
-        is_grown = a.names == b.names and a.has("slot") and a.axis("expert") != b.axis("expert")
+        is_routed = a.names == b.names and a.has("slot") and a.has("expert")
+        is_grown = is_routed and a.axis("expert") != b.axis("expert")
         return is_grown and _outline(a.body, self.memo) == _outline(b.body, self.memo)
 
     def first(self) -> Pair:

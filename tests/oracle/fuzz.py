@@ -27,7 +27,7 @@ from .sources import pair_of
 
 DISAGREEMENTS = Path(__file__).parent / "disagreements"
 LIMIT_SECONDS = 30
-FURTHER_DRAWS = 24
+FURTHER_DRAWS = 1000
 """How often more data are drawn before a refutation counts as wrong."""
 
 

@@ -255,7 +255,7 @@ def difference(
       seed: chooses the data.
       exact: whether outputs must be equal bit for bit.
       thorough: whether all kinds of data are drawn, not two.
-      more: further draws of normal data and signs.
+      more: further draws of normal data, and of signs or, if exact, of precise and wide numbers.
       coarse: whether a large difference of values counts without a look at where it comes from.
     """
     changed = interface_changes(before, after)
@@ -264,8 +264,11 @@ def difference(
     draws = [*plan(seed, thorough)]
     if exact:
         draws += [(seed + 8, "precise", 0), (seed + 9, "wide", 4), (seed + 10, "precise", 4)]
-    kinds: tuple[Kind, ...] = ("precise", "wide") if exact else ("normal", "signs")
-    draws += [(seed + 11 + i, kinds[i % 2], (0, 4)[i % 4 > 1]) for i in range(more)]
+    # Gradients are compared where data are normal.
+    kinds: tuple[Kind, ...] = ("normal", "precise", "wide") if exact else ("normal", "signs")
+    draws += [
+        (seed + 11 + i, kinds[i % len(kinds)], (0, 4, 8)[i // len(kinds) % 3]) for i in range(more)
+    ]
     for number, kind, size in draws:
         sizes = sizes_of(before, after, number, size)
         draw = Draw(before, after, number, sizes, exact, TOLERANCE, kind)
