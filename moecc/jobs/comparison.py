@@ -192,23 +192,6 @@ def compare(
     )
 
 
-def vocabulary(model: OpenedModel) -> int:
-    """Return the vocabulary size of `model`.
-
-    Raises:
-      InputError: it has no logits.
-    """
-    logits = model.graph.outputs.get("logits")
-    if logits is None:
-        names = ", ".join(model.graph.output_names)
-        raise InputError(
-            "the model has no logits", where=model.name, expected="logits", found=names
-        )
-    size = logits.type["vocab"].size
-    assert isinstance(size, int), "a parameter has the axis vocab, so its size is known"
-    return size
-
-
 # Compare what a conversion has written with its source, before it is put in place.
 
 MAX_VERIFIED_PARAMETERS = 4 * 10**9

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from moecc.analysis import LOGITS
 from moecc.backend import Backend, get_backend
 from moecc.decoding import (
     DECODER_TOKENS,
@@ -30,7 +31,6 @@ from moecc.jobs.command import (
     Weights,
     say_weights,
 )
-from moecc.jobs.comparison import vocabulary
 from moecc.model.inputs import longest
 from moecc.model.open import OpenedModel, open_model
 from moecc.support.extras import require
@@ -182,7 +182,8 @@ class _Rereader:
 
 def check_prompts(model: OpenedModel, prompts: Sequence[Sequence[int]]) -> None:
     """Raise InputError for prompts without tokens, or with tokens that `model` does not know."""
-    size = vocabulary(model)
+    size = model.graph.outputs[LOGITS].type["vocab"].size
+    assert isinstance(size, int), "a parameter has the axis vocab, so its size is known"
     problems = [] if prompts else [Problem("there are no prompts", hint=GIVE)]
     for number, prompt in enumerate(prompts, 1):
         where = f"prompt {number}" if len(prompts) > 1 else model.name
