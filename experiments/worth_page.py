@@ -141,25 +141,6 @@ def table(title: str, rows: list[tuple[str, Difference]]) -> Iterator[str]:
         yield f"| {name} | {mean} | {shown} | {effect.settings} |"
 
 
-def losses(lines: Lines) -> Iterator[str]:
-    """Yield a table of the mean losses of all arms, and of what they took."""
-    arms = dict.fromkeys(key for table in lines.values() for key in table)
-    texts = sorted({text for text, _ in lines})
-    heads = " | ".join(f"{text}, nats a byte (runs)" for text in texts)
-    yield f"| arm | steps | tokens | executed FLOPs | processor time | {heads} |"
-    yield "|---|---|---|---|---|" + "---|" * len(texts)
-    for arm, steps in sorted(arms, key=lambda key: (key[0] not in (DENSE, SPARSE), key)):
-        runs = [table[arm, steps] for table in lines.values() if (arm, steps) in table]
-        tokens = np.mean([run["tokens"] for run in runs])
-        flops = 3 * tokens * runs[0]["flops_per_token"]
-        seconds = steps * np.mean([run["step_seconds"] for run in runs])
-        cells = [f"{steps:,}", f"{tokens / 1e6:.2f} M", f"{flops / 1e9:.0f} G", f"{seconds:.0f} s"]
-        for text in texts:
-            values = [run["loss"] for run in runs if run["text"] == text]
-            cells.append(f"{np.mean(values):.4f} ({len(values)})" if values else "")
-        yield f"| {arm} | {' | '.join(cells)} |"
-
-
 def main() -> None:
     """Write the tables."""
     lines = read_lines()
@@ -167,8 +148,8 @@ def main() -> None:
     before, tables = text.split(BEGIN)
     after = tables.split(END)[1]
     blocks = [*table("sparse less dense", claims(lines)), ""]
-    blocks += [*table("less the recipe", parts(lines)), "", *losses(lines)]
-    PAGE.write_text("\n".join([before.rstrip("\n"), "", BEGIN, "", *blocks, "", END]) + after)
+    blocks += table("less the recipe", parts(lines))
+    PAGE.write_text("\n".join([before.rstrip("\n"), "", BEGIN, *blocks, END]) + after)
 
 
 if __name__ == "__main__":
