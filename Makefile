@@ -73,7 +73,7 @@ proof-emit-jax: $(STAMP) ## every source as functions in JAX, dense, upcycled an
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
 
-proof-slurm: $(STAMP) ## a training on a cluster of Slurm on this machine, killed, requeued, told to stop; Debian's slurm-wlm, as root; writes docs/proofs/slurm.json
+proof-slurm: $(STAMP) ## a training and a conversion on a cluster of Slurm on this machine, killed, requeued, told to stop; Debian's slurm-wlm, as root; writes docs/proofs/slurm.json
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.slurm --out docs/proofs/slurm.json > /dev/null
 

@@ -20,7 +20,7 @@ from moecc.errors import InputError, Problem, UsageError
 from moecc.formats.files import disk, os_errors, write_durable
 from moecc.formats.manifest import FileName, FileRecord, read_sealed, seal
 from moecc.formats.output import WAIT, is_locked, partial_of, parts_of
-from moecc.formats.safetensors import Part, Shard
+from moecc.formats.safetensors import ConversionPart, Shard
 from moecc.formats.writer import JOURNAL_NAME, Done, Facts, read_journal
 from moecc.support.problems import Problems
 from moecc.support.record import read_record, to_json
@@ -48,10 +48,10 @@ class PartRecord:
     schema: str = SCHEMA
 
 
-def parse_part(text: str) -> Part:
+def parse_part(text: str) -> ConversionPart:
     """Return the part that ``K/N`` names. Raises UsageError."""
     match = _TEXT.match(text)
-    part = Part(*map(int, match.groups())) if match else Part(0, 0)
+    part = ConversionPart(*map(int, match.groups())) if match else ConversionPart(0, 0)
     if not 1 <= part.number <= part.count:
         raise UsageError(
             "not a part of a conversion", where="--part",
@@ -60,7 +60,7 @@ def parse_part(text: str) -> Part:
     return part
 
 
-def part_folder(out: Path, part: Part) -> Path:
+def part_folder(out: Path, part: ConversionPart) -> Path:
     """Return the folder of a part of an output."""
     return parts_of(out) / f"{part.number:05d}-of-{part.count:05d}"
 
@@ -120,7 +120,7 @@ def read_parts(out: Path, facts: Facts, shards: Sequence[Shard]) -> JoinedParts:
     completed: dict[str, Done] = {}
     source_files: dict[str, FileRecord] = {}
     for number in range(1, count + 1):
-        part = Part(number, count)
+        part = ConversionPart(number, count)
         folder = part_folder(out, part)
         if absence := _absence(folder, part):
             problems.extend([absence])
@@ -156,7 +156,7 @@ def _count_of(out: Path) -> int:
     return next(iter(counts))
 
 
-def _absence(folder: Path, part: Part) -> Problem | None:
+def _absence(folder: Path, part: ConversionPart) -> Problem | None:
     """Return the problem of a part that is being written, was killed or is missing."""
     partial = partial_of(folder)
     again = f"the same command with --part {part}"
@@ -171,7 +171,7 @@ def _absence(folder: Path, part: Part) -> Problem | None:
 
 
 def read_part(
-    folder: Path, part: Part, facts: Facts, shards: Sequence[Shard]
+    folder: Path, part: ConversionPart, facts: Facts, shards: Sequence[Shard]
 ) -> tuple[PartRecord, dict[str, Done]]:
     """Return the record of a complete part, and the tensors that it wrote, by name.
 

@@ -607,7 +607,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Part:
+class ConversionPart:
     """A share of the shards of a conversion: its number, from 1, and the number of parts."""
 
     number: int
@@ -659,7 +659,7 @@ def shards_of(
     entries: Sequence[Entry],
     max_shard_bytes: int,
     metadata: Mapping[str, str],
-    part: Part | None = None,
+    part: ConversionPart | None = None,
 ) -> Sequence[Shard]:
     """Return the shards of a checkpoint, or those of one part.
 

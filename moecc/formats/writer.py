@@ -38,8 +38,8 @@ from moecc.formats.gguf.storage import Storage, quantise
 from moecc.formats.manifest import FileRecord
 from moecc.formats.safetensors import (
     INDEX_NAME,
+    ConversionPart,
     Entry,
-    Part,
     Shard,
     index_json,
     natural,
@@ -421,7 +421,7 @@ class WriteOptions:
     progress: Progress | None = None
     journal: OutputJournal | None = None
     threads: int = 2
-    part: Part | None = None
+    part: ConversionPart | None = None
     is_join: bool = False
     source_files: Callable[[], Mapping[str, FileRecord]] = dict
 

@@ -24,7 +24,7 @@ from moecc.formats.modelcard import CARD_NAME, LISTS
 from moecc.formats.output import check_output, output_folder, parts_of
 from moecc.formats.parts import parse_part, part_folder, read_part, read_parts, write_record
 from moecc.formats.run import inputs_of
-from moecc.formats.safetensors import Part, Shard, shards_of
+from moecc.formats.safetensors import ConversionPart, Shard, shards_of
 from moecc.formats.store import is_address
 from moecc.formats.writer import (
     DEFAULTS,
@@ -152,7 +152,7 @@ def write(
     resume: bool = False,
     progress: Progress | None = None,
     threads: int = DEFAULTS.threads,
-    part: Part | None = None,
+    part: ConversionPart | None = None,
     join: bool = False,
 ) -> Conversion:
     """Write a planned conversion to `out`, atomically.

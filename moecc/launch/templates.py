@@ -174,9 +174,9 @@ def make_job(
         UsageError,
     )  # fmt: skip
     if words[0] == "convert":
-        if given := [word for word in words if word.split("=")[0] in ("--part", "--join")]:
+        if stated := [word for word in words if word.split("=")[0] in ("--part", "--join")]:
             raise UsageError(
-                "the template adds the parts itself", found=given[0],
+                "the template adds the parts itself", found=stated[0],
                 hint="leave it out, and give the number of parts as --nodes",
             )  # fmt: skip
         return ClusterJob(name, words, None, nodes or 1, step_seconds, **options)

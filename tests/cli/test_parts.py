@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from moecc.cli.main import main
 from moecc.formats.files import Disk, injected
 from moecc.formats.output import claimed
 
+from ..kill.disks import CountingDisk, KillingDisk  # noqa: TID252
+from ..kill.rig import in_child  # noqa: TID252
 from .conftest import GOLDEN, Done
 
 Moecc = Callable[..., Done]
@@ -253,3 +256,33 @@ def test_the_plan_of_a_part_counts_its_bytes(moecc: Moecc, source: Path, tmp_pat
         assert sum(share[key] for share in shares) == total[key]
     assert max(share["read_bytes"] for share in shares) < total["read_bytes"]
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_join_that_is_killed_at_any_call_loses_nothing(
+    moecc: Moecc, source: Path, written: Path, tmp_path: Path
+) -> None:
+    expected = content(written / "one")
+    command = ["convert", str(source), str(tmp_path / "out"), *PASSES, "--join"]
+
+    def renew() -> None:
+        for folder in tmp_path.iterdir():
+            shutil.rmtree(folder)
+        shutil.copytree(written / PARTS, tmp_path / PARTS)
+
+    def join_on(disk: Disk) -> int:
+        with injected(disk):
+            return main(command)
+
+    renew()
+    counting = CountingDisk()
+    assert join_on(counting) == 0
+    for at in range(counting.calls):
+        renew()
+        assert in_child(lambda at=at: join_on(KillingDisk(at))) == -signal.SIGKILL, at  # type: ignore[misc]
+        if (tmp_path / "out").exists():
+            assert moecc("clean", tmp_path / "out").code == 0
+        else:
+            assert moecc(*command, "--resume").code == 0, at
+        assert content(tmp_path / "out") == expected, at
+        assert os.listdir(tmp_path) == ["out"], at

@@ -75,6 +75,10 @@ class CountingDisk(Disk):
         with self.call():
             super().replace(source, target)
 
+    def link(self, source: Path, target: Path) -> None:
+        with self.call():
+            super().link(source, target)
+
     def mkdir(self, path: Path, mode: int = 0o777) -> None:
         with self.call():
             super().mkdir(path, mode)

@@ -1,17 +1,20 @@
-"""``make proof-slurm``: a training on a cluster of Slurm, whose jobs are killed and requeued.
+"""``make proof-slurm``: jobs on a cluster of Slurm that are killed and requeued.
 
-    python -m tests.proof.slurm [--steps N] [--out FILE]
+    python -m tests.proof.slurm [--job training|conversion] [--steps N] [--out FILE]
 
 Debian's ``slurm-wlm`` runs here as it is: ``slurmctld`` and two ``slurmd`` on the loopback, in a
 temporary folder and with a key of their own.  The script of ``moecc launch template slurm`` is
-submitted as it is printed, with one task a node:
+submitted as it is printed.  A training, with one task a node, runs
 
 * undisturbed;
 * with the loss of a node: its daemon and its process are killed, the node comes back, and Slurm
   requeues the job;
 * with a signal, as before the time is up: the tasks save, and the script requeues itself.
 
-All three must have the same metrics, byte for byte.  The nodes of this cluster have no names that
+and all three must have the same metrics, byte for byte.  A conversion runs as an array of 8 parts,
+of which two are killed with their node; what its last job joins must be the bytes of one process.
+
+The nodes of this cluster have no names that
 resolve, so that the address of the first process is stated: ``JAX_COORDINATOR_ADDRESS``.
 """
 
@@ -28,11 +31,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from moecc.formats.run import saved_steps
 
@@ -117,11 +123,11 @@ class Cluster:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout
 
-    def submit(self, script: Path) -> str:
-        """Submit a script with one task a node, and return the number of its job."""
+    def submit(self, script: Path, *options: str) -> str:
+        """Submit a script, and return the number of its job."""
         address = f"localhost:{free_ports(1)[0]}"
         printed = self.run(
-            "sbatch", "--parsable", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1",
+            "sbatch", "--parsable", *options, f"--chdir={script.parent}",
             f"--output={self.folder}/job-%j.log", str(script),
             JAX_COORDINATOR_ADDRESS=address, JAX_PLATFORMS="cpu",
             PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -142,16 +148,21 @@ class Cluster:
         daemon = self.daemons[node]
         daemon.kill()
         daemon.wait()
+        members: list[int] = []
+        steps: set[int] = set()
         for process in Path("/proc").glob("[0-9]*"):
-            try:
+            with suppress(OSError):
                 variables = (process / "environ").read_bytes().split(b"\0")
-                title = (process / "cmdline").read_bytes()
-            except OSError:
-                continue
-            is_member = f"SLURMD_NODENAME={node}".encode() in variables
-            ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in variables
-            if ours and (is_member or (b"slurmstepd" in title and node.encode() in title)):
-                os.kill(int(process.name), signal.SIGKILL)
+                ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in variables
+                if ours and f"SLURMD_NODENAME={node}".encode() in variables:
+                    members.append(int(process.name))
+                    parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                    if (Path("/proc") / parent / "comm").read_text().startswith("slurmstepd"):
+                        steps.add(int(parent))
+        # A daemon of a step that sees its task die reports a failed job, which is not requeued.
+        for number in (*steps, *members):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
 
     def stop(self) -> None:
         """End all daemons."""
@@ -190,13 +201,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> N
         time.sleep(0.1)
 
 
-def printed_script(folder: Path, run: Path) -> Path:
-    """Write the script that trains into `run`, as moecc prints it."""
+def printed_script(folder: Path, name: str, nodes: int, *words: str) -> Path:
+    """Write the script that runs a command, as moecc prints it."""
     command = [
-        sys.executable, "-m", "moecc", "launch", "template", "slurm", "--nodes", "2", "--name",
-        run.name, "--", "train", str(folder / "recipe.toml"), "--out", str(run),
+        sys.executable, "-m", "moecc", "launch", "template", "slurm", "--nodes", str(nodes),
+        "--name", name, "--", *words,
     ]  # fmt: skip
-    script = folder / f"{run.name}.sh"
+    script = folder / f"{name}.sh"
     script.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
     return script
 
@@ -209,7 +220,9 @@ def has_saved(run: Path) -> bool:
 def train(nodes: Cluster, folder: Path, name: str, disturb: Callable[[str], None] | None) -> int:
     """Train to the end, disturbed after the first checkpoint; return the number of restarts."""
     run = folder / name
-    job = nodes.submit(printed_script(folder, run))
+    words = ("train", str(folder / "recipe.toml"), "--out", str(run))
+    one_task = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+    job = nodes.submit(printed_script(folder, name, len(NODES), *words), *one_task)
     if disturb is not None:
         wait_for(lambda: has_saved(run))
         disturb(job)
@@ -220,9 +233,98 @@ def train(nodes: Cluster, folder: Path, name: str, disturb: Callable[[str], None
     return int(nodes.fact(job, "Restarts"))
 
 
+PARTS = 8
+_SHAPES = {"q": (256, 256), "k": (256, 256), "v": (256, 256), "o": (256, 256)}
+_DENSE = {"gate": (1024, 256), "up": (1024, 256), "down": (256, 1024)}
+
+
+def make_source(folder: Path, layers: int = 24) -> None:
+    """Write a llama of random weights, 26 million of them."""
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256,
+        "intermediate_size": 1024, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (512, 256), "norm": (256,)}
+    for layer in range(layers):
+        at = f"layers.{layer}"
+        shapes |= {f"{at}.self_attn.{name}_proj": shape for name, shape in _SHAPES.items()}
+        shapes |= {f"{at}.mlp.{name}_proj": shape for name, shape in _DENSE.items()}
+        shapes |= {f"{at}.input_layernorm": (256,), f"{at}.post_attention_layernorm": (256,)}
+    draw = np.random.default_rng(0)
+    tensors = {
+        f"model.{name}.weight": draw.standard_normal(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def convert(nodes: Cluster, folder: Path) -> dict[str, object]:
+    """Convert in parts, lose a node while it writes two of them, and compare the result."""
+    make_source(folder / "source")
+    words = [
+        "convert", str(folder / "source"), str(folder / "out"), "-p", "upcycle{experts=8 top-k=2}",
+        "--to", "mixtral", "--max-shard-bytes", "10MB",
+    ]  # fmt: skip
+    # Two parts a node at a time.
+    job = nodes.submit(printed_script(folder, "parts", PARTS, *words), "--cpus-per-task=32")
+    parts = folder / ".out.moecc-parts"
+
+    def parts_on(node: str) -> list[int]:
+        listed = nodes.run("squeue", "-h", "-t", "R", "-w", node, "-j", job, "-o", "%K")
+        return [int(number) for number in listed.split()]
+
+    def are_two_written() -> bool:
+        partial = [parts / f".{n:05d}-of-{PARTS:05d}.moecc-partial" for n in parts_on("n2")]
+        return len(partial) == 2 and all(path.is_dir() for path in partial)
+
+    wait_for(are_two_written)
+    killed = parts_on("n2")
+    nodes.lose_node("n2")
+    wait_for(lambda: not parts_on("n2"))
+    left = [path.name for path in parts.iterdir() if path.name.startswith(".")]
+    nodes.start_node("n2")
+    wait_for(lambda: (folder / "out").is_dir() and not parts.exists())
+    alone = [sys.executable, "-m", "moecc", *words[:2], str(folder / "alone"), *words[3:]]
+    subprocess.run(alone, capture_output=True, check=True)
+    contents = [
+        {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+        for name in ("out", "alone")
+    ]
+    return {"parts": PARTS, "killed": killed, "left_partial": len(left),
+            "bytes": sum(map(len, contents[0].values())),
+            "same_bytes": contents[0] == contents[1]}  # fmt: skip
+
+
+def train_three(nodes: Cluster, folder: Path, steps: int) -> dict[str, object]:
+    """Run the three trainings and compare their metrics."""
+    settings = f"steps = {steps}\nsave_steps = {steps // 8}\nkeep = 3"
+    make_recipe(folder, settings, seq=32)
+    with (folder / "recipe.toml").open("a") as recipe:
+        recipe.write('\n[mesh]\nmesh = "data=2"\n')
+
+    def lose_node(job: str) -> None:
+        nodes.lose_node("n2")
+        wait_for(lambda: nodes.state(job) != "RUNNING")
+        nodes.start_node("n2")
+
+    def end_of_time(job: str) -> None:
+        nodes.run("scancel", "--signal=TERM", job)
+
+    disturbances = {"undisturbed": None, "lost": lose_node, "told": end_of_time}
+    restarts = {name: train(nodes, folder, name, disturb) for name, disturb in disturbances.items()}
+    metrics = {name: (folder / name / "metrics.jsonl").read_bytes() for name in disturbances}
+    same = {name: text == metrics["undisturbed"] for name, text in metrics.items()}
+    return {"processes": len(NODES), "steps": steps, "restarts": restarts, "same_metrics": same}
+
+
 def main() -> int:
-    """Run the three jobs and compare their metrics."""
+    """Run the jobs and compare what they wrote; a job that is not run keeps its record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--job", choices=("training", "conversion"), help="one of the jobs")
     parser.add_argument("--steps", type=int, default=400, help="steps of the training")
     parser.add_argument("--out", type=Path, help="file of JSON to write")
     options = parser.parse_args()
@@ -230,42 +332,27 @@ def main() -> int:
         print(f"not here: {', '.join(missing)}; Debian has them in slurm-wlm", file=sys.stderr)
         return 4
 
-    with TemporaryDirectory(prefix="moecc-train-") as text, cluster() as nodes:
-        folder = Path(text)
-        settings = f"steps = {options.steps}\nsave_steps = {options.steps // 8}\nkeep = 3"
-        make_recipe(folder, settings, seq=32)
-        with (folder / "recipe.toml").open("a") as recipe:
-            recipe.write('\n[mesh]\nmesh = "data=2"\n')
-
-        def lose_node(job: str) -> None:
-            nodes.lose_node("n2")
-            wait_for(lambda: nodes.state(job) != "RUNNING")
-            nodes.start_node("n2")
-
-        def end_of_time(job: str) -> None:
-            nodes.run("scancel", "--signal=TERM", job)
-
-        disturbances = {"undisturbed": None, "lost": lose_node, "told": end_of_time}
-        restarts = {
-            name: train(nodes, folder, name, disturb) for name, disturb in disturbances.items()
+    has_record = options.out is not None and options.out.is_file()
+    report = json.loads(options.out.read_text()) if has_record else {}
+    with TemporaryDirectory(prefix="moecc-jobs-") as text, cluster() as nodes:
+        about = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "slurm": nodes.run("sinfo", "--version").strip(),
         }
-        metrics = {name: (folder / name / "metrics.jsonl").read_bytes() for name in disturbances}
-        version = nodes.run("sinfo", "--version").strip()
-    report = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "slurm": version,
-        "processes": len(NODES),
-        "steps": options.steps,
-        "restarts": restarts,
-        "same_metrics": {n: m == metrics["undisturbed"] for n, m in metrics.items()},
-    }
+        if options.job != "conversion":
+            report["training"] = about | train_three(nodes, Path(text), options.steps)
+        if options.job != "training":
+            report["conversion"] = about | convert(nodes, Path(text))
     text = json.dumps(report, indent=1)
     print(text)
     if options.out is not None:
         options.out.write_text(text + "\n")
-    is_right = all(report["same_metrics"].values()) and restarts == {
-        "undisturbed": 0, "lost": 1, "told": 1
-    }  # fmt: skip
+    training, conversion = report.get("training"), report.get("conversion")
+    restarts = {"undisturbed": 0, "lost": 1, "told": 1}
+    is_right = (
+        training is None
+        or (all(training["same_metrics"].values()) and training["restarts"] == restarts)
+    ) and (conversion is None or (conversion["same_bytes"] and len(conversion["killed"]) == 2))
     return 0 if is_right else 3
 
 
