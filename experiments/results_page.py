@@ -57,8 +57,6 @@ documentation of 28 November 2026, a capacity of 1.25 against one of 0.75 is −
 the same three seeds. The first claim of (a) was −0.0085 ± 0.0172 on another text: an effect of that
 size is at the edge of what three seeds can tell. SmolLM2 upcycled against SmolLM2 trained on was
 not run.
-
-*Tests:* `tests/experiments/`.
 """
 
 
