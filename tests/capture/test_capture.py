@@ -159,9 +159,15 @@ def mixture(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def seen(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return captured(mixture, tmp_path_factory.mktemp("mixture") / "seen")
+
+
 @pytest.mark.parametrize("by", few(["saliency", "share"]))
-def test_the_most_important_experts_stay(mixture: Path, tmp_path: Path, by: str) -> None:
-    seen = captured(mixture, tmp_path / "seen")
+def test_the_most_important_experts_stay(
+    mixture: Path, seen: Path, tmp_path: Path, by: str
+) -> None:
     assert converted(mixture, tmp_path / "out", f"prune{{keep=2 by={by}}}",
                      "--capture", str(seen)) == 0  # fmt: skip
     values = open_capture(seen)[0].read(f"layers.1.ffn.experts.{by}")
@@ -170,8 +176,7 @@ def test_the_most_important_experts_stay(mixture: Path, tmp_path: Path, by: str)
     assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
 
 
-def test_a_budget_of_the_model_is_shared_out(mixture: Path, tmp_path: Path) -> None:
-    seen = captured(mixture, tmp_path / "seen")
+def test_a_budget_of_the_model_is_shared_out(mixture: Path, seen: Path, tmp_path: Path) -> None:
     passes = "prune{keep=3 by=share budget=model}"
     assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
     shares = [open_capture(seen)[0].read(f"layers.{n}.ffn.experts.share") for n in (0, 1)]
@@ -182,8 +187,7 @@ def test_a_budget_of_the_model_is_shared_out(mixture: Path, tmp_path: Path) -> N
         assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
 
 
-def test_experts_of_like_results_become_one(mixture: Path, tmp_path: Path) -> None:
-    seen = captured(mixture, tmp_path / "seen")
+def test_experts_of_like_results_become_one(mixture: Path, seen: Path, tmp_path: Path) -> None:
     passes = "merge{size=2 by=result}"
     assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
     groups = alike(open_capture(seen)[0].read("layers.1.ffn.experts.result").astype(float), 2)

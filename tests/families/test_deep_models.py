@@ -9,11 +9,12 @@ import pytest
 
 from moecc.families import build
 from moecc.families.registry import parse_config
+from moecc.jobs import inspect
 from moecc.jobs.inspect import deep_inspection, inspection
 from moecc.model.open import OpenedModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DEPTH = 67
+MANY, DEPTH = 32, 35
 
 
 def deep_config(name: str) -> Any:
@@ -28,12 +29,18 @@ def deep_config(name: str) -> Any:
 @pytest.mark.parametrize(
     "name", ["mixtral_gqa", "gemma3_local", "glm4_moe_dense_first", "t5_gated_untied"]
 )
-def test_a_deep_model_is_inspected_as_if_all_its_layers_were_built(name: str) -> None:
+def test_a_deep_model_is_inspected_as_if_all_its_layers_were_built(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "MANY_LAYERS", MANY)
     config = deep_config(name)
     assert deep_inspection(config, "deep") == inspection(OpenedModel(build(config), "deep"))
 
 
-@pytest.mark.parametrize("dense", [(0, 1, 40), (66,)])
-def test_a_model_with_another_layer_far_down_is_built(dense: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dense", [(0, 1, 20), (34,)])
+def test_a_model_with_another_layer_far_down_is_built(
+    dense: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "MANY_LAYERS", MANY)
     config = replace(deep_config("qwen2_moe_plain"), mlp_only_layers=dense)
     assert deep_inspection(config, "deep") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -114,16 +115,17 @@ ALLOWS = {("specialize", "force"), ("add-losses", "replace")}
 CONTEXT = Context(models=("a",), statistics=Statistics(("one", "two")))
 
 
-@pytest.fixture(scope="module")
+@cache
 def dense() -> Graph:
     """A tiny T5: two layers of an encoder, three of a decoder."""
     with open_model(str(GOLDEN / "t5_gated_untied")) as model:
         return clone(model.graph)
 
 
-def made(dense: Graph, text: str) -> str:
+@cache
+def made(text: str) -> str:
     """Return the fingerprint of what the passes make, the parts that only say so aside."""
-    graph = clone(dense)
+    graph = clone(dense())
     run_pipeline(graph, Pipeline.parse(text), context=CONTEXT)
     for attribute in ("mode", "routing", "losses"):
         graph.attrs.pop(attribute, None)
@@ -145,13 +147,13 @@ def texts(name: str, option: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("name", "option"), CHANGES)
-def test_an_option_changes_the_graph(dense: Graph, name: str, option: str) -> None:
+def test_an_option_changes_the_graph(name: str, option: str) -> None:
     plain, changed = texts(name, option)
     if (name, option) == ("st-moe", "layers"):
         plain = "st-moe{layers=last:1}"
     if (name, option) == ("specialize", "mode"):
         plain, changed = (f"st-moe{{layers=all}},specialize{{mode={m}}}" for m in ("train", "eval"))
-    assert made(dense, plain) != made(dense, changed)
+    assert made(plain) != made(changed)
 
 
 @pytest.mark.parametrize("name", sorted({n for n, _ in CHANGES}))

@@ -51,7 +51,8 @@ def compiled(run: Any, slots: str) -> Any:
 
 @cache
 def expected(slots: str) -> tuple[Any, Any]:
-    (_, outputs), slopes = compiled(function(layer(slots)), slots)(*data(slots))
+    results = compiled(function(layer(slots)), slots)(*data(slots))
+    (_, outputs), slopes = jax.tree.map(np.asarray, results)
     assert all(np.abs(a).max() > 0 for a in jax.tree.leaves(slopes)), "every gradient counts"
     return outputs, slopes
 
@@ -63,7 +64,7 @@ def on_mesh(graph: Graph, slots: str, options: Options = DEFAULTS) -> tuple[Any,
 
 
 def assert_near(expected: Any, found: Any) -> None:
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+    for a, b in zip(*(map(np.asarray, jax.tree.leaves(t)) for t in (expected, found)), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
 
 

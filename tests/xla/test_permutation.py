@@ -17,6 +17,7 @@ SHAPES = ((1, 1), (7, 2), (33, 3), (64, 8))
 NUM_EXPERTS = 8
 
 sort = jax.jit(perm.sort_by_expert, static_argnums=1)
+permuted = jax.jit(perm.sorted_permutation)
 
 
 @st.composite
@@ -40,5 +41,5 @@ def test_choices_that_are_not_placed_come_last(case: tuple[np.ndarray, np.ndarra
     np.testing.assert_array_equal(order[: kept.size], expected)
     np.testing.assert_array_equal(np.sort(order[kept.size :]), np.flatnonzero(~placed))
     np.testing.assert_array_equal(sizes, np.bincount(experts[placed], minlength=NUM_EXPERTS))
-    permutation = perm.sorted_permutation(perm.SortedChoices(order, inverse, sizes))
+    permutation = permuted(perm.SortedChoices(order, inverse, sizes))
     np.testing.assert_array_equal(np.asarray(permutation.row_of_choice) >= 0, placed)

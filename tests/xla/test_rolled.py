@@ -103,7 +103,8 @@ def outcome(graph: Graph, params: Any, inputs: Any) -> tuple[dict[str, Any], dic
         logits = jnp.sum(jnp.square(outputs["logits"]))
         return logits + outputs["loss.auxiliary"], outputs
 
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    results = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (_, outputs), gradients = jax.tree.map(np.asarray, results)
     return outputs, gradients
 
 

@@ -91,7 +91,7 @@ def of(run: Run, params: Any, inputs: dict[str, Any]) -> tuple[Any, Any, str]:
         return sum(parts), outputs
 
     compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params).compile()
-    (_, outputs), gradients = compiled(params)
+    (_, outputs), gradients = jax.tree.map(np.asarray, compiled(params))
     return outputs, gradients, compiled.as_text()
 
 
