@@ -43,6 +43,7 @@ os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_
 
 from moecc.ir import Graph, verify  # noqa: E402
 from moecc.rewrite.passes import Context, Pass, PassResult  # noqa: E402
+from tests.support.commands import Moecc  # noqa: E402
 
 # Nothing here outlives a loss of power, so that the disk need not be waited for.  That whatever is
 # written is synchronised, and in which order, is tested by what is called (`tests/kill/power.py`).
@@ -80,6 +81,11 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+
+
+@pytest.fixture
+def moecc(capsys: pytest.CaptureFixture[str]) -> Moecc:
+    return Moecc(capsys)
 
 
 @pytest.fixture(autouse=True, scope="session")

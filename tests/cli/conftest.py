@@ -1,46 +1,17 @@
-"""Running the command line in this process, and small checkpoints to break."""
+"""Small checkpoints to break."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moecc.cli.main import main
-
 GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-@dataclass
-class Done:
-    """A finished command."""
-
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def moecc(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Run ``moecc ARGS`` and return exit code, stdout and stderr."""
-
-    def run(*args: str | Path) -> Done:
-        capsys.readouterr()
-        code = main([str(a) for a in args])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Done(code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture

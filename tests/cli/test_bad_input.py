@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.commands import Moecc
+
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
-def convert(moecc: Callable, source: Path, out: Path, *more: str, to: str = "mixtral"):
+def convert(moecc: Moecc, source: Path, out: Path, *more: str, to: str = "mixtral"):
     return moecc("convert", source, out, "-p", UPCYCLE, "--to", to, *more)
 
 
-def refused(moecc: Callable, source: Path, tmp_path: Path, code: int = 1) -> str:
+def refused(moecc: Moecc, source: Path, tmp_path: Path, code: int = 1) -> str:
     """Convert, expect a refusal that leaves no output, and return the message."""
     before = sorted(os.listdir(tmp_path))
     start = time.process_time()
@@ -34,7 +36,7 @@ def refused(moecc: Callable, source: Path, tmp_path: Path, code: int = 1) -> str
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite(
-    moecc: Callable, dense: Path, tmp_path: Path, edit_tensors: Callable, value: float
+    moecc: Moecc, dense: Path, tmp_path: Path, edit_tensors: Callable, value: float
 ) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
 
@@ -52,7 +54,7 @@ def test_values_that_are_not_finite(
     assert any(name in note for note in manifest["notes"])
 
 
-def test_output_that_may_not_be_written(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+def test_output_that_may_not_be_written(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "precious").write_text("x")
@@ -66,14 +68,14 @@ def test_output_that_may_not_be_written(moecc: Callable, dense: Path, tmp_path: 
 
 
 def test_disk_too_small(
-    moecc: Callable, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil._ntuple_diskusage(10**6, 10**6 - 10, 10)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     assert "disk" in refused(moecc, dense, tmp_path, code=4)
 
 
-def test_token_files(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+def test_token_files(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     path = tmp_path / "tokens.npy"
     for bad in (np.zeros((2, 3)), np.array([[10**6]]), np.array([[-1]]), np.zeros((0, 4), int)):
         np.save(path, bad)
@@ -93,7 +95,7 @@ def test_token_files(moecc: Callable, dense: Path, tmp_path: Path) -> None:
     ],
 )
 def test_refused_memory_is_the_machine_s_fault(
-    error: Exception, moecc: Callable, dense: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, moecc: Moecc, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*args: Any, **more: Any) -> None:
         raise error
@@ -104,7 +106,7 @@ def test_refused_memory_is_the_machine_s_fault(
 
 
 def test_a_bug_says_where_its_reproducer_is(
-    moecc: Callable, dense: Path, monkeypatch: pytest.MonkeyPatch
+    moecc: Moecc, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **more: Any) -> None:
         raise RuntimeError("not meant to happen")
@@ -127,7 +129,7 @@ def test_a_bug_says_where_its_reproducer_is(
         b"  output y = %b\n}\n",
     ],
 )
-def test_graphs_that_are_none(moecc: Callable, tmp_path: Path, text: bytes) -> None:
+def test_graphs_that_are_none(moecc: Moecc, tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "bad.moe"
     path.write_bytes(text)
     done = moecc("opt", path, "-p", "canonicalize")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,18 @@ import pytest
 
 from moecc.ir.text import parse
 from moecc.jobs import COMMANDS
+from tests.support.commands import Moecc
 
 from .conftest import GOLDEN
 
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
-def convert(moecc: Callable, source: Path, out: Path, *more: str):
+def convert(moecc: Moecc, source: Path, out: Path, *more: str):
     return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral", *more)
 
 
-def test_inspect_counts_and_judges_targets(moecc: Callable, dense: Path) -> None:
+def test_inspect_counts_and_judges_targets(moecc: Moecc, dense: Path) -> None:
     data = moecc("inspect", dense, "--format", "json").json()
     assert data["schema"] == "moecc.inspect/1"
     config = json.loads((dense / "config.json").read_text())
@@ -45,7 +45,7 @@ def test_inspect_counts_and_judges_targets(moecc: Callable, dense: Path) -> None
     assert human.err == ""
 
 
-def test_stdout_carries_the_graph_alone(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+def test_stdout_carries_the_graph_alone(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     graph = tmp_path / "a.moe"
     moecc("import", dense, "-o", graph)
     done = moecc("opt", graph, "-p", UPCYCLE, "--remarks", "--timing")
@@ -53,7 +53,7 @@ def test_stdout_carries_the_graph_alone(moecc: Callable, dense: Path, tmp_path: 
     assert "remark: upcycle" in done.err
 
 
-def test_convert_verify_run_and_read_again(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+def test_convert_verify_run_and_read_again(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "sparse"
     done = convert(moecc, dense, out)
     assert done.code == 0, done.err
@@ -69,7 +69,7 @@ def test_convert_verify_run_and_read_again(moecc: Callable, dense: Path, tmp_pat
     assert config["num_local_experts"] == config["num_experts"] == 4
 
 
-def test_the_same_bytes_again(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_again(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert convert(moecc, dense, tmp_path / name, "--seed", "3").code == 0
     assert convert(moecc, dense, tmp_path / "other", "--seed", "4").code == 0
@@ -77,7 +77,7 @@ def test_the_same_bytes_again(moecc: Callable, dense: Path, tmp_path: Path) -> N
     assert files[0] == files[1] != files[2]
 
 
-def test_dry_run_writes_nothing(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     done = convert(moecc, dense, tmp_path / "out", "--dry-run", "--format", "json")
     data = done.json()
     assert data["dry_run"]
@@ -85,7 +85,7 @@ def test_dry_run_writes_nothing(moecc: Callable, dense: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [dense]
 
 
-def test_shards_and_types(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+def test_shards_and_types(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = convert(moecc, dense, out, "--dtype", "bf16", "--max-shard-bytes", "20kB")
     assert done.code == 0, done.err
@@ -99,7 +99,7 @@ def test_shards_and_types(moecc: Callable, dense: Path, tmp_path: Path) -> None:
     assert verdict["rounding"]["max_relative"] > verdict["difference"]["max_relative"]
 
 
-def test_another_output_is_found_by_verify(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+def test_another_output_is_found_by_verify(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     noisy = "upcycle{experts=4 init=noise noise-std=0.5}"
     assert moecc("convert", dense, out, "-p", noisy, "--to", "mixtral").code == 0
@@ -124,7 +124,7 @@ def test_a_closed_pipe_is_quiet(dense: Path) -> None:
     ],
 )
 def test_nothing_heavy_is_imported_at_the_start(
-    moecc: Callable, dense: Path, tmp_path: Path, command: list[str], heavy: set[str]
+    moecc: Moecc, dense: Path, tmp_path: Path, command: list[str], heavy: set[str]
 ) -> None:
     graph = tmp_path / "a.moe"
     moecc("import", dense, "-o", graph)
@@ -137,7 +137,7 @@ def test_nothing_heavy_is_imported_at_the_start(
     assert done.stdout.endswith("\nclean\n")
 
 
-def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc: Callable) -> None:
+def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc: Moecc) -> None:
     done = moecc("--help")
     assert done.code == 0
     listed = done.out[done.out.index("Commands:\n") : done.out.index("  Exit codes")]
@@ -147,7 +147,7 @@ def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc: Callab
 
 
 def test_a_router_computes_in_float32_or_in_the_type_of_the_run(
-    moecc: Callable, tmp_path: Path
+    moecc: Moecc, tmp_path: Path
 ) -> None:
     logits = []
     for more in ((), ("--router-dtype", "bf16")):

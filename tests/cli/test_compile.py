@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -13,9 +12,8 @@ import pytest
 
 from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS
+from tests.support.commands import Moecc
 from tests.support.layouts import layout_text
-
-from .conftest import Done
 
 pytest.importorskip("jax")
 
@@ -23,8 +21,6 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 MIXTRAL, LLAMA = str(GOLDEN / "mixtral_gqa"), str(GOLDEN / "llama_gqa")
 FORWARD = StepConfig("forward", 64, "16")
 SMALL = ("--batch-tokens", "64", "--sequence", "16")
-
-Moecc = Callable[..., Done]
 
 
 def needs_optax() -> None:

@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moecc.formats.manifest import load
+from tests.support.commands import Moecc
 
-from .conftest import GOLDEN, Done
+from .conftest import GOLDEN
 
-Moecc = Callable[..., Done]
 UPCYCLE = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral")
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moecc.ir.text import parse, print_graph
+from tests.support.commands import Moecc
 
-from .conftest import Done
-
-Moecc = Callable[..., Done]
 ESC = "\x1b[31m"
 
 GRAPH = """moecc 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from moecc.errors import InputError  # noqa: E402
 from moecc.tokenizer.process import Tokenizer  # noqa: E402
+from tests.support.commands import Moecc  # noqa: E402
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat"]
 
@@ -62,7 +62,7 @@ PROMPT = "the cat " + "a" * 40 + "b"
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_tokenizers_are_refused(moecc: Callable, dense: Path, data: bytes) -> None:
+def test_hostile_tokenizers_are_refused(moecc: Moecc, dense: Path, data: bytes) -> None:
     (dense / "tokenizer.json").write_bytes(data)
     start = time.monotonic()
     done = moecc("generate", dense, "--prompt", PROMPT, "--tokens", "1")
@@ -73,7 +73,7 @@ def test_hostile_tokenizers_are_refused(moecc: Callable, dense: Path, data: byte
 
 
 def test_padding_and_truncation_of_batches_are_no_part_of_a_prompt(
-    moecc: Callable, dense: Path
+    moecc: Moecc, dense: Path
 ) -> None:
     """A tokenizer that pads to 1,000,000,000 tokens ended the process that ran it."""
     padding = {
@@ -91,7 +91,7 @@ def test_padding_and_truncation_of_batches_are_no_part_of_a_prompt(
 
 
 def test_a_tokenizer_too_large_to_be_one_is_refused(
-    moecc: Callable, dense: Path, monkeypatch: pytest.MonkeyPatch
+    moecc: Moecc, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moecc.jobs.generate.MAX_TOKENIZER_BYTES", 100)
     (dense / "tokenizer.json").write_bytes(changed())
@@ -124,7 +124,7 @@ def test_a_tokenizer_that_takes_too_long_is_ended() -> None:
     ],
 )
 def test_draws_that_cannot_be_are_refused(
-    moecc: Callable, dense: Path, more: list[str], says: str
+    moecc: Moecc, dense: Path, more: list[str], says: str
 ) -> None:
     (dense / "tokenizer.json").write_bytes(changed())
     done = moecc("generate", dense, "--prompt", "the cat", "--tokens", "1", *more)
@@ -133,7 +133,7 @@ def test_draws_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
-def test_logits_that_are_nan_are_refused(moecc: Callable, dense: Path, temperature: str) -> None:
+def test_logits_that_are_nan_are_refused(moecc: Moecc, dense: Path, temperature: str) -> None:
     (dense / "tokenizer.json").write_bytes(changed())
     path = dense / "model.safetensors"
     data = path.read_bytes()

@@ -15,6 +15,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 import moecc as api  # noqa: E402
 from moecc.errors import UsageError  # noqa: E402
+from tests.support.commands import Moecc  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = 37
@@ -50,7 +51,7 @@ def made(done: Any) -> list[list[int]]:
     return [text["tokens"] for text in done.json()["texts"]]
 
 
-def test_a_token_that_stops_a_text(moecc: Callable, model: Callable) -> None:
+def test_a_token_that_stops_a_text(moecc: Moecc, model: Callable) -> None:
     folder = model("llama_gqa")
     args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "6", "--format", "json")
     (free,) = made(moecc(*args))
@@ -60,7 +61,7 @@ def test_a_token_that_stops_a_text(moecc: Callable, model: Callable) -> None:
     assert done.json()["schema"] == "moecc.generate/1"
 
 
-def test_an_encoder_decoder_makes_texts_of_texts(moecc: Callable, model: Callable) -> None:
+def test_an_encoder_decoder_makes_texts_of_texts(moecc: Moecc, model: Callable) -> None:
     """Padding of a shorter text changes nothing, and what is printed is the decoder's text."""
     folder = model("t5_relu_tied")
     how = ("--tokens", "4", "--format", "json")
@@ -83,7 +84,7 @@ def test_an_encoder_decoder_makes_texts_of_texts(moecc: Callable, model: Callabl
     ],
 )
 def test_what_cannot_be(
-    moecc: Callable, model: Callable, more: list[str], says: str, code: int
+    moecc: Moecc, model: Callable, more: list[str], says: str, code: int
 ) -> None:
     done = moecc("generate", model("llama_gqa"), "--prompt", "w5", *more)
     assert (done.code, done.out) == (code, "")
@@ -105,7 +106,7 @@ def test_arguments_that_cannot_be(model: Callable, arguments: dict[str, Any]) ->
         api.open(model("llama_gqa")).generate(**arguments)
 
 
-def test_the_likeliest_of_one_is_the_likeliest(moecc: Callable, model: Callable) -> None:
+def test_the_likeliest_of_one_is_the_likeliest(moecc: Moecc, model: Callable) -> None:
     folder = model("llama_gqa")
     args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "3", "--format", "json")
     greedy = made(moecc(*args))
@@ -117,7 +118,7 @@ def test_the_likeliest_of_one_is_the_likeliest(moecc: Callable, model: Callable)
     ("case", "key"), [("gpt2_plain", "n_positions"), ("opt_plain", "max_position_embeddings")]
 )
 def test_a_text_longer_than_the_positions_of_the_model(
-    moecc: Callable, model: Callable, case: str, key: str
+    moecc: Moecc, model: Callable, case: str, key: str
 ) -> None:
     folder = model(case)
     args = ("generate", folder, "--prompt", "w5 w6 w7", "--tokens")

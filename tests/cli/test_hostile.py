@@ -7,18 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moecc.formats.manifest import MANIFEST_NAME, load, seal
+from tests.support.commands import Moecc
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
-def convert(moecc: Callable, source: Path, out: Path):
+def convert(moecc: Moecc, source: Path, out: Path):
     return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral")
 
 
@@ -27,7 +27,7 @@ def convert(moecc: Callable, source: Path, out: Path):
 
 @pytest.mark.parametrize("name", ["LICENSE\n", "LICENSE\x1b[31m", "NOTICE\\x", "LICENSE\udcff"])
 def test_what_a_manifest_cannot_name_is_refused(
-    moecc: Callable, dense: Path, tmp_path: Path, name: str
+    moecc: Moecc, dense: Path, tmp_path: Path, name: str
 ) -> None:
     (dense / name).write_text("mine")
     done = convert(moecc, dense, tmp_path / "out")
@@ -49,7 +49,7 @@ JSON = {
 
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_hostile_json_is_refused(moecc: Callable, tmp_path: Path, name: str, text: str) -> None:
+def test_hostile_json_is_refused(moecc: Moecc, tmp_path: Path, name: str, text: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / "llama_sharded", folder)
     (folder / name).write_text(text)
@@ -59,7 +59,7 @@ def test_hostile_json_is_refused(moecc: Callable, tmp_path: Path, name: str, tex
 
 
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
-def test_hostile_headers_are_refused(moecc: Callable, dense: Path, text: str) -> None:
+def test_hostile_headers_are_refused(moecc: Moecc, dense: Path, text: str) -> None:
     data = text.encode()
     path = dense / "model.safetensors"
     path.write_bytes(len(data).to_bytes(8, "little") + data)
@@ -69,7 +69,7 @@ def test_hostile_headers_are_refused(moecc: Callable, dense: Path, text: str) ->
 
 
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
-def test_hostile_manifests_are_refused(moecc: Callable, dense: Path, text: str) -> None:
+def test_hostile_manifests_are_refused(moecc: Moecc, dense: Path, text: str) -> None:
     (dense / MANIFEST_NAME).write_bytes(seal(text.encode()))
     done = moecc("verify", dense)
     assert done.code == 1, done.err
@@ -77,7 +77,7 @@ def test_hostile_manifests_are_refused(moecc: Callable, dense: Path, text: str) 
 
 
 def test_what_is_only_copied_is_copied_whatever_it_is(
-    moecc: Callable, dense: Path, tmp_path: Path
+    moecc: Moecc, dense: Path, tmp_path: Path
 ) -> None:
     text = JSON["half a surrogate"]
     (dense / "generation_config.json").write_text(text)
@@ -88,7 +88,7 @@ def test_what_is_only_copied_is_copied_whatever_it_is(
 # --- graphs
 
 
-def test_locations_of_thousands_of_digits(moecc: Callable, tmp_path: Path) -> None:
+def test_locations_of_thousands_of_digits(moecc: Moecc, tmp_path: Path) -> None:
     graph = tmp_path / "graph.moe"
     assert moecc("import", GOLDEN / "mixtral_gqa", "-o", graph).code == 0
     graph.write_text(graph.read_text().replace("layers.1.", f"layers.{LONG}."))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import Done
+from tests.support.commands import Moecc
 
-Moecc = Callable[..., Done]
 UPCYCLE = ("-p", "upcycle", "--to", "mixtral")
 
 

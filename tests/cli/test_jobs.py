@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +14,7 @@ from moecc.cli.commands import make_command
 from moecc.errors import CheckError
 from moecc.jobs.command import Report, Spelling
 from moecc.jobs.compile import CompileOutcome
-
-from .conftest import Done
+from tests.support.commands import Moecc
 
 
 def test_a_checkpoint_is_converted_and_verified_without_a_command_line(
@@ -33,7 +32,7 @@ def test_a_checkpoint_is_converted_and_verified_without_a_command_line(
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_an_exit_code_becomes_that_of_the_process(
-    fits: bool, moecc: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+    fits: bool, moecc: Moecc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
 

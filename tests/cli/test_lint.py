@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from moecc.ir.structure import clone
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
+from tests.support.commands import Moecc
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -43,7 +43,7 @@ PIPELINES = [
 
 @pytest.mark.parametrize(("pipeline", "says", "section"), PIPELINES)
 def test_what_the_paper_advises_against(
-    moecc: Callable, pipeline: str, says: str, section: str
+    moecc: Moecc, pipeline: str, says: str, section: str
 ) -> None:
     done = moecc("lint", pipeline)
     assert done.code == 0, done.err
@@ -59,7 +59,7 @@ def test_what_the_paper_advises_against(
         "specialize{mode=eval dropless=true}",
     ],
 )  # fmt: skip
-def test_the_choices_of_the_paper_are_passed_over(moecc: Callable, pipeline: str) -> None:
+def test_the_choices_of_the_paper_are_passed_over(moecc: Moecc, pipeline: str) -> None:
     done = moecc("lint", pipeline, "--warnings", "error")
     assert (done.code, done.out) == (0, "nothing to say against this pipeline\n")
 
@@ -83,9 +83,7 @@ def graph_after(case: str, pipeline: str, tmp_path: Path) -> Path:
         ("upcycle{experts=4},freeze{groups=router}", "router is frozen", "appendix A"),
     ],
 )
-def test_of_a_model(
-    moecc: Callable, tmp_path: Path, pipeline: str, says: str, section: str
-) -> None:
+def test_of_a_model(moecc: Moecc, tmp_path: Path, pipeline: str, says: str, section: str) -> None:
     path = graph_after("llama_gqa", pipeline, tmp_path)
     found = moecc("lint", path, "--format", "json").json()["findings"]
     texts = [" ".join(str(v) for v in row.values()) for row in found]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import Moecc
+
 pytest.importorskip("jax")
 
 ROWS = "group=1, expert=4, slot={slots}(%slots)"
@@ -46,14 +48,14 @@ def layer(tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("emit", "says"), [("jaxpr", "lambda"), ("stablehlo", "module @"), ("hlo", "HloModule")]
 )
-def test_every_text(moecc: Callable, layer: Callable, emit: str, says: str) -> None:
+def test_every_text(moecc: Moecc, layer: Callable, emit: str, says: str) -> None:
     done = moecc("lower", layer(), "--emit", emit, "--seq", "32")
     assert done.code == 0, done.err
     assert says in done.out
     assert done.err == ""
 
 
-def test_the_platform_and_the_dispatch_show(moecc: Callable, layer: Callable) -> None:
+def test_the_platform_and_the_dispatch_show(moecc: Moecc, layer: Callable) -> None:
     """On a TPU sorted rows meet ragged_dot, on a CPU a loop over blocks."""
     on_tpu = moecc("lower", layer(), "--platform", "tpu", "--seq", "32").out
     on_cpu = moecc("lower", layer(), "--platform", "cpu", "--seq", "32").out
@@ -75,16 +77,14 @@ def test_the_platform_and_the_dispatch_show(moecc: Callable, layer: Callable) ->
         (["--weights", "nowhere"], 1, "nowhere"),
     ],
 )
-def test_refusals(
-    moecc: Callable, layer: Callable, options: list[str], code: int, says: str
-) -> None:
+def test_refusals(moecc: Moecc, layer: Callable, options: list[str], code: int, says: str) -> None:
     done = moecc("lower", layer(), *options)
     assert (done.code, done.out) == (code, "")
     assert says in done.err
 
 
 def test_without_jax_it_says_what_to_install(
-    moecc: Callable, layer: Callable, monkeypatch: pytest.MonkeyPatch
+    moecc: Moecc, layer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = layer()
     # What is None there cannot be imported.

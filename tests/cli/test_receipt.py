@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moecc.formats import writer
+from tests.support.commands import Moecc
 
-from .conftest import GOLDEN, Done
+from .conftest import GOLDEN
 
-Moecc = Callable[..., Done]
 UPCYCLE = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral")
 
 LIAR = '''

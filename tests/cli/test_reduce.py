@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.weights import simplify as simplifier
 from moecc.weights.arithmetic import Scale
 from moecc.weights.expr import Expr, Source
+from tests.support.commands import Moecc
 
-from .conftest import GOLDEN, Done
+from .conftest import GOLDEN
 
-Moecc = Callable[..., Done]
 MOST_NODES, MOST_SECONDS = 8, 60
 
 

@@ -12,10 +12,8 @@ import pytest
 
 from moecc.formats.files import Disk, injected
 from moecc.formats.output import output_folder
+from tests.support.commands import Moecc
 
-from .conftest import Done
-
-Moecc = Callable[..., Done]
 PASSES = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral", "--no-check",
           "--max-shard-bytes", "30000")  # fmt: skip
 PARTIAL = ".out.moecc-partial"

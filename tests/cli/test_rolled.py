@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,11 @@ import pytest
 
 from moecc.ir import parse
 from moecc.ir.unroll import is_rolled
+from tests.support.commands import Moecc
 
 
 @pytest.fixture
-def rolled(moecc: Callable, dense: Path, tmp_path: Path) -> Path:
+def rolled(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
     """The graph of the small checkpoint, rolled; the checkpoint is where its weights lie."""
     graph, out = tmp_path / "dense.moe", tmp_path / "rolled.moe"
     graph.write_text(moecc("import", dense).out)
@@ -24,9 +24,7 @@ def rolled(moecc: Callable, dense: Path, tmp_path: Path) -> Path:
     return out
 
 
-def test_what_is_written_has_layers_of_its_own(
-    moecc: Callable, dense: Path, tmp_path: Path
-) -> None:
+def test_what_is_written_has_layers_of_its_own(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     pipeline = "upcycle{experts=4 top-k=2}"
     assert moecc("convert", dense, one, "-p", pipeline, "--to", "mixtral").code == 0
@@ -42,7 +40,7 @@ def test_what_is_written_has_layers_of_its_own(
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_it_runs(moecc: Callable, dense: Path, rolled: Path, tmp_path: Path) -> None:
+def test_it_runs(moecc: Moecc, dense: Path, rolled: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.arange(6, dtype=np.int32)[None])
     for number, model in enumerate((dense, rolled)):
@@ -56,7 +54,7 @@ def test_it_runs(moecc: Callable, dense: Path, rolled: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(np.load(out), one, atol=1e-4 * np.abs(one).max())
 
 
-def test_the_checkpoint_of_a_rolled_graph_is_looked_at(moecc: Callable, rolled: Path) -> None:
+def test_the_checkpoint_of_a_rolled_graph_is_looked_at(moecc: Moecc, rolled: Path) -> None:
     text = rolled.read_text()
     name = "model.layers.{layer}.self_attn.q_proj"
     assert name in text

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.support.commands import Moecc
 
 from .conftest import GOLDEN
 
@@ -58,7 +59,7 @@ REFUSED = [  # pipeline, exit code, parts of the message
 
 
 @pytest.fixture
-def graph(moecc: Callable, tmp_path: Path) -> Path:
+def graph(moecc: Moecc, tmp_path: Path) -> Path:
     path = tmp_path / "dense.moe"
     assert moecc("import", GOLDEN / "llama_gqa", "-o", path).code == 0
     return path
@@ -66,7 +67,7 @@ def graph(moecc: Callable, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("pipeline", "code", "parts"), REFUSED, ids=[r[0] for r in REFUSED])
 def test_what_is_refused(
-    moecc: Callable, graph: Path, tmp_path: Path, pipeline: str, code: int, parts: tuple[str, ...]
+    moecc: Moecc, graph: Path, tmp_path: Path, pipeline: str, code: int, parts: tuple[str, ...]
 ) -> None:
     done = moecc("opt", graph, "-p", pipeline, "-o", tmp_path / "out.moe")
     assert done.code == code, done.err
@@ -84,7 +85,7 @@ def test_what_is_refused(
     ],
 )
 def test_what_is_warned_of(
-    moecc: Callable, graph: Path, tmp_path: Path, pipeline: str, part: str
+    moecc: Moecc, graph: Path, tmp_path: Path, pipeline: str, part: str
 ) -> None:
     done = moecc("opt", graph, "-p", pipeline, "-o", tmp_path / "out.moe")
     assert done.code == 0
@@ -102,7 +103,7 @@ def test_what_is_warned_of(
     ],
 )
 def test_placement_in_encoder_and_decoder(
-    moecc: Callable, tmp_path: Path, layers: str, decoder: str, expected: list[str]
+    moecc: Moecc, tmp_path: Path, layers: str, decoder: str, expected: list[str]
 ) -> None:
     dense, out = tmp_path / "t5.moe", tmp_path / "out.moe"
     assert moecc("import", GOLDEN / "t5_gated_untied", "-o", dense).code == 0
@@ -112,7 +113,7 @@ def test_placement_in_encoder_and_decoder(
     assert [x.split("@")[1].split(".ffn")[0] for x in lines] == expected
 
 
-def test_groups_that_do_not_divide_the_batch(moecc: Callable, tmp_path: Path) -> None:
+def test_groups_that_do_not_divide_the_batch(moecc: Moecc, tmp_path: Path) -> None:
     out, ids = tmp_path / "out", tmp_path / "ids.npy"
     pipeline = "upcycle{experts=4},specialize{mode=eval capacity-factor=2.0 group-size=8}"
     assert moecc("convert", GOLDEN / "llama_gqa", out, "-p", pipeline, "--to", "st_moe").code == 0

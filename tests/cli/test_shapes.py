@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.support.commands import Moecc
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SWITCH = "upcycle{experts=4 top-k=1 gates=switch router-init=zero}"
@@ -29,7 +30,7 @@ def t5(tmp_path: Path) -> Path:
     ],
 )
 def test_a_t5_is_converted_and_stays_the_same_function(
-    moecc: Callable, t5: Path, tmp_path: Path, target: str, pipeline: str
+    moecc: Moecc, t5: Path, tmp_path: Path, target: str, pipeline: str
 ) -> None:
     out = tmp_path / "sparse"
     assert moecc("convert", t5, out, "-p", pipeline, "--to", target).code == 0
@@ -40,7 +41,7 @@ def test_a_t5_is_converted_and_stays_the_same_function(
     assert moecc("inspect", out, "--format", "json").json()["family"] == target
 
 
-def test_an_encoder_is_converted_to_st_moe(moecc: Callable, tmp_path: Path) -> None:
+def test_an_encoder_is_converted_to_st_moe(moecc: Moecc, tmp_path: Path) -> None:
     source, out = GOLDEN / "bert_gelu", tmp_path / "sparse"
     done = moecc("convert", source, out, "-p", MIXTURE, "--to", "st_moe")
     assert done.code == 0
@@ -53,7 +54,7 @@ def test_an_encoder_is_converted_to_st_moe(moecc: Callable, tmp_path: Path) -> N
     assert "pooler.dense" not in (out / "README.md").read_text()
 
 
-def test_a_padding_mask_is_an_input(moecc: Callable, tmp_path: Path) -> None:
+def test_a_padding_mask_is_an_input(moecc: Moecc, tmp_path: Path) -> None:
     graph, out = tmp_path / "model.moe", tmp_path / "out.npy"
     assert moecc("import", GOLDEN / "bert_gelu", "--padding-mask", "-o", graph).code == 0
     tokens = np.load(GOLDEN / "bert_gelu" / "tokens.npy")
@@ -70,7 +71,7 @@ def test_a_padding_mask_is_an_input(moecc: Callable, tmp_path: Path) -> None:
     assert np.abs(found[0][0] - golden[0]).max() < 1e-5 < np.abs(found[0][1] - golden[1]).max()
 
 
-def test_a_padding_mask_survives_a_conversion(moecc: Callable, tmp_path: Path) -> None:
+def test_a_padding_mask_survives_a_conversion(moecc: Moecc, tmp_path: Path) -> None:
     source, out = GOLDEN / "bert_gelu", tmp_path / "sparse"
     args = ("-p", "st-moe{experts=4 layers=every:2}", "--to", "st_moe", "--padding-mask")
     assert moecc("convert", source, out, *args).code == 0
@@ -87,7 +88,7 @@ def test_a_padding_mask_survives_a_conversion(moecc: Callable, tmp_path: Path) -
     assert (done.code, "padding after a text changes nothing" in done.err) == (1, True)
 
 
-def test_wrong_inputs_are_told(moecc: Callable, t5: Path, tmp_path: Path) -> None:
+def test_wrong_inputs_are_told(moecc: Moecc, t5: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npy"
 
     def refused(path: Path) -> str:
@@ -109,7 +110,7 @@ def test_wrong_inputs_are_told(moecc: Callable, t5: Path, tmp_path: Path) -> Non
     assert "no tokenizer.json beside the weights" in done.err
 
 
-def test_damage_to_a_stored_graph_is_told(moecc: Callable, t5: Path, tmp_path: Path) -> None:
+def test_damage_to_a_stored_graph_is_told(moecc: Moecc, t5: Path, tmp_path: Path) -> None:
     out = tmp_path / "sparse"
     assert moecc("convert", t5, out, "-p", MIXTURE, "--to", "st_moe").code == 0
     config = json.loads((out / "config.json").read_text())

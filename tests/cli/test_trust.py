@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from .conftest import Done
-
-Moecc = Callable[..., Done]
+from tests.support.commands import Moecc
 
 
 def _predicted(moecc: Moecc, folder: Path, out: Path) -> float:

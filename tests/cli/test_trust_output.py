@@ -6,14 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import Done
+from tests.support.commands import Moecc
 
-Moecc = Callable[..., Done]
 PASSES = ("-p", "upcycle{experts=16 top-k=2}", "--to", "mixtral")
 
 

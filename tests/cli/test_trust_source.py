@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from moecc.support.console import Bar
-
-from .conftest import Done
-
-Moecc = Callable[..., Done]
+from tests.support.commands import Moecc
 
 
 def flip_a_byte_and_hide_it(dense: Path) -> None:

@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moecc.cli.main import main
+from tests.support.commands import Moecc
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MIXTRAL = ("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4")
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = main([str(a) for a in args])
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return code, captured.out, captured.err
-
-
-def plan(capsys: pytest.CaptureFixture[str], *args: str | Path) -> dict[str, Any]:
-    code, out, err = run(capsys, "plan", *args, "--format", "json")
-    assert code == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
+MIXTRAL = ("preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4")
 
 
 def test_the_paper_s_model_fits_with_its_dense_weights_split_and_not_whole_with_moments(
-    capsys: pytest.CaptureFixture[str],
+    moecc: Moecc,
 ) -> None:
     given = (
         "preset:st-moe-32b", "--machine", "tpu:v4:8x8x8", "--batch-tokens", "1282048",
         "--mesh", "data=64,model=16", "--remat", "full",
     )  # fmt: skip
     small = ("--optimizer", "adafactor")
-    best = plan(capsys, *given, *small, "--dense-weights", "split")["best"]
+    best = moecc.plan(*given, *small, "--dense-weights", "split")["best"]
     assert best["fits"]
     assert best["via"] == "capacity"
-    code, out, err = run(capsys, "plan", *given, "--dense-weights", "whole")
+    code, out, err = moecc("plan", *given, "--dense-weights", "whole")
     assert (code, out) == (1, "")
     assert "does not fit" in err
     assert "16.37 GB a device" in err
 
 
-def test_seconds_and_bytes_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    best = plan(capsys, *MIXTRAL[1:])["best"]
+def test_the_best_is_the_fastest_and_its_seconds_and_bytes_add_up(moecc: Moecc) -> None:
+    report = moecc.plan(*MIXTRAL)
+    best = report["best"]
     assert sum(best["seconds_by_kind"].values()) == pytest.approx(best["seconds"])
     assert sum(p["seconds"]["total"] for p in best["parts"]) == pytest.approx(best["seconds"])
     memory = best["memory_bytes"]
@@ -55,20 +39,14 @@ def test_seconds_and_bytes_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert best["arguments_bytes"] + best["temporary_bytes"] == pytest.approx(best["total_bytes"])
     sent = [t["times"] * t["sent_bytes"] for p in best["parts"] for t in p["transfers"]]
     assert sum(sent) == pytest.approx(sum(c["sent_bytes"] for c in best["collectives"].values()))
-
-
-def test_the_best_is_the_fastest_and_others_say_why_they_lose(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    found = plan(capsys, *MIXTRAL[1:])
-    times = [found["best"]["seconds"], *(o["seconds"] for o in found["others"])]
+    times = [best["seconds"], *(o["seconds"] for o in report["others"])]
     assert times == sorted(times)
-    assert all(o["why_slower"] for o in found["others"])
-    for other in found["others"][:2]:
+    assert all(o["why_slower"] for o in report["others"])
+    for other in report["others"][:2]:
         mesh = ",".join(f"{n}={s}" for n, s in other["mesh"].items())
         fixed = ["--mesh", mesh, "--remat", other["remat"]]
         fixed += ["--dense-weights", other["dense_weights"], "--via", other["via"]]
-        again = plan(capsys, *MIXTRAL[1:], *fixed)["best"]
+        again = moecc.plan(*MIXTRAL, *fixed)["best"]
         assert again["seconds"] == pytest.approx(other["seconds"])
 
 
@@ -89,26 +67,26 @@ def test_the_best_is_the_fastest_and_others_say_why_they_lose(
     ],
 )
 def test_bad_input_gets_one_message(
-    capsys: pytest.CaptureFixture[str], args: tuple[str, ...], code: int, says: list[str]
+    moecc: Moecc, args: tuple[str, ...], code: int, says: list[str]
 ) -> None:
     given = args if "--machine" in args else ("--machine", "tpu:v5p:4x4x4", *args)
-    found, out, err = run(capsys, "plan", "preset:mixtral-8x7b", *given)
+    found, out, err = moecc("plan", "preset:mixtral-8x7b", *given)
     assert (found, out) == (code, "")
     for words in says:
         assert words in err
 
 
-def test_a_run_has_days_and_a_price(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_days_and_a_price(moecc: Moecc) -> None:
     small = (str(GOLDEN / "mixtral_gqa"), "--machine", "cpu:2", "--batch-tokens", "64",
              "--sequence", "16")  # fmt: skip
-    report = plan(capsys, *small, "--tokens", "1000", "--price", "2")
+    report = moecc.plan(*small, "--tokens", "1000", "--price", "2")
     seconds = report["best"]["seconds"]
     hours = 2 * 16 * seconds / 3600
     assert report["run"] == {
         "tokens": 1000, "steps": 16, "days": pytest.approx(16 * seconds / 86400),
         "device_hours": pytest.approx(hours), "price": 2, "cost": pytest.approx(2 * hours),
     }  # fmt: skip
-    assert "16 steps" in run(capsys, "plan", *small, "--tokens", "1000")[1]
+    assert "16 steps" in moecc("plan", *small, "--tokens", "1000")[1]
 
 
 @pytest.mark.parametrize(
@@ -120,8 +98,6 @@ def test_a_run_has_days_and_a_price(capsys: pytest.CaptureFixture[str]) -> None:
         (("--tokens", "10", "--sweep", "experts=1"), "--tokens is about one plan"),
     ],
 )
-def test_runs_that_cannot_be_priced(
-    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = run(capsys, "plan", str(GOLDEN / "mixtral_gqa"), "--machine", "cpu:2", *options)
+def test_runs_that_cannot_be_priced(options: tuple[str, ...], message: str, moecc: Moecc) -> None:
+    code, _, err = moecc("plan", str(GOLDEN / "mixtral_gqa"), "--machine", "cpu:2", *options)
     assert (code, message in err) == (2, True), err

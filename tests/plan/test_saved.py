@@ -109,13 +109,17 @@ OTHERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written_recipe(tmp_path_factory.mktemp("recipe"))
+
+
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_run_rejects_the_plan_of_another_model(
-    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, recipe: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more, words = OTHERS[case]
-    recipe = written_recipe(tmp_path)
-    path = saved(tmp_path, *more, model=str(tmp_path / "model"))
+    path = saved(tmp_path, *more, model=str(recipe.parent / "model"))
     capsys.readouterr()
     run = tmp_path / "run"
     assert main(["train", str(recipe), "--out", str(run), "--plan", str(path), "--dry-run"]) == 1
@@ -146,13 +150,6 @@ steps = 3
 # --- bad input
 
 
-def spoilt(path: Path, change: Any) -> str:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-    return str(path)
-
-
 WRONG = {
     "no schema": (lambda d: d.pop("schema"), "moecc.plan/1"),
     "another schema": (lambda d: d.update(schema="moecc.plan/2"), "moecc.plan/1"),
@@ -165,10 +162,18 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(tmp_path_factory.mktemp("plan")).read_text()
+
+
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_plan_is_reported(tmp_path: Path, case: str) -> None:
+def test_what_is_no_plan_is_reported(tmp_path: Path, plan: str, case: str) -> None:
     change, words = WRONG[case]
-    path = spoilt(saved(tmp_path), change)
+    path = tmp_path / "plan.json"
+    data = json.loads(plan)
+    change(data)
+    path.write_text(json.dumps(data))
     with pytest.raises(InputError) as caught:
-        read_plan(path)
+        read_plan(str(path))
     assert words in str(caught.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecc.cli.main import main
 from moecc.plan.sweeps import DROPLESS, Planned, frontier, parse_sweep
+from tests.support.commands import Moecc
 from tests.support.tiers import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -20,32 +19,17 @@ WHERE = ("--machine", "cpu:4", "--sequence", "16", "--batch-tokens", "128")
 MESH = ("--mesh", "fsdp=4", "--remat", "full")
 
 
-def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = main([str(a) for a in args])
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return code, captured.out, captured.err
-
-
-def as_json(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
-    code, out, err = run(capsys, "plan", *args, "--format", "json")
-    assert code == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
-
-
-def test_a_point_is_the_plan_of_its_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_point_is_the_plan_of_its_model(moecc: Moecc) -> None:
     up = "upcycle{{experts={} top-k={}}}"
     given = (DENSE, *WHERE, *MESH)
-    found = as_json(
-        capsys, *given, "-p", up.format(4, 2), "--sweep", "experts=2,8 top-k=1",
+    found = moecc.plan(
+        *given, "-p", up.format(4, 2), "--sweep", "experts=2,8 top-k=1",
         "--sweep", "capacity-factor=1.5",
     )  # fmt: skip
     assert [p["experts"] for p in found["points"]] == [2, 8]
     for point in found["points"]:
         passes = f"{up.format(point['experts'], 1)},specialize{{mode=train capacity-factor=1.5}}"
-        alone = as_json(capsys, *given, "-p", passes)
+        alone = moecc.plan(*given, "-p", passes)
         assert point["capacity_factor"] == 1.5
         assert point["parameters"] == alone["parameters"]
         assert point["model_flops"] == alone["model_flops"]
@@ -86,9 +70,9 @@ BAD = {
 
 
 @pytest.mark.parametrize(("sweep", "code", "says"), BAD.values(), ids=BAD)
-def test_bad_values(capsys: pytest.CaptureFixture[str], sweep: str, code: int, says: str) -> None:
+def test_bad_values(moecc: Moecc, sweep: str, code: int, says: str) -> None:
     up = ("-p", "upcycle{experts=2}")
-    found, out, err = run(capsys, "plan", DENSE, *WHERE, *up, "--sweep", sweep)
+    found, out, err = moecc("plan", DENSE, *WHERE, *up, "--sweep", sweep)
     assert (found, out) == (code, "")
     assert says in err
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ..cli.conftest import GOLDEN, moecc  # noqa: F401, TID252
+from tests.support.commands import Moecc
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 DENSE = GOLDEN / "llama_gqa"
 
@@ -25,7 +25,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def graph_of(moecc: Callable[..., Any], tmp_path: Path, name: str, *words: str) -> Path:  # noqa: F811
+def graph_of(moecc: Moecc, tmp_path: Path, name: str, *words: str) -> Path:
     path = tmp_path / f"{name}.moe"
     assert moecc("import", DENSE, "-o", path).code == 0
     if words:
@@ -33,7 +33,7 @@ def graph_of(moecc: Callable[..., Any], tmp_path: Path, name: str, *words: str) 
     return path
 
 
-def test_a_converted_folder_is_proved(moecc: Callable[..., Any], sparse: Path) -> None:  # noqa: F811
+def test_a_converted_folder_is_proved(moecc: Moecc, sparse: Path) -> None:
     done = moecc("prove", DENSE, sparse, "--format", "json")
     assert done.code == 0, done.err
     proof = done.json()["proof"]
@@ -42,12 +42,12 @@ def test_a_converted_folder_is_proved(moecc: Callable[..., Any], sparse: Path) -
     assert done.json()["node"] == ""
 
 
-def test_exact_is_more_than_equal(moecc: Callable[..., Any], sparse: Path) -> None:  # noqa: F811
+def test_exact_is_more_than_equal(moecc: Moecc, sparse: Path) -> None:
     assert moecc("prove", DENSE, DENSE, "--exact").code == 0
     assert moecc("prove", DENSE, sparse, "--exact").code != 0
 
 
-def test_a_wrong_constant_is_refuted(moecc: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_wrong_constant_is_refuted(moecc: Moecc, tmp_path: Path) -> None:
     right, wrong = (graph_of(moecc, tmp_path, name) for name in ("right", "wrong"))
     wrong.write_text(wrong.read_text().replace("eps=1e-05", "eps=0.1", 1))
     done = moecc("prove", right, wrong)
@@ -56,13 +56,13 @@ def test_a_wrong_constant_is_refuted(moecc: Callable[..., Any], tmp_path: Path) 
     assert "logits differs by" in done.err
 
 
-def test_a_pass_that_is_exact_is_proved_so(moecc: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_pass_that_is_exact_is_proved_so(moecc: Moecc, tmp_path: Path) -> None:
     before, after = graph_of(moecc, tmp_path, "before"), graph_of(moecc, tmp_path, "after", "cse")
     assert moecc("prove", before, after, "--exact").code == 0
 
 
 def test_verifying_against_the_source_proves_again(
-    moecc: Callable[..., Any],  # noqa: F811
+    moecc: Moecc,
     sparse: Path,
     tmp_path: Path,
 ) -> None:
@@ -81,7 +81,7 @@ def test_verifying_against_the_source_proves_again(
 
 
 def test_a_conversion_that_cannot_be_planned_again_is_verified_all_the_same(
-    moecc: Callable[..., Any],  # noqa: F811
+    moecc: Moecc,
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "program"
@@ -92,7 +92,7 @@ def test_a_conversion_that_cannot_be_planned_again_is_verified_all_the_same(
     assert "the proof of the receipt was not repeated" in done.err
 
 
-def test_a_proof_replaces_no_file_unasked(moecc: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_proof_replaces_no_file_unasked(moecc: Moecc, tmp_path: Path) -> None:
     file = tmp_path / "proof.json"
     assert moecc("prove", DENSE, DENSE, "--proof", file).code == 0
     done = moecc("prove", DENSE, DENSE, "--proof", file)

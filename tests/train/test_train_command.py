@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +14,8 @@ from moecc.train.run import read_run
 
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
+
+from tests.support.commands import Moecc
 
 from .tiny import make_model, make_recipe
 
@@ -35,20 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts["tokenizer_digest"] = "sha256:" + "1" * 64
     (folder / "other" / "tokens.json").write_text(json.dumps(facts))
     return folder
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run ``moecc ARGS`` and return exit code, stdout and stderr."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(a) for a in args])
-        found = capsys.readouterr()
-        assert "Traceback" not in found.err
-        return code, found.out, found.err
-
-    return run
 
 
 def test_a_run_measures_its_speed_and_is_traced(folder: Path) -> None:
@@ -100,39 +86,40 @@ def test_a_run_has_what_its_layout_says(folder: Path) -> None:
     ],
 )
 def test_a_resumed_run_is_the_run_that_was_not_killed(
-    folder: Path, call: Any, step: int, option: str
+    folder: Path, moecc: Moecc, step: int, option: str
 ) -> None:
     whole, run = folder / "run", killed(folder, step, f"killed{step}{option}")
     recipe = [folder / "recipe.toml"] if option == "--out" else []
-    code, _, err = call("train", *recipe, option, run)
+    code, _, err = moecc("train", *recipe, option, run)
     assert code == 0
     assert ("is a run already" in err) == (option == "--out")
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for ours, theirs in zip(saved_steps(run), saved_steps(whole), strict=True):
         assert ours.facts.tensors == theirs.facts.tensors
-    assert call("verify", run, "--against", whole)[0] == 0
-    assert call("verify", run)[0] == 0
+    assert moecc("verify", run, "--against", whole)[0] == 0
+    assert moecc("verify", run)[0] == 0
 
 
-def test_a_run_is_a_model(folder: Path, call: Any, tmp_path: Path) -> None:
+def test_a_run_is_a_model(folder: Path, moecc: Moecc, tmp_path: Path) -> None:
     run, out = folder / "run", tmp_path / "out"
-    code, text, _ = call("inspect", f"{run}@4", "--format", "json")
+    code, text, _ = moecc("inspect", f"{run}@4", "--format", "json")
     assert code == 0
     tokens = json.loads((run / "steps" / "4" / "step.json").read_text())["tokens"]
     assert 64 < tokens <= 128
     assert f"trained for 4 steps, {tokens} tokens" in json.loads(text)["remarks"][0]
-    assert call("generate", f"{run}@best", "--prompt", "moecc", "--tokens", 3)[0] == 0
-    assert call("plan", run, "--machine", "cpu", "--sequence", "32", "--batch-tokens", "64")[0] == 0
-    code, _, err = call("convert", run, out, "-p", "", "--to", "st_moe")
+    assert moecc("generate", f"{run}@best", "--prompt", "moecc", "--tokens", 3)[0] == 0
+    small = ("--machine", "cpu", "--sequence", "32", "--batch-tokens", "64")
+    assert moecc("plan", run, *small).code == 0
+    code, _, err = moecc("convert", run, out, "-p", "", "--to", "st_moe")
     assert (code, err) == (0, "")
     card = (out / "README.md").read_text()
     assert "not trained further" not in card
     assert "tokens of train, by the recipe sha256:" in card
     manifest = json.loads((out / "moecc_manifest.json").read_text())
     assert manifest["lineage"][-1]["steps"] == 6
-    assert call("verify", out)[0] == 0
+    assert moecc("verify", out)[0] == 0
     # The story is not forgotten when the export is converted again.
-    assert call("convert", out, tmp_path / "again", "-p", "", "--to", "st_moe")[0] == 0
+    assert moecc("convert", out, tmp_path / "again", "-p", "", "--to", "st_moe")[0] == 0
     assert "up to step 6: " in (tmp_path / "again" / "README.md").read_text()
 
 
@@ -143,7 +130,7 @@ def flip(path: Path, at: float) -> None:
     path.write_bytes(data)
 
 
-def test_a_flipped_bit_of_a_checkpoint_is_told(folder: Path, call: Any, tmp_path: Path) -> None:
+def test_a_flipped_bit_of_a_checkpoint_is_told(folder: Path, moecc: Moecc, tmp_path: Path) -> None:
     """Of arrays, of what step.json says, and of what the run has for all its steps."""
     run, out = killed(folder, 6, "flipped"), tmp_path / "out"
     step, data = run / "steps" / "6", ["--data", folder / "tokens" / "heldout", "--batches", "1"]
@@ -162,22 +149,22 @@ def test_a_flipped_bit_of_a_checkpoint_is_told(folder: Path, call: Any, tmp_path
         before = path.read_bytes()
         flip(path, at)
         for command in affected:
-            code, _, err = call(*command)
+            code, _, err = moecc(*command)
             assert (code, str(path) in err) == (1, True), (path, command, err)
             assert not out.exists()
         path.write_bytes(before)
-    assert call(*commands[0])[0] == 0
+    assert moecc(*commands[0])[0] == 0
     flip(largest, 0.5)
     recipe = (folder / "recipe.toml").read_text().replace("steps = 6", "steps = 8", 1)
     (folder / "longer.toml").write_text(recipe)
     fork = ("train", folder / "longer.toml", "--fork", run, "--out", tmp_path / "fork")
-    assert call(*fork)[0] == 1
-    assert call("verify", run)[0] == 3
+    assert moecc(*fork)[0] == 1
+    assert moecc("verify", run)[0] == 3
 
 
-def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
+def test_models_are_evaluated_on_held_out_text(folder: Path, moecc: Moecc) -> None:
     run, data = folder / "run", folder / "tokens" / "heldout"
-    code, out, _ = call("evaluate", f"{run}@3", run, "--data", data, "--sequence", "8", "--batch",
+    code, out, _ = moecc("evaluate", f"{run}@3", run, "--data", data, "--sequence", "8", "--batch",
                         "4", "--batches", "1", "--format", "json")  # fmt: skip
     assert code == 0
     first, last = (model["sets"]["heldout"] for model in json.loads(out)["models"])
@@ -186,14 +173,14 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
     assert [first["loss"], last["loss"]] == pytest.approx(during, rel=1e-5)
     assert first["against_first"] is None
     assert last["against_first"]["difference"] == pytest.approx(during[1] - during[0], rel=1e-3)
-    code, out, _ = call("evaluate", run, "--data", data, "--sequence", "8", "--batches", "1")
+    code, out, _ = moecc("evaluate", run, "--data", data, "--sequence", "8", "--batches", "1")
     assert (code, "heldout" in out) == (0, True)
 
 
 @pytest.mark.slow
-def test_a_fork_goes_on_under_another_recipe(folder: Path, call: Any) -> None:
+def test_a_fork_goes_on_under_another_recipe(folder: Path, moecc: Moecc) -> None:
     run, fork = folder / "run", folder / "fork"
-    code, _, err = call(
+    code, _, err = moecc(
         "train", folder / "recipe.toml", "--fork", f"{run}@4", "--out", fork, "--set",
         "optimizer.rate=1e-3", "--set", "run.evaluate_steps=0",
     )  # fmt: skip
@@ -209,30 +196,30 @@ def test_a_fork_goes_on_under_another_recipe(folder: Path, call: Any) -> None:
     assert stages[0]["steps"] == 4
 
 
-def test_another_recipe_is_refused_with_the_keys_that_differ(folder: Path, call: Any) -> None:
+def test_another_recipe_is_refused_with_the_keys_that_differ(folder: Path, moecc: Moecc) -> None:
     run = killed(folder, 4, "edited")
     text = (run / "recipe.toml").read_text()
     (run / "recipe.toml").write_text(text.replace("rate = 0.003", "rate = 0.3"))
-    code, _, err = call("train", "--resume", run)
+    code, _, err = moecc("train", "--resume", run)
     assert code == 1
     assert "optimizer.rate: 0.003 → 0.3" in err
     assert "--fork" in err
-    code, _, err = call("train", "--resume", run, "--set", "optimizer.rate=0.003", "--set",
+    code, _, err = moecc("train", "--resume", run, "--set", "optimizer.rate=0.003", "--set",
                         "run.steps=9")  # fmt: skip
     assert code == 1
     assert "run.steps: 6 → 9" in err
     assert "optimizer.rate" not in err
-    code, _, err = call("train", folder / "recipe.toml", "--out", folder / "run", "--set",
+    code, _, err = moecc("train", folder / "recipe.toml", "--out", folder / "run", "--set",
                         "run.steps=9")  # fmt: skip
     assert code == 1
     assert "run.steps: 6 → 9" in err
 
 
-def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) -> None:
+def test_data_that_changed_are_refused(folder: Path, moecc: Moecc, tmp_path: Path) -> None:
     run = killed(folder, 4, "moved")
     tokens = tmp_path / "train"
     shutil.copytree(folder / "tokens" / "heldout", tokens)
-    code, _, err = call("train", "--resume", run, "--set", f"data.train.0.tokens={tokens}")
+    code, _, err = moecc("train", "--resume", run, "--set", f"data.train.0.tokens={tokens}")
     assert code == 1
     assert "train: the data changed since the run began" in err
 
@@ -268,28 +255,33 @@ FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
     ],
 )
 def test_what_cannot_be_is_one_message(
-    folder: Path, call: Any, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, said: str
+    folder: Path,
+    moecc: Moecc,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    code: int,
+    said: str,
 ) -> None:
     monkeypatch.chdir(folder)
-    found, _, err = call("train", *words)
+    found, _, err = moecc("train", *words)
     assert (found, said in err) == (code, True), err
     assert not (folder / "x").exists()
 
 
 @pytest.mark.slow
 def test_doubles_are_trained_and_evaluated_as_doubles(
-    folder: Path, call: Any, tmp_path: Path
+    folder: Path, moecc: Moecc, tmp_path: Path
 ) -> None:
     run, data = tmp_path / "run", folder / "tokens" / "heldout"
     wide = ["run.dtype=f64", "run.weight_dtype=f64", "run.steps=1", "run.evaluate_steps=1"]
     sets = [word for one in wide for word in ("--set", one)]
-    code, _, err = call("train", folder / "recipe.toml", "--out", run, *sets)
+    code, _, err = moecc("train", folder / "recipe.toml", "--out", run, *sets)
     assert (code, "Warning" in err) == (0, False), err
     assert {t.dtype for t in saved_steps(run)[-1].facts.tensors.values()} == {"f64"}
     held = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out"]["heldout"]
     losses = {}
     for dtype in ("f32", "f64"):
-        code, out, err = call(
+        code, out, err = moecc(
             "evaluate", run, "--data", data, "--sequence", "8", "--batch", "4", "--batches", "1",
             "--dtype", dtype, "--format", "json",
         )  # fmt: skip
