@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.commands import Done as Done
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
