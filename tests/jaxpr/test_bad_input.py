@@ -144,7 +144,7 @@ def test_tokens_of_another_kind(tokens: Any, error: type[Exception], words: str)
 def test_a_mesh_as_jax_makes_it_by_default(moe: Any) -> None:
     """Its axes are explicit, and XLA's partitioner is to place what is between."""
     mesh = jax.make_mesh((2, 2), ("data", "expert"), devices=jax.devices()[:4])
-    found = moe(ffn, mesh=mesh)(moe.params, jnp.ones((4, 8)))
+    found = jax.jit(moe(ffn, mesh=mesh))(moe.params, jnp.ones((4, 8)))
     assert jnp.allclose(found, ffn(PARAMS, jnp.ones((4, 8))), rtol=1e-5)
     with pytest.raises(UsageError, match="not a mesh of devices"):
         moe(ffn, mesh="data:2")
