@@ -38,9 +38,9 @@ def test_nothing_is_rewritten_in_place(dense: moecc.Model) -> None:
 
 
 def test_a_function_is_what_a_run_computes(dense: moecc.Model) -> None:
-    pytest.importorskip("jax")
+    jax = pytest.importorskip("jax")
     sparse = dense.upcycle(experts=4, top_k=2)
     tokens = {"tokens": np.arange(6, dtype=np.int32).reshape(1, 6)}
-    found = sparse.function()(dict(sparse.params()), tokens)["logits"]
+    found = jax.jit(sparse.function())(dict(sparse.params()), tokens)["logits"]
     expected = sparse.run(tokens)["logits"]
     np.testing.assert_allclose(found, expected, atol=1e-5)
