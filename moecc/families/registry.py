@@ -126,8 +126,8 @@ def _way_out(data: Mapping[str, object]) -> str:
             return f'add "model_type": "{likely[0]}", as the class in architectures has it'
         return 'add "model_type", which names the family, to the file'
     ways = (
-        "add the family (--load FILE.py, or a package), or write its graph as a .moe file over the "
-        "folder's tensors: docs/adding-a-family.md"
+        "moecc convert --via torch reads any class of transformers; or add the family (--load "
+        "FILE.py, or a package), or write its graph over the tensors: docs/adding-a-family.md"
     )
     if likely:
         return f"the class in architectures is that of model_type {likely[0]!r}; else {ways}"

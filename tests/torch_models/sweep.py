@@ -35,7 +35,8 @@ from moecc.weights.expr import sources
 from . import tiny
 
 PIPELINE = "upcycle{experts=4 top-k=2},add-losses{metrics=false}"
-SECONDS = 100
+PROCESSOR_SECONDS = 60
+"""The limit of an architecture, which other work on the machine does not use up."""
 
 
 class Wrong(Exception):
@@ -308,7 +309,7 @@ def in_child(kind: str, name: str) -> dict[str, object]:
     child = os.fork()
     if child == 0:
         os.close(read)
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, PROCESSOR_SECONDS)
         try:
             row = judge(kind, name)
         except BaseException as error:
@@ -325,7 +326,9 @@ def in_child(kind: str, name: str) -> dict[str, object]:
     if text:
         result: dict[str, object] = json.loads(text)
         return result
-    reason = f"not done in {SECONDS} s" if status else "the process ended"
+    reason = (
+        f"not done in {PROCESSOR_SECONDS} s of the processor" if status else "the process ended"
+    )
     return {"type": kind, "class": name, "stage": "error", "reason": reason}
 
 

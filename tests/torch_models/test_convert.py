@@ -61,6 +61,33 @@ def test_a_block_between_two_products_has_a_pair_of_modules() -> None:
     assert close(moe(tokens()), model(tokens()))
 
 
+class Chunked(Block):
+    """Both factors of the hidden values are halves of one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 2 * HIDDEN)
+
+    def hidden(self, x: Any) -> Any:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return F.gelu(gate) * value
+
+
+class Flat(Whole):
+    """The block is a module that has the tokens of all rows, as experts of mixtures are."""
+
+    def forward(self, x: Any) -> Any:
+        return x + self.mlp(self.norm(x).view(-1, WIDTH)).view(x.shape)
+
+
+@pytest.mark.parametrize(("layer", "path"), [(Chunked, "layers.0.up"), (Flat, "layers.0.mlp")])
+def test_halves_of_a_product_and_tokens_of_all_rows(layer: Any, path: str) -> None:
+    model, moe = converted(layer())
+    assert [place.path for place in moe.conversion.places] == [path]
+    ids = torch.cat([tokens(), tokens()])
+    assert close(moe(ids), model(ids))
+
+
 @pytest.mark.parametrize("layer", [Whole, Block])
 def test_experts_and_router_have_gradients_of_a_mixture_by_hand(layer: Any) -> None:
     _, moe = converted(layer(), pipeline="upcycle{experts=4 top-k=2}")
