@@ -127,7 +127,8 @@ def _way_out(data: Mapping[str, object]) -> str:
         return 'add "model_type", which names the family, to the file'
     ways = (
         "moecc convert --via torch reads any class of transformers; or add the family (--load "
-        "FILE.py, or a package), or write its graph over the tensors: docs/adding-a-family.md"
+        "FILE.py, or a package), or write its graph as a .moe file over the folder's tensors: "
+        "docs/adding-a-family.md"
     )
     if likely:
         return f"the class in architectures is that of model_type {likely[0]!r}; else {ways}"

@@ -247,6 +247,7 @@ def test_an_unknown_family_is_taken_for_another_by_its_class_alone() -> None:
     unknown = str(refusal({"model_type": "bloom"}))
     assert "one of bert, camembert, dinov2, distilbert, ernie4_5_moe, flex_olmo, gemma" in unknown
     assert "--load FILE.py" in unknown
+    assert "moecc convert --via torch" in unknown
     assert "as a .moe file" in unknown
     (nameless,) = refusal({"architectures": ["Qwen3ForCausalLM"]}).problems
     assert str(nameless.hint).startswith('add "model_type": "qwen3"')

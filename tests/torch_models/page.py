@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 from moecc.support.generated_docs import GeneratedPart
@@ -12,7 +11,7 @@ from moecc.support.untyped import JsonDict
 
 RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "torch-models.json"
 STAGES = {
-    "no block": "have no block that can be converted; the record has what is nearly one",
+    "no block": "have no block that can be converted, many of them mixtures already",
     "export": "are not read by `torch.export`",
     "build": "were not built small",
     "inputs": "were built, and no inputs that ran were known",
@@ -27,8 +26,13 @@ def render() -> str:
     """Return the counts, and the architectures that are right, as Markdown."""
     document = json.loads(RECORD.read_text("utf-8"))
     rows, versions = document["rows"], document["versions"]
-    counts = Counter(row["stage"] for row in rows)
-    others = [f"* {counts[stage]} {words}" for stage, words in STAGES.items()]
+    named: dict[str, list[str]] = {stage: [] for stage in (*STAGES, "right")}
+    for row in rows:
+        named[row["stage"]].append(row["type"])
+    others = [
+        f"* {len(named[stage])} {words}{': ' * bool(named[stage])}{', '.join(named[stage])}"
+        for stage, words in STAGES.items()
+    ]
     right = [row for row in rows if row["stage"] == "right"]
     forms: dict[str, list[JsonDict]] = {}
     for row in right:
@@ -43,7 +47,8 @@ def render() -> str:
         [
             f"{document['date']}, torch {versions['torch']}, transformers "
             f"{versions['transformers']}: {len(rows)} of {document['architectures']} architectures "
-            f"were tried so far, and {len(right)} are right. Of the others",
+            f"were tried so far, and {len(right)} are right. Of the others, whose reasons are in "
+            "[the record](proofs/torch-models.json),",
             "",
             *others,
             "",

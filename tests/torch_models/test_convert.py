@@ -287,6 +287,20 @@ class Quantised(Block):
         return F.gelu(F.linear(x, self.numbers.to(x.dtype) * 0.01))
 
 
+class Scaled(nn.Linear):
+    def forward(self, x: Any, scale: float = 1) -> Any:  # type: ignore[override]
+        return super().forward(x) * scale
+
+
+class FurtherArguments(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Scaled(WIDTH, HIDDEN)
+
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(self.up(x, 1))
+
+
 @torch.library.custom_op("moecc_tests::up", mutates_args=())
 def kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A product in a kernel of its own."""
@@ -327,6 +341,7 @@ def shared() -> tuple[Any, Any]:
         ((normed(),), "computed"),
         ((Quantised(),), "made of buffers, as of a quantised layer"),
         ((Kernel(),), "a kernel that shows none"),
+        ((FurtherArguments(),), "takes further arguments"),
         ((Rounded(),), "narrower than its input"),
         (shared(), "another"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from inspect import Parameter, signature
+from inspect import signature
 from typing import Any
 
 from moecc_backends.jaxpr.blocks import BlockMiss, BlockSlice
@@ -204,11 +204,14 @@ class Placer:
         if strange or ends is None:
             return None
         before, after = (node.meta["val"].shape for node in ends)
-        parameters = signature(type(self._modules[call.path]).forward).parameters.values()
-        named = [p for p in parameters if p.kind not in (Parameter.VAR_KEYWORD,)]
-        if len(named) != 2 or not tuple(before) == tuple(after) == self._rows(region):
+        is_alike = tuple(before) == tuple(after) == self._rows(region)
+        if not is_alike or not self._takes_one_value(call.path):
             return None
         return self._sole_path(call.path)
+
+    def _takes_one_value(self, path: str) -> bool:
+        parameters = signature(type(self._modules[path]).forward).parameters.values()
+        return sum(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters) == 2
 
     def _is_idle(self, node: FxNode) -> bool:
         """Whether a node only prepares a weight, or changes no element."""
@@ -257,6 +260,8 @@ class Placer:
                 f"the product of {name} is no module of its own, and no module is just the block: "
                 "write it as nn.Linear, or the block as a module"
             )
+        if not self._takes_one_value(call.path):
+            raise NotABlock(f"the module {call.path} of a product takes further arguments")
         return self._sole_path(call.path), int(ends[1].meta["val"].shape[-1])
 
 
