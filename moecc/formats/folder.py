@@ -65,7 +65,7 @@ _COPIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 _CODE = {".py", ".pyc", ".so"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"}
 _ARRAYS = {".h5", ".keras", ".msgpack", ".nemo"}
@@ -74,10 +74,10 @@ _ARRAYS = {".h5", ".keras", ".msgpack", ".nemo"}
 def find_companions(folder: Path, problems: Problems) -> dict[str, Path]:
     """Return the files to copy by their path in `folder`; unusable ones go to `problems`."""
     names = [name for name in os.listdir(folder) if is_companion(name)]
-    templates = folder / _TEMPLATES
+    templates = folder / TEMPLATES
     if templates.is_dir():
         template_names = (name for name in os.listdir(templates) if name.endswith(".jinja"))
-        names += [f"{_TEMPLATES}/{name}" for name in template_names]
+        names += [f"{TEMPLATES}/{name}" for name in template_names]
     companions = {}
     for name in sorted(names):
         path = folder / name

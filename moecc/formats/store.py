@@ -26,6 +26,7 @@ from urllib.parse import unquote
 
 from moecc.errors import ALIASES, InputError, MachineError, MoeccError, UsageError, printable
 from moecc.formats.files import RANGED, Identity
+from moecc.formats.folder import TEMPLATES
 from moecc.support.extras import require
 from moecc.support.untyped import JsonDict
 
@@ -57,8 +58,6 @@ _CACHE_BYTES = 4 << 30
 """Experts are copies of one layer, so that its weights are read once for each expert."""
 _LARGEST_REQUEST, _FURTHEST_AHEAD = 128, 64
 """Blocks that one request fetches, and that it fetches ahead of sequential small reads."""
-_DEPTH = 2
-"""Levels of folders that a checkpoint has: its own, and the one of its chat templates."""
 
 
 def is_address(source: str) -> bool:
@@ -343,9 +342,16 @@ def mirror(source: str) -> Path:
     system = file_system(address)
     with store_errors(folder):
         system.invalidate_cache()
-        entries: dict[str, JsonDict] = system.find(folder.in_store, maxdepth=_DEPTH, detail=True)
+        # Not `find`, whose walk takes a listing that fails for an empty one.
+        entries: list[JsonDict] = system.ls(folder.in_store, detail=True)
+        for entry in [e for e in entries if e["name"].endswith(f"/{TEMPLATES}")]:
+            entries += system.ls(entry["name"], detail=True)
     prefix = f"{folder.in_store}/"
-    files = {name.removeprefix(prefix): e for name, e in entries.items() if name.startswith(prefix)}
+    files = {
+        e["name"].removeprefix(prefix): e
+        for e in entries
+        if e["type"] == "file" and e["name"].startswith(prefix)
+    }
     if not files or (is_file and address.name not in files):
         raise InputError("the store has no such folder or file", where=str(address))
     if files.pop(CLAIM_NAME, None) is not None:

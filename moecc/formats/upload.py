@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from moecc.errors import InputError, MoeccError, UsageError
@@ -60,6 +61,7 @@ class StoreOutput:
             raise UsageError("not a folder in a store", where=address, expected=expected)
         self.stage = staging_folder(self.address)
         self._force, self._resume, self._held = force, resume, ""
+        self._writer = token_hex(8)
         self._system: Any = file_system(self.address)
 
     def check(self, content: str) -> None:
@@ -89,7 +91,7 @@ class StoreOutput:
 
         Raises: as `check`.
         """
-        self._claim(f"{_CONVERTING} {content}")
+        self._claim(_CONVERTING, content)
         try:
             yield
         except BaseException:
@@ -106,9 +108,9 @@ class StoreOutput:
           MachineError: the store denies access, or does not answer; the same call continues.
         """
         manifest = load(folder)
-        claim = f"{UPLOADING} {upload_digest(folder)}"
-        is_continued = self._claimed() == claim
-        self._claim(claim)
+        content = upload_digest(folder)
+        is_continued = self._claimed().startswith(f"{UPLOADING} {content}")
+        self._claim(UPLOADING, content)
         listed = {*manifest.weights, *manifest.files, MANIFEST_NAME}
         present = self._names()
         # An old output is unreadable before the first of its files is replaced.
@@ -179,24 +181,30 @@ class StoreOutput:
                 return ""
         return text.decode("utf-8", "replace").strip()
 
-    def _claim(self, claim: str) -> None:
+    def _claim(self, state: str, content: str) -> None:
         """Make the claim, or replace one that is held or may be taken over."""
+        claim = f"{state} {content} {self._writer}"
         path, data = self._file(CLAIM_NAME).in_store, f"{claim}\n".encode()
+        current = self._claimed()  # first, because some servers ignore the condition of `create`
         with store_errors(self.address, "write"):
             try:
-                self._system.pipe_file(path, data, mode="create")
+                if not current:
+                    self._system.pipe_file(path, data, mode="create")
             except OSError:  # each library has another error for an object that exists
                 current = self._claimed()
                 if not current:
                     raise
-                if current != self._held:
-                    self._require_free(current, claim)
+            # A retry finds the claim of the attempt whose answer was lost.
+            if current and current not in (self._held, claim):
+                self._require_free(current, content)
+            if current:
                 self._system.pipe_file(path, data)
         self._held = claim
+        self._require_held()
 
     def _require_free(self, claim: str, content: str) -> None:
         """Raise InputError if a claim, if there is one, may not be taken for some content."""
-        if not claim or self._force or (self._resume and claim.endswith(content)):
+        if not claim or self._force or (self._resume and f" {content} " in claim):
             return
         hint = "wait for it; --resume continues the same one, --force takes its place"
         if claim.startswith(UPLOADING) and self.stage.is_dir():

@@ -160,7 +160,7 @@ def test_a_store_that_denies_or_does_not_answer(
         (TimeoutError("http://u:pw@h/x?X-Amz-Signature=hf_sig"), 4, "is the store reachable"),
         (FileNotFoundError("bucket/tiny"), 1, "no such folder"),
     ):
-        monkeypatch.setattr(fs, "find", raising(error))
+        monkeypatch.setattr(fs, "ls", raising(error))
         actual, text = said(capsys, "inspect", "s3://bucket/tiny")
         assert actual == code
         assert words in text

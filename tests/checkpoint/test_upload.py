@@ -201,6 +201,22 @@ def test_a_second_writer_of_an_output_is_refused(
     assert contents(store, "bucket/failed") == {}
 
 
+def test_a_claim_holds_on_a_server_that_ignores_conditions(
+    folder_store: Callable[[], Any], converted: Path
+) -> None:
+    def output() -> StoreOutput:
+        output = StoreOutput("gs://bucket/two")
+        write = output._system.pipe_file
+        output._system.pipe_file = lambda path, data, mode="": write(path, data)
+        return output
+
+    first = output()
+    with first.claimed("first"), pytest.raises(InputError, match="another conversion is writ"):
+        output().put(converted)
+    first.put(converted)
+    assert contents(folder_store(), "bucket/two").keys() == files_of(converted).keys()
+
+
 def test_a_push_to_the_hub_is_one_commit(
     hub: HubServer, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,7 +41,10 @@ def store() -> Iterator[Any]:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         system = fsspec.filesystem("s3", skip_instance_cache=True)
-        system.mkdir("bucket")
+        # The state of the server outlives it in this process, and so do connections to another.
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        if not system.exists("bucket"):
+            system.mkdir("bucket")
         system.put(str(GOLDEN / "llama_gqa"), "bucket/tiny", recursive=True)
         yield system
     server.stop()
