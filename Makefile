@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-slurm proof-splits proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-slurm proof-splits proof-step proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ proof-emit-jax: $(STAMP) ## every source as functions in JAX, dense, upcycled an
 
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
+
+proof-step: $(STAMP) ## the training step beside a loop in torch written by hand in float64, of MOECC_PARITY_PYTHON; writes docs/proofs/step.json
+	mkdir -p docs/proofs
+	$(BIN)/python -m tests.proof.step --out docs/proofs/step.json > /dev/null
 
 proof-slurm: $(STAMP) ## a training and a conversion on a cluster of Slurm on this machine, killed, requeued, told to stop; Debian's slurm-wlm, as root; writes docs/proofs/slurm.json
 	mkdir -p docs/proofs
