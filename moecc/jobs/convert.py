@@ -624,7 +624,8 @@ def _local_output(
     facts = json.dumps(conversion_facts(planned, options), sort_keys=True)
     content = hashlib.sha256(facts.encode()).hexdigest()
     output.check(content)
-    output.stage.parent.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(output.stage.parents):
+        make_folder(folder)
     if dry_run:
         yield output.stage
         return

@@ -100,7 +100,7 @@ def test_index_and_shards_are_compared_and_all_is_reported(make_folder):
     [
         ("pytorch_model-00001-of-00002.bin", "only as pickles", "convert it in a sandbox"),
         ("tf_model.h5", "only as pickles", "sandbox"),
-        ("adapter_model.safetensors", "an adapter, not a model", "merge it"),
+        ("adapter_model.safetensors", "an adapter, not a model", "merge-adapter"),
         ("consolidated.safetensors", "Mistral's own layout", "convert them"),
         ("model.fp16.safetensors", "only variants of the weights", "rename"),
         ("smol.Q4_1.gguf", "holds GGUF files", "smol.Q4_1.gguf"),

@@ -203,7 +203,7 @@ def test_a_package_that_is_missing_is_named(
         code, text = said(capsys, "inspect", f"{scheme}://bucket/name")
         assert code == 4
         assert f"an address of {scheme}:// needs {package}" in text
-        assert re.search(rf"pip install '({package}>=|moecc\[)", text)
+        assert re.search(rf"pip install '({package.replace('_', '[-_]')}>=|moecc\[)", text)
 
 
 def test_the_endpoint_of_the_hub_is_that_of_the_environment(hub: HubServer, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def pipelines() -> tuple[bytes, ...]:
 
     needs = {
         "annotate-sharding": "{mesh=data:2 rules=data-parallel}", "expert-parallel": "{via=ring}",
-        "freeze": "{groups=moe}",
+        "freeze": "{groups=moe}", "align-neurons": "{to=a}", "merge-adapter": "{source=a}",
     }  # fmt: skip
     texts = [
         "canonicalize,cse,dce", "upcycle{experts=4 top-k=2 layers=3,7,11},add-losses",
