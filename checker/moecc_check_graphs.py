@@ -288,7 +288,10 @@ class Evaluation:
 
         options = {k: scalar(v) for k, v in e.keywords.items()}
         name, to = next(iter(e.keywords), ""), next(iter(options.values()), "")
-        words = {"name": scalar(name), "to": to, "T": axes, "dtype": dtype, "unknown": unknown}
+        words = {
+            "name": scalar(name), "to": to, "T": axes, "dtype": dtype, "unknown": unknown,
+            "spelled": e.text,
+        }  # fmt: skip
         x = self.a.defined(("weight", e.name), (*xs, *e.words), options, words)
         need(x or e.type, f"no definition of the expression {e.name}")
         x = x or unknown(axes, dtype)

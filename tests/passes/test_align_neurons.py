@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from hashlib import sha256
 from itertools import permutations
 from pathlib import Path
 
+import moecc_check
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from moecc.cli.main import main
 from moecc.errors import InputError, MachineError
 from moecc.ir import clone
 from moecc.jobs.convert import Plan, plan, write
@@ -51,6 +55,21 @@ def planned(reference: Path) -> Plan:
     model = open_model(str(SOURCE))
     add_branches(model, {"a": str(reference)})
     return plan(model, ALIGN, "llama")
+
+
+def test_the_checker_accepts_one_order_for_all_weights_of_a_block(tmp_path: Path) -> None:
+    words = ["-p", "align-neurons{to=a}", "--experts", f"a={SOURCE}", "--to", "llama"]
+    proof = tmp_path / "proof.json"
+    code = main(["convert", str(SOURCE), str(tmp_path / "out"), *words, "--proof", str(proof)])
+    assert code == 0
+    texts = [(tmp_path / f"proof.{name}.moe").read_text() for name in ("before", "after")]
+    log = json.loads(proof.read_text())
+    assert moecc_check.accepted(log, *texts)
+    reference = 'source("a:model.layers.1.mlp.up_proj.weight"'
+    texts[1] = texts[1].replace(reference, reference.replace("1", "2"), 1)
+    log["after"] = sha256(texts[1].encode()).hexdigest()
+    with pytest.raises(moecc_check.Rejected):
+        moecc_check.accepted(log, *texts)
 
 
 def test_the_order_is_found_and_the_function_is_proved(shuffled: Path, tmp_path: Path) -> None:
