@@ -142,14 +142,14 @@ def find_parameter(
         if (is_turned or family not in TURNED_FAMILIES)
         and _product_shape(first, second, parameter.shape[0], is_turned) == parameter.shape
     ]
-    found = f"{second} times {first}"
+    shapes = f"{second} times {first}"
     if len(fits) > 1:
         message = "the shapes of the adapter do not tell which parameter of experts it is for"
         names = " or ".join(parameter.name for parameter, _ in fits)
-        return Problem(message, module, "one parameter", f"{found}, for {names}")
+        return Problem(message, module, "one parameter", f"{shapes}, for {names}")
     if not fits:
         expected = " or ".join(f"a product of {p.shape}" for p in parameters)
-        return Problem("the adapter does not suit the experts' shapes", module, expected, found)
+        return Problem("the adapter does not suit the experts' shapes", module, expected, shapes)
     return fits[0]
 
 

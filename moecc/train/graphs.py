@@ -218,14 +218,14 @@ def teacher_graph(graph: Graph, recipe: Recipe, student: Graph) -> Graph:
     """
     passes = replace(eval_passes(graph, recipe), losses=None)
     teacher = _step_graph(graph, recipe, passes)
-    found, expected = (g.outputs[LOGITS].type if LOGITS in g.outputs else None
+    of_teacher, of_student = (g.outputs[LOGITS].type if LOGITS in g.outputs else None
                        for g in (teacher, student))  # fmt: skip
-    if found != expected:
+    if of_teacher != of_student:
         raise InputError(
             "the source has no logits like those of the model",
             where="loss.distill",
-            expected=str(expected),
-            found=str(found or "hidden states"),
+            expected=str(of_student),
+            found=str(of_teacher or "hidden states"),
         )
     return teacher
 

@@ -67,9 +67,9 @@ def residual_layer(layer: LayerNodes, dependent: set[Value]) -> ResidualLayer | 
     results = [v for n in layer.nodes for v in n.results if not v.users.keys() <= inside]
     results = [v for v in results if v in dependent]
     if len(results) != 1:
-        found = ", ".join(f"%{v.name}" for v in results) or "nothing"
+        names = ", ".join(f"%{v.name}" for v in results) or "nothing"
         message, hint = "a layer returns more than its stream", "run this pass before add-losses"
-        return Problem(message, layer.name, "one value", found, hint)
+        return Problem(message, layer.name, "one value", names, hint)
     terms = list(_terms(results[0], inside))
     sources = [v for v in terms if v.node not in inside and not v.is_param]
     if len(terms) < 2 or len(sources) != 1:

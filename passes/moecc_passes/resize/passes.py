@@ -404,9 +404,9 @@ class PrunePass(ResizePass):
             problems.append(Problem(message, "experts", expected, f"{len(numbers)}"))
         if self.budget == "model" and (self.by == "draw" or len(self._counts) > 1):
             expected = "one number of keep, and by=saliency or by=share"
-            given = f"keep={','.join(map(str, self._counts))} by={self.by}"
+            options = f"keep={','.join(map(str, self._counts))} by={self.by}"
             message = "the budget of a model is shared out by statistics"
-            problems.append(Problem(message, "budget", expected, given, "budget=layer"))
+            problems.append(Problem(message, "budget", expected, options, "budget=layer"))
         return problems
 
     @property

@@ -392,8 +392,8 @@ class BatchLoss:
         rows = rows_together(self.graph, sizes)
         if count == 1:
             return of_part(inputs, 0)
-        whole = (*totals_of(self.graph), COEFFICIENT)
-        totals = {n: a for n, a in inputs.items() if n in whole}
+        undivided = (*totals_of(self.graph), COEFFICIENT)
+        totals = {n: a for n, a in inputs.items() if n in undivided}
         types = {**batch_types(self.graph), TEACHER: self.graph.outputs[LOGITS].type}
         parts = {
             n: _micro_batches(a, types[n].names.index("batch"), count, rows)

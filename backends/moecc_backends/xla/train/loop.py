@@ -489,14 +489,14 @@ def traced(events: Iterator[Event], steps: int, folder: Path) -> Iterator[Event]
       steps: how many are traced; 0: none.
       folder: where the trace goes, as xprof and TensorBoard read it.
     """
-    made = 0
+    count = 0
     with ExitStack() as tracing:
         for event in events:
             yield event
-            made += isinstance(event, Stepped)
-            if steps and isinstance(event, Stepped) and made == 2:
+            count += isinstance(event, Stepped)
+            if steps and isinstance(event, Stepped) and count == 2:
                 tracing.enter_context(jax.profiler.trace(str(folder)))
-            elif made == 2 + steps:
+            elif count == 2 + steps:
                 tracing.close()
 
 
