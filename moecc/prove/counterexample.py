@@ -129,6 +129,8 @@ def _elements(graphs: Sequence[Graph]) -> int:
 
 
 def _differing_output(before: Graph, after: Graph, seed: int, exact: bool) -> Counterexample | None:
+    from moecc.testing.oracle import keeps_finite
+
     sizes = _sizes((before, after), seed)
     inputs = {
         name: _input(value, after.inputs[name], seed, sizes)
@@ -152,29 +154,6 @@ def _differing_output(before: Graph, after: Graph, seed: int, exact: bool) -> Co
         name, gap = next(iter(gaps.items()))
         return Counterexample(name, seed, sizes, gap)
     return None
-
-
-MAKES_INFINITE = ("mask", "constant")
-"""Operations that may well make infinite numbers of finite ones."""
-
-
-def keeps_finite(graph: Graph, params: Arrays, inputs: Arrays) -> bool:
-    """Return whether no operation makes an infinite number, or none at all, of finite ones.
-
-    Values that a mask makes infinite are allowed: a prover must not calculate with them.
-    """
-    finite: dict[Value, bool] = {}
-    for value, array in ReferenceProgram(graph).trace(params, inputs):
-        data, node = array.data, value.node
-        is_padded = value.type.ragged is not None
-        finite[value] = data.dtype.kind != "f" or bool(
-            np.isfinite(data[~np.isnan(data)] if is_padded else data).all()
-        )
-        if finite[value] or node is None or node.op.name in MAKES_INFINITE:
-            continue
-        if all(finite.get(v, True) for v in node.operands):
-            return False
-    return True
 
 
 def _gap(right: Array, wrong: Array) -> float:

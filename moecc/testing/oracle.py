@@ -359,6 +359,29 @@ STEP = 1e-6
 """How far the data move: few choices and kinks are so near, and 1e-12 still shows a gradient."""
 
 
+MAKES_INFINITE = ("mask", "constant")
+"""Operations that may well make infinite numbers of finite ones."""
+
+
+def keeps_finite(graph: Graph, params: Arrays, inputs: Arrays) -> bool:
+    """Return whether no operation makes an infinite number, or none at all, of finite ones.
+
+    Values that a mask makes infinite are allowed: a prover must not calculate with them.
+    """
+    finite: dict[Value, bool] = {}
+    for value, array in ReferenceProgram(graph).trace(params, inputs):
+        data, node = array.data, value.node
+        is_padded = value.type.ragged is not None
+        finite[value] = data.dtype.kind != "f" or bool(
+            np.isfinite(data[~np.isnan(data)] if is_padded else data).all()
+        )
+        if finite[value] or node is None or node.op.name in MAKES_INFINITE:
+            continue
+        if all(finite.get(v, True) for v in node.operands):
+            return False
+    return True
+
+
 def gradient_gaps(trial: Trial) -> list[str]:
     """Return a line for each output whose gradient flows elsewhere after than before."""
     graphs = [unrolled(g) for g in (trial.before, trial.after)]

@@ -21,7 +21,6 @@ import numpy as np
 from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.interpreter import ReferenceProgram
-from moecc.prove.counterexample import keeps_finite
 from moecc.testing.data import inputs_for, params_for, sizes_for
 from moecc.testing.draws import generator, moved
 from moecc.testing.oracle import (
@@ -34,6 +33,7 @@ from moecc.testing.oracle import (
     device_gaps,
     divisible,
     gradient_gaps,
+    keeps_finite,
     magnitude,
     rerun_of,
     unequal,

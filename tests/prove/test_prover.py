@@ -57,6 +57,57 @@ def test_other_experts_are_refuted_at_their_first_matrix() -> None:
     assert verdict.counterexample.output == "logits"
 
 
+ADMISSIBLE = {
+    "numbers that bf16 holds": (
+        """  input %x : bf16[a=4]
+  %y = cast %x {dtype=f32} : f32[a=4]""",
+        """
+  %z = cast %y {dtype=bf16} : bf16[a=4]
+  %w = cast %z {dtype=f32} : f32[a=4]""",
+    ),
+    "ids within an axis": (
+        """  input %x : i32[a=4]
+  %y = one_hot %x {into=(vocab=1)} : f32[a=4, vocab=1]""",
+        """
+  %z = constant {value=1.0} : f32[]
+  %w = maximum %y, %z : f32[a=4, vocab=1]""",
+    ),
+    "divisors that are not 0": (
+        """  input %x : f32[a=4]
+  %y = tanh %x : f32[a=4]""",
+        """
+  %z = scale %x {by=0.0} : f32[a=4]
+  %v = div %x, %z : f32[a=4]
+  %w = tanh %v : f32[a=4]""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADMISSIBLE)
+def test_graphs_that_differ_on_no_data_that_count_are_not_refuted(name: str) -> None:
+    first, more = ADMISSIBLE[name]
+    texts = [f"moecc 1\ngraph g {{\n{first}{b}\n  output y = %{o}\n}}\n"
+             for b, o in (("", "y"), (more, "w"))]  # fmt: skip
+    assert prove(*map(parse, texts)).status == "unknown"
+
+
+def test_slots_without_experts_part_at_their_node() -> None:
+    text = """moecc 1
+graph g {
+  input %x : f32[b=B, embed=4]
+  input %c : i32[b=B, k=2]
+  %s = assign_slots %c {tokens=b, experts=4, slots=capacity, capacity_factor=1.0} : i32[b=B, k=2]
+  %r = dispatch %x, %c, %s : f32[group=1, expert=4, slot=capacity(%s), embed=4]
+  %t = sum %r {axes=expert} : f32[group=1, slot=capacity(%s), embed=4]
+  %y = scale %t {by=2.0} : f32[group=1, slot=capacity(%s), embed=4]
+  output y = %y
+}
+"""
+    verdict = prove(parse(text), parse(text.replace("sum", "max")))
+    assert verdict.status in ("refuted", "unknown")
+    assert str(verdict.node).startswith("%t = max")
+
+
 def test_graphs_too_large_to_compare_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(term, "MOST_TERMS", 100)
     dense = model("llama_gqa")
