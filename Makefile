@@ -104,7 +104,7 @@ proof-jobs: $(STAMP) ## the five jobs of docs/jobs.md from a fresh clone; writes
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.jobs --out docs/proofs/jobs.json > /dev/null
 
-proof-equal: $(STAMP) ## prove golden checkpoints by 65 pipelines, and the table's equal cells; writes docs/proofs/equal.json
+proof-equal: $(STAMP) ## prove golden checkpoints by 66 pipelines, and the table's equal cells; writes docs/proofs/equal.json
 	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle.matrix --out docs/proofs/equal.json > /dev/null
 
 proof-mutants: $(STAMP) ## wrong passes, graphs, tables, weights and exports: none is proved; writes docs/proofs/mutants.json

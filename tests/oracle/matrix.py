@@ -63,6 +63,7 @@ ANY_PIPELINES = (
     "tie-head",
     "trace-values",
     "record-modes",
+    "expand-blocks{every=1}",
     "canonicalize,cse,dce,fuse-gate-up,fuse-attention,roll-layers",
     "annotate-sharding{mesh=data:2 rules=data-parallel},lower-collectives",
     "annotate-sharding{mesh=model:2 rules=tensor-parallel},lower-collectives",
