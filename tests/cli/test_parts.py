@@ -259,6 +259,7 @@ def test_the_plan_of_a_part_counts_its_bytes(moecc: Moecc, source: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # where another test imported jax
 def test_a_join_that_is_killed_at_any_call_loses_nothing(
     moecc: Moecc, source: Path, written: Path, tmp_path: Path
 ) -> None:
