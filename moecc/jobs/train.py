@@ -415,6 +415,10 @@ def train(
     Example:
       moecc train recipe:upcycle --out run --set model.source=SmolLM2-135M
     """
+    if profile < 0:
+        raise UsageError(
+            "not a number of steps", where="--profile", expected="0 or more", found=str(profile)
+        )
     if not dry_run:
         require("training", ("train",))
     with ExitStack() as opened:

@@ -51,6 +51,14 @@ def test_a_run_measures_its_speed_and_is_traced(folder: Path) -> None:
     assert trace.stat().st_size
 
 
+def test_a_negative_number_of_traced_steps_is_rejected(moecc: Moecc, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, _, err = moecc("train", "recipe:upcycle", "--out", run, "--profile", "-1")
+    assert code == 2
+    assert "not a number of steps" in err
+    assert not run.exists()
+
+
 def killed(folder: Path, step: int, name: str) -> Path:
     """Return a copy of the run as a kill after `step` may leave it."""
     run = folder / name
