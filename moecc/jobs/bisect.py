@@ -107,7 +107,7 @@ def _compared(graph: Graph, pipeline: Pipeline, context: Context, compare: str) 
     A pass is named where the failure is first seen after it: it made the operation, or the weight
     expression, that is handled wrongly.
     """
-    after, items = [clone(graph)], list(pipeline)
+    after, items = [graph], list(pipeline)
     for number, item in enumerate(items, 1):
         after.append(clone(after[-1]))
         run_pass(after[-1], item, context, number)

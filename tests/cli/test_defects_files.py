@@ -87,6 +87,17 @@ def test_logits_that_are_all_zero_are_no_agreement(
     assert "are all 0, so comparing them says nothing" in done.err
 
 
+def test_matrices_that_are_all_zero_are_named(
+    moecc: Moecc, dense: Path, tmp_path: Path, edit_tensors: Callable[..., None]
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(lambda t: t.update({name: np.zeros_like(t[name])}))
+    done = moecc("convert", dense, tmp_path / "out", "-p", "upcycle{experts=4}", "--to", "mixtral")
+    assert done.code == 0, done.err
+    assert f"warning: all zero: {name}\n" in done.err
+    assert done.err.count("all zero") == 1
+
+
 def test_a_stored_graph_with_weight_expressions_is_not_read_without_them(
     moecc: Moecc, dense: Path, tmp_path: Path
 ) -> None:

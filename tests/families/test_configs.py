@@ -136,6 +136,15 @@ def test_a_llama_has_no_window_and_a_qwen2_one_size_of_it() -> None:
         replace(parse_config(small("qwen2")), sliding_windows=(8, 8, 9, 9))
 
 
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
+def test_a_stated_activation_is_stronger_than_the_projection(family: str) -> None:
+    keys = {"feed_forward_proj": "relu", "dense_act_fn": "silu"}
+    config = parse_config({"model_type": family, **keys})
+    assert config.hidden_act == "silu"
+    gated = parse_config({"model_type": family, **keys, "is_gated_act": True})
+    assert (gated.gated, gated.hidden_act) == (True, "silu")
+
+
 # ---------- frequencies
 
 

@@ -87,6 +87,8 @@ def test_a_run_has_days_and_a_price(moecc: Moecc) -> None:
         "device_hours": pytest.approx(hours), "price": 2, "cost": pytest.approx(2 * hours),
     }  # fmt: skip
     assert "16 steps" in moecc("plan", *small, "--tokens", "1000")[1]
+    parts = moecc.plan(*small, "--micro-batches", "2")["batch"]
+    assert parts == report["batch"] | {"micro_batches": 2}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,6 +62,17 @@ def test_density_and_span_lengths_are_as_asked() -> None:
     # The first token is always kept; in the middle all are hidden equally often.
     assert where[0] == 0
     assert abs(where[50:450].mean() / 300 - 0.15) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("length", "hidden", "spans"),
+    [(512, 77, 26), (102, 15, 5), (106, 16, 5)],  # 76.8 and 25.7; 15.3; 15.9 and 5.3
+)
+def test_counts_are_rounded_as_t5_rounds_them(length: int, hidden: int, spans: int) -> None:
+    _, decoder = Spans(0.15, 3.0, SENTINELS, None).apply(
+        np.arange(length, dtype=np.int32), np.random.default_rng(0)
+    )
+    assert ((decoder < 1000).sum(), (decoder >= 1000).sum()) == (hidden, spans)
 
 
 def test_masking_is_that_of_bert() -> None:

@@ -39,6 +39,16 @@ from moecc.weights.text import parse_expr
             'source("x" : f32[expert=3, e=3]), ridge=-0.01, std=0.5)',
             "ridge is not a size",
         ),
+        (
+            'fitted(source("c" : f32[e=3, o=3]), source("m" : f32[o=3, e=3]), '
+            'source("x" : f32[expert=3, e=3]), ridge=0.01, std=0.5)',
+            "the covariances are of the input",
+        ),
+        (
+            'fitted(source("c" : f32[e=3, o=3]), source("m" : f32[e=3]), '
+            'source("x" : f32[expert=3, o=3]), ridge=0.01, std=0.5)',
+            "the covariances are of the input",
+        ),
     ],
 )
 def test_wrong_types_are_reported(text: str, words: str) -> None:

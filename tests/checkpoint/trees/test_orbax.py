@@ -102,6 +102,16 @@ def test_a_missing_chunk_is_told(zarr3: bool, tmp_path: Path) -> None:
         assert not checkpoint.read(f"opt_state.{key.removeprefix('params.')}").any()
 
 
+def test_chunks_that_are_larger_than_their_array_are_never_read(tmp_path: Path) -> None:
+    folder = tmp_path / "items"
+    write("qwen2_square", folder, database=False, zarr3=False)
+    key = "params.params.decoder.decoder_norm.scale"
+    stated = folder / key / ".zarray"
+    stated.write_text(json.dumps(json.loads(stated.read_text()) | {"chunks": [2**40]}))
+    with pytest.raises(InputError, match=f"the chunks of the array '{key}' are larger"):
+        open_checkpoint(tmp_path, needs_config=False)
+
+
 @pytest.mark.parametrize("zarr3", [False, True])
 def test_zeros_that_a_database_of_earlier_versions_omits(
     zarr3: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
