@@ -22,6 +22,7 @@ from moecc.formats.files import (
     Identity,
     check_file,
     file_fault,
+    identify,
     is_recordable,
     opened_regular,
     range_digest,
@@ -326,6 +327,35 @@ def verify_manifest(output: Path, *, allow_edited_card: bool = False) -> list[Pr
     except CheckError as error:
         return list(error.problems)
     return _Verification(output, manifest, allow_edited_card).problems()
+
+
+def conversion_of(output: Path, files: Mapping[str, Path]) -> Manifest | None:
+    """Return the manifest of an output that was converted from `files`, byte for byte.
+
+    None stands for an output without a manifest, and for one of other files. All bytes of both are
+    hashed: the name of a file, its size or its header do not tell what its weights are.
+
+    Args:
+      output: a folder, or a GGUF file.
+      files: the files of a checkpoint, by name; the conversion may have read further ones.
+
+    Raises:
+      CheckError: the output was changed since.
+      InputError: another version of moecc wrote the manifest.
+      MachineError: a file cannot be read.
+    """
+    path = output / MANIFEST_NAME if output.is_dir() else manifest_beside(output)
+    if not files or not path.is_file():
+        return None
+    manifest = read_manifest(path)
+    records = {name: manifest.source_files.get(name) for name in files}
+    for name, record in records.items():
+        if record is None or record.size_bytes != identify(files[name]).size_bytes:
+            return None
+    if file_records(files) != records:
+        return None
+    check_manifest(output, allow_edited_card=True)
+    return manifest
 
 
 def check_manifest(output: Path, *, allow_edited_card: bool = False) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from moecc.errors import CheckError, InputError, MoeccError, Problem, UsageError, raise_problems
-from moecc.formats.manifest import MANIFEST_NAME, Manifest, file_digest, load
+from moecc.formats.adapter import files_of
+from moecc.formats.manifest import HASH_THREADS, Manifest, conversion_of
 from moecc.ir.structure import clone
 from moecc.jobs.command import (
     Force,
@@ -21,11 +24,18 @@ from moecc.jobs.command import (
 )
 from moecc.model.open import CONFIG_NAME, OpenedModel, is_function_folder, open_model
 from moecc.prove import Prover, Verdict
-from moecc.prove.conversion import ConversionProof, compared, prove_conversion
+from moecc.prove.conversion import ConversionProof, compared, over_source, prove_conversion
 from moecc.prove.log import proof_paths
 from moecc.support.console import warn
+from moecc.support.lazy import np
 from moecc.support.text import amount
 from moecc.translate.export import Export, WrappedExport
+from moecc.types import DTYPES
+from moecc.weights.evaluate import blocks
+from moecc.weights.expr import Source, sources
+
+if TYPE_CHECKING:
+    from moecc.translate.gguf import GgufExport
 
 
 def prove(
@@ -39,9 +49,10 @@ def prove(
 ) -> Report:
     """Prove that two models are the same function.
 
-    The proof holds for all inputs, all weights, and all batch and sequence sizes, in real
-    arithmetic. Parameters are compared by their weight expressions; no weight is read. Where B is
-    a folder that moecc converted from A, its tensors stand for what the conversion wrote to them.
+    The proof holds for all inputs and all batch and sequence sizes, in real arithmetic. Weights are
+    compared by their expressions. Where moecc converted B from A, which the digests of all files
+    show, its tensors stand for what the conversion wrote to them; otherwise tensors with the same
+    values are the same, and without weights those of the same name are.
 
     The exit code is 0 for a proof, 3 where data were drawn on which the models differ, and 1 where
     neither was found.
@@ -62,7 +73,8 @@ def prove(
         comparison.write(Path(proof))
     data = {"a": a, "b": b, "proof": comparison.to_json(), "node": comparison.verdict.node}
     data["terms"] = list(comparison.verdict.terms)
-    problem = verdict_problem(comparison.verdict)
+    data["unmatched"] = list(comparison.unmatched)
+    problem = verdict_problem(comparison.verdict, comparison.unmatched)
     error = None if problem is None else _error(comparison.verdict, problem)
     return Report("prove", data, lambda: proof_text(comparison, a, b), error=error)
 
@@ -77,8 +89,58 @@ def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
     with open_model(a, config_alone=True) as source, open_model(b, config_alone=True) as result:
         manifest = _conversion_of(source, result)
         if manifest is None:
-            return compared(source.graph, result.graph, prover)
+            return _compared(source, result, prover)
         return replay(source, result, manifest, prover, load)
+
+
+def _compared(source: OpenedModel, result: OpenedModel, prover: Prover) -> ConversionProof:
+    """Compare two models of which moecc did not write the second from the first."""
+    old, new = source.checkpoint, result.checkpoint
+    if old is None or new is None:
+        proof = compared(source.graph, result.graph, prover)
+        return proof.assuming("weights of the same name are the same")
+    if old.files() == new.files():
+        return compared(source.graph, result.graph, prover)
+    tensors = _by_content(source, result)
+    unmatched = tuple(name for name, part in tensors.items() if part.name not in old.tensors)
+    # Data drawn for the weights would not be those of the files.
+    graph, refute = over_source(result.graph, tensors), not unmatched
+    proof = compared(source.graph, graph, prover, refute=refute)
+    return replace(proof, unmatched=unmatched).assuming("tensors of the same values are the same")
+
+
+def _by_content(source: OpenedModel, result: OpenedModel) -> dict[str, Source]:
+    """Return, by the name of each tensor of a result, the source's tensor with the same values.
+
+    The tensor of the same name comes first. One that the source does not have gets a name that no
+    tensor of the source has.
+    """
+    old = _digests(source)
+    parts = {digest: part for part, digest in reversed(old.items())}
+    names = {part.name: (part, digest) for part, digest in old.items()}
+    tensors = {}
+    for part, digest in _digests(result).items():
+        same, of_same_name = names.get(part.name, (part, ""))
+        own = Source(f"{part.name} of {result.name}", part.type)
+        tensors[part.name] = same if of_same_name == digest else parts.get(digest, own)
+    return tensors
+
+
+def _digests(model: OpenedModel) -> dict[Source, str]:
+    """Return the SHA-256 of type, sizes and values of each tensor that a graph reads."""
+    assert model.checkpoint is not None, "a graph without weights has none to compare"
+    read = model.checkpoint.read
+    weights = [p.weight for p in model.graph.params.values() if p.weight is not None]
+    parts = list({part.name: part for weight in weights for part in sources(weight)}.values())
+
+    def digest(part: Source) -> str:
+        hashed = sha256(f"{part.type.dtype}{part.type.shape}".encode())
+        for rows in blocks(part, read):
+            hashed.update(rows.tobytes())
+        return hashed.hexdigest()
+
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        return dict(zip(parts, threads.map(digest, parts), strict=True))
 
 
 def check_proof_files(file: str | None, *, force: bool) -> None:
@@ -91,15 +153,23 @@ def _error(verdict: Verdict, problem: Problem) -> MoeccError:
     return CheckError([problem]) if verdict.status == "refuted" else InputError([problem])
 
 
-def verdict_problem(verdict: Verdict) -> Problem | None:
-    """Return what keeps two graphs from being proved equal; None if they are."""
+def verdict_problem(verdict: Verdict, unmatched: Sequence[str] = ()) -> Problem | None:
+    """Return what keeps two graphs from being proved equal; None if they are.
+
+    Args:
+      verdict: the verdict on both.
+      unmatched: the tensors of the second of which the first has none with the same values.
+    """
     if verdict.status == "proved":
         return None
     before, after = verdict.terms
     example = verdict.counterexample
     if example is None:
-        return Problem("not proved", verdict.node, before, after,
-                       "sampling may decide: moecc verify B --against A")  # fmt: skip
+        hint = "sampling may decide: moecc verify B --against A"
+        if unmatched:
+            values = f"{amount(len(unmatched), 'tensor')} of B, for example {unmatched[0]}"
+            hint = f"{values}: no tensor of A has these values; {hint}"
+        return Problem("not proved", verdict.node, before, after, hint)
     sizes = ", ".join(f"{name} = {size}" for name, size in example.sizes.items())
     where = f"seed {example.seed}" + (f" at {sizes}" if sizes else "")
     by = "" if example.difference is None else f" by {example.difference:.2g}"
@@ -152,18 +222,14 @@ def replayed(source: OpenedModel, result: OpenedModel) -> ConversionProof | None
 
 
 def _conversion_of(source: OpenedModel, result: OpenedModel) -> Manifest | None:
-    """Return the manifest of a result that was converted from the files of `source`."""
+    """Return the manifest of a result that was converted from the files of `source`.
+
+    Raises:
+      CheckError: the result was changed since.
+    """
     if source.checkpoint is None or result.checkpoint is None:
         return None
-    path = result.checkpoint.path
-    if not (path / MANIFEST_NAME).is_file():
-        return None
-    manifest = load(path)
-    config = manifest.source_files.get(CONFIG_NAME)
-    source_config = source.checkpoint.path / CONFIG_NAME
-    if config is None or not source_config.is_file():
-        return None
-    return manifest if file_digest(source_config) == config.sha256 else None
+    return conversion_of(result.checkpoint.path, files_of(source.checkpoint))
 
 
 def replay(
@@ -181,8 +247,6 @@ def replay(
     passes = read_pipeline(manifest.pipeline, load)
     copied = replace(source, graph=clone(source.graph))
     export = plan(copied, passes, manifest.family_to, seed=manifest.seed, check=False).export
-    if not isinstance(export, Export):
-        raise InputError("a folder is of a family", where=result.name, found=manifest.family_to)
     raise_problems(_differences(export, result, manifest))
     return prove_conversion(source.graph, export, prover)
 
@@ -190,19 +254,38 @@ def replay(
 _TYPES = ("dtype", "torch_dtype")
 
 
-def _differences(export: Export, result: OpenedModel, manifest: Manifest) -> Iterator[Problem]:
-    """Yield what the conversion would write otherwise today."""
-    assert result.checkpoint is not None, "a converted folder has weights"
+def _rounded(value: object) -> object:
+    """Return a value of a config with its numbers in 32 bits, as a GGUF file holds them."""
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
+def _differences(
+    export: Export | GgufExport, result: OpenedModel, manifest: Manifest
+) -> Iterator[Problem]:
+    """Yield what the conversion would write otherwise today, and weights that are rounded."""
+    assert result.checkpoint is not None, "what was converted has weights"
     keys = {**export.config_json, **result.checkpoint.config}.keys() - set(_TYPES)
-    if isinstance(export, WrappedExport):
+    is_folder = isinstance(export, Export)
+    if not is_folder:
+        # A GGUF file states what llama.cpp needs, and without a tokenizer not its tokens.
+        stated = {k for k, value in result.checkpoint.config.items() if value is not None}
+        keys &= export.config_json.keys() & stated
+        for name, record in manifest.tensors.items():
+            if record.dtype not in DTYPES:
+                yield Problem("blocks round the weights", name, "a type of numbers", record.dtype,
+                              "sampling decides: moecc verify B --against A")  # fmt: skip
+    elif isinstance(export, WrappedExport):
         keys.discard("architectures")  # a wrapper's text model names its class or does not
     for key in sorted(keys):
         old, new = result.checkpoint.config.get(key), export.config_json.get(key)
-        if old != new:
+        if (old != new) if is_folder else (_rounded(old) != _rounded(new)):
             yield Problem("the conversion would write another value today", f"config.json: {key}",
                           str(old), str(new))  # fmt: skip
     shapes = {name: tuple(record.shape) for name, record in manifest.tensors.items()}
-    for name, expr in export.stored:
+    stored = export.stored if isinstance(export, Export) else export.tensors
+    for name, expr in stored:
         shape = shapes.pop(name, None)
         if shape != expr.type.shape:
             yield Problem("the conversion would write another tensor today", name,

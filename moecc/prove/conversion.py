@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,12 +37,19 @@ class ConversionProof:
       source: the SHA-256 of the text of the source's graph.
       result: the SHA-256 of the result's graph, over the expressions written to its tensors.
       graphs: both graphs.
+      unmatched: the tensors of the result of which the source has none with the same values.
     """
 
     verdict: Verdict
     source: str
     result: str
     graphs: tuple[Graph, Graph]
+    unmatched: tuple[str, ...] = ()
+
+    def assuming(self, assumption: str) -> ConversionProof:
+        """Return the same proof with a further assumption."""
+        verdict = replace(self.verdict, assumptions=(*self.verdict.assumptions, assumption))
+        return replace(self, verdict=verdict)
 
     def write(self, file: Path) -> tuple[Path, ...]:
         """Write the log of the proof and the texts of both graphs, and return their paths.
@@ -80,7 +87,10 @@ def prove_conversion(source: Graph, export: Export | GgufExport, prover: Prover)
       export: the checkpoint to write, its tensors as expressions over those of the source.
       prover: of real arithmetic, which may have evaluated the source.
     """
-    return compared(source, written_graph(export), prover, refute=False)
+    proof = compared(source, written_graph(export), prover, refute=False)
+    if isinstance(export, Export):
+        return proof
+    return proof.assuming("constants are those of the source, which a GGUF file rounds to f32")
 
 
 def compared(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from moecc.formats.manifest import MANIFEST_NAME, dump, file_records, load
 from tests.support.commands import Moecc
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -75,6 +77,8 @@ def test_verifying_against_the_source_proves_again(
     stated = json.loads(receipt.read_text())
     stated["proof"]["result"] = stated["proof"]["source"]
     receipt.write_text(json.dumps(stated))
+    files = load(folder).files | file_records([receipt])
+    (folder / MANIFEST_NAME).write_bytes(dump(replace(load(folder), files=files)))
     done = moecc("verify", folder, "--against", DENSE)
     assert done.code == 3
     assert "the proof of other graphs" in done.err
@@ -99,3 +103,61 @@ def test_a_proof_replaces_no_file_unasked(moecc: Moecc, tmp_path: Path) -> None:
     assert done.code == 1
     assert "the file exists" in done.err
     assert moecc("prove", DENSE, DENSE, "--proof", file, "--force").code == 0
+
+
+def flip(file: Path) -> None:
+    """Change one bit of the last values in a file of weights."""
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 0x40
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("made", ["copy", "sparse"])
+def test_other_weights_under_the_same_names_are_not_proved(
+    moecc: Moecc, sparse: Path, tmp_path: Path, made: str
+) -> None:
+    tuned = tmp_path / "tuned"
+    shutil.copytree(DENSE, tuned)
+    assert moecc("prove", DENSE, tuned).code == 0
+    flip(tuned / "model.safetensors")
+    done = moecc("prove", tuned, DENSE if made == "copy" else sparse, "--format", "json")
+    assert done.code == 1
+    assert done.json()["proof"]["verdict"] == "unknown"
+    assert done.json()["unmatched"]
+    assert "no tensor of A has these values" in done.err
+
+
+def test_an_edited_result_is_not_proved(moecc: Moecc, sparse: Path, tmp_path: Path) -> None:
+    edited = tmp_path / "edited"
+    shutil.copytree(sparse, edited)
+    flip(edited / "model.safetensors")
+    for command in ("prove", DENSE, edited), ("verify", edited, "--against", DENSE):
+        done = moecc(*command, *(["--tolerance", "9"] if command[0] == "verify" else []))
+        assert done.code == 3
+        assert "differ from what moecc wrote" in done.err
+
+
+def test_a_mixture_that_another_program_made_is_proved_by_its_values(
+    moecc: Moecc, sparse: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    shutil.copytree(sparse, foreign)
+    (foreign / MANIFEST_NAME).unlink()
+    # Each expert has the values of the dense layer; what its router says does not matter then.
+    done = moecc("prove", DENSE, foreign)
+    assert done.code == 0, done.err
+    assert "tensors of the same values are the same" in done.out
+
+
+def test_gguf_files_are_proved_both_ways(moecc: Moecc, tmp_path: Path) -> None:
+    dense, sparse, folder = (tmp_path / name for name in ("dense.gguf", "sparse.gguf", "folder"))
+    for source, out, words in (
+        (DENSE, dense, ("-p", "", "--to", "gguf:llama")),
+        (dense, sparse, ("-p", "upcycle{experts=4}", "--to", "gguf:llama")),
+        (dense, folder, ("-p", "upcycle{experts=4}", "--to", "mixtral", "--dtype", "bf16")),
+    ):
+        assert moecc("convert", source, out, *words).code == 0
+        done = moecc("prove", source, out)
+        assert done.code == 0, done.err
+    done = moecc("verify", sparse, "--against", dense)
+    assert "proved again" in done.out

@@ -20,8 +20,7 @@ from moecc.errors import InputError, MoeccError, Problem, raise_problems
 from moecc.formats.adapter import files_of
 from moecc.formats.files import make_folder, read_json_object, read_whole, write_durable
 from moecc.formats.folder import CONFIG_NAME, SafetensorsFolder, open_folder
-from moecc.formats.manifest import TensorRecord, file_digest, hashed_beside
-from moecc.formats.manifest import load as load_manifest
+from moecc.formats.manifest import TensorRecord, conversion_of, hashed_beside
 from moecc.formats.output import check_output, output_folder
 from moecc.formats.writer import (
     DEFAULTS,
@@ -384,17 +383,18 @@ def prove_folder(source: str | Path, result: str | Path, prover: Prover) -> Conv
     """Prove that a converted folder is the function of the folder it was converted from.
 
     The conversion is planned again, from the config of the source and what the folder states; the
-    weights of blocks are compared by their expressions, and no weight is read.
+    weights of blocks are compared by their expressions.
 
     Raises:
-      InputError: the result was not converted from these files, or would be another one today.
+      CheckError: the result was changed since it was converted.
+      InputError: it was not converted from these files, or would be another one today.
     """
     path, target = Path(folder_text(source)), Path(folder_text(result))
-    manifest = load_manifest(target)
-    record = manifest.source_files.get(CONFIG_NAME)
-    if record is None or file_digest(path / CONFIG_NAME) != record.sha256:
-        raise InputError("the folder was not converted from this config", where=str(target),
-                         expected=f"{manifest.source}/{CONFIG_NAME}", found=str(path))  # fmt: skip
+    with open_folder(path) as checkpoint:
+        manifest = conversion_of(target, files_of(checkpoint))
+    if manifest is None:
+        raise InputError("the folder was not converted from these files", where=str(target),
+                         found=str(path))  # fmt: skip
     document = read_json_object(target / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
     stated = document["moecc"]
     with open_folder(path, with_weights=False) as checkpoint:
