@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from moecc.errors import UsageError, nearest
@@ -150,6 +151,14 @@ class EmittingBackend(Protocol):
 
 EMITTERS = {"torch": "torch_source", "jax": "jax_source"}
 """The backends that write programs, by language."""
+
+PROGRAM_FILES = {"torch": "modeling_st_moe.py", "jax": "jax_st_moe.py"}
+"""The files of programs, by language."""
+
+
+def program_language(folder: Path) -> str:
+    """Return the language of the program in a folder, or nothing where there is none."""
+    return next((n for n, file in PROGRAM_FILES.items() if (folder / file).is_file()), "")
 
 
 def emit_program(graph: Graph, language: str) -> EmittedProgram:

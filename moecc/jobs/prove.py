@@ -9,7 +9,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem, UsageError, raise_problems
+from moecc.backend import program_language
+from moecc.errors import (
+    CheckError,
+    InputError,
+    MoeccError,
+    Problem,
+    UsageError,
+    printable,
+    raise_problems,
+)
 from moecc.formats.adapter import files_of
 from moecc.formats.manifest import HASH_THREADS, Manifest, conversion_of
 from moecc.ir.structure import clone
@@ -246,7 +255,11 @@ def replay(
 
     passes = read_pipeline(manifest.pipeline, load)
     copied = replace(source, graph=clone(source.graph))
-    export = plan(copied, passes, manifest.family_to, seed=manifest.seed, check=False).export
+    assert result.checkpoint is not None, "what was converted has weights"
+    export = plan(
+        copied, passes, manifest.family_to, seed=manifest.seed, check=False,
+        emit=program_language(result.checkpoint.path) or None,
+    ).export  # fmt: skip
     raise_problems(_differences(export, result, manifest))
     return prove_conversion(source.graph, export, prover)
 
@@ -282,7 +295,7 @@ def _differences(
         old, new = result.checkpoint.config.get(key), export.config_json.get(key)
         if (old != new) if is_folder else (_rounded(old) != _rounded(new)):
             yield Problem("the conversion would write another value today", f"config.json: {key}",
-                          str(old), str(new))  # fmt: skip
+                          printable(str(old)), printable(str(new)))  # fmt: skip
     shapes = {name: tuple(record.shape) for name, record in manifest.tensors.items()}
     stored = export.stored if isinstance(export, Export) else export.tensors
     for name, expr in stored:

@@ -169,23 +169,23 @@ def check_programs(folder: Path) -> list[str]:
     Raises:
       CheckError: the file is another program than the graph's.
     """
-    from moecc.backend import emit_program
+    from moecc.backend import PROGRAM_FILES, emit_program, program_language
     from moecc.formats.files import read_json_object, read_whole
     from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES
     from moecc.model.open import open_model
 
-    languages = {"modeling_st_moe.py": "torch", "jax_st_moe.py": "jax"}
-    name = next((name for name in languages if (folder / name).is_file()), "")
-    if not name:
+    language = program_language(folder)
+    if not language:
         return []
+    name = PROGRAM_FILES[language]
     with open_model(str(folder), config_alone=True) as opened:
-        program = emit_program(opened.graph, languages[name])
+        program = emit_program(opened.graph, language)
     (text,) = program.files.values()
     if read_whole(folder / name).decode() != text:
         raise CheckError(
             "the program is not that of the graph in config.json",
             where=folder / name,
-            hint=f"moecc emit {languages[name]} writes it again; moecc reads the graph alone",
+            hint=f"moecc emit {language} writes it again; moecc reads the graph alone",
         )
     config = read_json_object(folder / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
     mapped = config.get("auto_map", {})

@@ -16,6 +16,23 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 DENSE = GOLDEN / "llama_gqa"
 
+IDLE_PASS = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moecc.rewrite.passes import Pass, PassResult, Preserves
+
+
+@dataclass(frozen=True)
+class IdlePass(Pass):
+    name: ClassVar[str] = "idle"
+    summary: ClassVar[str] = "leave the graph as it is"
+    preserves = Preserves("exact")
+
+    def apply(self, graph, ctx):
+        return PassResult(changed=False)
+"""
+
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -84,13 +101,23 @@ def test_verifying_against_the_source_proves_again(
     assert "the proof of other graphs" in done.err
 
 
+def test_a_program_is_proved(moecc: Moecc, tmp_path: Path) -> None:
+    folder = tmp_path / "program"
+    words = ["-p", "upcycle{experts=4}", "--to", "st_moe", "--emit", "torch"]
+    assert moecc("convert", DENSE, folder, *words).code == 0
+    done = moecc("prove", DENSE, folder)
+    assert done.code == 0, done.err
+
+
 def test_a_conversion_that_cannot_be_planned_again_is_verified_all_the_same(
     moecc: Moecc,
     tmp_path: Path,
 ) -> None:
-    folder = tmp_path / "program"
-    words = ["-p", "upcycle{experts=4}", "--to", "st_moe", "--emit", "torch"]
+    folder, file = tmp_path / "sparse", tmp_path / "idle.py"
+    file.write_text(IDLE_PASS)
+    words = ["-p", "idle,upcycle{experts=4}", "--to", "mixtral", "--load", file]
     assert moecc("convert", DENSE, folder, *words).code == 0
+    assert moecc("prove", DENSE, folder, "--load", file).code == 0
     done = moecc("verify", folder, "--against", DENSE)
     assert done.code == 0, done.err
     assert "the proof of the receipt was not repeated" in done.err

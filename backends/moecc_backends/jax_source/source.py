@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from moecc.backend import EmittedProgram
+from moecc.backend import PROGRAM_FILES, EmittedProgram
 from moecc.ir.graph import Graph
 from moecc_backends.jax_source.dialect import translated, translated_helper, translated_line
 from moecc_backends.torch_source import source as torch_source
@@ -30,7 +30,7 @@ from moecc_backends.torch_source.text import (
 )
 from moecc_backends.torch_source.writer import ModuleTree
 
-FILE_NAME = "jax_st_moe.py"
+FILE_NAME = PROGRAM_FILES["jax"]
 
 PREAMBLE = '''"""A model that moecc has written: its graph as functions in JAX.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 
-from moecc.backend import EmittedProgram
+from moecc.backend import PROGRAM_FILES, EmittedProgram
 from moecc.decoding import TOKENS
 from moecc.families.heads import LOGITS
 from moecc.ir.graph import Graph
@@ -34,7 +34,7 @@ from moecc_backends.torch_source.program import (
 from moecc_backends.torch_source.text import Classes, join_layers, unify_signatures
 from moecc_backends.torch_source.writer import BlockWriter
 
-FILE_NAME = "modeling_st_moe.py"
+FILE_NAME = PROGRAM_FILES["torch"]
 
 
 @dataclass(frozen=True)
