@@ -17,6 +17,14 @@ ALIASES: dict[str, str] = {}
 """Addresses that messages show in place of the local folders that mirror them."""
 
 
+def shown(text: object) -> str:
+    """Return a text, or a path, with addresses in place of the folders that mirror them."""
+    text = str(text)
+    for folder, address in ALIASES.items():
+        text = text.replace(folder, address)
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One problem: what, where, what was expected, what was found, a way out."""
@@ -28,11 +36,10 @@ class Problem:
     hint: str | None = None
 
     def __post_init__(self) -> None:
-        for folder, address in ALIASES.items():
-            for field in fields(self):
-                text = getattr(self, field.name)
-                if text is not None and folder in text:
-                    object.__setattr__(self, field.name, text.replace(folder, address))
+        for field in fields(self) if ALIASES else ():
+            text = getattr(self, field.name)
+            if text is not None:
+                object.__setattr__(self, field.name, shown(text))
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from moecc.formats.manifest import (
 )
 from moecc.formats.modelcard import CardEntries
 from moecc.formats.source import Checkpoint, GivenParams, TensorInfo, tensor_info
+from moecc.formats.store import HUB, fetch, is_address, mirror
 from moecc.support.problems import Problems, quoted
 from moecc.support.record import Check, Count, RecordReader, read_record
 from moecc.support.text import amount
@@ -179,11 +181,29 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 
 def split_reference(text: str) -> tuple[str, str] | None:
-    """Return folder and step of ``RUN``, ``RUN@best`` or ``RUN@1200``; None if it is no run."""
+    """Return folder and step of ``RUN``, ``RUN@best`` or ``RUN@1200``; None if it is no run.
+
+    The folder of a run in an object store is its local mirror. Raises as `mirror`.
+    """
+    if is_address(text):
+        match = re.fullmatch(r"(.+)@(best|last|\d+)", text)
+        address, step = match.groups() if match else (text, LAST)
+        if text.startswith(HUB) or text.endswith(".gguf"):
+            return None
+        folder = str(mirrored_run(address))
+        return (folder, step) if is_run(folder) else None
     if is_run(text):
         return text, LAST
     folder, at, step = text.rpartition("@")
     return (folder, step) if at and is_run(folder) else None
+
+
+def mirrored_run(address: str) -> Path:
+    """Return the local mirror of what may be a run in a store. Raises as `mirror`."""
+    run = mirror(address, (SOURCE, STEPS))
+    fetch(run / GRAPH)  # what reads these opens them itself
+    fetch(run / SOURCE)
+    return run
 
 
 def saved_steps(run: Path) -> list[SavedStep]:
@@ -322,8 +342,9 @@ def require_run_files(step: SavedStep) -> None:
 def require_state(step: SavedStep) -> None:
     """Require the arrays of a step to be as they were saved; a process hashes each file once.
 
-    Raises: as `require_run_files`.
+    Those of a store are brought to this machine. Raises: as `require_run_files`.
     """
+    fetch(step.state)
     _require(step, step.state, "files")
 
 

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from moecc.errors import ALIASES, InputError, MachineError, MoeccError, UsageError, printable
-from moecc.formats.files import RANGED, Identity
+from moecc.formats.files import RANGED, Identity, os_errors
 from moecc.formats.folder import TEMPLATES
 from moecc.support.extras import require
 from moecc.support.untyped import JsonDict
@@ -249,6 +249,7 @@ class RangedFile:
     def __init__(self, address: Address, system: Any, entry: JsonDict) -> None:
         self.address = address
         self._system = system
+        self._copy: Path | None = None
         self._state(entry)
 
     def _state(self, entry: JsonDict) -> None:
@@ -267,6 +268,12 @@ class RangedFile:
             self._system.invalidate_cache(self._system._parent(self.address.in_store))
             self._state(self._system.info(self.address.in_store))
 
+    def fetch(self, path: Path) -> None:
+        """Copy the whole file to `path`, from which it is read then. Raises as `read_into`."""
+        if self._copy is None:
+            get_file(self._system, self.address, path, self.identity.size_bytes)
+            self._copy = path
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a byte buffer from `offset`.
 
@@ -282,6 +289,11 @@ class RangedFile:
                 expected=f"at least {end:,} bytes",
                 found=f"{self.identity.size_bytes:,} bytes",
             )
+        if self._copy is not None:
+            with os_errors(self._copy), self._copy.open("rb") as file:
+                file.seek(offset)
+                file.readinto(buffer)
+            return
         at = offset
         while at < end:
             block, skipped = divmod(at, _BLOCK_BYTES)
@@ -317,19 +329,53 @@ class RangedFile:
             data: bytes = self._system.cat_file(
                 self.address.in_store, start=offset, end=offset + nbytes, **options
             )
-        if len(data) != nbytes:
-            raise MachineError(
-                "the store sent another number of bytes than it was asked for",
-                where=str(self.address),
-                expected=f"{nbytes:,} bytes from byte {offset:,}",
-                found=f"{len(data):,} bytes",
-                hint="the same command may succeed later",
-            )
+        _require_size(self.address, nbytes, len(data), f" from byte {offset:,}")
         return data
 
 
-def mirror(source: str) -> Path:
+def _require_size(address: Address, expected: int, actual: int, place: str = "") -> None:
+    if actual != expected:
+        raise MachineError(
+            "the store sent another number of bytes than it was asked for",
+            where=str(address),
+            expected=f"{expected:,} bytes{place}",
+            found=f"{actual:,} bytes",
+            hint="the same command may succeed later",
+        )
+
+
+def get_file(system: Any, address: Address, path: Path, nbytes: int) -> None:
+    """Copy a file of a store, which has `nbytes`, to this machine.
+
+    Raises:
+      InputError: it is gone.
+      MachineError: the store denies access, does not answer, or sends another number of bytes; the
+        disk is full.
+    """
+    with os_errors(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with store_errors(address):
+        system.get_file(address.in_store, str(path))
+    _require_size(address, nbytes, path.stat().st_size)
+
+
+def fetch(folder: Path) -> None:
+    """Copy the files of a mirrored folder to this machine, for readers that open them themselves.
+
+    Raises: as `get_file`. Folders of this machine are left as they are.
+    """
+    for path, file in [*RANGED.items()]:
+        if isinstance(file, RangedFile) and path.is_relative_to(folder):
+            file.fetch(path)
+
+
+def mirror(source: str, subfolders: Collection[str] = (TEMPLATES,)) -> Path:
     """Return the local mirror of a folder or file in a store; it lives as long as the process.
+
+    Args:
+      source: the address.
+      subfolders: of the folder, which are mirrored with all that is in them.
 
     Raises:
       UsageError: it is no address.
@@ -344,8 +390,12 @@ def mirror(source: str) -> Path:
         system.invalidate_cache()
         # Not `find`, whose walk takes a listing that fails for an empty one.
         entries: list[JsonDict] = system.ls(folder.in_store, detail=True)
-        for entry in [e for e in entries if e["name"].endswith(f"/{TEMPLATES}")]:
-            entries += system.ls(entry["name"], detail=True)
+        names = {f"{folder.in_store}/{name}" for name in subfolders}
+        inner = [e["name"] for e in entries if e["type"] == "directory" and e["name"] in names]
+        while inner:
+            below: list[JsonDict] = system.ls(inner.pop(), detail=True)
+            inner += (e["name"] for e in below if e["type"] == "directory")
+            entries += below
     prefix = f"{folder.in_store}/"
     files = {
         e["name"].removeprefix(prefix): e

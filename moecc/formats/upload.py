@@ -23,7 +23,9 @@ from moecc.formats.safetensors import INDEX_NAME
 from moecc.formats.store import CLAIM_NAME, HUB, UPLOADING, Address, file_system, store_errors
 from moecc.support.text import amount
 
-_LAST = (INDEX_NAME, CONFIG_NAME, MANIFEST_NAME)
+LAST_FILES = (INDEX_NAME, CONFIG_NAME, MANIFEST_NAME)
+"""The files without which no program reads a model; they are uploaded last, in this order."""
+
 _CONVERTING = "converting"
 
 
@@ -114,19 +116,16 @@ class StoreOutput:
         listed = {*manifest.weights, *manifest.files, MANIFEST_NAME}
         present = self._names()
         # An old output is unreadable before the first of its files is replaced.
-        for name in [*reversed(_LAST), *sorted(present.keys() - set(_LAST))]:
+        for name in [*reversed(LAST_FILES), *sorted(present.keys() - set(LAST_FILES))]:
             if name in present and not (is_continued and name in listed):
                 self._remove(name)
                 del present[name]
         for name in [
-            *sorted(listed.difference(_LAST)),
-            *(name for name in _LAST if name in listed),
+            *sorted(listed.difference(LAST_FILES)),
+            *(name for name in LAST_FILES if name in listed),
         ]:
-            path, target = folder / name, self._file(name)
-            self._require_held()
-            if present.get(name) != path.stat().st_size:
-                with store_errors(target, "write"):
-                    self._system.put_file(str(path), target.in_store)
+            if present.get(name) != (folder / name).stat().st_size:
+                self._put_file(folder / name, name)
         self._remove(CLAIM_NAME)
 
     def put_stage(self) -> None:
@@ -173,13 +172,28 @@ class StoreOutput:
 
     def _claimed(self) -> str:
         """Return the text of the claim, empty if there is none."""
-        with store_errors(self._file(CLAIM_NAME)):
-            try:
-                self._system.invalidate_cache()
-                text: bytes = self._system.cat_file(self._file(CLAIM_NAME).in_store)
-            except FileNotFoundError:
-                return ""
+        self._system.invalidate_cache()
+        text = self._read(CLAIM_NAME, absent=b"")
         return text.decode("utf-8", "replace").strip()
+
+    def _read(self, name: str, absent: bytes | None = None) -> bytes:
+        """Return a whole file, or `absent` in place of one that is not there."""
+        file = self._file(name)
+        with store_errors(file):
+            try:
+                data: bytes = self._system.cat_file(file.in_store)
+            except FileNotFoundError:
+                if absent is None:
+                    raise
+                return absent
+        return data
+
+    def _put_file(self, path: Path, name: str) -> None:
+        """Upload a file, unless another writer took the output over."""
+        target = self._file(name)
+        self._require_held()
+        with store_errors(target, "write"):
+            self._system.put_file(str(path), target.in_store)
 
     def _claim(self, state: str, content: str) -> None:
         """Make the claim, or replace one that is held or may be taken over."""
@@ -222,8 +236,11 @@ class StoreOutput:
                 "another writer took this output over",
                 where=str(self.address),
                 found=f"its claim, {CLAIM_NAME}: {claim or 'none'}",
-                hint="let it finish, or begin again with --force",
+                hint=self._lost_hint(),
             )
+
+    def _lost_hint(self) -> str:
+        return "let it finish, or begin again with --force"
 
     def _continuing(self) -> str:
         return f"moecc push {self.stage} {self.address} --resume"

@@ -30,15 +30,13 @@ def report(
     Example:
       moecc report dense sparse --html runs.html --data tokens/heldout
     """
-    from pathlib import Path
-
     from moecc.jobs.evaluate import EvaluationSpec
     from moecc.jobs.specialise import specialisation
     from moecc.train.report_page import report_page
     from moecc.train.run import read_run
 
     check_writable(html, force=force)
-    folders = [read_run(Path(run)) for run in runs]
+    folders = [read_run(run) for run in runs]
     specialised = {}
     if data is not None:
         spec = EvaluationSpec(seq=sequence, batches=8)

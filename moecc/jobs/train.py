@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 from moecc.backend import get_backend
-from moecc.errors import CheckError, MoeccError, Problem, UsageError, raise_problems
+from moecc.errors import CheckError, MoeccError, Problem, UsageError, raise_problems, shown
 from moecc.families.describe import count_parameters, sequence_flops
 from moecc.formats.run import is_run, saved_steps
+from moecc.formats.store import is_address
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.jobs.command import Load, OptionalMachine, Report, SavedPlanFile, Spelling
@@ -57,6 +58,7 @@ from moecc.train.recipe import Recipe
 from moecc.train.recipe_text import load_recipe
 from moecc.train.run import followed
 from moecc.train.settings import moment_types, parameter_settings
+from moecc.train.stored_run import StoredRun
 from moecc.types import float_type
 
 # How a training goes: a line on a terminal that changes, or lines now and then.
@@ -111,9 +113,9 @@ class TrainProgress(Closing):
                 self._say(f"step {event.step:,}: held out {each}")
             case Saved():
                 best = ", the best" if event.best else ""
-                self._say(f"step {event.step:,}: saved to {event.folder}{best}")
+                self._say(f"step {event.step:,}: saved to {shown(event.folder)}{best}")
             case Exported():
-                self._say(f"step {event.step:,}: exported to {event.folder}")
+                self._say(f"step {event.step:,}: exported to {shown(event.folder)}")
             case Stopped():
                 self.close()
 
@@ -401,7 +403,8 @@ def train(
 
     Args:
       recipe: File of a recipe, or recipe:NAME.
-      out: Folder of the run to write; one with a run of the same recipe is continued.
+      out: Folder of the run to write, local or in an object store; one with a run of the same
+        recipe is continued.
       resume: Run to continue where it was saved.
       fork: Run to continue from a step, under another recipe and in another folder.
       set: Value of the recipe to replace, for example run.steps=500; may be repeated.
@@ -424,7 +427,10 @@ def train(
     with ExitStack() as opened:
         saved = None if plan is None else read_plan(plan)
         sets = [*(saved.recipe_values(is_new=resume is None) if saved else ()), *set]
-        job = replace(_job(opened, recipe, out, resume, fork, sets, load), traced_steps=profile)
+        address = next((a for a in (out, resume) if a is not None and is_address(a)), None)
+        stored = None if address is None else StoredRun(address)
+        job = _job(opened, recipe, out, resume, fork, sets, load, stored)
+        job = replace(job, traced_steps=profile)
         remarks = [*training_remarks(job.graph), *job.batches.remarks]
         if saved is not None:
             raise_problems(plan_problems(saved, job, str(plan)))
@@ -444,6 +450,8 @@ def train(
         asked = machine or (saved and saved.machine)
         work = step_work(job, training.devices, find_machine(asked) if asked else None, predicted)
         stopped = _watch(job, training, noted, trackers, work, predicted)
+        if stored is not None and training.writes:
+            stored.finish(is_done=stopped.reason is Reason.DONE)
     return _outcome(stopped, job, training.writes)
 
 
@@ -455,6 +463,7 @@ def _job(
     fork: str | None,
     sets: Sequence[str],
     load: Sequence[str],
+    stored: StoredRun | None,
 ) -> TrainJob:
     """Return the job of one of the three forms. Raises UsageError for anything else."""
     if resume is not None or fork is not None:
@@ -466,24 +475,34 @@ def _job(
         if out is not None:
             raise UsageError("--resume goes on with a run where it is", hint="leave --out out")
         expected = None if recipe is None else load_recipe(recipe, sets)
-        return resumed_run(Path(resume), sets, expected, load)
+        if stored is None:
+            return resumed_run(Path(resume), sets, expected, load)
+        run = stored.mirror() or stored.stage
+        return stored.job(resumed_run(run, sets, expected, load), is_new=False)
     if recipe is None or out is None:
         raise UsageError(
             "not what moecc train takes",
             expected="RECIPE --out RUN, or --resume RUN, or RECIPE --fork RUN --out RUN2",
         )
-    loaded = load_recipe(recipe, sets)
-    if fork is not None:
-        return forked_run(loaded, fork, Path(out))
-    if is_run(Path(out)):
+    loaded, run = load_recipe(recipe, sets), Path(out)
+    if stored is not None:
+        run = stored.mirror() or stored.stage
+    if fork is None and is_run(run) and not (stored and run == stored.stage):
         # Schedulers start a job again with the command that began it.
         say(f"remark: {out} is a run already, which goes on from its last checkpoint")
         registry_with(load)
-        return resumed_run(Path(out), sets, loaded, load)
-    source = opened.enter_context(open_source(loaded, load))
-    for remark in source.remarks:
-        say(f"remark: {remark}")
-    return new_run(loaded, source, Path(out))
+        job = resumed_run(run, sets, loaded, load)
+        return job if stored is None else stored.job(job, is_new=False)
+    if stored is not None and run == stored.stage:
+        stored.clear_stage()
+    if fork is not None:
+        job = forked_run(loaded, fork, run)
+    else:
+        source = opened.enter_context(open_source(loaded, load))
+        for remark in source.remarks:
+            say(f"remark: {remark}")
+        job = new_run(loaded, source, run)
+    return job if stored is None else stored.job(job, is_new=True)
 
 
 def _watch(
@@ -538,6 +557,6 @@ def _outcome(stopped: Stopped, job: TrainJob, writes: bool) -> Report:
         )
     code = {Reason.TERMINATED: 143, Reason.INTERRUPTED: 130}.get(stopped.reason, 0)
     reason, step = stopped.reason.value, amount(stopped.step, "step")
-    data = {"run": str(job.run), "step": stopped.step, "reason": reason}
-    text = f"{job.run}: {reason} after {step}" if writes else ""
+    data = {"run": shown(job.run), "step": stopped.step, "reason": reason}
+    text = f"{shown(job.run)}: {reason} after {step}" if writes else ""
     return Report("train", data, lambda: text, exit_code=code, error=error, is_silent=not writes)

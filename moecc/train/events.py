@@ -250,6 +250,7 @@ class TrainJob:
       begin: opens what the first step begins from, where nothing is saved yet.
       traced_steps: how many steps are traced for xprof, in the folder ``profile`` of the run.
       teacher: opens the source that the model is distilled from; None without distillation.
+      publish: uploads a step that was saved, of a run in a store.
     """
 
     run: Path
@@ -261,6 +262,7 @@ class TrainJob:
     begin: Callable[[], AbstractContextManager[Beginning]]
     traced_steps: int = 0
     teacher: Callable[[], AbstractContextManager[Teacher]] | None = None
+    publish: Callable[[], None] = lambda: None
 
 
 class Training(Protocol):

@@ -43,11 +43,13 @@ from moecc.formats.run import (
     StepRecord,
     best_step,
     is_run,
+    mirrored_run,
     require_state,
     run_stages,
     saved_steps,
     stages_of,
 )
+from moecc.formats.store import fetch, is_address
 from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.support.problems import describe
@@ -546,14 +548,19 @@ def _pace(path: Path) -> str:
     return text if mfu is None else f"{text}, {mfu:.1%} of the peak"
 
 
-def read_run(path: Path) -> RunSeries:
-    """Return what a run measured.
+def read_run(path: str | Path) -> RunSeries:
+    """Return what a run measured, local or in a store.
 
     Raises:
       InputError: it is no run, has measured nothing, or its journal is damaged.
     """
+    if is_address(str(path)):
+        path = mirrored_run(str(path))
+        for name in (METRICS, SPEED):
+            fetch(path / name)
     if not is_run(path):
         raise InputError("this is not the folder of a run", where=path)
+    path = Path(path)
     lines = tuple(read_journal(path / METRICS))
     _check_lines(lines, path / METRICS)
     if not any("loss" in line for line in lines):

@@ -11,7 +11,15 @@ from typing import Annotated
 from numpy.typing import NDArray
 
 from moecc.errors import InputError, Problem, raise_problems
-from moecc.formats.files import file_fault, open_regular, os_errors, read_into, read_json_object
+from moecc.formats.files import (
+    file_fault,
+    identify,
+    open_regular,
+    read_into,
+    read_json_object,
+    read_whole,
+)
+from moecc.formats.store import is_address, mirror
 from moecc.support.lazy import np
 from moecc.support.record import Check, Count, read_record
 
@@ -200,18 +208,17 @@ class TokenFolder:
         return numbers
 
     def _read(self, name: str, dtype: np.dtype[np.generic]) -> NDArray[np.int64]:
-        with os_errors(self.path / name):
-            return np.fromfile(self.path / name, dtype).astype(np.int64)
+        return np.frombuffer(read_whole(self.path / name), dtype).astype(np.int64)
 
 
 def open_tokens(path: Path | str) -> TokenFolder:
-    """Open a token folder.
+    """Open a token folder, local or in a store.
 
     Raises:
       InputError: it is none, or its files are not what its facts say.
       MachineError: it cannot be read.
     """
-    folder = Path(path)
+    folder = mirror(str(path)) if is_address(str(path)) else Path(path)
     if not (folder / FACTS).is_file():
         parts = [str(folder / n) for n in ("train", "heldout") if (folder / n / FACTS).is_file()]
         hint = "there is no such folder"
@@ -248,7 +255,7 @@ def _size_problems(folder: Path, name: str, size: int) -> list[Problem]:
     fault = file_fault(path, folder)
     if fault is not None:
         return [fault]
-    actual_size = path.stat().st_size
+    actual_size = identify(path).size_bytes
     if actual_size == size:
         return []
     message = "the file is not of the size that its facts say"

@@ -116,12 +116,19 @@ class Saver:
       run: the folder of the run.
       keep: how many steps are kept, besides the best.
       beside: whether `save` returns before all is written; None: on accelerators.
+      publish: is called once a step is complete.
 
     Raises:
       MachineError: Orbax is missing.
     """
 
-    def __init__(self, run: Path, keep: int, beside: bool | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        keep: int,
+        beside: bool | None = None,
+        publish: Callable[[], None] = lambda: None,
+    ) -> None:
         try:
             import orbax.checkpoint as orbax
         except ImportError:
@@ -131,7 +138,7 @@ class Saver:
         # What fails is raised, and reported once.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._arguments = orbax.args.PyTreeSave
-        self._run, self._keep = run, keep
+        self._run, self._keep, self._publish = run, keep, publish
         self._beside = jax.default_backend() != "cpu" if beside is None else beside
         self._checkpointer: PyTree = None
         self._writer = ThreadPoolExecutor(1)
@@ -192,6 +199,7 @@ class Saver:
             folder = finish_step(self._run, step, facts).folder
             best = best_step(saved_steps(self._run))
             keep_steps(self._run, self._keep)
+            self._publish()
             is_best = best is not None and best.number == step
         return Saved(step, folder, is_best, time.monotonic() - started)
 
@@ -726,7 +734,7 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
         )
         program.at(0).check()
         with _own_folder(job):
-            saver = Saver(job.run, job.recipe.run.keep)
+            saver = Saver(job.run, job.recipe.run.keep, publish=job.publish)
             try:
                 yield XlaTraining(job, program, saver, watchdog, is_first())
             finally:
@@ -738,6 +746,12 @@ def _own_folder(job: TrainJob) -> Iterator[None]:
     """Make the folder of a run, or take it over, in the first process; the others wait for it."""
     if not is_first():
         meet_processes("moecc made the folder")
+        if not job.run.is_dir():
+            raise MachineError(
+                "the processes do not share the folder of the run",
+                where=job.run,
+                hint="use a shared file system: XDG_CACHE_HOME on one for a run in a store",
+            )
         yield
         return
     job.create()

@@ -1,0 +1,120 @@
+"""Runs and token folders in an S3 server on this machine: trained, lost, continued, read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jax")
+pytest.importorskip("orbax.checkpoint")
+
+from stores import said, store
+
+from moecc.formats.run import saved_steps
+
+from .test_kill import same
+from .tiny import make_recipe
+
+__all__ = ["store"]  # a fixture
+
+pytestmark = pytest.mark.slow
+
+RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 2"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where runs of a store are trained."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def recipe(store: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose tokens are in the store, with a run of it on this machine, ``whole``."""
+    from moecc.cli.main import main
+
+    folder = tmp_path_factory.mktemp("stored")
+    recipe = make_recipe(folder, RUN)
+    assert main(["train", str(recipe), "--out", str(folder / "whole")]) == 0
+    store.put(str(folder / "tokens"), "bucket/tokens", recursive=True)
+    shutil.rmtree(folder / "tokens")
+    recipe.write_text(recipe.read_text().replace("tokens/", "s3://bucket/tokens/"))
+    return recipe
+
+
+def download(store: Any, name: str, folder: Path) -> Path:
+    """Return a copy of a run of the store."""
+    store.invalidate_cache()
+    store.get(f"bucket/{name}", str(folder), recursive=True)
+    return folder
+
+
+def test_a_run_in_a_store_is_that_of_a_folder(
+    store: Any, recipe: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = "s3://bucket/run"
+    code, text = said(capsys, "train", recipe, "--out", address)
+    assert code == 0, text
+    assert str(cache) not in text
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    same(download(store, "run", tmp_path / "run"), recipe.parent / "whole")
+    assert [s.number for s in saved_steps(tmp_path / "run")] == [4, 6]
+    for words in (
+        ("train", recipe, "--out", address),
+        ("verify", address), ("verify", f"{address}@4"), ("inspect", f"{address}@best"),
+        ("evaluate", address, "--data", "s3://bucket/tokens/heldout", "--batches", "1"),
+        ("convert", address, "s3://bucket/exported", "-p", "", "--to", "auto"),
+        ("report", address, "--html", tmp_path / "run.html"),
+        ("train", recipe, "--fork", f"{address}@4", "--out", "s3://bucket/fork"),
+    ):  # fmt: skip
+        code, text = said(capsys, *words)
+        assert code == 0, text
+    code, text = said(capsys, "train", recipe, "--out", address, "--set", "run.seed=5")
+    assert code == 1
+    assert f"{address}/recipe.toml: the run was begun with another recipe" in text
+
+
+class Killed(BaseException):
+    """The process ends."""
+
+
+def test_a_run_survives_the_loss_of_its_machine_at_every_upload(
+    store: Any, recipe: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import fsspec
+
+    system, address = fsspec.filesystem("s3"), "s3://bucket/lost"
+    calls, at = 0, 0
+
+    def ending(call: Any) -> Any:
+        def run(*words: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise Killed
+            return call(*words, **options)
+
+        return run
+
+    for name in ("pipe_file", "put_file", "rm_file"):
+        monkeypatch.setattr(system, name, ending(getattr(system, name)))
+    assert said(capsys, "train", recipe, "--out", address)[0] == 0
+    total = calls
+    for at in (1, 2, total // 3, total // 2, total - 9):
+        store.rm("bucket/lost", recursive=True)
+        calls = 0
+        with pytest.raises(Killed):
+            said(capsys, "train", recipe, "--out", address)
+        at = 0
+        shutil.rmtree(cache)
+        code, text = said(capsys, "train", recipe, "--out", address)
+        assert code == 0, text
+        run = download(store, "lost", tmp_path / f"lost-{at}-{calls}")
+        same(run, recipe.parent / "whole")
+        steps = {p.name for p in (run / "steps").iterdir()}
+        assert steps == {str(s.number) for s in saved_steps(run)}
