@@ -485,6 +485,9 @@ def convert(
     )  # fmt: skip
     _check_modes(options)
     check_proof_files(proof, force=force)
+    if proof is not None and no_check:
+        raise UsageError("nothing is proved with --no-check", where="--proof",
+                         hint="leave out one of the two")  # fmt: skip
     passes = read_pipeline(pipeline, load)
     if via is not None:
         refused = {"to": to != "auto", "emit": emit, "dtype": dtype, "experts": experts,
@@ -522,9 +525,10 @@ def convert(
             )  # fmt: skip
         if proof is not None:
             if planned.proof is None:
-                raise CheckError(
-                    [Problem("no proof to write: the conversion promises no equality")]
-                )
+                promised = "quantised weights" if planned.storage else str(planned.preserves)
+                raise CheckError("there is no proof to write", where=source,
+                                 expected="a promise of equality, of weights that are not quantised",
+                                 found=promised)  # fmt: skip
             planned.proof.write(Path(proof))
         # Its terms would stay in memory, and the collector walk them, while weights are written.
         planned = planned.without_log()
