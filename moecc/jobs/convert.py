@@ -527,7 +527,7 @@ def convert(
             if planned.proof is None:
                 promised = "quantised weights" if planned.storage else str(planned.preserves)
                 raise CheckError("there is no proof to write", where=source,
-                                 expected="a promise of equality, of weights that are not quantised",
+                                 expected="a promise of equality, and no quantised weights",
                                  found=promised)  # fmt: skip
             planned.proof.write(Path(proof))
         # Its terms would stay in memory, and the collector walk them, while weights are written.

@@ -19,6 +19,7 @@ from moecc.errors import (
     printable,
     raise_problems,
 )
+from moecc.families.heads import has_head
 from moecc.formats.adapter import files_of
 from moecc.formats.manifest import HASH_THREADS, Manifest, conversion_of
 from moecc.ir.structure import clone
@@ -95,7 +96,16 @@ def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
         read_pipeline("", load)
         module_proof: ConversionProof = mt.prove_folder(a, b, prover)
         return module_proof
-    with open_model(a, config_alone=True) as source, open_model(b, config_alone=True) as result:
+    with (
+        open_model(b, config_alone=True, heads=True) as result,
+        open_model(
+            a, config_alone=True, padding="mask" in result.graph.inputs,
+            heads=has_head(result.graph),
+        ) as source,
+    ):  # fmt: skip
+        for model in (source, result):
+            for text in model.left_out():
+                warn(f"{model.name}: {text}")
         manifest = _conversion_of(source, result)
         if manifest is None:
             return _compared(source, result, prover)

@@ -101,6 +101,30 @@ def test_verifying_against_the_source_proves_again(
     assert "the proof of other graphs" in done.err
 
 
+def test_heads_and_masks_of_encoders_are_compared(moecc: Moecc, tmp_path: Path) -> None:
+    bert, sparse = GOLDEN / "bert_gelu", tmp_path / "sparse"
+    words = ["-p", "upcycle{experts=4}", "--to", "st_moe", "--padding-mask"]
+    assert moecc("convert", bert, sparse, *words).code == 0
+    done = moecc("prove", bert, sparse)
+    assert done.code == 0, done.err
+    tuned = tmp_path / "tuned"
+    shutil.copytree(bert, tuned)
+    flip(tuned / "model.safetensors")  # its last tensor is of the pooler
+    done = moecc("prove", bert, tuned, "--format", "json")
+    assert done.json()["unmatched"] == ["pooler.dense.weight"]
+    assert done.code == 1
+
+
+def test_a_log_needs_a_proof(moecc: Moecc, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "proof.json"
+    noise = ["-p", "upcycle{init=noise}", "--to", "mixtral", "--proof", log]
+    done = moecc("convert", DENSE, out, *noise)
+    assert (done.code, out.exists()) == (3, False)
+    assert "relative noise" in done.err
+    done = moecc("convert", DENSE, out, *noise, "--no-check")
+    assert (done.code, out.exists()) == (2, False)
+
+
 def test_a_program_is_proved(moecc: Moecc, tmp_path: Path) -> None:
     folder = tmp_path / "program"
     words = ["-p", "upcycle{experts=4}", "--to", "st_moe", "--emit", "torch"]
