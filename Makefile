@@ -65,7 +65,7 @@ proof-chain: $(STAMP) ## SmolLM2 upcycled, trained on, exported, judged by trans
 
 proof-emit: $(STAMP) ## every source by every method as PyTorch, outputs, gradients and tokens judged by torch in the interpreters of MOECC_PARITY_PYTHON; continues docs/proofs/emit.jsonl, whose table docs/emit.md has
 	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.prove
-	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.prove --page docs/emit.md
+	PYTHONPATH=tests/support $(BIN)/python -m tests.docs.generate docs/emit.md
 
 proof-emit-jax: $(STAMP) ## every source as functions in JAX, dense, upcycled and ST-MoE in training; writes docs/proofs/emit-jax.json
 	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.jax_cells --out docs/proofs/emit-jax.json
@@ -98,7 +98,7 @@ proof-table: $(STAMP) ## every source as every target by every method, written t
 proof-torch-models: ## architectures of transformers converted and judged by MOECC_TORCH_PYTHON, which has moecc, torch and transformers; goes on where it was interrupted
 	mkdir -p docs/proofs
 	$(MOECC_TORCH_PYTHON) -W ignore -m tests.torch_models.sweep --out docs/proofs/torch-models.json
-	$(BIN)/python -m tests.torch_models.page docs/any-torch-model.md
+	PYTHONPATH=tests/support $(BIN)/python -m tests.docs.generate docs/any-torch-model.md
 
 proof-jobs: $(STAMP) ## the five jobs of docs/jobs.md from a fresh clone; writes docs/proofs/jobs.json (ten minutes)
 	mkdir -p docs/proofs
@@ -142,13 +142,7 @@ endif
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 docs: $(STAMP) ## write the pages and modules that are generated
-	$(BIN)/python -m moecc.ir.generate
-	$(BIN)/python -m moecc.ir.docs docs/ir.md
-	$(BIN)/python -m moecc.cli.docs docs/cli.md
-	$(BIN)/python -m moecc.rewrite.docs docs/passes.md
-	$(BIN)/python -m tests.prove.exactness docs/exactness.md
-	PYTHONPATH=tests/support $(BIN)/python -m sharding_cases docs/sharding.md
-	$(BIN)/python -m moecc_backends.torch_source.docs docs/emit.md
+	PYTHONPATH=tests/support $(BIN)/python -m tests.docs.generate
 	$(BIN)/python experiments/run.py --page
 
 bench: $(STAMP) ## the benchmarks, one after the other

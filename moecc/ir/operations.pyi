@@ -1,7 +1,4 @@
-"""The methods of a builder, for type checkers.
-
-Written by ``python -m moecc.ir.generate``.
-"""
+"""The methods of a builder, for type checkers; written by ``make docs``."""
 
 from abc import ABC, abstractmethod
 from typing import Literal

@@ -3,10 +3,10 @@
     python -m tests.emit.prove --out FILE [--work DIR] [--pairs] [--sources …] [--methods …]
 
 FILE has a line of JSON for each cell; a cell whose text is as it was, and was right, is not judged
-again.  ``--page docs/emit.md`` writes the table of docs/proofs/emit.jsonl into the page, and judges
-nothing.  DIR keeps outputs of the reference, and gradients by XLA.  With ``--pairs`` the cells are
+again.  DIR keeps outputs of the reference, and gradients by XLA.  With ``--pairs`` the cells are
 those of the proof table, without gradients: between equal experts that of a router is zero.  Of
-several with one text, which differ in weights alone, one is judged.
+several with one text, which differ in weights alone, one is judged.  ``make docs`` writes the table
+of docs/proofs/emit.jsonl into docs/emit.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from moecc.errors import MoeccError
-from moecc.support.generated_docs import GeneratedPart
 from tests.emit.cells import MIXTURES, EmittedCell, cells, pairs, write_reference
 from tests.parity.interpreters import interpreters
 
@@ -187,23 +186,17 @@ def _label(row: dict[str, Any]) -> str:
     return "mixtures as they are" if row["source"] in MIXTURES else str(row["method"])
 
 
-CELLS = GeneratedPart("cells", "tests.emit.prove --page", render)
-
-
 def main() -> None:
     """Judge the cells that the file has not."""
     import tests.conftest  # noqa: F401 (XLA compiles as in tests: in a third of the time)
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=RECORD)
-    parser.add_argument("--page")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--sources", nargs="*", default=[])
     parser.add_argument("--methods", nargs="*", default=[])
     options = parser.parse_args()
-    if options.page:
-        sys.exit(CELLS.main([options.page]))
     lines = options.out.read_text().splitlines() if options.out.is_file() else []
     rows: Rows = {(row["source"], row["method"]): row for row in map(json.loads, lines)}
     wanted = [

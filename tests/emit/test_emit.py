@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moecc_backends.torch_source.docs import PROGRAMS, programs
 from moecc_backends.torch_source.names import identifier
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.text import literal
@@ -26,7 +25,7 @@ from moecc.jobs.emit import emit
 from moecc.jobs.verify import verify
 from tests.emit import fuzz, snapshot
 from tests.emit.cells import METHODS, SAMPLE, EmittedCell, program_text
-from tests.emit.prove import CELLS, is_proved, prove
+from tests.emit.prove import is_proved, prove
 from tests.parity.interpreters import in_each_interpreter, interpreters
 
 GOLDEN = Path("tests/golden")
@@ -118,14 +117,6 @@ def test_config_has_the_token_that_a_decoder_begins_with(tmp_path):
         for folder in (GOLDEN / "umt5_square_untied", tmp_path / "a")
     )
     assert emitted == source
-
-
-def test_the_page_prints_the_programs_as_they_are():
-    page = Path("docs/emit.md").read_text("utf-8")
-    assert PROGRAMS.replace(page) == page, "run: make docs"
-    assert CELLS.replace(page) == page, "run: python -m tests.emit.prove --page docs/emit.md"
-    for name, text in programs().items():
-        assert Path("docs/programs", name).read_text("utf-8") == text, "run: make docs"
 
 
 def test_other_targets_have_no_program(tmp_path):

@@ -17,13 +17,12 @@ import numpy as np
 
 def model(config: str, pipeline: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Return the graph of a golden config after a pipeline, parameters and inputs."""
-    from family_configs import read_config
-
     from moecc.families import build
     from moecc.rewrite.passes import Context
     from moecc.rewrite.pipeline import Pipeline
     from moecc.rewrite.runner import run_pipeline
     from moecc.testing import inputs_for, params_for, sizes_for
+    from tests.support.family_configs import read_config
 
     graph = build(read_config(Path(config)))
     if pipeline:

@@ -1,13 +1,10 @@
 """Which slots, meshes and ways of ``expert-parallel`` go together: tried, not listed by hand.
 
-    PYTHONPATH=tests/support python -m sharding_cases docs/sharding.md
-
-writes the table between two markers of the page; the tests run every case of it.
+``make docs`` writes the table into docs/sharding.md; the tests run every case of it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +17,6 @@ from moecc.ir.graph import Graph
 from moecc.ir.moe import SlotOptions, emit_expert_choice, emit_routing
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.support.generated_docs import GeneratedPart
 from moecc.types import F32, tensor
 
 Bound = Literal["capacity", "ragged", "expert-choice"]
@@ -174,9 +170,3 @@ def render() -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-TABLE = GeneratedPart("legal", "sharding_cases", render)
-
-if __name__ == "__main__":
-    sys.exit(TABLE.main())

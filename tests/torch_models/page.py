@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from moecc.support.generated_docs import GeneratedPart
 from moecc.support.untyped import JsonDict
 
 RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "torch-models.json"
@@ -57,9 +55,3 @@ def render() -> str:
             *lines,
         ]
     )
-
-
-TABLE = GeneratedPart("torch-models", "tests.torch_models.page", render)
-
-if __name__ == "__main__":
-    sys.exit(TABLE.main())
