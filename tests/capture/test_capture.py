@@ -187,6 +187,20 @@ def test_a_budget_of_the_model_is_shared_out(mixture: Path, seen: Path, tmp_path
         assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
 
 
+def test_the_most_useful_experts_are_copied(mixture: Path, seen: Path, tmp_path: Path) -> None:
+    passes = "append-expert{count=5 by=share}"
+    assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
+    share = open_capture(seen)[0].read("layers.1.ffn.experts.share").astype(float)
+    name = "model.layers.1.mlp.up_proj.weight"
+    new, old = tensors(tmp_path / "out")[name][4:], tensors(mixture)[name]
+    numbers = [next(n for n in range(4) if np.array_equal(row, old[n])) for row in new]
+    counts = np.bincount(numbers, minlength=4)
+    # No copy is worth more at an expert that was not copied again.
+    assert (share / (counts + 1)).max() <= (share / np.maximum(counts, 1))[counts > 0].min()
+    receipt = json.loads((tmp_path / "out" / "moecc_receipt.json").read_text())
+    assert receipt["proof"]["verdict"] == "proved"
+
+
 def test_experts_of_like_results_become_one(mixture: Path, seen: Path, tmp_path: Path) -> None:
     passes = "merge{size=2 by=result}"
     assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0

@@ -1,14 +1,16 @@
-"""The passes on one expert of a finished mixture: append-expert, exchange-expert."""
+"""The passes on single experts of a finished mixture: append-expert, exchange-expert."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from moecc.errors import Problem
 from moecc.ir.graph import Graph
 from moecc.rewrite.passes import Bounds, Context, Preserves
+from moecc.support.lazy import np
+from moecc.support.text import amount
 from moecc.weights.arithmetic import BASE, read_from
 from moecc.weights.expr import Expr
 from moecc_passes.resize.layer import (
@@ -19,6 +21,8 @@ from moecc_passes.resize.layer import (
     members,
     not_dormant,
     resize,
+    statistic,
+    unread,
     with_bias,
 )
 from moecc_passes.resize.passes import ResizePass, missing_experts, promise_of_dormant
@@ -29,9 +33,12 @@ _SOURCE_DOC = "model that the expert is read from: base, the source itself, or o
 
 @dataclass(frozen=True)
 class AppendExpertPass(ResizePass):
-    """Append an expert of this or another model, which a bias keeps from being chosen at first.
+    """Append experts of this or another model, which a bias keeps from being chosen at first.
 
-    Its row of the router comes with it.  Training, or an edit of the bias, lets tokens choose it.
+    Their rows of the router come with them.  Training, or an edit of the bias, lets tokens choose
+    them.  With ``by=saliency``, the most useful experts of each layer are copied, and not all alike
+    (after Expert Upcycling, 2604.19835): each copy is of the expert with the most for each of its
+    copies.
 
     Before::
 
@@ -46,10 +53,16 @@ class AppendExpertPass(ResizePass):
     """
 
     name = "append-expert"
-    summary = "append one expert, which a bias keeps from being chosen"
+    summary = "append experts, which a bias keeps from being chosen"
 
+    count: Annotated[int, "number of experts that are appended", Bounds(1)] = 1
     source: Annotated[str, _SOURCE_DOC] = BASE
     source_expert: Annotated[int, "number of the expert in its model", Bounds(0)] = 0
+    by: Annotated[
+        Literal["number", "saliency", "share"],
+        "which are appended: that of source-expert; or, from convert --capture, those with the "
+        "most saliency (mean of gate times norm of the result), or share of the choices",
+    ] = "number"
     bias: Annotated[BiasChoice, BIAS_DOC] = "auto"
 
     @property
@@ -57,29 +70,57 @@ class AppendExpertPass(ResizePass):
         """The same function, for any router; `promise` refines it where a bias weighs already."""
         return Preserves("reassociation")
 
+    def validate(self) -> list[Problem]:
+        """Return the problems of the options."""
+        problems = super().validate()
+        if self.by != "number" and (self.source, self.source_expert) != (BASE, 0):
+            message = "the experts are chosen among those of the model itself"
+            options = f"source={self.source} source-expert={self.source_expert}"
+            problems.append(Problem(message, "by", "by=number", options))
+        return problems
+
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
-        """Yield why a layer cannot have an expert that is never chosen, or this one."""
+        """Yield why a layer cannot have experts that are never chosen, or these ones."""
         yield from unknown_models([self.source], ctx.models, "source")
-        yield from missing_experts(layer, (self.source_expert,))
+        if self.by == "number":
+            yield from missing_experts(layer, (self.source_expert,))
+        else:
+            yield from unread(layer, f"experts.{self.by}", ctx)
         yield from not_dormant(layer, self.bias)
 
     def promise(self, layer: Anatomy, ctx: Context) -> Preserves:
-        """A bias is added to probabilities, which one more expert makes smaller."""
-        return promise_of_dormant(layer, ctx, self.bias, 1, are_copies=self.source == BASE)
+        """A bias is added to probabilities, which more experts make smaller."""
+        is_copy = self.source == BASE
+        return promise_of_dormant(layer, ctx, self.bias, self.count, are_copies=is_copy)
+
+    def _numbers(self, layer: Anatomy, ctx: Context) -> list[int]:
+        """Return the numbers of the experts to append, in order."""
+        if self.by == "number":
+            return [self.source_expert] * self.count
+        values = statistic(layer, f"experts.{self.by}", ctx)
+        if values is None:  # on reduced sizes, where any experts do
+            values = np.ones(layer.experts)
+        copies, numbers = np.ones(layer.experts), []
+        for _ in range(self.count):
+            numbers.append(int(np.argmax(values / copies)))
+            copies[numbers[-1]] += 1
+        return numbers
 
     def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
-        """Append the expert."""
+        """Append the experts."""
+        numbers, old = self._numbers(layer, ctx), layer.experts
         layer, param, value = with_bias(graph, layer, ctx, self.bias)
-        total = layer.experts + 1
+        total = old + self.count
         resize(
             graph,
             layer,
-            lambda parts: [*parts, read_from(parts[self.source_expert], self.source)],
+            lambda parts: [*parts, *(read_from(parts[n], self.source) for n in numbers)],
             layer.attrs.top_k,
-            bias_factor=layer.bias_factor(total / layer.experts),
-            dormant=Dormant((layer.experts,), param, value, zero=False),
+            bias_factor=layer.bias_factor(total / old),
+            dormant=Dormant(range(old, total), param, value, zero=False),
         )
-        return f"expert {layer.experts} is expert {self.source_expert} of {self.source}"
+        text = ", ".join(map(str, numbers))
+        return f"{amount(self.count, 'expert')} appended: {text} of {self.source}"
 
 
 @dataclass(frozen=True)
