@@ -62,6 +62,7 @@ from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.console import say
+from moecc.support.process import gc_paused
 from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def check_step(machine: str, config: StepConfig) -> None:
     find_machine(machine)
 
 
+@gc_paused()
 def plan_step(
     graph: Graph, name: str, machine: str, config: StepConfig, explored: bool = False
 ) -> tuple[JsonDict, list[JsonDict]]:

@@ -440,6 +440,8 @@ class _Reader:
         self.batch = batch
         self.seen: set[Value] = set()
         self.same: dict[Value, Value] = {}
+        self.shares: dict[Value, float] = {}
+        self.shapes: dict[tuple[TensorType, bool], GlobalShape] = {}
         self.shape_of = cache(GlobalShape)
         self.trained = trainable(graph) if ATTRIBUTE in graph.attrs else {}
         self.nodes: dict[str, list[Node]] = {}
@@ -458,9 +460,13 @@ class _Reader:
 
     def shape(self, value: Value) -> GlobalShape:
         """Return the global shape of a value."""
-        rows = any(a.name == "slot" for a in value.type)
-        of_experts = rows or self.of_experts(value)
-        return self.shape_of(tuple(self._axes(value, of_experts)))
+        type = value.type
+        of_experts = "slot" in type or self.of_experts(value)
+        if type.extents:
+            return self.shape_of(tuple(self._axes(value, of_experts)))
+        if (type, of_experts) not in self.shapes:
+            self.shapes[type, of_experts] = self.shape_of(tuple(self._axes(value, of_experts)))
+        return self.shapes[type, of_experts]
 
     def _axes(self, value: Value, of_experts: bool) -> Iterator[tuple[str, float]]:
         for axis in value.type:
@@ -604,6 +610,15 @@ class _Reader:
                 self.seen.add(value)
                 yield self.weight(value)
 
+    def _share_of_user(self, value: Value) -> float:
+        """Return the part of `value` that each layer with a user of it stands for.
+
+        Every layer uses the rotary tables, so that their users are counted once.
+        """
+        if value not in self.shares:
+            self.shares[value] = 1 / len({layer_of(n.loc) for n in value.users})
+        return self.shares[value]
+
     def _step(self, node: Node, roots: dict[Value, int], number: int, unit: Unit) -> StepParts:
         saved = self.residuals[layer_of(node.loc)]
         root = root_of(node.operands[0]) if node.operands else None
@@ -632,7 +647,7 @@ class _Reader:
             ),
             source=-1 if root is None else roots.setdefault(root, len(roots)),
             source_share=1 / unit.size if outside else 1.0,
-            shares=tuple(1 / len({layer_of(n.loc) for n in v.users}) for v in node.operands),
+            shares=tuple(map(self._share_of_user, node.operands)),
             exact_rows=exact,
             axes=self.shape_of(tuple(axes.items())),
             attention=attention_of(node, self._size, self.shape_of),

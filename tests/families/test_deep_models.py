@@ -1,17 +1,24 @@
 """What `moecc inspect` says of deep models, which it reads of a few of their layers."""
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
+from moecc_passes.roll_layers.roll_layers import RollLayersPass
 
 from moecc.families import build
 from moecc.families.registry import parse_config
+from moecc.ir.graph import Graph
 from moecc.jobs import inspect
 from moecc.jobs.inspect import deep_inspection, inspection
 from moecc.model.open import OpenedModel
+from moecc.plan.workload import make_batch, workload
+from moecc.rewrite.passes import Context
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MANY, DEPTH = 32, 35
@@ -44,3 +51,39 @@ def test_a_model_with_another_layer_far_down_is_built(
     monkeypatch.setattr(inspect, "MANY_LAYERS", MANY)
     config = replace(deep_config("qwen2_moe_plain"), mlp_only_layers=dense)
     assert deep_inspection(config, "deep") is None
+
+
+def lines_run(function: Callable[[], object]) -> int:
+    """Return how many lines of moecc run, which no load of the machine changes."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def of_depth(layers: int) -> Graph:
+    stated = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())
+    return build(parse_config(stated | {"num_hidden_layers": layers}))
+
+
+@pytest.mark.parametrize("task", ["plan", "roll"])
+def test_each_layer_takes_as_much_work_as_the_one_before(task: str) -> None:
+    def lines(layers: int) -> int:
+        graph = of_depth(layers)
+        if task == "roll":
+            return lines_run(lambda: RollLayersPass().apply(graph, Context()))
+        batch = make_batch(graph, 1, 64, (8,))
+        return lines_run(lambda: workload(graph, batch))
+
+    few, more, most = lines(100), lines(160), lines(220)
+    assert most - more < 1.01 * (more - few)

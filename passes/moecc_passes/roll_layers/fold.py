@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -160,6 +161,8 @@ def wire(blocks: list[list[Node]]) -> Wiring:
         for each in node
         if each[0] not in home or home[each[0]][0] != 0
     )
+    members = [set(block) for block in blocks]
+    occurrences = Counter(value for each in slots for value in set(each))
     for each in slots:
         if each[0].type.extents:
             raise CannotRoll(f"%{each[0].name} has sizes that are set outside the layers")
@@ -167,7 +170,7 @@ def wire(blocks: list[list[Node]]) -> Wiring:
             wiring.carries[each] = _carried(each, home)
         elif len(set(each)) == 1:
             wiring.captured.append(each)
-        elif _is_own(wiring, each, slots):
+        elif _is_own(each, members) and all(occurrences[value] == 1 for value in each):
             wiring.params.append(each)
         else:
             wiring.stacked.append(each)
@@ -224,15 +227,11 @@ def _carried(each: Each, home: Home) -> int:
     return numbers.pop()
 
 
-def _is_own(wiring: Wiring, each: Each, slots: dict[Each, None]) -> bool:
-    """Whether a parameter of each block becomes one for all of them."""
-    if not all(
-        v.is_param and v.users.keys() <= set(b) for v, b in zip(each, wiring.blocks, strict=True)
-    ):
+def _is_own(each: Each, blocks: Sequence[Set[Node]]) -> bool:
+    """Whether parameters, each used in its block alone, can be one parameter of a joined name."""
+    if not all(v.is_param and v.users.keys() <= b for v, b in zip(each, blocks, strict=True)):
         return False
     if len({v.weight and v.weight.type for v in each}) != 1:
-        return False
-    if any(value in slot for slot in slots if slot is not each for value in each):
         return False
     name = joined([v.name for v in each])
     return name is not None and name not in each[0].graph

@@ -87,21 +87,34 @@ def repetitions_in(layers: Sequence[LayerNodes]) -> list[Repeated]:
     start = 0
     while start < len(keys):
         best = max(
-            (_repeated(keys, start, p) for p in range(1, (len(keys) - start) // 2 + 1)),
-            key=lambda r: (r.runs > 1, r.runs * r.period, -r.period),
-            default=Repeated(start, 1, 1),
+            _repetitions_at(keys, start),
+            key=lambda r: (r.runs * r.period, -r.period),
+            default=None,
         )
-        if best.runs > 1:
+        if best is not None:
             repetitions.append(best)
-        start = best.stop if best.runs > 1 else start + 1
+        start = best.stop if best is not None else start + 1
     return repetitions
 
 
-def _repeated(keys: Sequence[int], start: int, period: int) -> Repeated:
-    stop = start + period
-    while stop < len(keys) and keys[stop] == keys[stop - period]:
-        stop += 1
-    return Repeated(start, period, (stop - start) // period)
+def _repetitions_at(keys: Sequence[int], start: int) -> Iterator[Repeated]:
+    """Yield what is repeated from `start` on, at least twice, for each period.
+
+    The lengths of common prefixes (Gusfield 1997, algorithm Z) take linear time for all periods.
+    """
+    if keys[start] not in keys[start + 1 :]:
+        return
+    size = len(keys) - start
+    common, first, last = [0] * size, 0, 0  # keys[first:last] is a prefix, the last that ends there
+    for period in range(1, size):
+        length = min(last - period, common[period - first]) if period < last else 0
+        while period + length < size and keys[start + length] == keys[start + period + length]:
+            length += 1
+        if period + length > last:
+            first, last = period, period + length
+        common[period] = length
+        if length >= period:
+            yield Repeated(start, period, length // period + 1)
 
 
 def key(nodes: Sequence[Node]) -> tuple[object, ...]:
