@@ -216,6 +216,9 @@ def teacher_graph(graph: Graph, recipe: Recipe, student: Graph) -> Graph:
     Raises:
       InputError: its logits are not of the model's tokens.
     """
+    if (layout := _layout(student, recipe)) is not None:
+        # The same devices have the same sequences, also those that hold experts.
+        recipe = replace(recipe, mesh=replace(recipe.mesh, rules=layout.names, via=""))
     passes = replace(eval_passes(graph, recipe), losses=None)
     teacher = _step_graph(graph, recipe, passes)
     of_teacher, of_student = (g.outputs[LOGITS].type if LOGITS in g.outputs else None

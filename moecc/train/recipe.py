@@ -429,9 +429,6 @@ def _distillation(recipe: Recipe) -> Iterator[Fault]:
     if loss.distill and recipe.model.start is Start.RANDOM:
         message = "random parameters have no source to learn from"
         yield Fault("loss.distill model.start", message, "0", loss.distill, 'start = "source"')
-    if loss.distill and recipe.mesh.mesh:
-        message = "the source's logits are computed on one device"
-        yield Fault("loss.distill mesh.mesh", message, "0", loss.distill, "a run without a mesh")
 
 
 def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:

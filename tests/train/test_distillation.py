@@ -70,10 +70,25 @@ def test_a_resumed_run_has_its_teacher_again(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "sets",
+    [
+        ["mesh.mesh=data=2,expert=2"],
+        pytest.param(["mesh.mesh=data=4", "mesh.partition=gspmd"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_has_the_losses_of_one_device(folder: Path, tmp_path: Path, sets: list[str]) -> None:
+    words = [word for text in sets for word in ("--set", text)]
+    recipe, run = str(folder / "recipe.toml"), tmp_path / "run"
+    assert main(["train", recipe, "--out", str(run), *words]) == 0
+    for ours, theirs in zip(steps_of(run), steps_of(folder / "run"), strict=True):
+        for name in ("loss", "loss.distill", "loss.distill.scaled"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-6), name
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         (["model.start=random"], "random parameters have no source to learn from"),
-        (["mesh.mesh=data=2"], "computed on one device"),
         (["loss.distill=0"], "there is nothing that falls in so many steps"),
         (["loss.distill=-1"], "0 or more"),
         (["loss.distil=1"], "did you mean 'distill'"),

@@ -301,6 +301,9 @@ LOSS_SUM, TOKENS = "loss.sum", "tokens"
 DISTILL, COEFFICIENT = "distill", "distill.coefficient"
 """The divergence from a teacher, and what it is multiplied by in the loss."""
 
+TAUGHT = (TEACHER, COEFFICIENT)
+"""What a batch has of a teacher."""
+
 SUMS = (LOSS_SUM, "output_z", "hits", TOKENS)
 """Outputs over the targets of a batch, and their number, beside the outputs of the graph."""
 
@@ -563,6 +566,11 @@ class StepShardings:
     mesh: jax.sharding.Mesh | None = None
     grid: Mesh | None = None
     interceptor: GspmdLowering | None = None
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """All devices, in the order of the mesh."""
+        return [self.device] if self.mesh is None else list(self.mesh.devices.flat)
 
     @property
     def whole(self) -> Sharding:

@@ -86,9 +86,9 @@ from moecc_backends.xla.run.program import (
     preflight,
 )
 from moecc_backends.xla.trace.values import NamedArrays, Outputs, PyTree
-from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
+from moecc_backends.xla.train.gradients import LOSS_SUM, TAUGHT, TOKENS
 from moecc_backends.xla.train.step import PhasedStep, TrainStep, shared_step
-from moecc_backends.xla.train.teacher import TAUGHT, TeacherProgram, teacher_program
+from moecc_backends.xla.train.teacher import TeacherProgram, teacher_program
 from moecc_backends.xla.train.tensors import (
     StateLeaf,
     Tensors,

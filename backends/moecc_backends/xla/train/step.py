@@ -50,6 +50,7 @@ from moecc_backends.xla.train.gradients import (
     DISTILL,
     LOSS_SUM,
     SUMS,
+    TAUGHT,
     TOKENS,
     BatchLoss,
     StepShardings,
@@ -410,7 +411,8 @@ class TrainStep:
         self.function.trace(state, batch, key, rate)
         judge = self.evaluation
         if judge is not None:
-            judge.function.trace(judge.used(self.model_params(state)), dict(batch), key)
+            held_out = {n: leaf for n, leaf in batch.items() if n not in TAUGHT}
+            judge.function.trace(judge.used(self.model_params(state)), held_out, key)
 
     def evaluate(
         self, params: NamedArrays, batch: NamedArrays, key: Array | None = None

@@ -19,13 +19,10 @@ from moecc_backends.xla.train.gradients import COEFFICIENT, step_shardings
 from moecc_backends.xla.train.step import TrainStep
 from moecc_backends.xla.train.tensors import load
 
-TAUGHT = (TEACHER, COEFFICIENT)
-"""What a batch has of a teacher."""
-
 
 @dataclass(frozen=True)
 class TeacherProgram:
-    """The source that a model is distilled from, on its device.
+    """The source that a model is distilled from, on the devices of the model.
 
     Attributes:
       logits: the compiled ``(params, inputs) → logits``.
@@ -46,7 +43,7 @@ class TeacherProgram:
     def __call__(self, batch: NamedArrays, step: int) -> Outputs:
         """Return the logits of a batch, zeros once they do not count, and their coefficient."""
         coefficient = self.coefficient(step)
-        logits = jnp.zeros(self.shape.shape, self.shape.dtype)
+        logits = jnp.zeros(self.shape.shape, self.shape.dtype, device=self.shape.sharding)
         if coefficient:
             inputs = {name: batch[name] for name in self.inputs} | dict(self.keys)
             logits = self.logits(self.params, inputs)
@@ -65,7 +62,7 @@ def teacher_program(teacher: Teacher, recipe: Recipe, step: TrainStep) -> Teache
       InputError: its logits are not like those of the model.
     """
     graph = teacher_graph(teacher.graph, recipe, step.graph)
-    where = step_shardings(graph, step.spec, [step.where.device])
+    where = step_shardings(graph, step.spec, step.where.devices)
     abstract = {name: where.param(value) for name, value in graph.params.items() if value.users}
     model, shape = where.model(graph), step.abstract_batch[TEACHER]
 
