@@ -204,14 +204,15 @@ class Prover:
                 except (TooManyTerms, RecursionError) as error:
                     self._devices = Devices()
                     parting = "devices", (f"too large to compare: {error}", "")
-            moved = next(moved_values(before, after), "") if graph is after else ""
-            if parting is None and not moved:
+            if parting is None and graph is after:
+                changes = moved_values(before, after)
+                parting = next(((name, (old, new)) for name, old, new in changes), None)
+            if parting is None:
                 continue
+            node, terms = parting
             gap = find_device_gap(before, graph) if refute else None
-            node, terms = parting or ("devices", ("the values of the graph", moved))
-            if gap is None:
-                return Verdict("unknown", node, terms)
-            return Verdict("refuted", node, terms, counterexample=gap[1])
+            status: Status = "unknown" if gap is None else "refuted"
+            return Verdict(status, node, terms, counterexample=gap)
         return None
 
     def _proved(

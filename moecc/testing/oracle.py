@@ -293,8 +293,8 @@ def _values(graph: Graph) -> Iterator[Value]:
         yield from node.results
 
 
-def moved_values(before: Graph, after: Graph) -> Iterator[str]:
-    """Yield what is sharded otherwise than before, of two graphs on meshes.
+def moved_values(before: Graph, after: Graph) -> Iterator[tuple[str, str, str]]:
+    """Yield what is sharded otherwise than before, of two graphs on meshes: its name, how, and how.
 
     The mesh, the inputs and the outputs are part of a graph's interface.  A
     pass that lays a graph on a mesh, or takes it off, has nothing to keep.
@@ -303,7 +303,7 @@ def moved_values(before: Graph, after: Graph) -> Iterator[str]:
     if None in meshes:
         return
     if meshes[0] != meshes[1]:
-        yield f"the mesh differs\n  expected: {meshes[0]}\n  found: {meshes[1]}"
+        yield "the mesh", str(meshes[0]), str(meshes[1])
     for kind, old, new in (
         ("input", before.inputs, after.inputs),
         ("output", before.outputs, after.outputs),
@@ -311,10 +311,7 @@ def moved_values(before: Graph, after: Graph) -> Iterator[str]:
         for name, value in old.items():
             expected, actual = (_placement(v) for v in (value, new[name]))
             if expected != actual:
-                yield (
-                    f"{kind} {name} is sharded in another way\n"
-                    f"  expected: {expected}\n  found: {actual}"
-                )
+                yield f"{kind} {name}", expected, actual
 
 
 def _placement(value: Value) -> str:
@@ -589,7 +586,9 @@ def _signature_changes(before: Graph, after: Graph) -> Iterator[str]:
         expected, actual = (", ".join(map(_signature, vs.items())) for vs in (old, new))
         if expected != actual:
             yield f"the {kind} differ\n  expected: {expected}\n  found: {actual}"
-    yield from moved_values(before, after)
+    for name, expected, actual in moved_values(before, after):
+        change = f"{name} is sharded in another way"
+        yield f"{change}\n  expected: {expected}\n  found: {actual}"
 
 
 def _signature(item: tuple[str, Value]) -> str:

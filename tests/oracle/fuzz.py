@@ -62,6 +62,7 @@ class Outcome:
       differs: whether the reference differs; None where it was not asked.
       at_node: whether a refutation named an edited node; None without an edited node.
       in_layer: whether it named such a node, or a node of its layer.
+      node: where the prover says that the graphs part.
       detail: the difference, or the trace.
       prover_seconds: the processor time of the prover.
     """
@@ -71,6 +72,7 @@ class Outcome:
     differs: bool | None = None
     at_node: bool | None = None
     in_layer: bool | None = None
+    node: str = ""
     detail: str = ""
     prover_seconds: float = 0.0
 
@@ -105,7 +107,7 @@ def compare(
         raise
     except Exception:
         return Outcome("crashed", detail=traceback.format_exc())
-    outcome = Outcome("agreed", verdict.status)
+    outcome = Outcome("agreed", verdict.status, node=verdict.node)
     outcome.prover_seconds = time.process_time() - started
     if verdict.status == "unknown" and not ask:
         return outcome

@@ -279,13 +279,17 @@ def _judged(item: Wrong, seed: int) -> dict[str, Any] | None:
             )
     except TooLongError:
         return {"kind": item.kind, "name": item.name, "status": "slow", "at_node": None}
+    # Of a wrong row, devices compute its operation wrongly, wherever the right row would reshard.
+    is_row = item.kind == "table" and outcome.status == "refuted"
+    at_row = f" = {item.name} " in f"{outcome.node} " if is_row else None
     if outcome.kind == "crashed" or outcome.differs:
         return {
             "kind": item.kind,
             "name": item.name,
             "status": outcome.status or "crashed",
-            "at_node": outcome.at_node,
-            "in_layer": outcome.in_layer,
+            "at_node": outcome.at_node if at_row is None else at_row,
+            "in_layer": outcome.in_layer or bool(at_row),
+            "node": outcome.node,
             "detail": outcome.detail[-300:],
         }
     return None

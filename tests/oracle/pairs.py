@@ -9,6 +9,7 @@ import numpy as np
 
 from moecc.errors import MoeccError
 from moecc.ir import Graph, Node, clone, print_graph
+from moecc.ir.mesh import mesh_of
 from moecc.ir.structure import equal, infer_again
 from moecc.ir.verify import VerifyError, verify
 from moecc.testing.generate import remove_dead
@@ -179,6 +180,7 @@ def parted(right: Graph, wrong: Graph) -> set[str]:
     """
     old, new = _definitions(right), _definitions(wrong)
     names = {n for n in old.keys() | new.keys() if old.get(n) != new.get(n)}
+    names |= {"mesh"} if mesh_of(right) != mesh_of(wrong) else set()
     for graph in (right, wrong):
         for param in graph.params.values():
             if param.name in names:
