@@ -104,7 +104,7 @@ def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
         ) as source,
     ):  # fmt: skip
         for model in (source, result):
-            for text in model.left_out():
+            for text in model.remarks():
                 warn(f"{model.name}: {text}")
         manifest = _conversion_of(source, result)
         if manifest is None:
