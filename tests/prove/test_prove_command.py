@@ -200,6 +200,31 @@ def test_a_mixture_that_another_program_made_is_proved_by_its_values(
     assert "tensors of the same values are the same" in done.out
 
 
+def test_drawn_weights_refute_no_models_of_other_weights(
+    moecc: Moecc, sparse: Path, tmp_path: Path
+) -> None:
+    same = tmp_path / "same.moe"
+    assert moecc("import", DENSE, "-o", same).code == 0
+    assert moecc("opt", same, "-p", "cse,upcycle{experts=4}", "-o", same, "--force").code == 0
+    # One router is a tensor, and one is drawn; experts are copies, so that neither matters.
+    assert moecc("prove", sparse, same).code == 0
+    noisy = graph_of(moecc, tmp_path, "noisy", "upcycle{experts=4 init=noise}")
+    assert moecc("prove", sparse, noisy).code == 1
+    other = tmp_path / "other"
+    shutil.copytree(DENSE, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert moecc("prove", DENSE, other).code == 3
+
+
+def test_a_dense_model_of_copies_is_proved_by_their_values(
+    moecc: Moecc, sparse: Path, tmp_path: Path
+) -> None:
+    dense = tmp_path / "dense"
+    assert moecc("convert", sparse, dense, "-p", "to-dense", "--to", "llama").code == 0
+    assert moecc("prove", sparse, dense).code == 0
+
+
 def test_gguf_files_are_proved_both_ways(moecc: Moecc, tmp_path: Path) -> None:
     dense, sparse, folder = (tmp_path / name for name in ("dense.gguf", "sparse.gguf", "folder"))
     for source, out, words in (
