@@ -17,7 +17,7 @@ from moecc.errors import MachineError, Problem, UsageError
 COORDINATOR, PROCESSES, PROCESS = "MOECC_COORDINATOR", "MOECC_PROCESSES", "MOECC_PROCESS"
 DISTRIBUTED = "MOECC_DISTRIBUTED"
 CLUSTER = "cluster"
-"""The value of MOECC_DISTRIBUTED that lets JAX detect its cluster."""
+"""The value of MOECC_DISTRIBUTED with which the variables of a scheduler are read."""
 
 MOST_PROCESSES = 100_000
 
@@ -29,9 +29,10 @@ class ProcessInfo:
     """The number of a process among all, and their coordinator.
 
     Attributes:
-      coordinator: host and port of the process where the others connect; empty if JAX finds it.
-      processes: the number of processes; 0 if JAX finds it.
-      process: the number of this one, from 0; -1 if JAX finds it.
+      coordinator: host and port of the process where the others connect; empty if the cluster
+        states it.
+      processes: the number of processes; 0 if the cluster states it.
+      process: the number of this one, from 0; -1 if the cluster states it.
     """
 
     coordinator: str = ""
@@ -39,8 +40,8 @@ class ProcessInfo:
     process: int = -1
 
     @property
-    def is_found_by_jax(self) -> bool:
-        """Whether JAX reads the rest from a cluster's own variables."""
+    def is_of_cluster(self) -> bool:
+        """Whether a cluster's own variables state the rest."""
         return not self.coordinator
 
     def environment(self) -> dict[str, str]:
@@ -56,8 +57,8 @@ def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | 
     """Return the process information in `environment`, or None for a single process.
 
     The variables are ``MOECC_COORDINATOR``, ``MOECC_PROCESSES`` and ``MOECC_PROCESS``; or
-    ``MOECC_DISTRIBUTED=cluster``, which lets JAX read those of Slurm, Open MPI, GKE or
-    GCE.  Nothing is guessed: a shell inside a Slurm job is not a cluster of its own.
+    ``MOECC_DISTRIBUTED=cluster``, with which `cluster_process` or JAX finds them in those of a
+    cluster.  Nothing is guessed: a shell inside a Slurm job is not a cluster of its own.
 
     Raises:
       UsageError: some of the variables are missing, or are not numbers.
@@ -84,6 +85,85 @@ def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | 
     if problems:
         raise UsageError(problems)
     return ProcessInfo(variables[COORDINATOR], int(variables[PROCESSES]), int(variables[PROCESS]))
+
+
+# The variables of schedulers, which state the number of each process.
+
+_FIRST_HOST = re.compile(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?")
+"""The first of ``node001``, ``node001,node002`` or ``node[001-004,007],login``."""
+_ORTE = re.compile(r"(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))")
+_FIRST_PORT, _PORTS = 49152, 16384
+"""The ports of which one is chosen by the number of a job (RFC 6335, dynamic ports)."""
+_TPU_PORT = 8476
+
+
+def cluster_process(variables: Mapping[str, str]) -> tuple[ProcessInfo, int | None] | None:
+    """Return the process that Slurm, Open MPI or GKE states, and its number on its machine.
+
+    The number is None where one process has all devices of its machine. None as a whole stands for
+    another cluster, or none. ``JAX_COORDINATOR_ADDRESS`` and ``JAX_COORDINATOR_PORT`` come first.
+
+    Raises:
+      UsageError: variables are missing, or are not numbers.
+    """
+    for name, read in (
+        ("SLURM_PROCID", _slurm_variables),
+        ("OMPI_COMM_WORLD_RANK", _ompi_variables),
+        ("TPU_WORKER_ID", _gke_variables),
+    ):
+        if name not in variables:
+            continue
+        try:
+            host, port, count, number, local = read(variables)
+        except (KeyError, ValueError) as error:
+            raise UsageError(
+                "the variables of the cluster are incomplete", where=name, found=str(error)
+            ) from None
+        host = f"[{host}]" if ":" in host else host
+        address = f"{host}:{variables.get('JAX_COORDINATOR_PORT') or port}"
+        address = variables.get("JAX_COORDINATOR_ADDRESS") or address
+        # As if a user had stated them: whole numbers in range, and an address with a port.
+        process = process_info(ProcessInfo(address, count, number).environment())
+        assert process is not None, "all of the variables are given"
+        return process, local
+    return None
+
+
+_Stated = tuple[str, int, int, int, int | None]
+"""Host and port of the coordinator, processes, number of this one, its number on its machine."""
+
+
+def _slurm_variables(variables: Mapping[str, str]) -> _Stated:
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"]
+    match = _FIRST_HOST.match(nodes)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodes}")
+    port = _FIRST_PORT + int(variables["SLURM_JOB_ID"]) % _PORTS
+    count, number, local = (int(variables[f"SLURM_{n}"]) for n in ("NTASKS", "PROCID", "LOCALID"))
+    return "".join(part or "" for part in match.groups()), port, count, number, local
+
+
+def _ompi_variables(variables: Mapping[str, str]) -> _Stated:
+    uri = variables.get("OMPI_MCA_orte_hnp_uri", "")
+    match = _ORTE.match(uri)
+    if match is None and not variables.get("JAX_COORDINATOR_ADDRESS"):
+        raise ValueError(f"OMPI_MCA_orte_hnp_uri={uri}, and no JAX_COORDINATOR_ADDRESS")
+    host, job = (match[2] or match[3], int(match[1])) if match else ("", 0)
+    # Open MPI numbers jobs by multiples of 4096.
+    port = _FIRST_PORT + job // 4096 % _PORTS
+    names = ("SIZE", "RANK", "LOCAL_RANK")
+    count, number, local = (int(variables[f"OMPI_COMM_WORLD_{name}"]) for name in names)
+    return host, port, count, number, local
+
+
+def _gke_variables(variables: Mapping[str, str]) -> _Stated:
+    names = variables.get("TPU_PROCESS_ADDRESSES") or variables["TPU_WORKER_HOSTNAMES"]
+    workers = names.split(",")
+    host = variables.get("MEGASCALE_COORDINATOR_ADDRESS") or workers[0]
+    slices = int(variables.get("MEGASCALE_NUM_SLICES") or 1)
+    slice_number = int(variables.get("MEGASCALE_SLICE_ID") or 0)
+    number = slice_number * len(workers) + int(variables["TPU_WORKER_ID"])
+    return host.partition(":")[0], _TPU_PORT, slices * len(workers), number, None
 
 
 def check_alone(noun: str) -> None:

@@ -94,7 +94,8 @@ def test_the_compiling_process_ends_with_its_parent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "code", "words"),
     [
-        ({"OMPI_MCA_orte_hnp_uri": "x"}, 2, "no cluster is found in the environment"),
+        ({}, 2, "no cluster is found in the environment"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, 2, "no cluster is found in the environment"),
         (
             {
                 "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
@@ -106,7 +107,7 @@ def test_the_compiling_process_ends_with_its_parent(tmp_path: Path) -> None:
             "process 0 was not met within 1 s",
         ),
     ],
-    ids=["no cluster", "a peer that never comes"],
+    ids=["no cluster", "half of one", "a peer that never comes"],
 )
 def test_outside_a_cluster_nothing_aborts_in_jax(
     tmp_path: Path, variables: dict[str, str], code: int, words: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moecc.errors import UsageError
-from moecc.launch.processes import ProcessInfo, process_info
+from moecc.launch.processes import ProcessInfo, cluster_process, process_info
 
 WHOLE = {
     "MOECC_COORDINATOR": "127.0.0.1:8476",
@@ -37,3 +37,43 @@ def test_what_is_no_place_is_told(change: dict[str, str], says: str) -> None:
     with pytest.raises(UsageError) as error:
         process_info({**WHOLE, **change})
     assert says in str(error.value)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[003-004,9],login", "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}  # fmt: skip
+GKE = {
+    "TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "w-0.run,w-1.run",
+    "MEGASCALE_COORDINATOR_ADDRESS": "s-0.run:8080", "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "process", "local"),
+    [
+        (SLURM, ProcessInfo("gpu003:49159", 8, 5), 1),
+        ({**SLURM, "SLURM_STEP_NODELIST": "a,b"}, ProcessInfo("a:49159", 8, 5), 1),
+        ({**SLURM, "JAX_COORDINATOR_PORT": "99"}, ProcessInfo("gpu003:99", 8, 5), 1),
+        (OPEN_MPI, ProcessInfo("10.96.0.1:62624", 2, 1), 0),
+        ({**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::b9,::1]:43"},
+         ProcessInfo("[fe80::b9]:49153", 2, 1), 0),
+        ({**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "", "JAX_COORDINATOR_ADDRESS": "h:1"},
+         ProcessInfo("h:1", 2, 1), 0),
+        (GKE, ProcessInfo("s-0.run:8476", 4, 3), None),
+    ],
+)  # fmt: skip
+def test_schedulers_state_each_process(
+    variables: dict[str, str], process: ProcessInfo, local: int | None
+) -> None:
+    assert cluster_process(variables) == (process, local)
+    incomplete = {n: v for n, v in variables.items() if not n.endswith(("SIZE", "HOSTNAMES"))}
+    if "SLURM_NTASKS" not in variables:
+        with pytest.raises(UsageError, match="the variables of the cluster are incomplete"):
+            cluster_process(incomplete)
+    assert cluster_process({"HOME": "/"}) is None

@@ -41,6 +41,7 @@ from moecc.launch.processes import (
     DISTRIBUTED,
     JOIN,
     ProcessInfo,
+    cluster_process,
     hold_lifeline,
     note_joined,
     process_info,
@@ -356,49 +357,31 @@ _EMITTERS: dict[str, Callable[[jax.stages.Traced, Options], object]] = {
 # Every process runs the same program on its devices.  The batch is split over all devices and the
 # parameters are replicated; XLA inserts what is needed so that the result is that of one process.
 
-# The cluster that JAX detects: its first process and the number of this one.
-#
-# JAX detects clusters within ``jax.distributed.initialize`` and connects at once, and a client
-# whose peer never comes ends its process with SIGABRT. Detected before, a cluster is met like any
-# other.
+# A cluster whose variables state all processes is met before JAX starts: its client ends its
+# process with SIGABRT when a peer never comes. JAX detects Kubernetes and TPUs of GCE itself.
 
 
-def find_cluster(seconds: int) -> tuple[ProcessInfo, Sequence[int] | None]:
-    """Return the number of this process in the cluster, and its devices if it shares a machine.
-
-    Args:
-      seconds: how long a service of the cluster may take to answer.
+def _find_cluster() -> tuple[ProcessInfo | None, Sequence[int] | None]:
+    """Return the process that the variables of a cluster state, and its devices.
 
     Raises:
-      UsageError: there is no cluster, or its variables are incomplete or contradict each other.
+      UsageError: the variables are incomplete, or are not numbers.
     """
     try:
-        from jax._src.clusters import ClusterEnv
-
-        stated = os.environ.get("JAX_COORDINATOR_ADDRESS")
-        detected: tuple[Any, Any, Any, Any] = ClusterEnv.auto_detect_unset_distributed_params(
-            stated, None, None, None, None, seconds
-        )
-        address, count, number, devices = detected
-    except Exception as error:  # whatever a detector of JAX meets in the variables of a cluster
-        raise _none_found(described(error)) from None
-    if address is None or count is None or number is None:
-        raise _none_found(None)
-    process = ProcessInfo(str(address), int(count), int(number))
-    try:
-        # As if a user had stated them: whole numbers in range, and an address with a port.
-        checked = process_info(process.environment())
+        stated = cluster_process(os.environ)
     except UsageError as error:
         raise _none_found(str(error.problems[0])) from None
-    assert checked is not None, "all of the variables are given"
-    return checked, None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else devices
+    if stated is None:
+        return None, None
+    process, local = stated
+    return process, None if local is None or os.environ.get("JAX_LOCAL_DEVICE_IDS") else [local]
 
 
 def _none_found(reason: str | None) -> UsageError:
     return UsageError(
         "no cluster is found in the environment",
         where=DISTRIBUTED,
-        expected="Slurm, Open MPI, or a TPU of GKE or GCE, as JAX detects them",
+        expected="Slurm, Open MPI, Kubernetes, or a TPU of GKE or GCE",
         found=reason,
         hint="moecc launch local starts processes on one machine",
     )
@@ -433,24 +416,30 @@ def join(
         return
     limit = seconds or seconds_of_environment(JOIN) or JOIN_SECONDS
     devices: Sequence[int] | None = None
-    if process.is_found_by_jax:
-        process, devices = find_cluster(ceil(limit))
-    meet(process, limit)
+    stated: ProcessInfo | None = process
+    if process.is_of_cluster:
+        stated, devices = _find_cluster()
+    if stated is not None:
+        meet(stated, limit)
     # CPU devices of several processes need a library to talk through.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", is_told_to_stop)
     try:
         jax.distributed.initialize(
-            process.coordinator,
-            process.processes,
-            process.process,
+            coordinator_address=stated.coordinator if stated else None,
+            num_processes=stated.processes if stated else None,
+            process_id=stated.process if stated else None,
             local_device_ids=devices,
             initialization_timeout=ceil(limit),
         )
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever a detector of JAX meets in the variables of a cluster
+        if stated is None:
+            raise _none_found(described(error)) from None
+        if not isinstance(error, ValueError | RuntimeError):
+            raise
         reason = str(error).splitlines()[0]
         raise MachineError(
-            f"the processes did not meet: {reason}", where=process.coordinator
+            f"the processes did not meet: {reason}", where=stated.coordinator
         ) from None
     _joined.append(process)
     note_joined()
