@@ -245,6 +245,14 @@ COLLECTIVES: dict[str, tuple[str, Callable[..., TensorType]]] = {
 """Types of collectives that are wrong: the order of mesh axes, the axis, the group that adds."""
 
 
+def operations_of(row: str) -> set[str]:
+    """Return the operations whose types a row decides."""
+    if row in COLLECTIVES:
+        is_gather = row.startswith("gather")
+        return {"all_to_all", *(["all_gather"] if is_gather else ["shard", "reduce_scatter"])}
+    return {TABLES[row].op}
+
+
 @contextmanager
 def wrong_row(name: str) -> Iterator[None]:
     """Make a row of a table wrong for a while."""

@@ -280,15 +280,15 @@ def _judged(item: Wrong, seed: int) -> dict[str, Any] | None:
     except TooLongError:
         return {"kind": item.kind, "name": item.name, "status": "slow", "at_node": None}
     # Of a wrong row, devices compute its operation wrongly, wherever the right row would reshard.
-    is_row = item.kind == "table" and outcome.status == "refuted"
-    at_row = f" = {item.name} " in f"{outcome.node} " if is_row else None
+    ops = meshes.operations_of(item.name) if item.kind == "table" else set()
+    at_row = outcome.status == "refuted" and any(f" = {op} " in f"{outcome.node} " for op in ops)
     if outcome.kind == "crashed" or outcome.differs:
         return {
             "kind": item.kind,
             "name": item.name,
             "status": outcome.status or "crashed",
-            "at_node": outcome.at_node if at_row is None else at_row,
-            "in_layer": outcome.in_layer or bool(at_row),
+            "at_node": outcome.at_node or at_row,
+            "in_layer": outcome.in_layer or at_row,
             "node": outcome.node,
             "detail": outcome.detail[-300:],
         }
