@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.translate.export import export_emitted
 from moecc.translate.importing import import_checkpoint
-from moecc.types import F32, F64, Array, Arrays, DType
+from moecc.types import F64, Array, Arrays, TensorType
 from moecc.weights.evaluate import evaluate
 from tests.proof import cells as proof
 
@@ -155,47 +155,61 @@ def pairs() -> Iterator[EmittedCell]:
 
 
 SIZES = {"B": 2, "S": 12, "T": 8}
-DRAWS, STABLE = 16, 2e-6
-"""How many inputs are drawn at most, and the error of XLA in float32 below which no other are.
-
-Near a tie of experts, or of a saturated softmax, gradients in float32 are rounding alone.
-"""
+DRAWS, WELL_CONDITIONED = 64, 2e-6
+"""How many inputs are drawn at most, and the condition below which no other are."""
 
 
 def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
     """Write an npz file: inputs, outputs in float64, and gradients of all parameters by XLA.
 
-    The loss is Σ cotangent · output, and the auxiliary loss.  Inputs are drawn again where
-    XLA has other gradients in float32.
+    The loss is Σ cotangent · output, and the auxiliary loss.  The condition of a draw is the
+    largest relative change of a gradient, in float64, when each parameter moves by 2⁻²⁴, to which
+    float32 rounds it: no program of float32 is expected to err less.  Near a tie of experts, or of
+    a saturated softmax, it is large; inputs are drawn until it is small, or the best are taken.
     """
     model = moecc.open(folder)
     graph = model.graph
     main = "logits" if "logits" in graph.outputs else "hidden"
     params = {name: np.asarray(array, np.float64) for name, array in model.params().items()}
-    program = get_backend("reference").compile(graph)
-    differentiate = [_gradient_program(graph, main, t) for t in (F64, F32) if gradients]
+    shape = _shape(graph.outputs[main].type)
+    differentiate = _gradient_program(graph, main) if gradients else None
     draws = []
     for seed in range(DRAWS):
         rng = np.random.default_rng(seed)
         inputs = _drawn_inputs(graph, rng)
-        outputs = {n: x for n, x in program.run(params, inputs).items() if "metric." not in n}
         # A mean over tokens: beside a sum, float32 would round the slopes of a router's loss away.
-        shape = outputs[main].shape
         cotangent: Array = np.asarray(rng.standard_normal(shape)) / np.prod(shape[:-1])
         if "mask" in inputs and main == "hidden":
             cotangent *= inputs["mask"][..., None]
-        exact, *rounded = [f(params, inputs, cotangent) for f in differentiate] or [{}]
-        error = max((relative(r[n], x) for r in rounded for n, x in exact.items()), default=0.0)
-        draws.append((error, inputs, outputs, exact, cotangent))
-        if error < STABLE:
+        slopes, condition = {}, 0.0
+        if differentiate is not None:
+            slopes, *moved = (
+                differentiate(p, inputs, cotangent) for p in (params, *_neighbours(params))
+            )
+            condition = max(relative(m[name], x) for m in moved for name, x in slopes.items())
+        draws.append((condition, inputs, slopes, cotangent))
+        if condition < WELL_CONDITIONED:
             break
-    _, inputs, outputs, exact, cotangent = min(draws, key=lambda draw: draw[0])
-    arrays: dict[str, Any] = {"cotangent": cotangent}
-    for prefix, values in {"in": inputs, "out": outputs, "grad": exact}.items():
+    condition, inputs, slopes, cotangent = min(draws, key=lambda draw: draw[0])
+    outputs = get_backend("reference").compile(graph).run(params, inputs)
+    outputs = {name: x for name, x in outputs.items() if "metric." not in name}
+    arrays: dict[str, Any] = {"cotangent": cotangent, "condition": condition}
+    for prefix, values in {"in": inputs, "out": outputs, "grad": slopes}.items():
         arrays |= {f"{prefix}.{name}": np.asarray(value) for name, value in values.items()}
     if main == "logits" and graph.attrs.get("mode") != "train":
         arrays["generated"] = _generated(model.model, inputs)
     np.savez(file, **arrays)
+
+
+def _neighbours(params: dict[str, Array]) -> Iterator[dict[str, Array]]:
+    """Yield parameters that float32 cannot tell from `params`."""
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        yield {n: x * (1 + rng.choice([-1, 1], x.shape) * 2.0**-24) for n, x in params.items()}
+
+
+def _shape(type: TensorType) -> list[int]:
+    return [a.size if isinstance(a.size, int) else SIZES[str(a.size)] for a in type.axes]
 
 
 def _drawn_inputs(graph: Graph, rng: np.random.Generator) -> dict[str, Array]:
@@ -203,7 +217,7 @@ def _drawn_inputs(graph: Graph, rng: np.random.Generator) -> dict[str, Array]:
     vocabulary = min([size for size in tables if isinstance(size, int)], default=0)
     inputs: dict[str, Array] = {}
     for name, value in graph.inputs.items():
-        sizes = [a.size if isinstance(a.size, int) else SIZES[str(a.size)] for a in value.type.axes]
+        sizes = _shape(value.type)
         kind = value.type.dtype.kind
         if kind == "int":
             inputs[name] = rng.integers(3, vocabulary, sizes).astype(np.int32)
@@ -241,7 +255,7 @@ def _generated(model: OpenedModel, inputs: dict[str, Array]) -> Array:
     return np.array(list(columns)).T
 
 
-def _gradient_program(graph: Graph, main: str, dtype: DType) -> Any:
+def _gradient_program(graph: Graph, main: str) -> Callable[..., dict[str, Array]]:
     """Return the function of parameters, inputs and cotangent that returns gradients by name."""
     import jax
     from moecc_backends.xla.lower.function import function
@@ -250,8 +264,8 @@ def _gradient_program(graph: Graph, main: str, dtype: DType) -> Any:
     # Rows are gathered: compiling a loop over experts takes most of a minute.
     is_bounded = any("capacity" in node.attrs.values() for node in graph)
     options = Options(dispatch="gather" if is_bounded else "gathered")
-    with jax.enable_x64(dtype == F64):
-        program = function(graph, dtype=dtype, options=options)
+    with jax.enable_x64(True):
+        program = function(graph, dtype=F64, options=options)
 
     def loss(params, inputs, cotangent):  # type: ignore[no-untyped-def]
         outputs = program(params, inputs)
@@ -260,7 +274,7 @@ def _gradient_program(graph: Graph, main: str, dtype: DType) -> Any:
     compiled = jax.jit(jax.grad(loss))
 
     def gradients(params: Arrays, inputs: Arrays, cotangent: Array) -> dict[str, Array]:
-        with jax.enable_x64(dtype == F64):
+        with jax.enable_x64(True):
             return {n: np.asarray(x) for n, x in compiled(params, inputs, cotangent).items()}
 
     return gradients

@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moecc.errors import MoeccError
 from tests.emit.cells import MIXTURES, EmittedCell, cells, pairs, write_reference
 from tests.parity.interpreters import interpreters
@@ -118,6 +120,9 @@ def prove(wanted: Iterable[EmittedCell], work: Path, rows: Rows) -> Iterator[dic
                 reference = work / f"{name}{'-gradients' * gradients}.npz"
                 if not reference.is_file():
                     write_reference(folder, reference, gradients=gradients)
+                if gradients:
+                    with np.load(reference) as arrays:
+                        row["condition"] = float(f"{arrays['condition']:.2g}")
                 for judge in judges:
                     judge.ask(folder, reference)
                 yield row | {j.name: j.verdict() for j in judges}
