@@ -22,9 +22,9 @@ def kernel_name(config):
 def causal_mask(config, hidden_states, attention_mask, position_ids, cache, **further):
     """Return which keys each query sees: earlier ones, and no padding."""
     past = cache.get_seq_length() if cache is not None else 0
-    places = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
-    # Releases of transformers name these otherwise.
-    options = {"input_embeds": hidden_states, "past_key_values": cache, "cache_position": places}
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+    # Releases of transformers name these arguments differently.
+    options = {"input_embeds": hidden_states, "past_key_values": cache, "cache_position": positions}
     options |= {"inputs_embeds": hidden_states, "cache": cache, "position_ids": position_ids}
     names = inspect.signature(create_causal_mask).parameters
     options = {name: x for name, x in options.items() if name in names}
@@ -120,13 +120,13 @@ class Layer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(576, eps=1e-05)
         self.mlp = FeedForward(config)
 
-    def forward(self, hidden_states, cos, sin, seen, cache, **kwargs):
-        o_proj = self.self_attn(
-            self.input_layernorm(hidden_states), cos, sin, seen, cache, **kwargs
+    def forward(self, hidden_states, cos, sin, mask, cache, **kwargs):
+        attention_output = self.self_attn(
+            self.input_layernorm(hidden_states), cos, sin, mask, cache, **kwargs
         )
-        hidden_states = hidden_states + o_proj
-        down = self.mlp(self.post_attention_layernorm(hidden_states))  # [batch, seq, embed]
-        return hidden_states + down
+        hidden_states = hidden_states + attention_output
+        ffn_output = self.mlp(self.post_attention_layernorm(hidden_states))  # [batch, seq, embed]
+        return hidden_states + ffn_output
 
 
 class StMoeConfig(PretrainedConfig):
@@ -187,11 +187,11 @@ class StMoeModel(StMoePreTrainedModel):
         length = inputs_embeds.shape[1]
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
-        seen = causal_mask(self.config, inputs_embeds, attention_mask, position_ids, cache)
+        mask = causal_mask(self.config, inputs_embeds, attention_mask, position_ids, cache)
         cos, sin = rotary_tables(position_ids, self.embed_tokens.weight, 64, 100000.0)
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, cos, sin, seen, cache, **kwargs)
+            hidden_states = layer(hidden_states, cos, sin, mask, cache, **kwargs)
         normed = self.norm(hidden_states)
         return with_cache(BaseModelOutputWithPast, cache, last_hidden_state=normed)
 

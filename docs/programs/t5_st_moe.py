@@ -42,9 +42,9 @@ def biased(bias, mask, is_causal=True):
 def causal_mask(config, hidden_states, attention_mask, position_ids, cache, **further):
     """Return which keys each query sees: earlier ones, and no padding."""
     past = cache.get_seq_length() if cache is not None else 0
-    places = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
-    # Releases of transformers name these otherwise.
-    options = {"input_embeds": hidden_states, "past_key_values": cache, "cache_position": places}
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+    # Releases of transformers name these arguments differently.
+    options = {"input_embeds": hidden_states, "past_key_values": cache, "cache_position": positions}
     options |= {"inputs_embeds": hidden_states, "cache": cache, "position_ids": position_ids}
     names = inspect.signature(create_causal_mask).parameters
     options = {name: x for name, x in options.items() if name in names}
@@ -90,16 +90,15 @@ class Scope(nn.Module):
 
 
 class ExpertRows:
-    """The choices of tokens sorted by expert; expert number `experts` is that of dropped ones."""
+    """Choices of tokens, sorted by expert; a dropped choice has the expert number `experts`."""
 
     def __init__(self, top_k_index, experts):
         self.shape, self.experts = top_k_index.shape, experts
-        chosen = top_k_index.flatten()
-        self.expert, self.order = chosen.sort(stable=True)
+        self.expert, self.order = top_k_index.flatten().sort(stable=True)
         self.token = self.order // top_k_index.shape[-1]
-        every = torch.arange(experts, device=chosen.device)
-        self.ends = torch.searchsorted(self.expert, every, right=True)
-        # Under torch.compile numbers of rows are not known.
+        numbers = torch.arange(experts, device=top_k_index.device)
+        self.ends = torch.searchsorted(self.expert, numbers, right=True)
+        # The first row of each expert and the end; torch.compile knows none of them.
         self.bounds = None if torch.compiler.is_compiling() else [0, *self.ends.tolist()]
 
     def gather(self, hidden_states):
@@ -122,7 +121,7 @@ class ExpertRows:
         grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
         if grouped is not None and (self.bounds is None or torch.is_grad_enabled()):
             return grouped(rows, weight.transpose(1, 2), self.ends)
-        if self.bounds is None:
+        if self.bounds is None:  # each expert multiplies all rows, those of others as zeros
             masks = ((self.expert != number)[:, None] for number in range(self.experts))
             parts = [rows.masked_fill(mask, 0) for mask in masks]
             return sum(F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True))
@@ -131,7 +130,7 @@ class ExpertRows:
         if torch.is_grad_enabled():
             results = [F.linear(rows[part], weight[expert]) for part, expert in parts]
             return torch.cat([*results, products[self.bounds[-1] :]])
-        for part, expert in parts:
+        for part, expert in parts:  # without gradients, in place
             torch.mm(rows[part], weight[expert].T, out=products[part])
         return products
 
@@ -219,21 +218,21 @@ class Router(nn.Module):
     def forward(self, hidden_states):
         # [batch, seq, expert]
         router_logits = F.linear(widened(hidden_states), widened(self.weight))
-        top_k_index = top_k_experts(router_logits, 2)  # best first
-        top_k_weights = router_logits.gather(-1, top_k_index).softmax(-1)
+        choices = top_k_experts(router_logits, 2)  # best first
+        top_k_weights = router_logits.gather(-1, choices).softmax(-1)
         capacity_factor = (5, 4) if self.training else None
         keep = keep_random(top_k_weights, 0.2) if self.training else None
-        slots = assign_slots(top_k_index, 8, capacity_factor=capacity_factor, keep=keep)
-        top_k_index_2 = top_k_index.masked_fill(slots < 0, 8)
+        slots = assign_slots(choices, 8, capacity_factor=capacity_factor, keep=keep)
+        top_k_index = choices.masked_fill(slots < 0, 8)  # 8 if dropped
         router_z_loss = torch.square(router_logits.logsumexp(-1)).mean()
-        # [batch, seq, expert]
-        total = F.one_hot(top_k_index[..., :1], 8).to(hidden_states.dtype).sum(2)
-        largest = F.one_hot(top_k_index, 8).to(hidden_states.dtype).sum(-1).amax(-1)  # [batch, seq]
-        totals = largest.sum((0, 1))[None]
-        share = router_logits.softmax(-1).sum((0, 1))[None] / totals.clamp(min=1.0)[:, None]
-        total = (total.sum((0, 1))[None] / totals.clamp(min=1.0)[:, None] * share).sum(-1)
-        balance_loss = (total * 8.0).mean()
-        return top_k_index_2, top_k_weights, router_z_loss, balance_loss
+        chosen = F.one_hot(choices[..., :1], 8).to(router_logits.dtype).sum(2)
+        counted = F.one_hot(choices, 8).to(router_logits.dtype).sum(-1).amax(-1)  # [batch, seq]
+        token_count = counted.sum((0, 1))[None]
+        sums = router_logits.softmax(-1).sum((0, 1))[None]  # [group, expert]
+        share_of_tokens = chosen.sum((0, 1))[None] / token_count.clamp(min=1.0)[:, None]
+        balance = (share_of_tokens * sums / token_count.clamp(min=1.0)[:, None]).sum(-1)
+        balance_loss = (balance * 8.0).mean()
+        return top_k_index, top_k_weights, router_z_loss, balance_loss
 
 
 class Experts(nn.Module):
@@ -279,22 +278,24 @@ class Layer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states, mask, cache=None, memory=None, memory_mask=None, **kwargs):
         normed = self.layer[0].layer_norm(hidden_states)
-        o = self.layer[0].SelfAttention(normed, normed, mask, cache, **kwargs)
-        hidden_states = hidden_states + o
+        attention_output = self.layer[0].SelfAttention(normed, normed, mask, cache, **kwargs)
+        hidden_states = hidden_states + attention_output
         if self.is_decoder:
-            o = self.layer[1].EncDecAttention(
+            attention_output = self.layer[1].EncDecAttention(
                 self.layer[1].layer_norm(hidden_states), memory, memory_mask
             )
-            hidden_states = hidden_states + o
+            hidden_states = hidden_states + attention_output
         if not self.is_sparse:
-            down = self.layer[-1].DenseReluDense(self.layer[-1].layer_norm(hidden_states))
-            return hidden_states + down, None, None
+            ffn_output = self.layer[-1].DenseReluDense(self.layer[-1].layer_norm(hidden_states))
+            return hidden_states + ffn_output, None, None
         normed = self.layer[-1].layer_norm(hidden_states)
         top_k_index, top_k_weights, router_z_loss, balance_loss = self.router(normed)
-        hidden_states_2 = self.layer[-1].DenseReluDense(normed, top_k_index, top_k_weights)
-        hidden_states = hidden_states + hidden_states_2
-        wo = self.extra_ffn.layer.DenseReluDense(self.extra_ffn.layer.layer_norm(hidden_states))
-        hidden_states = hidden_states + wo
+        expert_output = self.layer[-1].DenseReluDense(normed, top_k_index, top_k_weights)
+        hidden_states = hidden_states + expert_output
+        ffn_output = self.extra_ffn.layer.DenseReluDense(self.extra_ffn.layer.layer_norm(
+            hidden_states
+        ))
+        hidden_states = hidden_states + ffn_output
         return hidden_states, router_z_loss, balance_loss
 
 
@@ -416,16 +417,18 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
         past = cache.get_seq_length() if cache is not None else 0
         length = inputs_embeds.shape[1]
         position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
-        key_position_ids = torch.arange(past + length, device=inputs_embeds.device)[None]
+        is_static = cache is not None and cache.is_compileable
+        keys = cache.layers[0].max_cache_len if is_static else past + length
+        key_position_ids = torch.arange(keys, device=inputs_embeds.device)[None]
         memory = encoder_outputs[0]
         if attention_mask is None:
             attention_mask = memory.new_ones(memory.shape[:2])
         attention_mask = attention_mask.bool()
-        seen = causal_mask(self.config, inputs_embeds, decoder_attention_mask, position_ids, cache)
+        mask = causal_mask(self.config, inputs_embeds, decoder_attention_mask, position_ids, cache)
         buckets = relative_buckets(position_ids, key_position_ids, 32, 128, bidirectional=False)
         # [batch, seq, kv_seq, head]
         bias = self.decoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
-        mask = biased(bias.permute(0, 3, 1, 2), seen)
+        mask = biased(bias.permute(0, 3, 1, 2), mask)
         memory_mask = attention_mask[:, None, None]
         hidden_states = inputs_embeds
         router_z_losses, balance_losses = [], []

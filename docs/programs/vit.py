@@ -103,10 +103,10 @@ class StMoeModel(StMoePreTrainedModel):
         patches = F.conv2d(
             pixel_values, self.embeddings.patch_embeddings.projection.weight, stride=16
         ).permute(0, 2, 3, 1)
-        merged = (patches + self.embeddings.patch_embeddings.projection.bias).flatten(1, 2)
-        hidden_states = self.embeddings.cls_token + self.embeddings.position_embeddings[:1]
-        hidden_states_2 = merged + self.embeddings.position_embeddings[1:]
-        hidden_states = torch.cat([hidden_states.expand_as(merged[:, :1]), hidden_states_2], dim=1)
+        patches = (patches + self.embeddings.patch_embeddings.projection.bias).flatten(1, 2)
+        patches = patches + self.embeddings.position_embeddings[1:]
+        image = self.embeddings.cls_token + self.embeddings.position_embeddings[:1]
+        hidden_states = torch.cat([image.expand_as(patches[:, :1]), patches], dim=1)
         for layer in self.encoder.layer:
             hidden_states = layer(hidden_states)
         normed = self.layernorm(hidden_states)

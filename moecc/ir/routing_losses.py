@@ -178,17 +178,21 @@ class Means:
         total = b.sum(b.mul(x, counted), axes=tokens)
         return b.div(total, self._number("token", b.sum(counted, axes=tokens)))
 
-    def over_units(self, x: Value) -> Value:
+    def over_units(self, x: Value, name: str | None = None) -> Value:
         """Return the mean of ``[*tokens, expert]`` over the tokens of each unit.
 
         A unit that is all padding has zeros.
+
+        Args:
+          x: the numbers.
+          name: the name of the result.
         """
         b = self.builder
         if "mask" not in self.routed.given and self.unit != "group":
-            return b.mean(x, axes=self._inside_unit)
+            return b.mean(x, axes=self._inside_unit, name=name)
         counted = self._counted(x)
-        total, number = self._unit_sum(b.mul(x, counted)), self._unit_sum(counted)
-        return b.div(total, self.at_least_one(number))
+        total, number = self._unit_sum(b.mul(x, counted)), self._unit_sum(counted, "token_count")
+        return b.div(total, self.at_least_one(number), name=name)
 
     def across_units(self, x: Value) -> Value:
         """Return the mean of ``[*unit, …]`` over the units with tokens, and over the other axes.
@@ -253,14 +257,14 @@ class Means:
     def _counted(self, like: Value) -> Value:
         """Return 1 for tokens and 0 for padding, ``[*tokens]``."""
         b = self.builder
-        ones = self.cast(b.max(self.named, axes=self.routed.choice), like)
+        ones = self.cast(b.max(self.named, axes=self.routed.choice, name="counted"), like)
         mask = self.routed.given.get("mask")
         return ones if mask is None else b.mask(ones, mask, fill=0.0)
 
-    def _unit_sum(self, x: Value) -> Value:
+    def _unit_sum(self, x: Value, name: str | None = None) -> Value:
         if self.unit == "group":
-            return self.builder.group_sum(x, self.routed.slots)
-        return self.builder.sum(x, axes=self._inside_unit)
+            return self.builder.group_sum(x, self.routed.slots, name=name)
+        return self.builder.sum(x, axes=self._inside_unit, name=name)
 
     @property
     def _inside_unit(self) -> tuple[str, ...]:
@@ -294,9 +298,10 @@ class LossBuilder:
         and P the mean probability.  With f or P uniform the value is `choices`.
         """
         b, means, n = self._builder, self.means, self.scores.count
-        share = means.over_units(self._hot(0, choices))
-        mean = means.over_units(self._probabilities())
-        return means.across_units(b.scale(b.sum(b.mul(share, mean), axes="expert"), by=float(n)))
+        share = means.over_units(self._hot(0, choices), "share_of_tokens")
+        mean = means.over_units(self._probabilities(), "mean_probability")
+        balance = b.sum(b.mul(share, mean), axes="expert", name="balance")
+        return means.across_units(b.scale(balance, by=float(n)))
 
     def router_z(self) -> Value:
         """Return the mean over tokens of (log Σ exp x)² (ST-MoE, eq. 5)."""
@@ -338,7 +343,7 @@ class LossBuilder:
         b, scores = self._builder, self.scores
         part = b.slice(scores.picks, axis=scores.choice, start=start, stop=stop)
         hot = b.one_hot(part, into=(("expert", scores.count),))
-        return self.means.cast(b.sum(hot, axes=scores.choice), scores.logits)
+        return self.means.cast(b.sum(hot, axes=scores.choice, name="chosen"), scores.logits)
 
     def _squared_variation(self, x: Value) -> Value:
         """Return (std / mean)² over ``expert``; 0 for a unit without tokens."""

@@ -16,11 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 transformers.logging.set_verbosity_error()
 
 
-def main():
-    """Print what holds of the model."""
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(sys.argv[1], trust_remote_code=True, dtype=torch.float64)
-    tokens = torch.arange(24).reshape(2, 12) % 16
+def serve(model, tokens):
+    """Return what holds of a decoder: attention of others, losses of batches, checkpointing."""
     verdict = {}
 
     # A server runs its own attention, by the number of the layer, on packed positions.
@@ -56,6 +53,56 @@ def main():
     model(tokens, labels=tokens).loss.backward()
     again = [p.grad for p in model.parameters()]
     verdict["checkpointing"] = all(map(torch.allclose, slopes, again))
+    model.gradient_checkpointing_disable()
+    return verdict
+
+
+def generate(model, tokens):
+    """Return whether a static cache gives the tokens of a dynamic one, and beams those of none."""
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if model.config.is_encoder_decoder:
+        options["decoder_start_token_id"] = 0
+
+    def ids(**further):
+        return model.generate(input_ids=tokens, **options, **further)
+
+    beams = [ids(num_beams=3, use_cache=use_cache) for use_cache in (True, False)]
+    return {
+        "static": torch.equal(ids(cache_implementation="static"), ids()),
+        "beams": torch.equal(*beams) and not torch.equal(beams[0], ids()),
+    }
+
+
+def trace(model, tokens):
+    """Return whether a graph without breaks computes the logits and slopes of the model."""
+    batch = {"input_ids": tokens, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = tokens[:, :8]
+    results = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        logits = call(**batch).logits
+        logits.square().mean().backward()
+        results.append([logits, *(p.grad.clone() for p in model.parameters())])
+    model.zero_grad()
+    with torch.no_grad():
+        exported = torch.export.export(model, (), batch, strict=False).module()(**batch).logits
+    return {
+        "compile": all(map(torch.allclose, *results)),
+        "export": bool(torch.allclose(exported, results[0][0])),
+    }
+
+
+def main():
+    """Print what holds of the model."""
+    config = transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+    name = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    load = getattr(transformers, name).from_pretrained
+    model = load(sys.argv[1], trust_remote_code=True, dtype=torch.float64)
+    tokens = torch.arange(24).reshape(2, 12) % 16
+    verdict = generate(model, tokens) | trace(model, tokens)
+    if not config.is_encoder_decoder:
+        verdict |= serve(model, tokens)
     print(json.dumps(verdict))
 
 

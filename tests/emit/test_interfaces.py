@@ -63,9 +63,10 @@ def test_there_is_no_plan_where_a_part_of_the_heads_does_not_do(source):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("cell", [("qwen3_square", "upcycled"), ("t5_gated_untied", "st-moe")])
 @in_each_interpreter
-def test_attention_loss_and_checkpointing_are_as_transformers_has_them(tmp_path, python):
-    EmittedCell("qwen3_square", "upcycled").write(tmp_path / "model")
+def test_caches_graphs_and_losses_are_as_transformers_has_them(tmp_path, python, cell):
+    EmittedCell(*cell).write(tmp_path / "model")
     script = Path(__file__).parent / "interface.py"
     verdict = asked([python, str(script), str(tmp_path / "model")])
     assert set(verdict.values()) == {True}, verdict

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from moecc.backend import EmittedProgram, Program
-from moecc.errors import UsageError
+from moecc.backend import EmittedProgram
 from moecc.ir.graph import Graph
-from moecc.types import F32, DType
+from moecc_backends.torch_source import SourceBackend
 
 
-class JaxSourceBackend:
-    """Writes a graph as one readable file of jax.numpy."""
+class JaxSourceBackend(SourceBackend):
+    """Writes jax.numpy."""
 
-    name = "jax_source"
-
-    def compile(self, graph: Graph, *, dtype: DType = F32) -> Program:
-        """Raise UsageError: its owner runs the text."""
-        raise UsageError("jax_source writes programs and runs none", hint="the xla backend runs")
+    name, language = "jax_source", "jax"
 
     def emit(self, graph: Graph) -> EmittedProgram:
         """Return `graph` as ``jax_st_moe.py``.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, ClassVar
 
 from moecc.backend import PROGRAM_FILES, EmittedProgram
 from moecc.ir.graph import Graph
@@ -154,6 +154,7 @@ class JaxWriter(ModelWriter):
     """
 
     paths: frozenset[str] = frozenset()
+    rows_class: ClassVar[str] = "RaggedRows"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,26 +185,22 @@ class JaxWriter(ModelWriter):
         return definition, {n: v for n, v in names if re.search(rf"self\.{n}\b", text)}
 
     def layer_call(
-        self,
-        layers: list[ModuleBlock],
-        stack: str,
-        arguments: list[str],
-        zipped: list[tuple[str, str]],
-    ) -> tuple[str, str]:
-        """Return the head of a loop over the parameters of layers, and a call."""
+        self, layers: list[ModuleBlock], arguments: list[str], zipped: list[tuple[str, str]]
+    ) -> str:
+        """Return the call of a function on the parameters of a layer."""
         parts = [self._arguments(layer) for layer in layers]
         definitions = list(dict.fromkeys(definition for definition, _ in parts))
-        names = list(parts[0][1]) if len(definitions) == 1 else []
-        zipped += [(n, repeated_texts([literal(v[n]) for _, v in parts])) for n in names]
-        call = _call(definitions[0], ["layer", *arguments], [f"{n}={n}" for n in names])
-        if len(definitions) > 1:
-            if any(map(_is_noisy, definitions)):
-                for definition in definitions:
-                    definition.signature = list(dict.fromkeys([*definition.signature, "training"]))
-            zipped += [("function", repeated_texts([_partial(d, v) for d, v in parts]))]
-            call = _call(definitions[0], ["layer", *arguments], [])
-            call = f"function{call[call.index('(') :]}"
-        return super().layer_call(layers, stack, arguments, zipped)[0], call
+        arguments = ["layer", *arguments]
+        if len(definitions) == 1:
+            names = list(parts[0][1])
+            zipped += [(n, repeated_texts([literal(v[n]) for _, v in parts])) for n in names]
+            return _call(definitions[0], arguments, [f"{n}={n}" for n in names])
+        if any(map(_is_noisy, definitions)):
+            for definition in definitions:
+                definition.signature = list(dict.fromkeys([*definition.signature, "training"]))
+        zipped += [("function", repeated_texts([_partial(d, v) for d, v in parts]))]
+        call = _call(definitions[0], arguments, [])
+        return f"function{call[call.index('(') :]}"
 
 
 RESERVED = frozenset(("params", "training", "jax", "jnp", "np", "function", "partial", "apply"))

@@ -8,16 +8,29 @@ from moecc.ir.graph import Graph
 from moecc.types import F32, DType
 
 
-class TorchSourceBackend:
-    """Writes a graph as one readable file of PyTorch; torch is never imported."""
+class SourceBackend:
+    """Writes a graph as one readable file, which its owner runs.
 
-    name = "torch_source"
+    Attributes:
+      name: of the backend.
+      language: the word of ``moecc emit``.
+    """
+
+    name: str
+    language: str
 
     def compile(self, graph: Graph, *, dtype: DType = F32) -> Program:
-        """Raise UsageError: the text is run by PyTorch, not by moecc."""
+        """Raise UsageError: the text is not run by moecc."""
         raise UsageError(
-            "torch_source writes programs and runs none", hint="moecc emit torch MODEL -o DIR"
+            f"{self.name} writes programs and runs none",
+            hint=f"moecc emit {self.language} MODEL -o DIR",
         )
+
+
+class TorchSourceBackend(SourceBackend):
+    """Writes PyTorch; torch is never imported."""
+
+    name, language = "torch_source", "torch"
 
     def emit(self, graph: Graph) -> EmittedProgram:
         """Return `graph` as ``modeling_st_moe.py``.

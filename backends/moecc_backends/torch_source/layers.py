@@ -6,15 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moecc_backends.torch_source.blocks import ModuleBlock
-from moecc_backends.torch_source.program import (
-    Item,
-    ProgramValue,
-    TorchProgram,
-)
-from moecc_backends.torch_source.text import (
-    PythonExpr,
-    repeated_texts,
-)
+from moecc_backends.torch_source.program import Item, ProgramValue, TorchProgram
+from moecc_backends.torch_source.text import PythonExpr, repeated_texts
 from moecc_backends.torch_source.writer import STATE, BlockWriter, var_hint
 
 Role = ProgramValue | list[ProgramValue | None] | None
@@ -90,8 +83,10 @@ class ModelWriter(BlockWriter):
         if collected:
             names_of_lists = ", ".join(f"{prefix}{name}es" for name in collected)
             self.state(f"{names_of_lists} = {', '.join(['[]'] * len(collected))}")
-        head, call = self.layer_call(layers, self.tree.access(stack), arguments, zipped)
-        self.state(head)
+        call = self.layer_call(layers, arguments, zipped)
+        loops = ", ".join(["layer", *(name for name, _ in zipped)])
+        lists = ", ".join([self.tree.access(stack), *(text for _, text in zipped)])
+        self.state(f"for {loops} in {f'zip({lists})' if zipped else lists}:")
         self.state(f"    {', '.join(results)} = {call}")
         for name in collected:
             self.state(f"    {prefix}{name}es.append({name})")
@@ -100,25 +95,16 @@ class ModelWriter(BlockWriter):
         self._bind(layers, [(prefix + n, kind) for n, kind in outputs])
 
     def layer_call(
-        self,
-        layers: list[ModuleBlock],
-        stack: str,
-        arguments: list[str],
-        zipped: list[tuple[str, str]],
-    ) -> tuple[str, str]:
-        """Return the head of a loop over a stack of layers, and the call of one of them.
+        self, layers: list[ModuleBlock], arguments: list[str], zipped: list[tuple[str, str]]
+    ) -> str:
+        """Return the call of a layer in a loop.
 
         Args:
-          layers: the layers.
-          stack: the expression of their modules.
+          layers: all layers of the loop.
           arguments: those of a call.
-          zipped: those that vary by their names, with the list of their values.
+          zipped: the names of those that vary, each with the list of its values; may be extended.
         """
-        head = f"for layer in {stack}:"
-        if zipped:
-            loops = ", ".join(["layer", *(n for n, _ in zipped)])
-            head = f"for {loops} in zip({', '.join([stack, *(t for _, t in zipped)])}):"
-        return head, f"layer({', '.join(arguments)})"
+        return f"layer({', '.join(arguments)})"
 
     def _input_name(self, layer: ModuleBlock, var: ProgramValue) -> str:
         return self.classes.instances[layer].inputs[layer.inputs.index(var)]

@@ -112,7 +112,9 @@ DECODER_POSITIONS = """
 """
 
 KEYS = """
-        key_position_ids = torch.arange(past + length, device=inputs_embeds.device)[None]
+        is_static = cache is not None and cache.is_compileable
+        keys = cache.layers[0].max_cache_len if is_static else past + length
+        key_position_ids = torch.arange(keys, device=inputs_embeds.device)[None]
 """
 
 DECODER = f'''
@@ -381,8 +383,6 @@ class Models:
         self.texts.append(filled(DECODER, parts))
         base = f"self.{self.base or 'model'}"
         module_lines = [line for line in root.tree.lines() if not line.startswith(f"{base} =")]
-        logits = root.canonical(self.program.outputs["logits"])
-        lines = [*root.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
         self.texts.append(
             filled(
                 CAUSAL_LM,
@@ -392,7 +392,7 @@ class Models:
                         *root.filled_lines(module_lines),
                     ],
                     "base": base,
-                    "statements": root.filled_lines(lines),
+                    "statements": self._lines_to_logits(root),
                     **self._loss_parts(root, "MoeCausalLMOutputWithPast"),
                 },
             )
@@ -401,6 +401,13 @@ class Models:
         self._map("AutoModel", "StMoeModel")
         self._map("AutoModelForCausalLM", "StMoeForCausalLM")
         self.classes.helpers |= writer.helpers | root.helpers | {"with_cache", "cache_of"}
+
+    def _lines_to_logits(self, writer: BlockWriter) -> list[str]:
+        """Return the statements of a head, of which the last names the logits."""
+        outputs = self.program.outputs
+        logits = writer.canonical(outputs.get(LOGITS) or outputs["logits"])
+        named = [] if logits == "logits" else [f"logits = {logits}"]
+        return writer.filled_lines([*writer.lines, *named])
 
     def _loss_parts(self, root: BlockWriter, output: str) -> dict[str, str | list[str]]:
         """Return the parts of a template that say what is done with auxiliary losses."""
@@ -481,14 +488,11 @@ class Models:
         if LOGITS in self.program.outputs:
             if self.task not in LOSSES:
                 raise InputError("a head of an unknown task", where="attr head", found=self.task)
-            self.program.outputs[LOGITS].name = "logits"
             root = self._writer("Head", "", head)
             root.values[hidden] = PythonExpr(STATE, hidden.axes)
             root.write_steps(head)
-            logits = root.canonical(self.program.outputs[LOGITS])
-            lines = [*root.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
             modules = [line for line in root.tree.lines() if not line.startswith("self.model")]
-            modules, lines = root.filled_lines(modules), root.filled_lines(lines)
+            modules, lines = root.filled_lines(modules), self._lines_to_logits(root)
             parts = head_parts(self.task, arguments, modules, lines, has_loss=has_loss)
             tasks = {self.task: parts} | {t: p for t, p in tasks.items() if t != self.task}
             self.architecture = f"StMoeFor{self.task}"
@@ -546,8 +550,6 @@ class Models:
         root = self._writer("whole", "", self.steps)
         stack = next((s.path for s in before if isinstance(s, ModuleBlock)), "").rpartition(".")[0]
         module = root.tree.access(stack.rpartition(".")[0])
-        logits = decoder.canonical(self.program.outputs["logits"])
-        lines = [*decoder.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
         arguments = self._arguments()
         is_speech = self.main_input == "input_features"
         name = "StMoeForConditionalGeneration"
@@ -571,7 +573,7 @@ class Models:
                     "embedding": root.tree.access(str(item.attrs["module"])),
                     "positions": self._positions(),
                     "continues": self._continues(),
-                    "statements": [*self._decoder_mask(), *decoder.filled_lines(lines)],
+                    "statements": [*self._decoder_mask(), *self._lines_to_logits(decoder)],
                     **self._loss_parts(decoder, "StMoeSeq2SeqOutput"
                                        if self._losses() else "Seq2SeqLMOutput"),
                 },

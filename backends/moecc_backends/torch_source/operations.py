@@ -15,8 +15,8 @@ from moecc_backends.torch_source.tensors import (
     OPERATIONS,
     device_like,
     emission,
-    is_route,
     refuse,
+    route_of,
     with_last,
 )
 from moecc_backends.torch_source.text import COMPARISON, PRODUCT, PythonExpr, literal, shown
@@ -359,7 +359,8 @@ def _route(
         score = "softmax(-1)" if _score(gates) == "softmax" else "sigmoid()"
         ranked = f"{scores.text}.{score} + {w.expr(item.operands[1]).text}"
     experts, weights = item.results
-    index = w.name("top_k_index")
+    is_dropped = any(user.op == "top_k_index" and user.attrs["drops"] for user in experts.users)
+    index = w.name("choices" if is_dropped else "top_k_index")
     w.values[experts] = PythonExpr(index, (*scores.axes[:-1], choice))
     w.state(f"{index} = top_k_experts({ranked}, {k})  # best first")
     chosen = f"{scores.text}.gather(-1, {index})"
@@ -473,9 +474,11 @@ def _assign_slots(
             evaluated["keep"] = _evaluated_keep(w, evaluation, options["keep"])
         options |= {word: text for word, text in evaluated.items() if word not in options}
         for word, text in options.items():
-            if (default := evaluated.get(word, SLOT_DEFAULTS.get(word, text))) != text:
+            default = evaluated.get(word, SLOT_DEFAULTS.get(word, text))
+            if w.filled(default) != w.filled(text):
                 options[word] = f"{text} if self.training else {default}"
-    is_simple = options.keys() <= {"capacity_factor", "keep"} and is_route(item.operands[0])
+    is_routed = route_of(item.operands[0]) is not None
+    is_simple = is_routed and options.keys() <= {"capacity_factor", "keep"}
     for word, text in options.items():
         if is_simple and " if self.training" in text:
             options[word] = w.name(word)
@@ -573,12 +576,14 @@ def _expert_choice(
 
 @emission("top_k_index")
 def _top_k_index(w: BlockWriter, item: Item, *, experts: int, drops: bool) -> PythonExpr:
-    chosen = w.expr(item.operands[0])
+    choices = w.expr(item.operands[0])
     if not drops:
-        return chosen
-    slots = w.permuted(w.expr(item.operands[1]), chosen.axes)
+        return choices
+    slots = w.permuted(w.expr(item.operands[1]), choices.axes)
     count = w.literal(experts, "experts")
-    return PythonExpr(f"{chosen.atom}.masked_fill({slots.atom} < 0, {count})", chosen.axes)
+    name = w.name("top_k_index")
+    w.state(f"{name} = {choices.atom}.masked_fill({slots.atom} < 0, {count})  # {count} if dropped")
+    return PythonExpr(name, choices.axes)
 
 
 @emission("group_sum")
@@ -617,13 +622,12 @@ def _dispatch(w: BlockWriter, item: Item, *, experts: int = 0) -> PythonExpr:
 
 
 def _write_rows(w: BlockWriter, chosen: PythonExpr, experts: int) -> None:
-    w.helper("ExpertRows")
-    count = w.literal(experts, "experts")
+    name, count = w.helper(w.rows_class), w.literal(experts, "experts")
     if w.block.is_local:
         if not w.experts:
             w.constructor.append("self.config = config")
         w.experts, count = count, "self.num_experts"
-    line = f"rows = ExpertRows({chosen.text}, {count})"
+    line = f"rows = {name}({chosen.text}, {count})"
     if not any(text.startswith("rows = ") for text in w.lines):
         w.state(line)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from moecc.decoding import DECODER_TOKENS, TOKENS, rewritten
 from moecc.errors import InputError, Problem
+from moecc.families.heads import LOGITS
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.operand import Attrs
 from moecc.ir.operation import OPS
@@ -182,7 +183,7 @@ def program_of(graph: Graph, tokens: Value | None) -> TorchProgram:
     _add_top_k_indices(program)
     _merge_equal(program)
     program.prune()
-    _name_losses(program)
+    _name_outputs(program)
     return program
 
 
@@ -203,8 +204,11 @@ def _merge_equal(program: TorchProgram) -> None:
     program.outputs = {name: images.get(v, v) for name, v in program.outputs.items()}
 
 
-def _name_losses(program: TorchProgram) -> None:
-    """Name losses after outputs, those of layers after the output that they are summed to."""
+def _name_outputs(program: TorchProgram) -> None:
+    """Name logits and losses after outputs, losses of layers after the output of their sum."""
+    for name in ("logits", LOGITS):
+        if name in program.outputs:
+            program.outputs[name].name = "logits"
     outputs = {var: loss_name(name) for name, var in program.outputs.items() if "loss." in name}
     for item in reversed(program.items):
         for var in item.results:
@@ -452,6 +456,8 @@ def _add_top_k_indices(program: TorchProgram) -> None:
             x, experts, slots, *gates = item.operands
             if item.op == "dispatch_gates":
                 x, experts, slots = item.operands
+            for weights in [x] if item.op == "dispatch_gates" else gates:
+                weights.name = weights.name if weights.param else "top_k_weights"
             assign = slots.item
             assert assign is not None, "slots are assigned"
             if slots not in indices:
@@ -526,7 +532,7 @@ def attribute(attrs: Attrs, name: str) -> str:
 CONTINUES = "continues"
 """Whether a text is continued: no capacity then drops a token, as in moecc generate."""
 
-CACHE, MASK, KWARGS = "cache", "seen", "kwargs"
+CACHE, MASK, KWARGS = "cache", "mask", "kwargs"
 
 
 def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
@@ -565,7 +571,7 @@ def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
             continue
         window = item.attrs["window"]
         if window not in masks:
-            masks[window] = ProgramValue("seen_in_window" if window else MASK, kind="mask")
+            masks[window] = ProgramValue("window_mask" if window else MASK, kind="mask")
             operands = [hidden, positions]
             mask = Item("causal_mask", operands, {"window": window}, (masks[window],), place)
             masks[window].item = mask

@@ -403,24 +403,26 @@ def _is_tensor(var: ProgramValue) -> bool:
     return not (var.item is not None and var.item.op == "constant")
 
 
-def is_route(var: ProgramValue) -> bool:
-    """Whether indices are those of experts that tokens choose, none of which is negative."""
+def route_of(var: ProgramValue) -> Item | None:
+    """Return what chooses the experts that indices name, none of which is then negative."""
     item = var.item
     if item is not None and item.op in ("slice", "rename"):
-        return is_route(item.operands[0])
-    return item is not None and item.op == "route"
+        return route_of(item.operands[0])
+    return item if item is not None and item.op == "route" else None
 
 
 @emission("one_hot")
 def _one_hot(w: BlockWriter, item: Item, *, into: tuple[tuple[str, int], ...]) -> PythonExpr:
     ids = w.expr(item.operands[0])
     ((name, size),) = into
-    like = device_like(w)
-    if is_route(item.operands[0]) and any(e.text == like for v, e in w.values.items()):
-        ones = f"F.one_hot({ids.text}, {w.literal(size, name)}).to({like}.dtype)"
+    route = route_of(item.operands[0])
+    scores = w.values.get(route.operands[0]) if route is not None else None
+    if scores is not None and scores.text.isidentifier():
+        # Counted in the type of the scores: bfloat16 has no whole numbers above 256.
+        ones = f"F.one_hot({ids.text}, {w.literal(size, name)}).to({scores.text}.dtype)"
         return PythonExpr(ones, (*ids.axes, name))
     w.helper("one_hot")
-    text = f"one_hot({ids.text}, {w.literal(size, name)}, {like})"
+    text = f"one_hot({ids.text}, {w.literal(size, name)}, {device_like(w)})"
     return PythonExpr(text, (*ids.axes, name))
 
 

@@ -36,8 +36,10 @@ class BlockWriter:
       block: the block.
       classes: of the blocks within.
       operations: the function that writes each operation.
+      hints: names of the results of modules within.
       longest_operands: the most characters of all operands of an operation.
       longest_value: the most characters of an expression that stands where its value is read.
+      rows_class: the helper that sorts choices by expert.
     """
 
     block: ModuleBlock
@@ -52,10 +54,12 @@ class BlockWriter:
     remaining: Counter[ProgramValue] = field(default_factory=Counter)
     names: set[str] = field(default_factory=set)
     optional: set[str] = field(default_factory=set)
+    hints: dict[ProgramValue, str] = field(default_factory=dict)
     experts: str = ""
     tree: ModuleTree = field(init=False)
     longest_operands: ClassVar[int] = 66
     longest_value: ClassVar[int] = 64
+    rows_class: ClassVar[str] = "ExpertRows"
 
     def __post_init__(self) -> None:
         self.tree = ModuleTree(self)
@@ -179,7 +183,7 @@ class BlockWriter:
 
     def assign(self, var: ProgramValue, expr: PythonExpr, hint: str = "") -> PythonExpr:
         """Write a statement that gives a value a name."""
-        name = self.name(hint or var_hint(var))
+        name = self.name(hint or self.hints.get(var) or var_hint(var))
         axes = expr.axes or ()
         comment = f"  # [{', '.join(shown(axes))}]" if self.says_axes(var, axes) else ""
         self.state(f"{name} = {expr.text}{comment}")
@@ -287,18 +291,17 @@ class BlockWriter:
         text = self.call_text(block, arguments)
         self.remaining.subtract(block.inputs)
         expr = PythonExpr(text, block.outputs[0].axes if block.outputs else ())
+        self.hints.update({var: result_hint(block, var) for var in block.outputs})
         if len(block.outputs) == 1:
             (var,) = block.outputs
             if self.keeps(var, expr):
                 self.values[var] = expr
             else:
-                hint = STATE if "embed" in var.axes and block.layer else ""
-                self.assign(var, expr, hint)
+                self.assign(var, expr)
             return
         names = []
         for var in block.outputs:
-            hint = STATE if "embed" in var.axes and block.layer else ""
-            name = self.name(hint or var_hint(var))
+            name = self.name(self.hints[var])
             self.values[var] = PythonExpr(name, var.axes)
             names.append(name)
         self.state(f"{', '.join(names)} = {expr.text}")
@@ -341,9 +344,12 @@ HINTS = {
     **dict.fromkeys(("silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid"), "activated"),
     "sum": "total",
     "mean": "average",
-    "group_sum": "totals",
+    "group_sum": "sums",
     "div": "share",
-    "add": "sum_of_both",
+    "add": "summed",
+    "scale": "scaled",
+    "contract": "projected",
+    "convolve": "convolved",
     "relative_buckets": "buckets",
     "rotate": "rotated",
     "merge": "merged",
@@ -391,6 +397,25 @@ def var_hint(var: ProgramValue) -> str:
     if item.op == "add" and "embed" in var.axes:
         return STATE
     return HINTS.get(item.op, item.op)
+
+
+RESULTS = {
+    "FeedForward": "ffn_output",
+    "ExtraFeedForward": "ffn_output",
+    "Experts": "expert_output",
+    "SharedExpert": "shared_output",
+}
+"""What the result of a module is called where it is called, by the name of its class."""
+
+
+def result_hint(block: ModuleBlock, var: ProgramValue) -> str:
+    """Return a name for a result of a module within."""
+    if "embed" not in var.axes:
+        return var_hint(var)
+    if block.layer is not None:
+        return STATE
+    is_attention = block.title.endswith("Attention")
+    return "attention_output" if is_attention else RESULTS.get(block.title, var_hint(var))
 
 
 # The modules of a block, as its constructor makes them.

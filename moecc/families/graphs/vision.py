@@ -56,7 +56,8 @@ class _ImageEncoder(Blocks):
             stride=side,
             name="patches",
         )
-        patches = builder.merge(builder.add(patches, bias), axes=("height", "width"), into="seq")
+        patches = builder.add(patches, bias, name="patches")
+        patches = builder.merge(patches, axes=("height", "width"), into="seq", name="patches")
         count = config.patches + 1
         image = params.without_axis(self.names.embedding, loc, "one", seq=1, embed=embed)
         axes = {"seq": count, "embed": embed}
@@ -65,9 +66,10 @@ class _ImageEncoder(Blocks):
             builder.slice(table, axis="seq", start=start, stop=stop)
             for start, stop in ((0, 1), (1, count))
         )
+        patches = builder.add(patches, of_patches, name="patches")
         first = builder.slice(patches, axis="seq", start=0, stop=1)
-        token = builder.broadcast(builder.add(image, of_image), first)
-        return builder.join(token, builder.add(patches, of_patches), axis="seq", name="hidden")
+        token = builder.broadcast(builder.add(image, of_image, name="image"), first)
+        return builder.join(token, patches, axis="seq", name="hidden")
 
     def layer(self, hidden: Value, layer: int) -> Value:
         """Emit one layer: attention and feed-forward block, each added to what it reads."""

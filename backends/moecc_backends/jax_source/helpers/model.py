@@ -102,8 +102,8 @@ def _tables(positions, like, frequencies, attention_factor):
     return cos.astype(like.dtype), sin.astype(like.dtype)
 
 
-class ExpertRows:
-    """The choices of tokens sorted by expert; expert number `experts` is that of dropped ones."""
+class RaggedRows:
+    """Choices of tokens, sorted by expert; a dropped choice has the expert number `experts`."""
 
     def __init__(self, top_k_index, experts):
         self.shape, self.experts = top_k_index.shape, experts

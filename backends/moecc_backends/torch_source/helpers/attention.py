@@ -67,9 +67,9 @@ def attend_by_scores(
 def causal_mask(config, hidden_states, attention_mask, position_ids, cache, **further):
     """Return which keys each query sees: earlier ones, and no padding."""
     past = cache.get_seq_length() if cache is not None else 0
-    places = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
-    # Releases of transformers name these otherwise.
-    options = {"input_embeds": hidden_states, "past_key_values": cache, "cache_position": places}
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+    # Releases of transformers name these arguments differently.
+    options = {"input_embeds": hidden_states, "past_key_values": cache, "cache_position": positions}
     options |= {"inputs_embeds": hidden_states, "cache": cache, "position_ids": position_ids}
     names = inspect.signature(create_causal_mask).parameters
     options = {name: x for name, x in options.items() if name in names}

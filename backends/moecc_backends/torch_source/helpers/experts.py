@@ -17,16 +17,15 @@ class Scope(nn.Module):
 
 
 class ExpertRows:
-    """The choices of tokens sorted by expert; expert number `experts` is that of dropped ones."""
+    """Choices of tokens, sorted by expert; a dropped choice has the expert number `experts`."""
 
     def __init__(self, top_k_index, experts):
         self.shape, self.experts = top_k_index.shape, experts
-        chosen = top_k_index.flatten()
-        self.expert, self.order = chosen.sort(stable=True)
+        self.expert, self.order = top_k_index.flatten().sort(stable=True)
         self.token = self.order // top_k_index.shape[-1]
-        every = torch.arange(experts, device=chosen.device)
-        self.ends = torch.searchsorted(self.expert, every, right=True)
-        # Under torch.compile numbers of rows are not known.
+        numbers = torch.arange(experts, device=top_k_index.device)
+        self.ends = torch.searchsorted(self.expert, numbers, right=True)
+        # The first row of each expert and the end; torch.compile knows none of them.
         self.bounds = None if torch.compiler.is_compiling() else [0, *self.ends.tolist()]
 
     def gather(self, hidden_states):
@@ -49,7 +48,7 @@ class ExpertRows:
         grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
         if grouped is not None and (self.bounds is None or torch.is_grad_enabled()):
             return grouped(rows, weight.transpose(1, 2), self.ends)
-        if self.bounds is None:
+        if self.bounds is None:  # each expert multiplies all rows, those of others as zeros
             masks = ((self.expert != number)[:, None] for number in range(self.experts))
             parts = [rows.masked_fill(mask, 0) for mask in masks]
             return sum(F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True))
@@ -58,7 +57,7 @@ class ExpertRows:
         if torch.is_grad_enabled():
             results = [F.linear(rows[part], weight[expert]) for part, expert in parts]
             return torch.cat([*results, products[self.bounds[-1] :]])
-        for part, expert in parts:
+        for part, expert in parts:  # without gradients, in place
             torch.mm(rows[part], weight[expert].T, out=products[part])
         return products
 
