@@ -95,7 +95,9 @@ def _helpers() -> dict[str, str]:
     return texts
 
 
-TORCH_ALONE = ("attend_by_scores", "causal_mask", "extend_cache", "kernel_name", "Scope")
+TORCH_ALONE = (
+    "attend_by_scores", "causal_mask", "extend_cache", "kernel_name", "Scope", "ExpertRows",
+)  # fmt: skip
 """The helpers of PyTorch that serve its modules and the caches of transformers."""
 
 
