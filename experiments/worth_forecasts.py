@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from math import inf
 
 import numpy as np
 from declared import HERE
-from worth import BASE_STEPS, DENSE, SEEDS, SPARSE, TEXTS, WORK, Setting
+from worth import DENSE, SEEDS, SPARSE, TEXTS, WORK, Setting
 
 from moecc.formats.run import METRICS, RECIPE
 from moecc.train.forecast import BLOCK_STEPS, Pilot, crossing_of
@@ -22,16 +22,19 @@ from moecc.train.forecast import BLOCK_STEPS, Pilot, crossing_of
 CURVES = HERE / "worth_curves.jsonl"
 RATIOS = (1.02, 1.2, 1.4, 1.6, 1.75, 2.0)
 PILOT_STEPS, WARMUP = 300, 10
+BASES = (150, 400, 1200)
+"""The steps of the dense model before the switch."""
 
 
 def write_curves() -> None:
     """Write the mean cross entropy of every ten steps at a constant rate, of all runs."""
     lines = []
-    for text in TEXTS:
-        for seed in SEEDS:
-            arms = {arm: _trunk(Setting(text, seed), arm) for arm in (DENSE, SPARSE)}
-            if min(map(len, arms.values())) * BLOCK_STEPS >= PILOT_STEPS:
-                lines.append(json.dumps({"text": text, "seed": seed, **arms}))
+    for text, base_steps, seed in product(TEXTS, BASES, SEEDS):
+        setting = Setting(text, seed, base_steps=base_steps)
+        arms = {arm: _trunk(setting, arm) for arm in (DENSE, SPARSE)}
+        if min(map(len, arms.values())) * BLOCK_STEPS >= PILOT_STEPS:
+            facts = {"text": text, "base_steps": base_steps, "seed": seed}
+            lines.append(json.dumps({**facts, **arms}))
     CURVES.write_text("\n".join(lines) + "\n", "utf-8")
 
 
@@ -47,16 +50,16 @@ def _trunk(setting: Setting, arm: str) -> list[float]:
     return [round(float(x), 4) for x in np.reshape(every, (count, BLOCK_STEPS)).mean(1)]
 
 
-def read_curves() -> dict[str, list[Pilot]]:
-    """Return the curves by text, a seed each; a step is the mean of its ten."""
-    curves: dict[str, list[Pilot]] = {}
+def read_curves() -> dict[tuple[str, int], list[Pilot]]:
+    """Return curves by text and steps of the base, a seed each; a step is the mean of its ten."""
+    curves: dict[tuple[str, int], list[Pilot]] = {}
     for line in map(json.loads, CURVES.read_text("utf-8").splitlines()):
         arms = (np.repeat(line[arm], BLOCK_STEPS) for arm in (DENSE, SPARSE))
-        curves.setdefault(line["text"], []).append(Pilot(*arms))
+        curves.setdefault((line["text"], line["base_steps"]), []).append(Pilot(*arms))
     return curves
 
 
-def measured(curves: list[Pilot], ratio: float) -> float:
+def measured(curves: list[Pilot], ratio: float, base_steps: int) -> float:
     """Return where whole curves cross for good; infinite where they do not.
 
     The gain is smoothed by a cubic of the logarithm of steps, the dense loss by a parabola of that
@@ -69,29 +72,30 @@ def measured(curves: list[Pilot], ratio: float) -> float:
     longest = min(len(c.dense) for c in curves)
     steps = np.arange(WARMUP + 1.0, longest + 1)
     dense = np.mean([c.dense[WARMUP:longest] for c in curves], axis=0)
-    fall = np.polynomial.Polynomial.fit(np.log(BASE_STEPS + steps), dense, 2)
+    fall = np.polynomial.Polynomial.fit(np.log(base_steps + steps), dense, 2)
     inside = at[ratio * at <= longest]
-    worth = fall(np.log(BASE_STEPS + inside)) - fall(np.log(BASE_STEPS + ratio * inside))
+    worth = fall(np.log(base_steps + inside)) - fall(np.log(base_steps + ratio * inside))
     below = np.flatnonzero(rise(np.log1p(inside / 100)) <= worth)
     if len(below) == len(inside) or (len(below) and below[-1] == len(inside) - 1):
         return inf
     return float(inside[below[-1] + 1]) if len(below) else float(inside[0])
 
 
-def forecast(curves: list[Pilot], ratio: float) -> float:
+def forecast(curves: list[Pilot], ratio: float, base_steps: int) -> float:
     """Return the crossing that the first steps of curves say."""
     pilots = [Pilot(c.dense[:PILOT_STEPS], c.sparse[:PILOT_STEPS]) for c in curves]
-    return crossing_of(pilots, BASE_STEPS, ratio, WARMUP).steps
+    return crossing_of(pilots, base_steps, ratio, WARMUP).steps
 
 
 def pairs() -> Iterator[tuple[str, float, float, float]]:
-    """Yield text and seeds, ratio, and the crossing as forecast and as measured."""
-    for text, curves in read_curves().items():
+    """Yield text, base and seeds, ratio, and the crossing as forecast and as measured."""
+    for (text, base_steps), curves in read_curves().items():
         for chosen in combinations(range(len(curves)), min(2, len(curves))):
             some = [curves[n] for n in chosen]
             for ratio in RATIOS:
-                name = f"{text}, seeds {' and '.join(map(str, chosen))}"
-                yield name, ratio, forecast(some, ratio), measured(some, ratio)
+                name = f"{text}, {base_steps} steps, seeds {' and '.join(map(str, chosen))}"
+                crossing = measured(some, ratio, base_steps)
+                yield name, ratio, forecast(some, ratio, base_steps), crossing
 
 
 def main() -> None:

@@ -116,15 +116,17 @@ def claims(lines: Lines) -> list[tuple[str, Difference]]:
 
 
 def parts(lines: Lines) -> list[tuple[str, Difference]]:
-    """Return what each part of the recipe does, after as many steps."""
-    arms = dict.fromkeys(arm for table in lines.values() for arm, _ in table)
-    return [
-        (f"{arm}, {steps} steps", effect)
-        for arm in arms
-        if arm not in (SPARSE, DENSE)
-        for steps in STEPS[:2]
-        if (effect := difference(lines, (arm, steps), (SPARSE, steps))) is not None
-    ]
+    """Return what each part of the recipe does, at equal executed FLOPs."""
+    flops = {arm: x["flops_per_token"] for table in lines.values() for (arm, _), x in table.items()}
+    rows = []
+    for arm in flops:
+        for steps in STEPS[:2] if arm not in (SPARSE, DENSE) else ():
+            other = ceil(steps * flops[arm] / flops[SPARSE])
+            effect = difference(lines, (arm, steps), (SPARSE, other))
+            if effect is not None:
+                beside = "" if other == steps else f" beside {other} of the recipe"
+                rows.append((f"{arm}, {steps} steps{beside}", effect))
+    return rows
 
 
 def table(title: str, rows: list[tuple[str, Difference]]) -> Iterator[str]:
