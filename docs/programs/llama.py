@@ -121,9 +121,8 @@ class Layer(GradientCheckpointingLayer):
         self.mlp = FeedForward(config)
 
     def forward(self, hidden_states, cos, sin, mask, cache, **kwargs):
-        attention_output = self.self_attn(
-            self.input_layernorm(hidden_states), cos, sin, mask, cache, **kwargs
-        )
+        normed = self.input_layernorm(hidden_states)
+        attention_output = self.self_attn(normed, cos, sin, mask, cache, **kwargs)
         hidden_states = hidden_states + attention_output
         ffn_output = self.mlp(self.post_attention_layernorm(hidden_states))  # [batch, seq, embed]
         return hidden_states + ffn_output

@@ -281,9 +281,8 @@ class Layer(GradientCheckpointingLayer):
         attention_output = self.layer[0].SelfAttention(normed, normed, mask, cache, **kwargs)
         hidden_states = hidden_states + attention_output
         if self.is_decoder:
-            attention_output = self.layer[1].EncDecAttention(
-                self.layer[1].layer_norm(hidden_states), memory, memory_mask
-            )
+            normed = self.layer[1].layer_norm(hidden_states)
+            attention_output = self.layer[1].EncDecAttention(normed, memory, memory_mask)
             hidden_states = hidden_states + attention_output
         if not self.is_sparse:
             ffn_output = self.layer[-1].DenseReluDense(self.layer[-1].layer_norm(hidden_states))
@@ -292,10 +291,8 @@ class Layer(GradientCheckpointingLayer):
         top_k_index, top_k_weights, router_z_loss, balance_loss = self.router(normed)
         expert_output = self.layer[-1].DenseReluDense(normed, top_k_index, top_k_weights)
         hidden_states = hidden_states + expert_output
-        ffn_output = self.extra_ffn.layer.DenseReluDense(self.extra_ffn.layer.layer_norm(
-            hidden_states
-        ))
-        hidden_states = hidden_states + ffn_output
+        normed = self.extra_ffn.layer.layer_norm(hidden_states)
+        hidden_states = hidden_states + self.extra_ffn.layer.DenseReluDense(normed)
         return hidden_states, router_z_loss, balance_loss
 
 

@@ -196,12 +196,15 @@ DUMPS: dict[str, str] = {}
 @contextmanager
 def fixed_lines() -> Iterator[None]:
     """Let each value have a line of its own, whatever the lengths of names are."""
-    lengths = BlockWriter.longest_operands, BlockWriter.longest_value
-    BlockWriter.longest_operands, BlockWriter.longest_value = sys.maxsize, 0
+    limits = {"longest_operands": sys.maxsize, "longest_call": sys.maxsize, "longest_value": 0}
+    defaults = {name: getattr(BlockWriter, name) for name in limits}
     try:
+        for name, limit in limits.items():
+            setattr(BlockWriter, name, limit)
         yield
     finally:
-        BlockWriter.longest_operands, BlockWriter.longest_value = lengths
+        for name, limit in defaults.items():
+            setattr(BlockWriter, name, limit)
 
 
 @cache

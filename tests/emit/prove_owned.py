@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("models", nargs="+", metavar="NAME=CHECKPOINT")
     options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"date": datetime.date.today().isoformat()}
     for model in options.models:
         name, _, checkpoint = model.partition("=")

@@ -172,6 +172,15 @@ def test_hostile_graphs_have_the_tree_of_the_plain_one():
     assert faults == []
 
 
+def test_long_names_are_cut():
+    graph = moecc.open(str(GOLDEN / "llama_gqa")).upcycle(experts=4, top_k=2).graph
+    for node in list(graph):
+        for number, value in enumerate(node.results):
+            value.name = f"{'a' * 150}_{number}_{id(value)}"
+    (program,) = emit_program(graph, "torch").files.values()
+    assert max(map(len, program.splitlines())) <= 100
+
+
 @pytest.mark.parametrize(
     "line", ["eval('1')", "import os", "x = print", "torch.load('x')", "def eval(x): pass", "y: 0"]
 )

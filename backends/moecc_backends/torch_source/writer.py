@@ -27,6 +27,9 @@ _WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 STATE = "hidden_states"
 
+LONGEST_NAME = 28
+"""The most characters of the name of a value; a graph may have any."""
+
 
 @dataclass(eq=False)
 class BlockWriter:
@@ -38,6 +41,7 @@ class BlockWriter:
       operations: the function that writes each operation.
       hints: names of the results of modules within.
       longest_operands: the most characters of all operands of an operation.
+      longest_call: the most characters of the call of a module within.
       longest_value: the most characters of an expression that stands where its value is read.
       rows_class: the helper that sorts choices by expert.
     """
@@ -58,6 +62,7 @@ class BlockWriter:
     experts: str = ""
     tree: ModuleTree = field(init=False)
     longest_operands: ClassVar[int] = 66
+    longest_call: ClassVar[int] = 76
     longest_value: ClassVar[int] = 64
     rows_class: ClassVar[str] = "ExpertRows"
 
@@ -170,7 +175,7 @@ class BlockWriter:
 
     def name(self, hint: str) -> str:
         """Return a name for a value: `hint`, if no value that is still needed has it."""
-        hint = variable(hint)
+        hint = variable(hint[:LONGEST_NAME])
         alive = set()
         for var, expr in self.values.items():
             if self.remaining[var] > 0:
@@ -198,22 +203,20 @@ class BlockWriter:
             len(axes) > 1 and not is_index and all(set(v.axes) != set(var.axes) for v in operands)
         )
 
-    def settle(self, item: Item) -> None:
-        """Give names to long operands, until what reads them fits a line."""
+    def settle(self, values: Iterable[ProgramValue], longest: int) -> None:
+        """Give names to long expressions of `values`, until all have at most so many characters."""
         while True:
             texts = {
                 v: len(MARKER.sub("00", e.text))
-                for v in item.operands
+                for v in values
                 if (e := self.values.get(v)) is not None and not is_losses(e.text)
             }
-            longest = max(texts, key=lambda v: texts[v], default=None)
-            if (
-                longest is None
-                or sum(texts.values()) <= self.longest_operands
-                or texts[longest] < 24
-            ):
+            # A name, however long, is no expression.
+            candidates = [v for v in texts if not self.values[v].text.isidentifier()]
+            var = max(candidates, key=lambda v: texts[v], default=None)
+            if var is None or sum(texts.values()) <= longest or texts[var] < 24:
                 return
-            self.assign(longest, self.values[longest])
+            self.assign(var, self.values[var])
 
     # The block as a whole.
 
@@ -257,7 +260,7 @@ class BlockWriter:
         if function is None:
             raise InputError(f"{item.op} cannot be written as PyTorch", where=item.loc)
         if item.op not in LISTED:
-            self.settle(item)
+            self.settle(item.operands, self.longest_operands)
         expr = function(self, item, **item.attrs)
         self.remaining.subtract(item.operands)
         if expr is None:
@@ -285,6 +288,9 @@ class BlockWriter:
 
     def call(self, block: ModuleBlock) -> None:
         """Write the call of a module within."""
+        target = self.tree.access(block.path) if block.path else block.attribute
+        commas = 2 * len(block.inputs)
+        self.settle(block.inputs, self.longest_call - len(target) - commas)
         arguments = [self.canonical(v) for v in block.inputs]
         while arguments and arguments[-1] == "None":
             arguments.pop()
@@ -392,7 +398,7 @@ def var_hint(var: ProgramValue) -> str:
     if item.op in ("rename", "split", "slice", "cast", "stop_gradient"):
         return var_hint(item.operands[0])
     module = item.attrs.get("module")
-    if isinstance(module, str):
+    if isinstance(module, str) and "_norm" not in item.op:
         return identifier(module.rpartition(".")[2])
     if item.op == "add" and "embed" in var.axes:
         return STATE
