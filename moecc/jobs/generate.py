@@ -36,6 +36,7 @@ from moecc.model.open import OpenedModel, open_model
 from moecc.support.extras import require
 from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
+from moecc.tokenizer.chat import read_messages, read_template
 from moecc.tokenizer.process import Tokenizer
 from moecc.types import F32, Array, Arrays, DType, float_type
 
@@ -259,6 +260,7 @@ def generate_texts(
     *,
     stop: Sequence[str] = (),
     continuer: Continuer | None = None,
+    chat: bool = False,
 ) -> list[Generated]:
     """Return what follows each prompt; of an encoder-decoder, what it makes of each.
 
@@ -268,6 +270,8 @@ def generate_texts(
       how: how they are continued.
       stop: tokens that end a text besides those of the config, as the vocabulary writes them.
       continuer: of the model, where its weights are to stay in memory.
+      chat: whether prompts are messages of a user, or JSON lists of messages, for the chat template
+        beside the weights.
 
     Raises:
       UsageError: the vocabulary has no such token to stop at, or a number of the sampling is wrong.
@@ -286,17 +290,27 @@ def generate_texts(
     with load_tokenizer(model) as tokenizer:
         ends = end_tokens(model) | how.stop | _stops(tokenizer, stop)
         how = replace(how, stop=ends)
-        tokens = tokenizer.encode_all(prompts)
+        # The template writes special tokens itself.
+        asked = _chats(model, prompts) if chat else prompts
+        tokens = tokenizer.encode_all(asked, special=not chat)
         check_prompts(model, tokens)
         is_encoded = DECODER_TOKENS in model.graph.inputs
         read = _from_encoder if is_encoded else _columns
         by = continuer or Continuer(model)
         rows = zip(prompts, read(model, by, tokens, how), strict=True)
         texts = [(prompt, tokenizer.decode(ids), tuple(ids)) for prompt, ids in rows]
+    is_answer = is_encoded or chat
     return [
-        Generated(prompt, text, ids, len(ids) < how.count, text if is_encoded else prompt + text)
+        Generated(prompt, text, ids, len(ids) < how.count, text if is_answer else prompt + text)
         for prompt, text, ids in texts
     ]
+
+
+def _chats(model: OpenedModel, prompts: Sequence[str]) -> list[str]:
+    """Return the texts that ask for an answer to each prompt, by the model's chat template."""
+    companions = {} if model.checkpoint is None else model.checkpoint.companions()
+    template = read_template(companions, model.name)
+    return [template.render(read_messages(p, "--prompt"), asks=True) for p in prompts]
 
 
 def _columns(
@@ -369,6 +383,7 @@ def generate(
     model: ModelName,
     *,
     prompt: Annotated[Sequence[str], Spelling("TEXT")],
+    chat: bool = False,
     tokens: Amount = 24,
     temperature: Annotated[float, Spelling("T", low=0)] = 0.0,
     top_k: Annotated[int, Spelling("K", low=0)] = 0,
@@ -385,6 +400,7 @@ def generate(
 
     Args:
       prompt: Text to continue; may be repeated.
+      chat: Answer each prompt by the model's chat template; a JSON list of messages is one prompt.
       tokens: Maximal number of tokens to add.
       temperature: Temperature of the draws; 0 takes the likeliest token.
       top_k: Number of likeliest tokens to draw from; 0 for all.
@@ -404,7 +420,7 @@ def generate(
     )
     with open_model(model, weights=weights) as opened:
         say_weights(opened, model)
-        texts = generate_texts(opened, prompt, continuing, stop=stop)
+        texts = generate_texts(opened, prompt, continuing, stop=stop, chat=chat)
     rows = [
         {"prompt": t.prompt, "text": t.text, "tokens": list(t.tokens), "stopped": t.is_ended}
         for t in texts

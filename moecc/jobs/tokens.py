@@ -37,8 +37,8 @@ def tokens(
     *,
     tokenizer: Annotated[str, Spelling("MODEL|bytes")],
     out: Annotated[str, Spelling("DIR")],
-    kind: Literal["documents", "examples", "labelled"] = "documents",
-    field: Annotated[str, Spelling("KEY")] = "text",
+    kind: Literal["documents", "examples", "labelled", "chat"] = "documents",
+    field: Annotated[str | None, Spelling("KEY")] = None,
     prompt: Annotated[str, Spelling("TEMPLATE")] = "{prompt}",
     completion: Annotated[str, Spelling("TEMPLATE")] = "{completion}",
     split: Literal["file", "line", "paragraph", "form-feed"] = "file",
@@ -52,11 +52,11 @@ def tokens(
     moecc train, evaluate, specialise and capture read such folders.
 
     Args:
-      texts: Text file, .jsonl or .parquet, either also under .gz; or a folder of them.
+      texts: Text file, .jsonl, either also under .gz, .parquet or .arrow; or a folder of them.
       tokenizer: Folder, GGUF file or run whose tokenizer is used; or bytes.
       out: Folder to write.
-      kind: Kind of the records: texts, or prompts with completions or labels.
-      field: Key of the text in JSON lines and Parquet.
+      kind: Kind of the records: texts, prompts with completions or labels, or conversations.
+      field: Key of the text, text by default, or of the messages, messages by default.
       prompt: Template of an example's prompt, in which {KEY} stands for a value of the record.
       completion: Template of an example's completion, likewise.
       split: Unit of a text file that is a document.
@@ -73,6 +73,7 @@ def tokens(
     from moecc.train.tokens import documents
     from moecc.train.tokens.make import Making, make_tokens
 
+    field = field or (documents.MESSAGES if kind == documents.CHAT else "text")
     making = Making(
         texts=tuple(texts),
         tokenizer=tokenizer,

@@ -200,7 +200,8 @@ class _RowMaker:
                 return MaskedRows(folder, masking, self.special, room)
             case Objective.COMPLETION | Objective.CLASSIFY:
                 start = self.start if self.model.has_decoder else None
-                return ExampleRows(folder, self.special, start, room)
+                # Chat templates write special tokens themselves.
+                return ExampleRows(folder, folder.facts.special, start, room)
 
     def misfits(self) -> Iterator[Problem]:
         """Yield why the folders do not suit each other, the model or the objective."""

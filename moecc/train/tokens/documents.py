@@ -1,4 +1,4 @@
-"""Documents of text files, JSON lines and Parquet, plain or under gzip."""
+"""Documents of text files, JSON lines, Parquet and Arrow, plain or under gzip."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from moecc.formats.files import identify, os_errors
 from moecc.support.extras import install_hint
 from moecc.support.problems import Problems, describe
 from moecc.support.untyped import Json
-from moecc.train.tokens.folder import DOCUMENTS, SourceFile
+from moecc.tokenizer.chat import ChatTemplate, message_problems
+from moecc.train.tokens.folder import DOCUMENTS, EXAMPLES, SourceFile
+
+CHAT, MESSAGES = "chat", "messages"
+"""The kind of conversations, whose answers become examples, and their key by default."""
 
 SPLITS = ("file", "line", "paragraph", "form-feed")
 """The separators of documents in a text file."""
@@ -30,6 +34,9 @@ LARGEST_DOCUMENT_BYTES = 64 << 20
 
 _READ_BYTES = 1 << 20
 _JSON = (".jsonl", ".ndjson")
+_ARROW = ".arrow"
+_DATASETS = ("state.json", "dataset_info.json", "dataset_dict.json", "cache-*")
+"""What ``datasets`` saves beside the rows of a data set."""
 _FIELD = re.compile(r"\{([^{}]*)\}")
 
 
@@ -40,10 +47,12 @@ class Document:
     Attributes:
       text: the text, or the prompt.
       completion: what is to follow it; None of a text.
+      group: a text whose documents are held out together; the text itself by default.
     """
 
     text: str
     completion: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,12 @@ class DocumentFormat:
     """The way from the records of files to documents.
 
     Attributes:
-      kind: one of `moecc.train.tokens.folder.KINDS`.
-      field: the key of a text in JSON lines and Parquet.
+      kind: one of `moecc.train.tokens.folder.KINDS`, or `CHAT`.
+      field: the key of a text, or of the messages of a conversation.
       split: one of `SPLITS`, for text files.
       prompt: of examples, a text with ``{key}`` for what a record has there.
       completion: likewise.
+      template: of conversations.
     """
 
     kind: str = DOCUMENTS
@@ -63,20 +73,36 @@ class DocumentFormat:
     split: str = "file"
     prompt: str = "{prompt}"
     completion: str = "{completion}"
+    template: ChatTemplate | None = None
+
+    @property
+    def folder_kind(self) -> str:
+        """The kind of the token folder."""
+        return EXAMPLES if self.kind == CHAT else self.kind
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys that a record must have."""
-        if self.kind == DOCUMENTS:
+        if self.kind in (DOCUMENTS, CHAT):
             return (self.field,)
         names = _FIELD.findall(self.prompt) + _FIELD.findall(self.completion)
         return tuple(dict.fromkeys(names))
 
-    def document(self, record: Json) -> Document:
-        """Return the document of a record that has the keys."""
+    def documents(self, record: Json) -> Iterator[Document]:
+        """Yield the documents of a record that has the keys; of a conversation, one an answer.
+
+        Raises:
+          InputError: the chat template fails.
+        """
         if self.kind == DOCUMENTS:
-            return Document(str(record[self.field]))
-        return Document(_filled(self.prompt, record), _filled(self.completion, record))
+            yield Document(str(record[self.field]))
+        elif self.template is not None:
+            messages = record[self.field]
+            group = json.dumps(messages[0], sort_keys=True)
+            for prompt, answer in self.template.turns(messages):
+                yield Document(prompt, answer, group)
+        else:
+            yield Document(_filled(self.prompt, record), _filled(self.completion, record))
 
 
 def _filled(template: str, record: Json) -> str:
@@ -112,6 +138,8 @@ def _inside(folder: Path, include: Sequence[str]) -> list[Path]:
     files = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
+            names = [n for n in names if not any(fnmatchcase(n, p) for p in _DATASETS)]
         for name in sorted(names):
             fits = not include or any(fnmatchcase(name, pattern) for pattern in include)
             if fits and not name.startswith("."):
@@ -144,17 +172,17 @@ class DocumentReader:
 
     def _documents(self, path: Path) -> Iterator[Document]:
         name = path.name.removesuffix(".gz").lower()
-        if name.endswith(".parquet"):
-            yield from self._parquet(path)
+        if name.endswith((".parquet", _ARROW)):
+            yield from self._table(path)
             return
         with _opened(path) as (stream, digest):
             if name.endswith(_JSON):
                 yield from self._json(stream, path)
             elif self.format.kind != DOCUMENTS:
                 raise InputError(
-                    "examples are read from JSON lines and Parquet",
+                    "examples are read from JSON lines, Parquet and Arrow",
                     where=path,
-                    expected=".jsonl, .ndjson or .parquet, and .gz of the first two",
+                    expected=".jsonl, .ndjson, .parquet or .arrow, and .gz of the first two",
                 )
             else:
                 yield from map(Document, _texts(stream, self.format.split, path))
@@ -190,39 +218,49 @@ class DocumentReader:
         self.problems.extend(faults)
         if faults:
             return
-        document = self.format.document(record)
-        if document.completion is not None or document.text.strip():
-            yield document
+        with self.problems:
+            for document in self.format.documents(record):
+                if document.completion is not None or document.text.strip():
+                    yield document
 
-    def _parquet(self, path: Path) -> Iterator[Document]:
+    def _table(self, path: Path) -> Iterator[Document]:
+        """Yield the documents of a table of Parquet, or of Arrow as ``datasets`` saves it."""
         try:
             from pyarrow import ArrowException
+            from pyarrow.ipc import open_stream
             from pyarrow.parquet import ParquetFile
         except ImportError:
             raise MachineError(
-                "Parquet needs pyarrow", where=path, hint=install_hint("parquet")
+                "Parquet and Arrow need pyarrow", where=path, hint=install_hint("parquet")
             ) from None
         keys = list(self.format.keys)
         digest = _Digest(path)
         digest.rest()
         try:
-            with ParquetFile(path) as file:
-                missing = [key for key in keys if key not in file.schema_arrow.names]
+            with path.open("rb") as stream:
+                if path.suffix == _ARROW:
+                    table = open_stream(stream)
+                    names, batches = table.schema.names, iter(table)
+                else:
+                    file = ParquetFile(stream)
+                    names = file.schema_arrow.names
+                    columns = [key for key in keys if key in names]
+                    batches = file.iter_batches(batch_size=256, columns=columns)
+                missing = [key for key in keys if key not in names]
                 if missing:
                     raise InputError(
                         "the table lacks columns",
                         where=path,
                         expected=", ".join(keys),
-                        found=", ".join(file.schema_arrow.names),
+                        found=", ".join(names),
                         hint=_other_key(missing[0], self.format),
                     )
-                number = 0
-                for batch in file.iter_batches(batch_size=256, columns=keys):
-                    for record in batch.to_pylist():
-                        number += 1
-                        yield from self._record(record, f"{path}: row {number}")
+                rows = (row for batch in batches for row in batch.select(keys).to_pylist())
+                for number, record in enumerate(rows, 1):
+                    yield from self._record(record, f"{path}: row {number}")
         except ArrowException as error:
-            raise InputError(f"not Parquet: {str(error)[:300]}", where=path) from None
+            kind = "Arrow" if path.suffix == _ARROW else "Parquet"
+            raise InputError(f"not {kind}: {str(error)[:300]}", where=path) from None
         self.sources.append(digest.source(path))
 
 
@@ -231,6 +269,8 @@ def _key_fault(record: Json, key: str, format: DocumentFormat, where: str) -> It
         keys = ", ".join(map(str, list(record)[:8])) or "no keys"
         hint = _other_key(key, format)
         yield Problem(f"the record has no {key!r}", where, None, keys, hint=hint)
+    elif format.kind == CHAT:
+        yield from message_problems(record[key], where)
     elif not isinstance(record[key], str | int | float) or isinstance(record[key], bool):
         yield Problem(f"{key!r} is not a text", where, "a text", describe(record[key]))
     elif any("\ud800" <= c <= "\udfff" for c in str(record[key])):
@@ -239,7 +279,7 @@ def _key_fault(record: Json, key: str, format: DocumentFormat, where: str) -> It
 
 def _other_key(key: str, format: DocumentFormat) -> str:
     """Return how another key than one that is missing is named."""
-    if format.kind == DOCUMENTS:
+    if format.kind in (DOCUMENTS, CHAT):
         return "--field names another key"
     if key in _FIELD.findall(format.prompt):
         return "--prompt '{KEY}' names another key"

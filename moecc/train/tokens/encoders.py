@@ -15,11 +15,12 @@ from tempfile import TemporaryDirectory
 from numpy.typing import NDArray
 
 from moecc.errors import InputError
-from moecc.formats.files import read_bounded, read_json_object
+from moecc.formats.files import read_bounded, read_json_object, read_whole
 from moecc.formats.run import SOURCE, split_reference
 from moecc.support.lazy import np
 from moecc.support.process import Closing
 from moecc.support.untyped import JsonDict
+from moecc.tokenizer.chat import CHAT_FILES, ChatTemplate, read_template
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.tokens.folder import Special
 
@@ -127,6 +128,10 @@ class Encoder(Closing):
     def encode(self, texts: Sequence[str]) -> list[IdArray]:
         """Return the ids of each text, without special tokens. Raises InputError."""
 
+    def chat_template(self) -> ChatTemplate:
+        """Return the chat template beside it. Raises InputError where there is none."""
+        return read_template({}, self.name)
+
     def close(self) -> None:
         """Close what it is encoded with."""
         return
@@ -169,6 +174,7 @@ class TokenizerEncoder(Encoder):
         self._used = 0
         self.name = folder.resolve().name
         self.digest = tokenizer_digest(self._data)
+        self._chat = {n: read_whole(folder / n) for n in CHAT_FILES if (folder / n).is_file()}
         self._tokenizer = Tokenizer(self._data, self._where)
         try:
             self.vocab_size = self._tokenizer.size()
@@ -183,6 +189,10 @@ class TokenizerEncoder(Encoder):
         flat = [piece for each in pieces for piece in each]
         ids = iter([encoded for batch in _batches(flat) for encoded in self._ask(batch)])
         return [np.concatenate([_EMPTY, *(next(ids) for _ in each)]) for each in pieces]
+
+    def chat_template(self) -> ChatTemplate:
+        """Return the chat template in the folder. Raises InputError where there is none."""
+        return read_template(self._chat, str(Path(self._where).parent))
 
     def _ask(self, texts: Sequence[str]) -> list[IdArray]:
         if self._used > _RESTART_CHARACTERS:

@@ -25,8 +25,8 @@ from moecc.support.record import Check, Count, read_record
 
 SCHEMA = "moecc.tokens/1"
 
-DOCUMENTS, LABELLED = "documents", "labelled"
-KINDS = (DOCUMENTS, "examples", LABELLED)
+DOCUMENTS, EXAMPLES, LABELLED = "documents", "examples", "labelled"
+KINDS = (DOCUMENTS, EXAMPLES, LABELLED)
 """Texts; prompts with completions; prompts whose completion is one of a few labels."""
 
 ID_TYPES = ("uint16", "uint32")

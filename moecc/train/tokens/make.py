@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +21,7 @@ from moecc.support.process import Closing
 from moecc.support.record import to_json
 from moecc.support.text import amount
 from moecc.train.tokens.documents import (
+    CHAT,
     SPLITS,
     Document,
     DocumentFormat,
@@ -232,12 +233,18 @@ def make_tokens(
         problems.append(
             Problem("no such split", "--split", " | ".join(SPLITS), making.format.split)
         )
-    if making.format.kind not in KINDS:
-        problems.append(Problem("no such kind", "--kind", " | ".join(KINDS), making.format.kind))
+    kinds = (*KINDS, CHAT)
+    if making.format.kind not in kinds:
+        problems.append(Problem("no such kind", "--kind", " | ".join(kinds), making.format.kind))
     raise_problems(problems, UsageError)
     files = text_files(making.texts, making.include)
     with ExitStack() as stack:
         encoder = stack.enter_context(open_encoder(making.tokenizer))
+        if making.format.kind == CHAT:
+            chat = replace(making.format, template=encoder.chat_template())
+            making = replace(making, format=chat)
+            # The template writes all special tokens itself.
+            encoder.special = replace(encoder.special, before=(), after=(), eos=None)
         folder = stack.enter_context(output_folder(out, inputs=files, force=force))
         return _TokenMaker(making, encoder, folder, stack).make(files, progress)
 
@@ -255,7 +262,7 @@ class _TokenMaker:
         for name in (TRAIN, HELD_OUT) if making.hold_out else ("",):
             part = folder / name
             part.mkdir(exist_ok=True)
-            writer = TokenWriter(part, encoder, making.format.kind)
+            writer = TokenWriter(part, encoder, making.format.folder_kind)
             self._writers[name] = stack.enter_context(writer)
 
     def make(self, files: Sequence[Path], progress: Progress | None) -> dict[str, TokenFacts]:
@@ -296,9 +303,10 @@ class _TokenMaker:
     def _part_of(self, document: Document) -> str | None:
         """Return the folder of a document, or None where an equal one came before.
 
-        Examples with equal prompts are in one folder: the answer must not be in the other.
+        Examples with equal prompts are in one folder, and so are the answers of a conversation:
+        what is predicted in one must not be read in the other.
         """
-        draw = _hash(document.text.strip())
+        draw = _hash((document.group or document.text).strip())
         held_out = draw < self._making.hold_out * 2**64
         name = (HELD_OUT if held_out else TRAIN) if self._making.hold_out else ""
         if not self._making.deduplicate:

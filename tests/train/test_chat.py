@@ -1,0 +1,171 @@
+"""Conversations: chat templates in their sandbox, and the loss on answers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecc.errors import InputError
+from moecc.tokenizer.chat import ChatTemplate, read_template
+from moecc.train.objectives import IGNORED, ExampleRows, Room
+from moecc.train.tokens.encoders import byte_tokenizer
+from moecc.train.tokens.folder import open_tokens
+from tests.support.commands import Moecc
+
+from .tiny import draw_weights, make_model
+
+CHATML = """{{ bos_token }}{% for message in messages %}
+<|{{ message['role'] }}|>
+{% if message['role'] == 'assistant' %}
+{% generation %}{{ message['content'] | trim }}<end>{% endgeneration %}
+{% else %}
+{{ message['content'] }}<end>
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{% endif %}"""
+CHAT = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": " 4 "},
+    {"role": "user", "content": "Thanks."},
+    {"role": "assistant", "content": "Gladly."},
+]
+
+
+def tokenizer(folder: Path, template: str = CHATML) -> Path:
+    """Write a tokenizer of bytes with a chat template."""
+    pytest.importorskip("tokenizers")
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(byte_tokenizer())
+    settings = {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def texts(out: Path) -> list[tuple[str, str]]:
+    """Return what each row of a folder shows, and what of it is learned."""
+    folder = open_tokens(out)
+    assert isinstance(folder.completions, np.ndarray)
+    rows = ExampleRows(folder, folder.facts.special, None, Room(256, 0, packing=False))
+    pairs = []
+    for row in range(rows.rows):
+        (segment,) = rows.segments(row, np.random.default_rng(0))
+        learned = segment.targets[segment.targets != IGNORED]
+        pairs.append(tuple(bytes(b for b in ids if b < 256).decode() for ids in
+                           (segment.tokens, learned)))  # fmt: skip
+    return pairs
+
+
+def test_the_loss_is_on_answers_alone(moecc: Moecc, tmp_path: Path) -> None:
+    model = tokenizer(tmp_path / "model")
+    other = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
+    rows = [{"messages": CHAT}, {"messages": other, "id": 3}]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("tokens", source, "--tokenizer", model, "--kind", "chat", "--out")
+    assert moecc(*words, tmp_path / "out").code == 0
+    asked = "<|user|>\n2 + 2?<end>\n<|assistant|>\n"
+    again = f"{asked}4<end><|user|>\nThanks.<end>\n<|assistant|>\n"
+    assert texts(tmp_path / "out") == [
+        (f"{asked}4<end", "4<end>"),
+        (f"{again}Gladly.<end", "Gladly.<end>"),
+        ("<|user|>\nHello.<end>\n<|assistant|>\nHi.<end", "Hi.<end>"),
+    ]
+    assert open_tokens(tmp_path / "out").ids(0, 1).tolist() == [259]  # <bos>, which it writes
+    # Answers of a conversation are held out together.
+    assert moecc(*words, tmp_path / "parts", "--hold-out", "0.5").code == 0
+    counts = [open_tokens(tmp_path / "parts" / n).facts.documents for n in ("train", "heldout")]
+    assert sorted(counts) == [1, 2]
+
+
+def test_tables_of_datasets_are_read(moecc: Moecc, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = arrow.table({"id": [1], "messages": [CHAT]})
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    with arrow.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    for name in ("state.json", "dataset_info.json"):
+        (folder / name).write_text("{}")
+    parquet.write_table(table, tmp_path / "chat.parquet")
+    model = tokenizer(tmp_path / "model")
+    for number, source in enumerate((folder, tmp_path / "chat.parquet")):
+        out = tmp_path / f"out{number}"
+        done = moecc("tokens", source, "--tokenizer", model, "--kind", "chat", "--out", out)
+        assert done.code == 0, done.err
+        assert [learned for _, learned in texts(out)] == ["4<end>", "Gladly.<end>"]
+    (folder / "data-00000-of-00001.arrow").write_bytes(b"damaged")
+    done = moecc("tokens", folder, "--tokenizer", model, "--out", tmp_path / "x")
+    assert done.code == 1
+    assert "not Arrow" in done.err
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"messages": "hello"}, "not a conversation"),
+        ({"messages": [{"role": "user"}]}, "chat.jsonl:1, message 0: not a message"),
+        ({"text": "hello"}, "the record has no 'messages'"),
+        ({"messages": [{"role": "robot", "content": "x"}, *CHAT]}, "no robots"),
+    ],
+)
+def test_a_wrong_conversation_is_named(
+    moecc: Moecc, tmp_path: Path, record: dict[str, object], words: str
+) -> None:
+    robots = "{% if messages[0].role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    model = tokenizer(tmp_path / "model", robots + CHATML)
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record))
+    done = moecc("tokens", tmp_path / "chat.jsonl", "--tokenizer", model, "--kind", "chat",
+                 "--out", tmp_path / "out")  # fmt: skip
+    assert done.code == 1
+    assert words in done.err
+    assert done.err.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% for x in range(99999) %}{% for y in range(999) %}{{ '0' * 9999 }}{% endfor %}"
+         "{% endfor %}", "more than"),
+        ("{{ '0' % messages }}{{ 1 / 0 }}", "the chat template fails"),
+        ("{% for %}", "not a chat template"),
+    ],
+)  # fmt: skip
+def test_a_template_is_a_program_of_strangers(template: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ChatTemplate(template, "x", {}).render(CHAT, asks=True)
+
+
+def test_a_template_that_cannot_be_split_is_rejected() -> None:
+    template = "{% if add_generation_prompt %}a{% else %}b{% endif %}"
+    with pytest.raises(InputError, match="otherwise than it asks for one"):
+        list(ChatTemplate(template, "x", {}).turns(CHAT))
+    with pytest.raises(InputError, match="no chat template"):
+        read_template({"tokenizer_config.json": b"{}"}, "x")
+
+
+def test_a_model_answers(moecc: Moecc, tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    model = draw_weights(make_model(tmp_path / "model"))
+    tokenizer(model)
+    texts = []
+    prompt = (
+        f"<bos>{CHATML.partition('{%')[0].partition('}}')[2]}<|user|>\nHi<end>\n<|assistant|>\n"
+    )
+    for words in (
+        ("Hi", "--chat"),
+        (json.dumps([{"role": "user", "content": "Hi"}]), "--chat"),
+        (prompt,),
+    ):
+        done = moecc("generate", model, "--prompt", *words, "--tokens", "5", "--format", "json")
+        assert done.code == 0, done.err
+        texts.append(done.json()["texts"][0]["tokens"])
+    assert texts[0] == texts[1] == texts[2]
