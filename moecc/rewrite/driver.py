@@ -293,13 +293,18 @@ class _Driver:
             self.recent[rule.name] += 1
         if self.result.rewrites <= self.limit:
             return
+        name, hint = f"{self.origin}/{rule.name}", "a rule undoes another"
         keep = ", ".join(f"{self.origin}/{n} ({c} times)" for n, c in self.recent.most_common(4))
+        fault = f"rules that keep firing: {keep}"
+        if matched.root.origin == name:
+            fault = f"{name} matches {where(matched.root)}, which it built itself"
+            hint = "let the rule's check reject what its build returns"
         raise RewriteLimitError(
             f"{self.origin}: rewriting does not terminate",
-            where=str(matched.root),
+            where=matched.root.loc or None,
             expected=f"at most {self.limit} rewrites of {len(self.graph)} nodes",
-            found=f"rules that keep firing: {keep}",
-            hint="a rule undoes another, or matches what it builds itself",
+            found=fault,
+            hint=hint,
         )
 
     def erase_dead(self, nodes: Iterable[Node]) -> None:

@@ -9,6 +9,7 @@ from math import copysign, isfinite
 from typing import Annotated
 from zlib import crc32
 
+from moecc.analysis import trainable
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import attributes, replace_value
@@ -369,7 +370,8 @@ class CsePass(Pass):
 
     Attributes must be equal too, and types; operands of a commutative operation may be in
     either order.  Randomness is an operand, a key, so two draws are one only if their keys are.
-    Parameters are never merged: equal values may diverge in training.
+    Parameters whose weight expressions are equal are merged on demand, for inference: apart they
+    may diverge in training.
 
     Before::
 
@@ -388,8 +390,11 @@ class CsePass(Pass):
     takes_rolled = True
     preserves = EXACT
 
+    parameters: Annotated[bool, "also merge parameters of equal weight expressions"] = False
+
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Walk the graph once, in order, so that operands are merged before their users."""
+        params = _merge_parameters(graph) if self.parameters else 0
         first: dict[Hashable, Node] = {}
         merged = 0
         for node in graph:
@@ -405,7 +410,27 @@ class CsePass(Pass):
                 replace_value(old, new)
             node.erase()
             merged += 1
-        return PassResult(merged > 0, merged, {"nodes-merged": merged})
+        stats = {"nodes-merged": merged, "params-merged": params}
+        return PassResult(merged + params > 0, merged + params, stats)
+
+
+def _merge_parameters(graph: Graph) -> int:
+    """Keep the first of parameters with one weight expression; return how many were erased.
+
+    One that is trained stays apart from one that is frozen.
+    """
+    trained, first = trainable(graph), dict[Hashable, Value]()
+    merged = 0
+    for name, value in list(graph.params.items()):
+        if value.weight is None:
+            continue
+        same = first.setdefault((value.weight, value.type, trained[name]), value)
+        if same is value:
+            continue
+        replace_value(value, same)
+        graph.erase_param(name)
+        merged += 1
+    return merged
 
 
 def _key(node: Node) -> Hashable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from moecc_passes.cleanup import CsePass, DcePass
 
-from moecc.ir import F32, Builder, Graph, Value, clone, equal, print_graph, tensor, verify
+from moecc.ir import F32, Builder, Graph, Value, clone, equal, parse, print_graph, tensor, verify
 from moecc.rewrite.passes import Context, PassResult
 from moecc.testing import assert_same, graphs
 
@@ -50,6 +50,36 @@ def test_a_placement_is_merged_while_rows_stay_apart() -> None:
     before = clone(graph)
     assert cse(graph).matched == 1
     assert_same(before, graph, exact=True)
+
+
+def test_parameters_of_one_expression_are_merged_on_demand() -> None:
+    text = """
+moecc 1
+graph g {
+  input %x : f32[batch=B, embed=4]
+  param %a : f32[embed=4] = source("w" : f32[embed=4]) @layers.0.ffn
+  param %b : f32[embed=4] = source("w" : f32[embed=4]) @layers.1.ffn
+  param %c : f32[embed=4] = source("v" : f32[embed=4]) @layers.1.ffn
+  param %d : f32[embed=4]
+  param %e : f32[embed=4]
+  %p = mul %x, %a : f32[batch=B, embed=4]
+  %q = mul %x, %b : f32[batch=B, embed=4]
+  %r = mul %q, %c : f32[batch=B, embed=4]
+  %s = mul %r, %d : f32[batch=B, embed=4]
+  %t = mul %s, %e : f32[batch=B, embed=4]
+  output p = %p
+  output t = %t
+}
+"""
+    apart, merged = parse(text), parse(text)
+    assert cse(apart).matched == 0
+    assert CsePass(parameters=True).apply(merged, CONTEXT).stats == {
+        "nodes-merged": 1,
+        "params-merged": 1,
+    }
+    verify(merged)
+    assert list(merged.params) == ["a", "c", "d", "e"]
+    assert_same(apart, merged, exact=True)
 
 
 def test_dce() -> None:

@@ -114,6 +114,19 @@ def test_rules_that_undo_each_other_are_stopped_and_named() -> None:
     assert isinstance(caught.value, InputError)
 
 
+def test_a_rule_that_feeds_itself_is_named_with_its_node() -> None:
+    graph, _ = chain("silu", loc="layers.2.ffn")
+    again = Rule("again", P.silu(X), lambda m, b: b.silu(b.neg(m.value("x"))))
+    with pytest.raises(RewriteLimitError) as caught:
+        rewrite(graph, [again], origin="loopy", limit=5)
+    (problem,) = caught.value.problems
+    built = next(node for node in graph if node.op.name == "silu").results[0].name
+    assert problem.where == "layers.2.ffn"
+    assert problem.found == (
+        f"loopy/again matches %{built} = silu @layers.2.ffn by loopy/again, which it built itself"
+    )
+
+
 def test_a_result_that_nothing_uses_is_replaced_too() -> None:
     graph = Graph()
     b = Builder(graph)
