@@ -70,25 +70,125 @@ def graph_page(
     return render_page(
         "graph.html", f"graph {before.name}", scripts=("search.js",),
         facts=[("pipeline", pipeline or "none"), *counts],
-        sides=[_side(title, graph) for title, graph in graphs.items()],
+        sides=[_Side(title, graph).values() for title, graph in graphs.items()],
         remarks=list(dict.fromkeys(remarks)),
     )  # fmt: skip
 
 
-def _side(title: str, graph: Graph) -> JsonDict:
-    ends = [(f"input %{n}", str(v.type)) for n, v in graph.inputs.items()]
-    ends += [(f"output {n}", f"%{v.name} : {v.type}") for n, v in graph.outputs.items()]
-    return {"title": title, "ends": ends, "groups": map(_layer, _groups(graph))}
+_STEP = re.compile(r"[^.{]+(?:\.(?:\d+|\{[^}]*\}))?")
+"""A step of a location: a name, with the number or the numbers of a layer behind it."""
 
 
-def _groups(graph: Graph) -> list[_Group]:
-    """Return the nodes by place; places that do the same are one group."""
-    groups: dict[tuple[str, ...], _Group] = {}
-    for location, some in groupby(graph.every_node(), key=lambda node: node.loc):
-        nodes = list(some)
-        key = (re.sub(r"\d+", "#", location), *map(_alike, nodes))
-        groups.setdefault(key, _Group(nodes)).places.append(location)
-    return list(groups.values())
+class _Side:
+    """What a page shows of one graph: its groups, nested by location, and the edges of its nodes.
+
+    Attributes:
+      groups: the nodes by place; places that do the same are one group.
+      boxes: the group of each node, and its number in the group; those of places that are alike
+        are the first place's.
+      sources: the value outside of the bodies of loops that each input of a body stands for.
+    """
+
+    def __init__(self, title: str, graph: Graph) -> None:
+        self.title, self.graph = title, graph
+        self.groups: list[_Group] = []
+        self.boxes: dict[Node, tuple[int, int]] = {}
+        self.sources: dict[Value, Value] = {}
+        numbers: dict[tuple[str, ...], int] = {}
+        for location, some in groupby(graph.every_node(), key=lambda node: node.loc):
+            nodes = list(some)
+            key = (re.sub(r"\d+", "#", location), *map(_alike, nodes))
+            number = numbers.setdefault(key, len(self.groups))
+            if number == len(self.groups):
+                self.groups.append(_Group(nodes))
+            self.groups[number].places.append(location)
+            self.boxes.update((node, (number, at)) for at, node in enumerate(nodes))
+            for node in nodes:
+                if node.body is not None:
+                    bound = zip(node.body.inputs.values(), node.operands, strict=False)
+                    self.sources.update(bound)
+
+    def values(self) -> JsonDict:
+        """Return the values of the template."""
+        inputs, outputs = self.graph.inputs.items(), self.graph.outputs.items()
+        ends = [(f"input %{n}", str(v.type)) for n, v in inputs]
+        ends += [(f"output {n}", f"%{v.name} : {v.type}") for n, v in outputs]
+        places = (group.places[0] or "of no layer" for group in self.groups)
+        labels = [(place, self._anchor(number)) for number, place in enumerate(places)]
+        edges = [
+            (maker[0], number)
+            for node, (number, _) in self.boxes.items()
+            for value in node.operands
+            if (maker := self._maker(value)) is not None and maker[0] != number
+        ]
+        whole = {"title": "", "groups": []}
+        for number, group in enumerate(self.groups):
+            self._add(whole, number, group)
+        drawing = _drawing(labels, edges)
+        return {"title": self.title, "ends": ends, "drawing": drawing, "groups": whole["groups"]}
+
+    def _add(self, whole: JsonDict, number: int, group: _Group) -> None:
+        """Add a group under the steps of its location, next to those with the same first ones."""
+        parent, (*steps, _) = whole, _STEP.findall(group.places[0]) or [""]
+        for at, step in enumerate(steps, 1):
+            last = parent["groups"][-1] if parent["groups"] else None
+            if last is None or last["step"] != step:
+                places = dict.fromkeys(".".join(_STEP.findall(p)[:at]) for p in group.places)
+                parent["groups"].append({
+                    "step": step, "title": _range(list(places)), "anchor": "", "groups": [],
+                    "nodes": [], "made": False, "drawing": None,
+                })  # fmt: skip
+            parent = parent["groups"][-1]
+            parent["made"] |= any(node.origin for node in group.nodes)
+        parent["groups"].append(self._leaf(number, group))
+
+    def _leaf(self, number: int, group: _Group) -> JsonDict:
+        labels = [(n.op.name, self._anchor(number, at)) for at, n in enumerate(group.nodes)]
+        edges = [
+            (maker[1], at)
+            for at, node in enumerate(group.nodes)
+            for value in node.operands
+            if (maker := self._maker(value)) is not None and maker[0] == number and maker[1] < at
+        ]
+        return {
+            "step": None, "title": _range(group.places), "anchor": self._anchor(number),
+            "made": any(node.origin for node in group.nodes), "groups": [],
+            "nodes": [self._node(number, at, node) for at, node in enumerate(group.nodes)],
+            "drawing": _drawing(labels, edges) if edges else None,
+        }  # fmt: skip
+
+    def _maker(self, value: Value) -> tuple[int, int] | None:
+        """Return the box of the node that makes a value; None for inputs and parameters."""
+        value = self.sources.get(value, value)
+        return None if value.node is None else self.boxes[value.node]
+
+    def _anchor(self, group: int, at: int | None = None) -> str:
+        return f"{self.title}-{group}" + ("" if at is None else f"-{at}")
+
+    def _node(self, number: int, at: int, node: Node) -> JsonDict:
+        results = ", ".join(f"%{v.name}" for v in node.results)
+        operands = ", ".join(f"%{v.name}" for v in node.operands)
+        facts = [("type", ", ".join(str(v.type) for v in node.results))]
+        if attrs := format_attrs(node.op, node.attrs).strip():
+            facts.append(("attributes", attrs))
+        facts.append(("made by", node.origin or "the importer"))
+        for value in node.operands:
+            if value.is_param:
+                weight = "" if value.weight is None else f" = {format_expr(value.weight)}"
+                facts.append((f"parameter %{value.name}", f"{value.type}{weight}"))
+        makers = {f"%{v.name}": m for v in node.operands if (m := self._maker(v)) is not None}
+        users = [user for value in node.results for user in value.users if user in self.boxes]
+        used_by = {f"%{n.results[0].name}": self.boxes[n] for n in users if n.results}
+        edges = [
+            (kind, [(name, self._anchor(*box)) for name, box in boxes.items()])
+            for kind, boxes in (("takes", makers), ("used by", used_by))
+            if boxes
+        ]
+        title = f"{results} = {node.op.name} {operands}"
+        return {
+            "title": title, "anchor": self._anchor(number, at), "made": bool(node.origin),
+            "facts": facts, "edges": edges,
+        }  # fmt: skip
 
 
 def _alike(node: Node) -> str:
@@ -97,28 +197,51 @@ def _alike(node: Node) -> str:
     return f"{node.op.name}{format_attrs(node.op, node.attrs)}{types}{node.origin}"
 
 
-def _layer(group: _Group) -> JsonDict:
-    first, last, number = group.places[0], group.places[-1], len(group.places)
+def _range(places: Sequence[str]) -> str:
+    first, last, number = places[0], places[-1], len(places)
+    return (first or "of no layer") + (f" … {last}, {number} alike" if number > 1 else "")
+
+
+_LINE, _GAP, _LETTER = 44, 14, 8
+"""The height of a row, the space between boxes and the width of a letter, in pixels."""
+
+
+def _drawing(labels: Sequence[tuple[str, str]], edges: Iterable[tuple[int, int]]) -> JsonDict:
+    """Return boxes in rows, and the lines between them from top to bottom.
+
+    Args:
+      labels: the text of each box and the anchor that it leads to, in the order of the program.
+      edges: pairs of boxes.  One that leads back, as from a layer to the next one like it, is drawn
+        dashed, and no row depends on it.
+    """
+    edges = sorted(set(edges))
+    rows, before = [0] * len(labels), [list[int]() for _ in labels]
+    for source, target in edges:
+        if source < target:
+            rows[target] = max(rows[target], rows[source] + 1)
+            before[target].append(source)
+    widths = [len(text) * _LETTER + 12 for text, _ in labels]
+    middles, ends = [0.0] * len(labels), dict[int, float]()
+    for box in sorted(range(len(labels)), key=lambda box: (rows[box], box)):
+        # Below the mean of its sources, if there is room.
+        wanted = sum(middles[b] for b in before[box]) / max(1, len(before[box])) - widths[box] / 2
+        left = max(ends.get(rows[box], 4.0), wanted)
+        middles[box], ends[rows[box]] = left + widths[box] / 2, left + widths[box] + _GAP
+    boxes = zip(labels, middles, widths, rows, strict=True)
     return {
-        "title": (first or "of no layer") + (f" … {last}, {number} alike" if number > 1 else ""),
-        "made": any(node.origin for node in group.nodes),
-        "nodes": [_node(node) for node in group.nodes],
-    }
-
-
-def _node(node: Node) -> JsonDict:
-    results = ", ".join(f"%{v.name}" for v in node.results)
-    operands = ", ".join(f"%{v.name}" for v in node.operands)
-    facts = [("type", ", ".join(str(v.type) for v in node.results))]
-    if attrs := format_attrs(node.op, node.attrs).strip():
-        facts.append(("attributes", attrs))
-    facts.append(("made by", node.origin or "the importer"))
-    for value in node.operands:
-        if value.is_param:
-            weight = "" if value.weight is None else f" = {format_expr(value.weight)}"
-            facts.append((f"parameter %{value.name}", f"{value.type}{weight}"))
-    title = f"{results} = {node.op.name} {operands}"
-    return {"title": title, "made": bool(node.origin), "facts": facts}
+        "width": round(max(ends.values(), default=0)),
+        "height": _LINE * (max(rows, default=0) + 1),
+        "boxes": [
+            {"text": text, "anchor": anchor, "x": round(middle - width / 2), "width": width,
+             "middle": round(middle), "y": row * _LINE + 6}
+            for (text, anchor), middle, width, row in boxes
+        ],
+        "lines": [
+            {"x1": round(middles[a]), "y1": rows[a] * _LINE + 30, "x2": round(middles[b]),
+             "y2": rows[b] * _LINE + 6, "back": a >= b}
+            for a, b in edges
+        ],
+    }  # fmt: skip
 
 
 # Graphs as Model Explorer reads them: one collection, nodes nested by their location.

@@ -49,6 +49,27 @@ def test_a_graph_is_shown_before_and_after(graph_page: Path) -> None:
     assert "became 4 experts, top-2" in after
 
 
+def test_edges_lead_to_nodes_and_layers_are_nested(graph_page: Path) -> None:
+    text = graph_page.read_text("utf-8")
+    before, after = text.split("<h2>after</h2>")
+    ids = re.findall(r' id="((?:before|after)-[^"]*)"', text)
+    links = re.findall(r'href="#([^"]*)"', text)
+    assert len(set(ids)) == len(ids)
+    assert set(links) <= set(ids)
+    # %dispatch is made of the tokens' norm, of the experts that route chose, and of their slots.
+    node = after[after.index(" = dispatch ") :].split("</dl>")[0]
+    takes, used_by = re.findall(r"<dt>(?:takes|used by)</dt><dd>(.*?)</dd>", node)
+    anchors = dict.fromkeys(re.findall(r'href="#([^"]*)"', takes))
+    makers = [re.search(f'id="{a}"><summary><code>.*? = (\\w+) ', after) for a in anchors]
+    assert [maker and maker[1] for maker in makers] == ["rms_norm", "route", "assign_slots"]
+    assert used_by.count("<a ") == 2
+    layer = after.index("<code>layers.0 … layers.2, 3 alike</code>")
+    assert layer < after.index("<code>layers.0.ffn … layers.2.ffn, 3 alike</code>")
+    # The dataflow is drawn: a box for each place, and a dashed line from a layer to the next.
+    assert "<text" in before
+    assert 'class="back"' in before
+
+
 def test_model_explorer_has_every_edge(graph_page: Path, folder: Path) -> None:
     """A loop's body is nested in it, and its edges end at nodes that there are."""
     out, rolled = folder / "explorer.json", UPCYCLE + ",roll-layers"
@@ -75,7 +96,7 @@ def test_model_explorer_has_every_edge(graph_page: Path, folder: Path) -> None:
 def test_pages_load_nothing(graph_page: Path, receipt_page: Path) -> None:
     for page in (graph_page, receipt_page):
         text = page.read_text("utf-8")
-        assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', text) == []
+        assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []
         assert "plotly" not in text.lower()
 
 
