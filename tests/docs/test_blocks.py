@@ -51,13 +51,13 @@ def test_machines_are_valid(block: Block, tmp_path: Path) -> None:
     assert find_machine(str(path)).devices
 
 
-LONG = ("testing.md:13", "any-jax-model.md:9", "python.md:6")
-"""Blocks that train, draw many graphs or convert; they run in `make test-all`."""
-
-
 @pytest.mark.parametrize(
     "block",
-    [pytest.param(b, marks=pytest.mark.slow) if str(b) in LONG else b for b in blocks("python")],
+    [
+        *blocks("python"),
+        # They train, draw many graphs or convert.
+        *(pytest.param(block, marks=pytest.mark.slow) for block in blocks("python long")),
+    ],
     ids=str,
 )
 def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
