@@ -40,8 +40,8 @@ def prepared() -> tuple[Any, Any]:
     from moecc_backends.xla.aot.compiler import devices
     from moecc_backends.xla.train.step import make_train_step
 
-    from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
+    from moecc.ahead.worker import prepare
     from moecc.plan.step import StepConfig
     from moecc.train.settings import StepSpec
 

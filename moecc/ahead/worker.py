@@ -7,20 +7,252 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import cast
 
-from moecc.ahead.prepare import PreparedJob, prepare
-from moecc.ahead.request import Compiler, Request, Result
+from moecc.ahead.request import Compiler, Job, Request, Result, update_of
+from moecc.analysis import check_trainable, reads_tokens
 from moecc.backend import get_backend
-from moecc.errors import MoeccError
+from moecc.errors import InputError, MoeccError, UsageError
+from moecc.ir.graph import Graph
+from moecc.ir.ops.slots import SlotsOp
+from moecc.ir.structure import clone
 from moecc.launch.processes import hold_lifeline
+from moecc.model.open import open_model, registry_with
+from moecc.plan.machines import Machine, find_machine
 from moecc.plan.overlap import overlap
 from moecc.plan.report import batch_json
-from moecc.plan.search import way_out
+from moecc.plan.search import PlanQuery, check_constraints, search, way_out
+from moecc.plan.step import StepConfig, Strategy
+from moecc.plan.time import Estimate, Estimator
+from moecc.plan.workload import Batch, Workload, make_batch, planned_graph, workload
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
+from moecc.sharding.layout import Layout
+from moecc.sharding.vias import BY_NAME, EXPLICIT, GSPMD, LOCAL
 from moecc.support.untyped import JsonDict
+from moecc.train.graphs import Bound, MeshPasses, StepPasses, run_passes, specialize, weights_rows
+from moecc.train.settings import LOSSES
+
+CAPACITY_FACTOR = 1.25
+"""What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job, with the plan's prediction.
+
+    Attributes:
+      graph: the graph to compile.
+      job: how it is compiled.
+      asked: what a plan was asked, and its workload.
+      estimate: the plan's prediction.
+      bound: the bound on an expert's rows; None if there is none.
+      pipeline: the passes that produced the graph from the model's, the user's own first.
+      remarks: choices made on the user's behalf.
+    """
+
+    graph: Graph
+    job: Job
+    asked: PlanQuery
+    estimate: Estimate
+    bound: Bound | None
+    pipeline: str
+    remarks: tuple[str, ...]
+
+
+def prepare(request: Request) -> PreparedJob:
+    """Return the job for `request`.
+
+    Raises:
+      UsageError: a machine, mesh or type is unknown; the partitioner lacks the exchange.
+      InputError: the model cannot be read, the mesh is invalid for it, or nothing fits.
+    """
+    machine = find_machine(request.machine)
+    config, train = request.config, request.config.train
+    config.check()
+    _check_exchange(config)
+    registry = registry_with(request.load)
+    with open_model(request.model, config_alone=True) as model:
+        graph = model.graph
+    first = Pipeline.parse(request.pipeline, registry)
+    run_pipeline(graph, first)
+    if train:
+        check_trainable(
+            graph,
+            hint="-p tie-head makes logits by the embedding; --step forward needs none"
+            if reads_tokens(graph)
+            else "--step forward compiles the forward pass",
+        )
+    parts = config.micro_batches
+    batch = make_batch(graph, machine.devices, config.batch_tokens, config.lengths, parts)
+    bound, remarks = _bounded(graph, config)
+    planned = planned_graph(graph, train)
+    work = workload(planned, batch)
+    of_batch = cache(partial(workload, planned))
+
+    def work_on(device: Machine, parts: int) -> Workload:
+        lengths, tokens = config.lengths, config.batch_tokens
+        return of_batch(make_batch(graph, device.devices, tokens, lengths, parts))
+
+    asked = PlanQuery(machine, _fixed(config, work), work, work_on)
+    strategy = _in_chunks(config, _strategy(config, asked), work)
+    passes = str(_passes(graph, config, bound, strategy))
+    pipeline = ",".join(filter(None, (str(first), passes)))
+    step = clone(graph)
+    run_passes(step, passes)
+    job = Job(
+        machine, strategy.layout, _sizes(graph, batch, parts), config, request.emit,
+        request.export, update_of(config.optimizer, request.sets) if train else None,
+        request.overlap, request.quick,
+    )  # fmt: skip
+    estimate = Estimator(work, machine, config).estimate(strategy)
+    return PreparedJob(step, job, asked, estimate, bound, pipeline, tuple(remarks))
+
+
+def _check_exchange(config: StepConfig) -> None:
+    """Raise UsageError if XLA's partitioner does not support the requested exchange."""
+    if config.partition != GSPMD or (config.via in (None, "capacity") and not config.sliced):
+        return
+    raise UsageError(
+        "the partitioner of XLA exchanges whole slots under a capacity",
+        expected="via capacity",
+        found=f"via {config.via or 'capacity'}{' in slices' if config.sliced else ''}",
+        hint=f"--partition {EXPLICIT} has every way",
+    )
+
+
+def _bounded(graph: Graph, config: StepConfig) -> tuple[Bound | None, list[str]]:
+    """Bound the rows of experts by a capacity; return the bound, and remarks on it.
+
+    A dropless model stays dropless unless the way to the experts is ``capacity``.
+    """
+    places = [
+        SlotsOp.of_node(node) for node in graph if node.op.assigns_slots and not node.op.chooses
+    ]
+    is_dropless = all(p.slots == "ragged" for p in places)
+    keeps = config.via not in (None, "capacity") and config.capacity_factor is None
+    if not places or (is_dropless and keeps):
+        return None, []
+    mode, stated = "train" if config.train else "eval", graph.attrs.get("config") or {}
+    factor = (
+        config.capacity_factor
+        or stated.get(f"{mode}_capacity_factor")
+        or _stated(places)
+        or CAPACITY_FACTOR
+    )
+    # A model without a capacity has no convention for it either.
+    bound = Bound(float(factor), "assignments" if is_dropless else places[0].convention)
+    run_passes(graph, specialize(mode, bound, None))
+    if config.capacity_factor is None and is_dropless:
+        return bound, [
+            f"the model keeps every row; it is compiled with a capacity factor of {factor}, "
+            "which may drop some: --capacity-factor sets another, --via ragged or ring has none"
+        ]
+    return bound, []
+
+
+def _stated(places: list[SlotsOp]) -> float | None:
+    stated = {p.capacity_factor for p in places if p.slots == "capacity"}
+    return float(stated.pop()) if len(stated) == 1 else None
+
+
+def _losses(graph: Graph, parts: int) -> dict[str, object] | None:
+    """Return the options with which losses are added to a graph; None where it has them.
+
+    Those of one of several micro-batches are added anew, by the options that the graph records.
+    """
+    losses = graph.attrs.get(LOSSES)
+    if not isinstance(losses, dict):
+        return {"metrics": False} | ({"parts": parts} if parts > 1 else {})
+    if parts == 1:
+        return None
+    options = {name.replace("_", "-"): value for name, value in losses.items() if value is not None}
+    return options | {"parts": parts, "replace": True}
+
+
+def _passes(
+    graph: Graph, config: StepConfig, bound: Bound | None, strategy: Strategy
+) -> StepPasses:
+    """Return the passes from the model's graph to the one that is compiled."""
+    layout, is_explicit, train = strategy.layout, config.partition == EXPLICIT, config.train
+    return StepPasses(
+        "train" if train else "eval",
+        routed=bool(layout.experts),
+        bound=bound,
+        groups=layout.shards["batch"] * strategy.chunks,
+        losses=_losses(graph, config.micro_batches) if train and layout.experts else None,
+        weighted=train and weights_rows(strategy.remat, layout.mesh.devices > 1),
+        mesh=MeshPasses(
+            str(layout.mesh), layout.names, strategy.via, strategy.sliced, strategy.chunks
+        )
+        if is_explicit
+        else None,
+        remat=strategy.remat,
+        split=strategy.stream_axis if is_explicit and train else None,
+    )
+
+
+def _fixed(config: StepConfig, work: Workload) -> StepConfig:
+    """Return `config` with the defaults of a mesh that it names, or of XLA's partitioner."""
+    if config.mesh is None:
+        # The partitioner exchanges slots under a capacity alone.
+        is_explicit = config.partition == EXPLICIT or not work.experts
+        return config if is_explicit else replace(config, via="capacity")
+    dense = None if config.rules else config.dense_weights or "whole"
+    return replace(config, remat=config.remat or "full", dense_weights=dense)
+
+
+def _strategy(config: StepConfig, asked: PlanQuery) -> Strategy:
+    """Return the strategy that the settings fix, or the plan's best if the mesh is open."""
+    work, mesh = asked.work, config.device_mesh
+    if mesh is None:
+        return search(work, asked.machine, asked.config, work_on=asked.work_on).best.strategy
+    check_constraints(work, asked.machine, config)
+    if config.sliced and not work.experts:
+        raise InputError("the model has no experts whose rows would be sent in slices")
+    dense, replicated = config.dense_weights or "whole", config.via == "replicated"
+    if config.layout_names is None:
+        layout = Layout(mesh, work.experts, dense, replicated)
+    else:
+        layout = Layout.ruled(mesh, work.experts, config.layout_names)
+    via = config.via or ("capacity" if layout.shards["expert"] > 1 else LOCAL)
+    remat = config.remat or ("full" if config.train else "none")
+    dispatch = "grouped" if work.dropless else "index"
+    return Strategy(layout, via, dispatch, remat, config.sliced)
+
+
+def _in_chunks(config: StepConfig, strategy: Strategy, work: Workload) -> Strategy:
+    """Return a strategy whose rows are exchanged in the chunks that are asked for.
+
+    Raises:
+      InputError: no slots are exchanged, or a device has no token group for each chunk.
+    """
+    if config.chunks == 1:
+        return strategy
+    way = BY_NAME.get(strategy.via)
+    if way is None or not way.is_chunked or config.partition != EXPLICIT:
+        raise InputError(
+            "slots that the graph's own collectives exchange are cut in chunks",
+            where="--chunks", expected="--via capacity", found=f"via {strategy.via}",
+        )  # fmt: skip
+    each = work.batch.sequences // strategy.layout.shards["batch"]
+    if each % config.chunks:
+        raise InputError(
+            "a device needs token groups for each chunk", where="--chunks",
+            expected=f"a divisor of {each}, the sequences of a device", found=str(config.chunks),
+        )  # fmt: skip
+    return replace(strategy, chunks=config.chunks)
+
+
+def _sizes(graph: Graph, part: Batch, parts: int) -> dict[str, int]:
+    batch = replace(part, sequences=part.sequences * parts)
+    names = {a.size for v in graph.inputs.values() for a in v.type if isinstance(a.size, str)}
+    return {name: batch.size(name) for name in names}
+
 
 # Return memory that a compiler has freed to the system while it runs.
 #

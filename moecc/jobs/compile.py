@@ -133,7 +133,7 @@ def compile_in_subprocess(
 
     Raises:
       MachineError: the time limit is exceeded, an extra is missing, or the process was killed.
-      InputError, UsageError: as `moecc.ahead.prepare.prepare` and the backend.
+      InputError, UsageError: as `moecc.ahead.worker.prepare` and the backend.
     """
     machine = find_machine(request.machine)
     with tempfile.TemporaryDirectory(prefix="moecc-compile-") as name:

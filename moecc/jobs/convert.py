@@ -252,7 +252,7 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
 
     A GGUF file that stands alone has its receipt in the manifest, and nothing else beside it.
     """
-    from moecc.formats.gguf.encode import plan_file
+    from moecc.formats.gguf.header import plan_file
 
     checkpoint, tensors = planned.checkpoint, planned.tensors
     is_gguf, words = bool(planned.architecture), options.words

@@ -16,7 +16,6 @@ from moecc.families.experts import expert_layers
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders
 from moecc.formats.gguf.config import config_keys, misfits, rotary_divisors
-from moecc.formats.gguf.encode import storage_of
 from moecc.formats.gguf.families import (
     EMBEDDING,
     GGUF_FAMILIES,
@@ -29,7 +28,7 @@ from moecc.formats.gguf.families import (
     is_norm,
     turned_projection,
 )
-from moecc.formats.gguf.header import Key
+from moecc.formats.gguf.header import Key, storage_of
 from moecc.formats.gguf.storage import BY_NAME, Storage, require_package
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph

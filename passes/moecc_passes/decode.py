@@ -19,7 +19,7 @@ from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.pattern import NearMiss
 from moecc.types import I32, Axis, TensorType
 from moecc_passes.cleanup import DcePass
-from moecc_passes.specialize.layer import reassign_slots
+from moecc_passes.specialize import reassign_slots
 
 # What the values of a graph depend on, and on which side of an attention they are.
 #

@@ -9,7 +9,7 @@ from moecc.errors import Problem
 from moecc.rewrite.passes import advice, too_much_capacity
 from moecc.rewrite.pipeline import PipelineTemplate, TemplateOption, TemplatePass, TemplateStep
 from moecc_passes.add_losses import AddLossesPass
-from moecc_passes.specialize.specialize import RecordModesPass, SpecializePass
+from moecc_passes.specialize import RecordModesPass, SpecializePass
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 DOC = """Turn a dense model into an ST-MoE that computes the same function.

@@ -18,7 +18,7 @@ from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Re
 from moecc.rewrite.pattern import NearMiss, P, fits
 from moecc.types import TensorType
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers, weighted_values
-from moecc_passes.specialize.layer import reassign_slots
+from moecc_passes.specialize import reassign_slots
 
 Group = Literal["all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding"]
 

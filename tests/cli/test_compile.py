@@ -67,8 +67,8 @@ def test_a_step_sends_what_the_plan_foretold(
 
 
 def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
-    from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
+    from moecc.ahead.worker import prepare
     from moecc.ir.mesh import mesh_of
 
     file = tmp_path / "grid.rules"
@@ -95,8 +95,8 @@ def test_an_exported_program_gives_what_the_graph_gives(
     from moecc_backends.xla.backend import function
 
     from moecc import load_step
-    from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
+    from moecc.ahead.worker import prepare
     from moecc.errors import InputError
 
     out = tmp_path / "llama.bin"
@@ -202,8 +202,8 @@ def test_a_training_step_without_logits_is_planned_with_a_remark(moecc: Moecc) -
 def test_the_passes_of_the_report_make_the_graph(
     moecc: Moecc, tmp_path: Path, name: str, own: str
 ) -> None:
-    from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
+    from moecc.ahead.worker import prepare
     from moecc.ir import equal, parse
 
     request = Request(name, "cpu:4", replace(FORWARD, mesh="expert=2,model=2", sliced=True))
@@ -221,8 +221,8 @@ def test_the_passes_of_the_report_make_the_graph(
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_losses_that_the_graph_has_are_those_of_the_step(parts: int) -> None:
-    from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
+    from moecc.ahead.worker import prepare
 
     own = "specialize{mode=train capacity-factor=1.25},add-losses{balance-coef=0.5 z-coef=0}"
     config = StepConfig("train", 64, "16", mesh="data=2", micro_batches=parts)

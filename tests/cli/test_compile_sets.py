@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moecc.ahead.prepare import prepare
 from moecc.ahead.request import Request, update_of
+from moecc.ahead.worker import prepare
 from moecc.errors import UsageError
 from moecc.plan.step import StepConfig
 

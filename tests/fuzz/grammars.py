@@ -300,7 +300,7 @@ class Companions:
 def run_tokenizer(data: bytes) -> None:
     """Look at a tokenizer and translate it to the keys of a GGUF file."""
     from moecc.formats.folder import findings
-    from moecc.formats.gguf.encode import plan_file
+    from moecc.formats.gguf.header import plan_file
     from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
 
     files = {"tokenizer.json": data}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moecc_passes.specialize.specialize import SpecializePass
+from moecc_passes.specialize import SpecializePass
 
 from moecc.ir import I32, Graph, clone, tensor
 from moecc.rewrite.passes import Context

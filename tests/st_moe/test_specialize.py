@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.cleanup import CanonicalizePass
-from moecc_passes.specialize.layer import ModeConfig, recorded
-from moecc_passes.specialize.specialize import SpecializePass
+from moecc_passes.specialize import ModeConfig, SpecializePass, recorded
 from tiers import examples
 
 from moecc.errors import InputError

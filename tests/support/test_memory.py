@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moecc.support.memory import ALIGNMENT, empty
+from moecc.weights.evaluate import ALIGNMENT, empty
 
 
 @pytest.mark.parametrize("size", [0, 3, 100_000, 300_001, 5_000_000])

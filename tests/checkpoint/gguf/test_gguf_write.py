@@ -14,9 +14,8 @@ import pytest
 from derived_models import DERIVED, derive
 
 from moecc.errors import InputError, MoeccError, UsageError
-from moecc.formats.gguf.encode import plan_file
 from moecc.formats.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, gguf_name, hugging_face_name
-from moecc.formats.gguf.header import Key, read_gguf_header
+from moecc.formats.gguf.header import Key, plan_file, read_gguf_header
 from moecc.formats.gguf.reader import open_gguf
 from moecc.formats.gguf.storage import BY_NAME
 from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
