@@ -101,7 +101,7 @@ def main():
     model = load(sys.argv[1], trust_remote_code=True, dtype=torch.float64)
     tokens = torch.arange(24).reshape(2, 12) % 16
     verdict = generate(model, tokens) | trace(model, tokens)
-    if not config.is_encoder_decoder:
+    if model._supports_attention_backend:
         verdict |= serve(model, tokens)
     print(json.dumps(verdict))
 

@@ -72,7 +72,8 @@ def main() -> None:
         name, _, checkpoint = model.partition("=")
         folder = options.work / name
         if not folder.is_dir():
-            moecc.open(checkpoint).apply(PASSES[name]).emit("torch", folder, dtype="f32")
+            opened = moecc.open(checkpoint, padding=name == "minilm")  # sentences are padded
+            opened.apply(PASSES[name]).emit("torch", folder, dtype="f32")
         report[name] = {"passes": PASSES[name]}
 
         def answer(command: str, *arguments: str, at: Path = folder) -> dict[str, Any]:

@@ -181,6 +181,20 @@ def test_long_names_are_cut():
     assert max(map(len, program.splitlines())) <= 100
 
 
+@pytest.mark.parametrize("language", ["torch", "jax"])
+def test_no_value_has_the_name_of_a_function(language):
+    graph = moecc.open(str(GOLDEN / "llama_gqa")).upcycle(experts=4, top_k=2).graph
+    for value in [value for node in graph for value in node.results]:
+        name = "top_k_experts" if "expert" in value.type else "rotary_tables"
+        value.name = f"{name}.{id(value)}"
+    (program,) = emit_program(graph, language).files.values()
+    tree = ast.parse(program)
+    functions = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    nodes = ast.walk(tree)
+    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    assert functions & stored == set()
+
+
 @pytest.mark.parametrize(
     "line", ["eval('1')", "import os", "x = print", "torch.load('x')", "def eval(x): pass", "y: 0"]
 )

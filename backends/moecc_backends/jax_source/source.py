@@ -58,7 +58,7 @@ def emit_jax(graph: Graph) -> EmittedProgram:
       InputError: the graph has something that cannot be written.
     """
     segments = torch_source.segments_of(graph, continues=False)
-    program, classes = segments.program, Classes()
+    program, classes = segments.program, Classes(RESERVED.union(_helpers()))
     paths = frozenset(program.params)
 
     def writer(block: ModuleBlock) -> JaxWriter:
@@ -96,7 +96,8 @@ def _helpers() -> dict[str, str]:
 
 
 TORCH_ALONE = (
-    "attend_by_scores", "causal_mask", "extend_cache", "kernel_name", "Scope", "ExpertRows",
+    "attend_by_scores", "causal_mask", "windowed_mask", "extend_cache", "kernel_name", "Scope",
+    "ExpertRows",
 )  # fmt: skip
 """The helpers of PyTorch that serve its modules and the caches of transformers."""
 
@@ -161,11 +162,6 @@ class JaxWriter(ModelWriter):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.tree = ParameterTree(self, paths=self.paths)
-
-    def name(self, hint: str) -> str:
-        """Return a name that no helper has."""
-        hint = variable(hint)
-        return super().name(f"{hint}_value" if hint in _helpers() or hint in RESERVED else hint)
 
     def argument_names(self) -> set[str]:
         """Return the words of the function: its variables are no attributes of an object."""

@@ -21,87 +21,31 @@ ADDED = {"extra": "extra_ffn", "shared": "shared_expert"}
 """The modules of what passes name after the tensor that it was copied from."""
 
 MEMBERS = frozenset(
-    [
-        "add_module",
-        "apply",
-        "bfloat16",
-        "bind",
-        "buffers",
-        "call_super_init",
-        "children",
-        "compile",
-        "config",
-        "cpu",
-        "cuda",
-        "device",
-        "double",
-        "dtype",
-        "dump_patches",
-        "eval",
-        "extra_repr",
-        "float",
-        "forward",
-        "get_buffer",
-        "get_extra_state",
-        "get_parameter",
-        "get_submodule",
-        "half",
-        "ipu",
-        "items",
-        "keys",
-        "load_state_dict",
-        "modules",
-        "mtia",
-        "named_buffers",
-        "named_children",
-        "named_modules",
-        "named_parameters",
-        "parameters",
-        "pop",
-        "register_buffer",
-        "register_forward_hook",
-        "register_module",
-        "register_parameter",
-        "requires_grad_",
-        "set_extra_state",
-        "set_submodule",
-        "share_memory",
-        "state_dict",
-        "to",
-        "to_empty",
-        "train",
-        "training",
-        "type",
-        "update",
-        "values",
-        "xpu",
-        "zero_grad",
-        "generate",
-        "base_model",
-        "framework",
-        "dummy_inputs",
-        "layer_idx",
-        "is_sparse",
-        "is_decoder",
+    (
+        "add_module", "apply", "bfloat16", "bind", "buffers", "call_super_init", "children",
+        "compile", "config", "cpu", "cuda", "device", "double", "dtype", "dump_patches",
+        "eval", "extra_repr", "float", "forward", "get_buffer", "get_extra_state",
+        "get_parameter", "get_submodule", "half", "ipu", "items", "keys", "load_state_dict",
+        "modules", "mtia", "named_buffers", "named_children", "named_modules",
+        "named_parameters", "parameters", "pop", "register_buffer", "register_forward_hook",
+        "register_module", "register_parameter", "requires_grad_", "set_extra_state",
+        "set_submodule", "share_memory", "state_dict", "to", "to_empty", "train",
+        "training", "type", "update", "values", "xpu", "zero_grad", "generate",
+        "base_model", "framework", "dummy_inputs", "layer_idx", "is_sparse", "is_decoder",
         "T_destination",
-    ]
-)
+    )
+)  # fmt: skip
 """Names that members of a module or a model have."""
 
-RESERVED = frozenset({*keyword.kwlist, *keyword.softkwlist, *dir(builtins)}) | {
-    *("rows", "rotate", "attend", "causal_mask", "widened", "jitter", "add_noise", "one_hot"),
-    *(
-        "assign_slots",
-        "assign_slots_by_rule",
-        "expert_choice",
-        "hash_experts",
-        "capacity",
-        "relative_buckets",
-        "by_group",
-        "biased",
-    ),
-    *("self", "torch", "nn", "F", "functional", "transformers", "math", "config", "layer"),
-}
+RESERVED = frozenset(
+    (
+        *keyword.kwlist, *keyword.softkwlist, *dir(builtins),
+        "rows", "rotate", "attend", "causal_mask", "widened", "jitter", "add_noise",
+        "one_hot", "assign_slots", "assign_slots_by_rule", "expert_choice",
+        "hash_experts", "capacity", "relative_buckets", "by_group", "biased",
+        "self", "torch", "nn", "F", "functional", "transformers", "math", "config", "layer",
+    )
+)  # fmt: skip
 """Names that a local variable must not have."""
 
 

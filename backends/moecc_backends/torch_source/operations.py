@@ -316,14 +316,13 @@ def _count(w: BlockWriter, axes: Sequence[str]) -> int:
 
 @emission("causal_mask")
 def _causal_mask(w: BlockWriter, item: Item, *, window: int) -> PythonExpr:
-    w.helper("causal_mask")
     hidden, positions = (w.expr(v).text for v in item.operands)
     padding = "attention_mask" if item.loc == "masks" else "decoder_attention_mask"
     arguments = ["self.config", hidden, padding, positions, "cache"]
+    name = w.helper("windowed_mask" if window else "causal_mask")
     if window:
-        w.helper("within_window")
-        arguments.append(f"and_mask_function=within_window({w.literal(window, 'window')})")
-    return PythonExpr(f"causal_mask({', '.join(arguments)})")
+        arguments.insert(0, w.literal(window, "window"))
+    return PythonExpr(f"{name}({', '.join(arguments)})")
 
 
 # Routing.

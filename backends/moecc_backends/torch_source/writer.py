@@ -176,6 +176,7 @@ class BlockWriter:
     def name(self, hint: str) -> str:
         """Return a name for a value: `hint`, if no value that is still needed has it."""
         hint = variable(hint[:LONGEST_NAME])
+        hint = f"{hint}_value" if hint in self.classes.reserved else hint
         alive = set()
         for var, expr in self.values.items():
             if self.remaining[var] > 0:

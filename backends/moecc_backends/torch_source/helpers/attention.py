@@ -76,9 +76,18 @@ def causal_mask(config, hidden_states, attention_mask, position_ids, cache, **fu
     return create_causal_mask(config=config, attention_mask=attention_mask, **options, **further)
 
 
-def within_window(window):
-    """Return the condition that a key is less than `window` tokens before its query."""
-    return lambda batch, head, query, key: query - key < window
+def windowed_mask(window, config, hidden_states, attention_mask, position_ids, cache):
+    """Return which keys each query sees: itself and those less than `window` tokens before."""
+    if attention_mask is None or attention_mask.ndim == 2:
+        condition = {"and_mask_function": lambda batch, head, query, key: query - key < window}
+        return causal_mask(config, hidden_states, attention_mask, position_ids, cache, **condition)
+    # For a static cache, generation has made a mask already, of all earlier keys.
+    queries = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    queries = queries + (cache.get_seq_length() if cache is not None else 0)
+    keys = torch.arange(attention_mask.shape[-1], device=hidden_states.device)
+    is_bool = attention_mask.dtype == torch.bool
+    lowest = False if is_bool else torch.finfo(attention_mask.dtype).min
+    return attention_mask.masked_fill(queries[:, None] - keys >= window, lowest)
 
 
 def extend_cache(cache, key, value, layer_idx):
