@@ -65,6 +65,7 @@ from moecc.jobs.receipt import (
 from moecc.jobs.receipt import conversion_facts as conversion_facts
 from moecc.model.initialise import add_statistics
 from moecc.model.open import MODULE_TYPE, add_branches, open_model, parse_branches
+from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.pipeline import Pipeline
 from moecc.support.console import Bar, say, warn
 from moecc.support.process import available_cores, signals_raised
@@ -490,14 +491,19 @@ def convert(
                          hint="leave out one of the two")  # fmt: skip
     passes = read_pipeline(pipeline, load)
     if via is not None:
-        refused = {"to": to != "auto", "emit": emit, "dtype": dtype, "experts": experts,
-                   "capture": capture, "padding-mask": padding_mask, "verify": verify,
-                   "resume": resume, "proof": proof, "part": part, "join": join}  # fmt: skip
+        given = {"to": to != "auto", "emit": emit, "experts": experts, "capture": capture,
+                 "padding-mask": padding_mask, "verify": verify, "resume": resume, "part": part,
+                 "join": join, "dtype": isinstance(type, Storage)}  # fmt: skip
+        raise_problems(
+            (Problem(f"--{name} does not go with --via torch: {_NOT_VIA_TORCH[name][0]}",
+                     hint=_NOT_VIA_TORCH[name][1]) for name, value in given.items() if value),
+            UsageError,
+        )  # fmt: skip
         return _convert_via_torch(
-            source, out, passes, inputs, [name for name, value in refused.items() if value],
+            source, out, passes, inputs, proof,
             trust_remote_code=trust_remote_code, seed=seed, allow_unmatched=allow_unmatched,
-            check=not no_check, dry_run=dry_run, force=force,
-            options=options,
+            check=not no_check, dry_run=dry_run, force=force, options=options,
+            dtype=type if isinstance(type, DType) else None,
         )  # fmt: skip
     if inputs is not None or trust_remote_code:
         raise UsageError("--inputs and --trust-remote-code go with --via torch")
@@ -524,12 +530,8 @@ def convert(
                 for name in planned.unread
             )  # fmt: skip
         if proof is not None:
-            if planned.proof is None:
-                promised = "quantised weights" if planned.storage else str(planned.preserves)
-                raise CheckError("there is no proof to write", where=source,
-                                 expected="a promise of equality, and no quantised weights",
-                                 found=promised)  # fmt: skip
-            planned.proof.write(Path(proof))
+            promised = "quantised weights" if planned.storage else str(planned.preserves)
+            _write_proof(planned.proof, proof, source, promised)
         # Its terms would stay in memory, and the collector walk them, while weights are written.
         planned = planned.without_log()
         work = None if planned.architecture else work_of(planned, options)
@@ -547,6 +549,15 @@ def convert(
     data["work"] = None if work is None else asdict(work)
     name = out if part is None else f"part {part} of {out}"
     return Report("convert", data, lambda: plan_text(planned, name, dry_run, work))
+
+
+def _write_proof(proof: ConversionProof | None, file: str, source: str, promised: str) -> None:
+    """Write the log of a proof. Raises CheckError where there is none."""
+    if proof is None:
+        raise CheckError("there is no proof to write", where=source,
+                         expected="a promise of equality, and no quantised weights",
+                         found=promised)  # fmt: skip
+    proof.write(Path(file))
 
 
 def _check_modes(options: WriteOptions) -> None:
@@ -570,18 +581,31 @@ def _has_part(planned: Plan, out: str, options: WriteOptions) -> bool:
     return True
 
 
+_NOT_VIA_TORCH = {
+    "to": ("the result is of the class of the source",
+           "leave --to out, or --via torch if moecc reads the family of the source"),
+    "emit": ("the result has its mixtures as PyTorch already", "leave --emit out"),
+    "experts": ("every expert is made of one model", "convert models of a family that moecc reads"),
+    "capture": ("statistics are of graphs of families",
+                "leave out passes that read statistics, and --capture"),
+    "padding-mask": ("the class of the model has a mask of its own", "leave --padding-mask out"),
+    "verify": ("both models would have to be in memory", "moecc prove SOURCE OUT, afterwards"),
+    "resume": ("transformers loads the dense model anew", "give --force to start again"),
+    "part": ("one process writes all shards", "leave --part out"),
+    "join": ("there are no parts", "leave --join out"),
+    "dtype": ("a folder has elements of floating point", "--dtype f32, bf16, f16 or f64"),
+}  # fmt: skip
+"""Options of `convert` that a class of PyTorch has no use for: why, and the way out."""
+
+
 def _convert_via_torch(
-    source: str, out: str, passes: Pipeline, inputs: str | None, refused: Sequence[str],
+    source: str, out: str, passes: Pipeline, inputs: str | None, proof_file: str | None,
     *, dry_run: bool, options: WriteOptions, **more: Any,
 ) -> Report:  # fmt: skip
     """Convert a folder by what torch.export shows of its class, and return the report."""
     from moecc import torch as mt
     from moecc.model.inputs import read_named_arrays
 
-    raise_problems(
-        (Problem(f"--{name} does not go with --via torch", hint="leave one out")
-         for name in refused), UsageError,
-    )  # fmt: skip
     for name in filter(is_address, (source, out)):
         hint = "copy the model to this machine; moecc push uploads the result"
         raise UsageError("--via torch reads and writes local folders", found=name, hint=hint)
@@ -592,6 +616,8 @@ def _convert_via_torch(
             options=replace(options, progress=bar), **more,
         )  # fmt: skip
     conversion, proof = done.conversion, done.conversion.proof
+    if proof_file is not None:
+        _write_proof(proof, proof_file, source, str(conversion.preserves))
     if done.written is not None:
         _say_weights_written(done.written, resume=False)
     data = {

@@ -73,6 +73,14 @@ class Chunked(Block):
         return F.gelu(gate) * value
 
 
+class Clamped(Block):
+    """Hidden values have a largest one, and a smallest one on another way."""
+
+    def hidden(self, x: Any) -> Any:
+        hidden = self.up(x)
+        return F.silu(hidden.clamp(max=0.1)) * hidden.clamp(min=-0.1, max=0.2)
+
+
 class Flat(Whole):
     """The block is a module that has the tokens of all rows, as experts of mixtures are."""
 
@@ -80,8 +88,11 @@ class Flat(Whole):
         return x + self.mlp(self.norm(x).view(-1, WIDTH)).view(x.shape)
 
 
-@pytest.mark.parametrize(("layer", "path"), [(Chunked, "layers.0.up"), (Flat, "layers.0.mlp")])
-def test_halves_of_a_product_and_tokens_of_all_rows(layer: Any, path: str) -> None:
+@pytest.mark.parametrize(
+    ("layer", "path"),
+    [(Chunked, "layers.0.up"), (Clamped, "layers.0.up"), (Flat, "layers.0.mlp")],
+)
+def test_halves_bounds_and_tokens_of_all_rows(layer: Any, path: str) -> None:
     model, moe = converted(layer())
     assert [place.path for place in moe.conversion.places] == [path]
     ids = torch.cat([tokens(), tokens()])
@@ -250,7 +261,8 @@ class Sparsified(Block):
 
     def hidden(self, x: Any) -> Any:
         hidden = self.up(x)
-        bound = hidden.mean(-1, keepdim=True) + hidden.std(-1, keepdim=True)
+        share = torch.distributions.Normal(0, 1).icdf(torch.tensor(0.8)).to(x.dtype)
+        bound = hidden.mean(-1, keepdim=True) + hidden.std(-1, keepdim=True) * share
         return F.gelu(F.relu(hidden - bound))
 
 

@@ -89,6 +89,22 @@ def test_the_commands_prove_and_verify_it(
     assert "the file differs" in capsys.readouterr().err
 
 
+def test_another_element_type_and_the_log_of_the_proof(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log.json"
+    words = ["--via", "torch", "-p", PIPELINE, "--dtype", "bf16", "--proof", str(log)]
+    assert main(["convert", str(dense), str(out), *words]) == 0
+    assert log.is_file()
+    stored, source = load_file(out / "model.safetensors"), load_file(dense / "model.safetensors")
+    assert {x.dtype for x in stored.values()} == {torch.bfloat16}
+    name = "model.layers.0.mlp.c_fc.weight"
+    expert = stored["model.layers.0.mlp.experts.c_fc.weight"][3]
+    assert torch.equal(expert, source[name].bfloat16())
+    assert mt.load(out).dtype == torch.bfloat16
+    assert main(["prove", str(dense), str(out)]) == 0
+
+
 def change_config(folder: Path, **values: object) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -112,7 +128,16 @@ REMOTE = {"architectures": ["OwnModel"], "auto_map": {"AutoModel": "modeling_own
         (lambda f: change_config(f, quantization_config={"bits": 4}), [], "quantised"),
         (lambda f: change_config(f, hidden_act="none"), [], "cannot build the model"),
         (without_weight, [], "lacks a weight"),
-        (None, ["--to", "mixtral"], "--to does not go with --via torch"),
+        (None, ["--to", "mixtral"], "the result is of the class of the source"),
+        (None, ["--emit", "torch"], "has its mixtures as PyTorch already"),
+        (None, ["--experts", "b=B"], "every expert is made of one model"),
+        (None, ["--capture", "stats"], "statistics are of graphs of families"),
+        (None, ["--padding-mask"], "has a mask of its own"),
+        (None, ["--verify"], "moecc prove SOURCE OUT"),
+        (None, ["--resume"], "give --force"),
+        (None, ["--part", "1/2"], "one process writes all shards"),
+        (None, ["--join"], "there are no parts"),
+        (None, ["--dtype", "q8_0"], "elements of floating point"),
         (None, ["--inputs", "none.npz"], "no such file"),
         (None, ["-p", "upcycle{experts=0}"], "experts"),
     ],

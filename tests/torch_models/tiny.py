@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import torch
@@ -53,8 +54,64 @@ SIZES = {
 }  # fmt: skip
 """What attributes of configs are set to, where a config has them as numbers."""
 
-LISTS = {"depths": 1, "num_heads": 2, "num_attention_heads": 2}
-BY_STAGE = ("hidden_sizes", "dims", "embed_dims", "encoder_hidden_sizes")
+LISTS = {
+    **dict.fromkeys(("depths", "depth", "encoder_depths", "decoder_depths", "layers"), 1),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "encoder_num_heads", "num_head"), 2),
+}  # fmt: skip
+"""What the entries of lists of numbers are set to: one for each stage of a model of images."""
+
+BY_STAGE = ("hidden_sizes", "dims", "embed_dims", "embed_dim", "encoder_hidden_sizes")
+"""Lists of widths, which double from stage to stage."""
+
+_MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+_SWIN = {"window_size": 2, "depths": [1, 1], "num_heads": [2, 2], "embed_dim": 16}
+CHANGES: dict[str, dict[str, Any]] = {
+    **{
+        kind: {"rope_parameters": _MROPE}
+        for kind in ("glm46v", "glm4v_text", "glm_image_text", "glm_ocr_text", "paddleocr_vl_text",
+                     "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text", "hunyuan_vl_text",
+                     "glm4v", "glm_image", "glm_ocr", "qwen2_5_vl", "qwen2_vl")
+    },
+    "glm4v_moe_text": {
+        "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    **dict.fromkeys(("swin", "swinv2", "donut-swin", "swin2sr", "maskformer-swin"), _SWIN),
+    "bailing_hybrid": {"num_group": 1, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+              "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": None, "laurel_rank": 4,
+                     "activation_sparsity_pattern": [0.95, 0.0]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "adapter_rank": 4},
+    "esm": {"vocab_size": 99, "mask_token_id": 32, "pad_token_id": 1},
+    "luke": {"entity_vocab_size": 20, "entity_emb_size": 16},
+    "perceiver": {"num_latents": 8, "d_latents": 32, "qk_channels": 32, "v_channels": 32,
+                  "num_self_attends_per_block": 2},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    **{kind: {"context_length": 32, "patch_length": 8, "patch_stride": 8, "num_input_channels": 2}
+       for kind in ("patchtst", "patchtsmixer")},
+}  # fmt: skip
+"""What an architecture needs besides, by its type and the names of attributes."""
+
+
+def _small(name: str, value: Any, layers: int, *, lists: bool, sizes: bool) -> Any:
+    """Return a small value for an attribute of a config, or the value itself."""
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    if isinstance(value, bool) or name.startswith("_"):
+        return value
+    if isinstance(value, int):
+        if name in SIZES and (sizes or SIZES[name] == 2):
+            return SIZES[name]
+        return 1 + len(name) % 60 if name.endswith("token_id") and value > 90 else value
+    if value is None and name in ("head_dim", "num_experts_per_tok", "num_key_value_heads"):
+        return SIZES[name]
+    if is_list and name.endswith(("layer_types", "layers_block_type")):
+        return _short(list(value), layers)
+    if is_list and lists and all(isinstance(n, int) for n in value):
+        if name in BY_STAGE:
+            return [16 * 2**i for i in range(len(value))]
+        if name in LISTS:
+            return [LISTS[name]] * len(value)
+    return value
 
 
 def shrink(config: Any, *, lists: bool, sizes: bool) -> Any:
@@ -62,22 +119,38 @@ def shrink(config: Any, *, lists: bool, sizes: bool) -> Any:
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PretrainedConfig):
             shrink(value, lists=lists, sizes=sizes)
-        elif isinstance(value, bool) or name.startswith("_"):
             continue
-        elif isinstance(value, int):
-            if name in SIZES and (sizes or SIZES[name] == 2):
-                _set(config, name, SIZES[name])
-            elif name.endswith("token_id") and value > 90:
-                _set(config, name, 1 + len(name) % 60)
-        elif value is None and name in ("head_dim", "num_experts_per_tok", "num_key_value_heads"):
-            _set(config, name, SIZES[name])
-        elif isinstance(value, list) and value and lists:
-            if name in BY_STAGE:
-                _set(config, name, [16 * 2**i for i in range(len(value))])
-            elif name in LISTS and all(isinstance(n, int) for n in value):
-                _set(config, name, [LISTS[name]] * len(value))
-        if isinstance(value, list) and name.endswith(("layer_types", "layers_block_type")):
-            _set(config, name, _short(value, int(getattr(config, "num_hidden_layers", 2))))
+        small = _small(name, value, _layers(config), lists=lists, sizes=sizes)
+        if small is not value:
+            _set(config, name, small)
+    _finish(config)
+    return config
+
+
+def construct(kind: Any, *, lists: bool, sizes: bool) -> Any:
+    """Return a config made of small sizes, from which its class derives all else."""
+    config = kind()
+    layers = SIZES["num_hidden_layers"] if sizes else _layers(config)
+    values: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, transformers.PretrainedConfig):
+            values[name] = construct(type(value), lists=lists, sizes=sizes)
+            continue
+        small = _small(name, value, layers, lists=lists, sizes=sizes)
+        if small is not value:
+            values[name] = small
+    if hasattr(config, "kv_lora_rank"):
+        values["num_key_value_heads"] = 4
+    config = kind(**values | CHANGES.get(config.model_type, {}))
+    _finish(config)
+    return config
+
+
+def _layers(config: Any) -> int:
+    return int(getattr(config, "num_hidden_layers", None) or 2)
+
+
+def _finish(config: Any) -> None:
     if hasattr(config, "kv_lora_rank"):  # latent attention has as many keys as queries
         _set(config, "num_key_value_heads", 4)
     if not hasattr(config, "pad_token_id"):
@@ -85,7 +158,6 @@ def shrink(config: Any, *, lists: bool, sizes: bool) -> Any:
     if hasattr(config, "attention_layers") and hasattr(config, "attention_types"):
         config.attention_types = [[["global", "local"], 1]]
         config.attention_layers = ["global", "local"]
-    return config
 
 
 def _short(kinds: list[Any], count: int) -> list[Any]:
@@ -125,13 +197,25 @@ def builds(kind: str, name: str) -> Iterator[Any]:
     """
     error: Exception = ValueError("too large")
     is_built = False
-    for lists, sizes in ((True, True), (False, True), (False, False)):
+    ways = [(True, True), (False, True), (False, False)]
+    for is_constructed, (lists, sizes) in product((True, False), ways):
         try:
-            config, kind_of_model = transformers.CONFIG_MAPPING[kind](), getattr(transformers, name)
-            text = config.get_text_config()
+            kind_of_model, config_class = (
+                getattr(transformers, name),
+                transformers.CONFIG_MAPPING[kind],
+            )
+            if is_constructed:
+                config = construct(config_class, lists=lists, sizes=sizes)
+            else:
+                config = config_class()
+            try:
+                text = config.get_text_config()
+            except ValueError:  # several: that of what it writes
+                text = config.get_text_config(decoder=True)
             if kind_of_model.config_class is type(text):  # of the text model inside a wrapper
                 config = text
-            shrink(config, lists=lists, sizes=sizes)
+            if not is_constructed:
+                shrink(config, lists=lists, sizes=sizes)
             config.use_cache = False
             if hasattr(config, "default_language"):
                 config.default_language = config.languages[0]
@@ -169,6 +253,7 @@ def inputs(model: Any) -> Iterator[dict[str, Any]]:
     channels = getattr(vision, "num_channels", 3)
     mel = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 16)
     frames = 2 * (getattr(config, "max_source_positions", None) or 20)
+    steps = getattr(config, "context_length", None) or 32
     every = {
         "input_ids": ids,
         "pixel_values": draw(2, channels if isinstance(channels, int) else 3, height, width),
@@ -177,6 +262,7 @@ def inputs(model: Any) -> Iterator[dict[str, Any]]:
         "decoder_input_ids": ids,
         "bbox": torch.zeros(2, 7, 4, dtype=torch.long),
         "inputs": ids,
+        "past_values": draw(2, steps, getattr(config, "num_input_channels", 1)),
     }
     main = model.main_input_name
     main = main if isinstance(main, str) else main[0]
@@ -197,6 +283,17 @@ def inputs(model: Any) -> Iterator[dict[str, Any]]:
     if "input_features" in names:
         yield {"input_features": draw(2, 80, mel), **decoder, **extra}
         yield {"input_features": draw(2, 40, 80), **decoder, **extra}
+    if "input_values" in names:
+        yield {"input_values": draw(2, 1, 1920)}
+        yield {"input_values": draw(2, getattr(config, "max_length", 64), mel)}
+        yield {"input_values": draw(2, 8000), **decoder, **extra}
+    if {"input_ids", "input_features"} <= names.keys():
+        yield {"input_ids": ids, "input_features": draw(2, 1, 64, mel)}
+        yield {"input_ids": ids, "input_features": draw(2, mel, 40)}
+    if "input_features_mask" in names:
+        mask = torch.ones(2, 40, dtype=torch.long)
+        yield {"input_features": draw(2, mel, 40), "input_features_mask": mask}
+        yield {"input_features": draw(2, 40, mel), "input_features_mask": mask}
     for name in ("input_ids", "input_values", "inputs"):
         if name in names:
             yield {name: every[name], **decoder, **extra}

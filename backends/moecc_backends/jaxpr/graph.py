@@ -589,8 +589,9 @@ def rewrite_blocks(
 def problems_of(misses: Iterable[BlockMiss]) -> list[Problem]:
     """Return near misses as problems."""
     return [
-        Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
+        Problem(f"not a block: {miss.reason}", where=": ".join(filter(None, (miss.line, weights))))
         for miss in misses
+        for weights in [", ".join(miss.weights)]
     ]
 
 

@@ -13,6 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moecc.api.arguments import flag, folder_text, whole
@@ -33,7 +34,7 @@ from moecc.ir.text import print_graph
 from moecc.model.open import GRAPH_NAME, MAX_CONFIG_BYTES
 from moecc.prove import Prover
 from moecc.prove.conversion import ConversionProof
-from moecc.types import Array
+from moecc.types import Array, DType
 from moecc.version import __version__
 from moecc_backends.jaxpr.scopes import leaves_of
 from moecc_backends.jaxpr.storage import rows_of
@@ -46,6 +47,7 @@ from moecc_backends.torch_export.conversion import (
     graph_over,
     numpy_dtype,
     survey_model,
+    tensor_of,
     write_beside,
     write_config,
 )
@@ -97,13 +99,17 @@ class ModelFolder:
     dtype: Any
 
     @classmethod
-    def of(cls, path: Path, document: Mapping[str, Any], *, trust_remote_code: bool) -> ModelFolder:
+    def of(
+        cls, path: Path, document: Mapping[str, Any], *, trust_remote_code: bool,
+        dtype: Any = None,
+    ) -> ModelFolder:  # fmt: skip
         """Read the config of a folder.
 
         Args:
           path: the folder.
           document: its ``config.json``.
           trust_remote_code: whether code in the folder may run.
+          dtype: the element type of the parameters; by default the one that the config states.
 
         Raises:
           InputError: it names no class of transformers, or has code that may not run.
@@ -139,7 +145,7 @@ class ModelFolder:
             config = transformers.AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
-        dtype = getattr(config, "dtype", None)
+        dtype = dtype or getattr(config, "dtype", None)
         return cls(path, kind, config, dtype if isinstance(dtype, torch.dtype) else torch.float32)
 
     def on_meta(self) -> Any:
@@ -263,6 +269,7 @@ def convert_folder(
     check: bool = True,
     dry_run: bool = False,
     force: bool = False,
+    dtype: DType | None = None,
     options: WriteOptions = DEFAULTS,
 ) -> FolderConversion:
     """Convert a folder of transformers of any class: ``convert_folder(source, out, "upcycle")``.
@@ -278,6 +285,7 @@ def convert_folder(
       check: whether each pass is held to its promise, and the result proved.
       dry_run: whether nothing is written.
       force: whether an existing output is replaced.
+      dtype: the element type to write; by default the one that the config states.
       options: how weights are written.
 
     Raises:
@@ -289,7 +297,9 @@ def convert_folder(
     path, seed = Path(folder_text(source)), whole("seed", seed)
     trust = flag("trust_remote_code", trust_remote_code)
     with open_folder(path) as checkpoint:
-        folder = ModelFolder.of(path, checkpoint.config, trust_remote_code=trust)
+        folder = ModelFolder.of(
+            path, checkpoint.config, trust_remote_code=trust, dtype=_torch_dtype(dtype)
+        )
         model = folder.on_meta()
         surveyed, traced = _surveyed(model, inputs)
         sparse = convert_surveyed(
@@ -320,6 +330,10 @@ def convert_folder(
             write_beside(temporary, conversion, records, path.name, source_files())
             checkpoint.require_unchanged()
     return replace(report, written=written)
+
+
+def _torch_dtype(dtype: DType | None) -> Any:
+    return None if dtype is None else tensor_of(np.empty(0, dtype.numpy)).dtype
 
 
 def _is_causal(model: Any) -> bool:
@@ -398,7 +412,10 @@ def prove_folder(source: str | Path, result: str | Path, prover: Prover) -> Conv
     document = read_json_object(target / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
     stated = document["moecc"]
     with open_folder(path, with_weights=False) as checkpoint:
-        folder = ModelFolder.of(path, checkpoint.config, trust_remote_code=False)
+        folder = ModelFolder.of(
+            path, checkpoint.config, trust_remote_code=False,
+            dtype=getattr(torch, document["dtype"]),
+        )  # fmt: skip
     model = folder.on_meta()
     traced = {
         name: torch.zeros(shape, dtype=getattr(torch, dtype), device="meta")

@@ -535,8 +535,9 @@ class ExportedModule:
       params: its parameters by name, as a tree of shapes.
       arguments: what else it reads, by name: its inputs and buffers, as shapes.
       graph: its nodes.
-      sources: what a placeholder stands for: a parameter, a constant or an argument, by name.
-      constants: the numbers that are tensors of the program.
+      sources: what a placeholder stands for: a parameter, a constant or an argument, by name; and
+        the nodes that are computed of constants alone.
+      constants: the numbers that are tensors of the program, or computed of such.
       buffers: the names of the buffers that placeholders stand for.
       parameters: the tensors of the parameters, by name.
       traced: the value of each node, once traced.
@@ -574,7 +575,7 @@ class ExportedModule:
         tracer = Tracer()
         outputs: list[AnyArray] = []
         for node in self.graph.nodes:
-            if node.op == "placeholder":
+            if node.op == "placeholder" or node in self.sources:
                 tracer.values[node] = self._source(node, params, arguments)
             elif node.op == "output":
                 outputs = [x.whole for x in _tensors(_mapped(node.args, tracer.values))]
@@ -667,4 +668,22 @@ def _read_program(model: Any, program: Any) -> ExportedModule:
         if kind == "BUFFER":
             exported.buffers[node] = target
         exported.arguments[node.name] = shape_of(meta.shape, jax_dtype(meta.dtype))
+    _fold_constants(exported)
     return exported
+
+
+def _fold_constants(exported: ExportedModule) -> None:
+    """Compute the nodes that read nothing but constants, as of a quantile of a distribution."""
+    from torch.fx.node import map_arg
+
+    sources, constants = exported.sources, exported.constants
+    values = {n: constants[name].clone() for n, (kind, name) in sources.items()
+              if kind == "constant"}  # fmt: skip
+    for node in exported.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op != "call_function" or not inputs or not values.keys() >= set(inputs):
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        values[node] = value = node.target(*args, **kwargs)
+        if hasattr(value, "dim") and value.dim() == 0:
+            constants[node.name], sources[node] = value.clone(), ("constant", node.name)

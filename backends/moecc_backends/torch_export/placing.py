@@ -154,6 +154,9 @@ class Placer:
         value = self._traced(node)
         return value is not None and value.is_weight
 
+    def _is_constant(self, node: FxNode) -> bool:
+        return self._exported.sources.get(node, ("", ""))[0] == "constant"
+
     def _input(self, product: FxNode) -> FxNode:
         """Return the operand of a product that is no weight."""
         data = [n for n in product.all_input_nodes if not self._is_weight(n)]
@@ -232,7 +235,7 @@ class Placer:
         """Return what nodes read from outside, and what is used there, where it is one each."""
         inputs = {
             n for node in members for n in node.all_input_nodes
-            if n not in members and not self._is_weight(n) and n not in self._exported.constants
+            if n not in members and not self._is_weight(n) and not self._is_constant(n)
         }  # fmt: skip
         outputs = {node for node in members if any(u not in members for u in node.users)}
         return (inputs.pop(), outputs.pop()) if len(inputs) == len(outputs) == 1 else None

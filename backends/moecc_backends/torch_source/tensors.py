@@ -95,13 +95,18 @@ def _binary(w: BlockWriter, item: Item) -> PythonExpr:
     )
 
 
+def _clamped(function: str, tensor: str, bound: str) -> str:
+    """Return a maximum or minimum with a number: the maximum is never below it."""
+    side = {"maximum": "min", "minimum": "max"}[function]
+    return f"{tensor}.clamp({side}={bound})"
+
+
 @emission("maximum", "minimum")
 def _extremum(w: BlockWriter, item: Item) -> PythonExpr:
-    side = "min" if item.op == "maximum" else "max"
     for x, bound in (item.operands, item.operands[::-1]):
         if bound.item is not None and bound.item.op == "constant":
             expr = w.expr(x)
-            return PythonExpr(f"{expr.atom}.clamp({side}={w.expr(bound).text})", expr.axes)
+            return PythonExpr(_clamped(item.op, expr.atom, w.expr(bound).text), expr.axes)
     a, b = _together(w, item.operands)
     return PythonExpr(f"torch.{item.op}({a.text}, {b.text})", _axes_of([a, b]))
 
@@ -253,7 +258,7 @@ def _function(w: BlockWriter, step: FormulaStep, arguments: list[str], operand: 
     name, count = step.function, sum(isinstance(n, int) for n in step.arguments)
     if name in ("maximum", "minimum") and count == 1:
         tensor, bound = arguments if isinstance(step.arguments[0], int) else arguments[::-1]
-        return f"{tensor}.clamp({name[:3]}={bound})"
+        return _clamped(name, tensor, bound)
     if name == "wide":
         w.helper("widened")
     if name == "narrow":
