@@ -30,9 +30,8 @@ def attend(module, query, key, value, mask=None, **kwargs):
 def biased(bias, mask, is_causal=True):
     """Return a bias of the scores with the lowest number where a query sees nothing."""
     rows, columns = bias.shape[-2:]
-    if mask is None and is_causal and rows > 1:
-        seen = torch.ones(rows, columns, dtype=torch.bool, device=bias.device)
-        mask = seen.tril(columns - rows)
+    if mask is None and is_causal and rows > 1:  # the first query is at the first key
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=bias.device).tril()
     if mask is None:
         return bias
     lowest = torch.finfo(bias.dtype).min

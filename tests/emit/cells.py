@@ -162,10 +162,10 @@ DRAWS, WELL_CONDITIONED = 64, 2e-6
 def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
     """Write an npz file: inputs, outputs in float64, and gradients of all parameters by XLA.
 
-    The loss is Σ cotangent · output, and the auxiliary loss.  The condition of a draw is the
-    largest relative change of a gradient, in float64, when each parameter moves by 2⁻²⁴, to which
-    float32 rounds it: no program of float32 is expected to err less.  Near a tie of experts, or of
-    a saturated softmax, it is large; inputs are drawn until it is small, or the best are taken.
+    The loss is Σ cotangent · output, and the auxiliary loss.  The condition of a draw is what
+    rounding does to its gradients in float32: 2²⁹ times what it does in float64, when each
+    parameter moves by its last bit.  Near a tie of experts, or of a saturated softmax, it is large;
+    inputs are drawn until it is small, or the best are taken.
     """
     model = moecc.open(folder)
     graph = model.graph
@@ -186,7 +186,8 @@ def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
             slopes, *moved = (
                 differentiate(p, inputs, cotangent) for p in (params, *_neighbours(params))
             )
-            condition = max(relative(m[name], x) for m in moved for name, x in slopes.items())
+            moves = (relative(m[name], x) for m in moved for name, x in slopes.items())
+            condition = max(moves) * 2.0**29
         draws.append((condition, inputs, slopes, cotangent))
         if condition < WELL_CONDITIONED:
             break
@@ -202,10 +203,13 @@ def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
 
 
 def _neighbours(params: dict[str, Array]) -> Iterator[dict[str, Array]]:
-    """Yield parameters that float32 cannot tell from `params`."""
+    """Yield parameters that differ from `params` in the last bit."""
     for seed in range(2):
         rng = np.random.default_rng(seed)
-        yield {n: x * (1 + rng.choice([-1, 1], x.shape) * 2.0**-24) for n, x in params.items()}
+        yield {
+            name: np.nextafter(x, rng.choice([-np.inf, np.inf], x.shape))
+            for name, x in params.items()
+        }
 
 
 def _shape(type: TensorType) -> list[int]:

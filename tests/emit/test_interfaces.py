@@ -65,7 +65,7 @@ def test_there_is_no_plan_where_a_part_of_the_heads_does_not_do(source):
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "cell",
-    [("qwen3_square", "upcycled"), ("t5_gated_untied", "st-moe"), ("gemma3_local", "shared")],
+    [("qwen3_square", "upcycled"), ("t5_gated_untied", "st-moe"), ("gemma2_caps", "shared")],
 )
 @in_each_interpreter
 def test_caches_graphs_and_losses_are_as_transformers_has_them(tmp_path, python, cell):
