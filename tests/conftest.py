@@ -10,6 +10,7 @@ import functools
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -36,10 +37,18 @@ os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 # What a command says does not depend on how busy the machine is.
 os.environ["MOECC_PROGRESS"] = "off"
 
-# Hundreds of child processes import moecc: they find its bytecode, and leave none in the tree.
+# Tests, whose assertions pytest rewrites, and what hundreds of child processes import, are compiled
+# once.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache" / "cache")
-os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_cache" / "bytecode")
+sys.dont_write_bytecode = False
+
+# So are programs: a child, the other worker and the next run find them.  With a limit jax locks the
+# folder, which several processes write.
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "cache"
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 from moecc.ir import Graph, verify  # noqa: E402
 from moecc.rewrite.passes import Context, Pass, PassResult  # noqa: E402
