@@ -52,7 +52,7 @@ def prepared() -> tuple[Any, Any]:
         ),
     ))  # fmt: skip
     job = made.job
-    spec = StepSpec(job.sizes, job.config, job.update, platform=job.machine.kind)
+    spec = StepSpec(job.sizes, job.request.config, job.update, platform=job.machine.kind)
     return make_train_step(made.graph, spec, devices(job.machine)), job.machine
 
 

@@ -15,8 +15,6 @@ from moecc.support.untyped import Json
 from moecc.train.recipe import OptimizerSection
 from moecc.train.recipe_text import parse_update
 
-EMITS = ("stablehlo", "hlo")
-
 
 @dataclass(frozen=True)
 class Request:
@@ -26,7 +24,7 @@ class Request:
       model: a model or preset.
       machine: by name.
       config: the settings of the step.
-      emit: of `EMITS`, the program that is wanted besides.
+      emit: the program that is wanted besides, ``stablehlo`` or ``hlo``.
       export: whether an artefact of ``jax.export`` is.
       overlap: whether the compiler is to have collectives beside products.
       quick: whether it is to take as little time as it can, at the price of the program's speed.
@@ -65,23 +63,15 @@ class Job:
       machine: where it is to run.
       layout: where everything lies.
       sizes: what the variables of the graph stand for, for the whole batch.
-      config: the settings of the step.
-      emit: of `EMITS`, the program that is wanted besides.
-      export: whether an artefact of ``jax.export`` is.
+      request: the settings of the step, and what is wanted of the compiler.
       update: the optimizer of a training step and its settings; None for the forward pass.
-      overlap: whether the compiler is to have collectives beside products.
-      quick: whether it is to take as little time as it can, at the price of the program's speed.
     """
 
     machine: Machine
     layout: Layout
     sizes: Mapping[str, int]
-    config: StepConfig
-    emit: str | None = None
-    export: bool = False
-    update: OptimizerSection | None = None
-    overlap: bool = False
-    quick: bool = False
+    request: Request
+    update: OptimizerSection | None
 
 
 @dataclass(frozen=True)

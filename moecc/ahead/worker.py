@@ -104,11 +104,8 @@ def prepare(request: Request) -> PreparedJob:
     pipeline = ",".join(filter(None, (str(first), passes)))
     step = clone(graph)
     run_passes(step, passes)
-    job = Job(
-        machine, strategy.layout, _sizes(graph, batch, parts), config, request.emit,
-        request.export, update_of(config.optimizer, request.sets) if train else None,
-        request.overlap, request.quick,
-    )  # fmt: skip
+    update = update_of(config.optimizer, request.sets) if train else None
+    job = Job(machine, strategy.layout, _sizes(graph, batch, parts), request, update)
     estimate = Estimator(work, machine, config).estimate(strategy)
     return PreparedJob(step, job, asked, estimate, bound, pipeline, tuple(remarks))
 
@@ -306,17 +303,18 @@ def main(folder: Path) -> None:
             (folder / PROGRAM).write_text(result.program, "utf-8")
         if result.artefact:
             (folder / ARTEFACT).write_bytes(result.artefact)
-        answer: object = report(request, prepared, result)
+        answer: object = report(prepared, result)
     except MoeccError as error:
         problems = [asdict(problem) for problem in error.problems]
         answer = {"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems}
     (folder / ANSWER).write_text(json.dumps(answer), "utf-8")
 
 
-def report(request: Request, prepared: PreparedJob, result: Result) -> JsonDict:
+def report(prepared: PreparedJob, result: Result) -> JsonDict:
     """Return the report of `moecc compile` as JSON values."""
     job, estimate, work = prepared.job, prepared.estimate, prepared.asked.work
-    config = job.config
+    request = job.request
+    config = request.config
     usable = result.available_bytes or job.machine.usable_bytes
     memory = estimate.memory
     return {
@@ -340,7 +338,7 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> JsonDict:
         "via": estimate.strategy.via if work.experts else None,
         "sliced": estimate.strategy.sliced,
         "pipeline": prepared.pipeline,
-        "quick": job.quick,
+        "quick": request.quick,
         "capacity": None
         if prepared.bound is None
         else {"factor": prepared.bound.factor, "convention": prepared.bound.convention},
@@ -373,7 +371,7 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> JsonDict:
                 for op, c in estimate.collectives.items()
             },
             "overlap": {
-                op.replace("_", "-"): o for op, o in overlap(estimate, job.overlap).items()
+                op.replace("_", "-"): o for op, o in overlap(estimate, request.overlap).items()
             },
         },
     }

@@ -186,13 +186,13 @@ def emit_noise(builder: Builder, logits: Value, key: Value, std: float) -> Value
     return builder.add(logits, builder.random_normal(key, logits, std=std, name="noise"))
 
 
-def emit_priority(builder: Builder, logits: Value, axis: str = "expert") -> Value:
+def emit_priority(builder: Builder, logits: Value) -> Value:
     """Return each token's largest probability, ``[*tokens]`` (V-MoE, Riquelme et al. 2021)."""
-    probabilities = builder.softmax(logits, axis=axis)
-    return builder.max(probabilities, axes=axis, name="priority")
+    probabilities = builder.softmax(logits, axis="expert")
+    return builder.max(probabilities, axes="expert", name="priority")
 
 
-def emit_rescaled(builder: Builder, gates: Value, slots: Value, choice: str = "choice") -> Value:
+def emit_rescaled(builder: Builder, gates: Value, slots: Value) -> Value:
     """Return the gates of the choices with a slot, scaled to the sum of all gates of the token.
 
     This is renormalisation after a drop: a token whose second expert was full gives all its weight
@@ -200,7 +200,7 @@ def emit_rescaled(builder: Builder, gates: Value, slots: Value, choice: str = "c
     """
     none = builder.constant(value=-1.0, dtype="i32")
     kept_gates = builder.mask(gates, builder.less(none, slots), fill=0.0)
-    total, left = (builder.sum(g, axes=choice) for g in (gates, kept_gates))
+    total, left = (builder.sum(g, axes="choice") for g in (gates, kept_gates))
     zero, unit = (builder.constant(value=v, dtype=gates.type.dtype.name) for v in (0.0, 1.0))
     # Dividing by 1 where no gate is left keeps 0/0 out of the gradient, too.
     divisor = builder.select(builder.less(zero, left), left, unit)
@@ -282,10 +282,10 @@ def emit_expert_choice(
     return builder.expert_choice(scores, tokens=tuple(tokens), experts=experts, **attrs)
 
 
-def emit_unit(builder: Builder, x: Value, axis: str, eps: float = 1e-6) -> Value:
-    """Return `x` divided by its length along `axis`; `eps` is added to the squared length."""
+def emit_unit(builder: Builder, x: Value, axis: str) -> Value:
+    """Return `x` divided by its length along `axis`; 1e-6 is added to the squared length."""
     squared = builder.sum(builder.square(x), axes=axis)
-    small = builder.constant(value=eps, dtype=x.type.dtype.name)
+    small = builder.constant(value=1e-6, dtype=x.type.dtype.name)
     return builder.mul(x, builder.rsqrt(builder.add(squared, small)))
 
 

@@ -10,8 +10,6 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.slots import SlotsOp, assigner, operands_by_word
 from moecc.types import F32, TensorType
 
-UNITS = ("group", "sequence", "global")
-
 
 @dataclass(frozen=True)
 class Scores:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value, setter_of
@@ -16,18 +15,6 @@ from moecc.ir.ops.slots import is_slots
 from moecc.support.text import amount
 from moecc.types import Axis, Extent, Size, TensorType, tensor
 from moecc.weights.expr import Expr, Source
-
-
-def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:
-    """Return `type` with its extents remapped to the images of their values in `values`."""
-    if not type.extents:
-        return type
-    return type.with_axes(
-        Axis(a.name, Extent(a.size.kind, _image(a.size, values)), a.mesh)
-        if isinstance(a.size, Extent)
-        else a
-        for a in type.axes
-    )
 
 
 def weight_of(param: Value, name: str = "") -> Expr:
@@ -63,11 +50,6 @@ def clone(graph: Graph) -> Graph:
     for name, value in graph.outputs.items():
         copy.set_output(name, values[value])
     return copy
-
-
-def _image(extent: Extent, values: dict[Value, Value]) -> Value:
-    value = setter_of(extent)
-    return values.get(value, value)
 
 
 def copied(attrs: Mapping[str, object]) -> dict[str, object]:
@@ -250,15 +232,6 @@ def local_size(axis: Axis, size: int, mesh: Mesh) -> int:
             f"{nearest_multiple(size, parts)}",
         )
     return size // parts
-
-
-def local_type(type: TensorType, mesh: Mesh) -> TensorType:
-    """Return the type of a local shard of a value of `type`; sizes that are not numbers stay."""
-    axes = (
-        Axis(a.name, local_size(a, a.size, mesh) if isinstance(a.size, int) else a.size)
-        for a in type.axes
-    )
-    return replace(type.bare, axes=tuple(axes))
 
 
 def local_attrs(node: Node, mesh: Mesh) -> Attrs:

@@ -82,7 +82,7 @@ class TrainProgress(Closing):
     def __init__(self, steps: int, *, quiet: bool = False, predicted: float | None = None) -> None:
         PROGRESS.set()
         self._steps, self._quiet, self._predicted = steps, quiet or is_quiet(), predicted
-        self._is_live = sys.stderr.isatty() and use_colour()
+        self._is_live = use_colour()
         self._shown_seconds = -LINE_SECONDS
         self._tokens = 0
         self._rate = 0.0

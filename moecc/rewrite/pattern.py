@@ -114,10 +114,6 @@ class OpPattern(Pattern):
         """Match result `index` of a node that has several; without this, the first."""
         return replace(self, index=index)
 
-    def such_that(self, where: Where, why: str) -> OpPattern:
-        """Match only where `where` holds of the value; `why` completes the sentence if not."""
-        return replace(self, where=where, why=why)
-
     @property
     def heads(self) -> Heads | None:
         """The operations that may define the matched value."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from moecc.errors import MoeccError, escaped
 from moecc.support.process import Closing
@@ -85,12 +85,10 @@ def clear_line() -> None:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def use_colour(stream: TextIO | None = None) -> bool:
-    """Whether `stream` (stderr) is a terminal that supports colour."""
-    stream = stream or sys.stderr
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return False
-    return stream.isatty()
+def use_colour() -> bool:
+    """Whether stderr is a terminal that supports colour."""
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not is_plain and sys.stderr.isatty()
 
 
 def show_error(error: MoeccError) -> None:

@@ -87,10 +87,10 @@ class Scanner:
         self.at += len(mark)
         return True
 
-    def expect(self, mark: str, description: str = "") -> None:
+    def expect(self, mark: str) -> None:
         """Consume `mark`. Raises: ParseError."""
         if not self.take(mark):
-            raise self.expected(description or mark)
+            raise self.expected(mark)
 
     def match(self, pattern: re.Pattern[str], description: str) -> str:
         """Consume and return what `pattern` matches. Raises: ParseError."""

@@ -135,14 +135,14 @@ def check_clone(graph: Graph) -> None:
         _fail("the copy shares a node with the graph", graph)
 
 
-def applied(item: Pass, graph: Graph, seed: int = 0) -> tuple[Graph, PassResult]:
+def applied(item: Pass, graph: Graph) -> tuple[Graph, PassResult]:
     """Return a copy of `graph` after the pass, which must be valid, and what the pass returns.
 
     A pass that must match may match nothing here.
     """
     after = clone(graph)
     try:
-        result = item.apply(after, Context(seed=seed, allow_unmatched=True))
+        result = item.apply(after, Context(allow_unmatched=True))
         verify(after)
     except VerifyError as error:
         _fail(f"the pass leaves a graph that is not valid: {error}", graph, after)

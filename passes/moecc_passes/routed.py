@@ -275,13 +275,13 @@ def causal_values(graph: Graph) -> set[Value]:
 
 def _masks_causally(node: Node) -> bool:
     masked = fits(MASKED, node)
-    return masked is not None and any(fits(CAUSAL, n) for n in _ancestors(masked.value("seen"), 3))
+    return masked is not None and any(fits(CAUSAL, n) for n in _ancestors(masked.value("seen")))
 
 
-def _ancestors(value: Value, steps: int) -> Iterator[Node]:
-    """Yield the nodes that `value` is computed by, up to `steps` of them in a row."""
+def _ancestors(value: Value) -> Iterator[Node]:
+    """Yield the nodes that `value` is computed by, up to three of them in a row."""
     values = [value]
-    for _ in range(steps):
+    for _ in range(3):
         nodes = [v.node for v in values if v.node is not None]
         yield from nodes
         values = [v for n in nodes for v in n.operands]

@@ -15,7 +15,7 @@ from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import Graph
 from moecc.ir.mesh import mesh_of, parse_mesh
-from moecc.ir.structure import clone, local_type
+from moecc.ir.structure import clone, local_size
 from moecc.plan.memory import Sharding
 from moecc.plan.search import layouts, meshes
 from moecc.plan.workload import Workload, make_batch, workload
@@ -54,7 +54,7 @@ def held(model: str, layout: Layout) -> tuple[int, int]:
     run_pipeline(graph, Pipeline.parse(passes))
     mesh = mesh_of(graph)
     assert mesh is not None
-    shapes = [local_type(p.type, mesh).shape for p in graph.params.values()]
+    shapes = [[local_size(a, a.size, mesh) for a in p.type.axes] for p in graph.params.values()]
     return sum(prod(s) for s in shapes if len(s) > 1), sum(s[0] for s in shapes if len(s) == 1)
 
 

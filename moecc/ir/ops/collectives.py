@@ -241,7 +241,3 @@ class RaggedAllToAllOp(ExchangeOp):
                 hint="all_to_all moves what is not ragged",
             )
         return super().changed(type)
-
-
-COLLECTIVES = tuple(name for name, entry in OPS.items() if entry.collective is not None)
-"""The operations that change only a value's sharding."""

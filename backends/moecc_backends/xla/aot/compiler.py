@@ -401,32 +401,33 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
       UsageError: libtpu refuses the topology.
       InputError: the mesh does not suit the graph.
     """
-    if job.export and find_spec("flatbuffers") is None:
+    if job.request.export and find_spec("flatbuffers") is None:
         raise MachineError("exporting needs flatbuffers", hint=install_hint("export"))
-    config = job.config
+    config = job.request.config
     with in_precision(config.compute_type, config.weight_type, config.reduce_type):
         return _compiled(graph, job)
 
 
 def _compiled(graph: Graph, job: Job) -> Result:
-    config, machine = job.config, job.machine
+    request, machine = job.request, job.machine
+    config = request.config
     layout = job.layout if config.partition == GSPMD else None
     spec = StepSpec(job.sizes, config, job.update, platform=machine.kind, layout=layout)
     function, arguments = make_step(graph, spec, devices(machine))
     start = time.perf_counter()
     lowered = lower(function, arguments, machine)
     seconds = time.perf_counter() - start
-    program = lowered.as_text() if job.emit == "stablehlo" else ""
+    program = lowered.as_text() if request.emit == "stablehlo" else ""
     artefact = b""
-    if job.export:
+    if request.export:
         from jax import export
 
         exported = export.export(function, platforms=[_platform(machine)])(*arguments)
         artefact = bytes(exported.serialize())
-    options = overlap_options(machine) if job.overlap else {}
+    options = overlap_options(machine) if request.overlap else {}
     try:
         compiled = compile_lowered(
-            lowered, machine, {**options, **(LEAST_EFFORT if job.quick else {})}
+            lowered, machine, {**options, **(LEAST_EFFORT if request.quick else {})}
         )
     except DoesNotFit as error:
         return Result(
@@ -451,7 +452,7 @@ def _compiled(graph: Graph, job: Job) -> Result:
         overlap=counted.overlap(),
         unknown_loops=counted.unknown_loops,
         opaque=counted.opaque,
-        program=compiled.hlo if job.emit == "hlo" else program,
+        program=compiled.hlo if request.emit == "hlo" else program,
         artefact=artefact,
     )
 
