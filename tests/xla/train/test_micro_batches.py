@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import examples
 
 from moecc.plan.step import StepConfig
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
@@ -110,7 +111,7 @@ SLOW: list[tuple[Case, int, str]] = [
 )
 def test_parts_and_meshes_change_no_loss_and_no_gradient(case: Case, parts: int, mesh: str) -> None:
     with jax.enable_x64(True):
-        for seed in range(10):
+        for seed in range(examples(3, 10)):
             assert_same(*both(case, parts, mesh, F64, seed), 1e-12)
 
 
