@@ -16,6 +16,7 @@ from moecc.families.building import BUILDERS, GraphBuilder
 from moecc.families.config import ModelConfig, TensorNames
 from moecc.families.registry import CONFIGS, ORIGINS
 from moecc.families.shrinking import SHRINKERS
+from moecc.ir.operation import has_operations
 from moecc.support.user_files import run_file
 
 
@@ -102,7 +103,7 @@ def load_families(files: Sequence[str] | None) -> None:
       UsageError: a file cannot be run or defines no family, or a name is taken.
     """
     for file in files or ():
-        if not add_families(file):
+        if not add_families(file) and not has_operations(run_file(Path(file))):
             raise UsageError(
                 "the file defines no family", where=file,
                 hint="a family is a variable that holds a Family; see docs/adding-a-family.md",

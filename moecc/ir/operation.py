@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, isinf
+from types import ModuleType
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar, overload
 
 from moecc.errors import InputError, Problem, nearest
@@ -607,6 +608,14 @@ def operation(name: str, operands: str = "", **traits: Any) -> Callable[[D], D]:
         return declared
 
     return declare
+
+
+def has_operations(module: ModuleType) -> bool:
+    """Return whether a module declares operations itself."""
+    return any(
+        isinstance(item, type) and issubclass(item, Op) and item.__module__ == module.__name__
+        for item in vars(module).values()
+    )
 
 
 def op(name: str) -> OpDef:

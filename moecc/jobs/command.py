@@ -307,4 +307,5 @@ def read_failing(
         stated = read_reproducer(Path(file))
         check_loaded(Path(file), stated, load)
         pipeline, seed = stated.pipeline, stated.seed
-    return read_graph(file), read_pipeline(pipeline, load), seed
+    passes = read_pipeline(pipeline, load)  # First: a file may define operations of the graph.
+    return read_graph(file), passes, seed

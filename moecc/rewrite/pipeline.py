@@ -24,6 +24,7 @@ from typing import Annotated, Any, ClassVar
 
 from moecc.errors import Problem, UsageError, nearest, printable
 from moecc.ir.graph import Graph
+from moecc.ir.operation import has_operations
 from moecc.rewrite.passes import (
     Context,
     Option,
@@ -375,7 +376,7 @@ class Registry:
             if isinstance(item, PipelineTemplate)
             and not (item.name in self and self.factories[item.name]() is item)
         ]
-        if required and not items:
+        if required and not items and not has_operations(module):
             raise UsageError(
                 "the file defines no pass",
                 where=str(path),

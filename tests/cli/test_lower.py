@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,3 +93,25 @@ def test_without_jax_it_says_what_to_install(
     done = moecc("lower", path)
     assert (done.code, done.out) == (4, "")
     assert "pip install 'jax<" in done.err
+
+
+def test_an_operation_from_outside_is_passed_over_and_lowered(tmp_path: Path) -> None:
+    """In processes of their own: an operation stays in the table."""
+    page = (Path(__file__).parents[2] / "docs" / "ir.md").read_text("utf-8")
+    code = page[page.index("## An operation of your own") :].split("```python\n")[1].split("```")[0]
+    declared = code[: code.index("graph = Graph")]
+    (tmp_path / "mish.py").write_text(declared)
+    source = "from moecc.ir import print_graph\nprint(print_graph(graph))\n"
+    text = subprocess.run([sys.executable, "-c", code + source], stdout=subprocess.PIPE, check=True)
+    (tmp_path / "dense.moe").write_bytes(text.stdout)
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", "moecc", *words, "--load", "mish.py"]
+        return subprocess.run(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+
+    sparse = run("opt", "dense.moe", "-p", "upcycle{experts=4 top-k=2}", "--check")
+    assert "= mish " in sparse
+    (tmp_path / "sparse.moe").write_text(sparse)
+    assert "logaddexp" in run("lower", "sparse.moe", "--emit", "jaxpr")

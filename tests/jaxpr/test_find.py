@@ -289,6 +289,21 @@ def test_tokens_that_do_not_fit(tokens: Any, problem: str) -> None:
     assert re.search(r"test_find.py:\d+ in biased, tokens\[", str(error.value))
 
 
+def test_a_use_whose_result_nothing_takes_is_none() -> None:
+    """As haliax takes the first layer of a stack, to see its shape."""
+
+    def function(p: Any, x: Any) -> Any:
+        jax.tree.map(lambda w: jnp.take(w, 0, axis=0), p)
+
+        def layer(x: Any, p: Any) -> tuple[Any, None]:
+            return x + jax.nn.silu(x @ p["w1"]) @ p["w2"], None
+
+        return jax.lax.scan(layer, x, p)[0]
+
+    report = found(function, {"w1": (3, E, F), "w2": (3, F, E)}).report
+    assert [block.is_converted for block in report.blocks] == [True] * 3
+
+
 def test_a_key_that_is_a_path_names_the_block() -> None:
     def gemma(p: Any, x: Any) -> Any:
         return act(jax.nn.silu)(

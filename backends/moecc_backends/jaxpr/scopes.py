@@ -251,7 +251,7 @@ def _inline(
         frame.values[variable] = Variable(variable.aval, const=const)
     frame.values.update(zip(inner.invars, inputs, strict=True))
     passed: dict[Atom, Atom] = {}
-    for each in inner.eqns:
+    for each in _live_equations(inner):
         eqn = _without_passed(each, passed)
         operands = [frame.read(atom) for atom in eqn.invars]
         called = callee(eqn)
@@ -272,6 +272,22 @@ def _inline(
             scope.equations.append(equation)
         frame.values.update(zip(eqn.outvars, results, strict=True))
     return [frame.read(_renamed(atom, passed)) for atom in inner.outvars]
+
+
+def _live_equations(jaxpr: Jaxpr) -> list[JaxEquation]:
+    """Return the equations that results depend on, those with effects, and products, in order.
+
+    haliax takes the first layer of a stack to see its shape, which is no use of its weights.  A
+    product without a user says why a block is none, as in a function that returns a gradient.
+    """
+    needed = {atom for atom in jaxpr.outvars if not is_literal(atom)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        is_product = eqn.primitive.name == "dot_general" or has_inside(eqn, "dot_general")
+        if eqn.effects or is_product or any(variable in needed for variable in eqn.outvars):
+            needed.update(atom for atom in eqn.invars if not is_literal(atom))
+            live.append(eqn)
+    return live[::-1]
 
 
 def _renamed(atom: Atom, passed: Mapping[Atom, Atom]) -> Atom:
