@@ -1,4 +1,8 @@
-"""A tokenizer in a subprocess: whatever its file holds, the caller gets a result or an error."""
+"""A tokenizer in a subprocess: whatever its file holds, the caller gets a result or an error.
+
+The library is Rust: a hostile ``tokenizer.json`` may cause a panic, which is not an Exception
+in Python, or end the process when memory runs out.  Either is reported to the caller as an error.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,94 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, BinaryIO
 
-from moecc.errors import InputError, MachineError, printable
+from moecc.errors import InputError, MachineError, described, printable
 from moecc.support.extras import install_hint
 from moecc.support.process import Closing
-from moecc.support.untyped import Json
-from moecc.tokenizer.worker import MEMORY_BYTES
+from moecc.support.untyped import Json, JsonDict
+
+# The subprocess: answers one request per line, within bounds.
+
+MEMORY_BYTES = 4 << 30
+CPU_SECONDS = 120
+MOST_TOKENS = 1 << 22
+"""The limit on tokens of one response."""
+
+
+def main() -> None:
+    """Serve the requests on standard input until it ends."""
+    _bound()
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    worker = Worker()
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer = {"result": worker.answer(request, requests)}
+        except ImportError:
+            answer = {"missing": True}
+        except BaseException as error:  # a Rust panic is not an Exception
+            answer = {"error": described(error)[:2000]}
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+class Worker:
+    """A tokenizer, once it is loaded."""
+
+    def __init__(self) -> None:
+        self.tokenizer: Any = None
+
+    def answer(self, request: JsonDict, stream: BinaryIO) -> Any:
+        """Return the result of one request."""
+        ((method, argument),) = request.items()
+        match method:
+            case "load":
+                return self._load(stream.read(argument))
+            case "encode" | "plain":
+                return self._encode(argument, special=method == "encode")
+            case "decode":
+                return self.tokenizer.decode(argument)
+            case "ids":
+                return [self.tokenizer.token_to_id(token) for token in argument]
+            case "size":
+                return max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        return self.tokenizer.id_to_token(argument)
+
+    def _load(self, data: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+        # Padding and truncation are for batches, not for single texts.
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+
+    def _encode(self, texts: list[str], *, special: bool) -> list[list[int]]:
+        rows, count = [], 0
+        for text in texts:
+            ids = self.tokenizer.encode(text, add_special_tokens=special).ids
+            count += len(ids)
+            if count > MOST_TOKENS:
+                raise ValueError(f"more than {MOST_TOKENS:,} tokens")
+            rows.append(ids)
+        return rows
+
+
+def _bound() -> None:
+    """Limit this process's memory, so that the system ends it before memory runs out."""
+    try:
+        import resource
+    except ImportError:  # no such limits on this system
+        return
+    for kind, limit in (
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_CPU, CPU_SECONDS),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(kind, (limit, limit))
+
 
 LIMIT_SECONDS = 60.0
 """The time limit of one request."""
@@ -44,7 +129,7 @@ class Tokenizer(Closing):
         try:
             self._process = subprocess.Popen(
                 # -P: a file in the working folder must not shadow a library.
-                [sys.executable, "-P", "-m", "moecc.tokenizer.worker"],
+                [sys.executable, "-P", "-m", "moecc.tokenizer.process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -156,3 +241,7 @@ class Tokenizer(Closing):
 
     def _failed(self, doing: str, reason: str) -> InputError:
         return InputError(f"the tokenizer cannot be {doing}: {reason}", where=self.where)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 
-from moecc.tokenizer import worker
-
 pytest.importorskip("jax")
 tokenizers = pytest.importorskip("tokenizers")
 
 from moecc.errors import InputError  # noqa: E402
-from moecc.tokenizer.process import Tokenizer  # noqa: E402
+from moecc.tokenizer.process import Tokenizer, Worker  # noqa: E402
 from tests.support.commands import Moecc  # noqa: E402
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat"]
@@ -161,8 +159,8 @@ def test_what_the_library_says_is_what_comes_back() -> None:
 
 
 def test_answers_have_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "MOST_TOKENS", 5)
-    made = worker.Worker()
+    monkeypatch.setattr("moecc.tokenizer.process.MOST_TOKENS", 5)
+    made = Worker()
     made.tokenizer = tokenizers.Tokenizer.from_str(changed().decode())
     with pytest.raises(ValueError, match="more than 5 tokens"):
         made._encode(["the cat sat", "on a mat"], special=False)

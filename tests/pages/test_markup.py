@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import moecc
 from moecc.jobs.opt import graph_page
 from moecc.jobs.receipt import receipt_page
+from moecc.jobs.report import report_page
 from moecc.plan.page import plan_page, sweep_page
 from moecc.support.page import render
 from moecc.support.text import facts_table
-from moecc.train.report_page import report_page
 from moecc.train.run import RunSeries
 from tests.support.pages import Parsed, script_hash
 from tests.support.tiers import examples

@@ -87,8 +87,13 @@ from moecc_backends.xla.run.program import (
 )
 from moecc_backends.xla.trace.values import NamedArrays, Outputs, PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TAUGHT, TOKENS
-from moecc_backends.xla.train.step import PhasedStep, TrainStep, shared_step
-from moecc_backends.xla.train.teacher import TeacherProgram, teacher_program
+from moecc_backends.xla.train.step import (
+    PhasedStep,
+    TeacherProgram,
+    TrainStep,
+    shared_step,
+    teacher_program,
+)
 from moecc_backends.xla.train.tensors import (
     StateLeaf,
     Tensors,

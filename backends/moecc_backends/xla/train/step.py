@@ -6,7 +6,7 @@ type that is asked for, its router in float32 (selective precision, ST-MoE §3.3
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -22,8 +22,10 @@ from moecc.ir.graph import Graph, Node
 from moecc.ir.routing_losses import MASK
 from moecc.ir.text import print_graph
 from moecc.train.batches import TARGETS, TEACHER
+from moecc.train.events import Teacher
+from moecc.train.graphs import teacher_graph
 from moecc.train.objectives import IGNORED
-from moecc.train.recipe import GuardSection, OptimizerSection
+from moecc.train.recipe import GuardSection, OptimizerSection, Recipe
 from moecc.train.scoring import Scorer, TokenScores
 from moecc.train.settings import (
     ParamSettings,
@@ -60,6 +62,7 @@ from moecc_backends.xla.train.gradients import (
     summed_outputs,
 )
 from moecc_backends.xla.train.optimizer import Optimizer, Settle
+from moecc_backends.xla.train.tensors import load
 
 
 @dataclass(frozen=True)
@@ -683,3 +686,61 @@ def make_step(
     inputs = where.arrays(input_types(graph))
     inputs |= {n: where.key for n, v in graph.inputs.items() if v.type.dtype == KEY}
     return jax.jit(where.model(graph)), (params, inputs)
+
+
+@dataclass(frozen=True)
+class TeacherProgram:
+    """The source that a model is distilled from, on the devices of the model.
+
+    Attributes:
+      logits: the compiled ``(params, inputs) → logits``.
+      params: its parameters.
+      inputs: the names of the inputs that it reads.
+      keys: its random keys, by name.
+      shape: shape and type of its logits.
+      coefficient: returns the coefficient of the divergence in a step, by its number.
+    """
+
+    logits: PyTree
+    params: NamedArrays
+    inputs: tuple[str, ...]
+    keys: NamedArrays
+    shape: jax.ShapeDtypeStruct
+    coefficient: Callable[[int], float]
+
+    def __call__(self, batch: NamedArrays, step: int) -> Outputs:
+        """Return the logits of a batch, zeros once they do not count, and their coefficient."""
+        coefficient = self.coefficient(step)
+        logits = jnp.zeros(self.shape.shape, self.shape.dtype, device=self.shape.sharding)
+        if coefficient:
+            inputs = {name: batch[name] for name in self.inputs} | dict(self.keys)
+            logits = self.logits(self.params, inputs)
+        return {TEACHER: logits, COEFFICIENT: jnp.float32(coefficient)}
+
+
+def teacher_program(teacher: Teacher, recipe: Recipe, step: TrainStep) -> TeacherProgram:
+    """Return the program of a teacher.
+
+    Args:
+      teacher: the source.
+      recipe: the recipe.
+      step: the step that it teaches.
+
+    Raises:
+      InputError: its logits are not like those of the model.
+    """
+    graph = teacher_graph(teacher.graph, recipe, step.graph)
+    where = step_shardings(graph, step.spec, step.where.devices)
+    abstract = {name: where.param(value) for name, value in graph.params.items() if value.users}
+    model, shape = where.model(graph), step.abstract_batch[TEACHER]
+
+    def logits(params: NamedArrays, inputs: NamedArrays) -> jax.Array:
+        return model(params, inputs)[LOGITS].astype(shape.dtype)
+
+    keys = [name for name, value in graph.inputs.items() if value.type.dtype == KEY]
+    return TeacherProgram(
+        jax.jit(logits), load(graph, teacher.weights, teacher.read, abstract),
+        tuple(name for name in graph.inputs if name not in keys),
+        {name: jax.random.key(0) for name in keys}, shape,
+        lambda number: recipe.loss.distill_at(number, recipe.run.steps),
+    )  # fmt: skip
