@@ -30,6 +30,9 @@ FORMS: tuple[tuple[str, ...], ...] = (
     ("intermediate.dense", "output.dense"),
     ("intermediate_dense", "output_dense"),
     ("ffn", "ffn_output"),
+    ("feed_forward.intermediate", "feed_forward.output"),
+    ("proj_up_gate", "proj_up", "proj_down"),
+    ("input_linear", "output_linear"),
     ("ffn.w_in.w_0", "ffn.w_in.w_1", "ffn.w_out"),
     ("feed_forward.key", "feed_forward.value"),
     ("pwconv1", "pwconv2"),
@@ -55,6 +58,8 @@ def expected_blocks(model: Any) -> dict[str, tuple[str, ...]]:
     for path, parent in modules.items():
         for form in FORMS:
             if form[0].isdigit() and not isinstance(parent, nn.Sequential):
+                continue
+            if hasattr(parent, "dwconv"):  # a convolution between the products mixes tokens
                 continue
             names = tuple(f"{path}.{name}".lstrip(".") for name in form)
             if names[-1] not in blocks and all(_is_product(modules.get(name)) for name in names):

@@ -406,5 +406,12 @@ def test_bad_input() -> None:
 
     with pytest.raises(InputError, match=r"torch\.export cannot read"):
         mt.convert(Language(Branching()), tokens(), PIPELINE)
+
+    class Selecting(Block):
+        def forward(self, x: Any) -> Any:
+            return x + super().forward(x[x.sum(-1) > 0]).sum()
+
+    with pytest.raises(InputError, match="sizes of a value, which depend on other values"):
+        mt.convert(Language(Selecting()), tokens(), PIPELINE)
     with pytest.raises(InputError, match="no feed-forward block"):
         mt.convert(Language(nn.Linear(WIDTH, WIDTH)), tokens(), PIPELINE)

@@ -637,6 +637,16 @@ def exported_module(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             module.training = mode
         for config, use_cache in uses_cache:
             config.use_cache = use_cache
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        tensors = value if isinstance(value, tuple | list) else [value]
+        if any(not isinstance(size, int) for t in tensors for size in getattr(t, "shape", ())):
+            raise InputError(
+                "torch.export shows no sizes of a value, which depend on other values",
+                where=node_line(node) or type(model).__name__,
+                found=operation_name(node),
+                hint="select by a mask, or by topk, whose results have a size that is known before",
+            )
     return _read_program(model, program)
 
 
