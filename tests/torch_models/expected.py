@@ -36,6 +36,7 @@ FORMS: tuple[tuple[str, ...], ...] = (
     ("ffn.w_in.w_0", "ffn.w_in.w_1", "ffn.w_out"),
     ("feed_forward.key", "feed_forward.value"),
     ("pwconv1", "pwconv2"),
+    ("pointwise_conv1", "pointwise_conv2"),
     ("dense1", "dense2"),
     ("w12", "w3"),
     ("weights_in", "weights_out"),
@@ -57,14 +58,18 @@ def expected_blocks(model: Any) -> dict[str, tuple[str, ...]]:
     blocks: dict[str, tuple[str, ...]] = {}
     for path, parent in modules.items():
         for form in FORMS:
-            if form[0].isdigit() and not isinstance(parent, nn.Sequential):
-                continue
-            if hasattr(parent, "dwconv"):  # a convolution between the products mixes tokens
+            if (form[0].isdigit() and not isinstance(parent, nn.Sequential)) or _mixes(parent):
                 continue
             names = tuple(f"{path}.{name}".lstrip(".") for name in form)
             if names[-1] not in blocks and all(_is_product(modules.get(name)) for name in names):
                 blocks[names[-1]] = names
     return blocks
+
+
+def _mixes(module: Any) -> bool:
+    """Whether tokens are mixed between the products: by a convolution, or the norm of a batch."""
+    children = module.named_children()
+    return any(name == "dwconv" or "BatchNorm" in type(x).__name__ for name, x in children)
 
 
 def _is_product(module: Any) -> bool:

@@ -45,7 +45,8 @@ def render() -> str:
         [
             f"{document['date']}, torch {versions['torch']}, transformers "
             f"{versions['transformers']}: {len(rows)} of {document['architectures']} architectures "
-            f"were tried so far, and {len(right)} are right. Of the others, whose reasons are in "
+            f"were tried so far, and {len(right)} are right, with "
+            f"{sum(row['converted'] for row in right)} blocks. Of the others, whose reasons are in "
             "[the record](proofs/torch-models.json),",
             "",
             *others,

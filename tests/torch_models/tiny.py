@@ -64,7 +64,7 @@ BY_STAGE = ("hidden_sizes", "dims", "embed_dims", "embed_dim", "encoder_hidden_s
 """Lists of widths, which double from stage to stage."""
 
 _MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
-_SWIN = {"window_size": 2, "depths": [1, 1], "num_heads": [2, 2], "embed_dim": 16}
+_SWIN = {"window_size": 2, "depths": [1, 1], "num_heads": [4, 4], "embed_dim": 16}
 CHANGES: dict[str, dict[str, Any]] = {
     **{
         kind: {"rope_parameters": _MROPE}

@@ -51,7 +51,7 @@ from moecc_backends.torch_export.conversion import (
     write_beside,
     write_config,
 )
-from moecc_backends.torch_export.lowering import exported_module
+from moecc_backends.torch_export.lowering import error_text, exported_module
 
 BATCH, TOKENS, TOKEN_ID = 2, 7, 3
 """The sizes of the inputs that a model is traced with, and the token that they repeat."""
@@ -68,11 +68,10 @@ def _by_transformers(folder: Path, action: str) -> Iterator[None]:
     except MoeccError:
         raise
     except Exception as error:  # its exceptions are of many types, and of other libraries
-        line = next(iter(str(error).strip().splitlines()), "")
         raise InputError(
             f"transformers cannot {action} the model",
             where=str(folder),
-            found=f"{type(error).__name__}: {line}",
+            found=error_text(error),
         ) from error
     finally:
         if shows_progress:

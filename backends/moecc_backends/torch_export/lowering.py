@@ -629,7 +629,7 @@ def exported_module(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         raise InputError(
             "torch.export cannot read the model",
             where=type(model).__name__,
-            found=f"{type(error).__name__}: {_first_line(error)}",
+            found=error_text(error),
             hint="inputs that torch.export.export takes; no control flow that depends on values",
         ) from error
     finally:
@@ -650,8 +650,9 @@ def exported_module(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return _read_program(model, program)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def error_text(error: Exception) -> str:
+    """Return the type of an exception of another library, and the first line of its words."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _read_program(model: Any, program: Any) -> ExportedModule:
