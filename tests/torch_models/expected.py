@@ -47,6 +47,7 @@ FORMS: tuple[tuple[str, ...], ...] = (
     ("ffw_layer_1", "ffw_layer_2"),
     ("0", "2"),
     ("0", "3"),
+    ("layers.0", "layers.1"),
     ("net.0.proj", "net.2"),
 )
 """The products of a block by their names in a module: those of its input, and the last one."""
@@ -67,9 +68,12 @@ def expected_blocks(model: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _mixes(module: Any) -> bool:
-    """Whether tokens are mixed between the products: by a convolution, or the norm of a batch."""
+    """Whether a convolution, or a norm of hidden values, stands between the products."""
     children = module.named_children()
-    return any(name == "dwconv" or "BatchNorm" in type(x).__name__ for name, x in children)
+    return any(
+        name in ("dwconv", "ffn_layernorm") or "BatchNorm" in type(child).__name__
+        for name, child in children
+    )
 
 
 def _is_product(module: Any) -> bool:

@@ -14,7 +14,7 @@ STAGES = {
     "build": "were not built small",
     "inputs": "were built, and no inputs that ran were known",
     "error": "were not judged: out of time, or saved by transformers with a config it rejects",
-    "wrong": "computed something else",
+    "wrong": "computed something else, or have a block that is neither found nor reported",
 }
 
 DIFFERENCES = ("logits", "experts", "gradients")

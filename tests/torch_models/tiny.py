@@ -294,6 +294,28 @@ def inputs(model: Any) -> Iterator[dict[str, Any]]:
         mask = torch.ones(2, 40, dtype=torch.long)
         yield {"input_features": draw(2, mel, 40), "input_features_mask": mask}
         yield {"input_features": draw(2, 40, mel), "input_features_mask": mask}
+    width = getattr(config, "hidden_size", None) or 32
+    patch = getattr(vision, "patch_size", None) or 8
+    patch = patch if isinstance(patch, int) else 8
+    if "grid_thw" in names:
+        frames_of_patch = getattr(vision, "temporal_patch_size", 1)
+        for pixels in (3 * frames_of_patch * patch**2, width):
+            name = "hidden_states" if "hidden_states" in names else "pixel_values"
+            yield {name: draw(16, pixels), "grid_thw": torch.tensor([[1, 4, 4]])}
+    if "spatial_shapes" in names:
+        yield {"pixel_values": draw(2, 16, 3 * patch**2), "spatial_shapes": torch.full((2, 2), 4),
+               "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long)}  # fmt: skip
+    if {"input_ids", "input_values"} <= names.keys():
+        yield {"input_ids": ids, "input_values": draw(2, 1, 1920)}
+    if "query_embeds" in names:
+        yield {"query_embeds": draw(2, 4, width)}
+    if "visual_feats" in names:
+        features = getattr(config, "visual_feat_dim", 32)
+        yield {"input_ids": ids, "visual_feats": draw(2, 4, features), "visual_pos": draw(2, 4, 4)}
+    if hasattr(config, "num_codebooks"):
+        yield {"input_ids": ids.repeat(config.num_codebooks, 1), **extra}
+    if "input_features" in names:
+        yield {"input_features": draw(2, 64, 128)}
     for name in ("input_ids", "input_values", "inputs"):
         if name in names:
             yield {name: every[name], **decoder, **extra}
