@@ -16,6 +16,9 @@ from worth import BASE_STEPS, DENSE, LONGER, RESULTS, SPARSE, STEPS
 PAGE = Path(__file__).parents[1] / "docs" / "worth.md"
 BEGIN, END = "<!-- begin tables: written by experiments/worth_page.py -->", "<!-- end tables -->"
 
+WIDE: Any = {"decoder": "decoder_worth_wide", "base_steps": 1000}
+"""The second size."""
+
 Line = dict[str, Any]
 Lines = dict[tuple[str, int], dict[tuple[str, int], Line]]
 
@@ -46,12 +49,14 @@ class Difference:
         return float(student.ppf(1 - 0.025 / claims, self.degrees)) * self.error
 
 
-def read_lines(path: Path = RESULTS) -> Lines:
-    """Return the lines of the main size, by text and seed, then by arm and steps."""
+def read_lines(
+    path: Path = RESULTS, decoder: str = "decoder_worth", base_steps: int = BASE_STEPS
+) -> Lines:
+    """Return the lines of one size and base, by text and seed, then by arm and steps."""
     lines: Lines = {}
     for text in path.read_text("utf-8").splitlines():
         line = json.loads(text)
-        if (line["decoder"], line["base_steps"]) == ("decoder_worth", BASE_STEPS):
+        if (line["decoder"], line["base_steps"]) == (decoder, base_steps):
             arm = lines.setdefault((line["text"], line["seed"]), {})
             arm[line["arm"], line["steps"]] = line
     return lines
@@ -151,6 +156,7 @@ def main() -> None:
     after = tables.split(END)[1]
     blocks = [*table("sparse less dense", claims(lines)), ""]
     blocks += table("less the recipe", parts(lines))
+    blocks += ["", *table("the same, 185 thousand parameters", claims(read_lines(**WIDE)))]
     PAGE.write_text("\n".join([before.rstrip("\n"), "", BEGIN, *blocks, END]) + after)
 
 
