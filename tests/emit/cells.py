@@ -162,10 +162,9 @@ DRAWS, WELL_CONDITIONED = 64, 2e-6
 def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
     """Write an npz file: inputs, outputs in float64, and gradients of all parameters by XLA.
 
-    The loss is Σ cotangent · output, and the auxiliary loss.  The condition of a draw is what
-    rounding does to its gradients in float32: 2²⁹ times what it does in float64, when each
-    parameter moves by its last bit.  Near a tie of experts, or of a saturated softmax, it is large;
-    inputs are drawn until it is small, or the best are taken.
+    The loss is Σ cotangent · output, and the auxiliary loss.  Inputs are drawn until the gradients
+    are well conditioned, or the best are taken: near a tie of experts, or of a saturated softmax,
+    gradients in float32 are rounding alone.
     """
     model = moecc.open(folder)
     graph = model.graph
@@ -186,8 +185,7 @@ def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
             slopes, *moved = (
                 differentiate(p, inputs, cotangent) for p in (params, *_neighbours(params))
             )
-            moves = (relative(m[name], x) for m in moved for name, x in slopes.items())
-            condition = max(moves) * 2.0**29
+            condition = max(_condition(x, *(m[name] for m in moved)) for name, x in slopes.items())
         draws.append((condition, inputs, slopes, cotangent))
         if condition < WELL_CONDITIONED:
             break
@@ -202,14 +200,25 @@ def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
     np.savez(file, **arrays)
 
 
-def _neighbours(params: dict[str, Array]) -> Iterator[dict[str, Array]]:
-    """Yield parameters that differ from `params` in the last bit."""
-    for seed in range(2):
-        rng = np.random.default_rng(seed)
-        yield {
-            name: np.nextafter(x, rng.choice([-np.inf, np.inf], x.shape))
-            for name, x in params.items()
-        }
+STEP = 2.0**-34
+
+
+def _neighbours(params: dict[str, Array]) -> list[dict[str, Array]]:
+    """Return parameters a relative step away on either side."""
+    rng = np.random.default_rng(0)
+    steps = {name: x * rng.choice([-STEP, STEP], x.shape) for name, x in params.items()}
+    return [{name: x + sign * steps[name] for name, x in params.items()} for sign in (1, -1)]
+
+
+def _condition(slope: Array, above: Array, below: Array) -> float:
+    """Return the relative error that a gradient is expected to have in float32.
+
+    The first difference of its neighbours is what rounding the parameters does to it; the second
+    is what rounding the results in between did in float64.
+    """
+    rounded_parameters = relative((above - below) / 2 + slope, slope) * 2.0**-24 / STEP
+    rounded_results = relative((above + below) / 2, slope) * 2.0**29
+    return max(rounded_parameters, rounded_results)
 
 
 def _shape(type: TensorType) -> list[int]:
