@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-slurm proof-splits proof-step proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-schedulers proof-slurm proof-splits proof-step proof-stores proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,14 @@ proof-step: $(STAMP) ## the training step beside a loop in torch written by hand
 proof-slurm: $(STAMP) ## a training and a conversion on a cluster of Slurm on this machine, killed, requeued, told to stop; Debian's slurm-wlm, as root; writes docs/proofs/slurm.json
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.slurm --out docs/proofs/slurm.json > /dev/null
+
+proof-stores: $(STAMP) ## spoil requests to an S3 server, for every command that reads or writes one; writes docs/proofs/stores.json (an hour)
+	mkdir -p docs/proofs
+	PYTHONPATH=tests/support $(BIN)/python -m tests.proof.stores --out docs/proofs/stores.json > /dev/null
+
+proof-schedulers: $(STAMP) ## printed templates by the parsers of Kubernetes, JobSet, SkyPilot and xpk; MOECC_KUBERNETES_PYTHON, MOECC_SKYPILOT_PYTHON, MOECC_XPK_PYTHON and MOECC_JOBSET_CRD name them
+	mkdir -p docs/proofs
+	$(BIN)/python -m tests.proof.schedulers --out docs/proofs/schedulers.json > /dev/null
 
 proof-splits: $(STAMP) ## SmolLM2 split by activation beside index and random, pruned by saliency beside draws; writes docs/proofs/splits.json
 	mkdir -p docs/proofs

@@ -13,12 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
+from weakref import finalize
 
 from moecc.errors import InputError, MoeccError, UsageError
-from moecc.formats.files import require_removed
+from moecc.formats.files import os_errors, require_removed
 from moecc.formats.folder import CONFIG_NAME
 from moecc.formats.manifest import MANIFEST_NAME, file_digest, load
 from moecc.formats.output import clean as clean_local
+from moecc.formats.output import lock_folder
 from moecc.formats.safetensors import INDEX_NAME
 from moecc.formats.store import CLAIM_NAME, HUB, UPLOADING, Address, file_system, store_errors
 from moecc.support.text import amount
@@ -63,7 +65,12 @@ class StoreOutput:
             raise UsageError("not a folder in a store", where=address, expected=expected)
         self.stage = staging_folder(self.address)
         self._force, self._resume, self._held = force, resume, ""
-        self._writer = token_hex(8)
+        # A claim outlives its process. The next one on this machine knows it by this file, whose
+        # lock a process has while it lives.
+        self._writer_file = self.stage.with_name(f".{self.stage.name}.writer")
+        self._writer, self._is_noted = token_hex(8), False
+        if resume and self._writer_file.is_file() and self._lock_writer():
+            self._writer = self._writer_file.read_text().strip()
         self._system: Any = file_system(self.address)
 
     def check(self, content: str) -> None:
@@ -84,6 +91,15 @@ class StoreOutput:
                 hint="give another folder, or --force to replace it",
             )
 
+    def check_stage(self) -> None:
+        """Check that no converted model waits in the staging folder. Raises InputError."""
+        if (self.stage / MANIFEST_NAME).is_file() and not self._force:
+            raise InputError(
+                "a converted model was not uploaded yet",
+                where=self.stage,
+                hint=f"{self._continuing()} continues the upload, --force begins again",
+            )
+
     @contextmanager
     def claimed(self, content: str) -> Iterator[None]:
         """Hold the claim while the output is converted; give it up on any failure.
@@ -99,7 +115,7 @@ class StoreOutput:
         except BaseException:
             with suppress(MoeccError):
                 if self._claimed() == self._held:
-                    self._remove(CLAIM_NAME)
+                    self._release()
             raise
 
     def put(self, folder: Path) -> None:
@@ -126,7 +142,7 @@ class StoreOutput:
         ]:
             if present.get(name) != (folder / name).stat().st_size:
                 self._put_file(folder / name, name)
-        self._remove(CLAIM_NAME)
+        self._release()
 
     def put_stage(self) -> None:
         """Upload the staged output and remove it. Raises as `put`, naming how to continue."""
@@ -153,8 +169,9 @@ class StoreOutput:
             actions.append(f"{self.stage}: removed what was not uploaded")
         if claim := self._claimed():
             names = sorted(self._names()) if claim.startswith(UPLOADING) else []
-            for name in (*names, CLAIM_NAME):
+            for name in names:
                 self._remove(name)
+            self._release()
             actions.append(f"{self.address}: removed a claim and {amount(len(names), 'file')}")
         return actions
 
@@ -203,6 +220,7 @@ class StoreOutput:
         with store_errors(self.address, "write"):
             try:
                 if not current:
+                    self._note_writer()
                     self._system.pipe_file(path, data, mode="create")
             except OSError:  # each library has another error for an object that exists
                 current = self._claimed()
@@ -212,13 +230,15 @@ class StoreOutput:
             if current and current not in (self._held, claim):
                 self._require_free(current, content)
             if current:
+                self._note_writer()
                 self._system.pipe_file(path, data)
         self._held = claim
         self._require_held()
 
     def _require_free(self, claim: str, content: str) -> None:
         """Raise InputError if a claim, if there is one, may not be taken for some content."""
-        if not claim or self._force or (self._resume and f" {content} " in claim):
+        is_own = f" {content} " in claim or claim.endswith(f" {self._writer}")
+        if not claim or self._force or (self._resume and is_own):
             return
         hint = "wait for it; --resume continues the same one, --force takes its place"
         if claim.startswith(UPLOADING) and self.stage.is_dir():
@@ -244,6 +264,26 @@ class StoreOutput:
 
     def _continuing(self) -> str:
         return f"moecc push {self.stage} {self.address} --resume"
+
+    def _note_writer(self) -> None:
+        if not self._is_noted:
+            self._lock_writer()
+            with os_errors(self._writer_file, "write"):
+                self._writer_file.write_text(f"{self._writer}\n")
+            self._is_noted = True
+
+    def _lock_writer(self) -> bool:
+        """Lock the file of the writer until this object goes; return whether no other has it."""
+        with os_errors(self._writer_file, "write"):
+            self._writer_file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._writer_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        finalize(self, os.close, descriptor)
+        return lock_folder(descriptor)
+
+    def _release(self) -> None:
+        """Remove the claim."""
+        self._remove(CLAIM_NAME)
+        self._writer_file.unlink(missing_ok=True)
 
     def _remove(self, name: str) -> None:
         with store_errors(self._file(name), "remove"):

@@ -651,6 +651,7 @@ def _local_output(
         hint = "convert the parts into a folder that all of them see, join them, and moecc push it"
         raise UsageError("parts are not written to a store", where=out, hint=hint)
     output = StoreOutput(out, force=force, resume=resume)
+    output.check_stage()
     facts = json.dumps(conversion_facts(planned, options), sort_keys=True)
     content = hashlib.sha256(facts.encode()).hexdigest()
     output.check(content)

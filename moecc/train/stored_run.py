@@ -143,6 +143,7 @@ class StoredRun(StoreOutput):
         self.put_run()
         if is_done:
             require_removed(self.stage, "the run is complete, but its staging folder remains")
+            self._writer_file.unlink(missing_ok=True)
 
     def _begin(self, create: Callable[[], None]) -> None:
         """Claim an address without a run, and make the run. Raises as `put_run`."""

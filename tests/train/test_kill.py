@@ -13,15 +13,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from moecc.formats.run import StateReader, saved_steps
+from moecc.formats.run import saved_steps
 
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
-from .tiny import make_recipe  # noqa: RUF100, E402
+from .tiny import make_recipe, same_runs  # noqa: RUF100, E402
 
 pytestmark = pytest.mark.slow
 
@@ -62,17 +61,6 @@ def killed_after(words: list[str], seconds: float) -> bool:
         process.communicate()
         return True
     return False
-
-
-def same(run: Path, whole: Path) -> None:
-    """Assert that two runs have the same journal, and the same last state, bit for bit."""
-    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    ours, theirs = saved_steps(run)[-1], saved_steps(whole)[-1]
-    assert ours.number == theirs.number
-    first, second = StateReader(ours.state), StateReader(theirs.state)
-    for name in ours.facts.tensors:
-        for key in (f"params.{name}", f"moments.m.{name}", f"moments.v.{name}"):
-            np.testing.assert_array_equal(first.read(key), second.read(key))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +112,7 @@ def killed_runs(
 def test_killed_at_random_moments(folder: Path, seconds: float, tmp_path: Path) -> None:
     recipe = folder / "recipe.toml"
     for run in killed_runs(tmp_path, seconds, ("train", recipe), ("train",)):
-        same(run, folder / "whole")
+        assert same_runs(run, folder / "whole")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -143,7 +131,7 @@ def test_a_signal_ends_it_after_the_step_and_saved(
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert last == max(json.loads(line)["step"] for line in lines)
     finish(command("train", "--resume", run))
-    same(run, folder / "whole")
+    assert same_runs(run, folder / "whole")
 
 
 def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
@@ -167,4 +155,4 @@ def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
     assert "a checkpoint cannot be written" in err
     assert [step.number for step in saved_steps(run)] == kept[:1]
     finish(command("train", "--resume", run))
-    same(run, folder / "whole")
+    assert same_runs(run, folder / "whole")

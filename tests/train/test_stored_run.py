@@ -15,8 +15,7 @@ from stores import said, store
 
 from moecc.formats.run import saved_steps
 
-from .test_kill import same
-from .tiny import make_recipe
+from .tiny import make_recipe, same_runs
 
 __all__ = ["store"]  # a fixture
 
@@ -61,7 +60,7 @@ def test_a_run_in_a_store_is_that_of_a_folder(
     assert code == 0, text
     assert str(cache) not in text
     assert not [path for path in cache.rglob("*") if path.is_file()]
-    same(download(store, "run", tmp_path / "run"), recipe.parent / "whole")
+    assert same_runs(download(store, "run", tmp_path / "run"), recipe.parent / "whole")
     assert [s.number for s in saved_steps(tmp_path / "run")] == [4, 6]
     for words in (
         ("train", recipe, "--out", address),
@@ -115,6 +114,6 @@ def test_a_run_survives_the_loss_of_its_machine_at_every_upload(
         code, text = said(capsys, "train", recipe, "--out", address)
         assert code == 0, text
         run = download(store, "lost", tmp_path / f"lost-{at}-{calls}")
-        same(run, recipe.parent / "whole")
+        assert same_runs(run, recipe.parent / "whole")
         steps = {p.name for p in (run / "steps").iterdir()}
         assert steps == {str(s.number) for s in saved_steps(run)}

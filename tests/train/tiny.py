@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from moecc.families import build
 from moecc.families.registry import parse_config
+from moecc.formats.run import METRICS, StateReader, saved_steps
 from moecc.model.initialise import initialise
 from moecc.model.open import OpenedModel
 from moecc.train.tokens.documents import DocumentFormat
@@ -79,6 +80,20 @@ def make_recipe(folder: Path, run: str, seq: int = 8) -> Path:
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(run=run, seq=seq))
     return path
+
+
+def same_runs(run: Path, whole: Path) -> bool:
+    """Return whether two runs have the same journal, and the same last state, bit for bit."""
+    ours, theirs = saved_steps(run)[-1], saved_steps(whole)[-1]
+    if (run / METRICS).read_bytes() != (whole / METRICS).read_bytes():
+        return False
+    keys = [
+        f"{kind}.{n}" for n in ours.facts.tensors for kind in ("params", "moments.m", "moments.v")
+    ]
+    first, second = StateReader(ours.state), StateReader(theirs.state)
+    return ours.number == theirs.number and all(
+        np.array_equal(first.read(key), second.read(key)) for key in keys
+    )
 
 
 def restored(
