@@ -214,8 +214,8 @@ def places(count: int, wanted: int, share: float) -> list[int]:
     return [1 + int((n + share) * count / wanted) for n in range(min(wanted, count))]
 
 
-def judge(world: World, command: Command, sample: int, record: Record) -> None:
-    """Run a command with each fault at some of its requests."""
+def judge(world: World, command: Command, sample: int, record: Record, chosen: list[str]) -> None:
+    """Run a command with each fault, or each that is chosen, at some of its requests."""
     world.reset()
     command.prepare()
     world.proxy.expect(Fault())
@@ -227,10 +227,13 @@ def judge(world: World, command: Command, sample: int, record: Record) -> None:
     print(f"{command.name}: {requests} requests", file=sys.stderr)
     kinds = [*KINDS, *([KILL, WRITER] if command.writes else [])]
     for number, kind in enumerate(kinds):
+        if chosen and kind not in chosen:
+            continue
         modes = (True,) if kind in ("lag", KILL, WRITER) else (False, True)
         for lasts in modes:
             share = (number + 0.5 * lasts) / len(kinds)
-            count = 1 if not command.is_quick else sample if command.writes else 2 * sample
+            count = sample if command.writes else 2 * sample
+            count = count if command.is_quick or chosen else 1
             for at in places(requests, count, share):
                 where = f"{command.name}, {'lasting ' * lasts}{kind} at {at} of {requests}"
                 started = time.monotonic()
@@ -307,19 +310,21 @@ def _faults(code: int, text: str, kind: str) -> Iterator[str]:
 
 def _first_line(text: str) -> str:
     line = next((line for line in text.splitlines() if line.startswith("error:")), text)
-    return re.sub(r"s3://\S+?(?=: )", "ADDRESS", line)
+    return re.sub(r"(?<=error: )(s3:/)?/\S+?(?=: )", "PLACE", line)
 
 
 def _untimed(text: str) -> str:
-    return re.sub(r"[\d.]+(?= s\b)|\"seconds\": [\d.]+", "", text)
+    """Return an output without times, and without progress that is shown after some."""
+    return re.sub(r"\S+: .* so far\n|[\d.]+(?= s\b)|\"seconds\": [\d.]+", "", text)
 
 
-def prove(sample: int, names: list[str], out: Path | None) -> dict[str, Any]:
+def prove(sample: int, names: list[str], kinds: list[str], out: Path | None) -> dict[str, Any]:
     """Run commands, and return what was found with the date and the machine, and earlier records.
 
     Args:
       sample: requests of a quick command that have each fault; twice as many of one that reads.
       names: of the commands; all where there are none.
+      kinds: of the faults, for a record of their own; all where there are none.
       out: the file of the records, which is written after each command.
     """
     import fsspec
@@ -348,8 +353,8 @@ def prove(sample: int, names: list[str], out: Path | None) -> dict[str, Any]:
             if names and command.name not in names:
                 continue
             start, record = time.monotonic(), Record()
-            judge(world, command, sample, record)
-            report[command.name] = {
+            judge(world, command, sample, record, kinds)
+            report[", ".join([command.name, *kinds])] = {
                 "date": datetime.now(UTC).date().isoformat(),
                 "moecc": __version__,
                 "machine": machine(),
@@ -385,9 +390,10 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sample", type=int, default=2, help="requests a fault and quick command")
     parser.add_argument("--command", nargs="*", default=[], help="names, all by default")
+    parser.add_argument("--kind", nargs="*", default=[], help="of the faults, all by default")
     parser.add_argument("--out", type=Path, help="the file for the JSON object")
     asked = parser.parse_args()
-    report = prove(asked.sample, asked.command, asked.out)
+    report = prove(asked.sample, asked.command, asked.kind, asked.out)
     print(json.dumps(report, indent=1))
     count = sum(sum(record["faults"].values()) for record in report.values())
     print(f"{count} faults", file=sys.stderr)
