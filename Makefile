@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-schedulers proof-slurm proof-splits proof-step proof-stores proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jax-models proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-schedulers proof-slurm proof-splits proof-step proof-stores proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,10 @@ proof-recipes: $(STAMP) ## steps of the shipped recipes compiled for v5p and H10
 
 proof-table: $(STAMP) ## every source as every target by every method, written to docs/proof-table.md
 	$(BIN)/python -m tests.proof.make_table
+
+proof-jax-models: ## models of Levanter, keras-hub, tunix and others converted, compared and trained a step by MOECC_JAX_PYTHON, which has moecc and what it can have of them; goes on where it was interrupted
+	mkdir -p docs/proofs
+	$(MOECC_JAX_PYTHON) -P -W ignore tests/jaxpr/sweep.py --out docs/proofs/jax-models.json
 
 proof-torch-models: ## architectures of transformers converted and judged by MOECC_TORCH_PYTHON, which has moecc, torch and transformers; goes on where it was interrupted
 	mkdir -p docs/proofs
