@@ -73,7 +73,8 @@ def test_logits_and_gradients_are_those_of_one_process(
         assert found["counts"].tolist() == [processes, processes * devices]
         assert set(found) == {"counts", *expected}
         for name, array in expected.items():
-            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+            scale = max(1.0, float(np.abs(array).max(initial=0)))
+            np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)
     assert any(np.abs(expected[f"grad {n}"]).max() > 1e-3 for n in _experts(expected))
 
 
