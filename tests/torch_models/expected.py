@@ -29,6 +29,8 @@ FORMS: tuple[tuple[str, ...], ...] = (
     ("dense_h_to_4h", "dense_4h_to_h"),
     ("intermediate.dense", "output.dense"),
     ("intermediate_dense", "output_dense"),
+    ("lang_inter.dense", "lang_output.dense"),
+    ("visn_inter.dense", "visn_output.dense"),
     ("ffn", "ffn_output"),
     ("feed_forward.intermediate", "feed_forward.output"),
     ("proj_up_gate", "proj_up", "proj_down"),
