@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import selectors
 import signal
 import socket
@@ -34,6 +35,9 @@ GRACE_SECONDS = 1.5
 
 START_SECONDS = 120
 """The minimum time for a process's first step: it imports, and waits for the others."""
+
+_CONNECTED = re.compile(rb"(\[Gloo\] Rank )+|\d+ is connected to \d+ peer ranks")
+"""The library's log of its connections: two threads may write a line in turns."""
 
 
 @dataclass
@@ -179,8 +183,7 @@ class Supervisor:
     def _pump_output(self, number: int, stream: IO[bytes]) -> None:
         with stream:
             for line in stream:
-                # The library's log of its connections is not part of the artefact.
-                if not line.startswith(b"[Gloo] "):
+                if not _CONNECTED.match(line):
                     _copy(line)
 
     def _wait(self) -> Ended:

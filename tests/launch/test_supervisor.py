@@ -37,6 +37,8 @@ def test_processes_know_their_places_and_the_first_has_the_output(
     ended, said, supervisor = run(
         """
         print("output of", me, os.environ["MOECC_PROCESSES"])
+        print("[Gloo] Rank [Gloo] Rank 1 is connected to 3 peer ranks. Expected number: 3")
+        print("0 is connected to 3 peer ranks. Expected number: 3")
         print("line of", me, file=sys.stderr)
         """
     )
