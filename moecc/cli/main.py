@@ -144,12 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoeccError as error:
         show_error(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        say("interrupted")
-        return _INTERRUPTED
-    except Terminated as error:
-        say(str(error))
-        return error.exit_code
+    except (KeyboardInterrupt, Terminated) as error:
+        return _end(error)
     except BrokenPipeError:
         # The reader of our output has exited; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -161,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"error: {where}{error.strerror or error}")
         return MachineError.exit_code if error.errno in _MACHINE else 1
     except Exception as error:
+        if (signalled := _signal_behind(error)) is not None:
+            return _end(signalled)
         return _out_of_memory() if _is_out_of_memory(error) else _bug(error)
     except BaseException as error:
         # A file of the user may raise what ends Python, with exit code 0 even.
@@ -185,6 +183,25 @@ def _run(argv: list[str]) -> int:
 
 
 _INTERRUPTED = 130
+
+
+def _signal_behind(error: BaseException | None) -> KeyboardInterrupt | Terminated | None:
+    """Return the signal in whose wake an error occurred, or None.
+
+    Python raises a signal between any two of its instructions, also where a lock is half released.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt | Terminated):
+        error = error.__context__
+    return error
+
+
+def _end(signalled: KeyboardInterrupt | Terminated) -> int:
+    """Say which signal ended the command, and return its exit code."""
+    if isinstance(signalled, Terminated):
+        say(str(signalled))
+        return signalled.exit_code
+    say("interrupted")
+    return _INTERRUPTED
 
 
 def _in_our_style(error: click.UsageError, argv: Sequence[str]) -> UsageError:

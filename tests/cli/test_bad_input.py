@@ -8,11 +8,13 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moecc.support.process import Terminated
 from tests.support.commands import Moecc
 
 UPCYCLE = "upcycle{experts=4 top-k=2}"
@@ -103,6 +105,28 @@ def test_refused_memory_is_the_machine_s_fault(
     monkeypatch.setattr("moecc.model.open.open_model", failing)
     done = moecc("inspect", dense)
     assert (done.code, done.err) == (4, "error: the machine has not enough memory for this\n")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Terminated(15), 143, "terminated by SIGTERM\n"),
+    ],
+)
+def test_a_signal_amid_a_lock_ends_as_the_signal(
+    raised: BaseException, code: int, said: str,
+    moecc: Moecc, dense: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def broken(*args: Any, **more: Any) -> None:
+        try:
+            raise raised
+        finally:
+            Lock().release()  # as the standard library does on its way out
+
+    monkeypatch.setattr("moecc.model.open.open_model", broken)
+    done = moecc("inspect", dense)
+    assert (done.code, done.err) == (code, said)
 
 
 def test_a_bug_says_where_its_reproducer_is(
