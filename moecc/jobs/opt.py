@@ -211,8 +211,8 @@ def _drawing(labels: Sequence[tuple[str, str]], edges: Iterable[tuple[int, int]]
 
     Args:
       labels: the text of each box and the anchor that it leads to, in the order of the program.
-      edges: pairs of boxes.  One that leads back, as from a layer to the next one like it, is drawn
-        dashed, and no row depends on it.
+      edges: pairs of boxes.  One that leads back, as from a layer to the next one like it, is
+        dashed, at the right of all boxes, and no row depends on it.
     """
     edges = sorted(set(edges))
     rows, before = [0] * len(labels), [list[int]() for _ in labels]
@@ -227,20 +227,28 @@ def _drawing(labels: Sequence[tuple[str, str]], edges: Iterable[tuple[int, int]]
         wanted = sum(middles[b] for b in before[box]) / max(1, len(before[box])) - widths[box] / 2
         left = max(ends.get(rows[box], 4.0), wanted)
         middles[box], ends[rows[box]] = left + widths[box] / 2, left + widths[box] + _GAP
-    boxes = zip(labels, middles, widths, rows, strict=True)
+    boxes, right = zip(labels, middles, widths, rows, strict=True), max(ends.values(), default=0)
+    loop = right + 2 * _GAP if any(a >= b for a, b in edges) else right
+
+    def path(a: int, b: int) -> str:
+        if a < b:
+            top, bottom = rows[a] * _LINE + 30, rows[b] * _LINE + 6
+            return f"M{middles[a]:.0f} {top}L{middles[b]:.0f} {bottom}"
+        # Around all boxes on the right, from the side of one to that of the other.
+        (x1, y1), (x2, y2) = (
+            (middles[box] + widths[box] / 2, rows[box] * _LINE + 18) for box in (a, b)
+        )
+        return f"M{x1:.0f} {y1}C{loop:.0f} {y1} {loop:.0f} {y2} {x2:.0f} {y2}"
+
     return {
-        "width": round(max(ends.values(), default=0)),
+        "width": round(loop),
         "height": _LINE * (max(rows, default=0) + 1),
         "boxes": [
             {"text": text, "anchor": anchor, "x": round(middle - width / 2), "width": width,
              "middle": round(middle), "y": row * _LINE + 6}
             for (text, anchor), middle, width, row in boxes
         ],
-        "lines": [
-            {"x1": round(middles[a]), "y1": rows[a] * _LINE + 30, "x2": round(middles[b]),
-             "y2": rows[b] * _LINE + 6, "back": a >= b}
-            for a, b in edges
-        ],
+        "lines": [{"path": path(a, b), "back": a >= b} for a, b in edges],
     }  # fmt: skip
 
 
