@@ -38,7 +38,7 @@ class Problem:
     def __post_init__(self) -> None:
         for field in fields(self) if ALIASES else ():
             text = getattr(self, field.name)
-            if text is not None:
+            if isinstance(text, str):
                 object.__setattr__(self, field.name, shown(text))
 
     def __str__(self) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from family_configs import read_config
 
+from moecc import errors
 from moecc.errors import InputError
+from moecc.families.reader import key_problem
 from moecc.families.registry import parse_config
 
 from .small_config import LLAMA3, MOE, SMALL, YARN, small
@@ -271,3 +273,10 @@ def test_reading_a_folder(tmp_path: Path) -> None:
     path.write_text('{"model_type": "llama", "model_type": "qwen2"}')
     with pytest.raises(InputError, match="twice"):
         read_config(tmp_path)
+
+
+def test_a_mirrored_folder_leaves_the_keys_of_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(errors.ALIASES, "/mirror", "s3://bucket")
+    problem = key_problem("not so", None, "/mirror/x", "head_dim", "hidden_size")
+    assert problem.keys == ("head_dim", "hidden_size")
+    assert problem.found == "s3://bucket/x"
