@@ -14,6 +14,7 @@ STAGES = {
     "build": "were not built small",
     "inputs": "were built, and no inputs that ran were known",
     "error": "were not judged: out of time, or saved by transformers with a config it rejects",
+    "not judged": "cannot be judged: rounding decides the dense model's results, or no step helps",
     "wrong": "computed something else, or have a block that is neither found nor reported",
 }
 
@@ -32,6 +33,7 @@ def render() -> str:
         for stage, words in STAGES.items()
     ]
     right = [row for row in rows if row["stage"] == "right"]
+    spread = ", ".join(row["type"] for row in right if "spread" in row)
     forms: dict[str, list[JsonDict]] = {}
     for row in right:
         forms.setdefault(row["operations"][0], []).append(row)
@@ -46,7 +48,8 @@ def render() -> str:
             f"{document['date']}, torch {versions['torch']}, transformers "
             f"{versions['transformers']}: {len(rows)} of {document['architectures']} architectures "
             f"were tried so far, and {len(right)} are right, with "
-            f"{sum(row['converted'] for row in right)} blocks. Of the others, whose reasons are in "
+            f"{sum(row['converted'] for row in right)} blocks; with noise on the weights: "
+            f"{spread or 'none'}. Of the others, whose reasons are in "
             "[the record](proofs/torch-models.json),",
             "",
             *others,

@@ -177,6 +177,18 @@ def test_the_dense_model_keeps_its_mode() -> None:
     assert not moe.layers[1].up.mixture.training
 
 
+def test_the_weights_of_a_replaced_product_are_scaled_by_its_name() -> None:
+    # RWKV halves the last weights of later blocks before the first pass in evaluation.
+    model, moe = converted(Block())
+    moe = deepcopy(moe)
+    with torch.no_grad():
+        for part in (model, moe):
+            part.layers[0].down.weight.div_(2)
+    assert close(moe(tokens()), model(tokens()))
+    _, moe = converted(Block(), pipeline="upcycle{experts=4 top-k=2 shared=0.5}")
+    assert not hasattr(moe.layers[0].down, "weight")
+
+
 def test_a_copy_is_independent() -> None:
     _, moe = converted(Block())
     moe(tokens())

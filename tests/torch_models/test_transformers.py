@@ -16,6 +16,8 @@ pytest.importorskip("jax", reason="jax is not installed")
 
 from moecc import torch as mt  # noqa: E402
 
+from . import sweep  # noqa: E402
+
 PIPELINE = "upcycle{experts=4 top-k=2},add-losses{metrics=false}"
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -88,3 +90,29 @@ def test_adapters_of_attention_and_compiled_graphs() -> None:
     trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
     assert trained
     assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llama", "LlamaForCausalLM"), ("mm-grounding-dino", "MMGroundingDinoModel")],
+)
+def test_the_sweep_sees_a_fault_where_rounding_decides_too(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = sweep.conversions.convert_surveyed
+
+    def convert_with_a_fault(*args: Any, **kwargs: Any) -> Any:
+        moe = convert(*args, **kwargs)
+        (*_, last) = sweep.mixtures(moe)[0].experts.parameters()
+        last.data *= 1 + 1e-6
+        return moe
+
+    monkeypatch.setattr(sweep.conversions, "convert_surveyed", convert_with_a_fault)
+    try:
+        row = sweep.judge(kind, name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert row["stage"] == "wrong"
+    # The scores of proposals are as good as equal in the second: with other weights they are not.
+    assert ("spread" in row) == (kind != "llama")
+    assert "logits: differ by" in str(row["reason"])

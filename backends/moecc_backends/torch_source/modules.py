@@ -143,7 +143,7 @@ def emit_modules(graph: Graph, places: Sequence[BlockPlace], dense: DenseClass) 
     if outputs:
         classes.helpers |= {"with_losses"}
         texts.append(_losses_text(classes, blocks, places, epilogue, outputs))
-    texts.append(_placing_text(classes, blocks, places))
+    texts.append(_placing_text(classes, blocks, places, names))
     texts.append(_model_text(dense, has_losses=bool(outputs)))
     stored = {
         old: f"{position.prefix}.{new.removeprefix(f'{position.loc}.')}"
@@ -239,7 +239,10 @@ def _constructed(classes: Classes, block: ModuleBlock) -> str:
 
 
 def _placing_text(
-    classes: Classes, blocks: Mapping[str, ModuleBlock], places: Sequence[BlockPlace]
+    classes: Classes,
+    blocks: Mapping[str, ModuleBlock],
+    places: Sequence[BlockPlace],
+    names: Mapping[str, str],
 ) -> list[str]:
     lines = [
         "def place_mixtures(model):",
@@ -250,6 +253,8 @@ def _placing_text(
         if position.last:
             pairs = ", ".join(f"{literal(n)}: {width}" for n, width in position.widths.items())
             arguments += [literal(position.last), f"{{{pairs}}}"]
+            if len(position.downs) == 1:
+                arguments.append(literal(names[position.downs[0]].removeprefix(f"{position.loc}.")))
         lines += folded(f"    place({', '.join(arguments)})")
     return lines
 

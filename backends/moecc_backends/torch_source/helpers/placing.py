@@ -55,18 +55,29 @@ class OtherProduct(nn.Module):
 
 
 class LastProduct(nn.Module):
-    """Stands for the last product of a block: returns the result of its mixture."""
+    """Stands for the last product of a block: returns the result of its mixture.
 
-    def __init__(self):
+    Some models scale the weight of a product outside of their forward pass, by its name.
+    """
+
+    def __init__(self, mixture, weight):
         super().__init__()
+        self.mixture, self.weight_name = [mixture], weight
         self.results = Records()
 
     def forward(self, _):
         """Return what the mixture computed."""
         return self.results.pop()
 
+    @property
+    def weight(self):
+        """The weights of this product in all experts, [experts, ...]: one parameter."""
+        if not self.weight_name:
+            raise AttributeError("the last product of a mixture has several weights")
+        return self.mixture[0].get_parameter(self.weight_name)
 
-def place(model, mixture, path, last="", widths=None):
+
+def place(model, mixture, path, last="", widths=None, weight=""):
     """Put a mixture where a block of a model was.
 
     Args:
@@ -76,13 +87,14 @@ def place(model, mixture, path, last="", widths=None):
       last: then, its last product.
       widths: then, the widths of the products of its input: of the first by nothing, of others by
         their modules.
+      weight: then, the parameter of the mixture that has the weights of its last product, if one.
     """
     mixture.train(model.get_submodule(path).training)
     mixture.path = path
     if not last:
         model.set_submodule(path, mixture)
         return
-    end = LastProduct()
+    end = LastProduct(mixture, weight)
     model.set_submodule(path, FirstProduct(mixture, end, widths[""]))
     for name, width in widths.items():
         if name:
