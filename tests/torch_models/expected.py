@@ -61,7 +61,9 @@ def expected_blocks(model: Any) -> dict[str, tuple[str, ...]]:
     blocks: dict[str, tuple[str, ...]] = {}
     for path, parent in modules.items():
         for form in FORMS:
-            if (form[0].isdigit() and not isinstance(parent, nn.Sequential)) or _mixes(parent):
+            if (form[0].isdigit() and not isinstance(parent, nn.Sequential)) or _mixes(
+                parent, form[0]
+            ):
                 continue
             names = tuple(f"{path}.{name}".lstrip(".") for name in form)
             if names[-1] not in blocks and all(_is_product(modules.get(name)) for name in names):
@@ -69,12 +71,15 @@ def expected_blocks(model: Any) -> dict[str, tuple[str, ...]]:
     return blocks
 
 
-def _mixes(module: Any) -> bool:
-    """Whether a convolution, or a norm of hidden values, stands between the products."""
-    children = module.named_children()
-    return any(
-        name in ("dwconv", "ffn_layernorm") or "BatchNorm" in type(child).__name__
-        for name, child in children
+def _mixes(module: Any, first: str) -> bool:
+    """Whether a convolution, or a norm of hidden values, stands behind the first product."""
+    children = dict(module.named_children())
+    names = list(children)
+    behind = names[names.index(first) :] if first in names else names
+    return (
+        "dwconv" in behind
+        or "ffn_layernorm" in children
+        or any("BatchNorm" in type(child).__name__ for child in children.values())
     )
 
 

@@ -189,6 +189,22 @@ def test_the_weights_of_a_replaced_product_are_scaled_by_its_name() -> None:
     assert not hasattr(moe.layers[0].down, "weight")
 
 
+def test_a_block_whose_result_the_model_drops_keeps_its_bias() -> None:
+    # The head of SigLIP runs in its classifier, which has no use for it.
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = Block()
+
+        def forward(self, x: Any) -> Any:
+            self.head(x)
+            return x
+
+    model, moe = converted(Idle(), Block())
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    assert close(moe.layers[0].head(x), model.layers[0].head(x))
+
+
 def test_a_copy_is_independent() -> None:
     _, moe = converted(Block())
     moe(tokens())

@@ -278,15 +278,25 @@ def _live_equations(jaxpr: Jaxpr) -> list[JaxEquation]:
     """Return the equations that results depend on, those with effects, and products, in order.
 
     haliax takes the first layer of a stack to see its shape, which is no use of its weights.  A
-    product without a user says why a block is none, as in a function that returns a gradient.
+    product without a user says why a block is none, as in a function that returns a gradient; what
+    is computed from it stays, too: the bias of a module that a model calls and has no use for.
     """
-    needed = {atom for atom in jaxpr.outvars if not is_literal(atom)}
-    live = []
-    for eqn in reversed(jaxpr.eqns):
-        is_product = eqn.primitive.name == "dot_general" or has_inside(eqn, "dot_general")
-        if eqn.effects or is_product or any(variable in needed for variable in eqn.outvars):
-            needed.update(atom for atom in eqn.invars if not is_literal(atom))
-            live.append(eqn)
+    unused: set[int] = set()
+    for _ in range(2):
+        needed = {atom for atom in jaxpr.outvars if not is_literal(atom)}
+        live, from_unused = [], set()
+        for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+            is_needed = index in unused or any(variable in needed for variable in eqn.outvars)
+            is_product = eqn.primitive.name == "dot_general" or has_inside(eqn, "dot_general")
+            if eqn.effects or is_product or is_needed:
+                needed.update(atom for atom in eqn.invars if not is_literal(atom))
+                live.append(eqn)
+            if is_product and not is_needed:
+                from_unused.update(eqn.outvars)
+        for index, eqn in enumerate(jaxpr.eqns):
+            if any(not is_literal(atom) and atom in from_unused for atom in eqn.invars):
+                unused.add(index)
+                from_unused.update(eqn.outvars)
     return live[::-1]
 
 
