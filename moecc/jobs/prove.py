@@ -127,12 +127,12 @@ def _compared(source: OpenedModel, result: OpenedModel, prover: Prover) -> Conve
     if old.files() == new.files():
         return compared(source.graph, result.graph, prover)
     old_digests = _digests(source)
-    tensors = _by_content(old_digests, result)
+    firsts = {digest: part for part, digest in reversed([*old_digests.items()])}
+    tensors = _by_content(old_digests, firsts, result)
     unmatched = tuple(name for name, part in tensors.items() if part.name not in old.tensors)
     # Data drawn for weights are not those of the files: they tell of two graphs of the same ones.
     refute = {n: part.name for n, part in tensors.items()} == {p.name: p.name for p in old_digests}
     proof = compared(source.graph, over_source(result.graph, tensors), prover, refute=refute)
-    firsts = {digest: part for part, digest in reversed([*old_digests.items()])}
     if proof.verdict.status == "unknown" and len(firsts) < len(old_digests):
         # Tensors that the source itself has under several names may be what makes them equal.
         one = {part.name: firsts[digest] for part, digest in old_digests.items()}
@@ -143,7 +143,9 @@ def _compared(source: OpenedModel, result: OpenedModel, prover: Prover) -> Conve
     return replace(proof, unmatched=unmatched).assuming("tensors of the same values are the same")
 
 
-def _by_content(old: Mapping[Source, str], result: OpenedModel) -> dict[str, Source]:
+def _by_content(
+    old: Mapping[Source, str], firsts: Mapping[str, Source], result: OpenedModel
+) -> dict[str, Source]:
     """Return, by the name of each tensor of a result, the source's tensor with the same values.
 
     The tensor of the same name comes first. One that the source does not have gets a name that no
@@ -151,15 +153,15 @@ def _by_content(old: Mapping[Source, str], result: OpenedModel) -> dict[str, Sou
 
     Args:
       old: the digests of the source's tensors.
+      firsts: the first of the source's tensors with a digest.
       result: the result.
     """
-    parts = {digest: part for part, digest in reversed([*old.items()])}
     names = {part.name: (part, digest) for part, digest in old.items()}
     tensors = {}
     for part, digest in _digests(result).items():
         same, of_same_name = names.get(part.name, (part, ""))
         own = Source(f"{part.name} of {result.name}", part.type)
-        tensors[part.name] = same if of_same_name == digest else parts.get(digest, own)
+        tensors[part.name] = same if of_same_name == digest else firsts.get(digest, own)
     return tensors
 
 
@@ -317,10 +319,11 @@ def _differences(
         # A GGUF file states what llama.cpp needs, and without a tokenizer not its tokens.
         stated = {k for k, value in result.checkpoint.config.items() if value is not None}
         keys &= export.config_json.keys() & stated
-        for name, record in manifest.tensors.items():
-            if record.dtype not in DTYPES:
-                yield Problem("blocks round the weights", name, "a type of numbers", record.dtype,
-                              "sampling decides: moecc verify B --against A")  # fmt: skip
+        rounded = [n for n, record in manifest.tensors.items() if record.dtype not in DTYPES]
+        if rounded:
+            yield Problem("the weights are rounded to blocks: nothing is proved", result.name,
+                          found=f"{amount(len(rounded), 'tensor')} in blocks: {rounded[0]}",
+                          hint="sampling decides: moecc verify B --against A")  # fmt: skip
     elif isinstance(export, WrappedExport):
         keys.discard("architectures")  # a wrapper's text model names its class or does not
     for key in sorted(keys):
