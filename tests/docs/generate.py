@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -52,6 +53,17 @@ WIDTH, USAGE = 100, 86
 
 COMMON = ("quiet", "format", "load", "force")
 """Options of most commands, which the page describes once."""
+
+
+_COMMAND = re.compile(r"(?m)^(## moecc (\w+).*\n)(?:(?!## ).*\n)*?(?:    .*\n)+")
+"""A heading and all up to the end of the first usage, which follows from the command."""
+
+
+def render_commands() -> str:
+    """Return docs/cli.md with the description, usage and examples of each command as they are."""
+    text = (DOCS / "cli.md").read_text("utf-8")
+    assert {match[2] for match in _COMMAND.finditer(text)} == set(COMMANDS), "a heading a command"
+    return _COMMAND.sub(lambda match: f"{match[1]}{render_command(match[2])}\n", text)
 
 
 def render_command(name: str) -> str:
@@ -343,7 +355,7 @@ MODELS = {
 }
 """The whole files: of what, its source, and its passes."""
 
-SPARSE_CLASSES = ("ExpertRows", "Router", "Experts", "Layer")
+SPARSE_CLASSES = ("Router", "Layer")
 
 
 @cache
@@ -364,7 +376,7 @@ def _program(name: str) -> str:
 
 
 def render_programs() -> str:
-    """Return a table of the whole files, and the classes of a mixture of experts, as Markdown."""
+    """Return a table of the whole files, and the classes around the experts, as Markdown."""
     sparse = program(LLAMA, "upcycle{experts=8 top-k=2}")
     lines = sparse.splitlines()
     classes = [
@@ -377,12 +389,11 @@ def render_programs() -> str:
         for name, (title, *_) in MODELS.items()
     ]
     table = "\n".join(["| file | model | lines |", "|---|---|---:|", *rows])
-    title = "What 8 experts in each layer, top-2, change in `llama.py`:"
+    title = "With 8 experts in each layer, top-2, the router and the layer of `llama.py` are"
     return f"{table}\n\n{title}\n\n```python file\n" + "\n\n\n".join(classes) + "\n```"
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "cli.md": {name: partial(render_command, name) for name in COMMANDS},
     "ir.md": {"operations": render_operations},
     "exactness.md": {"lemmas": render_lemmas},
     "sharding.md": {"legal": sharding_cases.render},
@@ -392,6 +403,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
 """By page the parts between markers."""
 
 WHOLE: dict[Path, Callable[[], str]] = {
+    DOCS / "cli.md": render_commands,
     DOCS / "passes.md": render_passes,
     ROOT / "moecc/ir/operations.pyi": render_stub,
     **{DOCS / "programs" / name: partial(_program, name) for name in MODELS},
