@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from tests.train.tiny import draw_weights, make_model
 
@@ -69,15 +67,7 @@ def _tokenizer() -> tokenizers.Tokenizer:  # type: ignore[name-defined]  # noqa:
 
 
 def _from_pages(folder: Path) -> None:
-    """Write the graph of adding-a-family.md with weights, and the pass of writing-a-pass.md."""
-    (graph,) = (b for b in blocks_of(ROOT / "docs" / "adding-a-family.md") if b.info == "moe")
-    (folder / "tiny.moe").write_text(graph.text)
-    (folder / "tiny").mkdir()
-    rng = np.random.default_rng(0)
-    named = re.findall(r'source\("([\w.]+)" : f32\[([^]]+)\]', graph.text)
-    sizes = {name: [int(n) for n in re.findall(r"=(\d+)", axes)] for name, axes in named}
-    arrays = {name: rng.normal(0, 0.3, size).astype(np.float32) for name, size in sizes.items()}
-    save_file(arrays, folder / "tiny" / "model.safetensors")
+    """Write the pass and the graph of writing-a-pass.md."""
     block = next(b for b in blocks_of(ROOT / "docs" / "writing-a-pass.md") if b.info == "python")
     code, _, rest = block.text.partition("\ngraph = parse(")
     (folder / "fold_scale.py").write_text(code)
