@@ -64,6 +64,12 @@ class TensorNames:
       inputs_first: whether those have their inputs first, and gate and up in turns.
       pairs_neighbours: whether rows of queries and keys are ordered on disk so that the rotary
         embedding rotates neighbours.
+      attention: the prefix of the attention.
+      attention_output: the last matrix of the attention.
+      query_norm, key_norm: the norms of queries and keys; with ``{head}`` each head has a tensor.
+      dense_up, dense_down: the matrices of a dense block beside that of the gate.
+      layer_norms: the norms before and after the attention, and before and after the feed-forward
+        block; empty if they have their usual names.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -90,6 +96,13 @@ class TensorNames:
     expert_down: str = ""
     inputs_first: bool = False
     pairs_neighbours: bool = False
+    attention: str = "self_attn."
+    attention_output: str = "o_proj"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+    dense_up: str = "up_proj"
+    dense_down: str = "down_proj"
+    layer_norms: tuple[str, ...] = ()
 
     def matrix(self, name: str, is_gated: bool = True) -> str:
         """Return the name of the matrix ``gate``, ``up`` or ``down`` of an expert."""
@@ -212,6 +225,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_new": "gelu_pytorch_tanh",
     "gelu_fast": "gelu_pytorch_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 """Names of activations in configs, and moecc's name for each function."""
 

@@ -37,6 +37,7 @@ from moecc.families.reader import (
     KeyProblem,
     Reader,
     key_problem,
+    one_of,
 )
 from moecc.families.rope import (
     SCALING_TYPES,
@@ -153,6 +154,9 @@ DEFAULTS: Mapping[str, object] = {
 PLACEMENTS = ("before", "after", "around")
 """Norms before a block, after it (on what it adds), or both."""
 
+NORM_KINDS = ("rms", "layer", "layer without bias", "layer without parameters")
+"""RMS norms, and layer norms with a scale and a bias, with a scale alone, or with neither."""
+
 FLAG = KeyRule("flag")
 FACTOR = KeyRule("number", above=0)
 CAP = KeyRule("number", above=0, null=lambda values: None)
@@ -180,6 +184,7 @@ class DecoderConfig(ModelConfig):
         "attention_softcap": "attn_logit_softcapping",
         "logits_divisor": "logits_scaling",
         "logit_softcap": "final_logit_softcapping",
+        "qkv_clip": "clip_qkv",
     }
     window_style: ClassVar[str] = "none"
     rope_types: ClassVar[tuple[str, ...]] = SCALING_TYPES
@@ -209,7 +214,12 @@ class DecoderConfig(ModelConfig):
     norm_placement: str = feature("norms elsewhere than before each block", default="before")
     norm_offset: bool = feature("norms whose scale is stored less one", default=False)
     qk_norm_across: bool = feature("norms over all heads of the queries together", default=False)
-    layer_norm: bool = feature("norms with a mean and a bias", default=False)
+    qk_norm_each: bool = feature("norms with a scale for each head of the queries", default=False)
+    qk_norm_last: bool = feature("norms of the rotated queries and keys", default=False)
+    qkv_clip: float | None = feature("bounds of queries, keys and values", CAP, default=None)
+    norm_kind: str = feature("norms other than RMS norms", default="rms")
+    parallel: bool = feature("attention and feed-forward block side by side", FLAG, default=False)
+    gated_mlp: bool = feature("a feed-forward block without a gate", default=True)
     head_bias: bool = feature("bias of the output matrix", FLAG, default=False)
     scale_embedding: bool = feature("factor √hidden_size on the embedding", default=False)
     embedding_multiplier: float = feature("factor on the embedding", FACTOR, default=1.0)
@@ -238,6 +248,13 @@ class DecoderConfig(ModelConfig):
     def score_scale(self) -> float:
         """The factor on the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """Return the rotary positions of a layer, or None if it has none."""
+        if self.rope_layers is not None and not self.rope_layers[layer]:
+            return None
+        has_window = self.sliding_windows[layer] is not None
+        return self.local_rope if has_window and self.local_rope is not None else self.rope
 
     @property
     def has_sinks(self) -> bool:
@@ -304,6 +321,10 @@ class DecoderConfig(ModelConfig):
         if self.plain_heads and self.head_dim * heads != self.hidden_size:
             expected = f"heads x head_dim = {self.hidden_size}"
             yield key_problem(self.plain_heads, expected, f"{self.head_dim * heads}", *HEAD_KEYS)
+        if self.norm_kind not in NORM_KINDS:
+            yield key_problem(
+                "unknown kind of norm", one_of(NORM_KINDS), self.norm_kind, "norm_kind"
+            )
         if self.norm_placement not in PLACEMENTS:
             fault = "norms are before, after or around a block"
             yield key_problem(fault, "one of these", self.norm_placement, "norm_placement")
@@ -324,10 +345,15 @@ class DecoderConfig(ModelConfig):
                 has = "has no" if expected == neutral else "always has"
                 fault = f"{self.model_type} {has} {words}"
                 yield key_problem(fault, f"{expected}".lower(), f"{value}".lower(), name)
-        if "output_bias" in self.options and self.qkv_bias != self.output_bias:
-            fault = f"{self.model_type} has attention biases on all four projections or on none"
-            biases = f"qkv_bias {self.qkv_bias}, output_bias {self.output_bias}"
-            yield key_problem(fault, "both or neither", biases, "attention_bias")
+        biases = sorted(BIASES & self.options)
+        for key in dict.fromkeys(map(self.key, biases)):
+            values = {name: getattr(self, name) for name in biases if self.key(name) == key}
+            if len(set(values.values())) > 1:
+                four = values.keys() <= ATTENTION_BIASES
+                which = "attention biases on all four" if four else "biases on all"
+                fault = f"{self.model_type} has {which} projections or on none"
+                shown = ", ".join(f"{name} {value}" for name, value in values.items())
+                yield key_problem(fault, "all of them, or none", shown, key)
 
     def _window_checks(self) -> Iterator[KeyProblem]:
         sizes = {size for size in self.sliding_windows if size is not None}

@@ -1,11 +1,45 @@
-"""olmo2, olmoe and flex_olmo: norms over all heads of queries and keys together."""
+"""olmo to olmo3, olmoe and flex_olmo: from olmo2 on norms over all heads of the queries."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 from moecc.families.config import EngineReading, GgufFacts, config_class
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import MOE_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
+from moecc.families.reader import KeyProblem, Reader, key_problem
+from moecc.families.rope import RopeConfig
 from moecc.support.untyped import JsonDict
+
+
+@config_class
+class OlmoConfig(DecoderConfig):
+    """An olmo: norms without parameters, queries, keys and values within bounds."""
+
+    model_type = "olmo"
+    architecture = "OlmoForCausalLM"
+    fixed = {"norm_kind": "layer without parameters", "rms_norm_eps": 1e-5}
+    options = ATTENTION_BIASES | {"qkv_clip"}
+    keys = {"rms_norm_eps": ""}
+    defaults = {
+        **DEFAULTS,
+        "vocab_size": 50_304,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "clip_qkv": None,
+        "pad_token_id": 1,
+        "eos_token_id": 50_279,
+    }
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        if self.rms_norm_eps != self.fixed["rms_norm_eps"]:
+            fault = "transformers computes with 1e-5 whatever the config says"
+            yield key_problem(fault, "1e-05", f"{self.rms_norm_eps:g}", "rms_norm_eps")
 
 
 @config_class
@@ -16,7 +50,7 @@ class Olmo2Config(DecoderConfig):
     architecture = "Olmo2ForCausalLM"
     fixed = {"qk_norm": True, "qk_norm_across": True, "norm_placement": "after"}
     options = ATTENTION_BIASES
-    gguf = GgufFacts("olmo2", needs_head=True)
+    gguf: ClassVar[GgufFacts | None] = GgufFacts("olmo2", needs_head=True)
     defaults = {
         **DEFAULTS,
         "vocab_size": 50_304,
@@ -35,6 +69,63 @@ class Olmo2Config(DecoderConfig):
             # Version 4 takes the scalings that it knows by their older name.
             keys["rope_scaling"] = {"type": self.rope.type, "factor": self.rope.factor}
         return keys
+
+
+KINDS = ("full_attention", "sliding_attention")
+"""The kinds of layers, which have rotary parameters each."""
+
+
+@config_class
+class Olmo3Config(Olmo2Config):
+    """An olmo3: a window in three of four layers, whose rotary positions are never scaled."""
+
+    model_type = "olmo3"
+    architecture = "Olmo3ForCausalLM"
+    window_style = "typed"
+    gguf = None
+    defaults = {
+        **Olmo2Config.defaults,
+        "rope_theta": 500_000.0,
+        "sliding_window": 4096,
+    }
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """Return the rotary positions of a layer."""
+        has_window = self.sliding_windows[layer] is not None
+        return RopeConfig(theta=self.rope.theta) if has_window else self.rope
+
+    @classmethod
+    def _usual_windows(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
+        return tuple((n + 1) % 4 != 0 for n in range(layers))
+
+    @classmethod
+    def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
+        parameters = reader.mapping("rope_parameters")
+        if parameters is None:
+            theta = reader.number("rope_theta", above=0)
+            if theta != cls.defaults["rope_theta"]:
+                fault = "transformers 5 takes 500000 for layers with a window, 4 this"
+                hint = "state rope_parameters for either kind of layer"
+                reader.refuse("rope_theta", fault, expected="500000", hint=hint)
+            return super()._read_rope(reader, values)
+        full, local = (parameters.get(kind) for kind in KINDS)
+        if not isinstance(full, Mapping) or not isinstance(local, Mapping):
+            expected = f"an object for {' and '.join(KINDS)}"
+            reader.refuse("rope_parameters", "not stated by kind of layer", expected=expected)
+            return super()._read_rope(reader.with_data({}), values)
+        plain = RopeConfig(theta=full.get("rope_theta", 0)).to_json()["rope_parameters"]
+        if dict(local) != plain:
+            fault = "transformers 4 has one base period, and no scaling in layers with a window"
+            reader.refuse("rope_parameters", fault, expected=f"{KINDS[1]} {plain}")
+        return super()._read_rope(
+            reader.with_data({**reader.data, "rope_parameters": full}), values
+        )
+
+    def _write_rope(self) -> JsonDict:
+        keys = super()._write_rope()
+        local = RopeConfig(theta=self.rope.theta).to_json()["rope_parameters"]
+        ropes = dict(zip(KINDS, (keys["rope_parameters"], local), strict=True))
+        return {**keys, "rope_parameters": ropes}
 
 
 @config_class

@@ -84,7 +84,7 @@ class PhimoeConfig(MoeConfig):
     model_type = "phimoe"
     architecture = "PhimoeForCausalLM"
     aliases = ("PhiMoEForCausalLM",)
-    fixed = {"layer_norm": True, "norm_topk_prob": False}
+    fixed = {"norm_kind": "layer", "norm_topk_prob": False}
     options = ATTENTION_BIASES | {"head_bias"}
     keys = {**ONE_WIDTH, "router_jitter_noise": "router_jitter_noise"}
     always = {"input_jitter_noise": 0.0}

@@ -17,15 +17,17 @@ from moecc.families.bert import (
 )
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
-from moecc.families.ernie4_5_moe import Ernie45MoeConfig
+from moecc.families.ernie import Ernie45Config, Ernie45MoeConfig
+from moecc.families.exaone import Exaone4Config
 from moecc.families.gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
-from moecc.families.glm4_moe import Glm4MoeConfig
+from moecc.families.glm import Glm4Config, Glm4MoeConfig, GlmConfig
 from moecc.families.gpt import Gpt2Config, GptNeoXConfig, OptConfig
 from moecc.families.gpt_oss import GptOssConfig
 from moecc.families.granite import GraniteConfig, GraniteMoeConfig
+from moecc.families.hunyuan import HunYuanDenseV1Config
 from moecc.families.llama import LlamaConfig, MistralConfig, MixtralConfig, SmolLM3Config
 from moecc.families.mixture import MoeConfig
-from moecc.families.olmo import FlexOlmoConfig, Olmo2Config, OlmoeConfig
+from moecc.families.olmo import FlexOlmoConfig, Olmo2Config, Olmo3Config, OlmoConfig, OlmoeConfig
 from moecc.families.phi import Phi3Config, PhimoeConfig
 from moecc.families.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 from moecc.families.reader import one_of, shown
@@ -41,6 +43,8 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     for config in (
         LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Olmo2Config, GraniteConfig,
         Phi3Config, SmolLM3Config, GemmaConfig, Gemma2Config, Gemma3TextConfig,
+        OlmoConfig, Olmo3Config, Ernie45Config, GlmConfig, Glm4Config, HunYuanDenseV1Config,
+        Exaone4Config,
         MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4MoeConfig, GraniteMoeConfig,
         FlexOlmoConfig, Ernie45MoeConfig, OlmoeConfig, GptOssConfig, PhimoeConfig,
         Gpt2Config, GptNeoXConfig, OptConfig,

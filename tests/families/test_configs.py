@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moecc.errors import InputError
-from moecc.families.glm4_moe import Glm4MoeConfig
+from moecc.families.glm import Glm4MoeConfig
 from moecc.families.llama import MixtralConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.qwen import Qwen3MoeConfig
@@ -41,7 +41,11 @@ def test_either_spelling_and_both_mean_the_same(family: str, scaling: Any) -> No
     if (scaling or {"rope_type": "default"})["rope_type"] not in decoders()[family].rope_types:
         return
     four = {"rope_theta": 5e5, "rope_scaling": scaling}
-    five = {"rope_parameters": {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}}
+    full: Any = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
+    if family == "olmo3":
+        local = {"rope_theta": 5e5, "rope_type": "default"}
+        full = {"full_attention": full, "sliding_attention": local}
+    five = {"rope_parameters": full}
     read = [parse_config(small(family, **keys)) for keys in (four, five, {**four, **five})]
     assert read[0] == read[1] == read[2]
     assert read[0].rope.theta == 5e5

@@ -204,9 +204,6 @@ BASES = {
     "umt5": T5,
     "switch_transformers": T5,
     "bert": BERT,
-    **dict.fromkeys(
-        ("olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"), NO_PADDING
-    ),
 }
 
 
@@ -225,7 +222,7 @@ class Case:
 
     def config(self) -> dict[str, object]:
         """Return the keyword arguments of the config class, in the spelling of version 4."""
-        return {**BASES.get(self.family, SMALL), **self.keys}
+        return {**BASES.get(self.family, NO_PADDING), **self.keys}
 
     @property
     def output(self) -> str:

@@ -108,12 +108,16 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         "logit_softcap": st.sampled_from([None, 3.0]),
         "rotary_dim": st.sampled_from([None, 2]) if rope.type != "dynamic" else st.none(),
         "head_bias": st.booleans(),
+        "qkv_clip": st.sampled_from([None, 0.5]),
+        "parallel": st.booleans(),
         "rope_layers": st.none() | st.tuples(*[st.booleans()] * layers),
         "local_rope": local if rope.type != "default" else st.none() | local,
     }
     # That all layers have rotary positions is not stated by listing them.
     drawn = {name: draw(kinds[name]) for name in sorted(family.options - ATTENTION_BIASES)}
     drawn |= dict.fromkeys(ATTENTION_BIASES & family.options, draw(st.booleans()))
+    if family.key("mlp_bias") == family.key("qkv_bias"):
+        drawn["mlp_bias"] = drawn["qkv_bias"]
     listed = drawn.get("rope_layers")
     return {**drawn, "rope_layers": None} if listed and all(listed) else drawn
 

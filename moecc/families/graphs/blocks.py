@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from moecc.families.config import BlockNames
-from moecc.families.graphs.decoder import ACTIVATION_OPS
+from moecc.families.graphs.decoder import ACTIVATION_OPS, activated
 from moecc.families.graphs.parameters import Parameters
 from moecc.families.heads import ModelHead
 from moecc.ir.builder import Builder
@@ -227,5 +227,5 @@ class Blocks:
         embed = x.type["embed"].size
         assert isinstance(embed, int), "the width of a model is known"
         inner = self.linear(x, up, ("mlp", width), "embed")
-        inner = self.builder.node(ACTIVATION_OPS[act], inner).result
+        inner = activated(self.builder, inner, act)
         return self.linear(inner, down, ("embed", embed), "mlp")

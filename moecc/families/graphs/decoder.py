@@ -15,24 +15,35 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import emit_routing, emit_shared_gate
 from moecc.types import I32, tensor
 
-# The norms of decoders: RMS norms, of one parameter or one more than it, and layer norms.
+# The norms of decoders, of one parameter or one more than it.
 
 
-def emit_rms_norm(
+def emit_norm(
     builder: Builder,
     x: Value,
-    scale: Value,
+    scale: Value | None,
+    bias: Value | None,
     axis: str,
     config: DecoderConfig,
     *,
     name: str | None = None,
 ) -> Value:
-    """Emit the norm of `x` along `axis` with the parameter `scale`."""
-    if config.norm_offset:
+    """Emit the norm of `x` along `axis`, of the kind that its parameters and the config say."""
+    eps = config.rms_norm_eps
+    if scale is not None and config.norm_offset:
         # The parameter stays as it is on disk; one more than it, rounded, would not come back.
         unit = builder.constant(value=1.0, name="one")
         scale = builder.add(scale, unit, name="gain")
-    return builder.rms_norm(x, scale, axis=axis, eps=config.rms_norm_eps, name=name)
+    if scale is not None and bias is not None:
+        return builder.layer_norm(x, scale, bias, axis=axis, eps=eps, name=name)
+    if config.norm_kind != "rms":
+        x = builder.sub(x, builder.mean(x, axes=axis))
+    if scale is not None and scale.type.names == (axis,):
+        return builder.rms_norm(x, scale, axis=axis, eps=eps, name=name)
+    square = builder.mean(builder.square(x), axes=axis)
+    root = builder.rsqrt(builder.add(square, builder.constant(value=eps)))
+    x = builder.mul(x, root, name=name)
+    return x if scale is None else builder.mul(x, scale)
 
 
 KV_SEQ = "kv_seq"
@@ -63,7 +74,7 @@ class Tables:
     def of(cls, builder: Builder, config: DecoderConfig, tokens: Value) -> Tables:
         """Emit the positions, rotary tables and masks of a model."""
         positions = builder.positions(tokens, axis="seq", name="positions")
-        ropes = [_rope_of_layer(config, layer) for layer in range(config.num_hidden_layers)]
+        ropes = [config.rope_of(layer) for layer in range(config.num_hidden_layers)]
         tables: dict[RopeConfig | None, Rotation | None] = {None: None}
         for rope in ropes:
             if rope is not None and rope not in tables:
@@ -75,13 +86,6 @@ class Tables:
         windows = dict.fromkeys(w or 0 for w in config.sliding_windows)
         masks = {w: builder.causal(positions, keys, window=w, name="causal") for w in windows}
         return cls(rotations, masks)
-
-
-def _rope_of_layer(config: DecoderConfig, layer: int) -> RopeConfig | None:
-    if config.rope_layers is not None and not config.rope_layers[layer]:
-        return None
-    has_window = config.sliding_windows[layer] is not None
-    return config.local_rope if has_window and config.local_rope is not None else config.rope
 
 
 def rope_tables(
@@ -155,13 +159,16 @@ def attention(
 ) -> Value:
     """Emit the attention of one layer on the normalised `x`, ``[batch, seq, embed]``."""
     heads = _Heads(builder, layer, config, params)
-    query = heads.queries(x)
-    key = heads.keys(x)
+    query, key = heads.project(x, "q", heads.query_axes), heads.project(x, "k", heads.kv_axes)
     value = heads.project(x, "v", heads.kv_axes)
+    if not config.qk_norm_last:
+        query, key = heads.norm(query, "q"), heads.norm(key, "k")
     rotation = tables.rotations[layer]
     query = rotated(builder, query, rotation, config.head_dim)
-    key = as_keys(builder, rotated(builder, key, rotation, config.head_dim))
-    value = as_keys(builder, value)
+    key = rotated(builder, key, rotation, config.head_dim)
+    if config.qk_norm_last:
+        query, key = heads.norm(query, "q"), heads.norm(key, "k")
+    key, value = as_keys(builder, key), as_keys(builder, value)
     scores = builder.contract(query, key, over="head_dim", name="scores")
     scores = soft_capped(builder, scores, config.attention_softcap, config.score_scale)
     seen = tables.masks[config.sliding_windows[layer] or 0]
@@ -189,7 +196,7 @@ class _Heads:
 
     @property
     def prefix(self) -> str:
-        return self.params.names.layer.format(layer=self.layer) + "self_attn."
+        return self.params.names.layer.format(layer=self.layer) + self.params.names.attention
 
     @property
     def kv_axes(self) -> dict[str, int]:
@@ -202,54 +209,65 @@ class _Heads:
         kv = self.config.num_key_value_heads
         return {"kv_head": kv, "query_group": groups, "head_dim": self.config.head_dim}
 
-    def queries(self, x: Value) -> Value:
-        return self.norm(self.project(x, "q", self.query_axes), "q")
-
-    def keys(self, x: Value) -> Value:
-        return self.norm(self.project(x, "k", self.kv_axes), "k")
-
     def project(self, x: Value, letter: str, into: dict[str, int]) -> Value:
         """Project to heads; the weight is not split, as on disk, but the result is."""
-        axis = "q" if letter == "q" else "kv"
+        axis, loc = "q" if letter == "q" else "kv", self.builder.loc
         width = prod(into.values())
         y = self.builder.contract(x, self._weight(letter, axis, width), over="embed", name=letter)
         if self.config.qkv_bias:
-            name = f"{self.prefix}{letter}_proj.bias"
-            y = self.builder.add(y, self.params.plain(name, self.builder.loc, **{axis: width}))
+            y = self.builder.add(y, self._parameter(letter, "bias", **{axis: width}))
+        if (clip := self.config.qkv_clip) is not None:
+            bounds = [self.builder.constant(value=bound) for bound in (clip, -clip)]
+            y = self.builder.maximum(self.builder.minimum(y, bounds[0]), bounds[1])
         if self.config.qk_norm_across and letter != "v":
-            scale = self._norm_scale(letter, **{axis: width})
-            y = emit_rms_norm(self.builder, y, scale, axis, self.config)
+            scale = self.params.plain(f"{self._norm_name(letter)}.weight", loc, **{axis: width})
+            y = emit_norm(self.builder, y, scale, None, axis, self.config)
         return self.builder.split(y, axis=axis, into=tuple(into.items()))
 
     def _weight(self, letter: str, axis: str, width: int) -> Value:
         axes = {axis: width, "embed": self.config.hidden_size}
         name, fused = f"{self.prefix}{letter}_proj.weight", self.params.names.qkv
         if not fused:
-            if letter == "v":
-                return self.params.plain(name, self.builder.loc, **axes)
-            head_dim = self.config.head_dim
-            loc = self.builder.loc
-            return self.params.turned(name, loc, width // head_dim, head_dim, axes)
+            return self._parameter(letter, "weight", **axes)
         queries, keys = prod(self.query_axes.values()), prod(self.kv_axes.values())
         at = {"q": 0, "k": queries, "v": queries + keys}[letter]
         of, extent = f"{self.prefix}{fused}.weight", ("qkv", queries + 2 * keys)
         return self.params.part(name, of, self.builder.loc, at, extent, axes)
 
-    def _norm_scale(self, letter: str, **axes: int) -> Value:
-        return self.params.plain(f"{self.prefix}{letter}_norm.weight", self.builder.loc, **axes)
+    def _parameter(self, letter: str, kind: str, **axes: int) -> Value:
+        """Return a matrix or bias whose rows are those of heads, in the order of the graph."""
+        name, loc = f"{self.prefix}{letter}_proj.{kind}", self.builder.loc
+        if letter == "v":
+            return self.params.plain(name, loc, **axes)
+        return self.params.turned(name, loc, self.config.head_dim, self.config.rotated_dim, axes)
+
+    def _norm_name(self, letter: str) -> str:
+        names = self.params.names
+        return f"{self.prefix}{names.query_norm if letter == 'q' else names.key_norm}"
 
     def norm(self, x: Value, letter: str) -> Value:
         """Normalise each head by itself, if the family does."""
-        if not self.config.qk_norm or self.config.qk_norm_across:
+        config, loc, name = self.config, self.builder.loc, self._norm_name(letter)
+        if not config.qk_norm or config.qk_norm_across:
             return x
-        scale = self._norm_scale(letter, head_dim=self.config.head_dim)
-        return emit_rms_norm(self.builder, x, scale, "head_dim", self.config)
+        if not config.qk_norm_each:
+            scale = self.params.plain(f"{name}.weight", loc, head_dim=config.head_dim)
+            bias = None
+            if config.norm_kind == "layer":
+                bias = self.params.plain(f"{name}.bias", loc, head_dim=config.head_dim)
+            return emit_norm(self.builder, x, scale, bias, "head_dim", config)
+        into = tuple(list((self.query_axes if letter == "q" else self.kv_axes).items())[:-1])
+        count = prod(size for _, size in into)
+        scale = self.params.of_heads(f"{name}.weight", loc, count, config.head_dim)
+        if letter == "q":
+            scale = self.builder.split(scale, axis="head", into=into)
+        return emit_norm(self.builder, x, scale, None, "head_dim", config)
 
     def output(self, mixed: Value) -> Value:
         loc, embed = self.builder.loc, self.config.hidden_size
         merged = self.builder.merge(mixed, axes=tuple(self.query_axes), into="q")
         width = self.config.num_attention_heads * self.config.head_dim
-        name = f"{self.prefix}o_proj"
+        name = f"{self.prefix}{self.params.names.attention_output}"
         weight = self.params.plain(f"{name}.weight", loc, embed=embed, q=width)
         y = self.builder.contract(merged, weight, over="q")
         if self.config.output_bias:
@@ -265,14 +283,26 @@ ACTIVATION_OPS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-"""The operation of each activation of a config."""
+"""The operation of each activation of a config that is one operation."""
+
+
+def activated(builder: Builder, x: Value, act: str) -> Value:
+    """Emit an activation of `x`, by the name that configs have for it."""
+    if act == "relu2":
+        return builder.square(builder.relu(x))
+    return builder.node(ACTIVATION_OPS[act], x).result
+
 
 Matrix = Callable[[str], Value]
 Bias = Callable[[str], Value | None]
 
 
-def gated(builder: Builder, x: Value, act: str, matrix: Matrix, bias: Bias) -> Value:
-    """Emit ``down(act(gate(x)) · up(x))``; `matrix` and `bias` return the parameters by name.
+def gated(
+    builder: Builder, x: Value, act: str, matrix: Matrix, bias: Bias, *, is_gated: bool = True
+) -> Value:
+    """Emit ``down(act(gate(x)) · up(x))``, or without a gate ``down(act(up(x)))``.
+
+    `matrix` and `bias` return the parameters by name.
 
     The same operations serve a dense block and the experts, whose matrices and rows have an
     additional expert axis.
@@ -283,8 +313,9 @@ def gated(builder: Builder, x: Value, act: str, matrix: Matrix, bias: Bias) -> V
         shift = bias(name)
         return y if shift is None else builder.add(y, shift)
 
-    gate = builder.node(ACTIVATION_OPS[act], linear(x, "gate", "embed")).result
-    hidden = builder.mul(gate, linear(x, "up", "embed"))
+    hidden = activated(builder, linear(x, "gate" if is_gated else "up", "embed"), act)
+    if is_gated:
+        hidden = builder.mul(hidden, linear(x, "up", "embed"))
     return linear(hidden, "down", "mlp")
 
 
@@ -292,11 +323,7 @@ def two_or_three(
     builder: Builder, x: Value, act: str, matrix: Callable[[str], Value], is_gated: bool
 ) -> Value:
     """Emit a block without biases: ``down(act(up(x)))``, or with a gate the three of `gated`."""
-    if is_gated:
-        return gated(builder, x, act, matrix, lambda name: None)
-    up = builder.contract(x, matrix("up"), over="embed", name="up")
-    hidden = builder.node(ACTIVATION_OPS[act], up).result
-    return builder.contract(hidden, matrix("down"), over="mlp", name="down")
+    return gated(builder, x, act, matrix, lambda name: None, is_gated=is_gated)
 
 
 def feed_forward(
@@ -319,8 +346,11 @@ def _dense(
 ) -> Value:
     axes = ffn_axes(config.hidden_size, width)
 
+    names = params.names
+    modules = {"gate": "gate_proj", "up": names.dense_up, "down": names.dense_down}
+
     def matrix(name: str) -> Value:
-        full, fused = f"{prefix}{name}_proj.weight", params.names.gate_up
+        full, fused = f"{prefix}{modules[name]}.weight", names.gate_up
         if not fused or name == "down":
             return params.plain(full, builder.loc, **axes[name])
         at, of = (0 if name == "gate" else width), f"{prefix}{fused}.weight"
@@ -330,9 +360,9 @@ def _dense(
         if not config.mlp_bias:
             return None
         out = next(iter(axes[name]))
-        return params.plain(f"{prefix}{name}_proj.bias", builder.loc, **{out: axes[name][out]})
+        return params.plain(f"{prefix}{modules[name]}.bias", builder.loc, **{out: axes[name][out]})
 
-    return gated(builder, x, config.hidden_act, matrix, bias)
+    return gated(builder, x, config.hidden_act, matrix, bias, is_gated=config.gated_mlp)
 
 
 def ffn_axes(embed: int, mlp: int) -> dict[str, dict[str, int]]:
@@ -456,27 +486,31 @@ class _Decoder:
         return self._times(hidden, factor)
 
     def layer(self, hidden: Value, layer: int, tables: Tables) -> Value:
-        """Emit one layer: attention and feed-forward, each added to what it reads."""
+        """Emit one layer: attention and feed-forward, each added to what it reads.
+
+        Side by side the two read one normalised value.
+        """
         builder, config, params = self.builder, self.config, self.params
-        names = NORMS[config.norm_placement]
+        names = params.names.layer_norms or NORMS[config.norm_placement]
         with builder.at(f"layers.{layer}.attention"):
             x = self._layer_norm(hidden, layer, names[0])
             block = attention(builder, x, layer, config, params, tables)
             hidden = self._added(hidden, self._layer_norm(block, layer, names[1]))
         with builder.at(f"layers.{layer}.ffn"):
-            x = self._layer_norm(hidden, layer, names[2])
+            if not config.parallel:
+                x = self._layer_norm(hidden, layer, names[2])
             block = feed_forward(builder, x, layer, config, params)
             return self._added(hidden, self._layer_norm(block, layer, names[3]))
 
     def norm(self, x: Value, name: str) -> Value:
         """Emit the norm with the scale `name`."""
-        width, loc = self.config.hidden_size, self.builder.loc
-        scale = self.params.plain(name, loc, embed=width)
-        if self.config.layer_norm:
+        width, loc, kind = self.config.hidden_size, self.builder.loc, self.config.norm_kind
+        scale = bias = None
+        if kind != "layer without parameters":
+            scale = self.params.plain(name, loc, embed=width)
+        if kind == "layer":
             bias = self.params.plain(f"{name.removesuffix('weight')}bias", loc, embed=width)
-            eps = self.config.rms_norm_eps
-            return self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")
-        return emit_rms_norm(self.builder, x, scale, "embed", self.config, name="norm")
+        return emit_norm(self.builder, x, scale, bias, "embed", self.config, name="norm")
 
     def logits(self, hidden: Value) -> Value:
         """Emit the logits of the normalised `hidden`."""

@@ -15,7 +15,16 @@ from moecc.families.heads import ModelHead
 from moecc.ir.graph import Graph, Value
 from moecc.types import F32, DType, Size, tensor
 from moecc.weights.expr import Expr, Source
-from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split, Stack
+from moecc.weights.movement import (
+    Concat,
+    Index,
+    Merge,
+    Permute,
+    Rename,
+    Slice,
+    Split,
+    Stack,
+)
 
 DtypeOf = Callable[[str], DType]
 """Maps the name of a tensor to its element type on disk."""
@@ -180,27 +189,39 @@ class Parameters:
         read = Index(self._source(name, row=1, expert=expert), "row", 0)
         return self._param(name, loc, {"expert": expert}, read)
 
-    def turned(self, name: str, loc: str, heads: int, head_dim: int, axes: dict[str, int]) -> Value:
-        """Return a projection to heads of which the first half is rotated with the second.
+    def turned(
+        self, name: str, loc: str, head_dim: int, rotary_dim: int, axes: dict[str, int]
+    ) -> Value:
+        """Return rows of heads in which the first half of what is rotated is so with the second.
 
         Args:
           name: the name of the tensor.
           loc: the location in the model.
-          heads: the number of heads.
-          head_dim: their width.
+          head_dim: the width of a head.
+          rotary_dim: how many entries of it, the first ones, are rotated.
           axes: the axes of the parameter, that of the heads first.
         """
-        if not self.names.pairs_neighbours:
-            return self.plain(name, loc, **axes)
-        rows, *columns = axes
-        split = Split(
-            self._source(name, **axes), rows,
-            (("head", heads), ("pair", head_dim // 2), ("half", 2)),
-        )  # fmt: skip
-        read = Merge(
-            Permute(split, ("head", "half", "pair", *columns)), ("head", "half", "pair"), rows
-        )
+        if name in self.graph.params:
+            return self.graph.params[name]
+        read = self._source(name, **axes)
+        if self.names.pairs_neighbours:
+            rows, count = next(iter(axes.items()))
+            parts = (("head", count // head_dim), ("entry", head_dim))
+            turned = halves_of_neighbours(Split(read, rows, parts), "entry", rotary_dim)
+            read = Merge(turned, ("head", "entry"), rows)
         return self._param(name, loc, axes, read)
+
+    def of_heads(self, name: str, loc: str, heads: int, head_dim: int) -> Value:
+        """Return the scales of norms of heads, ``[head, head_dim]``; see `turned`."""
+        axes = {"head": heads, "head_dim": head_dim}
+        if "{head}" not in name:
+            read = self._source(name, **axes)
+        else:
+            names = [name.format(head=head) for head in range(heads)]
+            read = Stack(tuple(self._source(n, head_dim=head_dim) for n in names), "head")
+        if self.names.pairs_neighbours:
+            read = halves_of_neighbours(read, "head_dim", head_dim)
+        return self._param(name.replace("{head}.", ""), loc, axes, read)
 
     def expert(
         self,
@@ -279,6 +300,20 @@ class Parameters:
 
     def _param(self, name: str, loc: str, axes: dict[str, int], read: Expr) -> Value:
         return self.graph.param(name, tensor(F32, **axes), read, loc=loc)
+
+
+def halves_of_neighbours(read: Expr, axis: str, count: int) -> Expr:
+    """Return `read` with the first `count` entries of an axis in another order.
+
+    The even ones come first, and then the odd ones.
+    """
+    size, at = read.type[axis].size, read.type.names.index(axis)
+    assert isinstance(size, int), "a weight has fixed sizes"
+    before, after = read.type.names[:at], read.type.names[at + 1 :]
+    paired = read if count == size else Slice(read, axis, 0, count)
+    split = Split(paired, axis, (("pair", count // 2), ("half", 2)))
+    turned = Merge(Permute(split, (*before, "half", "pair", *after)), ("half", "pair"), axis)
+    return turned if count == size else Concat((turned, Slice(read, axis, count, size)), axis)
 
 
 def _with_axis(axes: dict[str, int], old: str, new: str, size: int) -> dict[str, int]:

@@ -1,19 +1,50 @@
-"""ernie4_5_moe: a bias in the choice of experts, shared experts, neighbours rotated together."""
+"""ernie4_5 and ernie4_5_moe: neighbours rotated together, a bias in the choice of experts.
+
+On disk the rows of queries and keys are ordered so that neighbours are rotated together.
+"""
 
 from __future__ import annotations
 
 from moecc.families.config import EngineReading, GgufFacts, TensorNames, config_class
+from moecc.families.decoder import BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import FIXED_GATES_DEFAULTS, TRANSFORMERS, MoeConfig
 from moecc.families.reader import Reader
 from moecc.support.untyped import JsonDict
 
 
 @config_class
-class Ernie45MoeConfig(MoeConfig):
-    """An ernie4_5_moe without biases in its projections; experts in every n-th layer of a range.
+class Ernie45Config(DecoderConfig):
+    """An ernie4_5: a llama with biases on all projections or on none."""
 
-    On disk the rows of queries and keys are ordered so that neighbours are rotated together.
-    """
+    model_type = "ernie4_5"
+    architecture = "Ernie4_5ForCausalLM"
+    options = BIASES
+    keys = dict.fromkeys(BIASES, "use_bias")
+    strict = ("head_dim",)
+    names = TensorNames(pairs_neighbours=True)
+    defaults = {
+        **DEFAULTS,
+        "vocab_size": 103_424,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": True,
+        "use_bias": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+@config_class
+class Ernie45MoeConfig(MoeConfig):
+    """An ernie4_5_moe without biases in its projections; experts in every n-th layer of a range."""
 
     model_type = "ernie4_5_moe"
     architecture = "Ernie4_5_MoeForCausalLM"

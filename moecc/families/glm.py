@@ -1,11 +1,57 @@
-"""glm4_moe: sigmoid scores, ungated shared experts, dense first layers."""
+"""glm, glm4 and glm4_moe: part of a head is rotated, in the dense ones by neighbours."""
 
 from __future__ import annotations
 
 from moecc.families.config import EngineReading, GgufFacts, TensorNames, config_class
+from moecc.families.decoder import DEFAULTS, DecoderConfig
 from moecc.families.mixture import MOE_DEFAULTS, TRANSFORMERS, MoeConfig
 from moecc.families.reader import COUNT, Reader
 from moecc.support.untyped import JsonDict
+
+
+@config_class
+class GlmConfig(DecoderConfig):
+    """A glm: gate and up in one matrix, biases on queries, keys and values."""
+
+    model_type = "glm"
+    architecture = "GlmForCausalLM"
+    options = frozenset({"qkv_bias", "rotary_dim"})
+    strict = ("num_key_value_heads", "head_dim")
+    names = TensorNames(gate_up="gate_up_proj", pairs_neighbours=True)
+    defaults = {
+        **DEFAULTS,
+        "vocab_size": 151_552,
+        "hidden_size": 4096,
+        "intermediate_size": 13_696,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1.5625e-07,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "pad_token_id": 151_329,
+        "eos_token_id": [151_329, 151_336, 151_338],
+    }
+
+
+@config_class
+class Glm4Config(GlmConfig):
+    """A glm4: norms around each block."""
+
+    model_type = "glm4"
+    architecture = "Glm4ForCausalLM"
+    fixed = {"norm_placement": "around"}
+    names = TensorNames(
+        gate_up="gate_up_proj",
+        pairs_neighbours=True,
+        layer_norms=(
+            "input_layernorm",
+            "post_self_attn_layernorm",
+            "post_attention_layernorm",
+            "post_mlp_layernorm",
+        ),
+    )
 
 
 @config_class
