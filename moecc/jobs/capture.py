@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from moecc.jobs.command import (
     SequenceLength,
     Spelling,
 )
+from moecc.jobs.conversion_file import is_conversion_file, read_conversion_file
 from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
 from moecc.model.initialise import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
 from moecc.model.open import OpenedModel, open_model
@@ -113,6 +115,15 @@ def parse_texts(words: Sequence[str]) -> dict[str, str]:
     return paths
 
 
+def prompt_files(prompts: Mapping[str, Sequence[str]], folder: str) -> dict[str, str]:
+    """Write prompts to `folder`, each a document; return the paths of their files by name."""
+    paths = {name: f"{folder}/{name}.jsonl" for name in prompts}
+    for name, path in paths.items():
+        lines = [json.dumps({"text": prompt}) + "\n" for prompt in prompts[name]]
+        Path(path).write_text("".join(lines), "utf-8")
+    return paths
+
+
 def _tokens(model: OpenedModel, path: str, stack: ExitStack) -> TokenFolder:
     """Return a token folder, which is made of a text that is none."""
     if (Path(path) / TOKEN_FACTS).is_file():
@@ -177,8 +188,8 @@ def _experts(graph: Graph, loc: str) -> int:
 def capture(
     source: Annotated[str, Spelling(complete="models")],
     *,
-    text: Annotated[Sequence[str], Spelling("[NAME=]PATH")],
     out: Annotated[str, Spelling("DIR")],
+    text: Annotated[Sequence[str], Spelling("[NAME=]PATH")] = (),
     at: Annotated[str, Spelling("GLOB")] = "*",
     pipeline: PipelineText = "",
     sequence: SequenceLength = 512,
@@ -194,7 +205,7 @@ def capture(
     upcycle{split=activation}, upcycle{router-init=ridge}, prune{by=saliency} or merge{by=result}.
 
     Args:
-      source: Model with weights.
+      source: Model with weights; or the .yaml of mergekit-moe, whose prompts are texts.
       text: File of text, or token folder; may be repeated, each a text of its own.
       out: Folder to write.
       at: Pattern of the locations to capture, for example layers.3.*.
@@ -210,13 +221,20 @@ def capture(
     if not 0 < active < 1:
         raise UsageError("not a share of neurons", where="--active", expected="above 0, below 1",
                          found=f"{active:g}")  # fmt: skip
-    named = parse_texts(text)
+    named, prompts = parse_texts(text), dict[str, tuple[str, ...]]()
+    if is_conversion_file(source):
+        stated = read_conversion_file(source)
+        source, prompts = stated.source, dict(stated.prompts)
+    if not named and not prompts:
+        raise UsageError("there is no text", where="--text", expected="a file or a token folder")
     inputs = [Path(path) for path in named.values()]
     check_output(Path(out), inputs=inputs, force=force)
     with signals_raised(), Bar("capturing", unit_bytes=False) as bar, \
             open_model(source) as model, ExitStack() as stack:  # fmt: skip
         if model.checkpoint is None:
             raise InputError(f"{source} has no weights", hint="give a checkpoint")
+        if prompts:
+            named = prompt_files(prompts, stack.enter_context(TemporaryDirectory())) | named
         folders = {n: _tokens(model, path, stack) for n, path in named.items()}
         graph = _traced(model, pipeline, at)
         seen = EvaluationSpec(sequence, batch, batches)

@@ -55,6 +55,7 @@ from moecc.jobs.command import (
 )
 from moecc.jobs.conversion import Plan
 from moecc.jobs.conversion import plan as plan
+from moecc.jobs.conversion_file import is_conversion_file, read_conversion_file
 from moecc.jobs.prove import check_proof_files
 from moecc.jobs.receipt import (
     RECEIPT_NAME,
@@ -446,7 +447,8 @@ def convert(
     held to its promise on the model at small sizes; exit code 3 if one breaks it.
 
     Args:
-      source: Hugging Face folder, .gguf file, hf://…, s3://…, gs://… or preset:NAME.
+      source: Hugging Face folder, .gguf file, hf://…, s3://…, gs://… or preset:NAME; or a
+        .toml file of source and options, or the .yaml of mergekit-moe.
       out: Folder to write, also s3://… or gs://…, or file that ends in .gguf.
       to: Family to write, gguf:ARCH with llama.cpp's name of an architecture, or auto.
       emit: Language of a program to write beside the tensors of st_moe: torch or jax.
@@ -478,6 +480,19 @@ def convert(
     Example:
       moecc convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' --to mixtral
     """
+    if is_conversion_file(source):
+        stated = read_conversion_file(source)
+        if stated.prompts and capture is None:
+            hint = f"moecc capture {source} --out captured, then --capture captured"
+            raise UsageError("routers are made of statistics of the prompts", where=source,
+                             expected="--capture DIR", hint=hint)  # fmt: skip
+        source, pipeline = stated.source, pipeline or stated.pipeline
+        to, emit = (to if to != "auto" else stated.to), emit or stated.emit
+        dtype, seed = dtype or stated.dtype, seed or stated.seed
+        experts = experts or [f"{name}={model}" for name, model in stated.experts.items()]
+        capture, padding_mask = capture or stated.capture, padding_mask or stated.padding_mask
+        if max_shard_bytes == str(MAX_SHARD_BYTES):
+            max_shard_bytes = stated.max_shard_bytes
     type = None if dtype is None else _output_type(dtype)
     limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)
     options = WriteOptions(

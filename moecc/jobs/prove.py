@@ -110,7 +110,11 @@ def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
         manifest = _conversion_of(source, result)
         if manifest is None:
             return _compared(source, result, prover)
-        proof = replay(source, result, manifest, prover, load)
+        try:
+            proof = replay(source, result, manifest, prover, load)
+        except NotPlannedError as error:
+            warn(f"the conversion was not planned again: {error.problems[0].what}")
+            return _compared(source, result, prover)
         if proof.verdict.status == "unknown":
             # What holds of these weights may not hold of all: experts may be copies.
             by_content = _compared(source, result, prover)
@@ -275,6 +279,10 @@ def _conversion_of(source: OpenedModel, result: OpenedModel) -> Manifest | None:
     return conversion_of(result.checkpoint.path, files_of(source.checkpoint))
 
 
+class NotPlannedError(InputError):
+    """A conversion cannot be planned again from its source alone."""
+
+
 def replay(
     source: OpenedModel, result: OpenedModel, manifest: Manifest, prover: Prover, load: Load = ()
 ) -> ConversionProof:
@@ -283,17 +291,21 @@ def replay(
     The rounding of weights to the element type that was asked for is no part of the function.
 
     Raises:
-      InputError: the conversion read further models or statistics, or its plan differs now.
+      NotPlannedError: the conversion read further models or statistics.
+      InputError: its plan differs now.
     """
     from moecc.jobs.conversion import plan
 
     passes = read_pipeline(manifest.pipeline, load)
     copied = replace(source, graph=clone(source.graph))
     assert result.checkpoint is not None, "what was converted has weights"
-    export = plan(
-        copied, passes, manifest.family_to, seed=manifest.seed, check=False,
-        emit=program_language(result.checkpoint.path) or None,
-    ).export  # fmt: skip
+    try:
+        export = plan(
+            copied, passes, manifest.family_to, seed=manifest.seed, check=False,
+            emit=program_language(result.checkpoint.path) or None,
+        ).export  # fmt: skip
+    except (InputError, UsageError) as error:
+        raise NotPlannedError(error.problems) from None
     raise_problems(_differences(export, result, manifest))
     return prove_conversion(source.graph, export, prover)
 

@@ -13,6 +13,7 @@ _MODULES = {
     "tokenizers": ("tokenizers",), "export": ("flatbuffers",), "report": ("plotly",),
     "align": ("scipy",),
     "s3": ("s3fs",), "gs": ("gcsfs",), "hub": ("huggingface_hub",),
+    "yaml": ("yaml",),
 }  # fmt: skip
 """What is imported of the packages of an extra."""
 
