@@ -229,14 +229,18 @@ def _eight_bit_rows(name: str, scale: str, read: ReadRows, start: int, stop: int
     return values
 
 
-# Eight-bit floats with scales: of blocks (DeepSeek, Qwen), of rows or of the matrix.
+# Elements of eight bits with scales: of blocks (DeepSeek, Qwen), of rows or of the matrix.
 #
-# An element is its eight-bit value times the scale of its block.
+# An element is its eight-bit value, a float or an integer, times the scale of its block.
+
+
+_EIGHT_BITS = {"f8e4m3fn": "FP8", "f8e5m2": "FP8", "i8": "int8"}
+_BYTE_VALUES = np.arange(256, dtype=np.uint8)
 
 
 @dataclass(frozen=True)
 class _Fp8Options:
-    """The options of FP8 weights; compressed-tensors states its blocks by groups of modules."""
+    """The options of weights in eight bits; compressed-tensors states blocks by groups."""
 
     weight_block_size: (
         Annotated[tuple[Positive, ...], Check(lambda sizes: len(sizes) == 2, "[rows, columns]")]
@@ -245,20 +249,11 @@ class _Fp8Options:
     config_groups: Json = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Fp8Group:
-    """The weights of a group of compressed-tensors."""
-
-    type: Literal["float"]
-    num_bits: Literal[8]
-    block_structure: object = None
-
-
 def find_fp8(stored: StoredTensors) -> Iterator[PackedTensor]:
-    """Yield every tensor of eight-bit floats, with its scales."""
+    """Yield every tensor of eight bits, with its scales."""
     blocks = _block_sizes(stored)
     for name, info in stored.tensors.items():
-        if info.dtype.name not in ("f8e4m3fn", "f8e5m2"):
+        if info.dtype.name not in _EIGHT_BITS or name.endswith("_scale"):
             continue
         names = (name + "_scale_inv", name + "_scale")
         scale = stored.part(next((n for n in names if n in stored.tensors), names[1]), None, FLOATS)
@@ -274,8 +269,13 @@ def find_fp8(stored: StoredTensors) -> Iterator[PackedTensor]:
                 found=f"{list(scale.shape)}",
             )
             continue
+        if (zeros := name + "_zero_point") in stored.tensors:
+            stored.problems.add("zeros of elements of eight bits are not read",
+                                where=f"{info.file}, tensor {quoted(zeros)}",
+                                hint="quantise symmetrically, or in words")  # fmt: skip
         rows = partial(_fp8_rows, info, scale, sizes)
-        yield PackedTensor(name, info.shape, "FP8", (name, scale.name), rows)
+        storage = _EIGHT_BITS[info.dtype.name]
+        yield PackedTensor(name, info.shape, storage, (name, scale.name), rows)
 
 
 def _block_sizes(stored: StoredTensors) -> Shape | None:
@@ -288,7 +288,6 @@ def _block_sizes(stored: StoredTensors) -> Shape | None:
         if not isinstance(weights, dict):
             continue
         reader = RecordReader(lambda path: "config.json")
-        reader.section(_Fp8Group, weights, (KEY, "config_groups", "weights"), is_open=True)
         sizes = {"weight_block_size": weights.get("block_structure")}
         blocks = reader.section(_Fp8Options, sizes, (KEY, "config_groups"), is_open=True)
         stored.problems.extend(problem for _, problem in reader.problems)
@@ -319,7 +318,7 @@ def _fp8_rows(
     start: int,
     stop: int,
 ) -> Array:
-    table = np.arange(256, dtype=np.uint8).view(info.dtype.numpy).astype(np.float32)
+    table = _BYTE_VALUES.view(info.dtype.numpy).astype(np.float32)
     values = table[read(info.name, start, stop).view(np.uint8)]
     is_single = scale.shape in ((), (1,))
     if len(info.shape) > 2:
@@ -406,15 +405,8 @@ class _WordMatrix:
         """Return the group of each input."""
         if not self.has_index:
             return np.arange(self.inputs) // self.group
-        groups = read(f"{self.stem}.g_idx", 0, None)
-        if groups.size and (groups.min() < 0 or groups.max() >= count):
-            raise InputError(
-                "an input is in a group that does not exist",
-                where=f"tensor {quoted(f'{self.stem}.g_idx')}",
-                expected=f"0 to {count - 1}",
-                found=f"{int(groups.min())} to {int(groups.max())}",
-            )
-        return groups
+        name = f"{self.stem}.g_idx"
+        return _checked_groups(read(name, 0, None), count, name)
 
     def _integers(self, words: Array, start: int, stop: int) -> Array:
         """Return the integers of outputs [start, stop) as float32, ``[in, out]``."""
@@ -429,6 +421,18 @@ class _WordMatrix:
         for position in range(count):
             values[position::count] = (columns >> np.uint32(position * self.bits)) & mask
         return values
+
+
+def _checked_groups(groups: Array, count: int, name: str) -> Array:
+    """Return the group of each input, from a tensor. Raises InputError: there are only `count`."""
+    if groups.size and (groups.min() < 0 or groups.max() >= count):
+        raise InputError(
+            "an input is in a group that does not exist",
+            where=f"tensor {quoted(name)}",
+            expected=f"0 to {count - 1}",
+            found=f"{int(groups.min())} to {int(groups.max())}",
+        )
+    return groups
 
 
 def _unpack(words: Array, bits: int, is_reordered: bool) -> Array:
@@ -539,6 +543,110 @@ def _mxfp4_rows(
     return values
 
 
+# compressed-tensors and ModelOpt: four-bit floats whose scales have eight bits, and integers in
+# words.
+#
+# NVFP4: 16 elements share a scale of eight bits, and all of them one in float32, by which
+# compressed-tensors divides and ModelOpt multiplies.  MXFP4: 32 share a power of two.  Integers of
+# four or eight bits lie in words, the lowest bits first, and are stored plus half their range;
+# zeros likewise, along the outputs.
+
+
+def find_compressed(stored: StoredTensors) -> Iterator[PackedTensor]:
+    """Yield the matrices that compressed-tensors or ModelOpt wrote, of eight and of fewer bits."""
+    for stem, packed in stored.ending(".weight_packed"):
+        if packed.dtype.name == "i32":
+            yield from _integer_words(stored, stem, packed)
+        else:
+            yield from _four_bit_floats(stored, stem, packed, f"{stem}.weight_global_scale")
+    for stem, _ in stored.ending(".weight_scale_2"):
+        if (weight := stored.part(f"{stem}.weight", None, ("u8",))) is not None:
+            yield from _four_bit_floats(stored, stem, weight, f"{stem}.weight_scale_2")
+    yield from find_fp8(stored)
+
+
+def _four_bit_floats(
+    stored: StoredTensors, stem: str, packed: TensorInfo, outer: str
+) -> Iterator[PackedTensor]:
+    if len(packed.shape) != 2 or stored.part(packed.name, None, ("u8",)) is None:
+        return
+    outputs, inputs = packed.shape[0], 2 * packed.shape[1]
+    if outer in stored.tensors:
+        group, storage, types, names = 16, "NVFP4", ("f8e4m3fn",), [outer]
+    else:
+        group, storage, types, names = 32, "MXFP4", ("u8",), []
+    scale = stored.part(f"{stem}.weight_scale", (outputs, -(-inputs // group)), types)
+    parts = [scale, *(stored.part(name, None, ("f32",)) for name in names)]
+    if None not in parts:
+        parts_names = (packed.name, f"{stem}.weight_scale", *names)
+        rows = partial(_four_bit_float_rows, parts_names, group)
+        yield PackedTensor(f"{stem}.weight", (outputs, inputs), storage, parts_names, rows)
+
+
+def _four_bit_float_rows(
+    parts: tuple[str, ...], group: int, read: ReadRows, start: int, stop: int
+) -> Array:
+    packed, scales = read(parts[0], start, stop), read(parts[1], start, stop)
+    if len(parts) == 2:
+        scales = np.ldexp(np.float32(1), scales.astype(np.int32) - _BIAS)
+    else:
+        outer = read(parts[2], 0, None).reshape(-1)[:1]
+        scales = scales.astype(np.float32)
+        scales = scales / outer if parts[2].endswith("_global_scale") else scales * outer
+    values = np.stack([_VALUES[packed & 15], _VALUES[packed >> 4]], axis=-1)
+    values = values.reshape(len(packed), -1)
+    values *= np.repeat(scales, group, axis=1)[:, : values.shape[1]]
+    return values
+
+
+def _integer_words(stored: StoredTensors, stem: str, packed: TensorInfo) -> Iterator[PackedTensor]:
+    shape_part = stored.part(f"{stem}.weight_shape", (2,), ("i64", "i32"))
+    scale = stored.part(f"{stem}.weight_scale", None, FLOATS)
+    if shape_part is None or scale is None:
+        return
+    outputs, inputs = map(int, stored.read(shape_part.name, 0, None))
+    widths = [b for b in (4, 8) if packed.shape == (outputs, -(-inputs * b // _WORD))]
+    groups = scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == outputs else 0
+    if not widths or not groups or inputs % groups:
+        stored.problems.add(
+            "the words and scales are not those of the matrix",
+            where=f"{packed.file}, tensor {quoted(packed.name)}",
+            expected=f"integers of 4 or 8 bits for {[outputs, inputs]}, and scales of its rows",
+            found=f"{list(packed.shape)} words, {list(scale.shape)} scales",
+        )
+        return
+    (bits,) = widths
+    parts = [packed.name, scale.name, shape_part.name]
+    for name, shape, types in (
+        (f"{stem}.weight_zero_point", (-(-outputs * bits // _WORD), groups), ("i32",)),
+        (f"{stem}.weight_g_idx", (inputs,), ("i32", "i64")),
+    ):
+        if name in stored.tensors and stored.part(name, shape, types) is None:
+            return
+        parts += [name] if name in stored.tensors else []
+    rows = partial(_integer_rows, tuple(parts), bits, (inputs, groups))
+    name, storage = f"{stem}.weight", f"int{bits} (compressed-tensors)"
+    yield PackedTensor(name, (outputs, inputs), storage, tuple(parts), rows)
+
+
+def _integer_rows(
+    parts: tuple[str, ...], bits: int, sizes: tuple[int, int], read: ReadRows, start: int, stop: int
+) -> Array:
+    inputs, groups = sizes
+    scales = read(parts[1], start, stop).astype(np.float32)
+    zeros: Array | int = 1 << bits - 1
+    index = np.arange(inputs) // (inputs // groups)
+    for name in parts[3:]:
+        if name.endswith("_g_idx"):
+            index = _checked_groups(read(name, 0, None), groups, name)
+        else:
+            zeros = _unpack(read(name, 0, None).T, bits, False).T[start:stop][:, index]
+    integers = _unpack(read(parts[0], start, stop), bits, False)[:, :inputs]
+    values: Array = (integers - zeros).astype(np.float32)
+    values *= scales[:, index]
+    return values
+
+
 # A folder of quantised safetensors, with the names, shapes and config of one that is not.
 
 MAX_CACHED_BYTES = 256 << 20
@@ -546,7 +654,8 @@ MAX_CACHED_BYTES = 256 << 20
 METHODS: Mapping[str, Callable[[StoredTensors], Iterator[PackedTensor]]] = {
     "fp8": find_fp8,
     "fbgemm_fp8": find_fp8,
-    "compressed-tensors": find_fp8,
+    "compressed-tensors": find_compressed,
+    "modelopt": find_compressed,
     "mxfp4": find_mxfp4,
     "gptq": find_gptq,
     "awq": find_awq,

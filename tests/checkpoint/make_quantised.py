@@ -2,8 +2,9 @@
 
     python tests/checkpoint/make_quantised.py AUTOAWQ AUTO_GPTQ
 
-With torch, transformers 5 and bitsandbytes.  AUTOAWQ and AUTO_GPTQ are the unpacked packages
-(autoawq 0.2.9, auto_gptq 0.7.1), of which one module each is loaded: both import CUDA as a whole.
+With torch, transformers 5, bitsandbytes and compressed-tensors 0.20.  AUTOAWQ and AUTO_GPTQ are
+the unpacked packages (autoawq 0.2.9, auto_gptq 0.7.1), of which one module each is loaded: both
+import CUDA as a whole.
 Each file of ``quantised/`` holds the stored parts of a matrix; beside it is the matrix.
 """
 
@@ -97,6 +98,47 @@ def gptq(layers, bits: int, shuffled: bool, name: str) -> None:
     _save(name, expected, **parts)
 
 
+def compressed() -> None:
+    """Matrices of compressed-tensors, dequantised in float32."""
+    from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
+    from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
+    from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    weight, outer = torch.randn(16, 64), torch.tensor([500.0])
+    powers = torch.randint(120, 130, (16, 2), dtype=torch.uint8)
+    scales, zeros = torch.rand(16, 4) / 8 + 0.1, torch.randint(-8, 8, (16, 4)).to(torch.int8)
+    fp4, int4 = {"num_bits": 4, "type": "float"}, {"num_bits": 4, "strategy": "group"}
+    for name, compressor, args, state in (
+        ("nvfp4", NVFP4PackedCompressor, {**fp4, "strategy": "tensor_group", "group_size": 16},
+         {"scale": (outer * scales).to(torch.float8_e4m3fn).float(), "global_scale": outer}),
+        ("mxfp4_packed", MXFP4PackedCompressor, {**fp4, "strategy": "group", "group_size": 32},
+         {"scale": 2.0 ** (powers.float() - 127)}),
+        ("int4_packed", PackedQuantizationCompressor, {**int4, "group_size": 16},
+         {"scale": scales}),
+        ("int4_zeros", PackedQuantizationCompressor, {**int4, "group_size": 16, "symmetric": False},
+         {"scale": scales, "zero_point": zeros}),
+        ("int8_packed", PackedQuantizationCompressor, {"num_bits": 8, "strategy": "channel"},
+         {"scale": scales[:, :1] / 8}),
+        ("int8_rows", IntQuantizationCompressor, {"num_bits": 8, "strategy": "channel"},
+         {"scale": scales[:, :1] / 8}),
+    ):  # fmt: skip
+        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
+        parts = {"weight": weight, **{f"weight_{key}": value for key, value in state.items()}}
+        stored = compressor.compress(parts, scheme)
+        expected = compressor.decompress(stored, scheme)["weight"]
+        if name.endswith("fp4") or name.startswith("mxfp4"):  # the library rounds it to bf16
+            codes = unpack_fp4_from_uint8(stored["weight_packed"], 16, 64).float()
+            exact = dequantize(codes, state["scale"], args=scheme.weights, dtype=torch.float32,
+                               global_scale=state.get("global_scale"))  # fmt: skip
+            assert torch.allclose(exact, expected.float(), rtol=2**-7)
+            expected = exact
+        _save(name, expected, **{f"m__{key}": value for key, value in stored.items()})
+
+
 def main() -> None:
     """Write all files."""
     torch.manual_seed(7)
@@ -113,6 +155,7 @@ def main() -> None:
     gptq(layers, 4, False, "gptq")
     gptq(layers, 4, True, "gptq_shuffled")
     gptq(layers, 8, False, "gptq_8")
+    compressed()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from moecc.types import Array
 
 FILES = Path(__file__).parent / "quantised"
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+COMPRESSED = {"quant_method": "compressed-tensors"}
 CASES: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [16, 16]},
     "mxfp4": {"quant_method": "mxfp4"},
@@ -33,6 +34,12 @@ CASES: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True},
     "gptq_shuffled": {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
     "gptq_8": {"quant_method": "gptq", "bits": 8, "group_size": 16},
+    "nvfp4": COMPRESSED,
+    "mxfp4_packed": COMPRESSED,
+    "int4_packed": COMPRESSED,
+    "int4_zeros": COMPRESSED,
+    "int8_packed": COMPRESSED,
+    "int8_rows": COMPRESSED,
 }
 HALVES = {"awq", "gptq", "gptq_shuffled", "gptq_8"}
 """Libraries that round each element to float16; moecc has the exact product, in float32."""
@@ -95,6 +102,19 @@ def _with_type(data: bytes, name: str) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
+def test_modelopt_multiplies_by_the_scale_that_others_divide_by(tmp_path: Path) -> None:
+    data = (FILES / "nvfp4.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b"weight_packed", b"weight")
+    header = header.replace(b"weight_global_scale", b"weight_scale_2").ljust(size)
+    (tmp_path / "model.safetensors").write_bytes(data[:8] + header + data[8 + size :])
+    options = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": options}))
+    with open_checkpoint(tmp_path) as checkpoint:
+        expected = np.load(FILES / "nvfp4.npy") * np.float32(500) ** 2
+        np.testing.assert_allclose(checkpoint.read("m.weight"), expected, rtol=3e-7)
+
+
 WORDS = np.zeros((8, 16), np.int32)
 SCALES = np.ones((4, 16), np.float16)
 GPTQ = CASES["gptq"]
@@ -113,6 +133,24 @@ GPTQ = CASES["gptq"]
             {"m.qweight": WORDS, "m.scales": SCALES[:3], "m.qzeros": WORDS[:4, :1]},
             GPTQ,
             ["'m.scales'", "[4, 16] of f32 or f16", "[3, 16] of f16", "[4, 2] of i32"],
+        ),
+        (
+            {
+                "m.weight_packed": WORDS,
+                "m.weight_scale": SCALES,
+                "m.weight_shape": np.array([8, 9]),
+            },
+            COMPRESSED,
+            ["integers of 4 or 8 bits for [8, 9]", "[8, 16] words, [4, 16] scales"],
+        ),
+        (
+            {
+                "m.weight": np.zeros((4, 4), np.int8),
+                "m.weight_scale": SCALES[:, :1],
+                "m.weight_zero_point": np.zeros((4, 1), np.int8),
+            },
+            COMPRESSED,
+            ["'m.weight_zero_point'", "symmetrically"],
         ),
         ({"m.qweight": WORDS}, GPTQ | {"bits": 3}, ["quantization_config.bits", "2 | 4 | 8"]),
         (
@@ -140,7 +178,7 @@ GPTQ = CASES["gptq"]
                 "quant_method": "compressed-tensors",
                 "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}},
             },
-            ["config_groups.weights.type", "float", '"int"', "num_bits"],
+            ["the weights are said to be quantised, and no tensor is"],
         ),
     ],
 )
