@@ -1,8 +1,9 @@
-"""bert, roberta and its namesakes, mpnet, distilbert: encoders with norms after the sums."""
+"""bert, electra, albert, roberta and its namesakes, mpnet, distilbert: norms after the sums."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from moecc.families.config import (
@@ -94,6 +95,7 @@ class BertConfig(ModelConfig):
     }
     gguf: ClassVar[GgufFacts | None] = GgufFacts("bert", states=(("hidden_act", "gelu"),))
     defaults = BERT_DEFAULTS
+    keys = {"word_width": ""}
 
     hidden_size: int = size(WIDTH)
     intermediate_size: int = size(NEURONS)
@@ -104,6 +106,8 @@ class BertConfig(ModelConfig):
     layer_norm_eps: float = number(least=0, default=1e-12)
     hidden_act: str = activation(default="gelu")
     position_offset: int = 0
+    # The width of the tables of the embeddings; 0: that of the model.
+    word_width: int = size(WIDTH, default=0)
     # The buckets of a table of biases by distance, 0 without one.
     relative_buckets: ClassVar[int] = 0
 
@@ -111,6 +115,20 @@ class BertConfig(ModelConfig):
     def shape(cls) -> type[ModelConfig]:
         """Return the class whose fields all families of this shape of model share."""
         return cls
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of the tables of the embeddings."""
+        return self.word_width or self.hidden_size
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a matrix leads from the embeddings to the width of the model."""
+        return self.embedding_width != self.hidden_size
+
+    def layer_name(self, layer: int) -> str:
+        """Return the prefix of the tensors of a layer."""
+        return self.names.layer.format(layer=layer)
 
     @property
     def has_types(self) -> bool:
@@ -131,6 +149,108 @@ class BertConfig(ModelConfig):
             expected = f"more than {self.position_offset}"
             keys = ("max_position_embeddings", "pad_token_id")
             yield key_problem(fault, expected, f"{self.max_position_embeddings}", *keys)
+
+
+@config_class
+class ElectraConfig(BertConfig):
+    """An electra: a bert whose embeddings may be narrower, without a pooler."""
+
+    model_type = "electra"
+    architecture = "ElectraModel"
+    head_prefix = "electra."
+    head_steps = {
+        "MaskedLM": (
+            "linear generator_predictions.dense",
+            "gelu",
+            "norm generator_predictions.LayerNorm",
+            "tokens generator_lm_head generator_lm_head.bias",
+        ),
+        "SequenceClassification": (
+            "first",
+            "linear classifier.dense",
+            "gelu",
+            "labels classifier.out_proj",
+        ),
+        "TokenClassification": (CLASSIFIER,),
+    }
+    has_pooler = False
+    keys = {"word_width": "embedding_size"}
+    idle = (
+        *BertConfig.idle,
+        *("summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout"),
+    )
+    names = replace(BertConfig.names, narrow=("embeddings_project", ""))
+    gguf = None
+    defaults = {
+        **BERT_DEFAULTS,
+        "embedding_size": 128,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+    }
+
+    def _write(self) -> JsonDict:
+        return {**super()._write(), "embedding_size": self.embedding_width}
+
+
+@config_class
+class AlbertConfig(ElectraConfig):
+    """An albert: the layers of a group are one layer, run again and again."""
+
+    model_type = "albert"
+    architecture = "AlbertModel"
+    head_prefix = "albert."
+    head_steps = {
+        "": ("first", "linear pooler", "tanh"),
+        "MaskedLM": (
+            "linear predictions.dense",
+            "activation",
+            "norm predictions.LayerNorm",
+            "tokens predictions.decoder predictions.bias",
+        ),
+        "SequenceClassification": ("first", "linear pooler", "tanh", CLASSIFIER),
+        "TokenClassification": (CLASSIFIER,),
+    }
+    has_pooler = True
+    only = {"inner_group_num": (1, "groups of several different layers are not supported")}
+    always = {"inner_group_num": 1}
+    idle = (*BertConfig.idle, "classifier_dropout_prob")
+    names = replace(
+        BertConfig.names,
+        layer="encoder.albert_layer_groups.{layer}.albert_layers.0.",
+        query="attention.query",
+        key="attention.key",
+        value="attention.value",
+        output="attention.dense",
+        norms=("attention.LayerNorm", "full_layer_layer_norm"),
+        fc_in="ffn",
+        fc_out="ffn_output",
+        narrow=("encoder.embedding_hidden_mapping_in", ""),
+    )
+    defaults = {
+        **BERT_DEFAULTS,
+        "vocab_size": 30_000,
+        "embedding_size": 128,
+        "hidden_size": 4096,
+        "num_hidden_groups": 1,
+        "inner_group_num": 1,
+        "num_attention_heads": 64,
+        "intermediate_size": 16_384,
+        "hidden_act": "gelu_new",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
+
+    num_hidden_groups: int = size(LAYERS, default=1)
+    is_narrow = True
+
+    def layer_name(self, layer: int) -> str:
+        """Return the prefix of the tensors of a layer, which are those of its group."""
+        # As transformers rounds it.
+        group = int(layer / (self.num_hidden_layers / self.num_hidden_groups))
+        return self.names.layer.format(layer=group)
 
 
 ROBERTA_HEADS: Mapping[str, tuple[str, ...]] = {

@@ -8,9 +8,11 @@ from importlib.metadata import entry_points
 
 from moecc.errors import InputError, UsageError, described
 from moecc.families.bert import (
+    AlbertConfig,
     BertConfig,
     CamembertConfig,
     DistilBertConfig,
+    ElectraConfig,
     MPNetConfig,
     RobertaConfig,
     XlmRobertaConfig,
@@ -50,6 +52,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         Gpt2Config, GptNeoXConfig, OptConfig,
         T5Config, MT5Config, UMT5Config, SwitchTransformersConfig,
         BertConfig, RobertaConfig, XlmRobertaConfig, CamembertConfig, MPNetConfig, DistilBertConfig,
+        ElectraConfig, AlbertConfig,
         ViTConfig, Dinov2Config, WhisperConfig, StMoeConfig,
     )
 }  # fmt: skip

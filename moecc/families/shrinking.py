@@ -95,10 +95,14 @@ def _shrink_encdec(config: EncDecConfig) -> EncDecConfig:
 def _shrink_bert(config: BertConfig) -> BertConfig:
     heads = shrink_size(config.num_attention_heads, MOST_HEADS)
     positions = config.max_position_embeddings - config.position_offset
+    width = heads * shrink_size(config.head_dim, MOST_HEAD_DIM)
+    is_narrow = config.embedding_width != config.hidden_size
     return replace(
         config,
         **_small_vocabulary(config),
-        hidden_size=heads * shrink_size(config.head_dim, MOST_HEAD_DIM),
+        hidden_size=width,
+        # One more than the model's width, so that the two stay different.
+        word_width=width + 1 if is_narrow else 0,
         num_attention_heads=heads,
         intermediate_size=shrink_size(config.intermediate_size, MOST_MLP),
         max_position_embeddings=shrink_size(positions, MOST_VOCAB) + config.position_offset,

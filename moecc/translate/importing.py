@@ -148,7 +148,7 @@ _IDLE = re.compile(
 )
 """Buffers, and a table that T5 stored and never used."""
 
-_POOLER = re.compile(r"(\w+\.)?pooler\.dense\.(weight|bias)")
+_POOLER = re.compile(r"(\w+\.)?pooler\.(dense\.)?(weight|bias)")
 """Tensors that hidden states do not depend on."""
 
 _BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp_bias"}

@@ -32,8 +32,8 @@ SOURCES = (
     "granite_square_tied", "phi3_square", "smollm3_square_tied", "gemma_square", "gemma2_caps",
     "gemma3_local", "gpt2_square", "gpt_neox_parallel", "opt_after_narrow", "t5_gated_untied",
     "mt5_square_v4", "umt5_square_untied", "bert_square", "roberta_square", "xlm_roberta_gelu",
-    "camembert_gelu", "distilbert_square", "mpnet_square", "vit_square", "dinov2_plain",
-    "whisper_square",
+    "camembert_gelu", "distilbert_square", "mpnet_square", "electra_narrow", "albert_shared",
+    "vit_square", "dinov2_plain", "whisper_square",
 )  # fmt: skip
 
 MIXTURES = (

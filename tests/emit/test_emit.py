@@ -258,6 +258,7 @@ HEADS = [
     "BertForMaskedLM", "RobertaForMaskedLM", "DistilBertForMaskedLM", "MPNetForMaskedLM",
     "BertForSequenceClassification", "RobertaForSequenceClassification",
     "DistilBertForSequenceClassification", "XLMRobertaForTokenClassification", "BertModel",
+    "ElectraForMaskedLM", "ElectraForSequenceClassification",
     "ViTForImageClassification", "Dinov2ForImageClassification", "WhisperForAudioClassification",
 ]  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ CASES = (
     "gpt2_square",
     "gpt_neox_parallel",
     "mpnet_square",
+    "electra_narrow",
+    "albert_groups",
     "dinov2_plain",
     "whisper_square",
 )
@@ -56,3 +59,14 @@ def test_copies_written_as_st_moe_compute_the_golden_outputs(case: str) -> None:
     golden = np.load(GOLDEN / case / f"{output}.npy")
     found = get_backend("reference").compile(again).run(params, inputs)[output]
     assert np.abs(found - golden).max() <= 1e-7 * np.abs(golden).max()
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "noise", "noise_std": 0.1}, {"shared": 0.5}])
+def test_layers_that_share_parameters_share_experts(options: dict[str, Any]) -> None:
+    with open_checkpoint(GOLDEN / "albert_groups") as checkpoint:
+        graph = import_checkpoint(checkpoint)
+        groups = [name for name in graph.params if ".ffn.weight" in name]
+        UpcyclePass(experts=4, top_k=2, **options).apply(graph, Context())
+    experts = [name for name, v in graph.params.items() if "expert" in v.type and "ffn.w" in name]
+    assert experts == groups
+    assert sum("router" in name for name in graph.params) == 4

@@ -156,6 +156,7 @@ DISTILBERT: dict[str, object] = {
     "n_heads": 3,
     "max_position_embeddings": 24,
 }
+ELECTRA: dict[str, object] = {**BERT, "embedding_size": 10}
 ROBERTA: dict[str, object] = {**BERT, "pad_token_id": 1, "type_vocab_size": 1}
 IMAGES: dict[str, object] = {
     "hidden_size": 12,
@@ -189,6 +190,8 @@ WHISPER: dict[str, object] = {
 
 BASES = {
     "roberta": ROBERTA,
+    "electra": ELECTRA,
+    "albert": ELECTRA,
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,
     "distilbert": DISTILBERT,

@@ -119,6 +119,34 @@ STACKS: dict[str, Case] = {
             "num_hidden_layers": 1,
         },
     ),
+    "electra_narrow": Case("electra", "embeddings narrower than the model"),
+    "electra_square": Case(
+        "electra",
+        "mlp = embed = vocab = embeddings = positions = heads * head_dim, ReLU",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "embedding_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 16,
+            "hidden_act": "relu",
+        },
+    ),
+    "albert_shared": Case("albert", "one layer, run three times", {"num_hidden_layers": 3}),
+    "albert_groups": Case(
+        "albert",
+        "two layers, each run twice; mlp = embed = embeddings = heads * head_dim, which a matrix "
+        "leads from and to",
+        {
+            "hidden_size": 16,
+            "embedding_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 4,
+            "num_hidden_groups": 2,
+        },
+    ),
     "vit_plain": Case(
         "vit",
         "an image of 3 by 2 patches, no biases on queries, keys and values",

@@ -27,6 +27,8 @@ class DoublePrecision(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
             return args[0].double()
+        if func is torch.Tensor.view:  # Bytes of a file (safetensors 0.8) keep their type.
+            return func(*args, **(kwargs or {}))
         named = {key: _widen(value) for key, value in (kwargs or {}).items()}
         return func(*map(_widen, args), **named)
 

@@ -1,8 +1,8 @@
 """Run every cell into docs/proofs/table.json, and write docs/proof-table.md from it.
 
-``make proof-table`` runs all cells; ``python -m tests.proof.make_table --page`` writes the page
-alone, and ``--programs FILE`` first takes what torch says of the programs, by ``python -m
-tests.emit.prove --pairs``.
+``make proof-table`` runs all cells; ``python -m tests.proof.make_table --sources …`` those of some,
+``--page`` writes the page alone, and ``--programs FILE`` first takes what torch says of the
+programs, by ``python -m tests.emit.prove --pairs``.
 """
 
 from __future__ import annotations
@@ -69,15 +69,19 @@ Cells = dict[str, dict[str, dict[str, str]]]
 
 
 def main() -> None:
-    """Run all cells unless ``--page`` or ``--programs`` is given, and write the page."""
+    """Run cells unless ``--page`` or ``--programs`` is given, and write the page."""
     record = json.loads(RECORD.read_text())
     match sys.argv[1:]:
         case ["--page"]:
             pass
         case ["--programs", file]:
             record["programs"] = _programs(record["cells"], Path(file))
+        case ["--sources", *sources]:
+            largest = record["largest_error"]
+            record |= _run(sources, record["cells"])
+            record["largest_error"] = max(largest, record["largest_error"])
         case _:
-            record |= _run_all()
+            record |= _run((*DENSE, *MIXTURES), {})
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(page(record))
 
@@ -100,10 +104,10 @@ def _programs(results: Cells, file: Path) -> dict[str, object]:
             "refused": sum("refused" in row for row in rows), "cells": signs}  # fmt: skip
 
 
-def _run_all() -> dict[str, object]:
-    results: Cells = {}
+def _run(sources: Sequence[str], earlier: Cells) -> dict[str, object]:
+    results: Cells = {s: rows for s, rows in earlier.items() if s not in sources}
     largest_error = 0.0
-    for number, cell in enumerate(cells(), 1):
+    for number, cell in enumerate((cell for cell in cells() if cell.source in sources), 1):
         result = run(cell)
         text = result.kind if result.kind != "—" else f"— {result.reason}"
         results.setdefault(cell.source, {}).setdefault(cell.target, {})[cell.method] = text

@@ -445,7 +445,10 @@ class ModuleTree:
         relative = path
         if self.block.path:
             if not is_under(path, self.block.path):
-                raise InputError(f"{path} is not a parameter of {self.block.path}")
+                raise InputError(
+                    f"{path} is a parameter of several modules, and a module has its own alone",
+                    where=self.block.path,
+                )
             relative = path[len(self.block.path) + 1 :]
         text, at = "self", self.block.path
         for part in relative.split("."):

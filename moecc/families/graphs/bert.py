@@ -57,7 +57,16 @@ class _BertEncoder(Blocks):
         table = self._positions()
         positions = builder.positions(tokens, axis="seq", name="positions")
         hidden = builder.add(hidden, builder.embedding(table, positions, axis="position"))
-        return self.norm(hidden, "embeddings.LayerNorm")
+        hidden = self.norm(hidden, "embeddings.LayerNorm")
+        if not config.is_narrow:
+            return hidden
+        to = ("embed", config.hidden_size)
+        return self.linear(hidden, self.names.narrow[0], to, self._word)
+
+    @property
+    def _word(self) -> str:
+        """The axis of the tables of the embeddings, which may be narrower than the model."""
+        return "word" if self.config.is_narrow else "embed"
 
     def _positions(self) -> Value:
         """Emit the table of positions from that of the first token on."""
@@ -83,13 +92,13 @@ class _BertEncoder(Blocks):
 
     def _table(self, word: str, axis: str, size: int) -> Value:
         name = f"embeddings.{word}_embeddings.weight"
-        axes = {axis: size, "embed": self.config.hidden_size}
+        axes = {axis: size, self._word: self.config.embedding_width}
         return self.params.plain(name, self.builder.loc, **axes)
 
     def layer(self, hidden: Value, layer: int, bias: Value | None, keep: Value | None) -> Value:
         """Emit one layer: each sublayer's result is added, and then the sum normalised."""
         names, config = self.names, self.config
-        prefix = names.layer.format(layer=layer)
+        prefix = config.layer_name(layer)
         with self.builder.at(f"layers.{layer}.attention"):
             words = (names.query, names.key, names.value, names.output)
             mixed = self.attention(

@@ -66,13 +66,13 @@ class Blocks:
         return dict(reversed(axes.items())) if self.params.names.inputs_first else axes
 
     def norm(self, x: Value, name: str) -> Value:
-        """Emit the norm over ``embed`` with the parameters of `name`."""
-        embed, loc = x.type["embed"].size, self.builder.loc
-        assert isinstance(embed, int), "the width of a model is known"
-        scale = self.params.plain(f"{name}.weight", loc, embed=embed)
-        bias = self.params.plain(f"{name}.bias", loc, embed=embed)
+        """Emit the norm over the last axis, the width, with the parameters of `name`."""
+        axis, width = x.type.axes[-1].name, x.type.axes[-1].size
+        assert isinstance(width, int), "the width of a model is known"
+        scale = self.params.plain(f"{name}.weight", self.builder.loc, **{axis: width})
+        bias = self.params.plain(f"{name}.bias", self.builder.loc, **{axis: width})
         eps = self.config.layer_norm_eps
-        return self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")
+        return self.builder.layer_norm(x, scale, bias, axis=axis, eps=eps, name="norm")
 
     def as_keys(self, x: Value) -> Value:
         """Return `x` with its sequence axis renamed for keys and values."""
@@ -214,7 +214,10 @@ class Blocks:
         assert isinstance(embed, int), "the width of a model is known"
         table = self.params.plain(name, loc, vocab=vocab, embed=embed)
         shift = self.params.plain(bias, loc, vocab=vocab)
-        return self.builder.add(self.builder.contract(x, table, over="embed"), shift)
+        over = table.type.axes[1].name
+        if over != "embed":
+            x = self.builder.rename(x, axis="embed", to=over)
+        return self.builder.add(self.builder.contract(x, table, over=over), shift)
 
     def feed_forward(self, x: Value, prefix: str) -> Value:
         """Emit the block of two layers that the family's names have behind `prefix`."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moecc.analysis import FFNBlock
+from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.moe import emit_shared_gate
@@ -121,8 +122,21 @@ def _sources_of(values: Iterable[Value]) -> list[Node]:
     return list(dict.fromkeys(reversed(nodes)))
 
 
-def rewrite_block(graph: Graph, block: FFNBlock, recipe: UpcycleRecipe) -> None:
-    """Replace `block` by its sparse version, and erase parameters that become unused."""
+def rewrite_block(
+    graph: Graph, block: FFNBlock, recipe: UpcycleRecipe, rewritten: dict[tuple[Value, str], Value]
+) -> None:
+    """Replace `block` by its sparse version, and erase parameters that become unused.
+
+    Args:
+      graph: the graph.
+      block: the block.
+      recipe: how it is rewritten.
+      rewritten: what parameters of earlier blocks became, ``experts`` or ``shared``; layers that
+        share parameters (ALBERT's) share these. It is added to.
+
+    Raises:
+      InputError: layers that share parameters would get experts of their own.
+    """
     item, division = recipe.item, recipe.division
     if item.extra_ffn != "none":
         _add_sublayer(graph, block, item.extra_ffn)
@@ -144,7 +158,15 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: UpcycleRecipe) -> None:
             weight = lifted(dense, division, is_last=is_last)
         weight = scaled(recipe.perturb(name, dense, weight), recipe.factors.get(param, 1.0))
         type = param.type.with_axes([expert, *_resized(param, block.inner, division.width)])
-        image[param] = graph.param(graph.fresh(name), type, weight, loc=param.loc)
+        earlier = rewritten.get((param, "experts"))
+        if earlier is not None and (earlier.weight, earlier.type) != (weight, type):
+            raise InputError(
+                "layers share this parameter, and each would get experts of its own",
+                where=f"{block.loc}: %{name}",
+                hint="split=index, or no split, keeps the layers alike",
+            )
+        image[param] = earlier or graph.param(graph.fresh(name), type, weight, loc=param.loc)
+        rewritten[param, "experts"] = image[param]
     at, hidden = block.nodes.index(block.down), block.down.operands[0]
     _emit(builder, block.nodes[:at], image)
     if item.expert_bias != "none":
@@ -156,12 +178,14 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: UpcycleRecipe) -> None:
         image[hidden] = (builder.mul if is_product else builder.add)(image[hidden], bias)
     output = finish(_emit(builder, block.nodes[at:], image)[block.output])
     if division.shared:
-        output = builder.add(output, _shared(builder, block, names, recipe, prefix))
+        output = builder.add(output, _shared(builder, block, names, recipe, prefix, rewritten))
     block.output.replace_by(output)
     for node in reversed(block.nodes):
         node.erase()
     for param in leaving:
         graph.erase_param(param.name)
+        if image[param].name != names[param]:
+            graph.rename(image[param], names[param])
 
 
 def average_rest(graph: Graph, models: Sequence[str]) -> None:
@@ -206,6 +230,7 @@ def _shared(
     names: Mapping[Value, str],
     recipe: UpcycleRecipe,
     prefix: str,
+    rewritten: dict[tuple[Value, str], Value],
 ) -> Value:
     """Emit the shared expert on the first neurons, gated by sigmoid(0) = ½ and doubled for it.
 
@@ -222,8 +247,10 @@ def _shared(
         if is_last and is_gated:
             part = scaled(part, 2.0)
         type = param.type.with_axes(_resized(param, block.inner, division.shared))
-        fresh = graph.fresh(f"{names[param]}.shared")
-        image[param] = graph.param(fresh, type, part, loc=block.loc)
+        if (param, "shared") not in rewritten:
+            fresh = graph.fresh(f"{names[param]}.shared")
+            rewritten[param, "shared"] = graph.param(fresh, type, part, loc=block.loc)
+        image[param] = rewritten[param, "shared"]
     # The experts' gates already add up the output bias, so it is not added here.
     nodes = block.nodes if block.output_bias is None else block.nodes[:-1]
     shared = _emit(builder, nodes, image)[block.down.result]

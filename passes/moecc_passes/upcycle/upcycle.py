@@ -371,7 +371,11 @@ def _groups_fit(item: UpcycleOptions, slices: int, neurons: int) -> bool:
 
 
 def recipe(
-    item: UpcycleOptions, block: FFNBlock, seed: int, texts: tuple[str, ...] = ()
+    item: UpcycleOptions,
+    block: FFNBlock,
+    seed: int,
+    texts: tuple[str, ...] = (),
+    drawn_at: str | None = None,
 ) -> UpcycleRecipe:
     """Return the recipe for the rewrite of a valid block.
 
@@ -380,9 +384,11 @@ def recipe(
       block: the block.
       seed: of the conversion.
       texts: the texts of the statistics, if there are any.
+      drawn_at: the location whose random numbers the experts have, by default that of the block.
     """
     # The location alone may not be unique.
-    draws = f"{block.loc}/{block.down.operands[1].name}"
+    down = block.down.operands[1].name
+    draws = f"{drawn_at or block.loc}/{down}"
     shared = round(item.shared * block.width)
     padding = item.padding(block.width, shared)
     division = Division(
@@ -413,7 +419,9 @@ def recipe(
         if item.routing == "soft":
             axes.append(Axis("slot", item.soft_slots))
         type = TensorType(F32, (*axes, block.x.type[block.outer]))
-        router = drawn(kind, router_std(item, block), type, derive_key(seed, f"{draws}/router"))
+        router = drawn(
+            kind, router_std(item, block), type, derive_key(seed, f"{block.loc}/{down}/router")
+        )
         if slices > 1:
             router = repeated(router, slices)
     return UpcycleRecipe(item, division, router, factors, perturb, seed)
@@ -546,13 +554,17 @@ class UpcyclePass(UpcycleOptions, Pass):
             result.near_misses.append(NearMiss("upcycle", "the graph", reason))
         result.stats = {"blocks found": len(search.blocks), "blocks converted": len(chosen)}
         promises = []
+        rewritten: dict[tuple[Value, str], Value] = {}
+        first: dict[Value, str] = {}
         texts = () if ctx.statistics is None else tuple(ctx.statistics.texts)
         for block in chosen:
             if not may_rewrite(self.name, block.loc):
                 break
             if ctx.promises:
                 promises.append(promise(self, block, self._logit_std(block, ctx.read)))
-            rewrite_block(graph, block, recipe(self, block, ctx.seed, texts))
+            # Layers that share parameters share experts, and so their random numbers.
+            at = first.setdefault(block.down.operands[1], block.loc)
+            rewrite_block(graph, block, recipe(self, block, ctx.seed, texts, at), rewritten)
         if chosen and self.rest == "mean":
             average_rest(graph, self.models)
         result.preserves = of_blocks(promises) if promises else None
