@@ -88,6 +88,13 @@ class Scope(nn.Module):
             setattr(self, name, member)
 
 
+def drawn(*shape):
+    """Return a parameter of normal numbers."""
+    parameter = nn.Parameter(torch.empty(shape))
+    nn.init.normal_(parameter, std=0.02)  # which transformers leaves out as it loads weights
+    return parameter
+
+
 class ExpertRows:
     """Choices of tokens, sorted by expert; a dropped choice has the expert number `experts`."""
 
@@ -212,7 +219,7 @@ class FeedForward(nn.Module):
 class Router(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(8, 512))
+        self.weight = drawn(8, 512)
 
     def forward(self, hidden_states):
         # [batch, seq, expert]
@@ -237,10 +244,10 @@ class Router(nn.Module):
 class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.wi_0 = Scope(weight=nn.Parameter(torch.empty(8, 2048, 512)))
-        self.wi_1 = Scope(weight=nn.Parameter(torch.empty(8, 2048, 512)))
-        self.expert_bias = nn.Parameter(torch.empty(8, 2048))
-        self.wo = Scope(weight=nn.Parameter(torch.empty(8, 512, 2048)))
+        self.wi_0 = Scope(weight=drawn(8, 2048, 512))
+        self.wi_1 = Scope(weight=drawn(8, 2048, 512))
+        self.expert_bias = nn.Parameter(torch.ones(8, 2048))
+        self.wo = Scope(weight=drawn(8, 512, 2048))
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         rows = ExpertRows(top_k_index, 8)
@@ -307,26 +314,21 @@ class StMoePreTrainedModel(PreTrainedModel):
     config_class = StMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "shared"
     _no_split_modules = ["Layer"]
     _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_attention_backend = False
     _can_set_attn_implementation_cached_value = True
     _can_compile_fullgraph = True
 
 
 @dataclass
 class StMoeEncoderOutput(BaseModelOutput):
-    """An output with the losses of the routers."""
-
     balance_losses: torch.Tensor | None = None
     router_z_losses: torch.Tensor | None = None
 
 
 @dataclass
 class StMoeSeq2SeqOutput(Seq2SeqLMOutput):
-    """An output with the losses of the routers."""
-
     aux_loss: torch.Tensor | None = None
 
 

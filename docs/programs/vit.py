@@ -25,6 +25,13 @@ class Scope(nn.Module):
             setattr(self, name, member)
 
 
+def drawn(*shape):
+    """Return a parameter of normal numbers."""
+    parameter = nn.Parameter(torch.empty(shape))
+    nn.init.normal_(parameter, std=0.02)  # which transformers leaves out as it loads weights
+    return parameter
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -89,11 +96,10 @@ class StMoeModel(StMoePreTrainedModel):
         super().__init__(config)
         self.embeddings = Scope(
             patch_embeddings=Scope(projection=Scope(
-                weight=nn.Parameter(torch.empty(768, 3, 16, 16)),
-                bias=nn.Parameter(torch.empty(768)),
+                weight=drawn(768, 3, 16, 16), bias=nn.Parameter(torch.zeros(768))
             )),
-            position_embeddings=nn.Parameter(torch.empty(197, 768)),
-            cls_token=nn.Parameter(torch.empty(1, 768)),
+            position_embeddings=drawn(197, 768),
+            cls_token=drawn(1, 768),
         )
         self.encoder = Scope(layer=nn.ModuleList([Layer(config) for _ in range(12)]))
         self.layernorm = nn.LayerNorm(768, eps=1e-12)

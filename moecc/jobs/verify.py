@@ -167,7 +167,7 @@ def check_programs(folder: Path) -> list[str]:
     There are none beside a graph without a program.
 
     Raises:
-      CheckError: the file is another program than the graph's.
+      CheckError: the program is not that of the graph, or another file of code is beside it.
     """
     from moecc.backend import PROGRAM_FILES, emit_program, program_language
     from moecc.formats.files import read_json_object, read_whole
@@ -195,6 +195,12 @@ def check_programs(folder: Path) -> list[str]:
             where=folder / CONFIG_NAME,
             expected=str(program.auto_map),
             found=str(mapped),
+        )
+    if others := sorted(path.name for path in folder.glob("*.py") if path.name != name):
+        raise CheckError(
+            f"a file of code is no part of the program: {others[0]}",
+            where=folder,
+            hint="trust_remote_code may run it, for a tokenizer say; move it out of the folder",
         )
     return [name]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from moecc.types import F64, Array, Arrays, TensorType
 from moecc.weights.evaluate import evaluate
 from tests.proof import cells as proof
 
-SOURCES = (
+DENSE = (
     "llama_gqa", "mistral_window", "qwen2_square", "qwen3_square", "olmo2_gqa",
     "granite_square_tied", "phi3_square", "smollm3_square_tied", "gemma_square", "gemma2_caps",
     "gemma3_local", "gpt2_square", "gpt_neox_parallel", "opt_after_narrow", "t5_gated_untied",
@@ -36,11 +36,33 @@ SOURCES = (
     "vit_square", "dinov2_plain", "whisper_square",
 )  # fmt: skip
 
-MIXTURES = (
+MIXED = (
     "mixtral_gqa", "qwen2_moe_plain", "qwen3_moe_plain", "olmoe_norm", "flex_olmo_norm",
     "granitemoe_square_v4", "glm4_moe_square", "ernie4_5_moe_range", "gpt_oss_square_v4",
     "phimoe_window", "switch_drops",
 )  # fmt: skip
+
+
+def _of_every_family(chosen: Sequence[str], *, is_mixture: bool) -> tuple[str, ...]:
+    """Return the chosen golden checkpoints, and the first one of every other family."""
+    configs = {
+        path.parent.name: json.loads(path.read_text())
+        for path in sorted(proof.GOLDEN.glob("*/config.json"))
+    }
+    families = {configs[name]["model_type"] for name in (*DENSE, *MIXED)}
+    further = []
+    for name, config in configs.items():
+        has_experts = any("expert" in key for key in config)
+        if config["model_type"] not in families and has_experts == is_mixture:
+            families.add(config["model_type"])
+            further.append(name)
+    return (*chosen, *further)
+
+
+SOURCES = _of_every_family(DENSE, is_mixture=False)
+"""Dense sources, of every family that has golden checkpoints."""
+
+MIXTURES = _of_every_family(MIXED, is_mixture=True)
 """Sources with experts of their own, which are emitted as they are."""
 
 ROUTER = "router-std=1"

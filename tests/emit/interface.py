@@ -93,6 +93,17 @@ def trace(model, tokens):
     }
 
 
+def begin(config, load):
+    """Return whether a model without a checkpoint has finite logits, and takes more tokens."""
+    torch.manual_seed(0)
+    model = load(config, trust_remote_code=True)
+    matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and "expert_bias" not in n]
+    is_drawn = all(0.01 < p.std() < 0.03 for p in matrices if p.numel() > 200)
+    count = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(count + 3)
+    return {"begun": is_drawn, "resized": len(model.get_input_embeddings().weight) == count + 3}
+
+
 def main():
     """Print what holds of the model."""
     config = transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -101,6 +112,7 @@ def main():
     model = load(sys.argv[1], trust_remote_code=True, dtype=torch.float64)
     tokens = torch.arange(24).reshape(2, 12) % 16
     verdict = generate(model, tokens) | trace(model, tokens)
+    verdict |= begin(config, getattr(transformers, name).from_config)
     if model._supports_attention_backend:
         verdict |= serve(model, tokens)
     print(json.dumps(verdict))

@@ -102,6 +102,14 @@ def test_verify_compares_the_classes_that_are_mapped(tmp_path):
         verify(str(tmp_path / "a"))
 
 
+def test_verify_rejects_other_code_beside_the_program(tmp_path):
+    emit("torch", str(GOLDEN / "llama_gqa"), output=str(tmp_path / "a"))
+    (tmp_path / "a" / "moecc_manifest.json").unlink()  # which names all files
+    (tmp_path / "a" / "tokenization.py").write_text("import os\n")
+    with pytest.raises(CheckError, match="no part of the program"):
+        verify(str(tmp_path / "a"))
+
+
 def test_card_says_what_loading_runs(tmp_path):
     emit("torch", str(GOLDEN / "t5_gated_untied"), output=str(tmp_path / "a"))
     card = (tmp_path / "a" / "README.md").read_text()
@@ -131,6 +139,18 @@ def test_every_operation_is_written_or_named():
     missing = {name for name, op in OPS.items() if name not in OPERATIONS and not op.collective}
     drawn = {"random_uniform", "random_normal", "fold_key"}
     assert missing == drawn | {"index", "jax", "scan", "within_buffer", "update_slice"}
+
+
+def test_losses_of_routers_are_added_to_that_of_the_head():
+    text = program_text("llama_gqa", f"{UPCYCLE},add-losses{{output-z-coef=0.01}}")
+    head = text[text.index("class StMoeForCausalLM") :]
+    assert "output_z_loss = torch.square(logits.logsumexp(-1)).mean()" in head
+    assert re.search(r"aux_loss = .* \+ output_z_loss \* 0\.01\n", head)
+
+
+def test_padding_is_rejected_where_scores_are_read():
+    text = program_text("llama_gqa", f"{UPCYCLE},add-losses{{attention-z-coef=0.01}}")
+    assert 'raise ValueError("this model has no padding mask")' in text
 
 
 def test_noise_is_written_or_rejected():

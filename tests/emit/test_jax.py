@@ -58,6 +58,21 @@ def test_noise_is_drawn_in_training_alone():
     assert not np.array_equal(first, third)
 
 
+def test_groups_that_do_not_divide_the_tokens_are_one():
+    bounded = METHODS["upcycled"].replace("{", "{slots=capacity groups=2 ")
+    plain, losses = (
+        program_text("llama_gqa", f"{passes},add-losses", "jax")
+        for passes in (METHODS["upcycled"], bounded)
+    )
+    outputs = []
+    for text in (plain, losses):
+        namespace: dict = {}
+        exec(compile(text, "program", "exec"), namespace)
+        params = namespace["init"](jax.random.key(0), std=0.5)
+        outputs.append(namespace["apply"](params, np.arange(3)[None]))
+    assert outputs[0]["aux_loss"] == pytest.approx(outputs[1]["aux_loss"])
+
+
 def test_folder_is_a_source_and_verified(tmp_path):
     model = moecc.open(GOLDEN / "llama_gqa").apply(METHODS["upcycled"])
     written = model.emit("jax", tmp_path / "a")

@@ -18,7 +18,7 @@ from moecc_backends.torch_source.blocks import ModuleBlock
 from moecc_backends.torch_source.layers import ModelWriter
 from moecc_backends.torch_source.names import identifier, is_under, variable
 from moecc_backends.torch_source.operations import OPERATIONS
-from moecc_backends.torch_source.program import Item, TorchProgram, loss_name
+from moecc_backends.torch_source.program import Item, TorchProgram, initial_kind, loss_name
 from moecc_backends.torch_source.source import Segments, definitions, helper_texts, imports
 from moecc_backends.torch_source.text import (
     ClassDef,
@@ -97,7 +97,7 @@ def _helpers() -> dict[str, str]:
 
 TORCH_ALONE = (
     "attend_by_scores", "causal_mask", "windowed_mask", "extend_cache", "kernel_name", "Scope",
-    "ExpertRows",
+    "drawn", "ExpertRows",
 )  # fmt: skip
 """The helpers of PyTorch that serve its modules and the caches of transformers."""
 
@@ -247,7 +247,6 @@ def _function_lines(definition: ClassDef) -> list[str]:
 def _parameter_lines(segments: Segments) -> list[str]:
     """Return the table of parameters: those of equal layers in one line."""
     program = segments.program
-    norms = {v for i in program.items if "_norm" in i.op for v in i.operands[1:2]}
     tables: dict[tuple[str, str, str], list[int]] = {}
     for name, var in program.params.items():
         pattern, number = name, 0
@@ -256,8 +255,7 @@ def _parameter_lines(segments: Segments) -> list[str]:
                 pattern = f"{path[: -len(str(index))]}{{}}{name[len(path) :]}"
                 number = index
         shape = literal(tuple(var.size(axis) for axis in var.axes))
-        kind = "ones" if var in norms else "normal" if len(var.axes) > 1 else "zeros"
-        tables.setdefault((pattern, shape, kind), []).append(number)
+        tables.setdefault((pattern, shape, initial_kind(var)), []).append(number)
     lines = [
         "# The name of each parameter, its layers, its shape, and what it is at first.",
         "PARAMETERS = [",

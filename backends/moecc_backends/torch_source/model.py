@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from moecc.decoding import TOKENS
 from moecc.errors import InputError
 from moecc.families.heads import LOGITS, POOLED
 from moecc.support.untyped import JsonDict
@@ -54,10 +55,10 @@ class StMoePreTrainedModel(PreTrainedModel):
     base_model_prefix = <prefix>
     <main_input>
     supports_gradient_checkpointing = True
+    <embedding>
     _no_split_modules = [<layers>]
     _supports_sdpa = True
-    _supports_flash_attn = <plain>
-    _supports_attention_backend = <plain>
+    <plain>
     _can_set_attn_implementation_cached_value = True
     _can_compile_fullgraph = True
 '''
@@ -69,8 +70,8 @@ MODULES = """
         self.post_init()
 """
 
-DEFAULT_EMBEDDING = "self.embed_tokens"
-"""Where transformers looks for the table of tokens if nothing says otherwise."""
+DEFAULT_EMBEDDING = "embed_tokens"
+"""The module that transformers takes for the table of tokens if nothing says otherwise."""
 
 ACCESSORS = '''
     def get_input_embeddings(self):
@@ -158,7 +159,7 @@ class StMoeForCausalLM(StMoePreTrainedModel, GenerationMixin):
 ENCODER = f'''
 class StMoeModel(StMoePreTrainedModel):
     """The encoder."""
-{MODULES}
+{MODULES}<accessors>
     def forward(self, <arguments>, **kwargs):
         <statements>
         return <output>(<results>)
@@ -169,7 +170,7 @@ class <name>(StMoePreTrainedModel, GenerationMixin):
     """The encoder, the decoder and its head."""
 
     accepts_loss_kwargs = False
-{MODULES}
+{MODULES}<accessors>
     def get_encoder(self, *args, **kwargs):
         """Return the encoder, which generation runs once."""
         return <encoder_module>
@@ -249,6 +250,7 @@ class Models:
       architecture: the class of the checkpoint.
       task: the task of the head of an encoder, ``MaskedLM``.
       base: the attribute of the base model; empty: there is none.
+      embedding: the module that is the table of tokens, unless methods return it.
     """
 
     def __init__(
@@ -262,7 +264,7 @@ class Models:
         self.texts: list[list[str]] = []
         self.auto_map: dict[str, str] = {"AutoConfig": "modeling_st_moe.StMoeConfig"}
         self.architecture = ""
-        self.base = ""
+        self.base, self.embedding = "", DEFAULT_EMBEDDING
         self.main_input = ENCODER_ARGUMENTS.get(next(iter(program.inputs), ""), "input_ids")
 
     def write(self) -> None:
@@ -307,11 +309,20 @@ class Models:
         return {n: v for n, v in self.program.outputs.items() if n.startswith("loss.")}
 
     def _embedding_item(self) -> Item:
-        tokens = self.program.inputs[self.program.tokens]
+        tokens = self.program.inputs[self.program.tokens or TOKENS]
         for item in self.program.items:
             if item.op == "embedding_module" and tokens in item.operands:
                 return item
         raise InputError("no table of embeddings reads the tokens")
+
+    def _accessors(self, writer: ModelWriter) -> str:
+        """Return the methods by which transformers finds the table of tokens in a module."""
+        embedding = writer.tree.access(str(self._embedding_item().attrs["module"]))
+        *modules, name = embedding.removeprefix("self.").split(".")
+        if not modules:
+            self.embedding = name
+            return ""
+        return ACCESSORS.replace("<embedding>", embedding)
 
     def _positions(self) -> str:
         names = self.program.inputs
@@ -323,11 +334,13 @@ class Models:
     def _continues(self) -> list[str]:
         if CACHE not in self.program.inputs:
             fault = "this model keeps no keys and values: generate with use_cache=False"
-            return [
-                "if cache is not None:",
-                f'    raise ValueError("{fault}")',
-                "use_cache = False",
-            ]
+            lines = ["if cache is not None:", f'    raise ValueError("{fault}")']
+            if not any(item.op == "causal_mask" for item in self.program.items):
+                name = (
+                    "attention_mask" if self.program.tokens == TOKENS else "decoder_attention_mask"
+                )
+                lines += _padding_rejected("this model has no padding mask", name)
+            return [*lines, "use_cache = False"]
         if CONTINUES not in self.program.inputs:
             return []
         return ["continues = cache is not None  # no capacity then drops a token"]
@@ -335,10 +348,19 @@ class Models:
     def _write_decoder(self) -> None:
         head = [s for s in self.steps if all(i.loc in HEAD_LOCATIONS for i in members(s))]
         last = {v for s in head for i in members(s) if i.loc == "head" for v in i.results}
-        for step in list(head):  # losses of routers belong to the base model
+        losses = {v: n for n, v in self._losses().items()}
+        routed: list[Item | ModuleBlock] = []  # losses of routers belong to the base model
+        for step in head:
             operands = {v for i in members(step) for v in i.operands}
             if all(i.loc == "loss" for i in members(step)) and not operands & last:
-                head.remove(step)
+                routed.append(step)
+            else:
+                last.update(v for i in members(step) for v in i.results)
+        for step in reversed(routed):  # but for sums that the loss of the head is added to
+            sums = {v for i in members(step) for v in i.results} - losses.keys()
+            if any(sums & set(i.operands) for s in head if s not in routed for i in members(s)):
+                routed.remove(step)
+        head = [step for step in head if step not in routed]
         body = [s for s in self.steps if s not in head]
         inside = {v for s in body for i in members(s) for v in i.operands if v.param}
         paths = [v.name for v in inside]
@@ -355,14 +377,13 @@ class Models:
         writer.values[item.result] = PythonExpr("inputs_embeds", item.result.axes)
         writer.write_steps([s for s in body if s is not item])
         embedding = writer.tree.access(str(item.attrs["module"]))
-        losses = {v: n for n, v in self._losses().items()}
         (hidden,) = (v for v in writer.block.outputs if v not in losses)
         results = {"last_hidden_state": writer.canonical(hidden)}
         results |= {loss_name(losses[v]): writer.canonical(v) for v in writer.block.outputs
                     if v in losses}  # fmt: skip
         parts: dict[str, str | list[str]] = {
             "constructor": writer.filled_lines(writer.tree.lines()),
-            "accessors": "" if embedding == DEFAULT_EMBEDDING else ACCESSORS,
+            "accessors": self._accessors(writer),
             "embedding": embedding,
             "positions": self._positions(),
             "continues": self._continues(),
@@ -434,11 +455,9 @@ class Models:
         if self.main_input != "input_ids":
             return []
         if "mask" not in self.program.inputs:
-            fault = "the graph of this model has no padding mask: convert it with --padding-mask"
-            return [
-                "if attention_mask is not None and not attention_mask.all():",
-                f'    raise ValueError("{fault}")',
-            ]
+            return _padding_rejected(
+                "the graph of this model has no padding mask: convert it with --padding-mask"
+            )
         main = self.main_input
         return [
             "if attention_mask is None:",
@@ -466,6 +485,7 @@ class Models:
                 ENCODER,
                 {
                     "constructor": writer.filled_lines(writer.tree.lines()),
+                    "accessors": self._accessors(writer) if TOKENS in self.program.inputs else "",
                     "arguments": ", ".join(f"{a}=None" for a in self._arguments()),
                     "statements": [*self._mask_lines(), *writer.filled_lines(writer.lines)],
                     "output": "StMoeOutput" if losses else plain,
@@ -563,6 +583,7 @@ class Models:
                         f"{module}.forward = self.encode",
                         f"{module}.main_input_name = self.main_input_name",
                     ],
+                    "accessors": self._accessors(root),
                     "encoder_module": module,
                     "arguments": ", ".join(f"{a}=None" for a in arguments),
                     "argument_lines": [f"{a}=None," for a in arguments],
@@ -637,9 +658,19 @@ class Models:
             if self.main_input == "input_ids"
             else [f"main_input_name = {literal(self.main_input)}"],
             "layers": ", ".join(f'"{name}"' for name in layers),
-            "plain": str(all(map(_is_plain, self.program.items))),
+            "embedding": [f'_input_embed_layer = "{self.embedding}"']
+            if self.embedding != DEFAULT_EMBEDDING
+            else [],
+            "plain": ["_supports_flash_attn = True", "_supports_attention_backend = True"]
+            if all(map(_is_plain, self.program.items))
+            else [],
         }
         return filled(BASE, parts)
+
+
+def _padding_rejected(fault: str, mask: str = "attention_mask") -> list[str]:
+    """Return the lines that reject a mask of padding."""
+    return [f"if {mask} is not None and not {mask}.all():", f'    raise ValueError("{fault}")']
 
 
 def _is_plain(item: Item) -> bool:
@@ -670,7 +701,5 @@ def _output_class(names: Sequence[str], base: str, name: str = "StMoeOutput") ->
     return [
         "@dataclass",
         f"class {name}({base}):",
-        '    """An output with the losses of the routers."""',
-        "",
         *(f"    {field}: torch.Tensor | None = None" for field in names),
     ]

@@ -597,13 +597,11 @@ def _group_sum(w: BlockWriter, item: Item) -> PythonExpr:
     size, groups = assign.attrs["group_size"], assign.attrs["groups"]
     axes = ("group", *inner)
     flat = f"{expr.atom}.flatten(0, {len(tokens) - 1})"
-    if size:
-        w.helper("by_group")
-        return PythonExpr(f"by_group({flat}, {w.literal(size, 'group_size')}).sum(1)", axes)
-    if groups == 1:
+    if groups == 1 and not size:
         dims = tuple(range(len(tokens)))
         return PythonExpr(f"{expr.atom}.sum({dims})[None]", axes)
-    return PythonExpr(f"{flat}.unflatten(0, ({w.literal(groups, 'groups')}, -1)).sum(1)", axes)
+    counts = w.literal(groups, "groups") + (f", {w.literal(size, 'group_size')}" if size else "")
+    return PythonExpr(f"{w.helper('by_group')}({flat}, {counts}).sum(1)", axes)
 
 
 # The rows of experts.

@@ -416,6 +416,23 @@ def _fuse_module(item: Item) -> None:
             item.op, item.attrs = "embedding_module", {**item.attrs, "module": module}
 
 
+PRODUCTS = ("contract", "convolve", "linear", "embedding", "embedding_module")
+
+
+def initial_kind(param: ProgramValue) -> str:
+    """Return what a parameter is before training: ``normal`` numbers, ``ones`` or ``zeros``.
+
+    Factors of values and scales of norms are ones, vectors that are added are zeros; those of
+    experts are vectors, too.
+    """
+    uses = {(item.op, item.operands.index(param)) for item in param.users}
+    if any(op in PRODUCTS for op, _ in uses):
+        return "normal"
+    if any(op == "mul" or ("_norm" in op and at == 1) for op, at in uses):
+        return "ones"
+    return "zeros" if len([axis for axis in param.axes if axis != "expert"]) < 2 else "normal"
+
+
 def _is_one(var: ProgramValue) -> bool:
     """Whether a value is 1 everywhere, as the number of experts that a choice names is."""
     item = var.item

@@ -11,7 +11,7 @@ from typing import ClassVar
 from moecc.errors import InputError
 from moecc_backends.torch_source.blocks import ModuleBlock
 from moecc_backends.torch_source.names import identifier, is_under, variable
-from moecc_backends.torch_source.program import KWARGS, Item, ProgramValue
+from moecc_backends.torch_source.program import KWARGS, Item, ProgramValue, initial_kind
 from moecc_backends.torch_source.text import (
     MARKER,
     Classes,
@@ -518,7 +518,10 @@ class ModuleTree:
     def parameter(self, var: ProgramValue) -> str:
         """Return the text of a parameter."""
         sizes = [self.writer.literal(var.size(a), a) for a in var.axes]
-        return f"nn.Parameter(torch.empty({', '.join(sizes) if sizes else '()'}))"
+        shape, kind = ", ".join(sizes) if sizes else "()", initial_kind(var)
+        if kind == "normal":
+            return f"{self.writer.helper('drawn')}({shape})"
+        return f"nn.Parameter(torch.{kind}({shape}))"
 
     def leaf(self, module: str, own: list[ProgramValue]) -> str:
         """Return the text of a module of torch, if all uses of its parameters are its."""

@@ -16,6 +16,13 @@ class Scope(nn.Module):
             setattr(self, name, member)
 
 
+def drawn(*shape):
+    """Return a parameter of normal numbers."""
+    parameter = nn.Parameter(torch.empty(shape))
+    nn.init.normal_(parameter, std=0.02)  # which transformers leaves out as it loads weights
+    return parameter
+
+
 class ExpertRows:
     """Choices of tokens, sorted by expert; a dropped choice has the expert number `experts`."""
 
@@ -169,9 +176,9 @@ def assign_slots_by_rule(
     ``order="token"`` token by token.
     """
     choices = top_k_index.shape[-1]
+    size = group_length(top_k_index[..., 0].numel(), groups, group_size)
     if capacity_factor is None:  # nothing is counted
-        groups, group_size = 1, 0
-    size = group_size or top_k_index[..., 0].numel() // groups
+        size = top_k_index[..., 0].numel()
     chosen = top_k_index.reshape(-1, size, choices)
     wanted = chosen >= 0
     if keep is not None:
@@ -200,9 +207,16 @@ def assign_slots_by_rule(
     return slots.masked_fill(~wanted, -1).view(top_k_index.shape)
 
 
-def by_group(x, size):
-    """Return values of tokens in groups of `size`; what no group divides is one group."""
-    return x.unflatten(0, (-1, size)) if x.shape[0] % size == 0 else x[None]
+def group_length(tokens, groups, group_size):
+    """Return how many of `tokens` tokens a group has; those that no group divides are one."""
+    if tokens % (group_size or groups):
+        return tokens
+    return group_size or tokens // groups
+
+
+def by_group(x, groups, group_size=0):
+    """Return values of tokens as ``[group, token, …]``."""
+    return x.unflatten(0, (-1, group_length(x.shape[0], groups, group_size)))
 
 
 def expert_choice(
@@ -210,7 +224,7 @@ def expert_choice(
     multiple=1, cap=True, mask=None
 ):  # fmt: skip
     """Return experts, weights and slots where each expert takes the tokens that score highest."""
-    size = group_size or scores[..., 0].numel() // groups
+    size = group_length(scores[..., 0].numel(), groups, group_size)
     values = scores.reshape(-1, size, experts)
     ranked = values
     if mask is not None:
