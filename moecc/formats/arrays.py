@@ -326,6 +326,18 @@ class ArrayPiece:
             values = (values.astype(np.float32) * np.float32(self.scale)).astype(array.dtype)
         return np.ascontiguousarray(values)
 
+    def write(self, array: Array, values: Array) -> None:
+        """Write a tensor to its place in `array`, where `read` finds it."""
+        axes, sizes = (*self.rows, *self.columns), array.shape
+        if self.scale != 1.0:
+            values = (values.astype(np.float32) / np.float32(self.scale)).astype(array.dtype)
+        values = values.reshape([sizes[axis] for axis in axes])
+        if self.halves:
+            values = _pairs(values, len(self.rows) - 1)
+        at = self.at or {}
+        part = array[tuple(at.get(axis, slice(None)) for axis in range(array.ndim))]
+        part.transpose([sorted(axes).index(axis) for axis in axes])[...] = values
+
 
 NamedPieces = Iterator[tuple[str, ArrayPiece]]
 """Tensors with their names."""
@@ -334,6 +346,13 @@ NamedPieces = Iterator[tuple[str, ArrayPiece]]
 def _halves(array: Array, axis: int) -> Array:
     """Return `array` with the even places along an axis before the odd ones."""
     order = np.r_[0 : array.shape[axis] : 2, 1 : array.shape[axis] : 2]
+    turned: Array = np.take(array, order, axis)
+    return turned
+
+
+def _pairs(array: Array, axis: int) -> Array:
+    """Return `array` with the places of its halves along an axis in turn: undoes `_halves`."""
+    order = np.arange(array.shape[axis]).reshape(2, -1).T.reshape(-1)
     turned: Array = np.take(array, order, axis)
     return turned
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+from moecc.errors import InputError
 from moecc.jobs.command import (
     Force,
     Load,
@@ -12,6 +15,10 @@ from moecc.jobs.command import (
     Spelling,
     Weights,
 )
+
+if TYPE_CHECKING:
+    from moecc.model.open import OpenedModel
+    from moecc.types import DType
 
 
 def emit(
@@ -25,14 +32,15 @@ def emit(
     load: Load = (),
     force: Force = False,
 ) -> Report:
-    """Write a model as a program, with its weights.
+    """Write a model as a program, with its weights, or for MaxText.
 
     The folder has one readable file.  In PyTorch it is modeling_st_moe.py, which transformers
     loads with trust_remote_code=True; in JAX it is jax_st_moe.py, with the functions init, load
     and apply.  moecc reads the folder, too, by the graph in its config, and never runs the file.
+    For maxtext it has a checkpoint whose parameters MaxText loads, and the settings of its model.
 
     Args:
-      language: Language of the program: torch or jax.
+      language: Language of the program: torch or jax; or maxtext.
       output: Folder to write.
       dtype: Element type to write: f32, bf16, f16 or f64 (default: as stored).
       max_shard_bytes: Maximal size of a shard: 5000000000, 5GB, 500 MB.
@@ -52,6 +60,8 @@ def emit(
     load_families(load)
     type, limit = None if dtype is None else float_type(dtype), count_bytes(max_shard_bytes)
     with signals_raised(), open_model(model, weights=weights, padding=None, heads=True) as opened:
+        if language == "maxtext":
+            return _emit_maxtext(opened, output, type, force=force)
         target = GraphConfig.model_type
         planned = plan(opened, Pipeline(()), target, dtype=type, check=False, emit=language)
         check_place(planned, output, force=force)
@@ -59,3 +69,46 @@ def emit(
             write(planned, output, max_shard_bytes=limit, force=force, progress=bar)
     data = planned.to_json() | {"out": output, "language": language}
     return Report("emit", data, lambda: plan_text(planned, output, dry_run=False))
+
+
+def _emit_maxtext(opened: OpenedModel, output: str, type: DType | None, *, force: bool) -> Report:
+    """Write a model of a family of MaxText's as the checkpoint that MaxText loads."""
+    from moecc.families.registry import parse_config
+    from moecc.formats.files import make_folder, read_whole, write_durable
+    from moecc.formats.maxtext import ITEM, SETTINGS, STEP, maxtext_arrays, write_maxtext
+    from moecc.formats.output import output_folder
+    from moecc.formats.run import inputs_of
+    from moecc.jobs.convert import plan
+    from moecc.rewrite.pipeline import Pipeline
+    from moecc.support.extras import require
+    from moecc.translate.export import Export
+    from moecc.weights.evaluate import evaluate
+
+    require("MaxText's checkpoints", ["train"])
+    checkpoint = opened.checkpoint
+    family = str(opened.graph.attrs.get("family"))
+    if checkpoint is None:
+        raise InputError(f"{opened.name} has no weights", hint="give a checkpoint")
+    planned = plan(opened, Pipeline(()), family, dtype=type, check=False)
+    assert isinstance(planned.export, Export), "a folder was planned"
+    config = parse_config(planned.export.config_json)
+    exprs = {tensor.name: tensor.expr for tensor in planned.tensors}
+    arrays = maxtext_arrays(config, {name: expr.type for name, expr in exprs.items()})
+    size_bytes = sum(tensor.entry.nbytes for tensor in planned.tensors)
+    with output_folder(
+        Path(output), inputs=inputs_of(checkpoint), force=force, needed_bytes=2 * size_bytes
+    ) as folder:
+        write_maxtext(folder, config, arrays, lambda name: evaluate(exprs[name], checkpoint.read))
+        text = json.dumps(dict(planned.export.config_json), indent=2) + "\n"
+        for name, content in {**checkpoint.companions(), "config.json": text.encode()}.items():
+            make_folder((folder / name).parent)
+            whole = read_whole(content) if isinstance(content, Path) else content
+            write_durable(folder / name, whole)
+        checkpoint.require_unchanged()
+    data = {"out": output, "language": "maxtext", "arrays": len(arrays), "size_bytes": size_bytes}
+    text = (
+        f"{opened.name} -> {output} ({family} of MaxText)\n"
+        f"  load_parameters_path={output}/{STEP}/{ITEM}\n"
+        f"  the settings of its model are in {output}/{SETTINGS}"
+    )
+    return Report("emit", data, lambda: text)

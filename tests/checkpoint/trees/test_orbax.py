@@ -162,3 +162,47 @@ def test_without_a_config_it_has_the_names_of_its_arrays(tmp_path: Path) -> None
         expected = stored["params-decoder-layers_0-mlp-wi_0-kernel"]
         np.testing.assert_array_equal(checkpoint.read(name, 1, 3), expected[1:3])
         assert checkpoint.read("step") == 9
+
+
+SCANNED = ("llama_llama3", "mixtral_bfloat16", "qwen2_square")
+
+
+@pytest.mark.parametrize("case", SCANNED)
+def test_the_arrays_of_maxtext_are_those_of_its_own_conversion(case: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["emit", "maxtext", str(GOLDEN / case), "-o", str(out)]) == 0
+    state = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(out / "0" / "items")
+    expected = nested(load_file(HERE / f"{case}.safetensors"))["params"]
+    assert_same_tree(state["params"]["params"], expected)
+    again = ["verify", str(out), "--against", str(GOLDEN / case), "--tolerance", "0"]
+    assert main(again) == 0
+
+
+def assert_same_tree(tree: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert tree.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, dict):
+            assert_same_tree(tree[key], value)
+        else:
+            assert tree[key].dtype == value.dtype
+            np.testing.assert_array_equal(np.asarray(tree[key]), value)
+
+
+@pytest.mark.parametrize(
+    ("case", "texts"),
+    [
+        ("mistral_window", ["sliding_window", "5"]),
+        ("llama_gelu_mqa", ["hidden_act", "silu", "gelu"]),
+        ("llama_yarn", ["rope_scaling", "llama3", "yarn"]),
+        ("llama_biases_head_dim", ["no array", "o_proj.bias"]),
+        ("qwen3_moe_step", ["stacks these tensors", "mlp"]),
+        ("olmoe_norm", ["model_type", "mixtral", "olmoe"]),
+    ],
+)
+def test_what_maxtext_does_not_compute_is_rejected(
+    case: str, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["emit", "maxtext", str(GOLDEN / case), "-o", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert all(text in error for text in texts), error
+    assert not (tmp_path / "out").exists()
