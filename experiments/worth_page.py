@@ -115,7 +115,7 @@ def claims(lines: Lines) -> list[tuple[str, Difference]]:
             other = ceil(steps * ratio) if ratio is more else round(steps * ratio)
             effect = difference(lines, (SPARSE, steps), (DENSE, other))
             if effect is not None:
-                name = f"{steps:,} sparse steps, {other:,} dense ones: equal {kind}"
+                name = f"{steps:,} sparse steps: equal {kind} ({other:,} dense ones)"
                 rows.append((name, effect))
     return rows
 
@@ -129,23 +129,29 @@ def parts(lines: Lines) -> list[tuple[str, Difference]]:
             other = ceil(steps * flops[arm] / flops[SPARSE])
             effect = difference(lines, (arm, steps), (SPARSE, other))
             if effect is not None:
-                beside = "" if other == steps else f" beside {other} of the recipe"
-                rows.append((f"{arm}, {steps} steps{beside}", effect))
+                beside = "" if other == steps else f" ({other} of the recipe)"
+                rows.append((f"{arm}: after {steps} steps{beside}", effect))
     return rows
 
 
 def table(title: str, rows: list[tuple[str, Difference]]) -> Iterator[str]:
-    """Yield a table of differences, if there are some."""
+    """Yield a table of differences, if there are some: a row and a column by their names."""
     if not rows:
         return
-    yield f"| {title} | nats a byte | p, Holm | runs of each |"
-    yield "|---|---|---|---|"
+    cells: dict[str, dict[str, str]] = {}
     corrected = holm([effect.p for _, effect in rows])
     for (name, effect), p in zip(rows, corrected, strict=True):
-        reach = effect.reach(len(rows))
-        shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
-        mean = f"{effect.mean:+.4f} ± {reach:.4f}".replace("-", "−")
-        yield f"| {name} | {mean} | {shown} | {effect.settings} |"
+        row, _, column = name.partition(": ")
+        column, _, detail = column.partition(" (")
+        mean = f"{effect.mean:+.4f} ± {effect.reach(len(rows)):.4f}".replace("-", "−")
+        shown = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+        cell = f"{mean}, {shown}{' (' if detail else ''}{detail}"
+        cells.setdefault(f"{row} | {effect.settings}", {})[column] = cell
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    yield f"| {title}, nats a byte | runs of each | {' | '.join(columns)} |"
+    yield "|---" * (len(columns) + 2) + "|"
+    for row, values in cells.items():
+        yield f"| {row} | {' | '.join(values.get(column, '') for column in columns)} |"
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ FILE, all of them.  A test checks that each is current.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import re
@@ -113,18 +112,18 @@ GROUPS = (
     ("Collectives", "collectives"),
     ("Repetition, and regions of JAX", "repetition"),
 )
-"""Headings, and the module of `moecc.ir.ops` whose operations are listed under each."""
+"""Titles, and the module of `moecc.ir.ops` whose operations are listed under each."""
 
 COLUMNS = ("operation", "computes", "mixes", "linear in")
 
 
 def render_operations() -> str:
     """Return the operations as Markdown, in the order of the table."""
-    parts = [_heading()]
+    rows: list[tuple[str, ...]] = []
     for title, module in GROUPS:
-        rows = [entry for entry in OPS.values() if _module(entry) == module]
-        parts.append(f"### {title}\n{_table(COLUMNS, map(_operation, rows))}")
-    return "\n\n".join(parts)
+        rows.append((f"**{title}**", "", "", ""))
+        rows += [_operation(entry) for entry in OPS.values() if _module(entry) == module]
+    return f"{_heading()}\n\n{_table(COLUMNS, rows)}"
 
 
 def _heading() -> str:
@@ -344,7 +343,7 @@ def _lemma(name: str, lemma: Lemma) -> str:
     return f"*{name}*: {_cell(' '.join(statement.partition(chr(10) * 2)[0].split()))}"
 
 
-# The programs of docs/emit.md: whole files beside it, and classes in it.
+# The programs of docs/emit.md, beside it.
 
 LLAMA = "preset:smollm2-135m"
 T5 = '{"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": false}'
@@ -354,8 +353,6 @@ MODELS = {
     "vit.py": ("ViT", '{"model_type": "vit"}', ""),
 }
 """The whole files: of what, its source, and its passes."""
-
-SPARSE_CLASSES = ("Router", "Layer")
 
 
 @cache
@@ -376,21 +373,12 @@ def _program(name: str) -> str:
 
 
 def render_programs() -> str:
-    """Return a table of the whole files, and the classes around the experts, as Markdown."""
-    sparse = program(LLAMA, "upcycle{experts=8 top-k=2}")
-    lines = sparse.splitlines()
-    classes = [
-        "\n".join(lines[node.lineno - 1 : node.end_lineno])
-        for node in ast.parse(sparse).body
-        if isinstance(node, ast.ClassDef) and node.name in SPARSE_CLASSES
-    ]
-    rows = [
-        f"| [programs/{name}](programs/{name}) | {title} | {_program(name).count(chr(10))} |"
+    """Return a table of the whole files as Markdown."""
+    rows = (
+        (f"[programs/{name}](programs/{name})", title, str(_program(name).count("\n")))
         for name, (title, *_) in MODELS.items()
-    ]
-    table = "\n".join(["| file | model | lines |", "|---|---|---:|", *rows])
-    title = "With 8 experts in each layer, top-2, the router and the layer of `llama.py` are"
-    return f"{table}\n\n{title}\n\n```python file\n" + "\n\n\n".join(classes) + "\n```"
+    )
+    return _table(("file", "model", "lines"), rows)
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {

@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.train.tiny import draw_weights, make_model
 
-from .pages import ROOT, blocks_of
+from .pages import ROOT
 from .sessions import environment
 
 DATA = (
@@ -23,6 +23,17 @@ FEW = (
 )
 SMALL = " --set 'model.pipeline=upcycle{experts=2 top-k=2}'"
 """Of a recipe that upcycles, two experts."""
+
+SCALED = """moecc 1
+graph example {
+  input %x : f32[batch=B, embed=4]
+  param %up : f32[mlp=8, embed=4] = source("up.weight" : f32[mlp=8, embed=4])
+  %a = contract %x, %up {over=embed} : f32[batch=B, mlp=8] @layers.0.ffn
+  %b = scale %a {by=0.5} : f32[batch=B, mlp=8] @layers.0.ffn
+  output y = %b
+}
+"""
+"""What the pass of writing-a-pass.md matches."""
 
 
 def make_stands(folder: Path) -> Path:
@@ -41,7 +52,7 @@ def make_stands(folder: Path) -> Path:
     ]
     (folder / "rte.jsonl").write_text("".join(json.dumps(t) + "\n" for t in rte))
     np.save(folder / "tokens.npy", np.arange(8, dtype=np.int32).reshape(2, 4))
-    _from_pages(folder)
+    (folder / "model.moe").write_text(SCALED)
     for command in (
         "import SmolLM2-135M -o dense.moe",
         "convert SmolLM2-135M SmolLM2-135M-Instruct.Q4_1.gguf --to gguf:llama",
@@ -64,14 +75,6 @@ def _tokenizer() -> tokenizers.Tokenizer:  # type: ignore[name-defined]  # noqa:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     return made
-
-
-def _from_pages(folder: Path) -> None:
-    """Write the pass and the graph of writing-a-pass.md."""
-    block = next(b for b in blocks_of(ROOT / "docs" / "writing-a-pass.md") if b.info == "python")
-    code, _, rest = block.text.partition("\ngraph = parse(")
-    (folder / "fold_scale.py").write_text(code)
-    (folder / "model.moe").write_text(rest.split('"""')[1].lstrip())
 
 
 def run(folder: Path, line: str) -> None:
