@@ -35,6 +35,8 @@ import moecc_check_graphs as reading
 from moecc_check_graphs import MALFORMED, Rejected, need, read_table, scalar
 
 SCHEMA = "moecc.proof/1"
+NOTES = {"fractions": ", for constants as fractions", "parts": ", for a part of the batch",
+         "frozen": ", but for gradients of frozen parameters"}  # fmt: skip
 
 
 # Terms.
@@ -653,12 +655,8 @@ def check(log, before, after):
         need(log[key] == digest, f"it is a proof of another graph {key!r}")
     a = read_log(log, bool(log["exact"]), bool(log.get("fractions")))
     devices = reading.Devices(read_log(log.get("devices", {"terms": [], "steps": []})))
-    graphs = [reading.graph_of(before), reading.graph_of(after)]
     evaluation = reading.Evaluation(a, bool(log.get("rolled")))
-    values = [evaluation.evaluate(g, {}) for g in graphs]
-    reading.compare(graphs, values, log.get("outputs", list(graphs[0].outputs)))
-    for graph, row in zip(graphs, values, strict=True):
-        devices.check(graph, row)
+    reading.check_graphs(evaluation, devices, (before, after), log)
     return [sorted(x.used - {-1}) for x in (a, devices.a)]
 
 
@@ -689,7 +687,7 @@ def main():
     except (Rejected, OSError, ValueError) as error:
         print(f"rejected: {error}")
         return 1
-    notes = [", for constants as fractions"] if log["fractions"] else []
+    notes = [text for key, text in NOTES.items() if log.get(key)]
     if "\n  attr mesh = " in "".join(graphs):
         notes.append(f", on all devices{', in real arithmetic' if log['exact'] else ''}")
     print(f"accepted: {sum(map(len, used))} steps, {len(log['outputs'])} outputs{''.join(notes)}")

@@ -225,6 +225,7 @@ class Evaluation:
 
     def __init__(self, algebra, rolled):
         self.a, self.rolled, self.weights = algebra, rolled, {}
+        self.sizes, self.tags = {}, {}  # of axes and of slots that are another graph's
         self.tensor = algebra.scope["tensor"]
         algebra.scope["assigned"] = self.assigned
 
@@ -233,7 +234,7 @@ class Evaluation:
         values = list(map(self.a.value, indices))
         factor = self.a.application(head.name, head.attrs, list(head.functions), values)
         x = self.tensor((), head(*indices))
-        return x._replace(slots=(factor, self.a.tag(x)))
+        return x._replace(slots=(factor, self.tags.get(self.a.tag(x), self.a.tag(x))))
 
     def opaque(self, head, attrs, xs, axes, dtype="", finite=True):
         """Return an unknown function of tensors."""
@@ -305,7 +306,7 @@ class Evaluation:
         for name, size in type_.axes:
             if isinstance(size, tuple):
                 size = self.extent(*size, values)
-            axes.append(self.a.axis(name, size))
+            axes.append(self.a.axis(name, self.sizes.get(size, size)))
         return tuple(axes)
 
     def extent(self, kind, slots, values):
@@ -316,8 +317,12 @@ class Evaluation:
         axes = self.typed_axes(type_, {})
         return self.tensor(axes, self.a.scope["leaf"](name, type_.dtype, axes), type_.dtype)
 
-    def evaluate(self, graph, values, runs=()):
-        """Return all values of a graph, whose inputs are given or arbitrary."""
+    def evaluate(self, graph, values, runs=(), frozen=()):
+        """Return all values of a graph, whose inputs are given or arbitrary.
+
+        Parameters that are frozen are stopped twins: nothing is said of their gradients.
+        """
+        need({*frozen} <= {*graph.params}, "a frozen parameter that the graph lacks")
         for name, type_ in graph.inputs.items():
             values[name] = values.get(name) or self.leaf(f"input {name[1:]}", type_)
         used = {x for n in graph.lines for x in n.operands} | set(graph.outputs.values())
@@ -330,7 +335,7 @@ class Evaluation:
                     need({*self.weight(e).axes} == {*x.axes}, f"{name}: of other axes")
                     element = self.a.value(self.a.scope["cast_to"](self.weight(e), type_.dtype))
                     x = self.tensor(self.weight(e).axes, element, type_.dtype)
-                values[name] = x
+                values[name] = x._replace(body=self.a.stopped(x.body)) if name in frozen else x
         for n in graph.lines:
             with named(n):
                 self.run(n, values, runs)
@@ -389,7 +394,36 @@ class Evaluation:
                 for key, row in zip(attrs, axes, strict=True)]  # fmt: skip
 
 
-def compare(graphs, values, outputs):
+def check_graphs(evaluation, devices, texts, log):
+    """Check that two graphs are equal, and that devices compute them. Raises: Rejected.
+
+    A log may have a graph between them, the first on devices that have a part of the batch each;
+    the last one is the program of such a device: it computes a part of each output, or a summand.
+    """
+    first, second, *programs = map(graph_of, (texts[0], *log.get("parts", ()), texts[1]))
+    outputs, frozen = log.get("outputs", list(first.outputs)), log.get("frozen", [[], []])
+    for names, text in zip(frozen, texts, strict=True):
+        need(not names or "\n  attr frozen = {" in text, "frozen parameters where all are trained")
+    pairs = zip((first, second), frozen, strict=True)
+    values = [evaluation.evaluate(g, {}, (), names) for g, names in pairs]
+    compare((first, second), values, outputs, bool(programs))
+    for graph, row in zip((first, second), values, strict=True):
+        devices.check(graph, row)
+    for program in programs:
+        need(not first.mesh and not program.mesh, "no micro-batch")
+        (axis,) = second.mesh
+        for name, type_ in second.inputs.items():
+            need(type_.mesh[:1] == ((axis,),), f"{name} is no batch in parts")
+        types = types_of(second)
+        for name in outputs:
+            t = types[second.outputs[name]]
+            need(any(t.mesh) != bool(t.unreduced), f"output {name}: no part, and no part of a sum")
+        device = Devices(evaluation.a)
+        shards = device.program(second, values[1])
+        compare((second, program), (shards, device.evaluate(program, {})), outputs, True)
+
+
+def compare(graphs, values, outputs, in_parts=False):
     """Compare the inputs and the outputs of two graphs. Raises: Rejected."""
     on_meshes = all(g.mesh for g in graphs)
     need(not on_meshes or graphs[0].mesh == graphs[1].mesh, "graphs on other meshes")
@@ -402,7 +436,7 @@ def compare(graphs, values, outputs):
     for name in outputs:
         x, y = (v[g.outputs[name]] for v, g in zip(values, graphs, strict=True))
         s, t = (types_of(g)[g.outputs[name]] for g in graphs)
-        same = (x.axes, x.dtype, s.unreduced) == (y.axes, y.dtype, t.unreduced)
+        same = (x.axes, x.dtype) == (y.axes, y.dtype) and (in_parts or s.unreduced == t.unreduced)
         need(same and (not on_meshes or s.mesh == t.mesh), f"output {name}: of two types")
         need(x.body == y.body, f"output {name}: two different terms")
 
@@ -493,16 +527,13 @@ class Devices(Evaluation):
 
     def check_node(self, lines, types, finite):
         """Check the last of these nodes; return which of its results are finite."""
-        self.setters, values, shards, shard_of = {}, {}, {}, self.a.scope["shard_of"]
+        self.setters, values, shards = {}, {}, {}
         for n in lines:
             for at, name in enumerate(n.operands):
                 if name not in values:
                     values[name], shards[name] = self.unknown(n, at, types, values, finite)
             self.run(n, values)
-            shape = [shard_of(values[x], t.mesh) for x, t in zip(n.results, n.types, strict=True)]
-            local = self.on_device(n, shape, [types[x] for x in n.operands], values, shards)
-            for name, t, x, y in zip(n.results, n.types, shape, local, strict=True):
-                shards[name] = y._replace(axes=x.axes, dtype=t.dtype)
+            shape = self.add_shards(n, types, values, shards)
         for name, t, x in zip(n.results, n.types, shape, strict=True):
             y, places = shards[name], self.a.scope["over"]
             self.need_shards(t, name)
@@ -511,6 +542,38 @@ class Devices(Evaluation):
             x, y = map(self.a.scope["at_lone"], (x, self.a.scope["summed"](y, t.unreduced)))
             need(self.a.value(x) == self.a.value(y), f"{name}: two different terms")
         return [values[name].finite for name in n.results]
+
+    def program(self, graph, values):
+        """Return what a device computes of any shards of the inputs, by the values of all devices.
+
+        The sizes of graphs that are evaluated from now on are those of shards.
+        """
+        self.a.scope["mesh_sizes"], types, shards = graph.mesh, types_of(graph), {}
+        for name in (x for x in (*graph.inputs, *graph.params) if x in values):
+            x = shards[name] = self.a.scope["shard_of"](values[name], types[name].mesh)
+            if name in graph.inputs:
+                element = self.a.scope["leaf"](f"input {name[1:]}", x.dtype, x.axes)
+                shards[name] = self.tensor(x.axes, element, x.dtype)
+        for n in graph.lines:
+            with named(n, " on a device"):
+                need(not n.body, "a body on a device")
+                self.add_shards(n, types, values, shards)
+            if n.op == "expert_choice" or n.attrs.get("slots") == "capacity":
+                slots = shards[n.results[-1]]  # as many as on all devices: groups are equal
+                self.tags[self.a.tag(slots.body)] = slots.slots[1]
+        for name in graph.inputs:
+            pairs = zip(values[name].axes, shards[name].axes, strict=True)
+            self.sizes.update({v.size: w.size for v, w in pairs if isinstance(v.size, str)})
+        return shards
+
+    def add_shards(self, n, types, values, shards):
+        """Add what a device computes of its shards to them; return the shards of the results."""
+        shard_of = self.a.scope["shard_of"]
+        shape = [shard_of(values[x], t.mesh) for x, t in zip(n.results, n.types, strict=True)]
+        local = self.on_device(n, shape, [types[x] for x in n.operands], values, shards)
+        for name, t, x, y in zip(n.results, n.types, shape, local, strict=True):
+            shards[name] = y._replace(axes=x.axes, dtype=t.dtype)
+        return shape
 
     def unknown(self, n, at, types, values, finite):
         """Return an operand that may have any value, and the shard of a device of it."""

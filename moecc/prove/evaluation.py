@@ -30,12 +30,14 @@ class Evaluation:
       rolled: whether repetition is a function of its body, and not run after run.
       weights: the terms of weight expressions, which graphs share.
       results: the terms of operations on equal operands, which layers and graphs share.
+      sizes: those of axes that are others in graphs that are evaluated from now on.
     """
 
     def __init__(self, algebra: Algebra, *, exact: bool = False, rolled: bool = False) -> None:
         self.algebra, self.exact, self.rolled = algebra, exact, rolled
         self.weights: dict[Expr, Tensor] = {}
         self.results: dict[tuple[Hashable, ...], Sequence[Tensor]] = {}
+        self.sizes: dict[Size, Size] = {}
         self._evaluated: list[tuple[Graph, Terms]] = []
 
     def evaluate(self, graph: Graph) -> Terms:
@@ -64,14 +66,15 @@ class Evaluation:
 
     def _size(self, size: int | str | Extent, terms: Terms) -> Size:
         if not isinstance(size, Extent):
-            return size
+            return self.sizes.get(size, size)
         tensor = terms[setter_of(size)]
         if tensor.slots is None:
             # Slots without a meaning: equal terms, equal extents.
             return f"{size.kind} of term {tensor.body.serial}"
         return tensor.slots.sizes[0 if size.kind == "groups" else 2]
 
-    def _leaf(self, name: str, type: TensorType) -> Tensor:
+    def leaf(self, name: str, type: TensorType) -> Tensor:
+        """Return a tensor that may have any values."""
         axes = self._axes(type, {})
         head = {"int": "integer", "bool": "holds"}.get(type.dtype.kind, "source")
         attrs = (name, str(type.dtype), tuple(v.size for v in axes))
@@ -79,11 +82,11 @@ class Evaluation:
         return Tensor(self.algebra, axes, body, dtype=type.dtype)
 
     def _input(self, value: Value) -> Tensor:
-        return self._leaf(f"input {value.name}", value.type)
+        return self.leaf(f"input {value.name}", value.type)
 
     def _parameter(self, value: Value) -> Tensor:
         if value.weight is None:
-            return self._leaf(f"parameter {value.name}", value.type)
+            return self.leaf(f"parameter {value.name}", value.type)
         tensor = self._weight(value.weight)
         return replace(self._cast(tensor, value.type.dtype), dtype=value.type.dtype)
 
@@ -167,8 +170,16 @@ class Evaluation:
         key = (node.op.name, format_attrs(node.op, node.attrs), *values)
         if key not in self.results:
             axes = [self._axes(v.type, terms) for v in node.results]
-            self.results[key] = self.computed(node, operands, node.attrs, axes)
+            results = self.computed(node, operands, node.attrs, axes)
+            self.results[key] = [self._resized(x) for x in results]
         return self.results[key]
+
+    def _resized(self, x: Tensor) -> Tensor:
+        """Return slots with as many of them as `sizes` says."""
+        if x.slots is None or x.slots.sizes[2] not in self.sizes:
+            return x
+        sizes = (*x.slots.sizes[:2], self.sizes[x.slots.sizes[2]])
+        return replace(x, slots=replace(x.slots, sizes=sizes))
 
     def computed(
         self, node: Node, operands: Sequence[Tensor], attrs: Attrs, axes: Sequence[tuple[Var, ...]]

@@ -18,6 +18,7 @@ from moecc.ir.text import print_graph
 from moecc.prove import lemmas, shards
 from moecc.prove.mesh import Devices
 from moecc.prove.rules import Step
+from moecc.prove.stopped import frozen_parameters
 from moecc.support.untyped import JsonDict
 from moecc.terms.term import (
     Abstraction,
@@ -41,11 +42,12 @@ def log_of(
     steps: Iterable[Step],
     algebra: Algebra,
     *,
-    exact: bool,
-    rolled: bool,
-    fractions: bool,
     outputs: Collection[str],
+    exact: bool = False,
+    rolled: bool = False,
+    fractions: bool = False,
     devices: Devices | None = None,
+    batch: Graph | None = None,
 ) -> JsonDict:
     """Return the log of a proof as a JSON object.
 
@@ -54,11 +56,12 @@ def log_of(
       after: the second graph.
       steps: of the proof, in their order.
       algebra: that built its terms.
+      outputs: the names of those that are equal.
       exact: whether it is a proof of equal bits.
       rolled: whether repetition is read as a function of its body.
       fractions: whether constants are the simplest numbers that their floats are to 15 digits.
-      outputs: the names of those that are equal.
       devices: the proof that devices compute them, of graphs on a mesh.
+      batch: the first graph on devices that have a part each, if the second computes one.
     """
     of_devices = {} if devices is None else _replay(devices.lemmas.steps, devices.algebra)
     return {
@@ -71,7 +74,20 @@ def log_of(
         "after": digest(after),
         **_replay(steps, algebra),
         **({"devices": of_devices} if of_devices else {}),
+        **({} if batch is None else {"parts": [print_graph(batch)]}),
     }
+
+
+def frozen_log(log: JsonDict, before: Graph, after: Graph) -> JsonDict:
+    """Return the log of a proof of two graphs with frozen parameters.
+
+    Args:
+      log: of the proof of both with the gradients of frozen parameters stopped.
+      before: the first graph, as it is.
+      after: the second graph, as it is.
+    """
+    frozen = [[f"%{name}" for name in frozen_parameters(graph)] for graph in (before, after)]
+    return {**log, "before": digest(before), "after": digest(after), "frozen": frozen}
 
 
 def _replay(steps: Iterable[Step], algebra: Algebra) -> JsonDict:

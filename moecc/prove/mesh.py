@@ -26,7 +26,7 @@ from moecc.ir.ops.slots import SlotsOp, is_slots
 from moecc.ir.structure import local_attrs
 from moecc.ir.text import format_attrs
 from moecc.ir.traits import CollectiveKind
-from moecc.prove.evaluation import Evaluation, shown
+from moecc.prove.evaluation import Evaluation, Terms, shown
 from moecc.prove.rules import Lemmas
 from moecc.prove.shards import (
     joined_size,
@@ -139,6 +139,38 @@ class Devices:
         return parting
 
 
+def of_device(evaluation: Evaluation, graph: Graph) -> Terms:
+    """Return what a device computes of shards of the inputs that may have any values.
+
+    The sizes of graphs that are evaluated from now on are those of shards.
+
+    Args:
+      evaluation: of the graph's global values.
+      graph: on a mesh, without bodies.
+
+    Raises:
+      MisplacedError: a value cannot lie on devices as its type says.
+    """
+    mesh = mesh_of(graph)
+    assert mesh is not None
+    program = _NodeProof(evaluation, mesh, {})
+    program.unsharded = evaluation.evaluate(graph)
+    for value in (*graph.inputs.values(), *graph.params.values()):
+        if value in program.unsharded:
+            program.shards[value] = program.shard(value)
+    sizes: dict[Size, Size] = {}
+    for value in graph.inputs.values():
+        axes = program.shards[value].axes
+        pairs = zip(program.unsharded[value].axes, axes, strict=True)
+        sizes.update((v.size, w.size) for v, w in pairs)
+        type = value.type.with_axes(Axis(v.name, v.size) for v in axes)
+        program.shards[value] = evaluation.leaf(f"input {value.name}", type)
+    for node in graph:
+        program.add_shards(node)
+    evaluation.sizes = sizes | program.capacities
+    return program.shards
+
+
 def _numbered(a: Sequence[Value], b: Sequence[Value]) -> Iterable[tuple[int, tuple[Value, Value]]]:
     return enumerate(zip(a, b, strict=False))
 
@@ -188,6 +220,8 @@ class _NodeProof:
     Attributes:
       whole: the terms of global values.
       shards: the terms of the shards of a device, as functions of its coordinates.
+      capacities: the sizes of slots of all devices by those of a device, where they are equal
+        since groups are.
     """
 
     def __init__(self, evaluation: Evaluation, mesh: Mesh, finite: Mapping[Value, bool]) -> None:
@@ -195,6 +229,7 @@ class _NodeProof:
         self.mesh, self.finite = mesh, finite
         self.unsharded: dict[Value, Tensor] = {}
         self.shards: dict[Value, Tensor] = {}
+        self.capacities: dict[Size, Size] = {}
         self._setters: dict[Value, int] = {}
         self._coordinates = {n: self.algebra.axis(f"@{n}", s) for n, s in mesh.axes if s > 1}
 
@@ -205,7 +240,7 @@ class _NodeProof:
         self._run(node)
         finite = tuple(self.unsharded[v].finite for v in node.results)
         for value in node.results:
-            expected, actual = self._expected(value), self._summed(value)
+            expected, actual = self.shard(value), self._summed(value)
             if expected.axes != actual.axes or self._at_lone(expected) is not self._at_lone(actual):
                 return _Outcome(finite, (shown(expected), shown(actual)))
             allowed = {*expected.axes, *self._placing(value.type)}
@@ -234,6 +269,14 @@ class _NodeProof:
         results = self.evaluation.computed(node, operands, node.attrs, axes)
         for value, tensor in zip(node.results, results, strict=True):
             self.unsharded[value] = replace(tensor, dtype=value.type.dtype)
+        self.add_shards(node)
+
+    def add_shards(self, node: Node) -> None:
+        """Add what a device computes of its shards of the operands.
+
+        Raises:
+          MisplacedError: the shards of two values do not fit.
+        """
         self._check_sizes(node)
         for value, tensor in zip(node.results, self._locally(node), strict=True):
             self.shards[value] = replace(tensor, dtype=value.type.dtype)
@@ -321,7 +364,8 @@ class _NodeProof:
         inner = self.algebra.substitute(body, values)
         return self.algebra.multiply(inner, over=tuple(fresh.values())) if fresh else body
 
-    def _expected(self, value: Value) -> Tensor:
+    def shard(self, value: Value) -> Tensor:
+        """Return the shard of a device of a global value."""
         return self._shard(self.unsharded[value], value.type)
 
     def _summed(self, value: Value) -> Tensor:
@@ -334,7 +378,7 @@ class _NodeProof:
         """Return the results of a device on its shards, as `moecc.ir.devices` computes them."""
         operands = [self.shards[v] for v in node.operands]
         if node.op.collective is CollectiveKind.ANY:
-            return [self._expected(node.result)]
+            return [self.shard(node.result)]
         if node.op.collective is not None:
             return [self._exchanged(node, operands[0])]
         if node.op.name in ("random_uniform", "random_normal"):
@@ -392,11 +436,13 @@ class _NodeProof:
         if unsharded is None or slots.slots is None:
             return slots
         sizes = (slots.slots.sizes[0], slots.slots.sizes[1], unsharded.sizes[2])
+        if not unsharded.ragged:
+            self.capacities[slots.slots.sizes[2]] = sizes[2]
         return replace(slots, slots=replace(slots.slots, sizes=sizes))
 
     def _random(self, node: Node, like: Tensor) -> Tensor:
         """Return the shard of the numbers of all devices, of the axes that a device has."""
-        expected = self._expected(node.result)
+        expected = self.shard(node.result)
         if expected.axes != like.axes:
             raise MisplacedError(f"random numbers for {like.axes}")
         return expected

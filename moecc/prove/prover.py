@@ -22,10 +22,10 @@ from moecc.prove.decoding import ASSUMPTIONS as STEP_ASSUMPTIONS
 from moecc.prove.decoding import is_step, step_gap
 from moecc.prove.evaluation import Evaluation
 from moecc.prove.localisation import first_difference
-from moecc.prove.log import log_of
+from moecc.prove.log import frozen_log, log_of
 from moecc.prove.mesh import Devices, Parting
 from moecc.prove.parts import ASSUMPTIONS as PART_ASSUMPTIONS
-from moecc.prove.parts import part_count, part_gap
+from moecc.prove.parts import part_count, prove_part
 from moecc.prove.rules import Lemmas
 from moecc.prove.stopped import without_frozen_gradients
 from moecc.support.process import gc_paused
@@ -141,18 +141,22 @@ class Prover:
         verdict = self._verdict(before, after, outputs, refute=False)
         if verdict.status == "proved":
             return verdict
-        before, after = (graph for graph in held if graph is not None)
-        verdict = self._verdict(before, after, outputs, refute)
+        stopped_before, stopped_after = (graph for graph in held if graph is not None)
+        verdict = self._verdict(stopped_before, stopped_after, outputs, refute)
         if verdict.status != "proved":
             return verdict
         assumptions = (*verdict.assumptions, FROZEN)
-        return replace(verdict, assumptions=assumptions, make_log=dict)
+        return replace(
+            verdict,
+            assumptions=assumptions,
+            make_log=lambda: frozen_log(verdict.log, before, after),
+        )
 
     def _verdict(
         self, before: Graph, after: Graph, outputs: Collection[str] | None, refute: bool
     ) -> Verdict:
         if not self.exact and {*(outputs or ())} <= {*after.outputs}:
-            verdict = _verdict_on_part(before, after)
+            verdict = _verdict_on_part(before, after, outputs)
             if verdict is not None:
                 return verdict
         parting: Parting | None = None
@@ -260,21 +264,39 @@ class Prover:
         return self._evaluations[reading]
 
 
-def _verdict_on_part(before: Graph, after: Graph) -> Verdict | None:
+def _verdict_on_part(
+    before: Graph, after: Graph, outputs: Collection[str] | None
+) -> Verdict | None:
     """Return the verdict on a graph that computes a part of another; None where it is none."""
-    parts = part_count(before, after)
-    assumptions: tuple[str, ...] = STEP_ASSUMPTIONS
     if is_step(before, after):
         gap = step_gap(before, after)
-    elif parts > 1:
-        with _deep_and_uncollected():
-            gap = part_gap(before, after, parts)
-        assumptions = (*ASSUMPTIONS[:-1], *ON_DEVICES, *PART_ASSUMPTIONS)
-    else:
+        return Verdict("unknown", *gap) if gap else Verdict("proved", assumptions=STEP_ASSUMPTIONS)
+    parts = part_count(before, after)
+    names = before.outputs.keys() ^ after.outputs.keys()
+    is_lacking = any(not name.startswith("metric.") for name in names)
+    if parts == 1 or (outputs is None and is_lacking):
         return None
-    if gap is None:
-        return Verdict("proved", assumptions=assumptions)
-    return Verdict("unknown", *gap)
+    with _deep_and_uncollected():
+        try:
+            proof = prove_part(before, after, parts)
+        except (TooManyTerms, RecursionError) as error:
+            return Verdict("unknown", "the graphs", (f"too large to compare: {error}", ""))
+    if proof.parting is not None:
+        return Verdict("unknown", *proof.parting)
+    counts = proof.lemmas.counts + proof.devices.lemmas.counts
+    make_log = partial(
+        log_of,
+        before,
+        after,
+        proof.lemmas.steps,
+        proof.evaluation.algebra,
+        outputs=proof.outputs,
+        devices=proof.devices,
+        batch=proof.batch,
+    )
+    assumptions = (*ASSUMPTIONS, *ON_DEVICES, *PART_ASSUMPTIONS)
+    lemmas = dict(sorted(counts.items()))
+    return Verdict("proved", lemmas=lemmas, assumptions=assumptions, make_log=make_log)
 
 
 class Reading(NamedTuple):

@@ -74,17 +74,25 @@ def _head(factor: Application) -> Head:
     return Head(factor.head.name, (*factor.head.attrs, STOPPED))
 
 
+def frozen_parameters(graph: Graph) -> list[str]:
+    """Return the names of the frozen parameters that have a gradient and are read."""
+    return [
+        name
+        for name, is_trained in trainable(graph).items()
+        if not is_trained and graph.params[name].type.dtype.is_float and graph.params[name].users
+    ]
+
+
 def without_frozen_gradients(graph: Graph) -> Graph | None:
     """Return a copy that stops the gradients of frozen parameters; None if all are trained."""
-    frozen = [name for name, is_trained in trainable(graph).items() if not is_trained]
-    if not frozen:
+    if all(trainable(graph).values()):
         return None
     copy = clone(graph)
     builder = Builder(copy, before=next(iter(copy)))
-    for name in frozen:
+    for name in frozen_parameters(graph):
         value = copy.params[name]
         users = list(value.users)
-        twin = builder.stop_gradient(value) if users and value.type.dtype.is_float else value
+        twin = builder.stop_gradient(value)
         for user in users:
             for number, operand in enumerate(user.operands):
                 if operand is value:

@@ -16,7 +16,10 @@ Proof = tuple[dict[str, Any], str, str]
 
 
 def proof_of(kind: str, *words: str) -> Proof | None:
-    """Return the proof of a run or a cell of the matrix as it is written; None if there is none."""
+    """Return the proof of a run or a cell of the matrix as it is written; None if there is none.
+
+    A ``part`` is a micro-batch of half of a batch of a checkpoint after a pipeline.
+    """
     import moecc_check
 
     from moecc.ir.text import print_graph
@@ -24,13 +27,19 @@ def proof_of(kind: str, *words: str) -> Proof | None:
     from moecc.prove.log import pruned
 
     from ..oracle import matrix  # noqa: TID252
+    from ..prove.test_parts import with_losses  # noqa: TID252
 
-    graphs = (
-        matrix.transformed(*words) if kind == "run" else matrix.composed(matrix.cell_named(*words))
-    )
-    if isinstance(graphs, matrix.Row):
-        return None
-    before, after, _ = graphs
+    if kind == "part":
+        before, after = (with_losses(*words, 4 // n, f"parts={n}") for n in (1, 2))
+    else:
+        graphs = (
+            matrix.transformed(*words)
+            if kind == "run"
+            else matrix.composed(matrix.cell_named(*words))
+        )
+        if isinstance(graphs, matrix.Row):
+            return None
+        before, after, _ = graphs
     verdict = prove(before, after)
     if verdict.status != "proved":
         return None
@@ -56,7 +65,10 @@ def corrupted(proof: Proof, chance: random.Random) -> tuple[str, Proof]:
         is_of_devices = "devices" in log and kind not in OF_TEXTS and chance.random() < 0.5
         part = log["devices"] if is_of_devices else log
         changed = FAULTS[kind](part, before, after, chance)
-        if changed is not None and (log, *changed[1:]) != proof:
+        if changed is None:
+            continue
+        log = log if is_of_devices else changed[0]
+        if (log, *changed[1:]) != proof:
             return kind, (log, *changed[1:])
 
 
@@ -159,7 +171,7 @@ def _other_attribute(log: dict[str, Any], before: str, after: str, chance: rando
 
 
 def _other_text(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
-    """Change the graph under the proof, and its digest in the log."""
+    """Change a graph under the proof: the second, and its digest, or that of the devices."""
     edits = [
         (r"eps=[0-9.e-]+", "eps=0.125"),
         (r"\{by=[0-9.]+\}", "{by=0.375}"),
@@ -173,13 +185,16 @@ def _other_text(log: dict[str, Any], before: str, after: str, chance: random.Ran
         (r"(\w+)@\w+=", r"\1="),
     ]
     pattern, text = chance.choice(edits)
-    matches = list(re.finditer(pattern, after))
+    of_devices = "parts" in log and chance.random() < 0.5
+    graph = log["parts"][0] if of_devices else after
+    matches = list(re.finditer(pattern, graph))
     if not matches:
         return None
     match = chance.choice(matches)
-    after = after[: match.start()] + match.expand(text) + after[match.end() :]
-    log["after"] = sha256(after.encode()).hexdigest()
-    return log, before, after
+    graph = graph[: match.start()] + match.expand(text) + graph[match.end() :]
+    if of_devices:
+        return {**log, "parts": [graph]}, before, after
+    return {**log, "after": sha256(graph.encode()).hexdigest()}, before, graph
 
 
 def _other_digest(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:

@@ -19,6 +19,7 @@ from .cases import failures
 from .corruptions import Proof, is_accepted, proof_of
 from .devices import misjudged_on_devices
 from .logs import misjudged
+from .parts import misjudged_parts
 
 FOLDER = Path(__file__).parents[2] / "checker"
 TABLE, TERMS, GRAPHS = "table", "moecc_check.py", "moecc_check_graphs.py"
@@ -31,7 +32,8 @@ TURNED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, as
 
 TRUSTED = ("application", "is_integral", "bounds", "_bounds", "matches", "match_all", "rewritten",
            "substitute", "_replaced", "apart", "put", "positive", "read_log", "check", "turned",
-           "compare", "need_shards", "check_lines", "check_scan", "check_node", "unknown",
+           "compare", "check_graphs", "program", "need_shards", "check_lines", "check_scan",
+           "check_node", "unknown",
            "on_device")  # fmt: skip
 """Functions of the checker whose mutants are judged."""
 DEFINED = ("lemma", "bounds", "define once", "define positive", "define shared", "define is_place",
@@ -177,7 +179,8 @@ def is_alive(mutant: Mutant) -> bool:
             return not any(failures(checker, checker.read_table(), mutant.lemmas))
         if mutant.part != TABLE and not is_accepted(checker, proof()):
             return False
-        if any(misjudged(checker)) or any(misjudged_on_devices(checker)):
+        judges = (misjudged, misjudged_on_devices, misjudged_parts)
+        if any(any(judge(checker)) for judge in judges):
             return False
         return mutant.lemmas is not None or not any(failures(checker, checker.read_table()))
     except Exception:  # a mutant that breaks is dead

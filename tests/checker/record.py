@@ -43,6 +43,7 @@ CORRUPTED = (
      "sequence-parallel,zero},lower-collectives,roll-layers"),
     ("run", "mixtral_gqa", "specialize{groups=4},add-losses ; annotate-sharding{mesh=far:2,near:2 "
      "rules=expert-hierarchical},expert-parallel{via=hierarchical},lower-collectives"),
+    ("part", "mixtral_gqa", ""),
 )  # fmt: skip
 """Jobs of the matrix whose proofs are corrupted, in turn."""
 

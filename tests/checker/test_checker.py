@@ -20,6 +20,7 @@ from .corruptions import FAULTS, Proof, corrupted, is_accepted, proof_of
 from .devices import misjudged_on_devices
 from .logs import misjudged
 from .mutants import GRAPHS, TABLE, TERMS, Mutant, is_alive, of_table
+from .parts import misjudged_parts
 
 UPCYCLED = ("run", "llama_gqa", "upcycle{experts=4}")
 ON_A_MESH = (
@@ -75,6 +76,10 @@ def test_graphs_on_a_mesh_are_told_apart() -> None:
     assert not [*misjudged_on_devices(moecc_check)]
 
 
+def test_micro_batches_and_frozen_parameters_are_told_apart() -> None:
+    assert not [*misjudged_parts(moecc_check)]
+
+
 def test_the_checker_itself_passes_for_no_mutant() -> None:
     for part in (TABLE, TERMS, GRAPHS):
         for lemmas in (frozenset(["range"]), frozenset[str]()):
@@ -124,7 +129,7 @@ def test_the_proof_of_a_cell_is_accepted(source: str, target: str, method: str) 
     assert proof_of("cell", source, target, method) is not None
 
 
-@pytest.mark.parametrize("job", [UPCYCLED, ON_A_MESH])
+@pytest.mark.parametrize("job", [UPCYCLED, ON_A_MESH, ("part", "mixtral_gqa", "")])
 def test_no_fault_is_accepted(job: tuple[str, ...]) -> None:
     chance, kinds = random.Random(7), Counter[str]()
     while len(kinds) < len(FAULTS) - 1 or kinds.total() < 20:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import moecc_check
 import pytest
 
-from moecc.ir import Graph, parse
+from moecc.ir import Graph, parse, print_graph
 from moecc.prove import prove
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -34,6 +35,7 @@ def test_micro_batches_are_proved(name: str, first: str, options: str) -> None:
     part = with_losses(name, first, 2, f"{options} parts=2")
     verdict = prove(batch, part)
     assert verdict.status == "proved", (verdict.node, verdict.terms)
+    assert moecc_check.accepted(verdict.log, print_graph(batch), print_graph(part))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,13 @@ def test_micro_batches_are_proved(name: str, first: str, options: str) -> None:
 def test_wrong_parts_are_not_proved(groups: int, options: str) -> None:
     batch = with_losses("mixtral_gqa", "", 4, "")
     assert prove(batch, with_losses("mixtral_gqa", "", groups, options)).status != "proved"
+
+
+def test_a_micro_batch_without_an_output_is_not_proved() -> None:
+    batch, part = (with_losses("mixtral_gqa", "", 4 // n, f"parts={n}") for n in (1, 2))
+    part.drop_output("logits")
+    verdict = prove(batch, part)
+    assert (verdict.status, verdict.node) == ("unknown", "outputs")
 
 
 def test_a_mean_over_a_part_is_no_share() -> None:
