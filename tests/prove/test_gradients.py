@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+import moecc_check
 import pytest
 
-from moecc.ir import Graph, parse
-from moecc.ir.mesh import parse_mesh
+from moecc.ir import Builder, Graph, parse, print_graph
+from moecc.ir.mesh import parse_mesh, set_mesh
 from moecc.prove import prove
 from moecc.prove.prover import FROZEN
 from moecc.sharding.assign import sites_of
-from moecc.sharding.collectives import dependence, gradients
+from moecc.sharding.collectives import Step, dependence, gradients, steps
 from moecc.sharding.layout import Layout
 from moecc.sharding.propagate import propagate
+from moecc.types import TensorType
 
 HEAD = ("input %x : f32[batch=B, embed=4]", "param %w : f32[embed=4, out=4]")
 
@@ -169,3 +172,142 @@ def test_devices_add_the_gradients_of_their_parts(kind: str) -> None:
     verdict = prove(whole, alone)
     assert verdict.status == "refuted"
     assert verdict.node.startswith("%p = ")
+
+
+# Gradients of embedding tables and of stacks of experts, which may be sharded themselves.
+
+TABLE = """
+  input %x : i32[batch=B]
+  param %w : f32[vocab=8, embed=4]
+  %y = embedding %w, %x {axis=vocab} : f32[batch=B, embed=4]
+  output y = %y
+"""
+EXPERTS = """
+  input %x : f32[batch=B, embed=4]
+  input %c : i32[batch=B, choice=2]
+  input %k : f32[batch=B, choice=2]
+  param %w : f32[expert=4, embed=4, out=4]
+  %s = assign_slots %c {tokens=batch, experts=4, groups=4, slots=capacity, capacity_factor=2.0} \
+: i32[batch=B, choice=2]
+  %r = dispatch %x, %c, %s : f32[group=4, expert=4, slot=capacity(%s), embed=4]
+  %h = contract %r, %w {over=embed} : f32[group=4, expert=4, slot=capacity(%s), out=4]
+  %y = combine %h, %c, %s, %k : f32[batch=B, out=4]
+  output y = %y
+"""
+COLLECTIVES = {
+    ("table", "data:2,other:2", "data-parallel"): ["all_reduce data"],
+    ("table", "data:2,model:2", "data-parallel,tensor-parallel"): ["all_reduce data"],
+    ("table", "other:2,model:2", "tensor-parallel"): [],
+    ("table", "data:2,fsdp:2", "data-parallel,fsdp"): ["all_reduce data"],
+    ("experts", "data:2,other:2", "data-parallel"): ["all_reduce data"],
+    ("experts", "data:2,expert:2", "expert-parallel"): ["all_reduce data"],
+    ("experts", "data:2,fsdp:2", "data-parallel,fsdp"): ["reduce_scatter fsdp", "all_reduce data"],
+}
+"""The collectives of a gradient: what is sharded is summed by nobody, or scattered."""
+
+
+@dataclass
+class WeightGradient:
+    """The gradient of a weight on a mesh, by the gradient of the result.
+
+    Attributes:
+      weight: `table`, or `experts`.
+      mesh: the mesh.
+      rules: the layout.
+    """
+
+    weight: str
+    mesh: str
+    rules: str
+
+    def __post_init__(self) -> None:
+        text = TABLE if self.weight == "table" else EXPERTS
+        layer = parse(f"moecc 1\ngraph g {{{text}}}\n")
+        sites, inputs = sites_of(layer), layer.inputs.values()
+        rules = tuple(self.rules.split(","))
+        assigner = Layout.ruled(parse_mesh(self.mesh), 4, rules).assigner
+        propagation = propagate(sites, inputs, layer.params.values(), assigner)
+        sums = gradients(sites, propagation, dependence(sites, inputs)).params
+        weight = layer.params["w"]
+        self.summed: set[str] = sums.get(weight, set())
+        self.stored: TensorType = propagation.types[weight]
+        result = propagation.types[layer.outputs["y"]]
+        # As they are used: ids may be gathered for a table whose columns are sharded.
+        self.types = {
+            v.name: type
+            for site in sites
+            for v, type in zip(site.operands, propagation.used(site.node), strict=True)
+            if v in inputs
+        }
+        self.types["g"] = replace(result, unreduced=())
+
+    def graph(self, *, on_mesh: bool) -> Graph:
+        """Return the graph of the gradient, up to its collectives, as %p."""
+        lines = (f"  input %{n} : {t if on_mesh else t.bare}" for n, t in self.types.items())
+        graph = parse("\n".join(["moecc 1", "graph g {", *lines, "  output p = %g", "}", ""]))
+        if on_mesh:
+            set_mesh(graph, parse_mesh(self.mesh))
+        b, (x, g) = Builder(graph), (graph.inputs[n] for n in "xg")
+        if self.weight == "table":
+            hot = b.one_hot(x, into=(("vocab", 8),))
+            if on_mesh and (rows := self.stored["vocab"].mesh):
+                hot = b.shard(hot, axis="vocab", mesh=rows)
+            partial = b.contract(hot, g, over=("batch",))
+        else:
+            tokens = {"tokens": ("batch",), "experts": 4, "groups": 4}
+            c = graph.inputs["c"]
+            slots = b.assign_slots(c, slots="capacity", capacity_factor=2.0, **tokens)
+            rows, grads = (b.dispatch(v, c, slots) for v in (x, g))
+            if on_mesh and (mesh := self.stored["expert"].mesh):
+                rows, grads = (
+                    b.all_to_all(v, mesh=mesh, split="expert", gather="group")
+                    for v in (rows, grads)
+                )
+            partial = b.contract(rows, grads, over=("group", "slot"))
+        graph.set_output("p", partial)
+        return graph
+
+    def collectives(self) -> list[Step]:
+        """Return the collectives that the core has for the gradient."""
+        partial = self.graph(on_mesh=True).outputs["p"].type
+        assert set(partial.unreduced) == self.summed
+        return [*steps(partial, self.stored)]
+
+    def reduced(self, collectives: list[Step]) -> Graph:
+        """Return the graph with collectives, whatever its types say of them."""
+        graph = self.graph(on_mesh=True)
+        value, b = graph.outputs["p"], Builder(graph)
+        for op, attrs in collectives:
+            type = value.type
+            value.type = replace(type, unreduced=tuple({*type.unreduced, *attrs["mesh"]}))
+            result = getattr(b, op)(value, **attrs)
+            value.type, value = type, result
+        value.type = replace(value.type, unreduced=())
+        graph.set_output("p", value)
+        return graph
+
+    def wrong_collectives(self) -> Iterator[tuple[str, list[Step]]]:
+        """Yield the collectives with one left out, doubled, or over another mesh axis."""
+        right, names = self.collectives(), parse_mesh(self.mesh).sizes
+        for name in names:
+            yield f"all_reduce over {name}, too", [*right, ("all_reduce", {"mesh": (name,)})]
+        for at, (op, attrs) in enumerate(right):
+            before, after = right[:at], right[at + 1 :]
+            yield f"no {op}", [*before, *after]
+            mesh = tuple(names.keys() - {*attrs["mesh"]})
+            yield f"{op} over {mesh}", [*before, (op, {**attrs, "mesh": mesh}), *after]
+
+
+@pytest.mark.parametrize("case", COLLECTIVES, ids=" ".join)
+def test_gradients_of_tables_and_experts_are_summed_by_the_right_devices(
+    case: tuple[str, str, str],
+) -> None:
+    gradient = WeightGradient(*case)
+    whole, collectives = gradient.graph(on_mesh=False), gradient.collectives()
+    assert [f"{op} {','.join(a['mesh'])}" for op, a in collectives] == COLLECTIVES[case]
+    right = gradient.reduced(collectives)
+    verdict = prove(whole, right)
+    assert verdict.status == "proved", (verdict.node, verdict.terms)
+    assert moecc_check.accepted(verdict.log, print_graph(whole), print_graph(right))
+    for name, wrong in gradient.wrong_collectives():
+        assert prove(whole, gradient.reduced(wrong)).status == "refuted", name
