@@ -26,7 +26,6 @@ class Request:
       config: the settings of the step.
       emit: the program that is wanted besides, ``stablehlo`` or ``hlo``.
       export: whether an artefact of ``jax.export`` is.
-      overlap: whether the compiler is to have collectives beside products.
       quick: whether it is to take as little time as it can, at the price of the program's speed.
       load: files with families and passes of the user's own.
       pipeline: passes that are run before those of the step.
@@ -38,7 +37,6 @@ class Request:
     config: StepConfig = field(default_factory=StepConfig)
     emit: str | None = None
     export: bool = False
-    overlap: bool = False
     quick: bool = False
     load: tuple[str, ...] = ()
     pipeline: str = ""

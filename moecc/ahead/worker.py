@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -23,7 +23,6 @@ from moecc.ir.structure import clone
 from moecc.launch.processes import hold_lifeline
 from moecc.model.open import open_model, registry_with
 from moecc.plan.machines import Machine, find_machine
-from moecc.plan.overlap import overlap
 from moecc.plan.report import batch_json
 from moecc.plan.search import PlanQuery, check_constraints, search, way_out
 from moecc.plan.step import StepConfig, Strategy
@@ -357,6 +356,7 @@ def report(prepared: PreparedJob, result: Result) -> JsonDict:
         "overlap": {kind: dict(total) for kind, total in result.overlap.items()},
         "unknown_loops": result.unknown_loops,
         "opaque": dict(result.opaque),
+        "corrected": corrected_json(estimate, result),
         "predicted": {
             "arguments_bytes": memory.arguments,
             "outputs_bytes": memory.state if config.train else None,
@@ -370,11 +370,30 @@ def report(prepared: PreparedJob, result: Result) -> JsonDict:
                 op.replace("_", "-"): {"count": c["count"], "bytes": c["tensor_bytes"]}
                 for op, c in estimate.collectives.items()
             },
-            "overlap": {
-                op.replace("_", "-"): o for op, o in overlap(estimate, request.overlap).items()
-            },
+            "overlap": {op.replace("_", "-"): row for op, row in estimate.overlap.items()},
         },
     }
+
+
+def corrected_json(estimate: Estimate, result: Result) -> JsonDict:
+    """Return the time of a step whose exposed collectives are those of the compiled program.
+
+    A byte takes as long as the plan has it for its kind of collective.
+    """
+    planned = estimate.collectives
+    rates = {op: row["seconds"] / row["tensor_bytes"] for op, row in planned.items()}
+    mean = sum(r["seconds"] for r in planned.values()) / max(
+        sum(r["tensor_bytes"] for r in planned.values()), 1.0
+    )
+
+    def seconds(kinds: Mapping[str, Mapping[str, float]]) -> float:
+        return sum(
+            row["exposed_bytes"] * rates.get(kind.replace("-", "_"), mean)
+            for kind, row in kinds.items()
+        )
+
+    corrected = estimate.seconds + seconds(result.overlap) - seconds(estimate.overlap)
+    return {"seconds": corrected, "mfu": estimate.mfu * estimate.seconds / corrected}
 
 
 def would_fit_text(prepared: PreparedJob, usable: int, needed: int) -> str:

@@ -104,6 +104,12 @@ Lengths = Annotated[
     str | None,
     Spelling("N[,N]", help="Tokens of a sequence: 4096, or 512,114 for encoder and decoder."),
 ]
+Overlap = Annotated[
+    bool,
+    Spelling(
+        help="Let the compiler for v5p schedule gathers and reductions beside products.",
+    ),
+]
 MicroBatches = Annotated[
     int, Spelling("N", low=1, help="Number of parts of a batch whose gradients are added up.")
 ]

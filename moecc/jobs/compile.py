@@ -34,6 +34,7 @@ from moecc.jobs.command import (
     OptimizerName,
     OptionalMachine,
     OutputFile,
+    Overlap,
     PipelineText,
     ReduceType,
     RematPolicy,
@@ -51,6 +52,7 @@ from moecc.jobs.command import (
 from moecc.launch.processes import LIFELINE
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import batch_text
+from moecc.plan.search import seconds_text
 from moecc.plan.step import StepConfig, read_plan
 from moecc.support.console import say
 from moecc.support.extras import require
@@ -294,6 +296,7 @@ def _collectives(data: JsonDict) -> Iterator[str]:
             yield f"      balanced: where all rows go to one device, {worst}"
     if not data["quick"]:  # Nothing is beside products where nothing was tried.
         yield from _overlap(data)
+        yield from _step_time(data)
 
 
 def _overlap(data: JsonDict) -> Iterator[str]:
@@ -303,6 +306,14 @@ def _overlap(data: JsonDict) -> Iterator[str]:
     exposed, waiting = (sum(k["exposed_bytes"] for k in kinds.values()) for kinds in pairs)
     yield f"    {'beside products':<37}{size_text(beside):>12}{size_text(planned):>12}"
     yield f"    {'exposed':<37}{size_text(exposed):>12}{size_text(waiting):>12}"
+
+
+def _step_time(data: JsonDict) -> Iterator[str]:
+    """Yield the time of a step as planned, and with what the program's schedule exposes."""
+    planned, corrected = data["predicted"], data["corrected"]
+    times = f"{seconds_text(corrected['seconds']):>12}{seconds_text(planned['seconds']):>12}"
+    yield f"  {'step, exposed collectives as scheduled':<39}{times}"
+    yield f"    {'of the peak':<37}{corrected['mfu']:>12.1%}{planned['mfu']:>12.1%}"
 
 
 def compile(
@@ -329,7 +340,7 @@ def compile(
     via: ViaName = None,
     slice: bool = False,
     chunks: Amount = 1,
-    overlap: bool = False,
+    overlap: Overlap = False,
     quick: bool = False,
     capacity_factor: Annotated[float | None, Spelling("C")] = None,
     emit: Literal["stablehlo", "hlo"] | None = None,
@@ -348,7 +359,6 @@ def compile(
       partition: Origin of the collectives: the graph's own, or XLA's partitioner.
       slice: Send a part of each row from every device along the mesh axis model.
       chunks: Number of parts in which rows are exchanged, each beside the experts' work on others.
-      overlap: Let the compiler for v5p schedule gathers and reductions beside products.
       quick: Compile with the least effort; the program is slower.
       capacity_factor: Bound on the rows of an expert (default: that of the model).
       emit: Program to print in place of the report.
@@ -368,6 +378,7 @@ def compile(
     config = StepConfig(
         step, batch_tokens, sequence, mesh, via, remat, dense_weights, rules, optimizer, dtype,
         weight_dtype, micro_batches, reduce_dtype, partition, slice, chunks, capacity_factor,
+        overlap,
     )  # fmt: skip
     if plan is not None:
         machine, pipeline, config = _planned(plan, machine, pipeline, config)
@@ -378,7 +389,7 @@ def compile(
     config.check()
     update_of(config.optimizer, set)
     request = Request(
-        model, machine, config, emit, save is not None, overlap, quick, tuple(load),
+        model, machine, config, emit, save is not None, quick, tuple(load),
         str(read_pipeline(pipeline, load)), tuple(set),
     )  # fmt: skip
     check_writable(save, force=force)
@@ -401,7 +412,7 @@ def compile(
 
 _PLANNED = (
     "mesh", "rules", "via", "remat", "dense_weights", "sliced", "batch_tokens", "sequence",
-    "weight_dtype", "micro_batches", "reduce_dtype",
+    "weight_dtype", "micro_batches", "reduce_dtype", "overlap",
 )  # fmt: skip
 """The settings of a plan that are not given beside it."""
 

@@ -28,6 +28,7 @@ from moecc.jobs.command import (
     MicroBatches,
     OptimizerName,
     OutputFile,
+    Overlap,
     PipelineText,
     ReduceType,
     RematPolicy,
@@ -292,6 +293,7 @@ def plan(
     weight_dtype: WeightType = None,
     micro_batches: MicroBatches = 1,
     reduce_dtype: ReduceType = None,
+    overlap: Overlap = False,
     tokens: Annotated[float | None, Spelling("N", low=1)] = None,
     price: Annotated[float | None, Spelling("P", low=0)] = None,
     explore: bool = False,
@@ -324,7 +326,7 @@ def plan(
         check_writable(file, force=force)
     config = StepConfig(
         step, batch_tokens, sequence, mesh, via, remat, dense_weights, rules, optimizer, dtype,
-        weight_dtype, micro_batches, reduce_dtype,
+        weight_dtype, micro_batches, reduce_dtype, overlap=overlap,
     )  # fmt: skip
     if price is not None and tokens is None:
         raise UsageError("--price has no run to price", hint="state the tokens: --tokens N")

@@ -86,6 +86,8 @@ class Collective(NamedTuple):
       tensor_bytes: of one run, see `sent_bytes`; of a priced move.
       times: runs in a step; of a priced move.
       seconds: of all runs; of a priced move.
+      beside: of a scheduled move, the share of its runs that computation runs beside.
+      hidden_seconds: of all its runs, those that pass beside computation.
     """
 
     op: str
@@ -105,6 +107,13 @@ class Collective(NamedTuple):
     tensor_bytes: float = 0.0
     times: float = 0.0
     seconds: float = 0.0
+    beside: float = 0.0
+    hidden_seconds: float = 0.0
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether it exchanges rows."""
+        return self.op.endswith("all_to_all")
 
     @property
     def waits(self) -> bool:

@@ -87,6 +87,12 @@ def efficiency(of: str) -> float:
     return float(table()["efficiency"][of])
 
 
+def efficiency_range() -> tuple[float, float]:
+    """Return the shares of the peak FLOP/s that small and large products reach."""
+    low, high = table()["efficiency"]["compute_range"]
+    return float(low), float(high)
+
+
 def machine_names() -> list[str]:
     """Return how machines are asked for, one line a kind."""
     chips, gpus = table()["tpu"], table()["gpu"]

@@ -35,7 +35,6 @@ COLOURS = {
     "buffers": "#ccb974",
     "inputs": "#64b5cd",
     "compute and memory": "#4c72b0",
-    "parameters in transit": "#ccb974",
     "waiting for data": "#c44e52",
 }
 
@@ -156,7 +155,6 @@ def _times(data: JsonDict) -> JsonDict:
 def _kinds(parts: Sequence[JsonDict]) -> Iterator[tuple[str, list[float]]]:
     seconds = [part["seconds"] for part in parts]
     yield "compute and memory", [s["local"] for s in seconds]
-    yield "parameters in transit", [max(0.0, s["hidden"] - s["local"]) for s in seconds]
     yield "waiting for data", [s["waiting"] for s in seconds]
 
 

@@ -8,10 +8,11 @@ from math import ceil
 from textwrap import wrap
 
 from moecc.plan.collectives import is_exact, sent_bytes
-from moecc.plan.machines import Machine
+from moecc.plan.machines import Machine, efficiency_range
+from moecc.plan.schedule import PartCost
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy
-from moecc.plan.time import Estimate, PartCost
+from moecc.plan.time import EXPOSED_ERROR, Estimate
 from moecc.plan.workload import Batch, Workload
 from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
@@ -154,6 +155,8 @@ def _plan(estimate: Estimate, work: Workload) -> JsonDict:
         "temporary_bytes": memory.temporaries,
         "fits": estimate.fits,
         "seconds_by_kind": estimate.by_kind,
+        "seconds_interval": list(estimate.interval),
+        "exposed_bytes": sum(row["exposed_bytes"] for row in estimate.overlap.values()),
         "collectives": estimate.collectives,
         "parts": [_part(part, estimate) for part in estimate.parts],
         "attention": [
@@ -230,6 +233,7 @@ def _heading(data: JsonDict) -> list[str]:
         f"  plan        {_name(best, data['experts'])}",
         f"  step        {seconds_text(best['seconds'])}, "
         f"{rate:,.0f} {unit_of(batch)}s/s a device, {best['mfu']:.1%} of the peak (model FLOPs)",
+        _interval(best),
         *map(_attention, best["attention"]),
         *_run_rows(data),
     ]
@@ -244,6 +248,18 @@ def _run_rows(data: JsonDict) -> list[str]:
     if run["cost"] is not None:
         text += f", {run['cost']:,.0f} at {run['price']:g} an hour"
     return [f"  run         {run['tokens']:.3g} {unit_of(data['batch'])}s: {text}, steps alone"]
+
+
+def _interval(best: JsonDict) -> str:
+    """Return how far off the time of a step may be, and on what that rests."""
+    low, high = map(seconds_text, best["seconds_interval"])
+    share = EXPOSED_ERROR
+    exposed = best["seconds_by_kind"]["exchange"] + best["seconds_by_kind"]["parameters"]
+    within = f", {seconds_text(exposed)} of exposed collectives ± {share:.0%}" if exposed else ""
+    slow, fast = efficiency_range()
+    return (
+        f"  interval    {low} to {high}: products at {fast:.0%} to {slow:.0%} of the peak{within}"
+    )
 
 
 def _attention(choice: JsonDict) -> str:

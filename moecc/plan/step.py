@@ -77,6 +77,7 @@ class StepConfig:
         row to the experts.
       chunks: number of parts in which rows are exchanged, one beside the experts' work on another.
       capacity_factor: bound on the rows of an expert; None for the model's.
+      overlap: whether the compiler is asked to run collectives beside products.
     """
 
     step: str = "train"
@@ -96,6 +97,7 @@ class StepConfig:
     sliced: bool = False
     chunks: int = 1
     capacity_factor: float | None = None
+    overlap: bool = False
 
     @property
     def train(self) -> bool:
@@ -305,7 +307,10 @@ class SavedPlan:
 
 
 _HINTS = get_type_hints(StepConfig)
-_REQUEST = {"model": str, "machine": str, "pipeline": str, "micro_batches": int | None} | {
+_REQUEST = {
+    "model": str, "machine": str, "pipeline": str, "micro_batches": int | None,
+    "overlap": bool | None,
+} | {
     name: _HINTS[name]
     for name in (
         "step", "batch_tokens", "sequence", "optimizer", "dtype", "weight_dtype", "reduce_dtype"
@@ -352,6 +357,7 @@ def read_plan(path: str) -> SavedPlan:
     model, machine, pipeline = (request.pop(name) for name in ("model", "machine", "pipeline"))
     best["via"] = None if best["via"] == LOCAL else best["via"]
     request["micro_batches"] = request["micro_batches"] or 1
+    request["overlap"] = bool(request["overlap"])
     settings = {**request, **best, "mesh": ",".join(f"{n}={s}" for n, s in mesh.items()) or None,
                 "rules": ",".join(rules) or None}  # fmt: skip
     if wrong := choice_problems({n: v for n, v in settings.items() if n in CHOICES}):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
 
 from moecc.ir.attention import AttentionFacts, KernelChoice, choose_attention
 from moecc.ir.graph import Value
@@ -20,112 +19,21 @@ from moecc.plan.collectives import (
     sent_bytes,
     sparse_rows,
 )
-from moecc.plan.machines import Machine, efficiency
+from moecc.plan.machines import Machine, efficiency, efficiency_range
 from moecc.plan.memory import Sharded, Sharding, StepMemory, Values, memory, optimizer_bytes
+from moecc.plan.networks import Route
 from moecc.plan.parts import Part, PlannedAttention, StepParts, passes_of_products
+from moecc.plan.schedule import Kernel, PartCost, WeightProduct, scheduled
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 
+EXPOSED_ERROR = 0.2
+"""How far the exposed bytes of a plan are from those of compiled programs: within it in four of
+five (``docs/proofs/exposed.json``)."""
+
 SCORE_MOVES = 4.0
 """Passes of scores through memory where no kernel keeps them: made, read, weighed, read."""
-
-
-class Kernel(NamedTuple):
-    """A product of groups of rows, one for each expert of a device.
-
-    Attributes:
-      in_rounds: whether it is in the loop of the rounds of an exchange.
-      experts: how many a device has.
-    """
-
-    in_rounds: bool
-    experts: int
-
-
-@dataclass(frozen=True)
-class WeightProduct:
-    """A product with a parameter, forward.
-
-    Attributes:
-      weight: the parameter.
-      seconds: of the product; the gradients of both operands take as long each.
-      is_first: whether no other product of its part is before it.
-      kernel: the kernel that computes it, if one does.
-    """
-
-    weight: str
-    seconds: float
-    is_first: bool
-    kernel: Kernel | None = None
-
-
-@dataclass(frozen=True)
-class PartCost:
-    """The cost of the equal parts of one name, on one device, in one step.
-
-    Attributes:
-      name: of the part.
-      count: how many there are.
-      flops: FLOPs of all of them, forward, backward and again.
-      hbm_bytes: what they read and write.
-      compute_seconds: of the FLOPs.
-      hbm_seconds: of the bytes.
-      local_seconds: of both: of each operation the longer.
-      collectives: of one part.
-      chunks: number of parts in which rows are exchanged.
-      in_layer: whether they are parts of layers.
-      products: yields those of one part with its parameters, forward; few estimates need them.
-    """
-
-    name: str
-    count: int
-    flops: float
-    hbm_bytes: float
-    compute_seconds: float
-    hbm_seconds: float
-    local_seconds: float
-    collectives: tuple[Collective, ...] = ()
-    chunks: int = 1
-    in_layer: bool = True
-    products: Callable[[], Iterable[WeightProduct]] = field(
-        default=tuple, compare=False, repr=False
-    )
-
-    @property
-    def waiting_seconds(self) -> float:
-        """The collectives that computation waits for."""
-        return self.count * sum(c.seconds for c in self.collectives if c.waits)
-
-    @property
-    def hidden_seconds(self) -> float:
-        """The collectives of parameters and gradients, which run beside computation."""
-        return self.count * sum(c.seconds for c in self.collectives if not c.waits)
-
-    @property
-    def seconds(self) -> float:
-        """The time of the part: what is hidden counts where it is longer than what hides it."""
-        alone = max(self.local_seconds, self.hidden_seconds) + self.waiting_seconds
-        return alone - self.chunked_seconds
-
-    @property
-    def chunked_seconds(self) -> float:
-        """The seconds spared by exchanging one chunk of rows beside the products of another.
-
-        Link and products are two machines in a row, through which equal chunks go: the first chunk
-        is waited for, and then the slower of both works without a pause (Johnson 1954).
-        """
-        exchanges = (c for c in self.collectives if c.waits and c.op.endswith("all_to_all"))
-        rows, local = self.count * sum(c.seconds for c in exchanges), self.local_seconds
-        chunked = (rows + local + (self.chunks - 1) * max(rows, local)) / self.chunks
-        return rows + local - chunked
-
-    @property
-    def bound(self) -> str:
-        """The resource that takes the most of its time, ``compute``, ``hbm`` or ``network``."""
-        if self.waiting_seconds + self.hidden_seconds > self.local_seconds:
-            return "network"
-        return "hbm" if self.hbm_seconds > self.compute_seconds else "compute"
 
 
 @dataclass(frozen=True)
@@ -192,15 +100,43 @@ class Estimate:
         return rows
 
     @cached_property
+    def interval(self) -> tuple[float, float]:
+        """The least and the most time of a step.
+
+        Products reach what was measured of large and of small ones, and exposed collectives are
+        those of the plan within `EXPOSED_ERROR`.
+        """
+        expected, exposed = efficiency("compute"), self.seconds - self.by_kind["local"]
+
+        def seconds(reached: float, share: float) -> float:
+            local = (max(p.compute_seconds * expected / reached, p.hbm_seconds) for p in self.parts)
+            return sum(local) + exposed * share
+
+        slow, fast = efficiency_range()
+        most = max(seconds(slow, 1 + EXPOSED_ERROR), self.seconds)
+        return min(seconds(fast, 1 - EXPOSED_ERROR), self.seconds), most
+
+    @cached_property
+    def overlap(self) -> dict[str, dict[str, float]]:
+        """By operation the ``overlapped_bytes`` of full tensors, and the ``exposed_bytes``."""
+        rows: dict[str, dict[str, float]] = {}
+        for part in self.parts:
+            for move in part.collectives:
+                size = part.count * move.times * move.tensor_bytes
+                row = rows.setdefault(move.op, {"overlapped_bytes": 0.0, "exposed_bytes": 0.0})
+                row["overlapped_bytes"] += size * move.beside
+                row["exposed_bytes"] += size * (1 - move.beside)
+        return rows
+
+    @cached_property
     def by_kind(self) -> dict[str, float]:
         """The seconds of a step by what they are spent on; they add up to the step."""
-        compute = sum(p.local_seconds for p in self.parts)
-        waiting = sum(p.waiting_seconds - p.chunked_seconds for p in self.parts)
-        return {
-            "local": compute,
-            "exchange": waiting,
-            "parameters": self.seconds - compute - waiting,
-        }
+        exposed = {True: 0.0, False: 0.0}
+        for part in self.parts:
+            for move in part.collectives:
+                exposed[move.waits] += part.count * (move.seconds - move.hidden_seconds)
+        local = sum(part.local_seconds for part in self.parts)
+        return {"local": local, "exchange": exposed[True], "parameters": exposed[False]}
 
 
 class Estimator:
@@ -245,7 +181,7 @@ class Estimator:
         """
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=False))
         times, train = self.config.micro_batches, self.config.train
-        parts = []
+        parts: list[PartCost] = []
         for part in self.work.parts:
             # For a CPU, XLA moves out of the loop of micro-batches the gathers of parameters, but
             # for those of equal layers, which are in a loop of their own.  For TPUs and GPUs it
@@ -259,6 +195,10 @@ class Estimator:
         if train:
             parts += (_repeated(x, times, times) for x in self._streams(strategy, local))
             parts.append(self._update(local))
+        parts = scheduled(
+            parts, self.machine, self._routes(local),
+            is_asked=self.config.overlap, recomputes=strategy.remat != "none",
+        )  # fmt: skip
         frozen = times * self.work.frozen_flops if train else 0.0
         return Estimate(
             strategy=strategy,
@@ -285,7 +225,7 @@ class Estimator:
 
     def _part(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
         width, rates = self.config.compute_type.itemsize_bytes, self._rates
-        flops = hbm_bytes = compute = hbm = both = 0.0
+        flops = hbm_bytes = compute = hbm = both = core = 0.0
         sizes = local.values.once(
             ("steps", id(part)),
             lambda: tuple(
@@ -308,6 +248,7 @@ class Estimator:
             times = (step_flops / rates[0], step_bytes * passes / rates[1])
             flops, hbm_bytes = flops + step_flops, hbm_bytes + step_bytes * passes
             compute, hbm, both = compute + times[0], hbm + times[1], both + max(times)
+            core += max(times) / passes if step.attention is not None else 0.0
         return PartCost(
             name=part.name,
             count=part.count,
@@ -319,6 +260,7 @@ class Estimator:
             collectives=self._timed(part_collectives(part, self.config, strategy, local), local),
             chunks=strategy.chunks if part.is_sparse else 1,
             in_layer=part.in_layer,
+            core_seconds=core,
             products=partial(self._products, part, strategy, local.values),
         )
 
@@ -335,7 +277,11 @@ class Estimator:
                 is_behind, is_first = True, not is_behind
                 time = _flops(step, values) / self._rates[0]
                 yield WeightProduct(
-                    weight.name, time, is_first, kernel if weight.of_experts else None
+                    weight.name,
+                    time,
+                    is_first,
+                    kernel if weight.of_experts else None,
+                    weight.of_experts,
                 )
             if is_behind:
                 behind.update(node.results)
@@ -352,13 +298,17 @@ class Estimator:
 
     def _timed(self, collectives: Iterable[Collective], local: Sharding) -> tuple[Collective, ...]:
         """Return collectives as the machine runs them, with their seconds."""
-        sizes, reached = local.layout.sizes, efficiency("network")
-        routes = local.sharded.once("routes", lambda: self.machine.network.routes(sizes))
+        routes, reached = self._routes(local), efficiency("network")
         run = (each.on(self.machine.kind) for each in collectives)
         return tuple(
             c._replace(seconds=c.times * seconds(c.op, routes[c.axes], c.tensor_bytes) / reached)
             for c in run
         )
+
+    def _routes(self, local: Sharding) -> dict[tuple[str, ...], Route]:
+        """Return the routes of the mesh's axes through the network."""
+        sizes = local.layout.sizes
+        return local.sharded.once("routes", lambda: self.machine.network.routes(sizes))
 
     def _streams(self, strategy: Strategy, local: Sharding) -> Iterator[PartCost]:
         """Yield the gathers of the activations between units, kept in parts.
@@ -390,7 +340,7 @@ class Estimator:
             stored * self.config.reduce_type.itemsize_bytes * 2 * (self.config.micro_batches - 1)
         )
         time = moved / (self.machine.hbm_bytes_per_second * efficiency("hbm"))
-        return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time)
+        return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, in_layer=False)
 
 
 def _repeated(part: PartCost, times: int, gathers: int) -> PartCost:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moecc.plan.overlap import exposed_gathers, exposed_gradients
-from moecc.plan.time import Kernel, WeightProduct
+from moecc.plan.schedule import Kernel, WeightProduct, exposed_gathers, exposed_gradients
 
 FIRST = (
     WeightProduct("k", 1.0, True),

@@ -424,7 +424,7 @@ def _compiled(graph: Graph, job: Job) -> Result:
 
         exported = export.export(function, platforms=[_platform(machine)])(*arguments)
         artefact = bytes(exported.serialize())
-    options = overlap_options(machine) if request.overlap else {}
+    options = overlap_options(machine) if config.overlap else {}
     try:
         compiled = compile_lowered(
             lowered, machine, {**options, **(LEAST_EFFORT if request.quick else {})}
