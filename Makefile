@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-fuzz proof-jax-models proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-schedulers proof-slurm proof-splits proof-step proof-stores proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-exposed proof-fuzz proof-jax-models proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-schedulers proof-slurm proof-splits proof-step proof-stores proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -115,6 +115,10 @@ proof-torch-models: ## architectures of transformers converted and judged by MOE
 proof-jobs: $(STAMP) ## the five jobs of docs/jobs.md from a fresh clone; writes docs/proofs/jobs.json (ten minutes)
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.jobs --out docs/proofs/jobs.json > /dev/null
+
+proof-exposed: $(STAMP) ## exposed collectives, predicted and compiled, for TPUs (libtpu) and H100 (CUDA plug-in); goes on after a stop; writes docs/proofs/exposed.json (an hour)
+	$(BIN)/python -m tests.proof.exposed --predict > /dev/null
+	$(BIN)/python -m tests.proof.exposed
 
 proof-equal: $(STAMP) ## prove golden checkpoints by 66 pipelines, and the table's equal cells; writes docs/proofs/equal.json
 	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle.matrix --out docs/proofs/equal.json > /dev/null

@@ -182,7 +182,7 @@ def scheduled(
         layer = [parts[number] for number in numbers]
         hidden: Iterable[PartCost]
         if rates is None:
-            hidden = map(_beside_on_tpu, layer, shares_on_tpu(layer))
+            hidden = map(_beside_on_tpu, layer, shares_on_tpu(layer, recomputes=recomputes))
         else:
             latencies = latencies_of(layer, rates, routes, machine.devices)
             each = LayerSchedule(layer, latencies, recomputes).parts()
@@ -711,12 +711,13 @@ def exposed_gradients(
     return exposed
 
 
-def shares_on_tpu(layer: Sequence[PartCost]) -> Iterator[list[float]]:
+def shares_on_tpu(layer: Sequence[PartCost], *, recomputes: bool = True) -> Iterator[list[float]]:
     """Yield for each part the share of each collective that is beside products, in a loop.
 
     A turn backward begins with the gradient of the layer's output: gathers of it wait for nothing,
     and take part as the gathers of parameters do.  Sums that the layer waits for are reduced beside
-    products that need not wait for them.
+    products that need not wait for them.  Where nothing is computed again, products read their
+    parameters from the last to the first.
     """
     each = [move for part in layer for move in part.collectives]
     gathered = {move.weight: move.tensor_bytes for move in each if is_gather(move)}
@@ -726,7 +727,8 @@ def shares_on_tpu(layer: Sequence[PartCost]) -> Iterator[list[float]]:
     last = layer[-1].collectives
     begins = [move.why for move in last if move.op == "all_gather" and move.leaves_work]
     forward = exposed_gathers(products, gathered)
-    again = exposed_gathers(products, gathered, early, begins)
+    order = products if recomputes else products[::-1]
+    again = exposed_gathers(order, gathered, early, begins)
     reduced = set(_reduced_alone(layer, gathered))
 
     def share(move: Collective) -> float:
