@@ -27,9 +27,9 @@ def shown(text: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem: what, where, what was expected, what was found, a way out."""
+    """One problem: a message, where, what was expected, what was found, a way out."""
 
-    what: str
+    message: str
     where: str | None = None
     expected: str | None = None
     found: str | None = None
@@ -42,7 +42,7 @@ class Problem:
                 object.__setattr__(self, field.name, shown(text))
 
     def __str__(self) -> str:
-        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        lines = [f"{self.where}: {self.message}" if self.where else self.message]
         for label, text in (
             ("expected", self.expected),
             ("found", self.found),
@@ -60,18 +60,18 @@ class MoeccError(Exception):
 
     def __init__(
         self,
-        what: str | Iterable[Problem],
+        problems: str | Iterable[Problem],
         *,
         where: str | Path | None = None,
         expected: str | None = None,
         found: str | None = None,
         hint: str | None = None,
     ) -> None:
-        if isinstance(what, str):
+        if isinstance(problems, str):
             at = None if where is None else str(where)
-            self.problems: tuple[Problem, ...] = (Problem(what, at, expected, found, hint),)
+            self.problems: tuple[Problem, ...] = (Problem(problems, at, expected, found, hint),)
         else:
-            self.problems = tuple(what)
+            self.problems = tuple(problems)
         super().__init__("\n".join(map(str, self.problems)))
 
 

@@ -448,7 +448,7 @@ def _confirm(folder: Path) -> None:
             "the output is complete, but a loss of power may take it: the folder around it cannot "
             "be synchronised",
             where=folder,
-            found=error.problems[0].what,
+            found=error.problems[0].message,
             hint="check the disk (dmesg); then sync, and moecc verify OUT",
         ) from None
 

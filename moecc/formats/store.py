@@ -333,12 +333,12 @@ class RangedFile:
         return data
 
 
-def _require_size(address: Address, expected: int, actual: int, place: str = "") -> None:
+def _require_size(address: Address, expected: int, actual: int, part: str = "") -> None:
     if actual != expected:
         raise MachineError(
             "the store sent another number of bytes than it was asked for",
             where=str(address),
-            expected=f"{expected:,} bytes{place}",
+            expected=f"{expected:,} bytes{part}",
             found=f"{actual:,} bytes",
             hint="the same command may succeed later",
         )

@@ -153,7 +153,7 @@ class StoreOutput:
                 raise
             (problem,) = error.problems
             raise type(error)(
-                problem.what, where=problem.where, found=problem.found,
+                problem.message, where=problem.where, found=problem.found,
                 hint=f"the converted model is complete: {self._continuing()}",
             ) from None  # fmt: skip
         require_removed(self.stage, "the upload is complete, but its staging folder remains")

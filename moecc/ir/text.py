@@ -342,7 +342,7 @@ class _GraphParser:
             raise scan.error("a parameter has a location and no origin", loc_at)
         value = self.guarded(at, lambda: self.graph.param(name, type, weight, loc=loc))
         for p in check_param(value):
-            raise scan.error(p.what, weight_at, expected=p.expected, found=p.found)
+            raise scan.error(p.message, weight_at, expected=p.expected, found=p.found)
 
     def weight(self) -> Expr:
         from moecc.weights.text import ExprParser
@@ -470,7 +470,7 @@ class _GraphParser:
             raise
         except InputError as error:
             raise ParseError(
-                self.scan.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
+                self.scan.problem(p.message, at, expected=p.expected, found=p.found, hint=p.hint)
                 for p in error.problems
             ) from None
 

@@ -102,9 +102,7 @@ def _check_node(node: Node, defined: set[Value], problems: list[Problem]) -> Non
         full = node.op.complete(node.attrs)
         types = node.op.result_types(node.operands, full)
     except InputError as error:
-        problems.extend(
-            Problem(p.what, where(node), p.expected, p.found, p.hint) for p in error.problems
-        )
+        problems.extend(replace(problem, where=where(node)) for problem in error.problems)
         return
     if full != node.attrs:
         problems.append(
@@ -130,9 +128,8 @@ def _check_body(node: Node, body: Graph) -> Iterator[Problem]:
     try:
         verify(body)
     except VerifyError as error:
-        for p in error.problems:
-            location = f"{where(node)}: {p.where or 'its body'}"
-            yield Problem(p.what, location, p.expected, p.found, p.hint)
+        for problem in error.problems:
+            yield replace(problem, where=f"{where(node)}: {problem.where or 'its body'}")
     if body.attrs.get(MESH) != node.graph.attrs.get(MESH):
         body_mesh, wanted = (str(g.attrs.get(MESH)) for g in (body, node.graph))
         yield Problem("the body has another mesh than the graph", where(node), wanted, body_mesh)

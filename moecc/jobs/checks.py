@@ -63,7 +63,7 @@ def reduced(graph: Graph) -> Graph:
     try:
         small = resized(graph, sizes)
     except InputError as error:
-        raise not_reducible(error.problems[0].what, error.problems[0].where) from None
+        raise not_reducible(error.problems[0].message, error.problems[0].where) from None
     count = sum(prod(s for s in v.type.sizes if isinstance(s, int)) for v in small.params.values())
     if count > MAX_ELEMENTS:
         largest = max((s for v in small.params.values() for s in v.type.sizes), key=_number)
@@ -322,8 +322,7 @@ def check_pipeline(
 
 def _on_reduced(problem: Problem, number: int, item: Pass) -> Problem:
     where = f"--check, pass {number}, {item.name}, on the reduced graph"
-    where = f"{where}, {problem.where}" if problem.where else where
-    return Problem(problem.what, where, problem.expected, problem.found, problem.hint)
+    return replace(problem, where=f"{where}, {problem.where}" if problem.where else where)
 
 
 def _checked(
@@ -474,7 +473,7 @@ def check_contracts(
     except CheckError:
         raise
     except MoeccError as error:
-        return Contracts(unchecked=error.problems[0].what)
+        return Contracts(unchecked=error.problems[0].message)
     except Exception as error:  # a crash has its reproducer when the real model is converted
         return Contracts(unchecked=described(error))
     return Contracts(tuple(replace(c, measured=_rounded(c.measured)) for c in checked))

@@ -200,8 +200,8 @@ def _parse_yaml(text: str, name: str) -> tuple[object, dict[KeyPath, int]]:
     lines: dict[KeyPath, int] = {}
     problems: list[Problem] = []
 
-    def reject(node: yaml.Node, what: str) -> None:
-        problems.append(Problem(what, f"{name}:{node.start_mark.line + 1}"))
+    def reject(node: yaml.Node, message: str) -> None:
+        problems.append(Problem(message, f"{name}:{node.start_mark.line + 1}"))
 
     def value_of(node: yaml.Node, path: KeyPath) -> Any:
         lines.setdefault(path, node.start_mark.line + 1)
@@ -232,8 +232,8 @@ def _parse_yaml(text: str, name: str) -> tuple[object, dict[KeyPath, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = name if mark is None else f"{name}:{mark.line + 1}"
-        what = f"not YAML: {getattr(error, 'problem', None) or error}"
-        raise InputError(what, where=where) from None
+        message = f"not YAML: {getattr(error, 'problem', None) or error}"
+        raise InputError(message, where=where) from None
     except RecursionError:
         raise InputError("the YAML is nested too deeply", where=name) from None
     document = None if node is None else value_of(node, ())

@@ -506,12 +506,12 @@ def convert(
                          hint="leave out one of the two")  # fmt: skip
     passes = read_pipeline(pipeline, load)
     if via is not None:
-        given = {"to": to != "auto", "emit": emit, "experts": experts, "capture": capture,
-                 "padding-mask": padding_mask, "verify": verify, "resume": resume, "part": part,
-                 "join": join, "dtype": isinstance(type, Storage)}  # fmt: skip
+        rejected = {"to": to != "auto", "emit": emit, "experts": experts, "capture": capture,
+                    "padding-mask": padding_mask, "verify": verify, "resume": resume, "part": part,
+                    "join": join, "dtype": isinstance(type, Storage)}  # fmt: skip
         raise_problems(
             (Problem(f"--{name} does not go with --via torch: {_NOT_VIA_TORCH[name][0]}",
-                     hint=_NOT_VIA_TORCH[name][1]) for name, value in given.items() if value),
+                     hint=_NOT_VIA_TORCH[name][1]) for name, value in rejected.items() if value),
             UsageError,
         )  # fmt: skip
         return _convert_via_torch(

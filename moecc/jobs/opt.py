@@ -114,22 +114,22 @@ class _Side:
         ends = [(f"input %{n}", str(v.type)) for n, v in inputs]
         ends += [(f"output {n}", f"%{v.name} : {v.type}") for n, v in outputs]
         places = (group.places[0] or "of no layer" for group in self.groups)
-        labels = [(place, self._anchor(number)) for number, place in enumerate(places)]
+        labels = [(label, self._anchor(number)) for number, label in enumerate(places)]
         edges = [
             (maker[0], number)
             for node, (number, _) in self.boxes.items()
             for value in node.operands
             if (maker := self._maker(value)) is not None and maker[0] != number
         ]
-        whole = {"title": "", "groups": []}
+        tree = {"title": "", "groups": []}
         for number, group in enumerate(self.groups):
-            self._add(whole, number, group)
+            self._add(tree, number, group)
         drawing = _drawing(labels, edges)
-        return {"title": self.title, "ends": ends, "drawing": drawing, "groups": whole["groups"]}
+        return {"title": self.title, "ends": ends, "drawing": drawing, "groups": tree["groups"]}
 
-    def _add(self, whole: JsonDict, number: int, group: _Group) -> None:
+    def _add(self, tree: JsonDict, number: int, group: _Group) -> None:
         """Add a group under the steps of its location, next to those with the same first ones."""
-        parent, (*steps, _) = whole, _STEP.findall(group.places[0]) or [""]
+        parent, (*steps, _) = tree, _STEP.findall(group.places[0]) or [""]
         for at, step in enumerate(steps, 1):
             last = parent["groups"][-1] if parent["groups"] else None
             if last is None or last["step"] != step:

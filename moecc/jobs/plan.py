@@ -176,7 +176,7 @@ def _filled(asked: Point, has: Point) -> Point:
 
 def _why(problem: Problem) -> str:
     """Return a problem in a line."""
-    text = f"{problem.where}: {problem.what}" if problem.where else problem.what
+    text = f"{problem.where}: {problem.message}" if problem.where else problem.message
     return f"{text}: {problem.found}" if problem.found else text
 
 
@@ -247,7 +247,7 @@ def _of_config(graph: Graph, changes: Mapping[str, int]) -> Graph:
     raise_problems(_cannot(config, changes))
     new: JsonDict = {_OF_CONFIGS[name]: value for name, value in changes.items()}
     changed = replace(config, **new)
-    raise_problems([Problem(p.what, expected=p.expected, found=p.found) for p in changed.checks()])
+    raise_problems(replace(problem, where=None, hint=None) for problem in changed.checks())
     return build(changed)
 
 

@@ -113,7 +113,7 @@ def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
         try:
             proof = replay(source, result, manifest, prover, load)
         except NotPlannedError as error:
-            warn(f"the conversion was not planned again: {error.problems[0].what}")
+            warn(f"the conversion was not planned again: {error.problems[0].message}")
             return _compared(source, result, prover)
         if proof.verdict.status == "unknown":
             # What holds of these weights may not hold of all: experts may be copies.
@@ -139,9 +139,9 @@ def _compared(source: OpenedModel, result: OpenedModel, prover: Prover) -> Conve
     proof = compared(source.graph, over_source(result.graph, tensors), prover, refute=refute)
     if proof.verdict.status == "unknown" and len(firsts) < len(old_digests):
         # Tensors that the source itself has under several names may be what makes them equal.
-        one = {part.name: firsts[digest] for part, digest in old_digests.items()}
-        ours = over_source(source.graph, one)
-        theirs = over_source(result.graph, {n: one.get(p.name, p) for n, p in tensors.items()})
+        merged = {part.name: firsts[digest] for part, digest in old_digests.items()}
+        ours = over_source(source.graph, merged)
+        theirs = over_source(result.graph, {n: merged.get(p.name, p) for n, p in tensors.items()})
         again = compared(ours, theirs, prover, refute=False)
         proof = again if again.verdict else proof
     return replace(proof, unmatched=unmatched).assuming("tensors of the same values are the same")
@@ -164,8 +164,8 @@ def _by_content(
     tensors = {}
     for part, digest in _digests(result).items():
         same, of_same_name = names.get(part.name, (part, ""))
-        own = Source(f"{part.name} of {result.name}", part.type)
-        tensors[part.name] = same if of_same_name == digest else firsts.get(digest, own)
+        unmatched = Source(f"{part.name} of {result.name}", part.type)
+        tensors[part.name] = same if of_same_name == digest else firsts.get(digest, unmatched)
     return tensors
 
 
@@ -257,7 +257,7 @@ def replayed(source: OpenedModel, result: OpenedModel) -> ConversionProof | None
     try:
         proof = replay(source, result, manifest, Prover())
     except (InputError, UsageError) as error:
-        warn(f"the proof of the receipt was not repeated: {error.problems[0].what}")
+        warn(f"the proof of the receipt was not repeated: {error.problems[0].message}")
         return None
     graphs = {"source": proof.source, "result": proof.result}
     if (problem := verdict_problem(proof.verdict)) is not None:

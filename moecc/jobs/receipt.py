@@ -404,7 +404,7 @@ def _serving(planned: Plan) -> str:
     near = nearest_family(planned.graph)
     change = (
         f" The nearest family that engines read is {near.target}; to be one, this would have to "
-        f"change: {'; '.join(reason.what for reason in near.reasons)}."
+        f"change: {'; '.join(reason.message for reason in near.reasons)}."
         if near
         else ""
     )

@@ -198,7 +198,7 @@ def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
     stays = family if issubclass(CONFIGS.get(family, ModelConfig), MoeConfig) else ""
     if not fitting:
         near = nearest_family(graph)
-        changes = "; ".join(reason.what for reason in near.reasons[:3]) if near else ""
+        changes = "; ".join(reason.message for reason in near.reasons[:3]) if near else ""
         why = f"; the nearest other is {near.target}: {changes}" if near else ""
         return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{why}")
     best = max(fitting, key=lambda fit: (fit.target == stays, sum(v.runs for v in fit.engines)))

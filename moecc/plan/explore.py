@@ -420,11 +420,11 @@ def _accumulation(planned: PlannedStep) -> Iterator[Idea]:
         try:
             work = planned.work_on(planned.machine, count)
         except InputError as error:
-            yield _impossible(name, how, f"{error.problems[0].what}: {error.problems[0].found}")
+            yield _impossible(name, how, f"{error.problems[0].message}: {error.problems[0].found}")
             continue
         layout = planned.best.strategy.layout
         if wrong := list(problems(layout, work)):
-            yield _impossible(name, how, wrong[0].what)
+            yield _impossible(name, how, wrong[0].message)
             continue
         config = replace(planned.config, micro_batches=count)
         estimator = Estimator(work, planned.machine, config)
@@ -470,7 +470,7 @@ def _sequences(planned: PlannedStep) -> Iterator[Idea]:
     layout = Layout.ruled(like.layout.mesh, planned.work.experts, rules)
     how = f"mesh {','.join(f'{n}={s}' for n, s in layout.mesh.axes)}"
     if wrong := list(problems(layout, planned.work)):
-        yield _impossible(name, how, wrong[0].what)
+        yield _impossible(name, how, wrong[0].message)
         return
     estimator = Estimator(planned.work, planned.machine, planned.config)
     estimate = estimator.estimate(replace(like, layout=layout))
@@ -536,7 +536,7 @@ def _stages(planned: PlannedStep) -> Iterator[Idea]:
             part_of_machine(planned.machine, stages)
             stage_work(planned.work, stages, last=False)
         except InputError as error:
-            yield _impossible(name, how, error.problems[0].what)
+            yield _impossible(name, how, error.problems[0].message)
             continue
         why = ""
         for count in (stages, 2 * stages, 4 * stages):
@@ -545,7 +545,7 @@ def _stages(planned: PlannedStep) -> Iterator[Idea]:
                 config = replace(planned.config, micro_batches=count)
                 candidate = staged(work, planned.machine, config, planned.best.strategy, stages)
             except InputError as error:
-                why = error.problems[0].what
+                why = error.problems[0].message
                 continue
             best = candidate if best is None or candidate.seconds < best.seconds else best
         if best is None:
@@ -567,7 +567,7 @@ def _contexts(planned: PlannedStep) -> Iterator[Idea]:
             work = whole_keys(planned.of_batch(split_batch(planned.work.batch, parts)), parts)
             step = in_context(work, planned.machine, planned.config, planned.best.strategy, parts)
         except InputError as error:
-            yield _impossible(name, how, error.problems[0].what)
+            yield _impossible(name, how, error.problems[0].message)
             continue
         gathers = f"{seconds_text(step.gather_seconds)} of gathers of keys and values"
         how, why = f"{how}, {step.estimate.strategy}", f"{NOT_LOWERED[name]}; {gathers}"

@@ -7,7 +7,7 @@ its parsed value.  ``plan``, ``compile`` and ``train`` all read a `StepConfig`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -361,7 +361,7 @@ def read_plan(path: str) -> SavedPlan:
     settings = {**request, **best, "mesh": ",".join(f"{n}={s}" for n, s in mesh.items()) or None,
                 "rules": ",".join(rules) or None}  # fmt: skip
     if wrong := choice_problems({n: v for n, v in settings.items() if n in CHOICES}):
-        raise InputError([Problem(p.what, path, p.expected, p.found, p.hint) for p in wrong])
+        raise InputError(replace(problem, where=path) for problem in wrong)
     count, batch = data.get("parameters"), data.get("batch")
     seconds = cast(JsonDict, data["best"]).get("seconds")
     tokens: Any = batch.get("tokens") if isinstance(batch, dict) else None

@@ -88,7 +88,7 @@ def _parting(proof: PartProof, before: Graph, after: Graph, parts: int) -> Parti
     try:
         _cut(batch, parts)
     except InputError as error:
-        return "the batch", (f"a batch in {parts} parts", str(error.problems[0].what))
+        return "the batch", (f"a batch in {parts} parts", str(error.problems[0].message))
     whole = evaluation.evaluate(before)
     infinite = {n for n, v in before.params.items() if v in whole and not whole[v].finite}
     parting = proof.devices.parting(batch, {batch.params[n] for n in infinite})

@@ -645,7 +645,7 @@ class _PipelineParser:
         """Return the pass that `item` describes, or None after recording its problems."""
         if item.name not in self.registry:
             problem = unknown_pass(self.registry, item.name)
-            self.problem(problem.what, item.at, hint=problem.hint)
+            self.problem(problem.message, item.at, hint=problem.hint)
             return None
         cls = self.registry.get(item.name)
         if item.is_template and not issubclass(cls, TemplatePass):
@@ -661,7 +661,7 @@ class _PipelineParser:
         offsets = {stated.name: stated.at for stated in item.stated}
         for p in _asked(parsed, earlier, _problems_of):
             at = offsets.get(p.where or "", item.at)
-            self.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
+            self.problem(p.message, at, expected=p.expected, found=p.found, hint=p.hint)
         return parsed
 
     def values(self, cls: type[Pass], item: _Item) -> dict[str, object]:

@@ -36,7 +36,7 @@ class Problems:
 
     def add(
         self,
-        what: str,
+        message: str,
         *,
         where: str | Path | None = None,
         expected: str | None = None,
@@ -45,7 +45,7 @@ class Problems:
     ) -> None:
         """Record one problem."""
         at = None if where is None else str(where)
-        self.extend((Problem(what, at, expected, found, hint),))
+        self.extend((Problem(message, at, expected, found, hint),))
 
     def extend(self, problems: Iterable[Problem]) -> None:
         """Record several problems."""

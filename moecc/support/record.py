@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
@@ -140,8 +140,7 @@ class RecordReader:
         self.count += 1
         if self.count <= SHOWN_PROBLEMS:
             where = f"{self.where(path)}: {dotted(path)}" if path else self.where(path)
-            problem = Problem(problem.what, where, problem.expected, problem.found, problem.hint)
-            self.problems.append((path, problem))
+            self.problems.append((path, replace(problem, where=where)))
 
     def reject(
         self, path: KeyPath, fault: str, expected: str, value: object, hint: str | None = None

@@ -596,4 +596,4 @@ def _raised(key: str, read: Callable[[], object]) -> Iterator[Fault]:
 
 
 def _fault(key: str, problem: Problem) -> Fault:
-    return Fault(key, problem.what, problem.expected, problem.found, problem.hint)
+    return Fault(key, problem.message, problem.expected, problem.found, problem.hint)

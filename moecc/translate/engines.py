@@ -250,7 +250,7 @@ def _verdict(engine: Engine, config: ModelConfig) -> EngineVerdict:
         architecture = config.gguf.architecture
         sparse = config.sparse_layers if isinstance(config, MoeConfig) else ()
         problems = misfits(architecture, GGUF_MIXTURES[architecture], config.to_json(), sparse)
-        reasons = tuple(problem.found or problem.what for problem in problems)
+        reasons = tuple(problem.found or problem.message for problem in problems)
         note = "" if reasons else f"as gguf:{architecture}"
         return EngineVerdict(engine.name, engine.version, not reasons, reasons, note=note)
     if reading is None or reading.never:

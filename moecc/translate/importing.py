@@ -199,8 +199,8 @@ def import_checkpoint(
     if problems:
         path = str(checkpoint.path)
         raise InputError(
-            Problem(p.what, f"{path}: {p.where}" if p.where else path, p.expected, p.found, p.hint)
-            for p in problems
+            replace(problem, where=f"{path}: {problem.where}" if problem.where else path)
+            for problem in problems
         )
     for name in _repeated(config):
         if name in tensors:
@@ -453,4 +453,4 @@ def _check_repeated(
         ours = checkpoint.read(name, start, stop)
         if ours.tobytes() != checkpoint.read(embedding_name, start, stop).tobytes():
             rows = f"a difference in rows {start} to {stop - 1}"
-            raise InputError([Problem(differs.what, where, differs.expected, rows, differs.hint)])
+            raise InputError([replace(differs, found=rows)])

@@ -234,9 +234,9 @@ def _deeper_config(graph: Graph, origins: Mapping[str, Sequence[int]]) -> dict[s
     except InputError as error:
         family = graph.attrs.get("family")
         hint = "another number of layers between two new ones"
-        message = f"{family} has no config of the deeper model: {error.problems[0].what}"
-        found = error.problems[0].found
-        raise InputError(message, where="attr config", found=found, hint=hint) from None
+        problem = error.problems[0]
+        message = f"{family} has no config of the deeper model: {problem.message}"
+        raise InputError(message, where="attr config", found=problem.found, hint=hint) from None
     return data
 
 

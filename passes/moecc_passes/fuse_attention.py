@@ -307,7 +307,7 @@ def _fused(graph: Graph, attention: Attention) -> str | None:
             name="mixed",
         )
     except InputError as error:
-        return error.problems[0].what
+        return error.problems[0].message
     if fused.type != root.result.type:
         assert fused.node is not None, "it was built"
         fused.node.erase()

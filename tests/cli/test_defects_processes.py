@@ -159,5 +159,5 @@ def test_a_sequence_that_the_mesh_does_not_divide_is_reported() -> None:
     with pytest.raises(InputError) as caught:
         run(params, {"tokens": np.zeros((24, 5), np.int32)})
     problem = caught.value.problems[0]
-    assert "does not divide the axis seq" in problem.what
+    assert "does not divide the axis seq" in problem.message
     assert (problem.where, problem.found) == ("%tokens", "5")

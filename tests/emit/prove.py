@@ -102,7 +102,7 @@ def prove(wanted: Iterable[EmittedCell], work: Path, rows: Rows) -> Iterator[dic
                 try:
                     cell.write(folder)
                 except MoeccError as error:
-                    yield row | {"refused": " ".join(error.problems[0].what.split())}
+                    yield row | {"refused": " ".join(error.problems[0].message.split())}
                     continue
                 text = (folder / "modeling_st_moe.py").read_bytes()
                 row |= {"text": digest(text), "lines": text.count(b"\n")}

@@ -27,7 +27,7 @@ def digest(source: str, pipeline: str) -> str:
     try:
         text = program_text(source, pipeline)
     except MoeccError as error:
-        return f"rejected: {error.problems[0].what}"
+        return f"rejected: {error.problems[0].message}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -203,7 +203,7 @@ def test_where_graph_and_target_part_both_lines_are_shown() -> None:
     gelu = Builder(graph, loc=node.loc, before=node).gelu(node.operands[0])
     node.replace_by(gelu)
     (problem,) = differing(graph, "llama")
-    assert problem.what == "the graph is not a llama: first difference"
+    assert problem.message == "the graph is not a llama: first difference"
     assert problem.where == "layers.2.ffn"
     assert " = silu %gate" in problem.expected
     assert " = gelu %gate" in problem.found

@@ -39,7 +39,7 @@ def refusal(made: MemoryCheckpoint) -> InputError:
 
 
 def problems(made: MemoryCheckpoint) -> list[str]:
-    return [p.what for p in refusal(made).problems]
+    return [p.message for p in refusal(made).problems]
 
 
 def test_a_missing_tensor_is_named_with_its_type_and_the_nearest_name() -> None:
@@ -47,11 +47,11 @@ def test_a_missing_tensor_is_named_with_its_type_and_the_nearest_name() -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     made.arrays["model.layers.1.mlp.upp_proj.weight"] = made.arrays.pop(name)
     missing, extra = refusal(made).problems
-    assert missing.what == "this tensor is missing"
+    assert missing.message == "this tensor is missing"
     assert missing.where == f"memory: {name}"
     assert missing.expected == "f32[mlp=24, embed=16]"
     assert missing.hint == "did you mean 'model.layers.1.mlp.upp_proj.weight'?"
-    assert extra.what == "llama has no such tensor"
+    assert extra.message == "llama has no such tensor"
     assert extra.where == "memory: model.layers.1.mlp.upp_proj.weight"
     assert extra.hint == f"did you mean {name!r}?"
 
@@ -74,11 +74,11 @@ def test_missing_layers_are_one_problem() -> None:
     made = checkpoint()
     made.arrays = {n: a for n, a in made.arrays.items() if "layers.1." not in n}
     (problem,) = refusal(made).problems
-    assert problem.what == "no tensor of the layers 1"
+    assert problem.message == "no tensor of the layers 1"
     made = checkpoint()
     made.config["num_hidden_layers"] = 9
     (problem,) = refusal(made).problems
-    assert problem.what == "no tensor of the layers 3-8"
+    assert problem.message == "no tensor of the layers 3-8"
 
 
 def test_an_unexpected_bias_points_to_the_key_of_the_config() -> None:

@@ -17,6 +17,6 @@ def test_why_and_what_instead(name: str) -> None:
     with pytest.raises(InputError) as caught:
         check_target(name)
     (problem,) = caught.value.problems
-    assert f"no model becomes a {name}: " in problem.what
+    assert f"no model becomes a {name}: " in problem.message
     assert problem.hint
     assert set(re.findall(r"\w+", problem.hint)) & set(CONFIGS), "it names a family"

@@ -66,7 +66,7 @@ def test_what_a_target_cannot_say(
     family: str, options: dict[str, Any], target: str, what: str, hint: str | None
 ) -> None:
     found = reasons(graph_of(family, options), target)
-    matching = [r for r in found if what in r.what]
+    matching = [r for r in found if what in r.message]
     assert len(matching) == 1
     if hint is not None:
         assert hint in str(matching[0].hint)

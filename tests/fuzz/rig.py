@@ -93,7 +93,7 @@ def outcome(grammar: Grammar, data: bytes) -> tuple[str, str]:
     try:
         grammar.run(data)
     except MoeccError as error:
-        return type(error).__name__, error.problems[0].what if error.problems else ""
+        return type(error).__name__, error.problems[0].message if error.problems else ""
     return "", ""
 
 

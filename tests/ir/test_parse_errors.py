@@ -25,7 +25,7 @@ def check_error(error: ParseError, text: str) -> None:
         line, column = int(match[1]), int(match[2])
         assert 1 <= line <= len(lines)
         assert 1 <= column <= len(lines[line - 1]) + 1
-        *_, excerpt, caret = problem.what.split("\n")
+        *_, excerpt, caret = problem.message.split("\n")
         assert excerpt.startswith(f"{line:5} | ")
         assert re.fullmatch(r"      \| *\^", caret)
         assert len(caret) <= len(excerpt) + 1
@@ -109,7 +109,7 @@ def test_the_place_and_the_message(text: str, line: int, column: int, message: s
     with pytest.raises(ParseError) as caught:
         parse(text, "model.moe")
     first = caught.value.problems[0]
-    assert message in first.what
+    assert message in first.message
     assert first.where == f"model.moe:{line}:{column}"
 
 

@@ -113,7 +113,7 @@ def test_a_wrong_text_is_told_with_its_place(message: str) -> None:
     with pytest.raises(ParseError) as caught:
         parse(text)
     (problem,) = caught.value.problems
-    assert message in problem.what
+    assert message in problem.message
     assert str(problem.where).startswith("<text>:")
 
 

@@ -115,7 +115,7 @@ def test_what_cannot_lie_so_is_refused(line: str) -> None:
     with pytest.raises(InputError) as caught:
         inferred(line)
     (problem,) = caught.value.problems
-    assert what in problem.what
+    assert what in problem.message
     assert found in (problem.found or "")
 
 
@@ -184,7 +184,7 @@ def test_a_type_that_does_not_lie_on_the_mesh(type: str) -> None:
         verify(graph)
     (problem,) = caught.value.problems
     what, expected, hint = SHARDING_PROBLEMS[type]
-    assert what in problem.what
+    assert what in problem.message
     assert problem.where == "%x"
     assert problem.expected == expected
     assert problem.hint == hint if hint is None else hint in (problem.hint or "")

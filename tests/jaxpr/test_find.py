@@ -270,10 +270,10 @@ def test_what_is_no_block_has_a_reason_and_a_line(name: str) -> None:
     function, params, reason = MISSES[name]
     with pytest.raises(InputError, match="no feed-forward block") as error:
         found(function, params)
-    reasons = [p for p in error.value.problems if reason in p.what]
+    reasons = [p for p in error.value.problems if reason in p.message]
     assert reasons, str(error.value)
     assert str(reasons[0].where).startswith("test_find.py:")
-    assert ": " in reasons[0].what.removeprefix("not a block: "), "there is a way out"
+    assert ": " in reasons[0].message.removeprefix("not a block: "), "there is a way out"
 
 
 @pytest.mark.parametrize(

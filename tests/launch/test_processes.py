@@ -139,7 +139,7 @@ def test_differences_name_the_process_and_what() -> None:
     assert list(differences([same, same, same])) == []
     other = [("dtype", "f32"), ("jax", "0.12.0")]
     found = list(differences([same, same, other]))
-    assert [p.what for p in found] == [
+    assert [p.message for p in found] == [
         "process 2 has another dtype than process 0",
         "process 2 has another jax than process 0",
     ]

@@ -219,7 +219,7 @@ def transformed(name: str, pipeline: str) -> tuple[Graph, Graph, str] | Row:
         after = clone(before)
         promise = run_pipeline(after, Pipeline.parse(last), context=context).preserves
     except MoeccError as error:
-        return Row("rejected", reason=error.problems[0].what.splitlines()[0])
+        return Row("rejected", reason=error.problems[0].message.splitlines()[0])
     return _unpromised(promise) or (before, with_outputs_of(before, after), promise.kind)
 
 
@@ -280,7 +280,7 @@ def composed(cell: Cell) -> tuple[Graph, Graph, str] | Row:
         promise = run_pipeline(graph, Pipeline.parse(cell.passes), context=context).preserves
         export = export_graph(graph, cell.target)
     except MoeccError as error:
-        return Row("rejected", reason=error.problems[0].what.splitlines()[0])
+        return Row("rejected", reason=error.problems[0].message.splitlines()[0])
     return _unpromised(promise, export.up_to) or (before, read_back(export), promise.kind)
 
 

@@ -232,7 +232,7 @@ def run(cell: Cell) -> Result:
         promise = run_pipeline(graph, Pipeline.parse(cell.passes), context=context).preserves
         made = export_graph(graph, cell.target)
     except MoeccError as error:
-        return Result("—", error.problems[0].what.splitlines()[0])
+        return Result("—", error.problems[0].message.splitlines()[0])
     written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
     found = outputs(import_checkpoint(written), written, cell.source)
     is_same = promise.kind != "approximate"

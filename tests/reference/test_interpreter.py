@@ -59,7 +59,7 @@ def test_all_that_is_wrong_with_the_arrays_is_reported_at_once() -> None:
     arrays = {"ids": np.zeros((2, 3)), "mask": np.ones((2, 4), bool)}
     with pytest.raises(InputError) as caught:
         get_backend("reference").compile(graph).run({"W": 1, "v": np.ones((2, 2))}, arrays)
-    assert [(p.where, p.what, p.expected, p.found) for p in caught.value.problems] == [
+    assert [(p.where, p.message, p.expected, p.found) for p in caught.value.problems] == [
         (
             "input %ids",
             "the array has elements of another kind",

@@ -95,7 +95,7 @@ def test_a_mesh_that_does_not_suit(case: str, mesh: str, rules: str) -> None:
         run(graph, f"annotate-sharding{{mesh={mesh} rules={rules}}}")
     (problem,) = caught.value.problems
     what, expected, hint = REFUSED[case, mesh, rules]
-    assert what in problem.what
+    assert what in problem.message
     assert expected in (problem.expected or "")
     assert hint in (problem.hint or "")
     assert problem.where

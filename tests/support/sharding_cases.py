@@ -124,7 +124,7 @@ def outcome(case: Case) -> tuple[Graph | None, str]:
     try:
         run_pipeline(graph, Pipeline.parse(case.pipeline))
     except InputError as error:
-        return None, error.problems[0].what
+        return None, error.problems[0].message
     counts = Counter(n.op.name for n in graph if n.op.places and n.op.name != "shard")
     return graph, ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
 

@@ -200,7 +200,7 @@ def test_overflows_are_all_named_with_the_rest(tmp_path: Path) -> None:
     ]
     with pytest.raises(InputError) as caught:
         written(tmp_path / "out", tensors, reader=reader)
-    found = {(p.where, p.what) for p in caught.value.problems}
+    found = {(p.where, p.message) for p in caught.value.problems}
     assert found == {
         ("output tensor 'copy.0' and 2 more", "values overflow f16"),
         ("output tensor 'scaled'", "values overflow f32"),
@@ -224,7 +224,7 @@ def test_what_cannot_be_written_is_refused_before_reading(
     with pytest.raises(InputError) as caught:
         written(tmp_path / "out", tensors, reader=reader)
     assert len(caught.value.problems) == len(messages)
-    assert all(m in p.what for m, p in zip(messages, caught.value.problems, strict=True))
+    assert all(m in p.message for m, p in zip(messages, caught.value.problems, strict=True))
     assert not reader.rows
     assert not contents(tmp_path / "out")
 

@@ -65,9 +65,9 @@ def emit_jax(graph: Graph) -> EmittedProgram:
         return JaxWriter(block, classes, JAX_OPERATIONS, program=program, paths=paths)
 
     segments.write(classes, lambda block: writer(block).write())
-    whole = ModuleBlock("", "", list(segments.steps))
-    whole.close(program.outputs.values())
-    model = writer(whole)
+    model_block = ModuleBlock("", "", list(segments.steps))
+    model_block.close(program.outputs.values())
+    model = writer(model_block)
     lines = _apply_lines(model, program)
     functions = ["\n".join(_function_lines(d)) for d in classes.definitions]
     functions.append("\n".join(lines))

@@ -139,8 +139,9 @@ def convert(
       CheckError: a pass broke its promise.
     """
     if not isinstance(model, torch.nn.Module):
-        found = type(model).__name__
-        raise UsageError("not a module of PyTorch", expected="a torch.nn.Module", found=found)
+        raise UsageError(
+            "not a module of PyTorch", expected="a torch.nn.Module", found=type(model).__name__
+        )
     for name, value in (("causal", causal), ("allow_unmatched", allow_unmatched), ("check", check)):
         flag(name, value)
     seed = whole("seed", seed)

@@ -196,8 +196,8 @@ class Placer:
 
     def _whole_module(self, region: BlockRegion) -> str | None:
         """Return the module that computes just the block, where there is one."""
-        calls = [module_calls(node) for node in region.nodes]
-        shared = [c for c, *more in zip(*calls, strict=False) if all(c == other for other in more)]
+        paths = [module_calls(node) for node in region.nodes]
+        shared = [calls[0] for calls in zip(*paths, strict=False) if len(set(calls)) == 1]
         if not shared or not shared[-1].path:
             return None
         call = shared[-1]

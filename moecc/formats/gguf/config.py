@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.families.config import BlockNames, GgufFacts, ModelConfig
@@ -313,7 +313,7 @@ def special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[s
         except InputError as error:
             problem = error.problems[0]
             where = f"{header.path}, metadata key {problem.where!r}"
-            problems.add(problem.what, where=where, expected=problem.expected, found=problem.found)
+            problems.extend([replace(problem, where=where)])
     return ids
 
 

@@ -61,7 +61,7 @@ def tokenizer_keys(checkpoint: Checkpoint, rows: int) -> tuple[list[Key], str | 
         return _translated(_json_of(files, "tokenizer.json"), settings, rows), None
     except InputError as error:
         problem = error.problems[0]
-        return _NONE, f"{problem.what}" + (f" ({problem.found})" if problem.found else "")
+        return _NONE, f"{problem.message}" + (f" ({problem.found})" if problem.found else "")
 
 
 class _Settings:

@@ -163,7 +163,7 @@ def test_the_file_has_its_manifest_beside_it(tmp_path: Path) -> None:
     data[-5] ^= 1
     (tmp_path / "a.gguf").write_bytes(data)
     (problem,) = verify_manifest(tmp_path / "a.gguf")
-    assert "the data of the tensor 'output.weight' differ" in problem.what
+    assert "the data of the tensor 'output.weight' differ" in problem.message
 
 
 def test_an_existing_file_is_kept(tmp_path: Path) -> None:
