@@ -75,7 +75,7 @@ def graph_page(
     )  # fmt: skip
 
 
-_STEP = re.compile(r"[^.{]+(?:\.(?:\d+|\{[^}]*\}))?")
+_STEP = re.compile(r"(?:\{[^}]*\}|[^.])+(?:\.(?:\d+|\{[^}]*\}))?")
 """A step of a location: a name, with the number or the numbers of a layer behind it."""
 
 
