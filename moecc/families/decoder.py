@@ -97,9 +97,13 @@ def read_windows(reader: Reader, style: str, usual: tuple[bool, ...]) -> Windows
     return tuple(window if sliding else None for sliding in types or usual)
 
 
-def write_windows(windows: Windows, style: str) -> dict[str, object]:
-    """Return the keys for `windows` in a family's `style`."""
-    window = next((window for window in windows if window is not None), None)
+def write_windows(windows: Windows, style: str, usual: object = None) -> dict[str, object]:
+    """Return the keys for `windows` in a family's `style`.
+
+    Where layers are typed, `usual` is stated if none has a window: transformers makes the mask.
+    """
+    default = usual if style == "typed" else None
+    window = next((window for window in windows if window is not None), default)
     if style == "none":
         return {}
     if style == "uniform":
@@ -192,6 +196,8 @@ class DecoderConfig(ModelConfig):
     length_outside: ClassVar[bool] = False
     # Why transformers or engines take no other head_dim than hidden_size / heads; empty if they do.
     plain_heads: ClassVar[str] = ""
+    # Whether query heads may share keys and values.
+    shares_keys: ClassVar[bool] = True
 
     hidden_size: int = size(WIDTH)
     intermediate_size: int = size(NEURONS)
@@ -296,7 +302,8 @@ class DecoderConfig(ModelConfig):
         return {"rope": rope, "rotary_dim": rotated}
 
     def _write(self) -> JsonDict:
-        windows = write_windows(self.sliding_windows, self.window_style)
+        usual = self.defaults.get("sliding_window")
+        windows = write_windows(self.sliding_windows, self.window_style, usual)
         return {**super()._write(), **self._write_rope(), **windows}
 
     def _write_rope(self) -> JsonDict:
@@ -315,6 +322,10 @@ class DecoderConfig(ModelConfig):
             fault = "the query heads are not a multiple of the key-value heads"
             between = ("num_key_value_heads", "num_attention_heads")
             yield key_problem(fault, f"a divisor of {heads}", f"{groups}", *between)
+        if groups != heads and not self.shares_keys:
+            fault = f"{self.model_type} has keys and values for each head"
+            between = ("num_key_value_heads", self.key("num_attention_heads"))
+            yield key_problem(fault, f"{heads}", f"{groups}", *between)
         if self.rotated_dim % 2 or not 0 < self.rotated_dim <= self.head_dim:
             fault = "the rotary embedding needs an even number of entries of a head"
             yield key_problem(fault, "an even number", f"{self.rotated_dim}", *HEAD_KEYS, PARTIAL)

@@ -45,6 +45,10 @@ class Exaone4Config(DecoderConfig):
             reader.refuse("sliding_window", fault, expected="null, or a layer with the window")
         return values
 
+    def _write(self) -> JsonDict:
+        window = next(filter(None, self.sliding_windows), None)
+        return {**super()._write(), "sliding_window": window}
+
     @classmethod
     def _usual_windows(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
         if reader.value("sliding_window") is None:

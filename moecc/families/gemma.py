@@ -136,12 +136,8 @@ class Gemma2Config(GemmaConfig):
         return tuple((n + 1) % period != 0 for n in range(layers))
 
     def _write(self) -> JsonDict:
-        keys = super()._write()
-        if keys["sliding_window"] is None:
-            # transformers makes the mask of a window whether a layer has one or not.
-            keys["sliding_window"] = self.defaults["sliding_window"]
         return {
-            **keys,
+            **super()._write(),
             SCALAR: self._scalar(),
             "attn_logit_softcapping": self.attention_softcap,
         }

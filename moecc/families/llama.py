@@ -1,4 +1,4 @@
-"""llama, mistral, mixtral and smollm3: the plain decoder, with a window, experts or few ropes."""
+"""llama, mistral, mixtral, seed_oss, helium and smollm3: the plain decoder and its variants."""
 
 from __future__ import annotations
 
@@ -103,6 +103,60 @@ class MixtralConfig(MoeConfig):
         "router_jitter_noise": 0.0,
         "bos_token_id": 1,
         "eos_token_id": 2,
+    }
+
+
+@config_class
+class SeedOssConfig(DecoderConfig):
+    """A seed_oss: a llama with a key of its own for the bias of the attention's output."""
+
+    model_type = "seed_oss"
+    architecture = "SeedOssForCausalLM"
+    options = BIASES
+    keys = {"output_bias": "attention_out_bias"}
+    defaults = {
+        **DEFAULTS,
+        "vocab_size": 155_136,
+        "hidden_size": 4096,
+        "intermediate_size": 27_648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 524_288,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "attention_dropout": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+
+
+@config_class
+class HeliumConfig(DecoderConfig):
+    """A helium: a llama of which neighbours are rotated, without a bias of the output."""
+
+    model_type = "helium"
+    architecture = "HeliumForCausalLM"
+    options = frozenset({"qkv_bias", "mlp_bias"})
+    plain_heads = "the last matrix of a helium's attention is square"
+    names = TensorNames(pairs_neighbours=True)
+    defaults = {
+        **DEFAULTS,
+        "vocab_size": 48_000,
+        "hidden_size": 2560,
+        "intermediate_size": 7040,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 20,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-8,
+        "rope_theta": 100_000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
     }
 
 

@@ -1,4 +1,4 @@
-"""phi3 and phimoe."""
+"""phi, phi3 and phimoe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,51 @@ from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
     from moecc.ir.conventions import Gates
+
+
+@config_class
+class PhiConfig(DecoderConfig):
+    """A phi (1, 1.5, 2): blocks side by side behind one norm, biases everywhere."""
+
+    model_type = "phi"
+    architecture = "PhiForCausalLM"
+    fixed = {
+        "norm_kind": "layer",
+        "parallel": True,
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+        "head_bias": True,
+    }
+    options = frozenset({"qk_norm", "rotary_dim"})
+    keys = {"rms_norm_eps": "layer_norm_eps", "qk_norm": "qk_layernorm"}
+    plain_heads = "phi has heads of hidden_size / num_attention_heads"
+    own_code = True
+    names = TensorNames(
+        final_norm="model.final_layernorm.weight",
+        attention_output="dense",
+        query_norm="q_layernorm",
+        key_norm="k_layernorm",
+        dense_up="fc1",
+        dense_down="fc2",
+    )
+    defaults = {
+        **DEFAULTS,
+        "vocab_size": 51_200,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": None,
+        "hidden_act": "gelu_new",
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "qk_layernorm": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
 
 LENGTH_KEY = "original_max_position_embeddings"
 """The length that longrope starts from."""

@@ -17,6 +17,7 @@ from moecc.families.bert import (
     RobertaConfig,
     XlmRobertaConfig,
 )
+from moecc.families.cohere import Cohere2Config, CohereConfig
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.ernie import Ernie45Config, Ernie45MoeConfig
@@ -25,15 +26,26 @@ from moecc.families.gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
 from moecc.families.glm import Glm4Config, Glm4MoeConfig, GlmConfig
 from moecc.families.gpt import Gpt2Config, GptNeoXConfig, OptConfig
 from moecc.families.gpt_oss import GptOssConfig
+from moecc.families.gptj import GptJConfig
 from moecc.families.granite import GraniteConfig, GraniteMoeConfig
 from moecc.families.hunyuan import HunYuanDenseV1Config
-from moecc.families.llama import LlamaConfig, MistralConfig, MixtralConfig, SmolLM3Config
+from moecc.families.llama import (
+    HeliumConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 from moecc.families.mixture import MoeConfig
+from moecc.families.nemotron import ArceeConfig, NemotronConfig
 from moecc.families.olmo import FlexOlmoConfig, Olmo2Config, Olmo3Config, OlmoConfig, OlmoeConfig
-from moecc.families.phi import Phi3Config, PhimoeConfig
+from moecc.families.phi import Phi3Config, PhiConfig, PhimoeConfig
 from moecc.families.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 from moecc.families.reader import one_of, shown
 from moecc.families.st_moe import FAMILY, GraphConfig, StMoeConfig
+from moecc.families.stablelm import StableLmConfig
+from moecc.families.starcoder2 import Starcoder2Config
 from moecc.families.t5 import MT5Config, SwitchTransformersConfig, T5Config, UMT5Config
 from moecc.families.vision import Dinov2Config, ViTConfig
 from moecc.families.whisper import WhisperConfig
@@ -46,7 +58,8 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Olmo2Config, GraniteConfig,
         Phi3Config, SmolLM3Config, GemmaConfig, Gemma2Config, Gemma3TextConfig,
         OlmoConfig, Olmo3Config, Ernie45Config, GlmConfig, Glm4Config, HunYuanDenseV1Config,
-        Exaone4Config,
+        Exaone4Config, SeedOssConfig, HeliumConfig, ArceeConfig, NemotronConfig, Starcoder2Config,
+        StableLmConfig, PhiConfig, CohereConfig, Cohere2Config, GptJConfig,
         MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4MoeConfig, GraniteMoeConfig,
         FlexOlmoConfig, Ernie45MoeConfig, OlmoeConfig, GptOssConfig, PhimoeConfig,
         Gpt2Config, GptNeoXConfig, OptConfig,

@@ -26,6 +26,12 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64,
     "pad_token_id": None,
 }
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "helium": {"head_dim": 4},
+    "gptj": {"n_embd": 16, "n_head": 4, "n_layer": 4, "n_positions": 64, "rotary_dim": 2},
+}
+"""What a family needs beside SMALL, or instead of it."""
 MOE: dict[str, Any] = {"num_experts_per_tok": 2}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -42,4 +48,7 @@ def small(family: str, **keys: Any) -> dict[str, Any]:
     """Return a config of a family, with four experts where it has some."""
     experts = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
     moe = {experts.get(family, "num_experts"): 4, **MOE} if CONFIGS[family] in MOE_CLASSES else {}
-    return {"model_type": family, **SMALL, **moe, **keys}
+    shape = {
+        k: v for k, v in SMALL.items() if family != "gptj" or k in ("vocab_size", "pad_token_id")
+    }
+    return {"model_type": family, **shape, **OF_FAMILY.get(family, {}), **moe, **keys}

@@ -38,8 +38,9 @@ def refusal(data: Any) -> InputError:
     ids=["plain", "linear", "llama3", "yarn"],
 )
 def test_either_spelling_and_both_mean_the_same(family: str, scaling: Any) -> None:
-    if (scaling or {"rope_type": "default"})["rope_type"] not in decoders()[family].rope_types:
-        return
+    kind = (scaling or {"rope_type": "default"})["rope_type"]
+    if kind not in decoders()[family].rope_types or family == "gptj":
+        return  # a gptj states no rotary positions
     four = {"rope_theta": 5e5, "rope_scaling": scaling}
     full: Any = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
     if family == "olmo3":

@@ -47,7 +47,10 @@ def test_either_half_of_what_was_written_suffices(config: DecoderConfig) -> None
         for key, value in written.items()
         if key not in ("rope_theta", "rope_scaling", "torch_dtype")
     }
-    assert parse_config(four) == parse_config(five) == config
+    assert parse_config(five) == config
+    # The versions take another base period for an olmo3 that states it as version 4 does.
+    if config.model_type != "olmo3" or config.rope.theta == config.defaults["rope_theta"]:
+        assert parse_config(four) == config
 
 
 @given(configs())

@@ -139,6 +139,7 @@ OPT: dict[str, object] = {
     "max_position_embeddings": 24,
     "word_embed_proj_dim": None,
 }
+GPTJ: dict[str, object] = {**GPT2, "n_embd": 18, "rotary_dim": 4}
 GPT_NEOX: dict[str, object] = {
     "vocab_size": 37,
     "hidden_size": 24,
@@ -201,6 +202,7 @@ BASES = {
     "whisper": WHISPER,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
+    "gptj": GPTJ,
     "opt": OPT,
     "t5": T5,
     "mt5": T5,

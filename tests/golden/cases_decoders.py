@@ -104,4 +104,144 @@ DECODERS: dict[str, Case] = {
             "tie_word_embeddings": True,
         },
     ),
+    "seed_oss_biases": Case(
+        "seed_oss",
+        "biases but of the attention's output, head_dim 6",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 6},
+    ),
+    "seed_oss_square": Case(
+        "seed_oss",
+        "square matrices, tied, a bias of the attention's output alone",
+        {
+            **SQUARE,
+            "head_dim": 4,
+            "attention_bias": False,
+            "attention_out_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "helium_biases": Case(
+        "helium",
+        "neighbours rotated, biases but of the output",
+        {
+            "head_dim": 4,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "helium_square": Case(
+        "helium", "square matrices, tied", {**SQUARE, "head_dim": 4, "tie_word_embeddings": True}
+    ),
+    "arcee_biases": Case(
+        "arcee",
+        "squared ReLU without a gate, biases, head_dim 6, YaRN",
+        {
+            **WIDE_HEADS,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_scaling": YARN,
+        },
+    ),
+    "arcee_square": Case(
+        "arcee",
+        "square matrices, tied, mlp = embed",
+        {**SQUARE, "head_dim": 4, "intermediate_size": 16, "tie_word_embeddings": True},
+    ),
+    "nemotron_biases": Case(
+        "nemotron",
+        "scales less one, half of each head rotated, biases",
+        {"head_dim": 8, "attention_bias": True, "mlp_bias": True},
+    ),
+    "nemotron_square": Case(
+        "nemotron",
+        "square matrices, tied, whole heads rotated",
+        {
+            **SQUARE,
+            "head_dim": 4,
+            "intermediate_size": 16,
+            "partial_rotary_factor": 1.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "starcoder2_window": Case(
+        "starcoder2", "biases everywhere, a window of 5", {"sliding_window": 5}
+    ),
+    "starcoder2_square": Case(
+        "starcoder2",
+        "square matrices, no biases, untied, linear scaling",
+        {
+            **SQUARE,
+            "intermediate_size": 16,
+            "use_bias": False,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    ),
+    "stablelm_parallel": Case(
+        "stablelm",
+        "blocks side by side, a norm for each head, biases, half of each head rotated",
+        {
+            **TWO_WIDE_HEADS,
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+            "use_qkv_bias": True,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "stablelm_square": Case(
+        "stablelm",
+        "square matrices, tied, one block after the other",
+        {**SQUARE, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    ),
+    "phi_norms": Case(
+        "phi",
+        "norms of queries and keys, half of each head rotated",
+        {**TWO_WIDE_HEADS, "qk_layernorm": True, "num_hidden_layers": 3},
+    ),
+    "phi_square": Case(
+        "phi",
+        "square matrices, tied",
+        {**SQUARE, "intermediate_size": 16, "tie_word_embeddings": True},
+    ),
+    "cohere_norms": Case(
+        "cohere",
+        "norms of queries and keys with a scale for each head, biases, untied",
+        {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3},
+    ),
+    "cohere_square": Case(
+        "cohere", "square matrices, tied", {**SQUARE, "tie_word_embeddings": True}
+    ),
+    "cohere2_window": Case(
+        "cohere2",
+        "no rotary positions in the one layer without a window, biases",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": KIND_TYPED,
+            "sliding_window": 4,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "cohere2_square": Case(
+        "cohere2",
+        "square matrices, untied, no layer with a window",
+        {
+            **SQUARE,
+            "logit_scale": 0.5,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "full_attention"],
+        },
+    ),
+    "gptj_plain": Case("gptj", "4 of 6 entries of a head rotated by neighbours"),
+    "gptj_square": Case(
+        "gptj",
+        "square matrices, tied, whole heads rotated",
+        {
+            "vocab_size": 16,
+            "n_embd": 16,
+            "n_head": 4,
+            "n_inner": 16,
+            "rotary_dim": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
 }

@@ -186,8 +186,8 @@ def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]
     drawn = _generator(key, name).standard_normal(shape)
     is_norm = "norm" in name.lower() or ".ln_" in name
     if is_norm and not name.endswith("bias"):
-        # Gemma stores scales less one.
-        return (0 if key.startswith("gemma") else 1) + 0.3 * drawn
+        # These store scales less one.
+        return (0 if key.startswith(("gemma", "nemotron")) else 1) + 0.3 * drawn
     if name.endswith("bias"):
         return 0.3 * drawn
     tables = ("embed", "relative_attention_bias", ".wte", ".wpe")

@@ -46,7 +46,7 @@ def small_configs(
 ) -> DecoderConfig:
     """Draw a config of one of `families`, decoders, with every feature that the family has."""
     family = decoders()[draw(st.sampled_from(sorted(families)))]
-    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 1 + family.shares_keys))
     layers, head_dim = draw(st.integers(1, most_layers)), draw(st.sampled_from([4, 6]))
     heads = kv_heads * group
     values: JsonDict = {

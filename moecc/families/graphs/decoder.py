@@ -259,8 +259,7 @@ class _Heads:
         into = tuple(list((self.query_axes if letter == "q" else self.kv_axes).items())[:-1])
         count = prod(size for _, size in into)
         scale = self.params.of_heads(f"{name}.weight", loc, count, config.head_dim)
-        if letter == "q":
-            scale = self.builder.split(scale, axis="head", into=into)
+        scale = self.builder.split(scale, axis="head", into=into)
         return emit_norm(self.builder, x, scale, None, "head_dim", config)
 
     def output(self, mixed: Value) -> Value:
