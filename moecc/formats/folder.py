@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,11 +33,11 @@ from moecc.formats.safetensors import (
     compare_with_headers,
     read_header,
 )
-from moecc.formats.source import Checkpoint, TensorInfo, tensor_info
+from moecc.formats.source import FIRST, SECOND, Checkpoint, SavedMoments, TensorInfo, tensor_info
 from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, quoted
 from moecc.support.untyped import Json, JsonDict
-from moecc.types import Array
+from moecc.types import Array, TensorType
 
 # Companion files, besides the weights, that an export copies byte for byte.
 #
@@ -121,6 +122,11 @@ CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
 
 
+OPTIMIZER_NAME = "optimizer.safetensors"
+_ADAM = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
+"""Kinds of moments by the names that torch.optim gives them."""
+
+
 class SafetensorsFolder(Checkpoint):
     """A checkpoint in a Hugging Face folder; see `moecc.formats.source.Checkpoint`."""
 
@@ -145,6 +151,7 @@ class SafetensorsFolder(Checkpoint):
         self._companions = companions
         self._others = others or {}
         self._pool = DescriptorPool()
+        self._optimizer: SafetensorsFolder | None = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; thread-safe.
@@ -172,6 +179,54 @@ class SafetensorsFolder(Checkpoint):
             )
         return values
 
+    @cached_property
+    def moments(self) -> SavedMoments[TensorInfo] | None:
+        """The moments of the optimiser, if a program in PyTorch has saved some by name.
+
+        Raises:
+          InputError: the file is faulty, or its counts of updates differ.
+        """
+        file = self.path / OPTIMIZER_NAME
+        if not os.path.lexists(file):
+            return None
+        check_file(file, self.path)
+        header = read_header(file)
+        state: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in header.tensors.items():
+            kind, _, tensor = name.partition(".")
+            state.setdefault(kind, {})[tensor] = info
+        self._optimizer = SafetensorsFolder(self.path, {}, {file: header}, {})
+        counts = {int(self._optimizer.read(info.name)) for info in state.get("step", {}).values()}
+        of = {kind: state[word] for word, kind in _ADAM.items() if word in state}
+        if len(counts) != 1 or len(of) != len(_ADAM):
+            raise InputError(
+                "the state of the optimiser is not that of Adam, by name", where=file,
+                expected="exp_avg.NAME, exp_avg_sq.NAME and step.NAME, with one number of steps",
+                found=f"{', '.join(sorted(state)) or 'nothing'}, steps {sorted(counts)}",
+            )  # fmt: skip
+        return SavedMoments("adamw", counts.pop(), of)
+
+    def moment_type(self, kind: str, name: str, type: TensorType) -> TensorType:
+        """Return the type of a moment of a tensor, whose own is `type`.
+
+        Raises:
+          InputError: the moment has another shape than the tensor.
+        """
+        assert self.moments is not None, "there are moments"
+        info = self.moments.of[kind][name]
+        if info.shape != type.shape:
+            raise InputError(
+                f"a moment of {quoted(name)} has another shape than the tensor", where=info.file,
+                expected=str(type.shape), found=str(info.shape),
+            )  # fmt: skip
+        return type.with_dtype(info.dtype)
+
+    def read_moment(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a moment of a tensor. Raises as `read`."""
+        assert self.moments is not None, "there are moments"
+        assert self._optimizer is not None, "it has been opened"
+        return self._optimizer.read(self.moments.of[kind][name].name, start, stop)
+
     def files(self) -> list[Path]:
         """Return the weight files, the index if there is one, and the config."""
         metadata = [self.path / INDEX_NAME, self.path / CONFIG_NAME]
@@ -184,6 +239,8 @@ class SafetensorsFolder(Checkpoint):
     def close(self) -> None:
         """Close the files."""
         self._pool.close()
+        if self._optimizer is not None:
+            self._optimizer.close()
 
 
 def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, ...], int]:

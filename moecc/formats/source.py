@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
+from typing import Generic, TypeVar
 
 from moecc.errors import InputError, nearest
 from moecc.formats.files import Identity, require_unchanged
@@ -57,6 +58,27 @@ def tensor_info(tensors: Mapping[str, TensorInfo], name: str, path: Path) -> Ten
         hint = nearest(name, islice(similar, 2000))
         raise InputError(f"there is no tensor {quoted(name)}", where=path, hint=hint)
     return info
+
+
+FIRST, SECOND = "m", "v"
+"""Kinds of moments: the means of gradients and of their squares."""
+
+Place = TypeVar("Place")
+
+
+@dataclass(frozen=True)
+class SavedMoments(Generic[Place]):
+    """The moments of an optimiser.
+
+    Attributes:
+      optimizer: ``adamw`` or ``adafactor``.
+      count: the updates that they are made of.
+      of: where the moments are, by kind and name of the tensor.
+    """
+
+    optimizer: str
+    count: int
+    of: Mapping[str, Mapping[str, Place]]
 
 
 class Checkpoint(Closing):

@@ -15,7 +15,14 @@ from moecc.formats.arrays import METADATA, ArrayPiece, Tree, open_orbax
 from moecc.formats.files import identify, read_json_object
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
 from moecc.formats.maxtext import MARKS, maxtext_pieces
-from moecc.formats.source import Checkpoint, TensorInfo, tensor_info
+from moecc.formats.source import (
+    FIRST,
+    SECOND,
+    Checkpoint,
+    SavedMoments,
+    TensorInfo,
+    tensor_info,
+)
 from moecc.formats.t5x import MARKS as T5_MARKS
 from moecc.formats.t5x import open_t5x, t5_config, t5_pieces
 from moecc.support.lazy import np
@@ -34,8 +41,7 @@ from moecc.types import DTYPES, Array, DType, TensorType
 # ``factorized.py`` of optax); of arrays with experts or layers besides, T5X averages rows over all
 # but the model's width.
 
-FIRST, SECOND, ROW, COLUMN = "m", "v", "v_row", "v_col"
-"""Kinds of moments, as `moecc.train.settings` has them."""
+ROW, COLUMN = "v_row", "v_col"
 
 _TREES = {"mu": FIRST, "nu": SECOND, "v": SECOND, "v_row": ROW, "v_col": COLUMN}
 """Trees of optax, by kind."""
@@ -61,24 +67,9 @@ class SavedMoment:
     axes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class SavedMoments:
-    """The moments of an optimiser.
-
-    Attributes:
-      optimizer: ``adamw`` or ``adafactor``.
-      count: the updates that they are made of.
-      of: the moments by kind and name of the tensor.
-    """
-
-    optimizer: str
-    count: int
-    of: Mapping[str, Mapping[str, SavedMoment]]
-
-
 def find_moments(
     tree: Tree, arrays: Mapping[TreePath, str], pieces: Mapping[str, ArrayPiece]
-) -> SavedMoments | None:
+) -> SavedMoments[SavedMoment] | None:
     """Return the moments in a tree, or None if there are none.
 
     Args:
@@ -228,7 +219,7 @@ class TreeCheckpoint(Checkpoint):
         return cached[1]
 
     @cached_property
-    def moments(self) -> SavedMoments | None:
+    def moments(self) -> SavedMoments[SavedMoment] | None:
         """The moments of the optimiser, if the tree has some of this model."""
         below = self._tree.below((*T5_MARKS, *MARKS))
         arrays = {p[:-1] if p[-1] == "value" else p: key for p, key in below.items()}

@@ -7,7 +7,7 @@ or a device is asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 from moecc.errors import InputError, Problem, raise_problems
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.formats.folder import CONFIG_NAME, open_folder
+from moecc.formats.folder import CONFIG_NAME, OPTIMIZER_NAME, SafetensorsFolder, open_folder
 from moecc.formats.manifest import check_manifest
 from moecc.formats.output import check_output
 from moecc.formats.run import (
@@ -34,7 +34,7 @@ from moecc.formats.run import (
     saved_steps,
     split_reference,
 )
-from moecc.formats.trees import SavedMoments, TreeCheckpoint
+from moecc.formats.trees import TreeCheckpoint
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph, read_graph
@@ -191,7 +191,7 @@ class CarriedState:
     """
 
     moments: Weights
-    checkpoint: RunCheckpoint | TreeCheckpoint
+    checkpoint: RunCheckpoint | TreeCheckpoint | SafetensorsFolder
     factors: Mapping[str, float] = field(default_factory=dict)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -218,12 +218,17 @@ def carried_from(source: RecipeSource, section: OptimizerSection) -> CarriedStat
     factors: Mapping[str, float] = {}
     if isinstance(checkpoint, RunCheckpoint):
         saved, count, factors = _of_run(checkpoint, section)
-    elif isinstance(checkpoint, TreeCheckpoint) and checkpoint.moments is not None:
-        saved, count = _of_tree(checkpoint, checkpoint.moments, graph, section)
+    elif (
+        isinstance(checkpoint, TreeCheckpoint | SafetensorsFolder)
+        and (moments := checkpoint.moments) is not None
+    ):
+        _require_same(moments.optimizer, section, str(checkpoint.path))
+        saved, count = _of_checkpoint(checkpoint, moments.of, graph), moments.count
     else:
         raise InputError(
-            "only a run, or a checkpoint of Orbax or T5X with its optimiser, has moments to carry "
-            "over", where="model.moments", found=source.model.name, hint=_RESET,
+            "only a run, a checkpoint of Orbax or T5X with its optimiser, or a folder with "
+            f"{OPTIMIZER_NAME} has moments to carry over",
+            where="model.moments", found=source.model.name, hint=_RESET,
         )  # fmt: skip
     return CarriedState(carried_moments(graph, section, saved, count), checkpoint, factors)
 
@@ -260,17 +265,17 @@ def _factor(section: OptimizerSection, kind: str, count: int, counted: int) -> f
     return (1 - decay**counted) / (1 - decay**count)
 
 
-def _of_tree(
-    checkpoint: TreeCheckpoint, moments: SavedMoments, graph: Graph, section: OptimizerSection
-) -> tuple[Known, int]:
-    _require_same(moments.optimizer, section, str(checkpoint.path))
+def _of_checkpoint(
+    checkpoint: TreeCheckpoint | SafetensorsFolder,
+    kinds: Mapping[str, Collection[str]],
+    graph: Graph,
+) -> Known:
     weights = [p.weight for p in graph.params.values() if p.weight is not None]
     types = {leaf.name: leaf.type for weight in weights for leaf in sources(weight)}
-    saved = {
-        kind: {n: checkpoint.moment_type(kind, n, types[n]) for n in of if n in types}
-        for kind, of in moments.of.items()
+    return {
+        kind: {n: checkpoint.moment_type(kind, n, types[n]) for n in names if n in types}
+        for kind, names in kinds.items()
     }
-    return saved, moments.count
 
 
 def _require_same(before: str, section: OptimizerSection, where: str) -> None:

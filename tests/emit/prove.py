@@ -52,7 +52,13 @@ class Judge:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": "", "HF_MODULES_CACHE": self._modules.name},
+            # Bytecode is told apart by second and size, and files are written faster than that.
+            env={
+                **os.environ,
+                "PYTHONPATH": "",
+                "HF_MODULES_CACHE": self._modules.name,
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
         )
         self.name = f"transformers {self._answer()['transformers']}"
 

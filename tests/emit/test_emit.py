@@ -18,6 +18,7 @@ from moecc_backends.torch_source.text import literal
 import moecc
 from moecc.backend import emit_program
 from moecc.errors import CheckError, InputError, MoeccError
+from moecc.formats.folder import open_folder
 from moecc.ir.operation import OPS
 from moecc.ir.text import parse, print_graph
 from moecc.jobs.convert import convert
@@ -272,6 +273,10 @@ def test_a_new_head_is_trained_and_its_encoder_read_back(python, tmp_path, sourc
     assert "hidden" in trained.run()
     before = moecc.open(folder).params()
     assert any(not np.array_equal(x, before[name]) for name, x in trained.params().items())
+    with open_folder(out) as checkpoint:
+        assert checkpoint.moments.count == 3
+        names = {name for name in checkpoint.tensors if ".pooler." not in name}  # no task reads it
+        assert {*checkpoint.moments.of["m"]} == names
 
 
 HEADS = [

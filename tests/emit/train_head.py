@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -26,7 +28,7 @@ else:
 labels = torch.tensor([0, 2])
 if task == "TokenClassification":
     labels = torch.tensor([[0, 1, 2, 0, 1, 2], [2, 1, -100, -100, -100, -100]])
-optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
 losses = []
 for _ in range(3):
     output = model.train()(**inputs, labels=labels)
@@ -35,6 +37,9 @@ for _ in range(3):
     optimiser.zero_grad()
     losses.append(float(output.loss.detach()))
 model.eval().save_pretrained(out)
+state = get_optimizer_state_dict(model, optimiser)["state"]
+state = {f"{kind}.{name}": x for name, kinds in state.items() for kind, x in kinds.items()}
+save_file(state, f"{out}/optimizer.safetensors")
 base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
 aux = output.get("aux_loss")
 print(json.dumps({"losses": losses, "shape": list(output.logits.shape),

@@ -7,16 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from moecc.cli.main import main
+from moecc.errors import InputError
+from moecc.formats.open import open_checkpoint
 from moecc.formats.run import StateReader, saved_steps
-from moecc.jobs.training import over_its_source
+from moecc.jobs.convert import convert
+from moecc.jobs.training import carried_from, open_source, over_its_source
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe import OptimizerSection
+from moecc.train.recipe_text import parse_recipe
 from moecc.train.settings import carried_moments, saved_moments
 from moecc.train.state import canonical
+from moecc.types import F32
+from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import sources
 
 from .tiny import make_recipe
@@ -35,6 +42,47 @@ def test_every_moment_of_an_upcycled_model_follows_but_routers(init: str, optimi
     zeros = {name for name, moment in found.items() if not sources(moment)}
     assert zeros == {name for name in found if "router" in name}
     assert {name.split(".", 2)[2] for name in found} == set(made.params)
+
+
+def write_optimizer(folder: Path, names: list[str], shapes: list[tuple[int, ...]]) -> dict:
+    """Write the state of torch's Adam by name, and return it."""
+    rng, state = np.random.default_rng(0), {}
+    for name, shape in zip(names, shapes, strict=True):
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state[f"{kind}.{name}"] = rng.random(shape, np.float32)
+        state[f"step.{name}"] = np.array(7, np.float32)
+    save_file(state, folder / "optimizer.safetensors")
+    return state
+
+
+def test_the_state_of_an_optimiser_in_pytorch_follows_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    convert("tests/golden/llama_gqa", str(folder), to="st_moe", emit="torch",
+            pipeline="upcycle{experts=4 top-k=2}")  # fmt: skip
+    with open_checkpoint(folder) as checkpoint:
+        names = list(checkpoint.tensors)
+        state = write_optimizer(folder, names, [checkpoint.tensors[n].shape for n in names])
+    recipe = parse_recipe(
+        f'[model]\nsource = "{folder}"\npipeline = "grow"\nmoments = "carry"\n'
+        '[data]\nbatch = 1\nseq = 8\ntrain = [{ tokens = "t" }]\n[run]\nsteps = 1\n',
+        "recipe.toml",
+    )
+    with open_source(recipe) as source:
+        carried = carried_from(source, recipe.optimizer)
+        moments = {n: np.asarray(evaluate(e, carried.read, F32))
+                   for n, e in carried.moments.items()}  # fmt: skip
+    assert int(carried.read("moments.count")) == 7
+    expected = state["exp_avg_sq.model.layers.1.mlp.up_proj.weight"]
+    (grown,) = (x for n, x in moments.items() if n.startswith("moments.v") and "1.mlp.up" in n)
+    assert len(grown) == 2 * len(expected)
+    assert np.count_nonzero(grown) == grown.size
+    name = "model.norm.weight"
+    assert np.array_equal(moments[f"moments.m.{name}"], state[f"exp_avg.{name}"])
+
+    state["step.model.norm.weight"] = np.array(8, np.float32)
+    save_file(state, folder / "optimizer.safetensors")
+    with open_source(recipe) as source, pytest.raises(InputError, match=r"steps \[7, 8\]"):
+        carried_from(source, recipe.optimizer)
 
 
 @pytest.fixture(scope="module")
