@@ -149,7 +149,7 @@ def ordered(tagged, bound):
         if tied is None:
             return [tagged[i] for g in groups for i in g]
         ages = {i: [-1 if v in bound else v.serial for v in tagged[i][1].vars] for i in tied}
-        marks[min(tied, key=ages.get)] = 1 + max(marks)
+        marks[min(tied, key=ages.get)] = min(marks) - 1
 
 
 class Algebra:

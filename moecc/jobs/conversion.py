@@ -316,6 +316,9 @@ def plan(
     elif proofs is not None and preserves.is_equality:
         try:
             proof = prove_conversion(proofs.source, export, proofs.real)
+            if isinstance(dtype, DType):
+                floats = [e.type.dtype for _, e in export.tensors if e.type.dtype.is_float]
+                proof = proof.before_rounding((old, dtype) for old in floats)
         except MemoryError:
             raise
         except Exception as error:  # The passes have been checked; the result is not proved.

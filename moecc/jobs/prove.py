@@ -43,7 +43,7 @@ from moecc.support.text import amount
 from moecc.translate.export import Export, WrappedExport
 from moecc.types import DTYPES
 from moecc.weights.evaluate import blocks
-from moecc.weights.expr import Source, sources
+from moecc.weights.expr import Expr, Source, sources
 
 if TYPE_CHECKING:
     from moecc.translate.gguf import GgufExport
@@ -288,7 +288,8 @@ def replay(
 ) -> ConversionProof:
     """Plan again the conversion that a manifest states, and prove it.
 
-    The rounding of weights to the element type that was asked for is no part of the function.
+    The rounding of weights to the element type that was asked for is no part of the function, which
+    the proof lists as an assumption.
 
     Raises:
       NotPlannedError: the conversion read further models or statistics.
@@ -307,7 +308,16 @@ def replay(
     except (InputError, UsageError) as error:
         raise NotPlannedError(error.problems) from None
     raise_problems(_differences(export, result, manifest))
-    return prove_conversion(source.graph, export, prover)
+    proof = prove_conversion(source.graph, export, prover)
+    return proof.before_rounding(
+        (expr.type.dtype, DTYPES[manifest.tensors[name].dtype])
+        for name, expr in _stored(export)
+        if expr.type.dtype.is_float
+    )
+
+
+def _stored(export: Export | GgufExport) -> list[tuple[str, Expr]]:
+    return export.stored if isinstance(export, Export) else export.tensors
 
 
 _TYPES = ("dtype", "torch_dtype")
@@ -344,8 +354,7 @@ def _differences(
             yield Problem("the conversion would write another value today", f"config.json: {key}",
                           printable(str(old)), printable(str(new)))  # fmt: skip
     shapes = {name: tuple(record.shape) for name, record in manifest.tensors.items()}
-    stored = export.stored if isinstance(export, Export) else export.tensors
-    for name, expr in stored:
+    for name, expr in _stored(export):
         shape = shapes.pop(name, None)
         if shape != expr.type.shape:
             yield Problem("the conversion would write another tensor today", name,

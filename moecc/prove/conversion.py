@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +18,7 @@ from moecc.prove.prover import Prover, Verdict
 from moecc.support.lazy import np
 from moecc.translate.export import Export
 from moecc.translate.importing import import_checkpoint
-from moecc.types import Array
+from moecc.types import Array, DType, is_lossless
 from moecc.version import __version__
 from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, transform
@@ -50,6 +50,19 @@ class ConversionProof:
         """Return the same proof with a further assumption."""
         verdict = replace(self.verdict, assumptions=(*self.verdict.assumptions, assumption))
         return replace(self, verdict=verdict)
+
+    def before_rounding(self, pairs: Iterable[tuple[DType, DType]]) -> ConversionProof:
+        """Return the proof as one of weights before they are rounded.
+
+        Args:
+          pairs: the element type of each tensor as it is computed, and as it is written.
+        """
+        types = {new.name for old, new in pairs if not is_lossless(old, new)}
+        if not types:
+            return self
+        return self.assuming(
+            f"weights are as before they were rounded to {', '.join(sorted(types))}"
+        )
 
     def write(self, file: Path) -> tuple[Path, ...]:
         """Write the log of the proof and the texts of both graphs, and return their paths.

@@ -72,6 +72,14 @@ def test_arguments_of_symmetric_heads_have_one_order_whatever_is_bound(head: str
     assert total(older) == total(newer)
 
 
+def test_tied_factors_stay_in_order_when_a_lemma_renames_them() -> None:
+    a = moecc_check.Algebra(*ENTRIES)
+    source = moecc_check.Head(a, "source", ("x", "f32"))
+    product = a.multiply(source(a.fresh("S")), source(a.fresh("S")))
+    renamed = moecc_check.Term(product.node, tuple(map(a.fresh, product.node.sizes)))
+    assert a.multiply(renamed) == renamed
+
+
 def test_graphs_on_a_mesh_are_told_apart() -> None:
     assert not [*misjudged_on_devices(moecc_check)]
 

@@ -12,6 +12,8 @@ import pytest
 from moecc.formats.manifest import MANIFEST_NAME, dump, file_records, load
 from tests.support.commands import Moecc
 
+from ..checkpoint.gguf.conftest import GgufBuilder, add_model  # noqa: TID252
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 DENSE = GOLDEN / "llama_gqa"
@@ -235,5 +237,19 @@ def test_gguf_files_are_proved_both_ways(moecc: Moecc, tmp_path: Path) -> None:
         assert moecc("convert", source, out, *words).code == 0
         done = moecc("prove", source, out)
         assert done.code == 0, done.err
+        is_rounded = "weights are as before they were rounded to bf16" in done.out
+        assert is_rounded == ("bf16" in words)
     done = moecc("verify", sparse, "--against", dense)
     assert "proved again" in done.out
+
+
+def test_quantised_weights_are_not_proved(moecc: Moecc, tmp_path: Path) -> None:
+    dense, blocks = tmp_path / "dense.gguf", tmp_path / "blocks.gguf"
+    add_model(GgufBuilder(), hidden=32).write(dense)  # rows of a block of q8_0
+    done = moecc("convert", dense, blocks, "-p", "", "--to", "gguf:llama", "--dtype", "q8_0")
+    assert done.code == 0, done.err
+    assert "the file is not proved: its weights are quantised" in done.out
+    done = moecc("prove", dense, blocks)
+    assert done.code == 1
+    assert "the weights are rounded to blocks: nothing is proved" in done.err
+    assert "moecc verify B --against A" in done.err
