@@ -62,7 +62,6 @@ class BertConfig(ModelConfig):
     with_heads = True
     takes_mask = True
     head_prefix = "bert."
-    has_pooler = True
     kept_numbers = ("initializer_range", "attention_probs_dropout_prob", "hidden_dropout_prob")
     only = {
         "is_decoder": (False, "an encoder that decodes is not supported"),
@@ -173,7 +172,6 @@ class ElectraConfig(BertConfig):
         ),
         "TokenClassification": (CLASSIFIER,),
     }
-    has_pooler = False
     keys = {"word_width": "embedding_size"}
     idle = (
         *BertConfig.idle,
@@ -211,7 +209,6 @@ class AlbertConfig(ElectraConfig):
         "SequenceClassification": ("first", "linear pooler", "tanh", CLASSIFIER),
         "TokenClassification": (CLASSIFIER,),
     }
-    has_pooler = True
     only = {"inner_group_num": (1, "groups of several different layers are not supported")}
     always = {"inner_group_num": 1}
     idle = (*BertConfig.idle, "classifier_dropout_prob")
@@ -378,7 +375,6 @@ class DistilBertConfig(BertConfig):
         "SequenceClassification": ("first", "linear pre_classifier", "relu", CLASSIFIER),
         "TokenClassification": (CLASSIFIER,),
     }
-    has_pooler = False
     kept_numbers = ("initializer_range", "attention_dropout", "dropout")
     keys = {
         "hidden_size": "dim",

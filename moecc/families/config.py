@@ -122,6 +122,7 @@ class BlockNames(TensorNames):
       positions: the learned positions; empty if there are none.
       narrow: the projections from and to narrower embeddings.
       by_head: whether queries, keys and values lie together for each head, not each by itself.
+      around: the norms before and behind all layers; empty if there are none.
       gated_out: the second matrix of a gated block, whose first is `gate_up`.
       scales: the vectors that what a block adds is multiplied by; empty if there are none.
     """
@@ -135,6 +136,7 @@ class BlockNames(TensorNames):
     value: str = ""
     positions: str = ""
     narrow: tuple[str, str] = ("", "")
+    around: tuple[str, str] = ("", "")
     by_head: bool = False
     gated_out: str = ""
     scales: tuple[str, ...] = ()
@@ -226,6 +228,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_fast": "gelu_pytorch_tanh",
     "relu": "relu",
     "relu2": "relu2",
+    "quick_gelu": "quick_gelu",
 }
 """Names of activations in configs, and moecc's name for each function."""
 
@@ -397,14 +400,16 @@ class ModelConfig:
     own_code: ClassVar[bool] = False
     # The prefix of the base model's tensors, which files of it alone lack.
     base_prefix: ClassVar[str] = ""
+    # The prefix of the tensors in files that hold another model beside it; empty if none do.
+    tower_prefix: ClassVar[str] = ""
     # The prefix that the tensors have in files of a model with a head.
     head_prefix: ClassVar[str] = ""
     # Whether classes of the family with a head are read, too, without it.
     with_heads: ClassVar[bool] = False
     # The heads that files may hold, by their tasks: the steps of `moecc.families.heads`.
     head_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    # Whether files may hold a pooler, on which no output depends.
-    has_pooler: ClassVar[bool] = False
+    # A pattern of tensors that files may hold and hidden states do not depend on.
+    unread: ClassVar[str] = ""
     # Whether its graph may have a mask of padding, and a word for those who ask in vain.
     takes_mask: ClassVar[bool] = False
     mask_hint: ClassVar[str | None] = None
@@ -580,7 +585,12 @@ class ModelConfig:
         if self.dtype is not None and self.dtype not in DTYPES:
             yield key_problem("unknown dtype", one_of(DTYPES), self.dtype, "dtype")
         padding = self.extra.get("pad_token_id")
-        if isinstance(padding, int) and not -self.vocab_size <= padding < self.vocab_size:
+        has_tokens = bool(self.key("vocab_size"))
+        if (
+            has_tokens
+            and isinstance(padding, int)
+            and not -self.vocab_size <= padding < self.vocab_size
+        ):
             fault = "the padding token is outside the vocabulary, which transformers rejects"
             expected = f"below {self.vocab_size}, or null"
             yield key_problem(fault, expected, f"{padding}", "pad_token_id", "vocab_size")

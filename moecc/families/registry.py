@@ -47,9 +47,15 @@ from moecc.families.st_moe import FAMILY, GraphConfig, StMoeConfig
 from moecc.families.stablelm import StableLmConfig
 from moecc.families.starcoder2 import Starcoder2Config
 from moecc.families.t5 import MT5Config, SwitchTransformersConfig, T5Config, UMT5Config
-from moecc.families.vision import Dinov2Config, ViTConfig
+from moecc.families.vision import (
+    ClipVisionConfig,
+    Dinov2Config,
+    Dinov3ViTConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 from moecc.families.whisper import WhisperConfig
-from moecc.families.wrappers import TEXT, text_config, wrapper_of
+from moecc.families.wrappers import TEXT, TOWERS, text_config, tower_config, wrapper_of
 
 # Of families that run in as many engines, `--to auto` takes the first.
 CONFIGS: dict[str, type[ModelConfig]] = {
@@ -66,7 +72,8 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         T5Config, MT5Config, UMT5Config, SwitchTransformersConfig,
         BertConfig, RobertaConfig, XlmRobertaConfig, CamembertConfig, MPNetConfig, DistilBertConfig,
         ElectraConfig, AlbertConfig,
-        ViTConfig, Dinov2Config, WhisperConfig, StMoeConfig,
+        ViTConfig, Dinov2Config, Dinov3ViTConfig, ClipVisionConfig, SiglipVisionConfig,
+        WhisperConfig, StMoeConfig,
     )
 }  # fmt: skip
 """The families that moecc reads and writes, by `model_type`; others may be added."""
@@ -100,6 +107,9 @@ def parse_config(data: Mapping[str, object], where: str = "config.json") -> Mode
     if (wrapper := wrapper_of(data)) is not None:
         data, where = text_config(wrapper, data), f"{where}: {TEXT}"
     name = data.get("model_type")
+    if isinstance(name, str) and name in TOWERS:
+        data, where = tower_config(data), f"{where}: vision_config"
+        name = data["model_type"]
     load_installed()
     config = CONFIGS.get(name) if isinstance(name, str) else None
     if name == FAMILY and "graph" in data:

@@ -1,8 +1,10 @@
-"""vit and dinov2: encoders of images, cut into patches."""
+"""vit, dinov2, dinov3_vit, and the towers of clip and siglip: encoders of images in patches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import ClassVar
 
 from moecc.families.config import (
     BlockNames,
@@ -45,9 +47,18 @@ class VisionConfig(ModelConfig):
     """
 
     kind = "an encoder of images"
+    idle: ClassVar[tuple[str, ...]] = ()
+    names: ClassVar[BlockNames]
     keys = {"vocab_size": ""}
     with_heads = True
-    kept_numbers = ("initializer_range", "attention_probs_dropout_prob", "hidden_dropout_prob")
+    kept_numbers: ClassVar[tuple[str, ...]] = (
+        *("initializer_range", "attention_probs_dropout_prob", "hidden_dropout_prob"),
+    )
+    # The convolution that makes patches, and whether it has a bias.
+    patches_name: ClassVar[str] = "embeddings.patch_embeddings.projection"
+    patch_bias: ClassVar[bool] = True
+    # Whether the token and the table of positions have no first axis of one.
+    is_flat: ClassVar[bool] = False
 
     hidden_size: int = size(WIDTH)
     intermediate_size: int = size(NEURONS)
@@ -69,6 +80,21 @@ class VisionConfig(ModelConfig):
     def head_dim(self) -> int:
         """The width of a head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def first_tensor(self) -> str:
+        """A tensor that every checkpoint of the family has."""
+        return f"{self.patches_name}.weight"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether blocks are gated."""
+        return False
+
+    @property
+    def unbiased(self) -> str:
+        """The letters of the projections without a bias, of ``qkvo``."""
+        return "" if self.qkv_bias else "qkv"
 
     @property
     def patches(self) -> int:
@@ -110,11 +136,15 @@ class ViTConfig(VisionConfig):
     architecture = "ViTModel"
     head_prefix = "vit."
     head_steps = {"": POOLER, "ImageClassification": ("first", CLASSIFIER)}
-    has_pooler = True
     names = BlockNames(
         embedding="embeddings.cls_token",
+        positions="embeddings.position_embeddings",
+        around=("", "layernorm"),
         layer="encoder.layer.{layer}.",
         norms=("layernorm_before", "layernorm_after"),
+        query="attention.attention.query",
+        key="attention.attention.key",
+        value="attention.attention.value",
         output="attention.output.dense",
         fc_in="intermediate.dense",
         fc_out="output.dense",
@@ -145,11 +175,18 @@ class Dinov2Config(VisionConfig):
     always = {"use_mask_token": False}
     names = BlockNames(
         embedding="embeddings.cls_token",
+        positions="embeddings.position_embeddings",
+        around=("", "layernorm"),
         layer="encoder.layer.{layer}.",
         norms=("norm1", "norm2"),
+        query="attention.attention.query",
+        key="attention.attention.key",
+        value="attention.attention.value",
         output="attention.output.dense",
         fc_in="mlp.fc1",
         fc_out="mlp.fc2",
+        gate="gate",
+        up="up",
         gate_up="mlp.weights_in",
         gated_out="mlp.weights_out",
         scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
@@ -167,6 +204,11 @@ class Dinov2Config(VisionConfig):
     gated: bool = flag(default=False)
     layer_norm_eps: float = number(least=0, default=1e-6)
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether blocks are gated, by SiLU whatever the activation of others is."""
+        return self.gated
+
     def __post_init__(self) -> None:
         # transformers states no width, and so it follows from the ratio.
         width = int(self.hidden_size * self.mlp_ratio)
@@ -180,9 +222,8 @@ class Dinov2Config(VisionConfig):
         if not 1 <= self.intermediate_size <= NEURONS:
             shown = f"{self.intermediate_size}"
             yield key_problem("not a usable size", f"1 to {NEURONS:,}", shown, "mlp_ratio")
-        if self.image_size[0] != self.image_size[1]:
-            fault = "dinov2 resamples its positions for an image that is not square"
-            yield key_problem(fault, "a square", f"{self.image_size}", "image_size")
+        # It resamples its positions for others.
+        yield from _square(self)
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
@@ -194,6 +235,177 @@ class Dinov2Config(VisionConfig):
 
     def _write(self) -> JsonDict:
         return {**super()._write(), "mlp_ratio": self.mlp_ratio}
+
+
+TOWER_DEFAULTS: Mapping[str, object] = {
+    **VISION_DEFAULTS,
+    "intermediate_size": 3072,
+    "attention_dropout": 0.0,
+    "hidden_act": "quick_gelu",
+    "patch_size": 32,
+    "layer_norm_eps": 1e-5,
+}
+
+
+@config_class
+class ClipVisionConfig(VisionConfig):
+    """The tower of images of a clip; the norm behind it is part of the pooler."""
+
+    model_type = "clip_vision_model"
+    architecture = "CLIPVisionModel"
+    base_prefix = "vision_model."
+    tower_prefix = "vision_model."
+    head_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "": ("first", "norm vision_model.post_layernorm")
+    }
+    keys = {"qkv_bias": ""}
+    kept_numbers = ("initializer_range", "attention_dropout")
+    # Of training, and of heads of the class of both towers.
+    idle: ClassVar[tuple[str, ...]] = (
+        "initializer_factor",
+        "projection_dim",
+        "dropout",
+        "logit_scale_init_value",
+    )
+    names = BlockNames(
+        embedding="vision_model.embeddings.class_embedding",
+        positions="vision_model.embeddings.position_embedding.weight",
+        around=("vision_model.pre_layrnorm", ""),
+        layer="vision_model.encoder.layers.{layer}.",
+        norms=("layer_norm1", "layer_norm2"),
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.out_proj",
+        fc_in="mlp.fc1",
+        fc_out="mlp.fc2",
+    )
+    defaults = TOWER_DEFAULTS
+    patches_name = "vision_model.embeddings.patch_embedding"
+    patch_bias = False
+    is_flat = True
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        yield from _square(self)
+
+
+@config_class
+class SiglipVisionConfig(ClipVisionConfig):
+    """The tower of images of a siglip or a siglip2 of one size: no token of the whole image.
+
+    The head that pools by attention is not part of it.
+    """
+
+    model_type = "siglip_vision_model"
+    architecture = "SiglipVisionModel"
+    head_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    unread = r"head\..+"
+    idle = (*ClipVisionConfig.idle, "vision_use_head")
+    always = {"vision_use_head": False}
+    names = replace(
+        ClipVisionConfig.names, embedding="", around=("", "vision_model.post_layernorm")
+    )
+    defaults = {
+        **TOWER_DEFAULTS,
+        "hidden_act": "gelu_pytorch_tanh",
+        "patch_size": 16,
+        "layer_norm_eps": 1e-6,
+        "vision_use_head": True,
+    }
+    patch_bias = True
+
+
+@config_class
+class Dinov3ViTConfig(VisionConfig):
+    """A dinov3_vit: rotary positions of patches in two directions, and tokens without a place.
+
+    `rope_theta` is the base of the frequencies; the coordinates of an image run from −1 to 1.
+    """
+
+    model_type = "dinov3_vit"
+    architecture = "DINOv3ViTModel"
+    keys = {"qkv_bias": "", "gated": "use_gated_mlp", "registers": "num_register_tokens"}
+    kept_numbers = ("initializer_range", "attention_dropout", "layerscale_value", "drop_path_rate")
+    # Of training; and of backbones.
+    idle = (
+        *("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"),
+        *("apply_layernorm", "reshape_hidden_states"),
+    )
+    names = BlockNames(
+        embedding="embeddings.cls_token",
+        around=("", "norm"),
+        layer="layer.{layer}.",
+        norms=("norm1", "norm2"),
+        query="attention.q_proj",
+        key="attention.k_proj",
+        value="attention.v_proj",
+        output="attention.o_proj",
+        fc_in="mlp.up_proj",
+        fc_out="mlp.down_proj",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        gated_out="mlp.down_proj",
+        scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+    )
+    defaults = {
+        **VISION_DEFAULTS,
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_attention_heads": 6,
+        "patch_size": 16,
+        "attention_dropout": 0.0,
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 100.0,
+        "query_bias": True,
+        "key_bias": False,
+        "value_bias": True,
+        "proj_bias": True,
+        "mlp_bias": True,
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+        "use_gated_mlp": False,
+        "num_register_tokens": 0,
+    }
+    patches_name = "embeddings.patch_embeddings"
+    unread = r"embeddings\.register_tokens"
+
+    layer_norm_eps: float = number(least=0, default=1e-5)
+    rope_theta: float = number(above=0, default=100.0)
+    query_bias: bool = flag(default=True)
+    key_bias: bool = flag(default=False)
+    value_bias: bool = flag(default=True)
+    proj_bias: bool = flag(default=True)
+    mlp_bias: bool = flag(default=True)
+    gated: bool = flag(default=False)
+    registers: int = size(COUNT, least=0, default=0)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether blocks are gated."""
+        return self.gated
+
+    @property
+    def unbiased(self) -> str:
+        """The letters of the projections without a bias, of ``qkvo``."""
+        biases = (self.query_bias, self.key_bias, self.value_bias, self.proj_bias)
+        return "".join(letter for letter, has in zip("qkvo", biases, strict=True) if not has)
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        yield from _square(self)
+        if self.num_attention_heads > 0 and self.head_dim % 4:
+            fault = "a head is rotated in halves for two directions"
+            keys = ("hidden_size", "num_attention_heads")
+            yield key_problem(fault, "heads of a multiple of 4", f"{self.head_dim}", *keys)
+
+
+def _square(config: VisionConfig) -> Iterator[KeyProblem]:
+    if config.image_size[0] != config.image_size[1]:
+        fault = f"{config.model_type} takes images that are square"
+        yield key_problem(fault, "a square", f"{config.image_size}", "image_size")
 
 
 def _pair(reader: Reader, key: str, most: int) -> tuple[int, int]:

@@ -71,6 +71,31 @@ WRAPPERS: Mapping[str, Wrapper] = {
 }
 """The wrappers that moecc reads, by `model_type`."""
 
+TOWERS: Mapping[str, str] = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+"""Pairs of an encoder of images and one of text, which are read as the former."""
+
+
+def tower_config(config: Json) -> JsonDict:
+    """Return the config of the encoder of images that one of `TOWERS` holds.
+
+    Raises:
+      InputError: the config has none.
+    """
+    parts = [config.get(key) for key in ("vision_config", "vision_config_dict")]
+    stated = [part for part in parts if isinstance(part, Mapping)]
+    if not stated:
+        raise InputError(
+            "the config has no encoder of images",
+            where="config.json: vision_config",
+            expected="an object with its keys",
+            found=shown(parts[0]),
+        )
+    # transformers lets the second replace values of the first.
+    keys = {key: value for part in stated for key, value in part.items()}
+    keys.pop("architectures", None)
+    return {**keys, "model_type": TOWERS[config["model_type"]]}
+
+
 UNREADABLE: Mapping[str, str] = {
     "mllama": "layers of its text model attend to images",
     "paligemma": "its text model attends in both directions over the prompt",

@@ -86,12 +86,14 @@ class StoredNames:
       added: a prefix that the base model's names have in the file.
       older: whether norms have the names that the first of BERT's checkpoints gave them.
       apart: the prefixes of a head, which has the same names in every file.
+      tower: the prefix of all of the model's tensors, if the file has further models.
     """
 
     lacking: str = ""
     added: str = ""
     older: bool = False
     apart: tuple[str, ...] = ()
+    tower: str = ""
 
     def __call__(self, name: str) -> str:
         """Return the name in the file of the tensor that the family calls `name`."""
@@ -104,11 +106,11 @@ class StoredNames:
 
     def is_beside(self, name: str) -> bool:
         """Whether a tensor of the file is no part of the base model: of a head, say."""
-        return bool(self.added) and not name.startswith(self.added)
+        return not name.startswith(self.added or self.tower)
 
     def read_by(self, graph: Graph) -> None:
         """Let the parameters of `graph` read the tensors under their names in the file."""
-        if self == StoredNames(apart=self.apart):
+        if self == StoredNames(apart=self.apart, tower=self.tower):
             return
         for value in graph.params.values():
             if value.weight is not None:
@@ -127,11 +129,12 @@ def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
         candidates.append(StoredNames(added=config.head_prefix))
     steps = [step for steps in config.head_steps.values() for step in steps]
     firsts = {f"{module.partition('.')[0]}." for module in head_modules(steps)}
-    apart = tuple(sorted(firsts - {"pooler."}))
+    apart = tuple(sorted(firsts - {"pooler.", config.base_prefix}))
     stored = next(
         (names for names in candidates if names(config.first_tensor) in tensors), candidates[0]
     )
-    stored = replace(stored, apart=apart)
+    tower = "" if stored.lacking else config.tower_prefix
+    stored = replace(stored, apart=apart, tower=tower)
     older = replace(stored, older=True)
     norm = "embeddings.LayerNorm.weight"
     return older if stored(norm) not in tensors and older(norm) in tensors else stored
@@ -148,8 +151,15 @@ _IDLE = re.compile(
 )
 """Buffers, and a table that T5 stored and never used."""
 
-_POOLER = re.compile(r"(\w+\.)?pooler\.(dense\.)?(weight|bias)")
-"""Tensors that hidden states do not depend on."""
+
+def _is_unread(config: ModelConfig, name: str) -> bool:
+    """Whether hidden states do not depend on a tensor of the base model, say of its pooler."""
+    if re.fullmatch(config.unread, name.removeprefix(config.base_prefix)):
+        return True
+    modules = head_modules(config.head_steps.get("", ()))
+    module = name.removeprefix(config.head_prefix).rpartition(".")[0]
+    return bool({module, f"{config.base_prefix}{module}"} & set(modules))
+
 
 _BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp_bias"}
 _BLOCK_ROWS = 4096
@@ -295,7 +305,7 @@ def _problems(
         for name in tensors
         if name not in expected
         and name not in allowed
-        and not (config.has_pooler and _POOLER.fullmatch(name))
+        and not _is_unread(config, name)
         and not _IDLE.fullmatch(name)
     ]
     prefix = _common_prefix(missing, extra, head)

@@ -68,6 +68,9 @@ CONFIGS: list[dict[str, Any]] = [
     {**DISTILBERT, "activation": "relu", "dropout": 0.2},
     {"model_type": "vit", **IMAGES, "image_size": [8, 12], "qkv_bias": False},
     {"model_type": "dinov2", **IMAGES, "use_swiglu_ffn": True, "mlp_ratio": 2},
+    {"model_type": "dinov3_vit", **IMAGES, "num_register_tokens": 2, "use_gated_mlp": True},
+    {"model_type": "clip_vision_model", **IMAGES},
+    {"model_type": "siglip_vision_model", **IMAGES},
     {"model_type": "whisper", **WHISPER},
 ]
 NAMES = [f"{number}-{config['model_type']}" for number, config in enumerate(CONFIGS)]
@@ -159,7 +162,7 @@ def test_a_model_with_a_head_is_read_without_it(
     bare = random_checkpoint(config, seed=4)
     arrays = {f"{prefix}{name}": array for name, array in bare.arrays.items()}
     head = {beside: np.ones(3, np.float32), f"{prefix}pooler.dense.bias": np.ones(3, np.float32)}
-    if not config.has_pooler:
+    if "" not in config.head_steps:
         del head[f"{prefix}pooler.dense.bias"]
     stated = {**config.to_json(), "architectures": [architecture]}
     whole = MemoryCheckpoint(stated, {**arrays, **head})
@@ -174,6 +177,17 @@ def test_a_model_with_a_head_is_read_without_it(
     whole.arrays[f"{prefix}unknown.weight"] = np.ones(3, np.float32)
     with pytest.raises(InputError, match="has no such tensor"):
         import_checkpoint(whole)
+
+
+def test_a_clip_is_read_as_its_encoder_of_images() -> None:
+    tower = random_checkpoint(parse_config({"model_type": "clip_vision_model", **IMAGES}), seed=4)
+    others = {"text_model.final_layer_norm.bias": np.ones(3, np.float32)}
+    config = {"model_type": "clip", "vision_config": {**IMAGES, "model_type": "clip_vision_model"}}
+    whole = MemoryCheckpoint(config, {**tower.arrays, **others})
+    np.testing.assert_array_equal(run(whole), run(tower))
+    assert unread_tensors(import_checkpoint(whole), whole) == list(others)
+    bare = {name.removeprefix("vision_model."): a for name, a in tower.arrays.items()}
+    np.testing.assert_array_equal(run(MemoryCheckpoint(tower.config, bare)), run(tower))
 
 
 def without(config: ModelConfig, prefix: str) -> MemoryCheckpoint:
@@ -213,7 +227,10 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "vit", **IMAGES, "patch_size": 3}, "whole patches"),
         ({"model_type": "vit", **IMAGES, "patch_size": [4, 2]}, "square patches"),
         ({"model_type": "vit", **IMAGES, "image_size": [8, 8, 8]}, "height and width"),
-        ({"model_type": "dinov2", **IMAGES, "image_size": [8, 12]}, "not square"),
+        ({"model_type": "dinov2", **IMAGES, "image_size": [8, 12]}, "are square"),
+        ({"model_type": "dinov3_vit", **IMAGES, "num_attention_heads": 8}, "multiple of 4"),
+        ({"model_type": "clip_vision_model", **IMAGES, "image_size": [8, 12]}, "square"),
+        ({"model_type": "clip", "text_config": {}}, "no encoder of images"),
         ({"model_type": "whisper", **WHISPER, "scale_embedding": True}, "does not scale"),
         ({"model_type": "whisper", **WHISPER, "is_encoder_decoder": False}, "halves"),
         ({"model_type": "gpt_neox", **NEOX, "rope_scaling": {"type": "su"}}, "rope_scaling"),

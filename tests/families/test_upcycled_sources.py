@@ -33,6 +33,9 @@ CASES = (
     "electra_narrow",
     "albert_groups",
     "dinov2_plain",
+    "dinov3_gated",
+    "clip_vision",
+    "siglip_vision_square",
     "whisper_square",
 )
 """A checkpoint of each family, square where nothing but the names of axes tells them apart."""

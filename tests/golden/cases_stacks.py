@@ -174,6 +174,45 @@ STACKS: dict[str, Case] = {
         {"mlp_ratio": 2, "use_swiglu_ffn": True},
         major=4,
     ),
+    "dinov3_plain": Case(
+        "dinov3_vit",
+        "two tokens without a place, a bias on keys and none on values",
+        {"num_register_tokens": 2, "key_bias": True, "value_bias": False},
+    ),
+    "dinov3_gated": Case(
+        "dinov3_vit",
+        "gated blocks of SiLU, no biases; patches = embed = mlp = side of the image = 16",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "use_gated_mlp": True,
+            "hidden_act": "silu",
+            "mlp_bias": False,
+            "proj_bias": False,
+            "query_bias": False,
+            "rope_theta": 20.0,
+        },
+        major=4,
+    ),
+    "clip_vision": Case("clip_vision_model", "a token of the image, quick GELU", major=4),
+    "siglip_vision": Case(
+        "siglip_vision_model", "no token of the image, and a head that is left out", major=4
+    ),
+    "siglip_vision_square": Case(
+        "siglip_vision_model",
+        "patches = embed = mlp = side of the image = 16, four channels, no head",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "num_channels": 4,
+            "vision_use_head": False,
+        },
+        major=4,
+    ),
     "whisper_plain": Case("whisper", "stacks of different depth, heads and widths"),
     "whisper_square": Case(
         "whisper",

@@ -330,6 +330,9 @@ def _config(name: str) -> Any:
     if CASES[name].family == "dinov2":
         # moecc writes no token of masked patches, which are no part of the graph.
         written["use_mask_token"] = True
+    if CASES[name].family == "siglip_vision_model":
+        # Nor the head that pools by attention.
+        written["vision_use_head"] = stated.get("vision_use_head", True)
     return AutoConfig.for_model(**written)
 
 

@@ -51,7 +51,8 @@ DENSE = (
     "gemma3_square_v4", "gpt2_square", "gpt_neox_square", "opt_after_narrow", "t5_square",
     "mt5_square_v4", "umt5_square_untied", "bert_square", "roberta_square", "xlm_roberta_gelu",
     "camembert_gelu", "distilbert_square", "mpnet_square", "electra_narrow", "albert_shared",
-    "vit_square", "dinov2_plain", "whisper_square",
+    "vit_square", "dinov2_plain", "dinov3_plain", "clip_vision", "siglip_vision",
+    "whisper_square",
 )  # fmt: skip
 MIXTURES = (
     "mixtral_gqa", "qwen2_moe_plain", "qwen3_moe_plain", "olmoe_norm", "flex_olmo_norm",

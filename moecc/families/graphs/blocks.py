@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from moecc.families.config import BlockNames
-from moecc.families.graphs.decoder import ACTIVATION_OPS, activated
+from moecc.families.graphs.decoder import activated
 from moecc.families.graphs.parameters import Parameters
 from moecc.families.heads import ModelHead
 from moecc.ir.builder import Builder
@@ -65,13 +65,21 @@ class Blocks:
         """Return the axes of a matrix in their order on disk."""
         return dict(reversed(axes.items())) if self.params.names.inputs_first else axes
 
-    def norm(self, x: Value, name: str) -> Value:
-        """Emit the norm over the last axis, the width, with the parameters of `name`."""
+    def norm(self, x: Value, name: str, *, has_bias: bool = True) -> Value:
+        """Emit the norm over the last axis, the width, with the parameters of `name`.
+
+        Without a name `x` stays as it is.
+        """
+        if not name:
+            return x
         axis, width = x.type.axes[-1].name, x.type.axes[-1].size
         assert isinstance(width, int), "the width of a model is known"
         scale = self.params.plain(f"{name}.weight", self.builder.loc, **{axis: width})
-        bias = self.params.plain(f"{name}.bias", self.builder.loc, **{axis: width})
         eps = self.config.layer_norm_eps
+        if not has_bias:
+            x = self.builder.sub(x, self.builder.mean(x, axes=axis))
+            return self.builder.rms_norm(x, scale, axis=axis, eps=eps, name="norm")
+        bias = self.params.plain(f"{name}.bias", self.builder.loc, **{axis: width})
         return self.builder.layer_norm(x, scale, bias, axis=axis, eps=eps, name="norm")
 
     def as_keys(self, x: Value) -> Value:
@@ -141,6 +149,7 @@ class Blocks:
         bias: Value | None = None,
         masks: Sequence[Value] = (),
         unbiased: str = "",
+        rotate: Callable[[Value], Value] | None = None,
     ) -> Value:
         """Emit attention with its projections, ``[batch, seq, embed]``.
 
@@ -151,16 +160,24 @@ class Blocks:
           heads: the number of heads and their width.
           bias: what is added to the scores.
           masks: which of them count.
-          unbiased: the letters of the projections without a bias, of ``qkv``.
+          unbiased: the letters of the projections without a bias, of ``qkvo``.
+          rotate: rotates heads of queries and keys, along ``seq``.
         """
         embed = x.type["embed"].size
         assert isinstance(embed, int), "the width of a model is known"
         query = self.heads(x, names[0], heads, "q", has_bias="q" not in unbiased)
+        has_key_bias = "k" not in unbiased
+        if rotate is not None:
+            query = rotate(query)
+            keys = rotate(self.heads(x, names[1], heads, "kv", has_bias=has_key_bias))
         memory = self.as_keys(x) if memory is None else memory
-        key = self.heads(memory, names[1], heads, "kv", has_bias="k" not in unbiased)
+        if rotate is None:
+            key = self.heads(memory, names[1], heads, "kv", has_bias=has_key_bias)
+        else:
+            key = self.as_keys(keys)
         value = self.heads(memory, names[2], heads, "kv", has_bias="v" not in unbiased)
         mixed = self.attend(query, key, value, heads[1] ** -0.5, bias=bias, masks=masks)
-        return self.linear(mixed, names[3], ("embed", embed), "q")
+        return self.linear(mixed, names[3], ("embed", embed), "q", has_bias="o" not in unbiased)
 
     def add_head(self, hidden: Value, head: ModelHead | None) -> None:
         """Emit a head on ``[batch, seq, embed]``, and its output; without one nothing."""
@@ -196,8 +213,9 @@ class Blocks:
                 return self.linear(x, modules[0], ("label", width), over)
             case "tokens":
                 return self._tokens(x, *modules, is_tied=head.is_tied)
-        act = self.config.hidden_act if op == "activation" else op
-        return builder.node(ACTIVATION_OPS.get(act, act), x).result
+        if op == "activation":
+            return activated(builder, x, self.config.hidden_act)
+        return builder.node(op, x).result
 
     def _first(self, x: Value) -> Value:
         first = self.builder.constant(value=0.0, dtype="i32")
@@ -219,16 +237,69 @@ class Blocks:
             x = self.builder.rename(x, axis="embed", to=over)
         return self.builder.add(self.builder.contract(x, table, over=over), shift)
 
-    def feed_forward(self, x: Value, prefix: str) -> Value:
+    def feed_forward(self, x: Value, prefix: str, *, has_bias: bool = True) -> Value:
         """Emit the block of two layers that the family's names have behind `prefix`."""
         up, down = f"{prefix}{self.names.fc_in}", f"{prefix}{self.names.fc_out}"
         config = self.config
-        return self.two_layers(x, up, down, config.hidden_act, config.intermediate_size)
+        return self.two_layers(
+            x, up, down, config.hidden_act, config.intermediate_size, has_bias=has_bias
+        )
 
-    def two_layers(self, x: Value, up: str, down: str, act: str, width: int) -> Value:
-        """Emit ``down(act(up(x)))`` with biases; `width` is that of the inner axis."""
+    def gated(self, x: Value, prefix: str, act: str, *, has_bias: bool = True) -> Value:
+        """Emit a gated block; gate and up may be one matrix, the gate first."""
+        names, embed = self.names, x.type["embed"].size
+        assert isinstance(embed, int), "the width of a model is known"
+        width, both = self.config.intermediate_size, f"{prefix}{names.gate_up}"
+
+        def inner(word: str, half: int) -> Value:
+            if not names.gate_up:
+                return self.linear(x, f"{prefix}{word}", ("mlp", width), "embed", has_bias=has_bias)
+            return self.part(x, both, word, half, ("mlp", width), 2, has_bias=has_bias)
+
+        gate = activated(self.builder, inner(names.gate, 0), act)
+        hidden = self.builder.mul(gate, inner(names.up, 1))
+        down = f"{prefix}{names.gated_out}"
+        return self.linear(hidden, down, ("embed", embed), "mlp", has_bias=has_bias)
+
+    def part(
+        self,
+        x: Value,
+        name: str,
+        word: str,
+        number: int,
+        to: tuple[str, int],
+        parts: int,
+        *,
+        has_bias: bool = True,
+    ) -> Value:
+        """Emit a product with a part of the matrix of `name`, and with that of its bias.
+
+        Args:
+          x: what is multiplied.
+          name: the prefix of ``weight`` and ``bias``.
+          word: what the part is called.
+          number: which part it is.
+          to: the axis that the product makes, and its size.
+          parts: the number of parts, which are of one size.
+          has_bias: whether there is a bias.
+        """
+        embed, params, (axis, width) = x.type["embed"].size, self.params, to
+        assert isinstance(embed, int), "the width of a model is known"
+        loc, at, fused = self.builder.loc, number * width, (axis, parts * width)
+        axes = {axis: width, "embed": embed}
+        weight = params.part(f"{name}.{word}.weight", f"{name}.weight", loc, at, fused, axes)
+        y = self.builder.contract(x, weight, over="embed")
+        if not has_bias:
+            return y
+        bias = params.part(f"{name}.{word}.bias", f"{name}.bias", loc, at, fused, {axis: width})
+        return self.builder.add(y, bias)
+
+    def two_layers(
+        self, x: Value, up: str, down: str, act: str, width: int, *, has_bias: bool = True
+    ) -> Value:
+        """Emit ``down(act(up(x)))`` ; `width` is that of the inner axis."""
         embed = x.type["embed"].size
         assert isinstance(embed, int), "the width of a model is known"
-        inner = self.linear(x, up, ("mlp", width), "embed")
+        inner = self.linear(x, up, ("mlp", width), "embed", has_bias=has_bias)
         inner = activated(self.builder, inner, act)
-        return self.linear(inner, down, ("embed", embed), "mlp")
+        return self.linear(inner, down, ("embed", embed), "mlp", has_bias=has_bias)

@@ -289,6 +289,8 @@ def activated(builder: Builder, x: Value, act: str) -> Value:
     """Emit an activation of `x`, by the name that configs have for it."""
     if act == "relu2":
         return builder.square(builder.relu(x))
+    if act == "quick_gelu":
+        return builder.mul(x, builder.sigmoid(builder.scale(x, by=1.702)))
     return builder.node(ACTIVATION_OPS[act], x).result
 
 

@@ -139,6 +139,14 @@ class Parameters:
         read = Index(self._source(name, **{axis: 1}, **axes), axis, 0)
         return self._param(name, loc, axes, read)
 
+    def with_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
+        """Return the tensor `name`, of one axis on disk, with a first axis of size 1."""
+        if name in self.graph.params:
+            return self.graph.params[name]
+        into = ((axis, 1), *axes.items())
+        read = Split(self._source(name, **axes), next(iter(axes)), into)
+        return self._param(name, loc, dict(into), read)
+
     def head_part(
         self,
         name: str,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import pi
 
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.parameters import GraphRequest, Parameters
-from moecc.families.vision import Dinov2Config, VisionConfig
+from moecc.families.vision import Dinov2Config, Dinov3ViTConfig, VisionConfig
 from moecc.ir.graph import Graph, Value
 from moecc.types import F32, tensor
+
+GRID = ("height", "width")
+"""The axes of patches."""
 
 
 def build(config: VisionConfig, request: GraphRequest) -> Graph:
@@ -22,12 +27,16 @@ def build(config: VisionConfig, request: GraphRequest) -> Graph:
     height, width = config.image_size
     sizes = {"channel": config.num_channels, "height": height, "width": width}
     pixels = graph.input("pixels", tensor(F32, batch=request.batch, **sizes))
+    rotate = None
     with encoder.builder.at("embed"):
-        hidden = encoder.embed(pixels)
+        patches = encoder.patches(pixels)
+        if isinstance(config, Dinov3ViTConfig):
+            rotate = encoder.rotation(patches, config)
+        hidden = encoder.norm(encoder.embed(patches), config.names.around[0])
     for layer in range(config.num_hidden_layers):
-        hidden = encoder.layer(hidden, layer)
+        hidden = encoder.layer(hidden, layer, rotate)
     with encoder.builder.at("norm"):
-        hidden = encoder.norm(hidden, "layernorm")
+        hidden = encoder.norm(hidden, config.names.around[1])
     graph.set_output("hidden", hidden)
     encoder.add_head(hidden, request.head)
     return graph
@@ -39,54 +48,135 @@ class _ImageEncoder(Blocks):
 
     config: VisionConfig
 
-    def embed(self, pixels: Value) -> Value:
-        """Emit the token of the image and the patches, with their positions added."""
+    def patches(self, pixels: Value) -> Value:
+        """Emit the patches, ``[batch, embed, height, width]``."""
         builder, config, params = self.builder, self.config, self.params
-        loc, embed, side = builder.loc, config.hidden_size, config.patch_size
-        name = "embeddings.patch_embeddings.projection"
+        loc, embed, side, name = (
+            builder.loc, config.hidden_size, config.patch_size, config.patches_name
+        )  # fmt: skip
         axes = {"embed": embed, "channel": config.num_channels, "down": side, "across": side}
         weight = params.plain(f"{name}.weight", loc, **axes)
-        bias = params.plain(f"{name}.bias", loc, embed=embed)
         patches = builder.convolve(
             pixels,
             weight,
             over="channel",
-            along=("height", "width"),
+            along=GRID,
             taps=("down", "across"),
             stride=side,
             name="patches",
         )
-        patches = builder.add(patches, bias, name="patches")
-        patches = builder.merge(patches, axes=("height", "width"), into="seq", name="patches")
-        count = config.patches + 1
-        image = params.without_axis(self.names.embedding, loc, "one", seq=1, embed=embed)
-        axes = {"seq": count, "embed": embed}
-        table = params.without_axis("embeddings.position_embeddings", loc, "one", **axes)
+        if config.patch_bias:
+            bias = params.plain(f"{name}.bias", loc, embed=embed)
+            patches = builder.add(patches, bias, name="patches")
+        return patches
+
+    def embed(self, patches: Value) -> Value:
+        """Emit the tokens of the image and the patches, with their positions added."""
+        builder, config, count = self.builder, self.config, self.config.patches
+        patches = builder.merge(patches, axes=GRID, into="seq", name="patches")
+        tokens = [self.names.embedding] if self.names.embedding else []
+        if not self.names.positions:
+            registers = config.registers if isinstance(config, Dinov3ViTConfig) else 0
+            table = self._table("embeddings.register_tokens", registers) if registers else None
+            values = [self._table(tokens[0], 1), *([] if table is None else [table])]
+            return self._behind(values, patches)
+        table = self._table(self.names.positions, len(tokens) + count)
+        if not tokens:
+            return builder.add(patches, table, name="hidden")
         of_image, of_patches = (
             builder.slice(table, axis="seq", start=start, stop=stop)
-            for start, stop in ((0, 1), (1, count))
+            for start, stop in ((0, 1), (1, count + 1))
         )
         patches = builder.add(patches, of_patches, name="patches")
-        first = builder.slice(patches, axis="seq", start=0, stop=1)
-        token = builder.broadcast(builder.add(image, of_image, name="image"), first)
-        return builder.join(token, patches, axis="seq", name="hidden")
+        image = self._table(tokens[0], 1)
+        return self._behind([builder.add(image, of_image, name="image")], patches)
 
-    def layer(self, hidden: Value, layer: int) -> Value:
+    def _table(self, name: str, size: int) -> Value:
+        """Return a table of tokens or positions, ``[seq, embed]``."""
+        params, embed = self.params, self.config.hidden_size
+        if not self.config.is_flat:
+            return params.without_axis(name, self.builder.loc, "one", seq=size, embed=embed)
+        if name != self.names.embedding:
+            return params.plain(name, self.builder.loc, seq=size, embed=embed)
+        return params.with_axis(name, self.builder.loc, "seq", embed=embed)
+
+    def _behind(self, tokens: Sequence[Value], patches: Value) -> Value:
+        """Emit tokens of every image, and its patches behind them."""
+        builder, hidden = self.builder, patches
+        for token in reversed(tokens):
+            size = token.type["seq"].size
+            assert isinstance(size, int), "the number of tokens is known"
+            like = builder.slice(patches, axis="seq", start=0, stop=size)
+            hidden = builder.join(builder.broadcast(token, like), hidden, axis="seq", name="hidden")
+        return hidden
+
+    def rotation(self, patches: Value, config: Dinov3ViTConfig) -> Callable[[Value], Value]:
+        """Return what rotates the heads of patches by the places of their centres.
+
+        A half of the pairs of a head belongs to each direction.  Those of a direction are brought
+        together, in queries and keys alike, which changes no product of the two.
+
+        Args:
+          patches: with the axes ``height`` and ``width``.
+          config: the config.
+        """
+        builder, quarter = self.builder, config.head_dim // 4
+        counts = {
+            axis: n // config.patch_size for axis, n in zip(GRID, config.image_size, strict=True)
+        }
+        tables = {}
+        for axis, count in counts.items():
+            places = builder.positions(patches, axis=axis, name="places")
+            # The centre of a patch is (2 · place + 1 − count) / count.
+            offset = builder.constant(value=1.0 - count, dtype="i32")
+            centres = builder.add(builder.add(places, places), offset, name="centres")
+            tables[axis] = builder.rope(
+                centres, axis="head_dim", size=2 * quarter, theta=config.rope_theta,
+                scaling="linear", factor=count / (2 * pi),
+            )  # fmt: skip
+
+        def rotate(heads: Value) -> Value:
+            fixed = 1 + config.registers
+            total = fixed + config.patches
+            parts = []
+            for number, (cos, sin) in enumerate(tables.values()):
+                halves = (
+                    builder.slice(heads, axis="head_dim", start=at, stop=at + quarter)
+                    for at in (number * quarter, (number + 2) * quarter)
+                )
+                part = builder.join(*halves, axis="head_dim")
+                others = builder.slice(part, axis="seq", start=0, stop=fixed)
+                turned = builder.slice(part, axis="seq", start=fixed, stop=total)
+                turned = builder.split(turned, axis="seq", into=tuple(counts.items()))
+                turned = builder.rotate(turned, cos, sin, axis="head_dim")
+                turned = builder.merge(turned, axes=GRID, into="seq")
+                parts.append(builder.join(others, turned, axis="seq"))
+            return builder.join(*parts, axis="head_dim")
+
+        return rotate
+
+    def layer(self, hidden: Value, layer: int, rotate: Callable[[Value], Value] | None) -> Value:
         """Emit one layer: attention and feed-forward block, each added to what it reads."""
-        config, output = self.config, self.names.output
-        prefix = self.names.layer.format(layer=layer)
-        first, second = (f"{prefix}{name}" for name in self.names.norms)
+        config, names = self.config, self.names
+        prefix = names.layer.format(layer=layer)
+        first, second = (f"{prefix}{name}" for name in names.norms)
         with self.builder.at(f"layers.{layer}.attention"):
-            x, name = self.norm(hidden, first), f"{prefix}attention.attention"
-            names = (*(f"{name}.{n}" for n in ("query", "key", "value")), prefix + output)
+            x = self.norm(hidden, first)
+            words = (names.query, names.key, names.value, names.output)
             heads = (config.num_attention_heads, config.head_dim)
-            unbiased = "" if config.qkv_bias else "qkv"
-            block = self.attention(x, self.as_keys(x), names, heads, unbiased=unbiased)
+            block = self.attention(
+                x, None, [f"{prefix}{word}" for word in words], heads,
+                unbiased=config.unbiased, rotate=rotate,
+            )  # fmt: skip
             hidden = self._added(hidden, block, prefix, 0)
         with self.builder.at(f"layers.{layer}.ffn"):
             x = self.norm(hidden, second)
-            is_gated = isinstance(config, Dinov2Config) and config.gated
-            block = self._gated(x, prefix) if is_gated else self.feed_forward(x, prefix)
+            has_bias = not isinstance(config, Dinov3ViTConfig) or config.mlp_bias
+            if config.is_gated:
+                act = "silu" if isinstance(config, Dinov2Config) else config.hidden_act
+                block = self.gated(x, prefix, act, has_bias=has_bias)
+            else:
+                block = self.feed_forward(x, prefix, has_bias=has_bias)
             return self._added(hidden, block, prefix, 1)
 
     def _added(self, hidden: Value, block: Value, prefix: str, number: int) -> Value:
@@ -95,20 +185,3 @@ class _ImageEncoder(Blocks):
             scale = self.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
             block = self.builder.mul(block, scale)
         return self.builder.add(hidden, block, name="hidden")
-
-    def _gated(self, x: Value, prefix: str) -> Value:
-        builder, embed = self.builder, self.config.hidden_size
-        gate, up = (self._half(x, f"{prefix}{self.names.gate_up}", n) for n in range(2))
-        hidden = builder.mul(builder.silu(gate), up)
-        down = f"{prefix}{self.names.gated_out}"
-        return self.linear(hidden, down, ("embed", embed), "mlp")
-
-    def _half(self, x: Value, name: str, half: int) -> Value:
-        """Emit gate or up, from its half of the fused projection."""
-        params, loc, width = self.params, self.builder.loc, self.config.intermediate_size
-        word, at, fused = ("gate", "up")[half], half * width, ("mlp", 2 * width)
-        axes = {"mlp": width, "embed": self.config.hidden_size}
-        weight = params.part(f"{name}.{word}.weight", f"{name}.weight", loc, at, fused, axes)
-        shift = {"mlp": width}
-        bias = params.part(f"{name}.{word}.bias", f"{name}.bias", loc, at, fused, shift)
-        return self.builder.add(self.builder.contract(x, weight, over="embed"), bias)
