@@ -47,7 +47,7 @@ from moe_layer_programs import (
     loads,
     programs,
 )
-from moecc_backends.xla.run.program import keep_freed_memory
+from moecc_backends.xla.program import keep_freed_memory
 
 SCHEMA = 1
 BOUNDS = {

@@ -64,7 +64,7 @@ steps = 1
 def serve(folder: str, batch: int, seq: int) -> None:
     """Answer requests of the kind that `train_torch.py` answers."""
     import jax
-    from moecc_backends.xla.run.program import keep_freed_memory
+    from moecc_backends.xla.program import keep_freed_memory
     from moecc_backends.xla.train.step import make_train_step
     from moecc_backends.xla.train.tensors import load
 

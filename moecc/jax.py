@@ -6,7 +6,7 @@ used.
 
 from __future__ import annotations
 
-from moecc.support.backend_names import lazy_names
+from moecc.support.extras import lazy_names
 
 NAMES = ("Conversion", "convert", "graph", "load")
 """The public names."""

@@ -6,7 +6,7 @@ is first used.
 
 from __future__ import annotations
 
-from moecc.support.backend_names import lazy_names
+from moecc.support.extras import lazy_names
 
 NAMES = ("convert", "convert_folder", "load", "prove_folder")
 """The public names."""

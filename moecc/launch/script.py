@@ -46,7 +46,7 @@ def _warn() -> None:
         return
     print(
         f"warning: the program did not join: {process.processes} copies of it ran, each for itself"
-        "\n  hint: join(process_info()) of moecc_backends.xla.run.program, before jax is used",
+        "\n  hint: join(process_info()) of moecc_backends.xla.program, before jax is used",
         file=sys.stderr,
     )
 

@@ -110,7 +110,9 @@ def parse_layout(text: str, name: str) -> list[LayoutRule]:
 @cache
 def builtin_layouts() -> dict[str, str]:
     """Return the layouts that moecc ships, by name, as text."""
-    paths = [path for path in files("moecc.layouts").iterdir() if path.name.endswith(".toml")]
+    paths = [
+        path for path in files("moecc").joinpath("layouts").iterdir() if path.name.endswith(".toml")
+    ]
     texts = {path.name.removesuffix(".toml"): path.read_text("utf-8") for path in paths}
     return dict(sorted(texts.items()))
 

@@ -1,10 +1,12 @@
-"""What to install for an extra: the packages themselves, which any index has."""
+"""What to install for an extra: the packages themselves; names that need some of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, distribution, requires
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution, entry_points, requires
 from importlib.util import find_spec
+from typing import Any
 
 from moecc.errors import MachineError
 
@@ -69,3 +71,29 @@ def _is_missing(requirement: str) -> bool:
     except PackageNotFoundError:
         return True
     return "[" in requirement
+
+
+def lazy_names(
+    module: str, names: tuple[str, ...], package: str, needs: Mapping[str, str]
+) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose names are loaded when they are first used.
+
+    Args:
+      module: the name of the module.
+      names: its public names.
+      package: what has them, within the package of the backends.
+      needs: the libraries that it imports, and the extra that installs each.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        missing = [library for library in needs if find_spec(library) is None]
+        if missing:
+            hint = install_hint(*(needs[library] for library in missing))
+            raise MachineError(f"{module} needs {' and '.join(missing)}", hint=hint)
+        for point in entry_points(group="moecc.backends"):
+            return getattr(import_module(f"{point.module}.{package}"), name)
+        raise MachineError(f"no installed package has {module}", hint="install moecc again")
+
+    return attribute

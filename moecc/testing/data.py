@@ -16,7 +16,7 @@ from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import index_sizes
 from moecc.support.lazy import np
 from moecc.support.ranges import element, lengths
-from moecc.testing.draws import generator, moved
+from moecc.testing.weights import generator, moved, weight_for
 from moecc.types import Array, Size, TensorType
 
 Sizes = Mapping[str, int]
@@ -113,7 +113,6 @@ def _made(value: Value, seed: int, sizes: Sizes, step: float) -> Array:
         # What no expression makes is the tensor of its own name, for passes that say so.
         rolled = _rolled(value, seed, sizes, step)
         return _draw(value, seed, sizes, "source", step) if rolled is None else rolled
-    from moecc.testing.weights import weight_for
 
     return weight_for(value.weight, seed, step)
 

@@ -1,17 +1,47 @@
-"""Random graphs: steps and blocks in random order, then what no output needs is removed."""
+"""Random graphs: steps and blocks in random order, then what no output needs is removed.
+
+Random operations alone seldom make what a pattern needs, and a law of a pass that never matches
+proves nothing.  A pattern is written as the operations that it matches, so it can be planted, too:
+from its leaves to its root, with guesses where it leaves something open.  What no guess makes (rows
+in slots, rotary tables) is copied from a random block that has it.  The matcher and the rule's
+check judge what was made; what does not match is thrown away.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
 
+from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.operation import Attr, OpDef
 from moecc.ir.ops.slots import is_slots
-from moecc.testing.blocks import BLOCKS
-from moecc.testing.draws import Decisions
-from moecc.testing.growth import Growth, Step
-from moecc.testing.planting import Example, plant
-from moecc.testing.steps import SIMPLE
-from moecc.types import BF16, F32, F64, TensorType
+from moecc.rewrite.pattern import (
+    AttrPattern,
+    LeafPattern,
+    OneOf,
+    OpPattern,
+    Pattern,
+    Rule,
+    accept,
+    match,
+    roots,
+)
+from moecc.testing.growth import (
+    Growth,
+    Step,
+    T,
+    attribute,
+    named_axes,
+    operand_type,
+    operands_of,
+    stream_type,
+)
+from moecc.testing.steps import BLOCKS, SIMPLE
+from moecc.testing.weights import Decisions, grow_weight
+from moecc.types import BF16, F32, F64, TensorType, is_name
 
 MAX_STEPS = 8
 """The most steps of a graph; a step is an operation or a block."""
@@ -135,3 +165,382 @@ def _free_output(graph: Graph) -> str:
     while f"y{number}" in graph.output_names:
         number += 1
     return f"y{number}"
+
+
+# Making what a pattern matches, from its leaves to its root.
+#
+# Where the pattern leaves something open (the type of an operand, an attribute), it is guessed, and
+# `infer` decides whether it fits.  Operations whose operands cannot be guessed, as rows in slots
+# and rotary tables, are made after a model: a random step that has one.
+
+BUILDS = 6
+"""How often the operands of one operation are made anew."""
+
+GUESSES = 40
+"""How often the open operands and attributes of one operation are guessed."""
+
+
+class Misfit(Exception):
+    """What was guessed does not fit together."""
+
+
+class Mark:
+    """A point in the growth of a graph to which it can be taken back."""
+
+    def __init__(self, g: Growth) -> None:
+        self.g = g
+        self.last = next(g.graph.walk_back(), None)
+        self.values = len(g.values)
+        self.taps = len(g.taps)
+        self.known = set(g.graph.params) | set(g.graph.inputs)
+
+    def since(self) -> list[Node]:
+        """Return the nodes that were appended since then, in order."""
+        nodes = []
+        for node in self.g.graph.walk_back():
+            if node is self.last:
+                break
+            nodes.append(node)
+        return nodes[::-1]
+
+    def without_waste(self, root: Value) -> list[Node]:
+        """Return the nodes that were appended since then, and erase guesses that led nowhere."""
+        usable = set(self.g.values)
+        for node in self.since()[::-1]:
+            if node.is_dead and node is not root.node and not usable & set(node.results):
+                node.erase()
+        return self.since()
+
+    def restore(self) -> None:
+        """Remove what was appended since then."""
+        for node in self.since()[::-1]:
+            node.erase()
+        graph = self.g.graph
+        for name in [n for n, v in graph.params.items() if n not in self.known and not v.users]:
+            graph.erase_param(name)
+        for name in [n for n, v in graph.inputs.items() if n not in self.known and not v.users]:
+            graph.erase_input(name)
+        del self.g.values[self.values :], self.g.taps[self.taps :]
+
+
+class PatternMaker:
+    """Makes what one pattern matches.
+
+    Attributes:
+      bound: what the names of the pattern stand for so far.
+      names: the axes that the pattern names.
+    """
+
+    def __init__(self, g: Growth, names: Sequence[str]) -> None:
+        self.g = g
+        self.names = names
+        self.bound: dict[str, object] = {}
+
+    def build(self, pattern: Pattern, near: Value | None, goal: TensorType | None = None) -> Value:
+        """Return a value that `pattern` matches.
+
+        Args:
+          pattern: the pattern.
+          near: a value that it may be made of.
+          goal: the type that the value had better have.
+
+        Raises:
+          Misfit: nothing that was tried fits.
+        """
+        if isinstance(pattern, OneOf):
+            return self.build(self.g.pick(pattern.choices), near, goal)
+        if isinstance(pattern, LeafPattern):
+            return self.leaf(pattern, near, goal)
+        assert isinstance(pattern, OpPattern)
+        entry = self.g.pick(sorted(pattern.ops, key=str))
+        ways = (self.guessed, self._by_model) if _is_guessable(entry) else (self._by_model,)
+        for attempt in ways:
+            before = dict(self.bound)
+            try:
+                value = attempt(pattern, entry, near, goal)
+            except Misfit:
+                self.bound = before
+                continue
+            return value
+        raise Misfit
+
+    # --- leaves
+
+    def leaf(self, pattern: LeafPattern, near: Value | None, goal: TensorType | None) -> Value:
+        """Return what a leaf of the pattern may be: what its name stands for, near, or new."""
+        bound = self.bound.get(pattern.name or "")
+        if isinstance(bound, Value):
+            return bound
+        type = goal or stream_type(self.g, self.names)
+        fits = near is not None and near.type == (goal or near.type) and _accepts(pattern, near)
+        if near is not None and fits and self.g.chance(75):
+            return self._bind(pattern.name, near)
+        candidate = find_type(self.g, type)
+        if candidate is not None and self.g.chance(50) and _accepts(pattern, candidate):
+            return self._bind(pattern.name, candidate)
+        return self._bind(pattern.name, self._new(pattern, type))
+
+    def _new(self, pattern: LeafPattern, type: TensorType) -> Value:
+        if type.extents:
+            raise Misfit
+        is_static = type.is_static and type.dtype.is_float
+        is_param = pattern.kind == "param" or (pattern.kind == "value" and is_static)
+        if is_param and not is_static:
+            raise Misfit
+        g = self.g
+        for _ in range(4):
+            hint = pattern.name if is_name(pattern.name) else "w"
+            value = self._param(str(hint), type) if is_param else g.input("t", type)
+            if _accepts(pattern, value):
+                return value
+        raise Misfit
+
+    def _param(self, hint: str, type: TensorType) -> Value:
+        g = self.g
+        if g.chance(30):
+            return g.param(hint, type.axes, type.dtype)
+        # Rules about weights need expressions more often than other steps do.
+        weight = grow_weight(g.choices, type)
+        return g.graph.param(g.graph.fresh(hint), type, weight, loc=g.builder.loc)
+
+    def _bind(self, name: str | None, thing: T) -> T:
+        if name is not None and self.bound.setdefault(name, thing) != thing:
+            raise Misfit
+        return thing
+
+    # --- operations, guessed
+
+    def guessed(
+        self, pattern: OpPattern, entry: OpDef, near: Value | None, goal: TensorType | None
+    ) -> Value:
+        """Return the operation on operands that are made first where the pattern describes them."""
+        has_parts = any(isinstance(p, OpPattern | OneOf) for p in pattern.operands)
+        for _ in range(BUILDS if has_parts else 1):
+            before = dict(self.bound)
+            try:
+                return self._once(pattern, entry, near, goal)
+            except Misfit:
+                self.bound = before
+        raise Misfit
+
+    def _once(
+        self, pattern: OpPattern, entry: OpDef, near: Value | None, goal: TensorType | None
+    ) -> Value:
+        wanted = operands_of(pattern, entry)
+        results: dict[int, Value] = {}
+        for at, item in enumerate(wanted):
+            if isinstance(item, OpPattern | OneOf):
+                beside = next(iter(results.values()), None)
+                results[at] = self.build(item, near, beside.type if beside else None)
+        for number in range(GUESSES):
+            before = dict(self.bound)
+            # Of the last guesses, any type will do.
+            aim = goal if number < GUESSES // 2 else None
+            try:
+                return self._try(pattern, entry, self._open(wanted, results, near), aim)
+            except (Misfit, InputError):
+                self.bound = before
+        raise Misfit
+
+    def _open(
+        self, wanted: Sequence[Pattern | None], results: dict[int, Value], near: Value | None
+    ) -> list[Value]:
+        """Return operands: those made, and guesses for the others."""
+        operands = dict(results)
+        for at, item in enumerate(wanted):
+            if at in operands:
+                continue
+            anchor = next(iter(operands.values()), None)
+            leaf = item if isinstance(item, LeafPattern) else LeafPattern()
+            is_param = leaf.kind == "param"
+            goal = operand_type(self.g, anchor.type, self.names, is_param) if anchor else None
+            operands[at] = self.leaf(leaf, near if anchor is None else anchor, goal)
+        return [operands[at] for at in range(len(wanted))]
+
+    def _try(
+        self, pattern: OpPattern, entry: OpDef, operands: list[Value], goal: TensorType | None
+    ) -> Value:
+        wanted = dict(pattern.attrs)
+        types = [v.type for v in operands] or [TensorType(self.g.dtype)]
+        types += [v.type for v in self.bound.values() if isinstance(v, Value)]
+        attrs = {
+            name: self._attribute(spec, wanted.get(name), types)
+            for name, spec in entry.attrs.items()
+        }
+        if pattern.commutative and self.g.chance(40):
+            operands = operands[::-1]
+        node = self.g.builder.node(entry.name, *operands, names=(), **attrs)
+        return self._checked(pattern, node, goal)
+
+    def _attribute(self, spec: Attr[Any], wanted: object, types: Sequence[TensorType]) -> object:
+        if wanted is not None and not isinstance(wanted, AttrPattern):
+            return wanted
+        name = wanted.name if wanted is not None else None
+        if name is not None and name in self.bound:
+            return self.bound[name]
+        return self._bind(name, attribute(self.g, spec, wanted, types, self.names))
+
+    def _checked(self, pattern: OpPattern, node: Node, goal: TensorType | None) -> Value:
+        """Return the result that the pattern is about, or take the node back."""
+        value = node.results[min(pattern.index, len(node.results) - 1)]
+        refused = pattern.where is not None and not pattern.where(value)
+        if refused or (goal is not None and value.type != goal):
+            node.erase()
+            raise Misfit
+        return self._bind(pattern.name, value)
+
+    # --- operations, made after a model
+
+    def _by_model(
+        self, pattern: OpPattern, entry: OpDef, near: Value | None, goal: TensorType | None
+    ) -> Value:
+        """Return the operation on the operands of one that a block has."""
+        for model in self._models(pattern, entry, near):
+            before = dict(self.bound)
+            try:
+                return self._after(pattern, model, goal)
+            except (Misfit, InputError):
+                self.bound = before
+        raise Misfit
+
+    def _models(self, pattern: OpPattern, entry: OpDef, near: Value | None) -> Iterator[Node]:
+        """Yield nodes of an operation: what makes `near`, what is there, and what steps make."""
+        if near is not None and near.node is not None and near.node.op is entry:
+            yield near.node
+        makers = steps_by_operation().get(entry.name, ())
+        for _ in range(BUILDS if makers else 0):
+            since = Mark(self.g)
+            with suppress(InputError):
+                self.g.pick(makers)(self.g)
+            yield from [n for n in since.since() if n.op is entry and _has_attrs(pattern, n)]
+
+    def _after(self, pattern: OpPattern, model: Node, goal: TensorType | None) -> Value:
+        """Return a node like `model`, on operands that the pattern allows."""
+        operands = [
+            self.build(item, old, old.type) if item is not None else old
+            for item, old in zip(_padded(pattern, model), model.operands, strict=True)
+        ]
+        for name, wanted in pattern.attrs:
+            if isinstance(wanted, AttrPattern):
+                self._bind(wanted.name, model.attrs[name])
+        return self._checked(pattern, self.g.builder.clone(model, *operands), goal)
+
+
+def find_type(g: Growth, type: TensorType) -> Value | None:
+    """Return an earlier value of a type, if there is one."""
+    return g.find(lambda v: v.type == type)
+
+
+def _accepts(pattern: LeafPattern, value: Value) -> bool:
+    is_input = value.node is None and not value.is_param
+    of_kind = {"value": True, "param": value.is_param, "input": is_input}[pattern.kind]
+    return of_kind and (pattern.where is None or bool(pattern.where(value)))
+
+
+def _has_attrs(pattern: OpPattern, node: Node) -> bool:
+    for name, wanted in pattern.attrs:
+        have = node.attrs[name]
+        where = wanted.where if isinstance(wanted, AttrPattern) else None
+        fits = where is None or where(have) if isinstance(wanted, AttrPattern) else have == wanted
+        if not fits:
+            return False
+    return True
+
+
+def _padded(pattern: OpPattern, node: Node) -> list[Pattern | None]:
+    return [*pattern.operands, *[None] * (len(node.operands) - len(pattern.operands))]
+
+
+@cache
+def _is_guessable(entry: OpDef) -> bool:
+    """Return whether guesses ever make the operation; they are tried on graphs of their own."""
+    pattern = OpPattern(frozenset({entry}), tuple(LeafPattern() for _ in entry.operands))
+    for seed in range(4):
+        g = _new_growth(seed)
+        with suppress(Misfit):
+            PatternMaker(g, ()).guessed(pattern, entry, g.values[0], None)
+            return True
+    return False
+
+
+def _new_growth(seed: int) -> Growth:
+    g = Growth(Decisions(seed), F32)
+    g.input("x", TensorType(F32, (*g.tokens, g.embed)))
+    return g
+
+
+@cache
+def steps_by_operation() -> dict[str, tuple[Step, ...]]:
+    """Return, for each operation, the steps that now and then append it."""
+    by_name: dict[str, list[Step]] = {}
+    for step in (*SIMPLE, *BLOCKS):
+        grown = [_new_growth(seed) for seed in range(16)]
+        for g in grown * 2:
+            step(g)
+        for name in {n.op.name for g in grown for n in g.graph}:
+            by_name.setdefault(name, []).append(step)
+    return {name: tuple(steps) for name, steps in by_name.items()}
+
+
+Example = Rule | Pattern | Graph
+"""What can be planted: what a rule or a pattern matches, or a copy of a graph."""
+
+PLANTINGS = 20
+"""How often a pattern is made anew until it, and the rule's check, match."""
+
+
+def plant(g: Growth, example: Example) -> bool:
+    """Append what `example` describes, and return whether it is there as described.
+
+    Its root is returned by the graph, or used by something that is.  One in three of the values
+    inside has another user, is returned, or may be used by later steps.
+    """
+    if isinstance(example, Graph):
+        _expose(g, list(_copied(g, example)))
+        return True
+    rule = example if isinstance(example, Rule) else None
+    pattern = example.pattern if isinstance(example, Rule) else example
+    for _ in range(PLANTINGS):
+        mark = Mark(g)
+        try:
+            maker = PatternMaker(g, named_axes(pattern))
+            root = maker.build(g.pick(roots(pattern)), g.find_float())
+        except Misfit:
+            mark.restore()
+            continue
+        assert root.node is not None
+        matches = [m for p in roots(pattern) if (m := match(p, root.node)) is not None]
+        if bool(matches) and (rule.check if rule else accept)(matches[0]) is None:
+            planted = mark.without_waste(root)
+            _expose(g, [v for n in planted for v in n.results if v is not root] + [root])
+            return True
+        mark.restore()
+    return False
+
+
+def _expose(g: Growth, values: Sequence[Value]) -> None:
+    """Let later steps use the last of `values`, and at times what is inside; return the last."""
+    *inner, root = values
+    for value in inner:
+        if g.chance(15):
+            g.taps.append(value)
+        elif g.chance(20):
+            g.values.append(value)
+    g.values.append(root)
+    is_kept = not root.type.dtype.is_float or g.chance(50)
+    g.taps.append(root if is_kept else g.emit("tanh", root))
+
+
+def _copied(g: Growth, example: Graph) -> Iterator[Value]:
+    """Append a copy of `example`, on values that are there or new, and yield its results."""
+    values: dict[Value, Value] = {}
+    for value in example.inputs.values():
+        candidate = find_type(g, value.type)
+        values[value] = candidate if candidate and g.chance(50) else g.input(value.name, value.type)
+    for value in example.params.values():
+        name = g.graph.fresh(value.name)
+        values[value] = g.graph.param(name, value.type, value.weight, loc=value.loc)
+    for node in example:
+        copy = g.builder.clone(node, *(values[v] for v in node.operands))
+        values.update(zip(node.results, copy.results, strict=True))
+        yield from copy.results

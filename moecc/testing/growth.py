@@ -11,8 +11,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.operation import Attr, OpDef
 from moecc.ir.ops.rules import EXTENT_AXES
 from moecc.rewrite.pattern import AttrPattern, OneOf, OpPattern, Pattern
-from moecc.testing.draws import Choices, pick
-from moecc.testing.weights import grow_weight
+from moecc.testing.weights import Choices, grow_weight, pick
 from moecc.types import I32, KEY, PRED, Axis, DType, TensorType
 
 T = TypeVar("T")

@@ -23,8 +23,7 @@ from moecc.ir.unroll import unrolled
 from moecc.support.lazy import np
 from moecc.support.untyped import Json, JsonDict
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
-from moecc.testing.draws import generator
-from moecc.testing.weights import stored_weight
+from moecc.testing.weights import generator, stored_weight
 from moecc.types import Array, Extent
 
 # Running a graph in the reference interpreter, and how far apart arrays may be.

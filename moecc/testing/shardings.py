@@ -16,7 +16,7 @@ from moecc.ir.mesh import Mesh, set_mesh, sharding_problems
 from moecc.ir.ops.slots import experts_of, is_slots
 from moecc.ir.structure import copied
 from moecc.ir.unroll import unrolled
-from moecc.testing.draws import Choices
+from moecc.testing.weights import Choices
 from moecc.types import Axis, TensorType
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _PASSES = {
     "add-losses": "add_losses:AddLossesPass",
-    "align-neurons": "align_neurons:AlignNeuronsPass",
+    "align-neurons": "other_models:AlignNeuronsPass",
     "annotate-sharding": "sharding.annotate:AnnotateShardingPass",
     "append-expert": "resize.passes:AppendExpertPass",
     "canonicalize": "cleanup:CanonicalizePass",
@@ -31,9 +31,9 @@ _PASSES = {
     "fuse-attention": "fuse_attention:FuseAttentionPass",
     "fuse-gate-up": "fuse_gate_up:FuseGateUpPass",
     "grow": "resize.passes:GrowPass",
-    "lower-collectives": "sharding.lower:LowerCollectivesPass",
+    "lower-collectives": "sharding.annotate:LowerCollectivesPass",
     "merge": "resize.passes:MergePass",
-    "merge-adapter": "merge_adapter:MergeAdapterPass",
+    "merge-adapter": "other_models:MergeAdapterPass",
     "pack-segments": "training:PackSegmentsPass",
     "prune": "resize.passes:PrunePass",
     "record-modes": "specialize:RecordModesPass",

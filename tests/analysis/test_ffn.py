@@ -15,8 +15,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.model.open import open_model
 from moecc.testing import graphs
-from moecc.testing.blocks import attention, experts, feed_forward
-from moecc.testing.steps import binary, contract, unary
+from moecc.testing.steps import attention, binary, contract, experts, feed_forward, unary
 from moecc.types import F32, tensor
 
 SIZES: dict[str, Any] = {"batch": "B", "seq": "S", "embed": 4, "mlp": 6, "head": 2, "wide": 4}

@@ -53,7 +53,7 @@ def train(config: str, pipeline: str, out: str) -> None:
     program = get_backend("xla").compile(graph)
     outputs = program.run(params, inputs)
     import jax
-    from moecc_backends.xla.run.program import replicated, split_batch, whole
+    from moecc_backends.xla.program import replicated, split_batch, whole
 
     shared = {name: replicated(np.asarray(a)) for name, a in params.items()}
     batch = {name: split_batch(a, 0) for name, a in inputs.items()}
@@ -69,7 +69,7 @@ def hang() -> None:
     """Add numbers up with the others, without end."""
     import jax.numpy as jnp
     from jax.experimental import multihost_utils
-    from moecc_backends.xla.run.program import join
+    from moecc_backends.xla.program import join
 
     from moecc.launch.processes import hold_lifeline, process_info, watchdog_of_environment
 

@@ -133,7 +133,7 @@ def test_killing_one_ends_the_others_within_five_seconds(victim: int) -> None:
 
 
 def test_differences_name_the_process_and_what() -> None:
-    from moecc_backends.xla.run.program import differences
+    from moecc_backends.xla.program import differences
 
     same = [("dtype", "bf16"), ("jax", "0.10.2")]
     assert list(differences([same, same, same])) == []

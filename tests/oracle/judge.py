@@ -22,7 +22,6 @@ from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.interpreter import ReferenceProgram
 from moecc.testing.data import inputs_for, params_for, sizes_for
-from moecc.testing.draws import generator, moved
 from moecc.testing.oracle import (
     TOLERANCE,
     Run,
@@ -40,6 +39,7 @@ from moecc.testing.oracle import (
     weight_gaps,
     with_errors,
 )
+from moecc.testing.weights import generator, moved
 from moecc.types import F64, Array
 from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import evaluate

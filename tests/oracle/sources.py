@@ -15,10 +15,10 @@ from moecc.rewrite import P
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.testing.blocks import BLOCKS
-from moecc.testing.draws import Decisions
 from moecc.testing.generate import random_graph
 from moecc.testing.shardings import random_sharding
+from moecc.testing.steps import BLOCKS
+from moecc.testing.weights import Decisions
 from moecc.types import F32
 
 from ..passes.dense_blocks import Dense  # noqa: TID252

@@ -10,8 +10,8 @@ import pytest
 from tiers import examples
 
 from moecc.ir import Graph
-from moecc.testing.blocks import BLOCKS
 from moecc.testing.generate import random_graph
+from moecc.testing.steps import BLOCKS
 
 from . import sound_weights  # noqa: F401 (its edits are among those of SOUND)
 from .judge import difference

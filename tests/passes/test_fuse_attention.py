@@ -15,8 +15,8 @@ from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import assert_same, laws
-from moecc.testing.blocks import attention
 from moecc.testing.generate import random_graph
+from moecc.testing.steps import attention
 from tests.support.attention_graphs import FORMS, Form
 from tests.support.tiers import examples, some
 

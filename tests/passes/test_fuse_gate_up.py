@@ -14,8 +14,8 @@ from tiers import examples
 from moecc.ir import Graph, clone, equal, parse
 from moecc.rewrite.passes import Context
 from moecc.testing import laws
-from moecc.testing.blocks import experts, feed_forward
 from moecc.testing.generate import random_graph
+from moecc.testing.steps import experts, feed_forward
 from moecc.weights.expr import Source
 from moecc.weights.movement import Concat
 

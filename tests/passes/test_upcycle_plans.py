@@ -18,7 +18,7 @@ from moecc.ir.graph import Value
 from moecc.ir.structure import clone, equal
 from moecc.rewrite.passes import Context
 from moecc.testing import graphs, laws
-from moecc.testing.blocks import feed_forward
+from moecc.testing.steps import feed_forward
 from moecc.types import F64, tensor
 from moecc.weights.expr import Source
 

@@ -12,8 +12,8 @@ from moecc.errors import InputError
 from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.rewrite.passes import Context
 from moecc.testing import laws
-from moecc.testing.blocks import experts, feed_forward
 from moecc.testing.generate import random_graph
+from moecc.testing.steps import experts, feed_forward
 
 from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
 

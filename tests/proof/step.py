@@ -27,7 +27,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import numpy as np
-from moecc_backends.xla.run.program import in_precision
+from moecc_backends.xla.program import in_precision
 from moecc_backends.xla.train.step import make_train_step
 
 from moecc.families import build

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from moecc.ir import OPS, Graph, clone, print_graph, verify
 from moecc.testing import graphs, laws, random_graph, run_reference
-from moecc.testing.blocks import BLOCKS
 from moecc.testing.generate import keep_only
 from moecc.testing.growth import Step
-from moecc.testing.steps import SIMPLE, split
+from moecc.testing.steps import BLOCKS, SIMPLE, split
 
 QUIET = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
 

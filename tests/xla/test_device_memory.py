@@ -48,7 +48,7 @@ def test_a_session(backend: Backend) -> None:
 
 def test_other_errors_of_xla_stay_what_they_are() -> None:
     from jax.errors import JaxRuntimeError
-    from moecc_backends.xla.run.program import machine_errors
+    from moecc_backends.xla.program import machine_errors
 
     with pytest.raises(JaxRuntimeError, match="INTERNAL"), machine_errors():
         raise JaxRuntimeError("INTERNAL: something else")
@@ -58,7 +58,7 @@ def test_other_errors_of_xla_stay_what_they_are() -> None:
 
 def test_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     from jax.errors import JaxRuntimeError
-    from moecc_backends.xla.run.program import machine_errors
+    from moecc_backends.xla.program import machine_errors
 
     lost = "UNKNOWN: Gloo all-reduce failed: Connection reset by peer"
     with pytest.raises(JaxRuntimeError), machine_errors():

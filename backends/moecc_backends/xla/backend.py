@@ -28,7 +28,7 @@ from moecc.types import F32, DType
 from moecc_backends.xla.dispatch.choose import dispatch_problems
 from moecc_backends.xla.import_jax import find_devices, keep_compiled_programs
 from moecc_backends.xla.lower.function import function as function
-from moecc_backends.xla.run.program import MultiProcessProgram, XlaProgram, XlaSession, emitted
+from moecc_backends.xla.program import MultiProcessProgram, XlaProgram, XlaSession, emitted
 from moecc_backends.xla.trace.context import AUTO, DEFAULTS, LOWERINGS, Options
 from moecc_backends.xla.trace.host_arrays import jax_inputs as jax_inputs
 from moecc_backends.xla.trace.values import Function

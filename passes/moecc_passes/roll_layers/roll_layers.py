@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
-from moecc.ir.remat_names import DEFAULT, KEPT
+from moecc.ir.ops.repetition import DEFAULT, KEPT
 from moecc.ir.structure import attributes
 from moecc.ir.unroll import unroll
 from moecc.rewrite import P, fits

@@ -19,6 +19,7 @@ from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Re
 from moecc.sharding.assign import Assigner
 from moecc.sharding.collectives import (
     RowSlice,
+    Step,
     from_experts,
     gathered,
     sums_back,
@@ -27,7 +28,6 @@ from moecc.sharding.collectives import (
 )
 from moecc.sharding.vias import BY_NAME, WAYS, Slots, Via, refusals
 from moecc_passes.routed import RoutedLayer, routed_layers
-from moecc_passes.sharding.lower import emit
 
 # A routed layer on a mesh: over which mesh axes its tokens and experts are sharded.
 
@@ -755,3 +755,11 @@ class ExpertParallelPass(Pass):
             exchange(graph, layer, builder, self.slice)
         else:
             gather_tokens(graph, layer, builder, way)
+
+
+def emit(builder: Builder, value: Value, steps: Iterable[Step]) -> Value:
+    """Return what `steps`, one after the other, make of `value`; each has its name."""
+    name = value.name
+    for op, attrs in steps:
+        value = builder.node(op, value, names=(name,), **attrs).result
+    return value

@@ -19,7 +19,7 @@ from moecc.types import F64, I32, Array, tensor
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 
-from moecc_backends.xla.run.program import in_precision  # noqa: E402
+from moecc_backends.xla.program import in_precision  # noqa: E402
 from moecc_backends.xla.train.gradients import COEFFICIENT  # noqa: E402
 from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 

@@ -29,21 +29,19 @@ from moecc.ir.traits import CollectiveKind, RowMove
 from moecc.sharding.vias import Rounds
 from moecc.types import Extent
 from moecc_backends.xla.dispatch.choose import region, why_meets
-from moecc_backends.xla.dispatch.exchange import (
-    ExchangeMap,
-    ExchangeSpec,
-    Mesh,
-    exchange_map,
-    round_map,
-    send,
-    send_back,
-)
 from moecc_backends.xla.dispatch.sorted_rows import (
     Deferral,
+    ExchangeMap,
     ExchangeRecord,
+    ExchangeSpec,
+    Mesh,
     RowPermutation,
     SortedRows,
+    exchange_map,
+    round_map,
     rows_to_tokens,
+    send,
+    send_back,
     sum_rows,
 )
 from moecc_backends.xla.trace.context import DeviceView, TraceContext, zeros_like_on_devices

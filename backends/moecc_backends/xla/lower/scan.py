@@ -24,9 +24,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.ops.repetition import IndexOp, ScanOp, StackOp, repetitions
+from moecc.ir.ops.repetition import DEFAULT, IndexOp, ScanOp, StackOp, repetitions
 from moecc.ir.ops.slots import is_slots
-from moecc.ir.remat_names import DEFAULT
 from moecc.ir.structure import attributes
 from moecc.types import Extent, TensorType
 from moecc_backends.xla.lower.contract import is_precise_param

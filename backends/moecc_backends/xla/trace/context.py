@@ -23,7 +23,7 @@ from moecc.ir.conventions import DISPATCHES
 from moecc.ir.graph import Node, Value, where
 from moecc.ir.mesh import Mesh
 from moecc.ir.operation import Attrs
-from moecc.ir.remat_names import remat_name
+from moecc.ir.ops.repetition import remat_name
 from moecc.ir.structure import local_attrs
 from moecc.types import Axis, TensorType
 from moecc_backends.xla.trace.values import (

@@ -73,7 +73,7 @@ from moecc.types import DTYPES, Array, float_type
 from moecc.weights.expr import Box
 from moecc_backends.xla.import_jax import find_devices, keep_compiled_programs
 from moecc_backends.xla.lower.function import sharded_array
-from moecc_backends.xla.run.program import (
+from moecc_backends.xla.program import (
     StopAgreement,
     agreed_seconds,
     configuration,

@@ -44,7 +44,7 @@ from moecc.train.settings import (
 from moecc.types import KEY, DType, TensorType
 from moecc.types import Arrays as HostArrays
 from moecc_backends.xla.lower.function import function
-from moecc_backends.xla.run.program import in_precision, machine_errors
+from moecc_backends.xla.program import in_precision, machine_errors
 from moecc_backends.xla.trace.values import Arrays, NamedArrays, Names, Outputs, PyTree, accumulator
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,

@@ -1,1 +1,0 @@
-"""Programs that run here: segment by segment, by several processes, or as text."""
