@@ -67,7 +67,7 @@ class ModuleBlock:
     @property
     def params(self) -> list[ProgramValue]:
         """The parameters that its items read."""
-        return [v for v in walk_operands(self.items) if v.param]
+        return params_of(self.items)
 
     def close(self, outputs: Iterable[ProgramValue]) -> None:
         """Find what is read from outside, and what is used there; `outputs` are the program's."""
@@ -84,6 +84,11 @@ class ModuleBlock:
         ]
         # The index of a choice before its weight, and losses last.
         self.outputs.sort(key=lambda v: 0 if v.kind == "int" else 1 if v.axes else 2)
+
+
+def params_of(items: list[Item]) -> list[ProgramValue]:
+    """Return the parameters that items read."""
+    return [v for v in walk_operands(items) if v.param]
 
 
 def members(step: Item | ModuleBlock) -> list[Item]:
@@ -104,7 +109,11 @@ def blocks_of(
     for layer, items in layers.items():
         stack = layer[0].rpartition(".")[0]
         title = f"{_camel(stack)}Layer"
-        block = ModuleBlock(title, prefixes.get(layer, f"{layer[0]}.{layer[1]}"), [], layer)
+        path = prefixes.get(layer, f"{layer[0]}.{layer[1]}")
+        first = prefixes.get((layer[0], 0), "")
+        if layer not in prefixes and all(is_under(v.name, first) for v in params_of(items)):
+            path = first  # the same layer, again
+        block = ModuleBlock(title, path, [], layer)
         block.steps = inner_steps(items, block.path)
         for part in (block, *block.blocks):
             part.stack = _camel(stack)

@@ -85,7 +85,10 @@ class ModelWriter(BlockWriter):
             self.state(f"{names_of_lists} = {', '.join(['[]'] * len(collected))}")
         call = self.layer_call(layers, arguments, zipped)
         loops = ", ".join(["layer", *(name for name, _ in zipped)])
-        lists = ", ".join([self.tree.access(stack), *(text for _, text in zipped)])
+        modules = self.tree.access(stack)
+        if len(layers) > 1 and all(layer.path == first.path for layer in layers):
+            modules = f"{len(layers)} * list({modules})"  # one module
+        lists = ", ".join([modules, *(text for _, text in zipped)])
         self.state(f"for {loops} in {f'zip({lists})' if zipped else lists}:")
         self.state(f"    {', '.join(results)} = {call}")
         for name in collected:

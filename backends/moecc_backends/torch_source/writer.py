@@ -483,7 +483,9 @@ class ModuleTree:
         stacks: dict[str, list[ModuleBlock]] = {}
         for block in self.block.blocks:
             if block.layer is not None:
-                stacks.setdefault(block.path.rpartition(".")[0], []).append(block)
+                stack = stacks.setdefault(block.path.rpartition(".")[0], [])
+                # Layers that share their parameters are one.
+                stack += [block] if all(block.path != b.path for b in stack) else []
             elif block.path:
                 self._put(tree, block.path, self.construct(block))
             else:
