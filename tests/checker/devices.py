@@ -240,6 +240,7 @@ EDITS = (
 LAID_OTHERWISE = (
     ("itself", '"b": 2', '"b": 4'),
     ("itself", "batch@a=8", "batch@b=8"),
+    ("sum", "output y = %y", "output y = %s"),
     (
         "reshard",
         '{to="embed@b"} : f32[batch=8, embed@b=8]',

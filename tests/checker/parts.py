@@ -67,6 +67,7 @@ graph g {{
 }}
 """
 SHARDS = {
+    "a graph on devices as its part": ("x", "f32[batch@parts=B, seq=S]", "@parts", ""),
     "a part of each text": ("x", "f32[batch=B, seq@parts=S]", "", "@parts"),
     "what needs no batch": ("w", "f32[embed=8]", "@parts", ""),
 }
@@ -131,7 +132,8 @@ def wrong() -> Iterator[tuple[str, Proof]]:
             for m, b, s, t in (("", "", "", type.replace("@parts", "")), (mesh, batch, seq, type))
         )
         whole, on_devices = texts
-        yield name, log_of(whole, whole, {"parts": [on_devices]})
+        is_part = name == "a graph on devices as its part"
+        yield name, log_of(whole, on_devices if is_part else whole, {"parts": [on_devices]})
     without = {k: v for k, v in log.items() if k != "devices"}
     yield "no steps of devices", (without, before, after)
     yield "a part with frozen parameters", ({**log, "frozen": [["%w"], ["%w"]]}, before, after)
