@@ -387,7 +387,9 @@ def _differences(folder: Path, expected: Mapping[str, FileRecord]) -> list[Probl
     return problems
 
 
-# The arrays of a saved state: zarr in one database, as Orbax writes them.
+# The arrays of a saved state: zarr in one database, or each in a folder, as Orbax writes them.
+
+_DATABASE = "manifest.ocdbt"
 
 
 def array_key(*parts: str) -> str:
@@ -404,6 +406,10 @@ class StateReader(ZarrArrays):
     Raises:
       MachineError: tensorstore is missing.
     """
+
+    def __init__(self, folder: Path) -> None:
+        # Processes that share no folder write files of chunks, which need no merge into a database.
+        super().__init__(folder, is_database=(folder / _DATABASE).is_file())
 
     def _unreadable(self, key: str, error: Exception) -> InputError:
         if self._folder.is_dir():

@@ -388,14 +388,11 @@ def mirror(source: str, subfolders: Collection[str] = (TEMPLATES,)) -> Path:
     system = file_system(address)
     with store_errors(folder):
         system.invalidate_cache()
-        # Not `find`, whose walk takes a listing that fails for an empty one.
+        # Not `find` with a depth, whose walk takes a listing that fails for an empty one.
         entries: list[JsonDict] = system.ls(folder.in_store, detail=True)
         names = {f"{folder.in_store}/{name}" for name in subfolders}
-        inner = [e["name"] for e in entries if e["type"] == "directory" and e["name"] in names]
-        while inner:
-            below: list[JsonDict] = system.ls(inner.pop(), detail=True)
-            inner += (e["name"] for e in below if e["type"] == "directory")
-            entries += below
+        for entry in [e for e in entries if e["type"] == "directory" and e["name"] in names]:
+            entries += system.find(entry["name"], detail=True).values()
     prefix = f"{folder.in_store}/"
     files = {
         e["name"].removeprefix(prefix): e

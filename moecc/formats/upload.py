@@ -37,6 +37,11 @@ def staging_folder(address: Address) -> Path:
     return Path(cache, "moecc", "uploads", address.scheme, address.path)
 
 
+def member_stage(stage: Path, process: int | str) -> Path:
+    """Return the staging folder of a further process of a run."""
+    return stage.with_name(f".{stage.name}.process-{process}")
+
+
 def upload_digest(folder: Path) -> str:
     """Return the digest of a folder's manifest, which has those of all files."""
     return file_digest(folder / MANIFEST_NAME)
@@ -164,9 +169,11 @@ class StoreOutput:
         Files are removed where an upload had begun, because they are no complete output.
         """
         actions = clean_local(self.stage) if self.stage.parent.is_dir() else []
-        if self.stage.is_dir():
-            require_removed(self.stage, "this could not be deleted")
-            actions.append(f"{self.stage}: removed what was not uploaded")
+        members = self.stage.parent.glob(member_stage(self.stage, "*").name)
+        for stage in (self.stage, *members):
+            if stage.is_dir():
+                require_removed(stage, "this could not be deleted")
+                actions.append(f"{stage}: removed what was not uploaded")
         if claim := self._claimed():
             names = sorted(self._names()) if claim.startswith(UPLOADING) else []
             for name in names:

@@ -450,7 +450,7 @@ def train(
         asked = machine or (saved and saved.machine)
         work = step_work(job, training.devices, find_machine(asked) if asked else None, predicted)
         stopped = _watch(job, training, noted, trackers, work, predicted)
-        if stored is not None and training.writes:
+        if stored is not None:
             stored.finish(is_done=stopped.reason is Reason.DONE)
     return _outcome(stopped, job, training.writes)
 

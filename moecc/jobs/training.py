@@ -321,6 +321,8 @@ def export_step(job: TrainJob, step: int) -> Path:
     """Write ``exports/N`` of a run, and compare it with its manifest. Raises as `exported`."""
     out = job.run / EXPORTS / str(step)
     out.parent.mkdir(exist_ok=True)
+    if job.store is not None:
+        job.store.complete(step)
     with open_model(f"{job.run}@{step}") as model:
         target = job.recipe.run.export_to or DEFAULT_TARGET
         # The folder is beside its source, in a place of its own.

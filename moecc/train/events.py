@@ -236,6 +236,38 @@ class Teacher:
     read: TensorReader
 
 
+class RunStore(Protocol):
+    """The store of a run; each of several processes has a folder of its own, shared with none.
+
+    Methods that reach the store raise MachineError where it denies access or does not answer, and
+    InputError where another process took the run over.
+    """
+
+    def enter(self, process: int, writer: str) -> Path:
+        """Return the folder of one of several processes, which `writer` names in the claim."""
+        ...
+
+    def fetch(self) -> None:
+        """Bring the last step in the store to the folder of this process, where files lack."""
+        ...
+
+    def complete(self, number: int) -> None:
+        """Bring the arrays of a step that other processes uploaded to this folder."""
+        ...
+
+    def put_part(self, number: int) -> None:
+        """Upload what a process that is not the first wrote of a step, and remove it here."""
+        ...
+
+    def get_parts(self, number: int, processes: int) -> None:
+        """Bring the records of what the other processes uploaded of a step to this folder."""
+        ...
+
+    def put_run(self) -> None:
+        """Upload what is new in the folder of the first process, each step with its record last."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """A run that is to begin, or to go on.
@@ -250,7 +282,7 @@ class TrainJob:
       begin: opens what the first step begins from, where nothing is saved yet.
       traced_steps: how many steps are traced for xprof, in the folder ``profile`` of the run.
       teacher: opens the source that the model is distilled from; None without distillation.
-      publish: uploads a step that was saved, of a run in a store.
+      store: of a run in a store; None of one in a folder, which all processes share.
     """
 
     run: Path
@@ -262,7 +294,7 @@ class TrainJob:
     begin: Callable[[], AbstractContextManager[Beginning]]
     traced_steps: int = 0
     teacher: Callable[[], AbstractContextManager[Teacher]] | None = None
-    publish: Callable[[], None] = lambda: None
+    store: RunStore | None = None
 
 
 class Training(Protocol):

@@ -19,13 +19,14 @@ from typing import Any
 from moecc.errors import InputError, MachineError
 from moecc.formats.files import (
     os_errors,
+    read_json_object,
     read_whole,
     remove,
     replace_durable,
     synchronise_folder,
     write_durable,
 )
-from moecc.formats.manifest import MANIFEST_NAME, FileRecord, file_records, seal
+from moecc.formats.manifest import MANIFEST_NAME, FileName, FileRecord, file_records, seal
 from moecc.formats.modelcard import hub_repository
 from moecc.formats.output import lock_folder, output_folder
 from moecc.formats.run import (
@@ -54,7 +55,7 @@ from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.support.problems import describe
 from moecc.support.process import Closing
-from moecc.support.record import to_json
+from moecc.support.record import read_record, to_json
 from moecc.support.text import brief, facts_table
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.events import (
@@ -77,6 +78,8 @@ from moecc.version import __version__
 
 Content = Path | bytes
 """A file, or what is to be in it."""
+
+_MAX_PART_BYTES = 64 << 20
 
 
 def create_run(
@@ -160,6 +163,49 @@ def begin_step(run: Path, number: int) -> Path:
     return folder / STATE
 
 
+# The files of a step that each of several processes wrote, and hashes itself.
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """The files that one of several processes wrote of a step, by paths in its state."""
+
+    files: Mapping[FileName, FileRecord]
+
+
+def part_name(process: int) -> str:
+    """Return the name of the record of a process that is not the first, beside the state."""
+    return f"part-{process}.json"
+
+
+def write_part(run: Path, number: int, process: int) -> None:
+    """Write the digests of the files of a step that a process wrote. Raises MachineError."""
+    state = run / STEPS / str(number) / STATE
+    written = [
+        path
+        for path in _files_in(state)
+        # A database of each process in a shared folder; in a folder of its own, files of chunks.
+        if (parts := path.relative_to(state).parts)[0] == f"ocdbt.process_{process}"
+        or parts[1:2] == ("c",)
+    ]
+    part = StepPart(digests(state, written))
+    replace_durable(state.parent / part_name(process), _json(to_json(part)))
+
+
+def read_part(path: Path) -> StepPart:
+    """Return the record that `write_part` wrote. Raises InputError if it is none."""
+    return read_record(StepPart, read_json_object(path, limit_bytes=_MAX_PART_BYTES), str(path))
+
+
+def _take_parts(folder: Path) -> dict[str, FileRecord]:
+    """Return the digests of what other processes wrote of a step, and remove their records."""
+    records: dict[str, FileRecord] = {}
+    for path in sorted(folder.glob("part-*.json")):
+        records |= read_part(path).files
+        path.unlink()
+    return records
+
+
 def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
     """Make a step complete, whose arrays are written; from now on it is one of the run's.
 
@@ -175,10 +221,12 @@ def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
     if not (folder / STATE).is_dir():
         raise MachineError("the arrays of a checkpoint were removed", where=folder)
     described = [run / name for name in (RECIPE, LINEAGE, GRAPH)]
+    state, parts = folder / STATE, _take_parts(folder)
+    remaining = [p for p in _files_in(state) if p.relative_to(state).as_posix() not in parts]
     content = StepRecord(
         step=number,
         **facts,
-        files=digests(folder / STATE, _files_in(folder / STATE)),
+        files=dict(sorted({**parts, **digests(state, remaining)}.items())),
         run_files=digests(run, [*described, *_files_in(run / SOURCE)]),
     )
     replace_durable(folder / STEP, seal(_json(to_json(content)).removesuffix(b"\n}\n")))

@@ -3,21 +3,32 @@
 The store alone decides where a run is: another machine continues it from there. A claim names the
 process that trains it and the last step uploaded, so that a listing that lags hides no step; a
 later process takes the claim over, and the earlier one notices before its next file.
+
+Several processes share no folder. Each uploads the chunks of arrays that its devices hold with a
+record of their digests; the first process, which holds the claim, uploads all else, and step.json
+last, which has the digests of all. Each brings the last step to its own folder where it begins.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 
 from moecc.errors import ALIASES, InputError
 from moecc.formats.arrays import files_below
-from moecc.formats.files import make_folder, os_errors, read_whole, remove, require_removed
+from moecc.formats.files import (
+    make_folder,
+    os_errors,
+    read_whole,
+    remove,
+    require_removed,
+)
 from moecc.formats.run import (
     GRAPH,
     LINEAGE,
@@ -25,6 +36,7 @@ from moecc.formats.run import (
     RECIPE,
     SOURCE,
     SPEED,
+    STATE,
     STEP,
     STEPS,
     SavedStep,
@@ -33,9 +45,12 @@ from moecc.formats.run import (
     saved_steps,
 )
 from moecc.formats.store import get_file
-from moecc.formats.upload import LAST_FILES, StoreOutput
+from moecc.formats.upload import LAST_FILES, StoreOutput, member_stage
 from moecc.train.events import TrainJob
-from moecc.train.run import locked_run
+from moecc.train.run import locked_run, part_name, read_part
+
+_UPLOADS = 8
+"""Files of a step that are moved at the same time: a chunk is small beside the way to a store."""
 
 _TRAINING = "training"
 """The first word of the claim of a run, before its last step."""
@@ -50,11 +65,12 @@ class StoredRun(StoreOutput):
     """A run in an object store; see `StoreOutput`.
 
     Attributes:
-      stage: the folder of this machine in which it is trained.
+      stage: the folder of this machine in which it is trained; of several processes, each has one.
     """
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
+        self._process = 0
         ALIASES[str(self.stage)] = str(self.address)
         self._uploaded: dict[str, tuple[int, int]] = {}
 
@@ -86,8 +102,19 @@ class StoredRun(StoreOutput):
           job: over the mirror, or of a new run in the stage.
           is_new: whether the run is made.
         """
-        create = (lambda: self._begin(job.create)) if is_new else self._fetch
-        return replace(job, run=self.stage, create=create, publish=self.put_run)
+        create = (lambda: self._begin(job.create)) if is_new else self._resume_run
+        return replace(job, run=self.stage, create=create, store=self)
+
+    def enter(self, process: int, writer: str) -> Path:
+        """Return the folder of one of several processes; see `RunStore`.
+
+        Processes of one machine, or of one cache folder, have different ones.
+        """
+        self._process, self._writer = process, writer
+        if process:
+            self.stage = member_stage(self.stage, process)
+            ALIASES[str(self.stage)] = str(self.address)
+        return self.stage
 
     def clear_stage(self) -> None:
         """Remove what an earlier process left in the stage, and make the folders around it.
@@ -100,7 +127,7 @@ class StoredRun(StoreOutput):
             make_folder(folder)
         if not self.stage.is_dir():
             return
-        with locked_run(self.stage):
+        with locked_run(self.stage) if not self._process else nullcontext():
             # Renamed first: processes of one training may come here at the same time.
             old = self.stage.with_name(f".{self.stage.name}.{token_hex(4)}")
             with suppress(FileNotFoundError), os_errors(self.stage, "remove"):
@@ -114,36 +141,77 @@ class StoredRun(StoreOutput):
           InputError: another process took the run over.
           MachineError: the store denies access, or does not answer.
         """
-        steps = [step.number for step in saved_steps(self.stage)]
+        steps = {step.number: step for step in saved_steps(self.stage)}
         last, present = max(steps, default=0), self._names()
         names = {p.relative_to(self.stage).as_posix() for p in files_below(self.stage)}
         for name in sorted(names, key=lambda n: (_order(n), n)):
             # An export is written beside this thread, under a name that begins with a dot.
             if not _STEP_FILE.fullmatch(name) and "/." not in name:
                 self._put(name, present)
-        complete = {int(m[1]) for name in present if (m := _RECORD.fullmatch(name))}
-        for number in set(steps) - complete:
+        complete = _complete_steps(present)
+        for number in steps.keys() - complete:
             # What a killed process left of this step may have the sizes of its files.
-            prefix = f"{STEPS}/{number}/"
+            prefix, record = f"{STEPS}/{number}/", f"{STEPS}/{number}/{STEP}"
             below = {name for name in names if name.startswith(prefix)}
-            for name in sorted(below, key=lambda n: (bool(_RECORD.fullmatch(n)), n)):
-                self._put(name, {})
-            for name in sorted(n for n in present if n.startswith(prefix) and n not in below):
-                self._remove(name)
+            self._each(lambda name: self._put(name, {}), below - {record})
+            listed = {f"{prefix}{STATE}/{name}" for name in steps[number].facts.files}
+            for name in sorted(n for n in present if n.startswith(prefix)):
+                if name not in below | listed:
+                    self._remove(name)
+            self._put(record, {})
         self._require_held()
         self._claim(_TRAINING, str(last))
-        old = {n for n in complete if n < last} - set(steps)
-        for name in sorted(present, key=lambda n: (not _RECORD.fullmatch(n), n)):
-            match = _STEP_FILE.fullmatch(name)
-            if match and (int(match[1]) in old or int(match[1]) not in complete | set(steps)):
-                self._remove(name)
+        old = {n for n in complete if n < last} - steps.keys()
+        removed = [m for name in present if (m := _STEP_FILE.fullmatch(name))]
+        removed = [m for m in removed if int(m[1]) in old or int(m[1]) not in complete | set(steps)]
+        # A step without its record is no step, whatever else is still in it.
+        self._each(self._remove, (m[0] for m in removed if _RECORD.fullmatch(m[0])))
+        self._each(self._remove, (m[0] for m in removed if not _RECORD.fullmatch(m[0])))
 
     def finish(self, *, is_done: bool) -> None:
         """Upload what is new, and remove the stage of a run that is done. Raises as `put_run`."""
-        self.put_run()
-        if is_done:
+        if not self._process:
+            self.put_run()
+        if is_done or self._process:
             require_removed(self.stage, "the run is complete, but its staging folder remains")
+        if is_done and not self._process:
             self._writer_file.unlink(missing_ok=True)
+
+    def put_part(self, number: int) -> None:
+        """Upload what this process wrote of a step, its record last, and remove it here."""
+        folder = self.stage / STEPS / str(number)
+        record = folder / part_name(self._process)
+        self._each(
+            lambda name: self._put_file(folder / STATE / name, f"{STEPS}/{number}/{STATE}/{name}"),
+            read_part(record).files,
+        )
+        self._put_file(record, f"{STEPS}/{number}/{record.name}")
+        remove(self.stage / STEPS)
+        make_folder(self.stage / STEPS)
+
+    def get_parts(self, number: int, processes: int) -> None:
+        """Bring the records of the other processes, whose uploads are complete, to the stage."""
+        for process in range(1, processes):
+            self._get(f"{STEPS}/{number}/{part_name(process)}", {})
+
+    def fetch(self) -> None:
+        """Bring the last step of the claim, which the first process holds, to the stage."""
+        self._require_held()
+        self._bring(self._last_claimed())
+
+    def complete(self, number: int) -> None:
+        """Bring the arrays of a step to the stage, those that it has not."""
+        step = SavedStep(number, self.stage / STEPS / str(number))
+        sizes = {
+            (step.state / name).relative_to(self.stage).as_posix(): record.size_bytes
+            for name, record in step.facts.files.items()
+        }
+        missing = [
+            name
+            for name, size in sizes.items()
+            if not (path := self.stage / name).is_file() or path.stat().st_size != size
+        ]
+        self._each(lambda name: self._get(name, sizes), missing)
 
     def _begin(self, create: Callable[[], None]) -> None:
         """Claim an address without a run, and make the run. Raises as `put_run`."""
@@ -157,44 +225,51 @@ class StoredRun(StoreOutput):
         create()
         self.put_run()
 
-    def _fetch(self) -> None:
+    def _resume_run(self) -> None:
         """Claim the run, and bring the stage to its last step. Raises as `put_run`."""
-        claim = self._claimed().split()
-        head = int(claim[1]) if claim[:1] == [_TRAINING] and claim[1].isdecimal() else 0
+        head = self._last_claimed()
         self._claim(_TRAINING, str(head))
-        present = self._names()
-        complete = {int(m[1]) for name in present if (m := _RECORD.fullmatch(name))}
-        last = max({*complete, head})
-        sources = [name for name in present if name.startswith(f"{SOURCE}/")]
-        names = [*_FIXED, *sources, *([f"{STEPS}/{last}/{STEP}"] if last else [])]
-        if not self._has(names, last):
-            self.clear_stage()
-            for name in [*names, *(f"{STEPS}/{number}/{STEP}" for number in complete)]:
-                self._get(name, present)
-            for name in _JOURNALS:
-                if name in present:
-                    self._get(name, present)
-            make_folder(self.stage / STEPS)
-            if last:
-                step = SavedStep(last, self.stage / STEPS / str(last))
-                for name, record in step.facts.files.items():
-                    name = (step.state / name).relative_to(self.stage).as_posix()
-                    self._get(name, {name: record.size_bytes})
+        last = max({*_complete_steps(self._names()), head})
+        self._bring(last)
+        for step in saved_steps(self.stage):
+            # A later one is uploaded, unless other processes wrote a part of it.
+            arrays = (step.state / name for name in step.facts.files)
+            if step.number > last and not all(path.is_file() for path in arrays):
+                remove(step.folder)
         self.put_run()
 
-    def _has(self, names: list[str], last: int) -> bool:
-        """Return whether the stage has files as the store has them, and the arrays of a step."""
-        for name in names:
-            path = self.stage / name
-            if not path.is_file() or read_whole(path) != self._read(name):
-                return False
-        if not last:
-            return True
-        step = SavedStep(last, self.stage / STEPS / str(last))
-        return all(
-            (step.state / name).is_file() and (step.state / name).stat().st_size == r.size_bytes
-            for name, r in step.facts.files.items()
-        )
+    def _last_claimed(self) -> int:
+        """Return the step of the claim, the last one uploaded; 0 without a claim of a training."""
+        claim = self._claimed().split()
+        return int(claim[1]) if claim[:1] == [_TRAINING] and claim[1].isdecimal() else 0
+
+    def _bring(self, last: int) -> None:
+        """Bring the run with its last step to the stage. Raises as `put_run`."""
+        present = self._names()
+        records = [
+            f"{STEPS}/{number}/{STEP}" for number in sorted({*_complete_steps(present), last})
+        ]
+        sources = [name for name in present if name.startswith(f"{SOURCE}/")]
+        names = [*_FIXED, *sources, *(records[-1:] if last else [])]
+        if not all(self._is_same(name) for name in names):
+            self.clear_stage()
+            journals = [name for name in _JOURNALS if name in present and not self._process]
+            # The last record comes last: where it is, all before it is whole.
+            for name in [*journals, *_FIXED, *sources, *(records if last else [])]:
+                self._get(name, present if name in _JOURNALS else {})
+            make_folder(self.stage / STEPS)
+        if last:
+            self.complete(last)
+
+    def _is_same(self, name: str) -> bool:
+        """Return whether a file of the stage is as the store has it."""
+        path = self.stage / name
+        return path.is_file() and read_whole(path) == self._read(name)
+
+    def _each(self, work: Callable[[str], None], names: Iterable[str]) -> None:
+        """Do something for each file, several at the same time."""
+        with ThreadPoolExecutor(_UPLOADS) as threads:
+            list(threads.map(work, sorted(names)))
 
     def _get(self, name: str, sizes: dict[str, int]) -> None:
         path = self.stage / name
@@ -223,8 +298,18 @@ class StoredRun(StoreOutput):
         if not claim.startswith(_TRAINING):
             super()._require_free(claim, content)
 
+    def _require_held(self) -> None:
+        # The claim's last step changes; its writer is that of all processes of a run.
+        if not (self._process and self._claimed().endswith(f" {self._writer}")):
+            super()._require_held()
+
     def _lost_hint(self) -> str:
         return "let it finish; the same command continues the run afterwards"
+
+
+def _complete_steps(names: Iterable[str]) -> set[int]:
+    """Return the steps of a run whose records are among its files."""
+    return {int(match[1]) for name in names if (match := _RECORD.fullmatch(name))}
 
 
 def _order(name: str) -> int:

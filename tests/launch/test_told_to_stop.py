@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,12 +15,13 @@ import pytest
 
 from moecc.formats.run import saved_steps
 
-from ..train.tiny import make_recipe  # noqa: TID252
+from ..train.tiny import make_model, make_recipe  # noqa: TID252
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("jax")
 
 LIMIT_SECONDS = 300
+ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
@@ -28,14 +30,60 @@ def free_port() -> int:
         return port
 
 
-def start(folder: Path, port: int, number: int) -> subprocess.Popen[bytes]:
-    names = {"COORDINATOR": f"localhost:{port}", "PROCESSES": "2", "PROCESS": str(number)}
-    variables = {f"MOECC_{name}": value for name, value in names.items()}
-    command = ["train", str(folder / "recipe.toml"), "--out", str(folder / "run")]
+def start(
+    folder: Path, port: int, number: int, count: int = 2, cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    """Start one of several processes; the folder of the run is in `cwd`, else beside the recipe."""
+    names = {"COORDINATOR": f"localhost:{port}", "PROCESSES": count, "PROCESS": number}
+    variables = {f"MOECC_{name}": str(value) for name, value in names.items()}
+    command = ["train", str(folder / "recipe.toml"), "--out", "run"]
     return subprocess.Popen(
         [sys.executable, "-m", "moecc", *command],
-        env={**os.environ, **variables, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    )
+        env={**os.environ, **variables, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+             "PYTHONPATH": str(ROOT)},
+        cwd=cwd or folder, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Wait for processes; return the exit code and the messages of each."""
+    try:
+        texts = [process.communicate(timeout=LIMIT_SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+
+
+def test_no_process_of_four_hashes_a_third_of_a_step(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, "steps = 1\nsave_steps = 1")
+    make_model(tmp_path / "wide", hidden_size=256, intermediate_size=1024)
+    text = recipe.read_text().replace('source = "model"', 'source = "wide"')
+    recipe.write_text(text + '\n[mesh]\nmesh = "data=4"\n')
+    port = free_port()
+    for code, text in end([start(tmp_path, port, number, 4) for number in range(4)]):
+        assert code == 0, text
+    (step,) = saved_steps(tmp_path / "run")
+    sizes = [0] * 4
+    for name, record in step.facts.files.items():
+        # What a process wrote has a folder of its own; the first hashes the remaining files.
+        match = re.match(r"ocdbt\.process_(\d)/", name)
+        sizes[int(match[1]) if match else 0] += record.size_bytes
+    assert max(sizes) <= 0.3 * sum(sizes), sizes
+
+
+def test_a_folder_that_is_not_shared_is_rejected_though_an_old_one_is_there(
+    tmp_path: Path,
+) -> None:
+    recipe = make_recipe(tmp_path, "steps = 1\nsave_steps = 1")
+    recipe.write_text(recipe.read_text() + '\n[mesh]\nmesh = "data=2"\n')
+    machines = [tmp_path / "machine-0", tmp_path / "machine-1"]
+    (machines[1] / "run").mkdir(parents=True)
+    machines[0].mkdir()
+    port = free_port()
+    for code, text in end([start(tmp_path, port, n, cwd=machines[n]) for n in (0, 1)]):
+        assert code == 4
+        assert "the processes do not share the folder of the run" in text
 
 
 def test_one_signal_stops_both_and_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from moecc.train.run import (
     keep_steps,
     locked_run,
     remove_incomplete,
+    write_part,
 )
 
 
@@ -44,6 +45,30 @@ def save(run: Path, step: int, loss: float | None = None) -> None:
     state.mkdir()
     (state / "data").write_bytes(b"array")
     finish_step(run, step, {"loss": loss, "tokens": step, "left_out": [], "tensors": {}})
+
+
+def test_each_process_hashes_what_it_wrote(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import moecc.train.run as module
+
+    state = begin_step(run, 1)
+    for name in ("d/x", "ocdbt.process_1/d/y", "ocdbt.process_2/d/z"):
+        (state / name).parent.mkdir(parents=True)
+        (state / name).write_bytes(name.encode())
+    for process in (1, 2):
+        write_part(run, 1, process)
+    file_records, hashed = module.file_records, []
+
+    def noted(files: dict[str, Path]) -> Any:
+        hashed.extend(files)
+        return file_records(files)
+
+    monkeypatch.setattr(module, "file_records", noted)
+    finish_step(run, 1, {"loss": None, "tokens": 1, "left_out": [], "tensors": {}})
+    assert [name for name in hashed if "/d/" in name or name.startswith("d/")] == ["d/x"]
+    (step,) = saved_steps(run)
+    assert sorted(step.facts.files) == ["d/x", "ocdbt.process_1/d/y", "ocdbt.process_2/d/z"]
+    assert sorted(p.name for p in step.folder.iterdir()) == ["state", "step.json"]
+    check_step(run, step)
 
 
 def numbers(run: Path) -> list[int]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ __all__ = ["store"]  # a fixture
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 2"
 
 
@@ -117,3 +123,76 @@ def test_a_run_survives_the_loss_of_its_machine_at_every_upload(
         assert same_runs(run, recipe.parent / "whole")
         steps = {p.name for p in (run / "steps").iterdir()}
         assert steps == {str(s.number) for s in saved_steps(run)}
+
+
+MESH = 'mesh.mesh="fsdp=2"'
+
+
+def processes(store: Any, base: Path, count: int, *words: object) -> list[subprocess.Popen[str]]:
+    """Start processes of one run, each with a home, a cache and a folder of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    started = []
+    for number in range(count):
+        home = base / f"machine-{number}"
+        home.mkdir(parents=True, exist_ok=True)
+        variables = {
+            **os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"),
+            "TMPDIR": str(home), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu",
+            "MOECC_COORDINATOR": f"127.0.0.1:{port}", "MOECC_PROCESSES": str(count),
+            "MOECC_PROCESS": str(number), "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "moecc", *map(str, words)]
+        started.append(
+            subprocess.Popen(command, env=variables, cwd=home, stderr=subprocess.PIPE, text=True)
+        )
+    return started
+
+
+def ended(started: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Wait for processes; return the exit code and the messages of each."""
+    texts = [process.communicate(timeout=300)[1] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, texts, strict=True)]
+
+
+def test_machines_that_share_no_folder_train_one_run(
+    store: Any, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def words(name: str) -> tuple[object, ...]:
+        return ("train", recipe, "--out", f"s3://bucket/{name}", "--set", MESH,
+                "--set", 'mesh.rules=["fsdp"]', "--set", "run.export_steps=6",
+                "--set", "run.export_to=auto")  # fmt: skip
+
+    for code, text in ended(processes(store, tmp_path, 2, *words("two"))):
+        assert code == 0, text
+    whole = download(store, "two", tmp_path / "two")
+    (last,) = (step for step in saved_steps(whole) if step.number == 6)
+    parts = [n for n in last.facts.files if n.split("/")[1:2] == ["c"]]
+    assert parts, "each process wrote chunks"
+    assert not list(whole.glob("steps/*/part-*"))
+    assert not [p for p in tmp_path.glob("machine-*/cache/moecc/**/*") if p.is_file()]
+    store.rm("bucket/two", recursive=True)
+
+    # Machine 1 dies once the first step is there; both come back with other disks.
+    started = processes(store, tmp_path, 2, *words("two"))
+    while not store.exists("bucket/two/steps/2/step.json"):
+        time.sleep(0.02)
+        store.invalidate_cache()
+        assert started[1].poll() is None
+    started[1].kill()
+    assert ended(started)[0][0] != 0
+    for number, name in ((0, "moved-1"), (1, "moved-0")):
+        (tmp_path / f"machine-{number}").rename(tmp_path / name)
+    for number in (0, 1):
+        (tmp_path / f"moved-{number}").rename(tmp_path / f"machine-{number}")
+    for code, text in ended(processes(store, tmp_path, 2, *words("two"))):
+        assert code == 0, text
+    assert same_runs(download(store, "two", tmp_path / "again"), whole)
+    for command in (
+        ("verify", "s3://bucket/two"), ("verify", "s3://bucket/two@best"),
+        ("evaluate", "s3://bucket/two", "--data", "s3://bucket/tokens/heldout", "--batches", "1"),
+        ("convert", "s3://bucket/two", tmp_path / "model", "-p", "", "--to", "auto"),
+        ("verify", "s3://bucket/two/exports/6"),
+    ):  # fmt: skip
+        code, text = said(capsys, *command)
+        assert code == 0, text

@@ -26,7 +26,7 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.train.loop import RunCheckpoints, Saver  # noqa: E402
+from moecc_backends.xla.train.checkpoints import RunCheckpoints, Saver  # noqa: E402
 from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 from moecc_backends.xla.train.tensors import load  # noqa: E402
 

@@ -492,6 +492,21 @@ def agreed_seconds() -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(now)))
 
 
+def agreed_token() -> str:
+    """Return random digits of the first process, in all of them."""
+    token = np.frombuffer(os.urandom(8), np.uint8)
+    if jax.process_count() > 1:
+        token = np.asarray(multihost_utils.broadcast_one_to_all(token))
+    return token.astype(np.uint8).tobytes().hex()
+
+
+def is_so_in_all(condition: bool) -> bool:
+    """Return whether a condition holds in all processes; each of them calls this."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(np.all(np.asarray(multihost_utils.process_allgather(np.asarray(condition)))))
+
+
 def configuration(**more: str) -> dict[str, str]:
     """Return what has to be equal in all processes, as short texts."""
     flags = os.environ.get("XLA_FLAGS", "")

@@ -1,18 +1,14 @@
-"""The training loop as a stream of events, and its checkpoints."""
+"""The training loop as a stream of events."""
 
 from __future__ import annotations
 
-import logging
-import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from math import inf, prod
+from math import inf
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +16,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from moecc.analysis import parameter_groups
-from moecc.errors import InputError, MachineError, MoeccError
-from moecc.formats.run import (
-    PARAMS,
-    StateReader,
-    array_key,
-    best_step,
-    check_inside,
-    require_state,
-    saved_steps,
-)
+from moecc.errors import InputError, MachineError
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import parse_mesh
 from moecc.ir.structure import fingerprint
@@ -40,7 +27,6 @@ from moecc.launch.processes import (
     process_info,
     watchdog_of_environment,
 )
-from moecc.support.extras import install_hint
 from moecc.support.ranges import element, has_range
 from moecc.support.text import amount
 from moecc.train.batches import Batches
@@ -50,7 +36,6 @@ from moecc.train.events import (
     GuardFault,
     Metric,
     Reason,
-    Saved,
     Skipped,
     Stepped,
     Stopped,
@@ -62,23 +47,22 @@ from moecc.train.recipe import MeshSection, RunSection
 from moecc.train.run import (
     Position,
     batch_of,
-    begin_step,
-    finish_step,
-    keep_steps,
     locked_run,
     remove_incomplete,
 )
 from moecc.train.settings import rate_at
-from moecc.types import DTYPES, Array, float_type
+from moecc.types import Array, float_type
 from moecc.weights.expr import Box
 from moecc_backends.xla.import_jax import find_devices, keep_compiled_programs
 from moecc_backends.xla.lower.function import sharded_array
 from moecc_backends.xla.program import (
     StopAgreement,
     agreed_seconds,
+    agreed_token,
     configuration,
     in_precision,
     is_first,
+    is_so_in_all,
     join,
     keep_freed_memory,
     machine_errors,
@@ -86,6 +70,7 @@ from moecc_backends.xla.program import (
     preflight,
 )
 from moecc_backends.xla.trace.values import NamedArrays, Outputs, PyTree
+from moecc_backends.xla.train.checkpoints import RunCheckpoints, Saver
 from moecc_backends.xla.train.gradients import LOSS_SUM, TAUGHT, TOKENS
 from moecc_backends.xla.train.step import (
     PhasedStep,
@@ -95,230 +80,10 @@ from moecc_backends.xla.train.step import (
     teacher_program,
 )
 from moecc_backends.xla.train.tensors import (
-    StateLeaf,
-    Tensors,
     load,
-    restore,
     slots_of,
-    to_tensors,
     with_moments,
 )
-
-_SYSTEM = re.compile(r"([^:]+) \[os_error_code=")
-"""The system's own words at the end of what tensorstore says."""
-
-_PIECE_BYTES = 32 << 20
-"""Pieces of about this size are encoded and written at the same time, two of them."""
-
-
-class Saver:
-    """Writes checkpoints of a run, one at a time; on accelerators while training goes on.
-
-    On CPUs training waits: what writes is what computes, and a copy of the state beside all that a
-    step needs would be the most memory that the process ever has.
-
-    Args:
-      run: the folder of the run.
-      keep: how many steps are kept, besides the best.
-      beside: whether `save` returns before all is written; None: on accelerators.
-      publish: is called once a step is complete.
-
-    Raises:
-      MachineError: Orbax is missing.
-    """
-
-    def __init__(
-        self,
-        run: Path,
-        keep: int,
-        beside: bool | None = None,
-        publish: Callable[[], None] = lambda: None,
-    ) -> None:
-        try:
-            import orbax.checkpoint as orbax
-        except ImportError:
-            raise MachineError(
-                "saving a run needs orbax-checkpoint", hint=install_hint("train")
-            ) from None
-        # What fails is raised, and reported once.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._arguments = orbax.args.PyTreeSave
-        self._run, self._keep, self._publish = run, keep, publish
-        self._beside = jax.default_backend() != "cpu" if beside is None else beside
-        self._checkpointer: PyTree = None
-        self._writer = ThreadPoolExecutor(1)
-        self._pending: tuple[Path, Future[Saved]] | None = None
-
-    def save(self, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> list[Saved]:
-        """Begin to write a step, once an earlier one is complete; return the completed steps.
-
-        Args:
-          step: steps done.
-          tensors: the state; they may be deleted when this returns.
-          facts: what ``step.json`` says.
-
-        Raises:
-          MachineError: the disk is full, or cannot be written, this time or the last.
-        """
-        done = self.wait()
-        started = time.monotonic()
-        if is_first():
-            begin_step(self._run, step)
-        meet_processes(f"moecc begins step {step}")
-        folder = self._run / "steps" / str(step)
-        if self._checkpointer is None:
-            self._checkpointer = _checkpointer(tensors)
-        try:
-            state = (folder / "state").absolute()
-            self._checkpointer.save(state, args=self._arguments(tensors))
-        except Exception as error:
-            raise _failed(error, folder / "state") from None
-        future = self._writer.submit(self._complete, step, folder, dict(facts), started)
-        self._pending = folder, future
-        return done if self._beside else [*done, *self.wait()]
-
-    def finished(self) -> list[Saved]:
-        """Return the step that was completed since, if any. Raises as `save`."""
-        return self.wait() if self._pending and self._pending[1].done() else []
-
-    def wait(self) -> list[Saved]:
-        """Wait until nothing is being written, and return the step that was. Raises as `save`."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return []
-        try:
-            return [pending[1].result()]
-        except Exception as error:
-            raise _failed(error, pending[0]) from None
-
-    def close(self) -> None:
-        """Wait, and let Orbax go; what fails now was not asked for any more."""
-        self._writer.shutdown()
-        if self._checkpointer is not None:
-            self._checkpointer.close()
-
-    def _complete(self, step: int, folder: Path, facts: Mapping[str, Any], started: float) -> Saved:
-        self._checkpointer.wait_until_finished()
-        is_best = False
-        if is_first():
-            folder = finish_step(self._run, step, facts).folder
-            best = best_step(saved_steps(self._run))
-            keep_steps(self._run, self._keep)
-            self._publish()
-            is_best = best is not None and best.number == step
-        return Saved(step, folder, is_best, time.monotonic() - started)
-
-
-def _checkpointer(tensors: Tensors) -> PyTree:
-    """Return what writes arrays like `tensors`, a bounded number of bytes at a time.
-
-    Without a bound Orbax encodes all of them at once, which is another copy of the state.
-    """
-    import orbax.checkpoint as orbax
-
-    pieces = (
-        prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in tensors.values()
-    )
-    handler = orbax.BasePyTreeCheckpointHandler(
-        save_concurrent_bytes=2 * max(_PIECE_BYTES, *pieces) + 1,
-        use_ocdbt=True,
-        use_zarr3=True,
-    )
-    return orbax.AsyncCheckpointer(
-        orbax.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, handler_impl=handler)
-    )
-
-
-def _failed(error: BaseException, folder: Path) -> MoeccError:
-    if isinstance(error, MoeccError):
-        return error
-    text = " ".join(str(error).split())
-    match = _SYSTEM.search(text)
-    return MachineError(
-        "a checkpoint cannot be written",
-        where=str(folder),
-        found=match[1] if match else text[:200],
-        hint="free some space; moecc train --resume goes on from the last complete checkpoint",
-    )
-
-
-# The checkpoints of a run: saved under the names of the model, begun from whatever is there.
-
-
-@dataclass
-class RunCheckpoints:
-    """The checkpoints of one run.
-
-    Attributes:
-      run: the folder.
-      graph: the program's; the weights of its parameters are over tensors of the state.
-      abstract: the program's state after so many steps, as shapes, types and shardings.
-      start: makes the state before the first step, where nothing is saved yet.
-      saver: writes.
-      recipe: the digest of the recipe.
-    """
-
-    run: Path
-    graph: Graph
-    abstract: Callable[[int], PyTree]
-    start: Callable[[], tuple[PyTree, Position]]
-    saver: Saver
-    recipe: str
-
-    _last: tuple[PyTree, Callable[[PyTree], Tensors]] | None = field(init=False, default=None)
-
-    def _slots(self, step: int) -> list[StateLeaf]:
-        return slots_of(self.graph, self.abstract(step))
-
-    def _tensors(self, state: PyTree, step: int) -> Tensors:
-        kind = jax.tree.structure(state)
-        if self._last is None or self._last[0] != kind:
-            self._last = (kind, to_tensors(self._slots(step)))
-        return self._last[1](state)
-
-    def begin(self) -> tuple[PyTree, Position, float | None]:
-        """Return state, position and best held-out loss of the last checkpoint, or the start.
-
-        Raises:
-          InputError: the checkpoint is not as it was saved, or not of this model.
-        """
-        steps = saved_steps(self.run)
-        if not steps:
-            return (*self.start(), None)
-        last, best = steps[-1], best_step(steps)
-        check_inside(self.run, last)
-        require_state(last)
-        slots, abstract = self._slots(last.number), self.abstract(last.number)
-        state = restore(slots, StateReader(last.state).read, abstract)
-        at = Position(last.facts.step, last.facts.tokens, last.facts.left_out)
-        return state, at, None if best is None else best.loss
-
-    def save(self, state: PyTree, at: Position, loss: float | None) -> list[Saved]:
-        """Begin to save; return the steps completed since. Raises MachineError."""
-        done = self.wait()  # before tensors are made: of one save there is one copy
-        tensors = self._tensors(state, at.step)
-        prefix = array_key(PARAMS, "")
-        names = {d.numpy: d.name for d in DTYPES.values() if d.kind != "key"}
-        params = {
-            key.removeprefix(prefix): {"dtype": names[array.dtype], "shape": list(array.shape)}
-            for key, array in sorted(tensors.items())
-            if key.startswith(prefix)
-        }
-        facts = {
-            "recipe": self.recipe, "tokens": at.tokens, "left_out": list(at.left_out),
-            "loss": loss, "tensors": params,
-        }  # fmt: skip
-        return [*done, *self.saver.save(at.step, tensors, facts)]
-
-    def finished(self) -> list[Saved]:
-        """Return the steps completed since. Raises MachineError."""
-        return self.saver.finished()
-
-    def wait(self) -> list[Saved]:
-        """Wait until nothing is being saved; return the steps completed. Raises MachineError."""
-        return self.saver.wait()
-
 
 # The training loop, as a stream of events.
 #
@@ -669,6 +434,7 @@ class XlaTraining:
             self._start,
             self.saver,
             job.digest,
+            job.store if jax.process_count() > 1 else None,
         )
         teacher = None
         if job.teacher is not None:
@@ -738,8 +504,8 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
             )
         )
         program.at(0).check()
-        with _own_folder(job):
-            saver = Saver(job.run, job.recipe.run.keep, publish=job.publish)
+        with _run_folder(job) as job:
+            saver = Saver(job.run, job.recipe.run.keep, store=job.store)
             try:
                 yield XlaTraining(job, program, saver, watchdog, is_first())
             finally:
@@ -747,23 +513,36 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
 
 
 @contextmanager
-def _own_folder(job: TrainJob) -> Iterator[None]:
-    """Make the folder of a run, or take it over, in the first process; the others wait for it."""
-    if not is_first():
+def _run_folder(job: TrainJob) -> Iterator[TrainJob]:
+    """Make the folder of a run, or take it over, in the first process; the others wait for it.
+
+    Yields the job with the folder of this process: of a run in a store each has one of its own.
+
+    Raises:
+      MachineError: the processes do not share the folder of a run that is in no store.
+    """
+    token = agreed_token()
+    if job.store is not None and jax.process_count() > 1:
+        job = replace(job, run=job.store.enter(jax.process_index(), token))
+    # An earlier run may have left a folder of this name on a disk of one machine alone.
+    sign = job.run / f".shared-{token}"
+    with ExitStack() as opened:
+        if is_first():
+            job.create()
+            opened.enter_context(locked_run(job.run))
+            remove_incomplete(job.run)
+            sign.touch()
         meet_processes("moecc made the folder")
-        if not job.run.is_dir():
+        is_shared = is_so_in_all(job.store is not None or sign.exists())
+        if is_first():
+            sign.unlink()
+        if not is_shared:
             raise MachineError(
                 "the processes do not share the folder of the run",
                 where=job.run,
-                hint="use a shared file system: XDG_CACHE_HOME on one for a run in a store",
+                hint="use a shared file system, or a store: --out s3://BUCKET/RUN",
             )
-        yield
-        return
-    job.create()
-    with locked_run(job.run):
-        remove_incomplete(job.run)
-        meet_processes("moecc made the folder")
-        yield
+        yield job
 
 
 def _devices(section: MeshSection) -> list[jax.Device]:
