@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import moecc_check
 import pytest
 
-from moecc.ir import Graph, parse
+from moecc.ir import Graph, clone, parse, print_graph
 from moecc.prove import prove
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.vias import Rounds
+from moecc.translate.importing import import_checkpoint
+
+from ..proof.cells import opened  # noqa: TID252
 
 EXPERT = (
     ("gate", "contract {rows}, %w_gate {{over=embed}}", "row={count}, mlp=6"),
@@ -91,3 +97,30 @@ class Short(Rounds):
 def test_wrong_rounds_are_refuted(wrong: type[Rounds]) -> None:
     verdict = prove(expert([(0, 11)], 11), in_rounds(wrong(4, 3), 11))
     assert verdict.status == "refuted"
+
+
+# Experts that work on one chunk of rows while the next is on its way.
+
+LAYOUTS = (
+    ("data:2,expert:2 rules=expert-parallel", "capacity"),
+    ("far:2,near:2 rules=expert-hierarchical", "hierarchical"),
+)
+
+
+@pytest.mark.parametrize(("mesh", "via"), LAYOUTS)
+def test_a_model_that_exchanges_rows_in_chunks_is_proved(mesh: str, via: str) -> None:
+    whole = import_checkpoint(opened("llama_gqa"))
+    run_pipeline(whole, Pipeline.parse("upcycle{experts=4 slots=capacity},specialize{groups=8}"))
+    chunks = clone(whole)
+    exchange = f"expert-parallel{{via={via} chunks=2}}"
+    passes = f"annotate-sharding{{mesh={mesh}}},{exchange},lower-collectives"
+    run_pipeline(chunks, Pipeline.parse(passes))
+    verdict = prove(whole, chunks)
+    assert verdict.status == "proved", (verdict.node, verdict.terms)
+    assert moecc_check.accepted(verdict.log, print_graph(whole), print_graph(chunks))
+    joined = next(n for n in chunks if n.op.name == "join")
+    first, second = joined.operands
+    joined.set_operand(0, second)
+    joined.set_operand(1, first)
+    verdict = prove(whole, chunks)
+    assert (verdict.status, verdict.node.split()[2]) == ("refuted", "join")
