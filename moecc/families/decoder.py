@@ -158,6 +158,9 @@ DEFAULTS: Mapping[str, object] = {
 PLACEMENTS = ("before", "after", "around")
 """Norms before a block, after it (on what it adds), or both."""
 
+XIELU = "xielu"
+"""The activation with parameters of its own in each block."""
+
 NORM_KINDS = ("rms", "layer", "layer without bias", "layer without parameters")
 """RMS norms, and layer norms with a scale and a bias, with a scale alone, or with neither."""
 

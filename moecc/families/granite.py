@@ -1,13 +1,13 @@
-"""granite and granitemoe: a llama with factors on embedding, scores, residual and logits."""
+"""granite, granitemoehybrid and granitemoe: factors on embedding, scores, residual and logits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from moecc.families.config import EngineReading, GgufFacts, TensorNames, config_class
 from moecc.families.decoder import ATTENTION_BIASES, BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import FIXED_GATES_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
-from moecc.families.reader import Reader
+from moecc.families.reader import KeyProblem, Reader, key_problem
 from moecc.support.untyped import JsonDict
 
 FACTORS = frozenset(
@@ -15,6 +15,10 @@ FACTORS = frozenset(
 )
 SCORES = "attention_multiplier"
 """The key of the factor on the scores, by default 1."""
+
+LAYER_TYPES, POSITIONS = "layer_types", "position_embedding_type"
+ATTENTION = frozenset({"attention", "full_attention"})
+"""The names of layers without Mamba, in transformers 4 and 5."""
 
 GRANITE_DEFAULTS: Mapping[str, object] = {
     "vocab_size": 32_000,
@@ -62,6 +66,66 @@ class GraniteConfig(_FactorsConfig):
         "granite", pairs_neighbours=True, output_bias=True, mlp_bias=True, keys=FACTOR_KEYS
     )
     defaults = {**DEFAULTS, **GRANITE_DEFAULTS}
+
+
+@config_class
+class GraniteHybridConfig(_FactorsConfig):
+    """A granitemoehybrid (Granite 4) of attention and dense blocks alone, with positions or not."""
+
+    model_type = "granitemoehybrid"
+    architecture = "GraniteMoeHybridForCausalLM"
+    options = ATTENTION_BIASES | FACTORS | {"rope_layers"}
+    keys = {"intermediate_size": "shared_intermediate_size"}
+    only = {
+        "num_local_experts": (
+            0,
+            "experts beside a shared one are not supported here, but by --via torch",
+        ),
+    }
+    # The last one is Mamba's, and infinite, for which JSON has no number.
+    idle = (
+        "num_experts_per_tok",
+        "intermediate_size",
+        "output_router_logits",
+        "time_step_limit",
+    )
+    always = {"num_local_experts": 0, "num_experts_per_tok": 0}
+    names = TensorNames(dense="shared_mlp.", gate_up="input_linear", dense_down="output_linear")
+    defaults = {
+        **DEFAULTS,
+        **{k: v for k, v in GRANITE_DEFAULTS.items() if k != "intermediate_size"},
+        "num_local_experts": 8,
+        "shared_intermediate_size": 1024,
+        "position_embedding_type": None,
+    }
+
+    @classmethod
+    def _read(cls, reader: Reader) -> JsonDict:
+        kinds = reader.items(LAYER_TYPES)
+        if not kinds or not set(map(str, kinds)) <= ATTENTION:
+            fault = "layers of Mamba are not supported here, but by --via torch"
+            reader.refuse(LAYER_TYPES, fault, expected=f"{' or '.join(sorted(ATTENTION))}")
+        reader.used.add(LAYER_TYPES)
+        data = {key: value for key, value in reader.data.items() if key != LAYER_TYPES}
+        return super()._read(reader.with_data(data))
+
+    @classmethod
+    def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
+        rope, layers = super()._read_rope(reader, values), values["num_hidden_layers"]
+        kind = reader.value(POSITIONS)
+        return {**rope, "rope_layers": None if kind == "rope" else (False,) * layers}
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        if self.rope_layers is not None and any(self.rope_layers):
+            fault = "granitemoehybrid has rotary positions in all layers or in none"
+            yield key_problem(fault, "all or none", f"{self.rope_layers}", POSITIONS)
+
+    def _write(self) -> JsonDict:
+        kinds = ["attention"] * self.num_hidden_layers
+        kind = "rope" if self.rope_layers is None else None
+        return {**super()._write(), LAYER_TYPES: kinds, POSITIONS: kind}
 
 
 @config_class

@@ -7,6 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from moecc.errors import InputError, UsageError, described
+from moecc.families.apertus import ApertusConfig
 from moecc.families.bert import (
     AlbertConfig,
     BertConfig,
@@ -27,7 +28,7 @@ from moecc.families.glm import Glm4Config, Glm4MoeConfig, GlmConfig
 from moecc.families.gpt import Gpt2Config, GptNeoXConfig, OptConfig
 from moecc.families.gpt_oss import GptOssConfig
 from moecc.families.gptj import GptJConfig
-from moecc.families.granite import GraniteConfig, GraniteMoeConfig
+from moecc.families.granite import GraniteConfig, GraniteHybridConfig, GraniteMoeConfig
 from moecc.families.hunyuan import HunYuanDenseV1Config
 from moecc.families.llama import (
     HeliumConfig,
@@ -65,7 +66,8 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         Phi3Config, SmolLM3Config, GemmaConfig, Gemma2Config, Gemma3TextConfig,
         OlmoConfig, Olmo3Config, Ernie45Config, GlmConfig, Glm4Config, HunYuanDenseV1Config,
         Exaone4Config, SeedOssConfig, HeliumConfig, ArceeConfig, NemotronConfig, Starcoder2Config,
-        StableLmConfig, PhiConfig, CohereConfig, Cohere2Config, GptJConfig,
+        ApertusConfig, GraniteHybridConfig, StableLmConfig, PhiConfig, CohereConfig, Cohere2Config,
+        GptJConfig,
         MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4MoeConfig, GraniteMoeConfig,
         FlexOlmoConfig, Ernie45MoeConfig, OlmoeConfig, GptOssConfig, PhimoeConfig,
         Gpt2Config, GptNeoXConfig, OptConfig,

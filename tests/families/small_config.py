@@ -29,6 +29,11 @@ SMALL: dict[str, Any] = {
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "stablelm": {"partial_rotary_factor": 0.5},
     "helium": {"head_dim": 4},
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "layer_types": ["attention"] * 4,
+        "position_embedding_type": "rope",
+    },
     "gptj": {"n_embd": 16, "n_head": 4, "n_layer": 4, "n_positions": 64, "rotary_dim": 2},
 }
 """What a family needs beside SMALL, or instead of it."""

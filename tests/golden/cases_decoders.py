@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from case import SQUARE, TWO_WIDE_HEADS, WIDE_HEADS, YARN, Case
+from case import GRANITE, LLAMA3, SQUARE, TWO_WIDE_HEADS, WIDE_HEADS, YARN, Case
 
 NEIGHBOURS: dict[str, object] = {"head_dim": 8, "attention_bias": True}
 """Heads of which 4 of 8 entries are rotated, and biases that are turned with them."""
+
+HYBRID: dict[str, object] = {
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 20,
+    "layer_types": ["attention", "attention"],
+    "mamba_n_heads": 4,
+}
+"""A hybrid without Mamba or experts."""
 
 KIND_TYPED = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -243,5 +252,31 @@ DECODERS: dict[str, Case] = {
             "rotary_dim": 4,
             "tie_word_embeddings": True,
         },
+    ),
+    "apertus_biases": Case(
+        "apertus",
+        "xIELU, norms of each head, biases, llama3 scaling",
+        {**WIDE_HEADS, "attention_bias": True, "rope_scaling": LLAMA3},
+    ),
+    "apertus_square": Case(
+        "apertus",
+        "square matrices, tied, mlp = embed",
+        {
+            **SQUARE,
+            "head_dim": 4,
+            "intermediate_size": 16,
+            "tie_word_embeddings": True,
+            "rope_scaling": YARN,
+        },
+    ),
+    "granite_hybrid_rope": Case(
+        "granitemoehybrid",
+        "no Mamba, no experts, rotary positions, biases, all four factors",
+        {**HYBRID, **GRANITE, "attention_bias": True, "position_embedding_type": "rope"},
+    ),
+    "granite_hybrid_square": Case(
+        "granitemoehybrid",
+        "square matrices, tied, no positions",
+        {**SQUARE, **HYBRID, "shared_intermediate_size": 8, "tie_word_embeddings": True},
     ),
 }

@@ -188,6 +188,9 @@ def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]
     if is_norm and not name.endswith("bias"):
         # These store scales less one.
         return (0 if key.startswith(("gemma", "nemotron")) else 1) + 0.3 * drawn
+    if ".act_fn." in name:
+        # Transformers 4 keeps these in bfloat16, whatever the type of the model.
+        return np.round(16 * drawn) / 16
     if name.endswith("bias"):
         return 0.3 * drawn
     tables = ("embed", "relative_attention_bias", ".wte", ".wpe")
@@ -293,7 +296,7 @@ def _scores(module: Any, logits: Any) -> Any:
 def _widen_rotary(model: Any) -> None:
     """Make the rotary tables again, under the default type of the moment."""
     for module in list(model.modules()):
-        if hasattr(module, "rotary_emb"):
+        if getattr(module, "rotary_emb", None) is not None:
             module.rotary_emb = type(module.rotary_emb)(config=model.config)
         if hasattr(module, "rotary_emb_local"):
             # Gemma 3 in version 4: its class takes the period from where the global one lies.
@@ -344,7 +347,7 @@ def _tensor_names(folder: Path) -> set[str]:
 def _as_it_is(folder: Path, case: Case, tokens: Inputs) -> np.ndarray[Any, Any]:
     try:
         return _double_logits(_load(folder, case), case, tokens)[0]
-    except (SystemExit, RuntimeError) as error:
+    except (SystemExit, RuntimeError, ValueError) as error:
         print(f"{folder.name}: {str(error)[:300]}")
         return np.full((), np.inf)
 

@@ -75,8 +75,8 @@ def small_configs(
 
 def activations(family: type[DecoderConfig]) -> st.SearchStrategy[str]:
     """Return the activations that a family has; gelu means another one in gemma."""
-    if family.model_type == "gpt_oss":
-        return st.just("silu")
+    if family.model_type in ("gpt_oss", "apertus"):
+        return st.just(str(family.defaults["hidden_act"]))
     exact = [] if family.model_type == "gemma" else ["gelu"]
     return st.sampled_from(["silu", "relu", "gelu_pytorch_tanh", *exact])
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod, sqrt
 
-from moecc.families.decoder import DecoderConfig
+from moecc.families.decoder import XIELU, DecoderConfig
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.mixture import MoeConfig
 from moecc.families.rope import RopeConfig, attention_factor
@@ -285,8 +286,13 @@ ACTIVATION_OPS = {
 """The operation of each activation of a config that is one operation."""
 
 
-def activated(builder: Builder, x: Value, act: str) -> Value:
-    """Emit an activation of `x`, by the name that configs have for it."""
+Activation = Callable[[Value], Value]
+
+
+def activated(builder: Builder, x: Value, act: str | Activation) -> Value:
+    """Emit an activation of `x`, which is a function or has the name of configs."""
+    if not isinstance(act, str):
+        return act(x)
     if act == "relu2":
         return builder.square(builder.relu(x))
     if act == "quick_gelu":
@@ -299,7 +305,13 @@ Bias = Callable[[str], Value | None]
 
 
 def gated(
-    builder: Builder, x: Value, act: str, matrix: Matrix, bias: Bias, *, is_gated: bool = True
+    builder: Builder,
+    x: Value,
+    act: str | Activation,
+    matrix: Matrix,
+    bias: Bias,
+    *,
+    is_gated: bool = True,
 ) -> Value:
     """Emit ``down(act(gate(x)) · up(x))``, or without a gate ``down(act(up(x)))``.
 
@@ -363,7 +375,32 @@ def _dense(
         out = next(iter(axes[name]))
         return params.plain(f"{prefix}{modules[name]}.bias", builder.loc, **{out: axes[name][out]})
 
-    return gated(builder, x, config.hidden_act, matrix, bias, is_gated=config.gated_mlp)
+    act: str | Activation = config.hidden_act
+    if act == XIELU:
+        act = partial(xielu, builder, params, f"{prefix}act_fn.")
+    return gated(builder, x, act, matrix, bias, is_gated=config.gated_mlp)
+
+
+def xielu(builder: Builder, params: Parameters, prefix: str, x: Value) -> Value:
+    """Emit xIELU with the parameters behind `prefix` (Huang and Schlag 2411.13010, §3).
+
+    It is ``p · x² + b · x`` above 0, and ``(b + n) · (exp(min(x, e)) − 1 − x) + b · x`` elsewhere,
+    with p = softplus(alpha_p) and n = softplus(alpha_n).
+    """
+    loc = builder.loc
+    above, below = (
+        builder.pointwise(
+            params.without_axis(f"{prefix}{name}", loc, "one"), function="logaddexp(a, 0.0)"
+        )
+        for name in ("alpha_p", "alpha_n")
+    )
+    slope, edge = (params.plain(f"{prefix}{name}", loc) for name in ("beta", "eps"))
+    square = builder.pointwise(x, function="square(relu(a))")
+    grown = builder.pointwise(builder.minimum(x, edge), function="expm1(a)")
+    step = builder.pointwise(x, function="where(greater(a, 0.0), 0.0, 1.0)")
+    bent = builder.mul(builder.sub(grown, x), step)
+    curve = builder.add(builder.mul(square, above), builder.mul(bent, below))
+    return builder.add(curve, builder.mul(builder.add(bent, x), slope))
 
 
 def ffn_axes(embed: int, mlp: int) -> dict[str, dict[str, int]]:

@@ -151,12 +151,16 @@ def of_layer(layer: RoutedLayer) -> Anatomy | Problem:
 
 
 def _between(first: Node, last: Node) -> Iterator[Node]:
-    """Yield `first` and the nodes before `last` that depend on it, in order."""
+    """Yield `first` and the nodes before `last` that depend on it, in order.
+
+    Functions of the experts' parameters alone, as activations have them, are among them.
+    """
     values = set(first.results)
     yield first
     node = first._next
     while node is not None and node is not last:
-        if not values.isdisjoint(node.operands):
+        is_of_params = all(EXPERT in v.type and v.is_param for v in node.operands)
+        if not values.isdisjoint(node.operands) or (node.operands and is_of_params):
             values.update(node.results)
             yield node
         node = node._next

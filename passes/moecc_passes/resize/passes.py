@@ -508,8 +508,13 @@ class ToDensePass(ResizePass):
         return []
 
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
-        """Yield the problem that a layer does not have the experts."""
+        """Yield the problem that a layer does not have the experts, or that they cannot be one."""
         yield from missing_experts(layer, self.chosen(layer))
+        for param in layer.params if self.how == "concat" else ():
+            in_body = not param.users.keys().isdisjoint(layer.body)
+            if in_body and param.type.names == ("expert",):
+                message = "the experts' activations have parameters, which one block has but once"
+                yield Problem(message, layer.name, found=f"%{param.name}", hint="how=mean")
 
     def chosen(self, layer: Anatomy) -> tuple[int, ...]:
         """Return the numbers of the experts that the block is made of."""
