@@ -39,7 +39,7 @@ from moecc.train.run import (
     write_part,
 )
 from moecc.types import DTYPES
-from moecc_backends.xla.run.program import (
+from moecc_backends.xla.program import (
     is_first,
     meet_processes,
 )
