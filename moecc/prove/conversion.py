@@ -120,7 +120,10 @@ def compared(
     outputs = source.outputs.keys() & result.outputs.keys()
     verdict = prover.prove(source, result, outputs=outputs, refute=refute)
     digests = graph_digest(source), graph_digest(result)
-    return ConversionProof(verdict, *digests, (source, result))
+    proof = ConversionProof(verdict, *digests, (source, result))
+    if source.outputs.keys() == result.outputs.keys():
+        return proof
+    return proof.assuming(f"outputs of both are compared alone: {', '.join(sorted(outputs))}")
 
 
 def graph_digest(graph: Graph) -> str:

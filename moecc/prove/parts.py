@@ -85,6 +85,8 @@ def prove_part(before: Graph, after: Graph, parts: int) -> PartProof:
 
 def _parting(proof: PartProof, before: Graph, after: Graph, parts: int) -> Parting | None:
     batch, evaluation = proof.batch, proof.evaluation
+    if not proof.outputs:
+        return "outputs", (", ".join(before.outputs), ", ".join(after.outputs))
     try:
         _cut(batch, parts)
     except InputError as error:

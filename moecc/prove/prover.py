@@ -350,6 +350,8 @@ def _parting(
         )
     gap = _signature_gap("input", before.inputs, after.inputs)
     gap = gap or _signature_gap("output", old_outputs, new_outputs)
+    if gap is None and not old_outputs:
+        gap = "outputs", (", ".join(before.outputs), ", ".join(after.outputs))
     if gap is not None:
         return gap
     old, new = evaluation.evaluate(before), evaluation.evaluate(after)

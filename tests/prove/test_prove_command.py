@@ -63,6 +63,18 @@ def test_a_converted_folder_is_proved(moecc: Moecc, sparse: Path) -> None:
     assert done.json()["node"] == ""
 
 
+def test_models_without_a_common_output_are_not_proved(moecc: Moecc, tmp_path: Path) -> None:
+    done = moecc("prove", GOLDEN / "bert_gelu", DENSE)
+    assert done.code == 1
+    assert "outputs" in done.err
+    graph = graph_of(moecc, tmp_path, "graph")
+    more = tmp_path / "more.moe"
+    more.write_text(graph.read_text().replace("  output ", "  output more = %norm\n  output ", 1))
+    done = moecc("prove", graph, more)
+    assert done.code == 0, done.err
+    assert "outputs of both are compared alone: logits" in done.out
+
+
 def test_exact_is_more_than_equal(moecc: Moecc, sparse: Path) -> None:
     assert moecc("prove", DENSE, DENSE, "--exact").code == 0
     assert moecc("prove", DENSE, sparse, "--exact").code != 0
