@@ -33,7 +33,7 @@ from moecc.support.extras import require
 from moecc.support.process import Closing, StopRequest, signals_noted
 from moecc.support.text import amount, count_text, duration_text, size_text
 from moecc.support.untyped import JsonDict
-from moecc.train.batches import Batches
+from moecc.train.batches import Batches, BatchShape
 from moecc.train.events import (
     Evaluated,
     Event,
@@ -181,7 +181,7 @@ def dry_run_facts(
     mesh = recipe.step_config.device_mesh
     where = machine or parse_machine(f"cpu:{1 if mesh is None else mesh.devices}")
     data, shape = recipe.data, batches.shape
-    lengths = dict(zip(length_variables(graph), (shape.seq, shape.decoder_seq), strict=False))
+    lengths = _lengths(graph, shape)
     counted = sequence_flops(graph, lengths)
     rows, tokens = data.batch * recipe.run.steps, shape.seq + shape.decoder_seq
     total = sum(corpus.weight for corpus in data.train)
@@ -224,6 +224,11 @@ def dry_run_facts(
     }  # fmt: skip
 
 
+def _lengths(graph: Graph, shape: BatchShape) -> dict[str, int]:
+    """Return the tokens of a sequence by the length variables of the graph."""
+    return dict(zip(length_variables(graph), (shape.seq, shape.decoder_seq), strict=False))
+
+
 def step_work(
     job: TrainJob, devices: int, machine: Machine | None, tokens_per_second: float | None
 ) -> StepWork:
@@ -236,7 +241,7 @@ def step_work(
       tokens_per_second: of all devices, by a plan.
     """
     graph, shape, batch = unrolled(job.graph), job.batches.shape, job.recipe.data.batch
-    lengths = dict(zip(length_variables(graph), (shape.seq, shape.decoder_seq), strict=False))
+    lengths = _lengths(graph, shape)
     flops = TRAIN_PASSES * sequence_flops(graph, lengths).executed * batch
     peak = None if machine is None else machine.peak(job.recipe.run.dtype) * devices
     tokens = batch * (shape.seq + shape.decoder_seq)

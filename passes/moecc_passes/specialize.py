@@ -49,6 +49,9 @@ ASSIGNMENT = (
 
 FACTOR = Bounds(0, is_open=True, hint="ST-MoE: 1.25 in training, 2.0 at evaluation")
 GROUP = Bounds(1, hint="ST-MoE has 2 to 8 sequences in a group")
+DecoderGroupSize = Annotated[
+    int | None, "tokens per group in the decoder of an encoder-decoder, if it differs", Bounds(1)
+]
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,7 @@ class ModeConfig:
     group_size: Annotated[
         int | None, "tokens per group, in place of the number of groups", GROUP
     ] = None
-    decoder_group_size: Annotated[
-        int | None,
-        "tokens per group in the decoder of an encoder-decoder, if it differs",
-        Bounds(1),
-    ] = None
+    decoder_group_size: DecoderGroupSize = None
     order: Annotated[
         Literal["choice", "token"] | None,
         "order in which slots are assigned: first choices before second choices, or "
@@ -628,10 +627,8 @@ class SpecializePass(ModeConfig, Pass):
     summary = "set capacity, policy and noise for training or evaluation"
     must_match = True
 
-    @property
-    def preserves(self) -> Preserves:
-        """What is dropped depends on the routing; `apply` is more precise."""
-        return Preserves("approximate", "capacity, policy and noise decide what experts see")
+    # What is dropped depends on the routing; `apply` is more precise.
+    preserves = Preserves("approximate", "capacity, policy and noise decide what experts see")
 
     def validate(self) -> list[Problem]:
         """Return which options are out of range or contradict each other."""
@@ -722,11 +719,7 @@ class RecordModesPass(Pass):
     group_size: Annotated[
         int | None, "tokens per group; none: the whole batch is one group", GROUP
     ] = None
-    decoder_group_size: Annotated[
-        int | None,
-        "tokens per group in the decoder of an encoder-decoder, if it differs",
-        Bounds(1),
-    ] = None
+    decoder_group_size: DecoderGroupSize = None
 
     def settings(self, mode: str) -> ModeConfig:
         """Return the settings of `mode`, one of `MODES`."""

@@ -200,10 +200,7 @@ class ForceBalancePass(Pass):
     summary = "assign experts to tokens in turn, to time a step"
     must_match = True
 
-    @property
-    def preserves(self) -> Preserves:
-        """Nothing is preserved: tokens go to other experts."""
-        return Preserves("approximate", "tokens go to experts in turn, not to those of the router")
+    preserves = Preserves("approximate", "tokens go to experts in turn, not to those of the router")
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Replace the choices of every router; experts that choose are balanced as they are."""

@@ -155,10 +155,7 @@ class GrowPass(ResizePass):
     ] = "all"
     bias: Annotated[BiasChoice, f"chosen=same: {BIAS_DOC}"] = "auto"
 
-    @property
-    def preserves(self) -> Preserves:
-        """The same function, for any router."""
-        return Preserves("reassociation")
+    preserves = Preserves("reassociation")  # `promise` refines it
 
     def validate(self) -> list[Problem]:
         """Return the problems of the options."""
@@ -239,10 +236,7 @@ class ZeroExpertsPass(ResizePass):
     count: Annotated[int, "experts added to each layer", Bounds(1)] = 1
     bias: Annotated[BiasChoice, BIAS_DOC] = "auto"
 
-    @property
-    def preserves(self) -> Preserves:
-        """The same function, for any router; `promise` refines it where a bias weighs already."""
-        return Preserves("reassociation")
+    preserves = Preserves("reassociation")  # `promise` refines it
 
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
         """Yield why a layer cannot have experts that are never chosen."""
@@ -384,10 +378,7 @@ class PrunePass(ResizePass):
         "gate times norm of the result (REAP), or that most choices went to",
     ] = "draw"
 
-    @property
-    def preserves(self) -> Preserves:
-        """What is lost depends on how often the others were chosen."""
-        return Preserves("approximate", "tokens that chose an expert that is gone choose others")
+    preserves = Preserves("approximate", "tokens that chose an expert that is gone choose others")
 
     def validate(self) -> list[Problem]:
         """Return the problems of the options."""
@@ -622,10 +613,7 @@ class AppendExpertPass(ResizePass):
     ] = "number"
     bias: Annotated[BiasChoice, BIAS_DOC] = "auto"
 
-    @property
-    def preserves(self) -> Preserves:
-        """The same function, for any router; `promise` refines it where a bias weighs already."""
-        return Preserves("reassociation")
+    preserves = Preserves("reassociation")  # `promise` refines it
 
     def validate(self) -> list[Problem]:
         """Return the problems of the options."""
@@ -706,10 +694,7 @@ class ExchangeExpertPass(ResizePass):
         int | None, "number of the expert in its model; none: the same number", Bounds(0)
     ] = None
 
-    @property
-    def preserves(self) -> Preserves:
-        """The promise for experts that differ; `promise` refines it where they are copies."""
-        return Preserves("approximate", "tokens that choose the expert get the result of another")
+    preserves = Preserves("approximate", "tokens that choose the expert get the result of another")
 
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
         """Yield why a layer cannot have this expert."""

@@ -15,7 +15,7 @@ from moecc.ir.ops.collectives import format_sharding
 from moecc.ir.sharding_rules import spelled
 from moecc.ir.structure import replace_value
 from moecc.ir.traits import CollectiveKind
-from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.sharding.assign import Assigner, sites_of
 from moecc.sharding.collectives import steps
 from moecc.sharding.propagate import Propagation, Ref, Reshard, propagate
@@ -66,10 +66,8 @@ class AnnotateShardingPass(Pass):
         tuple[str, ...], "layouts by name, or files of rules; the first takes precedence"
     ]
 
-    @property
-    def preserves(self) -> Preserves:
-        """A ``reshard`` is the identity; dropless layers may be cut into other groups."""
-        return REGROUPED
+    # A reshard is the identity; dropless layers may be cut into other groups.
+    preserves = REGROUPED
 
     def validate(self) -> list[Problem]:
         """Return what is wrong with the mesh or the layouts by themselves."""
@@ -215,6 +213,7 @@ class StripShardingPass(Pass):
     name = "strip-sharding"
     summary = "remove the mesh and its collectives"
     takes_rolled = True
+    # A reshard is the identity; dropless layers may be cut into other groups.
     preserves = REGROUPED
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
