@@ -18,7 +18,6 @@ from moecc.ir.arrays import Array, Data, SlotAssignment, poison
 from moecc.ir.graph import Node, Value
 from moecc.ir.operand import Attrs, Definition, Operand
 from moecc.ir.operation import (
-    OPS,
     AxisName,
     AxisNames,
     Bool,
@@ -762,7 +761,3 @@ class WeightRowsOp(Op):
 )
 class CombineWeightedOp(_CombiningOp):
     """For each token the sum over its choices of their rows; a dropped one adds nothing."""
-
-
-SLOT_ASSIGNERS = tuple(name for name, entry in OPS.items() if entry.assigns_slots)
-"""The operations that assign slots; the last result holds the slot of each choice."""

@@ -91,8 +91,6 @@ from moecc_backends.xla.train.tensors import (
 # handled before the loop goes on, so a checkpoint is never ahead of the journal.
 
 State = PyTree
-Placed = NamedArrays
-"""A batch on its devices."""
 
 SKIPPED = "guard.skipped"
 LIMIT = "guard.limit"
