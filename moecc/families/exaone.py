@@ -51,7 +51,9 @@ class Exaone4Config(DecoderConfig):
 
     @classmethod
     def _usual_windows(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
-        if reader.value("sliding_window") is None:
+        if reader.value("layer_types") is not None or reader.value("sliding_window") is None:
+            # Some checkpoints state the pattern in letters beside the list.
+            reader.value("sliding_window_pattern")
             return (False,) * layers
         period = reader.size("sliding_window_pattern", LAYERS)
         return tuple((n + 1) % period != 0 for n in range(layers))

@@ -26,6 +26,11 @@ class HunYuanDenseV1Config(DecoderConfig):
     architecture = "HunYuanDenseV1ForCausalLM"
     fixed = {"qk_norm": True, "qk_norm_last": True}
     options = ATTENTION_BIASES
+    # Its checkpoints state these, and transformers reads neither.
+    only = {
+        "num_experts": (1, "a hunyuan_v1_dense has no experts"),
+        "use_qk_norm": (True, "transformers normalises queries and keys whatever this says"),
+    }
     names = TensorNames(query_norm="query_layernorm", key_norm="key_layernorm")
     defaults = {
         **DEFAULTS,

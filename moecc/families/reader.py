@@ -313,7 +313,9 @@ def refuse_what_needs_other_code(
     """
     family, modules = reader.value("model_type"), reader.value("auto_map")
     prefixes = (f"configuration_{family}.", f"modeling_{family}.")
-    paths = modules.values() if isinstance(modules, Mapping) else ()
+    # Code of a tokenizer is of no model.
+    named_code = modules.items() if isinstance(modules, Mapping) else ()
+    paths = [path for name, path in named_code if name != "AutoTokenizer"]
     is_remote = not own_code or not all(
         isinstance(v, str) and v.startswith(prefixes) for v in paths
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from tests.support.rotary_tables import rotary_frequencies
 
 from .small_config import LLAMA3, MOE, SMALL, YARN, small
 
+PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
+
 
 def refusal(data: Any) -> InputError:
     with pytest.raises(InputError) as caught:
@@ -26,6 +30,14 @@ def refusal(data: Any) -> InputError:
 
 
 # ---------- configs of published models
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_in_the_spelling_of_published_models_are_read(name: str) -> None:
+    config = parse_config(PUBLISHED[name])
+    written = config.to_json()
+    assert parse_config(written) == config
+    assert written["architectures"] == PUBLISHED[name]["architectures"]
 
 
 # ---------- two spellings, one meaning
