@@ -22,6 +22,7 @@ class Ernie45Config(DecoderConfig):
     keys = dict.fromkeys(BIASES, "use_bias")
     strict = ("head_dim",)
     names = TensorNames(pairs_neighbours=True)
+    gguf = GgufFacts("ernie4_5")
     defaults = {
         **DEFAULTS,
         "vocab_size": 103_424,

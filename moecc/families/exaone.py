@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moecc.families.config import config_class
+from moecc.families.config import GgufFacts, config_class
 from moecc.families.decoder import DEFAULTS, DecoderConfig
 from moecc.families.reader import LAYERS, Reader
 from moecc.families.rope import RopeConfig
@@ -17,6 +17,8 @@ class Exaone4Config(DecoderConfig):
     architecture = "Exaone4ForCausalLM"
     fixed = {"norm_placement": "after", "qk_norm": True}
     window_style = "typed"
+    # llama.cpp knows the window of a model of 64 layers, and no key for it.
+    gguf = GgufFacts("exaone4")
     strict = ("num_key_value_heads",)
     defaults = {
         **DEFAULTS,

@@ -42,6 +42,15 @@ class Glm4Config(GlmConfig):
     model_type = "glm4"
     architecture = "Glm4ForCausalLM"
     fixed = {"norm_placement": "around"}
+    gguf = GgufFacts(
+        "glm4",
+        norms=(
+            ("attn_norm", "input_layernorm"),
+            ("post_attention_norm", "post_self_attn_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+            ("post_ffw_norm", "post_mlp_layernorm"),
+        ),
+    )
     names = TensorNames(
         gate_up="gate_up_proj",
         pairs_neighbours=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moecc.families.config import TensorNames, config_class
+from moecc.families.config import GgufFacts, TensorNames, config_class
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
 from moecc.families.reader import Reader
 from moecc.families.rope import ROPE_KEYS, RopeConfig
@@ -31,6 +31,7 @@ class HunYuanDenseV1Config(DecoderConfig):
         "num_experts": (1, "a hunyuan_v1_dense has no experts"),
         "use_qk_norm": (True, "transformers normalises queries and keys whatever this says"),
     }
+    gguf = GgufFacts("hunyuan-dense")
     names = TensorNames(query_norm="query_layernorm", key_norm="key_layernorm")
     defaults = {
         **DEFAULTS,

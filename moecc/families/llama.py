@@ -114,6 +114,13 @@ class SeedOssConfig(DecoderConfig):
     architecture = "SeedOssForCausalLM"
     options = BIASES
     keys = {"output_bias": "attention_out_bias"}
+    gguf = GgufFacts(
+        "seed_oss",
+        norms=(
+            ("attn_norm", "input_layernorm"),
+            ("post_attention_norm", "post_attention_layernorm"),
+        ),
+    )
     defaults = {
         **DEFAULTS,
         "vocab_size": 155_136,

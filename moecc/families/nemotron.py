@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moecc.families.config import config_class
+from moecc.families.config import GgufFacts, config_class
 from moecc.families.decoder import BIASES, DEFAULTS, DecoderConfig
 
 
@@ -42,6 +42,7 @@ class ArceeConfig(DecoderConfig):
     architecture = "ArceeForCausalLM"
     fixed = {"gated_mlp": False}
     options = BIASES
+    gguf = GgufFacts("arcee", pairs_neighbours=True)
     defaults = {
         **DEFAULTS,
         "vocab_size": 32_000,

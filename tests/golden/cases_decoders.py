@@ -101,7 +101,7 @@ DECODERS: dict[str, Case] = {
     "exaone4_window": Case(
         "exaone4",
         "no rotary positions in the one layer without a window",
-        {"num_hidden_layers": 3, "layer_types": KIND_TYPED, "sliding_window": 4},
+        {"num_hidden_layers": 4, "sliding_window": 4},
     ),
     "exaone4_square": Case(
         "exaone4",
@@ -115,14 +115,15 @@ DECODERS: dict[str, Case] = {
     ),
     "seed_oss_biases": Case(
         "seed_oss",
-        "biases but of the attention's output, head_dim 6",
-        {"attention_bias": True, "mlp_bias": True, "head_dim": 6},
+        "biases of queries, keys and values, head_dim 6",
+        {"attention_bias": True, "head_dim": 6},
     ),
     "seed_oss_square": Case(
         "seed_oss",
-        "square matrices, tied, a bias of the attention's output alone",
+        "square matrices, tied, biases of the attention's output and of the block",
         {
             **SQUARE,
+            "mlp_bias": True,
             "head_dim": 4,
             "attention_bias": False,
             "attention_out_bias": True,

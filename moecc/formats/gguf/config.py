@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.families.config import BlockNames, GgufFacts, ModelConfig
+from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.formats.gguf.families import (
     BLOCK,
@@ -396,6 +397,9 @@ def _expert_keys(family: GgufFamily, config: Json) -> dict[str, Written]:
 # gates are renormalised.
 
 
+ACTIVATIONS = {"silu": "SiLU", "relu2": "the square of ReLU"}
+
+
 def misfits(
     architecture: str, family: GgufFamily, config: Json, sparse: Sequence[bool] = ()
 ) -> Iterator[Problem]:
@@ -410,21 +414,28 @@ def misfits(
     where, facts = f"gguf:{architecture}", family.facts
     act = config[family.config.key("hidden_act")]
     if act != family.activation:
-        does = "SiLU" if family.activation == "silu" else "GELU's tanh approximation"
+        does = ACTIVATIONS.get(str(family.activation), "GELU's tanh approximation")
         fault = f"llama.cpp computes {does} in this architecture, whatever the config says"
         yield Problem(fault, where, str(family.activation), f"the activation {act}")
-    if config.get("mlp_bias") and not facts.mlp_bias:
+    if config.get(family.config.key("mlp_bias")) and not facts.mlp_bias:
         fault = "llama.cpp reads no biases of feed-forward blocks in this architecture"
         yield Problem(fault, where, "no bias", "biases of feed-forward blocks")
     if facts.is_tied and not config["tie_word_embeddings"]:
         fault = "llama.cpp takes the embedding as the output matrix in this architecture"
         yield Problem(fault, where, "tied embeddings", "an output matrix of its own")
+    if family.config.rope_of is not DecoderConfig.rope_of:
+        model = family.config.from_json(config)
+        layers = [n for n in range(model.num_hidden_layers) if model.rope_of(n) != model.rope]
+        if layers:
+            fault = "llama.cpp rotates queries and keys alike in all layers"
+            yield Problem(fault, where, found=f"other positions in layers {layers[:8]}")
     step, flags = facts.no_rope_step, list(config.get("no_rope_layers") or ())
     usual = [int((layer + 1) % step != 0) for layer in range(len(flags))] if step else flags
     if flags != usual:
         fault = f"llama.cpp gives every {step}th layer no rotary positions in any case"
         yield Problem(fault, where, str(usual[:12]), str(flags[:12]))
-    if config.get("attention_bias") and not facts.output_bias:
+    has_bias = family.has("output_bias") and config.get(family.config.key("output_bias"))
+    if has_bias and not facts.output_bias:
         fault = "llama.cpp refuses a bias of the attention's output projection here"
         yield Problem(fault, where, "no bias", "a bias of the output projection")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]

@@ -29,10 +29,6 @@ _DENSE: Mapping[str, str] = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_HEAD_NORMS: Mapping[str, str] = {
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-}
 _NORMS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "before": (("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")),
     "after": (
@@ -86,19 +82,20 @@ class GgufFamily:
     def stems(self) -> dict[str, str]:
         """Return the names of a layer's matrices and gains in GGUF with those in Hugging Face."""
         names, mixture = self.config.names, self.mixture
-        dense = _DENSE if mixture is None or self.leading_dense else {}
+        dense = dict(_DENSE) if mixture is None or self.leading_dense else {}
+        if names.gate_up:
+            dense["ffn_up"] = f"mlp.{names.gate_up}"
+        if names.gate_up or not self.config.fixed.get("gated_mlp", True):
+            dense.pop("ffn_gate", None)
         stems = {**_ATTENTION, **dense}
         if names.qkv:
-            stems = {
-                "attn_qkv": f"self_attn.{names.qkv}",
-                "attn_output": _ATTENTION["attn_output"],
-                "ffn_up": f"mlp.{names.gate_up}",
-                "ffn_down": _DENSE["ffn_down"],
-            }
+            fused = {"attn_qkv": f"self_attn.{names.qkv}"}
+            stems = {**fused, "attn_output": _ATTENTION["attn_output"], **dense}
         placement = str(self.config.fixed.get("norm_placement", "before"))
         stems |= dict(self.facts.norms or _NORMS[placement])
         if self.has("qk_norm"):
-            stems |= _HEAD_NORMS
+            stems["attn_q_norm"] = f"self_attn.{names.query_norm}"
+            stems["attn_k_norm"] = f"self_attn.{names.key_norm}"
         if mixture is None:
             return stems
         stems["ffn_gate_inp"] = names.sparse + names.router.removesuffix(".weight")
