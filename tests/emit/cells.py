@@ -67,12 +67,15 @@ MIXTURES = _of_every_family(MIXED, is_mixture=True)
 """Sources with experts of their own, which are emitted as they are."""
 
 ROUTER = "router-std=1"
+MODES = "record-modes{train-policy=threshold eval-capacity-factor=0.6}"
 TRAIN = "specialize{mode=train capacity-factor=1.0 policy=threshold threshold=0.4 groups=2}"
 METHODS = {
     "dense": "",
     "upcycled": f"upcycle{{experts=4 {ROUTER}}}",
     "st-moe": "st-moe{experts=4 layers=every:2}",
     "st-moe in training": f"upcycle{{experts=4 {ROUTER}}},add-losses,{TRAIN}",
+    "capacity of evaluation": f"upcycle{{experts=4 {ROUTER}}},{MODES},add-losses,"
+    "specialize{mode=eval}",
     "virtual groups": f"upcycle{{experts=8 top-k=4 granularity=2 {ROUTER}}}",
     "shared": f"upcycle{{experts=4 shared=0.5 {ROUTER}}}",
     "split": f"upcycle{{experts=4 split=index {ROUTER}}}",
