@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, runtime_checkable
 
-from moecc.errors import Problem, UsageError
+from moecc.errors import MachineError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.plan.machines import Machine
 from moecc.plan.step import StepConfig
@@ -14,6 +14,10 @@ from moecc.sharding.layout import Layout
 from moecc.support.untyped import Json
 from moecc.train.recipe import OptimizerSection
 from moecc.train.recipe_text import parse_update
+
+
+class CompilerFailed(MachineError):
+    """The compiler crashed, or rejects a program that it was given; with its own words."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import IO, Annotated, Literal
 
 from moecc import errors
-from moecc.ahead.request import Request, update_of
-from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST
+from moecc.ahead.request import CompilerFailed, Request, update_of
+from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST, prepare
 from moecc.errors import MachineError, MoeccError, Problem, UsageError
 from moecc.jobs.command import (
     Amount,
@@ -52,8 +53,10 @@ from moecc.jobs.command import (
 from moecc.launch.processes import LIFELINE
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import batch_text
-from moecc.plan.search import seconds_text
+from moecc.plan.search import as_option, search, seconds_text
 from moecc.plan.step import StepConfig, read_plan
+from moecc.plan.time import Estimator
+from moecc.sharding.vias import LOCAL
 from moecc.support.console import say
 from moecc.support.extras import require
 from moecc.support.process import signals_raised
@@ -180,6 +183,10 @@ def _read(folder: Path, code: int) -> CompileOutcome:
             raise MachineError(
                 "the compiler was killed, most likely because this machine has too little memory"
             )
+        if code < 0:
+            raise CompilerFailed(
+                f"the compiler crashed ({signal.Signals(-code).name})", found=_last_words(log)
+            )
         raise RuntimeError(f"the process that compiles ended with {code}:\n{log}")
     data = json.loads(answer.read_text("utf-8"))
     if "error" in data:
@@ -192,8 +199,65 @@ def _read(folder: Path, code: int) -> CompileOutcome:
     )
 
 
+_FATAL = re.compile(r"^F\d{4} [\d:.]+ +\d+ (\S+\] .*?)\s*$", re.MULTILINE)
+"""The line of a failed check, as C++ programs of Google log it."""
+
+
+def _last_words(log: str) -> str:
+    """Return what a compiler says of its crash: its failed check, or the last line."""
+    match = _FATAL.search(log)
+    return match[1] if match else next(iter(log.strip().splitlines()[-1:]), "nothing")
+
+
+MOST_TRIED = 3
+"""How many other plans are compiled where the compiler fails."""
+
+
+def nearest_that_compiles(request: Request, time_limit_seconds: float) -> str:
+    """Return the options of the nearest plan that compiles, or that none of those tried does.
+
+    The same mesh with another rematerialisation is nearest, then plans in the order of their time.
+    """
+    prepared = prepare(request)
+    failed, asked = prepared.estimate, prepared.asked
+    free = replace(request.config, mesh=None, remat=None, via=None, dense_weights=None, rules=None)
+    estimator = Estimator(asked.work, asked.machine, free)
+    again = (
+        estimator.estimate(replace(failed.strategy, remat=remat))
+        for remat in (asked.work.remats if free.train else ())
+        if remat != failed.strategy.remat
+    )
+    ranking = search(asked.work, asked.machine, free, work_on=asked.work_on)
+    nearest = [
+        *sorted((each for each in again if each.fits), key=lambda each: each.seconds),
+        *(each for each in ranking.searched if each.strategy != failed.strategy),
+    ]
+    for estimate in nearest[:MOST_TRIED]:
+        strategy = estimate.strategy
+        settings: JsonDict = {
+            "mesh": ",".join(f"{name}={size}" for name, size in strategy.layout.mesh.axes),
+            "via": None if strategy.via == LOCAL else strategy.via,
+            "remat": strategy.remat,
+            "dense_weights": strategy.layout.dense_weights,
+        }
+        options = " ".join(as_option(n, v) for n, v in settings.items() if v is not None)
+        options += " --slice" if strategy.sliced else ""
+        say(f"note: the compiler failed; trying {options}")
+        config = replace(free, **settings, sliced=strategy.sliced)
+        try:
+            tried = compile_in_subprocess(replace(request, config=config), time_limit_seconds).data
+        except MachineError:
+            continue
+        if tried["fits"]:
+            slower = estimate.seconds / failed.seconds - 1
+            return f"{options} compiles; by the plan it takes {slower:+.0%}"
+    return f"nor do the {len(nearest[:MOST_TRIED])} nearest plans compile: another --mesh may"
+
+
 def _error(data: JsonDict) -> MoeccError:
     """Return the error that the worker reported, as its own class or the nearest base."""
+    if data["error"] == CompilerFailed.__name__:
+        return CompilerFailed([Problem(**problem) for problem in data["problems"]])
     kinds = (errors.InputError, errors.UsageError, errors.CheckError, errors.MachineError)
     kind = next(k for k in kinds if k.exit_code == data["exit_code"])
     return kind([Problem(**problem) for problem in data["problems"]])
@@ -397,7 +461,14 @@ def compile(
     extras = ("xla", "export") if save is not None else ("xla",)
     require("compiling", extras, (*(("train",) if config.train else ()), *compilers))
     with signals_raised():  # the worker must not outlive this process
-        outcome = compile_in_subprocess(request, time_limit)
+        try:
+            outcome = compile_in_subprocess(request, time_limit)
+        except CompilerFailed as error:
+            hint = nearest_that_compiles(request, time_limit)
+            raise CompilerFailed(
+                replace(problem, where=f"{model} for {machine}", hint=hint)
+                for problem in error.problems
+            ) from None
     data = outcome.data
     for remark in data["remarks"]:
         say(f"note: {remark}")

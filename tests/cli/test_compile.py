@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 
+from moecc.ahead.worker import ANSWER, REQUEST
 from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS
 from tests.support.commands import Moecc
@@ -232,3 +238,39 @@ def test_losses_that_the_graph_has_are_those_of_the_step(parts: int) -> None:
     assert losses == ["loss.balance", "loss.auxiliary"]
     assert graph.attrs["losses"]["balance_coef"] == 0.5
     assert graph.attrs["losses"]["parts"] == (parts if parts > 1 else 0)
+
+
+FATAL = (
+    "F1201 09:24:59.511905   31385 fusion_emitter.cc:418] Check failed: base_bounds == megacores "
+    "(2 vs. 16) \n*** Check failure stack trace: ***\n"
+)
+
+
+def test_a_crash_of_the_compiler_is_its_own_words_and_the_nearest_plan_that_compiles(
+    moecc: Moecc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_optax()
+    tried: list[str] = []
+
+    @contextmanager
+    def compiler(folder: Path, _machine: object, log: IO[bytes]) -> Iterator[SimpleNamespace]:
+        config = json.loads((folder / REQUEST).read_text())["config"]
+        tried.append(f"{config['mesh']} {config['remat']}")
+        crashes = config["remat"] == "none"
+        if crashes:
+            log.write(FATAL.encode())
+        else:
+            (folder / ANSWER).write_text('{"fits": true}')
+        yield SimpleNamespace(wait=lambda _limit: None, returncode=-6 if crashes else 0)
+
+    monkeypatch.setattr(import_module("moecc.jobs.compile"), "_worker", compiler)
+    done = moecc("compile", MIXTRAL, "--machine", "cpu:4", "--mesh", "data=4", *SMALL,
+                 "--remat", "none")  # fmt: skip
+    assert done.code == 4
+    assert "fusion_emitter.cc:418] Check failed: base_bounds == megacores (2 vs. 16)" in done.err
+    assert "the compiler crashed (SIGABRT)" in done.err
+    assert tried[0] == "data=4 none"
+    mesh, remat = tried[-1].split()
+    assert mesh == "data=4"
+    assert f"--mesh {mesh} --via capacity --remat {remat}" in done.err
+    assert "compiles; by the plan it takes" in done.err

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.stages import Lowered, Wrapped
 
-from moecc.ahead.request import Job, Result
-from moecc.errors import InputError, MachineError, Problem, UsageError
+from moecc.ahead.request import CompilerFailed, Job, Result
+from moecc.errors import InputError, MachineError, MoeccError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.plan.machines import Machine
 from moecc.plan.networks import Slices
@@ -346,6 +346,7 @@ def compile_lowered(
 
     Raises:
       DoesNotFit: a device has not enough memory.
+      CompilerFailed: the compiler rejects the program.
     """
     start = time.perf_counter()
     # jax takes numbers, which its type leaves out.
@@ -379,12 +380,13 @@ def host_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def refusal(error: RuntimeError) -> Exception:
-    """Return the compiler's error, as `DoesNotFit` where it is about the memory of a device."""
+def refusal(error: RuntimeError) -> MoeccError:
+    """Return the compiler's error: `DoesNotFit` where it is about the memory of a device."""
     matches = (pattern.search(str(error)) for pattern in _TOO_LARGE)
     report = next((match for match in matches if match is not None), None)
     if report is None:
-        return error
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        return CompilerFailed("the compiler rejects the program", found=words[0][:300])
     needed, available = (int(float(report[at]) * _UNITS[report[at + 1]]) for at in (1, 3))
     return DoesNotFit(needed, available)
 
