@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -376,24 +376,18 @@ def report(prepared: PreparedJob, result: Result) -> JsonDict:
 
 
 def corrected_json(estimate: Estimate, result: Result) -> JsonDict:
-    """Return the time of a step whose exposed collectives are those of the compiled program.
+    """Return the time of a step whose exposed bytes are those of the compiled program.
 
-    A byte takes as long as the plan has it for its kind of collective.
+    A byte takes as long as one of the plan's exposed bytes, whatever its kind: compilers write one
+    kind of collective as another.
     """
-    planned = estimate.collectives
-    rates = {op: row["seconds"] / row["tensor_bytes"] for op, row in planned.items()}
-    mean = sum(r["seconds"] for r in planned.values()) / max(
-        sum(r["tensor_bytes"] for r in planned.values()), 1.0
+    local, seconds = estimate.by_kind["local"], estimate.seconds
+    planned, compiled = (
+        sum(row["exposed_bytes"] for row in kinds.values())
+        for kinds in (estimate.overlap, result.overlap)
     )
-
-    def seconds(kinds: Mapping[str, Mapping[str, float]]) -> float:
-        return sum(
-            row["exposed_bytes"] * rates.get(kind.replace("-", "_"), mean)
-            for kind, row in kinds.items()
-        )
-
-    corrected = estimate.seconds + seconds(result.overlap) - seconds(estimate.overlap)
-    return {"seconds": corrected, "mfu": estimate.mfu * estimate.seconds / corrected}
+    corrected = local + (seconds - local) * compiled / planned if planned else seconds
+    return {"seconds": corrected, "mfu": estimate.mfu * seconds / corrected}
 
 
 def would_fit_text(prepared: PreparedJob, usable: int, needed: int) -> str:

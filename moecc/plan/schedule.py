@@ -47,6 +47,7 @@ class WeightProduct:
       is_first: whether no other product of its part is before it.
       kernel: the kernel that computes it, if one does.
       of_experts: whether the parameter is one of experts.
+      result_seconds: to move its result through memory once.
     """
 
     weight: str
@@ -54,6 +55,7 @@ class WeightProduct:
     is_first: bool
     kernel: Kernel | None = None
     of_experts: bool = False
+    result_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,12 @@ def scheduled(
             hidden = map(_beside_on_tpu, layer, shares_on_tpu(layer, recomputes=recomputes))
         else:
             latencies = latencies_of(layer, rates, routes, machine.devices)
-            each = LayerSchedule(layer, latencies, recomputes).parts()
+            inside = {
+                axes
+                for axes, route in routes.items()
+                if isinstance(route, SwitchRoute) and route.inner == route.devices
+            }
+            each = LayerSchedule(layer, latencies, inside, recomputes).parts()
             hidden = (part.in_chunks() for part in each)
         for number, part in zip(numbers, hidden, strict=True):
             result[number] = part
@@ -220,8 +227,12 @@ SMALL_SECONDS = 2e-5
 COMBINED_BYTES = 30 << 20
 """The most that collectives over the same devices have together where XLA makes them one."""
 
-COMBINED_GRADIENT_BYTES = 256e6
+COMBINED_GRADIENT_BYTES = 512e6
 """The most of reductions of gradients, those of experts excepted."""
+
+BETWEEN, BETWEEN_GRADIENTS = 1.5, 3.0
+"""How often results of products go through memory until the next product reads them: of a gate and
+its neurons both are read, and a product of them written; backward about twice as much."""
 
 COUNTS_SECONDS = 1.6e-4
 """Its estimate for the collectives that agree on the rounds of an exchange: launch and latency."""
@@ -391,6 +402,7 @@ class LayerSchedule:
       layer: the parts of a layer.
       latencies: the scheduler's estimate for a run of each collective of each part, and how much of
         it is in proportion to the bytes.
+      within_node: the mesh axes whose devices are in one node.
       recomputes: whether a turn backward computes the layer again.
     """
 
@@ -398,6 +410,7 @@ class LayerSchedule:
         self,
         layer: Sequence[PartCost],
         latencies: Sequence[Sequence[tuple[float, float]]],
+        within_node: Collection[tuple[str, ...]],
         recomputes: bool,
     ) -> None:
         self._parts = [(part, tuple(part.products())) for part in layer]
@@ -406,12 +419,19 @@ class LayerSchedule:
         self._sized = [sized for part in latencies for _, sized in part]
         self._numbers = self._by_part(layer)
         self._recomputes = recomputes
-        kernels = {p.weight for _, each in self._parts for p in each if p.of_experts}
-        self._gathers = _combined(self._moves, is_gather, lambda move: COMBINED_BYTES)
+        experts = {p.weight for _, each in self._parts for p in each if p.of_experts}
+        # Within a node, XLA combines the gradients of the neurons' first products by themselves.
+        neurons = {p.weight for _, each in self._parts[1:] for p in each if p.is_first}
+
+        def is_apart(move: Collective) -> bool:
+            return move.weight in neurons and move.axes in within_node
+
+        def limit(move: Collective) -> float:
+            return COMBINED_BYTES if move.weight in experts else COMBINED_GRADIENT_BYTES
+
+        self._gathers = _combined(self._moves, is_gather, lambda move: (COMBINED_BYTES, False))
         self._reductions = _combined(
-            self._moves,
-            is_reduction,
-            lambda move: COMBINED_BYTES if move.weight in kernels else COMBINED_GRADIENT_BYTES,
+            self._moves, is_reduction, lambda move: (limit(move), is_apart(move))
         )
 
     @staticmethod
@@ -509,7 +529,7 @@ class LayerSchedule:
                 self._wait(turn, number, "amid")
             made = self._products(turn, group, turn.values)
             computed += made
-            turn.values = made
+            turn.values = [turn.add(_between(group, made, BETWEEN))]
         else:
             self._wait(turn, number, "amid")
             self._wait(turn, number, "behind")
@@ -541,7 +561,7 @@ class LayerSchedule:
             for product in group:
                 if product.kernel is None or not product.kernel.in_rounds:
                     turn.add(_product(product, [*turn.values, *again]))
-            turn.values = of_rows
+            turn.values = [turn.add(_between(group, of_rows, BETWEEN_GRADIENTS))]
             if stage == 1:
                 self._wait(turn, number, "amid")
                 if part.core_seconds:
@@ -579,15 +599,21 @@ def is_reduction(move: Collective) -> bool:
 def _combined(
     moves: Sequence[Collective],
     is_wanted: Callable[[Collective], bool],
-    limit: Callable[[Collective], float],
+    rule: Callable[[Collective], tuple[float, bool]],
 ) -> list[tuple[int, ...]]:
-    """Return the numbers of collectives that XLA combines, as far as their bytes allow."""
-    groups: dict[tuple[tuple[str, ...], float], list[list[int]]] = {}
+    """Return the numbers of collectives that XLA combines.
+
+    Args:
+      moves: of a layer.
+      is_wanted: whether a collective is one of those to combine.
+      rule: returns the most bytes that are combined, and whether a collective is in a group apart.
+    """
+    groups: dict[tuple[tuple[str, ...], tuple[float, bool]], list[list[int]]] = {}
     for number, move in enumerate(moves):
         if not is_wanted(move):
             continue
-        most = limit(move)
-        of_axes = groups.setdefault((move.axes, most), [[]])
+        most, _ = key = rule(move)
+        of_axes = groups.setdefault((move.axes, key), [[]])
         if sum(moves[n].tensor_bytes for n in of_axes[-1]) + move.tensor_bytes > most:
             of_axes.append([])
         of_axes[-1].append(number)
@@ -597,6 +623,11 @@ def _combined(
 def _product(product: WeightProduct, waits_for: list[Task]) -> Task:
     cost = 0.0 if product.kernel is not None else product.seconds
     return Task(cost, product.seconds, waits_for=waits_for)
+
+
+def _between(group: Sequence[WeightProduct], waits_for: list[Task], times: float) -> Task:
+    """Return what stands between products, which takes time and does not multiply."""
+    return Task(times * sum(p.result_seconds for p in group) + SMALL_SECONDS, waits_for=waits_for)
 
 
 def _stages(products: Sequence[WeightProduct]) -> list[list[WeightProduct]]:

@@ -269,20 +269,17 @@ class Estimator:
         is_ragged = self.work.dropless and is_exact(strategy.via, dropless=True)
         experts = self.work.experts // strategy.layout.shards["expert"]
         kernel = Kernel(strategy.in_rounds, experts) if is_ragged else None
-        behind = set[Value]()
+        behind, width = set[Value](), self.config.compute_type.itemsize_bytes
         for node, step in zip(part.nodes, part.steps, strict=True):
             is_behind = not behind.isdisjoint(node.operands)
             weight = next(filter(None, step.weights), None)
             if weight is not None and step.cost is Cost.PRODUCT:
                 is_behind, is_first = True, not is_behind
                 time = _flops(step, values) / self._rates[0]
-                yield WeightProduct(
-                    weight.name,
-                    time,
-                    is_first,
-                    kernel if weight.of_experts else None,
-                    weight.of_experts,
-                )
+                moved = sum(map(values.elements, step.results)) * width / self._rates[1]
+                of_experts = weight.of_experts
+                product_kernel = kernel if of_experts else None
+                yield WeightProduct(weight.name, time, is_first, product_kernel, of_experts, moved)
             if is_behind:
                 behind.update(node.results)
 
