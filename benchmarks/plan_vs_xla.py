@@ -1,13 +1,12 @@
 """The plan against the compiler: FLOPs, bytes of collectives and memory of whole training steps.
 
-    python benchmarks/plan_vs_xla.py [NAME…] [--overlap] [--out FILE.md]
+    python benchmarks/plan_vs_xla.py [NAME…] [--out FILE.md]
 
 Each pair of a model and a machine is compiled ahead of time by ``moecc compile``, for TPUs (extra
 ``tpu``) or GPUs (extra ``gpu-aot``), with optax (extra ``train``).  A row has what the compiler
 says, and how far the plan is from it; an exclamation mark stands behind what lies beyond the bound.
 What cannot be compiled here is left out, and said.  The exit code is 1 where fewer than eight pairs
-(or than those that are named) are within all bounds.  With ``--overlap`` the compiler is asked to
-have collectives beside products, and what the plan expects of that is compared instead.
+(or than those that are named) are within all bounds.
 """
 
 from __future__ import annotations
@@ -25,9 +24,6 @@ BOUNDS = {
     "peak": 0.15,
 }  # fmt: skip
 """How far the plan may be from the compiler."""
-
-OVERLAP_BOUNDS = {"collectives": 0.05, "beside products": 0.2, "exposed": 0.2}
-"""How far it may be where the compiler is asked to overlap."""
 
 LEAST = 8
 """How many pairs must be within all bounds."""
@@ -161,7 +157,6 @@ def figures(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
         "outputs": memory["outputs_bytes"],
         "temporaries": memory["temporaries_bytes"],
         "peak": memory["peak_bytes"],
-        **_overlap(found["overlap"]),
     }
     planned = {
         "FLOPs": plan["flops"],
@@ -170,26 +165,16 @@ def figures(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
         "outputs": plan["outputs_bytes"],
         "temporaries": plan["temporaries_bytes"],
         "peak": plan["needed_bytes"],
-        **_overlap(plan["overlap"]),
     }
     return compiled, planned
 
 
-def _overlap(kinds: dict[str, dict[str, float]]) -> dict[str, float]:
-    return {
-        "beside products": sum(row["overlapped_bytes"] for row in kinds.values()),
-        "exposed": sum(row["exposed_bytes"] for row in kinds.values()),
-    }
-
-
-def row_of(
-    pair: Pair, found: dict[str, Any], bounds: dict[str, float] = BOUNDS
-) -> tuple[str, bool]:
-    """Return a row of the table, and whether the plan is within all `bounds`."""
+def row_of(pair: Pair, found: dict[str, Any]) -> tuple[str, bool]:
+    """Return a row of the table, and whether the plan is within all bounds."""
     cells = [pair.model, pair.machine, pair.mesh, found["optimizer"], found["remat"]]
     compiled, planned = figures(found)
     within = True
-    for kind, bound in bounds.items():
+    for kind, bound in BOUNDS.items():
         off = planned[kind] / compiled[kind] - 1 if compiled[kind] else 0.0
         within &= abs(off) <= bound
         mark = "" if abs(off) <= bound else " !"
@@ -198,33 +183,31 @@ def row_of(
     return f"| {' | '.join(cells)} |", within
 
 
-def head_of(bounds: dict[str, float]) -> list[str]:
+def head_of() -> list[str]:
     """Return the names of the columns."""
-    figures = ("TFLOPs" if kind in UNITS else f"{kind}, GB" for kind in bounds)
+    figures = ("TFLOPs" if kind in UNITS else f"{kind}, GB" for kind in BOUNDS)
     return ["model", "machine", "mesh", "optimizer", "remat", *figures, "compiled in"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"pairs, of {', '.join(PAIRS)}; all without one")
-    parser.add_argument("--overlap", action="store_true", help="ask for overlap, and compare it")
     parser.add_argument("--out", type=Path, help="where the table goes, too")
     given = parser.parse_args()
     unknown = [name for name in given.names if name not in PAIRS]
     if unknown:
         parser.error(f"unknown pair {unknown[0]!r}; pairs: {', '.join(PAIRS)}")
-    bounds, more = (OVERLAP_BOUNDS, ["--overlap"]) if given.overlap else (BOUNDS, [])
-    head = head_of(bounds)
+    head = head_of()
     rows = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     print("\n".join(rows), flush=True)
     good = 0
     for name in given.names or PAIRS:
         try:
-            report = report_of([*PAIRS[name].command, *more])
+            report = report_of(PAIRS[name].command)
         except RuntimeError as error:
             print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
             continue
-        row, within = row_of(PAIRS[name], report, bounds)
+        row, within = row_of(PAIRS[name], report)
         rows.append(row)
         good += within
         print(row, flush=True)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from moecc.plan.collectives import Collective
 from moecc.plan.machines import Machine, efficiency, table
+from moecc.plan.memory import StepMemory
 from moecc.plan.networks import Route, SwitchRoute
 
 ASKED = ("tpu:v5p",)
@@ -158,6 +159,7 @@ def scheduled(
     parts: Sequence[PartCost],
     machine: Machine,
     routes: Mapping[tuple[str, ...], Route],
+    memory: StepMemory,
     *,
     is_asked: bool,
     recomputes: bool,
@@ -168,11 +170,15 @@ def scheduled(
       parts: of a step.
       machine: where.
       routes: of its network, by mesh axes.
+      memory: what the step needs.
       is_asked: whether the compiler is asked to have collectives beside products.
       recomputes: whether the backward pass computes layers again.
     """
     name = machine.compiled_as or machine.name
     rates = scheduler_rates(name)
+    room = MEMORY_SLOP * (MEMORY_SHARE * machine.usable_bytes - memory.arguments)
+    if rates is not None and memory.temporaries > room:
+        return list(parts)
     if rates is None and not (is_asked and name.startswith(ASKED)):
         return list(parts)
     layers: dict[str, list[int]] = {}
@@ -220,6 +226,10 @@ def _beside_on_tpu(part: PartCost, shares: Sequence[float]) -> PartCost:
 # The scheduler holds that a loop, such as attention in blocks or the rows of dropless experts,
 # takes no time.  So what runs beside one is hidden, but nothing is planned to be.  Gradients are
 # reduced in the turn after the one that computes them, wherever there is a place.
+
+MEMORY_SHARE, MEMORY_SLOP = 0.8, 0.95
+"""The share of a GPU's memory that XLA schedules for, and the share of what arguments leave of it
+that temporaries may have; a program that needs more has no collective beside a product."""
 
 SMALL_SECONDS = 2e-5
 """The scheduler's estimate for a norm or a sum, of which some stand between products."""

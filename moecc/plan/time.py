@@ -195,14 +195,15 @@ class Estimator:
         if train:
             parts += (_repeated(x, times, times) for x in self._streams(strategy, local))
             parts.append(self._update(local))
+        needed = self.memory(strategy) if needed is None else needed
         parts = scheduled(
-            parts, self.machine, self._routes(local),
+            parts, self.machine, self._routes(local), needed,
             is_asked=self.config.overlap, recomputes=strategy.remat != "none",
         )  # fmt: skip
         frozen = times * self.work.frozen_flops if train else 0.0
         return Estimate(
             strategy=strategy,
-            memory=self.memory(strategy) if needed is None else needed,
+            memory=needed,
             parts=tuple(parts),
             model_flops=(3 * times if train else 1) * self.work.model_flops - frozen,
             machine=self.machine,

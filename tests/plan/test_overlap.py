@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from moecc.model.open import open_model
 from moecc.plan.machines import parse_machine
+from moecc.plan.schedule import Task, hide
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import make_batch, workload
 from moecc.sharding.layout import Layout
+from tests.proof.exposed import BOUND, predicted
 
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
 
@@ -47,3 +50,32 @@ def test_parameters_of_layers_are_beside_products_where_compilers_do_so(
         # The embedding and the head are outside of the loop over layers.
         assert found[op]["exposed_bytes"] > 0
     assert found["all_to_all"]["overlapped_bytes"] == 0 < found["all_to_all"]["exposed_bytes"]
+
+
+RECORD = json.loads((Path(__file__).parents[2] / "docs/proofs/exposed.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama-h100-8", "llama-h100-64", "llama-8x-h100-16", "mixtral-h100-16", "llama-v5p-16-none"],
+)  # fmt: skip
+def test_exposed_bytes_are_those_of_the_compiled_program(name: str) -> None:
+    row = RECORD["programs"][name]
+    exposed = predicted(row)["exposed_bytes"]
+    assert exposed == pytest.approx(row["predicted"]["exposed_bytes"], rel=1e-3)
+    assert exposed == pytest.approx(row["compiled"]["exposed_bytes"], rel=BOUND)
+
+
+def test_a_collective_is_hidden_by_what_computes_between_its_start_and_its_end() -> None:
+    # From the end: the reduction runs beside the last product, then its place is free, and the
+    # gather runs beside the product before the one that reads it.
+    gather = Task(latency=2.0, moves=(0,))
+    first = Task(cost=3.0, seconds=3.0)
+    reader = Task(cost=3.0, seconds=3.0, waits_for=[first, gather])
+    reduction = Task(latency=2.0, moves=(1,))
+    hidings = hide([gather, reduction, first, reader])
+    assert hidings == {gather: (True, 3.0), reduction: (True, 3.0)}
+    # Nothing is beside the gather of what the first product reads.
+    first.waits_for = [gather]
+    reader.waits_for = [first]
+    assert hide([gather, first, reader]) == {gather: (False, 0.0)}

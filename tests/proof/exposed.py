@@ -33,7 +33,7 @@ BOUND = 0.2
 
 Row = dict[str, Any]
 
-UPCYCLED = "upcycle{experts=8 top-k=2}"
+UPCYCLED, UPCYCLED_16 = "upcycle{experts=8 top-k=2}", "upcycle{experts=16 top-k=2}"
 LLAMA, MIXTRAL, SMOLLM2 = "preset:llama-3.1-8b", "preset:mixtral-8x7b", "preset:smollm2-135m"
 SPLIT = {"dense_weights": "split"}
 NONE, FULL = {"remat": "none"}, {"remat": "full"}
@@ -80,6 +80,37 @@ LEARNT = {
 }  # fmt: skip
 """Programs whose schedules made the rules."""
 
+OVERLAPPED = {
+    "mixtral-v5p-64": program(MIXTRAL, "tpu:v5p:4x4x4", "fsdp=8,expert=8", **SPLIT),
+    "mixtral-v5p-64-dropless": program(
+        MIXTRAL, "tpu:v5p:4x4x4", "fsdp=8,expert=8", via="ragged", **SPLIT
+    ),
+    "mixtral-v5p-64-dropless-16": program(
+        MIXTRAL, "tpu:v5p:4x4x4", "fsdp=16,expert=4", via="ragged", **SPLIT
+    ),
+    "mixtral-v5p-64-ring": program(
+        MIXTRAL, "tpu:v5p:4x4x4", "fsdp=8,expert=8", via="ring", **SPLIT
+    ),
+    "mixtral-v5p-64-ring-16": program(
+        MIXTRAL, "tpu:v5p:4x4x4", "fsdp=16,expert=4", via="ring", **SPLIT
+    ),
+    "mixtral-v5p-64-ring-capacity": program(
+        MIXTRAL, "tpu:v5p:4x4x4", "fsdp=8,expert=8", via="ring", capacity_factor=1.25, **SPLIT
+    ),
+    "mixtral-v5p-64-data": program(MIXTRAL, "tpu:v5p:4x4x4", "data=8,expert=8", **SPLIT),
+    "llama-v5p-64": program(LLAMA, "tpu:v5p:4x4x4", "fsdp=64"),
+    "llama-16x-v5p-32-ring": program(
+        LLAMA, "tpu:v5p:2x4x4", "fsdp=4,expert=8", UPCYCLED_16, via="ring", **SPLIT
+    ),
+    "llama-16x-v5p-32-dropless": program(
+        LLAMA, "tpu:v5p:2x4x4", "fsdp=4,expert=8", UPCYCLED_16, via="ragged", **SPLIT
+    ),
+}  # fmt: skip
+"""Programs with full rematerialisation for v5p, of which six made the rules."""
+
+for _row in OVERLAPPED.values():
+    _row["settings"] |= {"overlap": True, **FULL}
+
 HELD_OUT = {
     "llama-8x-h100-16-best": program(
         LLAMA, "gpu:h100:16", "expert=8,model=2", UPCYCLED, via="ragged", sliced=True,
@@ -119,7 +150,7 @@ HELD_OUT = {
 }  # fmt: skip
 """Programs that are predicted before they are compiled; `best` is what a plan recommends."""
 
-PROGRAMS = {**LEARNT, **HELD_OUT}
+PROGRAMS = {**LEARNT, **OVERLAPPED, **HELD_OUT}
 
 
 def request_of(row: Row) -> Request:
