@@ -17,7 +17,7 @@ from declared import HERE
 from worth import DENSE, SEEDS, SPARSE, TEXTS, WORK, Setting
 
 from moecc.formats.run import METRICS, RECIPE
-from moecc.train.forecast import BLOCK_STEPS, Pilot, crossing_of
+from moecc.jobs.forecast import BLOCK_STEPS, Pilot, crossing_of
 
 CURVES = HERE / "worth_curves.jsonl"
 RATIOS = (1.02, 1.2, 1.4, 1.6, 1.75, 2.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf, isfinite, nan
 from pathlib import Path
@@ -37,9 +37,9 @@ from moecc.support.lazy import graph_objects, np
 from moecc.support.page import drawing, render_page
 from moecc.support.text import count_text, size_text
 from moecc.support.untyped import JsonDict
-from moecc.train.forecast import BLOCK_STEPS, FARTHEST, Crossing, Pilot, crossing_of
 from moecc.train.recipe import Recipe, Schedule
 from moecc.train.recipe_text import load_recipe, parse_recipe, recipe_file
+from moecc.train.rows import Numbers
 from moecc.train.run import read_run
 from moecc.train.tokens.folder import open_tokens
 from moecc.types import Doubles
@@ -411,3 +411,118 @@ def _drawing(line: Crossing, runs: PilotRuns, behind: float, ratio: float) -> Js
     if isfinite(line.steps) and line.steps <= end:
         figure.add_vline(x=line.steps, line_dash="dot", annotation_text="crossing")
     return drawing(figure, "Loss in nats a token", 420, "steps of the sparse model")
+
+
+# Both arms of a pilot train on the same batches at a constant rate, so that the noise of batches
+# is in both and leaves their difference.  The gain of the sparse arm begins below zero, as routers
+# and balance losses are new, and grows about linearly in steps within some times the pilot; the
+# dense arm's loss falls with the logarithm of all its tokens.  At equal compute the dense arm is
+# allowed more steps: the models cross where the gain is what those steps are worth.
+
+BLOCK_STEPS = 10
+"""Steps whose mean is one observation: differences of neighbouring steps are hardly related."""
+
+FARTHEST = 8
+"""Times the steps of the pilot up to which its line was seen to hold (docs/worth.md)."""
+
+_DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Both arms of one seed, which train on the same batches.
+
+    Attributes:
+      dense, sparse: cross entropy of each step, in nats a token, ``f64[step]``.
+    """
+
+    dense: Doubles
+    sparse: Doubles
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Steps after which the sparse model is below the dense one at equal compute.
+
+    Attributes:
+      steps: the estimate; infinite for never.
+      start, slope: the gain at the switch, and its growth with each step, in nats a token.
+      level, fall: the dense loss is `level` less `fall` times the logarithm of all steps.
+      low, high: the interval of 95 % of the steps, over seeds and blocks of steps.
+      slope_low: the lower end of that of the slope.
+    """
+
+    steps: float
+    start: float
+    slope: float
+    level: float
+    fall: float
+    low: float = 0.0
+    high: float = inf
+    slope_low: float = 0.0
+
+    def dense(self, steps: Doubles) -> Doubles:
+        """Return the loss of the dense model after so many steps in all."""
+        return self.level - self.fall * np.log(steps)
+
+    def gain(self, steps: Doubles) -> Doubles:
+        """Return by how much the sparse model is lower so many steps after the switch."""
+        return self.start + self.slope * steps
+
+
+def crossing_of(
+    pilots: Sequence[Pilot], behind_steps: float, ratio: float, warmup: int
+) -> Crossing:
+    """Return where the arms cross.
+
+    Args:
+      pilots: of each seed, as many steps of both arms.
+      behind_steps: the dense model's tokens before the switch, in steps of the pilot.
+      ratio: the compute of a sparse step over that of a dense one.
+      warmup: the first steps, in which the rate rises: they are left out.
+    """
+    gains = np.stack([_blocks(p.dense - p.sparse, warmup) for p in pilots])
+    dense = np.stack([_blocks(p.dense, warmup) for p in pilots])
+    at: Doubles = warmup + BLOCK_STEPS * (np.arange(gains.shape[1], dtype=np.float64) + 0.5)
+
+    def fitted(seeds: Numbers, blocks: Numbers) -> Crossing:
+        chosen = np.ix_(seeds, blocks)
+        level, rise = _line(np.log(behind_steps + at[blocks]), dense[chosen].mean(0))
+        start, slope = _line(at[blocks], gains[chosen].mean(0))
+        fall = max(-rise, 0.0)
+        return Crossing(_root(start, slope, fall, behind_steps, ratio), start, slope, level, fall)
+
+    rng = np.random.default_rng(0)
+    seeds, blocks = np.arange(len(pilots)), np.arange(len(at))
+    draws = [
+        fitted(rng.choice(seeds, len(seeds)), rng.choice(blocks, len(blocks)))
+        for _ in range(_DRAWS)
+    ]
+    edge = _DRAWS // 40
+    ends = sorted(draw.steps for draw in draws)
+    slopes = sorted(draw.slope for draw in draws)
+    return replace(
+        fitted(seeds, blocks), low=ends[edge], high=ends[-edge - 1], slope_low=slopes[edge]
+    )
+
+
+def _blocks(values: Doubles, warmup: int) -> Doubles:
+    count = (len(values) - warmup) // BLOCK_STEPS
+    inside = values[warmup : warmup + count * BLOCK_STEPS]
+    means: Doubles = inside.reshape(count, BLOCK_STEPS).mean(1)
+    return means
+
+
+def _line(x: Doubles, y: Doubles) -> tuple[float, float]:
+    """Return the intercept and the slope of the line of least squares."""
+    spread = x - x.mean()
+    slope = float((spread * y).sum() / max(float((spread**2).sum()), 1e-30))
+    return float(y.mean()) - slope * float(x.mean()), slope
+
+
+def _root(start: float, slope: float, fall: float, behind: float, ratio: float) -> float:
+    """Return the step from which on the gain exceeds what the dense arm's further steps bring."""
+    steps = np.geomspace(1, 1e8, 4000)
+    above = start + slope * steps > fall * np.log((behind + ratio * steps) / (behind + steps))
+    last = int(np.flatnonzero(~above)[-1]) if not above.all() else -1
+    return inf if last == len(steps) - 1 else float(steps[last + 1])

@@ -12,9 +12,15 @@ from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
 from moecc.support.extras import install_hint
-from moecc.testing.generate import MAX_STEPS, Example, keep_only, random_graph, steps_by_operation
+from moecc.testing.generate import (
+    MAX_STEPS,
+    Example,
+    keep_only,
+    random_graph,
+    random_sharding,
+    steps_by_operation,
+)
 from moecc.testing.growth import Step
-from moecc.testing.shardings import random_sharding
 from moecc.testing.weights import Decisions
 
 try:

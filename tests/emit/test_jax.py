@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from moecc_backends.jax_source.dialect import translated, translated_helper
+from moecc_backends.jax_source.source import translated, translated_helper
 
 import moecc
 from moecc.errors import CheckError, InputError

@@ -38,8 +38,7 @@ from moecc.rewrite import P
 from moecc.rewrite.passes import Context, Pass
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.testing.generate import random_graph
-from moecc.testing.shardings import random_sharding
+from moecc.testing.generate import random_graph, random_sharding
 from moecc.testing.weights import Decisions
 from moecc.translate.export import export_graph
 from moecc.version import __version__

@@ -15,8 +15,7 @@ from moecc.rewrite import P
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.testing.generate import random_graph
-from moecc.testing.shardings import random_sharding
+from moecc.testing.generate import random_graph, random_sharding
 from moecc.testing.steps import BLOCKS
 from moecc.testing.weights import Decisions
 from moecc.types import F32

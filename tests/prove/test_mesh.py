@@ -14,8 +14,7 @@ from moecc.prove import prove
 from moecc.prove.mesh import Devices
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.testing.generate import random_graph
-from moecc.testing.shardings import random_sharding
+from moecc.testing.generate import random_graph, random_sharding
 from moecc.testing.weights import Decisions
 from moecc.translate.importing import import_checkpoint
 from tests.support.tiers import few

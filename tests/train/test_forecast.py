@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moecc.cli.main import main
-from moecc.train.forecast import Pilot, crossing_of
+from moecc.jobs.forecast import Pilot, crossing_of
 
 from .tiny import RECIPE, draw_weights, make_corpus, make_model
 
