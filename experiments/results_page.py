@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
@@ -39,9 +40,8 @@ than the others.
   result is the entropy of the first choices of sentinels, the mean over the layers of a stack,
   divided by that of an even spread; other tokens have 0.9 of it in the decoder.
 * "As much compute" in (a) and (l) is that of active parameters, 1.67 times; executed FLOPs say
-  1.52. Both begin from 2.8 tokens a parameter at most, and end after 150 steps.
-  [worth.md](worth.md) compares at equal executed FLOPs and at equal processor time, from a dense
-  model that was trained for longer, with the recipe that `recipe:upcycle` has now, and there
+  1.52. Both begin from 2.8 tokens a parameter at most, and end after 150 steps; in
+  [worth.md](worth.md), from a dense model that was trained for longer and with the recipe of today,
   experts are worth it.
 * (l) is (a) on one seed, with a dense model of 4.8 million parameters (`experiments/decoder_5m`),
   for which 0.6 million tokens before the switch are few.
@@ -149,17 +149,18 @@ def _early(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
         return
     spans = [(2, 10), (11, 20), (21, 30), (31, 40)]
     shown = [span for span in spans if span[1] <= experiment.curves]
-    yield (
-        f"({experiment.key}) Training loss after the switch less that of {first}, the mean over "
-        "steps, ± Student's 95 % over the seeds:\n"
-    )
-    yield "| arm | " + " | ".join(f"steps {a} to {b}" for a, b in shown) + " |"
-    yield "|---" * (len(shown) + 1) + "|"
+    spans_text = ", ".join(f"{a} to {b}" for a, b in shown)
+    arms = []
     for arm, each in others:
-        found = (
+        effects = (
             Effect(tuple(mean(curve[a - 1 : b]) - mean(base[seed][a - 1 : b])
                          for seed, curve in each.items()))
             for a, b in shown
         )  # fmt: skip
-        yield f"| {arm} | " + " | ".join(_effect(x, "nats a byte") for x in found) + " |"
+        arms.append(f"{arm}: {', '.join(_effect(x, 'nats a byte') for x in effects)}")
+    text = (
+        f"({experiment.key}) Training loss after the switch less that of {first}, the mean over "
+        f"steps {spans_text}, ± Student's 95 % over the seeds. {'; '.join(arms)}."
+    )
+    yield textwrap.fill(text, 100)
     yield ""
