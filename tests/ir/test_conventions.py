@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.upcycle.gates import MEANINGS, GateLaw
-from moecc_passes.upcycle.gates import gates_of as promised_gates
+from moecc_passes.upcycle.rewrite import MEANINGS, GateLaw
+from moecc_passes.upcycle.rewrite import gates_of as promised_gates
 
 from moecc.backend import get_backend
 from moecc.ir import Builder, Graph

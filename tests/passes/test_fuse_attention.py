@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moecc_passes.fuse_attention import FuseAttentionPass
+from moecc_passes.fuse import FuseAttentionPass
 
 from moecc.ir import Builder, Graph, clone
 from moecc.model.open import open_model

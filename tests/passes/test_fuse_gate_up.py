@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moecc_passes.fuse_gate_up import FuseGateUpPass, Fusion, find_siblings, fuse_siblings
+from moecc_passes.fuse import FuseGateUpPass, Fusion, find_siblings, fuse_siblings
 from tiers import examples
 
 from moecc.ir import Graph, clone, equal, parse

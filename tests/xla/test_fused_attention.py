@@ -21,7 +21,7 @@ from moecc_backends.xla.kernels.attention import (
     splash_kernel,
 )
 from moecc_backends.xla.trace.context import Options
-from moecc_passes.fuse_attention import FuseAttentionPass
+from moecc_passes.fuse import FuseAttentionPass
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone

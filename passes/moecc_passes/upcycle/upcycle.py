@@ -18,7 +18,6 @@ from moecc.types import F32, Axis, TensorType
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.routed import causal_values, is_decoder, token_ids
-from moecc_passes.upcycle.gates import factors_of, of_blocks, promise, scale_factors
 from moecc_passes.upcycle.options import (
     UpcycleOptions,
     check_layers,
@@ -26,7 +25,15 @@ from moecc_passes.upcycle.options import (
     lints,
     unknown_models,
 )
-from moecc_passes.upcycle.rewrite import average_rest, rewrite_block, surroundings
+from moecc_passes.upcycle.rewrite import (
+    average_rest,
+    factors_of,
+    of_blocks,
+    promise,
+    rewrite_block,
+    scale_factors,
+    surroundings,
+)
 from moecc_passes.upcycle.routers import (
     LOOKS_AHEAD,
     NAMES,
