@@ -154,6 +154,12 @@ def test_padding_is_rejected_where_scores_are_read():
     assert 'raise ValueError("this model has no padding mask")' in text
 
 
+def test_numbers_in_formulas_of_tensors_are_tensors():
+    text = program_text("apertus_biases")
+    assert "torch.logaddexp(alpha_p, torch.full_like(alpha_p, 0.0))" in text
+    assert text.count("class FeedForward") == 1  # names of layers are no names of values
+
+
 def test_noise_is_written_or_rejected():
     noise = "specialize{mode=train jitter=0.01 dropout=0.1 policy=random}"
     text = program_text("llama_gqa", f"{UPCYCLE},{noise}")

@@ -302,7 +302,8 @@ class MemoryCheckpoint(Closing):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor."""
         self.reads.append(name)
-        return self.arrays[name][start:stop]
+        array = self.arrays[name]
+        return array[start:stop] if array.ndim else array
 
     def companions(self) -> dict[str, Path | bytes]:
         """Return no files."""

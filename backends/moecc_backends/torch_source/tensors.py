@@ -259,6 +259,11 @@ def _function(w: BlockWriter, step: FormulaStep, arguments: list[str], operand: 
     if name in ("maximum", "minimum") and count == 1:
         tensor, bound = arguments if isinstance(step.arguments[0], int) else arguments[::-1]
         return _clamped(name, tensor, bound)
+    if name in ("atan2", "logaddexp"):  # of tensors alone
+        arguments = [
+            text if isinstance(n, int) else f"torch.full_like({operand}, {text})"
+            for text, n in zip(arguments, step.arguments, strict=True)
+        ]
     if name == "wide":
         w.helper("widened")
     if name == "narrow":

@@ -384,7 +384,8 @@ def is_losses(text: str) -> bool:
 
 def var_hint(var: ProgramValue) -> str:
     """Return a name for a value: its own without a number, or one by what computes it."""
-    base = var.name.rstrip("0123456789").rstrip("_.")
+    name = var.name.rpartition(".")[2] if var.param else var.name
+    base = name.rstrip("0123456789").rstrip("_.")
     if base == "norm":
         return "normed"
     if base == "hidden":
