@@ -40,18 +40,20 @@ from moecc.testing.oracle import (
     with_errors,
 )
 from moecc.testing.weights import generator, moved
-from moecc.types import F64, Array
+from moecc.types import F32, F64, Array
 from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source, sources, transform
 
-Kind = Literal["normal", "signs", "equal", "sparse", "negative", "large", "wide", "precise"]
+Kind = Literal[
+    "normal", "signs", "equal", "sparse", "negative", "large", "wide", "precise", "fractions"
+]
 """What floats are: normal; −1, 0 or 1; one number a tensor; mostly 0; below 0; to 30; to 10⁸;
-float64 whatever their type, so that sums round."""
+float64 whatever their type, so that sums round; of ten binary places, which bfloat16 rounds."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-TIES = ("signs", "equal")
+TIES = ("signs", "equal", "fractions")
 """Kinds of data whose sums are exact in float64, so that equal logits stay equal."""
 
 EXACT_OPS = frozenset(
@@ -73,6 +75,8 @@ def shaped(data: Array, kind: Kind, *words: str) -> Array:
     match kind:
         case "signs":
             return np.asarray(np.sign(np.round(data.astype(np.float64))), data.dtype)
+        case "fractions":
+            return np.asarray(np.round(data.astype(np.float64) * 1024) / 1024, data.dtype)
         case "equal":
             number = generator(0, "equal", *words).choice([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0])
             return np.full(data.shape, number, data.dtype)
@@ -115,7 +119,11 @@ def _in_float64(expr: Expr) -> Expr:
         return expr
     if isinstance(expr, Source):
         return Source(expr.name, expr.type.with_dtype(F64))
-    return expr.x if isinstance(expr, Cast) else Cast(expr, F64)
+    if isinstance(expr, Cast):
+        # A narrow type rounds so much that functions differ; what float32 rounds is drawn.
+        is_narrow = expr.type.dtype.itemsize_bytes < F32.itemsize_bytes
+        return Cast(Cast(expr.x, expr.type.dtype), F64) if is_narrow else expr.x
+    return Cast(expr, F64)
 
 
 @dataclass(frozen=True)
@@ -255,7 +263,8 @@ def difference(
       seed: chooses the data.
       exact: whether outputs must be equal bit for bit.
       thorough: whether all kinds of data are drawn, not two.
-      more: further draws of normal data, and of signs or, if exact, of precise and wide numbers.
+      more: further draws of normal data, of signs, and of negative numbers and fractions, or if
+        exact of precise and wide ones.
       coarse: whether a large difference of values counts without a look at where it comes from.
     """
     changed = interface_changes(before, after)
@@ -265,7 +274,9 @@ def difference(
     if exact:
         draws += [(seed + 8, "precise", 0), (seed + 9, "wide", 4), (seed + 10, "precise", 4)]
     # Gradients are compared where data are normal.
-    kinds: tuple[Kind, ...] = ("normal", "precise", "wide") if exact else ("normal", "signs")
+    kinds: tuple[Kind, ...] = ("normal", "signs", "negative", "fractions")
+    if exact:
+        kinds = ("normal", "precise", "wide")
     draws += [
         (seed + 11 + i, kinds[i % len(kinds)], (0, 4, 8)[i // len(kinds) % 3]) for i in range(more)
     ]
