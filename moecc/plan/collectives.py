@@ -10,8 +10,8 @@ counted: the size of the full tensor, of an exchange that of one device's rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from moecc.ir.graph import Node, Value
@@ -529,3 +529,132 @@ def sparse_rows(part: Part, work: Workload, strategy: Strategy, local: Sharding)
         dropless=work.dropless,
         in_rounds=strategy.in_rounds,
     )
+
+
+# The costs of parts with their collectives.
+
+
+class Kernel(NamedTuple):
+    """A product of groups of rows, one for each expert of a device.
+
+    Attributes:
+      in_rounds: whether it is in the loop of the rounds of an exchange.
+      experts: how many a device has.
+    """
+
+    in_rounds: bool
+    experts: int
+
+
+@dataclass(frozen=True)
+class WeightProduct:
+    """A product with a parameter, forward.
+
+    Attributes:
+      weight: the parameter.
+      seconds: of the product; the gradients of both operands take as long each.
+      is_first: whether no other product of its part is before it.
+      kernel: the kernel that computes it, if one does.
+      of_experts: whether the parameter is one of experts.
+      result_seconds: to move its result through memory once.
+    """
+
+    weight: str
+    seconds: float
+    is_first: bool
+    kernel: Kernel | None = None
+    of_experts: bool = False
+    result_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """The cost of the equal parts of one name, on one device, in one step.
+
+    Attributes:
+      name: of the part.
+      count: how many there are.
+      flops: FLOPs of all of them, forward, backward and again.
+      hbm_bytes: what they read and write.
+      compute_seconds: of the FLOPs.
+      hbm_seconds: of the bytes.
+      local_seconds: of both: of each operation the longer.
+      collectives: of one part.
+      chunks: number of parts in which rows are exchanged.
+      in_layer: whether they are parts of layers.
+      core_seconds: of the attention of one of them, forward, projections left out.
+      products: yields those of one part with its parameters, forward; few estimates need them.
+    """
+
+    name: str
+    count: int
+    flops: float
+    hbm_bytes: float
+    compute_seconds: float
+    hbm_seconds: float
+    local_seconds: float
+    collectives: tuple[Collective, ...] = ()
+    chunks: int = 1
+    in_layer: bool = True
+    core_seconds: float = 0.0
+    products: Callable[[], Iterable[WeightProduct]] = field(
+        default=tuple, compare=False, repr=False
+    )
+
+    @property
+    def waiting_seconds(self) -> float:
+        """The collectives that nothing runs beside."""
+        return self.network_seconds - self.hidden_seconds
+
+    @property
+    def hidden_seconds(self) -> float:
+        """The collectives that run beside computation, as long as that lasts."""
+        return self.count * sum(c.hidden_seconds for c in self.collectives)
+
+    @property
+    def network_seconds(self) -> float:
+        """All collectives."""
+        return self.count * sum(c.seconds for c in self.collectives)
+
+    @property
+    def seconds(self) -> float:
+        """The time of the part."""
+        return self.local_seconds + self.waiting_seconds
+
+    def with_hidden(self, beside: Iterable[tuple[float, float]]) -> PartCost:
+        """Return the part with what runs beside each of its collectives.
+
+        Args:
+          beside: of each, the share of its runs that something runs beside, and the seconds of all
+            its runs that pass beside it.
+        """
+        hidden = (
+            move._replace(beside=share, hidden_seconds=seconds)
+            for move, (share, seconds) in zip(self.collectives, beside, strict=True)
+        )
+        return replace(self, collectives=tuple(hidden))
+
+    def in_chunks(self) -> PartCost:
+        """Return the part with exchanges of chunks hidden beside products of another.
+
+        Link and products are two machines in a row, through which equal chunks go: the first chunk
+        is waited for, and then the slower of both works without a pause (Johnson 1954).
+        """
+        if self.chunks == 1:
+            return self
+        rows = self.count * sum(c.seconds for c in self.collectives if c.is_exchange)
+        local, share = self.local_seconds, 1 - 1 / self.chunks
+        hidden = share * min(rows, local)
+        return self.with_hidden(
+            (max(c.beside, share), c.seconds * hidden / rows)
+            if c.is_exchange
+            else (c.beside, c.hidden_seconds)
+            for c in self.collectives
+        )
+
+    @property
+    def bound(self) -> str:
+        """The resource that takes the most of its time, ``compute``, ``hbm`` or ``network``."""
+        if self.network_seconds > self.local_seconds:
+            return "network"
+        return "hbm" if self.hbm_seconds > self.compute_seconds else "compute"

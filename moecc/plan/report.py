@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from textwrap import wrap
 
-from moecc.plan.collectives import is_exact, sent_bytes
+from moecc.plan.collectives import PartCost, is_exact, sent_bytes
 from moecc.plan.machines import Machine, efficiency_range
-from moecc.plan.schedule import PartCost
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import EXPOSED_ERROR, Estimate

@@ -13,6 +13,9 @@ from moecc.ir.traits import Cost
 from moecc.plan.collectives import (
     PARAMETERS,
     Collective,
+    Kernel,
+    PartCost,
+    WeightProduct,
     is_exact,
     part_collectives,
     seconds,
@@ -23,7 +26,7 @@ from moecc.plan.machines import Machine, efficiency, efficiency_range
 from moecc.plan.memory import Sharded, Sharding, StepMemory, Values, memory, optimizer_bytes
 from moecc.plan.networks import Route
 from moecc.plan.parts import Part, PlannedAttention, StepParts, passes_of_products
-from moecc.plan.schedule import Kernel, PartCost, WeightProduct, scheduled
+from moecc.plan.schedule import scheduled
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from moecc.plan.collectives import Collective
+from moecc.plan.collectives import Collective, Kernel, PartCost, WeightProduct
 from moecc.plan.machines import efficiency
-from moecc.plan.schedule import Kernel, PartCost, WeightProduct, shares_on_tpu
+from moecc.plan.schedule import shares_on_tpu
 
 SIZES = {"query": 3.0, "output": 3.0, "router": 1.0, "up": 9.0, "down": 9.0}
 """The bytes of each parameter."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moecc.plan.schedule import Kernel, WeightProduct, exposed_gathers, exposed_gradients
+from moecc.plan.collectives import Kernel, WeightProduct
+from moecc.plan.schedule import exposed_gathers, exposed_gradients
 
 FIRST = (
     WeightProduct("k", 1.0, True),
