@@ -253,10 +253,10 @@ def _array(
         return None
     types = {tensors[name] for name in pieces if name in tensors}
     if missing or len(types) > 1:
-        found = f"none named {missing[0]}" if missing else ", ".join(map(str, types))
+        stated = f"none named {missing[0]}" if missing else ", ".join(map(str, types))
         problems.add(
             "MaxText stacks these tensors of all layers, which differ",
-            where=".".join(path), expected="one type in all layers", found=found,
+            where=".".join(path), expected="one type in all layers", found=stated,
         )  # fmt: skip
         return None
     (type,), piece = types, next(iter(pieces.values()))

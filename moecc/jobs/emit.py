@@ -102,8 +102,8 @@ def _emit_maxtext(opened: OpenedModel, output: str, type: DType | None, *, force
         text = json.dumps(dict(planned.export.config_json), indent=2) + "\n"
         for name, content in {**checkpoint.companions(), "config.json": text.encode()}.items():
             make_folder((folder / name).parent)
-            whole = read_whole(content) if isinstance(content, Path) else content
-            write_durable(folder / name, whole)
+            payload = read_whole(content) if isinstance(content, Path) else content
+            write_durable(folder / name, payload)
         checkpoint.require_unchanged()
     data = {"out": output, "language": "maxtext", "arrays": len(arrays), "size_bytes": size_bytes}
     text = (

@@ -329,7 +329,7 @@ class LayerSchedule:
         """Return for each collective how its runs in a turn forward stand."""
         turn = Turn()
         for number in range(len(self._parts)):
-            self._part(turn, number, whole=True)
+            self._part(turn, number, has_tail=True)
         return self._result(turn)
 
     def backward(self) -> defaultdict[int, list[Hiding]]:
@@ -340,7 +340,7 @@ class LayerSchedule:
             turn.add(Task(latency=self._latency(numbers), moves=numbers))
         if self._recomputes:
             for number in range(len(self._parts)):
-                again[number] = self._part(turn, number, whole=number < len(self._parts) - 1)
+                again[number] = self._part(turn, number, has_tail=number < len(self._parts) - 1)
         turn.values = []
         for number in reversed(range(len(self._parts))):
             self._gradients(turn, number, again[number])
@@ -397,22 +397,22 @@ class LayerSchedule:
                 task.waits_for = turn.values
                 turn.values = [turn.add(task)]
 
-    def _part(self, turn: Turn, number: int, *, whole: bool) -> list[Task]:
-        """Add a part forward; return what it computes.  The last product is left out if not."""
+    def _part(self, turn: Turn, number: int, *, has_tail: bool) -> list[Task]:
+        """Add a part forward, without `has_tail` but its last product; return what it computes."""
         part, products = self._parts[number]
         computed: list[Task] = []
         self._wait(turn, number, "before")
         stages = _stages(products)
         for stage, group in enumerate(stages):
-            if not whole and stage == len(stages) - 1 and stage:
+            if not has_tail and stage == len(stages) - 1 and stage:
                 break
             if stage == 1:
                 if part.core_seconds:
                     turn.values = [turn.add(Task(0.0, part.core_seconds, waits_for=turn.values))]
                 self._wait(turn, number, "amid")
-            made = self._products(turn, group, turn.values)
-            computed += made
-            turn.values = [turn.add(_between(group, made, BETWEEN))]
+            tasks = self._products(turn, group, turn.values)
+            computed += tasks
+            turn.values = [turn.add(_between(group, tasks, BETWEEN))]
         else:
             self._wait(turn, number, "amid")
             self._wait(turn, number, "behind")
@@ -541,9 +541,9 @@ def latencies_of(
     """
 
     def pair(move: Collective) -> tuple[float, float]:
-        whole = rates.seconds(move, routes[move.axes], devices)
+        seconds = rates.seconds(move, routes[move.axes], devices)
         small = rates.seconds(move._replace(tensor_bytes=1.0), routes[move.axes], devices)
-        return whole, whole - small
+        return seconds, seconds - small
 
     return [[pair(move) for move in part.collectives] for part in layer]
 

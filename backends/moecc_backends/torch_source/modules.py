@@ -112,15 +112,15 @@ def emit_modules(graph: Graph, places: Sequence[BlockPlace], dense: DenseClass) 
     names = _module_names(graph, locations)
     rename_params(graph, names)
     program = programmed(graph, continues=False)
-    own, epilogue = _parts(program, locations)
+    steps, epilogue = _parts(program, locations)
     outputs = {name: var for name, var in program.outputs.items() if name.startswith("loss.")}
     for position in places:
         if position.dropout:
-            _add_dropout(own[position.loc], names, position)
+            _add_dropout(steps[position.loc], names, position)
     blocks = {}
     for position in places:
         block = ModuleBlock(
-            CLASS, position.loc, inner_steps(own[position.loc], position.loc), base="MixtureBlock"
+            CLASS, position.loc, inner_steps(steps[position.loc], position.loc), base="MixtureBlock"
         )
         close(block, program)
         y = program.outputs[f"y.{position.loc}"]

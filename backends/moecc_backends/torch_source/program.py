@@ -571,7 +571,7 @@ def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
     positions = program.inputs.get(POSITION_IDS) or ProgramValue(
         POSITION_IDS, ("batch", "seq"), (), "int"
     )
-    place = "masks" if program.tokens == TOKENS else "decoder.masks"
+    module = "masks" if program.tokens == TOKENS else "decoder.masks"
     masks: dict[object, ProgramValue] = {}
     mask_items: list[Item] = []
     number = 0
@@ -590,7 +590,7 @@ def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
         if window not in masks:
             masks[window] = ProgramValue("window_mask" if window else MASK, kind="mask")
             operands = [hidden, positions]
-            mask = Item("causal_mask", operands, {"window": window}, (masks[window],), place)
+            mask = Item("causal_mask", operands, {"window": window}, (masks[window],), module)
             masks[window].item = mask
             mask_items.append(mask)
         given = item.attrs["given"]

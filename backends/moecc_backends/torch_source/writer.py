@@ -526,9 +526,9 @@ class ModuleTree:
             return f"{self.writer.helper('drawn')}({shape})"
         return f"nn.Parameter(torch.{kind}({shape}))"
 
-    def leaf(self, module: str, own: list[ProgramValue]) -> str:
+    def leaf(self, module: str, params: list[ProgramValue]) -> str:
         """Return the text of a module of torch, if all uses of its parameters are its."""
-        items = [i for v in own if v.name.rpartition(".")[0] == module for i in v.users]
+        items = [i for v in params if v.name.rpartition(".")[0] == module for i in v.users]
         calls = [i for i in items if i.attrs.get("module") == module]
         kinds = {i.op for i in calls}
         at = self.writer.literal
