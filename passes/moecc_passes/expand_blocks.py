@@ -17,7 +17,7 @@ from moecc.rewrite.driver import may_rewrite
 from moecc.rewrite.passes import Bounds, Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.pattern import NearMiss
 from moecc.weights.expr import Full
-from moecc_passes.roll_layers.roll_layers import (
+from moecc_passes.roll_layers import (
     NO_LAYERS,
     LayerNodes,
     data_dependent,

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from moecc_passes.roll_layers.roll_layers import RollLayersPass
+from moecc_passes.roll_layers import RollLayersPass
 
 from moecc.families import build
 from moecc.families.registry import parse_config

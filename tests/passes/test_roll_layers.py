@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
-from moecc_passes.roll_layers.roll_layers import (
+from moecc_passes.roll_layers import (
     LayerNodes,
     Repeated,
     RollLayersPass,

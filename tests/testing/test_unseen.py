@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from moecc_passes.roll_layers.roll_layers import RollLayersPass
+from moecc_passes.roll_layers import RollLayersPass
 
 from moecc.ir import BF16, F32, Builder, Graph, clone, parse, tensor
 from moecc.rewrite.passes import Context
