@@ -330,8 +330,11 @@ class MPNetConfig(BertConfig):
     head_prefix = "mpnet."
     head_steps = ROBERTA_HEADS
     keys = {"type_vocab_size": ""}
-    only = {BUCKETS: (32, "transformers computes with 32 buckets whatever the config says")}
-    always = {BUCKETS: 32}
+    only = {
+        BUCKETS: (32, "transformers computes with 32 buckets whatever the config says"),
+        "pad_token_id": (1, "transformers counts positions from token 1 whatever the config says"),
+    }
+    always = {BUCKETS: 32, "pad_token_id": 1}
     names = BlockNames(
         embedding="embeddings.word_embeddings.weight",
         layer="encoder.layer.{layer}.",

@@ -134,6 +134,7 @@ class GraniteMoeConfig(_FactorsConfig, MoeConfig):
 
     model_type = "granitemoe"
     architecture = "GraniteMoeForCausalLM"
+    only = {POSITIONS: ("rope", "only rotary positions are supported")}
     fixed = {"norm_topk_prob": True}
     options = ATTENTION_BIASES | FACTORS
     keys = ONE_WIDTH

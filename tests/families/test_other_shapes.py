@@ -221,6 +221,8 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "mt5", "scale_decoder_outputs": True}, "mt5 scales no outputs"),
         ({"model_type": "roberta", **BERT, "pad_token_id": None}, "count from the id"),
         ({"model_type": "mpnet", **BERT, "relative_attention_num_buckets": 16}, "32 buckets"),
+        ({"model_type": "mpnet", **BERT, "pad_token_id": 0}, "from token 1"),
+        ({"model_type": "granitemoe", "position_embedding_type": "nope"}, "rotary"),
         ({"model_type": "albert", **BERT, "inner_group_num": 2}, "inner_group_num"),
         ({**DISTILBERT, "n_heads": 7}, "dim: the heads do not divide"),
         ({**DISTILBERT, "layer_norm_eps": 1e-5}, "computes with 1e-12"),
