@@ -205,8 +205,6 @@ def _parse_yaml(text: str, name: str) -> tuple[object, dict[KeyPath, int]]:
 
     def value_of(node: yaml.Node, path: KeyPath) -> Any:
         lines.setdefault(path, node.start_mark.line + 1)
-        if len(path) > MAX_DEPTH:
-            return reject(node, f"nested more than {MAX_DEPTH} levels deep")
         if isinstance(node, yaml.SequenceNode):
             return [value_of(each, (*path, n)) for n, each in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
@@ -224,9 +222,17 @@ def _parse_yaml(text: str, name: str) -> tuple[object, dict[KeyPath, int]]:
         return table
 
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise InputError("anchors and aliases are not read", where=name,
-                             hint="write the value out where it is used")  # fmt: skip
+        depth = 0
+        # Event by event, since the time of a whole text is quadratic in its depth.
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                where = f"{name}:{event.start_mark.line + 1}"
+                raise InputError(f"nested more than {MAX_DEPTH} levels deep", where=where)
+            if isinstance(event, yaml.AliasEvent):
+                raise InputError("anchors and aliases are not read", where=name,
+                                 hint="write the value out where it is used")  # fmt: skip
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
     except yaml.YAMLError as error:
@@ -234,8 +240,6 @@ def _parse_yaml(text: str, name: str) -> tuple[object, dict[KeyPath, int]]:
         where = name if mark is None else f"{name}:{mark.line + 1}"
         message = f"not YAML: {getattr(error, 'problem', None) or error}"
         raise InputError(message, where=where) from None
-    except RecursionError:
-        raise InputError("the YAML is nested too deeply", where=name) from None
     document = None if node is None else value_of(node, ())
     raise_problems(problems, InputError)
     return document, lines
