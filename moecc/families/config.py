@@ -53,6 +53,7 @@ class TensorNames:
       gate, up, down: the three matrices of an expert.
       single: the first matrix if there is no gate; empty if it has the name of `up`.
       qkv: the one matrix of queries, keys and values, in this order; empty if there are three.
+      qkv_by_group: whether it has for each key head its queries, its key and its value.
       gate_up: the one matrix of gate and up, in this order; empty if there are two.
       copies: further names of the embedding, which some files contain and transformers may expect.
       shared: the prefix of a shared expert, after `sparse`.
@@ -103,6 +104,7 @@ class TensorNames:
     dense_up: str = "up_proj"
     dense_down: str = "down_proj"
     layer_norms: tuple[str, ...] = ()
+    qkv_by_group: bool = False
 
     def matrix(self, name: str, is_gated: bool = True) -> str:
         """Return the name of the matrix ``gate``, ``up`` or ``down`` of an expert."""

@@ -155,8 +155,20 @@ DEFAULTS: Mapping[str, object] = {
 }
 """The defaults of most classes of transformers 4.57 and 5.24; families override them."""
 
-PLACEMENTS = ("before", "after", "around")
-"""Norms before a block, after it (on what it adds), or both."""
+NORMS = {
+    "before": ("input_layernorm", "", "post_attention_layernorm", ""),
+    "after": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""By placement the norms before and after the attention, and before and after the feed-forward.
+
+They stand before a block, after it (on what it adds), or around it.
+"""
 
 XIELU = "xielu"
 """The activation with parameters of its own in each block."""
@@ -228,6 +240,7 @@ class DecoderConfig(ModelConfig):
     qkv_clip: float | None = feature("bounds of queries, keys and values", CAP, default=None)
     norm_kind: str = feature("norms other than RMS norms", default="rms")
     parallel: bool = feature("attention and feed-forward block side by side", FLAG, default=False)
+    norms_apart: bool = feature("a norm for each of two blocks side by side", default=False)
     gated_mlp: bool = feature("a feed-forward block without a gate", default=True)
     head_bias: bool = feature("bias of the output matrix", FLAG, default=False)
     scale_embedding: bool = feature("factor √hidden_size on the embedding", default=False)
@@ -257,6 +270,11 @@ class DecoderConfig(ModelConfig):
     def score_scale(self) -> float:
         """The factor on the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def layer_norms(self) -> tuple[str, ...]:
+        """The norms of a layer: before and after the attention, and the feed-forward block."""
+        return self.names.layer_norms or NORMS[self.norm_placement]
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """Return the rotary positions of a layer, or None if it has none."""
@@ -339,7 +357,7 @@ class DecoderConfig(ModelConfig):
             yield key_problem(
                 "unknown kind of norm", one_of(NORM_KINDS), self.norm_kind, "norm_kind"
             )
-        if self.norm_placement not in PLACEMENTS:
+        if self.norm_placement not in NORMS:
             fault = "norms are before, after or around a block"
             yield key_problem(fault, "one of these", self.norm_placement, "norm_placement")
         for entries, key, fault in (

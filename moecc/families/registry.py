@@ -23,6 +23,7 @@ from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.ernie import Ernie45Config, Ernie45MoeConfig
 from moecc.families.exaone import Exaone4Config
+from moecc.families.falcon import FalconConfig
 from moecc.families.gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
 from moecc.families.glm import Glm4Config, Glm4MoeConfig, GlmConfig
 from moecc.families.gpt import Gpt2Config, GptNeoXConfig, OptConfig
@@ -67,7 +68,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         OlmoConfig, Olmo3Config, Ernie45Config, GlmConfig, Glm4Config, HunYuanDenseV1Config,
         Exaone4Config, SeedOssConfig, HeliumConfig, ArceeConfig, NemotronConfig, Starcoder2Config,
         ApertusConfig, GraniteHybridConfig, StableLmConfig, PhiConfig, CohereConfig, Cohere2Config,
-        GptJConfig,
+        GptJConfig, FalconConfig,
         MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4MoeConfig, GraniteMoeConfig,
         FlexOlmoConfig, Ernie45MoeConfig, OlmoeConfig, GptOssConfig, PhimoeConfig,
         Gpt2Config, GptNeoXConfig, OptConfig,

@@ -139,6 +139,18 @@ OPT: dict[str, object] = {
     "max_position_embeddings": 24,
     "word_embed_proj_dim": None,
 }
+FALCON: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "ffn_hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GPTJ: dict[str, object] = {**GPT2, "n_embd": 18, "rotary_dim": 4}
 GPT_NEOX: dict[str, object] = {
     "vocab_size": 37,
@@ -206,6 +218,7 @@ BASES = {
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "gptj": GPTJ,
+    "falcon": FALCON,
     "opt": OPT,
     "t5": T5,
     "mt5": T5,

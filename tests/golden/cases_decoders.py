@@ -280,4 +280,24 @@ DECODERS: dict[str, Case] = {
         "square matrices, tied, no positions",
         {**SQUARE, **HYBRID, "shared_intermediate_size": 8, "tie_word_embeddings": True},
     ),
+    "falcon_groups": Case(
+        "falcon",
+        "two query heads a key head, a norm for either block, biases",
+        {
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "falcon_square": Case(
+        "falcon",
+        "square matrices, one block after the other, a key head each",
+        {
+            "vocab_size": 16,
+            "ffn_hidden_size": 16,
+            "multi_query": False,
+            "parallel_attn": False,
+        },
+    ),
 }

@@ -110,6 +110,7 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         "head_bias": st.booleans(),
         "qkv_clip": st.sampled_from([None, 0.5]),
         "parallel": st.booleans(),
+        "norms_apart": st.booleans(),
         "rope_layers": st.none() | st.tuples(*[st.booleans()] * layers),
         "local_rope": local if rope.type != "default" else st.none() | local,
     }

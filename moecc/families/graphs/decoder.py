@@ -216,7 +216,13 @@ class _Heads:
         width = prod(into.values())
         y = self.builder.contract(x, self._weight(letter, axis, width), over="embed", name=letter)
         if self.config.qkv_bias:
-            y = self.builder.add(y, self._parameter(letter, "bias", **{axis: width}))
+            fused, axes = bool(self.params.names.qkv), {axis: width}
+            bias = (
+                self._fused(letter, "bias", axes)
+                if fused
+                else self._parameter(letter, "bias", **axes)
+            )
+            y = self.builder.add(y, bias)
         if (clip := self.config.qkv_clip) is not None:
             bounds = [self.builder.constant(value=bound) for bound in (clip, -clip)]
             y = self.builder.maximum(self.builder.minimum(y, bounds[0]), bounds[1])
@@ -227,13 +233,22 @@ class _Heads:
 
     def _weight(self, letter: str, axis: str, width: int) -> Value:
         axes = {axis: width, "embed": self.config.hidden_size}
-        name, fused = f"{self.prefix}{letter}_proj.weight", self.params.names.qkv
-        if not fused:
+        if not self.params.names.qkv:
             return self._parameter(letter, "weight", **axes)
+        return self._fused(letter, "weight", axes)
+
+    def _fused(self, letter: str, kind: str, axes: dict[str, int]) -> Value:
+        """Return a part of the one matrix of queries, keys and values, or of its bias."""
+        name, of = (f"{self.prefix}{n}.{kind}" for n in (f"{letter}_proj", self.params.names.qkv))
+        loc, kv = self.builder.loc, self.config.num_key_value_heads
         queries, keys = prod(self.query_axes.values()), prod(self.kv_axes.values())
-        at = {"q": 0, "k": queries, "v": queries + keys}[letter]
-        of, extent = f"{self.prefix}{fused}.weight", ("qkv", queries + 2 * keys)
-        return self.params.part(name, of, self.builder.loc, at, extent, axes)
+        if self.params.names.qkv_by_group:
+            count = queries // keys
+            at = {"q": (0, count), "k": (count, count + 1), "v": (count + 1, count + 2)}[letter]
+            heads = (kv, count + 2, self.config.head_dim)
+            return self.params.group_part(name, of, loc, at, heads, axes)
+        start = {"q": 0, "k": queries, "v": queries + keys}[letter]
+        return self.params.part(name, of, loc, start, ("qkv", queries + 2 * keys), axes)
 
     def _parameter(self, letter: str, kind: str, **axes: int) -> Value:
         """Return a matrix or bias whose rows are those of heads, in the order of the graph."""
@@ -475,18 +490,6 @@ def _clamped(
 
 # The graph of a decoder-only model, dense or sparse, of any family.
 
-NORMS = {
-    "before": ("input_layernorm", "", "post_attention_layernorm", ""),
-    "after": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
-    "around": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-}
-"""By placement the norms before and after the attention, and before and after the feed-forward."""
-
 
 def build(config: DecoderConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``."""
@@ -526,17 +529,17 @@ class _Decoder:
     def layer(self, hidden: Value, layer: int, tables: Tables) -> Value:
         """Emit one layer: attention and feed-forward, each added to what it reads.
 
-        Side by side the two read one normalised value.
+        Side by side the two read one value, in most families by one norm.
         """
         builder, config, params = self.builder, self.config, self.params
-        names = params.names.layer_norms or NORMS[config.norm_placement]
+        names, before = config.layer_norms, hidden
         with builder.at(f"layers.{layer}.attention"):
             x = self._layer_norm(hidden, layer, names[0])
             block = attention(builder, x, layer, config, params, tables)
             hidden = self._added(hidden, self._layer_norm(block, layer, names[1]))
         with builder.at(f"layers.{layer}.ffn"):
-            if not config.parallel:
-                x = self._layer_norm(hidden, layer, names[2])
+            if config.norms_apart or not config.parallel:
+                x = self._layer_norm(before if config.parallel else hidden, layer, names[2])
             block = feed_forward(builder, x, layer, config, params)
             return self._added(hidden, self._layer_norm(block, layer, names[3]))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 from moecc.errors import InputError
 from moecc.families.config import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, ModelConfig, TensorNames
@@ -175,6 +176,32 @@ class Parameters:
         parts = (("head", heads[0]), ("part", count), ("head_dim", heads[1]))
         by_head = Index(Split(source, "qkv", parts), "part", number)
         return self._param(name, loc, axes, Merge(by_head, ("head", "head_dim"), cut))
+
+    def group_part(
+        self,
+        name: str,
+        of: str,
+        loc: str,
+        part: tuple[int, int],
+        heads: tuple[int, int, int],
+        axes: dict[str, int],
+    ) -> Value:
+        """Return the parameter `name`: some heads of each group of the tensor `of`.
+
+        Args:
+          name: the name of the parameter.
+          of: the name of the tensor, whose axis has for each group all heads, one after another.
+          loc: the location in the model.
+          part: the first head of a group, and the one after the last.
+          heads: the number of groups, of heads in each, and the width of a head.
+          axes: the axes of the parameter, that of the heads first.
+        """
+        if name in self.graph.params:
+            return self.graph.params[name]
+        names, cut = ("group", "head", "head_dim"), next(iter(axes))
+        source = self._source(of, **_with_axis(axes, cut, "qkv", prod(heads)))
+        split = Split(source, "qkv", tuple(zip(names, heads, strict=True)))
+        return self._param(name, loc, axes, Merge(Slice(split, "head", *part), names, cut))
 
     def router(self, layer: str, loc: str, *, expert: int, embed: int) -> Value:
         """Return the router's matrix, ``[expert, embed]``."""
