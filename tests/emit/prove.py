@@ -184,13 +184,24 @@ def render() -> str:
         tokens = sum("moecc" in row[judges[0]] for row in chosen)
         right = f"{sum(map(is_proved, chosen))} of {len(chosen)}"
         lines.append(f"| {' | '.join([method, right, *errors, str(tokens or '')])} |")
-    sources: dict[str, list[str]] = {}
+    reasons: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
         if "refused" in row:
-            reason = f"{row['method']}: {row['refused']}"
-            sources.setdefault(reason, []).append(row["source"])
-    lines += ["", *(f"- {why} ({', '.join(sorted(v))})" for why, v in sources.items())]
+            reason = row["refused"].removeprefix("layers.0.")
+            reasons.setdefault(reason, []).append((row["method"], row["source"]))
+    lines.append("")
+    for reason, cells_of_reason in reasons.items():
+        methods, sources = (sorted(set(x)) for x in zip(*cells_of_reason, strict=True))
+        words = (
+            ", ".join(names) if len(names) <= MOST_NAMES else f"{len(names)} {kind}"
+            for names, kind in ((methods, "methods"), (sources, "sources"))
+        )
+        lines.append(f"- {next(words)}: {reason} ({next(words)})")
     return "\n".join(lines)
+
+
+MOST_NAMES = 8
+"""How many names of methods or sources stand in a line."""
 
 
 def _label(row: dict[str, Any]) -> str:
