@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from moecc.errors import InputError, MachineError
 from moecc.formats.files import read_json_object
+from moecc.formats.store import fetch
 from moecc.support.extras import install_hint
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, describe, quoted
@@ -29,6 +30,9 @@ _SMALL_CHUNK_BYTES = 64 << 20
 
 class ZarrArrays:
     """Reads arrays by name, any box at a time; thread-safe.
+
+    tensorstore opens files itself, so that those of a store are brought to this machine: all of a
+    database, and an array in a folder of its own when it is opened.
 
     Args:
       folder: what holds them.
@@ -57,7 +61,9 @@ class ZarrArrays:
                 where=folder,
                 hint=install_hint("train"),
             ) from None
-        self._store = tensorstore
+        if is_database:
+            fetch(folder)
+        self._store, self._is_database = tensorstore, is_database
         self._folder, self._driver = folder, driver
         self._omits_fill_values = omits_fill_values
         self._base: JsonDict = {"driver": "file"}
@@ -115,6 +121,8 @@ class ZarrArrays:
             "kvstore": kvstore,
             "fill_missing_data_reads": self._omits_fill_values,
         }
+        if not self._is_database:
+            fetch(self._folder / key)
         opening = self._store.open(spec, open=True, read=True, context=self._context)
         try:
             array = opening.result()
@@ -186,6 +194,21 @@ _STEP = "checkpoint_"
 def find_tree(folder: Path) -> Path | None:
     """Return the folder of the arrays of a checkpoint of Orbax or T5X in `folder`, or None."""
     return _find_orbax(folder) or _find_t5x(folder)
+
+
+def tree_folders(files: Collection[str], folders: Collection[str]) -> Collection[str]:
+    """Return the subfolders in which `find_tree` finds a tree and its arrays.
+
+    Args:
+      files: the names of the files of a folder.
+      folders: the names of its subfolders; of several steps the last one is returned.
+    """
+    if METADATA in files or FILE in files:
+        return folders
+    names = {name.removeprefix(_STEP): name for name in folders}
+    steps = [number for number in names if number.isdecimal() and number.isascii()]
+    last = [names[max(steps, key=int)]] if steps else []
+    return [*(name for name in folders if name in ITEMS), *last]
 
 
 def _find_orbax(folder: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 
 from moecc.errors import InputError, nearest, printable
@@ -53,16 +54,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) 
       InputError: not a checkpoint, or an invalid one; all problems at once.
       MachineError: the system or a store denies access.
     """
-    if is_address(str(path)):
-        source = mirror(str(path))
-        if not source.is_file() and _tree_in(source):
-            raise InputError(
-                "a checkpoint of a JAX program is not read from a store",
-                where=str(path),
-                hint="copy the folder to this machine, and give its path",
-            )
-    else:
-        source = Path(path)
+    source = mirror(str(path), find_more=_tree_folders) if is_address(str(path)) else Path(path)
     try:
         mode = os.stat(source).st_mode
     except FileNotFoundError:
@@ -104,6 +96,15 @@ def _open_folder(source: Path, needs_config: bool) -> Checkpoint:
     except BaseException:
         folder.close()
         raise
+
+
+def _tree_folders(files: Collection[str], folders: Collection[str]) -> Collection[str]:
+    """Return the subfolders of a folder of a store that may have a tree of arrays in them."""
+    if any(name.endswith((".safetensors", ".gguf")) for name in files):
+        return ()
+    from moecc.formats.arrays import tree_folders
+
+    return tree_folders(files, folders)
 
 
 def _tree_in(source: Path) -> Path | None:

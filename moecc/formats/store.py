@@ -16,7 +16,8 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -52,6 +53,9 @@ _ACCESS = {
 
 CLAIM_NAME, UPLOADING = "moecc_claim.txt", "uploading"
 """The object by which a writer claims an output, and its first word while files are uploaded."""
+
+TRANSFERS = 8
+"""Files that are moved at the same time: a chunk of an array is small beside the way to a store."""
 
 _BLOCK_BYTES = 256 << 10
 _CACHE_BYTES = 4 << 30
@@ -365,17 +369,32 @@ def fetch(folder: Path) -> None:
 
     Raises: as `get_file`. Folders of this machine are left as they are.
     """
-    for path, file in [*RANGED.items()]:
-        if isinstance(file, RangedFile) and path.is_relative_to(folder):
+    paths = [path for path in (folder, *folder.rglob("*")) if path in RANGED]
+
+    def copy(path: Path) -> None:
+        if isinstance(file := RANGED[path], RangedFile):
             file.fetch(path)
 
+    with ThreadPoolExecutor(TRANSFERS) as threads:
+        list(threads.map(copy, paths))
 
-def mirror(source: str, subfolders: Collection[str] = (TEMPLATES,)) -> Path:
+
+def no_subfolders(files: Collection[str], folders: Collection[str]) -> Collection[str]:
+    """Return that no folder is mirrored besides those that `mirror` is given."""
+    return ()
+
+
+def mirror(
+    source: str,
+    subfolders: Collection[str] = (TEMPLATES,),
+    find_more: Callable[[Collection[str], Collection[str]], Collection[str]] = no_subfolders,
+) -> Path:
     """Return the local mirror of a folder or file in a store; it lives as long as the process.
 
     Args:
       source: the address.
       subfolders: of the folder, which are mirrored with all that is in them.
+      find_more: returns further ones, from the names of the folder's files and folders.
 
     Raises:
       UsageError: it is no address.
@@ -390,9 +409,12 @@ def mirror(source: str, subfolders: Collection[str] = (TEMPLATES,)) -> Path:
         system.invalidate_cache()
         # Not `find` with a depth, whose walk takes a listing that fails for an empty one.
         entries: list[JsonDict] = system.ls(folder.in_store, detail=True)
-        names = {f"{folder.in_store}/{name}" for name in subfolders}
-        for entry in [e for e in entries if e["type"] == "directory" and e["name"] in names]:
-            entries += system.find(entry["name"], detail=True).values()
+        names: dict[str, list[str]] = {"file": [], "directory": []}
+        for entry in entries:
+            names.setdefault(entry["type"], []).append(PurePosixPath(entry["name"]).name)
+        for name in {*subfolders, *find_more(names["file"], names["directory"])}:
+            if name in names["directory"]:
+                entries += system.find(f"{folder.in_store}/{name}", detail=True).values()
     prefix = f"{folder.in_store}/"
     files = {
         e["name"].removeprefix(prefix): e

@@ -17,6 +17,7 @@ import ml_dtypes
 
 from moecc.errors import InputError, MachineError, described
 from moecc.formats.arrays import FILE, ArrayPiece, NamedPieces, Tree, ZarrArrays, files_below
+from moecc.formats.store import fetch
 from moecc.support.extras import install_hint
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
@@ -112,6 +113,7 @@ def _unpacked(path: Path) -> Any:
         raise MachineError(
             "a checkpoint of T5X needs msgpack", where=path, hint=install_hint("train")
         ) from None
+    fetch(path)
     if path.stat().st_size > _LARGEST_BYTES:
         raise InputError("the file is too large for one of T5X", where=path)
     try:

@@ -44,13 +44,10 @@ from moecc.formats.run import (
     mirrored_run,
     saved_steps,
 )
-from moecc.formats.store import get_file
+from moecc.formats.store import TRANSFERS, get_file
 from moecc.formats.upload import LAST_FILES, StoreOutput, member_stage
 from moecc.train.events import TrainJob
 from moecc.train.run import locked_run, part_name, read_part
-
-_UPLOADS = 8
-"""Files of a step that are moved at the same time: a chunk is small beside the way to a store."""
 
 _TRAINING = "training"
 """The first word of the claim of a run, before its last step."""
@@ -268,7 +265,7 @@ class StoredRun(StoreOutput):
 
     def _each(self, work: Callable[[str], None], names: Iterable[str]) -> None:
         """Do something for each file, several at the same time."""
-        with ThreadPoolExecutor(_UPLOADS) as threads:
+        with ThreadPoolExecutor(TRANSFERS) as threads:
             list(threads.map(work, sorted(names)))
 
     def _get(self, name: str, sizes: dict[str, int]) -> None:

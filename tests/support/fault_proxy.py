@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,12 +31,14 @@ class Fault:
       at: the number of the request, from 1.
       lasts: whether later requests have the fault, too.
       before: is called before that request is carried out.
+      methods: of the requests that are counted and spoiled.
     """
 
     kind: str = ""
     at: int = 0
     lasts: bool = False
     before: Callable[[], None] = lambda: None
+    methods: Collection[str] = ("GET", "HEAD", "PUT", "POST", "DELETE")
 
 
 class FaultProxy(ThreadingHTTPServer):
@@ -69,10 +71,12 @@ class FaultProxy(ThreadingHTTPServer):
     def next_fault(self, method: str, key: bytes) -> str:
         """Return the kind of fault of a request that has come."""
         with self._lock:
-            self.count += 1
-            fault, is_first = self.fault, self.count == self.fault.at
             if method in ("PUT", "POST"):
                 self.written.add(key)
+            if method not in self.fault.methods:
+                return ""
+            self.count += 1
+            fault, is_first = self.fault, self.count == self.fault.at
             self.is_hit = self.is_hit or is_first
         if is_first:
             fault.before()
