@@ -80,6 +80,17 @@ LEARNT = {
 }  # fmt: skip
 """Programs whose schedules made the rules."""
 
+REJECTED = {
+    "t5-xxl-h100-8-best": program("preset:t5-xxl", "gpu:h100:8", "fsdp=4,model=2", **NONE),
+    "t5-xxl-h100-16-best": program("preset:t5-xxl", "gpu:h100:16", "fsdp=16", **NONE),
+    "st-moe-base-h100-8-best": program(
+        "preset:st-moe-base", "gpu:h100:8", "expert=8", via="capacity", **SPLIT, **NONE
+    ),
+    "llama-8x-v5p-64-none": program(LLAMA, "tpu:v5p:4x4x4", "fsdp=64", UPCYCLED, **NONE),
+}
+"""Programs that a compiler rejects or crashes on: products of 12 x 114 rows on H100, and gradients
+of dropless experts that are computed where they are, with nothing computed again, on v5p."""
+
 OVERLAPPED = {
     "mixtral-v5p-64": program(MIXTRAL, "tpu:v5p:4x4x4", "fsdp=8,expert=8", **SPLIT),
     "mixtral-v5p-64-dropless": program(
@@ -150,7 +161,7 @@ HELD_OUT = {
 }  # fmt: skip
 """Programs that are predicted before they are compiled; `best` is what a plan recommends."""
 
-PROGRAMS = {**LEARNT, **OVERLAPPED, **HELD_OUT}
+PROGRAMS = {**LEARNT, **REJECTED, **OVERLAPPED, **HELD_OUT}
 
 
 def request_of(row: Row) -> Request:
