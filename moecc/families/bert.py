@@ -1,4 +1,4 @@
-"""bert, electra, albert, roberta and its namesakes, mpnet, distilbert: norms after the sums."""
+"""bert, electra, albert, roberta and its namesakes, mpnet, distilbert, and clip's text."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ class BertConfig(ModelConfig):
     with_heads = True
     takes_mask = True
     head_prefix = "bert."
-    kept_numbers = ("initializer_range", "attention_probs_dropout_prob", "hidden_dropout_prob")
+    kept_numbers: ClassVar[tuple[str, ...]] = (
+        *("initializer_range", "attention_probs_dropout_prob", "hidden_dropout_prob"),
+    )
     only = {
         "is_decoder": (False, "an encoder that decodes is not supported"),
         "add_cross_attention": (False, "an encoder that decodes is not supported"),
@@ -72,6 +74,8 @@ class BertConfig(ModelConfig):
     always = {"position_embedding_type": "absolute"}
     names = BlockNames(
         embedding="embeddings.word_embeddings.weight",
+        positions="embeddings.position_embeddings.weight",
+        around=("embeddings.LayerNorm", ""),
         layer="encoder.layer.{layer}.",
         query="attention.self.query",
         key="attention.self.key",
@@ -107,6 +111,9 @@ class BertConfig(ModelConfig):
     position_offset: int = 0
     # The width of the tables of the embeddings; 0: that of the model.
     word_width: int = size(WIDTH, default=0)
+    # Whether layers normalise what they read, not what they return; and see no later tokens.
+    norms_first: ClassVar[bool] = False
+    is_causal: ClassVar[bool] = False
     # The buckets of a table of biases by distance, 0 without one.
     relative_buckets: ClassVar[int] = 0
 
@@ -128,6 +135,10 @@ class BertConfig(ModelConfig):
     def layer_name(self, layer: int) -> str:
         """Return the prefix of the tensors of a layer."""
         return self.names.layer.format(layer=layer)
+
+    def is_global(self, layer: int) -> bool:
+        """Whether a token of a layer sees all others."""
+        return True
 
     @property
     def has_types(self) -> bool:
@@ -335,16 +346,13 @@ class MPNetConfig(BertConfig):
         "pad_token_id": (1, "transformers counts positions from token 1 whatever the config says"),
     }
     always = {BUCKETS: 32, "pad_token_id": 1}
-    names = BlockNames(
-        embedding="embeddings.word_embeddings.weight",
-        layer="encoder.layer.{layer}.",
+    names = replace(
+        BertConfig.names,
         query="attention.attn.q",
         key="attention.attn.k",
         value="attention.attn.v",
         output="attention.attn.o",
         norms=("attention.LayerNorm", "output.LayerNorm"),
-        fc_in="intermediate.dense",
-        fc_out="output.dense",
     )
     gguf = None
     defaults = {
@@ -402,8 +410,8 @@ class DistilBertConfig(BertConfig):
         "seq_classif_dropout",
         "tie_weights_",
     )
-    names = BlockNames(
-        embedding="embeddings.word_embeddings.weight",
+    names = replace(
+        BertConfig.names,
         layer="transformer.layer.{layer}.",
         query="attention.q_lin",
         key="attention.k_lin",
@@ -424,5 +432,53 @@ class DistilBertConfig(BertConfig):
         "attention_dropout": 0.1,
         "dropout": 0.1,
     }
+
+    type_vocab_size: int = size(COUNT, default=0)
+
+
+@config_class
+class ClipTextConfig(BertConfig):
+    """The tower of text of a clip: a decoder without a head, whose layers normalise first."""
+
+    model_type = "clip_text_model"
+    architecture = "CLIPTextModel"
+    base_prefix = "text_model."
+    tower_prefix = "text_model."
+    head_prefix = ""
+    head_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    kept_numbers = ("initializer_range", "attention_dropout")
+    keys = {"type_vocab_size": ""}
+    # Of training, and of heads.
+    idle = (*BertConfig.idle, "initializer_factor", "projection_dim", "dropout")
+    names = BlockNames(
+        embedding="text_model.embeddings.token_embedding.weight",
+        positions="text_model.embeddings.position_embedding.weight",
+        around=("", "text_model.final_layer_norm"),
+        layer="text_model.encoder.layers.{layer}.",
+        norms=("layer_norm1", "layer_norm2"),
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.out_proj",
+        fc_in="mlp.fc1",
+        fc_out="mlp.fc2",
+    )
+    gguf = None
+    defaults = {
+        **BERT_DEFAULTS,
+        "vocab_size": 49_408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "pad_token_id": 1,
+        "bos_token_id": 49_406,
+        "eos_token_id": 49_407,
+    }
+    norms_first = True
+    is_causal = True
 
     type_vocab_size: int = size(COUNT, default=0)

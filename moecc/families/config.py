@@ -504,6 +504,10 @@ class ModelConfig:
             raise InputError(reader.problems)
         return config
 
+    def stated_heads(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the heads that files may hold, by their tasks."""
+        return self.head_steps
+
     @property
     def first_tensor(self) -> str:
         """A tensor that every checkpoint of the family has."""

@@ -4,7 +4,8 @@ A head is a list of steps, each an operation and the modules that it reads:
 
 - ``first``: the state of the first token; ``mean``: the mean over the sequence.
 - ``first-and-mean``: the first state, and behind it the mean of all others.
-- ``linear MODULE``: to the width of its matrix; ``norm MODULE``.
+- ``linear MODULE``: to the width of its matrix; ``norm MODULE``; without a bias
+  ``linear-unbiased`` and ``norm-unbiased``.
 - ``activation``: the activation of the blocks; ``gelu``, ``relu`` and ``tanh`` by name.
 - ``tokens MODULE BIAS``: to the vocabulary, by the table of tokens where the two are tied.
 - ``labels MODULE``: to the labels.
@@ -90,7 +91,7 @@ def head_modules(steps: Sequence[str]) -> list[str]:
 
 def head_biases(steps: Sequence[str]) -> list[str]:
     """Return the biases, of which that of the vocabulary has a name of its own."""
-    words = [step.split() for step in steps if " " in step]
+    words = [step.split() for step in steps if " " in step and "-unbiased" not in step]
     return [w[2] if len(w) > 2 else f"{w[1]}.bias" for w in words]
 
 

@@ -12,6 +12,7 @@ from moecc.families.bert import (
     AlbertConfig,
     BertConfig,
     CamembertConfig,
+    ClipTextConfig,
     DistilBertConfig,
     ElectraConfig,
     MPNetConfig,
@@ -40,6 +41,7 @@ from moecc.families.llama import (
     SmolLM3Config,
 )
 from moecc.families.mixture import MoeConfig
+from moecc.families.modernbert import ModernBertConfig
 from moecc.families.nemotron import ArceeConfig, NemotronConfig
 from moecc.families.olmo import FlexOlmoConfig, Olmo2Config, Olmo3Config, OlmoConfig, OlmoeConfig
 from moecc.families.phi import Phi3Config, PhiConfig, PhimoeConfig
@@ -74,7 +76,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         Gpt2Config, GptNeoXConfig, OptConfig,
         T5Config, MT5Config, UMT5Config, SwitchTransformersConfig,
         BertConfig, RobertaConfig, XlmRobertaConfig, CamembertConfig, MPNetConfig, DistilBertConfig,
-        ElectraConfig, AlbertConfig,
+        ElectraConfig, AlbertConfig, ModernBertConfig, ClipTextConfig,
         ViTConfig, Dinov2Config, Dinov3ViTConfig, ClipVisionConfig, SiglipVisionConfig,
         WhisperConfig, StMoeConfig,
     )

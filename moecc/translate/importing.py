@@ -127,7 +127,7 @@ def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
         candidates.append(StoredNames(lacking=config.base_prefix))
     if config.head_prefix:
         candidates.append(StoredNames(added=config.head_prefix))
-    steps = [step for steps in config.head_steps.values() for step in steps]
+    steps = [step for steps in config.stated_heads().values() for step in steps]
     firsts = {f"{module.partition('.')[0]}." for module in head_modules(steps)}
     apart = tuple(sorted(firsts - {"pooler.", config.base_prefix}))
     stored = next(
@@ -156,7 +156,7 @@ def _is_unread(config: ModelConfig, name: str) -> bool:
     """Whether hidden states do not depend on a tensor of the base model, say of its pooler."""
     if re.fullmatch(config.unread, name.removeprefix(config.base_prefix)):
         return True
-    modules = head_modules(config.head_steps.get("", ()))
+    modules = head_modules(config.stated_heads().get("", ()))
     module = name.removeprefix(config.head_prefix).rpartition(".")[0]
     return bool({module, f"{config.base_prefix}{module}"} & set(modules))
 
@@ -197,7 +197,7 @@ def import_checkpoint(
     # Experts of several types cannot be stacked, but the other problems are still to be found.
     types = None if problems else dtype_of
     shapes = {name: info.shape for name, info in tensors.items()}
-    head = stated_head(config.head_steps, checkpoint.config, shapes, stored) if heads else None
+    head = stated_head(config.stated_heads(), checkpoint.config, shapes, stored) if heads else None
     graph = build_model(
         config, types, str(checkpoint.path), layout=layout, padding=padding, head=head
     )

@@ -289,7 +289,8 @@ HEADS = [
     "BertForMaskedLM", "RobertaForMaskedLM", "DistilBertForMaskedLM", "MPNetForMaskedLM",
     "BertForSequenceClassification", "RobertaForSequenceClassification",
     "DistilBertForSequenceClassification", "XLMRobertaForTokenClassification", "BertModel",
-    "ElectraForMaskedLM", "ElectraForSequenceClassification",
+    "ElectraForMaskedLM", "ElectraForSequenceClassification", "ModernBertForMaskedLM",
+    "ModernBertForSequenceClassification",
     "ViTForImageClassification", "Dinov2ForImageClassification", "WhisperForAudioClassification",
 ]  # fmt: skip
 

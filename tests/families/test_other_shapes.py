@@ -41,6 +41,7 @@ SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
 BERT = {**SMALL, "vocab_size": 20, "max_position_embeddings": 12}
+NO_TOKENS = {"pad_token_id": None}
 DISTILBERT: dict[str, Any] = {
     "model_type": "distilbert", "vocab_size": 20, "dim": 16, "hidden_dim": 24, "n_layers": 2,
     "n_heads": 4, "max_position_embeddings": 12,
@@ -65,6 +66,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "mpnet", **BERT},
     {"model_type": "electra", **BERT, "embedding_size": 6},
     {"model_type": "albert", **BERT, "embedding_size": 16, "num_hidden_groups": 2},
+    {"model_type": "modernbert", **BERT, **NO_TOKENS, "local_attention": 4, "norm_bias": True},
+    {"model_type": "clip_text_model", **BERT, **NO_TOKENS},
     {**DISTILBERT, "activation": "relu", "dropout": 0.2},
     {"model_type": "vit", **IMAGES, "image_size": [8, 12], "qkv_bias": False},
     {"model_type": "dinov2", **IMAGES, "use_swiglu_ffn": True, "mlp_ratio": 2},
@@ -75,6 +78,9 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 NAMES = [f"{number}-{config['model_type']}" for number, config in enumerate(CONFIGS)]
 each = pytest.mark.parametrize("keys", CONFIGS, ids=NAMES)
+
+
+MODERN = {"model_type": "modernbert", **BERT, **NO_TOKENS}
 
 
 def run(checkpoint: MemoryCheckpoint) -> np.ndarray:
@@ -126,7 +132,8 @@ def test_an_upcycled_model_is_the_dense_one(keys: dict[str, Any]) -> None:
 
 def test_a_mask_hides_the_padding_of_encoders() -> None:
     roberta, mpnet = ({"model_type": name, **BERT} for name in ("roberta", "mpnet"))
-    for keys in (roberta, mpnet, DISTILBERT):
+    clip = {"model_type": "clip_text_model", **BERT, **NO_TOKENS}
+    for keys in (roberta, mpnet, DISTILBERT, {**MODERN, "local_attention": 4}, clip):
         checkpoint = random_checkpoint(parse_config(keys), seed=3)
         graph = import_checkpoint(checkpoint, padding=True)
         params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
@@ -224,6 +231,9 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "mpnet", **BERT, "pad_token_id": 0}, "from token 1"),
         ({"model_type": "granitemoe", "position_embedding_type": "nope"}, "rotary"),
         ({"model_type": "albert", **BERT, "inner_group_num": 2}, "inner_group_num"),
+        ({**MODERN, "sliding_window": 3}, "half of local_attention"),
+        ({**MODERN, "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        ({**MODERN, "rope_parameters": {"full_attention": {"factor": 2}}}, "rope_parameters"),
         ({**DISTILBERT, "n_heads": 7}, "dim: the heads do not divide"),
         ({**DISTILBERT, "layer_norm_eps": 1e-5}, "computes with 1e-12"),
         ({"model_type": "vit", **IMAGES, "patch_size": 3}, "whole patches"),

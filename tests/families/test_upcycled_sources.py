@@ -32,6 +32,8 @@ CASES = (
     "mpnet_square",
     "electra_narrow",
     "albert_groups",
+    "modernbert_windows",
+    "clip_text",
     "dinov2_plain",
     "dinov3_gated",
     "clip_vision",

@@ -169,6 +169,13 @@ DISTILBERT: dict[str, object] = {
     "n_heads": 3,
     "max_position_embeddings": 24,
 }
+TOKENS: dict[str, object] = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 3,
+    "cls_token_id": 1,
+    "sep_token_id": 3,
+}
 ELECTRA: dict[str, object] = {**BERT, "embedding_size": 10}
 ROBERTA: dict[str, object] = {**BERT, "pad_token_id": 1, "type_vocab_size": 1}
 IMAGES: dict[str, object] = {
@@ -204,6 +211,8 @@ WHISPER: dict[str, object] = {
 BASES = {
     "roberta": ROBERTA,
     "electra": ELECTRA,
+    "modernbert": {**BERT, "num_hidden_layers": 4, "local_attention": 6, **TOKENS},
+    "clip_text_model": {**BERT, **TOKENS},
     "albert": ELECTRA,
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,

@@ -147,6 +147,35 @@ STACKS: dict[str, Case] = {
             "num_hidden_groups": 2,
         },
     ),
+    "modernbert_windows": Case(
+        "modernbert",
+        "windows of 3 tokens on either side, two bases of the rotary positions",
+        {
+            "global_rope_theta": 500.0,
+            "local_rope_theta": 20.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
+    ),
+    "modernbert_biases": Case(
+        "modernbert",
+        "biases everywhere, a window in every second layer; mlp = embed = heads * head_dim = vocab",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "global_attn_every_n_layers": 2,
+            "norm_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "hidden_activation": "silu",
+        },
+        major=4,
+    ),
+    "clip_text": Case("clip_text_model", "tokens see no later ones, quick GELU", major=4),
     "vit_plain": Case(
         "vit",
         "an image of 3 by 2 patches, no biases on queries, keys and values",

@@ -297,7 +297,9 @@ def _widen_rotary(model: Any) -> None:
     """Make the rotary tables again, under the default type of the moment."""
     for module in list(model.modules()):
         if getattr(module, "rotary_emb", None) is not None:
-            module.rotary_emb = type(module.rotary_emb)(config=model.config)
+            # ModernBERT's layers have a config each, in version 4.
+            rotary = module.rotary_emb
+            module.rotary_emb = type(rotary)(config=getattr(rotary, "config", model.config))
         if hasattr(module, "rotary_emb_local"):
             # Gemma 3 in version 4: its class takes the period from where the global one lies.
             local = copy.deepcopy(model.config)

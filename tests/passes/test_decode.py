@@ -27,7 +27,7 @@ from moecc.types import F64
 GOLDEN = Path(__file__).parents[1] / "golden"
 ENCODERS = (
     *("bert", "mpnet", "roberta", "xlm_roberta", "camembert", "distilbert", "electra", "albert"),
-    *("vit", "dinov2", "dinov3", "clip", "siglip"),
+    *("vit", "dinov2", "dinov3", "clip_vision", "siglip", "modernbert", "clip_text"),
 )
 LONG = ("llama_dynamic", "phi3_long_v4")
 """Their rotary positions depend on the length, from 4 tokens on."""

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moecc.families.bert import BertConfig
 from moecc.families.graphs.blocks import Blocks
+from moecc.families.graphs.decoder import Rotation, rope_tables
 from moecc.families.graphs.parameters import GraphRequest, Parameters
+from moecc.families.modernbert import ModernBertConfig
+from moecc.families.rope import RopeConfig
+from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types import I32, PRED, tensor
 
+TYPE_TABLE = "embeddings.token_type_embeddings.weight"
 BIAS_TABLE = "encoder.relative_attention_bias.weight"
 FURTHEST = 128
 """The distance from which on all of mpnet's distances share one bucket."""
+
+
+Norm = Callable[[Value, str], Value]
+
+
+@dataclass(frozen=True)
+class View:
+    """What the tokens of a layer see, and how its heads are rotated.
+
+    Attributes:
+      masks: which keys a query sees, ``[seq, kv_seq]``.
+      tables: the rotary tables; None for no rotation.
+    """
+
+    masks: tuple[Value, ...] = ()
+    tables: Rotation | None = None
+
+    def rotate(self, builder: Builder) -> Callable[[Value], Value] | None:
+        """Return what rotates heads; None if nothing does."""
+        if self.tables is None:
+            return None
+        cos, sin = self.tables
+        return lambda heads: builder.rotate(heads, cos, sin, axis="head_dim")
 
 
 def build(config: BertConfig, request: GraphRequest) -> Graph:
@@ -32,10 +61,15 @@ def build(config: BertConfig, request: GraphRequest) -> Graph:
             keep = encoder.as_keys(mask)
         hidden = encoder.embed(tokens)
         bias = encoder.bias(tokens)
+        views = encoder.views(tokens)
     for layer in range(config.num_hidden_layers):
-        hidden = encoder.layer(hidden, layer, bias, keep)
+        view = views[min(len(views) - 1, 0 if config.is_global(layer) else 1)]
+        hidden = encoder.layer(hidden, layer, bias, keep, view)
+    if config.names.around[1]:
+        with encoder.builder.at("norm"):
+            hidden = encoder.whole_norm(hidden, config.names.around[1])
     graph.set_output("hidden", hidden)
-    encoder.add_head(hidden, request.head)
+    encoder.add_head(hidden, request.head, mask)
     return graph
 
 
@@ -48,16 +82,17 @@ class _BertEncoder(Blocks):
     def embed(self, tokens: Value) -> Value:
         """Emit words + positions + the type 0, normalised, ``[batch, seq, embed]``."""
         builder, config = self.builder, self.config
-        words = self._table("word", "vocab", config.vocab_size)
+        words = self._table(self.names.embedding, "vocab", config.vocab_size)
         hidden = builder.embedding(words, tokens, axis="vocab", name="words")
         if config.has_types:
             first = builder.constant(value=0.0, dtype="i32")
-            types = self._table("token_type", "type", config.type_vocab_size)
+            types = self._table(TYPE_TABLE, "type", config.type_vocab_size)
             hidden = builder.add(hidden, builder.embedding(types, first, axis="type", name="type"))
-        table = self._positions()
-        positions = builder.positions(tokens, axis="seq", name="positions")
-        hidden = builder.add(hidden, builder.embedding(table, positions, axis="position"))
-        hidden = self.norm(hidden, "embeddings.LayerNorm")
+        if self.names.positions:
+            table = self._positions()
+            positions = builder.positions(tokens, axis="seq", name="positions")
+            hidden = builder.add(hidden, builder.embedding(table, positions, axis="position"))
+        hidden = self.whole_norm(hidden, self.names.around[0])
         if not config.is_narrow:
             return hidden
         to = ("embed", config.hidden_size)
@@ -71,7 +106,7 @@ class _BertEncoder(Blocks):
     def _positions(self) -> Value:
         """Emit the table of positions from that of the first token on."""
         count, first = self.config.max_position_embeddings, self.config.position_offset
-        table = self._table("position", "position", count)
+        table = self._table(self.names.positions, "position", count)
         if not first:
             return table
         return self.builder.slice(table, axis="position", start=first, stop=count)
@@ -90,24 +125,79 @@ class _BertEncoder(Blocks):
         table = self.params.plain(BIAS_TABLE, builder.loc, **axes)
         return builder.embedding(table, buckets, axis="bucket", name="bias")
 
-    def _table(self, word: str, axis: str, size: int) -> Value:
-        name = f"embeddings.{word}_embeddings.weight"
+    def whole_norm(self, x: Value, name: str) -> Value:
+        """Emit a norm, whose bias a modernbert may lack."""
+        has_bias = not isinstance(self.config, ModernBertConfig) or self.config.norm_bias
+        return self.norm(x, name, has_bias=has_bias)
+
+    def heads(
+        self, x: Value, name: str, heads: tuple[int, int], axis: str, *, has_bias: bool = True
+    ) -> Value:
+        """Emit a projection to heads, which may be a third of a matrix."""
+        if not self.names.qkv:
+            return super().heads(x, name, heads, axis, has_bias=has_bias)
+        module, _, word = name.rpartition(".")
+        to = (axis, heads[0] * heads[1])
+        y = self.part(x, module, word, "qkv".index(word), to, 3, has_bias=has_bias)
+        return self.split(y, axis, heads)
+
+    def views(self, tokens: Value) -> list[View]:
+        """Emit what tokens see: in layers that see all tokens, and in those with a window."""
+        builder, config = self.builder, self.config
+        if not (config.is_causal or isinstance(config, ModernBertConfig)):
+            return [View()]
+        positions = builder.positions(tokens, axis="seq", name="positions")
+        keys = self.as_keys(positions)
+        if not isinstance(config, ModernBertConfig):
+            return [View((builder.causal(positions, keys, name="causal"),))]
+        half = config.window // 2
+        # As many keys ahead as behind: those up to a position that is ahead by half a window.
+        ahead = builder.add(positions, builder.constant(value=float(half), dtype="i32"))
+        seen = builder.causal(ahead, keys, window=2 * half + 1, name="seen")
+        bases = (config.global_rope_theta, config.local_rope_theta)
+        tables = [
+            rope_tables(builder, positions, RopeConfig(theta=theta), config.head_dim, 0)
+            for theta in bases
+        ]
+        return [View((), tables[0]), View((seen,), tables[1])]
+
+    def _table(self, name: str, axis: str, size: int) -> Value:
         axes = {axis: size, self._word: self.config.embedding_width}
         return self.params.plain(name, self.builder.loc, **axes)
 
-    def layer(self, hidden: Value, layer: int, bias: Value | None, keep: Value | None) -> Value:
-        """Emit one layer: each sublayer's result is added, and then the sum normalised."""
-        names, config = self.names, self.config
+    def layer(
+        self, hidden: Value, layer: int, bias: Value | None, keep: Value | None, view: View
+    ) -> Value:
+        """Emit one layer; what sublayers read is normalised, or the sums that they return."""
+        names, config, builder = self.names, self.config, self.builder
         prefix = config.layer_name(layer)
-        with self.builder.at(f"layers.{layer}.attention"):
+        first, second = (f"{prefix}{name}" for name in names.norms)
+        modern = config if isinstance(config, ModernBertConfig) else None
+        if modern is not None and layer == 0:
+            first = ""  # The embeddings are normalised already.
+        before, after = self._norms()
+        with builder.at(f"layers.{layer}.attention"):
             words = (names.query, names.key, names.value, names.output)
             mixed = self.attention(
-                hidden, None, [f"{prefix}{word}" for word in words],
+                before(hidden, first), None, [f"{prefix}{word}" for word in words],
                 (config.num_attention_heads, config.head_dim),
-                bias=bias, masks=() if keep is None else (keep,),
+                bias=bias, masks=(*view.masks, *(() if keep is None else (keep,))),
+                unbiased="" if modern is None or modern.attention_bias else "qkvo",
+                rotate=view.rotate(builder),
             )  # fmt: skip
-            hidden = self.builder.add(mixed, hidden)
-            hidden = self.norm(hidden, f"{prefix}{names.norms[0]}")
-        with self.builder.at(f"layers.{layer}.ffn"):
-            mixed = self.feed_forward(hidden, prefix)
-            return self.norm(self.builder.add(mixed, hidden), f"{prefix}{names.norms[1]}")
+            hidden = after(builder.add(mixed, hidden), first)
+        with builder.at(f"layers.{layer}.ffn"):
+            x = before(hidden, second)
+            if modern is not None:
+                mixed = self.gated(x, prefix, config.hidden_act, has_bias=modern.mlp_bias)
+            else:
+                mixed = self.feed_forward(x, prefix)
+            return after(builder.add(mixed, hidden), second)
+
+    def _norms(self) -> tuple[Norm, Norm]:
+        """Return what sublayers do to what they read, and to the sum."""
+
+        def nothing(x: Value, name: str) -> Value:
+            return x
+
+        return (self.whole_norm, nothing) if self.config.norms_first else (nothing, self.whole_norm)

@@ -179,14 +179,23 @@ class Blocks:
         mixed = self.attend(query, key, value, heads[1] ** -0.5, bias=bias, masks=masks)
         return self.linear(mixed, names[3], ("embed", embed), "q", has_bias="o" not in unbiased)
 
-    def add_head(self, hidden: Value, head: ModelHead | None) -> None:
-        """Emit a head on ``[batch, seq, embed]``, and its output; without one nothing."""
+    def add_head(self, hidden: Value, head: ModelHead | None, mask: Value | None = None) -> None:
+        """Emit a head on ``[batch, seq, embed]``, and its output; without one nothing.
+
+        Args:
+          hidden: the hidden states.
+          head: the head.
+          mask: which tokens a mean is over; None: all.
+        """
         if head is None:
             return
         with self.builder.at("head"):
             x = hidden
             for step in head.steps:
-                x = self._head_step(x, *step.split(), head=head)
+                if step == "mean" and mask is not None:
+                    x = self._mean(x, mask)
+                else:
+                    x = self._head_step(x, *step.split(), head=head)
         self.params.graph.set_output(head.output, x)
         self.params.graph.attrs["head"] = head.task
 
@@ -203,10 +212,11 @@ class Blocks:
                 parts = self._first(x), builder.mean(others, axes="seq")
                 names = (builder.rename(part, axis="embed", to="feature") for part in parts)
                 return builder.join(*names, axis="feature")
-            case "norm":
-                return self.norm(x, modules[0])
-            case "linear":
-                return self._dense(x, modules[0], head.widths[modules[0]])
+            case "norm" | "norm-unbiased":
+                return self.norm(x, modules[0], has_bias=op == "norm")
+            case "linear" | "linear-unbiased":
+                width = head.widths[modules[0]]
+                return self._dense(x, modules[0], width, has_bias=op == "linear")
             case "labels":
                 over = x.type.axes[-1].name
                 width = head.widths[modules[0]]
@@ -221,8 +231,15 @@ class Blocks:
         first = self.builder.constant(value=0.0, dtype="i32")
         return self.builder.embedding(x, first, axis="seq", name="first")
 
-    def _dense(self, x: Value, module: str, width: int) -> Value:
-        y = self.linear(x, module, ("out", width), "embed")
+    def _mean(self, x: Value, mask: Value) -> Value:
+        """Emit the mean over the tokens of a mask."""
+        builder = self.builder
+        total = builder.sum(builder.mask(x, mask, fill=0.0), axes="seq")
+        count = builder.sum(builder.cast(mask, dtype="f32"), axes="seq")
+        return builder.div(total, count)
+
+    def _dense(self, x: Value, module: str, width: int, *, has_bias: bool = True) -> Value:
+        y = self.linear(x, module, ("out", width), "embed", has_bias=has_bias)
         return self.builder.rename(y, axis="out", to="embed")
 
     def _tokens(self, x: Value, module: str, bias: str, *, is_tied: bool) -> Value:
@@ -284,8 +301,9 @@ class Blocks:
           has_bias: whether there is a bias.
         """
         embed, params, (axis, width) = x.type["embed"].size, self.params, to
+        along = "qkv" if parts == 3 else axis
         assert isinstance(embed, int), "the width of a model is known"
-        loc, at, fused = self.builder.loc, number * width, (axis, parts * width)
+        loc, at, fused = self.builder.loc, number * width, (along, parts * width)
         axes = {axis: width, "embed": embed}
         weight = params.part(f"{name}.{word}.weight", f"{name}.weight", loc, at, fused, axes)
         y = self.builder.contract(x, weight, over="embed")
