@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from moecc.errors import InputError, Problem
+from moecc.families.bart import BartConfig
 from moecc.families.bert import BertConfig
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
@@ -139,6 +140,7 @@ BUILDERS: dict[type[ModelConfig], GraphBuilder] = {
     BertConfig: _of_shape("bert"),
     VisionConfig: _of_shape("vision"),
     WhisperConfig: _of_shape("whisper"),
+    BartConfig: _of_shape("bart"),
     GraphConfig: read_graph_config,
 }
 """What builds the graph of each class of config, and of those derived from it."""

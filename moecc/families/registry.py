@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 from moecc.errors import InputError, UsageError, described
 from moecc.families.apertus import ApertusConfig
+from moecc.families.bart import BartConfig, M2M100Config, MarianConfig, MBartConfig
 from moecc.families.bert import (
     AlbertConfig,
     BertConfig,
@@ -78,7 +79,8 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         BertConfig, RobertaConfig, XlmRobertaConfig, CamembertConfig, MPNetConfig, DistilBertConfig,
         ElectraConfig, AlbertConfig, ModernBertConfig, ClipTextConfig,
         ViTConfig, Dinov2Config, Dinov3ViTConfig, ClipVisionConfig, SiglipVisionConfig,
-        WhisperConfig, StMoeConfig,
+        WhisperConfig, BartConfig, MBartConfig, MarianConfig, M2M100Config,
+        StMoeConfig,
     )
 }  # fmt: skip
 """The families that moecc reads and writes, by `model_type`; others may be added."""

@@ -13,6 +13,7 @@ from math import lcm
 from typing import Any
 
 from moecc.errors import InputError
+from moecc.families.bart import BartConfig
 from moecc.families.bert import BertConfig
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
@@ -20,7 +21,7 @@ from moecc.families.encdec import STACKS, EncDecConfig
 from moecc.families.gpt import GptConfig, GptNeoXConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.vision import VisionConfig
-from moecc.families.whisper import WhisperConfig
+from moecc.families.whisper import TwoStackConfig, WhisperConfig
 from moecc.support.untyped import JsonDict
 
 MOST_VOCAB = 64
@@ -144,17 +145,29 @@ def _shrink_vision(config: VisionConfig) -> VisionConfig:
     return replace(config, **small)
 
 
-def _shrink_whisper(config: WhisperConfig) -> WhisperConfig:
+def _two_stacks(config: TwoStackConfig) -> JsonDict:
+    """Return the fields that small stacks share."""
     encoder, decoder = (shrink_size(config.heads(s)[0], MOST_HEADS) for s in STACKS)
     width = shrink_size(config.heads("encoder")[1], MOST_HEAD_DIM)
+    return {
+        **_small_vocabulary(config),
+        "d_model": lcm(encoder, decoder) * width,
+        "encoder_attention_heads": encoder,
+        "decoder_attention_heads": decoder,
+        "encoder_ffn_dim": shrink_size(config.encoder_ffn_dim, MOST_MLP),
+        "decoder_ffn_dim": shrink_size(config.decoder_ffn_dim, MOST_MLP),
+    }
+
+
+def _shrink_bart(config: BartConfig) -> BartConfig:
+    longest = shrink_size(config.max_position_embeddings, MOST_VOCAB)
+    return replace(config, **_two_stacks(config), max_position_embeddings=longest)
+
+
+def _shrink_whisper(config: WhisperConfig) -> WhisperConfig:
     return replace(
         config,
-        **_small_vocabulary(config),
-        d_model=lcm(encoder, decoder) * width,
-        encoder_attention_heads=encoder,
-        decoder_attention_heads=decoder,
-        encoder_ffn_dim=shrink_size(config.encoder_ffn_dim, MOST_MLP),
-        decoder_ffn_dim=shrink_size(config.decoder_ffn_dim, MOST_MLP),
+        **_two_stacks(config),
         num_mel_bins=shrink_size(config.num_mel_bins, MOST_HEAD_DIM),
         max_source_positions=shrink_size(config.max_source_positions, MOST_HEAD_DIM),
         max_target_positions=shrink_size(config.max_target_positions, MOST_VOCAB),
@@ -222,5 +235,6 @@ SHRINKERS: dict[type[ModelConfig], Callable[[Any], ModelConfig]] = {
     GptConfig: _shrink_gpt,
     VisionConfig: _shrink_vision,
     WhisperConfig: _shrink_whisper,
+    BartConfig: _shrink_bart,
 }
 """What makes the sizes of each class of config small, and of those derived from it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 from moecc.families.config import CAUSAL, ModelConfig, TensorNames, activation, config_class, size
 from moecc.families.heads import CLASSIFIER
@@ -23,7 +24,59 @@ TIE = "whisper ties its output matrix to an embedding that it does not scale"
 
 
 @config_class
-class WhisperConfig(ModelConfig):
+class TwoStackConfig(ModelConfig):
+    """An encoder and a decoder with layer norms, whose sizes may differ."""
+
+    keys = {"hidden_act": "activation_function"}
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_key_value_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    }
+
+    d_model: int = size(WIDTH)
+    encoder_layers: int = size(LAYERS)
+    encoder_attention_heads: int = size(COUNT)
+    encoder_ffn_dim: int = size(NEURONS)
+    decoder_layers: int = size(LAYERS)
+    decoder_attention_heads: int = size(COUNT)
+    decoder_ffn_dim: int = size(NEURONS)
+    hidden_act: str = activation(default="gelu")
+
+    @classmethod
+    def shape(cls) -> type[ModelConfig]:
+        """Return the class whose fields all families of this shape of model share."""
+        return cls
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """The epsilon of the norms; transformers states it nowhere."""
+        return 1e-5
+
+    def layers(self, stack: str) -> int:
+        """Return the number of layers of ``encoder`` or ``decoder``."""
+        return self.encoder_layers if stack == "encoder" else self.decoder_layers
+
+    def heads(self, stack: str) -> tuple[int, int]:
+        """Return the number of heads of a stack, and their width."""
+        encoder, decoder = self.encoder_attention_heads, self.decoder_attention_heads
+        count = encoder if stack == "encoder" else decoder
+        return count, self.d_model // count
+
+    def width(self, stack: str) -> int:
+        """Return the width of a stack's feed-forward blocks."""
+        return self.encoder_ffn_dim if stack == "encoder" else self.decoder_ffn_dim
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        yield from self.head_checks("d_model", "encoder_attention_heads")
+        yield from self.head_checks("d_model", "decoder_attention_heads")
+
+
+@config_class
+class WhisperConfig(TwoStackConfig):
     """A whisper; `max_source_positions` is half the frames of its input, of which it takes all.
 
     With `encoder_alone` it is the encoder, below a head that classifies audio.
@@ -36,7 +89,6 @@ class WhisperConfig(ModelConfig):
     head_steps = {"AudioClassification": ("linear projector", "mean", CLASSIFIER)}
     kind = "an encoder of speech with a decoder"
     kept_numbers = ("init_std", "activation_dropout", "attention_dropout", "dropout")
-    keys = {"hidden_act": "activation_function"}
     only = {
         **CAUSAL,
         "scale_embedding": (False, TIE),
@@ -45,12 +97,6 @@ class WhisperConfig(ModelConfig):
         "use_weighted_layer_sum": (False, "a head that reads all layers is not supported"),
     }
     always = {"is_encoder_decoder": True, "scale_embedding": False, "tie_word_embeddings": True}
-    synonyms = {
-        "hidden_size": "d_model",
-        "num_attention_heads": "encoder_attention_heads",
-        "num_key_value_heads": "encoder_attention_heads",
-        "num_hidden_layers": "encoder_layers",
-    }
     names = TensorNames(embedding="model.decoder.embed_tokens.weight", head="proj_out.weight")
     defaults = {
         **EXTRA_DEFAULTS,
@@ -78,23 +124,10 @@ class WhisperConfig(ModelConfig):
         "eos_token_id": 50_256,
     }
 
-    d_model: int = size(WIDTH)
     num_mel_bins: int = size(COUNT)
-    encoder_layers: int = size(LAYERS)
-    encoder_attention_heads: int = size(COUNT)
-    encoder_ffn_dim: int = size(NEURONS)
-    decoder_layers: int = size(LAYERS)
-    decoder_attention_heads: int = size(COUNT)
-    decoder_ffn_dim: int = size(NEURONS)
     max_source_positions: int = size(NEURONS, default=1500)
     max_target_positions: int = size(LENGTH, default=448)
-    hidden_act: str = activation(default="gelu")
     encoder_alone: bool = False
-
-    @classmethod
-    def shape(cls) -> type[ModelConfig]:
-        """Return the class whose fields all families of this shape of model share."""
-        return cls
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
@@ -110,28 +143,3 @@ class WhisperConfig(ModelConfig):
     def first_tensor(self) -> str:
         """A tensor that every checkpoint of the family has."""
         return "model.encoder.conv1.weight"
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """The epsilon of the norms; transformers states it nowhere."""
-        return 1e-5
-
-    def layers(self, stack: str) -> int:
-        """Return the number of layers of ``encoder`` or ``decoder``."""
-        return self.encoder_layers if stack == "encoder" else self.decoder_layers
-
-    def heads(self, stack: str) -> tuple[int, int]:
-        """Return the number of heads of a stack, and their width."""
-        encoder, decoder = self.encoder_attention_heads, self.decoder_attention_heads
-        count = encoder if stack == "encoder" else decoder
-        return count, self.d_model // count
-
-    def width(self, stack: str) -> int:
-        """Return the width of a stack's feed-forward blocks."""
-        return self.encoder_ffn_dim if stack == "encoder" else self.decoder_ffn_dim
-
-    def checks(self) -> Iterator[KeyProblem]:
-        """Yield inconsistent values, and those that this family cannot express."""
-        yield from super().checks()
-        yield from self.head_checks("d_model", "encoder_attention_heads")
-        yield from self.head_checks("d_model", "decoder_attention_heads")

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moecc.errors import InputError, Problem, nearest, printable
+from moecc.families.bart import BartConfig
 from moecc.families.building import build_model
 from moecc.families.config import FUSED_GATE_UP, ModelConfig
 from moecc.families.encdec import STACKS, EncDecConfig
@@ -15,7 +16,7 @@ from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.st_moe import StMoeConfig
 from moecc.families.t5 import SwitchTransformersConfig, T5Config
-from moecc.families.whisper import WhisperConfig
+from moecc.families.whisper import TwoStackConfig
 from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.support.text import capped, ranges
@@ -45,7 +46,7 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 def depth(config: ModelConfig, stack: str = "") -> int:
     """Return the number of layers of a stack, as `layer_of` names it."""
-    if isinstance(config, EncDecConfig | WhisperConfig):
+    if isinstance(config, EncDecConfig | TwoStackConfig):
         return config.layers(stack.strip())
     layers: int = getattr(config, "num_hidden_layers", 0)
     return layers
@@ -53,7 +54,7 @@ def depth(config: ModelConfig, stack: str = "") -> int:
 
 def block_count(config: ModelConfig, *, with_experts: bool) -> int:
     """Return the number of layers, plus the experts' blocks of all layers if `with_experts`."""
-    stacks = STACKS if isinstance(config, EncDecConfig | WhisperConfig) else ("",)
+    stacks = STACKS if isinstance(config, EncDecConfig | TwoStackConfig) else ("",)
     layers, experts = sum(depth(config, stack) for stack in stacks), 0
     if isinstance(config, MoeConfig):
         experts = sum(config.sparse_layers) * config.num_experts
@@ -65,7 +66,7 @@ def block_count(config: ModelConfig, *, with_experts: bool) -> int:
 
 def is_tied(config: ModelConfig) -> bool:
     """Whether the output matrix is the embedding."""
-    return bool(getattr(config, "tie_word_embeddings", isinstance(config, WhisperConfig)))
+    return bool(getattr(config, "tie_word_embeddings", isinstance(config, TwoStackConfig)))
 
 
 # Names on disk that differ from a family's own by a prefix.
@@ -238,6 +239,8 @@ def _fitted(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConf
     if isinstance(config, T5Config) and not config.scale_outputs:
         apart = config.names.head in tensors
         return replace(config, tie_word_embeddings=config.tie_word_embeddings and not apart)
+    if isinstance(config, BartConfig) and config.adds_to_logits:
+        return replace(config, has_logits_bias="final_logits_bias" in tensors)
     return config
 
 
@@ -376,7 +379,7 @@ def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterato
             beyond.setdefault(layer[0], set()).add(layer[1])
     for stack, numbers in beyond.items():
         field = "num_decoder_layers" if stack == "decoder " else "num_hidden_layers"
-        whisper = isinstance(config, WhisperConfig)
+        whisper = isinstance(config, TwoStackConfig)
         key = f"{stack.strip()}_layers" if whisper else config.key(field)
         yield Problem(
             f"there are tensors of the {stack}layers {ranges(sorted(numbers))}",

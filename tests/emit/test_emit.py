@@ -320,6 +320,11 @@ def test_heads_of_checkpoints_are_kept(python, tmp_path):
         assert all(x < (1e-5 if "32" in key else 1e-10) for key, x in verdict.items()), verdict
 
 
+def test_a_decoder_without_logits_is_rejected():
+    with pytest.raises(InputError, match="a decoder without logits"):
+        emit_program(moecc.open(str(GOLDEN / "clip_text")).graph, "torch")
+
+
 @pytest.mark.parametrize("word", ["scope", "st_moe_model", "expert_rows"])
 def test_no_class_has_the_name_of_another(word):
     graph = moecc.open(str(GOLDEN / "llama_gqa")).upcycle(experts=4, top_k=2).graph

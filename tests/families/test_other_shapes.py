@@ -53,6 +53,11 @@ WHISPER = {
     "num_mel_bins": 6, "max_source_positions": 5, "max_target_positions": 9, "pad_token_id": 0,
 }  # fmt: skip
 
+TEXTS = {
+    **{key: value for key, value in WHISPER.items() if key[:4] not in ("num_", "max_")},
+    "max_position_embeddings": 9,
+}
+
 CONFIGS: list[dict[str, Any]] = [
     {"model_type": "gpt2", **GPT2, "n_inner": 12, "tie_word_embeddings": False},
     {"model_type": "opt", **OPT, "word_embed_proj_dim": 6, "tie_word_embeddings": False},
@@ -75,6 +80,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "clip_vision_model", **IMAGES},
     {"model_type": "siglip_vision_model", **IMAGES},
     {"model_type": "whisper", **WHISPER},
+    *({"model_type": name, **TEXTS} for name in ("bart", "mbart", "m2m_100")),
+    {"model_type": "marian", **TEXTS, "scale_embedding": True},
 ]
 NAMES = [f"{number}-{config['model_type']}" for number, config in enumerate(CONFIGS)]
 each = pytest.mark.parametrize("keys", CONFIGS, ids=NAMES)
@@ -243,6 +250,9 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "dinov3_vit", **IMAGES, "num_attention_heads": 8}, "multiple of 4"),
         ({"model_type": "clip_vision_model", **IMAGES, "image_size": [8, 12]}, "square"),
         ({"model_type": "clip", "text_config": {}}, "no encoder of images"),
+        ({"model_type": "bart", **TEXTS, "tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"model_type": "marian", **TEXTS, "decoder_vocab_size": 9}, "decoder_vocab_size"),
+        ({"model_type": "m2m_100", **TEXTS, "pad_token_id": None}, "count from the id"),
         ({"model_type": "whisper", **WHISPER, "scale_embedding": True}, "does not scale"),
         ({"model_type": "whisper", **WHISPER, "is_encoder_decoder": False}, "halves"),
         ({"model_type": "gpt_neox", **NEOX, "rope_scaling": {"type": "su"}}, "rope_scaling"),

@@ -38,6 +38,10 @@ CASES = (
     "dinov3_gated",
     "clip_vision",
     "siglip_vision_square",
+    "bart_square",
+    "mbart_plain",
+    "marian_swish",
+    "m2m_100_scaled",
     "whisper_square",
 )
 """A checkpoint of each family, square where nothing but the names of axes tells them apart."""

@@ -13,7 +13,7 @@ from moecc.families.bert import BertConfig
 from moecc.families.encdec import EncDecConfig
 from moecc.families.registry import CONFIGS
 from moecc.families.vision import VisionConfig
-from moecc.families.whisper import WhisperConfig
+from moecc.families.whisper import TwoStackConfig, WhisperConfig
 
 SMALL: dict[str, object] = {
     "vocab_size": 37,
@@ -208,6 +208,15 @@ WHISPER: dict[str, object] = {
     "begin_suppress_tokens": None,
 }
 
+BART: dict[str, object] = {
+    **{key: value for key, value in WHISPER.items() if "position" not in key},
+    "max_position_embeddings": 18,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "forced_eos_token_id": 2,
+}
+BART.pop("num_mel_bins")
+
 BASES = {
     "roberta": ROBERTA,
     "electra": ELECTRA,
@@ -224,6 +233,7 @@ BASES = {
     "clip_vision_model": IMAGES,
     "siglip_vision_model": IMAGES,
     "whisper": WHISPER,
+    **dict.fromkeys(("bart", "mbart", "marian", "m2m_100"), BART),
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "gptj": GPTJ,
@@ -263,7 +273,7 @@ class Case:
     @property
     def decodes(self) -> bool:
         """Whether the model is an encoder-decoder, with tokens for the decoder."""
-        return issubclass(CONFIGS[self.family], EncDecConfig | WhisperConfig)
+        return issubclass(CONFIGS[self.family], EncDecConfig | TwoStackConfig)
 
     @property
     def inputs(self) -> tuple[str, ...]:

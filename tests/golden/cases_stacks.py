@@ -242,6 +242,33 @@ STACKS: dict[str, Case] = {
         },
         major=4,
     ),
+    "bart_scaled": Case(
+        "bart", "norms after the sums, scaled embeddings", {"scale_embedding": True}
+    ),
+    "bart_square": Case(
+        "bart",
+        "embed = mlp = vocab = positions = 16, as transformers 4 writes it",
+        {
+            "vocab_size": 16,
+            "d_model": 16,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 16,
+            "decoder_ffn_dim": 16,
+            "max_position_embeddings": 16,
+            "activation_function": "relu",
+        },
+        major=4,
+    ),
+    "mbart_plain": Case("mbart", "norms first, and behind all layers"),
+    "marian_swish": Case(
+        "marian",
+        "positions by sines, SiLU",
+        {"activation_function": "swish", "scale_embedding": True},
+    ),
+    "m2m_100_scaled": Case(
+        "m2m_100", "sines that count from the padding's", {"scale_embedding": True, "d_model": 18}
+    ),
     "whisper_plain": Case("whisper", "stacks of different depth, heads and widths"),
     "whisper_square": Case(
         "whisper",

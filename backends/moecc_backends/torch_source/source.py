@@ -10,6 +10,7 @@ from importlib.resources import files
 
 from moecc.backend import PROGRAM_FILES, EmittedProgram
 from moecc.decoding import TOKENS
+from moecc.errors import InputError
 from moecc.families.heads import LOGITS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -87,6 +88,12 @@ def segments_of(graph: Graph, *, continues: bool) -> Segments:
     program = programmed(ready, continues=continues)
     if program.tokens:
         add_caches(program, cached=can_continue(graph))
+    elif any(item.op == "attention" and item.attrs["causal"] for item in program.items):
+        raise InputError(
+            "a decoder without logits is not written as a program",
+            where=graph.name,
+            hint="--to st_moe alone writes it",
+        )
     if continues:
         share_masks(program)
     layers = layer_prefixes(ready)
