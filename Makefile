@@ -135,9 +135,10 @@ proof-checker: $(STAMP) ## accept the proofs of the matrix by the independent ch
 	mkdir -p docs/proofs
 	PYTHONPATH=tests/support $(BIN)/python -m tests.checker.record --seconds $(or $(SECONDS),inf)
 
-proof-kills: $(STAMP) ## end conversions at every call that changes the disk; writes docs/proofs/kills.json (20 minutes)
+proof-kills: $(STAMP) ## end conversions at every call that changes the disk, and trainings at 100, and at 100 of an S3 server; writes docs/proofs/kills.json and kills-train.json (20 minutes)
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.kill.prove --out docs/proofs/kills.json > /dev/null
+	PYTHONPATH=tests/support $(BIN)/python -m tests.kill.trainings --out docs/proofs/kills-train.json > /dev/null
 
 proof-fuzz: $(STAMP) ## a million hostile inputs and 5,000 commands; writes docs/proofs/fuzz.json (half an hour; goes on after a stop)
 	mkdir -p docs/proofs
