@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,3 +58,16 @@ def test_every_point() -> None:
     assert found["failures"] == []
     assert found["points"]["kill: out fresh"] > 100
     assert found["points"]["power all: out --force"] > 100
+
+
+@pytest.mark.slow
+def test_trainings_at_some_points() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kill.trainings", "--kills", "6"],
+        capture_output=True, text=True, timeout=3000, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, result in json.loads(done.stdout)["storages"].items():
+        assert result["kills"] >= 4, name
+        assert result["resumed"] > 0, name
