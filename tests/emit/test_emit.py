@@ -25,7 +25,7 @@ from moecc.jobs.convert import convert
 from moecc.jobs.emit import emit
 from moecc.jobs.verify import verify
 from tests.emit import fuzz, snapshot
-from tests.emit.cells import METHODS, SAMPLE, EmittedCell, program_text
+from tests.emit.cells import METHODS, SAMPLE, EmittedCell, graph_of, program_text
 from tests.emit.prove import is_proved, prove
 from tests.parity.interpreters import in_each_interpreter, interpreters
 
@@ -158,6 +158,12 @@ def test_numbers_in_formulas_of_tensors_are_tensors():
     text = program_text("apertus_biases")
     assert "torch.logaddexp(alpha_p, torch.full_like(alpha_p, 0.0))" in text
     assert text.count("class FeedForward") == 1  # names of layers are no names of values
+
+
+def test_a_decoder_reads_the_padding_of_its_encoder():
+    graph = graph_of("bart_scaled")  # with a mask that both read
+    (text,) = emit_program(graph, "torch").files.values()
+    assert text.count("attention_mask[:, None, None]") == 2
 
 
 def test_noise_is_written_or_rejected():

@@ -536,8 +536,8 @@ class Models:
             or not all(i.loc.startswith("encoder.") for i in members(s))
         ]
         masks: list[Item | ModuleBlock] = [
-            s for s in self.steps if isinstance(s, Item) and s.results[0].kind == "bool"
-            and s not in after
+            s for s in self.steps if isinstance(s, Item) and s.results[0].kind in ("bool", "mask")
+            and s not in after and all(v.kind != "float" for v in s.operands)
         ]  # fmt: skip
         before = [s for s in self.steps if s not in after]
         read = [v for v in walk_operands([i for s in after for i in members(s)]) if not v.param]
