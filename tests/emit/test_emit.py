@@ -164,6 +164,8 @@ def test_a_decoder_reads_the_padding_of_its_encoder():
     graph = graph_of("bart_scaled")  # with a mask that both read
     (text,) = emit_program(graph, "torch").files.values()
     assert text.count("attention_mask[:, None, None]") == 2
+    # A flag for one query would have it see the first key alone, in transformers 4.
+    assert "is_causal=self.is_causal and query.shape[2] > 1" in text
 
 
 def test_noise_is_written_or_rejected():

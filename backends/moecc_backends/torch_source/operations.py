@@ -197,6 +197,7 @@ def _attend(
     *,
     is_shared: bool = False,
     is_complete: bool = False,
+    can_be_causal: bool = False,
 ) -> PythonExpr:
     del window  # it is part of the mask
     query, key, value = (w.expr(v) for v in item.operands[:3])
@@ -233,7 +234,9 @@ def _attend(
         arguments.append(mask)
     is_causal = bool(causal) and not is_shared and "bias" not in further
     if is_complete:
-        options.append(f"is_causal={w.literal(is_causal, 'is_causal')}")
+        # transformers 4 takes it of a single query, too, which then would see the first key alone.
+        several = f" and {names[0]}.shape[2] > 1" if can_be_causal else ""
+        options.append(f"is_causal={w.literal(is_causal, 'is_causal')}{several}")
     elif not is_causal:
         options.append("is_causal=False")
     function = "attend_by_scores" if cap or "sinks" in further else "attend"

@@ -635,6 +635,10 @@ def share_masks(program: TorchProgram) -> None:
             if DECODER_TOKENS in program.inputs:
                 items += _complete(item, absent)
         items.append(item)
+    complete = [item for item in items if item.attrs.get("is_complete")]
+    if any(i.attrs["causal"] and not i.attrs.get("is_shared") for i in complete):
+        for item in complete:
+            item.attrs = {**item.attrs, "can_be_causal": True}
     program.items = items
     program.prune()
 
