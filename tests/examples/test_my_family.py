@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -95,14 +94,33 @@ def test_it_is_written_as_itself_and_upcycled(
     assert "on cpu:2" in capsys.readouterr().out
 
 
+TINY = """\
+moecc 1
+graph tiny {
+  attr checkpoint = "tiny"
+  input %tokens : i32[batch=B, seq=S]
+  param %wte : f32[vocab=40, embed=8] = source("wte" : f32[vocab=40, embed=8])
+  param %ln : f32[embed=8] = source("blocks.0.ln" : f32[embed=8])
+  param %fc : f32[mlp=16, embed=8] = source("blocks.0.fc" : f32[mlp=16, embed=8])
+  param %proj : f32[embed=8, mlp=16] = source("blocks.0.proj" : f32[embed=8, mlp=16])
+  param %out : f32[vocab=40, embed=8] = source("out" : f32[vocab=40, embed=8])
+  %h = embedding %wte, %tokens {axis=vocab} : f32[batch=B, seq=S, embed=8] @embed
+  %n = rms_norm %h, %ln {axis=embed, eps=1e-05} : f32[batch=B, seq=S, embed=8] @layers.0.ffn
+  %a = contract %n, %fc {over=embed} : f32[batch=B, seq=S, mlp=16] @layers.0.ffn
+  %b = gelu %a : f32[batch=B, seq=S, mlp=16] @layers.0.ffn
+  %c = contract %b, %proj {over=mlp} : f32[batch=B, seq=S, embed=8] @layers.0.ffn
+  %r = add %h, %c : f32[batch=B, seq=S, embed=8] @layers.0.ffn
+  %l = contract %r, %out {over=embed} : f32[batch=B, seq=S, vocab=40] @head
+  output logits = %l
+}
+"""
+
+
 def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs" / "adding-a-family.md").read_text("utf-8")
-    block = re.search(r"^```moe\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert block is not None
     file, draw = tmp_path / "tiny.moe", np.random.default_rng(0)
-    file.write_text(block[1])
+    file.write_text(TINY)
     (tmp_path / "tiny").mkdir()
-    graph = parse_graph(block[1])
+    graph = parse_graph(TINY)
     tensors = {
         source.name: draw.standard_normal(source.type.shape).astype(np.float32)  # type: ignore[arg-type]
         for param in graph.params.values() if param.weight for source in sources(param.weight)

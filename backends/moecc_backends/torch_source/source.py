@@ -88,7 +88,7 @@ def segments_of(graph: Graph, *, continues: bool) -> Segments:
     program = programmed(ready, continues=continues)
     if program.tokens:
         add_caches(program, cached=can_continue(graph))
-    elif any(item.op == "attention" and item.attrs["causal"] for item in program.items):
+    elif continues and any(i.op == "attention" and i.attrs["causal"] for i in program.items):
         raise InputError(
             "a decoder without logits is not written as a program",
             where=graph.name,

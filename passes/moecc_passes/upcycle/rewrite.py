@@ -198,7 +198,8 @@ def rewrite_block(
         node.erase()
     for param in leaving:
         graph.erase_param(param.name)
-        if image[param].name != names[param]:
+        # The experts of a parameter that stays may have its name: %w1 gives %w2.
+        if graph.fresh(names[param]) == names[param]:
             graph.rename(image[param], names[param])
 
 
