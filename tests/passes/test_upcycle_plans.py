@@ -242,4 +242,5 @@ def test_random_graphs_keep_what_is_promised(graph: Graph, seed: int, scaled: bo
 
 def _has_weights_to_scale_apart(graph: Graph) -> bool:
     blocks = find_ffn_blocks(graph).blocks
-    return any(b.down.operands[1] in {up.operands[1] for up in b.ups} for b in blocks)
+    downs = {b.down.operands[1] for b in blocks}
+    return any(up.operands[1] in downs for b in blocks for up in b.ups)
