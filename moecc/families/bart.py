@@ -17,7 +17,8 @@ TIED = "only an output matrix that is the table of tokens is supported"
 class BartConfig(TwoStackConfig):
     """A bart: learned positions from the third row of their table on, and norms after the sums.
 
-    `has_logits_bias` says whether a vector of the file is added to the logits.
+    `has_logits_bias` says whether a vector of the file is added to the logits; a file of the base
+    model alone lacks it, and its config does not say so.
     """
 
     model_type = "bart"
@@ -76,6 +77,10 @@ class BartConfig(TwoStackConfig):
     max_position_embeddings: int = size(LENGTH, default=1024)
     scale_embedding: bool = flag(default=False)
     has_logits_bias: bool = False
+
+    @classmethod
+    def _read(cls, reader: Reader) -> JsonDict:
+        return {**super()._read(reader), "has_logits_bias": cls.adds_to_logits}
 
     @property
     def first_tensor(self) -> str:

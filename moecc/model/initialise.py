@@ -19,7 +19,7 @@ from moecc.formats.folder import SafetensorsFolder, open_folder
 from moecc.formats.manifest import file_digest
 from moecc.formats.source import Checkpoint
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.ops.axes import EmbeddingOp
+from moecc.ir.ops.axes import EmbeddingOp, JoinOp
 from moecc.ir.structure import uses_of
 from moecc.ir.traits import Role
 from moecc.model.open import OpenedModel
@@ -250,8 +250,9 @@ def initialise(graph: Graph, *, seed: int = 0, scale: float = 1.0) -> None:
 
     A matrix is normal with variance `scale` / fan-in, a table of embeddings with `scale` / width
     (LeCun et al. 1998; a Switch Transformer has a scale of 0.1, section 2.4); gains are 1, and
-    biases 0.  Parameters are drawn whole, so that experts that were copies become different;
-    values that a pass drew or filled stay.  A draw depends on seed and parameter name alone.
+    biases and single numbers of activations 0.  Parameters are drawn whole, so that experts that
+    were copies become different; values that a pass drew or filled stay.  A draw depends on seed
+    and parameter name alone.
 
     Raises:
       InputError: the use of a parameter does not determine its scale.
@@ -280,7 +281,10 @@ def _role(node: Node, value: Value) -> Role:
     at = node.operands.index(value)
     if node.op.chooses and at > 0:
         return Role.BIAS  # it takes part in a choice
-    return node.op.role(at)
+    role = node.op.role(at)
+    if role is Role.VALUE and node.op.elementwise and not value.type.axes:
+        return Role.BIAS  # a number that bends an activation, or at which one is cut
+    return role
 
 
 def _fan_in(node: Node, value: Value) -> int:
@@ -292,6 +296,9 @@ def _fan_in(node: Node, value: Value) -> int:
     elif role is Role.TABLE:
         axis = EmbeddingOp.of_node(node).axis
         names = tuple(a.name for a in value.type if a.name != axis)
+    elif node.op.name == "join":
+        # Tokens of every image beside its patches: rows of a table, all of which are read.
+        names = tuple(a.name for a in value.type if a.name != JoinOp.of_node(node).axis)
     else:
         raise InputError(
             "the initial scale of this parameter is unknown", where=f"%{value.name}",

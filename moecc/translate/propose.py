@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.families.bart import BartConfig
 from moecc.families.building import FAMILY, graph_config
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
@@ -206,6 +207,11 @@ def propose(
         if experts:
             fault = f"{target} has no mixture of experts"
             return [Problem(fault, found=f"{len(experts)} expert layers", hint=hint)]
+        if isinstance(source, BartConfig) and "logits" in graph.outputs:
+            # The config does not say whether its file had the vector: the graph does.
+            node = graph.outputs["logits"].node
+            is_sum = node is not None and node.op.name == "add"
+            source = replace(source, has_logits_bias=is_sum)
         stated = getattr(source, "intermediate_size", None)
         if width in (None, stated) or stated is None:
             return source

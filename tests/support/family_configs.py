@@ -114,11 +114,16 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         "rope_layers": st.none() | st.tuples(*[st.booleans()] * layers),
         "local_rope": local if rope.type != "default" else st.none() | local,
     }
+    if family.model_type == "granitemoehybrid":
+        kinds["rope_layers"] = st.sampled_from([None, (False,) * layers])
     # That all layers have rotary positions is not stated by listing them.
     drawn = {name: draw(kinds[name]) for name in sorted(family.options - ATTENTION_BIASES)}
     drawn |= dict.fromkeys(ATTENTION_BIASES & family.options, draw(st.booleans()))
     if family.key("mlp_bias") == family.key("qkv_bias"):
         drawn["mlp_bias"] = drawn["qkv_bias"]
+    if family.model_type == "falcon":
+        one_each = values["num_key_value_heads"] in (1, values["num_attention_heads"])
+        drawn["parallel"] |= drawn["norms_apart"] or not one_each
     listed = drawn.get("rope_layers")
     return {**drawn, "rope_layers": None} if listed and all(listed) else drawn
 
