@@ -46,11 +46,12 @@ def test_what_the_compiler_says_of_a_program_too_large(
     message: str, needed: float, available: float
 ) -> None:
     pytest.importorskip("jax")
-    from moecc_backends.xla.aot.compiler import DoesNotFit, refusal
+    from moecc_backends.xla.aot.compiler import CompilerFailed, DoesNotFit, refusal
 
     error = refusal(RuntimeError(message))
     assert isinstance(error, DoesNotFit)
     assert error.needed_bytes == int(needed * 2**30)
     assert error.available_bytes == int(available * 2**30)
-    other = RuntimeError("INTERNAL: something else")
-    assert refusal(other) is other
+    rejection = refusal(RuntimeError("INTERNAL: something else"))
+    assert isinstance(rejection, CompilerFailed)
+    assert rejection.problems[0].found == "INTERNAL: something else"
