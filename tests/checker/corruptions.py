@@ -154,11 +154,31 @@ def _other_coefficient(log: dict[str, Any], before: str, after: str, chance: ran
     return log, before, after
 
 
+def _terms_of_steps(log: dict[str, Any]) -> list[Any]:
+    """Return the terms that steps say something of.
+
+    A term that only names how many slots an axis has is none: an equation holds at each index,
+    whatever their number, and the checker takes all such names for one.
+    """
+    numbers = {s[1] for s in log["steps"]}
+    numbers |= {p["term"] for s in log["steps"] for p in s[2] if isinstance(p, dict)}
+    for number in range(len(log["terms"]) - 1, -1, -1):
+        if number in numbers:
+            match log["terms"][number]:
+                case ["sum", pairs]:
+                    numbers |= {m for _, m in pairs}
+                case ["function", variables, body]:
+                    numbers |= {*variables, body}
+                case ["apply", _, _, *parts] | ["product", *parts]:
+                    numbers |= {i for part in parts for i in part}
+    return [log["terms"][number] for number in sorted(numbers)]
+
+
 def _other_attribute(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
     """Change a number among the attributes of an application."""
     rows = [
         (r[2], i)
-        for r in log["terms"]
+        for r in _terms_of_steps(log)
         if r[0] == "apply"
         for i, v in enumerate(r[2])
         if isinstance(v, int | float) and not isinstance(v, bool)
