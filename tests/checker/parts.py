@@ -12,7 +12,7 @@ from typing import Any
 from moecc.ir.text import parse, print_graph
 from moecc.prove import prove
 
-from .corruptions import Proof, is_accepted
+from .corruptions import Proof, is_accepted, proof_of
 from .logs import log_of
 
 BATCH = """moecc 1
@@ -103,6 +103,14 @@ def right() -> tuple[Proof, Proof]:
     return proof_of_texts(WHOLE, PART), proof_of_texts(READ, STOPPED)
 
 
+@cache
+def chosen() -> Proof:
+    """Return the proof of a micro-batch of which experts choose tokens."""
+    proof = proof_of("part", "bert_square", "upcycle{experts=4 routing=expert-choice}")
+    assert proof is not None, "it is proved"
+    return proof
+
+
 def edited(proof: Proof, key: str, old: str, new: str) -> Proof:
     """Return a proof of which a graph has another text."""
     log, before, after = copy.deepcopy(proof)
@@ -147,7 +155,9 @@ def wrong() -> Iterator[tuple[str, Proof]]:
 
 def misjudged_parts(checker: Any) -> Iterator[str]:
     """Yield the proofs of micro-batches and frozen parameters that a checker judges wrongly."""
-    for name, proof in zip(("a micro-batch", "frozen parameters"), right(), strict=True):
+    named = {"a micro-batch": right()[0], "frozen parameters": right()[1],
+             "a micro-batch of which experts choose": chosen()}  # fmt: skip
+    for name, proof in named.items():
         if not is_accepted(checker, proof, is_pruned=False):
             yield f"refuses {name}"
     for name, proof in wrong():
