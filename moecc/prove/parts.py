@@ -34,7 +34,7 @@ def part_count(before: Graph, after: Graph) -> int:
     counts = [x.get(PARTS, 1) if isinstance(x, dict) else 0 for x in losses]
     on_mesh = mesh_of(before) is not None or mesh_of(after) is not None
     is_part = counts[0] in (0, 1) and None not in losses and not on_mesh
-    return counts[1] if is_part and isinstance(counts[1], int) else 1
+    return max(counts[1], 1) if is_part and isinstance(counts[1], int) else 1
 
 
 @dataclass

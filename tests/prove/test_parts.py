@@ -6,7 +6,9 @@ import moecc_check
 import pytest
 
 from moecc.ir import Graph, parse, print_graph
+from moecc.ir.structure import clone
 from moecc.prove import prove
+from moecc.prove.parts import part_count
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.translate.importing import import_checkpoint
@@ -19,6 +21,13 @@ def with_losses(name: str, first: str, groups: int, options: str) -> Graph:
     passes = [first, f"specialize{{groups={groups}}}", f"add-losses{{{options}}}"]
     run_pipeline(graph, Pipeline.parse(",".join(filter(None, passes))))
     return graph
+
+
+def test_a_graph_whose_losses_are_no_table_is_no_micro_batch() -> None:
+    graph = with_losses("mixtral_gqa", "", 4, "")
+    other = clone(graph)
+    other.attrs["losses"] = "many"
+    assert part_count(other, other) == 1
 
 
 @pytest.mark.parametrize(
