@@ -37,6 +37,7 @@ from moecc.support.problems import Problems
 
 BUSY = "another conversion is writing this output"
 WAIT = "wait until it has finished"
+LEFT_BEHIND = "an earlier conversion was killed and left its partial output behind"
 _FULL = "give another folder, or --force to replace it once the new one is complete"
 _UNDELETED = "the new output is complete, but this could not be deleted"
 _PRIVATE = 0o700
@@ -250,7 +251,7 @@ def _check_leftovers(path: Path, out: Path, force: bool, problems: Problems, res
     if os.path.lexists(partial) and not resume:
         option = "--resume continues it, " if has_journal(partial) else ""
         problems.add(
-            "an earlier conversion was killed and left its partial output behind",
+            LEFT_BEHIND,
             where=out,
             found=f"{partial}, {_bytes_in(partial):,} bytes",
             hint=f"{option}--force removes it, and so does moecc clean",

@@ -28,7 +28,7 @@ from moecc.formats.files import (
 )
 from moecc.formats.manifest import MANIFEST_NAME, FileName, FileRecord, file_records, seal
 from moecc.formats.modelcard import hub_repository
-from moecc.formats.output import lock_folder, output_folder
+from moecc.formats.output import LEFT_BEHIND, lock_folder, output_folder
 from moecc.formats.run import (
     GRAPH,
     LINEAGE,
@@ -51,6 +51,7 @@ from moecc.formats.run import (
     stages_of,
 )
 from moecc.formats.store import fetch, is_address
+from moecc.formats.writer import has_journal
 from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.support.problems import describe
@@ -103,11 +104,14 @@ def create_run(
       inputs: what is read, which the output must not touch.
       begun: a step of another run that this one goes on from, and the digest of the recipe.
 
+    What a training left that was killed here is removed: a job that a scheduler starts again has
+    nobody who would give ``--force``.
+
     Raises:
       InputError: the folder cannot be used.
       MachineError: the disk is full, or there is no right to write.
     """
-    with output_folder(out, inputs=inputs) as folder:
+    with output_folder(out, inputs=inputs, can_resume=_remove_if_run) as folder:
         (folder / SOURCE).mkdir()
         (folder / STEPS).mkdir()
         write_durable(folder / RECIPE, recipe.encode())
@@ -120,6 +124,17 @@ def create_run(
             write_durable(path, read_whole(content) if isinstance(content, Path) else content)
         if begun is not None:
             _copy_step(folder, *begun)
+
+
+def _remove_if_run(partial: Path) -> bool:
+    """Let the beginning of a run be removed. Raises InputError if it is that of a conversion."""
+    if has_journal(partial):
+        raise InputError(
+            LEFT_BEHIND,
+            where=partial,
+            hint="give the run another folder, or remove it with moecc clean",
+        )
+    return False
 
 
 def _copy_step(run: Path, step: SavedStep, recipe: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moecc.formats.run import (
     saved_steps,
     split_reference,
 )
+from moecc.formats.writer import JOURNAL_NAME
 from moecc.train.run import (
     begin_step,
     create_run,
@@ -38,6 +40,26 @@ def run(tmp_path: Path) -> Path:
         source={"config.json": b"{}", "additional_chat_templates/a.jinja": b"x"},
     )  # fmt: skip
     return folder
+
+
+def test_only_the_beginning_of_a_run_is_removed_unasked(tmp_path: Path) -> None:
+    def create() -> None:
+        create_run(
+            tmp_path / "run", recipe="[model]\n", graph="moe 1\n", lineage={}, source={}
+        )  # fmt: skip
+
+    partial = tmp_path / ".run.moecc-partial"
+    (partial / "source").mkdir(parents=True)
+    create()
+    assert not partial.exists()
+    assert (tmp_path / "run" / "recipe.toml").exists()
+    shutil.rmtree(tmp_path / "run")
+    partial.mkdir()
+    (partial / JOURNAL_NAME).write_text("{}")
+    with pytest.raises(InputError, match="killed and left its partial output"):
+        create()
+    assert (partial / JOURNAL_NAME).exists()
+    assert not (tmp_path / "run").exists()
 
 
 def save(run: Path, step: int, loss: float | None = None) -> None:
