@@ -343,7 +343,7 @@ def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
       InputError: recipe, model and data do not suit one another, or `out` cannot be used.
     """
     inputs = tuple(inputs_of(source.model.checkpoint))
-    check_output(out, inputs=inputs, hint=_FULL)
+    check_output(out, inputs=inputs, resume=True, hint=_FULL)
     graph = source.canonical.graph
     batches = _checked(recipe, graph, partial(facts_of, source.model))
     recipe = resolved(recipe, batches)
@@ -438,7 +438,7 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
         )  # fmt: skip
     require_run_files(step)
     graph = read_graph(str(run / GRAPH))
-    check_output(out, inputs=[run], hint=_FULL)
+    check_output(out, inputs=[run], resume=True, hint=_FULL)
     present, wanted = (
         {
             (kind, name)

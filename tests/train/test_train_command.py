@@ -27,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe, and a run of it that went to its end."""
     folder = tmp_path_factory.mktemp("train")
     recipe = make_recipe(folder, RUN)
+    (folder / ".run.moecc-partial" / "source").mkdir(parents=True)  # a training was killed here
     options = ["--machine", "cpu:1", "--profile", "2"]
     assert main(["train", str(recipe), "--out", str(folder / "run"), *options]) == 0
     make_model(folder / "small", vocab_size=100)
