@@ -73,6 +73,29 @@ SHARDS = {
 }
 """An output, its type on devices, and how these have their input."""
 
+IN_A_RUN = """moecc 1
+graph g {{
+{mesh}  input %x : f32[batch{at}=B]
+  %t = sum %x {{axes=batch}} : f32[]{summand}
+  %s = scan %t {{over=(layer=1)}} : f32[layer=1] {{
+    input %c : f32[]{summand}
+{total}    output r = %{read}
+  }}
+  %u = sum %s {{axes=layer}} : f32[]
+  %y = mul %x, %u : f32[batch{at}=B]
+  output y = %y
+}}
+"""
+ALONE = IN_A_RUN.format(mesh="", at="", summand="", total="", read="c")
+TOGETHER = IN_A_RUN.format(
+    mesh='  attr mesh = {"parts": 2}\n',
+    at="@parts",
+    summand=" unreduced(parts)",
+    total="    %r = all_reduce %c {mesh=parts} : f32[]\n",
+    read="r",
+)
+"""A batch times its sum, which devices add up in a run: a micro-batch has its own sum alone."""
+
 FROZEN = """moecc 1
 graph g {{
   attr frozen = {{"groups": ["all"], "only": []}}
@@ -111,6 +134,12 @@ def chosen() -> Proof:
     return proof
 
 
+@cache
+def in_a_run() -> dict[str, Any]:
+    """Return the fields of a log with a run on devices."""
+    return {"parts": [TOGETHER], "devices": proof_of_texts(TOGETHER, TOGETHER)[0]["devices"]}
+
+
 def edited(proof: Proof, key: str, old: str, new: str) -> Proof:
     """Return a proof of which a graph has another text."""
     log, before, after = copy.deepcopy(proof)
@@ -142,6 +171,7 @@ def wrong() -> Iterator[tuple[str, Proof]]:
         whole, on_devices = texts
         is_part = name == "a graph on devices as its part"
         yield name, log_of(whole, on_devices if is_part else whole, {"parts": [on_devices]})
+    yield "a sum of devices in a run", log_of(ALONE, ALONE, in_a_run())
     without = {k: v for k, v in log.items() if k != "devices"}
     yield "no steps of devices", (without, before, after)
     yield "a part with frozen parameters", ({**log, "frozen": [["%w"], ["%w"]]}, before, after)
