@@ -14,8 +14,9 @@ moecc_check_graphs.py. docs/proof-log.md has the format of a log.
 
 A term is a node and its free variables in order. A node has places instead of names, exists once,
 and orders the parts of sums and products by structure alone: two terms are equal if they are one
-node at the same variables, renaming touches no node, and nothing can be captured. A log is advice:
-it may name the lemma to use where a node is built, after its conditions are checked there.
+node at the same variables, renaming touches no node, and nothing can be captured. A node also knows
+in which other orders of its variables it is the same, as x(i)·x(j) is for j, i. A log is advice: it
+may name the lemma to use where a node is built, after its conditions are checked there.
 """
 
 import ast
@@ -28,7 +29,7 @@ import sys
 from collections import Counter, namedtuple
 from fractions import Fraction
 from functools import reduce
-from math import inf, isfinite, prod
+from math import factorial, inf, isfinite, prod
 from pathlib import Path
 
 import moecc_check_graphs as reading
@@ -37,6 +38,10 @@ from moecc_check_graphs import MALFORMED, Rejected, need, read_table, scalar
 SCHEMA = "moecc.proof/1"
 NOTES = {"fractions": ", for constants as fractions", "parts": ", for a part of the batch",
          "frozen": ", but for gradients of frozen parameters"}  # fmt: skip
+
+
+MOST_ORDERS = 720
+"""So many orders of like parts are tried; of more, equal terms may be seen to be different."""
 
 
 # Terms.
@@ -69,9 +74,18 @@ class Var(Values, namedtuple("Var", "serial name size algebra")):
 
 
 class Term(Values, namedtuple("Term", "node vars")):
-    """A node at distinct variables."""
+    """A node at distinct variables, in the first order of those that are the same term."""
 
     algebra = property(lambda self: self.node.algebra)
+
+    def __new__(cls, node, names):
+        orders = (tuple(names[i] for i in order) for order in node.orders)
+        return super().__new__(cls, node, min(orders, default=names))
+
+    @property
+    def orders(self):
+        """The orders of the variables in which this is the same term."""
+        return [tuple(self.vars[i] for i in o) for o in self.node.orders] or [self.vars]
 
     def __call__(self, *arguments):
         """Return the value of a function."""
@@ -102,11 +116,14 @@ class Head(Values, namedtuple("Head", "algebra name attrs functions", defaults=(
 
 
 class Node:
-    """The structure of a term: kind, label, parts with places of variables, sizes of the free."""
+    """The structure of a term: kind, label, parts with places of variables, sizes of the free.
 
-    def __init__(self, kind, label, parts, sizes, number, algebra):
+    It is the same in other orders of the free variables, if there are some.
+    """
+
+    def __init__(self, kind, label, parts, sizes, orders, number, algebra):
         self.kind, self.label, self.parts, self.sizes = kind, label, parts, sizes
-        self.number, self.algebra = number, algebra
+        self.orders, self.number, self.algebra = orders, number, algebra
 
 
 def loose(size):
@@ -114,42 +131,32 @@ def loose(size):
     return size.split(" ")[0] if isinstance(size, str) else size
 
 
-def is_symmetric(x):
-    """Return whether x is a function of a as of −a, or of a and b as of b and a."""
-    is_factor = isinstance(x, Term) and x.node.kind == "apply"
-    return is_factor and x.node.label[0] in ("equal", "maximum", "minimum")
+def orders_of(tagged, bound):
+    """Return the orders of pairs of tags and terms that are left by tags, nodes and variables.
 
-
-def ordered(tagged, bound):
-    """Return pairs of tags and terms in an order of structure: tags, nodes, shared variables.
-
-    Colours of terms and of variables refine each other; a tie is broken by the age of free
-    variables. Any order is right: it only decides whether equal terms are seen to be equal.
+    Colours of terms and of variables refine each other. Any order is right: it only decides whether
+    equal terms are seen to be equal.
     """
-    marks = [0] * len(tagged)
     if len({(k, t.node.number) for k, t in tagged}) == len(tagged):
-        return sorted(tagged, key=lambda pair: (pair[0], pair[1].node.number))
-    colour = {v: int(v in bound) for _, t in tagged for v in t.vars}
-    while True:
-        classes, previous = 0, -1
-        while classes != previous:
-            rows = [(k, t.node.number, m, tuple(colour[v] for v in t.vars))
-                    for m, (k, t) in zip(marks, tagged, strict=True)]  # fmt: skip
-            distinct = {key: i for i, key in enumerate(sorted(set(rows)))}
-            places = {v: [] for v in colour}
-            for row, (_, t) in zip(rows, tagged, strict=True):
-                for i, v in enumerate(t.vars):
-                    places[v].append((distinct[row], i))
-            finer = {v: (colour[v], sorted(places[v])) for v in colour}
-            levels = sorted({(c, tuple(p)) for c, p in finer.values()})
-            colour = {v: levels.index((c, tuple(p))) for v, (c, p) in finer.items()}
-            classes, previous = len(distinct) + len(levels), classes
-        groups = [[i for i, r in enumerate(rows) if r == row] for row in sorted(distinct)]
-        tied = next((g for g in groups if len({tagged[i][1] for i in g}) > 1), None)
-        if tied is None:
-            return [tagged[i] for g in groups for i in g]
-        ages = {i: [-1 if v in bound else v.serial for v in tagged[i][1].vars] for i in tied}
-        marks[min(tied, key=ages.get)] = min(marks) - 1
+        return [sorted(tagged, key=lambda pair: (pair[0], pair[1].node.number))]
+    colour, count, previous = {v: int(v in bound) for _, t in tagged for v in t.vars}, 0, -1
+    while count != previous:
+        rows = [(k, t.node.number, min(tuple(colour[v] for v in names) for names in t.orders))
+                for k, t in tagged]  # fmt: skip
+        distinct = {row: i for i, row in enumerate(sorted(set(rows)))}
+        places = {v: [] for v in colour}
+        for row, (_, t) in zip(rows, tagged, strict=True):
+            for v in t.vars:
+                places[v].append((distinct[row], min(names.index(v) for names in t.orders)))
+        finer = {v: (colour[v], tuple(sorted(places[v]))) for v in colour}
+        levels = sorted(set(finer.values()))
+        colour = {v: levels.index(c) for v, c in finer.items()}
+        count, previous = len(distinct) + len(levels), count
+    groups = [[tagged[i] for i, r in enumerate(rows) if r == row] for row in distinct]
+    if prod(factorial(len(g)) for g in groups) > MOST_ORDERS:
+        return [[pair for g in groups for pair in sorted(g, key=lambda pair: pair[1].vars)]]
+    choices = itertools.product(*(itertools.permutations(g) for g in groups))
+    return [[pair for g in choice for pair in g] for choice in choices]
 
 
 class Algebra:
@@ -159,7 +166,7 @@ class Algebra:
         self.table, self.words, self.exact = table, words, exact
         self.nodes, self.axes, self.serial = {}, {}, itertools.count()
         self.advice, self.results, self.used, self.open = {}, {}, set(), set()
-        self.place = Node("place", None, (), (), -1, self)
+        self.place = Node("place", None, (), (), (), -1, self)
         self.scope = {**vocabulary(self), "fractions": fractions}
 
     def fresh(self, size, name="_"):
@@ -171,17 +178,38 @@ class Algebra:
             self.axes[name, size] = self.fresh(size, name)
         return self.axes[name, size]
 
-    def packed(self, kind, label, parts, bound=()):
-        """Return a node of parts, in which `bound` are hidden, at the free variables."""
-        hidden = {v: -1 - i for i, v in enumerate(bound)}
-        free = {v: None for p in parts for v in p.vars if v not in hidden}
-        places = {**{v: i for i, v in enumerate(free)}, **hidden}
-        shape = tuple((p.node, tuple(places[v] for v in p.vars)) for p in parts)
-        key = kind, label, shape
+    def packed(self, kind, label, orders, bound=()):
+        """Return a node, in which `bound` are hidden, at the free variables; and the bound ones.
+
+        Of orders of parts that are the same, and of their variables, the node has the least; those
+        as small are orders of its own variables.
+        """
+        rows = [(x, names) for x in orders for names in itertools.product(*(p.orders for p in x))]
+        least, results = None, []
+        for parts, row in rows if len(rows) <= MOST_ORDERS else rows[:1]:
+            seen = list(dict.fromkeys(v for names in row for v in names))
+            inner, free = list(bound), [v for v in seen if v not in bound]
+            if kind == "product":
+                inner.sort(key=lambda v: (seen.index(v) if v in seen else inf, str(v.size)))
+                label = tuple(v.size for v in inner)
+            places = {
+                **{v: i for i, v in enumerate(free)},
+                **{v: -1 - i for i, v in enumerate(inner)},
+            }
+            shape = [(p.node, tuple(places[v] for v in names))
+                     for p, names in zip(parts, row, strict=True)]  # fmt: skip
+            rank = [(n.number, at) for n, at in shape], [*map(str, label)] if bound else []
+            if least is None or rank < least:
+                least, results, key = rank, [], (kind, label, tuple(shape))
+            if rank == least:
+                results.append((tuple(free), inner))
+        free, inner = min(results, key=lambda pair: pair[0])
         if key not in self.nodes:
+            orders = tuple({tuple(map(free.index, names)) for names, _ in results})
             sizes = tuple(loose(v.size) for v in free)
-            self.nodes[key] = Node(kind, label, shape, sizes, len(self.nodes), self)
-        return Term(self.nodes[key], tuple(free))
+            orders = orders if len(orders) > 1 else ()
+            self.nodes[key] = Node(*key, sizes, orders, len(self.nodes), self)
+        return Term(self.nodes[key], free), inner
 
     def parts(self, term, bound=()):
         """Return the parts of a term, with variables for the bound ones."""
@@ -190,45 +218,37 @@ class Algebra:
 
     def sum(self, terms):
         """Return Σ c·m, from a dictionary of monomials."""
-        pairs = ordered([(c, m) for m, c in terms.items() if c], ())
-        return self.packed("sum", tuple(c for c, _ in pairs), [m for _, m in pairs])
+        orders = orders_of([(c, m) for m, c in terms.items() if c], ())
+        label = tuple(c for c, _ in orders[0])
+        return self.packed("sum", label, [[m for _, m in pairs] for pairs in orders])[0]
 
     def product(self, bound, factors):
         """Return Σ_bound of the product, and the order of its bound variables."""
-        turned = [(0, self.turned(f, bound, factors)) for f in factors]
-        row = [f for _, f in ordered(turned, set(bound))]
-        seen = list(dict.fromkeys(v for f in row for v in f.vars))
-        names = sorted(bound, key=lambda v: (seen.index(v) if v in seen else inf, str(v.size)))
-        return self.packed("product", tuple(v.size for v in names), row, names), names
+        orders = orders_of([(0, f) for f in factors], set(bound))
+        return self.packed("product", (), [[f for _, f in row] for row in orders], bound)
 
     def function(self, bound, body, is_let=False):
         sizes = tuple(loose(v.size) if is_let else v.size for v in bound)
-        return self.packed("function", sizes, [body], bound)
+        return self.packed("function", sizes, [[body]], bound)[0]
 
     def application(self, head, attrs, functions, arguments):
-        """Return a factor; names have the order of their variables, symmetric heads theirs."""
+        """Return a factor; names have any order of their variables, symmetric heads both."""
         if head in ("mod", "div", "experts", "permutation", "hashed_expert"):
             need(isinstance(attrs[0], int) and attrs[0] > 0, f"{head} of {attrs[0]}")
         if head == "experts":
             need(all(f.node.label == attrs[:1] for f in functions), "experts of other sizes")
+        orders = [[*functions, *arguments]]
         if head == "let":
             bound, body = self.entered(functions[0])
-            pairs = dict(zip(bound, arguments, strict=True))
-            bound = [v for v in body.vars if v in pairs]
-            functions, arguments = [self.function(bound, body, True)], [pairs[v] for v in bound]
-        row = [*functions, *arguments]
-        return self.turned(self.packed("apply", (head, attrs, len(functions)), row))
-
-    def turned(self, factor, bound=(), beside=()):
-        """Return a factor whose arguments may change places in order, of free variables first."""
-        if not is_symmetric(factor):
-            return factor
-        uses = {v: sorted((f.node.number, f.vars.index(v)) for f in beside
-                          if v in f.vars and not is_symmetric(f)) for v in factor.vars}  # fmt: skip
-        x = self.parts(factor)
-        both = x if len(x) > 1 else [*x, self.scale(x[0], -1)]
-        both.sort(key=lambda t: (t.node.number, [(v in bound, uses[v], v.serial) for v in t.vars]))
-        return self.packed("apply", factor.node.label, both[: len(x)])
+            pairs, orders = dict(zip(bound, arguments, strict=True)), []
+            for names in body.orders:
+                names = [v for v in names if v in pairs]
+                orders.append([self.function(names, body, True), *(pairs[v] for v in names)])
+        elif head in ("maximum", "minimum"):
+            orders.append([*functions, *arguments[::-1]])
+        elif head == "equal":
+            orders.append([self.scale(x, -1) for x in arguments])
+        return self.packed("apply", (head, attrs, len(functions)), orders)[0]
 
     # Views.
 
@@ -242,7 +262,7 @@ class Algebra:
         if isinstance(x, Head):
             return self.apply(x.name, x.attrs, x.functions or (), ())
         if isinstance(x, Var):
-            x = self.packed("variable", loose(x.size), [Term(self.place, (x,))])
+            x = self.packed("variable", loose(x.size), [[Term(self.place, (x,))]])[0]
         if isinstance(x, int | Fraction):
             return self.sum({self.product((), ())[0]: Fraction(x)})
         need(isinstance(x, Term), f"{type(x).__name__} is no value")
@@ -602,7 +622,7 @@ def read_log(log, exact=False, fractions=False):
     names = Counter(name for name, _, _ in log["steps"])
     need(log.get("lemmas", names) == names, "counts of lemmas that are not those of the steps")
     a = Algebra(*read_table(), exact, fractions)
-    rows = []  # a term or variable, and of a product the places of bound variables, and factors
+    rows = []  # a term or variable, and of a product the places of bound variables
 
     def frozen(value):
         if match := isinstance(value, str) and re.fullmatch(r"(slots|groups) (\d+)", value):
@@ -615,7 +635,7 @@ def read_log(log, exact=False, fractions=False):
         return a.factor(term) if "apply" in kinds else term
 
     for kind, *fields in log["terms"]:
-        places, factors = {}, ()
+        places = {}
         if kind == "variable":
             term = a.axis(*map(frozen, fields))
         elif kind == "sum":
@@ -631,18 +651,17 @@ def read_log(log, exact=False, fractions=False):
         else:
             need(kind == "function", f"a row of unknown kind {kind!r}")
             term = a.function([row(i, "") for i in fields[0]], row(fields[1], "sum"))
-        rows.append((term, places, factors))
+        rows.append((term, places))
 
     for number, (name, at, values) in enumerate(log["steps"]):
         if name in ("equality of opposites", "either order"):
             continue  # one term here
         cut = name in ("cut factor", "cut summand")
         need(cut or ("lemma", name) in a.table, f"step {number}: no lemma is named {name!r}")
-        subject, bound, factors = rows[at]
+        subject, bound = rows[at]
         places = {**{v: i for i, v in enumerate(subject.vars)}, **bound}
         key = (subject.node, name[4:]) if cut else subject.node
-        values = [placed(a.turned(rows[v["term"]][0], bound, factors), places)
-                  if isinstance(v, dict) else v for v in values]  # fmt: skip
+        values = [placed(rows[v["term"]][0], places) if isinstance(v, dict) else v for v in values]
         a.advice.setdefault(key, (number, name, values))
     return a
 

@@ -52,7 +52,44 @@ CUT = {
     "steps": [["cut factor", 0, ["group"]]],
     "lemmas": {"cut factor": 1},
 }
-PROOFS = [log_of(BEFORE, AFTER), log_of(BEFORE, AFTER, CUT)]
+WINDOW = """moecc 1
+graph g {{
+  input %x : f32[seq=S, key=S]
+  %v = rename %x {{axis={old}, to={new}}} : f32[{axes}]
+  %p = positions %v {{axis={axis}}} : i32[{axis}=S]
+  %k = positions %v {{axis={keys}}} : i32[{keys}=S]
+  %n = constant {{value={width}.0, dtype=i32}} : i32[]
+  %q = add %p, %n : i32[{axis}=S]
+  %s = causal %q, %k {{window=5}} : pred[{axis}=S, {keys}=S]
+  %m = mask %v, %s : f32[{axes}]
+  %z = softmax %m {{axis={keys}}} : f32[{axes}]
+  %y = rename %z {{axis={new}, to={old}}} : f32[seq=S, key=S]
+  output y = %y
+}}
+"""
+BY_KEY = {"old": "key", "new": "a", "axes": "seq=S, a=S", "axis": "seq", "keys": "a", "width": 2}
+BY_QUERY = {"old": "seq", "new": "b", "axes": "b=S, key=S", "axis": "b", "keys": "key", "width": 2}
+"""Ways to name the axes of two positions of which each is within two of the other."""
+
+TRANSPOSED = """moecc 1
+graph g {{
+  input %x : f32[a=4, b=4]
+  %u = rename %x {{axis=a, to=c}} : f32[c=4, b=4]
+  %v = rename %u {{axis=b, to=a}} : f32[c=4, a=4]
+  %t = rename %v {{axis=c, to=b}} : f32[b=4, a=4]
+  %m = mul {} : f32[a=4, b=4]
+  %s = tanh %m : f32[a=4, b=4]
+  %y = mul %s, %{} : f32[a=4, b=4]
+  output y = %y
+}}
+"""
+
+PROOFS = [
+    log_of(BEFORE, AFTER),
+    log_of(BEFORE, AFTER, CUT),
+    log_of(WINDOW.format(**BY_KEY), WINDOW.format(**BY_QUERY)),
+    log_of(TRANSPOSED.format("%x, %t", "x"), TRANSPOSED.format("%t, %x", "x")),
+]
 
 ROWS: dict[str, list[Any]] = {
     "of no kind": [["sum", []], ["sort", [], 0]],
@@ -106,6 +143,14 @@ def wrong_logs() -> Iterator[tuple[str, Proof]]:
         "a statement that is none": "  sort\n  %y = add %x, %x : f32[a=2, b=3]",
     }.items():
         yield name, log_of(BEFORE, TEXT.format(line))
+    for width in (1, 3):  # a window is to the left of its middle, and the other to the right
+        windows = WINDOW.format(**BY_KEY), WINDOW.format(**{**BY_QUERY, "width": width})
+        yield f"a window from {width}", log_of(*windows)
+    keys = {**BY_QUERY, "axis": "key", "keys": "b"}
+    once = TRANSPOSED.format("%x, %t", "x")
+    yield "a transposed factor", log_of(once, TRANSPOSED.format("%x, %t", "t"))
+    yield "a transposed square", log_of(once, TRANSPOSED.format("%x, %x", "x"))
+    yield "shares of queries", log_of(WINDOW.format(**BY_KEY), WINDOW.format(**keys))
     joined = JOINED.format("%x"), JOINED.format("%z")
     yield "a join of chunks of two sizes", log_of(*joined)
     summand = TEXT.format("  %y = scale %x {by=2.0} : f32[a=2, b=3] unreduced(m)")

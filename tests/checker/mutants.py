@@ -31,7 +31,7 @@ TURNED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, as
 """Comparisons and signs, and what they become."""
 
 TRUSTED = ("application", "is_integral", "bounds", "_bounds", "matches", "match_all", "rewritten",
-           "substitute", "_replaced", "apart", "put", "positive", "read_log", "check", "turned",
+           "substitute", "_replaced", "apart", "put", "positive", "read_log", "check", "packed",
            "compare", "check_graphs", "program", "need_shards", "check_lines", "check_scan",
            "check_node", "unknown",
            "on_device")  # fmt: skip
@@ -45,8 +45,8 @@ DEFINED = ("lemma", "bounds", "define once", "define positive", "define shared",
 EQUIVALENT = {
     "lemma best of undominated scores: experts[N, k, S](f, b)(c) given a, n: "
     "0 < a with a turned operator 0": "a step of 0 makes no places, which is refused",
-    "turned: len(x) > 1 with a turned operator 0": "equal terms may be seen to be different",
-    "turned: without not is_symmetric(f)": "equal terms may be seen to be different",
+    "packed: len(rows) <= MOST_ORDERS with a turned operator 0": "of more orders one is taken, too",
+    "packed: len(orders) > 1 with a turned operator 0": "a lone order changes nothing",
     "_bounds: without (-inf, inf)": "bounds that are missing decide as little as infinite ones",
     "matches: without isinstance(y, Values | int)": "what has no value is refused",
     "matches: without self.kind(x) == 'sum'": "equations of sums are true of every term",
