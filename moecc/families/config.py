@@ -68,7 +68,8 @@ class TensorNames:
       attention: the prefix of the attention.
       attention_output: the last matrix of the attention.
       query_norm, key_norm: the norms of queries and keys; with ``{head}`` each head has a tensor.
-      dense_up, dense_down: the matrices of a dense block beside that of the gate.
+      dense_gate, dense_up, dense_down: the matrices of a dense block.
+      convolution: the prefix of a short convolution.
       layer_norms: the norms before and after the attention, and before and after the feed-forward
         block; empty if they have their usual names.
     """
@@ -101,6 +102,8 @@ class TensorNames:
     attention_output: str = "o_proj"
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
+    convolution: str = "conv."
+    dense_gate: str = "gate_proj"
     dense_up: str = "up_proj"
     dense_down: str = "down_proj"
     layer_norms: tuple[str, ...] = ()

@@ -188,8 +188,10 @@ class DecoderConfig(ModelConfig):
     """A decoder-only model.
 
     `sliding_windows` has one entry a layer, and so has `rope_layers` (None: rotary positions in
-    all).  `attention_scale` None is 1 / √head_dim, `rotary_dim` None the whole head, `local_rope`
-    None the same positions in layers with a window as in the others.
+    all).  `conv_taps` has the taps of the short convolution that a layer has in place of attention,
+    0 for a layer with attention (None: all).  `attention_scale` None is 1 / √head_dim, `rotary_dim`
+    None the whole head, `local_rope` None the same positions in layers with a window as in the
+    others.
     """
 
     kind = "a decoder alone"
@@ -252,6 +254,8 @@ class DecoderConfig(ModelConfig):
     logit_softcap: float | None = feature("soft cap on the logits", CAP, default=None)
     rotary_dim: int | None = feature("rotation of only part of each head", default=None)
     rope_layers: tuple[bool, ...] | None = feature("layers without rotary positions", default=None)
+    conv_taps: tuple[int, ...] | None = feature("short convolutions", default=None)
+    conv_bias: bool = feature("biases of short convolutions", FLAG, default=False)
     local_rope: RopeConfig | None = feature(
         "rotary positions of their own in layers with a window", default=None
     )
@@ -363,6 +367,7 @@ class DecoderConfig(ModelConfig):
         for entries, key, fault in (
             (self.rope_layers, "no_rope_layers", "not one entry for each layer"),
             (self.sliding_windows, "sliding_windows", "not one window (or None) for each layer"),
+            (self.conv_taps, "layer_types", "not one number of taps for each layer"),
         ):
             if entries is not None and len(entries) != self.num_hidden_layers:
                 yield key_problem(fault, f"{self.num_hidden_layers}", f"{len(entries)}", key)

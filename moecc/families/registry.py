@@ -33,6 +33,7 @@ from moecc.families.gpt_oss import GptOssConfig
 from moecc.families.gptj import GptJConfig
 from moecc.families.granite import GraniteConfig, GraniteHybridConfig, GraniteMoeConfig
 from moecc.families.hunyuan import HunYuanDenseV1Config
+from moecc.families.lfm2 import Lfm2Config
 from moecc.families.llama import (
     HeliumConfig,
     LlamaConfig,
@@ -71,7 +72,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         OlmoConfig, Olmo3Config, Ernie45Config, GlmConfig, Glm4Config, HunYuanDenseV1Config,
         Exaone4Config, SeedOssConfig, HeliumConfig, ArceeConfig, NemotronConfig, Starcoder2Config,
         ApertusConfig, GraniteHybridConfig, StableLmConfig, PhiConfig, CohereConfig, Cohere2Config,
-        GptJConfig, FalconConfig,
+        GptJConfig, FalconConfig, Lfm2Config,
         MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4MoeConfig, GraniteMoeConfig,
         FlexOlmoConfig, Ernie45MoeConfig, OlmoeConfig, GptOssConfig, PhimoeConfig,
         Gpt2Config, GptNeoXConfig, OptConfig,

@@ -290,8 +290,9 @@ def _role(node: Node, value: Value) -> Role:
 def _fan_in(node: Node, value: Value) -> int:
     """Return the number of inputs that each output sums; for an embedding, the width."""
     role = _role(node, value)
-    if role is Role.MATRIX:
-        # What is summed away: in a convolution also the places of a window.
+    if role is Role.MATRIX or node.op.name == "sum":
+        # What is summed away: in a convolution also the places of a window, of which a sum takes
+        # one where each channel has weights of its own.
         names = tuple(a.name for a in value.type if a.name not in node.result.type)
     elif role is Role.TABLE:
         axis = EmbeddingOp.of_node(node).axis

@@ -328,9 +328,13 @@ def test_heads_of_checkpoints_are_kept(python, tmp_path):
         assert all(x < (1e-5 if "32" in key else 1e-10) for key, x in verdict.items()), verdict
 
 
-def test_a_decoder_without_logits_is_rejected():
-    with pytest.raises(InputError, match="a decoder without logits"):
-        emit_program(moecc.open(str(GOLDEN / "clip_text")).graph, "torch")
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("clip_text", "a decoder without logits"), ("lfm2_biases", "short convolutions")],
+)
+def test_what_a_program_cannot_hold_is_rejected(name, fault):
+    with pytest.raises(InputError, match=fault):
+        emit_program(moecc.open(str(GOLDEN / name)).graph, "torch")
 
 
 @pytest.mark.parametrize("word", ["scope", "st_moe_model", "expert_rows"])

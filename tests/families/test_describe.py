@@ -111,10 +111,15 @@ def test_flops_are_two_for_each_weight_of_a_matrix(config: DecoderConfig) -> Non
         else:
             ffn += (2 + config.gated_mlp) * config.hidden_size * config.intermediate_size
     heads = config.num_attention_heads + config.num_key_value_heads
-    projections = 2 * config.hidden_size * heads * config.head_dim * config.num_hidden_layers
+    taps = config.conv_taps or (0,) * config.num_hidden_layers
+    attending = taps.count(0)
+    projections = 2 * config.hidden_size * heads * config.head_dim * attending
+    projections += 4 * config.hidden_size**2 * (len(taps) - attending)
+    # A convolution of k taps is k - 1 products with a shifted sequence.
+    shifts = config.hidden_size * sum(count - 1 for count in taps if count)
     head = config.vocab_size * config.hidden_size
     assert facts.sequence.weights == 2 * (ffn + projections + head) * 512
-    assert facts.sequence.attention == 2 * attention * config.num_hidden_layers * 512**2
+    assert facts.sequence.attention == 2 * (attention * attending + shifts) * 512**2
     assert facts.sequence.per_token * 512 == facts.sequence.executed
 
 

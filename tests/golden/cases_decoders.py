@@ -300,4 +300,28 @@ DECODERS: dict[str, Case] = {
             "parallel_attn": False,
         },
     ),
+    "lfm2_biases": Case(
+        "lfm2",
+        "convolutions of four taps around an attention, biases, a width that is adjusted",
+        {
+            "num_hidden_layers": 3,
+            "conv_L_cache": 4,
+            "conv_bias": True,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_multiple_of": 6,
+            "block_ffn_dim_multiplier": 1.2,
+        },
+    ),
+    "lfm2_square": Case(
+        "lfm2",
+        "square matrices, tied, as many taps as layers",
+        {
+            **SQUARE,
+            "conv_L_cache": 2,
+            "intermediate_size": 16,
+            "block_auto_adjust_ff_dim": False,
+            "full_attn_idxs": [1],
+            "tie_word_embeddings": True,
+        },
+    ),
 }

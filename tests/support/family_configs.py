@@ -75,8 +75,8 @@ def small_configs(
 
 def activations(family: type[DecoderConfig]) -> st.SearchStrategy[str]:
     """Return the activations that a family has; gelu means another one in gemma."""
-    if family.model_type in ("gpt_oss", "apertus"):
-        return st.just(str(family.defaults["hidden_act"]))
+    if family.model_type in ("gpt_oss", "apertus", "lfm2"):
+        return st.just(str(family.defaults.get("hidden_act", "silu")))
     exact = [] if family.model_type == "gemma" else ["gelu"]
     return st.sampled_from(["silu", "relu", "gelu_pytorch_tanh", *exact])
 
@@ -112,6 +112,8 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         "parallel": st.booleans(),
         "norms_apart": st.booleans(),
         "rope_layers": st.none() | st.tuples(*[st.booleans()] * layers),
+        "conv_taps": st.none() | st.tuples(*[st.sampled_from([0, 3])] * layers),
+        "conv_bias": st.booleans(),
         "local_rope": local if rope.type != "default" else st.none() | local,
     }
     if family.model_type == "granitemoehybrid":
@@ -124,6 +126,8 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
     if family.model_type == "falcon":
         one_each = values["num_key_value_heads"] in (1, values["num_attention_heads"])
         drawn["parallel"] |= drawn["norms_apart"] or not one_each
+    if "conv_taps" in drawn and not any(drawn["conv_taps"] or ()):
+        drawn |= {"conv_taps": None, "conv_bias": False}
     listed = drawn.get("rope_layers")
     return {**drawn, "rope_layers": None} if listed and all(listed) else drawn
 

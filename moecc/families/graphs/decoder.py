@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import prod, sqrt
 
 from moecc.families.decoder import XIELU, DecoderConfig
@@ -66,16 +67,21 @@ class Tables:
     Attributes:
       rotations: by layer, the rotary tables; None for a layer without rotary positions.
       masks: by window in tokens, 0 for none, ``[seq, kv_seq]``.
+      shifts: for lags of 1, 2 … the matrix that moves a sequence on by so many tokens,
+        ``[seq, kv_seq]``.
     """
 
     rotations: tuple[Rotation | None, ...]
     masks: Mapping[int, Value]
+    shifts: tuple[Value, ...]
 
     @classmethod
     def of(cls, builder: Builder, config: DecoderConfig, tokens: Value) -> Tables:
         """Emit the positions, rotary tables and masks of a model."""
         positions = builder.positions(tokens, axis="seq", name="positions")
-        ropes = [config.rope_of(layer) for layer in range(config.num_hidden_layers)]
+        taps = config.conv_taps or (0,) * config.num_hidden_layers
+        attending = [layer for layer, count in enumerate(taps) if not count]
+        ropes = [None if count else config.rope_of(layer) for layer, count in enumerate(taps)]
         tables: dict[RopeConfig | None, Rotation | None] = {None: None}
         for rope in ropes:
             if rope is not None and rope not in tables:
@@ -84,9 +90,26 @@ class Tables:
                 )
         rotations = tuple(tables[rope] for rope in ropes)
         keys = as_keys(builder, positions)
-        windows = dict.fromkeys(w or 0 for w in config.sliding_windows)
+        windows = dict.fromkeys(config.sliding_windows[layer] or 0 for layer in attending)
         masks = {w: builder.causal(positions, keys, window=w, name="causal") for w in windows}
-        return cls(rotations, masks)
+        return cls(rotations, masks, shift_matrices(builder, positions, keys, max(taps)))
+
+
+def shift_matrices(builder: Builder, positions: Value, keys: Value, taps: int) -> tuple[Value, ...]:
+    """Emit the shifts of a convolution with `taps` taps, the longest lag being one less.
+
+    A shift is the difference of two causal windows.  A product with it is exact, and is what
+    caches of keys serve: a text is continued as by an attention.
+    """
+    recent = [
+        builder.cast(builder.causal(positions, keys, window=window), dtype="f32", name="recent")
+        for window in range(1, taps + 1)
+    ]
+    shifts = []
+    for before, upto in pairwise(recent):
+        unit = builder.constant(value=1.0, name="one")
+        shifts.append(builder.mul(upto, builder.sub(unit, before), name="shift"))
+    return tuple(shifts)
 
 
 def rope_tables(
@@ -184,6 +207,57 @@ def attention(
         total = builder.logsumexp(scores, axes=(KV_SEQ,))
         weights = builder.mul(weights, builder.sigmoid(builder.sub(total, sink)))
     return heads.output(builder.contract(weights, value, over=KV_SEQ, name="mixed"))
+
+
+def short_convolution(
+    builder: Builder,
+    x: Value,
+    layer: int,
+    config: DecoderConfig,
+    params: Parameters,
+    tables: Tables,
+) -> Value:
+    """Emit ``out(c · conv(b · x))`` of the normalised `x`, each channel with taps of its own.
+
+    b, c and x are the three parts of a projection; no token sees a later one.
+    """
+    prefix = params.names.layer.format(layer=layer) + params.names.convolution
+    assert config.conv_taps is not None, "a layer convolves"
+    width, taps, loc = config.hidden_size, config.conv_taps[layer], builder.loc
+
+    def biased(y: Value, module: str, **axes: int) -> Value:
+        if not config.conv_bias:
+            return y
+        return builder.add(y, params.plain(f"{prefix}{module}.bias", loc, **axes))
+
+    weight = params.plain(f"{prefix}in_proj.weight", loc, channels=3 * width, embed=width)
+    inner = builder.contract(x, weight, over="embed", name="inner")
+    inner = biased(inner, "in_proj", channels=3 * width)
+    before, after, signal = (
+        builder.rename(
+            builder.slice(inner, axis="channels", start=at, stop=at + width),
+            axis="channels",
+            to="channel",
+        )
+        for at in (0, width, 2 * width)
+    )
+    signal = builder.mul(before, signal)
+    kernel = params.without_axis(
+        f"{prefix}conv.weight", loc, "group", channel=width, group=1, tap=taps
+    )
+
+    def tap(lag: int) -> Value:
+        column = builder.slice(kernel, axis="tap", start=taps - 1 - lag, stop=taps - lag)
+        return builder.sum(column, axes="tap", name="tap")
+
+    mixed, earlier = builder.mul(signal, tap(0)), as_keys(builder, signal)
+    for lag, shift in enumerate(tables.shifts[: taps - 1], 1):
+        moved = builder.contract(shift, earlier, over=KV_SEQ, name="moved")
+        mixed = builder.add(mixed, builder.mul(moved, tap(lag)))
+    mixed = biased(mixed, "conv", channel=width)
+    weight = params.plain(f"{prefix}out_proj.weight", loc, embed=width, channel=width)
+    out = builder.contract(builder.mul(after, mixed), weight, over="channel")
+    return biased(out, "out_proj", embed=width)
 
 
 @dataclass
@@ -375,7 +449,7 @@ def _dense(
     axes = ffn_axes(config.hidden_size, width)
 
     names = params.names
-    modules = {"gate": "gate_proj", "up": names.dense_up, "down": names.dense_down}
+    modules = {"gate": names.dense_gate, "up": names.dense_up, "down": names.dense_down}
 
     def matrix(name: str) -> Value:
         full, fused = f"{prefix}{modules[name]}.weight", names.gate_up
@@ -533,9 +607,11 @@ class _Decoder:
         """
         builder, config, params = self.builder, self.config, self.params
         names, before = config.layer_norms, hidden
-        with builder.at(f"layers.{layer}.attention"):
+        convolves = config.conv_taps is not None and config.conv_taps[layer] > 0
+        with builder.at(f"layers.{layer}.{'conv' if convolves else 'attention'}"):
             x = self._layer_norm(hidden, layer, names[0])
-            block = attention(builder, x, layer, config, params, tables)
+            mix = short_convolution if convolves else attention
+            block = mix(builder, x, layer, config, params, tables)
             hidden = self._added(hidden, self._layer_norm(block, layer, names[1]))
         with builder.at(f"layers.{layer}.ffn"):
             if config.norms_apart or not config.parallel:

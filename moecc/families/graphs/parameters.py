@@ -134,11 +134,15 @@ class Parameters:
         return self._param(name, loc, axes, read if along == cut else Rename(read, along, cut))
 
     def without_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
-        """Return the tensor `name` without its first axis, which has size 1 on disk."""
+        """Return the tensor `name` without an axis that has size 1 on disk.
+
+        It is the first one if `axes` do not have it.
+        """
         if name in self.graph.params:
             return self.graph.params[name]
-        read = Index(self._source(name, **{axis: 1}, **axes), axis, 0)
-        return self._param(name, loc, axes, read)
+        on_disk = axes if axis in axes else {axis: 1, **axes}
+        read = Index(self._source(name, **on_disk), axis, 0)
+        return self._param(name, loc, {n: s for n, s in axes.items() if n != axis}, read)
 
     def with_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
         """Return the tensor `name`, of one axis on disk, with a first axis of size 1."""
