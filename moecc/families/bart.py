@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-from moecc.families.config import CAUSAL, TensorNames, config_class, flag, size
+from moecc.families.config import (
+    CAUSAL,
+    PaddedPositionsConfig,
+    TensorNames,
+    config_class,
+    flag,
+    size,
+)
 from moecc.families.reader import EXTRA_DEFAULTS, LENGTH, KeyProblem, Reader, key_problem
 from moecc.families.whisper import TwoStackConfig
 from moecc.support.untyped import JsonDict
@@ -135,11 +142,8 @@ class MarianConfig(BartConfig):
 
 
 @config_class
-class M2M100Config(BartConfig):
-    """An m2m_100, or an NLLB that is dense: sines of positions that count from the padding's.
-
-    `position_offset` is the position of the first token.
-    """
+class M2M100Config(PaddedPositionsConfig, BartConfig):
+    """An m2m_100, or an NLLB that is dense: sines of positions that count from the padding's."""
 
     model_type = "m2m_100"
     architecture = "M2M100ForConditionalGeneration"
@@ -157,20 +161,6 @@ class M2M100Config(BartConfig):
     norms_first = True
     around = ("", "layer_norm")
     adds_to_logits = False
-
-    position_offset: int = 2
-
-    @classmethod
-    def _read(cls, reader: Reader) -> JsonDict:
-        padding = reader.value("pad_token_id")
-        if type(padding) is not int or padding < 0:
-            fault = "positions count from the id of the padding token"
-            reader.refuse("pad_token_id", fault, expected="a token id")
-            padding = 1
-        return {**super()._read(reader), "position_offset": padding + 1}
-
-    def _write(self) -> JsonDict:
-        return {**super()._write(), "pad_token_id": self.position_offset - 1}
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""

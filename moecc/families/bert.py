@@ -10,6 +10,7 @@ from moecc.families.config import (
     BlockNames,
     GgufFacts,
     ModelConfig,
+    PaddedPositionsConfig,
     activation,
     config_class,
     number,
@@ -24,7 +25,6 @@ from moecc.families.reader import (
     NEURONS,
     WIDTH,
     KeyProblem,
-    Reader,
     key_problem,
 )
 from moecc.support.untyped import JsonDict
@@ -280,7 +280,7 @@ ROBERTA_HEADS: Mapping[str, tuple[str, ...]] = {
 
 
 @config_class
-class RobertaConfig(BertConfig):
+class RobertaConfig(PaddedPositionsConfig, BertConfig):
     """A roberta: positions count from behind that of the padding token."""
 
     model_type = "roberta"
@@ -295,20 +295,6 @@ class RobertaConfig(BertConfig):
         "bos_token_id": 0,
         "eos_token_id": 2,
     }
-
-    position_offset: int = 2
-
-    @classmethod
-    def _read(cls, reader: Reader) -> JsonDict:
-        padding = reader.value("pad_token_id")
-        if type(padding) is not int or padding < 0:
-            fault = "positions count from the id of the padding token"
-            reader.refuse("pad_token_id", fault, expected="a token id")
-            padding = 1
-        return {**super()._read(reader), "position_offset": padding + 1}
-
-    def _write(self) -> JsonDict:
-        return {**super()._write(), "pad_token_id": self.position_offset - 1}
 
 
 @config_class

@@ -615,3 +615,25 @@ class ModelConfig:
 
 _KEYS: dict[type[ModelConfig], JsonDict] = {}
 """The tables `keys` that `ModelConfig.key` has put together."""
+
+
+@config_class
+class PaddedPositionsConfig(ModelConfig):
+    """A model whose positions count from behind that of the padding token.
+
+    `position_offset` is the position of the first token.
+    """
+
+    position_offset: int = 2
+
+    @classmethod
+    def _read(cls, reader: Reader) -> JsonDict:
+        padding = reader.value("pad_token_id")
+        if type(padding) is not int or padding < 0:
+            fault = "positions count from the id of the padding token"
+            reader.refuse("pad_token_id", fault, expected="a token id")
+            padding = 1
+        return {**super()._read(reader), "position_offset": padding + 1}
+
+    def _write(self) -> JsonDict:
+        return {**super()._write(), "pad_token_id": self.position_offset - 1}

@@ -31,6 +31,14 @@ from moecc.families.reader import (
 from moecc.families.rope import RopeConfig, partial_rotary_factor, read_partial_rotary, read_rope
 from moecc.support.untyped import JsonDict
 
+SYNONYMS = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+"""The names that most families have for sizes, and gpt2's and gptj's own."""
+
 
 @config_class
 class GptConfig(ModelConfig):
@@ -46,6 +54,10 @@ class GptConfig(ModelConfig):
     keys = {"attention_bias": "", "parallel_residual": "", "norms_first": "", "word_width": ""}
     # The rows of the table of positions before that of the first token.
     position_offset: ClassVar[int] = 0
+    # Whether scores have a bias by distance, a slope for each head.
+    has_alibi: ClassVar[bool] = False
+    # Whether norms and feed-forward blocks have biases.
+    has_block_biases: ClassVar[bool] = True
 
     hidden_size: int = size(WIDTH)
     intermediate_size: int = size(NEURONS)
@@ -59,6 +71,8 @@ class GptConfig(ModelConfig):
     parallel_residual: bool = flag(default=False)
     norms_first: bool = flag(default=True)
     word_width: int = size(WIDTH, null=lambda values: values["hidden_size"], default=0)
+    # The bound of queries, keys and values on either side of 0.
+    qkv_clip: float | None = None
 
     @property
     def embedding_width(self) -> int:
@@ -98,19 +112,11 @@ class Gpt2Config(GptConfig):
     architecture = "GPT2LMHeadModel"
     aliases = ("GPT2Model",)
     base_prefix = "transformer."
-    synonyms = {
-        "hidden_size": "n_embd",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-        "max_position_embeddings": "n_positions",
-    }
+    synonyms = SYNONYMS
     kept_numbers = ("initializer_range", "attn_pdrop", "embd_pdrop", "resid_pdrop")
     keys = {
-        "hidden_size": "n_embd",
+        **SYNONYMS,
         "intermediate_size": "n_inner",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "max_position_embeddings": "n_positions",
         "layer_norm_eps": "layer_norm_epsilon",
         "hidden_act": "activation_function",
     }

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from moecc.families.config import TensorNames, config_class, size
 from moecc.families.decoder import DecoderConfig
+from moecc.families.gpt import SYNONYMS
 from moecc.families.reader import (
     COUNT,
     EXTRA_DEFAULTS,
@@ -29,12 +30,7 @@ class GptJConfig(DecoderConfig):
     architecture = "GPTJForCausalLM"
     aliases = ("GPTJModel",)
     base_prefix = "transformer."
-    synonyms = {
-        "hidden_size": "n_embd",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-        "max_position_embeddings": "n_positions",
-    }
+    synonyms = SYNONYMS
     fixed = {
         "norm_kind": "layer",
         "parallel": True,
@@ -44,11 +40,8 @@ class GptJConfig(DecoderConfig):
     }
     options = frozenset({"rotary_dim"})
     keys = {
-        "hidden_size": "n_embd",
+        **SYNONYMS,
         "intermediate_size": "n_inner",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "max_position_embeddings": "n_positions",
         "rms_norm_eps": "layer_norm_epsilon",
         "hidden_act": "activation_function",
     }

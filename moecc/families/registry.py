@@ -7,6 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from moecc.errors import InputError, UsageError, described
+from moecc.families.alibi import BloomConfig, MptConfig
 from moecc.families.apertus import ApertusConfig
 from moecc.families.bart import BartConfig, M2M100Config, MarianConfig, MBartConfig
 from moecc.families.bert import (
@@ -75,7 +76,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         GptJConfig, FalconConfig, Lfm2Config,
         MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4MoeConfig, GraniteMoeConfig,
         FlexOlmoConfig, Ernie45MoeConfig, OlmoeConfig, GptOssConfig, PhimoeConfig,
-        Gpt2Config, GptNeoXConfig, OptConfig,
+        Gpt2Config, GptNeoXConfig, OptConfig, BloomConfig, MptConfig,
         T5Config, MT5Config, UMT5Config, SwitchTransformersConfig,
         BertConfig, RobertaConfig, XlmRobertaConfig, CamembertConfig, MPNetConfig, DistilBertConfig,
         ElectraConfig, AlbertConfig, ModernBertConfig, ClipTextConfig,

@@ -13,6 +13,7 @@ from math import lcm
 from typing import Any
 
 from moecc.errors import InputError
+from moecc.families.alibi import AlibiConfig
 from moecc.families.bart import BartConfig
 from moecc.families.bert import BertConfig
 from moecc.families.config import ModelConfig
@@ -125,6 +126,8 @@ def _shrink_gpt(config: GptConfig) -> GptConfig:
         small["word_width"] = heads * head_dim + 1
     elif config.word_width:
         small["word_width"] = heads * head_dim
+    if isinstance(config, AlibiConfig):
+        small["intermediate_size"] = 4 * heads * head_dim
     if isinstance(config, GptNeoXConfig):
         small["rotary_dim"] = _rotated(config.rotary_dim, config.head_dim, head_dim)
     return replace(config, **small)

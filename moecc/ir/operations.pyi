@@ -19,6 +19,16 @@ class Operations(ABC):
         *,
         name: str | None = None,
     ) -> Value: ...
+    def alibi(
+        self,
+        query: Value,
+        key: Value,
+        /,
+        *,
+        axis: str,
+        size: int,
+        name: str | None = None,
+    ) -> Value: ...
     def all_gather(
         self,
         x: Value,

@@ -347,7 +347,10 @@ def buckets(g: Growth) -> None:
         max_distance=half + g.pick((1, 2, 9)),
         bidirectional=both,
     )
-    table = g.param("bias", [Axis("bucket", count), g.new_axis("head", at.type)], g.dtype)
+    heads = g.new_axis("head", at.type)
+    if g.chance(25):
+        g.emit("alibi", queries, keys, axis=heads.name, size=heads.size)
+    table = g.param("bias", [Axis("bucket", count), heads], g.dtype)
     g.emit("embedding", table, at, axis="bucket")
 
 

@@ -37,7 +37,8 @@ def test_configs_in_the_spelling_of_published_models_are_read(name: str) -> None
     config = parse_config(PUBLISHED[name])
     written = config.to_json()
     assert parse_config(written) == config
-    assert written["architectures"] == PUBLISHED[name]["architectures"]
+    (named,) = PUBLISHED[name]["architectures"]
+    assert written["architectures"] == [config.architecture if named in config.aliases else named]
 
 
 # ---------- two spellings, one meaning

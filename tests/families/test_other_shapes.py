@@ -37,6 +37,8 @@ OPT = {
     "vocab_size": 20, "hidden_size": 8, "ffn_dim": 12, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 9,
 }  # fmt: skip
+BLOOM = {"vocab_size": 20, "n_embed": 12, "n_layer": 2, "num_attention_heads": 3}
+MPT = {"vocab_size": 20, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_seq_len": 9}
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
@@ -65,6 +67,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "gpt_neox", **NEOX, "rotary_pct": 0.5},
     {"model_type": "gpt_neox", **NEOX, "rotary_pct": 1.0, "use_parallel_residual": False},
     {"model_type": "gpt_neox", **NEOX, "attention_bias": False, "tie_word_embeddings": True},
+    {"model_type": "bloom", **BLOOM, "tie_word_embeddings": False},
+    {"model_type": "mpt", **MPT, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.4}},
     {"model_type": "roberta", **BERT, "pad_token_id": 3},
     {"model_type": "xlm-roberta", **BERT},
     {"model_type": "camembert", **BERT, "type_vocab_size": 1},
@@ -232,6 +236,8 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "gpt_neox", **NEOX, "rotary_pct": 0.9}, "even number"),
         ({"model_type": "opt", **OPT, "enable_bias": False}, "enable_bias: an opt without biases"),
         ({"model_type": "opt", **OPT, "layer_norm_eps": 1e-6}, "computes with 1e-5"),
+        ({"model_type": "bloom", **BLOOM, "hidden_size": 16}, "takes it for hidden_size"),
+        ({"model_type": "mpt", **MPT, "attn_config": {"qk_ln": True}}, "qk_ln: norms of queries"),
         ({"model_type": "mt5", "scale_decoder_outputs": True}, "mt5 scales no outputs"),
         ({"model_type": "roberta", **BERT, "pad_token_id": None}, "count from the id"),
         ({"model_type": "mpnet", **BERT, "relative_attention_num_buckets": 16}, "32 buckets"),

@@ -151,6 +151,23 @@ FALCON: dict[str, object] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+BLOOM: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 18,
+    "n_layer": 2,
+    "n_head": 3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MPT: dict[str, object] = {
+    "vocab_size": 37,
+    "d_model": 18,
+    "n_layers": 2,
+    "n_heads": 3,
+    "max_seq_len": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GPTJ: dict[str, object] = {**GPT2, "n_embd": 18, "rotary_dim": 4}
 GPT_NEOX: dict[str, object] = {
     "vocab_size": 37,
@@ -238,6 +255,8 @@ BASES = {
     "gpt_neox": GPT_NEOX,
     "gptj": GPTJ,
     "falcon": FALCON,
+    "bloom": BLOOM,
+    "mpt": MPT,
     "opt": OPT,
     "t5": T5,
     "mt5": T5,

@@ -324,4 +324,26 @@ DECODERS: dict[str, Case] = {
             "tie_word_embeddings": True,
         },
     ),
+    "bloom_plain": Case("bloom", "slopes of three heads, no power of two; a norm of embeddings"),
+    "bloom_square": Case(
+        "bloom",
+        "square matrices, untied, four heads",
+        {"vocab_size": 16, "hidden_size": 16, "n_head": 4, "tie_word_embeddings": False},
+    ),
+    "mpt_clipped": Case(
+        "mpt",
+        "queries, keys and values clipped, scores with a scale of their own",
+        {"attn_config": {"clip_qkv": 0.75, "softmax_scale": 0.3}},
+    ),
+    "mpt_square": Case(
+        "mpt",
+        "square matrices, untied, four heads, as many positions as tokens",
+        {
+            "vocab_size": 16,
+            "d_model": 16,
+            "n_heads": 4,
+            "max_seq_len": 16,
+            "tie_word_embeddings": False,
+        },
+    ),
 }

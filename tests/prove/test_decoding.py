@@ -31,6 +31,7 @@ def steps_of(name: str, pipeline: str = "") -> tuple[Graph, Graph]:
         ("llama_gqa", ""),
         ("gemma2_caps", ""),
         ("gpt2_plain", ""),
+        ("bloom_plain", ""),
         ("mixtral_window_tied", ""),
         ("qwen3_moe_norm", "weight-rows"),
     ],

@@ -13,7 +13,7 @@ from moecc_backends.reference import ReferenceBackend
 from moecc.ir.arrays import Array
 from moecc.ir.graph import Node, Value
 from moecc.ir.operation import OPS
-from moecc.ir.ops.attention import RelativeBucketsOp, RopeOp
+from moecc.ir.ops.attention import RelativeBucketsOp, RopeOp, alibi_slopes
 from moecc.ir.ops.elementwise import FORMULAS, PointwiseOp
 from moecc.ir.ops.routing import HashExpertsOp
 from moecc.prove.evaluation import Evaluation
@@ -105,6 +105,9 @@ class Arrays(Model):
     def _integer(self, attrs, tables, at):
         op = RelativeBucketsOp.of_node(self.node)
         return op.meaning(Array(np.zeros((), int), ()), Array(np.array(round(at[0])), ())).data
+
+    def _alibi(self, attrs, tables, at):
+        return at[0] * alibi_slopes(*attrs)[round(at[1])]
 
     def _hashed_expert(self, attrs, tables, at):
         chosen = HashExpertsOp.of_node(self.node).meaning(Array(np.array([round(at[0])]), ("i",)))

@@ -195,3 +195,13 @@ def test_impossible_buckets_are_refused(attrs: dict[str, Any], message: str, eva
     positions = np.arange(3)
     with pytest.raises(InputError, match=message):
         evaluate("relative_buckets", (positions, "seq"), (positions, "kv_seq"), **attrs)
+
+
+@pytest.mark.parametrize(
+    ("heads", "exponents"), [(1, [8]), (4, [2, 4, 6, 8]), (6, [2, 4, 6, 8, 1, 3]), (3, [4, 8, 2])]
+)
+def test_alibi_has_the_slopes_of_the_paper(heads: int, exponents: list[int], evaluate: Any) -> None:
+    operands = (np.array([5]), "seq"), (np.array([2, 5, 6]), "kv_seq")
+    found = evaluate("alibi", *operands, axis="head", size=heads)
+    slopes = 2.0 ** -np.array(exponents)
+    np.testing.assert_array_equal(found, [np.array([[-3], [0], [1]]) * slopes])

@@ -1,4 +1,4 @@
-"""Golden models of gpt2, gptneox and bert as GGUF, as llama.cpp's converter writes them."""
+"""Golden models of the GPT line and bert as GGUF, as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from safetensors.numpy import load_file
 from moecc.types import Array
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = [("gpt2_plain", "gpt2"), ("gpt_neox_parallel", "gptneox"), ("bert_gelu", "bert")]
+CASES = [
+    ("gpt2_plain", "gpt2"), ("gpt_neox_parallel", "gptneox"), ("bloom_plain", "bloom"),
+    ("mpt_clipped", "mpt"), ("bert_gelu", "bert"),
+]  # fmt: skip
 # What llama.cpp fixes, and the golden models vary.
 CHANGES = {
     "gpt2_plain": {"scale_attn_by_inverse_layer_idx": False},
     "gpt_neox_parallel": {},
+    "bloom_plain": {},
+    "mpt_clipped": {"attn_config": {"clip_qkv": 0.75}},
     "bert_gelu": {},
 }
 
@@ -28,7 +33,7 @@ def stored(array: Array, name: str, config: dict[str, Any]) -> Array:
     if config["model_type"] == "gpt2" and name.endswith(kinds):
         return np.ascontiguousarray(array.T)
     if "query_key_value" in name:
-        heads = config["num_attention_heads"]
+        heads = config.get("n_head") or config["num_attention_heads"]
         parts = array.reshape(heads, 3, -1, *array.shape[1:])
         return np.concatenate([parts[:, n].reshape(-1, *array.shape[1:]) for n in range(3)])
     return array
@@ -44,15 +49,20 @@ def write(case: str, architecture: str, folder: Path, **changes: Any) -> tuple[P
     (source / "config.json").write_text(json.dumps(config))
     writer = gguf.GGUFWriter(file, architecture)
     n = lambda *names: next(config[name] for name in names if name in config)  # noqa: E731
-    writer.add_context_length(n("n_positions", "max_position_embeddings"))
-    writer.add_embedding_length(n("n_embd", "hidden_size"))
+    config.setdefault("max_position_embeddings", 64)
+    config.setdefault("intermediate_size", 4 * n("n_embd", "hidden_size", "d_model"))
+    writer.add_context_length(n("n_positions", "max_seq_len", "max_position_embeddings"))
+    writer.add_embedding_length(n("n_embd", "hidden_size", "d_model"))
     writer.add_feed_forward_length(n("n_inner", "intermediate_size"))
-    writer.add_block_count(n("n_layer", "num_hidden_layers"))
-    writer.add_head_count(n("n_head", "num_attention_heads"))
+    writer.add_block_count(n("n_layer", "n_layers", "num_hidden_layers"))
+    writer.add_head_count(n("n_head", "n_heads", "num_attention_heads"))
     writer.add_layer_norm_eps(n("layer_norm_epsilon", "layer_norm_eps"))
     # Without these two llama.cpp does not open a file.
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
+    if architecture == "mpt":
+        writer.add_clamp_kqv(config["attn_config"]["clip_qkv"])
+        writer.add_max_alibi_bias(8)
     if architecture == "bert":
         writer.add_causal_attention(changes.get("causal", False))
         writer.add_pooling_type(gguf.PoolingType.MEAN)
@@ -68,7 +78,10 @@ def write(case: str, architecture: str, folder: Path, **changes: Any) -> tuple[P
     for name, array in load_file(GOLDEN / case / "model.safetensors").items():
         if name.startswith("pooler"):
             continue
-        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        parts = (".weight", ".bias")
+        new = names.get_name(name, parts) or names.get_name(
+            name.removeprefix("transformer."), parts
+        )
         writer.add_tensor(new, stored(array, name, config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

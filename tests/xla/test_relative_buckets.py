@@ -1,4 +1,4 @@
-"""The lowering of relative-position buckets against the reference, and the bias that they pick."""
+"""The lowerings of biases by distance against the reference: of buckets, and of slopes."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def test_every_distance_has_the_bucket_of_the_reference(case: tuple[bool, int, i
     np.testing.assert_array_equal(found["buckets"], expected["buckets"])
     assert found["buckets"].dtype == np.int32
     np.testing.assert_allclose(found["bias"], expected["bias"], rtol=1e-7)
+
+
+@pytest.mark.parametrize("heads", [3, 8])
+def test_slopes_of_heads_are_those_of_the_reference(heads: int) -> None:
+    graph = Graph("bias")
+    queries = graph.input("queries", tensor(I32, batch="B", seq="T"))
+    keys = graph.input("keys", tensor(I32, batch="B", kv_seq="S"))
+    builder = Builder(graph)
+    graph.set_output("bias", builder.alibi(queries, keys, axis="head", size=heads))
+    arrays = {"queries": np.array([[0, 300], [7, 8]]), "keys": np.array([[0, 1, 300], [7, 8, 9]])}
+    found, expected = (
+        get_backend(name).compile(graph).run({}, arrays)["bias"] for name in ("xla", "reference")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-7)

@@ -106,6 +106,14 @@ def _relative_buckets(
     return PythonExpr(text, (*queries.axes, keys.axes[-1]))
 
 
+@emission("alibi")
+def _alibi(w: BlockWriter, item: Item, *, axis: str, size: int) -> PythonExpr:
+    queries, keys, axes = _crossed(w, item)
+    w.helper("alibi")
+    text = f"alibi({keys} - {queries}, {w.literal(size, axis)}, {device_like(w)})"
+    return PythonExpr(text, (*axes, axis))
+
+
 @emission("causal")
 def _causal(w: BlockWriter, item: Item, *, window: int) -> PythonExpr:
     queries, keys, axes = _crossed(w, item)

@@ -358,6 +358,7 @@ HINTS = {
     "contract": "projected",
     "convolve": "convolved",
     "relative_buckets": "buckets",
+    "alibi": "bias",
     "rotate": "rotated",
     "merge": "merged",
     "mul": "product",

@@ -173,6 +173,12 @@ def soft_capped(builder: Builder, x: Value, cap: float | None, by: float = 1.0) 
     return builder.scale(builder.tanh(builder.scale(x, by=by * (1 / cap))), by=cap)
 
 
+def clipped(builder: Builder, x: Value, bound: float) -> Value:
+    """Emit `x`, at most `bound` from 0."""
+    bounds = [builder.constant(value=value) for value in (bound, -bound)]
+    return builder.maximum(builder.minimum(x, bounds[0]), bounds[1])
+
+
 def attention(
     builder: Builder,
     x: Value,
@@ -297,9 +303,8 @@ class _Heads:
                 else self._parameter(letter, "bias", **axes)
             )
             y = self.builder.add(y, bias)
-        if (clip := self.config.qkv_clip) is not None:
-            bounds = [self.builder.constant(value=bound) for bound in (clip, -clip)]
-            y = self.builder.maximum(self.builder.minimum(y, bounds[0]), bounds[1])
+        if self.config.qkv_clip is not None:
+            y = clipped(self.builder, y, self.config.qkv_clip)
         if self.config.qk_norm_across and letter != "v":
             scale = self.params.plain(f"{self._norm_name(letter)}.weight", loc, **{axis: width})
             y = emit_norm(self.builder, y, scale, None, axis, self.config)

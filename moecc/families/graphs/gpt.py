@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moecc.families.gpt import GptConfig
 from moecc.families.graphs.blocks import Blocks
-from moecc.families.graphs.decoder import Rotation, rope_tables, rotated
+from moecc.families.graphs.decoder import Rotation, clipped, rope_tables, rotated
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.ir.graph import Graph, Value
 from moecc.types import I32, tensor
@@ -26,12 +26,14 @@ def build(config: GptConfig, request: GraphRequest) -> Graph:
         positions = decoder.builder.positions(tokens, axis="seq", name="positions")
         hidden = decoder.embed(tokens, positions)
         rotation = decoder.rotation(positions)
-        causal = decoder.builder.causal(positions, decoder.as_keys(positions), name="causal")
+        keys = decoder.as_keys(positions)
+        causal = decoder.builder.causal(positions, keys, name="causal")
+        bias = decoder.bias(positions, keys)
     for layer in range(config.num_hidden_layers):
-        hidden = decoder.layer(hidden, layer, rotation, causal)
+        hidden = decoder.layer(hidden, layer, rotation, causal, bias)
     if config.norms_first:
         with decoder.builder.at("norm"):
-            hidden = decoder.norm(hidden, decoder.names.final_norm)
+            hidden = decoder.whole_norm(hidden, decoder.names.final_norm)
     with decoder.builder.at("head"):
         graph.set_output("logits", decoder.logits(hidden))
     return graph
@@ -51,7 +53,7 @@ class _Gpt(Blocks):
             to, name = ("embed", config.hidden_size), self.names.narrow[0]
             hidden = self.linear(hidden, name, to, "word", has_bias=False)
         if not self.names.positions:
-            return hidden
+            return self.whole_norm(hidden, self.names.around[0])
         first = config.position_offset
         count = config.max_position_embeddings + first
         axes = {"position": count, "embed": config.hidden_size}
@@ -68,23 +70,41 @@ class _Gpt(Blocks):
         length = self.config.max_position_embeddings
         return rope_tables(self.builder, positions, rope, size, length)
 
-    def layer(self, hidden: Value, layer: int, rotation: Rotation | None, causal: Value) -> Value:
+    def bias(self, positions: Value, keys: Value) -> Value | None:
+        """Emit the biases of the scores by distance, if the family has them."""
+        if not self.config.has_alibi:
+            return None
+        heads = self.config.num_attention_heads
+        return self.builder.alibi(positions, keys, axis="head", size=heads, name="bias")
+
+    def whole_norm(self, x: Value, name: str) -> Value:
+        """Emit a norm, with a bias if the family has biases."""
+        return self.norm(x, name, has_bias=self.config.has_block_biases)
+
+    def layer(
+        self,
+        hidden: Value,
+        layer: int,
+        rotation: Rotation | None,
+        causal: Value,
+        bias: Value | None,
+    ) -> Value:
         """Emit one layer; attention and feed-forward block may read the same value."""
         builder, names = self.builder, self.names
         prefix, config = names.layer.format(layer=layer), self.config
         first, second = (f"{prefix}{name}" for name in names.norms)
         before = config.norms_first
         with builder.at(f"layers.{layer}.attention"):
-            x = self.norm(hidden, first) if before else hidden
-            mixed = self._attention(x, prefix, layer, rotation, causal)
+            x = self.whole_norm(hidden, first) if before else hidden
+            mixed = self._attention(x, prefix, layer, rotation, causal, bias)
             after = builder.add(hidden, mixed, name="hidden")
-            after = after if before else self.norm(after, first)
+            after = after if before else self.whole_norm(after, first)
         with builder.at(f"layers.{layer}.ffn"):
             x = hidden if config.parallel_residual else after
-            x = self.norm(x, second) if before else x
-            block = self.feed_forward(x, prefix)
+            x = self.whole_norm(x, second) if before else x
+            block = self.feed_forward(x, prefix, has_bias=config.has_block_biases)
             hidden = builder.add(after, block, name="hidden")
-            return hidden if before else self.norm(hidden, second)
+            return hidden if before else self.whole_norm(hidden, second)
 
     def logits(self, hidden: Value) -> Value:
         """Emit the logits of the normalised `hidden`."""
@@ -113,14 +133,20 @@ class _Gpt(Blocks):
         return self.params.plain(self.params.names.embedding, "embed", **axes)
 
     def _attention(
-        self, x: Value, prefix: str, layer: int, rotation: Rotation | None, causal: Value
+        self,
+        x: Value,
+        prefix: str,
+        layer: int,
+        rotation: Rotation | None,
+        causal: Value,
+        bias: Value | None,
     ) -> Value:
         builder, config = self.builder, self.config
         query, key, value = (self._heads(x, prefix, n) for n in range(3))
         query = rotated(builder, query, rotation, config.head_dim)
         key = self.as_keys(rotated(builder, key, rotation, config.head_dim))
         scale, value = config.score_scale(layer), self.as_keys(value)
-        mixed = self.attend(query, key, value, scale, masks=(causal,))
+        mixed = self.attend(query, key, value, scale, bias=bias, masks=(causal,))
         name, to = f"{prefix}{self.names.output}", ("embed", config.hidden_size)
         return self.linear(mixed, name, to, "q", has_bias=config.attention_bias)
 
@@ -137,6 +163,8 @@ class _Gpt(Blocks):
         y = builder.contract(x, self._part(name, "weight", part, axes), over="embed")
         if config.attention_bias:
             y = builder.add(y, self._part(name, "bias", part, {axis: width}))
+        if config.qkv_clip is not None:
+            y = clipped(builder, y, config.qkv_clip)
         return self.split(y, axis, (config.num_attention_heads, config.head_dim))
 
     def _part(self, name: str, kind: str, part: int, axes: dict[str, int]) -> Value:

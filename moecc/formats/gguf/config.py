@@ -519,7 +519,7 @@ def _expert_misfits(
         yield Problem(fault, where, "experts in every layer", gates)
 
 
-# Architectures of GGUF whose models are no decoders of Llama's line: gpt2, gptneox, bert.
+# Architectures of GGUF whose models are no decoders of Llama's line: those of GPT-2's, and bert.
 #
 # They are read and not written.  Names and orders are those of llama.cpp's converter, which
 # transposes the matrices of GPT-2 and puts queries, keys and values of GPT-NeoX one after
@@ -575,6 +575,8 @@ def _shape_names(config: type[ModelConfig]) -> tuple[dict[str, str], dict[str, s
         norms = ("attn_output_norm", "layer_output_norm")
     else:
         model |= {"output_norm": names.final_norm, "output": names.head.removesuffix(".weight")}
+        if names.around[0]:
+            model["token_embd_norm"] = names.around[0]
         if names.positions:
             model["position_embd"] = names.positions.removesuffix(".weight")
         stems["attn_qkv"] = names.qkv
@@ -641,6 +643,10 @@ def _shape_config(
             "use_parallel_residual": keys.value("use_parallel_residual") is not False,
             "attention_bias": any(n.endswith("attn_qkv.bias") for n in header.tensors),
         }
+    if family.model_type == "mpt":
+        if keys.number("attention.max_alibi_bias", 8.0) != 8:
+            keys.refuse("attention.max_alibi_bias", "transformers computes with 8", expected="8")
+        config["attn_config"] = {"clip_qkv": keys.number("attention.clamp_kqv", None)}
     if family.model_type == "bert":
         if keys.value("attention.causal") is not False:
             fault = "a bert whose tokens do not see later ones is not supported"

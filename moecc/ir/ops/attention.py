@@ -381,6 +381,50 @@ class RelativeBucketsOp(Op):
         return np.where(distance < exact, distance, np.minimum(far, count - 1))
 
 
+def alibi_slopes(heads: int) -> Data:
+    """Return the factor of each head on distances, from 2^(−8 / heads) to 2^−8.
+
+    Of a number of heads that is no power of two, the first have every second slope of the next
+    power of two, beginning with the second, and the others those in between, as in the code of
+    Press et al. (2022).
+    """
+    power = 1 << (heads - 1).bit_length()
+    exponents = np.arange(1, power + 1) * (8 / power)
+    if power != heads:
+        exponents = np.concatenate([exponents[1::2], exponents[::2]])[:heads]
+    return np.asarray(2.0**-exponents)
+
+
+@operation("alibi", "query key", sharding=by_name)
+class AlibiOp(Op):
+    """Distances from query to key times a slope for each head, a bias of scores.
+
+    Keys behind the query have a negative bias (ALiBi, Press et al. 2022).  Axes are matched and
+    crossed as by `causal`.
+    """
+
+    axis = AxisName("the new axis, of the heads")
+    size = Int("its size, which the slopes depend on")
+
+    def infer(self, query: Operand, key: Operand) -> TensorType:
+        if self.size < 1:
+            raise InputError("no heads", expected="a size of at least 1", found=str(self.size))
+        axes = (*_crossed_types(query, key, "positions"), Axis(self.axis, self.size))
+        return TensorType(F32, no_duplicates(axes))
+
+    def meaning(self, query: Array, key: Array) -> Array:
+        axes, queries, keys = _crossed(query, key)
+        distances = (keys - queries)[..., None]
+        return Array(np.asarray(distances * alibi_slopes(self.size)), (*axes, self.axis))
+
+    def term(self, algebra: Algebra, query: Tensor, key: Tensor) -> Tensor:
+        """Return an uninterpreted function of the distance and the head."""
+        new = algebra.axis(self.axis, self.size)
+        arguments = [algebra.subtract(key.body, query.body), algebra.index(new)]
+        body = algebra.apply(Head("alibi", (self.size,)), (), arguments)
+        return Tensor(algebra, (*terms.crossed(query, key), new), body)
+
+
 Given = Literal["bias", "sinks", "keep", "query_segments", "key_segments"]
 """Further operands of ``attention``, by the words of its attribute ``given``."""
 

@@ -199,3 +199,12 @@ def relative_buckets(query, key, buckets, max_distance, *, bidirectional):
     bounds = torch.tensor(starts, device=distance.device)
     bucket = torch.bucketize(behind, bounds, right=True)
     return bucket + half * ahead if bidirectional else bucket
+
+
+def alibi(distances, heads, like):
+    """Return distances times the slope of each head, which is the last axis (Press et al. 2022)."""
+    power = 2 ** math.ceil(math.log2(heads))
+    exponents = torch.arange(1, power + 1, device=distances.device).double() * (8 / power)
+    if power != heads:
+        exponents = torch.cat([exponents[1::2], exponents[::2]])[:heads]
+    return (distances[..., None] * 2**-exponents).to(like.dtype)

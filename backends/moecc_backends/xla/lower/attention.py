@@ -24,11 +24,13 @@ from moecc.ir.attention import (
 )
 from moecc.ir.graph import Node
 from moecc.ir.ops.attention import (
+    AlibiOp,
     AttentionOp,
     CausalOp,
     RelativeBucketsOp,
     RopeOp,
     RotateOp,
+    alibi_slopes,
     bucket_starts,
 )
 from moecc.types import DTYPES
@@ -144,15 +146,34 @@ def _relative_buckets(ctx: TraceContext, node: Node, query: Operand, key: Operan
     return _crossed(query, key, compare)
 
 
-def _crossed(query: Operand, key: Operand, compare: Callable[[Array, Array], Array]) -> Operand:
+@lowering("alibi")
+def _alibi(ctx: TraceContext, node: Node, query: Operand, key: Operand) -> Operand:
+    attrs = AlibiOp.of_node(node)
+    slopes = jnp.asarray(alibi_slopes(attrs.size), accumulator(ctx.dtype))
+
+    def compare(queries: Array, keys: Array) -> Array:
+        return (keys - queries)[..., None] * slopes
+
+    return _crossed(query, key, compare, attrs.axis)
+
+
+def _crossed(
+    query: Operand, key: Operand, compare: Callable[[Array, Array], Array], *new: str
+) -> Operand:
     """Compare every query with every key; either may be rows of experts.
 
     Both cannot be: their axes would be there twice.
+
+    Args:
+      query: the queries.
+      key: the keys.
+      compare: the function of both, which may add the axes `new`.
+      new: the names of these.
     """
 
     def crossed(q: Named, k: Named) -> Named:
         axes = (*q.axes, *(a for a in k.axes if a not in q.axes))
-        return Named(compare(q.over(axes), k.over(axes)), axes)
+        return Named(compare(q.over(axes), k.over(axes)), (*axes, *new))
 
     if isinstance(query, Rows):
         assert isinstance(key, Named), "one of the two is"
