@@ -95,10 +95,10 @@ SAMPLE = [
     ("llama_gqa", "upcycled"), ("llama_gqa", "st-moe in training"), ("gemma3_local", "shared"),
     ("gpt2_square", "split"), ("opt_after_narrow", "hash"), ("t5_gated_untied", "st-moe"),
     ("umt5_square_untied", "capacity"), ("bert_square", "soft"), ("mpnet_square", "expert choice"),
-    ("vit_square", "virtual groups"), ("dinov2_plain", "upcycled"), ("whisper_square", "upcycled"),
+    ("vit_square", "virtual groups"), ("albert_shared", "upcycled"), ("whisper_square", "upcycled"),
     ("qwen3_square", "sparsemixer"), ("phi3_square", "bias-balanced"), ("olmo2_gqa", "prototypes"),
     ("gpt_neox_parallel", "BTX"), ("smollm3_square_tied", "dense"), ("gemma2_caps", "dense"),
-    ("distilbert_square", "capacity"), ("granite_square_tied", "upcycled"),
+    ("distilbert_square", "capacity"), ("clip_text", "upcycled"),
 ]  # fmt: skip
 """Twenty cells that are judged in every run of the tests: sources and methods."""
 

@@ -328,13 +328,19 @@ def test_heads_of_checkpoints_are_kept(python, tmp_path):
         assert all(x < (1e-5 if "32" in key else 1e-10) for key, x in verdict.items()), verdict
 
 
-@pytest.mark.parametrize(
-    ("name", "fault"),
-    [("clip_text", "a decoder without logits"), ("lfm2_biases", "short convolutions")],
-)
-def test_what_a_program_cannot_hold_is_rejected(name, fault):
-    with pytest.raises(InputError, match=fault):
-        emit_program(moecc.open(str(GOLDEN / name)).graph, "torch")
+def test_short_convolutions_are_rejected():
+    with pytest.raises(InputError, match="short convolutions"):
+        emit_program(moecc.open(str(GOLDEN / "lfm2_biases")).graph, "torch")
+
+
+def test_layers_read_what_they_share_and_have_routers_of_their_own():
+    text = program_text("albert_shared", UPCYCLE)
+    assert (
+        "for layer in self.layers:\n            hidden_states = layer(hidden_states, shared)"
+        in text
+    )
+    assert len(re.findall(r"= Router\(config\)", text)) == 1
+    assert "shared.experts(attention_output, top_k_index, top_k_weights)" in text
 
 
 @pytest.mark.parametrize("word", ["scope", "st_moe_model", "expert_rows"])

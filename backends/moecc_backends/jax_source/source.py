@@ -129,9 +129,10 @@ class ParameterTree(ModuleTree):
 
     def access(self, path: str) -> str:
         """Return the expression of a parameter or dictionary of this block."""
-        words = re.match(r"self((?:\.\w+|\[[^\]]+\])*)\Z", super().access(path))
+        words = re.match(r"(\w+)((?:\.\w+|\[[^\]]+\])*)\Z", super().access(path))
         assert words is not None, "a path of names and numbers"
-        return "params" + re.sub(r"\.(\w+)", r'["\1"]', words[1])
+        entries = re.sub(r"\.(\w+)", r'["\1"]', words[2])
+        return ("params" if words[1] == "self" else words[1]) + entries
 
     def is_list(self, path: str) -> bool:
         """Whether the entries under a path are numbered from 0 on."""
@@ -181,6 +182,14 @@ class JaxWriter(ModelWriter):
         text = "\n".join(definition.forward)
         names = zip(definition.arguments, instance.values, strict=True)
         return definition, {n: v for n, v in names if re.search(rf"self\.{n}\b", text)}
+
+    def layer_modules(self, layers: list[ModuleBlock], stack: str) -> str:
+        """Return the parameters of the layers; some may have none of their own."""
+        has_own = [any(is_under(v.name, b.path) for v in b.params) for b in layers]
+        if all(has_own):
+            return super().layer_modules(layers, stack)
+        pairs = zip(layers, has_own, strict=True)
+        return repeated_texts([self.tree.access(b.path) if own else "{}" for b, own in pairs])
 
     def layer_call(
         self, layers: list[ModuleBlock], arguments: list[str], zipped: list[tuple[str, str]]

@@ -9,10 +9,17 @@ from __future__ import annotations
 import heapq
 import keyword
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from moecc_backends.torch_source.names import common, identifier, is_under, layer_of, scope_of
+from moecc_backends.torch_source.names import (
+    common,
+    identifier,
+    is_under,
+    layer_of,
+    numbered_module,
+    scope_of,
+)
 from moecc_backends.torch_source.program import (
     KWARGS,
     ROW,
@@ -41,6 +48,7 @@ class ModuleBlock:
       stack: the name of the stack that it is in: Encoder, Decoder, or empty.
       base: the class that its own extends; by default that of layers, or of modules.
       is_local: whether a device may have a part of its experts.
+      shared: the module that it shares with other layers, if there is one.
     """
 
     title: str
@@ -51,6 +59,7 @@ class ModuleBlock:
     stack: str = ""
     base: str = ""
     is_local: bool = False
+    shared: ProgramValue | None = None
     inputs: list[ProgramValue] = field(default_factory=list)
     outputs: list[ProgramValue] = field(default_factory=list)
 
@@ -65,6 +74,12 @@ class ModuleBlock:
         return (step for step in self.steps if isinstance(step, ModuleBlock))
 
     @property
+    def shared_path(self) -> str:
+        """The path of the module that it shares; empty: it shares none."""
+        item = self.shared.item if self.shared is not None else None
+        return str(item.attrs["module"]) if item is not None else ""
+
+    @property
     def params(self) -> list[ProgramValue]:
         """The parameters that its items read."""
         return params_of(self.items)
@@ -76,6 +91,8 @@ class ModuleBlock:
         used = set(outputs)
         self.inputs = [v for v in walk_operands(items) if not v.param]
         self.inputs.sort(key=lambda v: v.kind == KWARGS)
+        if self.shared is not None:
+            self.inputs.insert(1, self.shared)
         self.outputs = [
             v
             for item in items
@@ -106,27 +123,54 @@ def blocks_of(
         if layer is not None:
             layers[layer].append(item)
     groups: list[ModuleBlock] = []
+    modules: dict[str, Item] = {}
     for layer, items in layers.items():
         stack = layer[0].rpartition(".")[0]
         title = f"{_camel(stack)}Layer"
         path = prefixes.get(layer, f"{layer[0]}.{layer[1]}")
         first = prefixes.get((layer[0], 0), "")
-        if layer not in prefixes and all(is_under(v.name, first) for v in params_of(items)):
+        is_same = first and all(is_under(v.name, first) for v in params_of(items))
+        if layer not in prefixes and is_same:
             path = first  # the same layer, again
         block = ModuleBlock(title, path, [], layer)
-        block.steps = inner_steps(items, block.path)
-        for part in (block, *block.blocks):
-            part.stack = _camel(stack)
+        paths = [path]
+        strangers = [v.name for v in params_of(items) if not is_under(v.name, path)]
+        if strangers and (shared := numbered_module(strangers[0])):
+            block.shared = modules.setdefault(shared, _module_item(shared)).result
+            paths.append(shared)
+        block.steps = inner_steps(items, *paths)
         groups.append(block)
+    _dissolve_nested(groups)
+    for group, (stack, _) in zip(groups, layers, strict=True):
+        for part in (group, *group.blocks):
+            part.stack = _camel(stack.rpartition(".")[0])
     sparse = [any(b.title == "Experts" for b in group.blocks) for group in groups]
     if any(sparse) and not all(sparse):
         for group, is_sparse in zip(groups, sparse, strict=True):
             kind = "SparseLayer" if is_sparse else "DenseLayer"
             group.title = group.title.removesuffix("Layer") + kind
-    steps = ordered(program.items, groups)
+    steps = ordered([*modules.values(), *program.items], groups)
     for step in steps:
         close(step, program)
     return steps
+
+
+def _dissolve_nested(groups: list[ModuleBlock]) -> None:
+    """Let no module of shared parameters be one in a layer and lie within another in the next."""
+    sharing = [group for group in groups if group.shared is not None]
+    inner = {block.path for group in sharing for block in group.blocks}
+    outer = {path for path in inner if path and any(is_under(p, path) for p in inner)}
+    for group in sharing:
+        if any(block.path in outer for block in group.blocks):
+            paths = group.path, group.shared_path
+            group.steps = inner_steps(group.items, *paths, without=outer)
+
+
+def _module_item(path: str) -> Item:
+    """Return the item that looks up a module, which layers then read."""
+    value = ProgramValue("shared", kind="module")
+    value.item = Item("module", [], {"module": path}, (value,))
+    return value.item
 
 
 def let_experts_be_shared(steps: Iterable[Item | ModuleBlock]) -> None:
@@ -190,20 +234,25 @@ def ordered(items: list[Item], blocks: list[ModuleBlock]) -> list[Item | ModuleB
 # The modules within a layer.
 
 
-def inner_steps(items: list[Item], path: str) -> list[Item | ModuleBlock]:
-    """Return the steps of a layer, with a block for each module that lies together."""
+def inner_steps(
+    items: list[Item], *paths: str, without: Collection[str] = ()
+) -> list[Item | ModuleBlock]:
+    """Return the steps of a layer, with a block for each module that lies together.
+
+    Args:
+      items: those of the layer.
+      paths: where its parameters are: its own, and those that it shares.
+      without: paths that no block may have.
+    """
     inside = set(items)
     groups: list[ModuleBlock] = []
     free = set(items)
-    for block in (
-        *_expert_blocks(items, path, inside),
-        *_router_blocks(items, path, inside),
-        *_module_blocks(items, path, inside),
-    ):
+    kinds = (_expert_blocks, _router_blocks, _module_blocks)
+    for block in (b for blocks in kinds for path in paths for b in blocks(items, path, inside)):
         wanted = set(block.items)
         if not wanted <= free or len(wanted) < 2:
             continue
-        if any(block.path == g.path and g.path for g in groups):
+        if block.path in without or any(block.path == g.path and g.path for g in groups):
             continue
         try:
             ordered(items, [*groups, block])

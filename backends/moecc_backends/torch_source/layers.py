@@ -85,10 +85,7 @@ class ModelWriter(BlockWriter):
             self.state(f"{names_of_lists} = {', '.join(['[]'] * len(collected))}")
         call = self.layer_call(layers, arguments, zipped)
         loops = ", ".join(["layer", *(name for name, _ in zipped)])
-        modules = self.tree.access(stack)
-        if len(layers) > 1 and all(layer.path == first.path for layer in layers):
-            modules = f"{len(layers)} * list({modules})"  # one module
-        lists = ", ".join([modules, *(text for _, text in zipped)])
+        lists = ", ".join([self.layer_modules(layers, stack), *(text for _, text in zipped)])
         self.state(f"for {loops} in {f'zip({lists})' if zipped else lists}:")
         self.state(f"    {', '.join(results)} = {call}")
         for name in collected:
@@ -96,6 +93,13 @@ class ModelWriter(BlockWriter):
         for layer in layers:
             self.remaining.subtract(layer.inputs)
         self._bind(layers, [(prefix + n, kind) for n, kind in outputs])
+
+    def layer_modules(self, layers: list[ModuleBlock], stack: str) -> str:
+        """Return the text of the layers of a loop, which are under the path `stack`."""
+        modules = self.tree.access(stack)
+        if len(layers) > 1 and all(layer.path == layers[0].path for layer in layers):
+            return f"{len(layers)} * list({modules})"  # one module
+        return modules
 
     def layer_call(
         self, layers: list[ModuleBlock], arguments: list[str], zipped: list[tuple[str, str]]

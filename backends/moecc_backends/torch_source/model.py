@@ -346,7 +346,10 @@ class Models:
         return ["continues = cache is not None  # no capacity then drops a token"]
 
     def _write_decoder(self) -> None:
-        head = [s for s in self.steps if all(i.loc in HEAD_LOCATIONS for i in members(s))]
+        has_head = "logits" in self.program.outputs
+        head = [
+            s for s in self.steps if has_head and all(i.loc in HEAD_LOCATIONS for i in members(s))
+        ]
         last = {v for s in head for i in members(s) if i.loc == "head" for v in i.results}
         losses = {v: n for n, v in self._losses().items()}
         routed: list[Item | ModuleBlock] = []  # losses of routers belong to the base model
@@ -366,7 +369,7 @@ class Models:
         paths = [v.name for v in inside]
         first = {path.partition(".")[0] for path in paths}
         # Without a path that all share, the base model is the only module of the whole.
-        self.base = first.pop() if len(first) == 1 and common(paths) else ""
+        self.base = first.pop() if has_head and len(first) == 1 and common(paths) else ""
         for step in list(head):  # a last projection may be part of the base model
             added = [v for i in members(step) for v in i.operands if v.param and v not in inside]
             if self.base and any(is_under(v.name, self.base) for v in added):
@@ -389,11 +392,6 @@ class Models:
             "continues": self._continues(),
             "statements": writer.filled_lines(writer.lines),
         }
-        root = self._writer("StMoeForCausalLM", "", head)
-        root.values[hidden] = PythonExpr(STATE, hidden.axes)
-        for var, name in losses.items():
-            root.values[var] = PythonExpr(f"outputs.{loss_name(name)}", var.axes)
-        root.write_steps(head)
         output = "StMoeOutput" if losses else "BaseModelOutputWithPast"
         parts |= {
             "output": output,
@@ -402,6 +400,16 @@ class Models:
         if losses:
             self.texts.append(_output_class(list(results)[1:], "BaseModelOutputWithPast"))
         self.texts.append(filled(DECODER, parts))
+        self.architecture = "StMoeModel"
+        self._map("AutoModel", "StMoeModel")
+        self.classes.helpers |= writer.helpers | {"with_cache"}
+        if not has_head:
+            return
+        root = self._writer("StMoeForCausalLM", "", head)
+        root.values[hidden] = PythonExpr(STATE, hidden.axes)
+        for var, name in losses.items():
+            root.values[var] = PythonExpr(f"outputs.{loss_name(name)}", var.axes)
+        root.write_steps(head)
         base = f"self.{self.base or 'model'}"
         module_lines = [line for line in root.tree.lines() if not line.startswith(f"{base} =")]
         self.texts.append(
@@ -419,9 +427,8 @@ class Models:
             )
         )
         self.architecture = "StMoeForCausalLM"
-        self._map("AutoModel", "StMoeModel")
         self._map("AutoModelForCausalLM", "StMoeForCausalLM")
-        self.classes.helpers |= writer.helpers | root.helpers | {"with_cache", "cache_of"}
+        self.classes.helpers |= root.helpers | {"cache_of"}
 
     def _lines_to_logits(self, writer: BlockWriter) -> list[str]:
         """Return the statements of a head, of which the last names the logits."""

@@ -92,10 +92,14 @@ def is_under(name: str, path: str) -> bool:
 
 def layer_prefixes(graph: Graph) -> dict[tuple[str, int], str]:
     """Return the path that the parameters of each layer of a graph are under."""
+    modules, sharing = _shared_modules(graph)
+    locs = {name: layer_of(value.loc) for name, value in graph.params.items()}
+    own = [name for name in locs if _module_of(name, modules) == ""]
+    has_own = any(locs[name] in sharing for name in own)
     layers: dict[tuple[str, int], list[list[str]]] = defaultdict(list)
-    for name, value in graph.params.items():
-        layer = layer_of(value.loc)
-        if layer is not None and not _is_foreign(name, value.loc):
+    for name in own if has_own else locs:
+        layer = locs[name]
+        if layer is not None and not _is_foreign(name, graph.params[name].loc):
             layers[layer].append(name.split("."))
     prefixes: dict[tuple[str, int], str] = {}
     for (stack, index), paths in layers.items():
@@ -108,10 +112,39 @@ def layer_prefixes(graph: Graph) -> dict[tuple[str, int], str]:
         prefix = f"{stack}.{index}" if is_shared else ".".join(paths[0][: (at or 0) + 1])
         prefixes[stack, index] = prefix
     all_prefixes = list(prefixes.values())
-    return {
+    prefixes = {
         layer: prefix if all_prefixes.count(prefix) == 1 else f"{layer[0]}.{layer[1]}"
         for layer, prefix in prefixes.items()
     }
+    for stack, index in sorted(sharing) if has_own else []:  # some read what they share alone
+        paths_of_stack = [path for layer, path in prefixes.items() if layer[0] == stack]
+        if paths_of_stack:
+            path = f"{paths_of_stack[0].rpartition('.')[0]}.{index}"
+            prefixes.setdefault((stack, index), path)
+    return prefixes
+
+
+def _shared_modules(graph: Graph) -> tuple[set[str], set[tuple[str, int]]]:
+    """Return the numbered modules of which several layers read parameters, and these layers."""
+    modules: set[str] = set()
+    sharing: set[tuple[str, int]] = set()
+    for name, value in graph.params.items():
+        layers = {layer for user in value.users if (layer := layer_of(user.loc)) is not None}
+        if len(layers) > 1 and (module := numbered_module(name)):
+            modules.add(module)
+            sharing |= layers
+    return modules, sharing
+
+
+def numbered_module(name: str) -> str:
+    """Return the path of a parameter up to its first number; empty: it has none."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), -1)
+    return ".".join(parts[: at + 1])
+
+
+def _module_of(name: str, modules: set[str]) -> str:
+    return next((module for module in modules if is_under(name, module)), "")
 
 
 def _is_foreign(name: str, loc: str) -> bool:
@@ -121,12 +154,16 @@ def _is_foreign(name: str, loc: str) -> bool:
 
 def renamed_params(graph: Graph) -> dict[str, str]:
     """Return for each parameter of an unrolled graph its name in the emitted checkpoint."""
-    prefixes = layer_prefixes(graph)
-    experts = _expert_prefixes(graph, prefixes)
+    homes = _homes(graph)
+    experts = _expert_paths(graph, homes)
     names: dict[str, str] = {}
     used: set[str] = set()
     for name, value in graph.params.items():
-        path = module_path(_placed(graph, name, value, prefixes, experts))
+        home = homes.get(name)
+        path = name
+        if home is not None:
+            path = _placed(graph, name, value, home, experts.get(home, ("", home)))
+        path = module_path(path)
         unique, number = path, 2
         while unique in used or any(is_under(u, unique) for u in used):
             module, _, last = path.rpartition(".")
@@ -150,18 +187,22 @@ def module_component(text: str) -> str:
     return f"{name}_" if name in MEMBERS or keyword.iskeyword(name) else name
 
 
-def _placed(
-    graph: Graph,
-    name: str,
-    value: Value,
-    prefixes: dict[tuple[str, int], str],
-    experts: dict[tuple[str, int], tuple[str, str]],
-) -> str:
-    layer = layer_of(value.loc)
-    if layer is None or layer not in prefixes:
-        return name
-    prefix = prefixes[layer]
-    old, new = experts.get(layer, ("", prefix))
+def _homes(graph: Graph) -> dict[str, str]:
+    """Return for each parameter of a layer the path that it is put under."""
+    prefixes, (modules, sharing) = layer_prefixes(graph), _shared_modules(graph)
+    homes: dict[str, str] = {}
+    for name, value in graph.params.items():
+        layer = layer_of(value.loc)
+        if layer is not None and (module := _module_of(name, modules)):
+            homes[name] = module
+        elif layer is not None and (layer in prefixes or layer in sharing):
+            homes[name] = prefixes.get(layer, f"{layer[0]}.{layer[1]}")
+    return homes
+
+
+def _placed(graph: Graph, name: str, value: Value, prefix: str, experts: tuple[str, str]) -> str:
+    """Return the path of a parameter under `prefix`; `experts` are paths, the old and the new."""
+    old, new = experts
     if _is_foreign(name, value.loc):
         relative = name.removeprefix(f"{value.loc}.")
         return f"{new if is_of_experts(value) else prefix}.{relative}"
@@ -187,23 +228,21 @@ def is_of_experts(value: Value) -> bool:
     )
 
 
-def _expert_prefixes(
-    graph: Graph, prefixes: dict[tuple[str, int], str]
-) -> dict[tuple[str, int], tuple[str, str]]:
-    """Return for each sparse layer the path of its experts' weights, and their new path."""
-    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+def _expert_paths(graph: Graph, homes: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Return for each path of a layer that of its experts' weights, and their new one."""
+    groups: dict[str, list[str]] = defaultdict(list)
     for name, value in graph.params.items():
-        layer = layer_of(value.loc)
-        if layer in prefixes and is_of_experts(value) and is_under(name, prefixes[layer]):
-            groups[layer].append(name)
-    paths: dict[tuple[str, int], tuple[str, str]] = {}
-    for layer, names in groups.items():
-        prefix, old = prefixes[layer], common(names)
+        home = homes.get(name)
+        if home is not None and is_of_experts(value) and is_under(name, home):
+            groups[home].append(name)
+    paths: dict[str, tuple[str, str]] = {}
+    for home, names in groups.items():
+        old = common(names)
         others = [
             name
-            for name, value in graph.params.items()
-            if name not in names and is_under(name, old) and layer_of(value.loc) == layer
+            for name in graph.params
+            if name not in names and is_under(name, old) and homes.get(name) == home
             and name.rpartition(".")[0] not in names
         ]  # fmt: skip
-        paths[layer] = (old, f"{prefix}.experts" if old == prefix or others else old)
+        paths[home] = (old, f"{home}.experts" if old == home or others else old)
     return paths

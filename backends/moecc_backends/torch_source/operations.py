@@ -165,6 +165,11 @@ def _none(w: BlockWriter, item: Item) -> PythonExpr:
     return PythonExpr("None")
 
 
+@emission("module")
+def _module(w: BlockWriter, item: Item, *, module: str) -> PythonExpr:
+    return PythonExpr(w.tree.access(module))
+
+
 @emission("scores_mask")
 def _scores_mask(
     w: BlockWriter, item: Item, *, given: tuple[str, ...], causal: bool, axes: tuple[str, ...]

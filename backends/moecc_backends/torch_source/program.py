@@ -502,12 +502,13 @@ def drops(assign: Item) -> bool:
 
 
 def continued_tokens(graph: Graph) -> Value | None:
-    """Return the input whose tokens are continued by logits of a decoder, if there is one."""
+    """Return the input whose tokens a decoder continues, or would with a head, if there is one."""
     name = DECODER_TOKENS if DECODER_TOKENS in graph.inputs else TOKENS
     tokens = graph.inputs.get(name)
-    if tokens is None or "logits" not in graph.outputs or len(tokens.type) != 2:
-        return None
-    return tokens
+    is_decoder = "logits" in graph.outputs or any(
+        node.op.name == "attention" and node.attrs["causal"] for node in graph
+    )
+    return tokens if tokens is not None and len(tokens.type) == 2 and is_decoder else None
 
 
 def can_continue(graph: Graph) -> bool:
@@ -517,6 +518,8 @@ def can_continue(graph: Graph) -> bool:
     `decode` allows them because its sessions end where the scaling begins; a cache of transformers
     has no such bound.
     """
+    if "logits" not in graph.outputs:
+        return False
     if graph.attrs.get("mode") == "train":
         graph = rewritten(graph, "specialize{mode=eval}")
     if any(node.body for node in graph):

@@ -97,12 +97,6 @@ def segments_of(graph: Graph, *, continues: bool) -> Segments:
         )
     if program.tokens:
         add_caches(program, cached=can_continue(graph))
-    elif continues and any(i.op == "attention" and i.attrs["causal"] for i in program.items):
-        raise InputError(
-            "a decoder without logits is not written as a program",
-            where=graph.name,
-            hint="--to st_moe alone writes it",
-        )
     if continues:
         share_masks(program)
     layers = layer_prefixes(ready)

@@ -239,6 +239,8 @@ class BlockWriter:
             hint = "mask" if var.kind == "mask" and not is_layer else var_hint(var)
             if {"embed", "kv_seq"} <= set(var.axes):
                 hint = "memory" if is_layer else "key_value_states"
+            if var.kind == "module":
+                self.remaining[var] += 1  # parameters are read of it to the end
             if "embed" in var.axes and not any(e.text == STATE for e in self.values.values()):
                 hint = STATE
             name = self.name(hint)
@@ -444,16 +446,16 @@ class ModuleTree:
 
     def access(self, path: str) -> str:
         """Return the expression of a parameter or module of this block."""
-        relative = path
-        if self.block.path:
-            if not is_under(path, self.block.path):
+        text, at = "self", self.block.path
+        if not is_under(path, at):
+            shared, module = self.block.shared, self.block.shared_path
+            if shared is None or not is_under(path, module):
                 raise InputError(
                     f"{path} is a parameter of several modules, and a module has its own alone",
-                    where=self.block.path,
+                    where=at,
                 )
-            relative = path[len(self.block.path) + 1 :]
-        text, at = "self", self.block.path
-        for part in relative.split("."):
+            text, at = self.writer.values[shared].text, module
+        for part in path[len(at) + 1 if at else 0 :].split("."):
             if not part.isdigit():
                 text += f".{part}"
             else:
@@ -480,7 +482,15 @@ class ModuleTree:
     def lines(self) -> list[str]:
         """Return the statements that make the modules."""
         tree: dict[str, object] = {}
-        inner = {v.name for block in self.block.blocks for v in block.params}
+        shared: dict[str, ModuleBlock] = {}  # modules within what layers share
+        for layer in self.block.blocks:
+            if layer.shared is not None:
+                shared |= {b.path: b for b in layer.blocks if not is_under(b.path, layer.path)}
+        inner = {
+            v.name for block in self.block.blocks for v in block.params
+            if block.shared is None or is_under(v.name, block.path)
+        }  # fmt: skip
+        inner |= {v.name for block in shared.values() for v in block.params}
         lines: list[str] = []
         stacks: dict[str, list[ModuleBlock]] = {}
         for block in self.block.blocks:
@@ -489,12 +499,16 @@ class ModuleTree:
                 # Layers that share their parameters are one.
                 stack += [block] if all(block.path != b.path for b in stack) else []
             elif block.path:
-                self._put(tree, block.path, self.construct(block))
+                shared[block.path] = block
             else:
                 lines.append(f"self.{block.attribute} = {self.construct(block)}")
         for path, layers in stacks.items():
             self._put(tree, path, stack_lines(self.writer.classes, layers))
-        direct = [v for v in self.block.params if v.name not in inner]
+        for path, block in shared.items():
+            if is_under(path, self.block.path):
+                self._put(tree, path, self.construct(block))
+        params = [v for v in self.block.params if is_under(v.name, self.block.path)]
+        direct = [v for v in params if v.name not in inner]
         late: list[str] = []
         for module in dict.fromkeys(v.name.rpartition(".")[0] for v in direct):
             members = [v for v in direct if v.name.rpartition(".")[0] == module]
@@ -507,7 +521,7 @@ class ModuleTree:
                 else:
                     self._put(tree, path, part)
         start = len(self.block.path) + 1 if self.block.path else 0
-        order = [v.name[start:].partition(".")[0] for v in self.block.params]
+        order = [v.name[start:].partition(".")[0] for v in params]
         names = sorted(tree, key=order.index)
         lines += [f"self.{name} = {self._text(tree[name])}" for name in names]
         return [*lines, *late]
