@@ -33,7 +33,7 @@ def options_of(hint: str) -> list[str]:
     return alone.split(" or ") if alone else []
 
 
-@pytest.mark.parametrize("line", few(CASES, quick=3))
+@pytest.mark.parametrize("line", few(CASES, quick=1))
 def test_every_option_that_is_named_fits(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     hint = hint_of(capsys, line)
     found = options_of(hint)

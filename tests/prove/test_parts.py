@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import moecc_check
 import pytest
+from tiers import few
 
 from moecc.ir import Graph, parse, print_graph
 from moecc.ir.structure import clone
@@ -30,15 +31,18 @@ def test_a_graph_whose_losses_are_no_table_is_no_micro_batch() -> None:
     assert part_count(other, other) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "first"),
-    [
-        ("mixtral_gqa", ""),
-        ("llama_gqa", "upcycle{experts=4 slots=capacity}"),
-        ("switch_drops", ""),
-    ],
+MODELS = (
+    ("mixtral_gqa", ""),
+    ("llama_gqa", "upcycle{experts=4 slots=capacity}"),
+    ("switch_drops", ""),
 )
-@pytest.mark.parametrize("options", ["", "balance=k-hot importance-coef=0.1", "layers=mean"])
+LOSSES = ("balance=k-hot importance-coef=0.1", "layers=mean", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "options"),
+    few([(*MODELS[n % 3], LOSSES[(n + n // 3) % 3]) for n in range(9)], 3),
+)
 def test_micro_batches_are_proved(name: str, first: str, options: str) -> None:
     batch = with_losses(name, first, 4, options)
     part = with_losses(name, first, 2, f"{options} parts=2")

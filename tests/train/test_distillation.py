@@ -69,11 +69,12 @@ def test_a_resumed_run_has_its_teacher_again(folder: Path) -> None:
     assert steps_of(run)[-2:] == steps_of(folder / "run")[-2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sets",
     [
         ["mesh.mesh=data=2,expert=2"],
-        pytest.param(["mesh.mesh=data=4", "mesh.partition=gspmd"], marks=pytest.mark.slow),
+        ["mesh.mesh=data=4", "mesh.partition=gspmd"],
     ],
 )
 def test_a_mesh_has_the_losses_of_one_device(folder: Path, tmp_path: Path, sets: list[str]) -> None:

@@ -144,6 +144,7 @@ def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     assert_same(graph, params, inputs, EXPERTS[name])
 
 
+@pytest.mark.slow
 def test_experts_on_rows_take_two_exchanges_each_way_and_gather_no_weights() -> None:
     program = assert_same(*decoder(DENSE, seq=8, **SPARSE), EXPERTS["rows"])
     found = census(program)

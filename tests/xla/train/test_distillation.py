@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import few
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
@@ -57,8 +58,10 @@ def by_hand(params: dict[str, Array], batch: dict[str, Array]) -> tuple[float, d
     return divergence, {"table": by_table, "head": np.einsum("bsv,bse->ve", slope, hidden)}
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("chunk_bytes", [1 << 62, 4 * VOCAB * 5])
+@pytest.mark.parametrize(
+    ("micro_batches", "chunk_bytes"),
+    few([(2, 4 * VOCAB * 5), (1, 1 << 62), (1, 4 * VOCAB * 5), (2, 1 << 62)]),
+)
 def test_loss_and_gradients_are_those_of_the_formula(micro_batches: int, chunk_bytes: int) -> None:
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=(VOCAB, EMBED)) for name in ("table", "head")}
