@@ -93,12 +93,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture
-def moecc(capsys: pytest.CaptureFixture[str]) -> Moecc:
+def moecc(capsys):
     return Moecc(capsys)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _verify_what_passes_produce() -> Iterator[None]:
+def _verify_what_passes_produce():
     """Verify the graph after every pass that a test applies, whether through a pipeline or not."""
     patch = pytest.MonkeyPatch()
     original = Pass.__init_subclass__

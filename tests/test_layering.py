@@ -37,7 +37,7 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_arrows_run_one_way(package: str) -> None:
+def test_arrows_run_one_way(package):
     # Helpers of emitted programs are text that is copied, and never imported.
     # The chapters of modules of PyTorch are loaded by `moecc.torch` alone.
     skipped = ("helpers", "torch_export")
@@ -52,7 +52,7 @@ def test_arrows_run_one_way(package: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["moecc", "moecc.ir", "moecc.rewrite", "moecc.families"])
-def test_the_core_starts_without_jax(module: str) -> None:
+def test_the_core_starts_without_jax(module):
     code = f"import sys, {module}; print([m for m in ('jax', 'torch', 'gguf') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -62,7 +62,7 @@ def test_the_core_starts_without_jax(module: str) -> None:
     "words",
     [["opt", "{graph}", "-p", "canonicalize"], ["inspect", str(ROOT / "tests/golden/llama_gqa")]],
 )
-def test_commands_on_texts_start_without_arrays(words: list[str], tmp_path: Path) -> None:
+def test_commands_on_texts_start_without_arrays(words, tmp_path):
     graph = tmp_path / "model.moe"
     graph.write_text(
         "moecc 1\ngraph g {\n  input %x : f32[embed=4]\n"
@@ -111,7 +111,7 @@ def arrows(module: str, file: Path, known: Mapping[str, Path]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def graph() -> nx.DiGraph[str]:
+def graph():
     """Every module of the three packages, and an arrow to each that it imports."""
     known = modules()
     graph: nx.DiGraph[str] = nx.DiGraph()
@@ -127,12 +127,12 @@ def circles(graph: nx.DiGraph[str]) -> list[list[str]]:
     return [sorted(g) for g in groups if len(g) > 1 or any(graph.has_edge(m, m) for m in g)]
 
 
-def test_no_circle_of_modules(graph: nx.DiGraph[str]) -> None:
+def test_no_circle_of_modules(graph):
     assert len(graph) > 300
     assert circles(graph) == []
 
 
-def test_a_circle_closed_by_a_local_or_a_type_only_import_is_found(tmp_path: Path) -> None:
+def test_a_circle_closed_by_a_local_or_a_type_only_import_is_found(tmp_path):
     texts = {
         "room.a": "def f():\n    from room import b\n",
         "room.b": "if TYPE_CHECKING:\n    from .c import C\n",
@@ -149,14 +149,14 @@ def test_a_circle_closed_by_a_local_or_a_type_only_import_is_found(tmp_path: Pat
     assert circles(graph) == [["room.a", "room.b", "room.c"]]
 
 
-def test_nobody_imports_the_command_line(graph: nx.DiGraph[str]) -> None:
+def test_nobody_imports_the_command_line(graph):
     inside = [m for m in graph if m == COMMAND_LINE or m.startswith(f"{COMMAND_LINE}.")]
     assert len(inside) > 3
     importing = {a for a, _ in graph.in_edges(inside)} - set(inside)
     assert importing == MAY_CALL_THE_COMMAND_LINE
 
 
-def test_nobody_imports_the_front_door(graph: nx.DiGraph[str]) -> None:
+def test_nobody_imports_the_front_door(graph):
     assert {a for a, _ in graph.in_edges("moecc")} == set()
 
 
@@ -166,7 +166,7 @@ def room(module: str) -> str:
     return f"{package}.{rest[0]}" if package == "moecc" and rest else package
 
 
-def test_no_circle_of_rooms(graph: nx.DiGraph[str]) -> None:
+def test_no_circle_of_rooms(graph):
     rooms: nx.DiGraph[str] = nx.DiGraph()
     rooms.add_edges_from((room(a), room(b)) for a, b in graph.edges if room(a) != room(b))
     assert len(rooms) > 20

@@ -67,7 +67,7 @@ def only_refusal(graph: Graph) -> str:
 # --- what a block is
 
 
-def test_a_gated_block_and_its_parts() -> None:
+def test_a_gated_block_and_its_parts():
     graph = graph_of(gated, gate=UP, up=UP, down=DOWN)
     block = only_block(graph)
     nodes = list(graph)
@@ -83,7 +83,7 @@ def test_a_gated_block_and_its_parts() -> None:
     assert [block.biases_of(up) for up in block.ups] == [(), ()]
 
 
-def test_biases_belong_to_the_block() -> None:
+def test_biases_belong_to_the_block():
     def biased(b: Builder, x: Value, up: Value, p: Value, down: Value, q: Value) -> Value:
         h = b.gelu(b.add(p, b.contract(x, up, over="embed")))
         return b.mul(b.add(q, b.contract(h, down, over="mlp")), b.relu(x))
@@ -97,7 +97,7 @@ def test_biases_belong_to_the_block() -> None:
     assert len(block.nodes) == 5
 
 
-def test_parameters_may_be_transformed_and_constants_taken_inside() -> None:
+def test_parameters_may_be_transformed_and_constants_taken_inside():
     def built(b: Builder, x: Value, up: Value, m: Value, down: Value) -> Value:
         low, one = b.exp(m), b.constant(value=1.0)
         return b.contract(b.mul(b.silu(b.contract(x, up, over="embed")), b.add(low, one)), down,
@@ -115,7 +115,7 @@ def test_parameters_may_be_transformed_and_constants_taken_inside() -> None:
      ("gelu", None, 1), ("relu", 1, 1), ("square", 2, 1), ("neg", 1, 1),
      ("sigmoid", None, 1), ("stop_gradient", 1, 1), ("exp", None, 1)],
 )  # fmt: skip
-def test_degrees_of_a_gated_block(act: str, gate: int | None, up: int) -> None:
+def test_degrees_of_a_gated_block(act, gate, up):
     def built(b: Builder, x: Value, **params: Value) -> Value:
         return gated(b, x, **params, act=act)
 
@@ -123,7 +123,7 @@ def test_degrees_of_a_gated_block(act: str, gate: int | None, up: int) -> None:
     assert {p.name: d for p, d in block.degrees().items()} == {"gate": gate, "up": up}
 
 
-def test_degrees_with_biases_sums_and_scales() -> None:
+def test_degrees_with_biases_sums_and_scales():
     def built(b: Builder, x: Value, g: Value, u: Value, p: Value, down: Value) -> Value:
         a = b.relu(b.add(b.contract(x, g, over="embed"), p))
         u_ = b.scale(b.contract(x, u, over="embed"), by=2.0)
@@ -164,12 +164,12 @@ REFUSED: dict[str, tuple[Build, dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_near_misses_say_why(name: str) -> None:
+def test_near_misses_say_why(name):
     build_, axes, reason = REFUSED[name]
     assert reason in only_refusal(graph_of(build_, **axes))
 
 
-def test_unknown_sizes_make_a_near_miss() -> None:
+def test_unknown_sizes_make_a_near_miss():
     sizes = {"batch": "B", "embed": "D", "mlp": 6}
     graph = Graph("odd")
     b = Builder(graph, loc="layers.3.ffn")
@@ -185,7 +185,7 @@ def test_unknown_sizes_make_a_near_miss() -> None:
 # --- whole models
 
 
-def test_sparse_layers_are_no_blocks() -> None:
+def test_sparse_layers_are_no_blocks():
     with open_model(str(Path(__file__).parents[1] / "golden" / "mixtral_gqa")) as model:
         search = find_ffn_blocks(model.graph)
     assert search.blocks == []
@@ -194,7 +194,7 @@ def test_sparse_layers_are_no_blocks() -> None:
 
 
 @given(graphs(steps=[feed_forward, unary, contract, attention, binary, experts], max_steps=6))
-def test_what_is_found_in_random_graphs_is_a_block(graph: Graph) -> None:
+def test_what_is_found_in_random_graphs_is_a_block(graph):
     order = {node: i for i, node in enumerate(graph)}
     seen: set[Any] = set()
     for block in find_ffn_blocks(graph).blocks:

@@ -15,11 +15,11 @@ DENSE = GOLDEN / "llama_gqa"
 
 
 @pytest.fixture
-def dense() -> moecc.Model:
+def dense():
     return moecc.open(DENSE)
 
 
-def test_a_model_is_upcycled_saved_and_verified(dense: moecc.Model, tmp_path: Path) -> None:
+def test_a_model_is_upcycled_saved_and_verified(dense, tmp_path):
     sparse = dense.upcycle(experts=4, top_k=2)
     saved = sparse.save(tmp_path / "sparse", to="mixtral")
     assert saved.facts.family == "mixtral"
@@ -27,7 +27,7 @@ def test_a_model_is_upcycled_saved_and_verified(dense: moecc.Model, tmp_path: Pa
     assert saved.params().keys() == moecc.open(str(tmp_path / "sparse")).params().keys()
 
 
-def test_nothing_is_rewritten_in_place(dense: moecc.Model) -> None:
+def test_nothing_is_rewritten_in_place(dense):
     before = print_graph(dense.graph)
     first, second = (dense.upcycle(experts=4, top_k=2) for _ in range(2))
     assert print_graph(first.graph) == print_graph(second.graph) != before
@@ -37,7 +37,7 @@ def test_nothing_is_rewritten_in_place(dense: moecc.Model) -> None:
     assert print_graph(dense.graph) == before
 
 
-def test_a_function_is_what_a_run_computes(dense: moecc.Model) -> None:
+def test_a_function_is_what_a_run_computes(dense):
     jax = pytest.importorskip("jax")
     sparse = dense.upcycle(experts=4, top_k=2)
     tokens = {"tokens": np.arange(6, dtype=np.int32).reshape(1, 6)}

@@ -30,7 +30,7 @@ SMALL = ("--sequence", "24", "--batch", "4", "--batches", "2")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     return draw_weights(make_model(tmp_path_factory.mktemp("model") / "model"))
 
 
@@ -41,12 +41,12 @@ def captured(model: Path, out: Path, *more: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def statistics(model, tmp_path_factory):
     return captured(model, tmp_path_factory.mktemp("statistics") / "captured")
 
 
 @pytest.mark.slow
-def test_a_run_over_bytes_encodes_texts_as_bytes(tmp_path: Path) -> None:
+def test_a_run_over_bytes_encodes_texts_as_bytes(tmp_path):
     recipe, run, ids = make_recipe(tmp_path, "steps = 1"), tmp_path / "run", tmp_path / "ids"
     assert main(["train", str(recipe), "--out", str(run)]) == 0
     captured(run, tmp_path / "captured")
@@ -64,7 +64,7 @@ def tensors(folder: Path) -> dict[str, Array]:
     return dict(load_file(folder / "model.safetensors"))
 
 
-def test_the_statistics_are_those_of_the_values(model: Path, tmp_path: Path) -> None:
+def test_the_statistics_are_those_of_the_values(model, tmp_path):
     """The values of the reference interpreter on the same tokens, put through the same sums."""
     tokens, text = tmp_path / "tokens", tmp_path / "text.txt"
     text.write_text(TEXTS["tour"].read_text()[:150])
@@ -109,9 +109,7 @@ SPLITS = (
 
 
 @pytest.mark.parametrize(("split", "init", "shared"), SPLITS)
-def test_all_parts_of_a_split_are_the_block(
-    model: Path, tmp_path: Path, statistics: Path, split: str, init: str, shared: str
-) -> None:
+def test_all_parts_of_a_split_are_the_block(model, tmp_path, statistics, split, init, shared):
     """With every part and gates of one, nothing is lost: the conversion verifies itself."""
     passes = f"upcycle{{experts=4 top-k=4 shared={shared} gates=ones "
     passes += f"split={split} router-init={init}}}"
@@ -122,7 +120,7 @@ def test_all_parts_of_a_split_are_the_block(
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_a_split_stores_each_neuron_once(model: Path, tmp_path: Path, statistics: Path) -> None:
+def test_a_split_stores_each_neuron_once(model, tmp_path, statistics):
     """The rows of the experts are those of the dense block, in one order for all three."""
     passes = "upcycle{experts=4 top-k=2 gates=ones split=activation}"
     assert converted(model, tmp_path / "out", passes, "--capture", str(statistics)) == 0
@@ -140,7 +138,7 @@ def test_a_split_stores_each_neuron_once(model: Path, tmp_path: Path, statistics
     assert orders[0] != sorted(orders[0])
 
 
-def test_the_same_bytes_again_and_killed(model: Path, tmp_path: Path, statistics: Path) -> None:
+def test_the_same_bytes_again_and_killed(model, tmp_path, statistics):
     passes = "upcycle{experts=4 top-k=2 split=activation router-init=ridge}"
     for name in ("one", "two"):
         assert converted(model, tmp_path / name, passes, "--capture", str(statistics)) == 0
@@ -152,7 +150,7 @@ def test_the_same_bytes_again_and_killed(model: Path, tmp_path: Path, statistics
 
 
 @pytest.fixture(scope="module")
-def mixture(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixture(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("mixture") / "mixture"
     passes = "upcycle{experts=4 top-k=2 init=noise noise-std=0.5 router-std=1.0}"
     assert converted(model, out, passes) == 0
@@ -160,14 +158,12 @@ def mixture(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seen(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seen(mixture, tmp_path_factory):
     return captured(mixture, tmp_path_factory.mktemp("mixture") / "seen")
 
 
 @pytest.mark.parametrize("by", few(["saliency", "share"]))
-def test_the_most_important_experts_stay(
-    mixture: Path, seen: Path, tmp_path: Path, by: str
-) -> None:
+def test_the_most_important_experts_stay(mixture, seen, tmp_path, by):
     assert converted(mixture, tmp_path / "out", f"prune{{keep=2 by={by}}}",
                      "--capture", str(seen)) == 0  # fmt: skip
     values = open_capture(seen)[0].read(f"layers.1.ffn.experts.{by}")
@@ -176,7 +172,7 @@ def test_the_most_important_experts_stay(
     assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
 
 
-def test_a_budget_of_the_model_is_shared_out(mixture: Path, seen: Path, tmp_path: Path) -> None:
+def test_a_budget_of_the_model_is_shared_out(mixture, seen, tmp_path):
     passes = "prune{keep=3 by=share budget=model}"
     assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
     shares = [open_capture(seen)[0].read(f"layers.{n}.ffn.experts.share") for n in (0, 1)]
@@ -187,7 +183,7 @@ def test_a_budget_of_the_model_is_shared_out(mixture: Path, seen: Path, tmp_path
         assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
 
 
-def test_the_most_useful_experts_are_copied(mixture: Path, seen: Path, tmp_path: Path) -> None:
+def test_the_most_useful_experts_are_copied(mixture, seen, tmp_path):
     passes = "append-expert{count=5 by=share}"
     assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
     share = open_capture(seen)[0].read("layers.1.ffn.experts.share").astype(float)
@@ -201,7 +197,7 @@ def test_the_most_useful_experts_are_copied(mixture: Path, seen: Path, tmp_path:
     assert receipt["proof"]["verdict"] == "proved"
 
 
-def test_experts_of_like_results_become_one(mixture: Path, seen: Path, tmp_path: Path) -> None:
+def test_experts_of_like_results_become_one(mixture, seen, tmp_path):
     passes = "merge{size=2 by=result}"
     assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
     groups = alike(open_capture(seen)[0].read("layers.1.ffn.experts.result").astype(float), 2)
@@ -212,7 +208,7 @@ def test_experts_of_like_results_become_one(mixture: Path, seen: Path, tmp_path:
     np.testing.assert_allclose(new, means, rtol=UNIT)
 
 
-def test_groups_of_like_results() -> None:
+def test_groups_of_like_results():
     results = np.array([[0.0], [9.0], [0.1], [9.2], [4.0], [4.3]])
     assert alike(results, 2) == [(0, 2), (1, 3), (4, 5)]
     # The nearest two, 0 and 2, are joined by the nearest that is left.
@@ -230,9 +226,7 @@ def refused(
     return capsys.readouterr().err
 
 
-def test_changed_and_missing_statistics(
-    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_and_missing_statistics(model, tmp_path, statistics, capsys):
     passes, own = "upcycle{split=activation experts=4}", tmp_path / "own"
     shutil.copytree(statistics, own)
     data = bytearray((own / "model.safetensors").read_bytes())
@@ -260,9 +254,9 @@ def test_changed_and_missing_statistics(
     ],
 )
 def test_bad_input(
-    model: Path, tmp_path: Path, more: list[str], code: int, words: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    model, tmp_path, more, code, words,
+    capsys,
+):  # fmt: skip
     out = tmp_path / "out"
     command = ["capture", str(model), "--text", f"tour={TEXTS['tour']}", "--out", str(out)]
     assert main([*command, *SMALL, *more]) == code
@@ -270,9 +264,7 @@ def test_bad_input(
     assert not out.exists()
 
 
-def test_statistics_of_other_layers_and_texts(
-    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_statistics_of_other_layers_and_texts(model, tmp_path, statistics, capsys):
     one = captured(model, tmp_path / "one", "--at", "layers.0.*")
     said = refused(model, tmp_path, "upcycle{split=activation experts=4}", one, capsys)
     assert "layers.1.ffn: the statistics have no hidden.pairs of this location" in said
@@ -281,9 +273,7 @@ def test_statistics_of_other_layers_and_texts(
     assert "tour, routing" in said
 
 
-def test_statistics_of_another_model(
-    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_statistics_of_another_model(model, tmp_path, statistics, capsys):
     other = tmp_path / "other"
     shutil.copytree(model, other)
     changed = tensors(other)

@@ -14,7 +14,7 @@ SEEDS = st.integers(0, 10_000)
 
 
 @given(SEEDS, st.integers(1, 3), st.integers(1, 4))
-def test_a_block(seed: int, texts: int, batches: int) -> None:
+def test_a_block(seed, texts, batches):
     rng = np.random.default_rng(seed)
     sums = BlockSums(texts, 5, 8, 0.25)
     parts = []
@@ -43,7 +43,7 @@ def test_a_block(seed: int, texts: int, batches: int) -> None:
 
 
 @given(SEEDS, st.integers(1, 3))
-def test_experts(seed: int, batches: int) -> None:
+def test_experts(seed, batches):
     rng = np.random.default_rng(seed)
     sums = ExpertSums(4, 3)
     parts = []

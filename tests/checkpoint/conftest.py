@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ def header_bytes(header: Any) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def write_raw() -> Callable[..., Path]:
+def write_raw():
     """Write a safetensors file from a header (JSON value or bytes) and a buffer."""
 
     def write(path: Path, header: Any, data: bytes = b"") -> Path:
@@ -26,7 +26,7 @@ def write_raw() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def write_tensors(write_raw: Callable[..., Path]) -> Callable[..., Path]:
+def write_tensors(write_raw):
     """Write f32 vectors of given lengths; element i of a tensor is i."""
 
     def write(path: Path, lengths: Mapping[str, int]) -> Path:
@@ -41,7 +41,7 @@ def write_tensors(write_raw: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def make_folder(tmp_path: Path, write_tensors: Callable[..., Path]) -> Callable[..., Path]:
+def make_folder(tmp_path, write_tensors):
     """Make a folder with config, shards and an index that fits them unless one is given."""
 
     def make(

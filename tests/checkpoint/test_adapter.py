@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 from moecc.errors import InputError
 from moecc.formats.adapter import AdaptedCheckpoint, SeveralCheckpoints, is_adapter, other_bases
 from moecc.formats.open import open_checkpoint
-from moecc.formats.source import Checkpoint
 from moecc.types import Array
 
 SOURCE = Path(__file__).parents[1] / "golden" / "llama_gqa"
@@ -42,7 +41,7 @@ def pair(module: str, out: int, into: int, rank: int = 2, table: bool = False) -
 
 
 @pytest.fixture
-def base() -> Any:
+def base():
     with open_checkpoint(str(SOURCE)) as opened:
         yield opened
 
@@ -59,9 +58,7 @@ def base() -> Any:
         ({"alpha_pattern": {r".*\.gate_proj": 10, "gate_proj": 8}}, 5.0),
     ],
 )
-def test_a_matrix_is_merged(
-    base: Checkpoint, tmp_path: Path, settings: dict[str, Any], scale: float
-) -> None:
+def test_a_matrix_is_merged(base, tmp_path, settings, scale):
     made = pair(GATE, 24, 16)
     folder = adapter(tmp_path / "a", made, **settings)
     assert is_adapter(folder)
@@ -77,7 +74,7 @@ def test_a_matrix_is_merged(
 
 
 @pytest.mark.parametrize("turned", [True, False])
-def test_matrices_of_gpt2_have_their_inputs_first(tmp_path: Path, turned: bool) -> None:
+def test_matrices_of_gpt2_have_their_inputs_first(tmp_path, turned):
     """PEFT decides by the class of the module, and corrects the config."""
     module = "transformer.h.1.attn.c_proj"
     made = pair(module, 12, 12) | pair(f"{module[:-6]}c_attn", 36, 12)
@@ -92,7 +89,7 @@ def test_matrices_of_gpt2_have_their_inputs_first(tmp_path: Path, turned: bool) 
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
+def test_tables_and_whole_tensors(base, tmp_path):
     made = pair(EMBEDDING, 16, 37, table=True)
     whole = {"model.norm.modules_to_save.weight": np.arange(16.0)}
     folder = adapter(tmp_path / "a", made | whole)
@@ -132,12 +129,12 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
     ],
 )
 def test_adapters_that_do_not_suit(
-    base: Checkpoint,
-    tmp_path: Path,
-    tensors: dict[str, Any],
-    settings: dict[str, Any],
-    message: str,
-) -> None:
+    base,
+    tmp_path,
+    tensors,
+    settings,
+    message,
+):
     with pytest.raises(InputError, match=message):
         AdaptedCheckpoint(base, adapter(tmp_path / "a", tensors, **settings))
 
@@ -154,9 +151,7 @@ def test_adapters_that_do_not_suit(
         (None, None),
     ],
 )
-def test_an_adapter_that_names_another_model(
-    base: Checkpoint, tmp_path: Path, of: object, other: str | None
-) -> None:
+def test_an_adapter_that_names_another_model(base, tmp_path, of, other):
     """Its shapes fit all the same: it is merged if the user says that the model was renamed."""
     folder = adapter(tmp_path / "a", pair(GATE, 24, 16), base_model_name_or_path=of)
     with AdaptedCheckpoint(base, folder, allow_other_base=True) as adapted:

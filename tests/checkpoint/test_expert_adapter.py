@@ -48,7 +48,7 @@ def delta(tensors: dict[str, Array], module: str, experts: int, spelled: str) ->
     return 3.0 * np.einsum(f"ore,eri->{spelled}", b, a)
 
 
-def test_matrices_of_every_expert_are_merged(tmp_path: Path) -> None:
+def test_matrices_of_every_expert_are_merged(tmp_path):
     """The inner adapter is of gate and up together, the outer one of down; a router is a matrix."""
     tensors = pair(f"{MODULE}.base_layer", 4, 40, 16) | pair(MODULE, 4, 16, 20)
     router = "model.layers.1.mlp.gate"
@@ -70,7 +70,7 @@ def test_matrices_of_every_expert_are_merged(tmp_path: Path) -> None:
             np.testing.assert_array_equal(merged.read(name, 1, 3), merged.read(name)[1:3])
 
 
-def test_a_parameter_of_all_experts_is_merged(tmp_path: Path) -> None:
+def test_a_parameter_of_all_experts_is_merged(tmp_path):
     """Those of gpt_oss have their inputs first, which their shapes, all square, do not show."""
     tensors = pair(f"{MODULE}.base_layer", 8, 8, 8)
     name = f"{MODULE}.gate_up_proj"
@@ -93,9 +93,7 @@ def test_a_parameter_of_all_experts_is_merged(tmp_path: Path) -> None:
         ("llama_gqa", pair(MODULE, 4, 40, 16), "does not have"),
     ],
 )
-def test_adapters_that_do_not_suit(
-    source: str, tensors: dict[str, Array], message: str, tmp_path: Path
-) -> None:
+def test_adapters_that_do_not_suit(source, tensors, message, tmp_path):
     folder = adapter(tmp_path / "a", **tensors)
     with (
         open_checkpoint(str(GOLDEN / source)) as base,
@@ -104,7 +102,7 @@ def test_adapters_that_do_not_suit(
         AdaptedCheckpoint(base, folder)
 
 
-def test_the_adapter_is_in_the_receipt_of_the_merged_model(tmp_path: Path) -> None:
+def test_the_adapter_is_in_the_receipt_of_the_merged_model(tmp_path):
     tensors = pair(MODULE, 4, 16, 20)
     folder = adapter(tmp_path / "a", **tensors)
     with open_model(str(GOLDEN / "mixtral_gqa")) as model:
@@ -123,7 +121,7 @@ def test_the_adapter_is_in_the_receipt_of_the_merged_model(tmp_path: Path) -> No
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_is_no_adapter_of_itself() -> None:
+def test_a_model_is_no_adapter_of_itself():
     with pytest.raises(UsageError, match="its own weights"):
         Pipeline.parse("merge-adapter{source=base}")
     with (

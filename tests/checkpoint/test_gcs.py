@@ -7,9 +7,6 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,7 +24,7 @@ CONVERT = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral")
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def store(tmp_path, monkeypatch):
     """fsspec's access to a server with a model at ``bucket/tiny``."""
     import fsspec
 
@@ -62,7 +59,7 @@ def moecc(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def test_an_output_has_one_writer(store: Any, tmp_path: Path) -> None:
+def test_an_output_has_one_writer(store, tmp_path):
     assert moecc("convert", "gs://bucket/tiny", tmp_path / "moe", *CONVERT) == 0
     first = StoreOutput("gs://bucket/out")
     with first.claimed("first"), pytest.raises(InputError, match="another conversion is writing"):
@@ -75,7 +72,7 @@ def test_an_output_has_one_writer(store: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_the_store_alone(store: Any, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_the_store_alone(store, tmp_path):
     pytest.importorskip("orbax.checkpoint")
     recipe = make_recipe(tmp_path, "steps = 4\nsave_steps = 2\nkeep = 9")
     assert moecc("train", recipe, "--out", tmp_path / "whole") == 0

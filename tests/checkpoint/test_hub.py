@@ -36,9 +36,7 @@ def put(monkeypatch: pytest.MonkeyPatch, hub: Hub | None) -> Hub | None:
     return hub
 
 
-def test_a_plain_name_is_looked_up_in_the_cache(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_plain_name_is_looked_up_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     hub = Hub(GOLDEN)
     put(monkeypatch, hub)
@@ -52,9 +50,7 @@ def test_a_plain_name_is_looked_up_in_the_cache(
     assert not any(map(is_model_id, ("a/b/c", "../b", "a/", "/a", "-a/b", "a/b\n")))
 
 
-def test_a_config_alone_is_enough_where_no_weight_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_config_alone_is_enough_where_no_weight_is_read(tmp_path, capsys):
     shutil.copy(GOLDEN / "config.json", tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
     assert "llama" in capsys.readouterr().out

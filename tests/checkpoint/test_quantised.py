@@ -53,7 +53,7 @@ def _open(folder: Path, case: str, options: object) -> Checkpoint:
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
-def test_a_matrix_is_what_the_library_says(case: str, tmp_path: Path) -> None:
+def test_a_matrix_is_what_the_library_says(case, tmp_path):
     expected = np.load(FILES / f"{case}.npy")
     with _open(tmp_path, case, CASES[case]) as checkpoint:
         (name,) = checkpoint.tensors
@@ -78,7 +78,7 @@ def _write(folder: Path, parts: dict[str, Array], options: object) -> Path:
     return folder
 
 
-def test_blocks_at_the_edge_may_be_smaller(tmp_path: Path) -> None:
+def test_blocks_at_the_edge_may_be_smaller(tmp_path):
     weight = np.arange(35, dtype=np.uint8).reshape(5, 7)
     scale = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
     _write(tmp_path, {"m.weight": weight, "m.weight_scale_inv": scale}, CASES["fp8"])
@@ -102,7 +102,7 @@ def _with_type(data: bytes, name: str) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def test_modelopt_multiplies_by_the_scale_that_others_divide_by(tmp_path: Path) -> None:
+def test_modelopt_multiplies_by_the_scale_that_others_divide_by(tmp_path):
     data = (FILES / "nvfp4.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + size].replace(b"weight_packed", b"weight")
@@ -182,9 +182,7 @@ GPTQ = CASES["gptq"]
         ),
     ],
 )
-def test_what_does_not_match_is_reported(
-    parts: dict[str, Array], options: object, found: list[str], tmp_path: Path
-) -> None:
+def test_what_does_not_match_is_reported(parts, options, found, tmp_path):
     _write(tmp_path, parts, options)
     with pytest.raises(InputError) as caught:
         open_checkpoint(tmp_path)
@@ -192,7 +190,7 @@ def test_what_does_not_match_is_reported(
         assert text in str(caught.value)
 
 
-def test_a_group_that_does_not_exist(tmp_path: Path) -> None:
+def test_a_group_that_does_not_exist(tmp_path):
     index = np.full(64, 4, np.int32)
     parts = {"m.qweight": WORDS, "m.qzeros": WORDS[:4, :2], "m.scales": SCALES, "m.g_idx": index}
     with (

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_server import HubServer
 from stores import GOLDEN, SECRETS, UPCYCLE, hub, said, store
 
 from moecc.errors import InputError
@@ -25,8 +24,8 @@ __all__ = ["hub", "store"]  # fixtures
 
 @pytest.mark.parametrize("address", ["s3://bucket/tiny", "hf://org/tiny"])
 def test_a_conversion_of_a_store_has_the_bytes_of_one_of_a_folder(
-    address: str, store: Any, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    address, store, hub, tmp_path, capsys
+):
     near, far = tmp_path / "near", tmp_path / "far"
     assert said(capsys, "convert", str(GOLDEN / "llama_gqa"), near, *UPCYCLE)[0] == 0
     assert said(capsys, "convert", address, far, *UPCYCLE)[0] == 0
@@ -38,7 +37,7 @@ def test_a_conversion_of_a_store_has_the_bytes_of_one_of_a_folder(
         assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
 
 
-def test_a_revision_of_the_hub_is_read(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_revision_of_the_hub_is_read(hub, capsys):
     assert ": gemma2, " in said(capsys, "inspect", "hf://org/tiny@v2")[1]
     assert ": llama, " in said(capsys, "inspect", "hf:org/tiny")[1]
     for address in ("hf:org/tiny@v3", "hf://org/none"):
@@ -88,7 +87,7 @@ def sparse_model(folder: Path, shards: int, shard_bytes: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_inspection_moves_headers_alone(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspection_moves_headers_alone(hub, capsys):
     sparse_model(hub.root / "org" / "large" / "main", 7, 30_000_000_000 // 7)
     sizes = [path.stat().st_size for path in (hub.root / "org" / "large" / "main").iterdir()]
     assert sum(sizes) > 29_000_000_000
@@ -99,7 +98,7 @@ def test_inspection_moves_headers_alone(hub: HubServer, capsys: pytest.CaptureFi
         assert hub.sent_bytes < 20_000_000
 
 
-def test_a_gated_model_is_denied(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gated_model_is_denied(hub, capsys):
     hub.gated.add("org/tiny")
     code, text = said(capsys, "inspect", "hf://org/tiny")
     assert code == 4
@@ -108,9 +107,9 @@ def test_a_gated_model_is_denied(hub: HubServer, capsys: pytest.CaptureFixture[s
 
 
 def test_a_cut_connection_leaves_nothing(
-    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    hub, tmp_path, capsys,
+    monkeypatch,
+):  # fmt: skip
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub's own attempts
     hub.cut_after = 2000
     code, text = said(capsys, "convert", "hf://org/tiny", tmp_path / "out", *UPCYCLE)
@@ -121,7 +120,7 @@ def test_a_cut_connection_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
 
 
-def test_a_source_that_changes_is_rejected(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_changes_is_rejected(store, monkeypatch):
     store.put(str(GOLDEN / "llama_gqa"), "bucket/changing", recursive=True)
     with open_checkpoint("s3://bucket/changing") as checkpoint:
         checkpoint.require_unchanged()
@@ -135,9 +134,9 @@ def test_a_source_that_changes_is_rejected(store: Any, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("step", "is_database"), [("", True), ("1000/items/", False)])
 def test_a_tree_of_a_jax_program_is_that_of_a_folder(
-    step: str, is_database: bool, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    step, is_database, store, tmp_path, monkeypatch,
+    capsys,
+):  # fmt: skip
     pytest.importorskip("orbax.checkpoint")
     from .trees.test_orbax import write
 
@@ -164,7 +163,7 @@ def test_a_tree_of_a_jax_program_is_that_of_a_folder(
     assert code == 0, text
 
 
-def test_a_gguf_file(store: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_file(store, tmp_path, capsys):
     file = tmp_path / "m.gguf"
     made = said(capsys, "convert", str(GOLDEN / "llama_gqa"), file, "--to", "gguf:llama")
     assert made[0] == 0, made[1]
@@ -174,9 +173,7 @@ def test_a_gguf_file(store: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
 
 
-def test_a_store_that_denies_or_does_not_answer(
-    store: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_denies_or_does_not_answer(store, capsys, monkeypatch):
     import fsspec
 
     fs = fsspec.get_filesystem_class("s3")
@@ -213,16 +210,14 @@ def raising(error: Exception) -> Any:
         "hf:x/y/../z",
     ],
 )
-def test_a_wrong_address_is_one_message(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_address_is_one_message(address, capsys):
     code, text = said(capsys, "inspect", address)
     assert code == 2
     assert "not an address in a store" in text
     assert "password" not in text
 
 
-def test_a_package_that_is_missing_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
     for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs"), ("hf", "huggingface_hub")):
         monkeypatch.setattr("moecc.support.extras.find_spec", lambda name: None)
         monkeypatch.setattr("moecc.support.extras._is_missing", lambda name: True)
@@ -232,7 +227,7 @@ def test_a_package_that_is_missing_is_named(
         assert re.search(rf"pip install '({package.replace('_', '[-_]')}>=|moecc\[)", text)
 
 
-def test_the_endpoint_of_the_hub_is_that_of_the_environment(hub: HubServer, tmp_path: Path) -> None:
+def test_the_endpoint_of_the_hub_is_that_of_the_environment(hub, tmp_path):
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "moecc", "inspect", "hf://org/tiny", "--format", "json"]
     done = subprocess.run(command, env=env, text=True, capture_output=True, check=True)

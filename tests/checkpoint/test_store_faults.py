@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_faults_of_a_store_are_one_message_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_faults_of_a_store_are_one_message_and_nothing_is_lost(tmp_path):
     out = tmp_path / "faults.json"
     command = [sys.executable, "-m", "tests.proof.stores", "--sample", "1", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support")}

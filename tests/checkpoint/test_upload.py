@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
 from stores import GOLDEN, SECRETS, UPCYCLE, hub, said, store
 
 from moecc.errors import InputError, MachineError
@@ -21,14 +20,14 @@ SHARDS = ("--max-shard-bytes", "20000")
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """The folder where outputs are staged."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(tmp_path_factory):
     """A converted folder of several shards."""
     from moecc.cli.main import main
 
@@ -47,9 +46,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_conversion_is_written_to_a_store(
-    store: Any, converted: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_conversion_is_written_to_a_store(store, converted, cache, capsys):
     command = ("convert", "s3://bucket/tiny", "s3://bucket/out", *UPCYCLE, *SHARDS)
     assert said(capsys, *command, "--dry-run")[0] == 0
     assert not store.exists("bucket/out")
@@ -96,7 +93,7 @@ def ending_at(system: Any, number: int, error: BaseException) -> Callable[[], in
 
 
 @pytest.fixture
-def folder_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+def folder_store(tmp_path, monkeypatch):
     """A store that is a folder of this machine, for a test of many uploads."""
     from fsspec.implementations.dirfs import DirFileSystem
     from fsspec.implementations.local import LocalFileSystem
@@ -111,9 +108,7 @@ def folder_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[]
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-def test_an_upload_that_is_killed_anywhere_is_continued(
-    folder_store: Callable[[], Any], converted: Path, replaces: bool
-) -> None:
+def test_an_upload_that_is_killed_anywhere_is_continued(folder_store, converted, replaces):
     """Absent, incomplete and unreadable, the old one, or complete: then the same bytes."""
     expected, number, calls, store = files_of(converted), 0, 1, folder_store()
     while number < calls:
@@ -145,9 +140,9 @@ def test_an_upload_that_is_killed_anywhere_is_continued(
 
 
 def test_an_interrupted_upload_names_how_it_goes_on(
-    store: Any, converted: Path, cache: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    store, converted, cache, monkeypatch,
+    capsys,
+):  # fmt: skip
     import fsspec
 
     system, names = fsspec.filesystem("s3"), list[str]()
@@ -180,9 +175,7 @@ def test_an_interrupted_upload_names_how_it_goes_on(
     assert not stage.exists()
 
 
-def test_a_second_writer_of_an_output_is_refused(
-    store: Any, converted: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_writer_of_an_output_is_refused(store, converted, capsys):
     first = StoreOutput("s3://bucket/two")
     with first.claimed("first"):
         with pytest.raises(InputError, match="another conversion is writing this output"):
@@ -201,9 +194,7 @@ def test_a_second_writer_of_an_output_is_refused(
     assert contents(store, "bucket/failed") == {}
 
 
-def test_a_claim_holds_on_a_server_that_ignores_conditions(
-    folder_store: Callable[[], Any], converted: Path
-) -> None:
+def test_a_claim_holds_on_a_server_that_ignores_conditions(folder_store, converted):
     def output() -> StoreOutput:
         output = StoreOutput("gs://bucket/two")
         write = output._system.pipe_file
@@ -217,9 +208,7 @@ def test_a_claim_holds_on_a_server_that_ignores_conditions(
     assert contents(folder_store(), "bucket/two").keys() == files_of(converted).keys()
 
 
-def test_a_push_to_the_hub_is_one_commit(
-    hub: HubServer, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_push_to_the_hub_is_one_commit(hub, converted, tmp_path, capsys):
     folder = tmp_path / "moe"
     shutil.copytree(converted, folder)
     assert said(capsys, "push", folder, "hf://org/moe", "--private")[0] == 0
@@ -255,9 +244,7 @@ def test_a_push_to_the_hub_is_one_commit(
         (("push", "nowhere", "s3://bucket/x"), 1, "there is no such file or folder"),
     ],
 )
-def test_a_wrong_request_is_one_message(
-    words: tuple[str, ...], code: int, problem: str, store: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_request_is_one_message(words, code, problem, store, capsys):
     actual, text = said(capsys, *words)
     assert actual == code, text
     assert problem in text

@@ -56,9 +56,7 @@ def newer(name: str) -> str:
 
 
 @pytest.mark.parametrize("named", [older, newer])
-def test_mixture_is_put_back_with_the_rest_untouched(
-    tmp_path: Path, named: Callable[[str], str]
-) -> None:
+def test_mixture_is_put_back_with_the_rest_untouched(tmp_path, named):
     source = wrap(tmp_path / "llava", "llama_gqa", "llava", named)
     with open_model(str(source)) as model:
         planned = plan(model, Pipeline.parse("upcycle{experts=4}"), "auto")
@@ -79,7 +77,7 @@ def test_mixture_is_put_back_with_the_rest_untouched(
     assert "AutoModelForImageTextToText" in card
 
 
-def test_engines_that_were_not_tried_with_a_wrapper_have_no_verdict(tmp_path: Path) -> None:
+def test_engines_that_were_not_tried_with_a_wrapper_have_no_verdict(tmp_path):
     source = wrap(tmp_path / "internvl", "qwen2_square", "internvl")
     with open_model(str(source)) as model:
         targets = inspection(model)["targets"]
@@ -87,7 +85,7 @@ def test_engines_that_were_not_tried_with_a_wrapper_have_no_verdict(tmp_path: Pa
     assert runs == {"transformers 5": True, "transformers 4": False}
 
 
-def test_settings_of_a_mixture_that_stays_in_its_family_are_written(tmp_path: Path) -> None:
+def test_settings_of_a_mixture_that_stays_in_its_family_are_written(tmp_path):
     source = wrap(tmp_path / "llava", "mixtral_gqa", "llava")
     moecc.open(source).apply("prune{keep=2}").save(tmp_path / "out")
     text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
@@ -96,7 +94,7 @@ def test_settings_of_a_mixture_that_stays_in_its_family_are_written(tmp_path: Pa
     assert moecc.open(tmp_path / "out").graph.attrs["family"] == "mixtral"
 
 
-def test_adapted_text_model_is_put_back(tmp_path: Path) -> None:
+def test_adapted_text_model_is_put_back(tmp_path):
     source = wrap(tmp_path / "llava", "llama_gqa", "llava")
     experts = wrap(tmp_path / "other", "llama_gqa", "llava")
     out = tmp_path / "out"
@@ -108,7 +106,7 @@ def test_adapted_text_model_is_put_back(tmp_path: Path) -> None:
     assert REST.keys() <= load_file(out / "model.safetensors").keys()
 
 
-def test_graph_of_the_user_reads_names_of_the_file(tmp_path: Path) -> None:
+def test_graph_of_the_user_reads_names_of_the_file(tmp_path):
     source = wrap(tmp_path / "mllama", "llama_gqa", "mllama")
     imported = wrap(tmp_path / "llava", "llama_gqa", "llava")
     text = """moecc 1
@@ -128,7 +126,7 @@ graph one {{
         assert model.params()["model.norm.weight"].ndim == 1
 
 
-def test_rest_keeps_its_element_type(tmp_path: Path) -> None:
+def test_rest_keeps_its_element_type(tmp_path):
     source = wrap(tmp_path / "llava", "llama_gqa", "llava")
     moecc.open(source).save(tmp_path / "out", to="llama", dtype="bf16")
     with open_checkpoint(tmp_path / "out") as saved:
@@ -139,7 +137,7 @@ def test_rest_keeps_its_element_type(tmp_path: Path) -> None:
         }
 
 
-def test_wrapper_of_one_family_writes_a_mixture_alone(tmp_path: Path) -> None:
+def test_wrapper_of_one_family_writes_a_mixture_alone(tmp_path):
     source = wrap(tmp_path / "gemma", "gemma3_local", "gemma3")
     with open_model(str(source)) as model:
         planned = plan(model, Pipeline.parse("upcycle{experts=4}"), "st_moe")
@@ -147,7 +145,7 @@ def test_wrapper_of_one_family_writes_a_mixture_alone(tmp_path: Path) -> None:
     assert any("a gemma3 holds no st_moe" in remark for remark in planned.remarks)
 
 
-def test_sections_of_positions_are_those_of_text(tmp_path: Path) -> None:
+def test_sections_of_positions_are_those_of_text(tmp_path):
     sections = {"type": "mrope", "mrope_section": [1, 1, 2]}
     source = wrap(
         tmp_path / "qwen", "qwen2_square", "qwen2_5_vl", newer,
@@ -159,13 +157,13 @@ def test_sections_of_positions_are_those_of_text(tmp_path: Path) -> None:
         assert any("3 tensors are left as they are" in remark for remark in model.remarks())
 
 
-def test_text_model_that_reads_images_is_rejected(tmp_path: Path) -> None:
+def test_text_model_that_reads_images_is_rejected(tmp_path):
     source = wrap(tmp_path / "mllama", "llama_gqa", "mllama")
     with pytest.raises(InputError, match="layers of its text model attend to images"):
         open_model(str(source))
 
 
-def test_wrapper_without_a_text_model_is_rejected(tmp_path: Path) -> None:
+def test_wrapper_without_a_text_model_is_rejected(tmp_path):
     source = wrap(tmp_path / "llava", "llama_gqa", "llava")
     (source / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(InputError, match="the config has no text model"):

@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 @pytest.fixture
-def dense(tmp_path: Path) -> Path:
+def dense(tmp_path):
     """A copy of a tiny llama checkpoint, to be changed."""
     folder = tmp_path / "dense"
     shutil.copytree(GOLDEN / "llama_gqa", folder)
@@ -25,7 +25,7 @@ def dense(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def edit_config(dense: Path) -> Callable[..., None]:
+def edit_config(dense):
     """Change keys of the checkpoint's config.json; None removes a key."""
 
     def edit(**changes: Any) -> None:
@@ -42,7 +42,7 @@ def edit_config(dense: Path) -> Callable[..., None]:
 
 
 @pytest.fixture
-def edit_tensors(dense: Path) -> Callable[..., None]:
+def edit_tensors(dense):
     """Rewrite the checkpoint's tensors: the function gets and returns a dictionary."""
 
     def edit(change: Callable[[dict[str, np.ndarray]], Any]) -> None:

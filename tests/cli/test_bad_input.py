@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -37,9 +36,7 @@ def refused(moecc: Moecc, source: Path, tmp_path: Path, code: int = 1) -> str:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite(
-    moecc: Moecc, dense: Path, tmp_path: Path, edit_tensors: Callable, value: float
-) -> None:
+def test_values_that_are_not_finite(moecc, dense, tmp_path, edit_tensors, value):
     name = "model.layers.1.mlp.down_proj.weight"
 
     def change(tensors: dict[str, np.ndarray]) -> None:
@@ -56,7 +53,7 @@ def test_values_that_are_not_finite(
     assert any(name in note for note in manifest["notes"])
 
 
-def test_output_that_may_not_be_written(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_output_that_may_not_be_written(moecc, dense, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "precious").write_text("x")
@@ -69,15 +66,13 @@ def test_output_that_may_not_be_written(moecc: Moecc, dense: Path, tmp_path: Pat
     assert not (full / "precious").exists()
 
 
-def test_disk_too_small(
-    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_too_small(moecc, dense, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10**6, 10**6 - 10, 10)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     assert "disk" in refused(moecc, dense, tmp_path, code=4)
 
 
-def test_token_files(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_token_files(moecc, dense, tmp_path):
     path = tmp_path / "tokens.npy"
     for bad in (np.zeros((2, 3)), np.array([[10**6]]), np.array([[-1]]), np.zeros((0, 4), int)):
         np.save(path, bad)
@@ -96,9 +91,7 @@ def test_token_files(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
         ImportError("libjax_common.so: failed to map segment from shared object"),
     ],
 )
-def test_refused_memory_is_the_machine_s_fault(
-    error: Exception, moecc: Moecc, dense: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_memory_is_the_machine_s_fault(error, moecc, dense, monkeypatch):
     def failing(*args: Any, **more: Any) -> None:
         raise error
 
@@ -115,9 +108,9 @@ def test_refused_memory_is_the_machine_s_fault(
     ],
 )
 def test_a_signal_amid_a_lock_ends_as_the_signal(
-    raised: BaseException, code: int, said: str,
-    moecc: Moecc, dense: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    raised, code, said,
+    moecc, dense, monkeypatch,
+):  # fmt: skip
     def broken(*args: Any, **more: Any) -> None:
         try:
             raise raised
@@ -129,9 +122,7 @@ def test_a_signal_amid_a_lock_ends_as_the_signal(
     assert (done.code, done.err) == (code, said)
 
 
-def test_a_bug_says_where_its_reproducer_is(
-    moecc: Moecc, dense: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_says_where_its_reproducer_is(moecc, dense, monkeypatch):
     def broken(*args: Any, **more: Any) -> None:
         raise RuntimeError("not meant to happen")
 
@@ -153,7 +144,7 @@ def test_a_bug_says_where_its_reproducer_is(
         b"  output y = %b\n}\n",
     ],
 )
-def test_graphs_that_are_none(moecc: Moecc, tmp_path: Path, text: bytes) -> None:
+def test_graphs_that_are_none(moecc, tmp_path, text):
     path = tmp_path / "bad.moe"
     path.write_bytes(text)
     done = moecc("opt", path, "-p", "canonicalize")

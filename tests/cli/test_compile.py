@@ -18,7 +18,6 @@ import pytest
 from moecc.ahead.worker import ANSWER, REQUEST
 from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS
-from tests.support.commands import Moecc
 from tests.support.layouts import layout_text
 
 pytest.importorskip("jax")
@@ -50,9 +49,7 @@ def needs_optax() -> None:
         (MIXTRAL, "data=2,expert=4", ("-p", "freeze{only=moe}", "--remat", "none")),
     ],
 )
-def test_a_step_sends_what_the_plan_foretold(
-    moecc: Moecc, model: str, mesh: str, more: tuple[str, ...]
-) -> None:
+def test_a_step_sends_what_the_plan_foretold(moecc, model, mesh, more):
     """All collectives together: a compiler may make one of another, and sum several at once."""
     needs_optax()
     devices = prod(int(axis.split("=")[1]) for axis in mesh.split(","))
@@ -72,7 +69,7 @@ def test_a_step_sends_what_the_plan_foretold(
     assert arguments == pytest.approx(found["predicted"]["arguments_bytes"], rel=0.05)
 
 
-def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
+def test_rules_of_a_file_lay_what_is_compiled(tmp_path):
     from moecc.ahead.request import Request
     from moecc.ahead.worker import prepare
     from moecc.ir.mesh import mesh_of
@@ -93,9 +90,7 @@ def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_an_exported_program_gives_what_the_graph_gives(
-    moecc: Moecc, tmp_path: Path, partition: str
-) -> None:
+def test_an_exported_program_gives_what_the_graph_gives(moecc, tmp_path, partition):
     pytest.importorskip("flatbuffers")
     import numpy as np
     from moecc_backends.xla.backend import function
@@ -149,16 +144,14 @@ def test_an_exported_program_gives_what_the_graph_gives(
         (("--machine", "tpu:v5p:2x2x2", "--quick", "--overlap"), 2, "no collective beside"),
     ],
 )
-def test_what_is_wrong_by_itself_is_told_at_once(
-    moecc: Moecc, options: tuple[str, ...], code: int, says: str
-) -> None:
+def test_what_is_wrong_by_itself_is_told_at_once(moecc, options, code, says):
     done = moecc("compile", LLAMA, *options)
     assert done.code == code
     assert says in done.err
     assert done.out == ""
 
 
-def test_a_compilation_ends_when_its_time_is_up(moecc: Moecc) -> None:
+def test_a_compilation_ends_when_its_time_is_up(moecc):
     done = moecc("compile", LLAMA, "--machine", "cpu", *SMALL, "--time-limit", "0.05")
     assert done.code == 4
     assert "longer than 0.05 seconds" in done.err
@@ -166,7 +159,7 @@ def test_a_compilation_ends_when_its_time_is_up(moecc: Moecc) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
-def test_without_libtpu_one_line_says_what_to_install(moecc: Moecc) -> None:
+def test_without_libtpu_one_line_says_what_to_install(moecc):
     done = moecc("compile", LLAMA, "--machine", "tpu:v5p:2x2x1", "--step", "forward", *SMALL)
     assert done.code == 4
     install = "error: compiling for TPUs needs libtpu: pip install 'jax[tpu]"
@@ -182,15 +175,13 @@ def test_without_libtpu_one_line_says_what_to_install(moecc: Moecc) -> None:
         (("--partition", "gspmd", "--slice"), 2, "--partition explicit has every way"),
     ],
 )
-def test_ways_to_the_experts_that_there_are_not(
-    moecc: Moecc, options: tuple[str, ...], code: int, says: str
-) -> None:
+def test_ways_to_the_experts_that_there_are_not(moecc, options, code, says):
     done = moecc("compile", MIXTRAL, "--machine", "cpu:4", *SMALL, *options)
     assert done.code == code
     assert says in done.err
 
 
-def test_a_training_step_without_logits_is_planned_with_a_remark(moecc: Moecc) -> None:
+def test_a_training_step_without_logits_is_planned_with_a_remark(moecc):
     ways = {"vit_plain": "neither compile nor train", "bert_gelu": "after -p tie-head"}
     for name, way in ways.items():
         options = (str(GOLDEN / name), "--machine", "cpu:2")
@@ -205,9 +196,7 @@ def test_a_training_step_without_logits_is_planned_with_a_remark(moecc: Moecc) -
 
 
 @pytest.mark.parametrize(("name", "own"), [(MIXTRAL, ""), (LLAMA, "upcycle{experts=4},grow")])
-def test_the_passes_of_the_report_make_the_graph(
-    moecc: Moecc, tmp_path: Path, name: str, own: str
-) -> None:
+def test_the_passes_of_the_report_make_the_graph(moecc, tmp_path, name, own):
     from moecc.ahead.request import Request
     from moecc.ahead.worker import prepare
     from moecc.ir import equal, parse
@@ -226,7 +215,7 @@ def test_the_passes_of_the_report_make_the_graph(
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_losses_that_the_graph_has_are_those_of_the_step(parts: int) -> None:
+def test_losses_that_the_graph_has_are_those_of_the_step(parts):
     from moecc.ahead.request import Request
     from moecc.ahead.worker import prepare
 
@@ -247,8 +236,8 @@ FATAL = (
 
 
 def test_a_crash_of_the_compiler_is_its_own_words_and_the_nearest_plan_that_compiles(
-    moecc: Moecc, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    moecc, monkeypatch
+):
     needs_optax()
     tried: list[str] = []
 

@@ -16,7 +16,7 @@ TINY = StepConfig(batch_tokens=64, sequence="16")
 LLAMA = str(Path(__file__).parent.parent / "golden" / "llama_gqa")
 
 
-def test_constants_are_those_of_a_recipe() -> None:
+def test_constants_are_those_of_a_recipe():
     made = update_of("adafactor", ["optimizer.decay=0", "optimizer.clip = 0.5"])
     assert (made.name, made.decay, made.clip) == ("adafactor", 0.0, 0.5)
     request = Request(LLAMA, "cpu", TINY, sets=("optimizer.b2=0.99",))
@@ -41,7 +41,7 @@ def test_constants_are_those_of_a_recipe() -> None:
         ("decay", "--set decay"),
     ],
 )
-def test_what_is_no_constant_of_a_step_is_rejected(text: str, says: str) -> None:
+def test_what_is_no_constant_of_a_step_is_rejected(text, says):
     with pytest.raises(UsageError) as caught:
         update_of("adamw", [text])
     assert says in str(caught.value)

@@ -33,7 +33,7 @@ BASH = shutil.which("bash")
         ("", None),
     ],
 )
-def test_pipelines(typed: str, expected: list[str] | None) -> None:
+def test_pipelines(typed, expected):
     found = complete.pipelines(typed)
     if expected is None:
         assert {"upcycle", "dce", "st-moe"} <= set(found)
@@ -51,7 +51,7 @@ def test_pipelines(typed: str, expected: list[str] | None) -> None:
     ],
 )
 @pytest.mark.skipif(BASH is None, reason="there is no bash")
-def test_in_bash(words: list[str], expected: list[str]) -> None:
+def test_in_bash(words, expected):
     """The words as bash splits them, given to the function that bash calls."""
     assert BASH is not None
     moecc = Path(sys.executable).with_name("moecc")
@@ -68,7 +68,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
     assert done.stdout.split("\n")[:-1] == (expected or [""])
 
 
-def test_other_values() -> None:
+def test_other_values():
     assert complete.models("preset:smo") == ["preset:smollm2-135m"]
     assert complete.models("") == complete.models("folder") == []
     assert complete.machines("gpu:h1") == ["gpu:h100:"]

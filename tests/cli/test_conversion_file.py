@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +25,7 @@ experts:
 """
 
 
-def test_a_toml_file_is_the_options(tmp_path: Path, moecc: Moecc) -> None:
+def test_a_toml_file_is_the_options(tmp_path, moecc):
     shutil.copytree(SOURCE, tmp_path / "dense")
     file = tmp_path / "sparse.toml"
     file.write_text(
@@ -43,7 +42,7 @@ def test_a_toml_file_is_the_options(tmp_path: Path, moecc: Moecc) -> None:
     assert weights[0] != weights[2]  # what the command line says has precedence
 
 
-def test_every_wrong_key_is_named_with_its_line(tmp_path: Path, moecc: Moecc) -> None:
+def test_every_wrong_key_is_named_with_its_line(tmp_path, moecc):
     file = tmp_path / "sparse.toml"
     file.write_text('source = "dense"\nseed = "one"\npipelin = ""\n[experts]\nbase = "x"\n')
     done = moecc("convert", file, tmp_path / "out")
@@ -52,7 +51,7 @@ def test_every_wrong_key_is_named_with_its_line(tmp_path: Path, moecc: Moecc) ->
         assert line in done.err
 
 
-def test_models_of_mergekit_become_experts(tmp_path: Path, moecc: Moecc) -> None:
+def test_models_of_mergekit_become_experts(tmp_path, moecc):
     shutil.copytree(SOURCE, tmp_path / "other")
     file = tmp_path / "merge.yaml"
     file.write_text(MIXED.format(SOURCE, tmp_path / "other"))
@@ -60,7 +59,7 @@ def test_models_of_mergekit_become_experts(tmp_path: Path, moecc: Moecc) -> None
     assert moecc("prove", SOURCE, tmp_path / "out").code == 0
 
 
-def test_prompts_make_the_routers(tmp_path: Path, moecc: Moecc) -> None:
+def test_prompts_make_the_routers(tmp_path, moecc):
     dense = draw_weights(make_model(tmp_path / "dense"))
     file = tmp_path / "merge.yml"
     file.write_text(
@@ -95,7 +94,7 @@ def test_prompts_make_the_routers(tmp_path: Path, moecc: Moecc) -> None:
         ("date: 2026-99-99", "not a value"),
     ],
 )  # fmt: skip
-def test_what_has_no_equal_is_rejected(tmp_path: Path, line: str, word: str) -> None:
+def test_what_has_no_equal_is_rejected(tmp_path, line, word):
     file = tmp_path / "merge.yaml"
     file.write_text(
         "base_model: a\ndtype: bfloat16\nexperts:\n  - source_model: a\n  - source_model: b\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +13,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moecc.formats.manifest import load
-from tests.support.commands import Moecc
 
 from .conftest import GOLDEN
 
@@ -22,7 +20,7 @@ UPCYCLE = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral")
 
 
 @pytest.fixture
-def written(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
+def written(moecc, dense, tmp_path):
     """A converted folder."""
     (dense / "LICENSE").write_text("mine")
     done = moecc("convert", dense, tmp_path / "out", *UPCYCLE)
@@ -30,7 +28,7 @@ def written(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_every_added_file_is_found(moecc: Moecc, written: Path) -> None:
+def test_every_added_file_is_found(moecc, written):
     (written / ".gitattributes").write_text("")
     (written / ".git").mkdir()
     (written / ".git" / "HEAD").write_text("")
@@ -51,16 +49,14 @@ def test_every_added_file_is_found(moecc: Moecc, written: Path) -> None:
     assert "the file 'link' is not in the manifest" in done.err
 
 
-def test_an_edited_card_is_found_unless_it_is_allowed(moecc: Moecc, written: Path) -> None:
+def test_an_edited_card_is_found_unless_it_is_allowed(moecc, written):
     with (written / "README.md").open("a") as card:
         card.write("mine\n")
     assert moecc("verify", written).code == 3
     assert moecc("verify", written, "--allow-edited-card").code == 0
 
 
-def test_noise_that_one_infinity_turns_to_nan_is_recorded(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
+def test_noise_that_one_infinity_turns_to_nan_is_recorded(moecc, dense, tmp_path):
     tensors = load_file(dense / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name][0, 0] = np.inf
@@ -78,18 +74,14 @@ def test_noise_that_one_infinity_turns_to_nan_is_recorded(
     assert done.err.count("warning: not finite:") == len(bad)
 
 
-def test_logits_that_are_all_zero_are_no_agreement(
-    moecc: Moecc, dense: Path, edit_tensors: Callable[..., None]
-) -> None:
+def test_logits_that_are_all_zero_are_no_agreement(moecc, dense, edit_tensors):
     edit_tensors(lambda t: t.update({"lm_head.weight": np.zeros_like(t["lm_head.weight"])}))
     done = moecc("verify", dense, "--against", dense)
     assert done.code == 3
     assert "are all 0, so comparing them says nothing" in done.err
 
 
-def test_matrices_that_are_all_zero_are_named(
-    moecc: Moecc, dense: Path, tmp_path: Path, edit_tensors: Callable[..., None]
-) -> None:
+def test_matrices_that_are_all_zero_are_named(moecc, dense, tmp_path, edit_tensors):
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(lambda t: t.update({name: np.zeros_like(t[name])}))
     done = moecc("convert", dense, tmp_path / "out", "-p", "upcycle{experts=4}", "--to", "mixtral")
@@ -98,9 +90,7 @@ def test_matrices_that_are_all_zero_are_named(
     assert done.err.count("all zero") == 1
 
 
-def test_a_stored_graph_with_weight_expressions_is_not_read_without_them(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
+def test_a_stored_graph_with_weight_expressions_is_not_read_without_them(moecc, dense, tmp_path):
     out = tmp_path / "out"
     assert moecc("convert", dense, out, "-p", "", "--to", "st_moe").code == 0
     config = json.loads((out / "config.json").read_text())
@@ -116,9 +106,7 @@ def test_a_stored_graph_with_weight_expressions_is_not_read_without_them(
     assert "reads each parameter from the tensor of its name" in done.err
 
 
-def test_token_ids_out_of_range_are_reported(
-    moecc: Moecc, dense: Path, tmp_path: Path, edit_config: Callable[..., None]
-) -> None:
+def test_token_ids_out_of_range_are_reported(moecc, dense, tmp_path, edit_config):
     edit_config(bos_token_id=37)
     generation = {"eos_token_id": [2, 99999], "pad_token_id": -1}
     (dense / "generation_config.json").write_text(json.dumps(generation))
@@ -135,9 +123,7 @@ def test_token_ids_out_of_range_are_reported(
     assert any("bos_token_id" in note for note in load(tmp_path / "out").notes)
 
 
-def test_eight_bit_weights_without_scales_are_reported(
-    moecc: Moecc, dense: Path, edit_tensors: Callable[..., None]
-) -> None:
+def test_eight_bit_weights_without_scales_are_reported(moecc, dense, edit_tensors):
     name = "model.layers.0.mlp.up_proj.weight"
     path = dense / "model.safetensors"
     header, data = _read(path)
@@ -182,9 +168,7 @@ def _write(path: Path, header: dict, data: dict[str, bytes], types: dict[str, st
         (["mp_rank_00/model_optim_rng.pt"], "a checkpoint of Megatron"),
     ],
 )
-def test_checkpoints_of_other_frameworks_are_named(
-    moecc: Moecc, tmp_path: Path, names: list[str], words: str
-) -> None:
+def test_checkpoints_of_other_frameworks_are_named(moecc, tmp_path, names, words):
     for name in names:
         place = tmp_path / "model" / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -194,9 +178,7 @@ def test_checkpoints_of_other_frameworks_are_named(
     assert words in done.err
 
 
-def test_relative_names_are_taken_from_the_folder_of_the_file(
-    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_names_are_taken_from_the_folder_of_the_file(moecc, dense, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "graphs").mkdir()
     assert moecc("import", "dense", "-o", "graphs/a.moe").code == 0

@@ -49,9 +49,7 @@ def wait_until(condition: object, seconds: float = 60) -> None:
         ("SIGTERM", 143),
     ],
 )
-def test_a_launched_program_ends_with_its_supervisor(
-    tmp_path: Path, number: str, code: int
-) -> None:
+def test_a_launched_program_ends_with_its_supervisor(tmp_path, number, code):
     program, pids = tmp_path / "sleeper.py", tmp_path / "pids"
     program.write_text(SLEEPER)
     pids.mkdir()
@@ -62,7 +60,7 @@ def test_a_launched_program_ends_with_its_supervisor(
     wait_until(lambda: not any(is_running(int(pid)) for pid in os.listdir(pids)))
 
 
-def test_copies_that_never_join_are_reported(tmp_path: Path) -> None:
+def test_copies_that_never_join_are_reported(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("import sys\nprint(sys.argv, __name__)\n")
     done = subprocess.run(
@@ -73,7 +71,7 @@ def test_copies_that_never_join_are_reported(tmp_path: Path) -> None:
     assert done.stderr.count("the program did not join: 2 copies of it ran, each for itself") == 1
 
 
-def test_the_compiling_process_ends_with_its_parent(tmp_path: Path) -> None:
+def test_the_compiling_process_ends_with_its_parent(tmp_path):
     (tmp_path / "jax.py").write_text(  # which only the compiling process imports
         "import os, time\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
@@ -109,9 +107,7 @@ def test_the_compiling_process_ends_with_its_parent(tmp_path: Path) -> None:
     ],
     ids=["no cluster", "half of one", "a peer that never comes"],
 )
-def test_outside_a_cluster_nothing_aborts_in_jax(
-    tmp_path: Path, variables: dict[str, str], code: int, words: str
-) -> None:
+def test_outside_a_cluster_nothing_aborts_in_jax(tmp_path, variables, code, words):
     command = [sys.executable, "-m", "moecc", "run", str(GOLDEN / "llama_gqa")]
     stated = {"MOECC_DISTRIBUTED": "cluster", "MOECC_JOIN_SECONDS": "1", **variables}
     done = subprocess.run(
@@ -123,9 +119,7 @@ def test_outside_a_cluster_nothing_aborts_in_jax(
 
 
 @pytest.mark.parametrize(("found", "fits"), [("0.0.42.1", True), ("0.0.52", False)])
-def test_a_libtpu_that_does_not_fit_jax_is_named(
-    monkeypatch: pytest.MonkeyPatch, found: str, fits: bool
-) -> None:
+def test_a_libtpu_that_does_not_fit_jax_is_named(monkeypatch, found, fits):
     versions = {"libtpu": found, "jax": "0.10.2"}
     monkeypatch.setattr("importlib.metadata.version", versions.__getitem__)
     monkeypatch.setattr(topology, "version", versions.__getitem__, raising=False)
@@ -140,7 +134,7 @@ def test_a_libtpu_that_does_not_fit_jax_is_named(
         topology.require(machine)
 
 
-def test_a_sequence_that_the_mesh_does_not_divide_is_reported() -> None:
+def test_a_sequence_that_the_mesh_does_not_divide_is_reported():
     from moecc_backends.xla.lower.function import device_mesh, sharded_function
 
     from moecc.families import build

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from moecc.ir.text import parse, print_graph
-from tests.support.commands import Moecc
 
 ESC = "\x1b[31m"
 
@@ -42,7 +41,7 @@ class BoomPass(Pass):
 '''
 
 
-def test_a_graph_brings_no_escape_sequence_to_the_terminal(moecc: Moecc, tmp_path: Path) -> None:
+def test_a_graph_brings_no_escape_sequence_to_the_terminal(moecc, tmp_path):
     file = tmp_path / "g.moe"
     file.write_text(GRAPH.replace("LOC", ESC).replace("MARK", "plain"))
     done = moecc("opt", file)
@@ -57,9 +56,7 @@ def test_a_graph_brings_no_escape_sequence_to_the_terminal(moecc: Moecc, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["opt", "run"])
-def test_a_file_name_brings_no_escape_sequence_to_the_terminal(
-    moecc: Moecc, tmp_path: Path, command: str
-) -> None:
+def test_a_file_name_brings_no_escape_sequence_to_the_terminal(moecc, tmp_path, command):
     extra = ["--outputs", tmp_path / "o.npy"] if command == "run" else []
     for name in (f"{ESC}.moe", "\u202eeom.moe", "\x9b31m"):
         there = tmp_path / name
@@ -71,16 +68,16 @@ def test_a_file_name_brings_no_escape_sequence_to_the_terminal(
 
 
 @pytest.fixture
-def boom(tmp_path: Path) -> Path:
+def boom(tmp_path):
     file = tmp_path / "boom.py"
     file.write_text(OWN)
     return file
 
 
 def test_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
-    moecc: Moecc, dense: Path, boom: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    moecc, dense, boom, tmp_path,
+    monkeypatch,
+):  # fmt: skip
     (tmp_path / "work").mkdir()
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -104,9 +101,7 @@ def test_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
     assert {"pipeline", "failed_in"} < set(done)
 
 
-def test_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(
-    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(moecc, dense, tmp_path, monkeypatch):
     from moecc_passes.cleanup import DcePass
 
     def crash(self: DcePass, graph: object, ctx: object) -> None:
@@ -131,9 +126,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("body", "words"), WRONG.values(), ids=WRONG)
-def test_what_an_own_pass_raises_or_returns_is_its_own(
-    moecc: Moecc, dense: Path, tmp_path: Path, body: str, words: str
-) -> None:
+def test_what_an_own_pass_raises_or_returns_is_its_own(moecc, dense, tmp_path, body, words):
     file, out = tmp_path / "odd.py", tmp_path / "out"
     file.write_text(f"{OWN}\n    def apply(self, graph, ctx):\n        {body}\n")
     done = moecc("convert", dense, out, "-p", "boom", "--load", file, "--to", "llama")
@@ -145,9 +138,7 @@ def test_what_an_own_pass_raises_or_returns_is_its_own(
 @pytest.mark.parametrize(
     ("command", "is_absolute"), [("replay", True), ("reduce", False), ("bisect", False)]
 )
-def test_code_that_only_a_reproducer_names_is_not_run(
-    moecc: Moecc, boom: Path, tmp_path: Path, command: str, is_absolute: bool
-) -> None:
+def test_code_that_only_a_reproducer_names_is_not_run(moecc, boom, tmp_path, command, is_absolute):
     ran = tmp_path / "ran"
     boom.write_text(f"open({str(ran)!r}, 'w').close()\n{OWN}")
     name = str(boom) if is_absolute else boom.name
@@ -173,7 +164,7 @@ def test_code_that_only_a_reproducer_names_is_not_run(
     ],
     ids=["pipeline", "infinite", "deep"],
 )
-def test_hostile_reproducers_are_messages(moecc: Moecc, tmp_path: Path, stated: str) -> None:
+def test_hostile_reproducers_are_messages(moecc, tmp_path, stated):
     file = tmp_path / "g.moe"
     file.write_text(f"# moecc reproducer: x\n# replay: {stated}\n{GRAPH}")
     done = moecc("replay", file)

@@ -14,7 +14,7 @@ MODEL = str(Path(__file__).parents[1] / "golden" / "llama_gqa")
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+def bare(monkeypatch):
     """Hide what extras bring."""
     hidden = {name.split(".")[0] for names in extras._MODULES.values() for name in names}
     monkeypatch.setattr(
@@ -34,9 +34,7 @@ ROWS = {
 
 @pytest.mark.parametrize("line", ROWS)
 @pytest.mark.usefixtures("bare")
-def test_all_that_is_missing_is_named(
-    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_that_is_missing_is_named(line, tmp_path, capsys):
     command = line.replace("MODEL", MODEL).replace("OUT", str(tmp_path / "out")).split()
     assert main(command) == 4
     said = capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from moecc.errors import InputError  # noqa: E402
 from moecc.tokenizer.process import Tokenizer, Worker  # noqa: E402
-from tests.support.commands import Moecc  # noqa: E402
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat"]
 
@@ -60,7 +58,7 @@ PROMPT = "the cat " + "a" * 40 + "b"
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_tokenizers_are_refused(moecc: Moecc, dense: Path, data: bytes) -> None:
+def test_hostile_tokenizers_are_refused(moecc, dense, data):
     (dense / "tokenizer.json").write_bytes(data)
     start = time.monotonic()
     done = moecc("generate", dense, "--prompt", PROMPT, "--tokens", "1")
@@ -70,9 +68,7 @@ def test_hostile_tokenizers_are_refused(moecc: Moecc, dense: Path, data: bytes) 
     assert time.monotonic() - start < 60
 
 
-def test_padding_and_truncation_of_batches_are_no_part_of_a_prompt(
-    moecc: Moecc, dense: Path
-) -> None:
+def test_padding_and_truncation_of_batches_are_no_part_of_a_prompt(moecc, dense):
     """A tokenizer that pads to 1,000,000,000 tokens ended the process that ran it."""
     padding = {
         "strategy": {"Fixed": 1_000_000_000}, "direction": "Right", "pad_to_multiple_of": None,
@@ -88,9 +84,7 @@ def test_padding_and_truncation_of_batches_are_no_part_of_a_prompt(
     assert texts[0] == texts[1]
 
 
-def test_a_tokenizer_too_large_to_be_one_is_refused(
-    moecc: Moecc, dense: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_too_large_to_be_one_is_refused(moecc, dense, monkeypatch):
     monkeypatch.setattr("moecc.jobs.generate.MAX_TOKENIZER_BYTES", 100)
     (dense / "tokenizer.json").write_bytes(changed())
     done = moecc("generate", dense, "--prompt", "the cat", "--tokens", "1")
@@ -98,7 +92,7 @@ def test_a_tokenizer_too_large_to_be_one_is_refused(
     assert "too large" in done.err
 
 
-def test_a_tokenizer_that_takes_too_long_is_ended() -> None:
+def test_a_tokenizer_that_takes_too_long_is_ended():
     def slow() -> None:
         data = changed(normalizer=replaced_by_more(2))
         with Tokenizer(data, "here", limit_seconds=0.5) as made:
@@ -121,9 +115,7 @@ def test_a_tokenizer_that_takes_too_long_is_ended() -> None:
         (["--temperature", "1", "--seed", "-1"], "not a seed"),
     ],
 )
-def test_draws_that_cannot_be_are_refused(
-    moecc: Moecc, dense: Path, more: list[str], says: str
-) -> None:
+def test_draws_that_cannot_be_are_refused(moecc, dense, more, says):
     (dense / "tokenizer.json").write_bytes(changed())
     done = moecc("generate", dense, "--prompt", "the cat", "--tokens", "1", *more)
     assert done.code == 2
@@ -131,7 +123,7 @@ def test_draws_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
-def test_logits_that_are_nan_are_refused(moecc: Moecc, dense: Path, temperature: str) -> None:
+def test_logits_that_are_nan_are_refused(moecc, dense, temperature):
     (dense / "tokenizer.json").write_bytes(changed())
     path = dense / "model.safetensors"
     data = path.read_bytes()
@@ -143,7 +135,7 @@ def test_logits_that_are_nan_are_refused(moecc: Moecc, dense: Path, temperature:
     assert "NaN or infinity" in done.err
 
 
-def test_what_the_library_says_is_what_comes_back() -> None:
+def test_what_the_library_says_is_what_comes_back():
     data = changed()
     whole = tokenizers.Tokenizer.from_str(data.decode())
     texts = ["the cat", "", "a mat on the cat \u00e9 \U0001f600", "cat " * 50_000]
@@ -158,7 +150,7 @@ def test_what_the_library_says_is_what_comes_back() -> None:
     assert process.returncode is not None
 
 
-def test_answers_have_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_have_a_length(monkeypatch):
     monkeypatch.setattr("moecc.tokenizer.process.MOST_TOKENS", 5)
     made = Worker()
     made.tokenizer = tokenizers.Tokenizer.from_str(changed().decode())

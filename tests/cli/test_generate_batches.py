@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ tokenizers = pytest.importorskip("tokenizers")
 
 import moecc as api  # noqa: E402
 from moecc.errors import UsageError  # noqa: E402
-from tests.support.commands import Moecc  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = 37
@@ -32,7 +30,7 @@ def words(size: int = SIZE) -> str:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Callable[..., Path]:
+def model(tmp_path):
     """Copy a golden model, with a tokenizer beside it and without a token that ends texts."""
 
     def copy(case: str, size: int = SIZE) -> Path:
@@ -51,7 +49,7 @@ def made(done: Any) -> list[list[int]]:
     return [text["tokens"] for text in done.json()["texts"]]
 
 
-def test_a_token_that_stops_a_text(moecc: Moecc, model: Callable) -> None:
+def test_a_token_that_stops_a_text(moecc, model):
     folder = model("llama_gqa")
     args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "6", "--format", "json")
     (free,) = made(moecc(*args))
@@ -61,7 +59,7 @@ def test_a_token_that_stops_a_text(moecc: Moecc, model: Callable) -> None:
     assert done.json()["schema"] == "moecc.generate/1"
 
 
-def test_an_encoder_decoder_makes_texts_of_texts(moecc: Moecc, model: Callable) -> None:
+def test_an_encoder_decoder_makes_texts_of_texts(moecc, model):
     """Padding of a shorter text changes nothing, and what is printed is the decoder's text."""
     folder = model("t5_relu_tied")
     how = ("--tokens", "4", "--format", "json")
@@ -83,9 +81,7 @@ def test_an_encoder_decoder_makes_texts_of_texts(moecc: Moecc, model: Callable) 
         (["--dtype", "f16x"], "f16x", 2),
     ],
 )
-def test_what_cannot_be(
-    moecc: Moecc, model: Callable, more: list[str], says: str, code: int
-) -> None:
+def test_what_cannot_be(moecc, model, more, says, code):
     done = moecc("generate", model("llama_gqa"), "--prompt", "w5", *more)
     assert (done.code, done.out) == (code, "")
     assert says in done.err
@@ -101,12 +97,12 @@ def test_what_cannot_be(
         {"prompt": "w5", "stop": "nowhere"},
     ],
 )
-def test_arguments_that_cannot_be(model: Callable, arguments: dict[str, Any]) -> None:
+def test_arguments_that_cannot_be(model, arguments):
     with pytest.raises(UsageError):
         api.open(model("llama_gqa")).generate(**arguments)
 
 
-def test_the_likeliest_of_one_is_the_likeliest(moecc: Moecc, model: Callable) -> None:
+def test_the_likeliest_of_one_is_the_likeliest(moecc, model):
     folder = model("llama_gqa")
     args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "3", "--format", "json")
     greedy = made(moecc(*args))
@@ -117,9 +113,7 @@ def test_the_likeliest_of_one_is_the_likeliest(moecc: Moecc, model: Callable) ->
 @pytest.mark.parametrize(
     ("case", "key"), [("gpt2_plain", "n_positions"), ("opt_plain", "max_position_embeddings")]
 )
-def test_a_text_longer_than_the_positions_of_the_model(
-    moecc: Moecc, model: Callable, case: str, key: str
-) -> None:
+def test_a_text_longer_than_the_positions_of_the_model(moecc, model, case, key):
     folder = model(case)
     args = ("generate", folder, "--prompt", "w5 w6 w7", "--tokens")
     positions = json.loads((folder / "config.json").read_text())[key]

@@ -26,9 +26,7 @@ def convert(moecc: Moecc, source: Path, out: Path):
 
 
 @pytest.mark.parametrize("name", ["LICENSE\n", "LICENSE\x1b[31m", "NOTICE\\x", "LICENSE\udcff"])
-def test_what_a_manifest_cannot_name_is_refused(
-    moecc: Moecc, dense: Path, tmp_path: Path, name: str
-) -> None:
+def test_what_a_manifest_cannot_name_is_refused(moecc, dense, tmp_path, name):
     (dense / name).write_text("mine")
     done = convert(moecc, dense, tmp_path / "out")
     assert done.code == 1
@@ -49,7 +47,7 @@ JSON = {
 
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_hostile_json_is_refused(moecc: Moecc, tmp_path: Path, name: str, text: str) -> None:
+def test_hostile_json_is_refused(moecc, tmp_path, name, text):
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / "llama_sharded", folder)
     (folder / name).write_text(text)
@@ -59,7 +57,7 @@ def test_hostile_json_is_refused(moecc: Moecc, tmp_path: Path, name: str, text: 
 
 
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
-def test_hostile_headers_are_refused(moecc: Moecc, dense: Path, text: str) -> None:
+def test_hostile_headers_are_refused(moecc, dense, text):
     data = text.encode()
     path = dense / "model.safetensors"
     path.write_bytes(len(data).to_bytes(8, "little") + data)
@@ -69,16 +67,14 @@ def test_hostile_headers_are_refused(moecc: Moecc, dense: Path, text: str) -> No
 
 
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
-def test_hostile_manifests_are_refused(moecc: Moecc, dense: Path, text: str) -> None:
+def test_hostile_manifests_are_refused(moecc, dense, text):
     (dense / MANIFEST_NAME).write_bytes(seal(text.encode()))
     done = moecc("verify", dense)
     assert done.code == 1, done.err
     assert MANIFEST_NAME in done.err
 
 
-def test_what_is_only_copied_is_copied_whatever_it_is(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
+def test_what_is_only_copied_is_copied_whatever_it_is(moecc, dense, tmp_path):
     text = JSON["half a surrogate"]
     (dense / "generation_config.json").write_text(text)
     assert convert(moecc, dense, tmp_path / "out").code == 0
@@ -88,7 +84,7 @@ def test_what_is_only_copied_is_copied_whatever_it_is(
 # --- graphs
 
 
-def test_locations_of_thousands_of_digits(moecc: Moecc, tmp_path: Path) -> None:
+def test_locations_of_thousands_of_digits(moecc, tmp_path):
     graph = tmp_path / "graph.moe"
     assert moecc("import", GOLDEN / "mixtral_gqa", "-o", graph).code == 0
     graph.write_text(graph.read_text().replace("layers.1.", f"layers.{LONG}."))
@@ -126,7 +122,7 @@ def in_locale(locale: str, *args: str | Path) -> subprocess.CompletedProcess[byt
         ("ASCII", ("inspect", "model", f"--{ODD}")),
     ],
 )
-def test_arguments_that_are_not_utf8_are_refused(locale: str, args: tuple[str, ...]) -> None:
+def test_arguments_that_are_not_utf8_are_refused(locale, args):
     done = in_locale(locale, *args)
     assert done.returncode == 2
     assert b"error: an argument is not UTF-8" in done.stderr
@@ -134,7 +130,7 @@ def test_arguments_that_are_not_utf8_are_refused(locale: str, args: tuple[str, .
     assert done.stdout == b""
 
 
-def test_artefacts_are_utf8_in_every_locale(tmp_path: Path) -> None:
+def test_artefacts_are_utf8_in_every_locale(tmp_path):
     locale = "output in ASCII"
     source, out = tmp_path / "caf\u00e9", tmp_path / "\u00fc \U0001f600"
     shutil.copytree(GOLDEN / "llama_gqa", source)
@@ -151,7 +147,7 @@ def test_artefacts_are_utf8_in_every_locale(tmp_path: Path) -> None:
         assert in_locale(locale, *words).returncode == 0
 
 
-def test_names_that_utf8_cannot_say_are_written_as_escapes(tmp_path: Path) -> None:
+def test_names_that_utf8_cannot_say_are_written_as_escapes(tmp_path):
     """A name that was read from a file need not be text, either."""
     source = tmp_path / "model"
     shutil.copytree(GOLDEN / "llama_gqa", source)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from tiers import few
-
-from tests.support.commands import Moecc
 
 from .conftest import GOLDEN
 
@@ -16,9 +12,7 @@ from .conftest import GOLDEN
 @pytest.mark.parametrize(
     ("case", "suffix"), few([("vit_plain", ".npy"), ("whisper_plain", ".npz")])
 )
-def test_a_model_is_inspected_converted_verified_and_run(
-    case: str, suffix: str, moecc: Moecc, tmp_path: Path
-) -> None:
+def test_a_model_is_inspected_converted_verified_and_run(case, suffix, moecc, tmp_path):
     source, out, given = GOLDEN / case, tmp_path / "sparse", tmp_path / f"inputs{suffix}"
     names = ("pixels",) if case == "vit_plain" else ("features", "decoder_tokens")
     arrays = {name: np.load(source / f"{name}.npy") for name in names}
@@ -41,7 +35,7 @@ def test_a_model_is_inspected_converted_verified_and_run(
     assert np.abs(np.load(made) - golden).max() <= 1e-6 * np.abs(golden).max()
 
 
-def test_pixels_of_another_size_or_kind_are_refused(moecc: Moecc, tmp_path: Path) -> None:
+def test_pixels_of_another_size_or_kind_are_refused(moecc, tmp_path):
     given, made = tmp_path / "pixels.npy", tmp_path / "made.npy"
     for array, words in (
         (np.zeros((2, 3, 8, 8), np.float32), "other sizes than the input"),
@@ -61,7 +55,7 @@ def test_pixels_of_another_size_or_kind_are_refused(moecc: Moecc, tmp_path: Path
 
 
 @pytest.mark.parametrize("case", few(["vit_plain", "whisper_plain"]))
-def test_the_plan_has_the_arguments_of_the_program(moecc: Moecc, case: str) -> None:
+def test_the_plan_has_the_arguments_of_the_program(moecc, case):
     data = moecc(
         "compile", GOLDEN / case, "--machine", "cpu", "--step", "forward", "--format", "json"
     ).json()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -14,12 +13,9 @@ from moecc.cli.commands import make_command
 from moecc.errors import CheckError
 from moecc.jobs.command import Report, Spelling
 from moecc.jobs.compile import CompileOutcome
-from tests.support.commands import Moecc
 
 
-def test_a_checkpoint_is_converted_and_verified_without_a_command_line(
-    dense: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_converted_and_verified_without_a_command_line(dense, tmp_path):
     out = str(tmp_path / "sparse")
     done = package.convert(str(dense), out, pipeline="upcycle{experts=4 top-k=2}", to="mixtral")
     assert "written to" in str(done)
@@ -31,9 +27,7 @@ def test_a_checkpoint_is_converted_and_verified_without_a_command_line(
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_an_exit_code_becomes_that_of_the_process(
-    fits: bool, moecc: Moecc, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exit_code_becomes_that_of_the_process(fits, moecc, monkeypatch):
     asked: list[Any] = []
 
     def compile_in_subprocess(request: Any, seconds: float) -> CompileOutcome:
@@ -80,7 +74,7 @@ def count(
     return Report("count", data, lambda: f"{least} {what}\x1b", exit_code=least - 3)
 
 
-def test_a_signature_becomes_arguments_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signature_becomes_arguments_and_options(capsys):
     command = make_command("count", count)
     assert command.main(["x"], standalone_mode=False) in (None, 0)
     assert capsys.readouterr().out == "3 x\\x1b\n"

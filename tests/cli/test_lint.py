@@ -12,7 +12,6 @@ from moecc.ir.structure import clone
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from tests.support.commands import Moecc
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -42,9 +41,7 @@ PIPELINES = [
 
 
 @pytest.mark.parametrize(("pipeline", "says", "section"), PIPELINES)
-def test_what_the_paper_advises_against(
-    moecc: Moecc, pipeline: str, says: str, section: str
-) -> None:
+def test_what_the_paper_advises_against(moecc, pipeline, says, section):
     done = moecc("lint", pipeline)
     assert done.code == 0, done.err
     assert re.search(f"{says}[^!]*?ST-MoE, {section}", done.out), done.out
@@ -59,7 +56,7 @@ def test_what_the_paper_advises_against(
         "specialize{mode=eval dropless=true}",
     ],
 )  # fmt: skip
-def test_the_choices_of_the_paper_are_passed_over(moecc: Moecc, pipeline: str) -> None:
+def test_the_choices_of_the_paper_are_passed_over(moecc, pipeline):
     done = moecc("lint", pipeline, "--warnings", "error")
     assert (done.code, done.out) == (0, "nothing to say against this pipeline\n")
 
@@ -83,7 +80,7 @@ def graph_after(case: str, pipeline: str, tmp_path: Path) -> Path:
         ("upcycle{experts=4},freeze{groups=router}", "router is frozen", "appendix A"),
     ],
 )
-def test_of_a_model(moecc: Moecc, tmp_path: Path, pipeline: str, says: str, section: str) -> None:
+def test_of_a_model(moecc, tmp_path, pipeline, says, section):
     path = graph_after("llama_gqa", pipeline, tmp_path)
     found = moecc("lint", path, "--format", "json").json()["findings"]
     texts = [" ".join(str(v) for v in row.values()) for row in found]

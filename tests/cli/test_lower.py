@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from tests.support.commands import Moecc
 
 pytest.importorskip("jax")
 
@@ -34,7 +31,7 @@ graph layer {{
 
 
 @pytest.fixture
-def layer(tmp_path: Path) -> Callable[..., Path]:
+def layer(tmp_path):
     """Write a sparse layer, dropless or with a capacity, and return its path."""
 
     def write(slots: str = "ragged") -> Path:
@@ -49,14 +46,14 @@ def layer(tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("emit", "says"), [("jaxpr", "lambda"), ("stablehlo", "module @"), ("hlo", "HloModule")]
 )
-def test_every_text(moecc: Moecc, layer: Callable, emit: str, says: str) -> None:
+def test_every_text(moecc, layer, emit, says):
     done = moecc("lower", layer(), "--emit", emit, "--seq", "32")
     assert done.code == 0, done.err
     assert says in done.out
     assert done.err == ""
 
 
-def test_the_platform_and_the_dispatch_show(moecc: Moecc, layer: Callable) -> None:
+def test_the_platform_and_the_dispatch_show(moecc, layer):
     """On a TPU sorted rows meet ragged_dot, on a CPU a loop over blocks."""
     on_tpu = moecc("lower", layer(), "--platform", "tpu", "--seq", "32").out
     on_cpu = moecc("lower", layer(), "--platform", "cpu", "--seq", "32").out
@@ -78,15 +75,13 @@ def test_the_platform_and_the_dispatch_show(moecc: Moecc, layer: Callable) -> No
         (["--weights", "nowhere"], 1, "nowhere"),
     ],
 )
-def test_refusals(moecc: Moecc, layer: Callable, options: list[str], code: int, says: str) -> None:
+def test_refusals(moecc, layer, options, code, says):
     done = moecc("lower", layer(), *options)
     assert (done.code, done.out) == (code, "")
     assert says in done.err
 
 
-def test_without_jax_it_says_what_to_install(
-    moecc: Moecc, layer: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_jax_it_says_what_to_install(moecc, layer, monkeypatch):
     path = layer()
     # What is None there cannot be imported.
     monkeypatch.setitem(sys.modules, "jax", None)
@@ -95,7 +90,7 @@ def test_without_jax_it_says_what_to_install(
     assert "pip install 'jax<" in done.err
 
 
-def test_an_operation_from_outside_is_passed_over_and_lowered(tmp_path: Path) -> None:
+def test_an_operation_from_outside_is_passed_over_and_lowered(tmp_path):
     """In processes of their own: an operation stays in the table."""
     page = (Path(__file__).parents[2] / "docs" / "ir.md").read_text("utf-8")
     code = page[page.index("## An operation of your own") :].split("```python\n")[1].split("```")[0]

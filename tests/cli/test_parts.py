@@ -8,7 +8,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ PARTS = ".out.moecc-parts"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     """A checkpoint with NaN and a matrix of zeros, in two files, and a licence."""
     from safetensors.numpy import load_file, save_file
 
@@ -44,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def written(source: Path) -> Path:
+def written(source):
     """A folder with the output of one process, ``one``, and all parts of ``out``."""
     folder = source.parent
     assert main(["convert", str(source), str(folder / "one"), *PASSES]) == 0
@@ -55,7 +54,7 @@ def written(source: Path) -> Path:
 
 
 @pytest.fixture
-def out(written: Path, tmp_path: Path) -> Path:
+def out(written, tmp_path):
     """An output of which all parts are complete."""
     shutil.copytree(written / PARTS, tmp_path / PARTS)
     return tmp_path / "out"
@@ -69,9 +68,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_joined_parts_are_the_bytes_of_one_process(
-    moecc: Moecc, source: Path, written: Path, out: Path
-) -> None:
+def test_joined_parts_are_the_bytes_of_one_process(moecc, source, written, out):
     assert len(list((written / "one").glob("*.safetensors"))) > N + 2
     done = moecc("convert", source, out, *PASSES, "--join")
     assert done.code == 0, done.err
@@ -80,9 +77,7 @@ def test_joined_parts_are_the_bytes_of_one_process(
     assert moecc("verify", out).code == 0
 
 
-def test_a_part_that_was_killed_goes_on_and_one_that_is_complete_stays(
-    moecc: Moecc, source: Path, written: Path, out: Path
-) -> None:
+def test_a_part_that_was_killed_goes_on_and_one_that_is_complete_stays(moecc, source, written, out):
     part = part_of(out, 2)
     killed = part.with_name(f".{part.name}.moecc-partial")
     part.rename(killed)
@@ -146,13 +141,13 @@ def add_division(out: Path) -> None:
     ],
 )
 def test_a_part_that_is_wrong_is_told_and_all_stay(
-    moecc: Moecc,
-    source: Path,
-    out: Path,
-    spoil: Callable[[Path], Any],
-    words: str,
-    problems: int,
-) -> None:
+    moecc,
+    source,
+    out,
+    spoil,
+    words,
+    problems,
+):
     spoil(out)
     before = sorted(path.relative_to(out.parent) for path in out.parent.rglob("*"))
     done = moecc("convert", source, out, *PASSES, "--join")
@@ -162,9 +157,7 @@ def test_a_part_that_is_wrong_is_told_and_all_stay(
 
 
 @pytest.mark.parametrize("option", [("--seed", "1"), ("--max-shard-bytes", "8001")])
-def test_a_part_of_another_conversion_is_told(
-    moecc: Moecc, source: Path, out: Path, option: tuple[str, str]
-) -> None:
+def test_a_part_of_another_conversion_is_told(moecc, source, out, option):
     command = ("convert", source, out, *PASSES, *option)
     done = moecc(*command, "--part", f"2/{N}")
     assert done.code == 1
@@ -175,9 +168,7 @@ def test_a_part_of_another_conversion_is_told(
     assert f"part 2/{N} is of another conversion" in done.err
 
 
-def test_parts_of_a_source_that_was_changed_are_told(
-    moecc: Moecc, source: Path, out: Path, tmp_path: Path
-) -> None:
+def test_parts_of_a_source_that_was_changed_are_told(moecc, source, out, tmp_path):
     shutil.copytree(source, tmp_path / "dense")
     done = moecc("convert", tmp_path / "dense", out, *PASSES, "--join")
     assert done.code == 1
@@ -198,16 +189,14 @@ def test_parts_of_a_source_that_was_changed_are_told(
         (("--threads", "0"), "threads"),
     ],
 )
-def test_options_that_name_no_part(
-    moecc: Moecc, source: Path, tmp_path: Path, options: tuple[str, ...], words: str
-) -> None:
+def test_options_that_name_no_part(moecc, source, tmp_path, options, words):
     done = moecc("convert", source, tmp_path / "out", *PASSES, *options)
     assert done.code == 2, done.err
     assert words in done.err
     assert os.listdir(tmp_path) == []
 
 
-def test_a_part_that_is_being_written_is_left_alone(moecc: Moecc, source: Path, out: Path) -> None:
+def test_a_part_that_is_being_written_is_left_alone(moecc, source, out):
     part = part_of(out, 2)
     with claimed(part.with_name(f".{part.name}.moecc-partial"), take_over=False):
         done = moecc("convert", source, out, *PASSES, "--join")
@@ -221,9 +210,7 @@ def test_a_part_that_is_being_written_is_left_alone(moecc: Moecc, source: Path, 
     assert os.listdir(out.parent) == []
 
 
-def test_shards_are_copied_where_a_file_has_one_name(
-    moecc: Moecc, source: Path, written: Path, out: Path
-) -> None:
+def test_shards_are_copied_where_a_file_has_one_name(moecc, source, written, out):
     class Linkless(Disk):
         def link(self, source: Path, target: Path) -> None:
             raise OSError(errno.EPERM, "Operation not permitted")
@@ -234,9 +221,7 @@ def test_shards_are_copied_where_a_file_has_one_name(
     assert content(out) == content(written / "one")
 
 
-def test_a_join_that_was_killed_begins_again(
-    moecc: Moecc, source: Path, written: Path, out: Path
-) -> None:
+def test_a_join_that_was_killed_begins_again(moecc, source, written, out):
     partial = out.parent / ".out.moecc-partial"
     partial.mkdir()
     os.link(next(part_of(out, 1).glob("*.safetensors")), partial / "model.safetensors")
@@ -248,7 +233,7 @@ def test_a_join_that_was_killed_begins_again(
     assert content(out) == content(written / "one")
 
 
-def test_the_plan_of_a_part_counts_its_bytes(moecc: Moecc, source: Path, tmp_path: Path) -> None:
+def test_the_plan_of_a_part_counts_its_bytes(moecc, source, tmp_path):
     command = ("convert", source, tmp_path / "out", *PASSES, "--dry-run", "--format", "json")
     shares = [moecc(*command, "--part", f"{n}/{N}").json()["work"] for n in range(1, N + 1)]
     total = moecc(*command).json()["work"]
@@ -260,9 +245,7 @@ def test_the_plan_of_a_part_counts_its_bytes(moecc: Moecc, source: Path, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # where another test imported jax
-def test_a_join_that_is_killed_at_any_call_loses_nothing(
-    moecc: Moecc, source: Path, written: Path, tmp_path: Path
-) -> None:
+def test_a_join_that_is_killed_at_any_call_loses_nothing(moecc, source, written, tmp_path):
     expected = content(written / "one")
     command = ["convert", str(source), str(tmp_path / "out"), *PASSES, "--join"]
 

@@ -42,8 +42,8 @@ def beat(monkeypatch: pytest.MonkeyPatch, watched: bool) -> str:
 
 
 def test_quiet_and_commands_that_show_it_themselves_have_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     monkeypatch.setattr(commands, "LINE_SECONDS", (0.05, 60.0))
     monkeypatch.delenv(commands.VARIABLE, raising=False)
     stream = Terminal(watched=False)
@@ -58,9 +58,7 @@ def test_quiet_and_commands_that_show_it_themselves_have_none(
         assert not stream.written.wait(0.05)
 
 
-def test_quiet_leaves_warnings_and_errors(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quiet_leaves_warnings_and_errors(tmp_path, capsys):
     source, plan = str(GOLDEN / "llama_gqa"), str(tmp_path / "plan.json")
     command = ["plan", source, "--machine", "cpu:8", "--sequence", "64", "--save", plan]
     assert main([*command, "--quiet"]) == 0
@@ -77,7 +75,7 @@ def test_quiet_leaves_warnings_and_errors(
     assert found.startswith("warning: ")
 
 
-def test_a_terminal_has_a_line_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_has_a_line_that_goes(monkeypatch):
     shown = beat(monkeypatch, watched=True)
     assert shown.startswith("\r\033[Kcompile: 0 s so far\r")
     assert shown.endswith("\r\033[K")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from moecc.formats import writer
-from tests.support.commands import Moecc
 
 from .conftest import GOLDEN
 
@@ -38,9 +37,7 @@ def receipt(folder: Path) -> Any:
     return json.loads((folder / "moecc_receipt.json").read_text())
 
 
-def test_a_pass_that_lies_is_refused_and_writes_nothing(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
+def test_a_pass_that_lies_is_refused_and_writes_nothing(moecc, dense, tmp_path):
     own = tmp_path / "liar.py"
     own.write_text(LIAR)
     command = ("convert", dense, tmp_path / "out", "-p", "liar", "--to", "st_moe", "--load", own)
@@ -54,7 +51,7 @@ def test_a_pass_that_lies_is_refused_and_writes_nothing(
     assert receipt(tmp_path / "out")["unchecked"] == "--no-check"
 
 
-def test_what_the_logits_show_is_refused_too(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_what_the_logits_show_is_refused_too(moecc, dense, tmp_path):
     own = tmp_path / "liar.py"
     own.write_text(LIAR)
     done = moecc("convert", dense, tmp_path / "out", "-p", "liar", "--to", "st_moe", "--load", own,
@@ -65,9 +62,7 @@ def test_what_the_logits_show_is_refused_too(moecc: Moecc, dense: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_writer_is_found_at_the_logits(
-    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_writer_is_found_at_the_logits(moecc, dense, tmp_path, monkeypatch):
     right = writer._bytes_of
     monkeypatch.setattr(writer, "_bytes_of", lambda v: right(v.T if v.shape == (16, 16) else v))
     done = moecc("convert", dense, tmp_path / "out", "-p", "", "--to", "llama", "--verify")
@@ -75,9 +70,7 @@ def test_a_wrong_writer_is_found_at_the_logits(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
 
 
-def test_a_receipt_says_what_was_promised_and_measured(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
+def test_a_receipt_says_what_was_promised_and_measured(moecc, dense, tmp_path):
     out = tmp_path / "out"
     done = moecc("convert", dense, out, *UPCYCLE, "--verify")
     assert done.code == 0, done.err
@@ -109,7 +102,7 @@ def test_a_receipt_says_what_was_promised_and_measured(
     assert moecc("verify", out).code == 3
 
 
-def test_an_error_that_was_announced_is_measured(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_an_error_that_was_announced_is_measured(moecc, dense, tmp_path):
     out = tmp_path / "out"
     pipeline = "upcycle{experts=4 top-k=2 gates=softmax}"
     done = moecc("convert", dense, out, "-p", pipeline, "--to", "st_moe", "--verify")
@@ -132,8 +125,8 @@ def test_an_error_that_was_announced_is_measured(moecc: Moecc, dense: Path, tmp_
     ],
 )
 def test_weights_that_are_rounded_with_a_factor_are_the_same_function(
-    moecc: Moecc, dense: Path, tmp_path: Path, target: str, dtype: str, options: str
-) -> None:
+    moecc, dense, tmp_path, target, dtype, options
+):
     """3 W is rounded, and not W; a GGUF file has norms and routers in float32, too."""
     out = tmp_path / ("out.gguf" if target.startswith("gguf") else "out")
     how = ("-p", f"upcycle{{{options}}}", "--to", target, "--dtype", dtype, "--verify")
@@ -141,7 +134,7 @@ def test_weights_that_are_rounded_with_a_factor_are_the_same_function(
     assert done.code == 0, done.err
 
 
-def test_heads_of_another_width_are_none_for_transformers_4(moecc: Moecc, tmp_path: Path) -> None:
+def test_heads_of_another_width_are_none_for_transformers_4(moecc, tmp_path):
     how = ("-p", "upcycle{experts=4}", "--to", "granitemoe", "--dry-run", "--format", "json")
     data = moecc("convert", GOLDEN / "llama_llama3", tmp_path / "out", *how).json()
     runs = {engine["engine"]: engine["runs"] for engine in data["engines"]}
@@ -155,17 +148,13 @@ def test_heads_of_another_width_are_none_for_transformers_4(moecc: Moecc, tmp_pa
         ("glm4_moe", "glm4_moe_plain_v4", "transformers computes no loss that balances"),
     ],
 )
-def test_a_card_claims_what_is_so(
-    moecc: Moecc, tmp_path: Path, target: str, case: str, said: str
-) -> None:
+def test_a_card_claims_what_is_so(moecc, tmp_path, target, case, said):
     done = moecc("convert", GOLDEN / case, tmp_path / "out", "-p", "", "--to", target)
     assert done.code == 0, done.err
     assert said in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_of_a_large_output_the_first_layers_are_compared(
-    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_large_output_the_first_layers_are_compared(moecc, dense, tmp_path, monkeypatch):
     monkeypatch.setattr("moecc.jobs.comparison.MAX_VERIFIED_PARAMETERS", 12_000)
     out = tmp_path / "out"
     assert moecc("convert", dense, out, *UPCYCLE, "--verify").code == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import moecc_passes.cleanup as canonicalize
@@ -27,7 +26,7 @@ MOST_NODES, MOST_SECONDS = 8, 60
 
 
 @pytest.fixture
-def model(moecc: Moecc, tmp_path: Path) -> Path:
+def model(moecc, tmp_path):
     """A dense model of three layers."""
     assert moecc("import", GOLDEN / "llama_gqa", "-o", tmp_path / "dense.moe").code == 0
     return tmp_path / "dense.moe"
@@ -54,7 +53,7 @@ def bisected(moecc: Moecc, *args: object) -> Any:
 
 
 @pytest.fixture
-def wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def wrong_rule(monkeypatch):
     """Merge two scales by adding their factors."""
 
     def added(match: Any, b: Any) -> Any:
@@ -67,7 +66,7 @@ def wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def scaled(model: Path) -> Path:
+def scaled(model):
     """The model with chains of scales, of which one pair does not merge to the same number."""
     text = model.read_text()
     lines, number = [], 0
@@ -89,7 +88,7 @@ def scaled(model: Path) -> Path:
     return model
 
 
-def test_a_wrong_rule_is_reduced_and_found(moecc: Moecc, scaled: Path, wrong_rule: None) -> None:
+def test_a_wrong_rule_is_reduced_and_found(moecc, scaled, wrong_rule):
     passes = ("-p", "cse,canonicalize,dce")
     graph = reduced(moecc, scaled, *passes)
     assert [node.op.name for node in graph] == ["scale", "scale"]
@@ -105,9 +104,7 @@ def test_a_wrong_rule_is_reduced_and_found(moecc: Moecc, scaled: Path, wrong_rul
 # --- in the writer
 
 
-def test_a_wrong_writer_is_reduced_and_found(
-    moecc: Moecc, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_writer_is_reduced_and_found(moecc, model, monkeypatch):
     """Square matrices are written transposed."""
     right = writer._bytes_of
 
@@ -148,9 +145,7 @@ class FragilePass(Pass):
 '''
 
 
-def test_a_crash_of_an_own_pass_is_reduced_and_replayed(
-    moecc: Moecc, model: Path, tmp_path: Path
-) -> None:
+def test_a_crash_of_an_own_pass_is_reduced_and_replayed(moecc, model, tmp_path):
     own = tmp_path / "fragile.py"
     own.write_text(CRASH)
     small = tmp_path / "small.moe"
@@ -166,7 +161,7 @@ def test_a_crash_of_an_own_pass_is_reduced_and_replayed(
     assert done.code == 0, done.err
 
 
-def test_what_does_not_fail_is_not_reduced(moecc: Moecc, model: Path) -> None:
+def test_what_does_not_fail_is_not_reduced(moecc, model):
     done = moecc("reduce", model, "-p", "canonicalize")
     assert done.code == 1
     assert "nothing fails here" in done.err
@@ -177,7 +172,7 @@ def test_what_does_not_fail_is_not_reduced(moecc: Moecc, model: Path) -> None:
 # --- looking inside
 
 
-def test_options_that_are_required_are_not_cut() -> None:
+def test_options_that_are_required_are_not_cut():
     shard = "annotate-sharding{mesh=data:2 rules=data-parallel}"
     whole = Candidate(Graph("empty"), Pipeline.parse(f"upcycle{{experts=4}},{shard}"))
     # The first two apply passes, which an empty graph is not for.
@@ -189,9 +184,7 @@ def test_options_that_are_required_are_not_cut() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
-def test_values_are_described_while_a_model_runs(
-    moecc: Moecc, model: Path, tmp_path: Path, backend: str
-) -> None:
+def test_values_are_described_while_a_model_runs(moecc, model, tmp_path, backend):
     out = tmp_path / "o.npy"
     done = moecc("run", model, "--outputs", out, "--backend", backend,
                  "--print-values", "layers.1.ffn")  # fmt: skip
@@ -202,9 +195,7 @@ def test_values_are_described_while_a_model_runs(
     assert moecc("run", model, "--outputs", out, "--force", "--print-values", "nothing").code == 2
 
 
-def test_a_wrong_weight_rule_is_reduced_and_found(
-    moecc: Moecc, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_weight_rule_is_reduced_and_found(moecc, model, monkeypatch):
     """A scale by 2 is dropped."""
 
     def dropped(e: Scale) -> Expr | None:
@@ -225,20 +216,20 @@ def test_a_wrong_weight_rule_is_reduced_and_found(
 
 
 @pytest.mark.parametrize("test", ["", "sh -c '", "/nothing/there {}"])
-def test_a_command_that_is_none_is_a_message(moecc: Moecc, model: Path, test: str) -> None:
+def test_a_command_that_is_none_is_a_message(moecc, model, test):
     done = moecc("reduce", model, "--test", test)
     assert done.code == 2, done.err
     assert "--test: the command cannot be run" in done.err
 
 
-def test_graphs_are_printed_before_passes(moecc: Moecc, model: Path) -> None:
+def test_graphs_are_printed_before_passes(moecc, model):
     done = moecc("opt", model, "-p", "canonicalize,dce", "--print-before", "dce")
     assert done.err.count("# before pass 2 dce") == 1
     assert parse(done.err)
     assert moecc("opt", model, "-p", "dce", "--print-before", "cse").code == 2
 
 
-def test_a_command_says_what_fails(moecc: Moecc, model: Path, tmp_path: Path) -> None:
+def test_a_command_says_what_fails(moecc, model, tmp_path):
     test = tmp_path / "test.sh"
     test.write_text('grep -q " = silu " "$1" && exit 7 || exit 0\n')
     done = moecc("reduce", model, "--test", f"sh {test} {{}}")

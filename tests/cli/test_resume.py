@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moecc.formats.files import Disk, injected
 from moecc.formats.output import output_folder
-from tests.support.commands import Moecc
 
 PASSES = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral", "--no-check",
           "--max-shard-bytes", "30000")  # fmt: skip
@@ -34,7 +32,7 @@ class Stopping(Disk):
 
 
 @pytest.fixture
-def killed(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
+def killed(moecc, dense, tmp_path):
     """The expected output, and beside ``out`` what a killed conversion left."""
     (dense / "LICENSE").write_text("mine")
     with injected(Stopping(tmp_path, 12)):
@@ -48,9 +46,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_a_killed_conversion_is_continued_to_the_same_bytes(
-    moecc: Moecc, dense: Path, killed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_conversion_is_continued_to_the_same_bytes(moecc, dense, killed, monkeypatch):
     from moecc.formats import writer
 
     made: list[str] = []
@@ -69,7 +65,7 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(
     assert len(made) == len(set(made)) == 33 - 11
 
 
-def test_what_was_tampered_with_is_written_again(moecc: Moecc, dense: Path, killed: Path) -> None:
+def test_what_was_tampered_with_is_written_again(moecc, dense, killed):
     for file in (killed / PARTIAL).glob("*.safetensors"):
         data = bytearray(file.read_bytes())
         data[-100:] = bytes(100)
@@ -92,9 +88,7 @@ def test_what_was_tampered_with_is_written_again(moecc: Moecc, dense: Path, kill
         (("--allow-nonfinite",), "options differs"),
     ],
 )
-def test_another_conversion_is_not_continued(
-    moecc: Moecc, dense: Path, killed: Path, change: tuple[str, ...], words: str
-) -> None:
+def test_another_conversion_is_not_continued(moecc, dense, killed, change, words):
     done = moecc("convert", dense, killed / "out", *PASSES, "--resume", *change)
     assert done.code == 1, done.err
     assert words in done.err
@@ -102,9 +96,7 @@ def test_another_conversion_is_not_continued(
     assert moecc("convert", dense, killed / "out", *PASSES, "--resume").code == 0
 
 
-def test_nonfinite_values_of_the_first_run_are_not_forgotten(
-    moecc: Moecc, dense: Path, tmp_path: Path, edit_tensors: Callable[..., None]
-) -> None:
+def test_nonfinite_values_of_the_first_run_are_not_forgotten(moecc, dense, tmp_path, edit_tensors):
     def spoil(tensors: dict) -> None:
         for name in ("model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"):
             tensors[name] = tensors[name].copy()
@@ -121,7 +113,7 @@ def test_nonfinite_values_of_the_first_run_are_not_forgotten(
     assert content(tmp_path / "out") == content(tmp_path / "expected")
 
 
-def test_two_writers_do_not_continue_one_output(moecc: Moecc, dense: Path, killed: Path) -> None:
+def test_two_writers_do_not_continue_one_output(moecc, dense, killed):
     with output_folder(killed / "out", can_resume=lambda _: True):
         done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
         assert done.code == 1
@@ -133,14 +125,14 @@ def test_two_writers_do_not_continue_one_output(moecc: Moecc, dense: Path, kille
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Path:
+def old(tmp_path):
     """What is left between the two renames of ``--force``."""
     (tmp_path / ".out.moecc-old").mkdir()
     (tmp_path / ".out.moecc-old" / "config.json").write_text("precious")
     return tmp_path
 
 
-def test_clean_removes_what_was_left(moecc: Moecc, killed: Path) -> None:
+def test_clean_removes_what_was_left(moecc, killed):
     done = moecc("clean", killed / "out")
     assert done.code == 0
     assert f"removed {killed / PARTIAL}" in done.err
@@ -148,7 +140,7 @@ def test_clean_removes_what_was_left(moecc: Moecc, killed: Path) -> None:
     assert "nothing was left" in moecc("clean", killed / "out").err
 
 
-def test_clean_puts_an_old_output_back(moecc: Moecc, old: Path) -> None:
+def test_clean_puts_an_old_output_back(moecc, old):
     done = moecc("clean", old / "out")
     assert done.code == 0
     assert "back as" in done.err
@@ -156,7 +148,7 @@ def test_clean_puts_an_old_output_back(moecc: Moecc, old: Path) -> None:
     assert os.listdir(old) == ["out"]
 
 
-def test_a_gguf_file_is_continued_too(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_continued_too(moecc, dense, tmp_path):
     command = ("convert", dense, tmp_path / "m.gguf", "-p", "upcycle{experts=4}", "--to",
                "gguf:llama", "--no-check")  # fmt: skip
 

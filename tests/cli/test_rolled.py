@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from moecc.ir import parse
 from moecc.ir.unroll import is_rolled
-from tests.support.commands import Moecc
 
 
 @pytest.fixture
-def rolled(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
+def rolled(moecc, dense, tmp_path):
     """The graph of the small checkpoint, rolled; the checkpoint is where its weights lie."""
     graph, out = tmp_path / "dense.moe", tmp_path / "rolled.moe"
     graph.write_text(moecc("import", dense).out)
@@ -24,7 +21,7 @@ def rolled(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
     return out
 
 
-def test_what_is_written_has_layers_of_its_own(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_what_is_written_has_layers_of_its_own(moecc, dense, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     pipeline = "upcycle{experts=4 top-k=2}"
     assert moecc("convert", dense, one, "-p", pipeline, "--to", "mixtral").code == 0
@@ -40,7 +37,7 @@ def test_what_is_written_has_layers_of_its_own(moecc: Moecc, dense: Path, tmp_pa
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_it_runs(moecc: Moecc, dense: Path, rolled: Path, tmp_path: Path) -> None:
+def test_it_runs(moecc, dense, rolled, tmp_path):
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.arange(6, dtype=np.int32)[None])
     for number, model in enumerate((dense, rolled)):
@@ -54,7 +51,7 @@ def test_it_runs(moecc: Moecc, dense: Path, rolled: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose(np.load(out), one, atol=1e-4 * np.abs(one).max())
 
 
-def test_the_checkpoint_of_a_rolled_graph_is_looked_at(moecc: Moecc, rolled: Path) -> None:
+def test_the_checkpoint_of_a_rolled_graph_is_looked_at(moecc, rolled):
     text = rolled.read_text()
     name = "model.layers.{layer}.self_attn.q_proj"
     assert name in text

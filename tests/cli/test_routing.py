@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-from tests.support.commands import Moecc
 
 from .conftest import GOLDEN
 
@@ -59,16 +55,14 @@ REFUSED = [  # pipeline, exit code, parts of the message
 
 
 @pytest.fixture
-def graph(moecc: Moecc, tmp_path: Path) -> Path:
+def graph(moecc, tmp_path):
     path = tmp_path / "dense.moe"
     assert moecc("import", GOLDEN / "llama_gqa", "-o", path).code == 0
     return path
 
 
 @pytest.mark.parametrize(("pipeline", "code", "parts"), REFUSED, ids=[r[0] for r in REFUSED])
-def test_what_is_refused(
-    moecc: Moecc, graph: Path, tmp_path: Path, pipeline: str, code: int, parts: tuple[str, ...]
-) -> None:
+def test_what_is_refused(moecc, graph, tmp_path, pipeline, code, parts):
     done = moecc("opt", graph, "-p", pipeline, "-o", tmp_path / "out.moe")
     assert done.code == code, done.err
     assert done.err.startswith("error: ")
@@ -84,9 +78,7 @@ def test_what_is_refused(
         ("upcycle{capacity-factor=2.0}", "slots=capacity"),
     ],
 )
-def test_what_is_warned_of(
-    moecc: Moecc, graph: Path, tmp_path: Path, pipeline: str, part: str
-) -> None:
+def test_what_is_warned_of(moecc, graph, tmp_path, pipeline, part):
     done = moecc("opt", graph, "-p", pipeline, "-o", tmp_path / "out.moe")
     assert done.code == 0
     assert done.err.startswith("warning: upcycle, option ")
@@ -102,9 +94,7 @@ def test_what_is_warned_of(
         ("every:2", "0,2", ["encoder.layers.1", "decoder.layers.0", "decoder.layers.2"]),
     ],
 )
-def test_placement_in_encoder_and_decoder(
-    moecc: Moecc, tmp_path: Path, layers: str, decoder: str, expected: list[str]
-) -> None:
+def test_placement_in_encoder_and_decoder(moecc, tmp_path, layers, decoder, expected):
     dense, out = tmp_path / "t5.moe", tmp_path / "out.moe"
     assert moecc("import", GOLDEN / "t5_gated_untied", "-o", dense).code == 0
     pipeline = f"upcycle{{layers={layers} decoder-layers={decoder}}}"
@@ -113,7 +103,7 @@ def test_placement_in_encoder_and_decoder(
     assert [x.split("@")[1].split(".ffn")[0] for x in lines] == expected
 
 
-def test_groups_that_do_not_divide_the_batch(moecc: Moecc, tmp_path: Path) -> None:
+def test_groups_that_do_not_divide_the_batch(moecc, tmp_path):
     out, ids = tmp_path / "out", tmp_path / "ids.npy"
     pipeline = "upcycle{experts=4},specialize{mode=eval capacity-factor=2.0 group-size=8}"
     assert moecc("convert", GOLDEN / "llama_gqa", out, "-p", pipeline, "--to", "st_moe").code == 0

@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.commands import Moecc
-
 GOLDEN = Path(__file__).parent.parent / "golden"
 SWITCH = "upcycle{experts=4 top-k=1 gates=switch router-init=zero}"
 MIXTURE = "upcycle{experts=4 top-k=2}"
 
 
 @pytest.fixture
-def t5(tmp_path: Path) -> Path:
+def t5(tmp_path):
     """A copy of a tiny t5 of version 1.0."""
     return Path(shutil.copytree(GOLDEN / "t5_relu_tied", tmp_path / "t5"))
 
@@ -29,9 +27,7 @@ def t5(tmp_path: Path) -> Path:
         pytest.param("st_moe", MIXTURE, marks=pytest.mark.slow),
     ],
 )
-def test_a_t5_is_converted_and_stays_the_same_function(
-    moecc: Moecc, t5: Path, tmp_path: Path, target: str, pipeline: str
-) -> None:
+def test_a_t5_is_converted_and_stays_the_same_function(moecc, t5, tmp_path, target, pipeline):
     out = tmp_path / "sparse"
     assert moecc("convert", t5, out, "-p", pipeline, "--to", target).code == 0
     verdict = moecc("verify", out, "--against", t5, "--format", "json").json()
@@ -41,7 +37,7 @@ def test_a_t5_is_converted_and_stays_the_same_function(
     assert moecc("inspect", out, "--format", "json").json()["family"] == target
 
 
-def test_an_encoder_is_converted_to_st_moe(moecc: Moecc, tmp_path: Path) -> None:
+def test_an_encoder_is_converted_to_st_moe(moecc, tmp_path):
     source, out = GOLDEN / "bert_gelu", tmp_path / "sparse"
     done = moecc("convert", source, out, "-p", MIXTURE, "--to", "st_moe")
     assert done.code == 0
@@ -54,7 +50,7 @@ def test_an_encoder_is_converted_to_st_moe(moecc: Moecc, tmp_path: Path) -> None
     assert "pooler.dense" not in (out / "README.md").read_text()
 
 
-def test_a_padding_mask_is_an_input(moecc: Moecc, tmp_path: Path) -> None:
+def test_a_padding_mask_is_an_input(moecc, tmp_path):
     graph, out = tmp_path / "model.moe", tmp_path / "out.npy"
     assert moecc("import", GOLDEN / "bert_gelu", "--padding-mask", "-o", graph).code == 0
     tokens = np.load(GOLDEN / "bert_gelu" / "tokens.npy")
@@ -71,7 +67,7 @@ def test_a_padding_mask_is_an_input(moecc: Moecc, tmp_path: Path) -> None:
     assert np.abs(found[0][0] - golden[0]).max() < 1e-5 < np.abs(found[0][1] - golden[1]).max()
 
 
-def test_a_padding_mask_survives_a_conversion(moecc: Moecc, tmp_path: Path) -> None:
+def test_a_padding_mask_survives_a_conversion(moecc, tmp_path):
     source, out = GOLDEN / "bert_gelu", tmp_path / "sparse"
     args = ("-p", "st-moe{experts=4 layers=every:2}", "--to", "st_moe", "--padding-mask")
     assert moecc("convert", source, out, *args).code == 0
@@ -88,7 +84,7 @@ def test_a_padding_mask_survives_a_conversion(moecc: Moecc, tmp_path: Path) -> N
     assert (done.code, "padding after a text changes nothing" in done.err) == (1, True)
 
 
-def test_wrong_inputs_are_told(moecc: Moecc, t5: Path, tmp_path: Path) -> None:
+def test_wrong_inputs_are_told(moecc, t5, tmp_path):
     out = tmp_path / "out.npy"
 
     def refused(path: Path) -> str:
@@ -110,7 +106,7 @@ def test_wrong_inputs_are_told(moecc: Moecc, t5: Path, tmp_path: Path) -> None:
     assert "no tokenizer.json beside the weights" in done.err
 
 
-def test_damage_to_a_stored_graph_is_told(moecc: Moecc, t5: Path, tmp_path: Path) -> None:
+def test_damage_to_a_stored_graph_is_told(moecc, t5, tmp_path):
     out = tmp_path / "sparse"
     assert moecc("convert", t5, out, "-p", MIXTURE, "--to", "st_moe").code == 0
     config = json.loads((out / "config.json").read_text())

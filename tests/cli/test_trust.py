@@ -19,9 +19,7 @@ def _predicted(moecc: Moecc, folder: Path, out: Path) -> float:
     return float(done.json()["preserves"]["predicted_error"])
 
 
-def test_the_predicted_error_reads_the_scale_of_norms(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
+def test_the_predicted_error_reads_the_scale_of_norms(moecc, dense, tmp_path):
     file = dense / "model.safetensors"
     tensors = load_file(file)
     found = []

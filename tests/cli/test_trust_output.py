@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import Moecc
-
 PASSES = ("-p", "upcycle{experts=16 top-k=2}", "--to", "mixtral")
 
 
@@ -34,8 +32,8 @@ def events_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 def test_every_file_is_synchronised_before_the_rename_and_the_folder_after(
-    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    moecc, dense, tmp_path, monkeypatch
+):
     (dense / "tokenizer.json").write_text("{}")
     events = events_of(monkeypatch)
     out = tmp_path / "out"
@@ -49,7 +47,7 @@ def test_every_file_is_synchronised_before_the_rename_and_the_folder_after(
     assert ("fsync", str(tmp_path)) in events[renamed:]
 
 
-def test_many_shards_need_few_open_files(dense: Path, tmp_path: Path) -> None:
+def test_many_shards_need_few_open_files(dense, tmp_path):
     command = [sys.executable, "-m", "moecc", "convert", str(dense), str(tmp_path / "out"), *PASSES]
     limited = ["sh", "-c", 'ulimit -n 48; exec "$@"', "sh", *command, "--max-shard-bytes", "1"]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
@@ -84,7 +82,7 @@ def stopped_midway(dense: Path, out: Path, number: int) -> subprocess.Popen[str]
     [(signal.SIGTERM, 143), (signal.SIGINT, 130)],
     ids=["SIGTERM", "SIGINT"],
 )
-def test_a_signal_leaves_nothing(dense: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_leaves_nothing(dense, tmp_path, number, code):
     _, err = (process := stopped_midway(dense, tmp_path / "out", number)).communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moecc.support.console import Bar
-from tests.support.commands import Moecc
 
 
 def flip_a_byte_and_hide_it(dense: Path) -> None:
@@ -49,13 +47,13 @@ def remove_the_licence(dense: Path) -> None:
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_change_after_the_last_weight_was_read_is_noticed(
-    moecc: Moecc,
-    dense: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Path], None],
-    name: str,
-) -> None:
+    moecc,
+    dense,
+    tmp_path,
+    monkeypatch,
+    change,
+    name,
+):
     (dense / "tokenizer.json").write_text("{}")
     (dense / "LICENSE").write_text("of its own")
 
@@ -70,7 +68,7 @@ def test_a_change_after_the_last_weight_was_read_is_noticed(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_no_pass_reads_is_rejected(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_a_model_that_no_pass_reads_is_rejected(moecc, dense, tmp_path):
     """It would be named as a source of what it has no part in."""
     how = ("--experts", f"b={dense}", "--to", "mixtral")
     done = moecc("convert", dense, tmp_path / "out", "-p", "upcycle{experts=2}", *how)

@@ -6,7 +6,6 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,21 +17,21 @@ from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe_text import parse_recipe
 from moecc.weights.text import format_expr, parse_expr
 
-from .pages import ROOT, Block, blocks, blocks_of
+from .pages import ROOT, blocks, blocks_of
 
 _KEY = re.compile(r"key=0x[0-9a-f]+")
 """How keys are derived from seed and place is not what the page is about."""
 
 
 @pytest.mark.parametrize("block", blocks("moe"), ids=str)
-def test_graphs_parse_verify_and_print_as_they_stand(block: Block) -> None:
+def test_graphs_parse_verify_and_print_as_they_stand(block):
     graph = parse(block.text, str(block))
     verify(graph)
     assert print_graph(graph) == block.text
 
 
 @pytest.mark.parametrize("block", blocks("moe weights"), ids=str)
-def test_weight_expressions_have_types_and_print_as_they_stand(block: Block) -> None:
+def test_weight_expressions_have_types_and_print_as_they_stand(block):
     for line in block.text.splitlines():
         text = line.split("  #")[0].rstrip()
         expr, end = parse_expr(text)
@@ -41,12 +40,12 @@ def test_weight_expressions_have_types_and_print_as_they_stand(block: Block) -> 
 
 
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
-def test_recipes_are_valid(block: Block) -> None:
+def test_recipes_are_valid(block):
     parse_recipe(block.text, str(block))
 
 
 @pytest.mark.parametrize("block", blocks("toml machine"), ids=str)
-def test_machines_are_valid(block: Block, tmp_path: Path) -> None:
+def test_machines_are_valid(block, tmp_path):
     path = tmp_path / "ours.toml"
     path.write_text(block.text)
     assert find_machine(str(path)).devices
@@ -61,7 +60,7 @@ def test_machines_are_valid(block: Block, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(block, tmp_path, monkeypatch):
     """With jax in this process, since to import it costs most; else in one of its own.
 
     Families and passes that a page registers stay there.
@@ -83,7 +82,7 @@ def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert done.returncode == 0, done.stderr
 
 
-def test_the_sparse_block_is_the_dense_one_upcycled() -> None:
+def test_the_sparse_block_is_the_dense_one_upcycled():
     shown_there = (b for b in blocks_of(ROOT / "docs" / "ir.md") if b.info == "moe")
     dense, sparse, *_ = (parse(b.text) for b in shown_there)
     run_pipeline(dense, Pipeline.parse("upcycle{experts=4}"))

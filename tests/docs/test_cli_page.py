@@ -63,7 +63,7 @@ def compare(documented: list[str], objects: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture
-def report(capsys: pytest.CaptureFixture[str]) -> Any:
+def report(capsys):
     def run(*command: str) -> dict[str, Any]:
         assert main([*command, "--format", "json"]) == 0
         value: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -72,12 +72,12 @@ def report(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def test_inspect(report: Any) -> None:
+def test_inspect(report):
     sources = [str(GOLDEN / "llama_gqa"), str(GOLDEN / "qwen3_moe_plain"), "preset:smollm2-135m"]
     compare(documented("inspect", "key"), [report("inspect", s) for s in sources])
 
 
-def test_convert_and_verify(report: Any, tmp_path: Path) -> None:
+def test_convert_and_verify(report, tmp_path):
     source, out = str(GOLDEN / "llama_gqa"), str(tmp_path / "out")
     made = report(
         "convert", source, out, "-p", "upcycle{experts=4}", "--to", "mixtral", "--dtype", "bf16"
@@ -93,19 +93,19 @@ def test_convert_and_verify(report: Any, tmp_path: Path) -> None:
     assert not Path(out).exists()
 
 
-def test_prove(report: Any) -> None:
+def test_prove(report):
     source = str(GOLDEN / "llama_gqa")
     compare(documented("prove", "key"), [report("prove", source, source)])
 
 
-def test_forecast(report: Any) -> None:
+def test_forecast(report):
     none = report("forecast", str(GOLDEN / "llama_gqa"), "--tokens", "1e6")
     listed = documented("forecast", "key")
     of_pilot = ("pilot.", "crossing.")
     compare([name for name in listed if not name.startswith(of_pilot)], [none])
 
 
-def test_passes(report: Any) -> None:
+def test_passes(report):
     listed = documented("passes", "key, with NAME")
     for name in installed().names():
         compare(
@@ -120,7 +120,7 @@ def without_options(value: dict[str, Any]) -> dict[str, Any]:
     return {name: inner for name, inner in value.items() if name != "options"}
 
 
-def test_clean_and_run(report: Any, tmp_path: Path) -> None:
+def test_clean_and_run(report, tmp_path):
     out = tmp_path / "out"
     (tmp_path / ".out.moecc-partial").mkdir()
     found = report("clean", str(out), str(tmp_path / "other"))

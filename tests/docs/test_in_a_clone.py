@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .pages import PAGES, ROOT, Block, blocks
+from .pages import PAGES, ROOT, blocks
 from .test_page_commands import IN_A_CLONE, lines
 
 TESTS = ("make test", "make check", "make test-all", "make bench")
@@ -27,14 +27,14 @@ FIRST_HOUR = next(b for b in blocks("bash") if "make install && . .venv" in b.te
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("make ")])
-def test_targets_are_there(line: str) -> None:
+def test_targets_are_there(line):
     line = line.partition(" && ")[0]
     done = subprocess.run([*line.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clone(tmp_path_factory):
     """Return a clone of the repository, with nothing installed; skips where that cannot be."""
     folder = tmp_path_factory.mktemp("clone") / "moecc"
     if not (ROOT / ".git").exists():
@@ -62,7 +62,7 @@ def shell(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.download
 @pytest.mark.parametrize("block", [FIRST_HOUR], ids=str)
-def test_the_first_hour(block: Block, clone: Path) -> None:
+def test_the_first_hour(block, clone):
     """As one session; what it ends with is a sentence that goes on."""
     done = shell(block.text, clone)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -76,6 +76,6 @@ def test_the_first_hour(block: Block, clone: Path) -> None:
     [x for x in LINES if IN_A_CLONE.match(x) and x not in (*TESTS, *FIRST_HOUR.text.splitlines())
      and not re.match("make install|" + re.escape(OWN), x)],
 )  # fmt: skip
-def test_commands_run_in_a_clone(line: str, clone: Path) -> None:
+def test_commands_run_in_a_clone(line, clone):
     done = shell(f". .venv/bin/activate\n{line}", clone)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

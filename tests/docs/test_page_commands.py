@@ -73,7 +73,7 @@ def words(line: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("page", [*OTHERS, ROOT / "docs" / "jobs.md"], ids=lambda p: p.name)
-def test_commands_and_pipelines_are_read(page: Path) -> None:
+def test_commands_and_pipelines_are_read(page):
     """With the options that there are, of the types that they have, and passes that there are."""
     app = build_app()
     for line in lines(page):
@@ -88,7 +88,7 @@ def test_commands_and_pipelines_are_read(page: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", OTHERS, ids=lambda p: p.name)
-def test_commands_run(page: Path, stands: Path, tmp_path: Path) -> None:
+def test_commands_run(page, stands, tmp_path):
     pytest.importorskip("tokenizers")
     for each in [*stands.iterdir(), ROOT / "tests", ROOT / "examples"]:
         if ALONE.get(each.name, page.name) == page.name:
@@ -121,5 +121,5 @@ PROGRAMS = [line for page in OTHERS for line in lines(page) if OF_TPUS.match(lin
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="the compiler of TPUs is not installed")
 @pytest.mark.parametrize("line", PROGRAMS)
-def test_programs_of_tpus_compile(line: str, tmp_path: Path) -> None:
+def test_programs_of_tpus_compile(line, tmp_path):
     run(tmp_path, line)

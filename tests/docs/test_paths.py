@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -22,13 +21,13 @@ def anchor(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_files_that_a_page_names_exist(page: Path) -> None:
+def test_files_that_a_page_names_exist(page):
     files = {f for f in FILE.findall(page.read_text("utf-8")) if not TO_BE_WRITTEN.search(f)}
     assert {f for f in files if not (ROOT / f).exists()} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+def test_links_of_a_page_lead_somewhere(page):
     for link in LINK.findall(page.read_text("utf-8")):
         if link.startswith(("http", "mailto")):
             continue

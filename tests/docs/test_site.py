@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
-def test_the_index_and_the_site_name_every_page() -> None:
+def test_the_index_and_the_site_name_every_page():
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
     site = (ROOT / "mkdocs.yml").read_text("utf-8")
     linked = set(re.findall(r"\]\(([\w-]+\.md)", index)) | {"index.md"}
@@ -25,7 +25,7 @@ def test_the_index_and_the_site_name_every_page() -> None:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory):
     """Build the site, strictly: a link to a page, or to a place in one, that is not there fails."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)]
@@ -36,7 +36,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @NEEDS_MKDOCS
-def test_the_site_loads_nothing(site: Path) -> None:
+def test_the_site_loads_nothing(site):
     for page in PAGES:
         text = (site / page).with_suffix(".html").read_text("utf-8")
         loaded = re.findall(

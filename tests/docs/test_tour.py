@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.support.tiers import few
@@ -15,7 +13,7 @@ SESSIONS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("tou
 JOBS = ROOT / "docs" / "jobs.md"
 
 
-def test_what_fits() -> None:
+def test_what_fits():
     assert fits(["a … c"], ["a b c"])
     assert fits(["a", "…", "c"], ["a", "b", "b", "c"])
     assert not fits(["a … c"], ["a b d"])
@@ -25,7 +23,7 @@ def test_what_fits() -> None:
 
 
 @pytest.mark.parametrize("page", few([*SESSIONS, JOBS]), ids=lambda p: p.name)
-def test_sessions(page: Path, tmp_path: Path) -> None:
+def test_sessions(page, tmp_path):
     for name in ("tests", "examples", "docs", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     for block in blocks_of(page):

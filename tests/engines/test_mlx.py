@@ -55,7 +55,7 @@ CASES = [
 pytestmark = [pytest.mark.parity, needs(VARIABLE, MODULE)]
 
 
-def test_what_the_table_says_is_what_the_engine_does(tmp_path: Path) -> None:
+def test_what_the_table_says_is_what_the_engine_does(tmp_path):
     python = interpreter(VARIABLE, MODULE)
     assert python is not None
     jobs, said = [], []

@@ -41,9 +41,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow, needs(VARIABLE, MODULE)]
 
 
 @pytest.mark.parametrize(("family", "keys", "target", "passes"), CASES)
-def test_what_the_table_says_is_what_the_engine_does(
-    family: str, keys: dict[str, Any], target: str, passes: str, tmp_path: Path
-) -> None:
+def test_what_the_table_says_is_what_the_engine_does(family, keys, target, passes, tmp_path):
     source = write_source(tmp_path / "source", family, **keys)
     with open_model(str(source)) as model:
         planned = plan(model, Pipeline.parse(passes), target, seed=1)
@@ -62,7 +60,7 @@ def test_what_the_table_says_is_what_the_engine_does(
 @pytest.mark.parametrize(
     ("family", "passes"), [("llama", COPIES), ("qwen3", SHARED), ("gemma", "")]
 )
-def test_the_engine_runs_programs_in_pytorch(family: str, passes: str, tmp_path: Path) -> None:
+def test_the_engine_runs_programs_in_pytorch(family, passes, tmp_path):
     source = write_source(tmp_path / "source", family)
     out = tmp_path / "out"
     convert(str(source), str(out), pipeline=passes, seed=1, to="st_moe", emit="torch")

@@ -13,7 +13,7 @@ WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "cat", "sat", "on", "a", "ma
 
 
 @pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bert(tmp_path_factory):
     """A BERT of two layers with a tokenizer of twelve words."""
     folder = tmp_path_factory.mktemp("model") / "tiny-bert"
     shutil.copytree(GOLDEN / "bert_gelu", folder)

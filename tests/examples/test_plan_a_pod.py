@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from tiers import few
 
@@ -13,16 +11,14 @@ example = load("plan_a_pod")
 
 
 @pytest.mark.parametrize("pod", few(example.PODS), ids=lambda p: p.model)
-def test_every_pod_has_a_plan_that_fits(pod: object) -> None:
+def test_every_pod_has_a_plan_that_fits(pod):
     best = example.planned(pod)["best"]
     assert best["fits"]
     assert best["remat"] == "full"
 
 
 @pytest.mark.slow
-def test_the_report_has_the_plan_and_the_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_has_the_plan_and_the_program(tmp_path, monkeypatch):
     pytest.importorskip("jax")
     pytest.importorskip("optax")
     pytest.importorskip("plotly")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ pytest.importorskip("optax", reason="needs moecc[examples]")
 example = load("router_stability")
 
 
-def test_measures_by_hand() -> None:
+def test_measures_by_hand():
     """Two layers of one token and two experts; a constant in its logits is no spread."""
     outputs = {
         "trace.layers.1.ffn.logits": np.array([[3.0, 5.0]]),
@@ -34,13 +33,13 @@ def test_measures_by_hand() -> None:
 
 
 @pytest.mark.parametrize("given", ["--rates=fast", "--rates=0.1,-1", "--steps=0", "--seeds=0"])
-def test_what_it_refuses(given: str, tmp_path: Path) -> None:
+def test_what_it_refuses(given, tmp_path):
     assert example.main([given, "--out", str(tmp_path)]) == UsageError.exit_code
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_trains(tmp_path, capsys):
     quick = ["--quick", "--dtype", "f32", "--rates", "0.2", "--out", str(tmp_path)]
     assert example.main([*quick, "--steps", "40"]) == 0
     assert (tmp_path / "router_stability.png").stat().st_size > 10_000

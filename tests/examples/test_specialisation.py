@@ -18,7 +18,7 @@ example = load("specialisation")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     words = np.random.default_rng(0).choice(WORDS[4:], 400)
     path.write_text(" ".join(words), "utf-8")
@@ -31,9 +31,7 @@ def run(model: Path, text: Path, out: Path, *arguments: str) -> Any:
     return json.loads((out / "specialisation.json").read_text("utf-8"))
 
 
-def test_a_drawn_router(
-    bert: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_drawn_router(bert, text, tmp_path, capsys):
     first, again = (run(bert, text, tmp_path) for _ in range(2))
     other = run(bert, text, tmp_path, "--seed", "1")
     assert "drawn, not trained" in capsys.readouterr().out
@@ -48,7 +46,7 @@ def test_a_drawn_router(
 
 @pytest.mark.slow
 @pytest.mark.download
-def test_minilm_on_the_topics_of_help(tmp_path: Path) -> None:
+def test_minilm_on_the_topics_of_help(tmp_path):
     try:
         example.MINILM.fetch()
     except MachineError as error:

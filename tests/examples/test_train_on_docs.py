@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ example = load("train_on_docs")
 
 
 @pytest.mark.slow
-def test_the_chain_with_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_chain_with_few_steps(tmp_path, capsys):
     assert example.main(["--out", str(tmp_path / "out"), "--smoke"]) == 0, capsys.readouterr()
     out = tmp_path / "out"
     manifest = json.loads((out / "mixtral" / "moecc_manifest.json").read_text())

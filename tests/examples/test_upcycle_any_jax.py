@@ -16,6 +16,6 @@ example = load("upcycle_any_jax")
 
 
 @pytest.mark.slow
-def test_it_is_the_function_that_the_family_gives(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_the_function_that_the_family_gives(capsys):
     assert example.main(["--model", str(GOLDEN / "llama_gqa"), "--every", "1", "--steps", "2"]) == 0
     assert "blocks converted" in capsys.readouterr().out

@@ -17,7 +17,7 @@ example = load("upcycle_minilm")
 
 
 @pytest.fixture
-def lines(tmp_path: Path) -> Path:
+def lines(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("the cat sat\n\nthe cat sat on a mat\na cat slept\n", "utf-8")
     return path
@@ -28,9 +28,7 @@ def run(model: Path, out: Path, *arguments: str) -> int:
     return code
 
 
-def test_the_embeddings_are_those_of_the_dense_model(
-    bert: Path, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_embeddings_are_those_of_the_dense_model(bert, lines, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(bert, out, "--sentences", str(lines)) == 0
     assert "3 sentences" in capsys.readouterr().out
@@ -39,7 +37,7 @@ def test_the_embeddings_are_those_of_the_dense_model(
         assert [node.op.name for node in sparse.graph].count("dispatch") == 1
 
 
-def test_padding_changes_no_embedding(bert: Path, tmp_path: Path) -> None:
+def test_padding_changes_no_embedding(bert, tmp_path):
     sparse = example.convert(bert, tmp_path / "sparse")
     together = example.embed(sparse, ["the cat", "the cat sat on a mat and slept"])
     alone = example.embed(sparse, ["the cat"])
@@ -49,7 +47,7 @@ def test_padding_changes_no_embedding(bert: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.download
-def test_minilm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_minilm(tmp_path, capsys):
     try:
         source = example.MINILM.fetch()
     except MachineError as error:

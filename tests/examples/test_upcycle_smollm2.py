@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.download]
 
 
 @pytest.fixture(scope="module")
-def source() -> Path:
+def source():
     try:
         folder: Path = demo.SMOLLM2.fetch()
     except MachineError as error:
@@ -31,11 +31,11 @@ def source() -> Path:
 
 
 def test_the_demo_shows_what_it_promises(
-    source: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    source,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
     assert demo.main(["--out", str(tmp_path), "--tokens", "2"]) == 0
     assert "passed" in capsys.readouterr().out
     folder = tmp_path / "SmolLM2-135M-8x"
@@ -55,9 +55,7 @@ def test_the_demo_shows_what_it_promises(
     assert verify_manifest(folder) == []
 
 
-def test_an_extra_ffn_and_a_multiplicative_bias(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_extra_ffn_and_a_multiplicative_bias(source, tmp_path, capsys):
     """The paper's layer, every fourth, through a checkpoint of st_moe."""
     out = tmp_path / "smollm2-st-moe"
     pipeline = ["-p", "st-moe{experts=8}", "--to", "st_moe", "--dtype", "f32"]
@@ -78,7 +76,7 @@ def test_an_extra_ffn_and_a_multiplicative_bias(
         assert f"model.{place.removesuffix('ffn')}mlp.down_proj.weight.extra" in names
 
 
-def test_the_receipt_that_the_docs_quote(source: Path, tmp_path: Path) -> None:
+def test_the_receipt_that_the_docs_quote(source, tmp_path):
     out, root = tmp_path / "SmolLM2-8x", Path(__file__).parents[2]
     options = ["--to", "mixtral", "--dtype", "bf16", "--verify"]
     words = ["convert", str(source), str(out), "-p", "upcycle{experts=8 top-k=2}", *options]

@@ -29,7 +29,7 @@ def effect(dense: list[float], sparse: list[float], **of: Any) -> Any:
     return verdicts.effect_of(lines, declared.declared()["a"], CLAIM)
 
 
-def test_an_effect_is_paired_by_seed_and_its_interval_is_students() -> None:
+def test_an_effect_is_paired_by_seed_and_its_interval_is_students():
     found = effect([1.5, 1.6, 1.7], [1.4, 1.49, 1.62])
     assert found.mean == pytest.approx(-0.29 / 3)
     assert found.half_width == pytest.approx(4.30 * 0.0152752 / 3**0.5, rel=1e-3)
@@ -41,7 +41,7 @@ def test_an_effect_is_paired_by_seed_and_its_interval_is_students() -> None:
     assert effect([1.5, 1.6, 1.7], [1.4, 1.5, 1.6], data="sha256:1").values == ()
 
 
-def test_what_learns_no_more_than_the_likelier_label_measures_nothing() -> None:
+def test_what_learns_no_more_than_the_likelier_label_measures_nothing():
     task = declared.declared()["t"]
     claim = next(c for c in task.claims if c != task.measures)
 
@@ -58,7 +58,7 @@ def test_what_learns_no_more_than_the_likelier_label_measures_nothing() -> None:
     assert verdicts.verdict_of([], task, claim) is verdicts.Verdict.NOT_RUN
 
 
-def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     asked = []
 
     def arm(self: Any, experiment: Any, name: str, seed: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_an_arm_is_trained_and_measured(tmp_path: Path) -> None:
+def test_an_arm_is_trained_and_measured(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     few = ("run.steps=6", "run.evaluate_steps=0", "optimizer.warmup=0", "data.evaluate_batches=1",
            "data.batch=4", "data.seq=64", "optimizer.schedule=constant",
@@ -99,9 +99,7 @@ def test_an_arm_is_trained_and_measured(tmp_path: Path) -> None:
     ("rte", "rte1_dev.xml", '<c><pair value="TRUE"><t>a b</t>\n<h>b</h></pair></c>',
      [("b | a b", "y")]),
 ])  # fmt: skip
-def test_tasks_are_texts_with_letters(
-    tmp_path: Path, name: str, file: str, text: str, expected: list[tuple[str, str]]
-) -> None:
+def test_tasks_are_texts_with_letters(tmp_path, name, file, text, expected):
     tasks = importlib.import_module("tasks")
     with pytest.raises(FileNotFoundError, match="is at https"):
         list(tasks.records(name, tmp_path))

@@ -34,7 +34,7 @@ def lines(rng: np.random.Generator, effect: float, spread: float = 0.004) -> Any
     return table
 
 
-def test_the_interval_holds_the_effect_as_often_as_it_says() -> None:
+def test_the_interval_holds_the_effect_as_often_as_it_says():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
         effect = worth_page.difference(lines(rng, -0.02), ("sparse", 150), ("dense", 150))
@@ -44,18 +44,18 @@ def test_the_interval_holds_the_effect_as_often_as_it_says() -> None:
     assert effect.reach(6) > effect.reach(1)
 
 
-def test_holm_by_hand() -> None:
+def test_holm_by_hand():
     assert worth_page.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert worth_page.holm([0.9, 0.2]) == pytest.approx([0.9, 0.4])
 
 
-def test_a_paragraph_counts_once() -> None:
+def test_a_paragraph_counts_once():
     seen: set[bytes] = set()
     assert worth_texts._unseen("a  licence\n\nmine", seen) == "a  licence\n\nmine"
     assert worth_texts._unseen("a licence\n\nyours\n\nyours", seen) == "yours"
 
 
-def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves() -> None:
+def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves():
     ratios = [
         said / crossing for _, _, said, crossing in worth_forecasts.pairs() if crossing < np.inf
     ]

@@ -33,7 +33,7 @@ def refusal(data: Any) -> InputError:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_configs_in_the_spelling_of_published_models_are_read(name: str) -> None:
+def test_configs_in_the_spelling_of_published_models_are_read(name):
     config = parse_config(PUBLISHED[name])
     written = config.to_json()
     assert parse_config(written) == config
@@ -50,7 +50,7 @@ def test_configs_in_the_spelling_of_published_models_are_read(name: str) -> None
     [None, {"rope_type": "linear", "factor": 2}, LLAMA3, YARN],
     ids=["plain", "linear", "llama3", "yarn"],
 )
-def test_either_spelling_and_both_mean_the_same(family: str, scaling: Any) -> None:
+def test_either_spelling_and_both_mean_the_same(family, scaling):
     kind = (scaling or {"rope_type": "default"})["rope_type"]
     if kind not in decoders()[family].rope_types or family == "gptj":
         return  # a gptj states no rotary positions
@@ -71,7 +71,7 @@ def test_either_spelling_and_both_mean_the_same(family: str, scaling: Any) -> No
 # ---------- sliding windows
 
 
-def test_windows_of_every_style() -> None:
+def test_windows_of_every_style():
     def windows(family: str, **keys: Any) -> tuple[int | None, ...]:
         return parse_config(small(family, **keys)).sliding_windows
 
@@ -92,7 +92,7 @@ def test_windows_of_every_style() -> None:
     assert windows("qwen2_moe", use_sliding_window=False, sliding_window=0) == (None,) * 4
 
 
-def test_qwen2_moe_window_without_layer_types_is_refused() -> None:
+def test_qwen2_moe_window_without_layer_types_is_refused():
     """The versions disagree: all layers in 4, every second one in 5."""
     error = refusal(small("qwen2_moe", use_sliding_window=True, sliding_window=8))
     assert "transformers 4 puts the window on every layer" in str(error)
@@ -110,7 +110,7 @@ def test_qwen2_moe_window_without_layer_types_is_refused() -> None:
         ("qwen3_moe", {}, 128),
     ],
 )
-def test_number_of_experts(family: str, keys: dict[str, int], experts: int) -> None:
+def test_number_of_experts(family, keys, experts):
     config = parse_config({"model_type": family, **SMALL, **MOE, **keys})
     assert isinstance(config, MoeConfig)
     assert config.num_experts == experts
@@ -138,9 +138,7 @@ def test_number_of_experts(family: str, keys: dict[str, int], experts: int) -> N
         (MixtralConfig, {"sliding_windows": ()}, "one window (or None) for each layer"),
     ],
 )
-def test_a_family_says_why_it_cannot(
-    family: type[MoeConfig], changes: dict[str, Any], reason: str
-) -> None:
+def test_a_family_says_why_it_cannot(family, changes, reason):
     common = parse_config(small("llama")).common()
     experts = {"num_experts": 4, "experts_per_token": 2, "expert_intermediate_size": 24}
     with pytest.raises(InputError) as caught:
@@ -148,7 +146,7 @@ def test_a_family_says_why_it_cannot(
     assert reason in str(caught.value)
 
 
-def test_a_llama_has_no_window_and_a_qwen2_one_size_of_it() -> None:
+def test_a_llama_has_no_window_and_a_qwen2_one_size_of_it():
     llama = parse_config(small("llama"))
     with pytest.raises(InputError, match="llama has no sliding window"):
         replace(llama, sliding_windows=(8,) * 4)
@@ -157,7 +155,7 @@ def test_a_llama_has_no_window_and_a_qwen2_one_size_of_it() -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
-def test_a_stated_activation_is_stronger_than_the_projection(family: str) -> None:
+def test_a_stated_activation_is_stronger_than_the_projection(family):
     keys = {"feed_forward_proj": "relu", "dense_act_fn": "silu"}
     config = parse_config({"model_type": family, **keys})
     assert config.hidden_act == "silu"
@@ -168,7 +166,7 @@ def test_a_stated_activation_is_stronger_than_the_projection(family: str) -> Non
 # ---------- frequencies
 
 
-def test_dynamic_scaling_starts_beyond_the_maximal_length() -> None:
+def test_dynamic_scaling_starts_beyond_the_maximal_length():
     rope = RopeConfig(theta=100.0, type="dynamic", factor=2.0)
     inside = rotary_frequencies(rope, 4, max_position_embeddings=10, length=10)
     beyond = rotary_frequencies(rope, 4, max_position_embeddings=10, length=20)

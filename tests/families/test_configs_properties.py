@@ -31,7 +31,7 @@ def configs(draw: st.DrawFn) -> DecoderConfig:
 
 @given(configs())
 @settings(max_examples=examples(100, 300), deadline=None)
-def test_reading_what_was_written_gives_the_same_config(config: DecoderConfig) -> None:
+def test_reading_what_was_written_gives_the_same_config(config):
     written = json.loads(json.dumps(config.to_json(), allow_nan=False))
     assert parse_config(written) == config
     assert parse_config(written).to_json() == written
@@ -39,7 +39,7 @@ def test_reading_what_was_written_gives_the_same_config(config: DecoderConfig) -
 
 @given(configs())
 @settings(max_examples=100, deadline=None)
-def test_either_half_of_what_was_written_suffices(config: DecoderConfig) -> None:
+def test_either_half_of_what_was_written_suffices(config):
     written = config.to_json()
     four = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
     five = {
@@ -55,7 +55,7 @@ def test_either_half_of_what_was_written_suffices(config: DecoderConfig) -> None
 
 @given(configs())
 @settings(max_examples=100, deadline=None)
-def test_rotary_tables_are_positive_and_finite(config: DecoderConfig) -> None:
+def test_rotary_tables_are_positive_and_finite(config):
     length = config.max_position_embeddings
     found = rotary_frequencies(
         config.rope, config.head_dim, max_position_embeddings=length, length=2 * length

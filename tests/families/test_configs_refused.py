@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,7 +203,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_with_key_and_reason(case: str) -> None:
+def test_refused_with_key_and_reason(case):
     data, key, reason = REFUSED[case]
     error = refusal(data)
     assert error.exit_code == 1
@@ -214,7 +213,7 @@ def test_refused_with_key_and_reason(case: str) -> None:
     assert reason in str(error)
 
 
-def test_all_problems_at_once_and_nothing_that_follows_from_them() -> None:
+def test_all_problems_at_once_and_nothing_that_follows_from_them():
     error = refusal(
         small(
             "qwen3_moe",
@@ -240,7 +239,7 @@ def test_all_problems_at_once_and_nothing_that_follows_from_them() -> None:
     }
 
 
-def test_an_unknown_family_is_taken_for_another_by_its_class_alone() -> None:
+def test_an_unknown_family_is_taken_for_another_by_its_class_alone():
     for name in ("mixtrel", "mamba", "llama2"):
         said = str(refusal({"model_type": name, "architectures": ["MambaForCausalLM"]}))
         assert not any(word in said for word in ("did you mean", "is that of model_type"))
@@ -260,7 +259,7 @@ def test_an_unknown_family_is_taken_for_another_by_its_class_alone() -> None:
         assert refusal(wrong).exit_code == 1
 
 
-def test_reading_a_folder(tmp_path: Path) -> None:
+def test_reading_a_folder(tmp_path):
     with pytest.raises(InputError):
         read_config(tmp_path)
     path = tmp_path / "config.json"
@@ -275,7 +274,7 @@ def test_reading_a_folder(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-def test_a_mirrored_folder_leaves_the_keys_of_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirrored_folder_leaves_the_keys_of_a_problem(monkeypatch):
     monkeypatch.setitem(errors.ALIASES, "/mirror", "s3://bucket")
     problem = key_problem("not so", None, "/mirror/x", "head_dim", "hidden_size")
     assert problem.keys == ("head_dim", "hidden_size")

@@ -37,18 +37,14 @@ def deep_config(name: str) -> Any:
 @pytest.mark.parametrize(
     "name", ["mixtral_gqa", "gemma3_local", "glm4_moe_dense_first", "t5_gated_untied"]
 )
-def test_a_deep_model_is_inspected_as_if_all_its_layers_were_built(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_deep_model_is_inspected_as_if_all_its_layers_were_built(name, monkeypatch):
     monkeypatch.setattr(inspect, "MANY_LAYERS", MANY)
     config = deep_config(name)
     assert deep_inspection(config, "deep") == inspection(OpenedModel(build(config), "deep"))
 
 
 @pytest.mark.parametrize("dense", [(0, 1, 20), (34,)])
-def test_a_model_with_another_layer_far_down_is_built(
-    dense: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_with_another_layer_far_down_is_built(dense, monkeypatch):
     monkeypatch.setattr(inspect, "MANY_LAYERS", MANY)
     config = replace(deep_config("qwen2_moe_plain"), mlp_only_layers=dense)
     assert deep_inspection(config, "deep") is None
@@ -82,7 +78,7 @@ def of_depth(layers: int) -> Graph:
 
 
 @pytest.mark.parametrize("task", ["plan", "roll"])
-def test_each_layer_takes_as_much_work_as_the_one_before(task: str) -> None:
+def test_each_layer_takes_as_much_work_as_the_one_before(task):
     def lines(layers: int) -> int:
         graph = of_depth(layers)
         if task == "roll":

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from family_configs import random_checkpoint, small_configs
 from hypothesis import given, settings
 
 from moecc.families import build
-from moecc.families.decoder import DecoderConfig
 from moecc.families.describe import describe, sequence_flops
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
@@ -70,7 +67,7 @@ SMOLLM2 = {
         (SMOLLM2, 134_515_008, 134_515_008),
     ],
 )
-def test_counts_are_the_published_ones(keys: dict[str, Any], total: int, active: int) -> None:
+def test_counts_are_the_published_ones(keys, total, active):
     counted = describe(build(parse_config(keys))).parameters
     assert (counted.total, counted.active) == (total, active)
     assert sum(counted.groups.values()) == total
@@ -81,7 +78,7 @@ EXPERTS = (".experts.", ".input_linear.", ".output_linear.")
 
 @given(small_configs())
 @settings(max_examples=40)
-def test_the_total_is_what_lies_on_disk(config: DecoderConfig) -> None:
+def test_the_total_is_what_lies_on_disk(config):
     counted = describe(build(config)).parameters
     arrays = random_checkpoint(config).arrays
     assert counted.total == sum(array.size for array in arrays.values())
@@ -97,7 +94,7 @@ def test_the_total_is_what_lies_on_disk(config: DecoderConfig) -> None:
 
 @given(small_configs())
 @settings(max_examples=40)
-def test_flops_are_two_for_each_weight_of_a_matrix(config: DecoderConfig) -> None:
+def test_flops_are_two_for_each_weight_of_a_matrix(config):
     facts = describe(build(config))
     attention = 2 * config.num_attention_heads * config.head_dim
     ffn = 0
@@ -134,7 +131,7 @@ OF_TOKENS = [case for case in OF_EACH_FAMILY.values() if "whisper" not in case]
         *((name, "fuse-attention") for name in OF_TOKENS[1::8]),
     ],
 )
-def test_a_plan_counts_the_flops_of_a_sequence(name: str, pipeline: str) -> None:
+def test_a_plan_counts_the_flops_of_a_sequence(name, pipeline):
     with open_model(str(GOLDEN / name)) as model:
         graph = model.graph
         context = Context(allow_unmatched=True)

@@ -65,9 +65,7 @@ def close(found: Array, expected: Array, bound: float = 1e-9) -> bool:
 
 @given(models, st.booleans())
 @settings(max_examples=40)
-def test_every_config_builds_a_graph_that_prints_and_parses(
-    config: ModelConfig, padding: bool
-) -> None:
+def test_every_config_builds_a_graph_that_prints_and_parses(config, padding):
     graph = build(config, padding=padding)
     verify(graph)
     assert equal(parse(print_graph(graph)), graph)
@@ -86,7 +84,7 @@ def test_every_config_builds_a_graph_that_prints_and_parses(
 
 @given(models, st.booleans())
 @settings(max_examples=30)
-def test_every_config_exports_to_itself_and_to_st_moe(config: ModelConfig, padding: bool) -> None:
+def test_every_config_exports_to_itself_and_to_st_moe(config, padding):
     checkpoint = random_checkpoint(config, seed=2)
     graph = import_checkpoint(checkpoint, padding=padding)
     inputs = tokens_for(graph)
@@ -118,7 +116,7 @@ def upcycled(options: dict[str, Any], **keys: Any) -> tuple[Graph, MemoryCheckpo
 @pytest.mark.parametrize(
     ("layers", "counts"), [("all", (4, 4)), ("every:2", (2, 2)), ("1", (1, 1)), ("1,3", (2, 2))]
 )
-def test_a_zero_router_makes_switch_exact(layers: str, counts: tuple[int, int]) -> None:
+def test_a_zero_router_makes_switch_exact(layers, counts):
     graph, checkpoint = upcycled({"layers": layers, "router_init": "zero"})
     inputs = tokens_for(graph)
     dense = run(import_checkpoint(checkpoint), checkpoint, inputs)
@@ -142,16 +140,14 @@ def test_a_zero_router_makes_switch_exact(layers: str, counts: tuple[int, int]) 
         ({}, {"feed_forward_proj": "gated-gelu"}, "no gated blocks"),
     ],
 )
-def test_what_switch_cannot_say_is_told(
-    options: dict[str, Any], keys: dict[str, Any], words: str
-) -> None:
+def test_what_switch_cannot_say_is_told(options, keys, words):
     graph, _ = upcycled(options, **keys)
     with pytest.raises(InputError, match=words):
         export_graph(graph, "switch_transformers")
     assert export_graph(graph, "st_moe").tensors
 
 
-def test_a_t5_is_tied_as_transformers_ties_it() -> None:
+def test_a_t5_is_tied_as_transformers_ties_it():
     tied = config_of("t5")
     assert isinstance(tied, T5Config)
     assert (tied.tie_word_embeddings, tied.scale_outputs) == (True, True)
@@ -202,7 +198,7 @@ def _turn(arrays: dict[str, Array], config: dict[str, Any]) -> None:
         (_turn, "it is transposed"),
     ],
 )
-def test_damage_is_told_by_stack(damage: Damage, words: str) -> None:
+def test_damage_is_told_by_stack(damage, words):
     config = config_of(
         "switch_transformers", num_experts=2, num_sparse_encoder_layers=2,
         num_sparse_decoder_layers=2,
@@ -235,13 +231,13 @@ def test_damage_is_told_by_stack(damage: Damage, words: str) -> None:
         ({"model_type": "bert", "is_decoder": True}, "decodes"),
     ],
 )
-def test_what_a_family_cannot_say_is_refused(keys: dict[str, Any], words: str) -> None:
+def test_what_a_family_cannot_say_is_refused(keys, words):
     sizes = {} if keys["model_type"] == "bert" else SIZES
     with pytest.raises(InputError, match=words):
         parse_config({**sizes, **keys})
 
 
-def test_what_is_no_part_of_a_graph_is_known() -> None:
+def test_what_is_no_part_of_a_graph_is_known():
     with open_checkpoint(GOLDEN / "bert_gelu") as checkpoint:
         graph = import_checkpoint(checkpoint)
         unread = unread_tensors(graph, checkpoint)

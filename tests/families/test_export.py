@@ -83,7 +83,7 @@ def run(graph: Graph, checkpoint: MemoryCheckpoint, seq: int = 5) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", OF_EACH_FAMILY.values())
-def test_a_checkpoint_is_exported_as_it_is(case: str) -> None:
+def test_a_checkpoint_is_exported_as_it_is(case):
     with open_checkpoint(GOLDEN / case) as checkpoint:
         graph = import_checkpoint(checkpoint)
         made = export_graph(graph, graph.attrs["family"])
@@ -113,9 +113,7 @@ VARIANTS: list[dict[str, Any]] = [
     [*((*pair, {}) for pair in PAIRS), *((*PAIRS[n], o) for n, o in enumerate(VARIANTS) if o)],
     ids=str,
 )
-def test_an_upcycled_model_reads_back_as_the_same_model(
-    source: str, target: str, keys: dict[str, Any], options: dict[str, Any]
-) -> None:
+def test_an_upcycled_model_reads_back_as_the_same_model(source, target, keys, options):
     checkpoint = random_checkpoint(config_of(source, **keys), seed=5)
     graph = upcycled(import_checkpoint(checkpoint), target, **options)
     if isinstance(propose(graph, target), list):
@@ -143,7 +141,7 @@ def _kinds(graph: Graph) -> dict[str, int]:
     return counts
 
 
-def test_a_bias_that_chooses_experts_is_written_as_zeros() -> None:
+def test_a_bias_that_chooses_experts_is_written_as_zeros():
     for target, name, shape in (
         ("glm4_moe", "model.layers.1.mlp.gate.e_score_correction_bias", (4,)),
         ("ernie4_5_moe", "model.layers.1.mlp.moe_statics.e_score_correction_bias", (1, 4)),
@@ -157,7 +155,7 @@ def test_a_bias_that_chooses_experts_is_written_as_zeros() -> None:
         export_graph(upcycled(build(config_of("llama")), "mixtral", balance_bias=True), "mixtral")
 
 
-def test_a_tied_target_takes_no_untied_weights() -> None:
+def test_a_tied_target_takes_no_untied_weights():
     graph = upcycled(build(config_of("llama")), "mixtral")
     graph.attrs["config"]["tie_word_embeddings"] = True
     with pytest.raises(InputError, match="one tensor where the graph has two different ones"):
@@ -169,9 +167,7 @@ def test_a_tied_target_takes_no_untied_weights() -> None:
 
 @given(small_configs(DENSE, most_layers=2), st.data())
 @settings(max_examples=30)
-def test_the_order_of_commutative_operands_does_not_matter(
-    config: DecoderConfig, data: st.DataObject
-) -> None:
+def test_the_order_of_commutative_operands_does_not_matter(config, data):
     graph = build(config)
     expected = export_graph(graph, config.model_type).tensors
     for node in graph:
@@ -182,7 +178,7 @@ def test_the_order_of_commutative_operands_does_not_matter(
     assert export_graph(graph, config.model_type).tensors == expected
 
 
-def test_a_value_may_be_computed_twice() -> None:
+def test_a_value_may_be_computed_twice():
     graph = build(config_of("llama"))
     expected = export_graph(graph, "llama").tensors
     norm = next(n for n in graph if n.op.name == "rms_norm")
@@ -199,7 +195,7 @@ def differing(graph: Graph, family: str) -> list[Any]:
     return list(caught.value.problems)
 
 
-def test_where_graph_and_target_part_both_lines_are_shown() -> None:
+def test_where_graph_and_target_part_both_lines_are_shown():
     graph = build(config_of("llama"))
     node = next(n for n in graph if n.op.name == "silu" and n.loc == "layers.2.ffn")
     gelu = Builder(graph, loc=node.loc, before=node).gelu(node.operands[0])
@@ -211,7 +207,7 @@ def test_where_graph_and_target_part_both_lines_are_shown() -> None:
     assert " = gelu %gate" in problem.found
 
 
-def test_an_extra_output_is_not_lost_in_silence() -> None:
+def test_an_extra_output_is_not_lost_in_silence():
     graph = build(config_of("llama"))
     graph.set_output("hidden", graph.outputs["logits"].node.operands[0])
     (problem,) = differing(graph, "llama")
@@ -219,7 +215,7 @@ def test_an_extra_output_is_not_lost_in_silence() -> None:
     assert problem.found == "logits, hidden"
 
 
-def test_a_parameter_without_a_weight_cannot_be_written() -> None:
+def test_a_parameter_without_a_weight_cannot_be_written():
     graph = build(config_of("llama"))
     graph.params["model.norm.weight"].weight = None
     (problem,) = differing(graph, "llama")

@@ -37,7 +37,7 @@ def nodes(graph: Graph, name: str) -> list:
 
 
 @pytest.mark.parametrize("case", some(CASES, *QUICK))
-def test_the_imported_graph_gives_the_golden_logits(case: str) -> None:
+def test_the_imported_graph_gives_the_golden_logits(case):
     with open_checkpoint(GOLDEN / case) as checkpoint:
         graph = import_checkpoint(checkpoint)
         verify(graph)
@@ -57,7 +57,7 @@ def test_the_imported_graph_gives_the_golden_logits(case: str) -> None:
 
 @given(small_configs())
 @settings(max_examples=40)
-def test_every_config_builds_a_graph_that_prints_and_parses(config: DecoderConfig) -> None:
+def test_every_config_builds_a_graph_that_prints_and_parses(config):
     graph = build(config, checkpoint="some/folder")
     verify(graph)
     assert equal(parse(print_graph(graph)), graph)
@@ -71,7 +71,7 @@ def test_every_config_builds_a_graph_that_prints_and_parses(config: DecoderConfi
     assert str(graph.outputs["logits"].type) == expected
 
 
-def test_parameters_are_named_after_tensors_with_axes_as_on_disk() -> None:
+def test_parameters_are_named_after_tensors_with_axes_as_on_disk():
     graph = build(config_of("llama", attention_bias=True, mlp_bias=True))
     layer = "model.layers.3."
     types = {
@@ -95,7 +95,7 @@ def test_parameters_are_named_after_tensors_with_axes_as_on_disk() -> None:
 
 @given(small_configs(["mixtral", "qwen2_moe", "qwen3_moe"], most_layers=2))
 @settings(max_examples=15)
-def test_fused_experts_are_the_same_model(config: DecoderConfig) -> None:
+def test_fused_experts_are_the_same_model(config):
     apart = random_checkpoint(config, seed=3)
     fused = MemoryCheckpoint(apart.config, _fused(apart.arrays))
     tokens = np.arange(6).reshape(2, 3) % config.vocab_size

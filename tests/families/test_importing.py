@@ -42,7 +42,7 @@ def problems(made: MemoryCheckpoint) -> list[str]:
     return [p.message for p in refusal(made).problems]
 
 
-def test_a_missing_tensor_is_named_with_its_type_and_the_nearest_name() -> None:
+def test_a_missing_tensor_is_named_with_its_type_and_the_nearest_name():
     made = checkpoint()
     name = "model.layers.1.mlp.up_proj.weight"
     made.arrays["model.layers.1.mlp.upp_proj.weight"] = made.arrays.pop(name)
@@ -56,7 +56,7 @@ def test_a_missing_tensor_is_named_with_its_type_and_the_nearest_name() -> None:
     assert extra.hint == f"did you mean {name!r}?"
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_told_at_once():
     made = checkpoint()
     del made.arrays["model.norm.weight"]
     made.arrays["model.layers.0.self_attn.k_proj.weight"] = np.zeros((16, 16), np.float32)
@@ -70,7 +70,7 @@ def test_all_problems_are_told_at_once() -> None:
     ]
 
 
-def test_missing_layers_are_one_problem() -> None:
+def test_missing_layers_are_one_problem():
     made = checkpoint()
     made.arrays = {n: a for n, a in made.arrays.items() if "layers.1." not in n}
     (problem,) = refusal(made).problems
@@ -81,7 +81,7 @@ def test_missing_layers_are_one_problem() -> None:
     assert problem.message == "no tensor of the layers 3-8"
 
 
-def test_an_unexpected_bias_points_to_the_key_of_the_config() -> None:
+def test_an_unexpected_bias_points_to_the_key_of_the_config():
     made = checkpoint()
     made.arrays["model.layers.0.self_attn.q_proj.bias"] = np.zeros(16, np.float32)
     made.arrays["model.layers.0.mlp.up_proj.bias"] = np.zeros(24, np.float32)
@@ -93,7 +93,7 @@ def test_an_unexpected_bias_points_to_the_key_of_the_config() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_base_model_without_the_prefix_is_recognised(tied: bool) -> None:
+def test_a_base_model_without_the_prefix_is_recognised(tied):
     made = checkpoint(tie_word_embeddings=tied)
     made.arrays = {
         n.removeprefix("model."): a for n, a in made.arrays.items() if n != "lm_head.weight"
@@ -103,7 +103,7 @@ def test_a_base_model_without_the_prefix_is_recognised(tied: bool) -> None:
     assert len(found) == (1 if tied else 2)
 
 
-def test_rotary_buffers_are_ignored() -> None:
+def test_rotary_buffers_are_ignored():
     made = checkpoint()
     for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"):
         made.arrays[name] = np.zeros(2, np.float32)
@@ -113,7 +113,7 @@ def test_rotary_buffers_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("row", [0, 39])
-def test_a_tied_model_with_another_output_matrix_is_refused(row: int) -> None:
+def test_a_tied_model_with_another_output_matrix_is_refused(row):
     made = checkpoint(tie_word_embeddings=True)
     made.arrays["lm_head.weight"] = made.arrays["model.embed_tokens.weight"].copy()
     made.arrays["lm_head.weight"][row, 3] += 1
@@ -124,7 +124,7 @@ def test_a_tied_model_with_another_output_matrix_is_refused(row: int) -> None:
     assert '"tie_word_embeddings": false' in str(problem.hint)
 
 
-def test_a_tied_output_matrix_of_another_shape_or_type_is_not_even_read() -> None:
+def test_a_tied_output_matrix_of_another_shape_or_type_is_not_even_read():
     made = checkpoint(tie_word_embeddings=True)
     table = made.arrays["model.embed_tokens.weight"]
     for other in (table[:-1], table.astype(np.float64)):
@@ -133,7 +133,7 @@ def test_a_tied_output_matrix_of_another_shape_or_type_is_not_even_read() -> Non
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])
-def test_a_wrong_number_of_experts_is_told(change: str) -> None:
+def test_a_wrong_number_of_experts_is_told(change):
     made = checkpoint("mixtral", **MOE)
     experts = 5 if change == "missing" else 3
     made.config["num_local_experts"] = made.config["num_experts"] = experts
@@ -147,7 +147,7 @@ def test_a_wrong_number_of_experts_is_told(change: str) -> None:
     }
 
 
-def test_fused_experts_of_a_wrong_width_are_told() -> None:
+def test_fused_experts_of_a_wrong_width_are_told():
     config = parse_config({"model_type": "mixtral", **SIZES, **MOE})
     made = random_checkpoint(config, layout="fused")
     verify(import_checkpoint(made))
@@ -166,7 +166,7 @@ def test_fused_experts_of_a_wrong_width_are_told() -> None:
         {"num_hidden_layers": 10_000, "num_local_experts": 65_536, "num_experts": 65_536},
     ],
 )
-def test_a_config_that_speaks_of_another_model_is_refused_at_once(keys: dict[str, int]) -> None:
+def test_a_config_that_speaks_of_another_model_is_refused_at_once(keys):
     made = checkpoint("mixtral", **MOE)
     made.config |= keys
     start = time.process_time()
@@ -176,7 +176,7 @@ def test_a_config_that_speaks_of_another_model_is_refused_at_once(keys: dict[str
 
 @given(st.data())
 @settings(max_examples=60)
-def test_any_damage_to_the_tensors_is_told_as_a_problem(data: st.DataObject) -> None:
+def test_any_damage_to_the_tensors_is_told_as_a_problem(data):
     made = random_checkpoint(data.draw(small_configs(most_layers=2)))
     name = data.draw(st.sampled_from(sorted(made.arrays)))
     kind = data.draw(st.sampled_from(["drop", "rename", "grow", "flatten", "integers"]))

@@ -30,7 +30,7 @@ def drawn(seed: int = 0, scale: float = 1.0) -> OpenedModel:
     return OpenedModel(graph, "drawn")
 
 
-def test_a_matrix_has_variance_scale_over_fan_in() -> None:
+def test_a_matrix_has_variance_scale_over_fan_in():
     params = drawn(scale=0.5).params()
     for name, fan_in in {
         "model.layers.0.mlp.up_proj.weight": 64,
@@ -46,13 +46,13 @@ def test_a_matrix_has_variance_scale_over_fan_in() -> None:
         assert abs(found.mean()) < 5 * found.std() / found.size**0.5
 
 
-def test_gains_are_one_and_biases_nothing() -> None:
+def test_gains_are_one_and_biases_nothing():
     params = drawn().params()
     assert (params["model.norm.weight"] == 1).all()
     assert (params["model.layers.0.self_attn.q_proj.bias"] == 0).all()
 
 
-def test_experts_are_drawn_apart_and_what_a_pass_drew_stays() -> None:
+def test_experts_are_drawn_apart_and_what_a_pass_drew_stays():
     first, other = drawn(seed=0), drawn(seed=1)
     up = first.params()["model.layers.1.mlp.up_proj.weight"]
     assert up.shape == (4, 160, 64)
@@ -66,7 +66,7 @@ def test_experts_are_drawn_apart_and_what_a_pass_drew_stays() -> None:
 
 
 @pytest.mark.parametrize("case", OF_EACH_FAMILY.values())
-def test_every_family_gives_outputs_of_order_one(case: str) -> None:
+def test_every_family_gives_outputs_of_order_one(case):
     """No parameter is zero that should not be, and none is far too large."""
     with open_model(str(GOLDEN / case)) as model:
         initialise(model.graph)

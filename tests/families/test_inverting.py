@@ -62,7 +62,7 @@ def _fresh(expr: Expr, counter: object) -> Expr:
 
 
 @given(readings())
-def test_reading_the_tensors_gives_the_parameter(read: Expr) -> None:
+def test_reading_the_tensors_gives_the_parameter(read):
     made = Source("parameter", read.type)
     parameter = np.arange(np.prod(read.type.shape), dtype=np.float32).reshape(read.type.shape)
 
@@ -76,7 +76,7 @@ def test_reading_the_tensors_gives_the_parameter(read: Expr) -> None:
     np.testing.assert_array_equal(again, parameter)
 
 
-def test_an_axis_of_one_entry_comes_back() -> None:
+def test_an_axis_of_one_entry_comes_back():
     source = Source("gate", tensor(F32, shared=1, embed=3))
     made = Source("vector", tensor(F32, embed=3))
     ((name, expr),) = tensors_of([(Index(source, "shared", 0), made)])
@@ -96,6 +96,6 @@ def test_an_axis_of_one_entry_comes_back() -> None:
     ],
     ids=str,
 )
-def test_what_loses_elements_or_repeats_them_cannot_be_undone(read: Expr) -> None:
+def test_what_loses_elements_or_repeats_them_cannot_be_undone(read):
     with pytest.raises(ValueError, match="cannot be inverted"):
         tensors_of([(read, Source("p", read.type))])

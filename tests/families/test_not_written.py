@@ -12,7 +12,7 @@ from moecc.translate.propose import NOT_WRITTEN, check_target
 
 
 @pytest.mark.parametrize("name", NOT_WRITTEN)
-def test_why_and_what_instead(name: str) -> None:
+def test_why_and_what_instead(name):
     assert name not in CONFIGS
     with pytest.raises(InputError) as caught:
         check_target(name)

@@ -25,11 +25,11 @@ def graph_of(name: str) -> Graph:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_parameters_are_those_of_the_published_model(name: str) -> None:
+def test_the_parameters_are_those_of_the_published_model(name):
     assert count_parameters(graph_of(name)).total == PARAMETERS[name]
 
 
-def test_groups_are_those_of_the_paper() -> None:
+def test_groups_are_those_of_the_paper():
     groups = count_parameters(graph_of("st-moe-l")).groups
     paper = paper_groups(groups)
     assert sum(groups.values()) == paper["All"] == PARAMETERS["st-moe-l"]
@@ -40,7 +40,7 @@ def test_groups_are_those_of_the_paper() -> None:
     assert paper["FFN"] == 48 * 3 * 1024 * 2816
 
 
-def test_flops_are_counted_as_the_paper_does_and_as_they_are() -> None:
+def test_flops_are_counted_as_the_paper_does_and_as_they_are():
     found = sequence_flops(graph_of("st-moe-32b"))
     assert found.lengths == {"S": 512, "T": 114}
     assert found.paper / 1e12 == pytest.approx(20.18, abs=5e-3)
@@ -51,7 +51,7 @@ def test_flops_are_counted_as_the_paper_does_and_as_they_are() -> None:
     assert sequence_flops(graph_of("t5-xxl")).paper / 1e12 == pytest.approx(6.19, abs=5e-3)
 
 
-def test_a_capacity_counts_where_it_binds_and_never_in_the_paper() -> None:
+def test_a_capacity_counts_where_it_binds_and_never_in_the_paper():
     graph = graph_of("st-moe-l")
     before = sequence_flops(graph)
     for node in graph:

@@ -12,7 +12,6 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import Problem
 from moecc.families import build
-from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
@@ -62,9 +61,7 @@ def reasons(graph: Graph, target: str) -> list[Problem]:
         ),
     ],
 )  # fmt: skip
-def test_what_a_target_cannot_say(
-    family: str, options: dict[str, Any], target: str, what: str, hint: str | None
-) -> None:
+def test_what_a_target_cannot_say(family, options, target, what, hint):
     found = reasons(graph_of(family, options), target)
     matching = [r for r in found if what in r.message]
     assert len(matching) == 1
@@ -72,7 +69,7 @@ def test_what_a_target_cannot_say(
         assert hint in str(matching[0].hint)
 
 
-def test_the_config_follows_from_source_and_expert_layers() -> None:
+def test_the_config_follows_from_source_and_expert_layers():
     made = config(graph_of("llama", {"experts": 8, "top_k": 4, "granularity": 2}), "mixtral")
     assert (made.num_experts, made.experts_per_token) == (8, 4)
     assert made.intermediate_size == made.expert_intermediate_size == 12
@@ -96,9 +93,7 @@ def test_the_config_follows_from_source_and_expert_layers() -> None:
         ("first:half", 1, (2, 3)),
     ],
 )
-def test_which_layers_are_sparse_is_said_in_the_shortest_way(
-    layers: str, step: int, dense: tuple[int, ...]
-) -> None:
+def test_which_layers_are_sparse_is_said_in_the_shortest_way(layers, step, dense):
     graph = graph_of("qwen3", {"layers": layers})
     made = config(graph, "qwen3_moe")
     assert (made.decoder_sparse_step, made.mlp_only_layers) == (step, dense)
@@ -110,7 +105,7 @@ def test_which_layers_are_sparse_is_said_in_the_shortest_way(
 
 @given(small_configs(), st.sampled_from(["mixtral", "qwen2_moe", "qwen3_moe"]))
 @settings(max_examples=60)
-def test_a_mixture_proposes_its_own_config(source: DecoderConfig, target: str) -> None:
+def test_a_mixture_proposes_its_own_config(source, target):
     found = propose(build(source), target)
     if target == source.model_type:
         assert found == parse_config(source.to_json())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from tiers import few
@@ -35,7 +34,7 @@ def reasons(graph: Graph, target: str) -> str:
     return "\n".join(map(str, fit.reasons))
 
 
-def test_a_dense_graph_is_taken_as_upcycled() -> None:
+def test_a_dense_graph_is_taken_as_upcycled():
     assert {"mixtral", "qwen2_moe", "st_moe"} <= fitting(graph_of("llama"))
     assert "qwen3_moe" in fitting(graph_of("qwen3", head_dim=4))
     assert "mixtral" not in fitting(graph_of("qwen3", head_dim=4))
@@ -45,13 +44,13 @@ def test_a_dense_graph_is_taken_as_upcycled() -> None:
     assert fit.passes == "upcycle{experts=8 top-k=2 shared=0.5}"
 
 
-def test_a_sparse_graph_is_taken_as_it_is() -> None:
+def test_a_sparse_graph_is_taken_as_it_is():
     graph = graph_of("qwen3", {}, head_dim=4)
     assert {fit.passes for fit in fits(graph)} == {""}
     assert {"qwen3_moe", "st_moe"} <= fitting(graph)
 
 
-def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch):
     def export(graph: Graph, target: str, source: ModelConfig | None) -> Export:
         exported.append(len({loc for node in graph if (loc := layer_number(node.loc)) is not None}))
         return export_graph(graph, target, source=source)
@@ -69,7 +68,7 @@ def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("source", few(OF_EACH_FAMILY.values(), 20))
-def test_auto_writes_whatever_is_read(source: str) -> None:
+def test_auto_writes_whatever_is_read(source):
     """A dense model stays in its family, upcycled it becomes one that engines read."""
     with open_model(str(GOLDEN / source)) as model:
         family = str(model.graph.attrs["family"])
@@ -83,7 +82,7 @@ def test_auto_writes_whatever_is_read(source: str) -> None:
     assert any(remark.startswith(f"auto chose {planned.target}") for remark in planned.remarks)
 
 
-def test_auto_explains(tmp_path: Path) -> None:
+def test_auto_explains(tmp_path):
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         planned = plan(model, Pipeline.parse("upcycle"), "auto")
         (remark,) = (r for r in planned.remarks if r.startswith("auto"))
@@ -110,7 +109,7 @@ def verdict(found: MoeConfig, engine: str) -> EngineVerdict:
     return one
 
 
-def test_known_misreadings() -> None:
+def test_known_misreadings():
     tied = config("mixtral", tie_word_embeddings=True)
     assert verdict(tied, "SGLang").reasons == ("an output matrix tied to the embedding",)
     assert verdict(tied, "SGLang").silent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_copies_written_as_st_moe_compute_the_golden_outputs(case: str) -> None:
+def test_copies_written_as_st_moe_compute_the_golden_outputs(case):
     with open_checkpoint(GOLDEN / case) as checkpoint:
         graph = import_checkpoint(checkpoint)
         blocks = find_ffn_blocks(graph)
@@ -71,7 +70,7 @@ def test_copies_written_as_st_moe_compute_the_golden_outputs(case: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"init": "noise", "noise_std": 0.1}, {"shared": 0.5}])
-def test_layers_that_share_parameters_share_experts(options: dict[str, Any]) -> None:
+def test_layers_that_share_parameters_share_experts(options):
     with open_checkpoint(GOLDEN / "albert_groups") as checkpoint:
         graph = import_checkpoint(checkpoint)
         groups = [name for name in graph.params if ".ffn.weight" in name]

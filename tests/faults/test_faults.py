@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -33,7 +32,7 @@ IDS = [f"{r.number}-{i}-{r.title.replace(' ', '-')}" for r in ROWS for i in rang
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory):
     made = tmp_path_factory.mktemp("whole") / "model"
     make_model(made)
     return made
@@ -53,9 +52,7 @@ def ended(act: Act, place: Spoilt, capsys: pytest.CaptureFixture[str]) -> tuple[
 
 
 @pytest.mark.parametrize(("found", "act"), [(r, act) for r in ROWS for act in r.cases], ids=IDS)
-def test_faults(
-    found: Row, act: Act, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_faults(found, act, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "model")
     code, text = ended(act, Spoilt(tmp_path), capsys)
     assert (code, bool(re.search(found.words, text))) == (found.code, True), text

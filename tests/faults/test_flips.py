@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ QUICK, WHOLE = 40, 200
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tmp_path_factory):
     """An output of several shards with companions, card, receipt and manifest."""
     place = Spoilt(tmp_path_factory.mktemp("flips"))
     make_model(place.model)
@@ -26,7 +25,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("flips", [QUICK, pytest.param(WHOLE, marks=pytest.mark.slow)])
-def test_flipped_bits_are_found(written: Path, flips: int) -> None:
+def test_flipped_bits_are_found(written, flips):
     """The files are taken in turn, so that small ones, the card included, have their share."""
     rng = random.Random(0)
     files = sorted(p for p in written.rglob("*") if p.is_file())
@@ -47,7 +46,7 @@ def test_flipped_bits_are_found(written: Path, flips: int) -> None:
     assert verify_manifest(written) == []
 
 
-def test_added_and_removed_files_are_found(written: Path, tmp_path: Path) -> None:
+def test_added_and_removed_files_are_found(written, tmp_path):
     files = sorted(p for p in written.rglob("*") if p.is_file())
     for file in files:
         if file.name == "moecc_manifest.json":

@@ -24,7 +24,7 @@ CORPUS = json.loads((Path(__file__).parent / "corpus" / "found.json").read_text(
 
 
 @pytest.mark.parametrize("case", CORPUS, ids=lambda c: f"{c['grammar']}-{c['was'][:30]}")
-def test_what_once_was_found_is_an_error_of_moecc_or_none(case: dict[str, str]) -> None:
+def test_what_once_was_found_is_an_error_of_moecc_or_none(case):
     grammar = GRAMMARS[case["grammar"]]
     data = bytes.fromhex(case["hex"]) if "hex" in case else case["text"].encode("utf-8")
     try:
@@ -34,7 +34,7 @@ def test_what_once_was_found_is_an_error_of_moecc_or_none(case: dict[str, str]) 
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
-def test_seeds_are_valid_and_mutants_break_nothing(name: str) -> None:
+def test_seeds_are_valid_and_mutants_break_nothing(name):
     grammar = GRAMMARS[name]
     rejected = 0
     for seed in grammar.seeds():
@@ -67,7 +67,7 @@ def fuzzer_of(inputs: Sequence[bytes]) -> Fuzzer:
     return Fuzzer(Grammar("planted", lambda: [b"x"], mutate, planted), seed=0)
 
 
-def test_crashes_and_hangs_are_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crashes_and_hangs_are_found_and_made_small(monkeypatch):
     monkeypatch.setattr(rig, "HANG_SECONDS", 0.2)
     monkeypatch.setattr(rig, "BOMB_SHARE", 0.0)
     fuzzer = fuzzer_of([b"plain", b"loop", b"some text !! and more of it"])
@@ -80,7 +80,7 @@ def test_crashes_and_hangs_are_found_and_made_small(monkeypatch: pytest.MonkeyPa
     assert small == b"!!"
 
 
-def test_a_proof_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proof_that_was_stopped_goes_on(tmp_path, monkeypatch):
     """Parts that are there are not run again, and their counts are added."""
     planned = prove.parts(executions=5 * 20, commands=0)
     assert [p.grammar for p in planned[: len(GRAMMARS)]] == list(GRAMMARS)
@@ -120,12 +120,12 @@ def in_a_process(folder: Path, *words: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_commands_read_the_files_that_are_spoilt(tmp_path: Path) -> None:
+def test_commands_read_the_files_that_are_spoilt(tmp_path):
     """With a valid file in place of a spoilt one, no command ends at its words."""
     in_a_process(tmp_path, "-c", VALID)
 
 
-def test_hostile_commands_break_nothing(tmp_path: Path) -> None:
+def test_hostile_commands_break_nothing(tmp_path):
     counts = tmp_path / "counts.json"
     in_a_process(
         tmp_path, "-m", "tests.fuzz", "--command-line", "12", "--seed", "5", "--json", str(counts)

@@ -18,14 +18,14 @@ CASES = sorted(MANIFEST["cases"])
 DECODER_CASES = [name for name in CASES if MANIFEST["cases"][name]["family"] in decoders()]
 
 
-def test_every_family_has_a_checkpoint_and_no_folder_is_left_over() -> None:
+def test_every_family_has_a_checkpoint_and_no_folder_is_left_over():
     assert {MANIFEST["cases"][name]["family"] for name in CASES} == CONFIGS.keys() - {"st_moe"}
     folders = {path.name for path in HERE.iterdir() if (path / "config.json").exists()}
     assert folders == set(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_files_are_those_of_the_manifest(name: str) -> None:
+def test_files_are_those_of_the_manifest(name):
     recorded = MANIFEST["cases"][name]["sha256"]
     paths = {path.name: path for path in (HERE / name).iterdir()}
     assert set(paths) == set(recorded)
@@ -35,7 +35,7 @@ def test_files_are_those_of_the_manifest(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DECODER_CASES)
-def test_tokens_and_logits_fit(name: str) -> None:
+def test_tokens_and_logits_fit(name):
     config = read_config(HERE / name)
     tokens, logits = golden(name)
     assert tokens.dtype == np.int64

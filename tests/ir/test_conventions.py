@@ -50,7 +50,7 @@ ROWS = pytest.mark.parametrize("row", CONVENTIONS, ids=lambda row: str(row.name)
 
 
 @ROWS
-def test_no_convention_lacks_a_meaning(row: GateConvention) -> None:
+def test_no_convention_lacks_a_meaning(row):
     pytest.importorskip("jax")
     from moecc_backends.xla.lower import routing as route
 
@@ -60,14 +60,14 @@ def test_no_convention_lacks_a_meaning(row: GateConvention) -> None:
 
 
 @ROWS
-def test_equal_logits_have_the_sum_that_the_row_says(row: GateConvention) -> None:
+def test_equal_logits_have_the_sum_that_the_row_says(row):
     for top_k in choices(row):
         total = gates_of(row, np.zeros((1, EXPERTS)), top_k).sum()
         assert total == pytest.approx(row.zero_router_sum(EXPERTS, top_k), rel=1e-14)
 
 
 @ROWS
-def test_the_sum_is_constant_where_the_row_says_so_and_nowhere_else(row: GateConvention) -> None:
+def test_the_sum_is_constant_where_the_row_says_so_and_nowhere_else(row):
     for top_k in choices(row):
         sums = gates_of(row, drawn(), top_k).sum(1)
         is_constant = bool(np.ptp(sums) < 1e-12)
@@ -77,7 +77,7 @@ def test_the_sum_is_constant_where_the_row_says_so_and_nowhere_else(row: GateCon
 
 
 @ROWS
-def test_a_router_learns_at_top_1_where_the_row_says_so(row: GateConvention) -> None:
+def test_a_router_learns_at_top_1_where_the_row_says_so(row):
     logits = drawn()
     moved = logits.copy()
     moved[:, 0] += 1e-3
@@ -86,7 +86,7 @@ def test_a_router_learns_at_top_1_where_the_row_says_so(row: GateConvention) -> 
 
 
 @ROWS
-def test_the_law_of_upcycle_has_the_gates_of_the_reference(row: GateConvention) -> None:
+def test_the_law_of_upcycle_has_the_gates_of_the_reference(row):
     for top_k in choices(row):
         law = GateLaw(row.name, EXPERTS, top_k)
         found = promised_gates(law, drawn())
@@ -94,7 +94,7 @@ def test_the_law_of_upcycle_has_the_gates_of_the_reference(row: GateConvention) 
 
 
 @ROWS
-def test_a_bias_needs_a_score(row: GateConvention) -> None:
+def test_a_bias_needs_a_score(row):
     graph = Graph("g")
     x = graph.input("x", tensor(F64, batch="B", expert=EXPERTS))
     bias = graph.param("bias", tensor(F64, expert=EXPERTS))
@@ -116,7 +116,7 @@ def test_a_bias_needs_a_score(row: GateConvention) -> None:
 # --- dispatch strategies
 
 
-def test_no_strategy_lacks_a_lowering() -> None:
+def test_no_strategy_lacks_a_lowering():
     pytest.importorskip("jax")
     from moecc_backends.xla.dispatch.choose import LAYOUTS
 

@@ -16,7 +16,7 @@ def chain() -> tuple[Graph, Builder]:
     return graph, b
 
 
-def test_a_used_node_is_not_erased() -> None:
+def test_a_used_node_is_not_erased():
     graph, _ = chain()
     node = graph.value("r").node
     assert node is not None
@@ -25,7 +25,7 @@ def test_a_used_node_is_not_erased() -> None:
     verify(graph)
 
 
-def test_a_used_parameter_is_not_erased() -> None:
+def test_a_used_parameter_is_not_erased():
     graph, b = chain()
     w = graph.param("w", tensor(F32, batch="B"))
     y = b.mul(graph.value("s"), w)
@@ -37,7 +37,7 @@ def test_a_used_parameter_is_not_erased() -> None:
     verify(graph)
 
 
-def test_names_are_unique_and_fresh_ones_count_up() -> None:
+def test_names_are_unique_and_fresh_ones_count_up():
     graph, b = chain()
     with pytest.raises(InputError, match="%r is defined twice"):
         graph.input("r", tensor(F32, batch="B"))
@@ -49,7 +49,7 @@ def test_names_are_unique_and_fresh_ones_count_up() -> None:
     verify(graph)
 
 
-def test_a_failed_rename_changes_nothing() -> None:
+def test_a_failed_rename_changes_nothing():
     graph, _ = chain()
     with pytest.raises(InputError):
         graph.rename(graph.value("s"), "no name")
@@ -57,7 +57,7 @@ def test_a_failed_rename_changes_nothing() -> None:
     verify(graph)
 
 
-def test_replacing_a_value_reaches_operands_and_outputs() -> None:
+def test_replacing_a_value_reaches_operands_and_outputs():
     graph, b = chain()
     r = graph.value("r")
     twice = b.add(r, r)
@@ -69,7 +69,7 @@ def test_replacing_a_value_reaches_operands_and_outputs() -> None:
     verify(graph)
 
 
-def test_a_node_that_is_replaced_is_erased() -> None:
+def test_a_node_that_is_replaced_is_erased():
     graph, _ = chain()
     node = graph.value("r").node
     assert node is not None
@@ -79,7 +79,7 @@ def test_a_node_that_is_replaced_is_erased() -> None:
     verify(graph)
 
 
-def test_the_only_user_uses_once_and_is_no_output() -> None:
+def test_the_only_user_uses_once_and_is_no_output():
     graph, b = chain()
     r, s = graph.value("r"), graph.value("s")
     assert r.only_user is s.node

@@ -16,13 +16,13 @@ def start(**router: int) -> tuple[Graph, Builder, tuple]:
 
 
 @pytest.mark.parametrize("axes", [{"expert": 5, "embed": 8}, {"head": 4, "embed": 8}])
-def test_a_router_of_another_size_is_refused(axes: dict[str, int]) -> None:
+def test_a_router_of_another_size_is_refused(axes):
     _, b, (x, router) = start(**axes)
     with pytest.raises(InputError, match="one row per expert"):
         emit_routing(b, x, router, experts=4, top_k=2)
 
 
-def test_the_gate_of_a_shared_expert_multiplies_tokens() -> None:
+def test_the_gate_of_a_shared_expert_multiplies_tokens():
     graph, b, (x, gate) = start(embed=8)
     y = emit_shared_gate(b, x, gate, x)
     graph.set_output("y", y)

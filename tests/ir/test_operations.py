@@ -7,7 +7,7 @@ from moecc.ir.ops.slots import SlotsOp
 from moecc.types import I32
 
 
-def test_a_common_class_reads_every_operation_with_the_trait() -> None:
+def test_a_common_class_reads_every_operation_with_the_trait():
     classes = {entry.name: entry.declared for entry in OPS.values()}
     assigning = {n for n, c in classes.items() if c is not None and issubclass(c, SlotsOp)}
     assert assigning == {entry.name for entry in OPS.values() if entry.assigns_slots}

@@ -54,12 +54,12 @@ def parse_or_check(text: str) -> Graph | None:
 @example("moecc 1\ngraph g {\n  attr a = " + "[" * 100_000 + "\n}\n")
 @example("moecc 1\ngraph g {\n  attr a = " + "9" * 5_000 + "\n}\n")
 @example("moecc 1\ngraph g {\n  param %w : f32[a=2] = \n}\n")
-def test_random_text(text: str) -> None:
+def test_random_text(text):
     parse_or_check(text)
 
 
 @given(graphs(max_steps=4), st.data())
-def test_mutated_text(graph: Graph, data: st.DataObject) -> None:
+def test_mutated_text(graph, data):
     text = print_graph(graph)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(text) - 1))
@@ -105,7 +105,7 @@ def body(*lines: str) -> str:
         ("moecc 1\ngraph g {\n  $\n}\n", 3, 3, "expected a statement, found '$'"),
     ],
 )
-def test_the_place_and_the_message(text: str, line: int, column: int, message: str) -> None:
+def test_the_place_and_the_message(text, line, column, message):
     with pytest.raises(ParseError) as caught:
         parse(text, "model.moe")
     first = caught.value.problems[0]
@@ -113,7 +113,7 @@ def test_the_place_and_the_message(text: str, line: int, column: int, message: s
     assert first.where == f"model.moe:{line}:{column}"
 
 
-def test_every_wrong_line_is_reported_and_what_depends_on_it_is_not() -> None:
+def test_every_wrong_line_is_reported_and_what_depends_on_it_is_not():
     text = body(
         "%a = sulu %x : f32[batch=B]",
         "%b = silu %a : f32[batch=B]",
@@ -126,7 +126,7 @@ def test_every_wrong_line_is_reported_and_what_depends_on_it_is_not() -> None:
     assert [p.where for p in caught.value.problems] == ["<text>:4:8", "<text>:6:8"]
 
 
-def test_control_characters_do_not_reach_the_terminal() -> None:
+def test_control_characters_do_not_reach_the_terminal():
     with pytest.raises(ParseError) as caught:
         parse(body("%y = silu %x \x1b[31m\u202e : f32[batch=B]"))
     assert "\x1b" not in str(caught.value)

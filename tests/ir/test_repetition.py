@@ -55,7 +55,7 @@ def body_of(graph: Graph) -> Graph:
     return found
 
 
-def test_the_text_is_the_graph() -> None:
+def test_the_text_is_the_graph():
     graph = parse(TEXT)
     laws.check_graph(graph)
     assert print_graph(graph) == TEXT
@@ -74,7 +74,7 @@ def test_the_text_is_the_graph() -> None:
         ("carries=1, stacked=1}", "carries=1, stacked=1, remat=full}"),
     ],
 )
-def test_what_the_body_says_counts(old: str, new: str) -> None:
+def test_what_the_body_says_counts(old, new):
     text = TEXT.replace(old, new)
     if "output a" in new:
         made = "f32[layer=3, batch=B]"
@@ -106,7 +106,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("message", ERRORS)
-def test_a_wrong_text_is_told_with_its_place(message: str) -> None:
+def test_a_wrong_text_is_told_with_its_place(message):
     old, new = ERRORS[message]
     assert old in TEXT
     text = TEXT.replace(old, new, 1)
@@ -117,7 +117,7 @@ def test_a_wrong_text_is_told_with_its_place(message: str) -> None:
     assert str(problem.where).startswith("<text>:")
 
 
-def test_the_verifier_looks_into_bodies() -> None:
+def test_the_verifier_looks_into_bodies():
     graph = parse(TEXT)
     body = body_of(graph)
     first, second, *_ = body
@@ -128,7 +128,7 @@ def test_the_verifier_looks_into_bodies() -> None:
     assert second.op.name in str(caught.value.problems[0].where)
 
 
-def test_a_body_is_made_by_hand() -> None:
+def test_a_body_is_made_by_hand():
     body = Graph("body")
     h = body.input("h", tensor(F32, batch="B"))
     body.set_output("h", Builder(body).silu(h))
@@ -140,7 +140,7 @@ def test_a_body_is_made_by_hand() -> None:
         Builder(graph).scan(x, over=(("layer", 4),), carries=1, body="body")
 
 
-def test_rows_of_experts_do_not_leave_a_body() -> None:
+def test_rows_of_experts_do_not_leave_a_body():
     body = Graph("body")
     tokens = body.input("tokens", tensor(F32, batch="B", expert=2))
     b = Builder(body)
@@ -154,7 +154,7 @@ def test_rows_of_experts_do_not_leave_a_body() -> None:
         Builder(graph).scan(x, over=(("layer", 4),), body=body)
 
 
-def test_stack_and_index() -> None:
+def test_stack_and_index():
     graph = Graph()
     x, y = (graph.input(n, tensor(F32, batch="B", embed=2)) for n in "xy")
     b = Builder(graph)
@@ -179,9 +179,7 @@ PIECES = st.lists(
 @given(PIECES, st.integers(0, 5), st.integers(-1, 3), st.integers(2, 5))
 @example(["layers.", 0, ".ffn"], 0, 1, 3)
 @example([1.5], 0, 1, 2)
-def test_a_range_stands_for_its_elements(
-    pieces: list[str | int], start: int, step: int, count: int
-) -> None:
+def test_a_range_stands_for_its_elements(pieces, start, step, count):
     texts = [
         "".join(str(start + p + i * step) if isinstance(p, int) else str(p) for p in pieces)
         for i in range(count)
@@ -198,7 +196,7 @@ def test_a_range_stands_for_its_elements(
     assert lengths(whole) <= {count}
 
 
-def test_a_body_lies_on_the_mesh_of_its_graph() -> None:
+def test_a_body_lies_on_the_mesh_of_its_graph():
     text = TEXT.replace("graph g {\n", 'graph g {\n  attr mesh = {"data": 2}\n')
     text = text.replace("batch=B", "batch@data=B")
     graph = parse(text)

@@ -32,7 +32,7 @@ def routed() -> tuple[Graph, Builder, Value, Value]:
     return graph, b, first, second
 
 
-def test_types_that_refer_to_a_value_follow_it() -> None:
+def test_types_that_refer_to_a_value_follow_it():
     graph, _, first, second = routed()
     replace_value(second, first)
     assert second.node is not None
@@ -43,7 +43,7 @@ def test_types_that_refer_to_a_value_follow_it() -> None:
     assert str(rows["slot"]) == "slot=ragged(%p)"
 
 
-def test_types_follow_operands_and_attributes() -> None:
+def test_types_follow_operands_and_attributes():
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F32, batch="B"))
@@ -63,7 +63,7 @@ def test_types_follow_operands_and_attributes() -> None:
     assert graph.outputs["z"].type.dtype.name == "f16"
 
 
-def test_what_does_not_follow_is_refused() -> None:
+def test_what_does_not_follow_is_refused():
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F32, batch="B"))

@@ -62,12 +62,12 @@ def decorated(draw: Any) -> Graph:
 
 
 @given(graphs())
-def test_random_graphs_are_valid_and_round_trip(graph: Graph) -> None:
+def test_random_graphs_are_valid_and_round_trip(graph):
     laws.check_graph(graph)
 
 
 @given(decorated())
-def test_names_places_and_attributes_round_trip(graph: Graph) -> None:
+def test_names_places_and_attributes_round_trip(graph):
     laws.check_graph(graph)
     again = parse(print_graph(graph))
     assert [(n.loc, n.origin) for n in again] == [(n.loc, n.origin) for n in graph]
@@ -77,7 +77,7 @@ def test_names_places_and_attributes_round_trip(graph: Graph) -> None:
 
 
 @given(graphs(), st.sampled_from(["\n", "  ", "\t", "# remark\n", "\r\n"]))
-def test_white_space_and_comments_between_lines_say_nothing(graph: Graph, filler: str) -> None:
+def test_white_space_and_comments_between_lines_say_nothing(graph, filler):
     lines = print_graph(graph).splitlines()
     assert equal(parse(f"\n{filler}".join(lines)), graph)
 
@@ -99,7 +99,7 @@ def types(draw: Any) -> TensorType:
 
 
 @given(types())
-def test_shardings_round_trip_in_a_graph(type: TensorType) -> None:
+def test_shardings_round_trip_in_a_graph(type):
     meshes = [*(m for a in type.axes for m in a.mesh), *type.unreduced]
     graph = Graph(attrs={"mesh": dict.fromkeys(meshes, 1)} if meshes else {})
     graph.set_output("y", Builder(graph).stop_gradient(graph.input("x", type)))
@@ -113,7 +113,7 @@ def test_shardings_round_trip_in_a_graph(type: TensorType) -> None:
 @example(-0.0)
 @example(5e-324)
 @example(1.7976931348623157e308)
-def test_every_float_attribute_round_trips(value: float) -> None:
+def test_every_float_attribute_round_trips(value):
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F32, batch="B"))
@@ -124,7 +124,7 @@ def test_every_float_attribute_round_trips(value: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["é", "a b", "a-b", "", "1a", "a\n"])
-def test_an_axis_name_that_the_text_cannot_say_is_refused(name: str) -> None:
+def test_an_axis_name_that_the_text_cannot_say_is_refused(name):
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", embed=4))
     with pytest.raises(InputError):
@@ -146,14 +146,14 @@ def test_an_axis_name_that_the_text_cannot_say_is_refused(name: str) -> None:
     ],
     ids=str,
 )
-def test_a_type_that_the_text_cannot_say_is_refused(type: TensorType) -> None:
+def test_a_type_that_the_text_cannot_say_is_refused(type):
     with pytest.raises(InputError, match="the type cannot be printed"):
         Graph().input("x", type)
     with pytest.raises(InputError, match="the type cannot be printed"):
         Graph().param("x", type)
 
 
-def test_attributes_equal_to_their_defaults_are_not_printed() -> None:
+def test_attributes_equal_to_their_defaults_are_not_printed():
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", expert=4))
     graph.set_output("y", Builder(graph).route(x, top_k=2, gates="renormalised")[1])

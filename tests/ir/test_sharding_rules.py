@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -75,7 +74,7 @@ FLOWING = {
 
 
 @pytest.mark.parametrize("line", FLOWING)
-def test_results_lie_where_operands_say(line: str) -> None:
+def test_results_lie_where_operands_say(line):
     assert inferred(line) == FLOWING[line]
 
 
@@ -110,7 +109,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_what_cannot_lie_so_is_refused(line: str) -> None:
+def test_what_cannot_lie_so_is_refused(line):
     what, found = REFUSED[line]
     with pytest.raises(InputError) as caught:
         inferred(line)
@@ -145,7 +144,7 @@ def routed(slots: str, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["capacity", "ragged"])
-def test_an_expert_parallel_layer(kind: str) -> None:
+def test_an_expert_parallel_layer(kind):
     slots = "slots=capacity, capacity_factor=2.0" if kind == "capacity" else "slots=ragged"
     text = routed(slots, kind)
     a2a = "all_to_all" if kind == "capacity" else "ragged_all_to_all"
@@ -154,7 +153,7 @@ def test_an_expert_parallel_layer(kind: str) -> None:
     laws.check_round_trip(graph)
 
 
-def test_an_operation_without_a_rule_takes_whole_operands(monkeypatch: Any) -> None:
+def test_an_operation_without_a_rule_takes_whole_operands(monkeypatch):
     monkeypatch.setitem(OPS, "silu", replace(OPS["silu"], sharding=None))
     with pytest.raises(InputError, match="silu does not accept a sharded axis 'batch' of %x"):
         inferred("silu %x")
@@ -178,7 +177,7 @@ SHARDING_PROBLEMS = {
 
 
 @pytest.mark.parametrize("type", SHARDING_PROBLEMS)
-def test_a_type_that_does_not_lie_on_the_mesh(type: str) -> None:
+def test_a_type_that_does_not_lie_on_the_mesh(type):
     graph = parse(f"{HEAD}  input %x : {type}\n  output y = %x\n}}")
     with pytest.raises(VerifyError) as caught:
         verify(graph)
@@ -190,7 +189,7 @@ def test_a_type_that_does_not_lie_on_the_mesh(type: str) -> None:
     assert problem.hint == hint if hint is None else hint in (problem.hint or "")
 
 
-def test_a_placed_type_needs_a_mesh() -> None:
+def test_a_placed_type_needs_a_mesh():
     graph = parse("moecc 1\ngraph g {\n  input %x : f32[a@data=8]\n  output y = %x\n}")
     with pytest.raises(VerifyError, match="the graph has no mesh"):
         verify(graph)
@@ -201,7 +200,7 @@ def test_a_placed_type_needs_a_mesh() -> None:
     verify(graph)
 
 
-def test_a_mesh_numbers_its_devices() -> None:
+def test_a_mesh_numbers_its_devices():
     mesh = parse_mesh("data:2, model:3")
     assert str(mesh) == "data:2,model:3"
     assert parse_mesh("data=2,model=3") == mesh

@@ -39,7 +39,7 @@ def shuffled_names(graph: Graph) -> Graph:
 
 
 @given(graphs(dead=True))
-def test_names_of_results_and_places_do_not_count(graph: Graph) -> None:
+def test_names_of_results_and_places_do_not_count(graph):
     other = shuffled_names(graph)
     for node in other:
         node.loc, node.origin = "elsewhere", "other/rule"
@@ -49,7 +49,7 @@ def test_names_of_results_and_places_do_not_count(graph: Graph) -> None:
 
 
 @given(graphs(), graphs())
-def test_the_hash_tells_graphs_apart_as_equality_does(a: Graph, b: Graph) -> None:
+def test_the_hash_tells_graphs_apart_as_equality_does(a, b):
     assert equal(a, b) == equal(b, a) == (fingerprint(a) == fingerprint(b))
 
 
@@ -84,7 +84,7 @@ def exchanged_operands(graph: Graph, node: Node) -> bool:
 
 
 @given(graphs(), st.data())
-def test_any_other_change_counts(graph: Graph, data: st.DataObject) -> None:
+def test_any_other_change_counts(graph, data):
     nodes = list(graph)
     if not nodes:
         return
@@ -122,13 +122,13 @@ def small(**changes: Any) -> Graph:
     ],
     ids=str,
 )
-def test_names_of_inputs_parameters_and_outputs_count(change: dict[str, Any]) -> None:
+def test_names_of_inputs_parameters_and_outputs_count(change):
     assert equal(small(), small())
     assert not equal(small(), small(**change))
     assert fingerprint(small()) != fingerprint(small(**change))
 
 
-def test_extents_are_compared_up_to_renaming() -> None:
+def test_extents_are_compared_up_to_renaming():
     text = (
         "moecc 1\ngraph g {\n"
         "  input %x : f32[batch=B, embed=4]\n"
@@ -147,7 +147,7 @@ def test_extents_are_compared_up_to_renaming() -> None:
     assert fingerprint(graph) != fingerprint(other)
 
 
-def test_a_copy_refers_to_its_own_values() -> None:
+def test_a_copy_refers_to_its_own_values():
     graph = random_graph(0)
     copy = clone(graph)
     mine = {v for n in copy for v in n.results} | {*copy.inputs.values(), *copy.params.values()}

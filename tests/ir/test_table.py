@@ -102,7 +102,7 @@ DATA_DEPENDENT = (
 
 @settings(max_examples=200)
 @given(st.data())
-def test_any_operands_are_refused_or_understood(data: st.DataObject) -> None:
+def test_any_operands_are_refused_or_understood(data):
     # Collectives lay values on a mesh; one of one device divides everything.
     graph = Graph(attrs={"mesh": dict.fromkeys((*AXES, "new"), 1)})
     entry = OPS[data.draw(st.sampled_from(sorted(OPS)), label="operation")]
@@ -137,7 +137,7 @@ def test_any_operands_are_refused_or_understood(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
-def test_each_operation_checks_its_operands_and_attributes(name: str) -> None:
+def test_each_operation_checks_its_operands_and_attributes(name):
     entry = OPS[name]
     graph = Graph()
     x = graph.input("x", tensor(F32, a=2))
@@ -152,7 +152,7 @@ def test_each_operation_checks_its_operands_and_attributes(name: str) -> None:
             entry.complete({attr: wrong})
 
 
-def test_pred_has_no_arithmetic_but_selects() -> None:
+def test_pred_has_no_arithmetic_but_selects():
     graph = Graph()
     keep = graph.input("keep", tensor(PRED, a=2))
     b = Builder(graph)
@@ -161,7 +161,7 @@ def test_pred_has_no_arithmetic_but_selects() -> None:
     assert b.select(keep, keep, keep).type.dtype == PRED
 
 
-def test_a_policy_takes_uniform_numbers_or_none() -> None:
+def test_a_policy_takes_uniform_numbers_or_none():
     graph = Graph()
     x = graph.input("x", tensor(F32, a=4, choice=2))
     for operands, policy in (([x], "random"), ([x, x], "all"), ([x, x, x], "random")):

@@ -237,7 +237,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_what_a_row_says_is_what_the_meaning_does(name: str) -> None:
+def test_what_a_row_says_is_what_the_meaning_does(name):
     for check in CHECKS:
         check(OPS[name])
 
@@ -349,12 +349,12 @@ def _is_found(mutant: OpDef) -> bool:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_every_other_row_is_refuted(name: str) -> None:
+def test_every_other_row_is_refuted(name):
     alive = [what for what, mutant in mutants(OPS[name]) if not _is_found(mutant)]
     assert not alive
 
 
-def test_what_is_opaque_has_no_meaning_and_no_trait_but_to_mix_all() -> None:
+def test_what_is_opaque_has_no_meaning_and_no_trait_but_to_mix_all():
     (name,) = set(OPS) - set(KNOWN)
     entry = OPS[name]
     plain = OpDef(entry.name, entry.doc, entry.operands, entry.infer)

@@ -188,7 +188,7 @@ CORRUPTIONS: list[tuple[Callable[[Graph], None], str]] = [
 @pytest.mark.parametrize(
     ("corrupt", "message"), CORRUPTIONS, ids=lambda c: getattr(c, "__name__", "")
 )
-def test_each_corruption_is_named(corrupt: Callable[[Graph], None], message: str) -> None:
+def test_each_corruption_is_named(corrupt, message):
     graph = parse(TEXT)
     corrupt(graph)
     with pytest.raises(VerifyError) as caught:
@@ -196,7 +196,7 @@ def test_each_corruption_is_named(corrupt: Callable[[Graph], None], message: str
     assert any(message in str(p) for p in caught.value.problems), str(caught.value)
 
 
-def test_all_problems_are_reported_up_to_a_limit() -> None:
+def test_all_problems_are_reported_up_to_a_limit():
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B"))
     for _ in range(3 * MAX_PROBLEMS):
@@ -207,13 +207,13 @@ def test_all_problems_are_reported_up_to_a_limit() -> None:
     assert len(caught.value.problems) == MAX_PROBLEMS
 
 
-def test_an_empty_graph_needs_an_output() -> None:
+def test_an_empty_graph_needs_an_output():
     with pytest.raises(VerifyError, match="no output"):
         verify(Graph())
 
 
 @given(graphs(), st.data())
-def test_a_random_graph_with_a_lost_use_is_caught(graph: Graph, data: st.DataObject) -> None:
+def test_a_random_graph_with_a_lost_use_is_caught(graph, data):
     used = [v for n in graph for v in n.operands] + list(graph.outputs.values())
     value = data.draw(st.sampled_from(used), label="value")
     user = data.draw(st.sampled_from(list(value.users)), label="user")

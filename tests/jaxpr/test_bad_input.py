@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ def ffn(p: Any, x: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def moe() -> Any:
+def moe():
     return mx.convert(ffn, PARAMS, X, PIPELINE)
 
 
@@ -43,14 +42,14 @@ def picks_by_a_value(p: Any, x: Any) -> Any:
 
 
 @pytest.mark.parametrize("function", [reads_a_value, branches_on_a_value, picks_by_a_value])
-def test_a_function_that_cannot_be_traced(function: Any) -> None:
+def test_a_function_that_cannot_be_traced(function):
     with pytest.raises(InputError, match="jax cannot trace the function") as error:
         mx.convert(function, PARAMS, X, PIPELINE)
     assert f"in {function.__name__}" in str(error.value)
     assert "test_bad_input.py:" in str(error.value)
 
 
-def test_a_function_of_other_parameters() -> None:
+def test_a_function_of_other_parameters():
     """Its weights are closed over: constants."""
     with pytest.raises(InputError, match="uses none of its parameters") as error:
         mx.convert(lambda p, x: ffn(PARAMS, x), PARAMS, X, PIPELINE)
@@ -58,7 +57,7 @@ def test_a_function_of_other_parameters() -> None:
     assert "constants" in str(error.value)
 
 
-def test_a_tree_that_changed(moe: Any) -> None:
+def test_a_tree_that_changed(moe):
     fewer = {"params": {"w1": PARAMS["w1"]}, "moe": moe.params["moe"]}
     with pytest.raises(InputError, match="another tree than the one that was converted") as error:
         moe(ffn)(fewer, X)
@@ -81,9 +80,7 @@ ROUTER = "ffn.router.weight"
         ("moe", ROUTER, jnp.ones((3, 8)), "[3, 8]"),
     ],
 )
-def test_arrays_of_other_shapes(
-    moe: Any, tmp_path: Path, where: str, name: str, array: Any, found: str
-) -> None:
+def test_arrays_of_other_shapes(moe, tmp_path, where, name, array, found):
     """Fewer experts than the router chooses among would be another function, without a word."""
     params = {**moe.params, where: {**moe.params[where], name: array}}
     with pytest.raises(InputError, match="another shape than the conversion gave it") as error:
@@ -95,13 +92,13 @@ def test_arrays_of_other_shapes(
         moe.save(tmp_path / "a", params)
 
 
-def test_a_router_that_is_missing(moe: Any) -> None:
+def test_a_router_that_is_missing(moe):
     with pytest.raises(InputError, match="another shape") as error:
         moe(ffn)({"params": moe.params["params"], "moe": {}}, X)
     assert f"moe {ROUTER}" in str(error.value)
 
 
-def test_what_is_no_function_and_what_returns_no_arrays() -> None:
+def test_what_is_no_function_and_what_returns_no_arrays():
     with pytest.raises(UsageError, match="not a function"):
         mx.convert(3, PARAMS, X, PIPELINE)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="returns what is no array") as error:
@@ -110,7 +107,7 @@ def test_what_is_no_function_and_what_returns_no_arrays() -> None:
     assert "test_bad_input.py:" in str(error.value)
 
 
-def test_pipelines_and_lowerings_that_do_not_fit(moe: Any) -> None:
+def test_pipelines_and_lowerings_that_do_not_fit(moe):
     with pytest.raises(UsageError, match="no pipeline was given"):
         mx.convert(ffn, PARAMS, X)
     with pytest.raises(UsageError, match="expert"):
@@ -136,12 +133,12 @@ def test_pipelines_and_lowerings_that_do_not_fit(moe: Any) -> None:
         ({0: ("batch",)}, InputError, "no such argument"),
     ],
 )
-def test_tokens_of_another_kind(tokens: Any, error: type[Exception], words: str) -> None:
+def test_tokens_of_another_kind(tokens, error, words):
     with pytest.raises(error, match=words):
         mx.convert(ffn, PARAMS, X, PIPELINE, tokens=tokens)
 
 
-def test_a_mesh_as_jax_makes_it_by_default(moe: Any) -> None:
+def test_a_mesh_as_jax_makes_it_by_default(moe):
     """Its axes are explicit, and XLA's partitioner is to place what is between."""
     mesh = jax.make_mesh((2, 2), ("data", "expert"), devices=jax.devices()[:4])
     found = jax.jit(moe(ffn, mesh=mesh))(moe.params, jnp.ones((4, 8)))
@@ -150,7 +147,7 @@ def test_a_mesh_as_jax_makes_it_by_default(moe: Any) -> None:
         moe(ffn, mesh="data:2")
 
 
-def test_keys_of_another_kind() -> None:
+def test_keys_of_another_kind():
     passes = "st-moe{experts=4 layers=all extra-ffn=none},specialize{mode=train}"
     made = mx.convert(ffn, PARAMS, X, passes)
     for key in (jax.random.PRNGKey(0), 0, jax.random.split(jax.random.key(0), 2)):
@@ -158,7 +155,7 @@ def test_keys_of_another_kind() -> None:
             made(ffn)(made.params, X, moe_inputs={"key": key})
 
 
-def test_inputs_of_the_graph_that_are_missing() -> None:
+def test_inputs_of_the_graph_that_are_missing():
     pipeline = "upcycle{experts=4 top-k=2},specialize{mode=train jitter=0.01}"
     moe = mx.convert(ffn, PARAMS, X, pipeline)
     with pytest.raises(InputError, match="takes other inputs than were given") as error:

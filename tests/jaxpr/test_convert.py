@@ -20,17 +20,17 @@ PIPELINE = "upcycle{experts=4 top-k=2},add-losses"
 
 
 @pytest.fixture(scope="module")
-def dense() -> Any:
+def dense():
     return decoder.init()
 
 
 @pytest.fixture(scope="module")
-def moe(dense: Any) -> Any:
+def moe(dense):
     return mx.convert(decoder.loss, dense, decoder.tokens(), PIPELINE)
 
 
 @pytest.fixture(scope="module")
-def value(moe: Any) -> Any:
+def value(moe):
     """The loss of converted parameters with gradients, a part of the routers' in it; compiled."""
     whole = moe(decoder.loss, losses=True, dispatch="gathered")
 
@@ -51,7 +51,7 @@ def by_hand(params: Any, tokens: Any) -> Any:
     return decoder.loss(params["params"], tokens, ffn)
 
 
-def test_the_converted_function_is_the_dense_one(moe: Any, dense: Any, value: Any) -> None:
+def test_the_converted_function_is_the_dense_one(moe, dense, value):
     tokens = decoder.tokens()
     (_, (total, found)), _ = value(moe.params, tokens, 1.0)
     assert apart(found["loss.model"], jax.jit(decoder.loss)(dense, tokens)) < 1e-6
@@ -60,14 +60,14 @@ def test_the_converted_function_is_the_dense_one(moe: Any, dense: Any, value: An
     assert found["metric.layers.1.mlp.loads"].shape == (4,)
 
 
-def test_drawn_experts_and_routers_are_the_mixture_by_hand(moe: Any, value: Any) -> None:
+def test_drawn_experts_and_routers_are_the_mixture_by_hand(moe, value):
     params, tokens = drawn(moe.params), decoder.tokens()
     (loss, _), gradients = value(params, tokens, 0.0)
     expected = jax.jit(jax.value_and_grad(by_hand))(params, tokens)
     assert apart((loss, gradients), expected) < 1e-5
 
 
-def test_a_few_steps_train(moe: Any, value: Any) -> None:
+def test_a_few_steps_train(moe, value):
     optimizer = optax.adam(1e-2)
 
     @jax.jit

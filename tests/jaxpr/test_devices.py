@@ -40,13 +40,13 @@ X = draw(8, 4, E)
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Any:
+def mesh():
     types = (jax.sharding.AxisType.Auto,) * 2
     return jax.make_mesh((2, 4), ("data", "expert"), axis_types=types)
 
 
 @pytest.fixture(scope="module")
-def alone() -> Any:
+def alone():
     """A conversion on one device, drawn parameters, and the loss of them with gradients."""
     moe = mx.convert(loss, DENSE, X, UPCYCLE)
     some = drawn(moe.params)
@@ -62,7 +62,7 @@ def placed(mesh: Any) -> Any:
     return jax.device_put(DENSE, shardings)
 
 
-def test_new_parameters_lie_where_the_dense_ones_did(mesh: Any, alone: Any) -> None:
+def test_new_parameters_lie_where_the_dense_ones_did(mesh, alone):
     moe = mx.convert(loss, placed(mesh), X, UPCYCLE)
     layers, beside = moe.params["params"]["layers"], moe.params["moe"]
     assert layers["w1"].sharding.spec == PartitionSpec(None, "expert", None, "data")
@@ -76,9 +76,7 @@ VIAS = ["ragged", pytest.param("ring", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("via", VIAS)
-def test_experts_over_a_mesh_by_the_collectives_of_the_graph(
-    mesh: Any, alone: Any, via: str
-) -> None:
+def test_experts_over_a_mesh_by_the_collectives_of_the_graph(mesh, alone, via):
     pipeline = f"{UPCYCLE},{SHARD},expert-parallel{{via={via}}},lower-collectives"
     moe = mx.convert(loss, DENSE, X, pipeline)
     with pytest.raises(InputError, match="the blocks lie on a mesh of devices"):
@@ -89,7 +87,7 @@ def test_experts_over_a_mesh_by_the_collectives_of_the_graph(
 
 
 @pytest.mark.slow
-def test_inside_a_shard_map_of_the_user(mesh: Any, alone: Any) -> None:
+def test_inside_a_shard_map_of_the_user(mesh, alone):
     """Tokens and experts are those of each device; the collectives are those of the graph."""
     pipeline = f"{UPCYCLE},{SHARD},expert-parallel{{via=ragged}},lower-collectives"
     moe = mx.convert(loss, DENSE, X, pipeline)

@@ -118,7 +118,7 @@ BLOCKS: dict[str, tuple[Function, dict[str, Shape], str]] = {
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_has_these_operations(name: str) -> None:
+def test_a_block_has_these_operations(name):
     function, params, operations = BLOCKS[name]
     (block,) = found(function, params).report.blocks
     assert block.operations == operations
@@ -126,7 +126,7 @@ def test_a_block_has_these_operations(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mish", "gelu", "where"])
-def test_axes_of_equal_sizes_are_different_axes(name: str) -> None:
+def test_axes_of_equal_sizes_are_different_axes(name):
     """As many texts as tokens, as neurons, as the width: an activation is the same."""
     function, _, operations = BLOCKS[name]
     x = jax.ShapeDtypeStruct((4, 4, 4), jnp.float32)
@@ -266,7 +266,7 @@ MISSES: dict[str, tuple[Function, dict[str, Shape], str]] = {
 
 
 @pytest.mark.parametrize("name", MISSES)
-def test_what_is_no_block_has_a_reason_and_a_line(name: str) -> None:
+def test_what_is_no_block_has_a_reason_and_a_line(name):
     function, params, reason = MISSES[name]
     with pytest.raises(InputError, match="no feed-forward block") as error:
         found(function, params)
@@ -283,13 +283,13 @@ def test_what_is_no_block_has_a_reason_and_a_line(name: str) -> None:
         ({"x": ("batch", "expert")}, "not names of axes of tokens"),
     ],
 )
-def test_tokens_that_do_not_fit(tokens: Any, problem: str) -> None:
+def test_tokens_that_do_not_fit(tokens, problem):
     with pytest.raises(InputError, match=problem) as error:
         found(biased, BIASED, tokens=tokens)
     assert re.search(r"test_find.py:\d+ in biased, tokens\[", str(error.value))
 
 
-def test_a_use_whose_result_nothing_takes_is_none() -> None:
+def test_a_use_whose_result_nothing_takes_is_none():
     """As haliax takes the first layer of a stack, to see its shape."""
 
     def function(p: Any, x: Any) -> Any:
@@ -304,7 +304,7 @@ def test_a_use_whose_result_nothing_takes_is_none() -> None:
     assert [block.is_converted for block in report.blocks] == [True] * 3
 
 
-def test_a_key_that_is_a_path_names_the_block() -> None:
+def test_a_key_that_is_a_path_names_the_block():
     def gemma(p: Any, x: Any) -> Any:
         return act(jax.nn.silu)(
             {"w1": p["layer_0/mlp/gate"]["w"], "w2": p["layer_0/mlp/~/out"]["w"]}, x
@@ -316,7 +316,7 @@ def test_a_key_that_is_a_path_names_the_block() -> None:
 
 
 @pytest.mark.parametrize(("package", "line"), [("gemma", "net.py:1 in f"), ("flax", "")])
-def test_lines_are_of_models_and_not_of_frameworks(package: str, line: str) -> None:
+def test_lines_are_of_models_and_not_of_frameworks(package, line):
     file = Path(get_paths()["purelib"], package, "net.py")
     names: dict[str, Any] = {}
     exec(compile("def f(x): return x + 1", str(file), "exec"), names)
@@ -325,7 +325,7 @@ def test_lines_are_of_models_and_not_of_frameworks(package: str, line: str) -> N
     assert here == line or (not line and here.startswith("test_find.py:"))
 
 
-def test_a_deep_model_is_surveyed_in_one_pass() -> None:
+def test_a_deep_model_is_surveyed_in_one_pass():
     """What grows faster than the program would not end for 64 layers."""
     names = ("gate", "up", "down")
     square = dict.fromkeys((*"qkv", *names), (E, E))
@@ -343,7 +343,7 @@ def test_a_deep_model_is_surveyed_in_one_pass() -> None:
     assert report.misses == ()
 
 
-def test_names_of_tokens_reach_the_graph() -> None:
+def test_names_of_tokens_reach_the_graph():
     moe = found(flat, PLAIN, tokens={"x": ("batch", "patch")})
     assert moe.graph.inputs["x.ffn"].type.names == ("batch_patch", "embed")
     moe = found(biased, BIASED, tokens={"x": ("batch", "patch")})
@@ -355,7 +355,7 @@ def mixer(p: Any, x: Any) -> Any:
     return y + jax.nn.gelu(y @ p["w1"]) @ p["w2"]
 
 
-def test_a_product_over_tokens_is_no_block_where_tokens_are_named() -> None:
+def test_a_product_over_tokens_is_no_block_where_tokens_are_named():
     params = {"t1": (S, 5), "t2": (5, S), **PLAIN}
     with pytest.raises(InputError, match="sum over dimension 1 of x, along which other blocks"):
         found(mixer, params)

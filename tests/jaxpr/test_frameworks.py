@@ -36,7 +36,7 @@ def check(model: Any, params: Any, locations: list[str]) -> None:
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_linen(scan: bool) -> None:
+def test_linen(scan):
     nn = pytest.importorskip("flax.linen")
 
     class Block(nn.Module):
@@ -67,7 +67,7 @@ def test_linen(scan: bool) -> None:
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_nnx(remat: bool) -> None:
+def test_nnx(remat):
     nnx = pytest.importorskip("flax.nnx")
 
     class Block(nnx.Module):  # type: ignore[misc,name-defined]
@@ -92,7 +92,7 @@ def test_nnx(remat: bool) -> None:
     check(lambda s, ids: nnx.merge(definition, s)(ids), state, ["block"])
 
 
-def test_equinox() -> None:
+def test_equinox():
     """Layers made by vmap and run by scan, vectors by vmap; functions are leaves of the tree."""
     eqx = pytest.importorskip("equinox")
 
@@ -123,7 +123,7 @@ def test_equinox() -> None:
     check(model, params, ["layers.0.mlp.layers", "layers.1.mlp.layers"])
 
 
-def test_haiku() -> None:
+def test_haiku():
     hk = pytest.importorskip("haiku")
 
     def forward(ids: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,12 +38,12 @@ def takes(graph: Graph) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def graph() -> Graph:
+def graph():
     axes = {"tokens": ("batch", "seq")}
     return mx.graph(decoder.loss, decoder.init(), decoder.tokens(), tokens=axes)
 
 
-def test_blocks_are_operations_and_the_rest_are_regions(graph: Graph) -> None:
+def test_blocks_are_operations_and_the_rest_are_regions(graph):
     assert operations(graph) == ["jax", *BLOCK, "jax", *BLOCK, "jax"]
     assert takes(graph) == {
         "x.layers.0.mlp": ["tokens"],
@@ -72,7 +71,7 @@ def looped(p: Any, x: Any, y: Any) -> Any:
     return {"made": made, "each": each, "turns": turns, "plain": jnp.cos(y), "ok": y > 0}
 
 
-def test_loops_and_branches_show_on_what_blocks_depend() -> None:
+def test_loops_and_branches_show_on_what_blocks_depend():
     shape = jax.ShapeDtypeStruct
     block = {"a": shape((8, 12), jnp.float32), "b": shape((12, 8), jnp.float32)}
     stack = jax.tree.map(lambda s: shape((3, *s.shape), s.dtype), block)
@@ -93,7 +92,7 @@ def test_loops_and_branches_show_on_what_blocks_depend() -> None:
     assert operations(made).count("jax") == 8
 
 
-def test_the_commands_read_it(graph: Graph, tmp_path: Path, capsys: Any) -> None:
+def test_the_commands_read_it(graph, tmp_path, capsys):
     dense, sparse = tmp_path / "dense.moe", tmp_path / "sparse.moe"
     dense.write_text(print_graph(graph))
     passes = "upcycle{experts=4 top-k=2},add-losses"
@@ -112,7 +111,7 @@ def test_the_commands_read_it(graph: Graph, tmp_path: Path, capsys: Any) -> None
 
 
 @pytest.mark.parametrize("name", ["reference", "xla"])
-def test_no_backend_runs_it(graph: Graph, name: str) -> None:
+def test_no_backend_runs_it(graph, name):
     params = {n: np.zeros(v.type.shape, np.float32) for n, v in graph.params.items()}
     program = get_backend(name).compile(graph)
     with pytest.raises(InputError, match="computed by its function alone"):

@@ -54,7 +54,7 @@ def expert(p: Any, x: Any, router: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def moe() -> Any:
+def moe():
     return mx.convert(scanned, stacked(), TOKENS, PIPELINE)
 
 
@@ -67,7 +67,7 @@ def by_hand(params: Any, tokens: Any) -> Any:
     return scanned(params["params"], tokens, routers=routers)
 
 
-def test_experts_and_routers_are_stacked(moe: Any) -> None:
+def test_experts_and_routers_are_stacked(moe):
     shape = (LAYERS, 4, decoder.EMBED, decoder.MLP)
     assert moe.params["params"]["layers"]["mlp"]["up"].shape == shape
     assert [b.loc for b in moe.report.blocks] == ["layers.0.mlp", "layers.1.mlp"]
@@ -76,7 +76,7 @@ def test_experts_and_routers_are_stacked(moe: Any) -> None:
     assert bool(jnp.any(router[0] != router[1]))
 
 
-def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe: Any) -> None:
+def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe):
     policy = jax.checkpoint_policies.dots_saveable
     function = partial(scanned, remat=True, policy=policy)
     params = drawn(moe.params)
@@ -88,7 +88,7 @@ def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe: Any) -> None:
     assert "length=2" in text
 
 
-def test_a_checkpoint_that_returns_its_weights_is_the_one_that_does_not() -> None:
+def test_a_checkpoint_that_returns_its_weights_is_the_one_that_does_not():
     def passing(params: Any, tokens: Any) -> Any:
         @jax.checkpoint
         def block(p: Any, x: Any) -> Any:
@@ -117,7 +117,7 @@ def halves(params: Any, tokens: Any) -> Any:
     return x @ params["head"]
 
 
-def test_a_scan_that_was_split_converts_in_part() -> None:
+def test_a_scan_that_was_split_converts_in_part():
     dense = stacked()
     moe = mx.convert(halves, dense, TOKENS, "upcycle{experts=4 layers=1}")
     assert moe.params["params"]["layers"]["mlp"]["up"] is dense["layers"]["mlp"]["up"]
@@ -126,7 +126,7 @@ def test_a_scan_that_was_split_converts_in_part() -> None:
     assert apart(found, jax.jit(halves)(dense, TOKENS)) < 1e-5
 
 
-def test_layers_of_one_scan_become_alike_or_nothing_does() -> None:
+def test_layers_of_one_scan_become_alike_or_nothing_does():
     with pytest.raises(InputError, match="blocks of one scan would differ") as error:
         mx.convert(scanned, stacked(), TOKENS, "upcycle{experts=4 layers=every:2}")
     assert "split the scan" in str(error.value)

@@ -146,7 +146,7 @@ def whole(params: Any) -> Any:
     return tree
 
 
-def test_all_programs_in_one() -> None:
+def test_all_programs_in_one():
     params = {n: p for n, (_, p) in PROGRAMS.items()}
     function = partial(everything, ffn=dense)
     moe = mx.convert(function, params, X, "upcycle{experts=3 top-k=2}")
@@ -158,7 +158,7 @@ def test_all_programs_in_one() -> None:
     assert all(b.is_converted for b in moe.report.blocks)
 
 
-def test_half_precision_copies_have_the_same_bits() -> None:
+def test_half_precision_copies_have_the_same_bits():
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), PROGRAMS["shared layers"][1])
     function, x = partial(shared_layers, ffn=dense), X.astype(jnp.bfloat16)
     moe = mx.convert(function, params, x, "upcycle{experts=4 top-k=1}")
@@ -169,7 +169,7 @@ def test_half_precision_copies_have_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("dtype", few([jnp.bfloat16, jnp.float64, jnp.float16], 2))
-def test_parameters_in_another_element_type_have_the_same_blocks(dtype: Any) -> None:
+def test_parameters_in_another_element_type_have_the_same_blocks(dtype):
     """Casts inside and rounded numbers differ from trace to trace; another function is none."""
 
     def one(p: Any, x: Any, slope: float = 0.1) -> Any:

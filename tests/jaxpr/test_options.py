@@ -157,7 +157,7 @@ QUICK = ("shared=0.5", *REFUSED)
 
 
 @pytest.mark.parametrize("setting", some(_settings(), *QUICK))
-def test_an_option_applies_or_is_refused(setting: str) -> None:
+def test_an_option_applies_or_is_refused(setting):
     looks_ahead = "choice" in setting or "soft" in setting
     arguments = (function, DENSE, X, _pipeline(setting))
     if setting in REFUSED:
@@ -172,7 +172,7 @@ def test_an_option_applies_or_is_refused(setting: str) -> None:
 
 
 @pytest.mark.parametrize("name", some([row.name for row in STRATEGIES], "ragged_dot"))
-def test_every_dispatch_has_the_same_values_and_gradients(name: str) -> None:
+def test_every_dispatch_has_the_same_values_and_gradients(name):
     """Under a capacity some tokens are dropped; which, the graph says."""
     in_slots = next(row.in_slots for row in STRATEGIES if row.name == name)
     more = " slots=capacity capacity-factor=0.75 groups=2" if in_slots else ""

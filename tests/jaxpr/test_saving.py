@@ -44,12 +44,12 @@ def dense() -> Any:
 
 
 @pytest.fixture(scope="module")
-def moe() -> Any:
+def moe():
     return mx.convert(function, dense(), X, PIPELINE)
 
 
 @pytest.fixture(scope="module")
-def folder(moe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(moe, tmp_path_factory):
     found: Path = moe.save(tmp_path_factory.mktemp("saved") / "sparse")
     return found
 
@@ -61,7 +61,7 @@ def same_bits(a: Any, b: Any) -> bool:
     )
 
 
-def test_what_is_loaded_is_what_was_saved(moe: Any, folder: Path) -> None:
+def test_what_is_loaded_is_what_was_saved(moe, folder):
     back = mx.load(folder)
     assert same_bits(back.params, moe.params)
     assert str(back.report) == str(moe.report)
@@ -70,7 +70,7 @@ def test_what_is_loaded_is_what_was_saved(moe: Any, folder: Path) -> None:
     assert str(before) == str(after)
 
 
-def test_any_damage_to_the_config_is_an_input_error(folder: Path, tmp_path: Path) -> None:
+def test_any_damage_to_the_config_is_an_input_error(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "a")
     path = tmp_path / "a" / "config.json"
     stated = json.loads(path.read_text())
@@ -83,7 +83,7 @@ def test_any_damage_to_the_config_is_an_input_error(folder: Path, tmp_path: Path
                 mx.load(tmp_path / "a")
 
 
-def test_the_commands_read_the_folder(folder: Path, capsys: Any) -> None:
+def test_the_commands_read_the_folder(folder, capsys):
     from moecc.cli.main import main
 
     assert main(["inspect", str(folder), "--format", "json"]) == 0
@@ -102,7 +102,7 @@ def test_the_commands_read_the_folder(folder: Path, capsys: Any) -> None:
     assert "dispatch" in capsys.readouterr().out
 
 
-def test_a_changed_byte_is_found_and_another_folder_rejected(moe: Any, tmp_path: Path) -> None:
+def test_a_changed_byte_is_found_and_another_folder_rejected(moe, tmp_path):
     from moecc.cli.main import main
 
     path = moe.save(tmp_path / "a") / "model.safetensors"
@@ -115,7 +115,7 @@ def test_a_changed_byte_is_found_and_another_folder_rejected(moe: Any, tmp_path:
         mx.load(tmp_path / "a")
 
 
-def test_orbax_keeps_every_bit(moe: Any, tmp_path: Path) -> None:
+def test_orbax_keeps_every_bit(moe, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", moe.params)
@@ -124,7 +124,7 @@ def test_orbax_keeps_every_bit(moe: Any, tmp_path: Path) -> None:
     assert same_bits(back, moe.params)
 
 
-def test_a_tree_of_other_containers_is_given_again(tmp_path: Path) -> None:
+def test_a_tree_of_other_containers_is_given_again(tmp_path):
     class Layer(dict):  # type: ignore[type-arg]
         """A container that no file holds."""
 
@@ -143,7 +143,7 @@ def test_a_tree_of_other_containers_is_given_again(tmp_path: Path) -> None:
         mx.load(tmp_path / "a", like={"w": X})
 
 
-def test_trained_parameters_are_saved_and_those_of_shapes_are_not(moe: Any, tmp_path: Path) -> None:
+def test_trained_parameters_are_saved_and_those_of_shapes_are_not(moe, tmp_path):
     trained = drawn(moe.params)
     moe.save(tmp_path / "trained", trained)
     assert same_bits(mx.load(tmp_path / "trained").params, trained)

@@ -93,7 +93,7 @@ def converted_and_by_hand(
     return equations(found.jaxpr), equations(expected.jaxpr)
 
 
-def test_a_model_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_layer_by_layer(monkeypatch):
     """A block that is left alone has its equations, and so the same bits."""
     ffns = [decoder.swiglu, marker, decoder.swiglu]
     pipeline = "upcycle{experts=4 layers=1}"
@@ -104,7 +104,7 @@ def test_a_model_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(name == "erf_inv" for name, *_ in found) == 1
 
 
-def test_a_scan_of_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_of_checkpoints(monkeypatch):
     params = decoder.init(LAYERS)
     params["layers"] = jax.tree.map(lambda *each: jnp.stack(each), *params["layers"])
     found, expected = converted_and_by_hand(

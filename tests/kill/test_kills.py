@@ -24,13 +24,13 @@ def prove(*options: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_some_points() -> None:
+def test_some_points():
     found = prove("--sample", "3", "--how", "power some")
     assert found["failures"] == []
     assert found["killed"] == 21
 
 
-def test_outputs_change_the_disk_through_one_module() -> None:
+def test_outputs_change_the_disk_through_one_module():
     changing = re.compile(
         r"\bos\.(rename|replace|unlink|remove|rmdir|mkdir|makedirs|fsync|pwrite|"
         r"write|ftruncate|truncate|chmod)\(|shutil\.(?!disk_usage)|"
@@ -53,7 +53,7 @@ def test_outputs_change_the_disk_through_one_module() -> None:
 
 
 @pytest.mark.slow
-def test_every_point() -> None:
+def test_every_point():
     found = prove()
     assert found["failures"] == []
     assert found["points"]["kill: out fresh"] > 100
@@ -61,7 +61,7 @@ def test_every_point() -> None:
 
 
 @pytest.mark.slow
-def test_trainings_at_some_points() -> None:
+def test_trainings_at_some_points():
     done = subprocess.run(
         [sys.executable, "-m", "tests.kill.trainings", "--kills", "6"],
         capture_output=True, text=True, timeout=3000, cwd=ROOT,

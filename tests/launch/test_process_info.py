@@ -14,7 +14,7 @@ WHOLE = {
 }
 
 
-def test_a_place_is_read_as_it_is_written() -> None:
+def test_a_place_is_read_as_it_is_written():
     process = ProcessInfo("127.0.0.1:8476", 4, 3)
     assert process_info(WHOLE) == process
     assert process.environment() == WHOLE
@@ -33,7 +33,7 @@ def test_a_place_is_read_as_it_is_written() -> None:
         ({"MOECC_DISTRIBUTED": "yes"}, "cluster, or off"),
     ],
 )
-def test_what_is_no_place_is_told(change: dict[str, str], says: str) -> None:
+def test_what_is_no_place_is_told(change, says):
     with pytest.raises(UsageError) as error:
         process_info({**WHOLE, **change})
     assert says in str(error.value)
@@ -68,9 +68,7 @@ GKE = {
         (GKE, ProcessInfo("s-0.run:8476", 4, 3), None),
     ],
 )  # fmt: skip
-def test_schedulers_state_each_process(
-    variables: dict[str, str], process: ProcessInfo, local: int | None
-) -> None:
+def test_schedulers_state_each_process(variables, process, local):
     assert cluster_process(variables) == (process, local)
     incomplete = {n: v for n, v in variables.items() if not n.endswith(("SIZE", "HOSTNAMES"))}
     if "SLURM_NTASKS" not in variables:

@@ -59,9 +59,7 @@ CAPACITY = "specialize{mode=train capacity-factor=0.75 groups=1}"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices", "pipeline"), [(2, 2, CAPACITY), (4, 1, "")])
-def test_logits_and_gradients_are_those_of_one_process(
-    processes: int, devices: int, pipeline: str, tmp_path: Path
-) -> None:
+def test_logits_and_gradients_are_those_of_one_process(processes, devices, pipeline, tmp_path):
     config, out = GOLDEN / "mixtral_gqa", tmp_path / "out.npz"
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     run = launched(processes, "python", PROGRAM, "train", config, pipeline, out, env=flags)
@@ -82,7 +80,7 @@ def _experts(arrays: dict[str, Any]) -> list[str]:
     return [n.removeprefix("grad ") for n in arrays if "experts" in n]
 
 
-def test_moecc_run_in_two_processes_writes_what_one_writes(tmp_path: Path) -> None:
+def test_moecc_run_in_two_processes_writes_what_one_writes(tmp_path):
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.random.default_rng(0).integers(0, 37, (4, 6)).astype(np.int32))
     args = ["run", str(GOLDEN / "llama_gqa"), "--inputs", str(tokens), "--outputs"]
@@ -111,7 +109,7 @@ def read_until(stream: Any, pattern: str, count: int) -> tuple[list[str], list[s
 
 
 @pytest.mark.parametrize("victim", few([0, 1]))
-def test_killing_one_ends_the_others_within_five_seconds(victim: int) -> None:
+def test_killing_one_ends_the_others_within_five_seconds(victim):
     run = launched(2, "python", PROGRAM, "hang")
     guard = threading.Timer(120, run.kill)
     guard.start()
@@ -132,7 +130,7 @@ def test_killing_one_ends_the_others_within_five_seconds(victim: int) -> None:
     assert took < BOUND_SECONDS
 
 
-def test_differences_name_the_process_and_what() -> None:
+def test_differences_name_the_process_and_what():
     from moecc_backends.xla.program import differences
 
     same = [("dtype", "bf16"), ("jax", "0.10.2")]

@@ -34,7 +34,7 @@ def problem_of(future: Future[None]) -> str:
     return str(error)
 
 
-def test_all_meet_in_any_order_and_leave_the_port_free() -> None:
+def test_all_meet_in_any_order_and_leave_the_port_free():
     port = free_port()
     address = f"127.0.0.1:{port}"
     others = started([ProcessInfo(address, 4, n) for n in (3, 1, 2)], 30)
@@ -48,7 +48,7 @@ def test_all_meet_in_any_order_and_leave_the_port_free() -> None:
         pass
 
 
-def test_one_that_never_comes_is_named_to_all_that_came() -> None:
+def test_one_that_never_comes_is_named_to_all_that_came():
     address = f"127.0.0.1:{free_port()}"
     start = time.monotonic()
     came = started([ProcessInfo(address, 4, n) for n in (0, 2)], 1.5)
@@ -58,7 +58,7 @@ def test_one_that_never_comes_is_named_to_all_that_came() -> None:
     assert time.monotonic() - start < 10
 
 
-def test_without_the_first_the_others_end() -> None:
+def test_without_the_first_the_others_end():
     address = f"127.0.0.1:{free_port()}"
     (one,) = started([ProcessInfo(address, 2, 1)], 0.5)
     problem = problem_of(one)
@@ -66,7 +66,7 @@ def test_without_the_first_the_others_end() -> None:
     assert "refused" in problem
 
 
-def test_one_that_came_and_went_is_waited_for() -> None:
+def test_one_that_came_and_went_is_waited_for():
     port = free_port()
     (first,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 0)], 30)
     with connected(port) as gone:
@@ -94,7 +94,7 @@ def connected(port: int) -> socket.socket:
     "said",
     [b"GET / HTTP/1.1\r\n\r\n", b"moecc 7 of 2\n"],
 )
-def test_strangers_are_not_counted(said: bytes) -> None:
+def test_strangers_are_not_counted(said):
     port = free_port()
     (first,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 0)], 1.5)
     with connected(port) as stranger:
@@ -103,7 +103,7 @@ def test_strangers_are_not_counted(said: bytes) -> None:
             first.result(timeout=30)
 
 
-def test_two_with_one_number_and_two_counts_are_told() -> None:
+def test_two_with_one_number_and_two_counts_are_told():
     address = f"127.0.0.1:{free_port()}"
     (first,) = started([ProcessInfo(address, 3, 0)], 2.5)
     (one,) = started([ProcessInfo(address, 3, 1)], 30)
@@ -116,7 +116,7 @@ def test_two_with_one_number_and_two_counts_are_told() -> None:
         assert "process 2 of 3 did not come" in problem_of(future)
 
 
-def test_what_is_no_process_of_moecc_is_told() -> None:
+def test_what_is_no_process_of_moecc_is_told():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         (one,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 1)], 1)
@@ -134,14 +134,14 @@ def _serve(server: socket.socket) -> None:
             connection.sendall(b"HTTP/1.1 400 Bad Request\n")
 
 
-def test_an_address_in_use_is_told() -> None:
+def test_an_address_in_use_is_told():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(MachineError, match="the first process cannot listen"):
             meet(ProcessInfo(f"127.0.0.1:{port}", 2, 0), 1)
 
 
-def test_a_run_ends_with_a_message_when_the_other_never_comes(tmp_path: Path) -> None:
+def test_a_run_ends_with_a_message_when_the_other_never_comes(tmp_path):
     pytest.importorskip("jax")
     process = ProcessInfo(f"127.0.0.1:{free_port()}", 2, 0)
     out = tmp_path / "logits.npy"

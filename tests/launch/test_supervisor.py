@@ -32,8 +32,8 @@ def all_gone(supervisor: Supervisor) -> bool:
 
 
 def test_processes_know_their_places_and_the_first_has_the_output(
-    capfdbinary: pytest.CaptureFixture[bytes],
-) -> None:
+    capfdbinary,
+):
     ended, said, supervisor = run(
         """
         print("output of", me, os.environ["MOECC_PROCESSES"])
@@ -48,7 +48,7 @@ def test_processes_know_their_places_and_the_first_has_the_output(
     assert all_gone(supervisor)
 
 
-def test_one_that_fails_ends_the_others_with_its_code() -> None:
+def test_one_that_fails_ends_the_others_with_its_code():
     start = time.monotonic()
     ended, said, supervisor = run("sys.exit(3) if me == 1 else time.sleep(60)")
     assert time.monotonic() - start < BOUND_SECONDS + 5
@@ -57,14 +57,14 @@ def test_one_that_fails_ends_the_others_with_its_code() -> None:
     assert all_gone(supervisor)
 
 
-def test_one_that_is_killed_ends_the_others() -> None:
+def test_one_that_is_killed_ends_the_others():
     ended, said, supervisor = run("os.kill(os.getpid(), 9) if me == 2 else time.sleep(60)")
     assert ended.exit_code == 4
     assert "process 2 of 3 was ended by SIGKILL" in said[-1]
     assert all_gone(supervisor)
 
 
-def test_one_that_refuses_to_end_is_killed(tmp_path: Path) -> None:
+def test_one_that_refuses_to_end_is_killed(tmp_path):
     ended, _, supervisor = run(
         f"""
         import signal
@@ -85,7 +85,7 @@ def test_one_that_refuses_to_end_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_that_makes_no_step_ends_all() -> None:
+def test_one_that_makes_no_step_ends_all():
     """A stopped process neither fails nor finishes; the others go on reporting steps."""
     ended, said, supervisor = run(
         """
@@ -106,7 +106,7 @@ def test_one_that_makes_no_step_ends_all() -> None:
 
 
 @pytest.mark.parametrize("phase", ["start", "step", "evaluation", "save"])
-def test_the_watchdog_ends_a_process_that_hangs_in_a_phase(phase: str) -> None:
+def test_the_watchdog_ends_a_process_that_hangs_in_a_phase(phase):
     code = f"""
         from moecc.launch.processes import LIMITS, watchdog_of_environment
         os.environ |= dict.fromkeys(LIMITS.values(), "60") | {{LIMITS[{phase!r}]: "0.3"}}
@@ -124,7 +124,7 @@ def test_the_watchdog_ends_a_process_that_hangs_in_a_phase(phase: str) -> None:
     assert "in hangs" in text
 
 
-def test_long_phases_have_limits_of_their_own() -> None:
+def test_long_phases_have_limits_of_their_own():
     code = """
         os.environ["MOECC_STEP_SECONDS"] = "0.3"
         from moecc.launch.processes import watchdog_of_environment
@@ -145,7 +145,7 @@ def is_running(pid: int) -> bool:
     return state not in ("Z", "X")
 
 
-def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch):
     """It may come after a process is started, and before the supervisor knows of it."""
     started: list[subprocess.Popen[bytes]] = []
 
@@ -167,7 +167,7 @@ def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch: pytest.Mon
             process.kill()
 
 
-def test_a_reader_that_has_exited_is_no_traceback() -> None:
+def test_a_reader_that_has_exited_is_no_traceback():
     golden = Path(__file__).parents[1] / "golden" / "llama_gqa"
     words = f"{sys.executable} -m moecc launch local -n 2 -- import {golden} | head -n 1"
     done = subprocess.run(["/bin/sh", "-c", words], capture_output=True, text=True, timeout=120)
@@ -175,7 +175,7 @@ def test_a_reader_that_has_exited_is_no_traceback() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_watchdog_that_hears_steps_does_not_bite() -> None:
+def test_a_watchdog_that_hears_steps_does_not_bite():
     code = """
         from moecc.launch.processes import Watchdog
         with Watchdog({"step": 5.0}) as watchdog:

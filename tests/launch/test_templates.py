@@ -24,7 +24,7 @@ Printed = Callable[..., str]
 
 
 @pytest.fixture
-def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
+def printed(capsys):
     """Return what ``moecc launch template ARGS`` prints."""
 
     def run(*words: str) -> str:
@@ -64,7 +64,7 @@ def noted_process(folder: Path) -> ProcessInfo | None:
     return process_info({name: value for name, _, value in lines})
 
 
-def test_a_jobset_tells_each_host_its_process(printed: Printed) -> None:
+def test_a_jobset_tells_each_host_its_process(printed):
     jobset = yaml.safe_load(printed("jobset", "--machine", "h100x16", *CLUSTER, *TRAIN))
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
@@ -78,7 +78,7 @@ def test_a_jobset_tells_each_host_its_process(printed: Printed) -> None:
     assert job["completions"] == job["parallelism"] == 2
 
 
-def test_a_jobset_asks_for_slices_of_tpus(printed: Printed) -> None:
+def test_a_jobset_asks_for_slices_of_tpus(printed):
     text = printed("jobset", "--machine", "tpu:v5p:4x4x4:2", *CLUSTER, *TRAIN)
     jobs = yaml.safe_load(text)["spec"]["replicatedJobs"]
     pod = jobs[0]["template"]["spec"]["template"]["spec"]
@@ -87,7 +87,7 @@ def test_a_jobset_asks_for_slices_of_tpus(printed: Printed) -> None:
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
 
 
-def test_a_saved_plan_names_the_machine(printed: Printed, tmp_path: Path) -> None:
+def test_a_saved_plan_names_the_machine(printed, tmp_path):
     plan = str(tmp_path / "plan.json")
     words = ["plan", "preset:smollm2-135m", "--machine", "h100x32", "--save", plan]
     assert main(words) == 0
@@ -97,7 +97,7 @@ def test_a_saved_plan_names_the_machine(printed: Printed, tmp_path: Path) -> Non
     assert "--nodes=4" in printed("slurm", *TRAIN, f"--plan={plan}")
 
 
-def test_a_task_of_skypilot_runs_the_command(printed: Printed, tmp_path: Path) -> None:
+def test_a_task_of_skypilot_runs_the_command(printed, tmp_path):
     task = yaml.safe_load(printed("skypilot", "--machine", "a100x16", *CLUSTER, *TRAIN))
     assert task["resources"]["accelerators"] == "A100-80GB:8"
     ran = with_stubs(
@@ -108,7 +108,7 @@ def test_a_task_of_skypilot_runs_the_command(printed: Printed, tmp_path: Path) -
     assert noted_process(tmp_path) == ProcessInfo("10.0.0.1:8476", 2, 1)
 
 
-def test_a_conversion_becomes_parts_and_a_join(printed: Printed, tmp_path: Path) -> None:
+def test_a_conversion_becomes_parts_and_a_join(printed, tmp_path):
     first, parts, join = yaml.safe_load_all(
         printed("skypilot", "--nodes", "8", "--name", "big", *CLUSTER, *CONVERT)
     )
@@ -135,7 +135,7 @@ def test_a_conversion_becomes_parts_and_a_join(printed: Printed, tmp_path: Path)
     assert with_stubs(tmp_path, joins[0])["moecc"] == arguments(joined)
 
 
-def test_the_first_part_on_slurm_submits_the_join_once(printed: Printed, tmp_path: Path) -> None:
+def test_the_first_part_on_slurm_submits_the_join_once(printed, tmp_path):
     script = printed("slurm", "--nodes", "8", "--queue", "cpu", *CONVERT)
     assert "#SBATCH --partition=cpu\n" in script
     first = {
@@ -149,7 +149,7 @@ def test_the_first_part_on_slurm_submits_the_join_once(printed: Printed, tmp_pat
     assert shlex.split(wrapped.removeprefix("--wrap=")) == joined
 
 
-def test_xpk_gets_the_type_that_clouds_call_a_slice(printed: Printed, tmp_path: Path) -> None:
+def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):
     script = printed(
         "xpk", "--machine", "tpu:v5p:4x4x4:2", "--cluster", "c", "--image", "i", *TRAIN
     )
@@ -176,9 +176,7 @@ def test_xpk_gets_the_type_that_clouds_call_a_slice(printed: Printed, tmp_path: 
         ("slurm -- convert a b --part 1/3", "the template adds the parts itself"),
     ],
 )
-def test_a_template_that_cannot_be_written(
-    capsys: pytest.CaptureFixture[str], words: str, told: str
-) -> None:
+def test_a_template_that_cannot_be_written(capsys, words, told):
     assert main(["launch", "template", *shlex.split(words)]) == 2
     captured = capsys.readouterr()
     assert told in captured.err
@@ -212,9 +210,7 @@ for words in json.load(sys.stdin):
 
 
 @pytest.mark.parametrize("variable", JUDGES)
-def test_the_parser_of_the_scheduler_accepts_it(
-    printed: Printed, tmp_path: Path, variable: str
-) -> None:
+def test_the_parser_of_the_scheduler_accepts_it(printed, tmp_path, variable):
     interpreter = os.environ.get(variable)
     if not interpreter:
         pytest.skip(f"{variable} names no interpreter with the scheduler's package")

@@ -55,7 +55,7 @@ def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
 
-def test_no_process_of_four_hashes_a_third_of_a_step(tmp_path: Path) -> None:
+def test_no_process_of_four_hashes_a_third_of_a_step(tmp_path):
     recipe = make_recipe(tmp_path, "steps = 1\nsave_steps = 1")
     make_model(tmp_path / "wide", hidden_size=256, intermediate_size=1024)
     text = recipe.read_text().replace('source = "model"', 'source = "wide"')
@@ -73,8 +73,8 @@ def test_no_process_of_four_hashes_a_third_of_a_step(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_shared_is_rejected_though_an_old_one_is_there(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     recipe = make_recipe(tmp_path, "steps = 1\nsave_steps = 1")
     recipe.write_text(recipe.read_text() + '\n[mesh]\nmesh = "data=2"\n')
     machines = [tmp_path / "machine-0", tmp_path / "machine-1"]
@@ -86,7 +86,7 @@ def test_a_folder_that_is_not_shared_is_rejected_though_an_old_one_is_there(
         assert "the processes do not share the folder of the run" in text
 
 
-def test_one_signal_stops_both_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_one_signal_stops_both_and_the_same_command_goes_on(tmp_path):
     recipe = make_recipe(tmp_path, "steps = 2000\nsave_steps = 5\nkeep = 3")
     recipe.write_text(recipe.read_text() + '\n[mesh]\nmesh = "data=2"\n')
     port, run = free_port(), tmp_path / "run"

@@ -46,7 +46,7 @@ QUICK = (
 
 
 @pytest.mark.parametrize("name", some(KINDS, *QUICK))
-def test_each_mutant_is_caught(name: str) -> None:
+def test_each_mutant_is_caught(name):
     item, strategy = KINDS[name]
 
     @seed(0)
@@ -60,7 +60,7 @@ def test_each_mutant_is_caught(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", few(["softmax", "contract", "rms_norm", "max"], 2))
-def test_a_row_that_splits_what_must_be_whole_is_caught(name: str) -> None:
+def test_a_row_that_splits_what_must_be_whole_is_caught(name):
     operation = P.op(name, *(P.any() for _ in OPS[name].operands))
 
     @seed(0)
@@ -76,14 +76,14 @@ def test_a_row_that_splits_what_must_be_whole_is_caught(name: str) -> None:
 
 @settings(EXAMPLES, max_examples=examples(25, 100))
 @given(graphs(mesh=MESH))
-def test_a_random_sharding_is_right(graph: Graph) -> None:
+def test_a_random_sharding_is_right(graph):
     laws.check_sharded(graph)
 
 
 @pytest.mark.parametrize(
     "name", some((n for n in SOUND if "upcycle" not in n), "commute", "reassociate")
 )
-def test_no_sound_rewrite_is_caught_on_a_mesh(name: str) -> None:
+def test_no_sound_rewrite_is_caught_on_a_mesh(name):
     changed = 0
 
     @settings(EXAMPLES, max_examples=examples(25, 60))

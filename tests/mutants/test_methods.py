@@ -376,6 +376,6 @@ LAWS = (
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_the_law_of_a_method_holds(law: Any) -> None:
+def test_the_law_of_a_method_holds(law):
     for seed in range(examples(4, 50)):
         law(seed)

@@ -47,7 +47,7 @@ QUICK = (
 
 
 @pytest.mark.parametrize("name", some(MUTANTS, *QUICK))
-def test_each_mutant_is_caught(name: str) -> None:
+def test_each_mutant_is_caught(name):
     item = MUTANTS[name]
 
     @EXAMPLES
@@ -65,7 +65,7 @@ def test_each_mutant_is_caught(name: str) -> None:
 @pytest.mark.parametrize(
     "name", some(SOUND, "commute", "reassociate", "store_in_a_wider_type", "upcycle")
 )
-def test_no_sound_rewrite_is_caught(name: str) -> None:
+def test_no_sound_rewrite_is_caught(name):
     item = SOUND[name]
     changed = 0
 

@@ -53,7 +53,7 @@ def applied(edit: Edit, count: int, *, masked: bool) -> Iterator[tuple[Graph, Gr
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_a_sound_edit_keeps_the_function(name: str) -> None:
+def test_a_sound_edit_keeps_the_function(name):
     count = 0
     for before, after, seed in applied(SOUND[name], examples(2, 30), masked=False):
         assert difference(before, after, seed, thorough=True) is None
@@ -62,7 +62,7 @@ def test_a_sound_edit_keeps_the_function(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_edit_changes_a_function(name: str) -> None:
+def test_a_wrong_edit_changes_a_function(name):
     gaps = (
         difference(before, after, seed, thorough=True)
         for before, after, seed in applied(WRONG[name], 40, masked=True)

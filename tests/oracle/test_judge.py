@@ -34,7 +34,7 @@ def choice(b: Builder, x: Value) -> Value:
     return b.route(x, top_k=2, axis="embed")[0]
 
 
-def test_ties_are_drawn() -> None:
+def test_ties_are_drawn():
     before, after = graph(choice), graph(mirrored_choice)
     assert differences(before, after) == []
     gap = difference(before, after, thorough=True)
@@ -42,7 +42,7 @@ def test_ties_are_drawn() -> None:
     assert gap.kind in ("signs", "equal", "sparse")
 
 
-def test_a_tie_that_rounding_breaks_is_no_difference() -> None:
+def test_a_tie_that_rounding_breaks_is_no_difference():
     def early(b: Builder, x: Value) -> Value:
         return choice(b, b.scale(b.tanh(x), by=3.0))
 
@@ -54,7 +54,7 @@ def test_a_tie_that_rounding_breaks_is_no_difference() -> None:
         assert difference(graph(early), graph(late), seed, thorough=True) is None
 
 
-def test_sizes_of_one_are_drawn() -> None:
+def test_sizes_of_one_are_drawn():
     def first(b: Builder, x: Value) -> Value:
         return b.sum(x, axes="batch")
 
@@ -66,7 +66,7 @@ def test_sizes_of_one_are_drawn() -> None:
     assert dict(gap.sizes)["B"] > 1
 
 
-def test_bits_differ_where_numbers_do_not() -> None:
+def test_bits_differ_where_numbers_do_not():
     def left(b: Builder, x: Value) -> Value:
         return b.add(b.add(b.tanh(x), b.exp(x)), b.silu(x))
 
@@ -77,13 +77,13 @@ def test_bits_differ_where_numbers_do_not() -> None:
     assert difference(graph(left), graph(right), exact=True, thorough=True) is not None
 
 
-def test_a_lost_gradient_is_seen() -> None:
+def test_a_lost_gradient_is_seen():
     gap = difference(graph(lambda b, x: b.silu(x)), graph(lambda b, x: b.stop_gradient(b.silu(x))))
     assert gap is not None
     assert gap.law == "gradients"
 
 
-def test_a_rounded_weight_is_seen() -> None:
+def test_a_rounded_weight_is_seen():
     def scaled(weight_dtype: str) -> Graph:
         result = Graph()
         x, type = result.input("x", STREAM), tensor(F32, embed=4)
@@ -98,14 +98,14 @@ def test_a_rounded_weight_is_seen() -> None:
     assert gap.law == "weights"
 
 
-def test_nothing_is_said_of_a_division_by_zero() -> None:
+def test_nothing_is_said_of_a_division_by_zero():
     def through(b: Builder, x: Value) -> Value:
         return b.mul(b.div(x, x), x)
 
     assert difference(graph(through), graph(lambda b, x: x), thorough=True) is None
 
 
-def test_calculating_with_a_mask_is_a_difference() -> None:
+def test_calculating_with_a_mask_is_a_difference():
     def masked(b: Builder, x: Value) -> Value:
         at = b.positions(x, axis="seq")
         causal = b.causal(at, b.rename(b.positions(x, axis="seq"), axis="seq", to="kv_seq"))

@@ -25,6 +25,6 @@ def proved(kind: str) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("job", few(map(pytest.param, proved("run")), 20), ids=" ".join)
-def test_a_run_is_proved(job: tuple[str, str]) -> None:
+def test_a_run_is_proved(job):
     row = run_pair(*job)
     assert (row.verdict, row.reason) == ("proved", "")

@@ -27,12 +27,12 @@ def statements() -> set[str]:
     raise AssertionError("no table of statements")
 
 
-def test_lemmas_of_choices_and_indices_have_a_statement() -> None:
+def test_lemmas_of_choices_and_indices_have_a_statement():
     names = {x.name for head in SUBJECTS for x in APPLICATIONS[head]}
     assert names - statements() == ELSEWHERE
 
 
-def test_the_record_has_every_statement_without_a_counterexample() -> None:
+def test_the_record_has_every_statement_without_a_counterexample():
     record = json.loads(RECORD.read_text("utf-8"))
     assert record["statements"].keys() == statements()
     assert not any(s["counterexamples"] for s in record["statements"].values())

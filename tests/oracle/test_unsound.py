@@ -24,14 +24,14 @@ def is_told_apart(before: Graph, after: Graph, *, exact: bool = False) -> bool:
     return prove(before, after, exact=exact).status != "proved"
 
 
-def test_an_operation_is_no_function_of_indices_of_its_name() -> None:
+def test_an_operation_is_no_function_of_indices_of_its_name():
     inputs = "input %x : f32[one=1, embed=4]", "input %y : f32[one=1, embed=4]"
     before = graph(*inputs, "%a = equal %x, %y : pred[one=1, embed=4]", "output o = %a")
     after = graph(*inputs, "%a = equal %y, %y : pred[one=1, embed=4]", "output o = %a")
     assert is_told_apart(before, after, exact=True)
 
 
-def test_a_moment_is_over_the_axis_that_it_names() -> None:
+def test_a_moment_is_over_the_axis_that_it_names():
     def mean_of(source: str) -> Graph:
         return graph(
             "input %x : f32[b=3]",
@@ -45,7 +45,7 @@ def test_a_moment_is_over_the_axis_that_it_names() -> None:
     assert is_told_apart(mean_of(rows), mean_of(columns))
 
 
-def test_a_tie_that_rounding_makes_refutes_nothing() -> None:
+def test_a_tie_that_rounding_makes_refutes_nothing():
     types = "f32[batch=B, embed=4]"
     choice = "i32[batch=B, choice=2], f32[batch=B, choice=2]"
     first = graph(
@@ -65,7 +65,7 @@ def test_a_tie_that_rounding_makes_refutes_nothing() -> None:
     assert prove(second, first).status != "refuted"
 
 
-def test_a_weight_that_is_rounded_is_refuted() -> None:
+def test_a_weight_that_is_rounded_is_refuted():
     def scaled(weight: str) -> Graph:
         return graph(
             "input %x : f32[b=3]",
@@ -86,7 +86,7 @@ def test_a_weight_that_is_rounded_is_refuted() -> None:
 @pytest.mark.parametrize(
     "name", [*meshes.TABLES, *(n for n in meshes.COLLECTIVES if n != "reduce everywhere")]
 )
-def test_a_wrong_row_of_a_sharding_table_is_refuted_where_it_is(name: str) -> None:
+def test_a_wrong_row_of_a_sharding_table_is_refuted_where_it_is(name):
     op = meshes.TABLES[name].op if name in meshes.TABLES else "shard"
     op = "all_" if name == "gather outermost" else op
     for item in wrong_tables(4, 0, only=name):

@@ -17,12 +17,12 @@ UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("pages")
 
 
 @pytest.fixture(scope="module")
-def graph_page(folder: Path) -> Path:
+def graph_page(folder):
     graph, page = folder / "dense.moe", folder / "graph.html"
     assert main(["import", DENSE, "-o", str(graph)]) == 0
     command = ["opt", str(graph), "-p", UPCYCLE, "--html", str(page)]
@@ -31,14 +31,14 @@ def graph_page(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def receipt_page(folder: Path) -> Path:
+def receipt_page(folder):
     out, page = str(folder / "sparse"), folder / "receipt.html"
     assert main(["convert", DENSE, out, "-p", UPCYCLE, "--to", "mixtral", "--verify"]) == 0
     assert main(["verify", out, "--html", str(page)]) == 0
     return page
 
 
-def test_a_graph_is_shown_before_and_after(graph_page: Path) -> None:
+def test_a_graph_is_shown_before_and_after(graph_page):
     text = graph_page.read_text("utf-8")
     before, after = text.split("<h2>after</h2>")
     assert "<h2>before</h2>" in before
@@ -49,7 +49,7 @@ def test_a_graph_is_shown_before_and_after(graph_page: Path) -> None:
     assert "became 4 experts, top-2" in after
 
 
-def test_edges_lead_to_nodes_and_layers_are_nested(graph_page: Path) -> None:
+def test_edges_lead_to_nodes_and_layers_are_nested(graph_page):
     text = graph_page.read_text("utf-8")
     before, after = text.split("<h2>after</h2>")
     ids = re.findall(r' id="((?:before|after)-[^"]*)"', text)
@@ -70,7 +70,7 @@ def test_edges_lead_to_nodes_and_layers_are_nested(graph_page: Path) -> None:
     assert 'class="back"' in before
 
 
-def test_model_explorer_has_every_edge(graph_page: Path, folder: Path) -> None:
+def test_model_explorer_has_every_edge(graph_page, folder):
     """A loop's body is nested in it, and its edges end at nodes that there are."""
     out, rolled = folder / "explorer.json", UPCYCLE + ",roll-layers"
     command = ["opt", str(folder / "dense.moe"), "-p", rolled, "--explorer", str(out)]
@@ -93,7 +93,7 @@ def test_model_explorer_has_every_edge(graph_page: Path, folder: Path) -> None:
     assert main([*command, "-o", str(folder / "again.moe")]) == 1, "nothing is replaced unasked"
 
 
-def test_pages_load_nothing(graph_page: Path, receipt_page: Path) -> None:
+def test_pages_load_nothing(graph_page, receipt_page):
     for page in (graph_page, receipt_page):
         text = page.read_text("utf-8")
         assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []
@@ -104,7 +104,7 @@ def test_pages_load_nothing(graph_page: Path, receipt_page: Path) -> None:
 @pytest.mark.skipif(BROWSER is None, reason=MISSING)
 @pytest.mark.parametrize("width", [1100, 480])
 @pytest.mark.parametrize("dark", [False, True])
-def test_in_a_browser(graph_page: Path, receipt_page: Path, width: int, dark: bool) -> None:
+def test_in_a_browser(graph_page, receipt_page, width, dark):
     graph, receipt = (look(page, width=width, dark=dark) for page in (graph_page, receipt_page))
     for seen in (graph, receipt):
         assert seen.console == []
@@ -119,7 +119,7 @@ def test_in_a_browser(graph_page: Path, receipt_page: Path, width: int, dark: bo
     assert receipt.probe["tables"] == 5
 
 
-def test_a_receipt_says_what_was_found(receipt_page: Path) -> None:
+def test_a_receipt_says_what_was_found(receipt_page):
     text = receipt_page.read_text("utf-8")
     for words in ("reassociation", "upcycle{experts=4}", "max relative", "llama.cpp", "numpy"):
         assert words in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def replaced(value: Any, suffix: Suffix, *, keys: frozenset[str] = frozenset()) 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_plotly() -> Iterator[None]:
+def short_plotly():
     """Leave the 4 MB of plotly.js out of the pages, which would be most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moecc.support.page._plotly", lambda: "const Plotly = {};")
@@ -152,7 +152,7 @@ def same_tree(page: Callable[[Suffix], str], hostile: str) -> None:
 
 @settings(max_examples=examples(20, 1000), deadline=None)
 @given(hostile=HOSTILE)
-def test_a_receipt(hostile: str) -> None:
+def test_a_receipt(hostile):
     same_tree(
         lambda suffix: receipt_page(
             suffix("name"), replaced(RECEIPT, suffix, keys=frozenset({"versions"}))
@@ -166,25 +166,25 @@ def test_a_receipt(hostile: str) -> None:
 @settings(max_examples=examples(3, 200), deadline=None)
 @given(hostile=HOSTILE)
 @pytest.mark.parametrize("page", [plan_of, sweep_of, runs_of], ids=["plan", "sweep", "runs"])
-def test_a_page_with_figures(page: Callable[[Suffix], str], hostile: str) -> None:
+def test_a_page_with_figures(page, hostile):
     pytest.importorskip("plotly")
     same_tree(page, hostile)
 
 
 @settings(max_examples=examples(3, 200), deadline=None)
 @given(hostile=HOSTILE)
-def test_a_graph(hostile: str) -> None:
+def test_a_graph(hostile):
     same_tree(graph_of, hostile)
 
 
 @given(name=HOSTILE, text=HOSTILE)
-def test_what_a_notebook_shows(name: str, text: str) -> None:
+def test_what_a_notebook_shows(name, text):
     cells = Parsed(facts_table([(name, text)]))
     assert cells.elements == Parsed(facts_table([("a", "b")])).elements
     assert Parsed(render("text.html", text=text)).elements == [("pre", ()), ("/pre", ())]
 
 
-def test_a_value_that_a_template_lacks_is_an_error() -> None:
+def test_a_value_that_a_template_lacks_is_an_error():
     from jinja2 import UndefinedError
 
     with pytest.raises(UndefinedError):

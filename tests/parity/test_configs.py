@@ -122,7 +122,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @in_each_interpreter
-def test_transformers_takes_the_values_that_the_config_holds(python: str) -> None:
+def test_transformers_takes_the_values_that_the_config_holds(python):
     configs = [parse_config(variant) for variant in VARIANTS]
     for config, found in zip(
         configs, ask(python, PROBE, [c.to_json() for c in configs]), strict=True
@@ -131,7 +131,7 @@ def test_transformers_takes_the_values_that_the_config_holds(python: str) -> Non
 
 
 @in_each_interpreter
-def test_defaults_are_those_of_the_classes(python: str) -> None:
+def test_defaults_are_those_of_the_classes(python):
     for name, found in zip(
         NAMES, ask(python, PROBE, [{"model_type": n} for n in NAMES]), strict=True
     ):

@@ -60,7 +60,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def folders(tmp_path_factory):
     if not interpreters():
         return []
     place = tmp_path_factory.mktemp("exports")
@@ -90,7 +90,7 @@ def write(folder: Path, keys: dict[str, Any], target: str, options: dict[str, An
 
 
 @in_each_interpreter
-def test_transformers_computes_what_the_graph_does(python: str, folders: list[Path]) -> None:
+def test_transformers_computes_what_the_graph_does(python, folders):
     models = ask(python, "load_encoders.py", [str(f) for f in folders])["models"]
     assert set(models) == set(CASES)
     for name, found in models.items():

@@ -34,9 +34,7 @@ BOUND = 1e-6
 
 
 @in_each_interpreter
-def test_a_mutated_config_is_read_as_transformers_does_or_rejected(
-    python: str, tmp_path: Path
-) -> None:
+def test_a_mutated_config_is_read_as_transformers_does_or_rejected(python, tmp_path):
     sources = sources_of(major_of(python))
     wrong, counts = [], {"equal": 0, "rejected": 0, "not in transformers": 0}
     for start in range(0, DRAWS, AT_ONCE):

@@ -135,7 +135,7 @@ def relative(found: Path, expected: Path) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @in_each_interpreter
-def test_every_source_as_every_target_that_fits(python: str, target: str, tmp_path: Path) -> None:
+def test_every_source_as_every_target_that_fits(python, target, tmp_path):
     fitting = [s for s in sources(dense=True) if fits(s, target)]
     # What must fit at least.
     assert {"mixtral": {"llama", "mistral"}, "qwen2_moe": {"llama", "mistral", "qwen2"},
@@ -150,7 +150,7 @@ def test_every_source_as_every_target_that_fits(python: str, target: str, tmp_pa
 
 
 @in_each_interpreter
-def test_every_decoder_written_again(python: str, tmp_path: Path) -> None:
+def test_every_decoder_written_again(python, tmp_path):
     """What transformers has written, and moecc has read and written, is the same model."""
     alone = {n for n, c in MANIFEST["cases"].items() if c.get("not_in_4")}
     left = alone if major_of(python) == 4 else set()
@@ -181,7 +181,7 @@ NEWER = [
 
 
 @in_each_interpreter
-def test_the_newer_targets(python: str, tmp_path: Path) -> None:
+def test_the_newer_targets(python, tmp_path):
     """Version 4 has another activation in gpt_oss, whatever the config says."""
     new = major_of(python) > 4
     cases = [case for case in NEWER if new or case[1] != "gpt_oss"]
@@ -208,7 +208,7 @@ RESIZED = [
 
 
 @in_each_interpreter
-def test_experts_and_layers_that_change_nothing(python: str, tmp_path: Path) -> None:
+def test_experts_and_layers_that_change_nothing(python, tmp_path):
     jobs = []
     for number, (source, target, passes) in enumerate(RESIZED):
         folder = tmp_path / str(number)
@@ -221,7 +221,7 @@ def test_experts_and_layers_that_change_nothing(python: str, tmp_path: Path) -> 
 
 
 @in_each_interpreter
-def test_experts_that_differ_are_met_by_the_same_tokens(python: str, tmp_path: Path) -> None:
+def test_experts_that_differ_are_met_by_the_same_tokens(python, tmp_path):
     """Among copies it would not show if a runtime mixed experts or router rows up."""
     cases = [
         (source, target, options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import moecc
@@ -15,7 +13,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 
 @in_each_interpreter
-def test_wrappers_with_a_converted_text_model(python: str, tmp_path: Path) -> None:
+def test_wrappers_with_a_converted_text_model(python, tmp_path):
     sources = tmp_path / "sources"
     version = ask(python, "wrappers.py", {"make": str(sources)})["version"]
     folders: dict[str, str] = {}

@@ -37,7 +37,7 @@ def tensors(folder: Path) -> dict[str, Array]:
 
 
 @pytest.fixture
-def shuffled(tmp_path: Path) -> Path:
+def shuffled(tmp_path):
     """The source with its neurons in another order in each block, and a little noise."""
     shutil.copytree(SOURCE, tmp_path / "shuffled")
     rng = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def planned(reference: Path) -> Plan:
     return plan(model, ALIGN, "llama")
 
 
-def test_the_checker_accepts_one_order_for_all_weights_of_a_block(tmp_path: Path) -> None:
+def test_the_checker_accepts_one_order_for_all_weights_of_a_block(tmp_path):
     words = ["-p", "align-neurons{to=a}", "--experts", f"a={SOURCE}", "--to", "llama"]
     proof = tmp_path / "proof.json"
     code = main(["convert", str(SOURCE), str(tmp_path / "out"), *words, "--proof", str(proof)])
@@ -72,7 +72,7 @@ def test_the_checker_accepts_one_order_for_all_weights_of_a_block(tmp_path: Path
         moecc_check.accepted(log, *texts)
 
 
-def test_the_order_is_found_and_the_function_is_proved(shuffled: Path, tmp_path: Path) -> None:
+def test_the_order_is_found_and_the_function_is_proved(shuffled, tmp_path):
     done = planned(shuffled)
     assert done.proof is not None
     write(done, tmp_path / "out")
@@ -89,7 +89,7 @@ def test_the_order_is_found_and_the_function_is_proved(shuffled: Path, tmp_path:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6))
-def test_no_other_order_has_a_larger_sum(seed: int, neurons: int) -> None:
+def test_no_other_order_has_a_larger_sum(seed, neurons):
     scores = np.random.default_rng(seed).normal(size=(neurons, neurons))
     order = matched_order(scores)
     assert sorted(order.tolist()) == list(range(neurons))
@@ -98,7 +98,7 @@ def test_no_other_order_has_a_larger_sum(seed: int, neurons: int) -> None:
     assert np.isclose(scores[places, order].sum(), best)
 
 
-def test_weights_that_are_not_finite(shuffled: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite(shuffled, tmp_path):
     stored = tensors(shuffled)
     stored["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
     save_file(stored, shuffled / "model.safetensors", metadata={"format": "pt"})
@@ -125,12 +125,12 @@ def test_weights_that_are_not_finite(shuffled: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_aligned(passes: str, context: Context, message: str) -> None:
+def test_what_cannot_be_aligned(passes, context, message):
     with open_model(str(SOURCE)) as model, pytest.raises(InputError, match=message):
         run_pipeline(clone(model.graph), Pipeline.parse(passes), context=context)
 
 
-def test_scipy_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scipy_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with open_model(str(SOURCE)) as model, pytest.raises(MachineError, match="needs scipy"):
         run_pipeline(model.graph, ALIGN, context=KNOWN)

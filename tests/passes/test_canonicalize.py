@@ -89,7 +89,7 @@ CASES: dict[str, tuple[Make, Make]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rule(name: str) -> None:
+def test_rule(name):
     before, after = CASES[name]
     graph, expected = graph_of(before), graph_of(after)
     result = canonical(graph)
@@ -125,7 +125,7 @@ LEFT: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_left_alone(name: str) -> None:
+def test_left_alone(name):
     graph = graph_of(LEFT[name])
     before = clone(graph)
     order_operands(before)
@@ -133,7 +133,7 @@ def test_left_alone(name: str) -> None:
     assert equal(graph, before), print_graph(graph)
 
 
-def test_whole_numbers_are_not_folded() -> None:
+def test_whole_numbers_are_not_folded():
     graph = Graph()
     b = Builder(graph)
     ids = graph.input("ids", tensor(I32, batch="B"))
@@ -142,7 +142,7 @@ def test_whole_numbers_are_not_folded() -> None:
     assert "fold-constants" not in canonical(graph).stats
 
 
-def test_the_promise_is_exact_where_no_scale_was_merged() -> None:
+def test_the_promise_is_exact_where_no_scale_was_merged():
     done = canonical(graph_of(CASES["double-neg"][0]))
     assert done.preserves is not None
     assert done.preserves.kind == "exact"
@@ -164,7 +164,7 @@ def glu(swapped: bool, names: tuple[str, str]) -> Graph:
     return graph
 
 
-def test_the_order_of_operands_depends_on_how_they_are_made() -> None:
+def test_the_order_of_operands_depends_on_how_they_are_made():
     one, other = glu(False, ("gate", "up")), glu(True, ("a", "b"))
     assert order_operands(one) + order_operands(other) == 1
     made = [[v.node.op.name for v in list(g)[-1].operands if v.node] for g in (one, other)]
@@ -172,7 +172,7 @@ def test_the_order_of_operands_depends_on_how_they_are_made() -> None:
     assert order_operands(one) == order_operands(other) == 0
 
 
-def test_operands_that_settle_the_order_of_axes_stay() -> None:
+def test_operands_that_settle_the_order_of_axes_stay():
     graph = Graph()
     b = Builder(graph)
     one = graph.input("one", tensor(F32, batch="B", embed=4))
@@ -184,7 +184,7 @@ def test_operands_that_settle_the_order_of_axes_stay() -> None:
 
 
 @given(graph=graphs())
-def test_order_does_not_depend_on_names(graph: Graph) -> None:
+def test_order_does_not_depend_on_names(graph):
     canonical(graph)
     renamed = clone(graph)
     for i, value in enumerate([v for n in renamed for v in n.results]):

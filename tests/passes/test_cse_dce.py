@@ -27,7 +27,7 @@ def ops(graph: Graph) -> list[str]:
     return [n.op.name for n in graph]
 
 
-def test_attributes_and_operands_count() -> None:
+def test_attributes_and_operands_count():
     graph, b, x = start()
     for value in (b.scale(x, by=2.0), b.scale(x, by=3.0), b.neg(x), b.sub(x, b.neg(x))):
         graph.set_output(value.name, value)
@@ -38,7 +38,7 @@ def test_attributes_and_operands_count() -> None:
     assert ops(graph).count("scale") == 2
 
 
-def test_a_placement_is_merged_while_rows_stay_apart() -> None:
+def test_a_placement_is_merged_while_rows_stay_apart():
     graph, b, x = start()
     logits = graph.input("logits", tensor(F32, batch="B", expert=4))
     experts, gates = b.route(logits, top_k=2)
@@ -52,7 +52,7 @@ def test_a_placement_is_merged_while_rows_stay_apart() -> None:
     assert_same(before, graph, exact=True)
 
 
-def test_parameters_of_one_expression_are_merged_on_demand() -> None:
+def test_parameters_of_one_expression_are_merged_on_demand():
     text = """
 moecc 1
 graph g {
@@ -82,7 +82,7 @@ graph g {
     assert_same(apart, merged, exact=True)
 
 
-def test_dce() -> None:
+def test_dce():
     graph, b, x = start()
     dead = graph.param("dead", x.type)
     graph.param("alone", x.type)
@@ -97,7 +97,7 @@ def test_dce() -> None:
 
 
 @given(graph=graphs())
-def test_doubling_a_graph_is_undone(graph: Graph) -> None:
+def test_doubling_a_graph_is_undone(graph):
     """A second copy of every node, beside the first, is merged into it."""
     cse(graph)
     DcePass(keep_params=True).apply(graph, CONTEXT)

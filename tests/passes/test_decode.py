@@ -54,14 +54,14 @@ def inputs_of(graph: Graph, texts: int, length: int, seed: int = 0) -> dict[str,
 
 
 @pytest.mark.parametrize("case", some([c for c in CASES if c not in LONG], *QUICK))
-def test_every_golden_model_in_steps(case: str) -> None:
+def test_every_golden_model_in_steps(case):
     with open_model(str(GOLDEN / case)) as model:
         params = dict(model.params(dtype=F64))
         check_decode(model.graph, params, inputs_of(model.graph, 2, 9), (4, 1, 1, 2, 1))
 
 
 @pytest.mark.parametrize("case", LONG)
-def test_positions_that_depend_on_the_length_are_right_up_to_the_original_one(case: str) -> None:
+def test_positions_that_depend_on_the_length_are_right_up_to_the_original_one(case):
     with open_model(str(GOLDEN / case)) as model:
         params = dict(model.params(dtype=F64))
         check_decode(model.graph, params, inputs_of(model.graph, 2, 4), (2, 1, 1))
@@ -77,14 +77,14 @@ def test_positions_that_depend_on_the_length_are_right_up_to_the_original_one(ca
     seed=st.integers(0, 99),
     parts=st.lists(st.integers(1, 4), min_size=1, max_size=4),
 )
-def test_any_decoder_in_any_steps(config: Any, seed: int, parts: list[int]) -> None:
+def test_any_decoder_in_any_steps(config, seed, parts):
     graph = build(config)
     params = params_for(graph, seed)
     check_decode(graph, params, inputs_of(graph, 2, sum(parts), seed), parts)
 
 
 @pytest.mark.parametrize("case", ["t5_square", "llama_gqa"])
-def test_an_upcycled_model_in_steps(case: str) -> None:
+def test_an_upcycled_model_in_steps(case):
     with open_model(str(GOLDEN / case)) as model:
         graph = clone(model.graph)
     run_pipeline(graph, Pipeline.parse("st-moe{experts=4 layers=all},specialize{mode=eval}"))
@@ -107,7 +107,7 @@ def rejected(graph: Graph, options: str = "") -> str:
     return str(caught.value)
 
 
-def test_an_encoder_is_rejected() -> None:
+def test_an_encoder_is_rejected():
     with open_model(str(GOLDEN / "bert_square")) as model:
         assert "continues no text" in rejected(clone(model.graph))
 
@@ -156,11 +156,11 @@ MEAN = "%c = mean %a {axes=seq} : f32[batch=B, embed=4]\n"
          "tokens meet otherwise"),
     ],
 )  # fmt: skip
-def test_tokens_that_see_later_ones_are_rejected(parts: dict[str, str], says: str) -> None:
+def test_tokens_that_see_later_ones_are_rejected(parts, says):
     assert says in rejected(attention(**parts))
 
 
-def test_noise_and_a_second_decode_are_rejected() -> None:
+def test_noise_and_a_second_decode_are_rejected():
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         graph = clone(model.graph)
     noisy = clone(graph)

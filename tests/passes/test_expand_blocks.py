@@ -32,7 +32,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
         "t5_gated_untied",  # two stacks, and a bias of attention that layers share
     ],
 )
-def test_the_bits_stay_and_the_prover_agrees(source: str) -> None:
+def test_the_bits_stay_and_the_prover_agrees(source):
     with open_model(str(GOLDEN / source)) as model:
         inputs = {name: np.load(GOLDEN / source / f"{name}.npy") for name in model.graph.inputs}
         before = clone(model.graph)
@@ -47,7 +47,7 @@ def test_the_bits_stay_and_the_prover_agrees(source: str) -> None:
     assert prove(before, after, refute=False).status == "proved"
 
 
-def test_the_layers_are_numbered_anew(tmp_path: Path) -> None:
+def test_the_layers_are_numbered_anew(tmp_path):
     source = GOLDEN / "gemma2_square"
     with open_model(str(source)) as model:
         planned = plan(model, Pipeline.parse("expand-blocks{every=2}"), "gemma2")
@@ -76,11 +76,11 @@ def test_the_layers_are_numbered_anew(tmp_path: Path) -> None:
         ("ernie4_5_moe_every_second", "expand-blocks{every=1}", "no config of the deeper model"),
     ],
 )
-def test_layers_that_cannot_be_inserted(source: str, passes: str, message: str) -> None:
+def test_layers_that_cannot_be_inserted(source, passes, message):
     with open_model(str(GOLDEN / source)) as model, pytest.raises(InputError, match=message):
         run_pipeline(model.graph, Pipeline.parse(passes), context=Context())
 
 
-def test_a_distance_of_no_layers() -> None:
+def test_a_distance_of_no_layers():
     with pytest.raises(UsageError, match="at least 1"):
         Pipeline.parse("expand-blocks{every=0}")

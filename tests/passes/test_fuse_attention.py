@@ -37,7 +37,7 @@ def attentions(graph: Graph) -> list:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_is_one_operation_and_means_the_same(name: str) -> None:
+def test_every_form_is_one_operation_and_means_the_same(name):
     before = FORMS[name].graph()
     after, remarks = fused(before)
     assert remarks == []
@@ -46,7 +46,7 @@ def test_every_form_is_one_operation_and_means_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("case", some(CASES, "gemma2_caps", "t5_gated_v4", "gpt_oss_limits"))
-def test_golden_models_mean_the_same(case: str) -> None:
+def test_golden_models_mean_the_same(case):
     with open_model(str(GOLDEN / case)) as model:
         before = clone(model.graph)
     after, remarks = fused(before)
@@ -59,7 +59,7 @@ def test_golden_models_mean_the_same(case: str) -> None:
 
 @settings(max_examples=examples(15, 300))
 @given(st.integers(0, 10**6))
-def test_random_graphs_with_attention_obey_the_laws(seed: int) -> None:
+def test_random_graphs_with_attention_obey_the_laws(seed):
     graph = random_graph(seed, steps=[attention])
     laws.check_pass(ITEM, graph)
 
@@ -74,7 +74,7 @@ def left(graph: Graph) -> str:
     return reason
 
 
-def test_what_is_used_elsewhere_is_left() -> None:
+def test_what_is_used_elsewhere_is_left():
     graph = Form().graph()
     graph.set_output("scores", graph.value("scores"))
     assert left(graph) == "%scores is used elsewhere too"
@@ -84,7 +84,7 @@ def test_what_is_used_elsewhere_is_left() -> None:
     assert "weights" in left(graph)
 
 
-def test_two_masks_of_ones_own_are_left() -> None:
+def test_two_masks_of_ones_own_are_left():
     graph = Form(keep="seq kv_seq").graph()
     (softmax,) = (n for n in graph if n.op.is_distribution)
     b = Builder(graph, before=softmax)
@@ -93,7 +93,7 @@ def test_two_masks_of_ones_own_are_left() -> None:
     assert left(graph) == "it has two masks that are neither causal nor of segments"
 
 
-def test_positions_that_are_inputs_hide_by_a_mask() -> None:
+def test_positions_that_are_inputs_hide_by_a_mask():
     """As in a step of decoding: indices say nothing of positions then."""
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         graph = clone(model.graph)
@@ -105,7 +105,7 @@ def test_positions_that_are_inputs_hide_by_a_mask() -> None:
     assert_same(graph, after)
 
 
-def test_documents_that_share_a_row_are_segments() -> None:
+def test_documents_that_share_a_row_are_segments():
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         graph = clone(model.graph)
     run_pipeline(graph, Pipeline.parse("pack-segments"))

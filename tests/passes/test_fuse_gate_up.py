@@ -42,7 +42,7 @@ def contractions(graph: Graph) -> list[str]:
     return [n.operands[1].name for n in graph if n.op.name == "contract"]
 
 
-def test_a_gated_block_has_two_products_instead_of_three() -> None:
+def test_a_gated_block_has_two_products_instead_of_three():
     dense = Dense(layers=2, residual=True, bias_in=True)
     before = dense.graph()
     after = fused(before)
@@ -66,9 +66,7 @@ def test_a_gated_block_has_two_products_instead_of_three() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"slots": "capacity", "capacity_factor": 1.0}])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_experts_have_two_products_instead_of_three(
-    options: dict[str, str], transposed: bool
-) -> None:
+def test_experts_have_two_products_instead_of_three(options, transposed):
     dense = Dense(transposed=transposed)
     sparse, _ = upcycled(dense.graph(), experts=4, init="noise", shared=0.5, **options)
     assert [s.axis for s in find_siblings(sparse)] == ["mlp", "mlp"]
@@ -114,7 +112,7 @@ graph g {
     ],
     ids=["an output", "shared", "element types", "no weight", "orders", "values", "apart", "mixed"],
 )  # fmt: skip
-def test_what_cannot_be_one_product_stays_as_it_is(old: str, new: str) -> None:
+def test_what_cannot_be_one_product_stays_as_it_is(old, new):
     assert old in GATED
     graph = parse(GATED.replace(old, new))
     assert find_siblings(graph) == []
@@ -122,7 +120,7 @@ def test_what_cannot_be_one_product_stays_as_it_is(old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize(("at", "count"), [("mlp", 0), ("embed", 1)])
-def test_a_shard_of_the_whole_is_not_the_shards_of_the_parts(at: str, count: int) -> None:
+def test_a_shard_of_the_whole_is_not_the_shards_of_the_parts(at, count):
     graph = parse(GATED.replace("graph g {", 'graph g {\n  attr mesh = {"model": 2}'))
     for name in ("gate", "up"):
         value = graph.params[name]
@@ -132,7 +130,7 @@ def test_a_shard_of_the_whole_is_not_the_shards_of_the_parts(at: str, count: int
     assert len(find_siblings(graph)) == count
 
 
-def test_whoever_has_values_is_told_how_to_join_them() -> None:
+def test_whoever_has_values_is_told_how_to_join_them():
     graph = parse(GATED)
     for value in graph.params.values():
         value.weight = None
@@ -154,7 +152,7 @@ def test_whoever_has_values_is_told_how_to_join_them() -> None:
 
 @settings(max_examples=examples(20, 100))
 @given(seed=st.integers(0, 2**24 - 1))
-def test_laws(seed: int) -> None:
+def test_laws(seed):
     laws.check_pass(ITEM, with_sources(random_graph(seed, steps=(feed_forward, experts))))
 
 

@@ -59,13 +59,13 @@ def listed(tree: ast.AST) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(FOLDER)))
-def test_no_name_is_compared_and_none_is_listed(file: Path) -> None:
+def test_no_name_is_compared_and_none_is_listed(file):
     tree = ast.parse(file.read_text("utf-8"))
     assert list(compared(tree)) == []
     assert list(listed(tree)) == []
 
 
-def test_the_search_finds_what_it_looks_for() -> None:
+def test_the_search_finds_what_it_looks_for():
     text = """
 if node.op.name == "add" or user.op.name in ("mul", "neg"): pass
 if node.op.name.endswith("_norm"): pass

@@ -147,7 +147,7 @@ def texts(name: str, option: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("name", "option"), CHANGES)
-def test_an_option_changes_the_graph(name: str, option: str) -> None:
+def test_an_option_changes_the_graph(name, option):
     plain, changed = texts(name, option)
     if (name, option) == ("st-moe", "layers"):
         plain = "st-moe{layers=last:1}"
@@ -157,6 +157,6 @@ def test_an_option_changes_the_graph(name: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({n for n, _ in CHANGES}))
-def test_all_options_are_tried(name: str) -> None:
+def test_all_options_are_tried(name):
     there = {(name, o) for o in options(installed().get(name))}
     assert there == {key for key in {*CHANGES, *ALLOWS} if key[0] == name}

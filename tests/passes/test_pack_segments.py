@@ -103,11 +103,11 @@ def compare(graph: Graph) -> float:
         ("t5_gated_untied", "upcycle{experts=4 top-k=2 router-std=1.0}"),
     ],
 )
-def test_packed_documents_have_the_results_that_they_have_alone(name: str, passes: str) -> None:
+def test_packed_documents_have_the_results_that_they_have_alone(name, passes):
     assert compare(imported(name, passes)) < 1e-12
 
 
-def test_padding_takes_no_slot() -> None:
+def test_padding_takes_no_slot():
     graph = packed(imported("llama_gqa", "upcycle{experts=4 top-k=2},trace-routing"))
     rows = documents(graph)
     batch = collate(rows, BatchShape(3, 10, 0, tuple(graph.inputs), 0))
@@ -119,7 +119,7 @@ def test_padding_takes_no_slot() -> None:
         assert ((array >= 0).all(-1) == (batch["segments"] > 0)).all()
 
 
-def test_what_mixes_documents_otherwise_is_rejected() -> None:
+def test_what_mixes_documents_otherwise_is_rejected():
     with pytest.raises(InputError, match="dynamic depends on the longest document"):
         packed(imported("llama_dynamic"))
     with pytest.raises(InputError, match="experts read averages of tokens"):
@@ -130,7 +130,7 @@ def test_what_mixes_documents_otherwise_is_rejected() -> None:
         run_pipeline(imported("llama_gqa", "roll-layers"), Pipeline.parse("pack-segments"))
 
 
-def test_one_document_needs_no_positions() -> None:
+def test_one_document_needs_no_positions():
     item = PackSegmentsPass(documents="one")
     for name, passes in (("llama_dynamic", ""), ("bert_gelu", "upcycle{experts=2 routing=soft}")):
         graph = imported(name, passes)

@@ -80,14 +80,14 @@ def changed(source: str, passes: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize(("source", "passes"), SAME)
-def test_the_function_stays(source: str, passes: str) -> None:
+def test_the_function_stays(source, passes):
     kind, error = changed(source, passes)
     assert kind == "reassociation"
     assert error <= EXACT
 
 
 @pytest.mark.parametrize(("source", "passes", "least"), OTHER)
-def test_what_is_lost_is_announced(source: str, passes: str, least: float) -> None:
+def test_what_is_lost_is_announced(source, passes, least):
     kind, error = changed(source, passes)
     assert kind == "approximate"
     assert error >= least
@@ -97,7 +97,7 @@ def test_what_is_lost_is_announced(source: str, passes: str, least: float) -> No
     ("source", "mixture"),
     [("llama_gqa", "mixtral"), ("qwen3_square", "qwen3_moe"), ("olmo2_gqa", "flex_olmo")],
 )
-def test_a_round_trip_gives_the_very_tensors(source: str, mixture: str, tmp_path: Path) -> None:
+def test_a_round_trip_gives_the_very_tensors(source, mixture, tmp_path):
     family = source.partition("_")[0]
     steps = (
         (GOLDEN / source, mixture, "upcycle{experts=4 router-std=1},grow"),
@@ -115,7 +115,7 @@ def test_a_round_trip_gives_the_very_tensors(source: str, mixture: str, tmp_path
 
 
 @pytest.fixture
-def branch(tmp_path: Path) -> Path:
+def branch(tmp_path):
     """A mixtral like that of the golden files, with other weights."""
     shutil.copytree(GOLDEN / "mixtral_gqa", tmp_path / "branch")
     file = tmp_path / "branch" / "model.safetensors"
@@ -123,7 +123,7 @@ def branch(tmp_path: Path) -> Path:
     return tmp_path / "branch"
 
 
-def test_an_appended_expert_of_another_model_is_proved_to_change_nothing(branch: Path) -> None:
+def test_an_appended_expert_of_another_model_is_proved_to_change_nothing(branch):
     with open_model(str(GOLDEN / "mixtral_gqa")) as model:
         add_branches(model, {"a": str(branch)})
         passes = Pipeline.parse("append-expert{source=a source-expert=3}")
@@ -136,7 +136,7 @@ def test_an_appended_expert_of_another_model_is_proved_to_change_nothing(branch:
     assert np.array_equal(appended, stored["model.layers.1.block_sparse_moe.experts.3.w3.weight"])
 
 
-def test_an_exchanged_expert_goes_back(branch: Path, tmp_path: Path) -> None:
+def test_an_exchanged_expert_goes_back(branch, tmp_path):
     """One expert and its row of the router become the other model's; then all is as it was."""
     source = GOLDEN / "mixtral_gqa"
     stored = load_file(source / "model.safetensors")
@@ -159,11 +159,11 @@ def test_an_exchanged_expert_goes_back(branch: Path, tmp_path: Path) -> None:
     assert all(np.array_equal(again[name], array) for name, array in stored.items())
 
 
-def test_an_expert_of_the_same_weights_changes_nothing() -> None:
+def test_an_expert_of_the_same_weights_changes_nothing():
     assert changed("mixtral_gqa", "exchange-expert{expert=1}") == ("exact", 0.0)
 
 
-def test_a_budget_goes_to_the_layers_whose_experts_share_the_work() -> None:
+def test_a_budget_goes_to_the_layers_whose_experts_share_the_work():
     even, uneven = np.array([5.0, 5, 5, 5]), np.array([1.0, 98, 1, 0])
     assert shared_out([even, uneven], [1, 1], 4) == (3, 1)
     assert shared_out([even, even], [2, 2], 5) == (3, 2)
@@ -195,7 +195,7 @@ def _name(target: str, family: str) -> str:
         ("to-dense{experts=0,1}", "one expert is kept"),
     ],
 )
-def test_options_that_make_no_sense(passes: str, message: str) -> None:
+def test_options_that_make_no_sense(passes, message):
     with pytest.raises(UsageError, match=message):
         Pipeline.parse(passes)
 
@@ -225,7 +225,7 @@ def test_options_that_make_no_sense(passes: str, message: str) -> None:
         ("mixtral_gqa", "add-losses,grow", "its routing is read elsewhere"),
     ],
 )
-def test_layers_that_cannot_be_changed(source: str, passes: str, message: str) -> None:
+def test_layers_that_cannot_be_changed(source, passes, message):
     with (
         open_model(str(GOLDEN / source)) as model,
         pytest.raises(InputError, match=message),
@@ -241,9 +241,7 @@ def test_layers_that_cannot_be_changed(source: str, passes: str, message: str) -
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["concat", "mean"])
-def test_what_was_made_sparse_and_dense_again_is_of_a_dense_family(
-    case: str, target: str, how: str, tmp_path: Path
-) -> None:
+def test_what_was_made_sparse_and_dense_again_is_of_a_dense_family(case, target, how, tmp_path):
     times = 4 if how == "concat" else 1
     text = f"upcycle{{experts=4}},to-dense{{how={how}}}"
     with open_model(str(GOLDEN / case)) as model:
@@ -266,7 +264,7 @@ def test_what_was_made_sparse_and_dense_again_is_of_a_dense_family(
         ("qwen2_moe_plain", "grow", ""),
     ],
 )
-def test_a_promise_says_up_to_what_it_holds(source: str, passes: str, bound: str) -> None:
+def test_a_promise_says_up_to_what_it_holds(source, passes, bound):
     with open_model(str(GOLDEN / source)) as model:
         promise = run_pipeline(model.graph, Pipeline.parse(passes), context=Context()).preserves
     assert promise.kind == "reassociation"
@@ -274,7 +272,7 @@ def test_a_promise_says_up_to_what_it_holds(source: str, passes: str, bound: str
     assert promise.is_equality == (not bound)
 
 
-def test_a_model_of_another_family_is_a_gpt_oss_up_to_its_sinks() -> None:
+def test_a_model_of_another_family_is_a_gpt_oss_up_to_its_sinks():
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         planned = plan(model, Pipeline.parse("upcycle{experts=4}"), "gpt_oss")
     assert planned.preserves.up_to.startswith("1e-3908 of each result of attention")

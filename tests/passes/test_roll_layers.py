@@ -51,7 +51,7 @@ def scans(graph: Graph) -> list[Node]:
 
 @settings(max_examples=examples(40, 150))
 @given(stacks())
-def test_rolling_is_exact(graph: Graph) -> None:
+def test_rolling_is_exact(graph):
     laws.check_pass(RollLayersPass(), graph)
     rolled, _ = laws.applied(RollLayersPass(), graph)
     laws.check_graph(rolled)
@@ -59,7 +59,7 @@ def test_rolling_is_exact(graph: Graph) -> None:
 
 @settings(max_examples=examples(40, 150))
 @given(stacks())
-def test_unrolling_is_the_inverse(graph: Graph) -> None:
+def test_unrolling_is_the_inverse(graph):
     rolled, result = laws.applied(RollLayersPass(), graph)
     laws.check_pass(UnrollLayersPass(), rolled)
     again, _ = laws.applied(UnrollLayersPass(), rolled)
@@ -97,14 +97,14 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_what_repeats(pattern: str) -> None:
+def test_what_repeats(pattern):
     kinds = {"a": "silu", "b": "tanh", "c": "relu", "d": "gelu"}
     graph = chain(*(kinds[letter] for letter in pattern))
     layers = [LayerNodes("layers", f"layers.{i}", [node]) for i, node in enumerate(graph)]
     assert repetitions_in(layers) == [Repeated(*found) for found in PATTERNS[pattern]]
 
 
-def test_what_is_left_is_told_with_the_reason() -> None:
+def test_what_is_left_is_told_with_the_reason():
     graph = chain("tanh", "silu", "silu", "silu", "scale")
     result, told = roll(graph)
     assert result.stats == {"scans": 1, "layers-rolled": 3, "layers-left": 2, "hoisted": 0}
@@ -116,7 +116,7 @@ def test_what_is_left_is_told_with_the_reason() -> None:
     ]
 
 
-def test_what_skips_a_layer_is_not_rolled() -> None:
+def test_what_skips_a_layer_is_not_rolled():
     graph = Graph()
     values = [graph.input(n, tensor(F32, batch="B")) for n in "xy"]
     for number in range(4):
@@ -129,7 +129,7 @@ def test_what_skips_a_layer_is_not_rolled() -> None:
     assert "is used farther away than in the layer after its own" in told[0]
 
 
-def test_keys_and_shared_parameters_are_stacked() -> None:
+def test_keys_and_shared_parameters_are_stacked():
     graph = Graph()
     h, key = graph.input("x", tensor(F32, batch=4)), graph.input("key", TensorType(KEY))
     two = [graph.param(f"table.{n}", tensor(F32, batch=4)) for n in "ab"]
@@ -156,12 +156,12 @@ def test_keys_and_shared_parameters_are_stacked() -> None:
         ("remat=all", "none, block, full, save"),
     ],
 )
-def test_options_that_make_no_sense(options: str, message: str) -> None:
+def test_options_that_make_no_sense(options, message):
     with pytest.raises(UsageError, match=message):
         Pipeline.parse(f"roll-layers{{{options}}}")
 
 
-def test_operands_that_were_exchanged_are_alike() -> None:
+def test_operands_that_were_exchanged_are_alike():
     graph = Graph()
     h, memory = (graph.input(n, tensor(F32, batch="B", embed=4)) for n in "xm")
     for number in range(4):
@@ -185,7 +185,7 @@ SHARDED = {
 
 
 @pytest.mark.parametrize("layout", SHARDED)
-def test_layers_on_a_mesh_are_rolled_with_their_collectives(layout: str) -> None:
+def test_layers_on_a_mesh_are_rolled_with_their_collectives(layout):
     small = {
         "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
         "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 32,
@@ -204,7 +204,7 @@ def test_layers_on_a_mesh_are_rolled_with_their_collectives(layout: str) -> None
     assert equal(graph, before)
 
 
-def test_a_rolled_graph_that_was_written_by_hand_comes_apart() -> None:
+def test_a_rolled_graph_that_was_written_by_hand_comes_apart():
     """Parameters without ranges in their names, and axes that do not come first, are picked."""
     graph = parse("""moecc 1
 graph g {

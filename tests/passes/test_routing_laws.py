@@ -130,9 +130,7 @@ def respecting_groups(kind: str, order: list[int]) -> list[int]:
 @pytest.mark.parametrize("kind", [k for k in ALL if k not in HASH])
 @FEW
 @given(SEEDS, st.permutations(range(EXPERTS)), st.booleans())
-def test_the_order_of_experts_and_router_rows_does_not_matter(
-    kind: str, seed: int, order: list[int], bounded: bool
-) -> None:
+def test_the_order_of_experts_and_router_rows_does_not_matter(kind, seed, order, bounded):
     is_bounded = bounded and kind in PLACED
     graph = sparse(kind, capacity_factor=0.75) if is_bounded else sparse(kind)
     params = different(kind, seed)
@@ -159,8 +157,8 @@ def test_the_order_of_experts_and_router_rows_does_not_matter(
 @FEW
 @given(SEEDS, st.sampled_from(["choice", "token"]), st.booleans(), st.sampled_from([1, 2]))
 def test_a_larger_capacity_drops_nothing_that_a_smaller_one_keeps(
-    kind: str, seed: int, order: str, priority: bool, groups: int
-) -> None:
+    kind, seed, order, priority, groups
+):
     params = different(kind, seed)
     options: Options = {"order": order, "groups": groups}
     if kind in TOKEN_CHOICE and kind != "ones":

@@ -69,13 +69,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_error_is_the_predicted_one(name: str) -> None:
+def test_the_error_is_the_predicted_one(name):
     ratio = measured_over_predicted(Dense(embed=48, mlp=96), **CASES[name])
     assert 1 / WITHIN < ratio < WITHIN
 
 
 @pytest.mark.parametrize("gain", [0.05, 1.0, 3.0])
-def test_the_scale_of_the_norm_before_the_router_counts(gain: float) -> None:
+def test_the_scale_of_the_norm_before_the_router_counts(gain):
     """Left out, 0.05 would be predicted twentyfold."""
     dense = Dense(embed=48, mlp=96, residual=True)
     graph = dense.graph()
@@ -98,7 +98,7 @@ def test_the_scale_of_the_norm_before_the_router_counts(gain: float) -> None:
     assert 1 / WITHIN < measured / result.preserves.predicted_error < WITHIN
 
 
-def test_no_error_is_predicted_where_it_depends_on_what_is_dropped() -> None:
+def test_no_error_is_predicted_where_it_depends_on_what_is_dropped():
     _, result = upcycled(Dense().graph(), slots="capacity", gates="softmax")
     assert result.preserves is not None
     assert result.preserves.predicted_error is None
@@ -106,7 +106,7 @@ def test_no_error_is_predicted_where_it_depends_on_what_is_dropped() -> None:
     assert "softmax gates do not add up" in result.preserves.reason
 
 
-def test_options_alone_promise_no_more_than_their_application() -> None:
+def test_options_alone_promise_no_more_than_their_application():
     order = ["exact", "reassociation", "approximate"]
     graph = Dense().graph()
     for options in (*CASES.values(), {}, {"granularity": 2}, {"router_std": 0.0}):

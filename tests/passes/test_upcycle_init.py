@@ -43,9 +43,7 @@ def changed_neurons(copies: Array, params: Arrays, name: str) -> Array:
     slices=st.sampled_from([1, 2]),
     seed=st.integers(0, 3),
 )
-def test_drop_draws_the_same_neurons_of_all_matrices(
-    ratio: float, mlp: int, gated: bool, slices: int, seed: int
-) -> None:
+def test_drop_draws_the_same_neurons_of_all_matrices(ratio, mlp, gated, slices, seed):
     dense = Dense(embed=4, mlp=mlp, gated=gated, bias_in=True, bias_out=True)
     options = {"experts": 4, "granularity": slices}
     _, copies = made(dense, seed, **options)
@@ -63,9 +61,7 @@ def test_drop_draws_the_same_neurons_of_all_matrices(
 
 @pytest.mark.parametrize("relative_std", [True, False])
 @pytest.mark.parametrize("slices", [1, 2])
-def test_noise_has_its_mean_and_std_and_is_each_expert_s_own(
-    relative_std: bool, slices: int
-) -> None:
+def test_noise_has_its_mean_and_std_and_is_each_expert_s_own(relative_std, slices):
     dense = Dense(embed=48, mlp=96, bias_in=True)
     kind = "relative" if relative_std else "absolute"
     options: dict[str, Any] = {"experts": 4, "granularity": slices, "top_k": 2}
@@ -94,7 +90,7 @@ RANDOM: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", RANDOM)
-def test_the_seed_fixes_the_bytes_and_another_seed_changes_them(options: dict[str, Any]) -> None:
+def test_the_seed_fixes_the_bytes_and_another_seed_changes_them(options):
     dense = Dense(layers=2)
     _, first = made(dense, 1, **options)
     _, again = made(dense, 1, **options)
@@ -116,7 +112,7 @@ def test_the_seed_fixes_the_bytes_and_another_seed_changes_them(options: dict[st
         ("zero", 0.0, 0.0),
     ],
 )
-def test_a_router_has_the_std_that_is_asked_for(init: str, std: float, largest: float) -> None:
+def test_a_router_has_the_std_that_is_asked_for(init, std, largest):
     _, params = made(Dense(embed=64), experts=128, router_init=init, router_std=std)
     router = params["layers.0.ffn.router.weight"]
     assert router.shape == (128, 64)

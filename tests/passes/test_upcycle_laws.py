@@ -100,7 +100,7 @@ SHAPES = [  # (experts, top_k, granularity)
 
 @pytest.mark.parametrize("std", STDS)
 @pytest.mark.parametrize("gates", ANY_ROUTER + ZERO_ROUTER)
-def test_every_convention_is_exact_where_the_lemmas_say_so(gates: str, std: float) -> None:
+def test_every_convention_is_exact_where_the_lemmas_say_so(gates, std):
     for (n, k, g), shared in product(SHAPES, (0.0, 0.5)):
         if (gates == "switch" and k != 1) or (gates == "sparsemixer" and (k > 2 or g > 1)):
             continue
@@ -149,7 +149,7 @@ def conversions(draw: st.DrawFn) -> tuple[Dense, dict[str, Any]]:
 
 
 @given(conversions())
-def test_what_is_exact_is_exact_at_every_size(drawn: tuple[Dense, dict[str, Any]]) -> None:
+def test_what_is_exact_is_exact_at_every_size(drawn):
     dense, options = drawn
     expected = is_exact(dense, options)
     if expected is None:

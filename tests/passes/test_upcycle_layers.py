@@ -41,7 +41,7 @@ def _layers(graph: Graph) -> set[str]:
 
 
 @given(st.integers(1, MOST), st.data())
-def test_counted_forms(total: int, data: st.DataObject) -> None:
+def test_counted_forms(total, data):
     graph, layers = model(total), range(total)
     n = data.draw(st.integers(1, MOST))
     half = total // 2
@@ -64,7 +64,7 @@ def test_counted_forms(total: int, data: st.DataObject) -> None:
      "3,",  "3 7",  "-1",  "first",   "9" * 5000,
       ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_refused_with_the_forms(spec: str) -> None:
+def test_what_cannot_be_read_is_refused_with_the_forms(spec):
     (problem,) = UpcyclePass(layers=spec).validate()
     assert problem.found == spec
     assert problem.expected is not None
@@ -72,7 +72,7 @@ def test_what_cannot_be_read_is_refused_with_the_forms(spec: str) -> None:
 
 
 @given(st.text(max_size=12))
-def test_any_text_is_either_refused_or_selects(spec: str) -> None:
+def test_any_text_is_either_refused_or_selects(spec):
     if check_layers(spec) is not None:
         return
     numbers = [int(n) for n in spec.split(",")] if re.fullmatch("[0-9,]+", spec) else []
@@ -83,7 +83,7 @@ def test_any_text_is_either_refused_or_selects(spec: str) -> None:
         assert set(converted(model(4), spec)) <= set(range(4))
 
 
-def test_layers_that_are_sparse_already_still_count() -> None:
+def test_layers_that_are_sparse_already_still_count():
     graph = clone(model(8))
     UpcyclePass(experts=2, top_k=1, layers="last:2").apply(graph, Context())
     assert converted_anew(graph, "every:4") == [3]

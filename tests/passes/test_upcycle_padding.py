@@ -20,9 +20,7 @@ EXACT = 1e-12
     biased=st.booleans(),
     seed=st.integers(0, 3),
 )
-def test_the_function_stays(
-    width: int, slices: int, pad: int, shared: bool, gated: bool, biased: bool, seed: int
-) -> None:
+def test_the_function_stays(width, slices, pad, shared, gated, biased, seed):
     dense = Dense(mlp=width, gated=gated, bias_in=biased, bias_out=biased)
     options = {
         "experts": 2 * slices, "top_k": slices, "granularity": slices, "pad": pad,
@@ -46,7 +44,7 @@ def test_the_function_stays(
     assert relative(run(after, params, inputs)["y"], expected) <= EXACT
 
 
-def test_each_neuron_is_stored_once() -> None:
+def test_each_neuron_is_stored_once():
     graph = Dense(mlp=11).graph()
     tensors = Tensors(graph)
     after, _ = upcycled(graph, experts=4, top_k=2, gates="ones", split="random", pad=1)

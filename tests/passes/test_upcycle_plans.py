@@ -48,7 +48,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [  # options, where, a part of 
 
 
 @pytest.mark.parametrize(("options", "where", "says"), REFUSED)
-def test_a_plan_that_cannot_be_is_refused(options: dict[str, Any], where: str, says: str) -> None:
+def test_a_plan_that_cannot_be_is_refused(options, where, says):
     problems = UpcyclePass(**options).validate()
     assert where in [p.where for p in problems]
     assert says in "\n".join(map(str, problems))
@@ -58,7 +58,7 @@ def test_a_plan_that_cannot_be_is_refused(options: dict[str, Any], where: str, s
     st.integers(-1, 9), st.integers(-1, 9), st.integers(-1, 5),
     st.sampled_from(["renormalised", "switch", "sparsemixer", "softmax"]),
 )  # fmt: skip
-def test_what_is_not_refused_runs(experts: int, top_k: int, granularity: int, gates: Any) -> None:
+def test_what_is_not_refused_runs(experts, top_k, granularity, gates):
     """Options by themselves are refused, or work on a block of 12 neurons."""
     item = UpcyclePass(experts, top_k, granularity=granularity, gates=gates)
     if item.validate():
@@ -84,7 +84,7 @@ def test_what_is_not_refused_runs(experts: int, top_k: int, granularity: int, ga
         ({"pad": 64}, "more neurons would be added than there are"),
     ],
 )
-def test_neurons_that_do_not_divide_are_refused(options: dict[str, Any], says: str) -> None:
+def test_neurons_that_do_not_divide_are_refused(options, says):
     graph = Dense(layers=2).graph()
     before = clone(graph)
     with pytest.raises(InputError) as error:
@@ -128,7 +128,7 @@ def same(graph: Graph, **options: Any) -> bool:
 OUT_IN, IN_OUT = ("mlp", "embed"), ("embed", "mlp")
 
 
-def test_a_weight_that_is_used_twice_before_the_activation_cannot_take_half_the_factor() -> None:
+def test_a_weight_that_is_used_twice_before_the_activation_cannot_take_half_the_factor():
     def tied(b: Builder, x: Value, w: Value, down: Value) -> Value:
         gate, up = (b.contract(x, w, over="embed") for _ in range(2))
         return b.contract(b.mul(b.silu(gate), up), down, over="mlp")
@@ -140,7 +140,7 @@ def test_a_weight_that_is_used_twice_before_the_activation_cannot_take_half_the_
         same(graph, granularity=2, scale_placement="up-down")
 
 
-def test_two_biases_of_one_product_are_both_scaled() -> None:
+def test_two_biases_of_one_product_are_both_scaled():
     def doubled(b: Builder, x: Value, g: Value, u: Value, p: Value, q: Value, d: Value) -> Value:
         up = b.contract(x, u, over="embed")
         up = b.mul(b.add(up, p), b.relu(b.add(up, q)))
@@ -153,7 +153,7 @@ def test_two_biases_of_one_product_are_both_scaled() -> None:
         same(graph, granularity=2, scale_placement="up-down")
 
 
-def test_a_multiplicative_bias_and_constants_go_along() -> None:
+def test_a_multiplicative_bias_and_constants_go_along():
     def built(b: Builder, x: Value, g: Value, u: Value, m: Value, d: Value) -> Value:
         gate = b.contract(x, g, over="embed")
         half = b.constant(value=0.5, dtype="f64")
@@ -168,7 +168,7 @@ def test_a_multiplicative_bias_and_constants_go_along() -> None:
         assert same(graph, **options)
 
 
-def test_a_weight_that_another_part_of_the_model_uses_stays() -> None:
+def test_a_weight_that_another_part_of_the_model_uses_stays():
     def built(b: Builder, x: Value, up: Value, down: Value) -> Value:
         y = b.contract(b.silu(b.contract(x, up, over="embed")), down, over="mlp")
         with b.at("layers.1.ffn"):
@@ -197,7 +197,7 @@ def refusals(graph: Graph, **options: Any) -> list[str]:
     return [m.reason for m in result.near_misses]
 
 
-def test_a_hidden_value_with_a_second_user_is_a_near_miss() -> None:
+def test_a_hidden_value_with_a_second_user_is_a_near_miss():
     graph = Dense(layers=2, residual=True).graph()
     silu = [n for n in graph if n.op.name == "silu"][1]
     builder = Builder(graph, loc="probe")
@@ -211,7 +211,7 @@ def test_a_hidden_value_with_a_second_user_is_a_near_miss() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"shared": 0.5}])
-def test_what_is_sparse_already_is_a_near_miss(options: dict[str, Any]) -> None:
+def test_what_is_sparse_already_is_a_near_miss(options):
     """The shared expert of a sparse layer is no dense block either."""
     once, _ = upcycled(Dense(layers=2, residual=True).graph(), **options)
     reasons = refusals(once)
@@ -225,7 +225,7 @@ def test_what_is_sparse_already_is_a_near_miss(options: dict[str, Any]) -> None:
 
 @settings(max_examples=examples(20, 100))
 @given(graphs(steps=[feed_forward]), st.integers(0, 2), st.booleans())
-def test_random_graphs_keep_what_is_promised(graph: Graph, seed: int, scaled: bool) -> None:
+def test_random_graphs_keep_what_is_promised(graph, seed, scaled):
     """Every block that the strategy makes, with taps inside it, batch axes and shared weights."""
     for param in graph.params.values():
         param.weight = param.weight or Source(param.name, param.type)

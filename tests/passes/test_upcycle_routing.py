@@ -58,7 +58,7 @@ def same_function(dense: Dense, graph: Graph, more: Arrays, **options: Any) -> t
 
 
 @given(st.sampled_from([(4, 2), (6, 3), (8, 4), (4, 4), (4, 1)]))
-def test_prototypes_keep_the_function(sizes: tuple[int, int]) -> None:
+def test_prototypes_keep_the_function(sizes):
     experts, top_k = sizes
     dense = Dense(layers=2, bias_out=True)
     after, found = same_function(
@@ -73,7 +73,7 @@ def test_prototypes_keep_the_function(sizes: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_a_hash_keeps_the_function_and_sends_a_token_where_its_id_says(top_k: int) -> None:
+def test_a_hash_keeps_the_function_and_sends_a_token_where_its_id_says(top_k):
     dense = Dense(layers=2)
     graph = with_ids(dense, "tokens")
     ids = np.random.default_rng(0).integers(0, 5, (2, 6)).astype(np.int32)
@@ -90,7 +90,7 @@ def test_a_hash_keeps_the_function_and_sends_a_token_where_its_id_says(top_k: in
 # --- soft mixtures
 
 
-def test_a_soft_mixture_by_its_formula() -> None:
+def test_a_soft_mixture_by_its_formula():
     """Y = C f(Dᵀ X) with logits of unit vectors (Puigcerver et al. 2023, eq. 1-3, section 2.3)."""
     dense = Dense(embed=6, mlp=4)
     graph = dense.graph()
@@ -121,7 +121,7 @@ def test_a_soft_mixture_by_its_formula() -> None:
 
 
 @pytest.mark.parametrize("gates", ["sigmoid-renormalised", "renormalised"])
-def test_a_bias_of_zeros_changes_nothing_and_another_changes_the_choice_alone(gates: str) -> None:
+def test_a_bias_of_zeros_changes_nothing_and_another_changes_the_choice_alone(gates):
     dense = Dense()
     graph = dense.graph()
     options = {"gates": gates, "gate_scale": 2.5, "balance_bias": True, "router_std": 0.5}
@@ -135,7 +135,7 @@ def test_a_bias_of_zeros_changes_nothing_and_another_changes_the_choice_alone(ga
     np.testing.assert_allclose(found["route.1"].sum(-1), 2.5, rtol=1e-12)
 
 
-def test_the_update_of_the_bias_evens_out_the_loads() -> None:
+def test_the_update_of_the_bias_evens_out_the_loads():
     """On the loads of a skewed router the largest violation falls to a fifth, without a loss."""
     dense = Dense()
     graph = dense.graph()
@@ -180,9 +180,7 @@ def test_the_update_of_the_bias_evens_out_the_loads() -> None:
         ("top-k=9", "top-k", "ST-MoE has top-k=2"),
     ],
 )
-def test_what_contradicts_itself_is_refused_when_it_is_read(
-    options: str, where: str, message: str
-) -> None:
+def test_what_contradicts_itself_is_refused_when_it_is_read(options, where, message):
     with pytest.raises(UsageError) as caught:
         Pipeline.parse(f"upcycle{{{options}}}")
     (problem,) = caught.value.problems
@@ -194,7 +192,7 @@ def test_what_contradicts_itself_is_refused_when_it_is_read(
 
 
 @pytest.mark.parametrize("routing", ["soft", "expert-choice"])
-def test_what_looks_ahead_is_refused_behind_a_causal_mask(routing: Any) -> None:
+def test_what_looks_ahead_is_refused_behind_a_causal_mask(routing):
     graph = Graph("decoder")
     b = Builder(graph)
     x = graph.input("x", tensor(F64, batch="B", seq="S", embed=2))

@@ -44,7 +44,7 @@ def tensors(folder: Path) -> dict[str, Array]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return {name: model_like(folder / name, ord(name)) for name in "ab"}
 
@@ -61,9 +61,7 @@ def planned(models: dict[str, Path], options: str) -> Plan:
     st.sampled_from(["base", "mean"]),
 )
 @settings(max_examples=10)
-def test_each_expert_is_its_models_and_the_rest_is_the_mean(
-    models: dict[str, Path], names: list[str], rest: str
-) -> None:
+def test_each_expert_is_its_models_and_the_rest_is_the_mean(models, names, rest):
     done = planned(models, f"experts={len(names)} sources={','.join(names)} rest={rest}")
     assert done.model.checkpoint is not None
     read = {"base": tensors(SOURCE)} | {name: tensors(path) for name, path in models.items()}
@@ -88,7 +86,7 @@ def logits(place: Path) -> Array:
         return program.run(model.params(dtype=F64), {"tokens": tokens})["logits"]
 
 
-def test_where_the_experts_of_one_model_are_chosen_it_is_computed(tmp_path: Path) -> None:
+def test_where_the_experts_of_one_model_are_chosen_it_is_computed(tmp_path):
     """With a router of zeros a token goes to the first experts, all of which are one model's."""
     base = tensors(SOURCE)
     other = model_like(tmp_path / "a", 1, lambda n, a: a if ".mlp." in n else base[n])
@@ -111,14 +109,12 @@ def test_where_the_experts_of_one_model_are_chosen_it_is_computed(tmp_path: Path
         ("experts=2 rest=mean", "nothing to take a mean of"),
     ],
 )
-def test_options_that_contradict_each_other(
-    models: dict[str, Path], options: str, message: str
-) -> None:
+def test_options_that_contradict_each_other(models, options, message):
     with pytest.raises(UsageError, match=message):
         planned(models, options)
 
 
-def test_models_that_do_not_suit(tmp_path: Path) -> None:
+def test_models_that_do_not_suit(tmp_path):
     """All problems of all models at once."""
     narrow = model_like(tmp_path / "narrow", 2)
     config = json.loads((narrow / "config.json").read_text())

@@ -46,7 +46,7 @@ BIASED = Dense(bias_in=True, bias_out=True)
 
 
 @pytest.mark.parametrize("gates", GATES)
-def test_with_all_experts_chosen_the_block_is_their_weighted_sum(gates: str) -> None:
+def test_with_all_experts_chosen_the_block_is_their_weighted_sum(gates):
     graph, params = sparse(BIASED, experts=3, top_k=3, gates=gates)
     x = tokens(BIASED)["x"]
     logits = np.einsum("bsd,ed->bse", x, params[ROUTER])
@@ -64,7 +64,7 @@ def test_with_all_experts_chosen_the_block_is_their_weighted_sum(gates: str) -> 
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("gates", GATES)
-def test_the_error_under_a_capacity_is_what_was_dropped(gates: str, groups: int) -> None:
+def test_the_error_under_a_capacity_is_what_was_dropped(gates, groups):
     options: dict[str, Any] = {"experts": 3, "top_k": 2, "gates": gates}
     whole, params = sparse(BIASED, **options)
     bound = {"slots": "capacity", "capacity_factor": 1.5, "groups": groups}

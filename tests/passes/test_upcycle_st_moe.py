@@ -45,9 +45,7 @@ def same_function(graph: Graph, **options: Any) -> tuple[Graph, Arrays, Tensors]
 
 @pytest.mark.parametrize("dense", SHAPES)
 @given(where=WHERE, bias=BIASES)
-def test_extra_sublayer_and_bias_change_nothing_at_first(
-    dense: Dense, where: str, bias: str
-) -> None:
+def test_extra_sublayer_and_bias_change_nothing_at_first(dense, where, bias):
     after, params, _ = same_function(dense.graph(), extra_ffn=where, expert_bias=bias)
     extra = {n for n in params if ".extra" in n}
     assert len(extra) == dense.layers * len(dense_names(dense))
@@ -62,7 +60,7 @@ def dense_names(dense: Dense) -> list[str]:
 
 
 @pytest.mark.parametrize("bias", ["multiplicative", "additive"])
-def test_a_trained_bias_acts_on_the_hidden_value_of_its_expert(bias: str) -> None:
+def test_a_trained_bias_acts_on_the_hidden_value_of_its_expert(bias):
     dense = Dense()
     graph = dense.graph()
     after, params, tensors = same_function(graph, expert_bias=bias, experts=3, top_k=3)
@@ -100,7 +98,7 @@ def converted(graph: Graph, **options: Any) -> list[str]:
         (3, "nowhere", []),
     ],
 )
-def test_layouts_of_flaxformer(total: int, spec: str, expected: list[int]) -> None:
+def test_layouts_of_flaxformer(total, spec, expected):
     graph = Dense(embed=2, mlp=2, layers=total).graph()
     assert converted(graph, layers=spec) == [f"layers.{i}.ffn" for i in expected]
 
@@ -118,7 +116,7 @@ def two_stacks() -> Graph:
     return graph
 
 
-def test_encoder_and_decoder_may_differ() -> None:
+def test_encoder_and_decoder_may_differ():
     graph = two_stacks()
     assert len(converted(graph)) == 6
     encoder = ["encoder.layers.1.ffn", "encoder.layers.3.ffn"]
@@ -133,7 +131,7 @@ def test_encoder_and_decoder_may_differ() -> None:
 # --- experts that choose tokens
 
 
-def test_experts_that_choose_tokens_keep_the_function_of_those_they_take() -> None:
+def test_experts_that_choose_tokens_keep_the_function_of_those_they_take():
     dense = Dense(residual=True)
     graph = dense.graph()
     tensors = Tensors(graph)

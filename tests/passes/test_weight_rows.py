@@ -43,7 +43,7 @@ def operations(graph: Graph) -> list[str]:
         (True, ["dispatch_gates", "weight_rows", "combine_weighted"]),
     ],
 )
-def test_what_is_weighted(options: dict[str, str], bias: bool, after: list[str]) -> None:
+def test_what_is_weighted(options, bias, after):
     dense = Dense(bias_out=bias)
     sparse, _ = upcycled(dense.graph(), experts=4, init="noise", shared=0.5, **options)
     made = weighted(sparse)
@@ -53,7 +53,7 @@ def test_what_is_weighted(options: dict[str, str], bias: bool, after: list[str])
     assert relative(run(made, tensors.params(made), inputs)["y"], expected) < 1e-14
 
 
-def test_a_layer_is_weighted_once_and_keeps_its_gates() -> None:
+def test_a_layer_is_weighted_once_and_keeps_its_gates():
     sparse, _ = upcycled(Dense(layers=2).graph(), experts=4)
     gates = [layer.gates.name for layer in routed_layers(sparse)]
     made = weighted(sparse)
@@ -64,7 +64,7 @@ def test_a_layer_is_weighted_once_and_keeps_its_gates() -> None:
     assert equal(parse(print_graph(made)), made)
 
 
-def test_passes_on_routing_need_gates() -> None:
+def test_passes_on_routing_need_gates():
     sparse, _ = upcycled(Dense().graph(), experts=4)
     made = weighted(sparse)
     (layer,) = routed_layers(made)
@@ -86,5 +86,5 @@ def test_passes_on_routing_need_gates() -> None:
 
 @settings(max_examples=examples(20, 100))
 @given(seed=st.integers(0, 2**24 - 1))
-def test_laws(seed: int) -> None:
+def test_laws(seed):
     laws.check_pass(ITEM, random_graph(seed, steps=(feed_forward, experts)))

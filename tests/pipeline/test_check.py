@@ -44,7 +44,7 @@ def check(text: str, graph: Graph | None = None) -> list[Any]:
     return check_pipeline(negations() if graph is None else graph, parse(text))
 
 
-def test_a_promise_that_is_kept() -> None:
+def test_a_promise_that_is_kept():
     graph = negations()
     before = print_graph(graph)
     (done,) = check("un-neg", graph)
@@ -54,7 +54,7 @@ def test_a_promise_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize("promise", ["exact", "reassociation"])
-def test_a_promise_that_is_broken(promise: str) -> None:
+def test_a_promise_that_is_broken(promise):
     pipeline = f"un-neg,scale-output{{by=1.0000001 promise={promise}}}"
     with pytest.raises(CheckError, match="pass 2, scale-output: the pass broke its promise") as e:
         check(pipeline)
@@ -79,7 +79,7 @@ class ThroughPass(Pass):
         return PassResult(bool(stops), len(stops))
 
 
-def test_a_gradient_that_values_hide_is_part_of_the_promise() -> None:
+def test_a_gradient_that_values_hide_is_part_of_the_promise():
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", embed=64))
     w = graph.param("w", tensor(F32, embed=64))
@@ -89,7 +89,7 @@ def test_a_gradient_that_values_hide_is_part_of_the_promise() -> None:
         check_pipeline(graph, Pipeline((ThroughPass(),)))
 
 
-def test_exact_is_stricter_than_reassociation() -> None:
+def test_exact_is_stricter_than_reassociation():
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F32, batch="B", embed=64))
@@ -102,7 +102,7 @@ def test_exact_is_stricter_than_reassociation() -> None:
     assert checked("canonicalize").startswith("reassociation")
 
 
-def test_an_approximate_pass_is_measured() -> None:
+def test_an_approximate_pass_is_measured():
     (done,) = check("scale-output{by=1.25 predicted=0.25}")
     assert done.measured == pytest.approx(0.25)
     assert "predicted relative error 0.25); measured relative error 0.25" in str(done)
@@ -126,13 +126,13 @@ class AddOutputPass(Pass):
         return PassResult(changed=True)
 
 
-def test_a_pass_may_add_outputs_but_not_drop_any() -> None:
+def test_a_pass_may_add_outputs_but_not_drop_any():
     assert check_pipeline(negations(), Pipeline((AddOutputPass(),)))[0].measured == 0
     with pytest.raises(CheckError, match="the outputs differ"):
         check_pipeline(negations(), Pipeline((AddOutputPass(drop=True),)))
 
 
-def test_a_rewritten_graph_is_reduced_by_its_sizes() -> None:
+def test_a_rewritten_graph_is_reduced_by_its_sizes():
     graph = llama()
     b = Builder(graph)
     graph.set_output("logits", b.neg(b.neg(graph.outputs["logits"])))
@@ -158,7 +158,7 @@ def fused(cuts: tuple[tuple[int, int], ...], size: int) -> Graph:
     return graph
 
 
-def test_slices_cut_at_the_same_fractions() -> None:
+def test_slices_cut_at_the_same_fractions():
     graph = fused(((0, 400), (400, 500), (500, 600)), 600)
     small = reduced(graph)
     found = [(n.attrs["start"], n.attrs["stop"]) for n in small if n.op.name == "slice"]
@@ -168,14 +168,14 @@ def test_slices_cut_at_the_same_fractions() -> None:
     assert small.params["w"].type["fused"].size == 6 * unit
 
 
-def test_what_stays_large_is_not_reducible() -> None:
+def test_what_stays_large_is_not_reducible():
     # Odd cuts leave a unit of one: the axis keeps its size.
     with pytest.raises(InputError, match="elements are left, and the size 300001 cannot shrink"):
         reduced(fused(((0, 1), (1, 300_001)), 300_001))
 
 
 @pytest.mark.parametrize(("by", "kept"), [(1.009, True), (1.017, False)])
-def test_a_predicted_error_is_a_promise(by: float, kept: bool) -> None:
+def test_a_predicted_error_is_a_promise(by, kept):
     pipeline = f"scale-output{{by={by} predicted=0.001}}"
     if kept:
         (done,) = check(pipeline)
@@ -188,7 +188,7 @@ def test_a_predicted_error_is_a_promise(by: float, kept: bool) -> None:
     assert problem.found == "a measured relative error of 0.017 on random data"
 
 
-def test_products_that_lose_their_precision() -> None:
+def test_products_that_lose_their_precision():
     router = Builder(Graph("router"))
     x = router.graph.input("x", tensor(F32, tokens="T", embed=4))
     w = router.graph.param("w", tensor(F32, expert=3, embed=4))

@@ -22,7 +22,7 @@ def graph_text(lines: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["canonicalize", "cse", "dce"])
-def test_before_and_after_are_true(name: str) -> None:
+def test_before_and_after_are_true(name):
     cls = installed().get(name)
     text = inspect.cleandoc(cls.__doc__ or "")
     before, after = re.findall(r"(?:Before|After)::\n\n((?:    .*\n?)+)", text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TextIO
 
 import pytest
@@ -46,14 +45,14 @@ PIPELINE = "un-neg,top,scale-output{by=2.0}"
         (frozenset({"top"}), ["2 top"]),
     ],
 )
-def test_print_after(which: str | frozenset[str], titles: list[str]) -> None:
+def test_print_after(which, titles):
     text = shown(lambda s: PrintAfter(which, s), PIPELINE)
     assert re.findall("# after pass (.*)", text) == titles
     for graph in re.split("(?m)^# after pass .*\n", text)[1:]:
         parse(graph)
 
 
-def test_dump_folder(tmp_path: Path) -> None:
+def test_dump_folder(tmp_path):
     folder = tmp_path / "deep" / "dump"
     shown(lambda _: DumpFolder(folder), PIPELINE)
     names = ["000_input.moe", "001_un-neg.moe", "002_top.moe", "003_scale-output.moe"]
@@ -62,7 +61,7 @@ def test_dump_folder(tmp_path: Path) -> None:
     assert len(parse((folder / names[3]).read_text("utf-8"))) == 2
 
 
-def test_dump_folder_deletes_only_what_it_recognises(tmp_path: Path) -> None:
+def test_dump_folder_deletes_only_what_it_recognises(tmp_path):
     shown(lambda _: DumpFolder(tmp_path), PIPELINE)
     kept = ["001_mine.moe", "notes.txt", "000_input.moe.orig"]
     for name in kept:
@@ -73,7 +72,7 @@ def test_dump_folder_deletes_only_what_it_recognises(tmp_path: Path) -> None:
     assert left == sorted([*kept, "004_folder.moe", "000_input.moe", "001_top.moe"])
 
 
-def test_timing() -> None:
+def test_timing():
     lines = shown(Timing, PIPELINE).splitlines()
     assert lines[0].split() == ["pass", "seconds", "verify", "share"]
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "total"]
@@ -81,7 +80,7 @@ def test_timing() -> None:
     assert 98 <= sum(shares) <= 102
 
 
-def test_diff() -> None:
+def test_diff():
     text = shown(DiffAfter, PIPELINE)
     assert text.startswith("--- input\n+++ 1 un-neg\n")
     assert "-  %v2 = neg %v1" in text
@@ -90,14 +89,14 @@ def test_diff() -> None:
     assert "+  %v5 = scale %v {by=2.0}" in text
 
 
-def test_statistics() -> None:
+def test_statistics():
     text = shown(StatisticsTable, PIPELINE)
     assert "pass 1 un-neg: changed, 2 matched\n" in text
     assert re.search(r"pair +2 hits +\d+ attempts +[\d.]+ ms", text)
     assert "pass 2 top: unchanged, 0 matched\n" in text
 
 
-def test_remarks_and_near_misses() -> None:
+def test_remarks_and_near_misses():
     text = shown(Remarks, "un-neg,bad{way=miss}", negated=1)
     assert text.startswith("remark: un-neg: here: looked around\n")
     assert "missed: un-neg: pair: not at %v1 = neg @layers.0: %v is defined by silu" in text

@@ -40,14 +40,14 @@ def own(folder: Path, name: str = "mine", more: str = "") -> Path:
     return path
 
 
-def test_the_passes_of_moecc_come_through_the_entry_point() -> None:
+def test_the_passes_of_moecc_come_through_the_entry_point():
     registry = installed()
     assert {"canonicalize", "cse", "dce", "upcycle"} <= set(registry.names())
     assert registry.origins["dce"] == "moecc"
     assert all(registry.get(name).name == name for name in registry.names())
 
 
-def test_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_a_file_of_ones_own(tmp_path):
     registry = REGISTRY.with_file(own(tmp_path))
     pipeline = Pipeline.parse("top,mine{times=3}", registry)
     assert str(pipeline) == "top,mine{times=3}"
@@ -55,7 +55,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert "mine" not in REGISTRY
 
 
-def test_a_name_that_is_taken(tmp_path: Path) -> None:
+def test_a_name_that_is_taken(tmp_path):
     with pytest.raises(UsageError, match="'top' is defined twice") as caught:
         REGISTRY.with_file(own(tmp_path, "top"))
     assert "another in the tests" in str(caught.value)
@@ -63,7 +63,7 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
         Registry({"x": lambda: TopPass}, {"x": "a"}).extended({"x": lambda: TopPass}, "b")
 
 
-def test_unknown_names() -> None:
+def test_unknown_names():
     with pytest.raises(UsageError, match="did you mean 'top'"):
         REGISTRY.get("topp")
     with pytest.raises(UsageError, match="passes: bad, every-kind"):
@@ -75,7 +75,7 @@ def refused(path: Path, expected: str) -> None:
         REGISTRY.with_file(path)
 
 
-def test_faulty_files_are_blamed_with_their_line(tmp_path: Path) -> None:
+def test_faulty_files_are_blamed_with_their_line(tmp_path):
     refused(tmp_path / "none.py", "there is no such file")
     path = tmp_path / "faulty.py"
     path.write_text("x = 1\n", encoding="utf-8")
@@ -109,7 +109,7 @@ def test_faulty_files_are_blamed_with_their_line(tmp_path: Path) -> None:
         ('"mine"', '"My Pass"', "is not in kebab-case"),
     ],
 )
-def test_faulty_classes(tmp_path: Path, old: str, new: str, expected: str) -> None:
+def test_faulty_classes(tmp_path, old, new, expected):
     path = own(tmp_path)
     text = path.read_text(encoding="utf-8")
     assert old in text

@@ -46,7 +46,7 @@ TAKEN = {"roll-layers", "unroll-layers", *MESH, *(text.partition("{")[0] for tex
 
 
 @pytest.mark.parametrize("name", sorted({*REGISTRY} - TAKEN))
-def test_a_pass_that_works_layer_by_layer_says_so(name: str) -> None:
+def test_a_pass_that_works_layer_by_layer_says_so(name):
     graph = rolled()
     before = clone(graph)
     # Before a pass has seen the graph, so without its options.
@@ -59,7 +59,7 @@ def test_a_pass_that_works_layer_by_layer_says_so(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", WORKING)
-def test_other_passes_work(text: str) -> None:
+def test_other_passes_work(text):
     graph = rolled()
     before = clone(graph)
     then(graph, text)
@@ -68,7 +68,7 @@ def test_other_passes_work(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["roll-layers", "roll-layers,unroll-layers"])
-def test_promises_are_checked(text: str) -> None:
+def test_promises_are_checked(text):
     graph = dense()
     then(graph, "upcycle{experts=4}")
     assert [c.measured for c in check_pipeline(graph, Pipeline.parse(text))] == [0.0] * (
@@ -76,7 +76,7 @@ def test_promises_are_checked(text: str) -> None:
     )
 
 
-def test_what_a_pass_sees_of_another_depth() -> None:
+def test_what_a_pass_sees_of_another_depth():
     """A stack that only in part repeats stays valid when the rest of it is rewritten."""
     graph = dense()
     then(graph, "upcycle{experts=4 layers=0},roll-layers,canonicalize,cse,dce")
@@ -84,7 +84,7 @@ def test_what_a_pass_sees_of_another_depth() -> None:
     assert [n.attrs["over"] for n in graph if n.body is not None] == [(("layer", 3),)]
 
 
-def test_a_rolled_graph_is_reduced_for_a_check() -> None:
+def test_a_rolled_graph_is_reduced_for_a_check():
     graph = build(parse_config({**preset_config("smollm2-135m"), "num_hidden_layers": 4}))
     then(graph, "roll-layers")
     (found,) = check_pipeline(graph, Pipeline.parse("unroll-layers"))

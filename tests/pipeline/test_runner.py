@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from pathlib import Path
 
 import pytest
 
@@ -37,7 +36,7 @@ class Watching(Instrument):
         self.seen.append(f"finish {report.changed}")
 
 
-def test_passes_run_in_order_and_instruments_watch() -> None:
+def test_passes_run_in_order_and_instruments_watch():
     graph, watching = negations(3), Watching()
     report = run(graph, "un-neg,scale-output{by=2.0}", instruments=[watching])
     assert [n.op.name for n in graph] == ["silu", "neg", "scale"]
@@ -51,7 +50,7 @@ def test_passes_run_in_order_and_instruments_watch() -> None:
     assert report.runs[0].result.matched == 1
 
 
-def test_a_pass_that_must_match_and_does_not_is_an_error_with_near_misses() -> None:
+def test_a_pass_that_must_match_and_does_not_is_an_error_with_near_misses():
     with pytest.raises(InputError) as caught:
         run(negations(), "bad{way=miss}")
     text = str(caught.value)
@@ -67,7 +66,7 @@ def test_a_pass_that_must_match_and_does_not_is_an_error_with_near_misses() -> N
     assert not report.changed
 
 
-def test_a_pass_that_breaks_the_graph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_breaks_the_graph_is_named(monkeypatch):
     # All tests verify after each pass; here the runner shall be the one that does.
     monkeypatch.setattr(BadPass, "apply", inspect.unwrap(BadPass.apply))
     with pytest.raises(CheckError, match=r"after pass 2, bad: %v = silu @layers.0: the type") as e:
@@ -75,7 +74,7 @@ def test_a_pass_that_breaks_the_graph_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert e.value.exit_code == 3
 
 
-def test_what_a_pipeline_preserves() -> None:
+def test_what_a_pipeline_preserves():
     about = Preserves("approximate", "noise", 0.25)
     again = Preserves("approximate", "drops", 0.5)
     unknown = Preserves("approximate", "luck")
@@ -91,7 +90,7 @@ def test_what_a_pipeline_preserves() -> None:
     assert str(EXACT) == "exact"
 
 
-def test_the_report_as_json() -> None:
+def test_the_report_as_json():
     data = json.loads(json.dumps(run(negations(5), "un-neg,top").as_dict()))
     assert data["changed"] is True
     assert data["preserves"] == {
@@ -107,7 +106,7 @@ def test_the_report_as_json() -> None:
     assert second["changed"] is False
 
 
-def test_a_crash_leaves_a_reproducer(tmp_path: Path) -> None:
+def test_a_crash_leaves_a_reproducer(tmp_path):
     graph, original = negations(4), negations(4)
     with pytest.raises(PassCrash) as caught:
         run(graph, "un-neg,bad", crash_folder=lambda: tmp_path, context=Context(seed=5))
@@ -125,7 +124,7 @@ def test_a_crash_leaves_a_reproducer(tmp_path: Path) -> None:
         run(negations(), "bad", crash_folder=lambda: tmp_path)
 
 
-def test_what_the_user_causes_is_not_a_crash(tmp_path: Path) -> None:
+def test_what_the_user_causes_is_not_a_crash(tmp_path):
     with pytest.raises(MoeccError, match="not with this graph") as caught:
         run(negations(), "bad{way=refuse}", crash_folder=lambda: tmp_path)
     assert isinstance(caught.value, InputError)

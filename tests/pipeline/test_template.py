@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
@@ -110,7 +109,7 @@ def run(text: str, template: PipelineTemplate = TWICE, **context: Any) -> tuple[
     return made, run_pipeline(made, pipeline, context=Context(**context))
 
 
-def test_options_come_from_the_passes_unless_the_template_says_otherwise() -> None:
+def test_options_come_from_the_passes_unless_the_template_says_otherwise():
     found = options(registry(TWICE).get("note-twice"))
     assert list(found) == ["times", "word", "second", "kind"]
     assert (found["times"].default, found["times"].doc) == (2, "how often")
@@ -120,7 +119,7 @@ def test_options_come_from_the_passes_unless_the_template_says_otherwise() -> No
     assert found["kind"].default == "exact"
 
 
-def test_it_runs_its_passes_in_order() -> None:
+def test_it_runs_its_passes_in_order():
     made, report = run("note-twice{word=a}")
     assert made.attrs["notes"] == ["a", "a", "end"]
     (one,) = report.runs
@@ -128,7 +127,7 @@ def test_it_runs_its_passes_in_order() -> None:
     assert one.result.stats == {"words": 2, "a": 1, "end": 1}
 
 
-def test_both_spellings_are_one_and_print_as_one() -> None:
+def test_both_spellings_are_one_and_print_as_one():
     texts = (
         "@note-twice{word=a times=3}",
         "note-twice{word=a times=3}",
@@ -140,7 +139,7 @@ def test_both_spellings_are_one_and_print_as_one() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_step_that_must_match_ends_the_run(first: bool) -> None:
+def test_a_step_that_must_match_ends_the_run(first):
     note = TemplateStep(NotePass, fixed={"word": "a"})
     picky = TemplateStep(PickyPass, ("found",))
     steps = (picky, note) if first else (note, picky)
@@ -172,7 +171,7 @@ def test_a_step_that_must_match_ends_the_run(first: bool) -> None:
         ({"name": "Two"}, "'Two' is not in kebab-case"),
     ],
 )
-def test_a_faulty_declaration_is_refused_with_its_fault(changes: Any, fault: str) -> None:
+def test_a_faulty_declaration_is_refused_with_its_fault(changes, fault):
     faulty = replace(TWICE, **changes)
     with pytest.raises(UsageError) as caught:
         registry(faulty).get(faulty.name)
@@ -191,7 +190,7 @@ assert ST_MOE.steps
 """
 
 
-def test_a_file_of_ones_own_may_hold_templates(tmp_path: Path) -> None:
+def test_a_file_of_ones_own_may_hold_templates(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(OWN, encoding="utf-8")
     found = installed().with_file(path)
@@ -201,7 +200,7 @@ def test_a_file_of_ones_own_may_hold_templates(tmp_path: Path) -> None:
     assert found.get("clean").__doc__ == "Remove what is dead, twice."
 
 
-def test_options_reach_the_passes_that_they_name() -> None:
+def test_options_reach_the_passes_that_they_name():
     """Whatever a step forwards has in the step's pass the value that the template was given."""
     from moecc_passes.st_moe import ST_MOE
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +51,7 @@ def every(options: str) -> EveryKindPass:
 
 
 @given(pipeline=pipelines)
-def test_prints_back(pipeline: Pipeline) -> None:
+def test_prints_back(pipeline):
     source = str(pipeline)
     again = parse(source)
     assert again == pipeline
@@ -61,7 +59,7 @@ def test_prints_back(pipeline: Pipeline) -> None:
 
 
 @given(source=st.text(alphabet='every-kindtop{}=, "count12\\\n', max_size=40))
-def test_any_text_parses_or_is_refused_with_its_places(source: str) -> None:
+def test_any_text_parses_or_is_refused_with_its_places(source):
     try:
         pipeline = parse(source)
     except UsageError:
@@ -71,7 +69,7 @@ def test_any_text_parses_or_is_refused_with_its_places(source: str) -> None:
         assert parse(str(pipeline)) == pipeline
 
 
-def test_examples() -> None:
+def test_examples():
     source = "un-neg,every-kind{count=3 share=1e-05 layers=3,7,11 flag on=false maybe-word=none}"
     pipeline = parse(source)
     assert pipeline.passes == (
@@ -99,7 +97,7 @@ def test_examples() -> None:
         ("count=1 pair=3,4", "pair", (3, 4.0)),
     ],
 )
-def test_values(options: str, field: str, value: Any) -> None:
+def test_values(options, field, value):
     found = getattr(every(options), field)
     assert found == value
     assert type(found) is type(value)
@@ -111,7 +109,7 @@ def problems(source: str) -> list[str]:
     return [str(p) for p in caught.value.problems]
 
 
-def test_every_problem_at_once_with_its_place() -> None:
+def test_every_problem_at_once_with_its_place():
     found = problems(
         "un-nog,top{top_k=2 experts=many},every-kind{flag=maybe},top{experts=3 top-k=4}"
     )
@@ -154,9 +152,9 @@ def test_every_problem_at_once_with_its_place() -> None:
         ("every-kind{count=1 share=nan}", "expected: a number"),
     ],
 )
-def test_faulty(source: str, expected: str) -> None:
+def test_faulty(source, expected):
     assert any(expected in p for p in problems(source))
 
 
-def test_control_characters_are_shown_escaped() -> None:
+def test_control_characters_are_shown_escaped():
     assert not any("\x1b" in found for found in problems("un-neg{\x1b}"))

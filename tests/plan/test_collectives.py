@@ -59,7 +59,7 @@ def exchange(devices: Devices, values: list[Array]) -> list[Array]:
 
 
 @given(n=st.integers(1, 9), each=st.integers(1, 5), seed=st.integers(0, 99))
-def test_what_a_device_sends_is_what_is_counted(n: int, each: int, seed: int) -> None:
+def test_what_a_device_sends_is_what_is_counted(n, each, seed):
     draw = np.random.default_rng(seed)
     values = [draw.integers(0, 9, n * each) for _ in range(n)]
     total = values[0].nbytes
@@ -111,7 +111,7 @@ def ways(source: int, target: int, n: int, wrap: bool) -> list[tuple[list[int], 
 
 @pytest.mark.parametrize("n", [2, 4, 6, 8, 16])
 @pytest.mark.parametrize("wrap", [False, True])
-def test_an_exchange_takes_what_its_busiest_link_carries(n: int, wrap: bool) -> None:
+def test_an_exchange_takes_what_its_busiest_link_carries(n, wrap):
     dim = Dim(n, wrap, 1.0)
     if n == 2 and wrap:
         # Two links between two devices: both ways round are one hop.
@@ -125,7 +125,7 @@ def test_an_exchange_takes_what_its_busiest_link_carries(n: int, wrap: bool) -> 
 )
 @settings(max_examples=30)
 @given(data=st.data())
-def test_every_axis_of_every_mesh_has_its_devices(name: str, data: st.DataObject) -> None:
+def test_every_axis_of_every_mesh_has_its_devices(name, data):
     from moecc.plan.search import meshes
 
     machine = parse_machine(name)

@@ -62,7 +62,7 @@ def with_batch(work: Workload, model: str, factor: int) -> Workload:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_parameters_and_flops_are_those_of_the_description(model: str) -> None:
+def test_parameters_and_flops_are_those_of_the_description(model):
     graph = open_model(f"preset:{model}").graph
     facts = describe(graph)
     lengths = {"S": 512, "T": 114}
@@ -77,7 +77,7 @@ def test_parameters_and_flops_are_those_of_the_description(model: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @settings(max_examples=examples(5, 25), deadline=None)
 @given(data=st.data())
-def test_every_device_has_its_part_of_the_parameters(model: str, data: st.DataObject) -> None:
+def test_every_device_has_its_part_of_the_parameters(model, data):
     work = work_of(model)
     layout = data.draw(strategies(model)).layout
     local = Sharding.of(layout, work)
@@ -95,7 +95,7 @@ def test_every_device_has_its_part_of_the_parameters(model: str, data: st.DataOb
 @pytest.mark.parametrize("model", MODELS)
 @settings(max_examples=examples(5, 25), deadline=None)
 @given(data=st.data())
-def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -> None:
+def test_devices_share_the_flops_of_the_model(model, data):
     work = work_of(model)
     strategy = data.draw(strategies(model))
     found = estimate(work, strategy, "tpu:v5p:2x2x4", step="forward")
@@ -111,9 +111,7 @@ def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -
 @pytest.mark.parametrize("model", few(MODELS, 3))
 @settings(max_examples=examples(4, 25), deadline=None)
 @given(data=st.data(), machine=st.sampled_from(MACHINES), factor=st.integers(2, 4))
-def test_a_larger_batch_costs_no_less(
-    model: str, data: st.DataObject, machine: str, factor: int
-) -> None:
+def test_a_larger_batch_costs_no_less(model, data, machine, factor):
     work = work_of(model)
     strategy = data.draw(strategies(model))
     small = estimate(work, strategy, machine)
@@ -131,9 +129,7 @@ def test_a_larger_batch_costs_no_less(
 @pytest.mark.parametrize("model", MODELS)
 @settings(max_examples=examples(5, 25), deadline=None)
 @given(data=st.data())
-def test_rematerialisation_trades_arithmetic_for_activations(
-    model: str, data: st.DataObject
-) -> None:
+def test_rematerialisation_trades_arithmetic_for_activations(model, data):
     work = work_of(model)
     drawn = data.draw(strategies(model))
     none, save, block, full = (
@@ -154,9 +150,7 @@ def test_rematerialisation_trades_arithmetic_for_activations(
 @pytest.mark.parametrize("model", MODELS)
 @settings(max_examples=examples(6, 15), deadline=None)
 @given(data=st.data())
-def test_adafactor_keeps_less_than_adamw_and_both_less_than_all_copies(
-    model: str, data: st.DataObject
-) -> None:
+def test_adafactor_keeps_less_than_adamw_and_both_less_than_all_copies(model, data):
     work = work_of(model)
     strategy = data.draw(strategies(model))
     adamw = estimate(work, strategy, "tpu:v5p:2x2x4", optimizer="adamw").memory
@@ -196,9 +190,7 @@ def census(model: str, mesh: str, via: str, remat: str, step: str) -> dict[str, 
         ("replicated", "none", "forward", {"all_reduce sums of all experts": 1}),
     ],
 )  # fmt: skip
-def test_the_collectives_of_a_sparse_layer(
-    via: str, remat: str, step: str, expected: dict[str, float]
-) -> None:
+def test_the_collectives_of_a_sparse_layer(via, remat, step, expected):
     assert census("mixtral-8x7b", "data=2,expert=8", via, remat, step) == expected
 
 
@@ -207,7 +199,7 @@ def test_the_collectives_of_a_sparse_layer(
     experts=st.sampled_from([8, 16, 64]),
     devices=st.sampled_from([1, 4, 8]),
 )
-def test_the_worst_case_has_room_for_every_choice(top_k: int, experts: int, devices: int) -> None:
+def test_the_worst_case_has_room_for_every_choice(top_k, experts, devices):
     """By trying to send as many choices to one device as there can be."""
     tokens, mine = 4, experts // devices
     rows = LayerRows(tokens, tokens * top_k, devices, top_k, experts, True)

@@ -49,7 +49,7 @@ def total(work: Workload) -> float:
 # --- pipeline stages -----------------------------------------------------------------------
 
 
-def test_the_stages_together_do_the_work_and_have_the_parameters() -> None:
+def test_the_stages_together_do_the_work_and_have_the_parameters():
     work = mixtral(MIXTRAL)
     first, last = (stage_work(work, 2, last=last) for last in (False, True))
     assert total(first) + total(last) == pytest.approx(total(work))
@@ -65,7 +65,7 @@ def test_the_stages_together_do_the_work_and_have_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 8])
-def test_a_step_in_stages_is_its_turns_its_sends_and_one_update(parts: int) -> None:
+def test_a_step_in_stages_is_its_turns_its_sends_and_one_update(parts):
     config = StepConfig(micro_batches=parts)
     work = mixtral(Batch(64 // parts, MIXTRAL.lengths))
     one = staged(work, CPU, config, strategy(work, "fsdp=8"), 2)
@@ -85,7 +85,7 @@ def test_a_step_in_stages_is_its_turns_its_sends_and_one_update(parts: int) -> N
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_sequences_do_the_same_products_and_gather_keys(parts: int) -> None:
+def test_parts_of_sequences_do_the_same_products_and_gather_keys(parts):
     whole = mixtral(MIXTRAL)
     work = whole_keys(mixtral(split_batch(MIXTRAL, parts)), parts)
     assert total(work) == pytest.approx(total(whole))
@@ -111,7 +111,7 @@ def test_parts_of_sequences_do_the_same_products_and_gather_keys(parts: int) -> 
 STEP: dict[str, Any] = {"batch_tokens": 2048, "sequence": "32", "dtype": "f32"}
 
 
-def test_ideas_are_ranked_and_the_lowered_ones_are_plans() -> None:
+def test_ideas_are_ranked_and_the_lowered_ones_are_plans():
     model = moecc.open(str(GOLDEN / "mixtral_gqa")).apply("specialize{capacity-factor=1.25}")
     plan = model.plan("cpu:8", explore=True, **STEP)
     ideas = plan.report["explored"]
@@ -147,7 +147,7 @@ def test_ideas_are_ranked_and_the_lowered_ones_are_plans() -> None:
     assert not model.plan("cpu:8", **STEP).report["explored"]
 
 
-def test_what_has_no_stages_says_why() -> None:
+def test_what_has_no_stages_says_why():
     work = mixtral(MIXTRAL)
     with pytest.raises(InputError, match="2 equal layers are not 4 equal stages"):
         stage_work(work, 4, last=False)

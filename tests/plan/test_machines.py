@@ -22,7 +22,7 @@ from moecc.plan.step import plan_mesh
         ("cpu:8", 8),
     ],
 )
-def test_devices_are_those_of_jax(name: str, devices: int) -> None:
+def test_devices_are_those_of_jax(name, devices):
     assert parse_machine(name).devices == devices
 
 
@@ -41,7 +41,7 @@ def test_devices_are_those_of_jax(name: str, devices: int) -> None:
         ("a101x8", "did you mean 'a100'"),
     ],
 )
-def test_unknown_machines_are_told_with_the_list(name: str, says: str) -> None:
+def test_unknown_machines_are_told_with_the_list(name, says):
     with pytest.raises(UsageError) as error:
         parse_machine(name)
     assert says in str(error.value)
@@ -57,7 +57,7 @@ def test_unknown_machines_are_told_with_the_list(name: str, says: str) -> None:
         ("data=8,", "not a mesh"),
     ],
 )
-def test_what_is_no_mesh_is_told(text: str, says: str) -> None:
+def test_what_is_no_mesh_is_told(text, says):
     with pytest.raises(UsageError) as error:
         plan_mesh(text)
     assert says in str(error.value)
@@ -75,11 +75,11 @@ def test_what_is_no_mesh_is_told(text: str, says: str) -> None:
         ("a100", "gpu:a100:1"),
     ],
 )
-def test_names_that_clouds_and_people_use(short: str, name: str) -> None:
+def test_names_that_clouds_and_people_use(short, name):
     assert parse_machine(short) == parse_machine(name)
 
 
-def test_a_mesh_of_another_size_says_which_would_fit() -> None:
+def test_a_mesh_of_another_size_says_which_would_fit():
     with pytest.raises(InputError) as error:
         check_devices(plan_mesh("data=8,expert=4"), 64, "tpu:v5p:4x4x4")
     assert "expert:8 would" in str(error.value)

@@ -43,7 +43,7 @@ def sent(estimate: Estimate) -> Counter[str]:
 
 
 @pytest.mark.parametrize("mesh", ["data=4,expert=2", "fsdp=4,expert=2"])
-def test_parts_of_a_batch_do_its_work_and_keep_less(mesh: str) -> None:
+def test_parts_of_a_batch_do_its_work_and_keep_less(mesh):
     whole, parts = planned(mesh, StepConfig()), planned(mesh, StepConfig(micro_batches=4))
     assert parts.flops == pytest.approx(whole.flops)
     assert parts.model_flops == pytest.approx(whole.model_flops)
@@ -60,7 +60,7 @@ def test_parts_of_a_batch_do_its_work_and_keep_less(mesh: str) -> None:
         assert after[kind] == pytest.approx(times * before[kind], rel=1e-3), kind
 
 
-def test_parts_hold_whole_sequences() -> None:
+def test_parts_hold_whole_sequences():
     with pytest.raises(InputError, match="not whole micro-batches") as caught:
         work_of(3)
     assert "4032 would be" in str(caught.value)

@@ -31,7 +31,7 @@ def plan(name: str, passes: str, machine: str = "cpu:4", **options: Any) -> Json
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_frozen_parameters_have_neither_gradients_nor_moments(optimizer: str) -> None:
+def test_frozen_parameters_have_neither_gradients_nor_moments(optimizer):
     given = {"sequence": "16", "batch_tokens": 64, "mesh": "data=2", "optimizer": optimizer}
     whole, some = (
         plan("llama_gqa", passes, "cpu:2", **given) for passes in ("", "freeze{groups=attention}")

@@ -39,9 +39,7 @@ def planned(
         ("tpu:v6e:2x4", True, False), ("cpu:8", True, False), ("gpu:a100:8", False, False),
     ],
 )  # fmt: skip
-def test_parameters_of_layers_are_beside_products_where_compilers_do_so(
-    machine: str, asked: bool, does: bool
-) -> None:
+def test_parameters_of_layers_are_beside_products_where_compilers_do_so(machine, asked, does):
     estimate = planned(machine, asked=asked)
     found = estimate.overlap
     for op, row in estimate.collectives.items():
@@ -63,14 +61,14 @@ RECORD = json.loads((Path(__file__).parents[2] / "docs/proofs/exposed.json").rea
          "llama-8x-h100-16"], 2,
     ),
 )  # fmt: skip
-def test_exposed_bytes_are_those_of_the_compiled_program(name: str) -> None:
+def test_exposed_bytes_are_those_of_the_compiled_program(name):
     row = RECORD["programs"][name]
     exposed = predicted(row)["exposed_bytes"]
     assert exposed == pytest.approx(row["predicted"]["exposed_bytes"], rel=1e-3)
     assert exposed == pytest.approx(row["compiled"]["exposed_bytes"], rel=BOUND)
 
 
-def test_a_collective_is_hidden_by_what_computes_between_its_start_and_its_end() -> None:
+def test_a_collective_is_hidden_by_what_computes_between_its_start_and_its_end():
     # From the end: the reduction runs beside the last product, then its place is free, and the
     # gather runs beside the product before the one that reads it.
     gather = Task(latency=2.0, moves=(0,))

@@ -64,24 +64,24 @@ def exposed(parts: Sequence[PartCost], op: str) -> set[str]:
     return {name for name, each in shares(parts, op).items() if 0.0 in each}
 
 
-def test_gradients_of_experts_are_reduced_before_sums_that_take_longer() -> None:
+def test_gradients_of_experts_are_reduced_before_sums_that_take_longer():
     # Those of attention wait for the sums, and are the last; experts' have the router's product.
     found = exposed(layer(tokens=10.0, experts=1), "reduce_scatter")
     assert found == {"down", "router"}
 
 
-def test_gradients_of_experts_are_the_last_if_they_take_longer_than_sums_and_attentions() -> None:
+def test_gradients_of_experts_are_the_last_if_they_take_longer_than_sums_and_attentions():
     # Then the product of the layer's input is theirs, and attention's have those of each other.
     found = exposed(layer(tokens=5.0, experts=1), "reduce_scatter")
     assert found == {"down", "query"}
 
 
 @pytest.mark.parametrize("tokens", [5.0, 10.0])
-def test_gradients_of_several_experts_have_the_loops_of_each_other(tokens: float) -> None:
+def test_gradients_of_several_experts_have_the_loops_of_each_other(tokens):
     assert exposed(layer(tokens, experts=2), "reduce_scatter") == set()
 
 
-def test_parameters_are_copied_before_tokens_that_take_longer_are_gathered() -> None:
+def test_parameters_are_copied_before_tokens_that_take_longer_are_gathered():
     of = shares(layer(tokens=10.0, experts=1), "all_gather")
     # Forward, `up` ends the gather of `down`; again, attention's products are the experts' and the
     # gradients'.
@@ -92,7 +92,7 @@ def test_parameters_are_copied_before_tokens_that_take_longer_are_gathered() -> 
     assert of["tokens"] == [0.0, 1.0]
 
 
-def test_kernels_end_gathers_of_parameters_that_take_longer_than_tokens() -> None:
+def test_kernels_end_gathers_of_parameters_that_take_longer_than_tokens():
     of = shares(layer(tokens=5.0, experts=1), "all_gather")
     assert of["down"] == [0.0]
     assert of["up"] == [1.0]
@@ -100,7 +100,7 @@ def test_kernels_end_gathers_of_parameters_that_take_longer_than_tokens() -> Non
     assert of["output"] == [0.5]
 
 
-def test_the_last_parameter_is_waited_for_where_nothing_is_computed_again() -> None:
+def test_the_last_parameter_is_waited_for_where_nothing_is_computed_again():
     # As XLA schedules llama-3.1-8b for 16 v5p: of a turn forward the first, backward the last.
     dense = [WeightProduct(name, 9.0, name == "query") for name in ("query", "output", "down")]
     (of,) = shares_on_tpu([part([p.weight for p in dense], dense)], recomputes=False)
@@ -108,6 +108,6 @@ def test_the_last_parameter_is_waited_for_where_nothing_is_computed_again() -> N
     assert gathers == {"query": 0.5, "output": 1.0, "down": 0.5}
 
 
-def test_what_a_layer_does_not_begin_with_backward_is_waited_for() -> None:
+def test_what_a_layer_does_not_begin_with_backward_is_waited_for():
     parts = layer(tokens=10.0, experts=1)
     assert shares(list(reversed(parts)), "all_gather")["tokens"] == [0.0, 0.0]

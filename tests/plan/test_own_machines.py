@@ -35,7 +35,7 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_machine_like_one_of_the_table(tmp_path: Path) -> None:
+def test_a_machine_like_one_of_the_table(tmp_path):
     path = written(tmp_path, 'like = "h100x16"\nmemory = "70 GB"\nnode_bytes_per_second = 1e11\n')
     found, base = find_machine(path), parse_machine("gpu:h100:16")
     assert (found.name, found.compiled_as, found.kind) == (path, "gpu:h100:16", "gpu")
@@ -45,7 +45,7 @@ def test_a_machine_like_one_of_the_table(tmp_path: Path) -> None:
     assert found.sources[0] == path
 
 
-def test_links_of_a_torus(tmp_path: Path) -> None:
+def test_links_of_a_torus(tmp_path):
     found = find_machine(written(tmp_path, 'like = "v4-32"\nlink_bytes_per_second = 1e9\n'))
     base = parse_machine("v4-32").network
     assert isinstance(found.network, Torus)
@@ -54,7 +54,7 @@ def test_links_of_a_torus(tmp_path: Path) -> None:
     assert found.network.dims[3] == base.dims[3]
 
 
-def test_commands_take_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_take_the_file(tmp_path, capsys):
     path = written(tmp_path, 'like = "cpu:8"\nmemory = "1 GB"\n')
     plan = str(tmp_path / "plan.json")
     command = ["plan", MODEL, "--machine", path, "--sequence", "64", "--format", "json"]
@@ -83,14 +83,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_reported_with_its_line(tmp_path: Path, case: str) -> None:
+def test_what_is_wrong_is_reported_with_its_line(tmp_path, case):
     text, *words = WRONG[case]
     with pytest.raises(InputError) as caught:
         find_machine(written(tmp_path, text))
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def test_larger_ones_have_more_nodes(tmp_path: Path) -> None:
+def test_larger_ones_have_more_nodes(tmp_path):
     own, larger, *_ = sizes_of_kind(find_machine(written(tmp_path, WHOLE)))
     assert (own.devices, larger.devices) == (32, 64)
     assert larger.name.endswith("ours.toml with devices = 64")

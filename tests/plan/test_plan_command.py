@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import Moecc
-
 GOLDEN = Path(__file__).parents[1] / "golden"
 MIXTRAL = ("preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4")
 
 
 def test_the_paper_s_model_fits_with_its_dense_weights_split_and_not_whole_with_moments(
-    moecc: Moecc,
-) -> None:
+    moecc,
+):
     given = (
         "preset:st-moe-32b", "--machine", "tpu:v4:8x8x8", "--batch-tokens", "1282048",
         "--mesh", "data=64,model=16", "--remat", "full",
@@ -29,7 +27,7 @@ def test_the_paper_s_model_fits_with_its_dense_weights_split_and_not_whole_with_
     assert "16.37 GB a device" in err
 
 
-def test_the_best_is_the_fastest_and_its_seconds_and_bytes_add_up(moecc: Moecc) -> None:
+def test_the_best_is_the_fastest_and_its_seconds_and_bytes_add_up(moecc):
     report = moecc.plan(*MIXTRAL)
     best = report["best"]
     assert sum(best["seconds_by_kind"].values()) == pytest.approx(best["seconds"])
@@ -66,9 +64,7 @@ def test_the_best_is_the_fastest_and_its_seconds_and_bytes_add_up(moecc: Moecc) 
         (("--mesh", "fsdp=64", "--via", "ring"), 1, ["cannot be reached via ring", "local"]),
     ],
 )
-def test_bad_input_gets_one_message(
-    moecc: Moecc, args: tuple[str, ...], code: int, says: list[str]
-) -> None:
+def test_bad_input_gets_one_message(moecc, args, code, says):
     given = args if "--machine" in args else ("--machine", "tpu:v5p:4x4x4", *args)
     found, out, err = moecc("plan", "preset:mixtral-8x7b", *given)
     assert (found, out) == (code, "")
@@ -76,7 +72,7 @@ def test_bad_input_gets_one_message(
         assert words in err
 
 
-def test_a_run_has_days_and_a_price(moecc: Moecc) -> None:
+def test_a_run_has_days_and_a_price(moecc):
     small = (str(GOLDEN / "mixtral_gqa"), "--machine", "cpu:2", "--batch-tokens", "64",
              "--sequence", "16")  # fmt: skip
     report = moecc.plan(*small, "--tokens", "1000", "--price", "2")
@@ -100,6 +96,6 @@ def test_a_run_has_days_and_a_price(moecc: Moecc) -> None:
         (("--tokens", "10", "--sweep", "experts=1"), "--tokens is about one plan"),
     ],
 )
-def test_runs_that_cannot_be_priced(options: tuple[str, ...], message: str, moecc: Moecc) -> None:
+def test_runs_that_cannot_be_priced(options, message, moecc):
     code, _, err = moecc("plan", str(GOLDEN / "mixtral_gqa"), "--machine", "cpu:2", *options)
     assert (code, message in err) == (2, True), err

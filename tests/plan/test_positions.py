@@ -22,7 +22,7 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("name", BOUNDS)
-def test_the_default_length_is_one_that_the_model_has(name: str) -> None:
+def test_the_default_length_is_one_that_the_model_has(name):
     with open_model(str(GOLDEN / name)) as model:
         assert length_bounds(model.graph) == BOUNDS[name]
         batch, counted = make_batch(model.graph, 2), describe(model.graph).sequence.lengths
@@ -31,7 +31,7 @@ def test_the_default_length_is_one_that_the_model_has(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2_plain", "whisper_plain"])
-def test_a_longer_sequence_is_rejected(name: str) -> None:
+def test_a_longer_sequence_is_rejected(name):
     with open_model(str(GOLDEN / name)) as model:
         (most,) = BOUNDS[name].values()
         assert make_batch(model.graph, 1, lengths=(most,)).tokens % most == 0
@@ -39,7 +39,7 @@ def test_a_longer_sequence_is_rejected(name: str) -> None:
             make_batch(model.graph, 1, lengths=(most + 1,))
 
 
-def test_inputs_that_are_too_long_are_rejected_before_they_are_run() -> None:
+def test_inputs_that_are_too_long_are_rejected_before_they_are_run():
     with open_model(str(GOLDEN / "gpt2_plain")) as model:
         check_inputs(model.graph, {"tokens": np.zeros((2, 24), np.int32)}, "a.npy")
         with pytest.raises(InputError, match="longer than the model has positions") as error:

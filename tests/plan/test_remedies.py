@@ -34,7 +34,7 @@ def options_of(hint: str) -> list[str]:
 
 
 @pytest.mark.parametrize("line", few(CASES, quick=1))
-def test_every_option_that_is_named_fits(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_that_is_named_fits(line, capsys):
     hint = hint_of(capsys, line)
     found = options_of(hint)
     assert set(CASES[line]) <= set(found)

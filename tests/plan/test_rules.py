@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,7 +58,7 @@ def held(model: str, layout: Layout) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("model", some(FEW, "mixtral-8x7b"))
-def test_a_device_holds_what_the_plan_says(model: str) -> None:
+def test_a_device_holds_what_the_plan_says(model):
     work = known(model)[1]
     wrong = []
     for layout in (found for mesh in meshes(DEVICES) for found in layouts(mesh, work)):
@@ -81,9 +80,7 @@ def test_a_device_holds_what_the_plan_says(model: str) -> None:
         (("group = rows", "expert with slot = rows"), ("rows",)),
     ],
 )
-def test_rules_of_a_file_are_planned_and_laid_alike(
-    tmp_path: Path, lines: tuple[str, ...], stored: tuple[str, ...]
-) -> None:
+def test_rules_of_a_file_are_planned_and_laid_alike(tmp_path, lines, stored):
     """Under mesh axes of other names: rows and columns."""
     file = tmp_path / "grid.rules"
     file.write_text(layout_text("batch = rows", *lines, "mlp = columns", "param embed = rows ?"))
@@ -101,7 +98,7 @@ def test_rules_of_a_file_are_planned_and_laid_alike(
     assert layout.expert_axes == (("rows",) if not stored else ())
 
 
-def test_files_of_rules_are_bounded(tmp_path: Path) -> None:
+def test_files_of_rules_are_bounded(tmp_path):
     with pytest.raises(InputError, match="not a regular file"):
         read_layout("/dev/zero")
     file = tmp_path / "my.rules"

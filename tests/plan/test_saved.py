@@ -29,9 +29,7 @@ def saved(folder: Path, *more: str, model: str = MODEL) -> Path:
     return path
 
 
-def test_what_is_saved_is_the_report_and_the_request(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_saved_is_the_report_and_the_request(tmp_path, capsys):
     path = saved(tmp_path, "--format", "json", "--optimizer", "adafactor")
     shown, written = json.loads(capsys.readouterr().out), json.loads(path.read_text())
     asked = written.pop("request")
@@ -53,7 +51,7 @@ Requested = Callable[..., Request]
 
 
 @pytest.fixture
-def requested(monkeypatch: pytest.MonkeyPatch) -> Requested:
+def requested(monkeypatch):
     """Return a function that returns the request to the compiling process."""
     requests: list[Request] = []
 
@@ -69,7 +67,7 @@ def requested(monkeypatch: pytest.MonkeyPatch) -> Requested:
     return run
 
 
-def test_compile_takes_all_of_it(tmp_path: Path, requested: Requested) -> None:
+def test_compile_takes_all_of_it(tmp_path, requested):
     more = ("--mesh", "fsdp=2,expert=4", "--via", "ring", "--remat", "full",
             "--dense-weights", "split", "--optimizer", "adafactor", "--micro-batches", "2",
             "--weight-dtype", "bf16", "--reduce-dtype", "float32")  # fmt: skip
@@ -82,7 +80,7 @@ def test_compile_takes_all_of_it(tmp_path: Path, requested: Requested) -> None:
     )  # fmt: skip
 
 
-def test_a_recipe_gets_mesh_and_remat(tmp_path: Path) -> None:
+def test_a_recipe_gets_mesh_and_remat(tmp_path):
     more = ("--mesh", "fsdp=2,expert=4", "--via", "ring", "--remat", "full",
             "--micro-batches", "2", "--reduce-dtype", "f32")  # fmt: skip
     found = read_plan(str(saved(tmp_path, *more)))
@@ -110,14 +108,12 @@ OTHERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tmp_path_factory):
     return written_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_a_run_rejects_the_plan_of_another_model(
-    tmp_path: Path, recipe: Path, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_rejects_the_plan_of_another_model(tmp_path, recipe, case, capsys):
     more, words = OTHERS[case]
     path = saved(tmp_path, *more, model=str(recipe.parent / "model"))
     capsys.readouterr()
@@ -163,12 +159,12 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> str:
+def plan(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("plan")).read_text()
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_plan_is_reported(tmp_path: Path, plan: str, case: str) -> None:
+def test_what_is_no_plan_is_reported(tmp_path, plan, case):
     change, words = WRONG[case]
     path = tmp_path / "plan.json"
     data = json.loads(plan)

@@ -27,7 +27,7 @@ def sent(plan: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("remat", ["none", "save"])
-def test_the_bytes_are_those_of_sums_and_less_is_kept(remat: str) -> None:
+def test_the_bytes_are_those_of_sums_and_less_is_kept(remat):
     """A gather and a scatter send what an all-reduce does; what is between them is in parts."""
     whole, parts = best(TENSOR, remat), best(RULES, remat)
     assert parts["memory_bytes"]["activations"] < whole["memory_bytes"]["activations"]

@@ -14,7 +14,7 @@ OUTER = 6.25e9
 BYTES = 1e9
 
 
-def test_two_slices_are_twice_the_devices_of_one() -> None:
+def test_two_slices_are_twice_the_devices_of_one():
     assert (ONE.devices, TWO.devices) == (16, 32)
     assert parse_machine("tpu:v5p:2x2x4:1") == ONE
     assert TWO.usable_bytes == ONE.usable_bytes
@@ -26,14 +26,14 @@ def test_two_slices_are_twice_the_devices_of_one() -> None:
     assert part_of_machine(TWO, 2).name == "tpu:v5p:2x2x4"
 
 
-def test_an_axis_within_a_slice_takes_the_time_of_one_slice() -> None:
+def test_an_axis_within_a_slice_takes_the_time_of_one_slice():
     alone, both = ONE.network.routes({"fsdp": 16}), TWO.network.routes({"data": 2, "fsdp": 16})
     inner = both["fsdp",]
     assert inner.all_gather(BYTES) == alone["fsdp",].all_gather(BYTES)
     assert inner.all_to_all(BYTES) == alone["fsdp",].all_to_all(BYTES)
 
 
-def test_a_group_across_slices_takes_the_time_of_the_slower_level() -> None:
+def test_a_group_across_slices_takes_the_time_of_the_slower_level():
     route, alone = TWO.network.routes({"fsdp": 32})["fsdp",], ONE.network.routes({"fsdp": 16})
     # Sixteen devices together fetch the half that their slice has not.
     outside, inside = BYTES / 2 / (16 * OUTER), alone["fsdp",].all_gather(BYTES)
@@ -53,6 +53,6 @@ def test_a_group_across_slices_takes_the_time_of_the_slower_level() -> None:
         ("tpu:v5q:2x2x4:2", "did you mean"),
     ],
 )
-def test_what_are_no_slices(name: str, says: str) -> None:
+def test_what_are_no_slices(name, says):
     with pytest.raises(UsageError, match=says):
         parse_machine(name)

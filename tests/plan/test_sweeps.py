@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.plan.sweeps import DROPLESS, Planned, frontier, parse_sweep
-from tests.support.commands import Moecc
 from tests.support.tiers import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -19,7 +17,7 @@ WHERE = ("--machine", "cpu:4", "--sequence", "16", "--batch-tokens", "128")
 MESH = ("--mesh", "fsdp=4", "--remat", "full")
 
 
-def test_a_point_is_the_plan_of_its_model(moecc: Moecc) -> None:
+def test_a_point_is_the_plan_of_its_model(moecc):
     up = "upcycle{{experts={} top-k={}}}"
     given = (DENSE, *WHERE, *MESH)
     found = moecc.plan(
@@ -40,7 +38,7 @@ def test_a_point_is_the_plan_of_its_model(moecc: Moecc) -> None:
 @settings(max_examples=examples(50, 500))
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2), st.sampled_from([1.0, DROPLESS]),
                           st.integers(1, 4)), min_size=1, max_size=12))  # fmt: skip
-def test_nothing_on_the_frontier_is_beaten_and_the_rest_is(rows: list[tuple[Any, ...]]) -> None:
+def test_nothing_on_the_frontier_is_beaten_and_the_rest_is(rows):
     points = [Planned(*row) for row in rows]
     marks = frontier(points)
     assert any(marks)
@@ -70,14 +68,14 @@ BAD = {
 
 
 @pytest.mark.parametrize(("sweep", "code", "says"), BAD.values(), ids=BAD)
-def test_bad_values(moecc: Moecc, sweep: str, code: int, says: str) -> None:
+def test_bad_values(moecc, sweep, code, says):
     up = ("-p", "upcycle{experts=2}")
     found, out, err = moecc("plan", DENSE, *WHERE, *up, "--sweep", sweep)
     assert (found, out) == (code, "")
     assert says in err
 
 
-def test_every_text_of_a_sweep_is_read_back() -> None:
+def test_every_text_of_a_sweep_is_read_back():
     found = parse_sweep(["experts=8,16", "top-k=1 capacity-factor=1.25,dropless"])
     assert (found.experts, found.top_k, found.capacity_factor) == ((8, 16), (1,), (1.25, DROPLESS))
     assert len(list(found.points())) == 4

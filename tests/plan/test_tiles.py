@@ -23,5 +23,5 @@ def rooms(sizes: list[int]) -> list[int]:
 
 
 @given(st.lists(st.integers(2, 400), min_size=2, max_size=4))
-def test_of_all_orders_the_one_that_pads_least(sizes: list[int]) -> None:
+def test_of_all_orders_the_one_that_pads_least(sizes):
     assert padded(sizes, "tpu") == pytest.approx(min(rooms(sizes)))

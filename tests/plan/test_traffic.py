@@ -98,9 +98,7 @@ def through(graph: Graph, pipeline: str) -> Sends | None:
 @pytest.mark.parametrize(("mesh", "rules"), few(SPREAD, 6))
 @pytest.mark.parametrize("slots", ["capacity", "ragged"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_plan_prices_what_passes_write_into_a_sparse_layer(
-    weighted: bool, slots: str, mesh: str, rules: str
-) -> None:
+def test_a_plan_prices_what_passes_write_into_a_sparse_layer(weighted, slots, mesh, rules):
     graph, compared = layer(slots, embed=32, mlp=64), 0
     if weighted:
         run_pipeline(graph, Pipeline.parse("weight-rows"))
@@ -158,9 +156,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("name", "mesh", "rules", "way"), LAYOUTS)
-def test_a_plan_prices_what_passes_write_into_a_model(
-    name: str, mesh: str, rules: str, way: str
-) -> None:
+def test_a_plan_prices_what_passes_write_into_a_model(name, mesh, rules, way):
     """Every kind of layer, parameters that are gathered and sums over neurons included."""
     graph = model(name)
     chosen = f"expert-parallel{{via={way}}}," if way != LOCAL else ""

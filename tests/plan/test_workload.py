@@ -28,9 +28,7 @@ def work_of(name: str) -> Workload:
         ("whisper_plain", {"encoder.layers": 2, "decoder.layers": 3}),
     ],
 )
-def test_a_scaled_or_normed_embedding_makes_no_layer_another(
-    name: str, stacks: dict[str, int]
-) -> None:
+def test_a_scaled_or_normed_embedding_makes_no_layer_another(name, stacks):
     layers = work_of(name).layers
     assert [(layer.name, layer.count) for layer in layers] == list(stacks.items())
     names = [shape.names for layer in layers for shape in layer.inputs]

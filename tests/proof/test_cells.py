@@ -35,5 +35,5 @@ def drawn() -> list[tuple[Cell, str]]:
     ("cell", "sign"),
     [pytest.param(c, s, id=f"{c.source}-{c.target}-{c.method}") for c, s in drawn()],
 )
-def test_a_cell_is_what_the_record_says(cell: Cell, sign: str) -> None:
+def test_a_cell_is_what_the_record_says(cell, sign):
     assert run(cell).kind == sign

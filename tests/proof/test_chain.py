@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +23,7 @@ PROOF = ROOT / "docs" / "proofs" / "chain.json"
         (("transformers", "encoded_otherwise"), [3]),
     ],
 )
-def test_what_is_wrong_is_a_failure(where: tuple[str, str], value: object) -> None:
+def test_what_is_wrong_is_a_failure(where, value):
     found = json.loads(PROOF.read_text("utf-8"))
     found[where[0]][where[1]] = value
     assert len(failures(found)) == 1
@@ -33,7 +32,7 @@ def test_what_is_wrong_is_a_failure(where: tuple[str, str], value: object) -> No
 @pytest.mark.slow
 @pytest.mark.download
 @pytest.mark.parity
-def test_the_chain(tmp_path: Path) -> None:
+def test_the_chain(tmp_path):
     if not os.environ.get("MOECC_PARITY_PYTHON"):
         pytest.skip("MOECC_PARITY_PYTHON names no interpreter with transformers")
     if importlib.util.find_spec("orbax") is None:

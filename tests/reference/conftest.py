@@ -16,7 +16,7 @@ class Evaluate(Protocol):
 
 
 @pytest.fixture
-def evaluate() -> Evaluate:
+def evaluate():
     """Return a function that runs one operation on arrays with named axes.
 
     An operand is a pair of an array and its axes, ``(array, "batch seq")``.

@@ -86,7 +86,7 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[list[float]], list[float]]] = {
 
 
 @pytest.mark.parametrize("case", GOLDEN)
-def test_rope_gives_the_numbers_of_transformers(case: str, evaluate: Any) -> None:
+def test_rope_gives_the_numbers_of_transformers(case, evaluate):
     attrs, cosines, sines = GOLDEN[case]
     positions = (np.array([[0, 1, 5, 40]]), "batch seq")
     cos, sin = evaluate("rope", positions, **ROPE, scaling=case.split(",")[0], **attrs)
@@ -97,7 +97,7 @@ def test_rope_gives_the_numbers_of_transformers(case: str, evaluate: Any) -> Non
     np.testing.assert_allclose(sin[0, 3, :4], sines, atol=5e-6)
 
 
-def test_longrope_divides_by_other_numbers_beyond_the_original_context(evaluate: Any) -> None:
+def test_longrope_divides_by_other_numbers_beyond_the_original_context(evaluate):
     attrs = {"scaling": "longrope", "original_context": 32, "attention_factor": 1.5}
     lists = {"short_factors": (1.0, 1.0, 1.0, 1.0), "long_factors": (1.0, 2.0, 4.0, 8.0)}
     for count, divisors in ((32, lists["short_factors"]), (33, lists["long_factors"])):
@@ -108,7 +108,7 @@ def test_longrope_divides_by_other_numbers_beyond_the_original_context(evaluate:
         np.testing.assert_allclose(sin[:, 4:], 1.5 * np.sin(angles), atol=1e-12)
 
 
-def test_dynamic_scaling_starts_beyond_the_original_context(evaluate: Any) -> None:
+def test_dynamic_scaling_starts_beyond_the_original_context(evaluate):
     attrs = {**ROPE, "scaling": "dynamic", "factor": 8.0, "original_context": 32}
     within = evaluate("rope", (np.arange(32), "seq"), **attrs)
     np.testing.assert_array_equal(within, evaluate("rope", (np.arange(32), "seq"), **ROPE))
@@ -116,7 +116,7 @@ def test_dynamic_scaling_starts_beyond_the_original_context(evaluate: Any) -> No
     assert not np.allclose(beyond[0][:32], within[0])
 
 
-def test_rotate_turns_pairs_as_complex_numbers(evaluate: Any) -> None:
+def test_rotate_turns_pairs_as_complex_numbers(evaluate):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 5, 3, 8))
     positions = np.array([0, 3, 1, 7, 2])
@@ -131,7 +131,7 @@ def test_rotate_turns_pairs_as_complex_numbers(evaluate: Any) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])
-def test_causal(window: int, evaluate: Any) -> None:
+def test_causal(window, evaluate):
     queries, keys = np.array([[0, 1, 5]]), np.array([5, 0, 3, 4])
     found = evaluate("causal", (queries, "batch seq"), (keys, "kv_seq"), window=window)
     expected = [
@@ -142,7 +142,7 @@ def test_causal(window: int, evaluate: Any) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_same_segment(evaluate: Any) -> None:
+def test_same_segment(evaluate):
     queries, keys = np.array([[1, 2, 0], [3, 3, 0]]), np.array([[1, 2, 2, 0], [3, 0, 0, 0]])
     found = evaluate("same_segment", (queries, "batch seq"), (keys, "batch kv_seq"))
     expected = [
@@ -173,7 +173,7 @@ BUCKETS: dict[tuple[bool, int, int], list[int]] = {
 
 
 @pytest.mark.parametrize("case", BUCKETS)
-def test_buckets_are_those_of_transformers(case: tuple[bool, int, int], evaluate: Any) -> None:
+def test_buckets_are_those_of_transformers(case, evaluate):
     bidirectional, buckets, furthest = case
     attrs = {"bidirectional": bidirectional, "buckets": buckets, "max_distance": furthest}
     keys = np.array(DISTANCES) + 1000
@@ -191,7 +191,7 @@ def test_buckets_are_those_of_transformers(case: tuple[bool, int, int], evaluate
         ({"bidirectional": False, "buckets": 32, "max_distance": 16}, "max_distance"),
     ],
 )
-def test_impossible_buckets_are_refused(attrs: dict[str, Any], message: str, evaluate: Any) -> None:
+def test_impossible_buckets_are_refused(attrs, message, evaluate):
     positions = np.arange(3)
     with pytest.raises(InputError, match=message):
         evaluate("relative_buckets", (positions, "seq"), (positions, "kv_seq"), **attrs)
@@ -200,7 +200,7 @@ def test_impossible_buckets_are_refused(attrs: dict[str, Any], message: str, eva
 @pytest.mark.parametrize(
     ("heads", "exponents"), [(1, [8]), (4, [2, 4, 6, 8]), (6, [2, 4, 6, 8, 1, 3]), (3, [4, 8, 2])]
 )
-def test_alibi_has_the_slopes_of_the_paper(heads: int, exponents: list[int], evaluate: Any) -> None:
+def test_alibi_has_the_slopes_of_the_paper(heads, exponents, evaluate):
     operands = (np.array([5]), "seq"), (np.array([2, 5, 6]), "kv_seq")
     found = evaluate("alibi", *operands, axis="head", size=heads)
     slopes = 2.0 ** -np.array(exponents)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -45,7 +43,7 @@ def by_hand(x: np.ndarray, w: np.ndarray, stride: int, padding: int) -> np.ndarr
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (3, 2)])
-def test_windows_are_summed_as_by_hand(backend: str, stride: int, padding: int) -> None:
+def test_windows_are_summed_as_by_hand(backend, stride, padding):
     x, w = RNG.standard_normal((2, 5, 3, 7)), RNG.standard_normal((4, 3, 3, 2))
     graph = patches(stride, padding)
     found = (
@@ -68,7 +66,7 @@ def test_windows_are_summed_as_by_hand(backend: str, stride: int, padding: int) 
         ({"along": ("width", "height"), "taps": ("down", "deep")}, "has no axis 'deep'"),
     ],
 )
-def test_what_has_no_windows_is_refused(changes: dict[str, Any], words: str) -> None:
+def test_what_has_no_windows_is_refused(changes, words):
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", channel=3, height=5, width=7))
     w = graph.param("w", tensor(F32, embed=4, channel=3, down=3, across=2))

@@ -37,7 +37,7 @@ def mixture(slots: str = "ragged", **attrs: Any) -> Graph:
     return graph
 
 
-def test_it_computes_in_float64_whatever_is_asked() -> None:
+def test_it_computes_in_float64_whatever_is_asked():
     graph = Graph()
     x = graph.input("x", tensor(BF16, a=2))
     graph.set_output("y", Builder(graph).scale(x, by=1 / 3))
@@ -47,7 +47,7 @@ def test_it_computes_in_float64_whatever_is_asked() -> None:
     assert found.tolist() == [1 / 3, 3 * (1 / 3)]
 
 
-def test_all_that_is_wrong_with_the_arrays_is_reported_at_once() -> None:
+def test_all_that_is_wrong_with_the_arrays_is_reported_at_once():
     graph = Graph()
     b = Builder(graph)
     ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
@@ -72,7 +72,7 @@ def test_all_that_is_wrong_with_the_arrays_is_reported_at_once() -> None:
     ]
 
 
-def test_an_operation_without_a_meaning_is_refused_before_running() -> None:
+def test_an_operation_without_a_meaning_is_refused_before_running():
     graph = Graph()
     x = graph.input("x", tensor(F32, a=2))
     strange = OpDef("strange", "Nobody knows.", ("x",), lambda o, _a: (o[0].type,))
@@ -82,7 +82,7 @@ def test_an_operation_without_a_meaning_is_refused_before_running() -> None:
     assert caught.value.problems[0].where == "%v = strange @layers.0"
 
 
-def test_beyond_ragged_extents_there_is_nothing() -> None:
+def test_beyond_ragged_extents_there_is_nothing():
     graph = mixture()
     found = run_reference(graph, seed=3)
     counts = np.bincount(found["experts"].reshape(-1), minlength=3)
@@ -94,7 +94,7 @@ def test_beyond_ragged_extents_there_is_nothing() -> None:
     assert np.isfinite(found["y"]).all()
 
 
-def test_what_is_broadcast_along_a_ragged_axis_ends_with_it() -> None:
+def test_what_is_broadcast_along_a_ragged_axis_ends_with_it():
     graph = mixture()
     b = Builder(graph)
     rows = graph.outputs["rows"]
@@ -112,7 +112,7 @@ def test_what_is_broadcast_along_a_ragged_axis_ends_with_it() -> None:
         assert not nothing[~beyond].any()
 
 
-def test_mixing_the_rows_of_a_ragged_axis_is_a_type_error() -> None:
+def test_mixing_the_rows_of_a_ragged_axis_is_a_type_error():
     graph = mixture()
     rows, b = graph.outputs["rows"], Builder(graph)
     for make in (
@@ -131,7 +131,7 @@ def test_mixing_the_rows_of_a_ragged_axis_is_a_type_error() -> None:
 
 
 @given(graphs(dead=True), st.integers(0, 3))
-def test_every_array_has_the_axes_and_sizes_of_its_type(graph: Graph, seed: int) -> None:
+def test_every_array_has_the_axes_and_sizes_of_its_type(graph, seed):
     sizes = sizes_for(graph, seed)
     program = ReferenceBackend().compile(graph)
     seen: dict[Value, Any] = {}

@@ -37,13 +37,13 @@ UNARY = {
 
 
 @pytest.mark.parametrize("name", UNARY)
-def test_unary(name: str, evaluate: Any) -> None:
+def test_unary(name, evaluate):
     x = RNG.normal(size=40) * 3
     expected = [UNARY[name](v) for v in x]
     np.testing.assert_allclose(evaluate(name, (x, "a")), expected, rtol=1e-13, atol=1e-15)
 
 
-def test_activations_do_not_lose_the_tails(evaluate: Any) -> None:
+def test_activations_do_not_lose_the_tails(evaluate):
     far = (np.array([-30.0, -800.0, 800.0]), "a")
     # x · Φ(x) at −30: Φ(−30) = 4.906713927148187e-198.
     np.testing.assert_allclose(
@@ -66,7 +66,7 @@ BINARY = {
 
 
 @pytest.mark.parametrize("name", BINARY)
-def test_binary_matches_axes_by_name(name: str, evaluate: Any) -> None:
+def test_binary_matches_axes_by_name(name, evaluate):
     a, b = RNG.integers(1, 4, (2, 3, 4)) / 2, RNG.integers(1, 4, (4, 2)) / 2
     expected = [
         [[BINARY[name](a[i, j, k], b[k, i]) for k in range(4)] for j in range(3)] for i in range(2)
@@ -80,7 +80,7 @@ def test_binary_matches_axes_by_name(name: str, evaluate: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "maximum", "minimum", "neg"])
-def test_arithmetic_of_whole_numbers_is_exact(name: str, evaluate: Any) -> None:
+def test_arithmetic_of_whole_numbers_is_exact(name, evaluate):
     big = np.array([2**53 + 1, -7])
     operands = [(big, "a"), (np.array([3, 5]), "a")][: len(OPS[name].operands)]
     found = evaluate(name, *operands)
@@ -91,7 +91,7 @@ def test_arithmetic_of_whole_numbers_is_exact(name: str, evaluate: Any) -> None:
     assert found.tolist() == expected
 
 
-def test_select_and_mask(evaluate: Any) -> None:
+def test_select_and_mask(evaluate):
     x, y = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([10.0, 20.0])
     keep = np.array([True, False])
     np.testing.assert_array_equal(
@@ -105,7 +105,7 @@ def test_select_and_mask(evaluate: Any) -> None:
     )
 
 
-def test_scale_and_constant(evaluate: Any) -> None:
+def test_scale_and_constant(evaluate):
     np.testing.assert_array_equal(
         evaluate("scale", (np.array([1.0, -2.0]), "a"), by=0.1), [0.1, -0.2]
     )
@@ -130,7 +130,7 @@ def cast(values: list[Any], old: Any, new: Any) -> list[Any]:
     return found
 
 
-def test_a_cast_to_a_narrower_float_rounds_to_nearest_even() -> None:
+def test_a_cast_to_a_narrower_float_rounds_to_nearest_even():
     # bf16 has 8 significant bits: between 1 and 2 its values are 1/128 apart.
     half = 1 / 256
     assert cast([1 + half, 1 + 3 * half, 1 + half + 1e-9], F32, BF16) == [
@@ -143,7 +143,7 @@ def test_a_cast_to_a_narrower_float_rounds_to_nearest_even() -> None:
     assert cast([448.0, 17.0], F32, DTYPES["f8e4m3fn"]) == [448.0, 16.0]
 
 
-def test_casts_between_kinds() -> None:
+def test_casts_between_kinds():
     assert cast([2.9, -2.9, 0.0], F32, I32) == [2, -2, 0]
     assert cast([3, -4], I32, F32) == [3.0, -4.0]
     assert cast([2**24 + 1], I32, F32) == [2.0**24]
@@ -152,7 +152,7 @@ def test_casts_between_kinds() -> None:
     assert cast([True, False], DTYPES["pred"], F32) == [1.0, 0.0]
 
 
-def test_contract_sums_named_axes_and_keeps_shared_ones(evaluate: Any) -> None:
+def test_contract_sums_named_axes_and_keeps_shared_ones(evaluate):
     x, w = RNG.normal(size=(2, 3, 4, 5)), RNG.normal(size=(6, 4, 3, 5))
     found = evaluate(
         "contract", (x, "batch expert embed seq"), (w, "mlp embed expert seq"), over="embed"
@@ -163,7 +163,7 @@ def test_contract_sums_named_axes_and_keeps_shared_ones(evaluate: Any) -> None:
         assert found[b, e, s, m] == pytest.approx(expected, rel=1e-13)
 
 
-def test_contract_over_two_axes_and_to_a_scalar(evaluate: Any) -> None:
+def test_contract_over_two_axes_and_to_a_scalar(evaluate):
     x, w = RNG.normal(size=(3, 4)), RNG.normal(size=(4, 3))
     found = evaluate("contract", (x, "i j"), (w, "j i"), over=("i", "j"))
     expected = math.fsum(x[i, j] * w[j, i] for i in range(3) for j in range(4))
@@ -180,27 +180,27 @@ REDUCE = {
 
 
 @pytest.mark.parametrize("name", REDUCE)
-def test_reductions(name: str, evaluate: Any) -> None:
+def test_reductions(name, evaluate):
     x = RNG.normal(size=(2, 3, 4))
     expected = [REDUCE[name]([x[i, j, k] for i in range(2) for k in range(4)]) for j in range(3)]
     found = evaluate(name, (x, "i j k"), axes=("k", "i"))
     np.testing.assert_allclose(found, expected, rtol=1e-13)
 
 
-def test_logsumexp_and_softmax_do_not_overflow(evaluate: Any) -> None:
+def test_logsumexp_and_softmax_do_not_overflow(evaluate):
     x = (np.array([1000.0, 1000.0, -np.inf]), "a")
     assert evaluate("logsumexp", x, axes="a") == pytest.approx(1000 + math.log(2), rel=1e-15)
     np.testing.assert_array_equal(evaluate("softmax", x, axis="a"), [0.5, 0.5, 0])
 
 
-def test_a_row_that_sees_nothing(evaluate: Any) -> None:
+def test_a_row_that_sees_nothing(evaluate):
     x = (np.array([[-np.inf, -np.inf], [0.0, -np.inf]]), "i j")
     np.testing.assert_array_equal(evaluate("softmax", x, axis="j"), [[0, 0], [1, 0]])
     np.testing.assert_array_equal(evaluate("logsumexp", x, axes="j"), [-np.inf, 0])
     assert np.isnan(evaluate("softmax", (np.array([np.nan, -np.inf]), "a"), axis="a")).all()
 
 
-def test_softmax(evaluate: Any) -> None:
+def test_softmax(evaluate):
     x = RNG.normal(size=(2, 3))
     expected = [
         [math.exp(x[i, j]) / sum(map(math.exp, x[:, j])) for j in range(3)] for i in range(2)
@@ -208,7 +208,7 @@ def test_softmax(evaluate: Any) -> None:
     np.testing.assert_allclose(evaluate("softmax", (x, "i j"), axis="i"), expected, rtol=1e-13)
 
 
-def test_norms(evaluate: Any) -> None:
+def test_norms(evaluate):
     x, g, b = RNG.normal(size=(3, 2)), np.array([1.5, -2.0, 0.5]), np.array([0.1, 0.2, 0.3])
     for j in range(2):
         column = x[:, j]
@@ -223,7 +223,7 @@ def test_norms(evaluate: Any) -> None:
         np.testing.assert_allclose(found[:, j], np.array(unit) * g + b, rtol=1e-12)
 
 
-def test_rename_split_merge_slice_broadcast(evaluate: Any) -> None:
+def test_rename_split_merge_slice_broadcast(evaluate):
     x = np.arange(24).reshape(2, 12)
     np.testing.assert_array_equal(evaluate("rename", (x, "a b"), axis="b", to="c"), x)
     parts = evaluate("split", (x, "a b"), axis="b", into=(("h", 3), ("d", 4)))
@@ -241,7 +241,7 @@ def test_rename_split_merge_slice_broadcast(evaluate: Any) -> None:
     assert (wide[1] == 2).all()
 
 
-def test_positions_embedding_one_hot(evaluate: Any) -> None:
+def test_positions_embedding_one_hot(evaluate):
     table = RNG.normal(size=(5, 7))
     ids = np.array([[3, 0, 4]])
     np.testing.assert_array_equal(evaluate("positions", (table, "a b"), axis="a"), [0, 1, 2, 3, 4])
@@ -254,7 +254,7 @@ def test_positions_embedding_one_hot(evaluate: Any) -> None:
 
 
 @pytest.mark.parametrize("index", [5, -1])
-def test_an_index_outside_a_table_is_an_error(index: int, evaluate: Any) -> None:
+def test_an_index_outside_a_table_is_an_error(index, evaluate):
     with pytest.raises(InputError, match="an index is outside the table") as caught:
         evaluate(
             "embedding",

@@ -27,7 +27,7 @@ KEYS = st.integers(0, 2**64 - 1)
         (0x13198A2E03707344, 0x243F6A8885A308D3, 0xC4923A9C483DF7A0),
     ],
 )
-def test_the_vectors_of_random123(key: int, count: int, expected: int) -> None:
+def test_the_vectors_of_random123(key, count, expected):
     """``kat_vectors`` of Random123 1.14 for threefry2x32 with 20 rounds."""
     (found,) = threefry(key, np.asarray([count], np.uint64))
     assert int(found) == expected
@@ -43,7 +43,7 @@ def drawn(op: str, key: int, axes: tuple[Axis, ...], **attrs: Any) -> Any:
 
 
 @given(KEYS, st.integers(0, 2**32 - 1))
-def test_keys_that_differ_give_other_numbers(key: int, by: int) -> None:
+def test_keys_that_differ_give_other_numbers(key, by):
     other = folded(key, by)
     assert 0 <= other < 2**64
     assert folded(key, by) == other
@@ -51,7 +51,7 @@ def test_keys_that_differ_give_other_numbers(key: int, by: int) -> None:
     assert (uniform(key, (8,)) != uniform(other, (8,))).any()
 
 
-def test_uniform_numbers_are_uniform() -> None:
+def test_uniform_numbers_are_uniform():
     found = drawn("random_uniform", 7, (Axis("n", 40000),), low=-1.0, high=3.0)
     assert found.min() >= -1
     assert found.max() < 3
@@ -60,7 +60,7 @@ def test_uniform_numbers_are_uniform() -> None:
     assert ((counts - 2000) ** 2 / 2000).sum() < 43.8
 
 
-def test_normal_numbers_are_normal() -> None:
+def test_normal_numbers_are_normal():
     found = drawn("random_normal", 8, (Axis("n", 40000),), std=2.0) / 2
     assert abs(found.mean()) < 4 / 200
     assert abs(found.var() - 1) < 4 * math.sqrt(2) / 200
@@ -69,7 +69,7 @@ def test_normal_numbers_are_normal() -> None:
     np.testing.assert_allclose(below, exact, atol=0.01)
 
 
-def test_what_makes_no_random_numbers() -> None:
+def test_what_makes_no_random_numbers():
     graph = Graph()
     b, key = Builder(graph), graph.input("key", TensorType(KEY))
     x = graph.input("x", tensor(F64, a=3))

@@ -33,7 +33,7 @@ graph g {
 """  # noqa: E501
 
 
-def test_a_scan_is_a_loop() -> None:
+def test_a_scan_is_a_loop():
     rng = np.random.default_rng(3)
     x, w, u, g = (rng.normal(size=s) for s in ((2, 4), (3, 4), (4, 3), (4,)))
     program = get_backend("reference").compile(parse(TEXT))
@@ -46,7 +46,7 @@ def test_a_scan_is_a_loop() -> None:
     np.testing.assert_array_equal(found["s"], np.stack(sums))
 
 
-def test_a_wrong_index_in_a_body_is_told_with_its_node() -> None:
+def test_a_wrong_index_in_a_body_is_told_with_its_node():
     body = Graph("body")
     table = body.input("table", tensor(F32, vocab=4, embed=2))
     ids = body.input("ids", tensor(I32, batch=3))

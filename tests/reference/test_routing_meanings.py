@@ -25,7 +25,7 @@ def route(logits: Any, evaluate: Any, **attrs: Any) -> tuple[Any, Any]:
     return experts, gates
 
 
-def test_the_best_logits_come_first_and_ties_take_the_lowest_expert(evaluate: Any) -> None:
+def test_the_best_logits_come_first_and_ties_take_the_lowest_expert(evaluate):
     logits = [[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0], [-1.0, -np.inf, -2.0, -np.inf]]
     experts, _ = route(logits, evaluate, top_k=3)
     assert experts.tolist() == [[1, 3, 2], [0, 1, 2], [0, 2, 1]]
@@ -45,7 +45,7 @@ LOGITS = [math.log(4), math.log(3), math.log(2), math.log(1)]
         ("ones", [1.0, 1.0]),
     ],
 )
-def test_gate_conventions(gates: str, expected: list[float], evaluate: Any) -> None:
+def test_gate_conventions(gates, expected, evaluate):
     experts, found = route([LOGITS], evaluate, top_k=2, gates=gates)
     assert experts.tolist() == [[0, 1]]
     np.testing.assert_allclose(found, [expected], rtol=1e-14)
@@ -53,7 +53,7 @@ def test_gate_conventions(gates: str, expected: list[float], evaluate: Any) -> N
     np.testing.assert_allclose(scaled, 2.5 * found, rtol=1e-15)
 
 
-def test_sparsemixer_gives_the_numbers_of_phimoe(evaluate: Any) -> None:
+def test_sparsemixer_gives_the_numbers_of_phimoe(evaluate):
     """transformers 5.24.0, `sparsemixer(scores, jitter_eps=0.01, training=False)`."""
     scores = [
         [0, 0, 0, 0],
@@ -103,15 +103,13 @@ def slots_of(factor: float, tokens: int, experts: int, top_k: int = 1, **attrs: 
         (64, 64.0, 8, 64, 64),
     ],
 )
-def test_capacities_of_mesh_tensorflow_and_flaxformer(
-    tokens: int, factor: float, experts: int, floor: int, rounded: int
-) -> None:
+def test_capacities_of_mesh_tensorflow_and_flaxformer(tokens, factor, experts, floor, rounded):
     """mesh-tensorflow 0.1.21 takes the floor; flaxformer rounds, and does not cap at the group."""
     assert slots_of(factor, tokens, experts) == floor
     assert slots_of(factor, tokens, experts, rounding="round") == rounded
 
 
-def test_capacity_rounding_convention_and_bounds() -> None:
+def test_capacity_rounding_convention_and_bounds():
     assert slots_of(1.25, 456, 32, rounding="ceil") == 18
     # A half goes to the even neighbour: 2.5 to 2, 3.5 to 4.
     assert slots_of(0.5, 10, 2, rounding="round", minimum=1) == 2
@@ -142,12 +140,12 @@ def slots(choices: Any, evaluate: Any, experts: int, **attrs: Any) -> Any:
 BOUND = {"slots": "capacity", "minimum": 1}
 
 
-def test_ragged_slots_count_up_and_drop_nothing(evaluate: Any) -> None:
+def test_ragged_slots_count_up_and_drop_nothing(evaluate):
     choices = [[0, 1], [0, 2], [1, 0]]
     assert slots(choices, evaluate, 3).tolist() == [[0, 1], [1, 0], [0, 2]]
 
 
-def test_first_choices_beat_second_ones(evaluate: Any) -> None:
+def test_first_choices_beat_second_ones(evaluate):
     # Capacity 1: token 0 wants expert 1 second, token 1 wants it first.
     choices = [[0, 1], [1, 0]]
     by_choice = slots(choices, evaluate, 2, **BOUND, capacity_factor=1.0)
@@ -156,7 +154,7 @@ def test_first_choices_beat_second_ones(evaluate: Any) -> None:
     assert by_token.tolist() == [[0, 0], [-1, -1]]
 
 
-def test_groups_are_counted_apart(evaluate: Any) -> None:
+def test_groups_are_counted_apart(evaluate):
     choices = [[0], [0], [0], [0]]
     assert slots(choices, evaluate, 2, groups=2).tolist() == [[0], [1], [0], [1]]
     # Two tokens a group: one slot each.
@@ -164,11 +162,11 @@ def test_groups_are_counted_apart(evaluate: Any) -> None:
     assert found.tolist() == [[0], [-1], [0], [-1]]
 
 
-def test_a_choice_of_no_expert_takes_no_slot(evaluate: Any) -> None:
+def test_a_choice_of_no_expert_takes_no_slot(evaluate):
     assert slots([[-1], [0], [2], [0]], evaluate, 2).tolist() == [[-1], [0], [-1], [1]]
 
 
-def test_tokens_are_numbered_in_the_order_of_the_token_axes(evaluate: Any) -> None:
+def test_tokens_are_numbered_in_the_order_of_the_token_axes(evaluate):
     choices = np.zeros((2, 3, 1), int)
     found = evaluate(
         "assign_slots", (choices, "batch seq choice"), tokens=("batch", "seq"), experts=1
@@ -207,9 +205,7 @@ FACTORS = st.sampled_from([0.25, 0.5, 1.0, 1.25, 2.0])
 
 
 @given(routings(), FACTORS, ORDERS)
-def test_a_slot_holds_one_token_and_the_lowest_are_filled(
-    routing: tuple[Data, int], factor: float, order: str
-) -> None:
+def test_a_slot_holds_one_token_and_the_lowest_are_filled(routing, factor, order):
     choices, experts = routing
     bound = slots_of(factor, len(choices), experts, choices.shape[1], minimum=1)
     found = run_assign_slots(
@@ -222,9 +218,7 @@ def test_a_slot_holds_one_token_and_the_lowest_are_filled(
 
 
 @given(routings(), st.integers(0, 23), st.integers(0, 2**32))
-def test_filling_by_token_is_strictly_causal_and_first_choices_always_are(
-    routing: tuple[Data, int], cut: int, seed: int
-) -> None:
+def test_filling_by_token_is_strictly_causal_and_first_choices_always_are(routing, cut, seed):
     choices, experts = routing
     assume(cut < len(choices))
     other = choices.copy()
@@ -258,9 +252,7 @@ def exchange(choices: Data, experts: int, x: Data, gates: Data, **attrs: Any) ->
 
 
 @given(routings(), st.sampled_from([1, 2]), st.sampled_from(["ragged", "capacity"]), ORDERS)
-def test_combine_undoes_dispatch_up_to_what_was_dropped(
-    routing: tuple[Data, int], groups: int, slots: str, order: str
-) -> None:
+def test_combine_undoes_dispatch_up_to_what_was_dropped(routing, groups, slots, order):
     choices, experts = routing
     assume(len(choices) % groups == 0)
     rng = np.random.default_rng(0)
@@ -271,7 +263,7 @@ def test_combine_undoes_dispatch_up_to_what_was_dropped(
     np.testing.assert_allclose(found["y"], kept[:, None] * x, rtol=1e-12, atol=1e-15)
 
 
-def test_where_the_rows_lie() -> None:
+def test_where_the_rows_lie():
     choices = np.array([[1, 0], [1, 2], [2, 1], [0, 1]])
     x = np.arange(4.0)[:, None] + 1
     found = exchange(choices, 3, x, np.ones((4, 2)), groups=2)
@@ -280,7 +272,7 @@ def test_where_the_rows_lie() -> None:
     np.testing.assert_array_equal(found["rows"][..., 0], expected)
 
 
-def test_an_empty_slot_under_a_capacity_holds_zeros() -> None:
+def test_an_empty_slot_under_a_capacity_holds_zeros():
     found = exchange(
         np.array([[0], [0], [0]]),
         2,

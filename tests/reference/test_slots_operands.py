@@ -43,7 +43,7 @@ BOUND = {"slots": "capacity", "capacity_factor": 0.75, "minimum": 1}
 
 
 @given(SEEDS, st.sampled_from(["choice", "token"]), st.booleans())
-def test_what_is_not_kept_leaves_its_slot_to_others(seed: int, order: str, bounded: bool) -> None:
+def test_what_is_not_kept_leaves_its_slot_to_others(seed, order, bounded):
     rng = np.random.default_rng(seed)
     choices, keep = choices_of(rng, 12, 4, 2), rng.random((12, 2)) < 0.6
     attrs = {"order": order, **(BOUND if bounded else {})}
@@ -54,7 +54,7 @@ def test_what_is_not_kept_leaves_its_slot_to_others(seed: int, order: str, bound
 
 
 @given(SEEDS, st.sampled_from(["choice", "token"]))
-def test_padding_gets_no_slot_and_takes_none_away(seed: int, order: str) -> None:
+def test_padding_gets_no_slot_and_takes_none_away(seed, order):
     rng = np.random.default_rng(seed)
     choices, mask = choices_of(rng, 12, 4, 2), rng.random(12) < 0.6
     found = placed(choices, 4, {"mask": mask}, order=order, **BOUND)
@@ -64,7 +64,7 @@ def test_padding_gets_no_slot_and_takes_none_away(seed: int, order: str) -> None
 
 
 @given(SEEDS, st.sampled_from(["choice", "token"]), st.sampled_from([1, 2]))
-def test_priority_sorts_places_and_puts_back(seed: int, order: str, groups: int) -> None:
+def test_priority_sorts_places_and_puts_back(seed, order, groups):
     """V-MoE's algorithm: sort the tokens of each group, place them, undo the sorting."""
     rng = np.random.default_rng(seed)
     choices, priority = choices_of(rng, 12, 4, 2), rng.integers(0, 5, 12) / 4
@@ -80,13 +80,13 @@ def test_priority_sorts_places_and_puts_back(seed: int, order: str, groups: int)
 
 
 @given(SEEDS, st.sampled_from([1, 2, 3, 4, 6, 12]))
-def test_groups_by_size_are_groups_by_number(seed: int, size: int) -> None:
+def test_groups_by_size_are_groups_by_number(seed, size):
     choices = choices_of(np.random.default_rng(seed), 12, 4, 2)
     by_size = placed(choices, 4, group_size=size, **BOUND)
     np.testing.assert_array_equal(by_size, placed(choices, 4, groups=12 // size, **BOUND))
 
 
-def test_the_number_of_groups_of_a_size_is_known_at_run_time() -> None:
+def test_the_number_of_groups_of_a_size_is_known_at_run_time():
     graph = Graph()
     b = Builder(graph)
     e = graph.input("e", tensor(I32, token="T", choice=1))
@@ -126,7 +126,7 @@ def kept(gates: Any, uniform: Any = None, **attrs: Any) -> Data:
     return run_reference(graph, inputs=arrays)["k"]
 
 
-def test_policies() -> None:
+def test_policies():
     gates = [[0.7, 0.3], [0.8, 0.2], [0.95, 0.05]]
     assert kept(gates, policy="all").all()
     assert kept(gates, policy="none").tolist() == [[True, False]] * 3
@@ -158,9 +158,7 @@ def chosen(scores: Data, factor: float, mask: Data | None = None, **attrs: Any) 
 
 
 @given(SEEDS, st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([1, 2, 3]))
-def test_an_expert_takes_its_best_tokens_in_every_group(
-    seed: int, factor: float, groups: int
-) -> None:
+def test_an_expert_takes_its_best_tokens_in_every_group(seed, factor, groups):
     scores = np.random.default_rng(seed).normal(size=(12, 4))
     found = chosen(scores, factor, groups=groups)
     size = 12 // groups
@@ -175,7 +173,7 @@ def test_an_expert_takes_its_best_tokens_in_every_group(
         assert (slots >= 0).sum() == limit
 
 
-def test_experts_take_no_padding_even_where_slots_are_left() -> None:
+def test_experts_take_no_padding_even_where_slots_are_left():
     scores = np.random.default_rng(0).normal(size=(6, 2))
     mask = np.array([True, False, False, True, False, False])
     found = chosen(scores, 1.0, mask)
@@ -183,7 +181,7 @@ def test_experts_take_no_padding_even_where_slots_are_left() -> None:
     assert np.sort(found["assign_slots"][mask], axis=0).tolist() == [[0, 0], [1, 1]]
 
 
-def test_rows_of_chosen_tokens_come_back_weighted() -> None:
+def test_rows_of_chosen_tokens_come_back_weighted():
     rng = np.random.default_rng(2)
     graph = Graph()
     b = Builder(graph)
@@ -203,7 +201,7 @@ def test_rows_of_chosen_tokens_come_back_weighted() -> None:
 # --- hashes, and a bias for choosing
 
 
-def test_hashes_are_even_and_seeds_differ() -> None:
+def test_hashes_are_even_and_seeds_differ():
     graph = Graph()
     ids = graph.input("ids", tensor(I32, token="T"))
     b = Builder(graph)
@@ -220,7 +218,7 @@ def test_hashes_are_even_and_seeds_differ() -> None:
 
 
 @given(SEEDS, st.sampled_from(["sigmoid", "sigmoid-renormalised", "softmax", "renormalised"]))
-def test_a_bias_chooses_and_does_not_weigh(seed: int, gates: str) -> None:
+def test_a_bias_chooses_and_does_not_weigh(seed, gates):
     rng = np.random.default_rng(seed)
     logits, bias = rng.normal(size=(10, 6)), rng.normal(size=6)
     graph = Graph()
@@ -294,7 +292,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused(case: str) -> None:
+def test_what_does_not_fit_is_refused(case):
     make, message = REFUSED[case]
     with pytest.raises(InputError, match=message):
         build(make)

@@ -35,14 +35,14 @@ def ops(graph: Graph) -> list[str]:
     return [n.op.name for n in graph]
 
 
-def test_a_pattern_deep_above_a_change_is_tried_again() -> None:
+def test_a_pattern_deep_above_a_change_is_tried_again():
     graph, _ = chain("silu", "neg", "neg", "tanh", "exp", "log")
     deep = Rule("deep", P.log(P.exp(P.tanh(P.silu(X)))), lambda m, b: b.square(m.value("x")))
     rewrite(graph, [deep, DOUBLE_NEG], origin="t")
     assert ops(graph) == ["square"]
 
 
-def test_losing_a_user_lets_only_used_here_match() -> None:
+def test_losing_a_user_lets_only_used_here_match():
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B"))
     b = Builder(graph)
@@ -56,7 +56,7 @@ def test_losing_a_user_lets_only_used_here_match() -> None:
     assert ops(graph) == ["log", "relu"]
 
 
-def test_new_nodes_say_where_they_come_from_and_keep_the_name() -> None:
+def test_new_nodes_say_where_they_come_from_and_keep_the_name():
     graph, _ = chain("silu", "neg", loc="layers.2.ffn")
     name = graph.outputs["y"].name
     rule = Rule("two", P.neg(X), lambda m, b: b.scale(b.exp(m.value("x")), by=2.0))
@@ -71,7 +71,7 @@ def test_new_nodes_say_where_they_come_from_and_keep_the_name() -> None:
     verify(graph)
 
 
-def test_what_build_makes_and_does_not_return_is_erased() -> None:
+def test_what_build_makes_and_does_not_return_is_erased():
     def wasteful(match: Match, b: Builder) -> Value:
         b.exp(b.exp(match.value("x")))
         return match.value("x")
@@ -82,7 +82,7 @@ def test_what_build_makes_and_does_not_return_is_erased() -> None:
     verify(graph)
 
 
-def test_dead_nodes_stay_as_they_are() -> None:
+def test_dead_nodes_stay_as_they_are():
     graph, x = chain("silu")
     b = Builder(graph)
     b.neg(b.neg(x))
@@ -92,7 +92,7 @@ def test_dead_nodes_stay_as_they_are() -> None:
     verify(graph)
 
 
-def test_check_refuses_with_a_reason() -> None:
+def test_check_refuses_with_a_reason():
     rule = Rule("never", P.neg(P.neg(X)), operand, lambda m: f"%{m.value('x').name} is dear")
     graph, _ = chain("neg", "neg")
     result = rewrite(graph, [rule], origin="t")
@@ -101,7 +101,7 @@ def test_check_refuses_with_a_reason() -> None:
     assert (miss.reason, miss.score) == ("%x is dear", 3)
 
 
-def test_rules_that_undo_each_other_are_stopped_and_named() -> None:
+def test_rules_that_undo_each_other_are_stopped_and_named():
     there = Rule("there", P.silu(X), lambda m, b: b.gelu(m.value("x")))
     back = Rule("back", P.gelu(X), lambda m, b: b.silu(m.value("x")))
     graph, _ = chain("silu", "tanh", "silu")
@@ -114,7 +114,7 @@ def test_rules_that_undo_each_other_are_stopped_and_named() -> None:
     assert isinstance(caught.value, InputError)
 
 
-def test_a_rule_that_feeds_itself_is_named_with_its_node() -> None:
+def test_a_rule_that_feeds_itself_is_named_with_its_node():
     graph, _ = chain("silu", loc="layers.2.ffn")
     again = Rule("again", P.silu(X), lambda m, b: b.silu(b.neg(m.value("x"))))
     with pytest.raises(RewriteLimitError) as caught:
@@ -127,7 +127,7 @@ def test_a_rule_that_feeds_itself_is_named_with_its_node() -> None:
     )
 
 
-def test_a_result_that_nothing_uses_is_replaced_too() -> None:
+def test_a_result_that_nothing_uses_is_replaced_too():
     graph = Graph()
     b = Builder(graph)
     positions = b.positions(graph.input("x", tensor(F32, seq="S")), axis="seq")
@@ -144,7 +144,7 @@ def test_a_result_that_nothing_uses_is_replaced_too() -> None:
     verify(graph)
 
 
-def test_find_takes_several_rules_in_one_walk() -> None:
+def test_find_takes_several_rules_in_one_walk():
     graph, _ = chain("neg", "neg", "exp", "neg")
     either = Rule("either", P.neg(P.exp(X)) | P.neg(X), operand)
     exp = Rule("exp", P.exp(X), operand)
@@ -156,7 +156,7 @@ def test_find_takes_several_rules_in_one_walk() -> None:
 
 
 @given(graph=graphs())
-def test_a_correct_rewrite_is_correct_everywhere(graph: Graph) -> None:
+def test_a_correct_rewrite_is_correct_everywhere(graph):
     rules = [
         DOUBLE_NEG,
         # a + b = b − (−a), where the types allow it.

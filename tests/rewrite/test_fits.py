@@ -14,7 +14,7 @@ def graph() -> Graph:
     return made
 
 
-def test_alternatives_are_tried_in_their_order() -> None:
+def test_alternatives_are_tried_in_their_order():
     scale, neg, add = graph()
     either = P.scale(P.any("x"), by=3.0) | P.scale(P.any("x"), by=P.attr("by")) | P.neg(P.any("x"))
     found = fits(either, scale)

@@ -50,7 +50,7 @@ def matched(pattern: OpPattern, root: Value) -> bool:
     return match(pattern, root.node) is not None
 
 
-def test_captures_across_commutative_operands() -> None:
+def test_captures_across_commutative_operands():
     ffn = Ffn()
     found = match(GLU, ffn.m.node)
     assert found is not None
@@ -64,7 +64,7 @@ def test_captures_across_commutative_operands() -> None:
     assert found.nodes[0] is ffn.m.node
 
 
-def test_a_name_of_two_attributes_is_one_attribute() -> None:
+def test_a_name_of_two_attributes_is_one_attribute():
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F32, batch="B"))
@@ -75,7 +75,7 @@ def test_a_name_of_two_attributes_is_one_attribute() -> None:
     assert "expected 3.0 as elsewhere" in reason(twice, other)
 
 
-def test_only_used_here_allows_users_inside_the_match() -> None:
+def test_only_used_here_allows_users_inside_the_match():
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F32, batch="B"))
@@ -92,7 +92,7 @@ def test_only_used_here_allows_users_inside_the_match() -> None:
     assert "%inner is also an output" in reason(pattern, root)
 
 
-def test_attributes() -> None:
+def test_attributes():
     ffn = Ffn()
     assert matched(P.contract(P.any(), P.any(), over=("embed",)), ffn.a)
     assert matched(P.contract(P.any(), P.any(), over=lambda over: len(over) == 1), ffn.a)
@@ -101,7 +101,7 @@ def test_attributes() -> None:
     assert "is too short" in reason(P.contract(..., over=long), ffn.a)
 
 
-def test_alternatives_are_tried_again_when_what_follows_fails() -> None:
+def test_alternatives_are_tried_again_when_what_follows_fails():
     ffn = Ffn()
     # The first alternative matches too, but binds x to what the second operand is not made of.
     choice = P.any("v") | P.contract(P.any("v"), P.any())
@@ -111,7 +111,7 @@ def test_alternatives_are_tried_again_when_what_follows_fails() -> None:
     assert found.value("v") is ffn.x
 
 
-def test_leaves() -> None:
+def test_leaves():
     ffn = Ffn()
     assert matched(P.contract(P.input(), P.param()), ffn.a)
     assert "is an input, expected a parameter" in reason(P.contract(P.param(), P.any()), ffn.a)
@@ -120,7 +120,7 @@ def test_leaves() -> None:
     assert reason(P.silu(wide), ffn.s) == "%a has too few axes"
 
 
-def test_results_of_a_node() -> None:
+def test_results_of_a_node():
     graph = Graph()
     b = Builder(graph)
     logits = graph.input("logits", tensor(F32, batch="B", expert=4))
@@ -130,7 +130,7 @@ def test_results_of_a_node() -> None:
     assert "is result 1 of its node, expected 0" in reason(P.neg(P.route(...)), root)
 
 
-def test_mistakes_in_a_pattern_are_told() -> None:
+def test_mistakes_in_a_pattern_are_told():
     with pytest.raises(UsageError, match="did you mean 'over'"):
         P.contract(P.any(), P.any(), ovr="embed")
     with pytest.raises(UsageError, match=r"expected: 2 \(a, b\)"):
@@ -146,7 +146,7 @@ def test_mistakes_in_a_pattern_are_told() -> None:
 
 
 @given(graph=graphs(), data=st.data())
-def test_what_is_there_matches(graph: Graph, data: st.DataObject) -> None:
+def test_what_is_there_matches(graph, data):
     """A pattern read off a graph, operands exchanged at will, matches where it was read.
 
     The match need not be the one that was read (both operands of a sum may suit), but it is one.

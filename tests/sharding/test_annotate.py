@@ -33,9 +33,7 @@ LAID = {
 
 
 @pytest.mark.parametrize(("case", "mesh", "rules"), LAID)
-def test_a_layout_becomes_collectives_and_can_be_taken_away(
-    case: str, mesh: str, rules: str
-) -> None:
+def test_a_layout_becomes_collectives_and_can_be_taken_away(case, mesh, rules):
     before = model(case)
     if case == "switch_half":
         run(before, "specialize{mode=train capacity-factor=2.0 groups=4}")
@@ -49,7 +47,7 @@ def test_a_layout_becomes_collectives_and_can_be_taken_away(
     assert equal(graph, before)
 
 
-def test_parameters_of_one_axis_are_not_stored_in_parts() -> None:
+def test_parameters_of_one_axis_are_not_stored_in_parts():
     graph = model("llama_gqa")
     run(graph, "annotate-sharding{mesh=fsdp:4 rules=fsdp},lower-collectives")
     placed = {len(p.type.axes): p.type.is_sharded for p in graph.params.values()}
@@ -58,7 +56,7 @@ def test_parameters_of_one_axis_are_not_stored_in_parts() -> None:
     assert len(gathered) == sum(len(p.type.axes) > 1 for p in graph.params.values())
 
 
-def test_a_layout_of_ones_own(tmp_path: Path) -> None:
+def test_a_layout_of_ones_own(tmp_path):
     path = tmp_path / "mine.rules"
     path.write_text(layout_text("batch = rows", "mlp = columns ?", "param q = rows"))
     graph = model("llama_gqa")
@@ -89,7 +87,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("case", "mesh", "rules"), REFUSED)
-def test_a_mesh_that_does_not_suit(case: str, mesh: str, rules: str) -> None:
+def test_a_mesh_that_does_not_suit(case, mesh, rules):
     graph = model(case)
     with pytest.raises(InputError) as caught:
         run(graph, f"annotate-sharding{{mesh={mesh} rules={rules}}}")
@@ -109,7 +107,7 @@ def test_a_mesh_that_does_not_suit(case: str, mesh: str, rules: str) -> None:
         ("mesh=data:2 rules=nowhere.rules", "cannot be read"),
     ],
 )
-def test_options_that_are_wrong_by_themselves(options: str, what: str) -> None:
+def test_options_that_are_wrong_by_themselves(options, what):
     with pytest.raises(UsageError, match=what):
         Pipeline.parse(f"annotate-sharding{{{options}}}")
 
@@ -124,13 +122,13 @@ KEPT = {
 
 
 @pytest.mark.parametrize("pipeline", KEPT)
-def test_promises_are_kept(pipeline: str) -> None:
+def test_promises_are_kept(pipeline):
     checked = check_pipeline(model("mixtral_gqa"), Pipeline.parse(pipeline))
     assert [c.promise.kind for c in checked] == KEPT[pipeline]
     assert all(c.measured <= 1e-12 for c in checked if c.promise.kind != "approximate")
 
 
-def test_slots_that_are_returned_are_numbered_in_other_groups() -> None:
+def test_slots_that_are_returned_are_numbered_in_other_groups():
     with open_model(str(Path(__file__).parents[1] / "golden" / "mixtral_gqa")) as model:
         graph = model.graph
     shard = "annotate-sharding{mesh=data:2,expert:2 rules=expert-parallel,data-parallel}"

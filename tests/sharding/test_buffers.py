@@ -54,9 +54,7 @@ def kept_by_hand(experts: Slots, parts: int, blocks: int, factor: float) -> Slot
 
 @pytest.mark.parametrize("factor", [0.75, 1.3])
 @pytest.mark.parametrize(("mesh", "rules", "way", "parts", "blocks"), WAYS)
-def test_what_has_no_room_is_dropped_and_counted(
-    mesh: str, rules: str, way: str, parts: int, blocks: int, factor: float
-) -> None:
+def test_what_has_no_room_is_dropped_and_counted(mesh, rules, way, parts, blocks, factor):
     whole = layer("ragged")
     graph = clone(whole)
     passes = f"annotate-sharding{{mesh={mesh} rules={rules}}},expert-parallel{{{way}"
@@ -87,7 +85,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_numbers_that_do_not_suit(name: str) -> None:
+def test_numbers_that_do_not_suit(name):
     graph = Graph()
     x = graph.input("x", tensor(I32, batch=4, seq=2, choice=2))
     counts = graph.input("counts", tensor(F32, group=2, expert=4))

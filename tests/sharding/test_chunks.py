@@ -19,7 +19,7 @@ from .meshes import model, run
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2))
-def test_joined_chunks_are_the_whole(parts: int, of: int, each: int) -> None:
+def test_joined_chunks_are_the_whole(parts, of, each):
     graph = Graph()
     x = graph.input("x", tensor(F32, a=2, b=parts * of * each))
     b = Builder(graph)
@@ -43,7 +43,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_chunks_that_are_not_there(name: str) -> None:
+def test_chunks_that_are_not_there(name):
     graph = Graph()
     x = graph.input("x", tensor(F32, a="N", b=4))
     attrs = {"axis": "b", "at": 0, "of": 2, "parts": 1}
@@ -55,7 +55,7 @@ def test_chunks_that_are_not_there(name: str) -> None:
         Builder(graph).join(x, y, axis="b", parts=2)
 
 
-def test_what_has_no_chunks() -> None:
+def test_what_has_no_chunks():
     laid = "annotate-sharding{mesh=data:8 rules=st-moe}"
     with pytest.raises(InputError, match="of a device have no such chunks") as caught:
         run(layer("capacity"), f"{laid},expert-parallel{{via=capacity chunks=3}}")

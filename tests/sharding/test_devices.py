@@ -62,7 +62,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize(("case", "before", "mesh", "rules"), MODELS)
-def test_models_compute_the_same_on_a_mesh(case: str, before: str, mesh: str, rules: str) -> None:
+def test_models_compute_the_same_on_a_mesh(case, before, mesh, rules):
     graph = model(case)
     if before:
         run(graph, before)
@@ -101,7 +101,7 @@ def layouts(draw: Any, graph: Graph) -> list[LayoutRule]:
 
 
 @given(graphs(), st.data())
-def test_random_graphs_compute_the_same_on_a_mesh(graph: Graph, data: st.DataObject) -> None:
+def test_random_graphs_compute_the_same_on_a_mesh(graph, data):
     whole = clone(graph)
     rules = data.draw(layouts(graph))
     lay(graph, parse_mesh("a:2,b:2"), rules)
@@ -146,7 +146,7 @@ SENT = {
 
 
 @pytest.mark.parametrize("line", SENT)
-def test_the_bytes_that_a_device_sends(line: str) -> None:
+def test_the_bytes_that_a_device_sends(line):
     graph = parse(f"{TEXT}  {line}\n  output y = %v\n}}")
     verify(graph)
     params, inputs = data_for(graph, batch=4)
@@ -156,7 +156,7 @@ def test_the_bytes_that_a_device_sends(line: str) -> None:
     assert all(t.sent_bytes == (SENT[line],) * 4 for t in found.traffic)
 
 
-def test_ragged_rows_are_counted_as_they_are() -> None:
+def test_ragged_rows_are_counted_as_they_are():
     graph = model("mixtral_gqa")
     run(graph, "trace-routing,annotate-sharding{mesh=data:4 rules=st-moe},lower-collectives")
     params, inputs = data_for(graph, batch=8)
@@ -170,7 +170,7 @@ def test_ragged_rows_are_counted_as_they_are() -> None:
     assert back.sent_bytes == tuple(n * 16 * 4 for n in arriving)
 
 
-def test_what_cannot_run_is_told() -> None:
+def test_what_cannot_run_is_told():
     graph = model("llama_gqa")
     params, inputs = data_for(graph, batch=6)
     with pytest.raises(InputError, match="has no mesh"):
@@ -187,7 +187,7 @@ def test_what_cannot_run_is_told() -> None:
     assert problem.hint == "3 parts would, or a size of 8"
 
 
-def test_what_goes_from_layer_to_layer_is_kept_in_parts() -> None:
+def test_what_goes_from_layer_to_layer_is_kept_in_parts():
     """Each run gathers it, and so does what follows: half of the stream from the one neighbour."""
     whole = model("mixtral_gqa")
     laid = clone(whole)
@@ -228,7 +228,7 @@ SPLIT = {
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_devices_know_which_part_is_theirs(name: str) -> None:
+def test_devices_know_which_part_is_theirs(name):
     inputs = "  input %i : i32[batch@data=B]\n  input %k : key[]\n"
     reduced = SPLIT[name].partition("unreduced(")[2].strip(")")
     kind = SPLIT[name].partition(" : ")[2].partition(" unreduced")[0]

@@ -20,7 +20,7 @@ from .test_devices import check_every_value, data_for, largest_difference
 
 
 @pytest.mark.parametrize(("mesh", "rules"), few(SPREAD, 6))
-def test_devices_compute_what_one_does(mesh: str, rules: str) -> None:
+def test_devices_compute_what_one_does(mesh, rules):
     legal = legal_cases(mesh, rules)
     assert len(legal) >= 3
     for case, shared in legal:
@@ -35,7 +35,7 @@ def test_devices_compute_what_one_does(mesh: str, rules: str) -> None:
         assert equal(graph, whole), case
 
 
-def test_drops_are_those_of_one_device() -> None:
+def test_drops_are_those_of_one_device():
     """Capacities are those of local groups, so what finds no slot is the same, exactly."""
     whole = layer("capacity")
     run(whole, "trace-routing")
@@ -58,7 +58,7 @@ CENSUS: dict[tuple[str, str], dict[str, int]] = {
 
 
 @pytest.mark.parametrize(("way", "mesh"), CENSUS)
-def test_the_collectives_of_a_model(way: str, mesh: str) -> None:
+def test_the_collectives_of_a_model(way, mesh):
     """Two all-to-alls a layer; one gather and one scattered sum in a ring; losses add no more."""
     graph = model("mixtral_gqa")
     run(graph, "specialize{mode=train capacity-factor=1.25 groups=4}")
@@ -89,13 +89,13 @@ REFUSED: dict[tuple[str, str, str, str], str] = {
 
 
 @pytest.mark.parametrize("options", REFUSED)
-def test_what_is_refused(options: tuple[str, str, str, str]) -> None:
+def test_what_is_refused(options):
     graph = layer(options[0])
     with pytest.raises(InputError, match=REFUSED[options]):
         run(graph, Case(*options).pipeline)
 
 
-def test_options_and_graphs_that_do_not_suit() -> None:
+def test_options_and_graphs_that_do_not_suit():
     with pytest.raises(UsageError, match="sliced where they are exchanged"):
         Pipeline.parse("expert-parallel{via=ring slice=model}")
     graph: Any = layer("capacity")

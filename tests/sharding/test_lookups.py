@@ -65,7 +65,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("case", COLUMNS)
-def test_tokens_come_to_the_columns_of_a_table_and_rows_go_back(case: str) -> None:
+def test_tokens_come_to_the_columns_of_a_table_and_rows_go_back(case):
     mesh, lines, batch, crossed = COLUMNS[case]
     graph = looking_up()
     found = found_in(graph, mesh, lines)
@@ -85,7 +85,7 @@ def test_tokens_come_to_the_columns_of_a_table_and_rows_go_back(case: str) -> No
     assert made.params[table] == set(batch) - set(crossed), "of the others each has all tokens"
 
 
-def test_a_tied_table_is_gathered_for_the_head_alone() -> None:
+def test_a_tied_table_is_gathered_for_the_head_alone():
     graph = looking_up(tied=True)
     found = found_in(graph, "fsdp:4", "batch=fsdp; param embed=fsdp")
     (gathered,) = (r for r in found.reshards if r.value.is_param)

@@ -34,7 +34,7 @@ def types(draw: Any, sums: bool = False) -> TensorType:
 
 
 @given(types(sums=True), types())
-def test_steps_lead_there(source: TensorType, target: TensorType) -> None:
+def test_steps_lead_there(source, target):
     graph = Graph()
     set_mesh(graph, Mesh(tuple((m, 2) for m in MESHES)))
     value = graph.input("v", source)
@@ -61,7 +61,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize(("source", "sums", "target"), STEPS)
-def test_the_steps_that_send_least(source: str, sums: tuple[str, ...], target: str) -> None:
+def test_the_steps_that_send_least(source, sums, target):
     found = [
         " ".join([op, *([attrs["axis"]] if "axis" in attrs else []), "*".join(attrs["mesh"])])
         for op, attrs in steps(laid(source, sums), laid(target))

@@ -65,7 +65,7 @@ def block() -> Graph:
     return graph
 
 
-def test_a_sum_over_sharded_neurons_is_carried_out_at_once_for_all() -> None:
+def test_a_sum_over_sharded_neurons_is_carried_out_at_once_for_all():
     graph = block()
     before = print_graph(graph)
     found = found_in(graph, assigner("data:4,model:2", *MEGATRON))
@@ -85,7 +85,7 @@ def test_a_sum_over_sharded_neurons_is_carried_out_at_once_for_all() -> None:
     assert done == [("all_reduce", ("model",))]
 
 
-def test_a_parameter_is_gathered_from_where_it_is_stored() -> None:
+def test_a_parameter_is_gathered_from_where_it_is_stored():
     graph = block()
     found = found_in(graph, assigner("fsdp:4", "batch = fsdp", "param embed = fsdp ?"))
     up = graph.value("up")
@@ -106,7 +106,7 @@ def test_a_parameter_is_gathered_from_where_it_is_stored() -> None:
         ("data:4", "st-moe"),
     ],
 )
-def test_the_pass_writes_what_propagation_finds(name: str, mesh: str, rules: str) -> None:
+def test_the_pass_writes_what_propagation_finds(name, mesh, rules):
     graph = clone(model(name))
     for node in graph:
         if node.op.assigns_slots:
@@ -125,7 +125,7 @@ def test_the_pass_writes_what_propagation_finds(name: str, mesh: str, rules: str
     assert [n.result.type for n in written] == [r.target for r in found.reshards]
 
 
-def test_gradients_are_summed_where_an_operand_has_no_axis_that_is_sharded() -> None:
+def test_gradients_are_summed_where_an_operand_has_no_axis_that_is_sharded():
     graph = block()
     sites = sites_of(graph)
     found = found_in(graph, assigner("data:4,model:2", *MEGATRON))
@@ -137,7 +137,7 @@ def test_gradients_are_summed_where_an_operand_has_no_axis_that_is_sharded() -> 
     assert one.axes == {"model"}
 
 
-def test_what_parameters_alone_make_is_summed_in_their_gradients() -> None:
+def test_what_parameters_alone_make_is_summed_in_their_gradients():
     """A table of biases is looked up by positions, and its rows meet the batch afterwards."""
     graph = model("st-moe-l")
     sites = sites_of(graph)
@@ -152,7 +152,7 @@ def test_what_parameters_alone_make_is_summed_in_their_gradients() -> None:
     assert all("relative" not in s.site.operands[s.number].name for s in made.values)
 
 
-def test_cuts_are_read_from_the_axes_that_one_dimension_has() -> None:
+def test_cuts_are_read_from_the_axes_that_one_dimension_has():
     graph = Graph("cuts")
     b = Builder(graph)
     x = graph.input("x", tensor(F32, batch="B", q=24, kv_head=2, head=3))
@@ -161,7 +161,7 @@ def test_cuts_are_read_from_the_axes_that_one_dimension_has() -> None:
     assert cuts_of(sites_of(graph)) == {"q": {6}, "joined": {2}}
 
 
-def test_rows_are_brought_to_their_experts_and_back() -> None:
+def test_rows_are_brought_to_their_experts_and_back():
     graph = layer("capacity")
     by = Assigner(parse_mesh("data:4"), read_layouts(["st-moe"]))
     found = found_in(graph, by)
@@ -176,7 +176,7 @@ def test_rows_are_brought_to_their_experts_and_back() -> None:
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_a_value_by_itself_has_as_much_on_a_device_as_in_its_layer(name: str) -> None:
+def test_a_value_by_itself_has_as_much_on_a_device_as_in_its_layer(name):
     """The plan's memory looks at shapes alone."""
     graph = model(name)
     lengths = (64, 32) if name == "st-moe-l" else (64,)

@@ -16,7 +16,7 @@ from moecc.testing import run_reference
 from .layers import applied, router, softmax, transformer
 
 
-def test_the_output_z_loss() -> None:
+def test_the_output_z_loss():
     graph = router(4)
     with pytest.raises(InputError, match="one output with an axis vocab"):
         AddLossesPass(output_z_coef=1e-4).apply(clone(graph), Context())
@@ -34,7 +34,7 @@ def test_the_output_z_loss() -> None:
     assert found["loss.auxiliary"] == pytest.approx(1e-4 * (total**2).mean(), rel=1e-10)
 
 
-def test_prototypes_are_routers_of_their_own() -> None:
+def test_prototypes_are_routers_of_their_own():
     """Each has its own balance and z-loss, and the layer the mean of them (M6-T has k routers)."""
     graph = transformer(1)
     text = "upcycle{experts=6 top-k=2 routing=prototypes},add-losses,trace-routing"

@@ -102,7 +102,7 @@ def as_mesh_tensorflow(logits: Data, slots: int, policy: str, mask: Data) -> Dat
     st.sampled_from(["all", "none", "threshold"]),
     st.booleans(),
 )
-def test_the_gating_of_mesh_tensorflow(seed: int, factor: float, policy: str, mask: bool) -> None:
+def test_the_gating_of_mesh_tensorflow(seed, factor, policy, mask):
     """Equal but for the 1e-9 that it adds to the sum of the gates."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(GROUPS * SIZE, EXPERTS))
@@ -141,7 +141,7 @@ def as_flaxformer(logits: Data, top_k: int, slots: int, prioritised: bool) -> Da
 
 
 @given(SEEDS, st.sampled_from([0.5, 1.0, 1.5]), st.integers(1, 3), st.booleans())
-def test_the_gating_of_flaxformer(seed: int, factor: float, top_k: int, prioritised: bool) -> None:
+def test_the_gating_of_flaxformer(seed, factor, top_k, prioritised):
     logits = np.random.default_rng(seed).normal(size=(GROUPS * SIZE, EXPERTS))
     rule = {"capacity_factor": factor, "rounding": "round", "cap": False, "minimum": 1}
     slots = round(factor * SIZE / EXPERTS)

@@ -46,7 +46,7 @@ def joint(logits: list[Data], axis: int) -> Data:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_load_balancing_loss_of_mixtral(top_k: int) -> None:
+def test_load_balancing_loss_of_mixtral(top_k):
     golden = VALUES["logits"]
     found = [losses(x, top_k, **MIXTRAL)["loss.balance"] for x in LOGITS]
     np.testing.assert_allclose(found, golden[f"mixtral.top-{top_k}"], rtol=EXACT)
@@ -58,7 +58,7 @@ def test_load_balancing_loss_of_mixtral(top_k: int) -> None:
     assert abs(np.mean(found) - whole) > 0.05
 
 
-def test_losses_of_switch_transformers() -> None:
+def test_losses_of_switch_transformers():
     golden = VALUES["logits"]
     found = [losses(x, **SWITCH) for x in LOGITS]
     for name, ours in (("balance", "loss.balance"), ("z", "loss.router_z")):
@@ -77,7 +77,7 @@ def test_losses_of_switch_transformers() -> None:
         ("switch.z", "router_z", 1, SWITCH),
     ],
 )
-def test_gradients(gradient: str, loss: str, top_k: int, options: dict[str, Any]) -> None:
+def test_gradients(gradient, loss, top_k, options):
     jax = pytest.importorskip("jax")
     from moecc_backends.xla.backend import function
 

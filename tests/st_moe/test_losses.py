@@ -37,7 +37,7 @@ def losses(
 
 
 @given(SEEDS, st.floats(-5, 5))
-def test_z_loss_of_shifted_logits(seed: int, shift: float) -> None:
+def test_z_loss_of_shifted_logits(seed, shift):
     logits = np.random.default_rng(seed).normal(size=(2, 3, 4))
     total = np.log(np.exp(logits).sum(-1))
     found = losses(logits + shift, balance="none", metrics=False)
@@ -48,7 +48,7 @@ def test_z_loss_of_shifted_logits(seed: int, shift: float) -> None:
 
 
 @given(SEEDS, st.sampled_from([2, 4, 8]), st.integers(1, 2))
-def test_balance_by_its_formula(seed: int, experts: int, top_k: int) -> None:
+def test_balance_by_its_formula(seed, experts, top_k):
     """First choices count, whatever top-k is; the lower choices are not balanced (Appendix J)."""
     logits = np.random.default_rng(seed).normal(size=(2, 6, experts))
     p = softmax(logits)
@@ -62,7 +62,7 @@ def test_balance_by_its_formula(seed: int, experts: int, top_k: int) -> None:
 
 
 @given(SEEDS)
-def test_balance_over_groups_sequences_and_the_batch(seed: int) -> None:
+def test_balance_over_groups_sequences_and_the_batch(seed):
     logits = np.random.default_rng(seed).normal(size=(2, 6, 4))
 
     def of(part: Data) -> float:
@@ -82,7 +82,7 @@ def test_balance_over_groups_sequences_and_the_batch(seed: int) -> None:
 
 
 @given(SEEDS, st.sampled_from(["group", "sequence", "global"]))
-def test_padding_counts_nowhere(seed: int, over: str) -> None:
+def test_padding_counts_nowhere(seed, over):
     """Each sequence of 6 has 4 tokens; without the padding, all losses and metrics are the same."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(2, 6, 4))
@@ -98,7 +98,7 @@ def test_padding_counts_nowhere(seed: int, over: str) -> None:
 
 
 @pytest.mark.parametrize("over", ["group", "sequence", "global"])
-def test_losses_of_nothing_but_padding_are_zero(over: str) -> None:
+def test_losses_of_nothing_but_padding_are_zero(over):
     logits = np.random.default_rng(0).normal(size=(2, 3, 4))
     options: dict[str, Any] = {"importance_coef": 1.0, "load_coef": 1.0}
     found = losses(logits, 2, np.zeros((2, 3), bool), over=over, placement={"groups": 2}, **options)
@@ -108,7 +108,7 @@ def test_losses_of_nothing_but_padding_are_zero(over: str) -> None:
 
 
 @pytest.mark.parametrize("over", ["group", "sequence", "global"])
-def test_losses_are_the_same_on_a_mesh_where_a_device_has_padding_alone(over: Any) -> None:
+def test_losses_are_the_same_on_a_mesh_where_a_device_has_padding_alone(over):
     graph = router(4, 2, mask=True, groups=4)
     applied(AddLossesPass(over=over, importance_coef=1.0, load_coef=1.0), graph)
     whole = clone(graph)
@@ -127,7 +127,7 @@ def test_losses_are_the_same_on_a_mesh_where_a_device_has_padding_alone(over: An
 
 
 @given(SEEDS)
-def test_importance_and_load_of_v_moe(seed: int) -> None:
+def test_importance_and_load_of_v_moe(seed):
     logits = np.random.default_rng(seed).normal(size=(1, 10, 5))
     found = losses(logits, 2, importance_coef=0.005, load_coef=0.005, load_noise=0.3)
     total = softmax(logits)[0].sum(0)
@@ -144,7 +144,7 @@ def test_importance_and_load_of_v_moe(seed: int) -> None:
 # --- layers, and what other code bases make of the same
 
 
-def test_losses_of_layers_are_summed_or_averaged() -> None:
+def test_losses_of_layers_are_summed_or_averaged():
     rng = np.random.default_rng(0)
     logits = {f"logits{i}": rng.normal(size=(2, 3, 4)) for i in range(3)}
     single = [losses(v)["loss.balance"] for v in logits.values()]
@@ -158,7 +158,7 @@ def test_losses_of_layers_are_summed_or_averaged() -> None:
 # --- metrics
 
 
-def test_entropy_margin_and_gates() -> None:
+def test_entropy_margin_and_gates():
     uniform = losses(np.zeros((1, 4, 32)), 2)
     assert uniform["entropy"] == pytest.approx(math.log(32), rel=1e-14)
     assert round(math.log(32), 3) == 3.466
@@ -175,7 +175,7 @@ def test_entropy_margin_and_gates() -> None:
     assert losses(dead)["entropy"] == pytest.approx(math.log(2), rel=1e-12)
 
 
-def test_drops_and_used_slots_under_a_capacity() -> None:
+def test_drops_and_used_slots_under_a_capacity():
     logits = np.zeros((1, 8, 4))
     for token, expert in enumerate([0, 0, 0, 0, 0, 1, 1, 2]):
         logits[0, token, expert] = 1

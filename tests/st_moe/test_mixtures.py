@@ -27,7 +27,7 @@ def softmax(x: Any, axis: int) -> Any:
 
 
 @given(SEEDS, st.sampled_from(["renormalised", "softmax", "sigmoid"]), st.floats(0.3, 1.5))
-def test_rescaled_gates_keep_their_sum(seed: int, gates: str, factor: float) -> None:
+def test_rescaled_gates_keep_their_sum(seed, gates, factor):
     graph = Graph()
     b = Builder(graph)
     logits = graph.input("l", tensor(F64, token="T", expert=4))
@@ -51,7 +51,7 @@ def test_rescaled_gates_keep_their_sum(seed: int, gates: str, factor: float) -> 
 
 
 @given(SEEDS, st.sampled_from([1, 2, 3, 6]))
-def test_prototypes_are_top_1_in_each_group(seed: int, prototypes: int) -> None:
+def test_prototypes_are_top_1_in_each_group(seed, prototypes):
     graph = Graph()
     b = Builder(graph)
     logits = graph.input("l", tensor(F64, token="T", expert=6))
@@ -65,7 +65,7 @@ def test_prototypes_are_top_1_in_each_group(seed: int, prototypes: int) -> None:
     np.testing.assert_allclose(found["g"], softmax(parts, -1).max(-1), rtol=1e-12)
 
 
-def test_a_soft_mixture_is_two_products() -> None:
+def test_a_soft_mixture_is_two_products():
     """Y = C · f(Dᵀ X), D over tokens and C over slots (Puigcerver et al. 2023, eq. 1 to 3)."""
     graph = Graph()
     b = Builder(graph)
@@ -82,7 +82,7 @@ def test_a_soft_mixture_is_two_products() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_hash_gates_are_equal_and_add_up_to_one() -> None:
+def test_hash_gates_are_equal_and_add_up_to_one():
     graph = Graph()
     ids = graph.input("ids", tensor(I32, token="T"))
     x = graph.input("x", tensor(F64, token="T", embed=2))
@@ -97,7 +97,7 @@ def test_hash_gates_are_equal_and_add_up_to_one() -> None:
 # --- rules beside the graph
 
 
-def test_the_bias_moves_towards_the_idle() -> None:
+def test_the_bias_moves_towards_the_idle():
     bias, load = np.array([0.5, 0.0, 0.0, 0.0]), np.array([9, 1, 2, 4])
     np.testing.assert_allclose(updated_bias(bias, load), [0.499, 0.001, 0.001, 0.0])
     layers = updated_bias(np.zeros((2, 2)), np.array([[3, 1], [2, 2]]), 0.1)

@@ -44,9 +44,7 @@ CODE_BASES: dict[str, dict[str, Any]] = {
         (64, 64.0, 8, (64, 512, 512)),
     ],
 )
-def test_capacities_of_three_conventions(
-    tokens: int, factor: float, experts: int, expected: tuple[int, int, int]
-) -> None:
+def test_capacities_of_three_conventions(tokens, factor, experts, expected):
     found = [
         capacity({**rule, "capacity_factor": factor, "experts": experts}, tokens, 1)
         for rule in CODE_BASES.values()
@@ -58,7 +56,7 @@ def test_capacities_of_three_conventions(
 
 
 @given(SEEDS, st.sampled_from([0.5, 1.0, 1.25, 2.0]))
-def test_how_many_are_kept(seed: int, factor: float) -> None:
+def test_how_many_are_kept(seed, factor):
     """Per expert min(C, n1 + n2), in all at most E · C; first choices min(C, n1)."""
     scores = np.random.default_rng(seed).normal(size=(48, 6))
     choices = best(scores, 2)
@@ -75,7 +73,7 @@ def test_how_many_are_kept(seed: int, factor: float) -> None:
 
 
 @given(SEEDS, st.sampled_from([0.5, 1.25]))
-def test_combine_weights(seed: int, factor: float) -> None:
+def test_combine_weights(seed, factor):
     """A slot holds one token at most, and the weights of a token add up to 1 at most."""
     graph = Graph()
     b = Builder(graph)

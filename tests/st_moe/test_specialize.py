@@ -87,7 +87,7 @@ def given_inputs(graph: Graph, inputs: dict[str, Data]) -> dict[str, Data]:
 # --- one option at a time
 
 
-def test_capacities_per_mode() -> None:
+def test_capacities_per_mode():
     graph = model()
     bounded = specialised(graph, capacity_factor=1.25, minimum=1)
     places = [n for n in bounded if n.op.name == "assign_slots"]
@@ -110,7 +110,7 @@ def test_capacities_per_mode() -> None:
     st.sampled_from([0.2, 0.45]),
     st.sampled_from(["renormalised", "softmax", "sigmoid"]),
 )
-def test_policies_see_renormalised_gates(policy: str, threshold: float, gates: str) -> None:
+def test_policies_see_renormalised_gates(policy, threshold, gates):
     graph = specialised(
         model(gates=gates, scale=2.0, layers=1), policy=policy, threshold=threshold
         if policy != "none" else None
@@ -138,7 +138,7 @@ def test_policies_see_renormalised_gates(policy: str, threshold: float, gates: s
         ({"expert_dropout": 0.5, "capacity_factor": 4.0}, False),
     ],
 )
-def test_noise_of_training(options: dict[str, float], changes_choice: bool) -> None:
+def test_noise_of_training(options, changes_choice):
     graph = model()
     noisy = specialised(graph, **options)
     inputs, other = tokens(), {**tokens(), "key": np.uint64(1)}
@@ -165,7 +165,7 @@ def noisy_without_outputs(graph: Graph) -> Graph:
     return graph
 
 
-def test_priority_is_the_probability_of_the_first_choice() -> None:
+def test_priority_is_the_probability_of_the_first_choice():
     graph = specialised(
         model(layers=1), capacity_factor=0.5, minimum=1, priority=True, policy="none"
     )
@@ -206,9 +206,7 @@ OPTIONS = st.fixed_dictionaries(
 
 @settings(max_examples=examples(25, 100))
 @given(OPTIONS, OPTIONS, st.booleans())
-def test_a_mode_does_not_depend_on_the_one_before(
-    first: dict[str, Any], second: dict[str, Any], tidy: bool
-) -> None:
+def test_a_mode_does_not_depend_on_the_one_before(first, second, tidy):
     """Except for attributes of slots, which stay as they are where nothing is said."""
     assignment = {"capacity_factor": 1.0, "order": "choice", "groups": 1}
     second = {**assignment, **second}
@@ -229,13 +227,13 @@ def test_a_mode_does_not_depend_on_the_one_before(
 
 @settings(max_examples=examples(25, 100))
 @given(OPTIONS)
-def test_specialised_graphs_obey_the_laws_of_passes(options: dict[str, Any]) -> None:
+def test_specialised_graphs_obey_the_laws_of_passes(options):
     item = SpecializePass(**options)
     laws.check_changed_flag(item, model())
     laws.check_idempotent(item, model())
 
 
-def test_settings_of_a_graph_are_used_and_options_win() -> None:
+def test_settings_of_a_graph_are_used_and_options_win():
     graph = model()
     graph.attrs["routing"] = {
         "train": ModeConfig(capacity_factor=1.25, policy="random").settings(),
@@ -262,7 +260,7 @@ def test_settings_of_a_graph_are_used_and_options_win() -> None:
 # --- raising the capacity, and causality
 
 
-def test_what_looks_ahead_is_refused_in_a_decoder_unless_forced() -> None:
+def test_what_looks_ahead_is_refused_in_a_decoder_unless_forced():
     with pytest.raises(InputError, match="batch-prioritised routing in a decoder"):
         SpecializePass(priority=True).apply(model(causal=True), Context())
     forced = SpecializePass(priority=True, force=True)

@@ -55,7 +55,7 @@ def drawn(graph: Graph) -> list[str]:
 ST_MOE = "st-moe{experts=4 layers=every:2 losses=false}"
 
 
-def test_dropout_is_on_what_sublayers_add_and_on_dense_hidden_values() -> None:
+def test_dropout_is_on_what_sublayers_add_and_on_dense_hidden_values():
     graph = then(made(ST_MOE, causal=True), "specialize{dropout=0.1 policy=all}")
     stream = "batch/seq/embed"
     assert sorted(drawn(graph)) == sorted([
@@ -65,7 +65,7 @@ def test_dropout_is_on_what_sublayers_add_and_on_dense_hidden_values() -> None:
     ])  # fmt: skip
 
 
-def test_dropout_in_experts_is_apart() -> None:
+def test_dropout_in_experts_is_apart():
     graph = then(made(ST_MOE, causal=True), "specialize{expert-dropout=0.1 policy=all}")
     assert drawn(graph) == ["layers.1.ffn/group/expert/slot/mlp"]
     both = then(graph, "specialize{dropout=0.5 expert-dropout=0.1 policy=all}")
@@ -73,7 +73,7 @@ def test_dropout_in_experts_is_apart() -> None:
     assert (rates.count(0.5), rates.count(0.1)) == (7, 1)
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+def test_dropout_drops_its_share_and_keeps_the_mean():
     graph = then(made(ST_MOE, causal=True), "specialize{dropout=0.25 policy=all}")
     mine = [n for n in graph if n.op.name in ("select", "scale") and n.loc == "layers.0.ffn"]
     scale, select = (n for n in mine if "mlp" in n.result.type)
@@ -91,7 +91,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
 # --- padding
 
 
-def test_padding_gets_no_slot_and_counts_in_no_loss() -> None:
+def test_padding_gets_no_slot_and_counts_in_no_loss():
     graph = made("upcycle{experts=4},add-losses{balance=k-hot}")
     masked = then(
         graph, "specialize{capacity-factor=1.0 minimum=1 padding-mask=true},trace-routing"
@@ -128,7 +128,7 @@ def test_padding_gets_no_slot_and_counts_in_no_loss() -> None:
         ("capacity-factor=1.0 minimum=1 group-size=4", 1),
     ],
 )
-def test_how_many_slots_there_are(options: str, slots: int) -> None:
+def test_how_many_slots_there_are(options, slots):
     graph = then(made("upcycle{experts=4 layers=0}"), f"specialize{{{options}}}")
     (place,) = (n for n in graph if n.op.name == "assign_slots")
     size = place.attrs["group_size"] or 16 // place.attrs["groups"]
@@ -143,7 +143,7 @@ def test_how_many_slots_there_are(options: str, slots: int) -> None:
 
 @pytest.mark.parametrize("routing", ["prototypes", "expert-choice"])
 @pytest.mark.parametrize("noise", ["jitter=0.5", "router-noise=1.0", "input-dropout=0.5"])
-def test_every_router_can_be_perturbed(routing: str, noise: str) -> None:
+def test_every_router_can_be_perturbed(routing, noise):
     graph = made(f"upcycle{{experts=4 routing={routing}}},trace-routing")
     noisy = then(graph, f"specialize{{{noise}}}")
     name = (
@@ -170,7 +170,7 @@ def placed(graph: Graph) -> dict[str, Any]:
     return {n.loc: n for n in graph if n.op.name == "assign_slots"}
 
 
-def test_stacks_are_specialised_apart() -> None:
+def test_stacks_are_specialised_apart():
     """Flaxformer's batch-prioritised routing in the encoder, none in the decoder."""
     graph = encoder_decoder("upcycle{experts=4}")
     with pytest.raises(InputError, match=re.escape("layers=encoder.*; force=true")):

@@ -37,7 +37,7 @@ def same_logits(before: Graph, after: Graph, seed: int = 0) -> float:
     return float(np.abs(first["logits"] - second["logits"]).max())
 
 
-def test_the_conversion_keeps_the_function() -> None:
+def test_the_conversion_keeps_the_function():
     before, after, report = converted()
     assert report.preserves.kind == "reassociation"
     assert same_logits(before, after) < 1e-12
@@ -51,7 +51,7 @@ def test_the_conversion_keeps_the_function() -> None:
     assert sum("expert_bias" in n for n in after.params) == 2
 
 
-def test_it_is_what_its_parts_make() -> None:
+def test_it_is_what_its_parts_make():
     _, after, _ = converted()
     parts = clone(transformer())
     text = (
@@ -63,7 +63,7 @@ def test_it_is_what_its_parts_make() -> None:
     assert equal(after, parts)
 
 
-def test_modes_come_from_what_the_pass_recorded() -> None:
+def test_modes_come_from_what_the_pass_recorded():
     _, after, _ = converted()
     after = parse(print_graph(after))
     train, evaluated = clone(after), clone(after)
@@ -81,7 +81,7 @@ def test_modes_come_from_what_the_pass_recorded() -> None:
 # --- groups of parameters
 
 
-def test_groups_of_a_sparse_model() -> None:
+def test_groups_of_a_sparse_model():
     _, graph, _ = converted(layers=4)
     groups = parameter_groups(graph)
     assert set().union(*groups.values()) == set(GROUPS)
@@ -110,7 +110,7 @@ def test_groups_of_a_sparse_model() -> None:
         ("only=attention,ffn", lambda of: bool(of & {"attention", "ffn"})),
     ],
 )
-def test_masks(text: str, trained: Any) -> None:
+def test_masks(text, trained):
     _, graph, _ = converted(f"st-moe{{experts=4}},freeze{{{text}}}", layers=4)
     graph = parse(print_graph(graph))
     groups = parameter_groups(graph)
@@ -120,7 +120,7 @@ def test_masks(text: str, trained: Any) -> None:
 # --- the trace
 
 
-def test_the_trace_tells_where_tokens_went() -> None:
+def test_the_trace_tells_where_tokens_went():
     _, graph, _ = converted("st-moe{experts=4 losses=false mode=eval},trace-routing")
     found = run_reference(graph)
     for layer in (3, 7):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hub_server import HubServer
@@ -27,7 +25,7 @@ UPCYCLE = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral")
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[Any]:
+def store():
     """fsspec's access to an S3 server with a model at ``bucket/tiny``."""
     import fsspec
 
@@ -51,7 +49,7 @@ def store() -> Iterator[Any]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def hub(tmp_path, monkeypatch):
     """A hub with ``org/tiny``, whose branch v2 has another model."""
     import fsspec
     from huggingface_hub import constants

@@ -9,7 +9,7 @@ from moecc.weights.evaluate import ALIGNMENT, empty
 
 
 @pytest.mark.parametrize("size", [0, 3, 100_000, 300_001, 5_000_000])
-def test_arrays_are_aligned_and_apart(size: int) -> None:
+def test_arrays_are_aligned_and_apart(size):
     arrays = [empty((size,), np.dtype(np.float32)) for _ in range(3)]
     for number, array in enumerate(arrays):
         array[:] = number

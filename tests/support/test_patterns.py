@@ -30,7 +30,7 @@ PATTERNS = st.recursive(st.sampled_from(ATOMS) | SIMPLE, grown, max_leaves=6)
 
 
 @given(PATTERNS, st.text("ab1.", max_size=6))
-def test_what_is_matched_is_what_re_matches(pattern: str, name: str) -> None:
+def test_what_is_matched_is_what_re_matches(pattern, name):
     try:
         parsed = parse_pattern(pattern)
     except UnsupportedPattern:
@@ -52,7 +52,7 @@ def test_what_is_matched_is_what_re_matches(pattern: str, name: str) -> None:
         ("", "a.", True),
     ],
 )
-def test_names_of_modules(pattern: str, name: str, is_match: bool) -> None:
+def test_names_of_modules(pattern, name, is_match):
     assert parse_pattern(pattern).matches(name) is is_match
 
 
@@ -63,13 +63,13 @@ def test_names_of_modules(pattern: str, name: str, is_match: bool) -> None:
         "[b-a]", "(?P<x>a)", "\\", "a" * (LONGEST + 1), "(" * 200 + "a" + ")" * 200,
     ],
 )  # fmt: skip
-def test_what_may_backtrack_or_is_no_pattern_is_refused(pattern: str) -> None:
+def test_what_may_backtrack_or_is_no_pattern_is_refused(pattern):
     with pytest.raises(UnsupportedPattern):
         parse_pattern(pattern)
 
 
 @pytest.mark.parametrize("pattern", ["(a|a)" * 150 + "b", "a?" * 400 + "b", ".*a" * 200 + "b"])
-def test_a_pattern_takes_no_longer_than_its_length(pattern: str) -> None:
+def test_a_pattern_takes_no_longer_than_its_length(pattern):
     name = "a" * 300
     started = time.process_time()
     assert not parse_pattern(pattern).matches(name)

@@ -57,7 +57,7 @@ def read(document: object, **options: Any) -> Picture:
     return read_record(Picture, document, "f", **options)
 
 
-def test_a_record_is_read_back_as_written() -> None:
+def test_a_record_is_read_back_as_written():
     document = to_json(FULL)
     assert list(document) == [
         "schema", "size", "colour", "mode", "points", "named", "class", "extra"
@@ -93,14 +93,14 @@ def test_a_record_is_read_back_as_written() -> None:
         ({"extras": 1}, "extras: no such key\n  hint: did you mean 'extra'?"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_keys(change: dict[str, Any], place: str) -> None:
+def test_what_is_wrong_is_named_with_its_keys(change, place):
     with pytest.raises(InputError) as caught:
         read({**to_json(FULL), **change})
     (problem,) = caught.value.problems
     assert f"f: {place}" in str(problem)
 
 
-def test_all_problems_are_reported_at_once_and_in_bounded_length() -> None:
+def test_all_problems_are_reported_at_once_and_in_bounded_length():
     with pytest.raises(CheckError) as caught:
         read({"schema": "picture/2", "colour": 1, "points": [{"x": ""}]}, error=CheckError)
     assert [str(p).split(":")[1].strip() for p in caught.value.problems] == [
@@ -113,7 +113,7 @@ def test_all_problems_are_reported_at_once_and_in_bounded_length() -> None:
 
 
 @pytest.mark.parametrize("schema", [None, "picture/1", 2, True])
-def test_another_version_is_the_only_problem(schema: object) -> None:
+def test_another_version_is_the_only_problem(schema):
     with pytest.raises(InputError, match='expected: "schema": "picture/2"') as caught:
         read({"schema": schema, "colour": 1})
     assert len(caught.value.problems) == 1
@@ -122,7 +122,7 @@ def test_another_version_is_the_only_problem(schema: object) -> None:
     assert read({"schema": "picture/1", "size": 1}, versions=("picture/1",)).schema == "picture/1"
 
 
-def test_a_field_that_is_wrong_has_its_default_and_what_is_right_is_kept() -> None:
+def test_a_field_that_is_wrong_has_its_default_and_what_is_right_is_kept():
     reader = RecordReader(lambda path: "f")
     document = {"schema": "", "colour": "blue", "mode": 4, "class": {"x": "", "name": "n"}}
     picture = reader.section(Picture, document)
@@ -131,7 +131,7 @@ def test_a_field_that_is_wrong_has_its_default_and_what_is_right_is_kept() -> No
     assert [path for path, _ in reader.problems] == [("size",), ("mode",), ("class", "x")]
 
 
-def test_problems_of_toml_have_lines() -> None:
+def test_problems_of_toml_have_lines():
     table, reader = toml_reader("size = 1\n[[points]]\nx = 1\n[[points]]\nx = 'a'\n", "f.toml")
     reader.section(Picture, table)
     with pytest.raises(InputError, match=r"f\.toml:5: points\.1\.x: "):

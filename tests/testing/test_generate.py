@@ -14,7 +14,6 @@ from tiers import few
 from moecc.ir import OPS, Graph, clone, print_graph, verify
 from moecc.testing import graphs, laws, random_graph, run_reference
 from moecc.testing.generate import keep_only
-from moecc.testing.growth import Step
 from moecc.testing.steps import BLOCKS, SIMPLE, split
 
 QUIET = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -23,7 +22,7 @@ QUIET = settings(database=None, deadline=None, suppress_health_check=list(Health
 SHRINKING = settings(QUIET, max_examples=500, derandomize=True)
 
 
-def test_a_seed_is_a_graph() -> None:
+def test_a_seed_is_a_graph():
     assert print_graph(random_graph(7)) == print_graph(random_graph(7))
     assert len({print_graph(random_graph(s)) for s in range(50)}) > 45
 
@@ -35,7 +34,7 @@ NOT_DRAWN = {
 """What no model begins with: work that is sharded, cut, fused, repeated, sent or unknown."""
 
 
-def test_every_operation_and_every_gate_convention_occurs() -> None:
+def test_every_operation_and_every_gate_convention_occurs():
     many = [random_graph(s) for s in range(400)]
     counts = Counter(n.op.name for g in many for n in g)
     local = {name for name, entry in OPS.items() if entry.collective is None}
@@ -48,7 +47,7 @@ def test_every_operation_and_every_gate_convention_occurs() -> None:
 
 
 @pytest.mark.parametrize("step", [*SIMPLE, *BLOCKS], ids=lambda s: s.__name__)
-def test_each_step_makes_valid_graphs(step: Step) -> None:
+def test_each_step_makes_valid_graphs(step):
     made = [random_graph(s, steps=[step, split], max_steps=3) for s in range(8)]
     for graph in made:
         verify(graph)
@@ -56,7 +55,7 @@ def test_each_step_makes_valid_graphs(step: Step) -> None:
 
 
 @given(graphs(), st.binary(min_size=1, max_size=8))
-def test_a_graph_cut_to_pieces_is_valid_and_runs(graph: Graph, kept: bytes) -> None:
+def test_a_graph_cut_to_pieces_is_valid_and_runs(graph, kept):
     whole = clone(graph)
     keep_only(graph, lambda position: kept[position % len(kept)] > 100)
     laws.check_graph(graph)
@@ -73,12 +72,12 @@ def has(graph: Graph, *ops: str) -> bool:
     ("ops", "most"),
     few([(("combine",), 5), (("softmax",), 1), (("rope",), 1), (("silu", "rms_norm"), 6)]),
 )
-def test_counterexamples_shrink_to_what_matters(ops: tuple[str, ...], most: int) -> None:
+def test_counterexamples_shrink_to_what_matters(ops, most):
     smallest = find(graphs(), lambda g: has(g, *ops), settings=SHRINKING)
     assert len(smallest) <= most
 
 
-def test_the_rest_works_without_hypothesis(tmp_path: object) -> None:
+def test_the_rest_works_without_hypothesis(tmp_path):
     code = (
         "import sys; sys.modules['hypothesis'] = None\n"
         "import moecc.testing as t\n"

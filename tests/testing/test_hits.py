@@ -31,7 +31,7 @@ class RarePass(Pass):
         return PassResult.of(rewrite(graph, [RARE], origin=self.name))
 
 
-def test_a_pass_that_never_matches_fails() -> None:
+def test_a_pass_that_never_matches_fails():
     # There is no smaller example of a rule that nothing matches.
     @settings(phases=[Phase.generate])
     @given(graphs())
@@ -44,11 +44,11 @@ def test_a_pass_that_never_matches_fails() -> None:
 
 @settings(max_examples=60)
 @given(graphs(like=RARE))
-def test_planted_graphs_are_enough(graph: Graph) -> None:
+def test_planted_graphs_are_enough(graph):
     laws.check_pass(RarePass(salt=3), graph, least=0.5)
 
 
-def test_a_share_can_be_asked_for() -> None:
+def test_a_share_can_be_asked_for():
     def check(seed: int) -> None:
         like = [RARE] if seed % 4 == 0 else []
         laws.check_pass(RarePass(salt=5), random_graph(seed, like=like), least=0.5)

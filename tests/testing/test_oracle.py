@@ -34,7 +34,7 @@ def graph_of(make: Any, **sizes: Any) -> Graph:
 # --- data
 
 
-def test_data_depend_on_seed_and_name_alone() -> None:
+def test_data_depend_on_seed_and_name_alone():
     first = graph_of(lambda b, x: b.relu(x))
     other = graph_of(lambda b, x: b.silu(x))
     for graph in (first, other):
@@ -45,7 +45,7 @@ def test_data_depend_on_seed_and_name_alone() -> None:
     assert not np.array_equal(params_for(first, 3)["w"], params_for(first, 4)["w"])
 
 
-def test_indices_stay_within_all_that_they_index() -> None:
+def test_indices_stay_within_all_that_they_index():
     graph = Graph()
     b = Builder(graph)
     ids = graph.input("ids", tensor(I32, batch=50, seq=40))
@@ -73,7 +73,7 @@ def weighted(weight: Any, type: Any) -> Graph:
     return graph
 
 
-def test_parameters_with_weights_are_made_of_the_same_sources() -> None:
+def test_parameters_with_weights_are_made_of_the_same_sources():
     dense = tensor(BF16, mlp=3, embed=4)
     source = Source("layers.0.up", dense)
     plain = params_for(weighted(source, dense), 5)["w"]
@@ -86,7 +86,7 @@ def test_parameters_with_weights_are_made_of_the_same_sources() -> None:
     np.testing.assert_array_equal(params_for(weighted(picked, dense), 5)["w"], plain)
 
 
-def test_weights_are_computed_in_float64_whatever_their_types() -> None:
+def test_weights_are_computed_in_float64_whatever_their_types():
     type = tensor(F32, embed=64)
     source = Source("w", type)
     plain = params_for(weighted(source, type))["w"]
@@ -97,14 +97,14 @@ def test_weights_are_computed_in_float64_whatever_their_types() -> None:
 # --- differences
 
 
-def test_one_part_in_a_billion_is_seen() -> None:
+def test_one_part_in_a_billion_is_seen():
     first = graph_of(lambda b, x: b.softmax(x, axis="embed"))
     for error, wrong in ((1e-9, True), (1e-11, True), (1e-13, False)):
         other = graph_of(lambda b, x, e=error: b.scale(b.softmax(x, axis="embed"), by=1 + e))
         assert bool(differences(first, other)) is wrong
 
 
-def test_exact_means_every_bit() -> None:
+def test_exact_means_every_bit():
     first = graph_of(lambda b, x: b.add(x, b.add(b.square(x), b.tanh(x))))
     other = graph_of(lambda b, x: b.add(b.add(x, b.square(x)), b.tanh(x)))
     assert differences(first, other) == []
@@ -113,7 +113,7 @@ def test_exact_means_every_bit() -> None:
     assert_same(first, first, exact=True)
 
 
-def test_what_rounding_does_is_no_difference() -> None:
+def test_what_rounding_does_is_no_difference():
     """(x + big) − big loses half of the digits, differently in another order."""
 
     def lossy(b: Builder, x: Value, is_swapped: bool) -> Value:
@@ -134,21 +134,21 @@ def test_what_rounding_does_is_no_difference() -> None:
         assert_same(first, wrong, seeds=range(5))
 
 
-def test_undefined_before_may_be_anything_after_but_not_the_reverse() -> None:
+def test_undefined_before_may_be_anything_after_but_not_the_reverse():
     undefined = graph_of(lambda b, x: b.log(b.neg(b.square(x))))
     fine = graph_of(lambda b, x: b.square(x))
     assert differences(undefined, fine) == []
     assert differences(fine, undefined) != []
 
 
-def test_infinities_must_agree() -> None:
+def test_infinities_must_agree():
     low = graph_of(lambda b, x: b.mask(x, b.less(x, x)))
     high = graph_of(lambda b, x: b.mask(x, b.less(x, x), fill=float("inf")))
     assert differences(low, low) == []
     assert differences(low, high) != []
 
 
-def test_other_inputs_or_outputs_are_named() -> None:
+def test_other_inputs_or_outputs_are_named():
     first = graph_of(lambda b, x: b.relu(x))
     other = graph_of(lambda b, x: b.sum(x, axes="embed"))
     (line,) = differences(first, other)
@@ -212,7 +212,7 @@ GRAPH = graph_of(lambda b, x: b.relu(x))
         (Named(lambda g: g.drop_output("y")), "the graph has no output"),
     ],
 )
-def test_a_broken_promise_is_named_with_the_graph(item: Pass, message: str) -> None:
+def test_a_broken_promise_is_named_with_the_graph(item, message):
     with pytest.raises(AssertionError) as caught:
         laws.check_pass(item, GRAPH)
     assert message in str(caught.value)
@@ -249,7 +249,7 @@ SATURATED = (
 
 
 @pytest.mark.parametrize("text", [TIED, SATURATED])
-def test_what_is_chosen_among_equals_may_change_and_nothing_else(text: str) -> None:
+def test_what_is_chosen_among_equals_may_change_and_nothing_else(text):
     """Rounding decides what experts take that have equal rows, or whose scores are all but 1.
 
     Many rows of a rectified layer are 0 in one choice and in the next: few draws do not show it.

@@ -38,7 +38,7 @@ PATTERNS: dict[str, Pattern] = {
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_what_a_pattern_describes_is_there(name: str) -> None:
+def test_what_a_pattern_describes_is_there(name):
     rule = Rule(name, PATTERNS[name], build=lambda m, b: m.root.result)
     made = [random_graph(seed, like=[PATTERNS[name]]) for seed in range(12)]
     for graph in made:
@@ -47,13 +47,13 @@ def test_what_a_pattern_describes_is_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [*AXES, *ELEMENTWISE], ids=lambda r: r.name)
-def test_what_a_rule_accepts_is_there(rule: Rule) -> None:
+def test_what_a_rule_accepts_is_there(rule):
     """The rule's check included: axes that are split as they were merged, say."""
     made = [random_graph(seed, like=[rule]) for seed in range(25)]
     assert sum(next(find(g, rule), None) is not None for g in made) >= 3
 
 
-def test_values_inside_are_at_times_used_elsewhere_and_at_times_returned() -> None:
+def test_values_inside_are_at_times_used_elsewhere_and_at_times_returned():
     pattern = P.scale(P.contract(_x, P.param("w")), by=P.attr("by"))
     rule = Rule("inside", pattern, build=lambda m, b: m.root.result)
     inside = [

@@ -25,7 +25,7 @@ def of(make: Any) -> Graph:
     return graph
 
 
-def test_a_gradient_that_no_longer_flows_is_a_difference() -> None:
+def test_a_gradient_that_no_longer_flows_is_a_difference():
     free = of(lambda b, x, w: b.mul(x, b.square(w)))
     stopped = of(lambda b, x, w: b.mul(x, b.stop_gradient(b.square(w))))
     for pair in ((free, stopped), (stopped, free)):
@@ -35,21 +35,21 @@ def test_a_gradient_that_no_longer_flows_is_a_difference() -> None:
     assert differences(stopped, stopped) == []
 
 
-def test_where_a_gradient_is_stopped_does_not_matter_if_none_passes() -> None:
+def test_where_a_gradient_is_stopped_does_not_matter_if_none_passes():
     late = of(lambda b, x, w: b.mul(x, b.stop_gradient(b.scale(w, by=3.0))))
     early = of(lambda b, x, w: b.mul(x, b.scale(b.stop_gradient(w), by=3.0)))
     twice = of(lambda b, x, w: b.mul(x, b.stop_gradient(b.scale(b.stop_gradient(w), by=3.0))))
     assert differences(late, early) == differences(early, twice) == []
 
 
-def test_the_straight_through_estimator_is_not_what_it_estimates() -> None:
+def test_the_straight_through_estimator_is_not_what_it_estimates():
     """x + sg(f(x) − x) has the values of f and the gradient of x."""
     plain = of(lambda b, x, w: b.add(b.tanh(x), w))
     through = of(lambda b, x, w: b.add(b.add(x, b.stop_gradient(b.sub(b.tanh(x), x))), w))
     assert "the gradient differs" in differences(plain, through)[0]
 
 
-def test_a_gradient_that_is_stopped_in_repeated_layers_counts() -> None:
+def test_a_gradient_that_is_stopped_in_repeated_layers_counts():
     def layers(stops: bool) -> Graph:
         graph = Graph()
         h = graph.input("x", tensor(F32, batch="B", embed=4))
@@ -83,14 +83,14 @@ SOURCE = Source("w", tensor(F32, mlp=3, embed=64))
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_weights_rounded_on_the_way_are_a_difference(exact: bool) -> None:
+def test_weights_rounded_on_the_way_are_a_difference(exact):
     rounded = Cast(Cast(SOURCE, BF16), F32)
     lines = differences(weighted(SOURCE), weighted(rounded), exact=exact)
     assert all(line.startswith("with weights as they are stored, output y") for line in lines)
     assert lines
 
 
-def test_what_float32_rounds_is_a_difference_after_exact_alone() -> None:
+def test_what_float32_rounds_is_a_difference_after_exact_alone():
     # In float64, as the oracle computes, the two factors give 1.
     nothing = Scale(Scale(SOURCE, 3.0), 1 / 3)
     assert differences(weighted(SOURCE), weighted(nothing)) == []
@@ -112,7 +112,7 @@ graph g {
 """
 
 
-def test_inputs_and_outputs_lie_where_they_did() -> None:
+def test_inputs_and_outputs_lie_where_they_did():
     laid = parse(LAID)
     whole = clone(laid)
     whole.set_output("y", Builder(whole).all_gather(whole.value("h"), axis="batch", mesh="a"))

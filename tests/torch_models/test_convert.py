@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +43,7 @@ def close(a: Any, b: Any) -> bool:
     return bool(torch.allclose(a, b, rtol=0, atol=1e-12))
 
 
-def test_a_module_that_is_the_block_is_replaced() -> None:
+def test_a_module_that_is_the_block_is_replaced():
     model, moe = converted(Whole(), Whole())
     assert [place.path for place in moe.conversion.places] == ["layers.0.mlp", "layers.1.mlp"]
     assert close(moe(tokens()), model(tokens()))
@@ -54,7 +53,7 @@ def test_a_module_that_is_the_block_is_replaced() -> None:
     assert moe.layers[0].mlp.experts.gate.weight.shape == (4, HIDDEN, WIDTH)
 
 
-def test_a_block_between_two_products_has_a_pair_of_modules() -> None:
+def test_a_block_between_two_products_has_a_pair_of_modules():
     model, moe = converted(Block(), Block())
     assert moe.conversion.places[0].path == "layers.0.up"
     assert moe.conversion.places[0].last == "layers.0.down"
@@ -92,7 +91,7 @@ class Flat(Whole):
     ("layer", "path"),
     [(Chunked, "layers.0.up"), (Clamped, "layers.0.up"), (Flat, "layers.0.mlp")],
 )
-def test_halves_bounds_and_tokens_of_all_rows(layer: Any, path: str) -> None:
+def test_halves_bounds_and_tokens_of_all_rows(layer, path):
     model, moe = converted(layer())
     assert [place.path for place in moe.conversion.places] == [path]
     ids = torch.cat([tokens(), tokens()])
@@ -100,7 +99,7 @@ def test_halves_bounds_and_tokens_of_all_rows(layer: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("layer", [Whole, Block])
-def test_experts_and_router_have_gradients_of_a_mixture_by_hand(layer: Any) -> None:
+def test_experts_and_router_have_gradients_of_a_mixture_by_hand(layer):
     _, moe = converted(layer(), pipeline="upcycle{experts=4 top-k=2}")
     (mixture,) = [m for m in moe.modules() if type(m).__name__ == "SparseFeedForward"]
     for param in mixture.parameters():
@@ -126,7 +125,7 @@ def test_experts_and_router_have_gradients_of_a_mixture_by_hand(layer: Any) -> N
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_losses_of_the_last_run_have_gradients() -> None:
+def test_losses_of_the_last_run_have_gradients():
     _, moe = converted(Whole(), Block())
     assert moe.losses() == {}
     moe(tokens())
@@ -140,7 +139,7 @@ def test_losses_of_the_last_run_have_gradients() -> None:
     )
 
 
-def test_a_layer_that_runs_twice_is_one_mixture() -> None:
+def test_a_layer_that_runs_twice_is_one_mixture():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -156,7 +155,7 @@ def test_a_layer_that_runs_twice_is_one_mixture() -> None:
     assert "several names" in rejection(nn.Sequential(layer, layer))
 
 
-def test_dropout_before_the_last_product_stays() -> None:
+def test_dropout_before_the_last_product_stays():
     _, moe = converted(Whole(dropout=0.5))
     assert close(moe(tokens()), moe(tokens()))
     moe.train()
@@ -167,7 +166,7 @@ def test_dropout_before_the_last_product_stays() -> None:
     assert close(first, moe(tokens()))
 
 
-def test_the_dense_model_keeps_its_mode() -> None:
+def test_the_dense_model_keeps_its_mode():
     model = Language(Whole(), Block()).train()
     model.layers[1].eval()
     modes = [m.training for m in model.modules()]
@@ -177,7 +176,7 @@ def test_the_dense_model_keeps_its_mode() -> None:
     assert not moe.layers[1].up.mixture.training
 
 
-def test_the_weights_of_a_replaced_product_are_scaled_by_its_name() -> None:
+def test_the_weights_of_a_replaced_product_are_scaled_by_its_name():
     # RWKV halves the last weights of later blocks before the first pass in evaluation.
     model, moe = converted(Block())
     moe = deepcopy(moe)
@@ -189,7 +188,7 @@ def test_the_weights_of_a_replaced_product_are_scaled_by_its_name() -> None:
     assert not hasattr(moe.layers[0].down, "weight")
 
 
-def test_a_block_whose_result_the_model_drops_keeps_its_bias() -> None:
+def test_a_block_whose_result_the_model_drops_keeps_its_bias():
     # The head of SigLIP runs in its classifier, which has no use for it.
     class Idle(nn.Module):
         def __init__(self) -> None:
@@ -205,7 +204,7 @@ def test_a_block_whose_result_the_model_drops_keeps_its_bias() -> None:
     assert close(moe.layers[0].head(x), model.layers[0].head(x))
 
 
-def test_a_copy_is_independent() -> None:
+def test_a_copy_is_independent():
     _, moe = converted(Block())
     moe(tokens())
     copy = deepcopy(moe)
@@ -216,7 +215,7 @@ def test_a_copy_is_independent() -> None:
     assert close(moe(tokens()), before)
 
 
-def test_half_precision_and_meta() -> None:
+def test_half_precision_and_meta():
     torch.manual_seed(0)
     model = Language(Whole()).bfloat16().eval()
     moe = mt.convert(model, tokens(), PIPELINE)
@@ -226,7 +225,7 @@ def test_half_precision_and_meta() -> None:
     assert all(p.is_meta for p in moe.parameters())
 
 
-def test_five_steps_of_training() -> None:
+def test_five_steps_of_training():
     _, moe = converted(Whole(), Block())
     optimizer = torch.optim.Adam(moe.parameters(), lr=1e-2)
     values = []
@@ -240,7 +239,7 @@ def test_five_steps_of_training() -> None:
     assert values[-1] < values[0]
 
 
-def test_a_folder_is_loaded_bit_for_bit_and_known_to_the_commands(tmp_path: Path) -> None:
+def test_a_folder_is_loaded_bit_for_bit_and_known_to_the_commands(tmp_path):
     model, moe = converted(Whole(), Block())
     moe.save_pretrained(tmp_path)
     loaded = mt.load(tmp_path, deepcopy(model))
@@ -387,11 +386,11 @@ def shared() -> tuple[Any, Any]:
     ],
     ids=lambda x: type(x[0]).__name__ if isinstance(x, tuple) else "",
 )
-def test_what_is_no_block_is_said_with_its_reason(layers: Any, words: str) -> None:
+def test_what_is_no_block_is_said_with_its_reason(layers, words):
     assert words in rejection(*layers)
 
 
-def test_names_in_another_order_do_not_swap_weights() -> None:
+def test_names_in_another_order_do_not_swap_weights():
     # A ParameterDict of a dict sorts its keys: bias comes before weight.
     class Dictionary(Block):
         def __init__(self) -> None:
@@ -412,7 +411,7 @@ def test_names_in_another_order_do_not_swap_weights() -> None:
     assert close(moe(tokens()), model(tokens()))
 
 
-def test_a_type_taken_from_another_value_is_none_from_outside() -> None:
+def test_a_type_taken_from_another_value_is_none_from_outside():
     class Typed(Block):
         def hidden(self, x: Any) -> Any:
             return F.gelu(self.up(x)).type_as(x)
@@ -421,7 +420,7 @@ def test_a_type_taken_from_another_value_is_none_from_outside() -> None:
     assert close(moe(tokens()), model(tokens()))
 
 
-def test_bad_input() -> None:
+def test_bad_input():
     model = Language(Block())
     with pytest.raises(UsageError, match="not a module"):
         mt.convert(lambda x: x, tokens(), PIPELINE)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(tmp_path_factory):
     """Return a folder of a family that moecc does not read."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dense")
@@ -36,7 +34,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sparse(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sparse(dense, tmp_path_factory):
     """Return what it is converted to."""
     out = tmp_path_factory.mktemp("results") / "sparse"
     words = ["convert", str(dense), str(out), "--via", "torch", "-p", PIPELINE]
@@ -46,9 +44,7 @@ def sparse(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_folder_is_what_the_functions_of_python_write(
-    dense: Path, sparse: Path, tmp_path: Path
-) -> None:
+def test_a_folder_is_what_the_functions_of_python_write(dense, sparse, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(dense)
     ids = torch.randint(3, 64, (2, 9))
     moe = mt.convert(model, {"input_ids": ids}, PIPELINE)
@@ -69,9 +65,7 @@ def test_a_folder_is_what_the_functions_of_python_write(
     assert torch.allclose(auto(ids).logits, logits, atol=1e-6)
 
 
-def test_the_commands_prove_and_verify_it(
-    dense: Path, sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_prove_and_verify_it(dense, sparse, tmp_path, capsys):
     receipt = json.loads((sparse / "moecc_receipt.json").read_text())
     assert receipt["proof"]["verdict"] == "proved"
     assert main(["verify", str(sparse)]) == 0
@@ -89,9 +83,7 @@ def test_the_commands_prove_and_verify_it(
     assert "the file differs" in capsys.readouterr().err
 
 
-def test_another_element_type_and_the_log_of_the_proof(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_element_type_and_the_log_of_the_proof(dense, tmp_path, capsys):
     out, log = tmp_path / "out", tmp_path / "log.json"
     words = ["--via", "torch", "-p", PIPELINE, "--dtype", "bf16", "--proof", str(log)]
     assert main(["convert", str(dense), str(out), *words]) == 0
@@ -144,9 +136,9 @@ REMOTE = {"architectures": ["OwnModel"], "auto_map": {"AutoModel": "modeling_own
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_bad_input_leaves_nothing(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    change: Callable[[Path], Any] | None, words: list[str], said: str,
-) -> None:  # fmt: skip
+    dense, tmp_path, capsys,
+    change, words, said,
+):  # fmt: skip
     folder = tmp_path / "dense"
     folder.mkdir()
     for file in dense.iterdir():

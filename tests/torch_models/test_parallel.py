@@ -63,7 +63,7 @@ def train_on(rank: int, port: int, moe: Any, results: Any) -> None:
     distributed.destroy_process_group()
 
 
-def test_gradients_of_two_processes_are_those_of_one() -> None:
+def test_gradients_of_two_processes_are_those_of_one():
     moe = model_by()
     loss_of(moe, batch()).backward()
     expected = {name: p.grad for name, p in moe.named_parameters()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ def llama() -> tuple[Any, Any, Any]:
     return model, moe, ids
 
 
-def test_a_model_generates_trains_and_is_loaded(tmp_path: Path) -> None:
+def test_a_model_generates_trains_and_is_loaded(tmp_path):
     model, moe, ids = llama()
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     cached = moe.generate(ids, use_cache=True, **options)
@@ -77,7 +76,7 @@ def test_a_model_generates_trains_and_is_loaded(tmp_path: Path) -> None:
     assert type(model) is transformers.LlamaForCausalLM
 
 
-def test_adapters_of_attention_and_compiled_graphs() -> None:
+def test_adapters_of_attention_and_compiled_graphs():
     _, moe, ids = llama()
     logits = moe(ids).logits
     compiled = torch.compile(deepcopy(moe), backend="aot_eager")
@@ -96,9 +95,7 @@ def test_adapters_of_attention_and_compiled_graphs() -> None:
     ("kind", "name"),
     [("llama", "LlamaForCausalLM"), ("mm-grounding-dino", "MMGroundingDinoModel")],
 )
-def test_the_sweep_sees_a_fault_where_rounding_decides_too(
-    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sweep_sees_a_fault_where_rounding_decides_too(kind, name, monkeypatch):
     convert = sweep.conversions.convert_surveyed
 
     def convert_with_a_fault(*args: Any, **kwargs: Any) -> Any:

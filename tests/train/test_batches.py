@@ -36,7 +36,7 @@ def write(place: Path, *records: dict[str, str], kind: str = "documents") -> str
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+def texts(tmp_path_factory):
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefgh "))
     documents = [
@@ -46,7 +46,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> str:
+def examples(tmp_path_factory):
     records = [
         {"prompt": f"what is {n}?" * (n % 4 + 1), "completion": f" {n * n}"} for n in range(40)
     ]
@@ -75,7 +75,7 @@ def segments(batch: dict[str, np.ndarray], prefix: str = "") -> list[tuple[int, 
     return found
 
 
-def test_a_stream_has_every_token_once_and_predicts_the_next(texts: str) -> None:
+def test_a_stream_has_every_token_once_and_predicts_the_next(texts):
     batches = opened(texts)
     folder = batches.folders["t"]
     rows = batches.rows["t"]
@@ -97,7 +97,7 @@ def test_a_stream_has_every_token_once_and_predicts_the_next(texts: str) -> None
     assert predicted >= folder.facts.tokens
 
 
-def test_without_packing_a_row_is_a_document_or_a_part(texts: str) -> None:
+def test_without_packing_a_row_is_a_document_or_a_part(texts):
     batches = opened(texts, packing=False)
     for number in range(5):
         batch = batches.batch(number)
@@ -109,7 +109,7 @@ def test_without_packing_a_row_is_a_document_or_a_part(texts: str) -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_spans_come_back_from_both_sequences(texts: str, packing: bool) -> None:
+def test_spans_come_back_from_both_sequences(texts, packing):
     batches = opened(texts, BOTH, objective=Objective.SPANS, packing=packing, seq=48)
     documents = {bytes(d.ids(0, d.facts.tokens).astype(np.uint8)) for d in batches.folders.values()}
     (text,) = documents
@@ -130,7 +130,7 @@ def test_spans_come_back_from_both_sequences(texts: str, packing: bool) -> None:
     assert seen > 6 * 4 * 48 * (0.5 if packing else 0.3)
 
 
-def test_masked_rows_predict_what_is_hidden(texts: str) -> None:
+def test_masked_rows_predict_what_is_hidden(texts):
     batches = opened(texts, objective=Objective.MASKED)
     folder = batches.folders["t"]
     text = bytes(folder.ids(0, folder.facts.tokens).astype(np.uint8))
@@ -147,7 +147,7 @@ def test_masked_rows_predict_what_is_hidden(texts: str) -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_only_completions_are_predicted(examples: str, packing: bool) -> None:
+def test_only_completions_are_predicted(examples, packing):
     batches = opened(examples, objective=Objective.COMPLETION, packing=packing)
     seen = set()
     for number in range(10):
@@ -164,7 +164,7 @@ def test_only_completions_are_predicted(examples: str, packing: bool) -> None:
     assert len(seen) > 30
 
 
-def test_completions_of_an_encoder_decoder(examples: str) -> None:
+def test_completions_of_an_encoder_decoder(examples):
     batches = opened(examples, BOTH, objective=Objective.COMPLETION)
     assert batches.shape.decoder_seq == len(" 1521") + 1
     batch = batches.batch(0)
@@ -178,7 +178,7 @@ def test_completions_of_an_encoder_decoder(examples: str) -> None:
         assert int(bytes(aims[:-1])) == int(question) ** 2
 
 
-def test_long_examples_are_cut_and_reported(tmp_path: Path) -> None:
+def test_long_examples_are_cut_and_reported(tmp_path):
     records = [
         {"prompt": "p" * 50 + "q", "completion": "right"},
         {"prompt": "", "completion": "z" * 90},
@@ -193,7 +193,7 @@ def test_long_examples_are_cut_and_reported(tmp_path: Path) -> None:
     assert batches.remarks == ("e: 2 examples are cut, as they are longer than a sequence",)
 
 
-def test_spans_that_are_rounded_are_reported(tmp_path: Path) -> None:
+def test_spans_that_are_rounded_are_reported(tmp_path):
     """Five letters hide 1 token, not 0.75; 400 need 20 spans of 3, and 101 sentinels are enough."""
     short, long = (write(tmp_path / n, {"text": n * size}) for n, size in (("s", 5), ("l", 400)))
     options: dict[str, Any] = {"objective": Objective.SPANS, "seq": 512, "evaluate": ()}
@@ -204,7 +204,7 @@ def test_spans_that_are_rounded_are_reported(tmp_path: Path) -> None:
     )
 
 
-def test_hosts_together_have_the_batch_of_one(texts: str) -> None:
+def test_hosts_together_have_the_batch_of_one(texts):
     for options in ({}, {"objective": Objective.SPANS}):
         batches = opened(texts, BOTH if options else DECODER, batch=8, **options)
         whole = batches.batch(5)
@@ -216,7 +216,7 @@ def test_hosts_together_have_the_batch_of_one(texts: str) -> None:
             assert (whole[name].shape, whole[name].dtype.name) == (shape, kind)
 
 
-def test_an_evaluation_is_fixed_and_has_each_row_once(texts: str) -> None:
+def test_an_evaluation_is_fixed_and_has_each_row_once(texts):
     one = opened(texts, evaluate_batches=100, seed=1).evaluations["t"]
     other = opened(texts, evaluate_batches=100, seed=2).evaluations["t"]
     tokens = 0
@@ -235,7 +235,7 @@ def test_an_evaluation_is_fixed_and_has_each_row_once(texts: str) -> None:
     assert opened(texts, evaluate_batches=2).evaluations["t"].batches == 2
 
 
-def test_all_misfits_come_at_once(texts: str, examples: str, tmp_path: Path) -> None:
+def test_all_misfits_come_at_once(texts, examples, tmp_path):
     data = DataSection((Corpus(texts), Corpus(examples)), objective=Objective.COMPLETION)
     small = replace(DECODER, vocab=100, longest=64)
     with pytest.raises(InputError) as caught:
@@ -262,8 +262,6 @@ def test_all_misfits_come_at_once(texts: str, examples: str, tmp_path: Path) -> 
         ({"objective": Objective.SPANS, "decoder_seq": 2}, BOTH, "no row of the corpus fits"),
     ],
 )
-def test_what_does_not_suit_the_model_is_rejected(
-    texts: str, options: dict[str, Any], model: ModelFacts, what: str
-) -> None:
+def test_what_does_not_suit_the_model_is_rejected(texts, options, model, what):
     with pytest.raises(InputError, match=what):
         opened(texts, model, **options)

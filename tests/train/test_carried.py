@@ -31,7 +31,7 @@ from .tiny import make_recipe
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("init", ["copy", "drop", "noise"])
-def test_every_moment_of_an_upcycled_model_follows_but_routers(init: str, optimizer: str) -> None:
+def test_every_moment_of_an_upcycled_model_follows_but_routers(init, optimizer):
     section = OptimizerSection(name=optimizer)
     with open_model("tests/golden/llama_gqa") as model:
         before = canonical(model.graph).graph
@@ -55,7 +55,7 @@ def write_optimizer(folder: Path, names: list[str], shapes: list[tuple[int, ...]
     return state
 
 
-def test_the_state_of_an_optimiser_in_pytorch_follows_by_name(tmp_path: Path) -> None:
+def test_the_state_of_an_optimiser_in_pytorch_follows_by_name(tmp_path):
     folder = tmp_path / "model"
     convert("tests/golden/llama_gqa", str(folder), to="st_moe", emit="torch",
             pipeline="upcycle{experts=4 top-k=2}")  # fmt: skip
@@ -86,7 +86,7 @@ def test_the_state_of_an_optimiser_in_pytorch_follows_by_name(tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(tmp_path_factory):
     """A folder with a recipe, and a run of it without experts."""
     folder = tmp_path_factory.mktemp("carried")
     recipe = make_recipe(folder, "steps = 30")
@@ -111,7 +111,7 @@ def moved(run: Path, step: int) -> float:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_moments_of_another(dense: Path) -> None:
+def test_a_run_goes_on_with_the_moments_of_another(dense):
     pytest.importorskip("orbax.checkpoint")
     losses = {}
     for moments in ("carry", "reset"):

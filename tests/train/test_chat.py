@@ -13,7 +13,6 @@ from moecc.tokenizer.chat import ChatTemplate, read_template
 from moecc.train.objectives import IGNORED, ExampleRows, Room
 from moecc.train.tokens.encoders import byte_tokenizer
 from moecc.train.tokens.folder import open_tokens
-from tests.support.commands import Moecc
 
 from .tiny import draw_weights, make_model
 
@@ -60,7 +59,7 @@ def texts(out: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def test_the_loss_is_on_answers_alone(moecc: Moecc, tmp_path: Path) -> None:
+def test_the_loss_is_on_answers_alone(moecc, tmp_path):
     model = tokenizer(tmp_path / "model")
     other = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
     rows = [{"messages": CHAT}, {"messages": other, "id": 3}]
@@ -82,7 +81,7 @@ def test_the_loss_is_on_answers_alone(moecc: Moecc, tmp_path: Path) -> None:
     assert sorted(counts) == [1, 2]
 
 
-def test_tables_of_datasets_are_read(moecc: Moecc, tmp_path: Path) -> None:
+def test_tables_of_datasets_are_read(moecc, tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -115,9 +114,7 @@ def test_tables_of_datasets_are_read(moecc: Moecc, tmp_path: Path) -> None:
         ({"messages": [{"role": "robot", "content": "x"}, *CHAT]}, "no robots"),
     ],
 )
-def test_a_wrong_conversation_is_named(
-    moecc: Moecc, tmp_path: Path, record: dict[str, object], words: str
-) -> None:
+def test_a_wrong_conversation_is_named(moecc, tmp_path, record, words):
     robots = "{% if messages[0].role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
     model = tokenizer(tmp_path / "model", robots + CHATML)
     (tmp_path / "chat.jsonl").write_text(json.dumps(record))
@@ -139,12 +136,12 @@ def test_a_wrong_conversation_is_named(
         ("{% for %}", "not a chat template"),
     ],
 )  # fmt: skip
-def test_a_template_is_a_program_of_strangers(template: str, words: str) -> None:
+def test_a_template_is_a_program_of_strangers(template, words):
     with pytest.raises(InputError, match=words):
         ChatTemplate(template, "x", {}).render(CHAT, asks=True)
 
 
-def test_a_template_that_cannot_be_split_is_rejected() -> None:
+def test_a_template_that_cannot_be_split_is_rejected():
     template = "{% if add_generation_prompt %}a{% else %}b{% endif %}"
     with pytest.raises(InputError, match="otherwise than it asks for one"):
         list(ChatTemplate(template, "x", {}).turns(CHAT))
@@ -152,7 +149,7 @@ def test_a_template_that_cannot_be_split_is_rejected() -> None:
         read_template({"tokenizer_config.json": b"{}"}, "x")
 
 
-def test_a_model_answers(moecc: Moecc, tmp_path: Path) -> None:
+def test_a_model_answers(moecc, tmp_path):
     pytest.importorskip("jax")
     model = draw_weights(make_model(tmp_path / "model"))
     tokenizer(model)

@@ -27,7 +27,7 @@ def corruptions(draw: st.DrawFn) -> tuple[Spans, np.ndarray, int]:
 
 
 @given(corruptions())
-def test_the_text_comes_back_from_encoder_and_decoder(case: tuple[Spans, np.ndarray, int]) -> None:
+def test_the_text_comes_back_from_encoder_and_decoder(case):
     spans, ids, seed = case
     encoder, decoder = spans.apply(ids, np.random.default_rng(seed))
     assert restored(encoder, decoder, spans.sentinels, spans.end).tolist() == ids.tolist()
@@ -42,7 +42,7 @@ def test_the_text_comes_back_from_encoder_and_decoder(case: tuple[Spans, np.ndar
         assert encoder[-1] == decoder[-1] == spans.end
 
 
-def test_density_and_span_lengths_are_as_asked() -> None:
+def test_density_and_span_lengths_are_as_asked():
     spans = Spans(0.15, 3.0, SENTINELS, None)
     ids = np.arange(500, dtype=np.int32)
     hidden, lengths, where = 0, [], np.zeros(500)
@@ -68,14 +68,14 @@ def test_density_and_span_lengths_are_as_asked() -> None:
     ("length", "hidden", "spans"),
     [(512, 77, 26), (102, 15, 5), (106, 16, 5)],  # 76.8 and 25.7; 15.3; 15.9 and 5.3
 )
-def test_counts_are_rounded_as_t5_rounds_them(length: int, hidden: int, spans: int) -> None:
+def test_counts_are_rounded_as_t5_rounds_them(length, hidden, spans):
     _, decoder = Spans(0.15, 3.0, SENTINELS, None).apply(
         np.arange(length, dtype=np.int32), np.random.default_rng(0)
     )
     assert ((decoder < 1000).sum(), (decoder >= 1000).sum()) == (hidden, spans)
 
 
-def test_masking_is_that_of_bert() -> None:
+def test_masking_is_that_of_bert():
     masking = Masking(0.15, 7777, 1000)
     ids = np.arange(200, dtype=np.int32) + 2000
     kinds = np.zeros(3)

@@ -37,7 +37,7 @@ keep = 9
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distill")
     draw_weights(make_model(folder / "model"))
     make_corpus(folder / "tokens")
@@ -51,7 +51,7 @@ def steps_of(run: Path) -> list[dict[str, float]]:
     return [line for line in lines if "loss.distill" in line]
 
 
-def test_an_exact_model_begins_at_its_teacher(folder: Path) -> None:
+def test_an_exact_model_begins_at_its_teacher(folder):
     first, second, third, last = steps_of(folder / "run")
     assert abs(first["loss.distill"]) < 1e-5 < second["loss.distill"]
     assert third["loss.distill.scaled"] == pytest.approx(third["loss.distill"] * 0.5 / 3, rel=1e-5)
@@ -59,7 +59,7 @@ def test_an_exact_model_begins_at_its_teacher(folder: Path) -> None:
     assert last["loss"] == pytest.approx(last["loss.cross_entropy"] + last.get("loss.auxiliary", 0))
 
 
-def test_a_resumed_run_has_its_teacher_again(folder: Path) -> None:
+def test_a_resumed_run_has_its_teacher_again(folder):
     run = folder / "killed"
     shutil.copytree(folder / "run", run)
     for saved in saved_steps(run):
@@ -77,7 +77,7 @@ def test_a_resumed_run_has_its_teacher_again(folder: Path) -> None:
         ["mesh.mesh=data=4", "mesh.partition=gspmd"],
     ],
 )
-def test_a_mesh_has_the_losses_of_one_device(folder: Path, tmp_path: Path, sets: list[str]) -> None:
+def test_a_mesh_has_the_losses_of_one_device(folder, tmp_path, sets):
     words = [word for text in sets for word in ("--set", text)]
     recipe, run = str(folder / "recipe.toml"), tmp_path / "run"
     assert main(["train", recipe, "--out", str(run), *words]) == 0
@@ -95,9 +95,7 @@ def test_a_mesh_has_the_losses_of_one_device(folder: Path, tmp_path: Path, sets:
         (["loss.distil=1"], "did you mean 'distill'"),
     ],
 )
-def test_what_cannot_be_distilled(
-    folder: Path, capsys: pytest.CaptureFixture[str], settings: list[str], said: str
-) -> None:
+def test_what_cannot_be_distilled(folder, capsys, settings, said):
     sets = [word for setting in settings for word in ("--set", setting)]
     out = folder / "refused"
     assert main(["train", str(folder / "recipe.toml"), "--out", str(out), *sets]) == 2

@@ -37,7 +37,7 @@ steps = 100
 
 
 @pytest.fixture
-def tokens(tmp_path: Path) -> Path:
+def tokens(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "some text " * 64}))
     make_tokens(Making((str(tmp_path / "x.jsonl"),), "bytes"), tmp_path / "x")
     return tmp_path
@@ -52,7 +52,7 @@ def told(tokens: Path, name: str, passes: str, *sets: str, machine: str = "") ->
     return dry_run_facts(recipe, graph, batches, parse_machine(machine) if machine else None)
 
 
-def test_counts_are_those_of_the_model(tokens: Path) -> None:
+def test_counts_are_those_of_the_model(tokens):
     passes = "upcycle{experts=4 top-k=2}"
     facts = told(tokens, "llama_gqa", passes)
     with open_model(str(GOLDEN / "llama_gqa")) as model:
@@ -79,7 +79,7 @@ def test_counts_are_those_of_the_model(tokens: Path) -> None:
     assert "cpu:1: data:1, grouped, remat none" in text
 
 
-def test_micro_batches_and_machines_change_the_plan(tokens: Path) -> None:
+def test_micro_batches_and_machines_change_the_plan(tokens):
     plain = told(tokens, "llama_gqa", "upcycle{experts=4}")["plan"]
     parts = told(tokens, "llama_gqa", "upcycle{experts=4}", "run.micro_batches=4")["plan"]
     # Parameters are read, and sums of gradients written, for each of them.

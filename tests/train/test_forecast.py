@@ -31,14 +31,14 @@ def pilots(start: float, slope: float, fall: float = 0.25, seeds: int = 3) -> li
     return curves
 
 
-def test_at_equal_tokens_the_arms_cross_where_the_gain_is_zero() -> None:
+def test_at_equal_tokens_the_arms_cross_where_the_gain_is_zero():
     crossing = crossing_of(pilots(-0.03, 1e-4), BEHIND, 1.0, WARMUP)
     assert crossing.steps == pytest.approx(300, rel=0.1)
     assert crossing.low < 300 < crossing.high
     assert crossing.slope == pytest.approx(1e-4, rel=0.15)
 
 
-def test_at_equal_compute_the_dense_arm_is_allowed_more_steps() -> None:
+def test_at_equal_compute_the_dense_arm_is_allowed_more_steps():
     crossing = crossing_of(pilots(-0.03, 2e-4), BEHIND, 1.5, WARMUP)
     steps = crossing.steps
     worth = 0.25 * np.log((BEHIND + 1.5 * steps) / (BEHIND + steps))
@@ -46,14 +46,14 @@ def test_at_equal_compute_the_dense_arm_is_allowed_more_steps() -> None:
     assert steps > crossing_of(pilots(-0.03, 2e-4), BEHIND, 1.0, WARMUP).steps
 
 
-def test_a_gain_that_does_not_grow_never_crosses() -> None:
+def test_a_gain_that_does_not_grow_never_crosses():
     crossing = crossing_of(pilots(-0.03, -1e-5), BEHIND, 1.2, WARMUP)
     assert (crossing.steps, crossing.high) == (inf, inf)
     assert crossing.slope_low < 0
 
 
 @pytest.fixture(scope="module")
-def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def arms(tmp_path_factory):
     """Make both arms of two seeds; the second seed is the first one with other losses."""
     pytest.importorskip("orbax.checkpoint")
     folder = tmp_path_factory.mktemp("arms")
@@ -100,7 +100,7 @@ def answer(
 
 
 @pytest.mark.slow
-def test_the_command_says_yes_or_why_not(arms: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_yes_or_why_not(arms, capsys):
     no, facts, why = answer(arms, capsys)
     assert (no, facts["crossing"], why) == (False, None, "there is no pilot")
     runs = write_losses(arms, -0.06, 2e-3)
@@ -140,8 +140,6 @@ def test_the_command_says_yes_or_why_not(arms: Path, capsys: pytest.CaptureFixtu
         (("--price", "2"), "--price has no device-hours to price"),
     ],
 )
-def test_what_cannot_be_asked(
-    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_asked(options, message, capsys):
     assert main(["forecast", "preset:smollm2-135m", "--tokens", "1e9", *options]) == 2
     assert message in capsys.readouterr().err

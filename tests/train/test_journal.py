@@ -11,7 +11,6 @@ from moecc.jobs.train import TrainProgress
 from moecc.train.events import (
     Evaluated,
     Event,
-    Metric,
     Skipped,
     Stepped,
     guard_faults,
@@ -30,9 +29,7 @@ def record(path: Path, events: list[Event]) -> None:
 
 
 @pytest.mark.parametrize("rest", [b"", b'{"step":3,"lo', b"\xff", b'{"step":2}'])
-def test_a_resumed_run_has_the_bytes_of_one_that_was_not_killed(
-    tmp_path: Path, rest: bytes
-) -> None:
+def test_a_resumed_run_has_the_bytes_of_one_that_was_not_killed(tmp_path, rest):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     events: list[Event] = [stepped(1), stepped(2), Evaluated(2, {"a": 1.0}), stepped(3)]
     record(whole, events)
@@ -45,7 +42,7 @@ def test_a_resumed_run_has_the_bytes_of_one_that_was_not_killed(
     assert killed.read_bytes() == whole.read_bytes()
 
 
-def test_a_return_is_told_once_whether_or_not_it_was_interrupted(tmp_path: Path) -> None:
+def test_a_return_is_told_once_whether_or_not_it_was_interrupted(tmp_path):
     streak: list[Event] = [Skipped(4, {"loss": 9.0}, 3), Skipped(5, {"loss": 9.0}, 4)]
     back = Skipped(3, {}, 4, 3, (3, 4))
     once, twice = tmp_path / "once", tmp_path / "twice"
@@ -80,9 +77,9 @@ def test_a_return_is_told_once_whether_or_not_it_was_interrupted(tmp_path: Path)
     ids=["gradient", "loss", "spike"],
 )
 def test_a_skipped_step_has_the_quantity_at_fault(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    metrics: dict[str, Metric], line: dict[str, object], text: str,
-) -> None:  # fmt: skip
+    tmp_path, capsys,
+    metrics, line, text,
+):  # fmt: skip
     path = tmp_path / "metrics.jsonl"
     skipped = Skipped(1, metrics, 0, faults=guard_faults(metrics, 3.5))
     record(path, [skipped])
@@ -92,7 +89,7 @@ def test_a_skipped_step_has_the_quantity_at_fault(
     assert f"step 1 skipped: {text}" in capsys.readouterr().err
 
 
-def test_batches_that_are_left_out_are_passed_over() -> None:
+def test_batches_that_are_left_out_are_passed_over():
     assert [batch_of(step, (2, 3, 6)) for step in range(5)] == [0, 1, 4, 5, 7]
     at = Position(2, 50).without((2, 3)).without((6,))
     assert at.batch == 4

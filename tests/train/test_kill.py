@@ -64,7 +64,7 @@ def killed_after(words: list[str], seconds: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A folder with a recipe, and a run of it that nobody disturbed."""
     folder = tmp_path_factory.mktemp("kill")
     recipe = make_recipe(folder, RUN)
@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seconds(folder: Path) -> float:
+def seconds(folder):
     """How long a run takes whose programs are compiled."""
     started = time.monotonic()
     finish(command("train", folder / "recipe.toml", "--out", folder / "timed"))
@@ -109,16 +109,14 @@ def killed_runs(
         shutil.rmtree(run)
 
 
-def test_killed_at_random_moments(folder: Path, seconds: float, tmp_path: Path) -> None:
+def test_killed_at_random_moments(folder, seconds, tmp_path):
     recipe = folder / "recipe.toml"
     for run in killed_runs(tmp_path, seconds, ("train", recipe), ("train",)):
         assert same_runs(run, folder / "whole")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_after_the_step_and_saved(
-    folder: Path, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_a_signal_ends_it_after_the_step_and_saved(folder, tmp_path, number, code):
     run = tmp_path / "run"
     process = start(command("train", folder / "recipe.toml", "--out", run))
     while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_bytes():
@@ -134,7 +132,7 @@ def test_a_signal_ends_it_after_the_step_and_saved(
     assert same_runs(run, folder / "whole")
 
 
-def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing(folder, tmp_path):
     run = tmp_path / "run"
 
     # Less than the arrays of a checkpoint, more than the journal.  Python ignores SIGXFSZ.

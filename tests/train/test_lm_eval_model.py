@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ class Instance:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     folder = make_model(tmp_path_factory.mktemp("model") / "model", max_position_embeddings=64)
     (folder / "tokenizer.json").write_bytes(byte_tokenizer())
     draw_weights(folder)
@@ -41,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def harness(folder: Path) -> Iterator[HarnessModel]:
+def harness(folder):
     with open_model(str(folder)) as model, load_tokenizer(model) as tokenizer:
         yield HarnessModel(model, tokenizer, batch=4)
 
@@ -57,7 +55,7 @@ def log_p(harness: HarnessModel, ids: list[int]) -> np.ndarray:
     return np.take_along_axis(shares[: len(ids) - 1], np.asarray(ids[1:])[:, None], 1)[:, 0]
 
 
-def test_continuations_are_scored_after_their_contexts(harness: HarnessModel) -> None:
+def test_continuations_are_scored_after_their_contexts(harness):
     pairs = [("ab", "cd"), ("", "xyz"), ("a longer context of words ", "and its end"), ("q", "r")]
     found = harness.loglikelihood([Instance(pair) for pair in pairs] * 2)
     for (context, continuation), (score, _) in zip(pairs * 2, found, strict=True):
@@ -66,7 +64,7 @@ def test_continuations_are_scored_after_their_contexts(harness: HarnessModel) ->
         assert score == pytest.approx(float(each[len(before) - 1 :].sum()), rel=1e-4)
 
 
-def test_greedy_is_what_generation_finds(harness: HarnessModel) -> None:
+def test_greedy_is_what_generation_finds(harness):
     (text,) = harness.generate_until([Instance(("ab", {"until": [], "max_gen_toks": 3}))])
     assert harness.loglikelihood([Instance(("ab", text))])[0][1]
     assert not harness.loglikelihood([Instance(("ab", "?" + text))])[0][1]

@@ -41,7 +41,7 @@ def forget(run: Path, step: int) -> None:
             (saved.folder / "step.json").unlink()
 
 
-def test_a_run_goes_from_one_device_to_eight_and_back(tmp_path: Path) -> None:
+def test_a_run_goes_from_one_device_to_eight_and_back(tmp_path):
     settings = "steps = 10\nsave_steps = 2\nevaluate_steps = 5\nkeep = 9"
     recipe = make_recipe(tmp_path, settings, seq=32)
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -61,7 +61,7 @@ def read(arrays: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("mean", "noise"), [(0.0, 1.0), (3.0, 0.2), (0.3, 1.0)])
-def test_what_training_on_copies_would_have_left(mean: float, noise: float) -> None:
+def test_what_training_on_copies_would_have_left(mean, noise):
     """Scalar weights w of losses ½ (w x − y)² a token, which go to 2 of 4 copies at random."""
     rng, count = np.random.default_rng(0), 16 * 8
     w = np.full(count, 1.0)
@@ -109,7 +109,7 @@ def random_moments(graph: Graph, seed: int = 0) -> dict[str, Any]:
     return made
 
 
-def test_what_is_not_copied_keeps_its_moments_and_what_is_new_has_none() -> None:
+def test_what_is_not_copied_keeps_its_moments_and_what_is_new_has_none():
     graph = dense()
     known, saved = types_of(graph, "m", "v"), random_moments(graph)
     made = upcycled(graph, "experts=4 top-k=2")
@@ -120,7 +120,7 @@ def test_what_is_not_copied_keeps_its_moments_and_what_is_new_has_none() -> None
         assert (moment(made, known, saved, router, kind) == 0).all()
 
 
-def test_slices_and_scaled_weights_have_the_moments_of_their_parts() -> None:
+def test_slices_and_scaled_weights_have_the_moments_of_their_parts():
     graph = dense()
     known, saved = types_of(graph, "m", "v"), random_moments(graph)
     made = upcycled(graph, "experts=4 granularity=2 top-k=4 gates=softmax scale-placement=down")
@@ -145,7 +145,7 @@ def _scales(graph: Graph) -> Any:
     return [e for w in weights for e in walk(w) if isinstance(e, Scale)]
 
 
-def test_redrawn_neurons_have_no_first_moment_and_keep_the_second() -> None:
+def test_redrawn_neurons_have_no_first_moment_and_keep_the_second():
     graph = dense()
     known, saved = types_of(graph, "m", "v"), random_moments(graph)
     made = upcycled(graph, "experts=4 top-k=4 init=drop drop-ratio=0.5")
@@ -159,7 +159,7 @@ def test_redrawn_neurons_have_no_first_moment_and_keep_the_second() -> None:
     np.testing.assert_allclose(moment(noisy, known, saved, "up", "m"), kept, rtol=1e-6)
 
 
-def test_the_factors_of_adafactor_follow_their_axes() -> None:
+def test_the_factors_of_adafactor_follow_their_axes():
     graph = dense()
     by_embed, by_mlp = tensor(F32, embed=8), tensor(F32, mlp=16)
     known = {"v_row": {"up": by_mlp}, "v_col": {"up": by_embed}}

@@ -10,12 +10,12 @@ from moecc.train.batches import PERIOD, Mixture, permuted
 
 
 @given(st.integers(1, 700), st.integers(0, 2**64 - 1))
-def test_a_permutation_has_each_number_once(size: int, key: int) -> None:
+def test_a_permutation_has_each_number_once(size, key):
     assert sorted(permuted(np.arange(size), size, key)) == list(range(size))
 
 
 @given(st.integers(1, 2**40), st.integers(0, 2**64 - 1), st.data())
-def test_numbers_of_a_large_range_stay_in_it(size: int, key: int, data: st.DataObject) -> None:
+def test_numbers_of_a_large_range_stay_in_it(size, key, data):
     some = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=5, unique=True)), int)
     found = permuted(some, size, key)
     assert ((found >= 0) & (found < size)).all()
@@ -28,9 +28,7 @@ def test_numbers_of_a_large_range_stay_in_it(size: int, key: int, data: st.DataO
     st.integers(0, 99),
     st.integers(0, 2 * PERIOD),
 )
-def test_shares_hold_in_every_stretch(
-    corpora: list[tuple[int, float]], seed: int, start: int
-) -> None:
+def test_shares_hold_in_every_stretch(corpora, seed, start):
     rows, weights = zip(*corpora, strict=True)
     mixture = Mixture(rows, weights, seed)
     corpus, _, _ = mixture.find(range(start, start + 1000))
@@ -41,7 +39,7 @@ def test_shares_hold_in_every_stretch(
         assert off < 2 * (1 - share) + 2 * share * (len(rows) - 1) + rounded
 
 
-def test_an_epoch_has_each_row_once_and_the_next_another_order() -> None:
+def test_an_epoch_has_each_row_once_and_the_next_another_order():
     mixture = Mixture((7, 12), (1.0, 3.0), 5)
     corpus, epoch, row = mixture.find(range(200))
     orders = {}
@@ -54,7 +52,7 @@ def test_an_epoch_has_each_row_once_and_the_next_another_order() -> None:
     assert orders[0, 0] != tuple(Mixture((7, 12), (1.0, 3.0), 6).find(range(28))[2][:7])
 
 
-def test_numbers_may_be_asked_for_in_any_order() -> None:
+def test_numbers_may_be_asked_for_in_any_order():
     mixture = Mixture((70, 30), (0.6, 0.4), 1)
     whole = mixture.find(range(500))
     some = np.random.default_rng(0).permutation(500)[:100]
@@ -62,7 +60,7 @@ def test_numbers_may_be_asked_for_in_any_order() -> None:
         assert (a[some] == b).all()
 
 
-def test_the_order_stays_what_it_was() -> None:
+def test_the_order_stays_what_it_was():
     """Resuming under a later version of moecc needs the same rows."""
     corpus, epoch, row = Mixture((10, 4), (0.7, 0.3), 42).find(range(16))
     assert corpus.tolist() == [0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0]

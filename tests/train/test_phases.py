@@ -19,7 +19,7 @@ GROUPS = "[{match='router'}, {match='norm', freeze=true}, {match='*', from_step=
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def test_a_phase_freezes_what_begins_later() -> None:
+def test_a_phase_freezes_what_begins_later():
     section = OptimizerSection(
         groups=(
             ParameterGroup("router"),
@@ -40,7 +40,7 @@ def test_a_phase_freezes_what_begins_later() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory):
     pytest.importorskip("orbax.checkpoint")
     from .tiny import make_recipe
 
@@ -63,7 +63,7 @@ def tensor(run: Path, step: int, name: str) -> np.ndarray:
     return StateReader(saved.state).read(name)
 
 
-def test_what_begins_later_has_no_moments_before(run: Path) -> None:
+def test_what_begins_later_has_no_moments_before(run):
     assert {n.split(".")[-2] for n in names(run, 2, "moments.m")} == {"router"}
     # A state is that of the step which follows.
     assert EMBEDDING in names(run, 3, "moments.m")
@@ -74,7 +74,7 @@ def test_what_begins_later_has_no_moments_before(run: Path) -> None:
     assert int(tensor(run, 5, "moments.count.3")) == 2
 
 
-def test_what_begins_later_stays_as_it_was_before(run: Path) -> None:
+def test_what_begins_later_stays_as_it_was_before(run):
     first, third, fourth = (tensor(run, step, f"params.{EMBEDDING}") for step in (1, 3, 4))
     np.testing.assert_array_equal(first, third)
     assert (third != fourth).any()
@@ -83,7 +83,7 @@ def test_what_begins_later_stays_as_it_was_before(run: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_run_goes_on_in_either_phase(run: Path, step: int, tmp_path: Path) -> None:
+def test_a_run_goes_on_in_either_phase(run, step, tmp_path):
     again = tmp_path / "run"
     shutil.copytree(run, again)
     for saved in saved_steps(again):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -38,20 +37,20 @@ def problems(text: str, *sets: str, error: type[MoeccError] = InputError) -> lis
     return [str(p) for p in caught.value.problems]
 
 
-def test_a_recipe_round_trips_with_every_default_written_out() -> None:
+def test_a_recipe_round_trips_with_every_default_written_out():
     recipe = small("mesh.mesh=data:2", 'optimizer.groups=[{match="moe", freeze=true}]')
     text = write_recipe(recipe)
     assert parse_recipe(text, "x") == recipe
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_are_valid(name: str) -> None:
+def test_shipped_recipes_are_valid(name):
     recipe = load_recipe(f"recipe:{name}")
     assert parse_recipe(write_recipe(recipe), name) == recipe
     assert "moecc train recipe:" + name in shipped_text(name)
 
 
-def test_all_problems_come_at_once_with_their_lines() -> None:
+def test_all_problems_come_at_once_with_their_lines():
     text = (
         '[model]\nsource = 3\nstrat = "random"\n\n[data]\nbatch = 8.0\nobjective = "causel"\n'
         '[[data.train]]\ntokens = "a"\nwieght = 2\n\n[run]\nstep = 10\nmicro_batches = 0\n'
@@ -116,13 +115,13 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
         (["run.seed=9223372036854775808"], "too large a number"),
     ],
 )
-def test_values_are_checked_together(sets: list[str], what: str) -> None:
+def test_values_are_checked_together(sets, what):
     (found,) = problems(SMALL, *sets, error=UsageError)
     assert what in found
     assert found.startswith("--set ")
 
 
-def test_options_replace_values_and_words_are_texts() -> None:
+def test_options_replace_values_and_words_are_texts():
     recipe = small("run.steps=20", "run.guard.sigma=3", "model.source=preset:smollm2-135m",
                    "data.train.0.weight=2", "data.evaluate=[{tokens='hf:a/b'}]")  # fmt: skip
     assert recipe.run.steps == 20
@@ -132,9 +131,7 @@ def test_options_replace_values_and_words_are_texts() -> None:
     assert recipe.data.evaluate[0].tokens == "hf:a/b"
 
 
-def test_paths_are_relative_to_the_file_and_of_options_to_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_relative_to_the_file_and_of_options_to_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "r.toml").write_text(SMALL.replace('"m"', '"../m@best"'))
     monkeypatch.chdir(tmp_path)
@@ -145,7 +142,7 @@ def test_paths_are_relative_to_the_file_and_of_options_to_the_working_folder(
     assert moved.data.train[0].tokens == str(tmp_path / "t")
 
 
-def test_bad_files_are_one_message(tmp_path: Path) -> None:
+def test_bad_files_are_one_message(tmp_path):
     place = tmp_path / "upcycle.toml"
     with pytest.raises(InputError, match="recipe:upcycle"):
         load_recipe(str(place))
@@ -162,7 +159,7 @@ def test_bad_files_are_one_message(tmp_path: Path) -> None:
         load_recipe("recipe:upcycel")
 
 
-def test_the_digest_is_of_the_function_and_not_of_where_it_runs() -> None:
+def test_the_digest_is_of_the_function_and_not_of_where_it_runs():
     one = small()
     moved = replace(one, mesh=MeshSection("data:8"), model=ModelSection("/other"))
     moved = replace(moved, data=replace(one.data, train=(Corpus("/disk/t"),)))
@@ -197,7 +194,7 @@ x = 3
 '''
 
 
-def test_every_value_has_its_line() -> None:
+def test_every_value_has_its_line():
     places = toml_lines(TOML)
     found: dict[str, int] = {"/".join(map(str, path)): line for path, line in places.items()}
     assert found == {

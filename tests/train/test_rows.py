@@ -24,14 +24,14 @@ def all_tokens(lengths: np.ndarray) -> list[tuple[int, int]]:
 
 
 @given(LENGTHS, st.integers(1, 20))
-def test_a_stream_is_cut_into_full_rows(lengths: np.ndarray, row: int) -> None:
+def test_a_stream_is_cut_into_full_rows(lengths, row):
     found = tokens(StreamPlan(lengths, row))
     assert [t for each in found for t in each] == all_tokens(lengths)
     assert all(len(each) == row for each in found[:-1])
 
 
 @given(LENGTHS, st.integers(1, 20), st.integers(0, 3))
-def test_packed_rows_have_every_token_once(lengths: np.ndarray, most: int, around: int) -> None:
+def test_packed_rows_have_every_token_once(lengths, most, around):
     plan = PackedPlan(lengths, most)
     assert sorted(t for each in tokens(plan) for t in each) == all_tokens(lengths)
     plan.pack((plan.sizes + around)[None], np.array([most + around]))
@@ -47,7 +47,7 @@ def test_packed_rows_have_every_token_once(lengths: np.ndarray, most: int, aroun
     st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), min_size=1, max_size=60),
     st.integers(9, 20),
 )
-def test_every_budget_is_kept(pairs: list[tuple[int, int]], second: int) -> None:
+def test_every_budget_is_kept(pairs, second):
     costs, budgets = np.array(pairs).T, np.array([30, second])
     packed = pack(costs, budgets)
     assert sorted(packed.order.tolist()) == list(range(len(pairs)))

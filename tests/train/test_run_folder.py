@@ -33,7 +33,7 @@ from moecc.train.run import (
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     folder = tmp_path / "run"
     create_run(
         folder, recipe="[model]\n", graph="moe 1\n", lineage={"schema": LINEAGE_SCHEMA},
@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_only_the_beginning_of_a_run_is_removed_unasked(tmp_path: Path) -> None:
+def test_only_the_beginning_of_a_run_is_removed_unasked(tmp_path):
     def create() -> None:
         create_run(
             tmp_path / "run", recipe="[model]\n", graph="moe 1\n", lineage={}, source={}
@@ -69,7 +69,7 @@ def save(run: Path, step: int, loss: float | None = None) -> None:
     finish_step(run, step, {"loss": loss, "tokens": step, "left_out": [], "tensors": {}})
 
 
-def test_each_process_hashes_what_it_wrote(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_hashes_what_it_wrote(run, monkeypatch):
     import moecc.train.run as module
 
     state = begin_step(run, 1)
@@ -97,7 +97,7 @@ def numbers(run: Path) -> list[int]:
     return [s.number for s in saved_steps(run)]
 
 
-def test_references_name_a_run_and_a_step(run: Path, tmp_path: Path) -> None:
+def test_references_name_a_run_and_a_step(run, tmp_path):
     assert is_run(run)
     assert split_reference(str(run)) == (str(run), "last")
     assert split_reference(f"{run}@best") == (str(run), "best")
@@ -105,7 +105,7 @@ def test_references_name_a_run_and_a_step(run: Path, tmp_path: Path) -> None:
     assert split_reference(str(tmp_path)) is None
 
 
-def test_steps_are_chosen_by_number_last_and_best(run: Path) -> None:
+def test_steps_are_chosen_by_number_last_and_best(run):
     with pytest.raises(InputError, match="no checkpoint yet"):
         choose_step(run, "last")
     for step, loss in ((10, 2.0), (20, 1.5), (30, None)):
@@ -117,14 +117,14 @@ def test_steps_are_chosen_by_number_last_and_best(run: Path) -> None:
         choose_step(run, "11")
 
 
-def test_the_last_steps_and_the_best_are_kept(run: Path) -> None:
+def test_the_last_steps_and_the_best_are_kept(run):
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, None)):
         save(run, step, loss)
         keep_steps(run, 2)
     assert numbers(run) == [2, 4, 5]
 
 
-def test_a_step_without_its_facts_is_none_and_is_removed(run: Path) -> None:
+def test_a_step_without_its_facts_is_none_and_is_removed(run):
     save(run, 1)
     begin_step(run, 2).mkdir()
     (run / "steps" / "7.orbax-tmp").mkdir()
@@ -134,7 +134,7 @@ def test_a_step_without_its_facts_is_none_and_is_removed(run: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["steps/1/state/data", "graph.moe", "source/config.json"])
-def test_a_changed_file_is_found(run: Path, file: str) -> None:
+def test_a_changed_file_is_found(run, file):
     save(run, 1)
     step = saved_steps(run)[0]
     check_step(run, step)
@@ -143,7 +143,7 @@ def test_a_changed_file_is_found(run: Path, file: str) -> None:
         check_step(run, step)
 
 
-def test_a_changed_digest_and_a_missing_file_are_found(run: Path) -> None:
+def test_a_changed_digest_and_a_missing_file_are_found(run):
     save(run, 1)
     step = saved_steps(run)[0]
     (step.state / "data").unlink()
@@ -166,7 +166,7 @@ FORMS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(("key", "value"), FORMS.items(), ids=FORMS)
-def test_a_stranger_s_step_is_a_message(run: Path, key: str, value: object) -> None:
+def test_a_stranger_s_step_is_a_message(run, key, value):
     save(run, 1, loss=2.0)
     rewrite(run, **{key: value})
     step = saved_steps(run)[0]
@@ -177,9 +177,7 @@ def test_a_stranger_s_step_is_a_message(run: Path, key: str, value: object) -> N
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../../outside"])
-def test_no_file_outside_of_the_run_is_hashed(
-    run: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_no_file_outside_of_the_run_is_hashed(run, monkeypatch, name):
     save(run, 1)
     hashed: list[Path] = []
     monkeypatch.setattr(
@@ -196,7 +194,7 @@ def test_no_file_outside_of_the_run_is_hashed(
 
 
 @pytest.mark.parametrize("part", ["source", "steps/1/state", "steps/1", "steps/1/state/data"])
-def test_a_link_out_of_the_run_is_refused(run: Path, part: str) -> None:
+def test_a_link_out_of_the_run_is_refused(run, part):
     save(run, 1)
     check_step(run, saved_steps(run)[0])
     (run / part).rename(run.parent / "outside")
@@ -215,14 +213,14 @@ def rewrite(run: Path, **changes: object) -> None:
     path.write_bytes(seal(json.dumps(facts, indent=1).encode().removesuffix(b"\n}")))
 
 
-def test_a_moved_step_is_refused(run: Path) -> None:
+def test_a_moved_step_is_refused(run):
     save(run, 1)
     (run / "steps" / "1").rename(run / "steps" / "3")
     with pytest.raises(InputError, match="or was moved"):
         _ = saved_steps(run)[0].facts
 
 
-def test_one_process_trains_a_run(run: Path) -> None:
+def test_one_process_trains_a_run(run):
     with (
         locked_run(run),
         pytest.raises(InputError, match="another process trains this run"),
@@ -233,7 +231,7 @@ def test_one_process_trains_a_run(run: Path) -> None:
         pass
 
 
-def test_a_run_is_made_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_run_is_made_as_a_whole_or_not_at_all(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(InputError):
         create_run(

@@ -20,7 +20,7 @@ def rows(losses: np.ndarray, tokens: np.ndarray) -> UnitScores:
     return UnitScores(losses, tokens, np.zeros_like(tokens))
 
 
-def test_a_difference_by_hand() -> None:
+def test_a_difference_by_hand():
     """Rows of equal length: the mean of differences, and the standard error of a mean."""
     tokens = np.full(6, 10)
     first = rows(np.array([20.0, 22, 18, 25, 21, 19]), tokens)
@@ -32,7 +32,7 @@ def test_a_difference_by_hand() -> None:
     assert found.low > 0 or found.high < 0
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_holds_the_truth_as_often_as_it_says():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(400):
         tokens = rng.integers(20, 60, 25)
@@ -43,7 +43,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert 0.92 <= hits / 400 <= 0.98
 
 
-def test_a_document_is_one_unit_in_however_many_rows_it_is() -> None:
+def test_a_document_is_one_unit_in_however_many_rows_it_is():
     losses = np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 0.0]])
     counted = losses > 0
     scores = TokenScores(losses, counted, counted & (losses > 3))
@@ -54,12 +54,12 @@ def test_a_document_is_one_unit_in_however_many_rows_it_is() -> None:
     assert units.hits.tolist() == [0, 2, 4]
 
 
-def test_f1_by_hand() -> None:
+def test_f1_by_hand():
     answers, guesses = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 2])
     assert macro_f1(answers, guesses, 4) == pytest.approx((4 / 6 + 2 / 4 + 1) / 3)
 
 
-def test_each_example_is_repeated_with_each_label() -> None:
+def test_each_example_is_repeated_with_each_label():
     class Facts:
         labels = (type("L", (), {"tokens": (9,)})(), type("L", (), {"tokens": (7, 8)})())
 

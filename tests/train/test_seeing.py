@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ def metrics(step: int, loads: list[float], entropy: float = 1.3) -> dict[str, An
     return {"loss": 4.0 / step, f"{LAYER}.loads": loads, f"{LAYER}.entropy": entropy}
 
 
-def test_a_dead_expert_is_seen_once_and_again_after_it_lived() -> None:
+def test_a_dead_expert_is_seen_once_and_again_after_it_lived():
     watch, found = Watch(), []
     for step in range(1, 3 * DEAD_STEPS + 2):
         alive = step == 2 * DEAD_STEPS - 5
@@ -42,7 +41,7 @@ def test_a_dead_expert_is_seen_once_and_again_after_it_lived() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     """A run of 1,200 steps with two experts, the second of which dies."""
     folder = tmp_path / "run <1>"
     stage = {"source": "model", "pipeline": "upcycle", "recipe": "sha256:0123456789abcdef"}
@@ -60,7 +59,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_series_of_a_journal(run: Path) -> None:
+def test_series_of_a_journal(run):
     found = read_run(run)
     assert found.layers == ["layers.1.ffn"]
     loss = found.scalar("loss")
@@ -76,7 +75,7 @@ def test_series_of_a_journal(run: Path) -> None:
     assert [a.step for a in found.alarms()] == [900 + DEAD_STEPS]
 
 
-def test_the_pace_of_a_run_is_that_of_steps_that_compiled_nothing(run: Path) -> None:
+def test_the_pace_of_a_run_is_that_of_steps_that_compiled_nothing(run):
     assert read_run(run).facts["seconds a step"] == "not measured"
     lines = [{"step": 1, "seconds": 9.0, "compiles": True}, {"step": 2, "saved_seconds": 7.0}]
     lines += [{"step": s, "seconds": s / 10, "planned_seconds": 0.25} for s in (2, 3, 4)]
@@ -87,13 +86,13 @@ def test_the_pace_of_a_run_is_that_of_steps_that_compiled_nothing(run: Path) -> 
         read_run(run)
 
 
-def test_the_work_of_a_step_is_compared_with_peak_and_plan() -> None:
+def test_the_work_of_a_step_is_compared_with_peak_and_plan():
     assert StepWork(6e9).figures(2.0) == {"flops_per_second": 3e9}
     figures = StepWork(6e9, 12e9, 1.5).figures(2.0)
     assert figures == {"flops_per_second": 3e9, "mfu": 0.25, "planned_seconds": 1.5}
 
 
-def test_what_is_no_run_or_made_no_step_is_refused(run: Path, tmp_path: Path) -> None:
+def test_what_is_no_run_or_made_no_step_is_refused(run, tmp_path):
     with pytest.raises(InputError, match="not the folder of a run"):
         read_run(tmp_path)
     (run / "metrics.jsonl").write_text("")
@@ -101,9 +100,7 @@ def test_what_is_no_run_or_made_no_step_is_refused(run: Path, tmp_path: Path) ->
         read_run(run)
 
 
-def test_the_page_is_whole_and_loads_nothing(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_is_whole_and_loads_nothing(run, tmp_path, capsys):
     pytest.importorskip("plotly")
     page = tmp_path / "page.html"
     assert main(["report", str(run), "--html", str(page), "--format", "json"]) == 0
@@ -132,9 +129,7 @@ JOURNALS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("line", JOURNALS.values(), ids=JOURNALS)
-def test_a_stranger_s_journal_is_a_message(
-    run: Path, capfd: pytest.CaptureFixture[str], line: object
-) -> None:
+def test_a_stranger_s_journal_is_a_message(run, capfd, line):
     lines = [json.dumps({"step": 1, **metrics(1, [0.5, 0.5])}), json.dumps(line)]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert main(["report", str(run), "--html", str(run.parent / "a.html")]) == 1
@@ -145,15 +140,13 @@ def test_a_stranger_s_journal_is_a_message(
     "stages",
     [None, [], [1], [{"recipe": 1}], [{"tokens": "8"}]],
 )
-def test_a_stranger_s_lineage_is_a_message(
-    run: Path, capfd: pytest.CaptureFixture[str], stages: object
-) -> None:
+def test_a_stranger_s_lineage_is_a_message(run, capfd, stages):
     (run / "lineage.json").write_text(json.dumps({"schema": LINEAGE_SCHEMA, "stages": stages}))
     assert main(["report", str(run), "--html", str(run.parent / "a.html")]) == 1
     assert "lineage.json: stages" in capfd.readouterr().err
 
 
-def test_event_files_have_what_passed_by(tmp_path: Path) -> None:
+def test_event_files_have_what_passed_by(tmp_path):
     pytest.importorskip("tensorboardX")
     events = [Stepped(s, {"loss": 1.0 / s}, s, 0.1) for s in range(1, 5)]
     assert list(tracked(events, [TensorBoard(tmp_path, 0)], 2)) == events

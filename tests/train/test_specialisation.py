@@ -22,7 +22,7 @@ def routed(tokens: list[int], experts: list[int], size: int = 4) -> RoutedTokens
     return RoutedTokens("layers.0.ffn", size, np.array(tokens), np.array(experts))
 
 
-def test_a_choice_that_follows_from_the_token_is_explained() -> None:
+def test_a_choice_that_follows_from_the_token_is_explained():
     layer = routed([0, 1, 2, 3] * 50, [3, 2, 1, 0] * 50)
     assert layer.explained == pytest.approx(1)
     assert layer.by_chance < 0.1
@@ -30,7 +30,7 @@ def test_a_choice_that_follows_from_the_token_is_explained() -> None:
     np.testing.assert_allclose(layer.shares, 0.25)
 
 
-def test_information_by_hand() -> None:
+def test_information_by_hand():
     """Half of the first token's go elsewhere: H(expert) - H(expert | token), in nats."""
     layer = routed([0, 0, 1, 1], [0, 1, 1, 1])
     expected = -(math.log(0.25) * 0.25 + math.log(0.75) * 0.75) - 0.5 * math.log(2)
@@ -48,7 +48,7 @@ def specialise(model: Path, data: Path, *more: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokens(tmp_path_factory):
     out = tmp_path_factory.mktemp("tokens") / "tokens"
     words, chance = (
         ["a", "token", "goes", "to", "the", "expert", "of", "its", "row"],
@@ -61,9 +61,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_decoder_whose_router_is_a_hash_is_explained_by_the_token(
-    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_decoder_whose_router_is_a_hash_is_explained_by_the_token(tokens, tmp_path, capsys):
     model = draw_weights(make_model(tmp_path / "model"))
     passes = "upcycle{experts=4 top-k=1 routing=hash layers=every:2}"
     (layer,) = specialise(model, tokens, "-p", passes, capsys=capsys)
@@ -74,9 +72,7 @@ def test_a_decoder_whose_router_is_a_hash_is_explained_by_the_token(
     assert {t["part"] for e in layer["experts"] for t in e["tokens"]} == {1.0}
 
 
-def test_an_encoder_decoder_has_sentinels_in_both_stacks(
-    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_encoder_decoder_has_sentinels_in_both_stacks(tokens, tmp_path, capsys):
     model = draw_weights(make_model(tmp_path / "model", "t5_relu_tied"))
     layers = specialise(model, tokens, "-p", "upcycle{experts=4 top-k=2}", capsys=capsys)
     assert {layer["layer"].split(".")[0] for layer in layers} == {"encoder", "decoder"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -12,7 +10,7 @@ from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.train.state import Canonical, canonical, initial, moment, stored
+from moecc.train.state import canonical, initial, moment, stored
 from moecc.weights.evaluate import evaluate
 
 ROLLED = "cse,roll-layers"
@@ -25,29 +23,29 @@ def run(graph: Graph, passes: str) -> Graph:
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model():
     with open_model("tests/golden/llama_gqa") as opened:
         run(opened.graph, UPCYCLE)
         yield opened
 
 
 @pytest.fixture(scope="module")
-def made(model: Any) -> Canonical:
+def made(model):
     return canonical(model.graph)
 
 
-def test_the_canonical_graph_reads_its_parameters_by_their_own_names(made: Canonical) -> None:
+def test_the_canonical_graph_reads_its_parameters_by_their_own_names(made):
     for name, param in made.graph.params.items():
         assert str(param.weight).startswith(f'source("{name}" : f32[')
 
 
-def test_a_rolled_model_has_the_same_canonical_graph(model: Any, made: Canonical) -> None:
+def test_a_rolled_model_has_the_same_canonical_graph(model, made):
     rolled = run(clone(model.graph), "roll-layers")
     assert any("{" in name for name in rolled.params)
     assert canonical(rolled).graph.params.keys() == made.graph.params.keys()
 
 
-def test_what_is_stored_of_a_rolled_program_restores_it(model: Any, made: Canonical) -> None:
+def test_what_is_stored_of_a_rolled_program_restores_it(model, made):
     program, tensors = run(clone(made.graph), ROLLED), {}
     arrays = {}
     for name, param in program.params.items():
@@ -64,7 +62,7 @@ def test_what_is_stored_of_a_rolled_program_restores_it(model: Any, made: Canoni
 
 
 @pytest.mark.parametrize("dropped", [None, "mlp", "embed"])
-def test_moments_go_the_ways_of_their_parameters(made: Canonical, dropped: str | None) -> None:
+def test_moments_go_the_ways_of_their_parameters(made, dropped):
     name = "model.layers.{0..2}.mlp.up_proj.weight"
     param = run(clone(made.graph), ROLLED).params[name]
     type = param.type if dropped is None else param.type.without(dropped)

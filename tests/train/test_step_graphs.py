@@ -50,9 +50,7 @@ def imported(name: str, passes: str) -> Graph:
         ("bert_gelu", Objective.MASKED),
     ],
 )
-def test_steps_take_what_batches_give(
-    tmp_path: Path, name: str, objective: Objective, packing: bool
-) -> None:
+def test_steps_take_what_batches_give(tmp_path, name, objective, packing):
     (tmp_path / "x.txt").write_text("some text " * 40)
     make_tokens(Making((str(tmp_path / "x.txt"),), "bytes"), tmp_path / "x")
     data = DataSection((Corpus(str(tmp_path / "x")),), objective=objective, batch=4, seq=32,
@@ -72,7 +70,7 @@ def test_steps_take_what_batches_give(
             assert value.type.dtype.kind == "key" or batch[value.name].ndim == value.type.rank
 
 
-def test_a_tied_head_is_the_embedding() -> None:
+def test_a_tied_head_is_the_embedding():
     graph = imported("bert_gelu", "dce")
     made = clone(graph)
     run_pipeline(made, Pipeline.parse("tie-head"))
@@ -97,7 +95,7 @@ def noisy(**routing: float) -> Recipe:
 
 
 @pytest.mark.parametrize(("key", "layers"), [("jitter", 3), ("dropout", 6), ("expert_dropout", 3)])
-def test_training_alone_is_perturbed(key: str, layers: int) -> None:
+def test_training_alone_is_perturbed(key, layers):
     graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
     plain, made = train_graph(graph, noisy()), train_graph(graph, noisy(**{key: 0.1}))
     assert "key" not in plain.inputs
@@ -105,7 +103,7 @@ def test_training_alone_is_perturbed(key: str, layers: int) -> None:
     assert equal(eval_graph(graph, noisy(**{key: 0.1})), eval_graph(graph, noisy()))
 
 
-def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for() -> None:
+def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for():
     graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
 
     def asked(**routing: str) -> Recipe:
@@ -129,9 +127,7 @@ def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for() -> Non
     ("remat", "mesh", "weighted"),
     [("none", "", False), ("full", "", True), ("none", "data=2,expert=2", True)],
 )
-def test_rows_are_weighted_at_their_experts_where_it_spares_something(
-    remat: str, mesh: str, weighted: bool
-) -> None:
+def test_rows_are_weighted_at_their_experts_where_it_spares_something(remat, mesh, weighted):
     graph, recipe = imported("llama_gqa", "upcycle{experts=4 top-k=2}"), noisy()
     run = replace(recipe.run, remat=remat)
     asked = replace(recipe, run=run, mesh=replace(recipe.mesh, mesh=mesh))
@@ -149,9 +145,7 @@ def test_rows_are_weighted_at_their_experts_where_it_spares_something(
         ),
     ],
 )  # fmt: skip
-def test_a_mesh_with_collectives_of_its_own_divides_the_batch(
-    mesh: str, rules: tuple[str, ...], told: str
-) -> None:
+def test_a_mesh_with_collectives_of_its_own_divides_the_batch(mesh, rules, told):
     graph, recipe = imported("llama_gqa", "cse"), noisy()
     section = replace(recipe.mesh, mesh=mesh, rules=rules)
     plain = replace(recipe, mesh=section, routing=RoutingSection())
@@ -169,7 +163,7 @@ def test_a_mesh_with_collectives_of_its_own_divides_the_batch(
         ("upcycle{experts=4 top-k=2 gates=ones}", True),
     ],
 )
-def test_routers_without_a_gradient_are_remarked(passes: str, told: bool) -> None:
+def test_routers_without_a_gradient_are_remarked(passes, told):
     found = list(training_remarks(imported("llama_gqa", passes)))
     assert bool(found) == told
     if told:

@@ -31,14 +31,14 @@ RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 2"
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """The folder where runs of a store are trained."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
-def recipe(store: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(store, tmp_path_factory):
     """A recipe whose tokens are in the store, with a run of it on this machine, ``whole``."""
     from moecc.cli.main import main
 
@@ -58,9 +58,7 @@ def download(store: Any, name: str, folder: Path) -> Path:
     return folder
 
 
-def test_a_run_in_a_store_is_that_of_a_folder(
-    store: Any, recipe: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_in_a_store_is_that_of_a_folder(store, recipe, cache, tmp_path, capsys):
     address = "s3://bucket/run"
     code, text = said(capsys, "train", recipe, "--out", address)
     assert code == 0, text
@@ -88,9 +86,9 @@ class Killed(BaseException):
 
 
 def test_a_run_survives_the_loss_of_its_machine_at_every_upload(
-    store: Any, recipe: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    store, recipe, cache, tmp_path, monkeypatch,
+    capsys,
+):  # fmt: skip
     import fsspec
 
     system, address = fsspec.filesystem("s3"), "s3://bucket/lost"
@@ -155,9 +153,7 @@ def ended(started: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(started, texts, strict=True)]
 
 
-def test_machines_that_share_no_folder_train_one_run(
-    store: Any, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_machines_that_share_no_folder_train_one_run(store, recipe, tmp_path, capsys):
     def words(name: str) -> tuple[object, ...]:
         return ("train", recipe, "--out", f"s3://bucket/{name}", "--set", MESH,
                 "--set", 'mesh.rules=["fsdp"]', "--set", "run.export_steps=6",

@@ -43,7 +43,7 @@ def problems(error: pytest.ExceptionInfo[Any]) -> list[str]:
     return [str(p) for p in error.value.problems]
 
 
-def test_documents_come_back_as_they_were(tmp_path: Path) -> None:
+def test_documents_come_back_as_they_were(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "b.txt").write_text("second ü\n")
@@ -63,7 +63,7 @@ def test_documents_come_back_as_they_were(tmp_path: Path) -> None:
 
 @settings(max_examples=20)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=12))
-def test_every_text_is_kept_once(texts: list[str]) -> None:
+def test_every_text_is_kept_once(texts):
     import tempfile
 
     with tempfile.TemporaryDirectory() as place:
@@ -79,7 +79,7 @@ def test_every_text_is_kept_once(texts: list[str]) -> None:
         assert facts.duplicates == len(filled) - len(kept)
 
 
-def test_held_out_documents_are_in_one_part_whatever_their_order(tmp_path: Path) -> None:
+def test_held_out_documents_are_in_one_part_whatever_their_order(tmp_path):
     records = [{"text": f"document {n // 2}"} for n in range(400)]
     lines(tmp_path / "x.jsonl", *records)
     lines(tmp_path / "y.jsonl", *records[::-1])
@@ -95,7 +95,7 @@ def test_held_out_documents_are_in_one_part_whatever_their_order(tmp_path: Path)
         open_tokens(tmp_path / "x")
 
 
-def test_examples_have_prompts_and_labels(tmp_path: Path) -> None:
+def test_examples_have_prompts_and_labels(tmp_path):
     source = lines(
         tmp_path / "x.jsonl",
         {"a": "one", "b": 2, "label": "yes"},
@@ -112,7 +112,7 @@ def test_examples_have_prompts_and_labels(tmp_path: Path) -> None:
     assert bytes(facts.labels[0].tokens) == b" yes"
 
 
-def test_all_problems_of_the_texts_come_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_the_texts_come_at_once(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": 3}\nnope\n{"body": "b"}\n{"text": []}\n[]\n')
     (tmp_path / "y.txt").write_bytes(b"latin \xe9")
     (tmp_path / "z.txt.gz").write_bytes(gzip.compress(b"short")[:-6])
@@ -133,7 +133,7 @@ def test_all_problems_of_the_texts_come_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path: Path) -> None:
+def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path):
     (tmp_path / "x.txt").write_text(" \n")
     with pytest.raises(InputError, match="the corpus is empty"):
         make(tmp_path / "out", tmp_path / "x.txt")
@@ -149,9 +149,7 @@ def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_long_documents_are_rejected_with_a_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_documents_are_rejected_with_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "LARGEST_DOCUMENT_BYTES", 64)
     (tmp_path / "x.txt").write_text("a line of text\n" * 20)
     for split in ("file", "paragraph", "form-feed"):
@@ -164,7 +162,7 @@ def test_long_documents_are_rejected_with_a_way_out(
 
 
 @pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
+def tokenizer(tmp_path):
     """A small word tokenizer with special tokens, as a checkpoint has it."""
     tokenizers = pytest.importorskip("tokenizers")
     words = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", "<extra_id_0>", "<extra_id_1>", "a", "b"]
@@ -183,9 +181,7 @@ def tokenizer(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_tokenizer_has_its_special_tokens(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_has_its_special_tokens(tmp_path, tokenizer, monkeypatch):
     # So small that texts are cut, and the process is replaced.
     monkeypatch.setattr(encoders, "PIECE_CHARACTERS", 8)
     monkeypatch.setattr(encoders, "_RESTART_CHARACTERS", 8)
@@ -204,7 +200,7 @@ def test_a_tokenizer_has_its_special_tokens(
     assert facts.tokenizer_digest.startswith("sha256:")
 
 
-def test_damaged_folders_are_rejected(tmp_path: Path) -> None:
+def test_damaged_folders_are_rejected(tmp_path):
     (tmp_path / "x.txt").write_text("abc" * 10)
     out = tmp_path / "out"
     make(out, tmp_path / "x.txt")
@@ -230,7 +226,7 @@ def test_damaged_folders_are_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_writer_leaves_no_folder(tmp_path: Path, end: signal.Signals) -> None:
+def test_a_killed_writer_leaves_no_folder(tmp_path, end):
     pipe = tmp_path / "slow.jsonl"
     lines(pipe, *({"text": f"text {n}" * 50} for n in range(200)))
     code = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +18,13 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "llama_gqa"
 
 
 @pytest.fixture(params=["upcycle{experts=4 top-k=2}", "upcycle{experts=4 top-k=2},roll-layers"])
-def model(request: pytest.FixtureRequest) -> Any:
+def model(request):
     with open_model(str(GOLDEN)) as opened:
         run_pipeline(opened.graph, Pipeline.parse(request.param))
         yield opened
 
 
-def test_what_is_written_is_what_was_given(model: Any, tmp_path: Path) -> None:
+def test_what_is_written_is_what_was_given(model, tmp_path):
     given = {n: a + np.float32(0.25) for n, a in dict(model.params()).items()}
     moecc.write_params(model, given, tmp_path / "out", to="mixtral")
     check_manifest(tmp_path / "out")
@@ -43,7 +42,7 @@ def test_what_is_written_is_what_was_given(model: Any, tmp_path: Path) -> None:
     assert load(tmp_path / "out").lineage[-1]["outside"] is True
 
 
-def test_all_that_does_not_fit_is_reported(model: Any, tmp_path: Path) -> None:
+def test_all_that_does_not_fit_is_reported(model, tmp_path):
     given = dict(model.params())
     first, second, *_ = given
     del given[first]

@@ -44,11 +44,11 @@ def drawn(e: Expr) -> np.ndarray[Any, Any]:
         (Subset(tensor(PRED, a=50, b=41), "b", 20, KEY), "d13555f16e6a2f74"),
     ],
 )
-def test_bytes_are_those_of_every_platform_and_version(expr: Expr, digest: str) -> None:
+def test_bytes_are_those_of_every_platform_and_version(expr, digest):
     assert hashlib.sha256(drawn(expr).tobytes()).hexdigest()[:16] == digest
 
 
-def test_words_are_those_of_philox() -> None:
+def test_words_are_those_of_philox():
     whole = np.random.Philox(key=KEY).random_raw(100)
     for start, count in ((0, 100), (1, 3), (4, 4), (7, 60), (99, 1), (50, 0)):
         assert (stream(KEY, start, count) == whole[start : start + count]).all()
@@ -58,7 +58,7 @@ def test_words_are_those_of_philox() -> None:
 
 
 @given(st.data())
-def test_a_box_of_words_is_a_box_of_the_stream(data: st.DataObject) -> None:
+def test_a_box_of_words_is_a_box_of_the_stream(data):
     sizes = tuple(data.draw(st.lists(st.integers(1, 9), max_size=4)))
     box = []
     for size in sizes:
@@ -71,7 +71,7 @@ def test_a_box_of_words_is_a_box_of_the_stream(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 37, 74, 75])
-def test_subsets_have_their_size(count: int) -> None:
+def test_subsets_have_their_size(count):
     for axis, other in (("mlp", 0), ("embed", 1)):
         e = Subset(tensor(PRED, mlp=75, embed=75), axis, count, KEY)
         chosen = drawn(e)

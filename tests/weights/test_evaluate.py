@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.types import BF16, DTYPES, F16, F32, F64, PRED, DType, tensor
+from moecc.types import BF16, DTYPES, F16, F32, F64, PRED, tensor
 from moecc.weights import evaluate as evaluator
 from moecc.weights.arithmetic import (
     Add,
@@ -22,7 +22,7 @@ from moecc.weights.arithmetic import (
     round_to,
 )
 from moecc.weights.evaluate import Evaluator, ValuesOverflow, blocks, evaluate
-from moecc.weights.expr import Expr, Source
+from moecc.weights.expr import Source
 from moecc.weights.movement import Concat, Split
 
 E8M4 = Source("w", tensor(F32, expert=8, mlp=4))
@@ -46,14 +46,14 @@ def ramp(*shape: int, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
     return np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
 
 
-def test_only_the_rows_wanted_are_read() -> None:
+def test_only_the_rows_wanted_are_read():
     reader = Reader(w=ramp(8, 4))
     got = evaluate(Concat((E8M4, E8M4), "expert"), reader, rows=(6, 10))
     assert reader.read == 4 * 4
     assert (got == ramp(8, 4)[[6, 7, 0, 1]]).all()
 
 
-def test_a_shared_moment_is_computed_once() -> None:
+def test_a_shared_moment_is_computed_once():
     e = Add(E8M4, Moment("std", E8M4))
     reader = Reader(w=ramp(8, 4))
     assert len(list(blocks(e, reader, block_bytes=16))) == 8
@@ -72,14 +72,14 @@ def test_a_shared_moment_is_computed_once() -> None:
         Cast(Mul(*2 * [Cast(Scale(Source("w", tensor(F32, a=4)), 1e20), F64)]), F32),
     ],
 )
-def test_an_overflow_is_an_error(expr: Expr) -> None:
+def test_an_overflow_is_an_error(expr):
     with pytest.raises(ValuesOverflow, match="values overflow") as caught:
         evaluate(expr, Reader(w=np.array([1.0, 2.0, 85_000.0, -90_000.0], np.float32)))
     assert 'source("w"' in str(caught.value)
 
 
 @given(st.data())
-def test_a_strided_axis_is_cut_the_same_row_by_row(data: st.DataObject) -> None:
+def test_a_strided_axis_is_cut_the_same_row_by_row(data):
     sizes = data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=3))
     w = Source("w", tensor(F32, x=2, mlp=int(np.prod(sizes)), y=2))
     e = Split(w, "mlp", tuple(zip("abc", sizes, strict=False)))
@@ -93,7 +93,7 @@ def test_a_strided_axis_is_cut_the_same_row_by_row(data: st.DataObject) -> None:
     assert (got == whole[tuple(slice(*ends) for ends in box)]).all()
 
 
-def test_moments_are_those_of_numpy() -> None:
+def test_moments_are_those_of_numpy():
     rng = np.random.default_rng(0)
     values = rng.normal(3.0, 0.5, (40, 50, 30)).astype(np.float32)
     mask = rng.random((40, 30)) < 0.3
@@ -115,7 +115,7 @@ FLOATS = (F64, F32, F16, BF16, DTYPES["f8e4m3fn"], DTYPES["f8e5m2"])
 
 
 @pytest.mark.parametrize("source", [F64, F32])
-def test_rounding_to_bf16_is_to_nearest_even(source: DType) -> None:
+def test_rounding_to_bf16_is_to_nearest_even(source):
     rng = np.random.default_rng(1)
     values = rng.standard_normal(4000) * 2.0 ** rng.integers(-130, 120, 4000)
     # Halfway between two bf16, and just beside it.
@@ -134,7 +134,7 @@ def test_rounding_to_bf16_is_to_nearest_even(source: DType) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("at", [0, 1, 70_000, 99_999])
-def test_the_first_value_that_is_not_finite_is_found(dtype: DType, at: int) -> None:
+def test_the_first_value_that_is_not_finite_is_found(dtype, at):
     values = np.full(100_000, -1.5, dtype.numpy)
     assert first_nonfinite(values) is None
     values[99_999] = np.nan

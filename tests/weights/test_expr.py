@@ -66,13 +66,13 @@ MASK = Source("i", tensor(PRED, mlp=6))
         (lambda: Subset(tensor(PRED, mlp=4), "mlp", 5, 1), "number of positions is out of range"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(make: object, message: str) -> None:
+def test_what_does_not_fit_is_refused_by_name(make, message):
     with pytest.raises(InputError, match=message) as caught:
         make()  # type: ignore[operator]
     assert "weight expression" in str(caught.value)
 
 
-def test_equal_expressions_are_one_object() -> None:
+def test_equal_expressions_are_one_object():
     assert Tile(W, "expert", 8) is Tile(W, "expert", 8)
     assert Tile(W, "expert", 8) is not Tile(V, "expert", 8)
     assert Source("w", tensor(BF16, mlp=6, embed=4)) is W
@@ -83,7 +83,7 @@ def test_equal_expressions_are_one_object() -> None:
     assert Source("w", tensor(F16, mlp=6, embed=4)) is not W
 
 
-def test_depth_has_a_limit() -> None:
+def test_depth_has_a_limit():
     e: Expr = W
     for _ in range(MAX_DEPTH - 1):
         e = Scale(e, 3.0)
@@ -92,7 +92,7 @@ def test_depth_has_a_limit() -> None:
         Scale(e, 3.0)
 
 
-def test_keys_depend_on_seed_and_location() -> None:
+def test_keys_depend_on_seed_and_location():
     keys = {derive_key(s, loc) for s in (0, 1, 10) for loc in ("a", "b", "0a")}
     assert len(keys) == 9
     assert all(0 <= key < 1 << 128 for key in keys)

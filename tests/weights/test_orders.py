@@ -51,7 +51,7 @@ from moecc.weights.text import parse_expr
         ),
     ],
 )
-def test_wrong_types_are_reported(text: str, words: str) -> None:
+def test_wrong_types_are_reported(text, words):
     with pytest.raises(InputError) as caught:
         parse_expr(text)
     assert words in str(caught.value)
@@ -69,7 +69,7 @@ def planted(rng: np.random.Generator, groups: int, size: int, tokens: int) -> Ar
 
 
 @given(st.integers(0, 10_000), st.integers(2, 5), st.integers(2, 8))
-def test_planted_clusters_are_found(seed: int, groups: int, size: int) -> None:
+def test_planted_clusters_are_found(seed, groups, size):
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(groups * size)
     pairs = planted(rng, groups, size, 400)[np.ix_(shuffled, shuffled)]
@@ -83,7 +83,7 @@ def test_planted_clusters_are_found(seed: int, groups: int, size: int) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(2, 5), st.sampled_from((0.0, 0.01, 1.0)))
-def test_logits_have_the_spread_and_no_preference(seed: int, experts: int, ridge: float) -> None:
+def test_logits_have_the_spread_and_no_preference(seed, experts, ridge):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(500, 8)) @ rng.normal(size=(8, 8)) + rng.normal(size=8)
     target = rng.normal(size=(500, experts)) + x @ rng.normal(size=(8, experts))

@@ -236,12 +236,12 @@ def same(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
 
 
 @given(exprs() | movements())
-def test_the_evaluator_agrees_with_whole_arrays(e: Expr) -> None:
+def test_the_evaluator_agrees_with_whole_arrays(e):
     assert same(whole(e), naive(e))
 
 
 @given(exprs() | movements())
-def test_simplifying_changes_no_byte(e: Expr) -> None:
+def test_simplifying_changes_no_byte(e):
     simple = simplify(e)
     assert simple.type == e.type
     assert same(whole(simple), whole(e))
@@ -249,7 +249,7 @@ def test_simplifying_changes_no_byte(e: Expr) -> None:
 
 
 @given(exprs() | movements(), st.data())
-def test_a_box_is_a_box_of_the_whole(e: Expr, data: st.DataObject) -> None:
+def test_a_box_is_a_box_of_the_whole(e, data):
     box = []
     for size in e.type.shape:
         start = data.draw(st.integers(0, size - 1))
@@ -261,13 +261,13 @@ def test_a_box_is_a_box_of_the_whole(e: Expr, data: st.DataObject) -> None:
 
 
 @given(exprs(), st.sampled_from(FLOATS))
-def test_the_type_asked_for_is_rounded_to_once(e: Expr, dtype: DType) -> None:
+def test_the_type_asked_for_is_rounded_to_once(e, dtype):
     expected = whole(Cast(e, dtype))
     assert same(evaluate(e, read, dtype), expected)
 
 
 @given(exprs())
-def test_text_comes_back(e: Expr) -> None:
+def test_text_comes_back(e):
     text = format_expr(e)
     assert "\n" not in text
     padded = f"  {text} @layers.3"

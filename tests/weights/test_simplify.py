@@ -37,14 +37,14 @@ def virtual_groups(w: Expr, groups: int, parts: int) -> Expr:
 
 
 @pytest.mark.parametrize("expert", range(4))
-def test_an_expert_of_virtual_groups_is_a_slice(expert: int) -> None:
+def test_an_expert_of_virtual_groups_is_a_slice(expert):
     part = expert % 2
     for w in (W, Permute(W, ("embed", "mlp"))):
         one = simplify(Index(virtual_groups(w, 2, 2), "expert", expert))
         assert one is simplify(Slice(w, "mlp", 3 * part, 3 * part + 3))
 
 
-def test_stacked_experts_come_apart() -> None:
+def test_stacked_experts_come_apart():
     assert simplify(Index(Stack((W, V), "expert"), "expert", 1)) is V
     assert simplify(Slice(Concat((W, V), "mlp"), "mlp", 6, 12)) is V
     stacked = Stack(tuple(Index(ROUTER, "expert", i) for i in range(4)), "expert")
@@ -53,7 +53,7 @@ def test_stacked_experts_come_apart() -> None:
     assert simplify(part) is Slice(ROUTER, "expert", 2, 4)
 
 
-def test_renames_to_whatever_names_are_written_in_one_way() -> None:
+def test_renames_to_whatever_names_are_written_in_one_way():
     x = Source("w", tensor(BF16, a=2, b=2, c=2, d=2))
     for names in permutations((*x.type.names, "e", "f"), 4):
         renamed = rename_all(x, names)
@@ -65,7 +65,7 @@ def test_renames_to_whatever_names_are_written_in_one_way() -> None:
                 assert simplify(last).type.names == (*names[:-1], name)
 
 
-def test_inverse_movements_cancel() -> None:
+def test_inverse_movements_cancel():
     split = Split(W, "mlp", (("a", 2), ("b", 3)))
     assert simplify(Merge(split, ("a", "b"), "mlp")) is W
     merged = Merge(W, ("mlp", "embed"), "x")
@@ -78,7 +78,7 @@ def test_inverse_movements_cancel() -> None:
     assert simplify(back) is W
 
 
-def test_casts_that_lose_nothing_go() -> None:
+def test_casts_that_lose_nothing_go():
     assert simplify(Cast(Cast(W, F32), BF16)) is W
     assert simplify(Cast(Scale(W, 1.0), BF16)) is W
     assert simplify(Scale(Cast(W, F32), 3.0)) is Scale(W, 3.0)
@@ -88,7 +88,7 @@ def test_casts_that_lose_nothing_go() -> None:
     assert simplify(wide) is wide
 
 
-def test_factors_join_only_where_that_is_exact() -> None:
+def test_factors_join_only_where_that_is_exact():
     assert simplify(Scale(Scale(W, 2.0), 3.0)) is Scale(W, 6.0)
     inexact = Scale(Scale(W, 3.0), 5.0)
     assert simplify(inexact) is inexact
@@ -97,7 +97,7 @@ def test_factors_join_only_where_that_is_exact() -> None:
     assert simplify(small) is small
 
 
-def test_constants_are_folded() -> None:
+def test_constants_are_folded():
     one, mask = Full(1.5, W.type), Full(1, tensor(PRED, mlp=6))
     assert simplify(Scale(one, 2.0)) is Full(3.0, W.type.with_dtype(F32))
     assert simplify(Mul(W, one)) is Scale(W, 1.5)

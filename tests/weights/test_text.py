@@ -63,7 +63,7 @@ EXAMPLES: list[tuple[Expr, str]] = [
 
 
 @pytest.mark.parametrize(("expr", "text"), EXAMPLES)
-def test_each_kind_reads_well_and_comes_back(expr: Expr, text: str) -> None:
+def test_each_kind_reads_well_and_comes_back(expr, text):
     assert format_expr(expr) == text
     assert parse_expr(text) == (expr, len(text))
 
@@ -99,7 +99,7 @@ def test_each_kind_reads_well_and_comes_back(expr: Expr, text: str) -> None:
         ('index(source("a" : f32[a=4]), a=1234567890123456789)', "a whole number", 32),
     ],
 )
-def test_wrong_text_is_pointed_at(text: str, message: str, at: int) -> None:
+def test_wrong_text_is_pointed_at(text, message, at):
     with pytest.raises(ParseError) as caught:
         parse_expr(text)
     assert message in str(caught.value)
@@ -107,7 +107,7 @@ def test_wrong_text_is_pointed_at(text: str, message: str, at: int) -> None:
 
 
 @pytest.mark.parametrize("count", [MAX_DEPTH, 100_000])
-def test_deep_text_is_refused(count: int) -> None:
+def test_deep_text_is_refused(count):
     text = "scale(" * count + TEXT + ", 3.0)" * count
     with pytest.raises(ParseError, match="nests deeper"):
         parse_expr(text)
@@ -123,7 +123,7 @@ def test_deep_text_is_refused(count: int) -> None:
         'source("layers.\\u007blayer}.w" : f32[mlp=6])',
     ],
 )
-def test_each_is_the_stack_of_its_texts(body: str) -> None:
+def test_each_is_the_stack_of_its_texts(body):
     texts = ", ".join(body.replace("{layer}", str(number)) for number in (1, 3, 5))
     expanded, _ = parse_expr(f"each(layer=1..5..2, {body})")
     assert expanded is parse_expr(f"stack({texts}, axis=layer)")[0]

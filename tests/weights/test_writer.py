@@ -18,7 +18,7 @@ from moecc.errors import InputError, MachineError
 from moecc.formats import writer
 from moecc.formats.safetensors import Entry, natural, plan_shards, read_header
 from moecc.formats.writer import OutputTensor, WriteOptions, WriteReport, write_checkpoint
-from moecc.types import BF16, DTYPES, F16, F32, I64, PRED, DType, tensor
+from moecc.types import BF16, DTYPES, F16, F32, I64, PRED, tensor
 from moecc.weights.arithmetic import Add, Scale
 from moecc.weights.draws import Normal
 from moecc.weights.expr import Source
@@ -101,7 +101,7 @@ def tensor_bytes(folder: Path, report: WriteReport) -> dict[str, bytes]:
     return found
 
 
-def test_the_safetensors_package_reads_what_was_written(tmp_path: Path) -> None:
+def test_the_safetensors_package_reads_what_was_written(tmp_path):
     reader = Reader()
     report = written(tmp_path / "out", everything(), metadata={"moecc": "0.1"}, reader=reader)
     assert list(report.files) == ["model.safetensors"]
@@ -119,7 +119,7 @@ def test_the_safetensors_package_reads_what_was_written(tmp_path: Path) -> None:
         assert file.get_tensor("layers.2.noise").dtype == np.float16
 
 
-def test_shards_have_an_index_and_keep_to_the_limit(tmp_path: Path) -> None:
+def test_shards_have_an_index_and_keep_to_the_limit(tmp_path):
     report = written(tmp_path / "out", everything(), max_shard_bytes=9_000)
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     count = len(names) - 1
@@ -137,9 +137,7 @@ def test_shards_have_an_index_and_keep_to_the_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [7_000, 10**9])
-def test_threads_blocks_and_order_change_no_byte(
-    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_blocks_and_order_change_no_byte(tmp_path, limit, monkeypatch):
     seen = []
     for i, (threads, block, turn) in enumerate(
         ((1, 4 << 20, 1), (2, 4 << 20, -1), (4, 999, 1), (2, 64, -1))
@@ -161,9 +159,7 @@ def broken() -> Reader:
 
 
 @pytest.mark.parametrize("block", [1000, 4 << 20])
-def test_values_that_are_not_finite_are_all_named(
-    tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_that_are_not_finite_are_all_named(tmp_path, block, monkeypatch):
     monkeypatch.setattr(writer, "BLOCK_BYTES", block)
     with pytest.raises(InputError) as caught:
         written(tmp_path / "out", everything(), reader=broken())
@@ -176,7 +172,7 @@ def test_values_that_are_not_finite_are_all_named(
     assert all("--allow-nonfinite" in str(p.hint) for p in caught.value.problems)
 
 
-def test_values_that_are_not_finite_may_be_allowed(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_may_be_allowed(tmp_path):
     reader = broken()
     report = written(tmp_path / "out", everything(), reader=reader, allow_nonfinite=True)
     assert list(map(str, report.nonfinite)) == [
@@ -188,7 +184,7 @@ def test_values_that_are_not_finite_may_be_allowed(tmp_path: Path) -> None:
     assert found["experts.3.w"] == reader.arrays["w"].tobytes()
 
 
-def test_overflows_are_all_named_with_the_rest(tmp_path: Path) -> None:
+def test_overflows_are_all_named_with_the_rest(tmp_path):
     v = Reader().arrays["v"].copy()
     v[47, 39] = 1e5
     reader = Reader(v=v, s=np.array(np.nan, np.float32))
@@ -217,9 +213,7 @@ def test_overflows_are_all_named_with_the_rest(tmp_path: Path) -> None:
         ([OutputTensor("a", TABLE, F32), OutputTensor("b", MASK, F32)], ["floats", "floats"]),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_reading(
-    tmp_path: Path, tensors: list[OutputTensor], messages: list[str]
-) -> None:
+def test_what_cannot_be_written_is_refused_before_reading(tmp_path, tensors, messages):
     reader = Reader()
     with pytest.raises(InputError) as caught:
         written(tmp_path / "out", tensors, reader=reader)
@@ -229,7 +223,7 @@ def test_what_cannot_be_written_is_refused_before_reading(
     assert not contents(tmp_path / "out")
 
 
-def test_a_file_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_file_in_the_way_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_bytes(b"mine")
     with pytest.raises(MachineError, match="File exists"):
@@ -237,7 +231,7 @@ def test_a_file_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"mine"
 
 
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_writes_are_continued(tmp_path, monkeypatch):
     whole = written(tmp_path / "whole", everything())
 
     def pwrite(descriptor: int, data: Any, at: int, real: Any = os.pwrite) -> int:
@@ -260,7 +254,7 @@ _DTYPES = st.sampled_from([d for d in DTYPES.values() if d.safetensors])
     ),
     st.integers(1, 5000),
 )
-def test_plans_of_shards(tensors: dict[str, tuple[DType, list[int]]], limit: int) -> None:
+def test_plans_of_shards(tensors, limit):
     entries = [Entry(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()]
     shards = plan_shards(entries, limit, {"format": "pt"})
     assert shards == plan_shards(entries[::-1], limit, {"format": "pt"})

@@ -48,7 +48,7 @@ def check_both_ways(graph: Graph, seed: int = 0) -> None:
 
 @given(graphs())
 @settings(max_examples=examples(5, 12))
-def test_random_graphs(graph: Graph) -> None:
+def test_random_graphs(graph):
     assume(not is_ragged(graph))
     check_both_ways(graph)
 
@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_in_float64(name: str) -> None:
+def test_models_in_float64(name):
     case, options = MODELS[name]
     graph, params, inputs = decoder(case, **options)
     expected = run_reference(graph, params=params, inputs=inputs)["logits"]
@@ -83,7 +83,7 @@ MANY = sorted({path.parent.name for path in GOLDEN.glob("*/config.json")} - set(
 
 
 @pytest.mark.parametrize("case", [*FEW, *(pytest.param(c, marks=pytest.mark.slow) for c in MANY)])
-def test_golden_checkpoints(case: str) -> None:
+def test_golden_checkpoints(case):
     """Checkpoints as written by transformers give its outputs, in float32."""
     with open_model(str(GOLDEN / case)) as model:
         (output,) = model.graph.outputs
@@ -95,7 +95,7 @@ def test_golden_checkpoints(case: str) -> None:
 # --- keys
 
 
-def test_a_key_of_a_number_makes_the_same_draws_as_the_reference() -> None:
+def test_a_key_of_a_number_makes_the_same_draws_as_the_reference():
     """Inside ``jax.jit`` a 64-bit number would lose half of its bits, so keys are made before."""
     graph = Graph()
     b = Builder(graph)
@@ -117,7 +117,7 @@ def test_a_key_of_a_number_makes_the_same_draws_as_the_reference() -> None:
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16", "f32", "f64"])
-def test_a_finite_number_is_finite_in_every_type(name: str) -> None:
+def test_a_finite_number_is_finite_in_every_type(name):
     """−1e30 is not −∞ in float16, whose product with zero would be NaN; a true −∞ stays."""
     graph = parse(
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moecc.backend import Backend, get_backend
+from moecc.backend import get_backend
 from moecc.errors import MachineError
 from moecc.ir.text import parse
 from moecc.types import F32
@@ -31,22 +31,22 @@ INPUTS = {"tokens": np.zeros(SIZE, np.int32)}
 
 
 @pytest.fixture(scope="module")
-def backend() -> Backend:
+def backend():
     return get_backend("xla")
 
 
-def test_a_program(backend: Backend) -> None:
+def test_a_program(backend):
     with pytest.raises(MachineError, match="memory of a device is too small") as error:
         backend.compile(GRAPH).run(PARAMS, INPUTS)
     assert error.value.problems[0].found == f"Out of memory allocating {4 * SIZE**2} bytes."
 
 
-def test_a_session(backend: Backend) -> None:
+def test_a_session(backend):
     with pytest.raises(MachineError, match="memory of a device is too small"):
         backend.session(PARAMS, dtype=F32).run(GRAPH, INPUTS)
 
 
-def test_other_errors_of_xla_stay_what_they_are() -> None:
+def test_other_errors_of_xla_stay_what_they_are():
     from jax.errors import JaxRuntimeError
     from moecc_backends.xla.program import machine_errors
 
@@ -56,7 +56,7 @@ def test_other_errors_of_xla_stay_what_they_are() -> None:
         raise JaxRuntimeError("RESOURCE_EXHAUSTED")
 
 
-def test_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_is_gone(monkeypatch):
     from jax.errors import JaxRuntimeError
     from moecc_backends.xla.program import machine_errors
 

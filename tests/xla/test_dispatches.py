@@ -187,7 +187,7 @@ SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ROUTINGS if n not in QU
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
 @given(seed=st.integers(0, 2**31), skew=st.sampled_from((0.0, 1.0, 30.0)))
 @settings(max_examples=examples(6, 20))
-def test_every_lowering_is_the_dense_one(name: str, dtype: Any, seed: int, skew: float) -> None:
+def test_every_lowering_is_the_dense_one(name, dtype, seed, skew):
     """Values are those of the reference, gradients those of the oracle; NaN in unused rows too."""
     # In float32 the probabilities of several tokens are then 1, and which come first is another.
     assume(not (name == "expert choice" and dtype == F32 and skew == 30.0))
@@ -211,7 +211,7 @@ def routing(tokens: int, experts: int, capacity: int | None) -> Routing:
     return Routing(names, names, None, experts, 1, capacity, ("token",), (tokens,))
 
 
-def test_the_choice_by_platform_and_shape() -> None:
+def test_the_choice_by_platform_and_shape():
     (ragged,) = _places(ROUTINGS["dropless"]())
     (bound,) = _places(ROUTINGS["capacity, top-3, token-major"]())
     cases = [
@@ -248,7 +248,7 @@ def ragged_products(platform: str) -> list[str]:
     return re.findall(r":(\w+)\[[\d,]*\] = ragged_dot_general", str(traced))
 
 
-def test_ragged_products_for_accelerators_are_narrow_forward_and_backward() -> None:
+def test_ragged_products_for_accelerators_are_narrow_forward_and_backward():
     """A kernel writes what it is asked for: float32 rows would take twice the memory."""
     # Three products, and the gradients of their rows; those of weights are loops.
     assert ragged_products("tpu") == ["bf16"] * 6
@@ -256,7 +256,7 @@ def test_ragged_products_for_accelerators_are_narrow_forward_and_backward() -> N
     assert ragged_products("cpu") == ["f32"] * 6
 
 
-def test_where_rows_meet_they_lie_in_slots() -> None:
+def test_where_rows_meet_they_lie_in_slots():
     layer = Layer()
     experts, gates = layer.b.route(layer.logits(), top_k=2)
     place = layer.b.assign_slots(

@@ -84,13 +84,13 @@ def assert_is_the_layer_on_one_device(case: Case) -> None:
     ],
     ids=str,
 )
-def test_a_way_of_each_kind_of_slots_is_the_layer_on_one_device(case: Case) -> None:
+def test_a_way_of_each_kind_of_slots_is_the_layer_on_one_device(case):
     assert_is_the_layer_on_one_device(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "rules"), MESHES)
-def test_every_legal_way_is_the_layer_on_one_device(mesh: str, rules: str) -> None:
+def test_every_legal_way_is_the_layer_on_one_device(mesh, rules):
     for case, _ in legal_cases(mesh, rules):
         assert_is_the_layer_on_one_device(case)
 
@@ -102,9 +102,7 @@ def laid(slots: str, text: str) -> Graph:
 
 
 @pytest.mark.parametrize("way", few(["ragged", "ring"]))
-def test_kernels_of_accelerators_may_leave_anything_in_rows_that_hold_nothing(
-    monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
+def test_kernels_of_accelerators_may_leave_anything_in_rows_that_hold_nothing(monkeypatch, way):
     """Room for the worst case is mostly empty; with NaN there the layer is that of one device."""
     monkeypatch.setattr(dispatches, "why_no_kernel", lambda *_: None)
     graph = laid("ragged", "annotate-sharding{mesh=data:4,model:2 rules=st-moe},"
@@ -121,9 +119,7 @@ def test_kernels_of_accelerators_may_leave_anything_in_rows_that_hold_nothing(
         pytest.param("mesh=data:8 rules=st-moe", "via=ring", marks=pytest.mark.slow),
     ],
 )
-def test_a_bounded_buffer_drops_what_the_reference_drops(
-    mesh: str, way: str, factor: float
-) -> None:
+def test_a_bounded_buffer_drops_what_the_reference_drops(mesh, way, factor):
     graph = laid("ragged", f"annotate-sharding{{{mesh}}},"
                  f"expert-parallel{{{way} buffer-factor={factor}}},lower-collectives")  # fmt: skip
     params, inputs = data("ragged")
@@ -144,9 +140,7 @@ def test_a_bounded_buffer_drops_what_the_reference_drops(
         ("via=ring", {"all-gather": 2, "reduce-scatter": 2}),
     ],
 )
-def test_the_program_has_the_collectives_of_the_graph_and_no_others(
-    way: str, wanted: dict[str, int]
-) -> None:
+def test_the_program_has_the_collectives_of_the_graph_and_no_others(way, wanted):
     """One way there and one back, and the same for gradients; those of the router are summed."""
     graph = laid("capacity", "annotate-sharding{mesh=data:8 rules=st-moe},"
                  f"expert-parallel{{{way}}},lower-collectives")  # fmt: skip

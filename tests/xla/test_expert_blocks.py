@@ -57,7 +57,7 @@ def walked(num_rows: int, num_experts: int) -> Any:
 
 @settings(max_examples=examples(20, 100))
 @given(st.data())
-def test_every_row_is_written_last_by_its_expert_in_few_blocks(data: st.DataObject) -> None:
+def test_every_row_is_written_last_by_its_expert_in_few_blocks(data):
     num_rows, num_experts = data.draw(st.sampled_from(SHAPES))
     cuts = data.draw(st.lists(st.integers(0, num_rows), min_size=num_experts, max_size=num_experts))
     group_sizes = np.diff(sorted(cuts), prepend=0).astype(np.int32)
@@ -70,7 +70,7 @@ def test_every_row_is_written_last_by_its_expert_in_few_blocks(data: st.DataObje
 
 
 @pytest.mark.parametrize("dispatch", ["blocks", "auto"])
-def test_a_layer_of_many_rows_is_the_reference(dispatch: str) -> None:
+def test_a_layer_of_many_rows_is_the_reference(dispatch):
     graph = layer()
     params, inputs = draw(graph)
     inputs["x"][::5] = 0
@@ -97,14 +97,14 @@ def slopes(dispatch: str, dtype: DType, remat: bool = False) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("remat", few([True, False]))
-def test_gradients_of_many_rows_are_those_of_all_rows_at_once(remat: bool) -> None:
+def test_gradients_of_many_rows_are_those_of_all_rows_at_once(remat):
     with jax.enable_x64(True):
         expected, found = slopes("grouped", F64), slopes("blocks", F64, remat)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-9)
 
 
-def test_no_array_of_all_rows_is_made_but_their_results() -> None:
+def test_no_array_of_all_rows_is_made_but_their_results():
     tokens, mlp = 4096, 512
     text = print_graph(layer()).replace("mlp=12", f"mlp={mlp}")
     text = text.replace("token=700", f"token={tokens}")

@@ -61,9 +61,7 @@ def values_and_gradients(graph: Graph, inputs: dict[str, Any]) -> dict[str, np.n
 
 @pytest.mark.parametrize("block", [4, 128])
 @pytest.mark.parametrize("name", some(FORMS, "all", "window", "longer than its keys"))
-def test_values_and_gradients_are_those_of_the_parts(
-    name: str, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_and_gradients_are_those_of_the_parts(name, block, monkeypatch):
     monkeypatch.setattr(attention_blocks, "BLOCK", block)
     graph = FORMS[name].graph()
     inputs = inputs_for(graph, 0)
@@ -74,7 +72,7 @@ def test_values_and_gradients_are_those_of_the_parts(
         np.testing.assert_allclose(found[what], array, rtol=1e-11, atol=1e-12, err_msg=what)
 
 
-def test_many_blocks_are_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_blocks_are_a_loop(monkeypatch):
     """Of more blocks than spans several share their keys, one after the other."""
     monkeypatch.setattr(attention_blocks, "BLOCK", 2)
     monkeypatch.setattr(attention_blocks, "MOST_SPANS", 3)
@@ -89,7 +87,7 @@ def test_many_blocks_are_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_allclose(array, expected[what], rtol=1e-11, atol=1e-12, err_msg=what)
 
 
-def test_spans_cover_each_query_once_and_every_key_it_sees() -> None:
+def test_spans_cover_each_query_once_and_every_key_it_sees():
     for causal, window in ((False, 0), (True, 0), (True, 5)):
         for queries, keys in ((1, 1), (128, 40), (300, 300), (5000, 4000)):
             seen = np.zeros(queries, int)
@@ -104,7 +102,7 @@ def test_spans_cover_each_query_once_and_every_key_it_sees() -> None:
             assert (seen == 1).all()
 
 
-def test_what_sees_nothing_is_zero_and_has_no_gradient() -> None:
+def test_what_sees_nothing_is_zero_and_has_no_gradient():
     graph = fused(FORMS["padding"].graph())
     inputs = inputs_for(graph, 0)
     inputs["keep"] = np.zeros_like(inputs["keep"])
@@ -112,7 +110,7 @@ def test_what_sees_nothing_is_zero_and_has_no_gradient() -> None:
         assert not array.any(), what
 
 
-def test_scores_are_never_whole() -> None:
+def test_scores_are_never_whole():
     """No array of a program of 2,048 queries and keys, gradient included, has all scores."""
     graph = fused(Form(seq=2048, kv_seq=2048, causal=True).graph())
     run = function(graph)
@@ -167,7 +165,7 @@ def check_kernel(kernel: Kernel, rule: AttentionRule, arrays: AttentionArrays) -
 
 
 @pytest.mark.parametrize("name", some(KERNEL_FORMS, "window, soft cap and sinks"))
-def test_splash_attention_in_the_interpreter(name: str) -> None:
+def test_splash_attention_in_the_interpreter(name):
     rule, sinks = KERNEL_FORMS[name]
     check_kernel(partial(splash_attention, interpret=True), rule, arrays_of(256, sinks=sinks))
 
@@ -182,7 +180,7 @@ BLOCK_RULES = {
 
 
 @pytest.mark.parametrize("name", some(BLOCK_RULES, "window", "all"))
-def test_splash_attention_meets_the_blocks_that_are_counted(name: str) -> None:
+def test_splash_attention_meets_the_blocks_that_are_counted(name):
     queries, keys, rule = BLOCK_RULES[name]
     share = attention_blocks.share_of_tpu_blocks(
         queries, keys, causal=rule.causal, window=rule.window
@@ -194,12 +192,12 @@ def test_splash_attention_meets_the_blocks_that_are_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 5])
-def test_the_call_of_cudnn_means_the_same(window: int) -> None:
+def test_the_call_of_cudnn_means_the_same(window):
     rule = AttentionRule(0.3, causal=True, window=window)
     check_kernel(partial(cudnn_attention, implementation="xla"), rule, arrays_of(24, bias=True))
 
 
-def test_a_forced_kernel_is_that_one_or_an_error() -> None:
+def test_a_forced_kernel_is_that_one_or_an_error():
     graph = fused(Form(seq=128, kv_seq=128, causal=True).graph())
     inputs = {n: np.float32(a) for n, a in inputs_for(graph, 0).items()}
     found = {
@@ -236,9 +234,7 @@ FACTS = AttentionFacts("tpu", "bf16", 4096, 4096, 128, 128, causal=True)
         ({"platform": "cpu", "laid_out": False}, "plain", "share an axis that the third lacks"),
     ],
 )
-def test_the_kernel_by_platform_and_form(
-    changed: dict[str, Any], kernel: str, why: str | None
-) -> None:
+def test_the_kernel_by_platform_and_form(changed, kernel, why):
     choice = choose_attention(replace(FACTS, **changed))
     assert choice.kernel.name == kernel
     reasons = [reason for _, reason in choice.reasons]
@@ -248,7 +244,7 @@ def test_the_kernel_by_platform_and_form(
 # --- every family
 
 
-def test_the_share_of_scores_is_that_of_the_blocks() -> None:
+def test_the_share_of_scores_is_that_of_the_blocks():
     share = attention_blocks.share_of_scores
     assert share(64, 64, causal=True) == 1
     assert share(256, 256, causal=True) == 3 / 4

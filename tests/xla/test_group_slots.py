@@ -44,7 +44,7 @@ def compiled(graph: Graph, interceptor: Interceptor = DIRECT) -> Any:
 
 
 @pytest.mark.parametrize("slots", few(["capacity", "expert-choice", "ragged"]))
-def test_the_layer_is_that_of_one_device(slots: str) -> None:
+def test_the_layer_is_that_of_one_device(slots):
     graph = layer(slots)
     grid = plan_mesh("data=8")
     devices = np.array(jax.devices()[:8]).reshape(grid.shape)

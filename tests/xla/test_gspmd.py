@@ -35,7 +35,7 @@ CONFIG = {
 @pytest.mark.parametrize(
     ("mesh", "dense_weights"), [("data=2,expert=4", "split"), ("fsdp=2,expert=2,model=2", "whole")]
 )
-def test_a_step_on_a_mesh_is_the_step_on_one_device(mesh: str, dense_weights: str) -> None:
+def test_a_step_on_a_mesh_is_the_step_on_one_device(mesh, dense_weights):
     """Rows are exchanged, and the weights of experts are gathered nowhere."""
     graph = build(parse_config({**preset_config("st-moe-base"), **CONFIG}))
     passes = "specialize{mode=train capacity-factor=1.25 groups=8},add-losses,cse"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,7 @@ pytest.importorskip("jax")
 from moecc_backends.xla import import_jax as quiet
 
 
-def test_what_may_be_an_accelerator_is_left_to_jax(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_may_be_an_accelerator_is_left_to_jax(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "linux")
     for name in [n for n in os.environ if n.startswith("TPU_")]:
         monkeypatch.delenv(name)

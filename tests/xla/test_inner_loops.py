@@ -73,14 +73,12 @@ def repeated(kinds: str, remat: str, skip: bool = False) -> Graph:
         ("dddd", True, [1, 3]),
     ],
 )
-def test_equal_layers_that_follow_one_another_are_a_loop(
-    kinds: str, skip: bool, found: list[int]
-) -> None:
+def test_equal_layers_that_follow_one_another_are_a_loop(kinds, skip, found):
     pieces = pieces_of(block(kinds, skip))
     assert [len(p.layers) if isinstance(p, LayerLoop) else 1 for p in pieces] == found
 
 
-def test_layers_that_hang_together_otherwise_are_no_loop() -> None:
+def test_layers_that_hang_together_otherwise_are_no_loop():
     """The third layer reads what the first made, so what flows is no chain."""
     body = block("ddd")
     first, second = ([n for n in body if n.loc.startswith(f"layers.{{{i}")][-1] for i in (0, 1))
@@ -125,7 +123,7 @@ def value_and_slopes(graph: Graph) -> tuple[Any, Any, list[int]]:
 
 
 @pytest.mark.parametrize(("kinds", "remat"), [("dddr", "full"), ("ddrr", "save")])
-def test_values_and_gradients_of_a_loop_within_a_block(kinds: str, remat: str) -> None:
+def test_values_and_gradients_of_a_loop_within_a_block(kinds, remat):
     """Losses of single layers come out of the loop one by one, the metrics of each among them."""
     value, slopes, once = value_and_slopes(repeated(kinds, "none"))
     found, found_slopes, loops = value_and_slopes(repeated(kinds, remat))

@@ -72,7 +72,7 @@ def _with_gradients(rows: Any, weights: Any, sizes: Any, axis: int, cotangent: A
 @pytest.mark.parametrize("axis", [1, 2])
 @given(case=grouped_rows(), seed=st.integers(0, 9))
 @settings(max_examples=examples(8, 25))
-def test_values_and_gradients_are_exact(case: tuple[int, np.ndarray], seed: int, axis: int) -> None:
+def test_values_and_gradients_are_exact(case, seed, axis):
     num_rows, sizes = case
     rows, weights, d_product = _arrays(num_rows, sizes.size, axis, seed)
     with jax.enable_x64(True):
@@ -83,7 +83,7 @@ def test_values_and_gradients_are_exact(case: tuple[int, np.ndarray], seed: int,
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_what_lies_beyond_the_groups_never_leaks(axis: int) -> None:
+def test_what_lies_beyond_the_groups_never_leaks(axis):
     sizes = np.array([70, 0, 23], np.int32)
     arrays = [a.astype(np.float32) for a in _arrays(128, 3, axis)]
     clean, poisoned = ([a.copy() for a in arrays] for _ in range(2))
@@ -99,7 +99,7 @@ def test_what_lies_beyond_the_groups_never_leaks(axis: int) -> None:
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_bfloat16_sums_in_float32(axis: int) -> None:
+def test_bfloat16_sums_in_float32(axis):
     # In bfloat16 a running sum of ones stops at 256.
     width, num_rows, sizes = 1024, 600, np.array([520, 80], np.int32)
     rows = np.ones((num_rows, width), ml_dtypes.bfloat16)
@@ -113,7 +113,7 @@ def test_bfloat16_sums_in_float32(axis: int) -> None:
     np.testing.assert_array_equal(np.asarray(d_weight[1], np.float32), 80)
 
 
-def test_bfloat16_is_never_widened_whole() -> None:
+def test_bfloat16_is_never_widened_whole():
     # XLA would widen the array that a block is written into, were it of bfloat16.
     like = [jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in _arrays(600, 4, 2)]
     rows, weights, d_product = like
@@ -127,7 +127,7 @@ def test_bfloat16_is_never_widened_whole() -> None:
 @pytest.mark.parametrize("axis", [1, 2])
 @settings(max_examples=examples(6, 40), deadline=None)
 @given(drawn=grouped_rows())
-def test_an_array_for_each_expert(drawn: tuple[int, np.ndarray], axis: int) -> None:
+def test_an_array_for_each_expert(drawn, axis):
     """Experts with arrays of their own have the product of one array for all."""
     num_rows, sizes = drawn
     rows, weight, d_product = _arrays(num_rows, sizes.size, axis)

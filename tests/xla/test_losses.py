@@ -90,7 +90,7 @@ def _gradients_of_one(logits: np.ndarray) -> list[jax.Array]:
 
 @pytest.mark.parametrize("over", few(["group", "sequence", "global"]))
 @pytest.mark.parametrize("empty", [1, 2])
-def test_gradients_are_finite_where_a_sequence_is_padding(over: str, empty: int) -> None:
+def test_gradients_are_finite_where_a_sequence_is_padding(over, empty):
     """The gradients are those of the tokens that are there, alone; padding has zeros."""
     logits = np.random.default_rng(0).normal(size=(2, 12, EXPERTS))
     mask = np.repeat(np.arange(2) < 2 - empty, 12).reshape(2, 12)
@@ -116,7 +116,7 @@ def test_gradients_are_finite_where_a_sequence_is_padding(over: str, empty: int)
 
 
 @pytest.mark.parametrize("using", [(), ("mask",)])
-def test_in_bfloat16_the_losses_are_those_of_float32(using: tuple[str, ...]) -> None:
+def test_in_bfloat16_the_losses_are_those_of_float32(using):
     """Router and losses compute in float32 on the rounded tokens and weights (ST-MoE §3.4)."""
     graph = routed(16, *using)
     rng = np.random.default_rng(1)

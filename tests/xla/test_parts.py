@@ -73,7 +73,7 @@ def draw(graph: Graph) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> list[ExpertParts]:
+def chosen(monkeypatch):
     """Let every matrix be too large, and tell how experts are cut."""
     found: list[ExpertParts] = []
 
@@ -101,7 +101,7 @@ def results(graph: Graph, options: Options, dtype: DType) -> tuple[Any, Any]:
     return y, (slopes[0], slopes[1][inputs["wanted"]])
 
 
-def test_parts_give_what_the_reference_gives(chosen: list[ExpertParts]) -> None:
+def test_parts_give_what_the_reference_gives(chosen):
     params, inputs = draw(layer())
     inputs["x"][::5] = 0
     expected = run_reference(layer(), params=params, inputs=inputs)["y"]
@@ -123,9 +123,7 @@ LATE_BIAS = "\n  %late_o = add %o, %late : f32[{rows}, embed=4]"
     ],
     ids=["a bias behind the last product", "a norm over what is cut", "sums that are rounded"],
 )
-def test_what_cannot_be_cut_is_done_whole(
-    chosen: list[ExpertParts], graph: Graph, dtype: DType
-) -> None:
+def test_what_cannot_be_cut_is_done_whole(chosen, graph, dtype):
     params, inputs = draw(graph)
     inputs["x"][::5] = 0
     with jax.enable_x64(True):
@@ -138,7 +136,7 @@ def test_what_cannot_be_cut_is_done_whole(
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_compiled_program_copies_no_large_matrix_whole() -> None:
+def test_a_compiled_program_copies_no_large_matrix_whole():
     text = print_graph(layer()).replace(f"mlp={MLP}", "mlp=2048")
     graph = parse(text.replace(f"embed={EMBED}", "embed=1024"))
     params = {n: jax.ShapeDtypeStruct(v.type.shape, np.float32) for n, v in graph.params.items()}

@@ -33,7 +33,7 @@ def routings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 @given(routings())
 @settings(max_examples=60)
-def test_choices_that_are_not_placed_come_last(case: tuple[np.ndarray, np.ndarray]) -> None:
+def test_choices_that_are_not_placed_come_last(case):
     experts, placed = case
     order, inverse, sizes = map(np.asarray, sort(experts, NUM_EXPERTS, placed))
     kept = np.flatnonzero(placed)

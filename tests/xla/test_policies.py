@@ -33,7 +33,7 @@ def products(jaxpr: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("options", [{}, {"slots": "capacity"}], ids=["ragged", "capacity"])
-def test_the_router_computes_in_float32_and_nothing_else_does(options: dict[str, Any]) -> None:
+def test_the_router_computes_in_float32_and_nothing_else_does(options):
     graph, params, inputs = decoder("llama_gqa", experts=7, **options)
     jaxpr = jax.make_jaxpr(function(graph, dtype=BF16))(params, inputs)
     equations = list(products(jaxpr.jaxpr))
@@ -59,7 +59,7 @@ def test_the_router_computes_in_float32_and_nothing_else_does(options: dict[str,
             assert equation.invars[0].aval.dtype == ml_dtypes.bfloat16
 
 
-def test_the_weights_of_a_router_are_not_rounded() -> None:
+def test_the_weights_of_a_router_are_not_rounded():
     only = Graph("router")
     x = only.input("x", tensor(F32, batch="B", seq="S", embed=16))
     router = only.param("router", tensor(F32, expert=4, embed=16))

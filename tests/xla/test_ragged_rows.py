@@ -204,7 +204,7 @@ BODIES: dict[str, tuple[Body, dict[str, str]]] = {
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["one group", "two groups"])
 @pytest.mark.parametrize("slots", few(["ragged", "capacity"]))
-def test_rows_give_what_the_reference_gives(slots: str, grouped: bool) -> None:
+def test_rows_give_what_the_reference_gives(slots, grouped):
     """All bodies in one graph, which is compiled once."""
     graph = Graph("all")
     route = route_tokens(graph, 2 if grouped else 1, slots)
@@ -227,7 +227,7 @@ def test_rows_give_what_the_reference_gives(slots: str, grouped: bool) -> None:
 @pytest.mark.parametrize("gates", ["renormalised", "softmax", "sigmoid", "sparsemixer", "ones",
                                    "sigmoid-renormalised"])  # fmt: skip
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_routes_with_ties_and_dead_experts(gates: str, top_k: int) -> None:
+def test_routes_with_ties_and_dead_experts(gates, top_k):
     graph = Graph("route")
     b = Builder(graph)
     logits = graph.input("logits", tensor(F32, expert=4, batch="B"))

@@ -27,7 +27,7 @@ def bias_graph(bidirectional: bool, buckets: int, furthest: int) -> Graph:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_distance_has_the_bucket_of_the_reference(case: tuple[bool, int, int]) -> None:
+def test_every_distance_has_the_bucket_of_the_reference(case):
     graph = bias_graph(*case)
     arrays = {"queries": np.array([0, 150, 300]), "keys": np.arange(301)}
     table = {"table": np.random.default_rng(0).normal(size=(case[1], 3)).astype(np.float32)}
@@ -40,7 +40,7 @@ def test_every_distance_has_the_bucket_of_the_reference(case: tuple[bool, int, i
 
 
 @pytest.mark.parametrize("heads", [3, 8])
-def test_slopes_of_heads_are_those_of_the_reference(heads: int) -> None:
+def test_slopes_of_heads_are_those_of_the_reference(heads):
     graph = Graph("bias")
     queries = graph.input("queries", tensor(I32, batch="B", seq="T"))
     keys = graph.input("keys", tensor(I32, batch="B", kv_seq="S"))

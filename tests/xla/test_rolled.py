@@ -82,7 +82,7 @@ def stacked(graph: Graph, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_reference_computes_the_same_bits(model: str) -> None:
+def test_the_reference_computes_the_same_bits(model):
     params, inputs = data(model)
     before = run_reference(written_out(model, "true"), params=params, inputs=inputs)
     graph = rolled(model, metrics="true")
@@ -120,7 +120,7 @@ def expected(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
         pytest.param("encoder-decoder", "block", marks=pytest.mark.slow),
     ],
 )
-def test_values_and_gradients(model: str, remat: str) -> None:
+def test_values_and_gradients(model, remat):
     params, inputs = data(model)
     graph = rolled(model, remat)
     outputs, gradients = expected(model)

@@ -27,7 +27,7 @@ def rotated() -> Graph:
 
 
 @pytest.mark.parametrize("length", [4, 5])
-def test_part_of_a_head_is_rotated_as_the_reference_does(length: int) -> None:
+def test_part_of_a_head_is_rotated_as_the_reference_does(length):
     graph = rotated()
     x = np.random.default_rng(0).standard_normal((length, 6)).astype(np.float32)
     wanted = get_backend("reference").compile(graph).run({}, {"x": x})["y"]

@@ -87,7 +87,7 @@ def on_mesh(pipeline: str, case: str, poison: bool = True, experts: int = EXPERT
 
 @pytest.mark.parametrize("pipeline", [WEIGHTED, pytest.param(LAID, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", some(FAVOURED, "all to two"))
-def test_no_row_is_lost_whatever_the_routing(case: str, pipeline: str) -> None:
+def test_no_row_is_lost_whatever_the_routing(case, pipeline):
     """Values and gradients are those of one device, and values those of the reference."""
     outputs, slopes = on_mesh(pipeline, case)
     assert_near(expected(case), (outputs, slopes))
@@ -96,7 +96,7 @@ def test_no_row_is_lost_whatever_the_routing(case: str, pipeline: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_device_has_the_rows_of_all_its_experts() -> None:
+def test_a_device_has_the_rows_of_all_its_experts():
     """With 16 experts on 8 devices an expert's number is not its device's."""
     case, experts = "half to three", 16
     outputs, slopes = on_mesh(WEIGHTED, case, experts=experts)

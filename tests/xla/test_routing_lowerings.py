@@ -184,7 +184,7 @@ def programs(case: int) -> tuple[Layer, Any, Any]:
 @pytest.mark.parametrize("case", range(len(CASES)))
 @given(seed=SEEDS)
 @settings(max_examples=10)
-def test_every_routing_agrees_with_the_oracle(case: int, seed: int) -> None:
+def test_every_routing_agrees_with_the_oracle(case, seed):
     layer, oracle, xla = programs(case)
     params, inputs = arrays(layer, seed)
     expected, found = (p.run(params, inputs) for p in (oracle, xla))
@@ -196,7 +196,7 @@ def test_every_routing_agrees_with_the_oracle(case: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize(("build", "slots"), [CASES[1], CASES[2], CASES[6]])
-def test_gradients_are_those_of_finite_differences(build: Any, slots: int) -> None:
+def test_gradients_are_those_of_finite_differences(build, slots):
     """Along one random direction of all parameters and inputs at once, in float64."""
     layer = Layer()
     build(layer, SLOTS[slots])
@@ -224,7 +224,7 @@ def test_gradients_are_those_of_finite_differences(build: Any, slots: int) -> No
     assert slope == pytest.approx((ahead - behind) / (2 * h), rel=1e-6, abs=1e-7)
 
 
-def test_masked_rows_are_not_worked_on() -> None:
+def test_masked_rows_are_not_worked_on():
     """What stands in padding, NaN even, reaches no other token."""
     layer = Layer()
     prioritised(layer, SLOTS[1])

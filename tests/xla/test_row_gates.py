@@ -45,7 +45,7 @@ def laid(case: Case) -> Graph:
 
 
 @pytest.mark.parametrize("case", few(CASES), ids=str)
-def test_on_a_mesh_it_is_the_layer_on_one_device(case: Case) -> None:
+def test_on_a_mesh_it_is_the_layer_on_one_device(case):
     outputs, slopes, _ = on_mesh(laid(case), case.slots, Options(poison=True))
     assert_near(expected(case.slots), ({"y": outputs["y"]}, slopes))
 
@@ -54,7 +54,7 @@ def test_on_a_mesh_it_is_the_layer_on_one_device(case: Case) -> None:
     ("slots", "dispatch"),
     [("capacity", "gather"), ("ragged", "blocks")],
 )
-def test_every_strategy_weights_rows(slots: Bound, dispatch: str) -> None:
+def test_every_strategy_weights_rows(slots, dispatch):
     options = Options(dispatch=dispatch, poison=True)
     run = function(weighted(slots), options=options)
     (_, outputs), slopes = compiled(run, slots)(*data(slots))

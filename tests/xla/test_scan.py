@@ -84,7 +84,7 @@ CASES = [("none", ()), ("full", ()), ("save", ("router", "rows", "experts"))]
 
 
 @pytest.mark.parametrize(("remat", "save"), CASES)
-def test_values_are_those_of_the_reference(remat: str, save: tuple[str, ...]) -> None:
+def test_values_are_those_of_the_reference(remat, save):
     graph = scanned(remat, save)
     params, inputs = data(graph)
     expected = get_backend("reference").compile(graph).run(params, inputs)
@@ -107,7 +107,7 @@ def gradients(remat: str, save: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("remat", "save"), few(CASES[:0:-1]))
-def test_what_is_kept_changes_no_gradient(remat: str, save: tuple[str, ...]) -> None:
+def test_what_is_kept_changes_no_gradient(remat, save):
     expected, found = gradients("none", ()), gradients(remat, save)
     for name, array in expected.items():
         scale = np.abs(array).max()
@@ -115,7 +115,7 @@ def test_what_is_kept_changes_no_gradient(remat: str, save: tuple[str, ...]) -> 
         np.testing.assert_allclose(found[name], array, atol=1e-5 * scale)
 
 
-def test_of_the_values_of_a_body_only_those_of_the_graph_are_kept() -> None:
+def test_of_the_values_of_a_body_only_those_of_the_graph_are_kept():
     """Once each, in the type of the computation: no copy in float32, no denominator of softmax."""
     graph = scanned("none")
     params, inputs = data(graph)
@@ -128,7 +128,7 @@ def test_of_the_values_of_a_body_only_those_of_the_graph_are_kept() -> None:
     assert all(v.aval.shape != (RUNS, 2, 5, 1) for v in forward.outvars)
 
 
-def test_the_derivative_of_a_softmax() -> None:
+def test_the_derivative_of_a_softmax():
     x = np.random.default_rng(0).normal(size=(3, 7))
     x[1] = [*x[1][:4], *[-np.inf] * 3]
     x[2] = -np.inf
@@ -140,7 +140,7 @@ def test_the_derivative_of_a_softmax() -> None:
     assert not found[2].any(), "where nothing may be chosen"
 
 
-def test_keys_are_stacked_and_captured() -> None:
+def test_keys_are_stacked_and_captured():
     body = Graph("body")
     h, own, shared = (body.input("h", tensor(F32, batch=4)), body.input("own", TensorType(KEY)),
                       body.input("shared", TensorType(KEY)))  # fmt: skip
@@ -161,7 +161,7 @@ def test_keys_are_stacked_and_captured() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
-def test_picking_from_a_stack(backend: str) -> None:
+def test_picking_from_a_stack(backend):
     graph = Graph()
     b = Builder(graph)
     x, y = (graph.input(n, tensor(F32, batch=2, embed=3)) for n in "xy")

@@ -28,7 +28,7 @@ jax = pytest.importorskip("jax")
         ("qwen2_moe_step", {}, 4),
     ],
 )
-def test_equal_layers_are_compiled_once(case: str, options: dict[str, Any], distinct: int) -> None:
+def test_equal_layers_are_compiled_once(case, options, distinct):
     graph, params, inputs = decoder(case, **options)
     program = compiled(graph, F32)
     program.run(params, inputs)
@@ -37,7 +37,7 @@ def test_equal_layers_are_compiled_once(case: str, options: dict[str, Any], dist
     assert all(f._cache_size() == 1 for f in program._compiled.values())
 
 
-def test_the_parameters_of_a_model_are_made_one_at_a_time() -> None:
+def test_the_parameters_of_a_model_are_made_one_at_a_time():
     """Asking whether a parameter is there makes none."""
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         reads: list[str] = []
@@ -58,7 +58,7 @@ def test_the_parameters_of_a_model_are_made_one_at_a_time() -> None:
     assert sorted(reads) == sorted(model.graph.params)
 
 
-def test_values_that_cross_layers_and_are_returned_stay_alive() -> None:
+def test_values_that_cross_layers_and_are_returned_stay_alive():
     graph, params, inputs = decoder("llama_gqa")
     norms = [n.results[0] for n in graph if n.op.name == "rms_norm"]
     graph.set_output("first", norms[0])

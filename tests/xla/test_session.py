@@ -48,7 +48,7 @@ CASES = ("llama_gqa", "mixtral_gqa", "gemma2_caps", "gpt2_plain", "qwen3_moe_win
 
 @pytest.mark.parametrize("case", some(CASES, "mixtral_gqa"))
 @pytest.mark.parametrize("sampling", few([Sampling(), Sampling(1.0, seed=3)]))
-def test_prompts_of_different_lengths(case: str, sampling: Sampling) -> None:
+def test_prompts_of_different_lengths(case, sampling):
     with open_model(str(GOLDEN / case)) as model:
         how = Continuing(4, sampling)
         found = continued(model, PROMPTS, how)
@@ -56,7 +56,7 @@ def test_prompts_of_different_lengths(case: str, sampling: Sampling) -> None:
         assert continued(model, PROMPTS[:1], how) == found[:1]
 
 
-def test_a_text_ends_before_a_token_that_stops_it() -> None:
+def test_a_text_ends_before_a_token_that_stops_it():
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         free = continued(model, PROMPTS, Continuing(8))
         stop = free[0][2]
@@ -65,7 +65,7 @@ def test_a_text_ends_before_a_token_that_stops_it() -> None:
         assert part == (whole[: whole.index(stop)] if stop in whole else whole)
 
 
-def test_caches_grow() -> None:
+def test_caches_grow():
     """Longer than the smallest cache, a text has the logits that it has at once."""
     with open_model(str(GOLDEN / "llama_square_mlp")) as model:
         text = [int(t) for t in np.random.default_rng(0).integers(0, 16, 70)]
@@ -78,7 +78,7 @@ def test_caches_grow() -> None:
     np.testing.assert_allclose(np.stack(found), whole[0, 59:], rtol=2e-4, atol=2e-5)
 
 
-def test_steps_that_are_announced_compile_one_shape() -> None:
+def test_steps_that_are_announced_compile_one_shape():
     """A cache that has room for all tokens from the start does not grow."""
     with open_model(str(GOLDEN / "llama_square_mlp")) as model:
         continuer = Continuer(model)
@@ -88,7 +88,7 @@ def test_steps_that_are_announced_compile_one_shape() -> None:
     assert {program._cache_size() for program in programs.values()} == {1}
 
 
-def test_caches_are_updated_in_place() -> None:
+def test_caches_are_updated_in_place():
     """What goes in is given up: memory does not grow by a cache a layer and a step."""
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         backend = get_backend("xla")

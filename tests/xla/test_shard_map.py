@@ -132,12 +132,12 @@ def census(program: str) -> Counter[str]:
 
 
 @pytest.mark.parametrize("name", some(LAYOUTS, "fsdp"))
-def test_a_dense_model_is_the_same_on_a_mesh(name: str) -> None:
+def test_a_dense_model_is_the_same_on_a_mesh(name):
     assert_same(*decoder(DENSE, seq=8), LAYOUTS[name])
 
 
 @pytest.mark.parametrize("name", some(EXPERTS, "rows, columns"))
-def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
+def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name):
     graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
     losses = Pipeline.parse("add-losses{metrics=true}", installed())
     run_pipeline(graph, losses)
@@ -145,7 +145,7 @@ def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_experts_on_rows_take_two_exchanges_each_way_and_gather_no_weights() -> None:
+def test_experts_on_rows_take_two_exchanges_each_way_and_gather_no_weights():
     program = assert_same(*decoder(DENSE, seq=8, **SPARSE), EXPERTS["rows"])
     found = census(program)
     assert found["all-to-all"] == 4
@@ -153,7 +153,7 @@ def test_experts_on_rows_take_two_exchanges_each_way_and_gather_no_weights() -> 
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
-def test_a_row_that_many_tokens_look_up_has_all_of_their_gradients(kind: str) -> None:
+def test_a_row_that_many_tokens_look_up_has_all_of_their_gradients(kind):
     """Numbers of eight bits stay where they are beyond 256 when one is added."""
     from moecc.ir.builder import Builder
     from moecc.types import DTYPES, F32, I32, tensor
@@ -172,7 +172,7 @@ def test_a_row_that_many_tokens_look_up_has_all_of_their_gradients(kind: str) ->
     assert (np.asarray(slopes["table"], float) == expected).all()
 
 
-def test_what_is_not_ready_for_a_mesh_is_refused() -> None:
+def test_what_is_not_ready_for_a_mesh_is_refused():
     graph, _, _ = decoder(DENSE, seq=8)
     with pytest.raises(InputError, match="the graph is on no mesh"):
         device_mesh(graph)
@@ -190,7 +190,7 @@ def test_what_is_not_ready_for_a_mesh_is_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "full split=model", "save"])
-def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str) -> None:
+def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat):
     small = {
         "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
         "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 32,
@@ -213,7 +213,7 @@ def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str)
         assert_near(value, {**found, **found_slopes}[name], name)
 
 
-def test_elements_that_32_bits_do_not_count_are_rejected() -> None:
+def test_elements_that_32_bits_do_not_count_are_rejected():
     """Else two elements would draw the same number."""
     from moecc_backends.xla.trace.context import DeviceView
 

@@ -46,14 +46,14 @@ PROGRAMS = [
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model():
     with open_model("tests/golden/llama_gqa") as opened:
         run_pipeline(opened.graph, Pipeline.parse("upcycle{experts=4 top-k=2}"))
         yield opened
 
 
 @pytest.fixture(scope="module")
-def made(model: Any) -> Canonical:
+def made(model):
     return canonical(model.graph)
 
 
@@ -89,13 +89,13 @@ def canonical_arrays(store: Any, state: Any) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("update", "beside"), few([("adamw", True), ("adafactor", False)]))
 def test_any_program_restores_what_any_other_saved(
-    made: Canonical,
-    model: Any,
-    update: str,
-    beside: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    made,
+    model,
+    update,
+    beside,
+    tmp_path,
+    monkeypatch,
+):
     if beside:
         # As of an accelerator: tensors are made in the memory of its host.
         pinned = "moecc_backends.xla.train.tensors._on_host"
@@ -124,8 +124,8 @@ def test_any_program_restores_what_any_other_saved(
 
 
 def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
-    made: Canonical, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    made, model, tmp_path, monkeypatch
+):
     run = tmp_path / "run"
     create_run(
         run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,7 +104,7 @@ def kinds(events: list[Event]) -> str:
     return "".join(type(e).__name__[:2] for e in events)
 
 
-def test_a_run_steps_to_its_end_and_is_saved() -> None:
+def test_a_run_steps_to_its_end_and_is_saved():
     events, store = loop(RunSection(steps=3))
     assert [e.step for e in events] == [1, 2, 3, 3]
     assert events[-1] == Stopped(3, Reason.DONE)
@@ -113,7 +112,7 @@ def test_a_run_steps_to_its_end_and_is_saved() -> None:
     assert store.kept == [((0, 1, 2), Position(3, 30), None)]
 
 
-def test_it_is_saved_by_steps_and_by_time() -> None:
+def test_it_is_saved_by_steps_and_by_time():
     assert loop(RunSection(steps=7, save_steps=3))[1].steps == [3, 6, 7]
     ticks = iter(range(100))
     _, store = loop(RunSection(steps=7, save_minutes=0.05), clock=lambda: float(next(ticks)))
@@ -121,7 +120,7 @@ def test_it_is_saved_by_steps_and_by_time() -> None:
     assert store.steps[-1] == 7
 
 
-def test_it_is_evaluated_by_steps_and_at_the_end_and_the_best_is_saved() -> None:
+def test_it_is_evaluated_by_steps_and_at_the_end_and_the_best_is_saved():
     feed = Numbers({"a": 2})
     events, store = loop(RunSection(steps=5, evaluate_steps=2), feed=feed)
     found = [(e.step, e.losses["a"]) for e in events if isinstance(e, Evaluated)]
@@ -131,7 +130,7 @@ def test_it_is_evaluated_by_steps_and_at_the_end_and_the_best_is_saved() -> None
     assert [e.step for e in again if isinstance(e, Evaluated)] == [6, 8]
 
 
-def test_a_resumed_run_goes_on_with_the_next_batch() -> None:
+def test_a_resumed_run_goes_on_with_the_next_batch():
     _, store = loop(RunSection(steps=3))
     events, _ = loop(RunSection(steps=5), checkpoints=store)
     assert [e.step for e in events] == [4, 5, 5]
@@ -140,7 +139,7 @@ def test_a_resumed_run_goes_on_with_the_next_batch() -> None:
     assert store.steps == [3, 5]
 
 
-def test_a_skipped_step_counts_and_trains_on_nothing() -> None:
+def test_a_skipped_step_counts_and_trains_on_nothing():
     run = RunSection(steps=4, guard=GuardSection(skips=2))
     events, store = loop(run, Counting(frozenset({1})))
     assert [type(e).__name__ for e in events] == ["Stepped", "Skipped", *["Stepped"] * 2, "Stopped"]
@@ -150,7 +149,7 @@ def test_a_skipped_step_counts_and_trains_on_nothing() -> None:
     assert skipped.faults == (GuardFault("gradient_norm", inf),)
 
 
-def test_too_many_skips_return_to_the_checkpoint_and_leave_their_batches_out() -> None:
+def test_too_many_skips_return_to_the_checkpoint_and_leave_their_batches_out():
     run = RunSection(steps=6, save_steps=2, guard=GuardSection(skips=2))
     events, store = loop(run, Counting(frozenset({3, 4})))
     back = next(e for e in events if isinstance(e, Skipped) and e.back_to is not None)
@@ -162,14 +161,14 @@ def test_too_many_skips_return_to_the_checkpoint_and_leave_their_batches_out() -
     assert store.steps == [2, 4, 6]
 
 
-def test_a_second_streak_after_the_same_checkpoint_stops_the_run() -> None:
+def test_a_second_streak_after_the_same_checkpoint_stops_the_run():
     run = RunSection(steps=9, save_steps=2, guard=GuardSection(skips=2))
     events, store = loop(run, Counting(frozenset({3, 4, 5, 6})))
     assert events[-1] == Stopped(2, Reason.GUARD, (GuardFault("gradient_norm", inf),))
     assert store.steps == [2]
 
 
-def test_what_is_not_finite_from_the_first_step_stops_the_run() -> None:
+def test_what_is_not_finite_from_the_first_step_stops_the_run():
     run = RunSection(steps=20, guard=GuardSection(skips=3))
     events, store = loop(run, Counting(frozenset(range(100))))
     assert kinds(events) == "Sk" * 7 + "St"
@@ -177,7 +176,7 @@ def test_what_is_not_finite_from_the_first_step_stops_the_run() -> None:
     assert store.kept == []
 
 
-def test_a_request_to_stop_is_honoured_after_the_step_and_saved() -> None:
+def test_a_request_to_stop_is_honoured_after_the_step_and_saved():
     asked = iter([None, None, Reason.TERMINATED])
     events, store = loop(RunSection(steps=9), stop=lambda: next(asked))
     assert [e.step for e in events] == [1, 2, 3, 3]
@@ -188,7 +187,7 @@ def test_a_request_to_stop_is_honoured_after_the_step_and_saved() -> None:
     assert store.kept[-1][0] == tuple(range(9))
 
 
-def test_a_failed_save_reaches_the_reader_of_the_events(tmp_path: Path) -> None:
+def test_a_failed_save_reaches_the_reader_of_the_events(tmp_path):
     class Full(InMemory):
         def save(self, state: Any, at: Position, loss: float | None) -> list[Saved]:
             raise OSError("full")
@@ -205,7 +204,7 @@ class TooLarge(Counting):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
 
-def test_memory_that_is_too_small_is_an_error_of_the_machine() -> None:
+def test_memory_that_is_too_small_is_an_error_of_the_machine():
     with pytest.raises(MachineError, match="memory of a device is too small") as error:
         loop(RunSection(steps=3), TooLarge())
     assert "run.micro_batches" in str(error.value)

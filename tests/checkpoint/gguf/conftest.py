@@ -167,12 +167,12 @@ def add_model(
 
 
 @pytest.fixture
-def builder() -> GgufBuilder:
+def builder():
     """An empty file."""
     return GgufBuilder()
 
 
 @pytest.fixture
-def small_model() -> Callable[..., GgufBuilder]:
+def small_model():
     """Return a builder with a small model; options as in `add_model`."""
     return lambda *args, **options: add_model(GgufBuilder(), *args, **options)

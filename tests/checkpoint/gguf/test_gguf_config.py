@@ -33,9 +33,7 @@ def typed(checkpoint: GgufFile) -> DecoderConfig:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_families_read_it(
-    architecture: str, tied: bool, small_model: Any, tmp_path: Path
-) -> None:
+def test_the_families_read_it(architecture, tied, small_model, tmp_path):
     biases = ["attn_q", "attn_k", "attn_v"] if architecture == "qwen2" else []
     checkpoint = opened(small_model(architecture, tied=tied, biases=biases), tmp_path)
     config = typed(checkpoint)
@@ -50,7 +48,7 @@ def test_the_families_read_it(
     assert len(graph.params) == len(checkpoint.tensors)
 
 
-def test_sizes_that_are_stated_per_layer(small_model: Any, tmp_path: Path) -> None:
+def test_sizes_that_are_stated_per_layer(small_model, tmp_path):
     builder = small_model().drop("llama.attention.head_count_kv")
     same = builder.array("llama.attention.head_count_kv", "i32", [2, 2])
     assert typed(opened(same, tmp_path)).num_key_value_heads == 2
@@ -77,9 +75,7 @@ def test_sizes_that_are_stated_per_layer(small_model: Any, tmp_path: Path) -> No
         ("attention.value_length", "u32", 4),
     ],
 )
-def test_refuses_a_value(
-    name: str, kind: str, value: Any, small_model: Any, tmp_path: Path
-) -> None:
+def test_refuses_a_value(name, kind, value, small_model, tmp_path):
     builder = small_model().drop(f"llama.{name}").key(f"llama.{name}", kind, value)
     assert f"metadata key 'llama.{name}'" in refusal(builder, tmp_path)
 
@@ -95,16 +91,14 @@ def test_refuses_a_value(
         "attention.layer_norm_rms_epsilon",
     ],
 )
-def test_refuses_a_missing_key(name: str, small_model: Any, tmp_path: Path) -> None:
+def test_refuses_a_missing_key(name, small_model, tmp_path):
     text = refusal(small_model().drop(f"llama.{name}"), tmp_path)
     assert f"metadata key 'llama.{name}'" in text
     assert "does not state" in text
 
 
 @pytest.mark.parametrize("tensor", ["blk.0.ffn_gate.weight", "blk.0.ffn_up.3.weight"])
-def test_a_mixture_of_experts_has_its_own_tensors(
-    tensor: str, small_model: Any, tmp_path: Path
-) -> None:
+def test_a_mixture_of_experts_has_its_own_tensors(tensor, small_model, tmp_path):
     builder = small_model().key("llama.expert_count", "u32", 8)
     if tensor.endswith("3.weight"):
         builder.tensor(tensor, (4, 4))
@@ -114,9 +108,7 @@ def test_a_mixture_of_experts_has_its_own_tensors(
 
 
 @pytest.mark.parametrize(("found", "hint"), [("qwen3x", "qwen3"), ("lama", "llama")])
-def test_an_architecture_that_is_not_read(
-    found: str, hint: str, small_model: Any, tmp_path: Path
-) -> None:
+def test_an_architecture_that_is_not_read(found, hint, small_model, tmp_path):
     text = refusal(small_model(found), tmp_path)
     assert "one of llama, qwen2, qwen3" in text
     assert f"did you mean '{hint}'?" in text
@@ -130,9 +122,7 @@ def test_an_architecture_that_is_not_read(
         ("blk.0.attn_norm.bias", "blk.0.attn_norm.weight"),
     ],
 )
-def test_a_tensor_that_a_llama_has_not(
-    name: str, hint: str, small_model: Any, tmp_path: Path
-) -> None:
+def test_a_tensor_that_a_llama_has_not(name, hint, small_model, tmp_path):
     text = refusal(small_model().tensor(name, (4, 4)), tmp_path)
     assert f"has no tensor '{name}'" in text
     assert hint in text
@@ -166,9 +156,7 @@ def scaling(name: str, kind: str, value: Any) -> tuple[str, str, Any]:
         ),
     ],
 )
-def test_rope_scaling(
-    keys: list[tuple[str, str, Any]], expected: dict[str, Any], small_model: Any, tmp_path: Path
-) -> None:
+def test_rope_scaling(keys, expected, small_model, tmp_path):
     builder = small_model()
     for name, kind, value in keys:
         builder.key(name, kind, value)
@@ -184,9 +172,7 @@ def divisors(rope: RopeConfig, head_dim: int) -> bytes:
 
 
 @pytest.mark.parametrize(("factor", "length"), [(8.0, 8192), (32.0, 8192), (5.5, 4096)])
-def test_the_divisors_of_llama_3(
-    factor: float, length: int, small_model: Any, tmp_path: Path
-) -> None:
+def test_the_divisors_of_llama_3(factor, length, small_model, tmp_path):
     rope = RopeConfig(
         theta=100_000.0,
         type="llama3",
@@ -204,15 +190,13 @@ def test_the_divisors_of_llama_3(
 @pytest.mark.parametrize(
     "values", [[1, 2, 3, 4], [0, 1, 1, 1], [1, 1, 1, np.nan], [1, 1, 1, np.inf], [1, 1, 1, -2]]
 )
-def test_divisors_that_nothing_explains(
-    values: list[float], small_model: Any, tmp_path: Path
-) -> None:
+def test_divisors_that_nothing_explains(values, small_model, tmp_path):
     data = np.array(values, "<f4").tobytes()
     builder = small_model().tensor("rope_freqs.weight", (4,), "F32", data)
     assert "config.json cannot express" in refusal(builder, tmp_path)
 
 
-def test_no_architecture(builder: Any, tmp_path: Path) -> None:
+def test_no_architecture(builder, tmp_path):
     assert "does not state its architecture" in refusal(builder.tensor("t", (1,)), tmp_path)
     builder.key("general.architecture", "u32", 3)
     assert "does not state its architecture" in refusal(builder, tmp_path)

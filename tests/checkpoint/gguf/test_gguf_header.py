@@ -51,7 +51,7 @@ def preamble(tensors: int, keys: int, version: int = 3) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", version, tensors, keys)
 
 
-def test_reads_every_kind_of_value(builder: Any, tmp_path: Path) -> None:
+def test_reads_every_kind_of_value(builder, tmp_path):
     numbers = {
         "u8": 200,
         "i8": -3,
@@ -86,7 +86,7 @@ def test_reads_every_kind_of_value(builder: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("alignment", [1, 8, 32, 4096])
-def test_finds_the_data(builder: Any, tmp_path: Path, version: int, alignment: int) -> None:
+def test_finds_the_data(builder, tmp_path, version, alignment):
     builder.alignment = alignment
     builder.key("general.alignment", "u32", alignment)
     values = {"a": np.arange(5, dtype=np.float32), "b": np.arange(6, dtype=np.float32)}
@@ -154,7 +154,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_refuses_at_little_cost(case: str, tmp_path: Path) -> None:
+def test_refuses_at_little_cost(case, tmp_path):
     data, message = HOSTILE[case]
     path = tmp_path / "x.gguf"
     path.write_bytes(data)
@@ -175,9 +175,7 @@ def test_refuses_at_little_cost(case: str, tmp_path: Path) -> None:
         ((1 << 40, 32), "F32", "end beyond the end of the file"),
     ],
 )
-def test_refuses_a_tensor(
-    shape: tuple[int, ...], kind: str, message: str, builder: Any, tmp_path: Path
-) -> None:
+def test_refuses_a_tensor(shape, kind, message, builder, tmp_path):
     builder.tensor("good", (4, 32)).tensor("odd", shape, kind, b"")
     error = refused(builder.write(tmp_path / "x.gguf"))
     assert message in str(error)
@@ -185,18 +183,18 @@ def test_refuses_a_tensor(
 
 
 @pytest.mark.parametrize("value", [0, 3, 48, 1 << 17, 1 << 30])
-def test_refuses_an_alignment(value: int, builder: Any, tmp_path: Path) -> None:
+def test_refuses_an_alignment(value, builder, tmp_path):
     builder.key("general.alignment", "u32", value).tensor("t", (1,))
     assert "power of two" in str(refused(builder.write(tmp_path / "x.gguf")))
 
 
 @pytest.mark.parametrize("offset", [1, 33, HUGE])
-def test_refuses_an_offset(offset: int, builder: Any, tmp_path: Path) -> None:
+def test_refuses_an_offset(offset, builder, tmp_path):
     builder.tensor("t", (8,), "F32", offset=offset)
     assert re.search("offset is not usable|beyond", str(refused(builder.write(tmp_path / "x"))))
 
 
-def test_every_truncation_is_refused(small_model: Any, tmp_path: Path) -> None:
+def test_every_truncation_is_refused(small_model, tmp_path):
     data = small_model(layers=1, hidden=8, head_dim=2, mlp=8, vocab=4).build()
     path = tmp_path / "x.gguf"
     for length in range(0, len(data), 11):
@@ -205,7 +203,7 @@ def test_every_truncation_is_refused(small_model: Any, tmp_path: Path) -> None:
             read_gguf_header(path)
 
 
-def test_tells_all_problems_at_once(builder: Any, tmp_path: Path) -> None:
+def test_tells_all_problems_at_once(builder, tmp_path):
     builder.key("twice", "u32", 1).key("twice", "u32", 2).key("flag", "bool", 7)
     builder.key("general.alignment", "u32", 3)
     builder.tensor("a", (2, 33), "Q4_0", b"").tensor("a", (4,)).tensor("\x1b[31m", (4,))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,12 +33,12 @@ def split(whole: Path, target: Path, *, small_first: bool = False) -> list[Path]
 
 
 @pytest.fixture
-def parts(small_model: Callable[..., Any], tmp_path: Path) -> list[Path]:
+def parts(small_model, tmp_path):
     """Return the files of a small model in parts, beside the model in one."""
     return split(small_model().write(tmp_path / "one.gguf"), tmp_path / "model.gguf")
 
 
-def test_parts_are_read_as_the_whole(parts: list[Path], tmp_path: Path) -> None:
+def test_parts_are_read_as_the_whole(parts, tmp_path):
     assert len(parts) > 2
     with open_gguf(tmp_path / "one.gguf") as whole, open_gguf(parts[1]) as joined:
         assert joined.config == whole.config
@@ -54,7 +52,7 @@ def test_parts_are_read_as_the_whole(parts: list[Path], tmp_path: Path) -> None:
             joined.require_unchanged()
 
 
-def test_what_is_missing_is_named(parts: list[Path]) -> None:
+def test_what_is_missing_is_named(parts):
     parts[-1].rename(parts[-1].with_name("away"))
     parts[1].unlink()
     with pytest.raises(InputError) as caught:
@@ -64,7 +62,7 @@ def test_what_is_missing_is_named(parts: list[Path]) -> None:
     assert parts[-1].name in message
 
 
-def test_parts_in_another_order_or_of_another_model(parts: list[Path]) -> None:
+def test_parts_in_another_order_or_of_another_model(parts):
     first, second = parts[1].read_bytes(), parts[2].read_bytes()
     parts[1].write_bytes(second)
     with pytest.raises(InputError, match=r"not the one that its name says"):

@@ -67,7 +67,7 @@ def model(small_model: Any, path: Path, storage: Storage, **options: Any) -> tup
 
 @needs_package
 @pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
-def test_quantised_rows(storage: Storage, small_model: Any, tmp_path: Path) -> None:
+def test_quantised_rows(storage, small_model, tmp_path):
     from gguf import GGMLQuantizationType, quants
 
     checkpoint, _ = model(small_model, tmp_path, storage)
@@ -87,7 +87,7 @@ def test_quantised_rows(storage: Storage, small_model: Any, tmp_path: Path) -> N
 
 
 @needs_package
-def test_pieces_do_not_show(small_model: Any, tmp_path: Path) -> None:
+def test_pieces_do_not_show(small_model, tmp_path):
     from gguf import GGMLQuantizationType, quants
 
     storage = next(storage for storage in QUANTISED if storage.name == "Q5_0")
@@ -101,19 +101,19 @@ def test_pieces_do_not_show(small_model: Any, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def opened(small_model: Any, tmp_path: Path) -> GgufFile:
+def opened(small_model, tmp_path):
     storage = next(storage for storage in QUANTISED if storage.name == "Q4_1")
     return model(small_model, tmp_path, storage)[0]
 
 
-def test_a_file_that_changed(opened: GgufFile) -> None:
+def test_a_file_that_changed(opened):
     with opened.path.open("ab") as file:
         file.write(b"x")
     with pytest.raises(InputError, match="changed while it was being read"):
         opened.read(UP_PROJ)
 
 
-def test_without_the_package(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package(opened, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MachineError, match="pip install 'gguf>="):
         opened.read(UP_PROJ)

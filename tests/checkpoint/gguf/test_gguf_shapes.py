@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -17,7 +15,7 @@ pytest.importorskip("gguf")
 
 
 @pytest.mark.parametrize(("case", "architecture"), CASES)
-def test_the_model_is_that_of_hugging_face(case: str, architecture: str, tmp_path: Path) -> None:
+def test_the_model_is_that_of_hugging_face(case, architecture, tmp_path):
     source, file = write(case, architecture, tmp_path)
     golden = load_file(source / "model.safetensors")
     with open_gguf(file) as read:
@@ -38,7 +36,7 @@ def test_the_model_is_that_of_hugging_face(case: str, architecture: str, tmp_pat
         np.testing.assert_allclose(made[1], np.load(GOLDEN / case / f"{output}.npy"), atol=1e-6)
 
 
-def test_what_is_not_known_is_reported(tmp_path: Path) -> None:
+def test_what_is_not_known_is_reported(tmp_path):
     _, file = write("bert_gelu", "bert", tmp_path, causal=True)
     with pytest.raises(InputError, match="tokens do not see later ones"):
         open_gguf(file)

@@ -94,7 +94,7 @@ def reason(builder: Any, path: Path) -> str:
     return remark
 
 
-def test_merges_and_added_tokens(small_model: Any, tmp_path: Path) -> None:
+def test_merges_and_added_tokens(small_model, tmp_path):
     tokenizer = turned(byte_level(small_model), tmp_path)
     assert tokenizer.get_vocab_size() == 256 + len(MERGES) + 2
     encoding = tokenizer.encode("the the<|end|>a<think>123")
@@ -105,7 +105,7 @@ def test_merges_and_added_tokens(small_model: Any, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def smollm(small_model: Any, tmp_path: Path) -> Any:
+def smollm(small_model, tmp_path):
     return turned(byte_level(small_model), tmp_path)
 
 
@@ -115,7 +115,7 @@ def special(builder: Any, **ids: int) -> Any:
     return builder
 
 
-def test_first_and_last_token(small_model: Any, tmp_path: Path) -> None:
+def test_first_and_last_token(small_model, tmp_path):
     end = 256 + len(MERGES)
     builder = special(byte_level(small_model), bos=end, eos=end + 1)
     assert turned(builder, tmp_path).encode("a").tokens == ["a"]
@@ -130,7 +130,7 @@ def test_first_and_last_token(small_model: Any, tmp_path: Path) -> None:
     assert tokenizer.encode("a", add_special_tokens=False).tokens == ["a"]
 
 
-def test_configs_beside_the_tokenizer(small_model: Any, tmp_path: Path) -> None:
+def test_configs_beside_the_tokenizer(small_model, tmp_path):
     end = 256 + len(MERGES)
     builder = special(byte_level(small_model), bos=end, eos=end, padding=end + 1, eot=end + 1)
     builder.key("tokenizer.chat_template", "string", "{{ messages }} ▁")
@@ -157,7 +157,7 @@ def test_configs_beside_the_tokenizer(small_model: Any, tmp_path: Path) -> None:
     assert checkpoint.remarks() == []
 
 
-def test_files_without_a_usable_vocabulary(small_model: Any, tmp_path: Path) -> None:
+def test_files_without_a_usable_vocabulary(small_model, tmp_path):
     assert "tokenizer.ggml.model: the file does not state" in reason(small_model(), tmp_path)
     unknown = small_model().key("tokenizer.ggml.model", "string", "t5")
     assert "does not know this kind of tokenizer" in reason(unknown, tmp_path)
@@ -185,7 +185,7 @@ PIECES = [
 ]
 
 
-def test_sentence_piece(small_model: Any, tmp_path: Path) -> None:
+def test_sentence_piece(small_model, tmp_path):
     tokenizer = turned(sentence_piece(small_model, PIECES), tmp_path)
     text = "hello wé  hello"
     encoding = tokenizer.encode(text)
@@ -202,21 +202,21 @@ def test_sentence_piece(small_model: Any, tmp_path: Path) -> None:
     assert tokenizer.encode("hell</s>he").tokens == ["<s>", SPACE, "hell", "</s>", SPACE, "he"]
 
 
-def test_control_tokens_are_never_merged_from_text(small_model: Any, tmp_path: Path) -> None:
+def test_control_tokens_are_never_merged_from_text(small_model, tmp_path):
     pieces = [("<", -1.0), ("s", -2.0), (">", -3.0), ("<s", -4.0), (SPACE, -5.0)]
     model = content(opened(sentence_piece(small_model, pieces), tmp_path), "tokenizer.json")
     assert model["model"]["merges"] == [["<", "s"]]
 
 
 @pytest.mark.parametrize("pre", ["default", "no-such-rule"])
-def test_a_rule_that_is_not_known(pre: str, small_model: Any, tmp_path: Path) -> None:
+def test_a_rule_that_is_not_known(pre, small_model, tmp_path):
     text = reason(byte_level(small_model, pre), tmp_path)
     assert "does not know how this tokenizer cuts text" in text
     assert pre in text
     assert "smollm" in text
 
 
-def test_named_chat_templates(small_model: Any, tmp_path: Path) -> None:
+def test_named_chat_templates(small_model, tmp_path):
     builder = byte_level(small_model).key("tokenizer.chat_template", "string", "a")
     builder.key("tokenizer.chat_template.tool_use", "string", "b")
     config = content(opened(builder, tmp_path), "tokenizer_config.json")

@@ -42,7 +42,7 @@ def trained(arrays: dict[str, Array], optimizer: Any, steps: int = 2) -> dict[st
 
 
 @pytest.mark.parametrize("case", few(["qwen3_square", "mixtral_bfloat16"]))
-def test_adam_of_maxtext(case: str, tmp_path: Path) -> None:
+def test_adam_of_maxtext(case, tmp_path):
     """What the moments are of a tensor is what its gradient is of: turned, and scaled."""
     arrays = load_file(HERE / f"{case}.safetensors")
     state = trained(arrays, optax.adamw(1e-3))
@@ -98,7 +98,7 @@ def _is_batch(axis: int, path: tuple[str, ...]) -> bool:
     return (axis == 0 and "expert" in path) or (axis == 1 and path[0] == path[1])
 
 
-def test_adafactor_of_t5x(tmp_path: Path) -> None:
+def test_adafactor_of_t5x(tmp_path):
     scan = {"encoder": 2}
     golden = write("switch_half", tmp_path / "checkpoint_1", scan=scan)
     shutil.rmtree(tmp_path / "checkpoint_1")

@@ -56,7 +56,7 @@ LAYOUTS = [(True, True), (True, False), (False, True), (False, False)]
 
 
 @pytest.mark.parametrize(("number", "case"), few(enumerate(CASES), 3))
-def test_the_tensors_are_those_of_hugging_face(number: int, case: str, tmp_path: Path) -> None:
+def test_the_tensors_are_those_of_hugging_face(number, case, tmp_path):
     database, zarr3 = LAYOUTS[number % 4]
     place = tmp_path / "run" / "0" / "items"
     write(case, place, database=database, zarr3=zarr3)
@@ -76,7 +76,7 @@ def test_the_tensors_are_those_of_hugging_face(number: int, case: str, tmp_path:
             np.testing.assert_array_equal(part, expected[rows])
 
 
-def test_it_is_converted_and_runs(tmp_path: Path) -> None:
+def test_it_is_converted_and_runs(tmp_path):
     write("llama_llama3", tmp_path / "ckpt")
     shutil.copy(GOLDEN / "llama_llama3" / "config.json", tmp_path / "ckpt")
     out = tmp_path / "out.npy"
@@ -89,7 +89,7 @@ def test_it_is_converted_and_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zarr3", [False, True])
-def test_a_missing_chunk_is_told(zarr3: bool, tmp_path: Path) -> None:
+def test_a_missing_chunk_is_told(zarr3, tmp_path):
     folder = tmp_path / "items"
     write("qwen2_square", folder, database=False, zarr3=zarr3)
     key = "params.params.decoder.decoder_norm.scale"
@@ -102,7 +102,7 @@ def test_a_missing_chunk_is_told(zarr3: bool, tmp_path: Path) -> None:
         assert not checkpoint.read(f"opt_state.{key.removeprefix('params.')}").any()
 
 
-def test_chunks_that_are_larger_than_their_array_are_never_read(tmp_path: Path) -> None:
+def test_chunks_that_are_larger_than_their_array_are_never_read(tmp_path):
     folder = tmp_path / "items"
     write("qwen2_square", folder, database=False, zarr3=False)
     key = "params.params.decoder.decoder_norm.scale"
@@ -113,9 +113,7 @@ def test_chunks_that_are_larger_than_their_array_are_never_read(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("zarr3", [False, True])
-def test_zeros_that_a_database_of_earlier_versions_omits(
-    zarr3: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zeros_that_a_database_of_earlier_versions_omits(zarr3, tmp_path, monkeypatch):
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     monkeypatch.setattr(tensorstore_utils, "STORE_ARRAY_DATA_EQUAL_TO_FILL_VALUE", False)
@@ -124,7 +122,7 @@ def test_zeros_that_a_database_of_earlier_versions_omits(
         assert not checkpoint.read("opt_state.params.decoder.decoder_norm.scale").any()
 
 
-def test_metadata_lead_nowhere_else(tmp_path: Path) -> None:
+def test_metadata_lead_nowhere_else(tmp_path):
     write("qwen2_square", tmp_path / "items", database=False)
     file = tmp_path / "items" / "_METADATA"
     file.write_text(file.read_text().replace('"key": "decoder"', '"key": "../decoder"'))
@@ -142,9 +140,7 @@ def test_metadata_lead_nowhere_else(tmp_path: Path) -> None:
         ({"model_type": "mistral"}, "does not know this array of a mistral"),
     ],
 )
-def test_what_is_not_known_is_reported(
-    change: dict[str, object], words: str, tmp_path: Path
-) -> None:
+def test_what_is_not_known_is_reported(change, words, tmp_path):
     write("qwen2_square", tmp_path / "items")
     config = json.loads((GOLDEN / "qwen2_square" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -152,7 +148,7 @@ def test_what_is_not_known_is_reported(
         open_checkpoint(tmp_path)
 
 
-def test_without_a_config_it_has_the_names_of_its_arrays(tmp_path: Path) -> None:
+def test_without_a_config_it_has_the_names_of_its_arrays(tmp_path):
     write("qwen3_square", tmp_path / "items")
     with pytest.raises(InputError, match=r"says no architecture(.|\n)*\.moe graph"):
         open_checkpoint(tmp_path)
@@ -168,7 +164,7 @@ SCANNED = ("llama_llama3", "mixtral_bfloat16", "qwen2_square")
 
 
 @pytest.mark.parametrize("case", SCANNED)
-def test_the_arrays_of_maxtext_are_those_of_its_own_conversion(case: str, tmp_path: Path) -> None:
+def test_the_arrays_of_maxtext_are_those_of_its_own_conversion(case, tmp_path):
     out = tmp_path / "out"
     assert main(["emit", "maxtext", str(GOLDEN / case), "-o", str(out)]) == 0
     state = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(out / "0" / "items")
@@ -199,9 +195,7 @@ def assert_same_tree(tree: dict[str, Any], expected: dict[str, Any]) -> None:
         ("olmoe_norm", ["model_type", "mixtral", "olmoe"]),
     ],
 )
-def test_what_maxtext_does_not_compute_is_rejected(
-    case: str, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_maxtext_does_not_compute_is_rejected(case, texts, tmp_path, capsys):
     assert main(["emit", "maxtext", str(GOLDEN / case), "-o", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert all(text in error for text in texts), error

@@ -149,7 +149,7 @@ def stored(folder: Path, path: tuple[str, ...], array: Array, version: int) -> A
     ("case", "version"),
     [("t5_relu_tied", 3), ("t5_square", 3), ("t5_gated_untied", 3), ("t5_bfloat16", 2)],
 )
-def test_the_tensors_are_those_of_hugging_face(case: str, version: int, tmp_path: Path) -> None:
+def test_the_tensors_are_those_of_hugging_face(case, version, tmp_path):
     golden = write(case, tmp_path / "checkpoint_300", version=version)
     (tmp_path / "checkpoint_20").mkdir()
     with open_checkpoint(tmp_path) as checkpoint:
@@ -171,7 +171,7 @@ def test_the_tensors_are_those_of_hugging_face(case: str, version: int, tmp_path
         ("t5_gated_untied", {"decoder": 1}),
     ],
 )
-def test_experts_and_scanned_layers(case: str, scan: dict[str, int], tmp_path: Path) -> None:
+def test_experts_and_scanned_layers(case, scan, tmp_path):
     golden = write(case, tmp_path / "checkpoint_300", scan=scan)
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.tensors.keys() == golden.keys()
@@ -191,9 +191,7 @@ def test_experts_and_scanned_layers(case: str, scan: dict[str, int], tmp_path: P
          "experts in other layers"),
     ],
 )  # fmt: skip
-def test_mixtures_that_transformers_has_not(
-    path: tuple[str, ...], shape: tuple[int, ...], words: str, tmp_path: Path
-) -> None:
+def test_mixtures_that_transformers_has_not(path, shape, words, tmp_path):
     step = tmp_path / "checkpoint_1"
     write("switch_half", step)
     file = step / "checkpoint"
@@ -206,7 +204,7 @@ def test_mixtures_that_transformers_has_not(
 
 
 @pytest.mark.parametrize("case", ["t5_relu_tied", "t5_gated_untied"])
-def test_the_config_is_inferred(case: str, tmp_path: Path) -> None:
+def test_the_config_is_inferred(case, tmp_path):
     write(case, tmp_path / "checkpoint_300")
     golden = json.loads((GOLDEN / case / "config.json").read_text())
     with open_checkpoint(tmp_path) as checkpoint:
@@ -225,7 +223,7 @@ def test_the_config_is_inferred(case: str, tmp_path: Path) -> None:
     assert lines[0] == lines[1]
 
 
-def test_the_file_is_read_as_flax_writes_it(tmp_path: Path) -> None:
+def test_the_file_is_read_as_flax_writes_it(tmp_path):
     shutil.copy(HERE / "flax.msgpack", tmp_path / "checkpoint")
     with pytest.raises(InputError, match=r"'target\.stored'"):
         open_checkpoint(tmp_path, needs_config=False)
@@ -257,7 +255,7 @@ def test_the_file_is_read_as_flax_writes_it(tmp_path: Path) -> None:
         (msgpack.packb({"../x": {"driver": 1, "kvstore": 2, "metadata": 3}}), "is missing"),
     ],
 )  # fmt: skip
-def test_hostile_files_are_messages(content: bytes, words: str, tmp_path: Path) -> None:
+def test_hostile_files_are_messages(content, words, tmp_path):
     (tmp_path / "checkpoint").write_bytes(content)
     with pytest.raises(InputError, match=words):
         open_checkpoint(tmp_path, needs_config=False)

@@ -76,20 +76,20 @@ UNROLLED = (
         (loop(INCLUSIVE), 6),
     ],
 )
-def test_a_loop_runs_as_often_as_its_condition_says(text: str, times: int) -> None:
+def test_a_loop_runs_as_often_as_its_condition_says(text, times):
     found = census(text)
     assert found.unknown_loops == 0
     assert [c.times for c in found.collectives] == [times]
     assert found.by_kind()["all-reduce"] == {"count": 1, "runs": times, "bytes": 128 * times}
 
 
-def test_what_xla_has_noted_of_a_loop_comes_first() -> None:
+def test_what_xla_has_noted_of_a_loop_comes_first():
     noted = ', backend_config={"known_trip_count":{"n":"12"}}'
     text = loop(CONSTANT).replace("body=%body", f"body=%body{noted}")
     assert census(text).by_kind()["all-reduce"]["runs"] == 12
 
 
-def test_rounds_of_an_exchange_count_once_and_at_most_as_often_as_their_name_says() -> None:
+def test_rounds_of_an_exchange_count_once_and_at_most_as_often_as_their_name_says():
     start = "%q = s32[8] iota(), iota_dimension=0\n  %c0 = s32[] reduce(%q, %q), to_apply=%add"
     name = 'body=%body, metadata={op_name="jit(step)/while/body/rounds_at_most_4/while"}'
     found = census(loop(CONSTANT, start).replace("body=%body", name))
@@ -110,9 +110,7 @@ def test_rounds_of_an_exchange_count_once_and_at_most_as_often_as_their_name_say
         ("collective-permute(%p), source_target_pairs={{0,1},{1,0}}", "collective-permute", 512, 2),
     ],
 )  # fmt: skip
-def test_the_full_tensor_and_the_group_of_a_collective(
-    line: str, kind: str, full_bytes: int, group: int
-) -> None:
+def test_the_full_tensor_and_the_group_of_a_collective(line, kind, full_bytes, group):
     sizes = {"all-gather": ("8,4", "32,4"), "reduce-scatter": ("32,4", "8,4")}
     given, made = sizes.get(kind, ("32,4", "32,4"))
     body = f"  %p = f32[{given}]{{1,0}} parameter(0)\n  ROOT %r = f32[{made}]{{1,0}} {line}"
@@ -129,7 +127,7 @@ def test_the_full_tensor_and_the_group_of_a_collective(
         ("f32[32,4] all-reduce-start", "all-reduce"),
     ],
 )
-def test_a_start_is_counted_and_its_end_is_not(types: str, kind: str) -> None:
+def test_a_start_is_counted_and_its_end_is_not(types, kind):
     given = "8,4" if kind == "all-gather" else "32,4"
     body = (
         f"  %p = f32[{given}] parameter(0)\n  %s = {types}(%p), replica_groups=[2,4]<=[8]\n"
@@ -138,7 +136,7 @@ def test_a_start_is_counted_and_its_end_is_not(types: str, kind: str) -> None:
     assert census(program(body)).by_kind() == {kind: {"count": 1, "runs": 1, "bytes": 512}}
 
 
-def test_a_fusion_that_keeps_a_slice_of_a_sum_is_a_reduce_scatter() -> None:
+def test_a_fusion_that_keeps_a_slice_of_a_sum_is_a_reduce_scatter():
     more = """%all-reduce-scatter.1 (i: f32[32,4]) -> f32[8,4] {
   %i = f32[32,4] parameter(0)
   %s = f32[32,4] all-reduce(%i), replica_groups=[2,4]<=[8], to_apply=%add
@@ -152,7 +150,7 @@ def test_a_fusion_that_keeps_a_slice_of_a_sum_is_a_reduce_scatter() -> None:
     }
 
 
-def test_a_collective_that_is_written_in_parts_counts_once() -> None:
+def test_a_collective_that_is_written_in_parts_counts_once():
     """A TPU begins a gather in one fusion and ends it in another; each has all of it."""
 
     def part(name: str, chain: int, channel: int) -> str:
@@ -177,7 +175,7 @@ def test_a_collective_that_is_written_in_parts_counts_once() -> None:
     }
 
 
-def test_of_a_branch_the_heavier_arm_counts() -> None:
+def test_of_a_branch_the_heavier_arm_counts():
     arm = """%{name} (a: f32[8,4]) -> f32[8,4] {{
   %a = f32[8,4] parameter(0)
   ROOT %d = f32[8,{n}] dot(%a, %a), lhs_contracting_dims={{{axis}}}, rhs_contracting_dims={{0}}
@@ -195,7 +193,7 @@ def test_of_a_branch_the_heavier_arm_counts() -> None:
     ("kernel", "products"),
     [("splash_mha_fwd_residuals", 2), ("splash_mha_dq_residuals", 3), ("splash_mha_dkv_x", 4)],
 )
-def test_a_kernel_whose_scope_says_its_scores_is_counted(kernel: str, products: int) -> None:
+def test_a_kernel_whose_scope_says_its_scores_is_counted(kernel, products):
     # XLA writes what a kernel says of itself over several lines.
     body = (
         "  %p = f32[8,4] parameter(0)\n"
@@ -212,7 +210,7 @@ def test_a_kernel_whose_scope_says_its_scores_is_counted(kernel: str, products: 
     assert not found.opaque
 
 
-def test_types_with_layouts_tuples_and_long_constants() -> None:
+def test_types_with_layouts_tuples_and_long_constants():
     body = (
         "  %p = (bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/(pred[]{:T(512)}, u8[7])) "
         "parameter(0)\n"
@@ -239,7 +237,7 @@ def compiled_flops(function: Any, *shapes: tuple[int, ...]) -> int:
     return census(jax.jit(function).lower(*arguments).compile().as_text()).flops
 
 
-def test_dots_of_a_compiled_loop() -> None:
+def test_dots_of_a_compiled_loop():
     def run(x: Any, w: Any) -> Any:
         return lax.scan(lambda h, m: (jnp.tanh(h @ m), None), x, w)[0]
 
@@ -257,7 +255,7 @@ def test_dots_of_a_compiled_loop() -> None:
         {"window_strides": (1,), "padding": "SAME", "batch_group_count": 2},
     ],
 )
-def test_a_convolution_multiplies_as_often_as_ones_add_up(options: dict[str, Any]) -> None:
+def test_a_convolution_multiplies_as_often_as_ones_add_up(options):
     features = 6 // options.get("feature_group_count", 1)
     shapes = (4, 6, 11), (8, features, 5)
 

@@ -84,13 +84,13 @@ EXPOSED = {
 
 
 @pytest.mark.parametrize("name", [*OVERLAPPED, *EXPOSED])
-def test_a_collective_is_exposed_unless_a_product_stands_beside_it(name: str) -> None:
+def test_a_collective_is_exposed_unless_a_product_stands_beside_it(name):
     found = census(program(*{**OVERLAPPED, **EXPOSED}[name])).overlap()
     beside = BYTES if name in OVERLAPPED else 0
     assert found == {"all-gather": {"overlapped_bytes": beside, "exposed_bytes": BYTES - beside}}
 
 
-def test_loops_count_as_often_as_they_run_and_each_collective_by_itself() -> None:
+def test_loops_count_as_often_as_they_run_and_each_collective_by_itself():
     loop = f"""%body (t: (f32[4,4])) -> (f32[4,4]) {{
   %t = (f32[4,4]) parameter(0)
   %p = f32[4,4] get-tuple-element(%t), index=0

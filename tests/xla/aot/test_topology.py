@@ -15,9 +15,7 @@ from moecc.plan.machines import parse_machine
 @pytest.mark.parametrize(
     ("machine", "package"), [("tpu:v5p:2x2x1", "libtpu"), ("gpu:h100:8", "jax_plugins")]
 )
-def test_a_missing_extra_is_named_in_one_line(
-    machine: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_named_in_one_line(machine, package, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         topology, "find_spec", lambda name: None if name == package else found(name)
@@ -42,9 +40,7 @@ def test_a_missing_extra_is_named_in_one_line(
         ),
     ],
 )  # fmt: skip
-def test_what_the_compiler_says_of_a_program_too_large(
-    message: str, needed: float, available: float
-) -> None:
+def test_what_the_compiler_says_of_a_program_too_large(message, needed, available):
     pytest.importorskip("jax")
     from moecc_backends.xla.aot.compiler import CompilerFailed, DoesNotFit, refusal
 

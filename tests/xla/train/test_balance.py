@@ -22,7 +22,7 @@ from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 RATE = 0.01
 
 
-def test_the_bias_moves_by_what_the_whole_batch_chose() -> None:
+def test_the_bias_moves_by_what_the_whole_batch_chose():
     dense = sparse("top-2", padded=True, bias=True)
     passes = StepPasses(bound=Bound(0.5), groups=8, losses={"parts": 1}, rolled=False)
     config = StepConfig(dtype="f32", micro_batches=1)
@@ -41,7 +41,7 @@ def test_the_bias_moves_by_what_the_whole_batch_chose() -> None:
     assert chosen.sum() == 2 * batch["mask"].sum()
 
 
-def test_experts_in_turn_have_equal_loads() -> None:
+def test_experts_in_turn_have_equal_loads():
     graph = step_graph(sparse(), StepPasses(groups=1, losses={"parts": 1}, balanced=True))
     spec = StepSpec(SIZES, StepConfig(dtype="f32"), OptimizerSection("sgd"))
     step = make_train_step(graph, spec, jax.devices()[:1])

@@ -62,7 +62,7 @@ def by_hand(params: dict[str, Array], batch: dict[str, Array]) -> tuple[float, d
     ("micro_batches", "chunk_bytes"),
     few([(2, 4 * VOCAB * 5), (1, 1 << 62), (1, 4 * VOCAB * 5), (2, 1 << 62)]),
 )
-def test_loss_and_gradients_are_those_of_the_formula(micro_batches: int, chunk_bytes: int) -> None:
+def test_loss_and_gradients_are_those_of_the_formula(micro_batches, chunk_bytes):
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=(VOCAB, EMBED)) for name in ("table", "head")}
     batch: dict[str, Any] = {
@@ -91,7 +91,7 @@ def test_loss_and_gradients_are_those_of_the_formula(micro_batches: int, chunk_b
         assert float(metrics["loss"]) == pytest.approx(float(total), rel=1e-6)
 
 
-def test_the_coefficient_falls_to_zero() -> None:
+def test_the_coefficient_falls_to_zero():
     section = LossSection(0.8, 4)
     assert [round(section.distill_at(n, 9), 9) for n in range(6)] == [0.8, 0.6, 0.4, 0.2, 0, 0]
     assert LossSection(0.8).distill_at(8, 16) == 0.4

@@ -81,13 +81,13 @@ def _only_chooses(param: Value) -> bool:
 
 
 @pytest.mark.parametrize("case", few(CASES))
-def test_every_parameter_of_a_family_is_trained(case: str) -> None:
+def test_every_parameter_of_a_family_is_trained(case):
     with open_model(str(GOLDEN / case)) as model:
         graph = clone(model.graph)
     assert_all_flow(graph)
 
 
-def test_what_is_frozen_has_no_gradient_no_moments_and_stays() -> None:
+def test_what_is_frozen_has_no_gradient_no_moments_and_stays():
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         graph = clone(model.graph)
     run_pipeline(graph, Pipeline.parse("freeze{groups=attention}", installed()))
@@ -113,7 +113,7 @@ def test_what_is_frozen_has_no_gradient_no_moments_and_stays() -> None:
     assert {s.decay for n, s in step.settings.items() if "norm" in n} == {0.2}
 
 
-def test_decay_goes_by_what_reads_a_parameter_and_not_by_its_axes() -> None:
+def test_decay_goes_by_what_reads_a_parameter_and_not_by_its_axes():
     """A rolled norm has two axes, and so have the vectors of experts."""
     with open_model(str(GOLDEN / "llama_biases_head_dim")) as model:
         graph = clone(model.graph)

@@ -69,15 +69,13 @@ def run(step: TrainStep) -> tuple[dict[str, Any], dict[str, Any]]:
         ((576,), "tpu", (0,)),
     ],
 )
-def test_a_tpu_stores_what_pads_less(
-    shape: tuple[int, ...], platform: str, order: tuple[int, ...]
-) -> None:
+def test_a_tpu_stores_what_pads_less(shape, platform, order):
     from moecc_backends.xla.trace.host_arrays import stored_order
 
     assert stored_order(shape, platform) == order
 
 
-def test_no_run_of_a_loop_keeps_a_cast_parameter() -> None:
+def test_no_run_of_a_loop_keeps_a_cast_parameter():
     from moecc_backends.xla.lower.scan import _worth_keeping
     from moecc_backends.xla.trace.host_arrays import Master
 
@@ -109,9 +107,7 @@ def test_no_run_of_a_loop_keeps_a_cast_parameter() -> None:
         )),
     ],
 )  # fmt: skip
-def test_values_and_gradients_are_those_of_parameters_cast_at_once(
-    mesh: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_and_gradients_are_those_of_parameters_cast_at_once(mesh, options, monkeypatch):
     by_layer = run(step_of(mesh, **options))
     monkeypatch.setattr(gradients, "is_cast_by_layer", lambda value: False)
     at_once = step_of(mesh, **options)

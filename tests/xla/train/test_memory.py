@@ -47,7 +47,7 @@ def compiled(step: TrainStep) -> Any:
     return step.function.lower(*step.arguments).compile()
 
 
-def test_logits_never_are_in_memory_whole() -> None:
+def test_logits_never_are_in_memory_whole():
     whole, chunked = (compiled(step_of(size)).memory_analysis() for size in (1 << 62, 1 << 18))
     assert whole.temp_size_in_bytes > LOGITS_BYTES
     # A chunk and its gradient, and the gradient of the table twice.
@@ -69,7 +69,7 @@ def reductions(step: TrainStep) -> list[str]:
     return [size.removeprefix(shape) for size in sizes if size.startswith(shape)]
 
 
-def test_gradients_are_reduced_in_the_type_that_is_asked_for() -> None:
+def test_gradients_are_reduced_in_the_type_that_is_asked_for():
     mesh = MeshPasses("data:2", ("data-parallel",))
     for wanted, found in ((None, ["bf16"]), ("f32", ["f32"])):
         step = step_of(1 << 18, "sgd", mesh=mesh, dtype="bf16", reduce_dtype=wanted)

@@ -109,13 +109,13 @@ SLOW: list[tuple[Case, int, str]] = [
 @pytest.mark.parametrize(
     ("case", "parts", "mesh"), [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
 )
-def test_parts_and_meshes_change_no_loss_and_no_gradient(case: Case, parts: int, mesh: str) -> None:
+def test_parts_and_meshes_change_no_loss_and_no_gradient(case, parts, mesh):
     with jax.enable_x64(True):
         for seed in range(examples(3, 10)):
             assert_same(*both(case, parts, mesh, F64, seed), 1e-12)
 
 
-def test_a_batch_without_any_token_has_no_loss_and_finite_gradients() -> None:
+def test_a_batch_without_any_token_has_no_loss_and_finite_gradients():
     case: Case = ("top-2", True, 0.75, "group")
     graph = sparse("top-2", padded=True)
     batch = batch_of(graph, 0)

@@ -33,7 +33,7 @@ def cross_entropy(logits: Any, targets: Any) -> Any:
     return jnp.sum(jnp.where(targets != IGNORED, nll, 0))
 
 
-def test_cross_entropy_by_its_definition() -> None:
+def test_cross_entropy_by_its_definition():
     rng = np.random.default_rng(0)
     logits, targets = rng.normal(size=(3, 5, 7)) * 4, rng.integers(0, 7, (3, 5))
     targets[0, :2] = IGNORED
@@ -56,7 +56,7 @@ TIES = [
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_of_equal_logits_argmax_says_which_target_is_hit(shards: int) -> None:
+def test_of_equal_logits_argmax_says_which_target_is_hit(shards):
     logits = jnp.asarray([row for row, _, _ in TIES], jnp.float32)
     targets = jnp.asarray([target for _, target, _ in TIES], jnp.int32)
     devices = jax.sharding.Mesh(np.asarray(jax.devices()[:shards]), ("model",))
@@ -108,9 +108,7 @@ def bigram_params(graph: Graph) -> dict[str, Any]:
         ((256, 256), ("vocab",), ("embed",)),
     ],
 )
-def test_factored_moments_have_the_axes_that_optax_keeps(
-    shape: tuple[int, int], row: tuple[str, ...], column: tuple[str, ...]
-) -> None:
+def test_factored_moments_have_the_axes_that_optax_keeps(shape, row, column):
     import optax
 
     step = bigram_step(bigram(*shape), "adafactor")
@@ -121,7 +119,7 @@ def test_factored_moments_have_the_axes_that_optax_keeps(
     assert initial.v_col["head"].shape == types[COLUMN]["head"].shape
 
 
-def test_the_update_of_a_matrix_is_clipped_at_its_root_mean_square() -> None:
+def test_the_update_of_a_matrix_is_clipped_at_its_root_mean_square():
     """Of Adafactor: to that of the matrix, times what the recipe says, times the rate."""
     graph = bigram()
     params = bigram_params(graph)
@@ -133,7 +131,7 @@ def test_the_update_of_a_matrix_is_clipped_at_its_root_mean_square() -> None:
         assert np.sqrt(np.mean(np.square(moved))) == pytest.approx(0.01 * clip * size, rel=1e-3)
 
 
-def test_a_spike_and_what_is_not_finite_change_nothing_but_counters() -> None:
+def test_a_spike_and_what_is_not_finite_change_nothing_but_counters():
     graph, batch = bigram(), bigram_batch()
     guard = GuardSection(sigma=6.0, window=4)
     step = bigram_step(graph, "adamw", guard=guard)
@@ -161,7 +159,7 @@ def test_a_spike_and_what_is_not_finite_change_nothing_but_counters() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_that_is_not_finite_leaves_every_optimizer_s_moments(name: str) -> None:
+def test_a_step_that_is_not_finite_leaves_every_optimizer_s_moments(name):
     graph, batch = bigram(), bigram_batch()
     step = bigram_step(graph, name, guard=GuardSection())
     state, _ = step.step(step.init(bigram_params(graph)), batch, jax.random.key(0), 1e-3)
@@ -173,7 +171,7 @@ def test_a_step_that_is_not_finite_leaves_every_optimizer_s_moments(name: str) -
         jax.tree.map(np.testing.assert_array_equal, state[part], arrays)
 
 
-def test_a_sweep_of_rates_is_traced_once() -> None:
+def test_a_sweep_of_rates_is_traced_once():
     graph = bigram()
 
     def step(**section: Any) -> Any:
