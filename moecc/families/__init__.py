@@ -48,11 +48,10 @@ def rebuild(attrs: Mapping[str, object], shrink: bool = True) -> Graph:
     """
     from moecc.families.building import build_model
     from moecc.families.registry import parse_config
-    from moecc.families.shrinking import shrink_config
 
     stated = attrs.get("config")
     config = parse_config(stated if isinstance(stated, Mapping) else {}, "attr config")
-    return build_model(shrink_config(config) if shrink else config)
+    return build_model(config.shrunk() if shrink else config)
 
 
 def __getattr__(name: str) -> object:

@@ -21,6 +21,11 @@ class AlibiConfig(GptConfig):
     tie_word_embeddings: bool = flag(default=True)
     intermediate_size: int = size(NEURONS)
 
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        sizes = super().small_sizes()
+        return {**sizes, "intermediate_size": 4 * sizes["hidden_size"]}
+
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
         values = super()._read(reader)

@@ -14,6 +14,7 @@ from moecc.families.config import (
     size,
 )
 from moecc.families.reader import EXTRA_DEFAULTS, LENGTH, KeyProblem, Reader, key_problem
+from moecc.families.shrinking import SMALL_VOCAB, shrink_size
 from moecc.families.whisper import TwoStackConfig
 from moecc.support.untyped import JsonDict
 
@@ -28,6 +29,7 @@ class BartConfig(TwoStackConfig):
     model alone lacks it, and its config does not say so.
     """
 
+    graphs = "bart"
     model_type = "bart"
     architecture = "BartForConditionalGeneration"
     aliases: ClassVar[tuple[str, ...]] = ("BartModel",)
@@ -84,6 +86,11 @@ class BartConfig(TwoStackConfig):
     max_position_embeddings: int = size(LENGTH, default=1024)
     scale_embedding: bool = flag(default=False)
     has_logits_bias: bool = False
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        longest = shrink_size(self.max_position_embeddings, SMALL_VOCAB)
+        return {**super().small_sizes(), "max_position_embeddings": longest}
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:

@@ -27,6 +27,13 @@ from moecc.families.reader import (
     KeyProblem,
     key_problem,
 )
+from moecc.families.shrinking import (
+    SMALL_HEAD_DIM,
+    SMALL_HEADS,
+    SMALL_MLP,
+    SMALL_VOCAB,
+    shrink_size,
+)
 from moecc.support.untyped import JsonDict
 
 BERT_DEFAULTS: Mapping[str, object] = {
@@ -57,6 +64,7 @@ class BertConfig(ModelConfig):
     positions belong to no token.
     """
 
+    graphs = "bert"
     model_type = "bert"
     architecture = "BertModel"
     with_heads = True
@@ -149,6 +157,22 @@ class BertConfig(ModelConfig):
     def head_dim(self) -> int:
         """The width of a head."""
         return self.hidden_size // self.num_attention_heads
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        heads = shrink_size(self.num_attention_heads, SMALL_HEADS)
+        positions = self.max_position_embeddings - self.position_offset
+        width = heads * shrink_size(self.head_dim, SMALL_HEAD_DIM)
+        is_narrow = self.embedding_width != self.hidden_size
+        return {
+            **self.small_vocabulary(),
+            "hidden_size": width,
+            # One more than the model's width, so that the two stay different.
+            "word_width": width + 1 if is_narrow else 0,
+            "num_attention_heads": heads,
+            "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
+            "max_position_embeddings": shrink_size(positions, SMALL_VOCAB) + self.position_offset,
+        }
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""

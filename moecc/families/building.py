@@ -2,60 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
 
 from moecc.errors import InputError, Problem
-from moecc.families.bart import BartConfig
-from moecc.families.bert import BertConfig
 from moecc.families.config import ModelConfig
-from moecc.families.decoder import DecoderConfig
-from moecc.families.encdec import EncDecConfig
-from moecc.families.gpt import GptConfig
-from moecc.families.graphs.parameters import DtypeOf, GraphRequest, float32_of
+from moecc.families.graphs.parameters import DtypeOf, GraphRequest
 from moecc.families.heads import ModelHead
 from moecc.families.reader import TOKEN_KEYS
 from moecc.families.st_moe import GraphConfig, StMoeConfig
-from moecc.families.vision import VisionConfig
-from moecc.families.whisper import WhisperConfig
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.ir.text import parse, print_graph
-from moecc.ir.verify import verify
+from moecc.ir.text import print_graph
 from moecc.support.process import gc_paused
-from moecc.types import Size, TensorType
-from moecc.weights.expr import Expr, Source
+from moecc.types import Size
+from moecc.weights.expr import Expr
 
 # The general layout of st_moe: any graph as a checkpoint, its lines in config.json.
 #
 # The tensors are the graph's parameters, by name, with their axes in the order of the graph.
 
 FAMILY = GraphConfig.model_type
-
-
-def read_graph_config(config: GraphConfig, request: GraphRequest) -> Graph:
-    """Return the graph stored in a config, its parameters read from the tensors of their names.
-
-    Raises:
-      InputError: the lines are not a valid graph.
-    """
-    dtype_of = request.dtype_of or float32_of
-    graph = parse(config.text, "config.json: graph")
-    verify(graph)
-    stated = [name for name, value in graph.params.items() if value.weight is not None]
-    if stated:
-        fault = "a stored graph reads each parameter from the tensor of its name"
-        hint = "remove the weight expression, or convert the model that has it"
-        raise InputError(Problem(fault, f"graph: %{name}", hint=hint) for name in stated)
-    for name, value in graph.params.items():
-        if not value.type.is_static:
-            parameter = f"%{name} : {value.type}"
-            raise InputError("a stored parameter has known sizes", where="graph", found=parameter)
-        value.weight = Source(name, TensorType(dtype_of(name), value.type.axes))
-    graph.attrs = {**graph.attrs, "family": FAMILY, "checkpoint": request.checkpoint}
-    graph.attrs.setdefault("config", config.to_json())
-    return graph
 
 
 def storing_problems(graph: Graph) -> list[Problem]:
@@ -118,33 +85,6 @@ def vocabulary_of(graph: Graph) -> int:
 
 # Build the graph of any typed config, whatever the shape of the model.
 
-GraphBuilder = Callable[[Any, GraphRequest], Graph]
-"""Builds the graph of a config of one class."""
-
-
-def _of_shape(name: str) -> GraphBuilder:
-    """Return the builder of a module of `moecc.families.graphs`, which is imported on first use."""
-
-    def build(config: ModelConfig, request: GraphRequest) -> Graph:
-        module: Any = import_module(f"moecc.families.graphs.{name}")
-        graph: Graph = module.build(config, request)
-        return graph
-
-    return build
-
-
-BUILDERS: dict[type[ModelConfig], GraphBuilder] = {
-    DecoderConfig: _of_shape("decoder"),
-    EncDecConfig: _of_shape("encdec"),
-    GptConfig: _of_shape("gpt"),
-    BertConfig: _of_shape("bert"),
-    VisionConfig: _of_shape("vision"),
-    WhisperConfig: _of_shape("whisper"),
-    BartConfig: _of_shape("bart"),
-    GraphConfig: read_graph_config,
-}
-"""What builds the graph of each class of config, and of those derived from it."""
-
 
 def build_model(
     config: ModelConfig,
@@ -171,9 +111,8 @@ def build_model(
     if isinstance(config, StMoeConfig):
         layout = "stacked"
     request = GraphRequest(dtype_of, checkpoint, layout, padding, batch, seq, decoder_seq, head)
-    build = next((BUILDERS[c] for c in type(config).__mro__ if c in BUILDERS), None)
-    if build is None:
-        raise TypeError(f"no builder for {type(config).__name__}")
+    build = type(config).builder or import_module(f"moecc.families.graphs.{config.graphs}").build
     # The graph of a model with 2048 experts per layer has several hundred thousand objects.
     with gc_paused():
-        return build(config, request)
+        graph: Graph = build(config, request)
+    return graph

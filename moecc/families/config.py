@@ -24,6 +24,7 @@ from moecc.families.reader import (
     refuse_what_needs_other_code,
     shown,
 )
+from moecc.families.shrinking import SMALL_VOCAB, shrink_size
 from moecc.support.untyped import Json, JsonDict
 
 if TYPE_CHECKING:
@@ -372,6 +373,10 @@ class ModelConfig:
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    # The module of `moecc.families.graphs` that builds graphs of the shape.
+    graphs: ClassVar[str] = ""
+    # Of a family from outside: what builds its graphs.
+    builder: ClassVar[Callable[..., Any] | None] = None
     # What the model is, in messages.
     kind: ClassVar[str] = "an encoder alone"
     # Other names that the class in `architectures` has had.
@@ -455,6 +460,23 @@ class ModelConfig:
             raise InputError(
                 replace(problem, where=f"{name}: {problem.where}") for problem in problems
             )
+
+    def shrunk(self) -> ModelConfig:
+        """Return the same structure at small sizes, see `moecc.families.shrinking`.
+
+        Raises:
+          InputError: the config holds a graph, whose sizes only its own constraints determine.
+        """
+        return replace(self, **self.small_sizes())
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        raise InputError("the config holds no sizes")
+
+    def small_vocabulary(self) -> JsonDict:
+        """Return the fields of a smaller vocabulary, which may be without the padding token."""
+        extra = {**self.extra, "pad_token_id": None}
+        return {"vocab_size": shrink_size(self.vocab_size, SMALL_VOCAB), "extra": extra}
 
     @classmethod
     def table(cls, name: str) -> JsonDict:

@@ -12,7 +12,7 @@ and words for it: a family fixes it (`fixed`), leaves it open (`options`), or la
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import ClassVar
 
 from moecc.families.config import (
@@ -45,6 +45,14 @@ from moecc.families.rope import (
     partial_rotary_factor,
     read_partial_rotary,
     read_rope,
+)
+from moecc.families.shrinking import (
+    SMALL_HEAD_DIM,
+    SMALL_HEADS,
+    SMALL_MLP,
+    SMALL_WINDOW,
+    shrink_rotated,
+    shrink_size,
 )
 from moecc.support.untyped import JsonDict
 
@@ -194,6 +202,7 @@ class DecoderConfig(ModelConfig):
     others.
     """
 
+    graphs = "decoder"
     kind = "a decoder alone"
     mask_hint = "padding after a text changes nothing: no earlier token attends to it"
     defaults = DEFAULTS
@@ -338,6 +347,32 @@ class DecoderConfig(ModelConfig):
             keys["rope_parameters"] = {**keys["rope_parameters"], PARTIAL: share}
             keys[PARTIAL] = share
         return keys
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        groups = self.num_attention_heads // self.num_key_value_heads
+        kv_heads = shrink_size(self.num_key_value_heads, SMALL_HEADS)
+        heads = kv_heads * shrink_size(groups, SMALL_HEADS)
+        head_dim = rotated = shrink_size(self.head_dim, SMALL_HEAD_DIM)
+        width = self.num_attention_heads * self.head_dim
+        if self.rotary_dim is not None:
+            rotated = shrink_rotated(self.rotary_dim, self.head_dim, head_dim)
+        rope = self.rope
+        if rope.type == "longrope":  # as many divisors as pairs of rotated entries
+            short, long = rope.short_factor[: rotated // 2], rope.long_factor[: rotated // 2]
+            rope = replace(rope, short_factor=short, long_factor=long)
+        return {
+            **self.small_vocabulary(),
+            # Whether the heads together have the model's width depends on the family.
+            "hidden_size": heads * head_dim * (1 if width == self.hidden_size else 2),
+            "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "sliding_windows": tuple(w and min(w, SMALL_WINDOW) for w in self.sliding_windows),
+            "rope": rope,
+            "rotary_dim": None if rotated == head_dim else rotated,
+        }
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""

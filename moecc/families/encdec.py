@@ -25,6 +25,8 @@ from moecc.families.reader import (
     KeyProblem,
     key_problem,
 )
+from moecc.families.shrinking import SMALL_EXPERT, SMALL_HEAD_DIM, SMALL_HEADS, shrink_size
+from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
     from moecc.ir.conventions import Gates
@@ -84,6 +86,7 @@ class EncDecConfig(ModelConfig):
     ``hidden_size ** -0.5`` before the logits.
     """
 
+    graphs = "encdec"
     kind = "an encoder-decoder"
     takes_mask = True
     synonyms = {
@@ -154,6 +157,16 @@ class EncDecConfig(ModelConfig):
     def sparse_layers(self, stack: str) -> tuple[bool, ...]:
         """Return for each layer of a stack whether it has experts."""
         return (False,) * self.layers(stack)
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        return {
+            **self.small_vocabulary(),
+            "hidden_size": shrink_size(self.hidden_size, SMALL_HEADS * SMALL_HEAD_DIM),
+            "head_dim": shrink_size(self.head_dim, SMALL_HEAD_DIM),
+            "num_attention_heads": shrink_size(self.num_attention_heads, SMALL_HEADS),
+            "intermediate_size": shrink_size(self.intermediate_size, SMALL_EXPERT),
+        }
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""

@@ -29,6 +29,14 @@ from moecc.families.reader import (
     key_problem,
 )
 from moecc.families.rope import RopeConfig, partial_rotary_factor, read_partial_rotary, read_rope
+from moecc.families.shrinking import (
+    SMALL_HEAD_DIM,
+    SMALL_HEADS,
+    SMALL_MLP,
+    SMALL_VOCAB,
+    shrink_rotated,
+    shrink_size,
+)
 from moecc.support.untyped import JsonDict
 
 SYNONYMS = {
@@ -48,6 +56,7 @@ class GptConfig(ModelConfig):
     `norms_first` whether norms come before the sublayers and at the end, or after each sum.
     """
 
+    graphs = "gpt"
     kind = "a decoder with layer norms"
     mask_hint = "padding after a text changes nothing: no earlier token attends to it"
     only: ClassVar[Only] = CAUSAL
@@ -97,6 +106,22 @@ class GptConfig(ModelConfig):
     def shape(cls) -> type[ModelConfig]:
         """Return the class whose fields all families of this shape of model share."""
         return cls
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        heads = shrink_size(self.num_attention_heads, SMALL_HEADS)
+        width = heads * shrink_size(self.head_dim, SMALL_HEAD_DIM)
+        words = self.word_width and width
+        if self.embedding_width != self.hidden_size:
+            words = width + 1  # so that the two stay different
+        return {
+            **self.small_vocabulary(),
+            "hidden_size": width,
+            "word_width": words,
+            "num_attention_heads": heads,
+            "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
+            "max_position_embeddings": shrink_size(self.max_position_embeddings, SMALL_VOCAB),
+        }
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
@@ -227,6 +252,12 @@ class GptNeoXConfig(GptConfig):
     def rotary(self) -> tuple[RopeConfig, int] | None:
         """The rotary positions and the entries of a head that they rotate."""
         return self.rope, self.rotary_dim
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        sizes = super().small_sizes()
+        head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+        return {**sizes, "rotary_dim": shrink_rotated(self.rotary_dim, self.head_dim, head_dim)}
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""

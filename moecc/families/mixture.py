@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 from moecc.families.config import EngineReading, ModelConfig, config_class, flag, number, size
 from moecc.families.decoder import DEFAULTS, DecoderConfig
 from moecc.families.reader import COUNT, LAYERS, NEURONS, KeyProblem, Reader, key_problem
+from moecc.families.shrinking import (
+    SMALL_EXPERT,
+    SMALL_MLP,
+    SMALL_NEURONS,
+    SMALL_SHARED,
+    shrink_size,
+)
 from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
@@ -254,6 +261,21 @@ class MoeConfig(DecoderConfig):
             if sparse
         ]
         return self, {f"{p}{names.sparse}{names.routing_bias}": zeros for p in prefixes}
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        most = max(min(SMALL_EXPERT, SMALL_NEURONS // self.num_experts), 6)
+        width = shrink_size(self.expert_intermediate_size, most)
+        shared = self.shared_expert_intermediate_size
+        sizes: JsonDict = {"expert_intermediate_size": width}
+        if shared is not None:
+            counted = min(shared // self.expert_intermediate_size, SMALL_SHARED) * width
+            free = shrink_size(shared, SMALL_MLP)
+            sizes["shared_expert_intermediate_size"] = counted if self.shared_count_key else free
+        if self.expert_intermediate_size == self.intermediate_size:
+            # In mixtral both are the same number.
+            sizes["intermediate_size"] = width
+        return {**super().small_sizes(), **sizes}
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""

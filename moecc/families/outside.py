@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from moecc.errors import Problem, UsageError
-from moecc.families.building import BUILDERS, GraphBuilder
 from moecc.families.config import ModelConfig, TensorNames
+from moecc.families.graphs.parameters import GraphRequest
 from moecc.families.registry import CONFIGS, ORIGINS
-from moecc.families.shrinking import SHRINKERS
+from moecc.ir.graph import Graph
 from moecc.ir.operation import has_operations
 from moecc.support.user_files import run_file
 
@@ -33,7 +33,7 @@ class Family:
     """
 
     config: type[ModelConfig]
-    build: GraphBuilder | None = None
+    build: Callable[[Any, GraphRequest], Graph] | None = None
     names: TensorNames | None = None
     shrink: Callable[[Any], ModelConfig] | None = None
 
@@ -50,14 +50,15 @@ class Family:
         problems = [Problem(fault, where) for fault in self._faults(origin)]
         if problems:
             raise UsageError(problems)
-        config, name = self.config, self.config.model_type
+        config: Any = self.config
+        name = config.model_type
         CONFIGS[name], ORIGINS[name] = config, origin
         if self.build is not None:
-            BUILDERS[config] = self.build
+            config.builder = staticmethod(self.build)
         if self.names is not None:
             config.names = self.names
         if self.shrink is not None:
-            SHRINKERS[config] = self.shrink
+            config.shrunk = self.shrink
 
     def _faults(self, origin: str) -> Iterator[str]:
         """Yield why it cannot be added."""
@@ -75,7 +76,7 @@ class Family:
         previous = ORIGINS.get(config.model_type, "moecc")
         if CONFIGS.get(config.model_type, config) is not config and previous != origin:
             yield f"the family {config.model_type!r} is defined twice; another is in {previous}"
-        if self.build is None and not any(base in BUILDERS for base in config.__mro__):
+        if self.build is None and config.builder is None and not config.graphs:
             yield "nothing builds its graph: Family(build=…) is missing"
 
 

@@ -2,89 +2,119 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any, cast
 
 from moecc.errors import InputError, UsageError, described
-from moecc.families.alibi import BloomConfig, MptConfig
-from moecc.families.apertus import ApertusConfig
-from moecc.families.bart import BartConfig, M2M100Config, MarianConfig, MBartConfig
-from moecc.families.bert import (
-    AlbertConfig,
-    BertConfig,
-    CamembertConfig,
-    ClipTextConfig,
-    DistilBertConfig,
-    ElectraConfig,
-    MPNetConfig,
-    RobertaConfig,
-    XlmRobertaConfig,
-)
-from moecc.families.cohere import Cohere2Config, CohereConfig
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
-from moecc.families.ernie import Ernie45Config, Ernie45MoeConfig
-from moecc.families.exaone import Exaone4Config
-from moecc.families.falcon import FalconConfig
-from moecc.families.gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
-from moecc.families.glm import Glm4Config, Glm4MoeConfig, GlmConfig
-from moecc.families.gpt import Gpt2Config, GptNeoXConfig, OptConfig
-from moecc.families.gpt_oss import GptOssConfig
-from moecc.families.gptj import GptJConfig
-from moecc.families.granite import GraniteConfig, GraniteHybridConfig, GraniteMoeConfig
-from moecc.families.hunyuan import HunYuanDenseV1Config
-from moecc.families.lfm2 import Lfm2Config
-from moecc.families.llama import (
-    HeliumConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    SeedOssConfig,
-    SmolLM3Config,
-)
 from moecc.families.mixture import MoeConfig
-from moecc.families.modernbert import ModernBertConfig
-from moecc.families.nemotron import ArceeConfig, NemotronConfig
-from moecc.families.olmo import FlexOlmoConfig, Olmo2Config, Olmo3Config, OlmoConfig, OlmoeConfig
-from moecc.families.phi import Phi3Config, PhiConfig, PhimoeConfig
-from moecc.families.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 from moecc.families.reader import one_of, shown
-from moecc.families.st_moe import FAMILY, GraphConfig, StMoeConfig
-from moecc.families.stablelm import StableLmConfig
-from moecc.families.starcoder2 import Starcoder2Config
-from moecc.families.t5 import MT5Config, SwitchTransformersConfig, T5Config, UMT5Config
-from moecc.families.vision import (
-    ClipVisionConfig,
-    Dinov2Config,
-    Dinov3ViTConfig,
-    SiglipVisionConfig,
-    ViTConfig,
-)
-from moecc.families.whisper import WhisperConfig
 from moecc.families.wrappers import TEXT, TOWERS, text_config, tower_config, wrapper_of
 
+
+class Families(UserDict[str, type[ModelConfig]]):
+    """The config classes by `model_type`; the module of one is imported when it is asked for.
+
+    Args:
+      classes: their names after those of their modules, beside this one.
+    """
+
+    def __init__(self, classes: Mapping[str, str]) -> None:
+        super().__init__(cast("dict[str, type[ModelConfig]]", dict(classes)))
+
+    def __getitem__(self, name: str) -> type[ModelConfig]:
+        """Return the class of a family. Raises KeyError if there is none."""
+        config: Any = self.data[name]
+        if isinstance(config, str):
+            module, _, class_name = config.partition(".")
+            config = self.data[name] = getattr(
+                import_module(f"moecc.families.{module}"), class_name
+            )
+        return cast("type[ModelConfig]", config)
+
+
 # Of families that run in as many engines, `--to auto` takes the first.
-CONFIGS: dict[str, type[ModelConfig]] = {
-    config.model_type: config
-    for config in (
-        LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Olmo2Config, GraniteConfig,
-        Phi3Config, SmolLM3Config, GemmaConfig, Gemma2Config, Gemma3TextConfig,
-        OlmoConfig, Olmo3Config, Ernie45Config, GlmConfig, Glm4Config, HunYuanDenseV1Config,
-        Exaone4Config, SeedOssConfig, HeliumConfig, ArceeConfig, NemotronConfig, Starcoder2Config,
-        ApertusConfig, GraniteHybridConfig, StableLmConfig, PhiConfig, CohereConfig, Cohere2Config,
-        GptJConfig, FalconConfig, Lfm2Config,
-        MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4MoeConfig, GraniteMoeConfig,
-        FlexOlmoConfig, Ernie45MoeConfig, OlmoeConfig, GptOssConfig, PhimoeConfig,
-        Gpt2Config, GptNeoXConfig, OptConfig, BloomConfig, MptConfig,
-        T5Config, MT5Config, UMT5Config, SwitchTransformersConfig,
-        BertConfig, RobertaConfig, XlmRobertaConfig, CamembertConfig, MPNetConfig, DistilBertConfig,
-        ElectraConfig, AlbertConfig, ModernBertConfig, ClipTextConfig,
-        ViTConfig, Dinov2Config, Dinov3ViTConfig, ClipVisionConfig, SiglipVisionConfig,
-        WhisperConfig, BartConfig, MBartConfig, MarianConfig, M2M100Config,
-        StMoeConfig,
-    )
-}  # fmt: skip
+CONFIGS = Families(
+    {
+        "llama": "llama.LlamaConfig",
+        "mistral": "llama.MistralConfig",
+        "qwen2": "qwen.Qwen2Config",
+        "qwen3": "qwen.Qwen3Config",
+        "olmo2": "olmo.Olmo2Config",
+        "granite": "granite.GraniteConfig",
+        "phi3": "phi.Phi3Config",
+        "smollm3": "llama.SmolLM3Config",
+        "gemma": "gemma.GemmaConfig",
+        "gemma2": "gemma.Gemma2Config",
+        "gemma3_text": "gemma.Gemma3TextConfig",
+        "olmo": "olmo.OlmoConfig",
+        "olmo3": "olmo.Olmo3Config",
+        "ernie4_5": "ernie.Ernie45Config",
+        "glm": "glm.GlmConfig",
+        "glm4": "glm.Glm4Config",
+        "hunyuan_v1_dense": "hunyuan.HunYuanDenseV1Config",
+        "exaone4": "exaone.Exaone4Config",
+        "seed_oss": "llama.SeedOssConfig",
+        "helium": "llama.HeliumConfig",
+        "arcee": "nemotron.ArceeConfig",
+        "nemotron": "nemotron.NemotronConfig",
+        "starcoder2": "starcoder2.Starcoder2Config",
+        "apertus": "apertus.ApertusConfig",
+        "granitemoehybrid": "granite.GraniteHybridConfig",
+        "stablelm": "stablelm.StableLmConfig",
+        "phi": "phi.PhiConfig",
+        "cohere": "cohere.CohereConfig",
+        "cohere2": "cohere.Cohere2Config",
+        "gptj": "gptj.GptJConfig",
+        "falcon": "falcon.FalconConfig",
+        "lfm2": "lfm2.Lfm2Config",
+        "mixtral": "llama.MixtralConfig",
+        "qwen2_moe": "qwen.Qwen2MoeConfig",
+        "qwen3_moe": "qwen.Qwen3MoeConfig",
+        "glm4_moe": "glm.Glm4MoeConfig",
+        "granitemoe": "granite.GraniteMoeConfig",
+        "flex_olmo": "olmo.FlexOlmoConfig",
+        "ernie4_5_moe": "ernie.Ernie45MoeConfig",
+        "olmoe": "olmo.OlmoeConfig",
+        "gpt_oss": "gpt_oss.GptOssConfig",
+        "phimoe": "phi.PhimoeConfig",
+        "gpt2": "gpt.Gpt2Config",
+        "gpt_neox": "gpt.GptNeoXConfig",
+        "opt": "gpt.OptConfig",
+        "bloom": "alibi.BloomConfig",
+        "mpt": "alibi.MptConfig",
+        "t5": "t5.T5Config",
+        "mt5": "t5.MT5Config",
+        "umt5": "t5.UMT5Config",
+        "switch_transformers": "t5.SwitchTransformersConfig",
+        "bert": "bert.BertConfig",
+        "roberta": "bert.RobertaConfig",
+        "xlm-roberta": "bert.XlmRobertaConfig",
+        "camembert": "bert.CamembertConfig",
+        "mpnet": "bert.MPNetConfig",
+        "distilbert": "bert.DistilBertConfig",
+        "electra": "bert.ElectraConfig",
+        "albert": "bert.AlbertConfig",
+        "modernbert": "modernbert.ModernBertConfig",
+        "clip_text_model": "bert.ClipTextConfig",
+        "vit": "vision.ViTConfig",
+        "dinov2": "vision.Dinov2Config",
+        "dinov3_vit": "vision.Dinov3ViTConfig",
+        "clip_vision_model": "vision.ClipVisionConfig",
+        "siglip_vision_model": "vision.SiglipVisionConfig",
+        "whisper": "whisper.WhisperConfig",
+        "bart": "bart.BartConfig",
+        "mbart": "bart.MBartConfig",
+        "marian": "bart.MarianConfig",
+        "m2m_100": "bart.M2M100Config",
+        "st_moe": "st_moe.StMoeConfig",
+    }
+)
 """The families that moecc reads and writes, by `model_type`; others may be added."""
 
 
@@ -121,7 +151,9 @@ def parse_config(data: Mapping[str, object], where: str = "config.json") -> Mode
         name = data["model_type"]
     load_installed()
     config = CONFIGS.get(name) if isinstance(name, str) else None
-    if name == FAMILY and "graph" in data:
+    if name == "st_moe" and "graph" in data:
+        from moecc.families.st_moe import GraphConfig
+
         config = GraphConfig
     if config is not None:
         return config.from_json(data, where)

@@ -122,6 +122,7 @@ class GraphConfig(ModelConfig):
 
     model_type = FAMILY
     architecture = "StMoeGraph"
+    graphs = "stored"
     own_code = True  # the file that `emit` writes; the graph is read, and never the file
     aliases = PROGRAM_CLASSES
     takes_mask = True

@@ -17,6 +17,14 @@ from moecc.families.config import (
 )
 from moecc.families.heads import CLASSIFIER, POOLER
 from moecc.families.reader import COUNT, LAYERS, NEURONS, WIDTH, KeyProblem, Reader, key_problem
+from moecc.families.shrinking import (
+    SMALL_HEAD_DIM,
+    SMALL_HEADS,
+    SMALL_MLP,
+    SMALL_PATCH,
+    SMALL_PATCHES,
+    shrink_size,
+)
 from moecc.support.untyped import JsonDict
 
 VISION_DEFAULTS: Mapping[str, object] = {
@@ -46,6 +54,7 @@ class VisionConfig(ModelConfig):
     `image_size` is height and width in pixels, which the side of a patch divides.
     """
 
+    graphs = "vision"
     kind = "an encoder of images"
     idle: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[BlockNames]
@@ -101,6 +110,19 @@ class VisionConfig(ModelConfig):
         """The number of patches of an image."""
         height, width = self.image_size
         return (height // self.patch_size) * (width // self.patch_size)
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        heads = shrink_size(self.num_attention_heads, SMALL_HEADS)
+        side = shrink_size(self.patch_size, SMALL_PATCH)
+        patches = (shrink_size(n // self.patch_size, SMALL_PATCHES) for n in self.image_size)
+        return {
+            "hidden_size": heads * shrink_size(self.head_dim, SMALL_HEAD_DIM),
+            "num_attention_heads": heads,
+            "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
+            "patch_size": side,
+            "image_size": tuple(side * n for n in patches),
+        }
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import lcm
 from typing import ClassVar
 
 from moecc.families.config import CAUSAL, ModelConfig, TensorNames, activation, config_class, size
+from moecc.families.encdec import STACKS
 from moecc.families.heads import CLASSIFIER
 from moecc.families.reader import (
     COUNT,
@@ -16,6 +18,13 @@ from moecc.families.reader import (
     WIDTH,
     KeyProblem,
     Reader,
+)
+from moecc.families.shrinking import (
+    SMALL_HEAD_DIM,
+    SMALL_HEADS,
+    SMALL_MLP,
+    SMALL_VOCAB,
+    shrink_size,
 )
 from moecc.support.untyped import JsonDict
 
@@ -68,6 +77,19 @@ class TwoStackConfig(ModelConfig):
         """Return the width of a stack's feed-forward blocks."""
         return self.encoder_ffn_dim if stack == "encoder" else self.decoder_ffn_dim
 
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        encoder, decoder = (shrink_size(self.heads(s)[0], SMALL_HEADS) for s in STACKS)
+        width = shrink_size(self.heads("encoder")[1], SMALL_HEAD_DIM)
+        return {
+            **self.small_vocabulary(),
+            "d_model": lcm(encoder, decoder) * width,
+            "encoder_attention_heads": encoder,
+            "decoder_attention_heads": decoder,
+            "encoder_ffn_dim": shrink_size(self.encoder_ffn_dim, SMALL_MLP),
+            "decoder_ffn_dim": shrink_size(self.decoder_ffn_dim, SMALL_MLP),
+        }
+
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
@@ -82,6 +104,7 @@ class WhisperConfig(TwoStackConfig):
     With `encoder_alone` it is the encoder, below a head that classifies audio.
     """
 
+    graphs = "whisper"
     model_type = "whisper"
     architecture = "WhisperForConditionalGeneration"
     aliases = (AUDIO_CLASSIFICATION,)
@@ -128,6 +151,15 @@ class WhisperConfig(TwoStackConfig):
     max_source_positions: int = size(NEURONS, default=1500)
     max_target_positions: int = size(LENGTH, default=448)
     encoder_alone: bool = False
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        return {
+            **super().small_sizes(),
+            "num_mel_bins": shrink_size(self.num_mel_bins, SMALL_HEAD_DIM),
+            "max_source_positions": shrink_size(self.max_source_positions, SMALL_HEAD_DIM),
+            "max_target_positions": shrink_size(self.max_target_positions, SMALL_VOCAB),
+        }
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:

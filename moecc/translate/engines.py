@@ -11,7 +11,7 @@ from moecc.families.gpt_oss import GptOssConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.wrappers import Wrapper
 from moecc.formats.gguf.config import misfits
-from moecc.formats.gguf.families import GGUF_MIXTURES
+from moecc.formats.gguf.families import GgufFamily, mixture_architectures
 
 # The conditions under which an engine reads a model as it is, by the words of the table.
 
@@ -220,7 +220,7 @@ def verdicts(config: ModelConfig, wrapper: Wrapper | None = None) -> tuple[Engin
 
 def verdicts_on_gguf(architecture: str) -> tuple[EngineVerdict, ...]:
     """Return the verdict on a GGUF file that moecc writes: only llama.cpp was looked at."""
-    if architecture not in GGUF_MIXTURES:
+    if architecture not in mixture_architectures():
         return ()
     return tuple(
         EngineVerdict(e.name, e.version, runs=True) for e in ENGINES if e.name == LLAMA_CPP
@@ -246,10 +246,10 @@ def verdicts_on_program() -> tuple[EngineVerdict, ...]:
 
 def _verdict(engine: Engine, config: ModelConfig) -> EngineVerdict:
     reading = config.engines.get(engine.name)
-    if engine.name == LLAMA_CPP and config.gguf is not None:
+    if engine.name == LLAMA_CPP and isinstance(config, MoeConfig) and config.gguf is not None:
         architecture = config.gguf.architecture
-        sparse = config.sparse_layers if isinstance(config, MoeConfig) else ()
-        problems = misfits(architecture, GGUF_MIXTURES[architecture], config.to_json(), sparse)
+        family = GgufFamily(type(config), config.gguf)
+        problems = misfits(architecture, family, config.to_json(), config.sparse_layers)
         reasons = tuple(problem.found or problem.message for problem in problems)
         note = "" if reasons else f"as gguf:{architecture}"
         return EngineVerdict(engine.name, engine.version, not reasons, reasons, note=note)

@@ -18,14 +18,14 @@ from moecc.families.registry import CONFIGS, decoders
 from moecc.formats.gguf.config import config_keys, misfits, rotary_divisors
 from moecc.formats.gguf.families import (
     EMBEDDING,
-    GGUF_FAMILIES,
-    GGUF_MIXTURES,
     HEAD,
     ROPE_FACTORS,
     GgufFamily,
+    dense_architectures,
     gguf_name,
     hugging_face_name,
     is_norm,
+    mixture_architectures,
     turned_projection,
 )
 from moecc.formats.gguf.header import Key, storage_of
@@ -99,7 +99,7 @@ def architecture_of(target: str) -> str | None:
 
 def architectures() -> tuple[str, ...]:
     """Return the architectures that can be written."""
-    return tuple(dict.fromkeys((*GGUF_FAMILIES, *GGUF_MIXTURES)))
+    return tuple(dict.fromkeys((*dense_architectures(), *mixture_architectures())))
 
 
 def export_gguf(graph: Graph, architecture: str) -> GgufExport:
@@ -110,7 +110,7 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
         function from it; all reasons.
     """
     sparse = bool(expert_layers(graph))
-    table = GGUF_MIXTURES if sparse else GGUF_FAMILIES
+    table = mixture_architectures() if sparse else dense_architectures()
     if architecture not in table:
         kind = "mixtures of experts" if sparse else "dense models"
         raise InputError(
@@ -226,7 +226,9 @@ def check_type(dtype: DType | Storage | None, architecture: str | None) -> None:
     """
     if isinstance(dtype, Storage) and architecture is None:
         fault = f"only a GGUF file can hold {dtype.name.lower()}"
-        raise UsageError(fault, hint=f"--to {PREFIX}{next(iter(GGUF_MIXTURES))} writes one")
+        raise UsageError(
+            fault, hint=f"--to {PREFIX}{next(iter(mixture_architectures()))} writes one"
+        )
     if isinstance(dtype, DType) and architecture is not None and storage_of(dtype) is None:
         raise UsageError(
             "a GGUF file has no such element type",

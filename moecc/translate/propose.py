@@ -291,7 +291,8 @@ def _try(
     source: DecoderConfig, layers: Layers, target: str, width: int | None, most: int | None = None
 ) -> DecoderConfig | list[Problem]:
     """Return the config, or the reasons against it; the first `most` are enough to know."""
-    family = decoders()[target]
+    family = CONFIGS[target]
+    assert issubclass(family, DecoderConfig), "the shapes have been compared"
     if issubclass(family, MoeConfig):
         reasons = list(islice(_sparse_reasons(source, layers, family), most))
         fields = _sparse_fields(source, layers, family)

@@ -19,7 +19,7 @@ from shapes_in_gguf import CASES
 from shapes_in_gguf import write as write_shape
 
 from moecc.backend import get_backend
-from moecc.formats.gguf.families import GGUF_MIXTURES, GgufFamily
+from moecc.formats.gguf.families import GgufFamily, mixture_architectures
 from moecc.jobs.convert import plan, write
 from moecc.jobs.generate import Continuer, Continuing, load_tokenizer
 from moecc.model.open import open_model
@@ -171,9 +171,9 @@ def test_experts_that_differ(tmp_path: Path) -> None:
 
 def test_what_llama_cpp_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine refuses a tied qwen2moe without the head that moecc writes."""
-    row = GGUF_MIXTURES["qwen2moe"]
+    row = mixture_architectures()["qwen2moe"]
     row = replace(row, facts=replace(row.facts, needs_head=False))
-    monkeypatch.setitem(cast("dict[str, GgufFamily]", GGUF_MIXTURES), "qwen2moe", row)
+    monkeypatch.setitem(cast("dict[str, GgufFamily]", mixture_architectures()), "qwen2moe", row)
     case = ("qwen2_gqa_tied", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5}")
     (report,) = ask(python(), PROBE, written([case], tmp_path))
     assert "'output.weight' not found" in report["refused"]

@@ -10,7 +10,7 @@ from moecc.families import build, rebuild
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
-from moecc.families.shrinking import shrink_config, shrink_size
+from moecc.families.shrinking import shrink_size
 from moecc.ir import F32, equal
 
 
@@ -27,7 +27,7 @@ def test_a_shrunk_size_is_small_and_made_of_the_same_primes(size: int, most: int
 @given(small_configs())
 @settings(max_examples=50)
 def test_every_config_shrinks_to_one_of_the_same_structure(config: DecoderConfig) -> None:
-    check_structure(config, shrink_config(config))
+    check_structure(config, config.shrunk())
 
 
 def check_structure(config: DecoderConfig, small: DecoderConfig) -> None:

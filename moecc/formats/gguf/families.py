@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from moecc.families.config import GgufFacts, ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import CONFIGS
+from moecc.families.registry import CONFIGS, decoders, mixtures
 
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 """The factors of low and high frequencies in Llama 3's scaling, which GGUF does not state."""
@@ -132,31 +133,40 @@ class GgufFamily:
         return tuple(ends)
 
 
+@cache
+def dense_architectures() -> Mapping[str, GgufFamily]:
+    """Return the families by ``general.architecture``, the first of each.
+
+    Mistral and SmolLM are published as ``llama``.
+    """
+    return _architectures(sparse=False)
+
+
+@cache
+def mixture_architectures() -> Mapping[str, GgufFamily]:
+    """Return those with experts by ``general.architecture``; Mixtral is a ``llama``, too."""
+    return _architectures(sparse=True)
+
+
 def _architectures(*, sparse: bool) -> dict[str, GgufFamily]:
-    """Return the architectures of mixtures or of dense models, each of the first family."""
     table: dict[str, GgufFamily] = {}
-    for config in CONFIGS.values():
-        if (
-            issubclass(config, DecoderConfig)
-            and config.gguf is not None
-            and issubclass(config, MoeConfig) == sparse
-        ):
+    for config in (mixtures() if sparse else decoders()).values():
+        if config.gguf is not None and issubclass(config, MoeConfig) == sparse:
             table.setdefault(config.gguf.architecture, GgufFamily(config, config.gguf))
     return table
 
 
-GGUF_FAMILIES: Mapping[str, GgufFamily] = _architectures(sparse=False)
-"""By ``general.architecture``; Mistral and SmolLM are published as ``llama``."""
+@cache
+def read_architectures() -> Mapping[str, type[ModelConfig]]:
+    """Return those that are no decoders of Llama's line, and are read only.
 
-GGUF_MIXTURES: Mapping[str, GgufFamily] = _architectures(sparse=True)
-"""Those with experts, by ``general.architecture``; Mixtral shares its name with Llama."""
-
-GGUF_SHAPES: Mapping[str, type[ModelConfig]] = {
-    config.gguf.architecture: config
-    for config in CONFIGS.values()
-    if config.gguf is not None and not issubclass(config, DecoderConfig)
-}
-"""Those that are no decoders of Llama's line, and are read only; RoBERTa is named ``bert``, too."""
+    RoBERTa is named ``bert``, too.
+    """
+    return {
+        config.gguf.architecture: config
+        for config in CONFIGS.values()
+        if config.gguf is not None and not issubclass(config, DecoderConfig)
+    }
 
 
 # The names of a decoder's tensors in GGUF and in Hugging Face, dense or sparse.

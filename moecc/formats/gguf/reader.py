@@ -18,15 +18,15 @@ from moecc.formats.files import DescriptorPool
 from moecc.formats.folder import rows_of
 from moecc.formats.gguf.config import HeadSizes, Order, make_config, read_shape
 from moecc.formats.gguf.families import (
-    GGUF_FAMILIES,
-    GGUF_MIXTURES,
-    GGUF_SHAPES,
     ROPE_FACTORS,
     GgufFamily,
+    dense_architectures,
     first_expert,
     hugging_face_name,
     is_norm,
     known_names,
+    mixture_architectures,
+    read_architectures,
     turned_projection,
 )
 from moecc.formats.gguf.header import (
@@ -291,7 +291,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
       MachineError: the system denies access.
     """
     header = read_gguf(Path(path))
-    shape = GGUF_SHAPES.get(str(header.metadata.get("general.architecture")))
+    shape = read_architectures().get(str(header.metadata.get("general.architecture")))
     if shape is not None and first_expert(header.tensors) is None:
         return _open_shape(header, shape)
     family = _family(header)
@@ -335,14 +335,14 @@ def _family(header: GgufHeader) -> GgufFamily:
         raise InputError(
             "the file does not state its architecture",
             where=f"{header.path}, metadata key 'general.architecture'",
-            expected=f"one of {', '.join((*GGUF_FAMILIES, *GGUF_SHAPES))}",
+            expected=f"one of {', '.join((*dense_architectures(), *read_architectures()))}",
         )
     experts = header.metadata.get(f"{architecture}.expert_count", 0)
     sparse = first_expert(header.tensors) is not None or (type(experts) is int and experts > 0)
-    table = GGUF_MIXTURES if sparse else GGUF_FAMILIES
+    table = mixture_architectures() if sparse else dense_architectures()
     if architecture in table:
         return table[architecture]
-    architectures = table if sparse else (*table, *GGUF_SHAPES)
+    architectures = table if sparse else (*table, *read_architectures())
     raise InputError(
         f"moecc does not support {'mixtures of ' if sparse else ''}this architecture",
         where=f"{header.path}, metadata key 'general.architecture'",

@@ -14,7 +14,12 @@ import pytest
 from derived_models import DERIVED, derive
 
 from moecc.errors import InputError, MoeccError, UsageError
-from moecc.formats.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, gguf_name, hugging_face_name
+from moecc.formats.gguf.families import (
+    dense_architectures,
+    gguf_name,
+    hugging_face_name,
+    mixture_architectures,
+)
 from moecc.formats.gguf.header import Key, plan_file, read_gguf_header
 from moecc.formats.gguf.reader import open_gguf
 from moecc.formats.gguf.storage import BY_NAME
@@ -318,11 +323,11 @@ def test_a_tokenizer_without_a_form(
 
 
 @needs_package
-@pytest.mark.parametrize("architecture", [*GGUF_FAMILIES, *GGUF_MIXTURES])
+@pytest.mark.parametrize("architecture", [*dense_architectures(), *mixture_architectures()])
 def test_names_are_those_of_the_package(architecture: str) -> None:
     import gguf
 
-    for table in (GGUF_FAMILIES, GGUF_MIXTURES):
+    for table in (dense_architectures(), mixture_architectures()):
         family = table.get(architecture)
         if family is None:
             continue
