@@ -153,6 +153,12 @@ class StMoePreTrainedModel(PreTrainedModel):
     _can_set_attn_implementation_cached_value = True
     _can_compile_fullgraph = True
 
+    def __call__(self, *args, **kwargs):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if kwargs.get(name, getattr(self.config, name, False)):
+                raise ValueError(f"{name} is not supported: register forward hooks of the layers")
+        return super().__call__(*args, **kwargs)
+
 
 class StMoeModel(StMoePreTrainedModel):
     """The decoder without its head."""

@@ -320,6 +320,12 @@ class StMoePreTrainedModel(PreTrainedModel):
     _can_set_attn_implementation_cached_value = True
     _can_compile_fullgraph = True
 
+    def __call__(self, *args, **kwargs):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if kwargs.get(name, getattr(self.config, name, False)):
+                raise ValueError(f"{name} is not supported: register forward hooks of the layers")
+        return super().__call__(*args, **kwargs)
+
 
 @dataclass
 class StMoeEncoderOutput(BaseModelOutput):
@@ -387,17 +393,9 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
         )
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        decoder_input_ids=None,
-        decoder_attention_mask=None,
-        encoder_outputs=None,
-        past_key_values=None,
-        cache=None,
-        labels=None,
-        use_cache=None,
-        **kwargs,
+        self, input_ids=None, attention_mask=None, decoder_input_ids=None,
+        decoder_attention_mask=None, encoder_outputs=None, past_key_values=None, cache=None,
+        labels=None, use_cache=None, **kwargs,
     ):
         cache = past_key_values if cache is None else cache
         if use_cache is None:

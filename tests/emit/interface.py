@@ -93,6 +93,15 @@ def trace(model, tokens):
     }
 
 
+def rejects(model, tokens):
+    """Return whether states of layers, which a model does not return, are an error."""
+    try:
+        model(tokens, labels=tokens, output_hidden_states=True)
+    except ValueError as error:
+        return "output_hidden_states" in str(error)
+    return False
+
+
 def begin(config, load):
     """Return whether a model without a checkpoint has finite logits, and takes more tokens."""
     torch.manual_seed(0)
@@ -111,7 +120,7 @@ def main():
     load = getattr(transformers, name).from_pretrained
     model = load(sys.argv[1], trust_remote_code=True, dtype=torch.float64)
     tokens = torch.arange(24).reshape(2, 12) % 16
-    verdict = generate(model, tokens) | trace(model, tokens)
+    verdict = generate(model, tokens) | trace(model, tokens) | {"rejected": rejects(model, tokens)}
     verdict |= begin(config, getattr(transformers, name).from_config)
     if model._supports_attention_backend:
         verdict |= serve(model, tokens)

@@ -61,6 +61,12 @@ class StMoePreTrainedModel(PreTrainedModel):
     <plain>
     _can_set_attn_implementation_cached_value = True
     _can_compile_fullgraph = True
+
+    def __call__(self, *args, **kwargs):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if kwargs.get(name, getattr(self.config, name, False)):
+                raise ValueError(f"{name} is not supported: register forward hooks of the layers")
+        return super().__call__(*args, **kwargs)
 '''
 
 MODULES = """
@@ -93,11 +99,11 @@ DECODER_ARGUMENTS = """
         use_cache=None,
 """
 
-USE_CACHE = """
-        cache = past_key_values if cache is None else cache
-        if use_cache is None:
-            use_cache = getattr(self.config, "use_cache", True) and not self.training
-"""
+USE_CACHE = [
+    "if use_cache is None:",
+    '    use_cache = getattr(self.config, "use_cache", True) and not self.training',
+    "if use_cache and cache is None:",
+]
 
 POSITIONS = """
         past = cache.get_seq_length() if cache is not None else 0
@@ -124,9 +130,9 @@ class StMoeModel(StMoePreTrainedModel):
 {MODULES}<accessors>
     def forward(
         self,{DECODER_ARGUMENTS}        **kwargs,
-    ):{USE_CACHE}        <continues>
-        if use_cache and cache is None:
-            cache = DynamicCache()
+    ):
+        cache = past_key_values if cache is None else cache
+        <cache>
         if inputs_embeds is None:
             inputs_embeds = <embedding>(input_ids)<positions>
         <statements>
@@ -181,19 +187,12 @@ class <name>(StMoePreTrainedModel, GenerationMixin):
         return <encoder_output>(<encoder_results>)
 
     def forward(
-        self,
-        <argument_lines>
-        decoder_input_ids=None,
-        decoder_attention_mask=None,
-        encoder_outputs=None,
-        past_key_values=None,
-        cache=None,
-        labels=None,
-        use_cache=None,
-        **kwargs,
-    ):{USE_CACHE}        <continues>
-        if use_cache and cache is None:
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self, <arguments>, decoder_input_ids=None,
+        decoder_attention_mask=None, encoder_outputs=None, past_key_values=None, cache=None,
+        labels=None, use_cache=None, **kwargs,
+    ):
+        cache = past_key_values if cache is None else cache
+        <cache>
         both, cache = cache, cache.self_attention_cache if cache is not None else None
         if encoder_outputs is None:
             encoder_outputs = self.encode(<passed>)
@@ -331,7 +330,8 @@ class Models:
         text = (POSITIONS if self.program.tokens == "tokens" else DECODER_POSITIONS).rstrip("\n")
         return text + (KEYS.rstrip("\n") if KEY_POSITIONS in names else "")
 
-    def _continues(self) -> list[str]:
+    def _cache(self, new: str) -> list[str]:
+        """Return the lines that make a cache, or reject one."""
         if CACHE not in self.program.inputs:
             fault = "this model keeps no keys and values: generate with use_cache=False"
             lines = ["if cache is not None:", f'    raise ValueError("{fault}")']
@@ -340,10 +340,11 @@ class Models:
                     "attention_mask" if self.program.tokens == TOKENS else "decoder_attention_mask"
                 )
                 lines += _padding_rejected("this model has no padding mask", name)
-            return [*lines, "use_cache = False"]
-        if CONTINUES not in self.program.inputs:
-            return []
-        return ["continues = cache is not None  # no capacity then drops a token"]
+            return lines
+        lines = [*USE_CACHE, f"    cache = {new}"]
+        if CONTINUES in self.program.inputs:
+            lines.insert(0, "continues = cache is not None  # no capacity then drops a token")
+        return lines
 
     def _write_decoder(self) -> None:
         has_head = "logits" in self.program.outputs
@@ -389,7 +390,7 @@ class Models:
             "accessors": self._accessors(writer),
             "embedding": embedding,
             "positions": self._positions(),
-            "continues": self._continues(),
+            "cache": self._cache("DynamicCache()"),
             "statements": writer.filled_lines(writer.lines),
         }
         output = "StMoeOutput" if losses else "BaseModelOutputWithPast"
@@ -593,14 +594,13 @@ class Models:
                     "accessors": self._accessors(root),
                     "encoder_module": module,
                     "arguments": ", ".join(f"{a}=None" for a in arguments),
-                    "argument_lines": [f"{a}=None," for a in arguments],
                     "passed": ", ".join(arguments),
                     "encoder": [*self._mask_lines(), *encoder.filled_lines(encoder.lines)],
                     "encoder_output": "StMoeEncoderOutput" if lists else "BaseModelOutput",
                     "encoder_results": encoder.filled(", ".join(results)),
                     "embedding": root.tree.access(str(item.attrs["module"])),
                     "positions": self._positions(),
-                    "continues": self._continues(),
+                    "cache": self._cache("EncoderDecoderCache(DynamicCache(), DynamicCache())"),
                     "statements": [*self._decoder_mask(), *self._lines_to_logits(decoder)],
                     **self._loss_parts(decoder, "StMoeSeq2SeqOutput"
                                        if self._losses() else "Seq2SeqLMOutput"),
