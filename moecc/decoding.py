@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -80,13 +80,20 @@ def unstretched(graph: Graph) -> int | None:
     return min((a.original_context for a in ropes if a.scaling in LENGTH_SCALINGS), default=None)
 
 
+def _some(names: Iterable[str], count: int = 4) -> str:
+    """Return names for a message, of which those after the first `count` are only counted."""
+    names = list(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
 def check_continues(graph: Graph, name: str) -> None:
     """Raise InputError unless `graph` makes logits of tokens, or of those of a decoder."""
     if not graph.inputs.keys() & {TOKENS, DECODER_TOKENS} or LOGITS not in graph.outputs:
         raise InputError(
             "the model continues no text", where=name,
             expected=f"the input {TOKENS} and the output {LOGITS}",
-            found=f"{', '.join(graph.inputs)}; {', '.join(graph.outputs)}",
+            found=f"{_some(graph.inputs)}; {_some(graph.outputs)}",
             hint="moecc run takes the inputs of any model",
         )  # fmt: skip
 

@@ -112,12 +112,16 @@ def raise_problems(problems: Iterable[Problem], error: type[MoeccError] = InputE
         raise error(every)
 
 
+CLOSE = 0.55
+"""Least similarity of a suggestion: at 0.5 ``python`` is ``tokens``, and ``lion`` is ``muon``."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """Return a "did you mean" hint for the closest of `choices`, or None."""
     names = list(choices)
     # The beginning of a name is nearer than a short name with the same letters.
     begun = [name for name in names if len(word) > 2 and name.startswith(word)]
-    matches = begun[:1] or get_close_matches(word, names, n=1, cutoff=0.5)
+    matches = begun[:1] or get_close_matches(word, names, n=1, cutoff=CLOSE)
     return f"did you mean {matches[0]!r}?" if matches else None
 
 

@@ -157,7 +157,7 @@ def _type(hint: Any, spelling: Spelling) -> click.ParamType[Any]:
     if get_origin(hint) is Literal:
         return click.Choice(get_args(hint))
     if hint is float:
-        return _FiniteRange(spelling.low)
+        return _FiniteRange(spelling.low, spelling.high)
     if spelling.low is None:
         types: dict[object, click.ParamType[Any]]
         types = {int: click.INT, str: click.STRING, bool: click.BOOL}
@@ -173,6 +173,10 @@ class _FiniteRange(click.FloatRange):
         if not isfinite(number):
             self.fail(f"{number} is not a finite number", param, ctx)
         return number
+
+    def _describe_range(self) -> str:
+        """Return the range for the help; click describes one without bounds as ``x<=None``."""
+        return "" if self.min is None and self.max is None else super()._describe_range()
 
 
 def _completion(function: str) -> Callable[..., list[CompletionItem]]:

@@ -132,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = list(sys.argv[1:] if argv is None else argv)
         encoding = sys.getfilesystemencoding()
-        hint = "rename the file" if encoding == "utf-8" else f"PYTHONUTF8=1, instead of {encoding}"
+        hint = "give text in UTF-8, and rename a file whose name is not"
+        if encoding != "utf-8":
+            hint = f"PYTHONUTF8=1, instead of {encoding}"
         problems = [
             Problem("an argument is not UTF-8", found=printable(word), hint=hint)
             for word in words
@@ -213,7 +215,8 @@ def _in_our_style(error: click.UsageError, argv: Sequence[str]) -> UsageError:
     words = words[:1].lower() + words[1:] if not words[:2].isupper() else words
     named = [f"moecc {word}" for word in argv[:1] if word in COMMANDS]
     command = error.ctx.command_path if error.ctx is not None else (*named, "moecc")[0]
-    return UsageError(words, hint=f"{command} --help")
+    asks_json = isinstance(error, click.NoSuchOption) and error.option_name == "--json"
+    return UsageError(words, hint="--format json" if asks_json else f"{command} --help")
 
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}

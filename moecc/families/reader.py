@@ -333,7 +333,8 @@ def refuse_what_needs_other_code(
     named = reader.items("architectures")
     if "architectures" not in reader.bad and not all(is_own(str(name)) for name in named):
         fault = "another model class than this family's language model"
-        reader.refuse("architectures", fault, expected=f"[{architecture!r}]")
+        hint = "moecc convert --via torch reads any class of transformers, its head included"
+        reader.refuse("architectures", fault, expected=f"[{architecture!r}]", hint=hint)
 
 
 def read_extra(reader: Reader, numbers: tuple[str, ...] = KEPT_NUMBERS) -> dict[str, object]:

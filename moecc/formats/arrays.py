@@ -67,7 +67,7 @@ class ZarrArrays:
         self._folder, self._driver = folder, driver
         self._omits_fill_values = omits_fill_values
         self._base: JsonDict = {"driver": "file"}
-        self._prefix = f"{folder}/"
+        self._prefix = f"{os.path.abspath(folder)}/"  # tensorstore rejects ".." in a path
         if is_database:
             self._base = {"driver": "ocdbt", "base": {"driver": "file", "path": self._prefix}}
             self._prefix = ""
@@ -123,9 +123,8 @@ class ZarrArrays:
         }
         if not self._is_database:
             fetch(self._folder / key)
-        opening = self._store.open(spec, open=True, read=True, context=self._context)
         try:
-            array = opening.result()
+            array = self._store.open(spec, open=True, read=True, context=self._context).result()
         except (ValueError, OSError) as error:
             raise self._unreadable(key, error) from None
         self._check_chunks(key, array)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -161,7 +162,7 @@ def check_output(
         problems.add(
             f"the parent of the output {'file' if is_file else 'folder'} does not exist",
             where=out,
-            hint=f"make it first: mkdir -p {path.parent}",
+            hint=f"make it first: mkdir -p {shlex.quote(str(path.parent))}",
         )
     if is_file:
         if path.is_dir():
@@ -257,7 +258,8 @@ def _check_leftovers(path: Path, out: Path, force: bool, problems: Problems, res
             hint=f"{option}--force removes it, and so does moecc clean",
         )
     if os.path.lexists(old):
-        clean_hint = "" if os.path.lexists(path) else f"; moecc clean {out} brings it back"
+        clean = f"moecc clean {shlex.quote(str(out))}"
+        clean_hint = "" if os.path.lexists(path) else f"; {clean} brings it back"
         problems.add(
             "an earlier conversion was killed while it replaced this output",
             where=out,

@@ -8,6 +8,7 @@ last, and then the claim is removed.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -270,7 +271,7 @@ class StoreOutput:
         return "let it finish, or begin again with --force"
 
     def _continuing(self) -> str:
-        return f"moecc push {self.stage} {self.address} --resume"
+        return f"moecc push {shlex.quote(str(self.stage))} {self.address} --resume"
 
     def _note_writer(self) -> None:
         if not self._is_noted:

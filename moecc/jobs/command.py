@@ -29,7 +29,7 @@ class Spelling:
       help: the description, where the docstring of the command has none.
       complete: the function of `moecc.cli.complete` that completes the value.
       low: the least number.
-      high: the greatest whole number.
+      high: the greatest number.
     """
 
     metavar: str | None = None
@@ -247,20 +247,30 @@ def check_writable(file: str | None, *, force: bool) -> None:
     path = Path(file)
     if path.is_dir():
         raise InputError("is a folder", where=file, hint="name a file in it")
-    if path.exists() and not force:
+    if path.exists() and not force and not _is_stream(path):
         raise InputError("the file exists", where=file, hint="--force replaces it")
     if not path.resolve().parent.is_dir():
         raise InputError("the folder to write into does not exist", where=path.parent)
 
 
+def _is_stream(path: Path) -> bool:
+    """Return whether a path is a device or a pipe, which is written to and never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write_whole(file: str, content: bytes, *, force: bool) -> None:
     """Write `content` to `file` through a temporary file in the same folder.
+
+    Devices and pipes, such as ``/dev/null``, are written to as they are.
 
     Raises:
       InputError: as `check_writable`.
     """
     check_writable(file, force=force)
     path = Path(os.path.realpath(file))
+    if _is_stream(path):
+        path.write_bytes(content)
+        return
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:

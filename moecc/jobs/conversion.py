@@ -23,7 +23,7 @@ from moecc.ir.unroll import unroll
 from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contracts
 from moecc.jobs.targets import AUTO, choose
 from moecc.model.initialise import reads_small
-from moecc.model.open import OpenedModel
+from moecc.model.open import OpenedModel, function_name
 from moecc.prove.conversion import ConversionProof, prove_conversion
 from moecc.rewrite.passes import Context, Preserves, Statistics, weakest
 from moecc.rewrite.pipeline import Pipeline
@@ -273,6 +273,12 @@ def plan(
         check_target(target)
     if model.checkpoint is None:
         raise InputError(f"{model.name} has no weights to convert", hint="give a checkpoint")
+    if (function := function_name(model.graph)) is not None:
+        raise InputError(
+            "these are the blocks of a program, not a whole model", where=model.name,
+            expected="a checkpoint or a graph of a whole model", found=f"`{function}`",
+            hint="moecc.jax.load or moecc.torch.load returns the parameters for your program",
+        )  # fmt: skip
     # The passes may drop further tensors, which is their purpose.
     remarks = model.left_out()
     context = Context(

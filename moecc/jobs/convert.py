@@ -372,7 +372,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool, work: Work | None = None) 
     facts, family = planned.facts, planned.graph.attrs.get("family") or "no family"
     rows = [
         f"{planned.model.name} ({family}) -> {out} ({planned.target})",
-        f"  pipeline    {planned.pipeline}",
+        f"  pipeline    {planned.pipeline or 'none'}",
         f"  preserves   {planned.preserves}",
         *([f"  proved      {planned.proved}"] if planned.proved else []),
         f"  parameters  {count_text(planned.parameters)}, "
@@ -624,6 +624,11 @@ def _convert_via_torch(
     for name in filter(is_address, (source, out)):
         hint = "copy the model to this machine; moecc push uploads the result"
         raise UsageError("--via torch reads and writes local folders", found=name, hint=hint)
+    if not len(passes):
+        raise UsageError(
+            "--via torch needs passes: without them all of the model stays PyTorch",
+            hint="-p 'upcycle{experts=8 top-k=2}'",
+        )
     arrays = None if inputs is None else read_named_arrays(inputs)
     with signals_raised(), Bar("writing") as bar:
         done = mt.convert_folder(

@@ -318,6 +318,11 @@ def evaluate(
     spec = EvaluationSpec(sequence, batch, batches, float_type(dtype))
     with Bar("evaluating", unit_bytes=False) as bar:
         folders = {name: open_tokens(path) for name, path in _named(data)}
+        for name in models:  # a wrong one shows before the first is run
+            with open_model(name) as model:
+                for folder in folders.values():
+                    objective = evaluation_recipe(model.graph, folder, spec).data.objective
+                    check_objective(model.graph, objective)
         results: list[ModelEvaluation] = []
         for number, name in enumerate(models):
             with open_model(name) as model:

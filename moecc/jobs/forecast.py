@@ -384,11 +384,12 @@ def _lines(facts: JsonDict) -> Iterator[str]:
 def _page(facts: JsonDict, draw: Callable[[], JsonDict] | None) -> str:
     """Return a page with the lines of the report and the curves. Raises MachineError."""
     rows = [line.strip().split(None, 1) for line in list(_lines(facts))[1:]]
-    title = f"{facts['model']}: {'worth it' if facts['worth_it'] else 'not worth it'}"
+    title = f"{facts['model']}: {'worth it' if facts['worth_it'] else 'not shown to be worth it'}"
     sections = [] if draw is None else [("Both arms at equal compute", [draw()])]
     return render_page(
         "runs.html", title, figures=True, fact_heads=["", "forecast"],
         facts=[row for row in rows if row[0] not in ("no", "instead")],
+        alarms_title="Why not",
         alarms=[f"{x['reason']}; {x['changes_it']} would change that" for x in facts["reasons"]],
         sections=sections, specialised=[],
     )  # fmt: skip

@@ -348,6 +348,6 @@ def _checked(command: Sequence[str]) -> Sequence[str]:
             "the command to run is not a command of moecc",
             expected="for example run, after --",
             found=word or "nothing",
-            hint=nearest(word, names),
+            hint="leave the word moecc out" if word == "moecc" else nearest(word, names),
         )
     return command

@@ -35,6 +35,7 @@ def report_page(runs: Sequence[RunSeries], specialised: Mapping[str, Layers]) ->
         figures=True,
         fact_heads=["", *(run.name for run in runs)],
         facts=[[name, *(run.facts.get(name, "") for run in runs)] for name in names],
+        alarms_title="Alarms",
         alarms=[f"{run.name}: {alarm}" for run in runs for alarm in run.alarms()],
         sections=sections,
         specialised=[

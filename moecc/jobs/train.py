@@ -446,7 +446,8 @@ def train(
             where = None if machine is None else find_machine(machine)
             facts = dry_run_facts(job.recipe, job.graph, job.batches, where)
             return Report("train-dry-run", facts, lambda: dry_run_text(facts))
-        noted = opened.enter_context(signals_noted())
+        note = "" if is_quiet() else "finishing the step, then saving; a second signal ends at once"
+        noted = opened.enter_context(signals_noted(note))
         backend = get_backend("xla")
         assert isinstance(backend, Trainer), "the backend xla trains"
         training = opened.enter_context(backend.train(job))
@@ -488,15 +489,16 @@ def _job(
         raise UsageError(
             "not what moecc train takes",
             expected="RECIPE --out RUN, or --resume RUN, or RECIPE --fork RUN --out RUN2",
+            found=f"no {'RECIPE' if recipe is None else '--out'}",
         )
     loaded, run = load_recipe(recipe, sets), Path(out)
     if stored is not None:
         run = stored.mirror() or stored.stage
     if fork is None and is_run(run) and not (stored and run == stored.stage):
         # Schedulers start a job again with the command that began it.
-        say(f"remark: {out} is a run already, which goes on from its last checkpoint")
         registry_with(load)
         job = resumed_run(run, sets, loaded, load)
+        say(f"remark: {out} is a run already, which goes on from its last checkpoint")
         return job if stored is None else stored.job(job, is_new=False)
     if stored is not None and run == stored.stage:
         stored.clear_stage()

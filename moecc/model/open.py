@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -303,7 +303,16 @@ def _open_graph(source: str, weights: str | None) -> OpenedModel:
     if not isinstance(checkpoint_name, str) or not checkpoint_name:
         return OpenedModel(graph, source)
     # The graph itself is the architecture.
-    checkpoint = open_checkpoint(checkpoint_name, needs_config=False)
+    try:
+        checkpoint = open_checkpoint(checkpoint_name, needs_config=False)
+    except InputError as error:
+        if weights:
+            raise
+        way = f"{source} names it in `attr checkpoint`"
+        hints = [f"{p.hint}; {way}" if p.hint else way for p in error.problems]
+        raise InputError(
+            [replace(p, hint=h) for p, h in zip(error.problems, hints, strict=True)]
+        ) from error
     problems = list(_missing(graph, checkpoint))
     if problems:
         checkpoint.close()

@@ -131,7 +131,7 @@ def make_batch(
         held = sum(length for _, length in single.lengths) or 1
         tokens = devices * each * max(1, TOKENS_PER_DEVICE // held)
     if tokens % each or tokens < each:
-        near = max(1, round(tokens / each)) * each
+        near = max(1, (tokens + each // 2) // each) * each
         raise InputError(
             "the batch is not whole sequences",
             expected=f"a multiple of {each} tokens", found=str(tokens), hint=f"{near} would be",

@@ -313,10 +313,14 @@ class Pass(ABC):
 # The options of a pass: its fields, and parsing and printing of their values.
 
 _BARE = re.compile(r'[^\s{}",]+\Z')
+
+MOST_DIGITS = 19
+"""Of a whole number: no option means more, and Python's parser of numbers is quadratic."""
+
 _SCALARS: dict[object, tuple[str, re.Pattern[str], Callable[[str], object]]] = {
     types.NoneType: ("none", re.compile(r"none\Z"), lambda text: None),
     bool: ("true or false", re.compile(r"(?:true|false)\Z"), lambda text: text == "true"),
-    int: ("a whole number", re.compile(r"[+-]?[0-9]{1,19}\Z"), int),
+    int: ("a whole number", re.compile(rf"[+-]?[0-9]{{1,{MOST_DIGITS}}}\Z"), int),
     float: (
         "a number",
         re.compile(r"[+-]?(?:inf|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\Z"),

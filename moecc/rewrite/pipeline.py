@@ -26,6 +26,7 @@ from moecc.errors import Problem, UsageError, nearest, printable
 from moecc.ir.graph import Graph
 from moecc.ir.operation import has_operations
 from moecc.rewrite.passes import (
+    MOST_DIGITS,
     Context,
     Option,
     Pass,
@@ -694,10 +695,13 @@ class _PipelineParser:
         except ValueError:
             pass
         has_comma = _COMMAS.search(stated.text) is not None
+        is_large = len(stated.text) > MOST_DIGITS and stated.text.isdecimal()
+        fault = "too large a number" if is_large else "a value of another type"
+        digits = f" of {MOST_DIGITS} digits at most" if is_large else ""
         self.problem(
-            f"option {stated.name!r} has a value of another type",
+            f"option {stated.name!r} has {fault}",
             stated.at,
-            expected=describe(option.type),
+            expected=f"{describe(option.type)}{digits}",
             found=printable(stated.text),
             hint=_BLANKS if has_comma else nearest(stated.text, choices(option.type)),
         )

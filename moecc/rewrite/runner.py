@@ -506,8 +506,11 @@ class DumpFolder(Instrument):
         """Create the folder, delete the files of an earlier run, and write the input.
 
         Raises:
+          InputError: it is a file.
           MachineError: the folder cannot be written.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError("is a file, not a folder", where=self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():

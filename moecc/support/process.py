@@ -8,7 +8,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -104,26 +104,34 @@ class StopRequest:
 
     Attributes:
       signal: which one; None as long as none came.
+      note: a line for standard error when the first comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: str = "") -> None:
         self.signal: signal.Signals | None = None
+        self.note = note
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Note a signal; a second one raises, as without this handler."""
         if self.signal is not None:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
         self.signal = signal.Signals(number)
+        if self.note:
+            # Not by print: the handler may interrupt a write to the same stream.
+            with suppress(OSError):
+                os.write(2, f"\n{self.note}\n".encode())
 
 
 @contextmanager
-def signals_noted() -> Iterator[StopRequest]:
+def signals_noted(note: str = "") -> Iterator[StopRequest]:
     """Note SIGINT, SIGTERM and SIGHUP, so that work comes to an end in order; the second raises.
+
+    The first writes the line `note` to standard error.
 
     A signal that the caller ignores stays ignored, and in another thread than the main one nothing
     changes.
     """
-    asked = StopRequest()
+    asked = StopRequest(note)
     is_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, *_ENDING) if is_main else ()
     before = {s: signal.getsignal(s) for s in numbers}

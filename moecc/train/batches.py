@@ -584,11 +584,12 @@ def _opened(data: DataSection) -> Iterator[tuple[tuple[str, str], TokenFolder]]:
     """Yield the folders by use and name. Raises InputError with the problems of all."""
     problems: list[Problem] = []
     for use, corpora in (("train", data.train), ("evaluate", data.evaluate)):
-        for corpus in corpora:
+        for number, corpus in enumerate(corpora):
+            key = f"data.{use}.{number}.tokens"
             try:
                 yield (use, corpus_name(corpus)), open_tokens(corpus.tokens)
             except InputError as error:
-                problems.extend(error.problems)
+                problems += [replace(p, message=f"{key}: {p.message}") for p in error.problems]
     raise_problems(problems)
 
 

@@ -264,6 +264,7 @@ def keep_steps(run: Path, count: int) -> None:
 def remove_incomplete(run: Path) -> None:
     """Remove what a killed save left, and steps that are being removed."""
     complete = {s.folder for s in saved_steps(run)}
+    (run / STEPS).mkdir(exist_ok=True)  # copies of a run without checkpoints may lack it
     for folder in (run / STEPS).iterdir():
         if folder not in complete:
             remove(folder)

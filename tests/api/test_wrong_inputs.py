@@ -5,7 +5,10 @@ A row has what is called, the class of the error or the exit code, and words of 
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 import moecc
 from moecc.cli.main import main
 from moecc.errors import InputError, MoeccError, UnknownName, UsageError
+from moecc.ir import clone, print_graph
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DENSE = GOLDEN / "llama_gqa"
@@ -59,6 +63,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "syntax.py").write_text("def (\n")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "dense").symlink_to(DENSE)
+    graph = clone(moecc.open(DENSE).graph)
+    graph.attrs["checkpoint"] = "nowhere"
+    (tmp_path / "lost.moe").write_text(print_graph(graph))
+    (tmp_path / "classifier").mkdir()
+    config = json.loads((DENSE / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "classifier" / "config.json").write_text(json.dumps(config))
+    shutil.copy(DENSE / "model.safetensors", tmp_path / "classifier")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     return tmp_path
@@ -185,13 +197,21 @@ COMMANDS: dict[str, tuple[int, str]] = {
     "--verison": (2, "--version"),
     "inspect": (2, "missing argument 'SOURCE'"),
     "inspect dense --format xml": (2, "'xml' is not one of 'human', 'json'"),
+    "inspect dense --json": (2, "--format json"),
     "inspect nowhere": (1, "there is no such file or folder"),
     "inspect file": (1, "this is not a checkpoint"),
     "import empty": (1, "the folder has no config.json"),
     "import dense --padding-mask": (1, "a decoder alone takes no mask"),
     "opt dense -p dce": (1, "is a folder, not a graph"),
+    "opt lost.moe -p dce --dump-dir file": (1, "is a file, not a folder"),
+    "inspect lost.moe": (1, "lost.moe names it in `attr checkpoint`"),
     "opt bad.moe -p dce": (1, "expected the name of the graph"),
     "convert dense": (2, "missing argument 'OUT'"),
+    "convert dense out -p upcycle{experts=99999999999999999999}": (2, "too large a number"),
+    f"convert dense 'a b/c' -p {UPCYCLE}": (1, "a b'"),
+    f"convert classifier out -p {UPCYCLE}": (1, "--via torch reads any class of transformers"),
+    "convert dense out --via torch": (2, "needs passes"),
+    "generate dense --prompt a --top-p inf": (2, "not a finite number"),
     f"convert dense out -p {UPCYCLE} --to mixtrall": (2, "unknown target"),
     f"convert dense out -p {UPCYCLE} --to gguf:mistral": (2, "mistral is gguf:llama there"),
     f"convert dense out.gguf -p {UPCYCLE} --to auto": (2, "--to gguf:ARCH"),
@@ -226,6 +246,8 @@ COMMANDS: dict[str, tuple[int, str]] = {
     "evaluate dense --data empty": (1, "not a token folder"),
     "report empty --html out.html": (1, "not the folder of a run"),
     "launch -n 0 -- true": (2, "not in the range"),
+    "launch template slurm -- moecc train x": (2, "leave the word moecc out"),
+    f"{SMALL} --batch-tokens 99999999999999999999999": (1, "100000000000000000000000 would be"),
     "launch template nope": (2, "not a command of moecc"),
     "passes upcicle": (2, "did you mean 'upcycle'"),
     "replay file": (1, "not a reproducer"),
@@ -248,7 +270,7 @@ def test_a_wrong_command_has_an_exit_code_and_a_message(
 ) -> None:
     code, words = COMMANDS[line]
     before = sorted(os.listdir(place))
-    assert main(line.split()) == code
+    assert main(shlex.split(line)) == code
     printed = capsys.readouterr()
     assert words in printed.err
     assert "Traceback" not in printed.err

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
+from moecc.cli.commands import command_of
 from moecc.ir.text import parse
 from moecc.jobs import COMMANDS
 from tests.support.commands import Moecc
@@ -135,6 +137,12 @@ def test_nothing_heavy_is_imported_at_the_start(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\nclean\n")
+
+
+def test_no_help_names_a_bound_that_is_none() -> None:
+    for name in COMMANDS:
+        with click.Context(command_of(name), info_name=name) as context:
+            assert "None" not in context.get_help(), name
 
 
 def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc: Moecc) -> None:

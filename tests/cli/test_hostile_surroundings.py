@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -48,6 +49,22 @@ def test_a_journal_that_is_a_pipe_is_not_waited_for(
     partial.mkdir()
     os.mkfifo(partial / "moecc_journal.jsonl")
     assert moecc("convert", dense, tmp_path / "out", *UPCYCLE, "--resume").code == 0
+
+
+def test_a_pipe_or_device_is_written_to_and_never_replaced(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    pipe, texts = tmp_path / "pipe", list[str]()
+    os.mkfifo(pipe)
+    for more in ((), ("--force",)):
+        reader = Thread(target=lambda: texts.append(pipe.read_text()), daemon=True)
+        reader.start()
+        done = moecc("import", dense, "-o", pipe, *more)
+        assert done.code == 0, done.err
+        reader.join(60)
+        assert pipe.is_fifo()
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("moecc 1")
 
 
 def test_platforms_that_jax_does_not_have_are_named(dense: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moecc import open as open_model
 from moecc.cli.main import main
 from moecc.formats.run import saved_steps
 from moecc.train.run import read_run
@@ -184,6 +185,15 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, moecc: Moecc) -> No
     assert last["against_first"]["difference"] == pytest.approx(during[1] - during[0], rel=1e-3)
     code, out, _ = moecc("evaluate", run, "--data", data, "--sequence", "8", "--batches", "1")
     assert (code, "heldout" in out) == (0, True)
+
+
+def test_a_run_may_be_named_relative_to_a_folder_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder / "tokens")
+    params = open_model("../run").params()
+    name = next(iter(params))
+    assert params[name].shape == open_model(folder / "run").params()[name].shape
 
 
 @pytest.mark.slow

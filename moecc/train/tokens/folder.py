@@ -221,11 +221,11 @@ def open_tokens(path: Path | str) -> TokenFolder:
     folder = mirror(str(path)) if is_address(str(path)) else Path(path)
     if not (folder / FACTS).is_file():
         parts = [str(folder / n) for n in ("train", "heldout") if (folder / n / FACTS).is_file()]
-        hint = "there is no such folder"
+        hint = "moecc tokens TEXT --tokenizer MODEL --out DIR writes one"
         if parts:
             hint = f"it has token folders in it: {', '.join(parts)}"
-        elif folder.exists():
-            hint = "moecc tokens TEXT --tokenizer FOLDER --out DIR makes one"
+        elif not folder.exists():
+            hint = f"there is no such folder; {hint}"
         raise InputError(
             "not a token folder", where=path, expected=f"a folder with {FACTS}", hint=hint
         )
