@@ -562,8 +562,10 @@ class ModelConfig:
         """Return the fields that every config of this shape has, to build another family's from."""
         return {f.name: getattr(self, f.name) for f in fields(self.shape())}
 
-    others_up_to: ClassVar[str] = ""
-    """How far a model of another family is from itself in this one, as of a promise."""
+    @property
+    def others_up_to(self) -> str:
+        """How far a model of another family is from itself in this one, as of a promise."""
+        return ""
 
     @property
     def is_complete(self) -> bool:

@@ -80,6 +80,7 @@ class ExpertLayer:
       shared_gate: whether the shared expert has a sigmoid gate.
       bias: whether a bias takes part in the choice of experts.
       logits_bias: whether a parameter is added to the router's logits.
+      floor: what is added to the sum that gates are divided by.
       sequence_capacity: the most tokens of one sequence that an expert takes; 0 for no such bound.
     """
 
@@ -95,6 +96,7 @@ class ExpertLayer:
     shared_gate: bool = False
     bias: bool = False
     logits_bias: bool = False
+    floor: float = 0.0
     sequence_capacity: int = 0
 
     def without_slots(self) -> ExpertLayer:
@@ -129,12 +131,13 @@ def _layer_of(route: Node, slots: Node) -> ExpertLayer:
     dispatch = _user(slots.result, lambda entry: entry.moves is RowMove.TO_SLOTS)
     combine = _user(slots.result, lambda entry: entry.moves is RowMove.TO_TOKENS)
     shared, gated = _shared(combine) if combine else (0, False)
+    gates, scale, floor = _divided(route) or (attrs.gates, attrs.scale, 0.0)
     return ExpertLayer(
         loc=route.loc,
         experts=size if isinstance(size, int) else 0,
         top_k=attrs.top_k,
-        gates=attrs.gates,
-        scale=attrs.scale,
+        gates=gates,
+        scale=scale,
         slots=assignment.slots,
         groups=assignment.groups,
         width=_width(dispatch.result) if dispatch else 0,
@@ -142,8 +145,30 @@ def _layer_of(route: Node, slots: Node) -> ExpertLayer:
         shared_gate=gated,
         bias="bias" in attrs.using,
         logits_bias=_is_biased(route.operands[0]),
+        floor=floor,
         sequence_capacity=sequence_capacity_of(slots),
     )
+
+
+_DIVIDED = P.div(
+    P.any("gates"), P.add(P.sum(P.any("gates"), axes="choice"), P.constant(value=P.attr("floor")))
+)
+"""Gates that are divided by their sum and some more."""
+
+_SCALED = P.scale(P.any("gates"), by=P.attr("scale"))
+
+
+def _divided(route: Node) -> tuple[str, float, float] | None:
+    """Return convention, factor and floor of sigmoids divided by their sum and a floor."""
+    attrs, gates = RouteOp.of_node(route), route.results[1]
+    matches = (match(_DIVIDED, user) for user in gates.users)
+    divided = next((m for m in matches if m is not None), None)
+    if divided is None or attrs.gates != "sigmoid" or attrs.scale != 1:
+        return None
+    quotient = next(user for user in gates.users if match(_DIVIDED, user)).result
+    scales = (match(_SCALED, user) for user in quotient.users)
+    scale = next((float(m.attr("scale")) for m in scales if m is not None), 1.0)
+    return "sigmoid-renormalised", scale, float(divided.attr("floor"))
 
 
 def _is_biased(logits: Value) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from moecc.families.config import EngineReading, ModelConfig, TensorNames, config_class, number
 from moecc.families.decoder import ATTENTION_BIASES
@@ -116,10 +116,13 @@ class GptOssConfig(MoeConfig):
             fault = "gpt_oss has SwiGLU, by its own formula"
             yield key_problem(fault, "silu", self.hidden_act, "hidden_act")
 
-    others_up_to: ClassVar[str] = (
-        f"{exponential_text(NO_SINK + SCORES)} of each result of attention where the largest "
-        f"score of a token is above {-SCORES:,.0f}, and gates and ups are below {NO_LIMIT:g}"
-    )
+    @property
+    def others_up_to(self) -> str:
+        """How far a model of another family is from itself in this one, as of a promise."""
+        return (
+            f"{exponential_text(NO_SINK + SCORES)} of each result of attention where the largest "
+            f"score of a token is above {-SCORES:,.0f}, and gates and ups are below {NO_LIMIT:g}"
+        )
 
     @classmethod
     def from_others(cls) -> dict[str, object]:

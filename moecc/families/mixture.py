@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 # All become a step and a list of exceptions, as qwen2_moe states them: layer i has experts, counted
 # from 0, if the step divides i + 1 and i is not listed.
 
+LEADING_KEYS: Mapping[str, str] = {
+    "leading": "first_k_dense_replace",
+    "counted": "num_dense_layers",
+}
+"""The key that counts the first, dense layers, by style."""
+
 INTERVAL_KEYS = ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index")
 
 
@@ -35,16 +41,16 @@ def read_pattern(reader: Reader, style: str, layers: int) -> JsonDict:
 
     Args:
       reader: the config.
-      style: ``all`` (every layer), ``step``, ``leading`` (the first ones are dense) or ``interval``
-        (every n-th of a range).
+      style: ``all`` (every layer), ``step``, one of `LEADING_KEYS` (the first ones are dense) or
+        ``interval`` (every n-th of a range).
       layers: the number of layers.
     """
     if style == "step":
         dense = tuple(sorted(set(reader.layer_numbers("mlp_only_layers"))))
         step = reader.size("decoder_sparse_step", LAYERS)
         return {"decoder_sparse_step": step, "mlp_only_layers": dense}
-    if style == "leading":
-        first = reader.size("first_k_dense_replace", LAYERS, smallest=0)
+    if style in LEADING_KEYS:
+        first = reader.size(LEADING_KEYS[style], LAYERS, smallest=0)
         return {"mlp_only_layers": tuple(range(min(first, layers)))}
     if style == "interval":
         interval, start, end = INTERVAL_KEYS
@@ -70,8 +76,8 @@ def write_pattern(
     """
     if style == "step":
         return {"decoder_sparse_step": step, "mlp_only_layers": list(dense)}
-    if style == "leading":
-        return {"first_k_dense_replace": len(sparse) - sum(sparse)}
+    if style in LEADING_KEYS:
+        return {LEADING_KEYS[style]: len(sparse) - sum(sparse)}
     if style == "interval":
         layers = [layer for layer, is_sparse in enumerate(sparse) if is_sparse]
         values = (_interval(sparse) or step, layers[0], layers[-1])
@@ -98,10 +104,10 @@ def pattern_checks(
     if style == "all" and dense:
         fault = f"{family} has experts in every layer; {dense[:8]} would be dense"
         yield key_problem(fault, "no dense layer", f"{len(dense)} of them", *keys)
-    if style == "leading" and dense != list(range(len(dense))):
+    if style in LEADING_KEYS and dense != list(range(len(dense))):
         fault = f"{family} has dense layers only before the first layer with experts"
         expected = f"layers 0 to {len(dense) - 1}"
-        yield key_problem(fault, expected, f"{dense[:8]}", "first_k_dense_replace", *keys)
+        yield key_problem(fault, expected, f"{dense[:8]}", LEADING_KEYS[style], *keys)
     if style == "interval" and _interval(sparse) is None:
         fault = f"{family} has experts in every n-th layer of a range"
         shown = f"dense layers {dense[:8]}"
@@ -178,6 +184,8 @@ class MoeConfig(DecoderConfig):
     has_routing_bias: ClassVar[bool] = False
     # Whether a bias is added to the router's logits.
     has_logits_bias: ClassVar[bool] = False
+    # What the family adds to the sum that the chosen gates are divided by.
+    gate_floor: ClassVar[float] = 0.0
     # The options of `upcycle`, besides the number of experts, that lead from a dense model here.
     upcycle_options: ClassVar[str] = "top-k=2"
 
@@ -226,6 +234,11 @@ class MoeConfig(DecoderConfig):
     def clamp(self) -> tuple[float, float] | None:
         """Steepness and limit of a clamped activation of experts with biases; None without one."""
         return None
+
+    @property
+    def sum_floor(self) -> float:
+        """What is added to the sum that the chosen gates are divided by."""
+        return self.gate_floor if self.norm_topk_prob else 0.0
 
     @classmethod
     def conventions(cls) -> tuple[Gates, ...]:

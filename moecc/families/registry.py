@@ -83,6 +83,7 @@ CONFIGS = Families(
         "olmoe": "olmo.OlmoeConfig",
         "gpt_oss": "gpt_oss.GptOssConfig",
         "phimoe": "phi.PhimoeConfig",
+        "lfm2_moe": "lfm2.Lfm2MoeConfig",
         "gpt2": "gpt.Gpt2Config",
         "gpt_neox": "gpt.GptNeoXConfig",
         "opt": "gpt.OptConfig",

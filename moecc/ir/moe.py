@@ -9,7 +9,7 @@ graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Required, TypedDict, Unpack
+from typing import Literal, Required, TypedDict, Unpack
 
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
@@ -64,6 +64,7 @@ def emit_routing(
     operands: SlotOperands | None = None,
     bias: Value | None = None,
     shift: Value | None = None,
+    floor: float = 0.0,
     **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Route `x` to `experts` experts; return their rows and the function that combines them.
@@ -80,6 +81,7 @@ def emit_routing(
       operands: makes the operands of ``assign_slots`` after the experts: keep, priority, mask.
       bias: ``[expert]``, added for the choice and not for the gates (loss-free balancing).
       shift: ``[expert]``, added to the logits.
+      floor: what is added to the sum that sigmoids are divided by.
       assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
 
     Returns:
@@ -102,9 +104,17 @@ def emit_routing(
     if shift is not None:
         logits = builder.add(logits, shift)
     biases = () if bias is None else (bias,)
-    chosen, weights = builder.route(
-        logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) if biases else ()
-    )
+    using: tuple[Literal["bias"], ...] = ("bias",) if biases else ()
+    if not floor:
+        chosen, weights = builder.route(
+            logits, *biases, top_k=top_k, gates=gates, scale=scale, using=using
+        )
+    else:
+        chosen, weights = builder.route(logits, *biases, top_k=top_k, gates="sigmoid", using=using)
+        total = builder.sum(weights, axes="choice")
+        least = builder.constant(value=floor, dtype=weights.type.dtype.name)
+        weights = builder.div(weights, builder.add(total, least))
+        weights = weights if scale == 1 else builder.scale(weights, by=scale)
     more = operands(logits, chosen, weights) if operands is not None else {}
     return emit_chosen(
         builder, x, chosen, weights, experts=experts, tokens=tokens, operands=more,

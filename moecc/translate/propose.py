@@ -361,6 +361,11 @@ def _propose_layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Itera
         able = [n for n, f in mixtures().items() if layer.gates in f.conventions() and n != target]
         hint = f"{either(able)} can express them" if able else None
         yield Problem(fault, expected=" or ".join(conventions), found=layer.gates, hint=hint)
+    if layer.floor and layer.floor != family.gate_floor:
+        fault = f"{target} adds nothing to the sum that gates are divided by"
+        able = [n for n, f in mixtures().items() if f.gate_floor == layer.floor]
+        hint = f"{either(able)} adds it" if able else None
+        yield Problem(fault, expected="0", found=f"{layer.floor:g}", hint=hint)
     if layer.scale != 1 and not family.key("gate_scale"):
         fault = f"{target} has no factor on the gates"
         hint = "upcycle with gate-scale=1, or scale the experts' last matrix instead"

@@ -34,6 +34,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "layer_types": ["attention"] * 4,
         "position_embedding_type": "rope",
     },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "gptj": {"n_embd": 16, "n_head": 4, "n_layer": 4, "n_positions": 64, "rotary_dim": 2},
 }
 """What a family needs beside SMALL, or instead of it."""

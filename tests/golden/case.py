@@ -72,6 +72,13 @@ ERNIE: dict[str, object] = {
     "pad_token_id": None,
 }
 
+LFM2_MOE: dict[str, object] = {
+    **QWEN_MOE,
+    "num_hidden_layers": 3,
+    "num_experts": 5,
+    "num_dense_layers": 1,
+    "layer_types": ["conv", "full_attention", "conv"],
+}
 GPT_OSS: dict[str, object] = {
     **MIXTRAL,
     "head_dim": 8,

@@ -178,7 +178,8 @@ def _save(folder: Path, case: Case, key: str) -> None:
 
 def _stored_buffers(model: Any) -> list[tuple[str, Any]]:
     """Return the buffers that are part of a checkpoint: biases in the choice of experts."""
-    return [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    ends = ("e_score_correction_bias", "expert_bias")
+    return [(n, b) for n, b in model.named_buffers() if n.endswith(ends)]
 
 
 def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -267,6 +268,8 @@ def _double_logits(
             return  # version 4 of some families gives the chosen experts only
         if case.family == "phimoe":
             gaps.append(_distance_from_the_border(found))
+        if len(inputs) > 1 and inputs[1] is not None:  # lfm2_moe's bias in the choice
+            found = found.sigmoid() + inputs[1]
         scores = _scores(module, found).sort(descending=True).values
         if chosen < scores.shape[-1]:
             gaps.append((scores[..., chosen - 1] - scores[..., chosen]).min().item())

@@ -223,6 +223,7 @@ def test_options_that_make_no_sense(passes, message):
         ("qwen2_moe_plain", "zero-experts{bias=choice}", "have a share of softmax gates"),
         ("glm4_moe_plain_v4", "zero-experts{bias=logits}", "has a bias of the choice"),
         ("mixtral_gqa", "add-losses,grow", "its routing is read elsewhere"),
+        ("lfm2_moe_bias", "grow", "its gates are computed further"),
     ],
 )
 def test_layers_that_cannot_be_changed(source, passes, message):
@@ -277,3 +278,15 @@ def test_a_model_of_another_family_is_a_gpt_oss_up_to_its_sinks():
         planned = plan(model, Pipeline.parse("upcycle{experts=4}"), "gpt_oss")
     assert planned.preserves.up_to.startswith("1e-3908 of each result of attention")
     assert planned.proof is None
+
+
+@pytest.mark.parametrize(
+    ("options", "up_to"),
+    [("gates=sigmoid-renormalised", "a factor s / (s + 1e-06)"), ("gates=sigmoid", "")],
+)
+def test_an_lfm2_is_an_lfm2_moe_up_to_the_floor_of_its_gates(options: str, up_to: str) -> None:
+    with open_model(str(GOLDEN / "lfm2_biases")) as model:
+        passes = f"upcycle{{experts=4 router-init=zero {options}}}"
+        planned = plan(model, Pipeline.parse(passes), "lfm2_moe")
+    assert planned.preserves.up_to.startswith(up_to)
+    assert planned.preserves.is_equality == (not up_to)

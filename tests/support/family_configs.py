@@ -75,7 +75,7 @@ def small_configs(
 
 def activations(family: type[DecoderConfig]) -> st.SearchStrategy[str]:
     """Return the activations that a family has; gelu means another one in gemma."""
-    if family.model_type in ("gpt_oss", "apertus", "lfm2"):
+    if family.model_type in ("gpt_oss", "apertus", "lfm2", "lfm2_moe"):
         return st.just(str(family.defaults.get("hidden_act", "silu")))
     exact = [] if family.model_type == "gemma" else ["gelu"]
     return st.sampled_from(["silu", "relu", "gelu_pytorch_tanh", *exact])
@@ -201,7 +201,7 @@ def shared_widths(draw: st.DrawFn, family: type[MoeConfig], width: int) -> int |
 def _dense_layers(draw: st.DrawFn, style: str, layers: int) -> tuple[int, ...]:
     if style == "all":
         return ()
-    if style == "leading":
+    if style in ("leading", "counted"):
         return tuple(range(draw(st.integers(0, layers - 1))))
     if style == "interval":
         first = draw(st.integers(0, layers - 1))

@@ -524,6 +524,7 @@ def _sparse(
         tokens=("batch", "seq"),
         bias=bias,
         shift=shift,
+        floor=config.sum_floor,
     )
     axes = ffn_axes(embed, config.expert_intermediate_size)
 

@@ -144,6 +144,13 @@ def of_layer(layer: RoutedLayer) -> Anatomy | Problem:
             found=f"%{read[0].name}",
             hint="run this pass before add-losses or specialize; st-moe{losses=false} adds none",
         )
+    if layer.gates is not route.results[1]:
+        return Problem(
+            "its gates are computed further after the choice, so their sum is unknown",
+            layer.name,
+            expected=f"%{route.results[1].name}, as the choice makes them",
+            found=f"%{layer.gates.name}",
+        )
     at = nodes.index(layer.dispatch)
     operands = dict.fromkeys(v for node in nodes for v in node.operands if v.is_param)
     params = tuple(v for v in operands if EXPERT in v.type)
