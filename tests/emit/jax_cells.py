@@ -1,4 +1,7 @@
-"""Cells as programs in JAX: ``python -m tests.emit.jax_cells --out FILE`` judges them."""
+"""Cells as programs in JAX: ``python -m tests.emit.jax_cells --out FILE`` judges them.
+
+A cell of FILE whose text is as it was, and was right, is not judged again.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import numpy as np
 
 from moecc.errors import MoeccError
 from tests.emit.cells import METHODS, SOURCES, EmittedCell, relative, write_reference
-from tests.emit.prove import BOUNDS, is_right
+from tests.emit.prove import BOUNDS, digest, is_right
 
 METHODS_IN_JAX = ("dense", "upcycled", "st-moe", "st-moe in training")
 FILE = "jax_st_moe.py"
@@ -31,13 +34,8 @@ def program_of(folder: Path) -> ModuleType:
     return module
 
 
-def judge(cell: EmittedCell, folder: Path, *, gradients: bool) -> dict[str, float]:
-    """Write a cell, and return the relative errors of outputs, losses and gradients.
-
-    Raises:
-      InputError: the method does not apply to the source.
-    """
-    cell.write(folder, "jax")
+def judge(folder: Path, *, gradients: bool) -> dict[str, float]:
+    """Return the relative errors of outputs, losses and gradients of a written cell."""
     write_reference(folder, folder / "reference.npz", gradients=gradients)
     program, reference = program_of(folder), np.load(folder / "reference.npz")
     is_train = 'attr mode = "train"' in "\n".join(
@@ -93,35 +91,37 @@ def flat(tree: object) -> dict[str, object]:
 
 
 def main() -> None:
-    """Judge all sources by the methods, or those that are asked for; cells in FILE stay."""
+    """Judge all sources by the methods, or those that are asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sources", nargs="*", default=SOURCES)
     parser.add_argument("--methods", nargs="*", default=METHODS_IN_JAX, choices=METHODS)
     parser.add_argument("--gradients", nargs="*", default=("llama_gqa", "bert_square"))
     options = parser.parse_args()
-    rows = json.loads(options.out.read_text())["cells"] if options.out.exists() else []
-    for source in options.sources:
-        for method in options.methods:
-            if any(row["source"] == source and row["method"] == method for row in rows):
-                continue
-            row: dict[str, object] = {"source": source, "method": method}
-            with tempfile.TemporaryDirectory() as temporary:
-                folder = Path(temporary) / "cell"
-                try:
-                    cell = EmittedCell(source, method)
-                    errors = judge(cell, folder, gradients=source in options.gradients)
-                    row |= {**errors, "right": is_right(errors)}
-                except MoeccError as error:
-                    row["refused"] = " ".join(str(error).split())[:300]
-            rows.append(row)
-            print(row, flush=True)
-            report = {
-                "date": datetime.date.today().isoformat(), "jax": jax.__version__,
-                "bounds": BOUNDS, "right": sum(r.get("right") is True for r in rows),
-                "judged": sum("refused" not in r for r in rows), "cells": rows,
-            }  # fmt: skip
-            options.out.write_text(json.dumps(report, indent=1) + "\n")
+    earlier = json.loads(options.out.read_text())["cells"] if options.out.exists() else []
+    rows = {(row["source"], row["method"]): row for row in earlier}
+    for cell in (EmittedCell(s, m) for s in options.sources for m in options.methods):
+        row: dict[str, object] = {"source": cell.source, "method": cell.method}
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "cell"
+            try:
+                cell.write(folder, "jax")
+                row["text"] = digest((folder / FILE).read_bytes())
+                before = rows.get((cell.source, cell.method), {})
+                if before.get("text") == row["text"] and before["right"]:
+                    continue
+                errors = judge(folder, gradients=cell.source in options.gradients)
+                row |= {**errors, "right": is_right(errors)}
+            except MoeccError as error:
+                row["refused"] = " ".join(str(error).split())[:300]
+        rows[cell.source, cell.method] = row
+        print(row, flush=True)
+        report = {
+            "date": datetime.date.today().isoformat(), "jax": jax.__version__, "bounds": BOUNDS,
+            "right": sum(r.get("right") is True for r in rows.values()),
+            "judged": sum("refused" not in r for r in rows.values()), "cells": [*rows.values()],
+        }  # fmt: skip
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
