@@ -101,7 +101,7 @@ proof-recipes: $(STAMP) ## steps of the shipped recipes compiled for v5p and H10
 	$(BIN)/python -m tests.proof.recipes --out docs/proofs/recipes.jsonl > /dev/null
 
 proof-table: $(STAMP) ## every source as every target by every method, written to docs/proof-table.md
-	$(BIN)/python -m tests.proof.make_table
+	PYTHONPATH=tests/support $(BIN)/python -m tests.proof.make_table
 
 proof-jax-models: ## models of Levanter, keras-hub, tunix and others converted, compared and trained a step by MOECC_JAX_PYTHON, which has moecc and what it can have of them; goes on where it was interrupted
 	mkdir -p docs/proofs

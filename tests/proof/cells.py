@@ -53,7 +53,8 @@ DENSE = (
     "opt_after_narrow", "t5_square",
     "mt5_square_v4", "umt5_square_untied", "bert_square", "roberta_square", "xlm_roberta_gelu",
     "camembert_gelu", "distilbert_square", "mpnet_square", "electra_narrow", "albert_shared",
-    "modernbert_windows", "clip_text", "bart_scaled", "mbart_plain",
+    "modernbert_windows", "clip_text", "bart_scaled", "mbart_plain", "marian_swish",
+    "m2m_100_scaled",
     "vit_square", "dinov2_plain", "dinov3_plain", "clip_vision", "siglip_vision",
     "whisper_square",
 )  # fmt: skip
