@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
+from typing import ClassVar, Self
 
 from moecc.families.config import (
     CAUSAL,
@@ -86,6 +87,12 @@ class BartConfig(TwoStackConfig):
     max_position_embeddings: int = size(LENGTH, default=1024)
     scale_embedding: bool = flag(default=False)
     has_logits_bias: bool = False
+
+    def fitted(self, tensors: Container[str]) -> Self:
+        """Return the config of a file with `tensors`, which say whether logits have a bias."""
+        if not self.adds_to_logits:
+            return self
+        return replace(self, has_logits_bias="final_logits_bias" in tensors)
 
     def small_sizes(self) -> JsonDict:
         """Return the fields that are other in a small model of the same structure."""

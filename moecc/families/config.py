@@ -8,7 +8,7 @@ layer in one tensor, and those names are the same in every family.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
 
@@ -377,6 +377,8 @@ class ModelConfig:
     graphs: ClassVar[str] = ""
     # Of a family from outside: what builds its graphs.
     builder: ClassVar[Callable[..., Any] | None] = None
+    # The names of its runs of layers: of one alone, the empty one.
+    stacks: ClassVar[tuple[str, ...]] = ("",)
     # What the model is, in messages.
     kind: ClassVar[str] = "an encoder alone"
     # Other names that the class in `architectures` has had.
@@ -579,6 +581,28 @@ class ModelConfig:
         not in the file; the values of these change nothing.
         """
         return self, {}
+
+    def layers(self, stack: str) -> int:
+        """Return the number of layers of one of `stacks`."""
+        return int(getattr(self, "num_hidden_layers", 0))
+
+    def layers_key(self, stack: str) -> str:
+        """Return the key of that number in config.json."""
+        return self.key("num_hidden_layers")
+
+    @property
+    def expert_blocks(self) -> int:
+        """The number of the experts of all layers."""
+        return 0
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output matrix is the embedding."""
+        return bool(getattr(self, "tie_word_embeddings", False))
+
+    def fitted(self, tensors: Container[str]) -> Self:
+        """Return the config of a file with `tensors`, which may say what a config leaves open."""
+        return self
 
     @classmethod
     def shape(cls) -> type[ModelConfig]:

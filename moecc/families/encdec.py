@@ -87,6 +87,7 @@ class EncDecConfig(ModelConfig):
     """
 
     graphs = "encdec"
+    stacks = STACKS
     kind = "an encoder-decoder"
     takes_mask = True
     synonyms = {
@@ -148,6 +149,10 @@ class EncDecConfig(ModelConfig):
     def layers(self, stack: str) -> int:
         """Return the number of layers of the ``encoder`` or the ``decoder``."""
         return self.num_hidden_layers if stack == "encoder" else self.num_decoder_layers
+
+    def layers_key(self, stack: str) -> str:
+        """Return the key of that number in config.json."""
+        return self.key("num_decoder_layers" if stack == "decoder" else "num_hidden_layers")
 
     @property
     def experts(self) -> Experts | None:

@@ -226,6 +226,11 @@ class MoeConfig(DecoderConfig):
         )
 
     @property
+    def expert_blocks(self) -> int:
+        """The number of the experts of all layers."""
+        return self.num_experts * sum(self.sparse_layers)
+
+    @property
     def gates(self) -> Gates:
         """The gate convention."""
         return GATES[self.score, self.norm_topk_prob]

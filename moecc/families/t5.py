@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from moecc.families.config import ACTIVATIONS, config_class, flag, number, size
 from moecc.families.encdec import ENCDEC_DEFAULTS, STACKS, T5_ACTIVATIONS, EncDecConfig, Experts
@@ -51,6 +51,15 @@ class T5Config(EncDecConfig):
         if self.hidden_act not in T5_ACTIVATIONS:
             fault = "unknown activation"
             yield key_problem(fault, one_of(T5_ACTIVATIONS), self.hidden_act, *stating)
+
+    def fitted(self, tensors: Container[str]) -> Self:
+        """Return the config with the embedding tie that transformers 5 applies.
+
+        It ties unless outputs are not scaled and the file has an output matrix.
+        """
+        if self.scale_outputs or self.names.head not in tensors:
+            return self
+        return replace(self, tie_word_embeddings=False)
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
@@ -174,6 +183,11 @@ class SwitchTransformersConfig(EncDecConfig):
         """The experts of the sparse layers."""
         bound = self.expert_capacity if self.expert_capacity < UNBOUNDED else 0
         return Experts(count=self.num_experts, sequence_capacity=bound)
+
+    @property
+    def expert_blocks(self) -> int:
+        """The number of the experts of all layers."""
+        return self.num_experts * sum(sum(self.sparse_layers(stack)) for stack in STACKS)
 
     def sparse_layers(self, stack: str) -> tuple[bool, ...]:
         """Return for each layer of a stack whether it has experts, see `spread_layers`."""

@@ -36,6 +36,7 @@ TIE = "whisper ties its output matrix to an embedding that it does not scale"
 class TwoStackConfig(ModelConfig):
     """An encoder and a decoder with layer norms, whose sizes may differ."""
 
+    stacks = STACKS
     keys = {"hidden_act": "activation_function"}
     synonyms: ClassVar[Mapping[str, str]] = {
         "hidden_size": "d_model",
@@ -66,6 +67,15 @@ class TwoStackConfig(ModelConfig):
     def layers(self, stack: str) -> int:
         """Return the number of layers of ``encoder`` or ``decoder``."""
         return self.encoder_layers if stack == "encoder" else self.decoder_layers
+
+    def layers_key(self, stack: str) -> str:
+        """Return the key of that number in config.json."""
+        return f"{stack}_layers"
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output matrix is the embedding: it always is."""
+        return True
 
     def heads(self, stack: str) -> tuple[int, int]:
         """Return the number of heads of a stack, and their width."""

@@ -16,7 +16,6 @@ from moecc.ir.structure import clone
 from moecc.ir.text import format_node
 from moecc.ir.unroll import unrolled
 from moecc.support.text import capped, with_article
-from moecc.translate.importing import is_tied
 from moecc.translate.propose import check_target as check_target
 from moecc.translate.propose import propose as propose
 from moecc.translate.propose import targets as targets
@@ -448,7 +447,7 @@ def export_graph(
     pairs = [(v.weight, weights[v]) for v in wanted.params.values() if v.weight is not None]
     tensors = dict(tensors_of(pairs))
     names = config.names
-    if config.model_type == "switch_transformers" and not is_tied(config):
+    if config.model_type == "switch_transformers" and not config.is_tied:
         # Without a tie transformers 5 expects an embedding in either stack.
         tensors.update(dict.fromkeys(names.copies, tensors[names.embedding]))
     if graph.attrs.get("family") == target and config.is_complete:

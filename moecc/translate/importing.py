@@ -7,16 +7,12 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moecc.errors import InputError, Problem, nearest, printable
-from moecc.families.bart import BartConfig
 from moecc.families.building import build_model
 from moecc.families.config import FUSED_GATE_UP, ModelConfig
-from moecc.families.encdec import STACKS, EncDecConfig
 from moecc.families.heads import head_modules, stated_head
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.st_moe import StMoeConfig
-from moecc.families.t5 import SwitchTransformersConfig, T5Config
-from moecc.families.whisper import TwoStackConfig
 from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.support.text import capped, ranges
@@ -42,31 +38,6 @@ def layer_of(name: str) -> tuple[str, int] | None:
         return None
     stack = match["stack"]
     return (f"{stack} " if stack else ""), int(match["n"])
-
-
-def depth(config: ModelConfig, stack: str = "") -> int:
-    """Return the number of layers of a stack, as `layer_of` names it."""
-    if isinstance(config, EncDecConfig | TwoStackConfig):
-        return config.layers(stack.strip())
-    layers: int = getattr(config, "num_hidden_layers", 0)
-    return layers
-
-
-def block_count(config: ModelConfig, *, with_experts: bool) -> int:
-    """Return the number of layers, plus the experts' blocks of all layers if `with_experts`."""
-    stacks = STACKS if isinstance(config, EncDecConfig | TwoStackConfig) else ("",)
-    layers, experts = sum(depth(config, stack) for stack in stacks), 0
-    if isinstance(config, MoeConfig):
-        experts = sum(config.sparse_layers) * config.num_experts
-    elif isinstance(config, SwitchTransformersConfig):
-        sparse = sum(sum(config.sparse_layers(stack)) for stack in STACKS)
-        experts = sparse * config.num_experts
-    return layers + (experts if with_experts else 0)
-
-
-def is_tied(config: ModelConfig) -> bool:
-    """Whether the output matrix is the embedding."""
-    return bool(getattr(config, "tie_word_embeddings", isinstance(config, TwoStackConfig)))
 
 
 # Names on disk that differ from a family's own by a prefix.
@@ -185,7 +156,7 @@ def import_checkpoint(
     tensors = checkpoint.tensors
     is_folder = checkpoint.format == "safetensors"
     where = str(checkpoint.path / "config.json" if is_folder else checkpoint.path)
-    config = _fitted(parse_config(checkpoint.config, where), tensors)
+    config = parse_config(checkpoint.config, where).fitted(tensors)
     _check_magnitude(config, tensors, str(checkpoint.path))
     stored = stored_names(config, tensors)
 
@@ -234,20 +205,10 @@ def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
     return [n for n in of_model if n not in read and not _IDLE.fullmatch(n)]
 
 
-def _fitted(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
-    """Return the config with the embedding tie that transformers 5 applies, whatever is stated."""
-    if isinstance(config, T5Config) and not config.scale_outputs:
-        apart = config.names.head in tensors
-        return replace(config, tie_word_embeddings=config.tie_word_embeddings and not apart)
-    if isinstance(config, BartConfig) and config.adds_to_logits:
-        return replace(config, has_logits_bias="final_logits_bias" in tensors)
-    return config
-
-
 def _repeated(config: ModelConfig) -> list[str]:
     """Return the tensors that a file may hold as copies of the embedding."""
     names = config.names
-    return [*([names.head] if is_tied(config) else []), *names.copies]
+    return [*([names.head] if config.is_tied else []), *names.copies]
 
 
 def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
@@ -265,15 +226,16 @@ def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
 
 def _check_magnitude(config: ModelConfig, tensors: Mapping[str, TensorInfo], where: str) -> None:
     """Reject a config with far more tensors than the file has, before building its graph."""
-    blocks = block_count(config, with_experts=_layout(config, tensors) == "experts")
+    layers = sum(map(config.layers, config.stacks))
+    blocks = layers + (config.expert_blocks if _layout(config, tensors) == "experts" else 0)
     if blocks <= len(tensors) + 100:
         return
-    layers = {layer for layer in map(layer_of, tensors) if layer}
+    present = {layer for layer in map(layer_of, tensors) if layer}
     raise InputError(
         "config.json and the tensors cannot belong together",
         where=where,
-        expected=f"{block_count(config, with_experts=False)} layers, with experts {blocks} blocks",
-        found=f"{len(tensors)} tensors, in {len(layers)} layers",
+        expected=f"{layers} layers, with experts {blocks} blocks",
+        found=f"{len(tensors)} tensors, in {len(present)} layers",
         hint="check num_hidden_layers and the number of experts",
     )
 
@@ -375,16 +337,14 @@ def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterato
     beyond: dict[str, set[int]] = {}
     for name in extra:
         layer = layer_of(name)
-        if layer is not None and layer[1] >= depth(config, layer[0]):
+        if layer is not None and layer[1] >= config.layers(layer[0].strip()):
             beyond.setdefault(layer[0], set()).add(layer[1])
     for stack, numbers in beyond.items():
-        field = "num_decoder_layers" if stack == "decoder " else "num_hidden_layers"
-        whisper = isinstance(config, TwoStackConfig)
-        key = f"{stack.strip()}_layers" if whisper else config.key(field)
+        name = stack.strip()
         yield Problem(
             f"there are tensors of the {stack}layers {ranges(sorted(numbers))}",
             "config.json",
-            f"layers below {key} = {depth(config, stack)}",
+            f"layers below {config.layers_key(name)} = {config.layers(name)}",
         )
     candidates = missing[:200]
     single = (
