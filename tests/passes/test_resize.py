@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from moecc_passes.resize.layer import shared_out
 from safetensors.numpy import load_file, save_file
+from tiers import few
 
 from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
@@ -234,14 +235,16 @@ def test_layers_that_cannot_be_changed(source, passes, message):
         run_pipeline(model.graph, Pipeline.parse(passes), context=Context())
 
 
-@pytest.mark.parametrize(
-    ("case", "target"),
-    [
-        ("llama_gqa", "mistral"), ("t5_gated_untied", "t5"), ("gpt2_plain", "gpt2"),
-        ("gpt_neox_parallel", "gpt_neox"), ("vit_plain", "vit"),
-    ],
+DENSE_AGAIN = (
+    ("llama_gqa", "mistral"), ("t5_gated_untied", "t5"), ("gpt2_plain", "gpt2"),
+    ("gpt_neox_parallel", "gpt_neox"), ("vit_plain", "vit"),
 )  # fmt: skip
-@pytest.mark.parametrize("how", ["concat", "mean"])
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "how"),
+    few([(*pair, how) for how in ("concat", "mean") for pair in DENSE_AGAIN], 5),
+)
 def test_what_was_made_sparse_and_dense_again_is_of_a_dense_family(case, target, how, tmp_path):
     times = 4 if how == "concat" else 1
     text = f"upcycle{{experts=4}},to-dense{{how={how}}}"

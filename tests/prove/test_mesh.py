@@ -59,8 +59,13 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("rolled", ["", ",roll-layers"])
-@pytest.mark.parametrize(("name", "first", "layout"), LAYOUTS)
+ROLLED = ("", ",roll-layers")
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "layout", "rolled"),
+    few([(*row, ROLLED[(n + m) % 2]) for m in range(2) for n, row in enumerate(LAYOUTS)], 6),
+)
 def test_models_on_a_mesh_are_proved(name: str, first: str, layout: str, rolled: str) -> None:
     before = piped(imported(name), first) if first else imported(name)
     after = piped(before, f"annotate-sharding{{mesh={layout}}},lower-collectives{rolled}")

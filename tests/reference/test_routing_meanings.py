@@ -92,21 +92,23 @@ def slots_of(factor: float, tokens: int, experts: int, top_k: int = 1, **attrs: 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "factor", "experts", "floor", "rounded"),
+    ("tokens", "factor", "experts", "floor", "rounded", "ceiled"),
     [
-        (4096, 1.25, 64, 80, 80),
-        (4096, 2.0, 64, 128, 128),
-        (2048, 1.25, 32, 80, 80),
-        (456, 1.25, 32, 17, 18),
-        (456, 2.0, 32, 28, 28),
-        (128, 1.25, 64, 4, 4),
-        (64, 64.0, 8, 64, 64),
+        (4096, 1.25, 64, 80, 80, 80),
+        (4096, 2.0, 64, 128, 128, 128),
+        (2048, 1.25, 32, 80, 80, 80),
+        (456, 1.25, 32, 17, 18, 20),
+        (456, 2.0, 32, 28, 28, 32),
+        (128, 1.25, 64, 4, 4, 4),
+        (64, 64.0, 8, 64, 512, 512),
     ],
 )
-def test_capacities_of_mesh_tensorflow_and_flaxformer(tokens, factor, experts, floor, rounded):
+def test_capacities_of_three_code_bases(tokens, factor, experts, floor, rounded, ceiled):
     """mesh-tensorflow 0.1.21 takes the floor; flaxformer rounds, and does not cap at the group."""
     assert slots_of(factor, tokens, experts) == floor
-    assert slots_of(factor, tokens, experts, rounding="round") == rounded
+    assert slots_of(factor, tokens, experts, rounding="round", cap=False) == rounded
+    vmoe = {"convention": "assignments", "rounding": "ceil", "multiple": 4, "minimum": 1}
+    assert slots_of(factor, tokens, experts, cap=False, **vmoe) == ceiled
 
 
 def test_capacity_rounding_convention_and_bounds():

@@ -41,23 +41,6 @@ def router(
     return graph
 
 
-def slots(choices: Data, experts: int, priority: Data | None = None, **attrs: Any) -> Data:
-    """Return the slots of `choices`, ``[token, choice]``, under a capacity of 4 at least."""
-    graph = Graph()
-    e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
-    given: dict[str, Data] = {} if priority is None else {"priority": priority}
-    operands = [graph.input(n, tensor(F64, token="T")) for n in given]
-    bound = {"slots": "capacity", "minimum": 4, "using": tuple(given), **attrs}
-    b = Builder(graph)
-    graph.set_output("p", b.assign_slots(e, *operands, tokens="token", experts=experts, **bound))
-    return run_reference(graph, inputs={"e": choices, **given})["p"]
-
-
-def best(scores: Data, k: int) -> Data:
-    """Return the `k` best experts of each token by ``[token, expert]``, the lowest of equals."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
-
-
 def transformer(layers: int = 8, *, causal: bool = True) -> Graph:
     """Return a small dense decoder, or encoder: embedding, attention, gated blocks, a head."""
     graph = Graph("dense")

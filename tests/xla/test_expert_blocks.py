@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tiers import examples, few
+from tiers import examples
 
 from moecc.ir import F64, parse, print_graph
 from moecc.testing import run_reference
@@ -96,7 +96,8 @@ def slopes(dispatch: str, dtype: DType, remat: bool = False) -> tuple[Any, Any]:
     return found
 
 
-@pytest.mark.parametrize("remat", few([True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [True, False])
 def test_gradients_of_many_rows_are_those_of_all_rows_at_once(remat):
     with jax.enable_x64(True):
         expected, found = slopes("grouped", F64), slopes("blocks", F64, remat)

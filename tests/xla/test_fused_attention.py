@@ -31,7 +31,7 @@ from moecc.rewrite.passes import Context
 from moecc.testing.data import inputs_for
 from moecc.types import F64
 from tests.support.attention_graphs import FORMS, Form
-from tests.support.tiers import some
+from tests.support.tiers import few, some
 
 FLOATS = ("q", "k", "v", "bias", "sinks")
 
@@ -59,7 +59,7 @@ def values_and_gradients(graph: Graph, inputs: dict[str, Any]) -> dict[str, np.n
     return {"y": np.asarray(y), **{f"d_{n}": np.asarray(d) for n, d in made.items()}}
 
 
-@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("block", few([4, 128]))
 @pytest.mark.parametrize("name", some(FORMS, "all", "window", "longer than its keys"))
 def test_values_and_gradients_are_those_of_the_parts(name, block, monkeypatch):
     monkeypatch.setattr(attention_blocks, "BLOCK", block)

@@ -52,7 +52,7 @@ def test_on_a_mesh_it_is_the_layer_on_one_device(case):
 
 @pytest.mark.parametrize(
     ("slots", "dispatch"),
-    [("capacity", "gather"), ("ragged", "blocks")],
+    few([("ragged", "blocks"), ("capacity", "gather")]),
 )
 def test_every_strategy_weights_rows(slots, dispatch):
     options = Options(dispatch=dispatch, poison=True)

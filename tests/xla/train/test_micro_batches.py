@@ -89,7 +89,6 @@ def assert_same(whole: Any, apart: Any, tolerance: float) -> None:
 
 QUICK: list[tuple[Case, int, str]] = [
     (("top-2", True, 0.75, "group"), 2, "one device"),
-    (("top-2", "segments", 0.75, "group"), 4, "data"),
     (("top-2", True, 0.75, "group"), 1, "stream in shards"),
 ]
 SLOW: list[tuple[Case, int, str]] = [
@@ -100,6 +99,7 @@ SLOW: list[tuple[Case, int, str]] = [
     ] for m in (2, 4)),
     *((("top-2", True, 0.75, "group"), m, mesh) for m in (1, 2, 4) for mesh in MESHES
       if (m, mesh) != (1, "stream in shards")),
+    (("top-2", "segments", 0.75, "group"), 4, "data"),
     (("top-2", True, None, "group"), 2, "replicated tokens"),
     (("top-2", "segments", None, "sequence"), 2, "one device"),
     (("expert-choice", True, None, "group"), 2, "data"),
