@@ -75,11 +75,14 @@ def judge(folder, reference):
     # What a capacity drops depends on all tokens, and a continued text has none.
     is_bounded = any("slots=capacity" in line for line in config.graph)
     # Turns at an expert (switch) are counted over all tokens: there is no cache.
-    has_cache = not any("= causal" in line and ".ffn" in line for line in config.graph)
+    # A short convolution, whose shifts are windows of one token, has none, and takes no padding.
+    causal = [line for line in config.graph if "= causal" in line]
+    takes_padding = not any("window=1}" in line for line in causal)
+    has_cache = takes_padding and not any(".ffn" in line for line in causal)
     expected = reference.get("generated")
-    if model.can_generate():
-        modes = [True] * has_cache + [False] * (not is_bounded)
-        verdict |= generation(model.eval(), inputs, expected, modes)
+    modes = [True] * has_cache + [False] * (not is_bounded)
+    if model.can_generate() and modes:
+        verdict |= generation(model.eval(), inputs, expected, modes, takes_padding)
     return verdict
 
 
@@ -104,7 +107,7 @@ def gradient_error(parameter, expected):
     return float(np.abs(slope - expected).max() / (scale if scale > 1e-12 else 1.0))
 
 
-def generation(model, inputs, expected, modes):
+def generation(model, inputs, expected, modes, takes_padding):
     """Return whether generation with and without a cache, and left padding, gives equal tokens.
 
     Args:
@@ -112,6 +115,7 @@ def generation(model, inputs, expected, modes):
       inputs: those of the model.
       expected: the tokens of moecc generate, ``[batch, token]``; None: there are none.
       modes: whether keys and values are cached, for each way of generating that there is.
+      takes_padding: whether texts may be of several lengths.
     """
     count = 6
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -121,13 +125,24 @@ def generation(model, inputs, expected, modes):
         options["decoder_start_token_id"] = 0
     else:
         ids = inputs["input_ids"][:, :6]
-        prompts = [{"input_ids": ids}, *map(left_padded, (ids, ragged(ids)))]
-        names += ["padded", "ragged"]
+        prompts = [{"input_ids": ids}]
+        if takes_padding:
+            prompts += map(left_padded, (ids, ragged(ids)))
+            names += ["padded", "ragged"]
+
+    def continued(prompt, cached):
+        return model.generate(**prompt, use_cache=cached, **options)[:, -count:].numpy()
+
     tokens = {
-        (name, cached): model.generate(**prompt, use_cache=cached, **options)[:, -count:].numpy()
+        (name, cached): continued(prompt, cached)
         for name, prompt in zip(names, prompts, strict=True)
         for cached in modes
     }
+    if not takes_padding:
+        texts = [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :4]}]
+        names.append("ragged")
+        for cached in modes:
+            tokens["ragged", cached] = np.concatenate([continued(t, cached) for t in texts])
     first = tokens["plain", modes[0]]
     verdict = {}
     for cached in modes:

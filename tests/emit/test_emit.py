@@ -328,9 +328,11 @@ def test_heads_of_checkpoints_are_kept(python, tmp_path):
         assert all(x < (1e-5 if "32" in key else 1e-10) for key, x in verdict.items()), verdict
 
 
-def test_short_convolutions_are_rejected():
-    with pytest.raises(InputError, match="short convolutions"):
-        emit_program(moecc.open(str(GOLDEN / "lfm2_biases")).graph, "torch")
+def test_short_convolutions_keep_nothing_and_take_no_padding():
+    text = program_text("lfm2_biases")
+    assert "use_cache=False" in text
+    assert 'raise ValueError("this model has no padding mask")' in text
+    assert "DynamicCache" not in text
 
 
 def test_layers_read_what_they_share_and_have_routers_of_their_own():

@@ -335,7 +335,11 @@ class Models:
         if CACHE not in self.program.inputs:
             fault = "this model keeps no keys and values: generate with use_cache=False"
             lines = ["if cache is not None:", f'    raise ValueError("{fault}")']
-            if not any(item.op == "causal_mask" for item in self.program.items):
+            # A window of one token is what shifts by a number of tokens are made of.
+            has_shifts = any(
+                i.op == "causal" and i.attrs["window"] == 1 for i in self.program.items
+            )
+            if has_shifts or not any(i.op == "causal_mask" for i in self.program.items):
                 name = (
                     "attention_mask" if self.program.tokens == TOKENS else "decoder_attention_mask"
                 )

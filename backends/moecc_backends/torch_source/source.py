@@ -10,7 +10,6 @@ from importlib.resources import files
 
 from moecc.backend import PROGRAM_FILES, EmittedProgram
 from moecc.decoding import TOKENS
-from moecc.errors import InputError
 from moecc.families.heads import LOGITS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -86,15 +85,6 @@ def segments_of(graph: Graph, *, continues: bool) -> Segments:
         }
     rename_params(ready, names)
     program = programmed(ready, continues=continues)
-    # A window of one token is what shifts of a sequence are made of.
-    if program.tokens == TOKENS and any(
-        item.op == "causal" and item.attrs["window"] == 1 for item in program.items
-    ):
-        raise InputError(
-            "short convolutions are not written in PyTorch, as no cache holds what they read",
-            where=graph.name,
-            hint="moecc emit jax writes them, and --to st_moe alone stores them",
-        )
     if program.tokens:
         add_caches(program, cached=can_continue(graph))
     if continues:
