@@ -149,6 +149,11 @@ class BertConfig(ModelConfig):
         return True
 
     @property
+    def has_positions(self) -> bool:
+        """Whether there is a table of absolute positions."""
+        return bool(self.names.positions)
+
+    @property
     def has_types(self) -> bool:
         """Whether there is a table of token types."""
         return bool(self.key("type_vocab_size"))
@@ -173,6 +178,11 @@ class BertConfig(ModelConfig):
             "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
             "max_position_embeddings": shrink_size(positions, SMALL_VOCAB) + self.position_offset,
         }
+
+    @property
+    def score_scale(self) -> float:
+        """The factor on the attention scores."""
+        return float(self.head_dim**-0.5)
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""

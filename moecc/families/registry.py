@@ -102,6 +102,7 @@ CONFIGS = Families(
         "electra": "bert.ElectraConfig",
         "albert": "bert.AlbertConfig",
         "modernbert": "modernbert.ModernBertConfig",
+        "deberta-v2": "deberta.DebertaV2Config",
         "clip_text_model": "bert.ClipTextConfig",
         "vit": "vision.ViTConfig",
         "dinov2": "vision.Dinov2Config",

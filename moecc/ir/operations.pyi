@@ -649,6 +649,16 @@ class Operations(ABC):
         *,
         name: str | None = None,
     ) -> Value: ...
+    def signed_buckets(
+        self,
+        query: Value,
+        key: Value,
+        /,
+        *,
+        buckets: int,
+        max_distance: int = 0,
+        name: str | None = None,
+    ) -> Value: ...
     def silu(
         self,
         x: Value,

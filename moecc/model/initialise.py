@@ -300,6 +300,9 @@ def _fan_in(node: Node, value: Value) -> int:
     elif node.op.name == "join":
         # Tokens of every image beside its patches: rows of a table, all of which are read.
         names = tuple(a.name for a in value.type if a.name != JoinOp.of_node(node).axis)
+    elif node.op.normalises:
+        # A table whose rows are normalised before they are looked up.
+        names = tuple(node.mixes)
     else:
         raise InputError(
             "the initial scale of this parameter is unknown", where=f"%{value.name}",

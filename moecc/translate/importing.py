@@ -23,7 +23,7 @@ from moecc.weights.expr import Expr, Source, sources, transform
 # Facts that importing needs of any config: depth, experts, layer names on disk.
 
 _LAYER = re.compile(
-    r"(?:(?:model\.)?(?P<stack>encoder|decoder)\.(?:block|layers)|(?:\w+\.)*?(?:layers|layer|h))"
+    r"(?:(?:model\.)?(?P<stack>encoder|decoder)\.(?:block|layers)|(?:\w+\.)*?(?:layers|layer|blocks|h))"
     r"\.(?P<n>\d{1,6})\."
 )
 
@@ -101,7 +101,8 @@ def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
         candidates.append(StoredNames(added=config.head_prefix))
     steps = [step for steps in config.stated_heads().values() for step in steps]
     firsts = {f"{module.partition('.')[0]}." for module in head_modules(steps)}
-    apart = tuple(sorted(firsts - {"pooler.", config.base_prefix}))
+    of_base = {"pooler."} if "" in config.stated_heads() else set()
+    apart = tuple(sorted(firsts - of_base - {config.base_prefix}))
     stored = next(
         (names for names in candidates if names(config.first_tensor) in tensors), candidates[0]
     )

@@ -33,7 +33,7 @@ DENSE = (
     "gemma3_local", "gpt2_square", "gpt_neox_parallel", "opt_after_narrow", "t5_gated_untied",
     "mt5_square_v4", "umt5_square_untied", "bert_square", "roberta_square", "xlm_roberta_gelu",
     "camembert_gelu", "distilbert_square", "mpnet_square", "electra_narrow", "albert_shared",
-    "modernbert_windows",
+    "modernbert_windows", "deberta_v3",
     "vit_square", "dinov2_plain", "dinov3_plain", "clip_vision", "siglip_vision",
     "whisper_square",
 )  # fmt: skip

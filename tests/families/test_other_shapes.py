@@ -43,6 +43,10 @@ SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
 BERT = {**SMALL, "vocab_size": 20, "max_position_embeddings": 12}
+DISTANCES = {
+    "relative_attention": True, "pos_att_type": "c2p|p2c", "norm_rel_ebd": "layer_norm",
+    "max_relative_positions": 7,
+}  # fmt: skip
 NO_TOKENS = {"pad_token_id": None}
 DISTILBERT: dict[str, Any] = {
     "model_type": "distilbert", "vocab_size": 20, "dim": 16, "hidden_dim": 24, "n_layers": 2,
@@ -76,6 +80,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "electra", **BERT, "embedding_size": 6},
     {"model_type": "albert", **BERT, "embedding_size": 16, "num_hidden_groups": 2},
     {"model_type": "modernbert", **BERT, **NO_TOKENS, "local_attention": 4, "norm_bias": True},
+    {"model_type": "deberta-v2", **BERT, **DISTANCES},
+    {"model_type": "deberta-v2", **BERT, **DISTANCES, "type_vocab_size": 2, "position_buckets": 4},
     {"model_type": "clip_text_model", **BERT, **NO_TOKENS},
     {**DISTILBERT, "activation": "relu", "dropout": 0.2},
     {"model_type": "vit", **IMAGES, "image_size": [8, 12], "qkv_bias": False},
@@ -144,7 +150,8 @@ def test_an_upcycled_model_is_the_dense_one(keys: dict[str, Any]) -> None:
 def test_a_mask_hides_the_padding_of_encoders() -> None:
     roberta, mpnet = ({"model_type": name, **BERT} for name in ("roberta", "mpnet"))
     clip = {"model_type": "clip_text_model", **BERT, **NO_TOKENS}
-    for keys in (roberta, mpnet, DISTILBERT, {**MODERN, "local_attention": 4}, clip):
+    deberta = {"model_type": "deberta-v2", **BERT, **DISTANCES, "share_att_key": True}
+    for keys in (roberta, mpnet, DISTILBERT, {**MODERN, "local_attention": 4}, clip, deberta):
         checkpoint = random_checkpoint(parse_config(keys), seed=3)
         graph = import_checkpoint(checkpoint, padding=True)
         params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
@@ -244,6 +251,12 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "mpnet", **BERT, "pad_token_id": 0}, "from token 1"),
         ({"model_type": "granitemoe", "position_embedding_type": "nope"}, "rotary"),
         ({"model_type": "albert", **BERT, "inner_group_num": 2}, "inner_group_num"),
+        ({"model_type": "deberta-v2", **BERT, "conv_kernel_size": 3}, "a convolution"),
+        ({"model_type": "deberta-v2", **BERT, **DISTANCES, "embedding_size": 8}, "usual size"),
+        (
+            {"model_type": "deberta-v2", **BERT, **DISTANCES, "position_buckets": 2},
+            "no such buckets",
+        ),
         ({**MODERN, "sliding_window": 3}, "half of local_attention"),
         ({**MODERN, "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ({**MODERN, "rope_parameters": {"full_attention": {"factor": 2}}}, "rope_parameters"),

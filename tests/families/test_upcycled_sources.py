@@ -32,6 +32,7 @@ CASES = (
     "electra_narrow",
     "albert_groups",
     "modernbert_windows",
+    "deberta_v3",
     "clip_text",
     "dinov2_plain",
     "dinov3_gated",

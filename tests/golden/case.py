@@ -245,6 +245,7 @@ BASES = {
     "roberta": ROBERTA,
     "electra": ELECTRA,
     "modernbert": {**BERT, "num_hidden_layers": 4, "local_attention": 6, **TOKENS},
+    "deberta-v2": {**BERT, "relative_attention": True, "pos_att_type": "p2c|c2p"},
     "clip_text_model": {**BERT, **TOKENS},
     "albert": ELECTRA,
     "xlm-roberta": ROBERTA,

@@ -225,6 +225,31 @@ STACKS: dict[str, Case] = {
         },
         major=4,
     ),
+    "deberta_v3": Case(
+        "deberta-v2",
+        "buckets of distances, projections shared with those of contents, no absolute positions",
+        {
+            "position_buckets": 8,
+            "max_relative_positions": 12,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+    ),
+    "deberta_v2_square": Case(
+        "deberta-v2",
+        "a bucket for each distance up to 8, projections of their own, types, positions; "
+        "rows of distances = embed = mlp = vocab = positions = 16",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 16,
+            "max_relative_positions": 8,
+        },
+    ),
     "clip_vision": Case("clip_vision_model", "a token of the image, quick GELU", major=4),
     "siglip_vision": Case(
         "siglip_vision_model", "no token of the image, and a head that is left out", major=4

@@ -75,6 +75,7 @@ USES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "same_segment": ("ids far", {}),
     "attention": ("x keys values", {"over": "embed", "along": "kv_seq", "scale": 0.5}),
     "relative_buckets": ("ids far", {"bidirectional": True, "buckets": 8, "max_distance": 6}),
+    "signed_buckets": ("ids far", {"buckets": 8, "max_distance": 6}),
     "alibi": ("ids far", {"axis": "head", "size": 3}),
     "rename": ("x", {"axis": "embed", "to": "width"}),
     "split": ("x", {**_SEQ, "into": (("a", 2), ("b", 2))}),

@@ -13,7 +13,12 @@ from moecc_backends.reference import ReferenceBackend
 from moecc.ir.arrays import Array
 from moecc.ir.graph import Node, Value
 from moecc.ir.operation import OPS
-from moecc.ir.ops.attention import RelativeBucketsOp, RopeOp, alibi_slopes
+from moecc.ir.ops.attention import (
+    RelativeBucketsOp,
+    RopeOp,
+    SignedBucketsOp,
+    alibi_slopes,
+)
 from moecc.ir.ops.elementwise import FORMULAS, PointwiseOp
 from moecc.ir.ops.routing import HashExpertsOp
 from moecc.prove.evaluation import Evaluation
@@ -103,7 +108,8 @@ class Arrays(Model):
         return self._rope(math.sin, tables, at)
 
     def _integer(self, attrs, tables, at):
-        op = RelativeBucketsOp.of_node(self.node)
+        kinds = {"bucket": RelativeBucketsOp, "signed": SignedBucketsOp}
+        op = kinds[attrs[0]].of_node(self.node)
         return op.meaning(Array(np.zeros((), int), ()), Array(np.array(round(at[0])), ())).data
 
     def _alibi(self, attrs, tables, at):

@@ -205,3 +205,16 @@ def test_alibi_has_the_slopes_of_the_paper(heads, exponents, evaluate):
     found = evaluate("alibi", *operands, axis="head", size=heads)
     slopes = 2.0 ** -np.array(exponents)
     np.testing.assert_array_equal(found, [np.array([[-3], [0], [1]]) * slopes])
+
+
+@pytest.mark.parametrize(
+    ("furthest", "expected"),
+    [(0, [7, 7, 7, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0]), (6, [7, 7, 7, 7, 6, 5, 4, 3, 2, 1, 1, 1, 0])],
+)
+def test_signed_buckets_are_those_of_deberta(
+    furthest: int, expected: list[int], evaluate: Any
+) -> None:
+    keys = np.arange(-6, 7) + 1000
+    operands = (np.array([1000]), "seq"), (keys, "kv_seq")
+    found = evaluate("signed_buckets", *operands, buckets=8, max_distance=furthest)
+    assert found.tolist() == [expected]

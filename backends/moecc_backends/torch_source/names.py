@@ -42,7 +42,8 @@ RESERVED = frozenset(
         *keyword.kwlist, *keyword.softkwlist, *dir(builtins),
         "rows", "rotate", "attend", "causal_mask", "widened", "jitter", "add_noise",
         "one_hot", "assign_slots", "assign_slots_by_rule", "expert_choice",
-        "hash_experts", "capacity", "relative_buckets", "alibi", "by_group", "biased",
+        "hash_experts", "capacity", "relative_buckets", "signed_buckets", "alibi", "by_group",
+        "biased",
         "self", "torch", "nn", "F", "functional", "transformers", "math", "config", "layer",
     )
 )  # fmt: skip

@@ -106,6 +106,14 @@ def _relative_buckets(
     return PythonExpr(text, (*queries.axes, keys.axes[-1]))
 
 
+@emission("signed_buckets")
+def _signed_buckets(w: BlockWriter, item: Item, *, buckets: int, max_distance: int) -> PythonExpr:
+    queries, keys, axes = _crossed(w, item)
+    w.helper("signed_buckets")
+    text = f"signed_buckets({queries} - {keys}, {w.literal(buckets, 'buckets')}, {max_distance})"
+    return PythonExpr(text, axes)
+
+
 @emission("alibi")
 def _alibi(w: BlockWriter, item: Item, *, axis: str, size: int) -> PythonExpr:
     queries, keys, axes = _crossed(w, item)

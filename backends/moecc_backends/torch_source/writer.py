@@ -199,7 +199,7 @@ class BlockWriter:
     def says_axes(self, var: ProgramValue, axes: Sequence[str]) -> bool:
         """Whether the axes of a value are worth a comment: no operand has the same."""
         operands = var.item.operands if var.item is not None else []
-        is_index = var.item is not None and var.item.op == "relative_buckets"
+        is_index = var.item is not None and var.item.op.endswith("_buckets")
         return (
             len(axes) > 1 and not is_index and all(set(v.axes) != set(var.axes) for v in operands)
         )
@@ -360,6 +360,7 @@ HINTS = {
     "contract": "projected",
     "convolve": "convolved",
     "relative_buckets": "buckets",
+    "signed_buckets": "buckets",
     "alibi": "bias",
     "rotate": "rotated",
     "merge": "merged",

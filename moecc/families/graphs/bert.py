@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moecc.families.bert import BertConfig
-from moecc.families.graphs.blocks import Blocks
+from moecc.families.deberta import C2P, P2C, DebertaV2Config
+from moecc.families.graphs.blocks import Bias, Blocks
 from moecc.families.graphs.decoder import Rotation, rope_tables
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.modernbert import ModernBertConfig
@@ -61,10 +62,12 @@ def build(config: BertConfig, request: GraphRequest) -> Graph:
             keep = encoder.as_keys(mask)
         hidden = encoder.embed(tokens)
         bias = encoder.bias(tokens)
+        distances = encoder.distances(tokens)
         views = encoder.views(tokens)
     for layer in range(config.num_hidden_layers):
         view = views[min(len(views) - 1, 0 if config.is_global(layer) else 1)]
-        hidden = encoder.layer(hidden, layer, bias, keep, view)
+        of_layer = bias if distances is None else encoder.terms(layer, *distances)
+        hidden = encoder.layer(hidden, layer, of_layer, keep, view)
     if config.names.around[1]:
         with encoder.builder.at("norm"):
             hidden = encoder.whole_norm(hidden, config.names.around[1])
@@ -88,7 +91,7 @@ class _BertEncoder(Blocks):
             first = builder.constant(value=0.0, dtype="i32")
             types = self._table(TYPE_TABLE, "type", config.type_vocab_size)
             hidden = builder.add(hidden, builder.embedding(types, first, axis="type", name="type"))
-        if self.names.positions:
+        if config.has_positions:
             table = self._positions()
             positions = builder.positions(tokens, axis="seq", name="positions")
             hidden = builder.add(hidden, builder.embedding(table, positions, axis="position"))
@@ -124,6 +127,53 @@ class _BertEncoder(Blocks):
         axes = {"bucket": count, "head": self.config.num_attention_heads}
         table = self.params.plain(BIAS_TABLE, builder.loc, **axes)
         return builder.embedding(table, buckets, axis="bucket", name="bias")
+
+    def distances(self, tokens: Value) -> tuple[Value, Value] | None:
+        """Emit the table of distances, ``[bucket, embed]``, and which row each pair has, if any.
+
+        A row is looked up by a product with ones and zeros, ``[seq, kv_seq, bucket]``: rows differ
+        from query to query, and an embedding's do not.
+        """
+        config, builder = self.config, self.builder
+        if not (isinstance(config, DebertaV2Config) and config.relative_attention):
+            return None
+        count, longest = config.distances
+        query = builder.positions(tokens, axis="seq", name="positions")
+        rows = builder.signed_buckets(
+            query, self.as_keys(query), buckets=count, max_distance=longest, name="buckets"
+        )
+        axes = {"bucket": count, "embed": config.hidden_size}
+        table = self.params.plain("encoder.rel_embeddings.weight", builder.loc, **axes)
+        table = self.norm(table, "encoder.LayerNorm" if config.relative_norm else "")
+        return table, builder.one_hot(rows, into=(("bucket", count),), name="distances")
+
+    def terms(self, layer: int, table: Value, rows: Value) -> Callable[[Value, Value], Value]:
+        """Return what emits the terms of the scores with distances, ``[…, seq, head, kv_seq]``.
+
+        Args:
+          layer: the number of the layer.
+          table: the table of distances.
+          rows: which row each pair of a query and a key has.
+        """
+        config, builder, names = self.config, self.builder, self.names
+        assert isinstance(config, DebertaV2Config), "a family with a table of distances"
+        prefix, heads = config.layer_name(layer), (config.num_attention_heads, config.head_dim)
+        # A query meets the keys of distances, and a key their queries.
+        own = (names.key, names.query)
+        apart = ("attention.self.pos_key_proj", "attention.self.pos_query_proj")
+        words = dict(zip((C2P, P2C), own if config.share_att_key else apart, strict=True))
+
+        def emit(query: Value, key: Value) -> Value:
+            terms = []
+            for term, content, axis in ((C2P, query, "kv"), (P2C, key, "q")):
+                if term in config.terms:
+                    far = self.heads(table, f"{prefix}{words[term]}", heads, axis)
+                    met = builder.contract(content, far, over="head_dim")
+                    terms.append(builder.contract(met, rows, over="bucket", name=term))
+            total = terms[0] if len(terms) == 1 else builder.add(*terms)
+            return builder.scale(total, by=config.score_scale)
+
+        return emit
 
     def whole_norm(self, x: Value, name: str) -> Value:
         """Emit a norm, whose bias a modernbert may lack."""
@@ -166,7 +216,7 @@ class _BertEncoder(Blocks):
         return self.params.plain(name, self.builder.loc, **axes)
 
     def layer(
-        self, hidden: Value, layer: int, bias: Value | None, keep: Value | None, view: View
+        self, hidden: Value, layer: int, bias: Bias | None, keep: Value | None, view: View
     ) -> Value:
         """Emit one layer; what sublayers read is normalised, or the sums that they return."""
         names, config, builder = self.names, self.config, self.builder
@@ -181,7 +231,8 @@ class _BertEncoder(Blocks):
             mixed = self.attention(
                 before(hidden, first), None, [f"{prefix}{word}" for word in words],
                 (config.num_attention_heads, config.head_dim),
-                bias=bias, masks=(*view.masks, *(() if keep is None else (keep,))),
+                bias=bias, scale=config.score_scale,
+                masks=(*view.masks, *(() if keep is None else (keep,))),
                 unbiased="" if modern is None or modern.attention_bias else "qkvo",
                 rotate=view.rotate(builder),
             )  # fmt: skip

@@ -18,6 +18,10 @@ KV_SEQ = "kv_seq"
 """The name of the sequence axis of keys and values."""
 
 
+Bias = Value | Callable[[Value, Value], Value]
+"""What is added to scores, or a function of queries and keys by head."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Emits linear layers, norms, attention and feed-forward blocks.
@@ -146,7 +150,8 @@ class Blocks:
         names: Sequence[str],
         heads: tuple[int, int],
         *,
-        bias: Value | None = None,
+        bias: Bias | None = None,
+        scale: float | None = None,
         masks: Sequence[Value] = (),
         unbiased: str = "",
         rotate: Callable[[Value], Value] | None = None,
@@ -158,7 +163,8 @@ class Blocks:
           memory: what it attends to, along ``kv_seq``; None: `x` itself.
           names: the prefixes of the projections to queries, keys and values, and of the last one.
           heads: the number of heads and their width.
-          bias: what is added to the scores.
+          bias: what is added to the scores, or a function of queries and keys that makes it.
+          scale: the factor on the scores; by default 1 / √width.
           masks: which of them count.
           unbiased: the letters of the projections without a bias, of ``qkvo``.
           rotate: rotates heads of queries and keys, along ``seq``.
@@ -176,7 +182,10 @@ class Blocks:
         else:
             key = self.as_keys(keys)
         value = self.heads(memory, names[2], heads, "kv", has_bias="v" not in unbiased)
-        mixed = self.attend(query, key, value, heads[1] ** -0.5, bias=bias, masks=masks)
+        if callable(bias):
+            bias = bias(query, key)
+        scale = heads[1] ** -0.5 if scale is None else scale
+        mixed = self.attend(query, key, value, scale, bias=bias, masks=masks)
         return self.linear(mixed, names[3], ("embed", embed), "q", has_bias="o" not in unbiased)
 
     def add_head(self, hidden: Value, head: ModelHead | None, mask: Value | None = None) -> None:

@@ -381,6 +381,69 @@ class RelativeBucketsOp(Op):
         return np.where(distance < exact, distance, np.minimum(far, count - 1))
 
 
+def signed_starts(buckets: int, max_distance: int) -> tuple[int, ...]:
+    """Return for each number of buckets from the middle, from 1 on, the smallest distance with it.
+
+    With h of 2 · h buckets on either side, h // 2 =: e of them hold one distance each, and bucket
+    e + m those above e · ((max_distance − 1) / e)^((m − 1) / (e − 1)), up to the same of m + 1
+    (DeBERTa-v2, He et al. 2021, and its code).  With a `max_distance` of 0 each holds one.  Powers
+    of whole numbers are compared, not logarithms, so no rounding decides.
+    """
+    half = buckets // 2
+    if not max_distance:
+        return tuple(range(1, half + 1))
+    exact = half // 2
+    starts, distance = list(range(1, exact + 1)), exact + 1
+    for step in range(half - exact):
+        bound = (max_distance - 1) ** step * exact ** (exact - 1)
+        while distance ** (exact - 1) * exact**step <= bound:
+            distance += 1
+        starts.append(distance)
+    return tuple(starts)
+
+
+@operation("signed_buckets", "query key", sharding=by_name)
+class SignedBucketsOp(Op):
+    """The bucket of each distance, from keys far ahead of the query to keys far behind it.
+
+    The middle one is that of the query's own place; those near it hold one distance each, far
+    ones more and more.  DeBERTa looks up keys and queries of distances by them (He et al. 2021).
+    Axes are matched and crossed as by `causal`.
+    """
+
+    buckets = Int("the number of buckets, of both directions together")
+    max_distance = Int("the distance from which on all share one bucket; 0: each has its own", 0)
+
+    def infer(self, query: Operand, key: Operand) -> TensorType:
+        axes = _crossed_types(query, key, "positions")
+        least = 8 if self.max_distance else 2
+        if self.buckets % 2 or self.buckets < least:
+            expected = f"an even number of at least {least}"
+            raise InputError("no such buckets", expected=expected, found=str(self.buckets))
+        exact = self.buckets // 4
+        if self.max_distance and not exact + 1 < self.max_distance <= MOST_DISTANCE:
+            raise InputError(
+                "max_distance is out of range for the buckets",
+                expected=f"0, or more than {exact + 1}, at most {MOST_DISTANCE}",
+                found=str(self.max_distance),
+            )
+        return TensorType(I32, axes)
+
+    def meaning(self, query: Array, key: Array) -> Array:
+        axes, queries, keys = _crossed(query, key)
+        behind, half = queries - keys, self.buckets // 2
+        starts = signed_starts(self.buckets, self.max_distance)
+        near = np.sign(behind) * np.searchsorted(starts, np.abs(behind), side="right")
+        return Array(np.asarray(np.clip(half + near, 0, self.buckets - 1)), axes)
+
+    def term(self, algebra: Algebra, query: Tensor, key: Tensor) -> Tensor:
+        """Return an uninterpreted function of the distance."""
+        attrs = ("signed", self.buckets, self.max_distance)
+        distance = algebra.subtract(key.body, query.body)
+        body = algebra.apply(Head("integer", attrs), (), [distance])
+        return Tensor(algebra, terms.crossed(query, key), body)
+
+
 def alibi_slopes(heads: int) -> Data:
     """Return the factor of each head on distances, from 2^(−8 / heads) to 2^−8.
 

@@ -201,6 +201,25 @@ def relative_buckets(query, key, buckets, max_distance, *, bidirectional):
     return bucket + half * ahead if bidirectional else bucket
 
 
+def signed_buckets(behind, buckets, max_distance):
+    """Return the bucket of distances to keys behind a query: near ones exact, far ones geometric.
+
+    Those of keys ahead come before the middle one; with a `max_distance` of 0 all are exact.
+    """
+    half = buckets // 2
+    exact = half // 2 if max_distance else half
+    starts, distance = list(range(1, exact + 1)), exact + 1
+    for step in range(half - exact):
+        # Powers of whole numbers: no rounding of logarithms decides.
+        bound = (max_distance - 1) ** step * exact ** (exact - 1)
+        while distance ** (exact - 1) * exact**step <= bound:
+            distance += 1
+        starts.append(distance)
+    bounds = torch.tensor(starts, device=behind.device)
+    near = torch.bucketize(behind.abs(), bounds, right=True)
+    return (half + torch.where(behind < 0, -near, near)).clamp(0, buckets - 1)
+
+
 def alibi(distances, heads, like):
     """Return distances times the slope of each head, which is the last axis (Press et al. 2022)."""
     power = 2 ** math.ceil(math.log2(heads))

@@ -30,8 +30,10 @@ from moecc.ir.ops.attention import (
     RelativeBucketsOp,
     RopeOp,
     RotateOp,
+    SignedBucketsOp,
     alibi_slopes,
     bucket_starts,
+    signed_starts,
 )
 from moecc.types import DTYPES
 from moecc_backends.xla.kernels.attention import (
@@ -142,6 +144,19 @@ def _relative_buckets(ctx: TraceContext, node: Node, query: Operand, key: Operan
         if both:
             near = jnp.where(ahead > 0, near + attrs.buckets // 2, near)
         return near
+
+    return _crossed(query, key, compare)
+
+
+@lowering("signed_buckets")
+def _signed_buckets(ctx: TraceContext, node: Node, query: Operand, key: Operand) -> Operand:
+    attrs = SignedBucketsOp.of_node(node)
+    starts = signed_starts(attrs.buckets, attrs.max_distance)
+
+    def compare(queries: Array, keys: Array) -> Array:
+        behind, bounds = queries - keys, jnp.asarray(starts, queries.dtype)
+        near = jnp.searchsorted(bounds, jnp.abs(behind), side="right").astype(jnp.int32)
+        return jnp.clip(attrs.buckets // 2 + jnp.sign(behind) * near, 0, attrs.buckets - 1)
 
     return _crossed(query, key, compare)
 
