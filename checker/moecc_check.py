@@ -34,10 +34,12 @@ from pathlib import Path
 
 import moecc_check_graphs as reading
 from moecc_check_graphs import MALFORMED, Rejected, need, read_table, scalar
+from moecc_check_steps import Continuation
 
 SCHEMA = "moecc.proof/1"
 NOTES = {"fractions": ", for constants as fractions", "parts": ", for a part of the batch",
-         "frozen": ", but for gradients of frozen parameters"}  # fmt: skip
+         "frozen": ", but for gradients of frozen parameters",
+         "step": ", for a step of generation"}  # fmt: skip
 
 
 MOST_ORDERS = 720
@@ -672,6 +674,14 @@ def check(log, before, after):
     for key, text in (("before", before), ("after", after)):
         digest = hashlib.sha256(text.encode()).hexdigest()
         need(log[key] == digest, f"it is a proof of another graph {key!r}")
+    if log.get("step"):
+        need(
+            not any(log.get(k) for k in ("exact", "steps", "devices", "parts", "frozen")),
+            "a step alone",
+        )
+        graphs = map(reading.graph_of, (before, after))
+        Continuation(Algebra(*read_table()), False).check(*graphs, log["outputs"])
+        return [[], []]
     a = read_log(log, bool(log["exact"]), bool(log.get("fractions")))
     devices = reading.Devices(read_log(log.get("devices", {"terms": [], "steps": []})))
     evaluation = reading.Evaluation(a, bool(log.get("rolled")))

@@ -69,14 +69,14 @@ class ConversionProof:
 
         Raises:
           CheckError: there is no proof, or ``moecc-check`` does not accept it.
-          InputError: the proof, of a step of generation, has no log.
+          InputError: the proof, of a step of generation with repeated layers, has no log.
         """
         if self.verdict.status != "proved":
             raise CheckError([Problem("no proof to write", self.verdict.node)])
         if not self.verdict.log:
             raise InputError(
-                "a proof of a step of generation has no log",
-                hint="leave out --proof",
+                "a proof of a step of generation has no log where layers are repeated",
+                hint="prove graphs without roll-layers, or leave out --proof",
             )
         return write_proof(self.verdict.log, *self.graphs, file)
 

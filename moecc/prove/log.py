@@ -16,6 +16,7 @@ from moecc.errors import CheckError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
 from moecc.prove import lemmas, shards
+from moecc.prove.decoding import CACHE
 from moecc.prove.mesh import Devices
 from moecc.prove.rules import Step
 from moecc.prove.stopped import frozen_parameters
@@ -76,6 +77,23 @@ def log_of(
         **({"devices": of_devices} if of_devices else {}),
         **({} if batch is None else {"parts": [print_graph(batch)]}),
     }
+
+
+def step_log(before: Graph, after: Graph) -> JsonDict:
+    """Return the log of a proof that a step of generation computes rows of the graph of texts.
+
+    It has no lemmas. Of graphs with repeated layers there is none, which a checker does not write
+    out.
+
+    Args:
+      before: the graph of texts.
+      after: the graph of a step.
+    """
+    if any(node.body is not None for graph in (before, after) for node in graph):
+        return {}
+    outputs = [name for name in after.outputs if not name.startswith(CACHE)]
+    log = log_of(before, after, (), Algebra(), outputs=outputs)
+    return {**log, "step": True}
 
 
 def frozen_log(log: JsonDict, before: Graph, after: Graph) -> JsonDict:

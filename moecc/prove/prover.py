@@ -22,7 +22,7 @@ from moecc.prove.decoding import ASSUMPTIONS as STEP_ASSUMPTIONS
 from moecc.prove.decoding import is_step, step_gap
 from moecc.prove.evaluation import Evaluation
 from moecc.prove.localisation import first_difference
-from moecc.prove.log import frozen_log, log_of
+from moecc.prove.log import frozen_log, log_of, step_log
 from moecc.prove.mesh import Devices, Parting
 from moecc.prove.parts import ASSUMPTIONS as PART_ASSUMPTIONS
 from moecc.prove.parts import part_count, prove_part
@@ -270,7 +270,10 @@ def _verdict_on_part(
     """Return the verdict on a graph that computes a part of another; None where it is none."""
     if is_step(before, after):
         gap = step_gap(before, after)
-        return Verdict("unknown", *gap) if gap else Verdict("proved", assumptions=STEP_ASSUMPTIONS)
+        if gap is not None:
+            return Verdict("unknown", *gap)
+        make_log = partial(step_log, before, after)
+        return Verdict("proved", assumptions=STEP_ASSUMPTIONS, make_log=make_log)
     parts = part_count(before, after)
     names = before.outputs.keys() ^ after.outputs.keys()
     is_lacking = any(not name.startswith("metric.") for name in names)

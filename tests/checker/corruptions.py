@@ -18,19 +18,27 @@ Proof = tuple[dict[str, Any], str, str]
 def proof_of(kind: str, *words: str) -> Proof | None:
     """Return the proof of a run or a cell of the matrix as it is written; None if there is none.
 
-    A ``part`` is a micro-batch of half of a batch of a checkpoint after a pipeline.
+    A ``part`` is a micro-batch of half of a batch of a checkpoint after a pipeline, a ``step`` one
+    of generation.
     """
     import moecc_check
 
+    from moecc.errors import MoeccError
     from moecc.ir.text import print_graph
     from moecc.prove import prove
     from moecc.prove.log import pruned
 
     from ..oracle import matrix  # noqa: TID252
+    from ..prove.test_decoding import steps_of  # noqa: TID252
     from ..prove.test_parts import with_losses  # noqa: TID252
 
     if kind == "part":
         before, after = (with_losses(*words, 4 // n, f"parts={n}") for n in (1, 2))
+    elif kind == "step":
+        try:
+            before, after = steps_of(*words)
+        except MoeccError:  # of a model that generates nothing
+            return None
     else:
         graphs = (
             matrix.transformed(*words)
@@ -79,20 +87,22 @@ def _recounted(log: dict[str, Any]) -> dict[str, Any]:
 
 def _other_term(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
     """Exchange the term of a step with that of another step of the same lemma, or any."""
-    step = chance.choice(log["steps"])
-    rows = {s[1] for s in log["steps"]} - {step[1]}
-    if not rows:
+    rows = {s[1] for s in log["steps"]}
+    if len(rows) < 2:
         return None
+    step = chance.choice(log["steps"])
+    rows.remove(step[1])
     step[1] = chance.choice(sorted(rows))
     return log, before, after
 
 
 def _other_lemma(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
     """Name another lemma of the log in a step."""
-    step = chance.choice(log["steps"])
-    names = {s[0] for s in log["steps"]} - {step[0]}
-    if not names:
+    names = {s[0] for s in log["steps"]}
+    if len(names) < 2:
         return None
+    step = chance.choice(log["steps"])
+    names.remove(step[0])
     step[0] = chance.choice(sorted(names))
     return _recounted(log), before, after
 
@@ -202,6 +212,8 @@ def _other_text(log: dict[str, Any], before: str, after: str, chance: random.Ran
         (r"theta=[0-9.]+", "theta=123.0"),
         (r"= (all_reduce|all_gather|shard|all_to_all) (.*)mesh=\w+", r"= \1 \2mesh=model"),
         (r"( unreduced\(\w+\))", ""),
+        (r"= update_slice (.*), %start", r"= update_slice \1, %tokens"),
+        (r"= (\w+ .*\{.*)\bkv_seq\b", r"= \1seq"),
         (r"(\w+)@\w+=", r"\1="),
     ]
     pattern, text = chance.choice(edits)

@@ -20,9 +20,11 @@ from .corruptions import Proof, is_accepted, proof_of
 from .devices import misjudged_on_devices
 from .logs import misjudged
 from .parts import misjudged_parts
+from .steps import misjudged_steps
 
 FOLDER = Path(__file__).parents[2] / "checker"
 TABLE, TERMS, GRAPHS = "table", "moecc_check.py", "moecc_check_graphs.py"
+STEPS = "moecc_check_steps.py"
 """Parts of the checker: its lemmas and definitions, and its code."""
 
 TURNED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -33,8 +35,9 @@ TURNED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, as
 TRUSTED = ("application", "is_integral", "bounds", "_bounds", "matches", "match_all", "rewritten",
            "substitute", "_replaced", "apart", "put", "positive", "read_log", "check", "packed",
            "compare", "check_graphs", "program", "need_shards", "check_lines", "check_scan",
-           "check_node", "unknown",
-           "on_device")  # fmt: skip
+           "check_node", "unknown", "on_device", "read_text", "add", "kinds", "axes", "operand",
+           "change", "check_assignment", "check_slots", "check_points", "may_read", "hidden_of",
+           "add_cache")  # fmt: skip
 """Functions of the checker whose mutants are judged."""
 DEFINED = ("lemma", "bounds", "define once", "define positive", "define shared", "define is_place",
            "define opened_size", "define joined_size", "define is_shifted", "define combined",
@@ -47,6 +50,9 @@ EQUIVALENT = {
     "0 < a with a turned operator 0": "a step of 0 makes no places, which is refused",
     "packed: len(rows) <= MOST_ORDERS with a turned operator 0": "of more orders one is taken, too",
     "packed: len(orders) > 1 with a turned operator 0": "a lone order changes nothing",
+    "check_node: without need(name in self.numbers['step'], f'nothing is known of "
+    "{name}')": "a name without a number is refused",
+    "check_node: without all((k in self.ids for k in keys))": "a node without a number is refused",
     "_bounds: without (-inf, inf)": "bounds that are missing decide as little as infinite ones",
     "matches: without isinstance(y, Values | int)": "what has no value is refused",
     "matches: without self.kind(x) == 'sum'": "equations of sums are true of every term",
@@ -146,7 +152,7 @@ def of_table() -> Iterator[Mutant]:
 
 def of_code() -> Iterator[Mutant]:
     """Yield the mutants of the functions by which equations are applied and logs are read."""
-    for part in (TERMS, GRAPHS):
+    for part in (TERMS, GRAPHS, STEPS):
         module = ast.parse((FOLDER / part).read_text("utf-8"))
         for node in ast.walk(module):
             if isinstance(node, ast.FunctionDef) and node.name in TRUSTED:
@@ -161,7 +167,7 @@ def of_code() -> Iterator[Mutant]:
 def checker_of(mutant: Mutant) -> ModuleType:
     """Return the checker that a mutant is."""
     modules = {}
-    for part in (GRAPHS, TERMS):
+    for part in (GRAPHS, STEPS, TERMS):
         modules[part] = module = ModuleType(part.removesuffix(".py"))
         module.__dict__["__file__"] = str(FOLDER / part)
         with mock.patch.dict(sys.modules, {m.__name__: m for m in modules.values()}):
@@ -177,9 +183,11 @@ def is_alive(mutant: Mutant) -> bool:
         checker = checker_of(mutant)
         if mutant.lemmas:
             return not any(failures(checker, checker.read_table(), mutant.lemmas))
+        if mutant.part == STEPS:
+            return not any(misjudged_steps(checker))
         if mutant.part != TABLE and not is_accepted(checker, proof()):
             return False
-        judges = (misjudged, misjudged_on_devices, misjudged_parts)
+        judges = (misjudged, misjudged_on_devices, misjudged_parts, misjudged_steps)
         if any(any(judge(checker)) for judge in judges):
             return False
         return mutant.lemmas is not None or not any(failures(checker, checker.read_table()))

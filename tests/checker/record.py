@@ -3,9 +3,10 @@
     python -m tests.checker.record [--sample N] [--faults N] [--seconds S] [--jobs N] [--out FILE]
 
 Three parts: the checker judges the proof of every run and cell of the matrix that is proved
-(tests/oracle/matrix.py); it judges proofs with a fault; and mutants of the checker judge uses of
-its lemmas and a few logs. Each judgement is a line in the work folder, so that a run that was
-stopped, or given a number of seconds, goes on where it ended. Writes a dated JSON.
+(tests/oracle/matrix.py), and of steps of generation; it judges proofs with a fault; and mutants of
+the checker judge uses of its lemmas and a few logs. Each judgement is a line in the work folder, so
+that a run that was stopped, or given a number of seconds, goes on where it ended. Writes a dated
+JSON.
 """
 
 from __future__ import annotations
@@ -44,8 +45,16 @@ CORRUPTED = (
     ("run", "mixtral_gqa", "specialize{groups=4},add-losses ; annotate-sharding{mesh=far:2,near:2 "
      "rules=expert-hierarchical},expert-parallel{via=hierarchical},lower-collectives"),
     ("part", "mixtral_gqa", ""),
+    ("step", "mixtral_gqa", ""),
 )  # fmt: skip
 """Jobs of the matrix whose proofs are corrupted, in turn."""
+
+
+def jobs_of(sample: int | None) -> list[tuple[str, ...]]:
+    """Return the jobs of the matrix, or some, and a step of each model and of a mixture of it."""
+    pipelines = ("", "upcycle{experts=4 router-std=1}")
+    steps = [("step", name, pipeline) for name in matrix.golden_names() for pipeline in pipelines]
+    return [*matrix.jobs_of(sample), *steps[:sample]]
 
 
 def judge_proof(job: tuple[str, ...]) -> list[Any]:
@@ -145,7 +154,7 @@ def main() -> None:
     until = time.time() + asked.seconds
     names = ("proofs", "faults", "mutants")
     proofs, faults, changes = (Judgements(asked.work / f"{n}.jsonl") for n in names)
-    jobs = matrix.jobs_of(asked.sample)
+    jobs = jobs_of(asked.sample)
     random.Random(0).shuffle(jobs)  # what is judged first is a sample of all
     with ProcessPoolExecutor(asked.jobs) as pool:
         proofs.complete(pool, judge_proof, jobs, until)
@@ -169,8 +178,11 @@ def summary(proofs: Judgements, faults: Judgements, changes: Judgements) -> dict
             for file in sorted(FOLDER.glob("moecc_check*.*"))
         },
         "proofs": {
-            "jobs": len(matrix.jobs_of(None)),
+            "jobs": len(jobs_of(None)),
             "judged": len(proofs.rows),
+            "steps_of_generation": sum(
+                k[0] == "step" and row[0] == "accepted" for k, row in proofs.rows.items()
+            ),
             **dict(sorted(verdicts.items())),
             "steps": steps,
             "seconds": round(sum(row[2] for row in proofs.rows.values())),

@@ -19,10 +19,12 @@ from .cases import cases, failures
 from .corruptions import FAULTS, Proof, corrupted, is_accepted, proof_of
 from .devices import misjudged_on_devices
 from .logs import misjudged
-from .mutants import GRAPHS, TABLE, TERMS, Mutant, is_alive, of_table
+from .mutants import GRAPHS, STEPS, TABLE, TERMS, Mutant, is_alive, of_table
 from .parts import misjudged_parts
+from .steps import misjudged_steps
 
 UPCYCLED = ("run", "llama_gqa", "upcycle{experts=4}")
+OF_A_STEP = ("step", "mixtral_gqa", "")
 ON_A_MESH = (
     "run",
     "llama_gqa",
@@ -88,8 +90,12 @@ def test_micro_batches_and_frozen_parameters_are_told_apart() -> None:
     assert not [*misjudged_parts(moecc_check)]
 
 
+def test_steps_of_generation_are_told_apart() -> None:
+    assert not [*misjudged_steps(moecc_check)]
+
+
 def test_the_checker_itself_passes_for_no_mutant() -> None:
-    for part in (TABLE, TERMS, GRAPHS):
+    for part in (TABLE, TERMS, GRAPHS, STEPS):
         for lemmas in (frozenset(["range"]), frozenset[str]()):
             nothing = Mutant("nothing", lemmas, "", "")
             assert is_alive(nothing._replace(part=part, text=nothing.text_of(part)))
@@ -143,13 +149,13 @@ def test_the_proof_of_a_cell_is_accepted(source: str, target: str, method: str) 
     assert proof_of("cell", source, target, method) is not None
 
 
-ALTERED = (UPCYCLED, ("part", "mixtral_gqa", ""), ON_A_MESH)
+ALTERED = (UPCYCLED, OF_A_STEP, ("part", "mixtral_gqa", ""), ON_A_MESH)
 
 
 @pytest.mark.parametrize("job", few(map(pytest.param, ALTERED)))
 def test_no_fault_is_accepted(job: tuple[str, ...]) -> None:
     chance, kinds = random.Random(7), Counter[str]()
-    while len(kinds) < len(FAULTS) - 1 or kinds.total() < 20:
+    while len(kinds) < (2 if job == OF_A_STEP else len(FAULTS) - 1) or kinds.total() < 20:
         kind, proof = corrupted(_proof(job), chance)
         kinds[kind] += 1
         assert not is_accepted(moecc_check, proof), kind

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import moecc_check
 import pytest
 
 from moecc.ir import Builder, Graph, Node, clone
+from moecc.ir.text import print_graph
 from moecc.prove import prove
+from moecc.prove.log import digest
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.translate.importing import import_checkpoint
@@ -41,6 +44,7 @@ def test_a_step_is_proved(name: str, pipeline: str) -> None:
     verdict = prove(whole, step)
     assert verdict.status == "proved", (verdict.node, verdict.terms)
     assert any("caches hold" in a for a in verdict.assumptions)
+    assert moecc_check.accepted(verdict.log, print_graph(whole), print_graph(step)) == [[], []]
 
 
 def test_frequencies_that_grow_with_the_text_are_open() -> None:
@@ -119,14 +123,18 @@ MUTANTS = (
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda m: m.__name__)
 def test_a_wrong_step_is_not_proved(mutate: Callable[[Graph], None]) -> None:
     whole, step = steps_of("llama_gqa")
+    log = prove(whole, step).log
     mutate(step)
     assert prove(whole, step).status != "proved"
+    with pytest.raises(moecc_check.Rejected):
+        moecc_check.accepted({**log, "after": digest(step)}, *map(print_graph, (whole, step)))
 
 
 def test_layers_of_a_step_may_be_rolled() -> None:
     whole, step = steps_of("llama_gqa")
     run_pipeline(step, Pipeline.parse("roll-layers"))
-    assert prove(whole, step).status == "proved"
+    verdict = prove(whole, step)
+    assert (verdict.status, verdict.log) == ("proved", {})
 
 
 def test_a_step_of_dropped_choices_is_not_proved() -> None:
