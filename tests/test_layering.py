@@ -78,9 +78,6 @@ def test_commands_on_texts_start_without_arrays(words, tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-GENERATED = "Written by ``python -m"
-"""What modules say that a program writes: they are as long as the table that they show."""
-
 COMMAND_LINE = "moecc.cli"
 MAY_CALL_THE_COMMAND_LINE = {"moecc.__main__"}
 

@@ -12,7 +12,6 @@ from moecc.formats.safetensors import read_header
 from moecc.types import BY_SAFETENSORS
 
 SHARED_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-NAMES = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1).filter(
     lambda name: name != "__metadata__"
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +164,6 @@ def test_a_t5_is_tied_as_transformers_ties_it():
     assert not [n for n in graph if n.op.name == "scale" and n.loc == "head"]
     with pytest.raises(InputError, match="scales its outputs only where"):
         config_of("t5", tie_word_embeddings=False, scale_decoder_outputs=True)
-
-
-Damage = Callable[[dict[str, Array], dict[str, Any]], None]
 
 
 def _drop_layer(arrays: dict[str, Array], config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from moecc.launch.processes import ProcessInfo, process_info
 TRAIN = ("--", "train", "recipe:upcycle", "--out", "run", "--set", 'a="b c"')
 CONVERT = ("--", "convert", "source", "out dir", "-p", "upcycle{experts=8 top-k=2}")
 CLUSTER = ("--image", "registry/moecc:1", "--queue", "team", "--volume", "data")
-
-Printed = Callable[..., str]
 
 
 @pytest.fixture

@@ -163,11 +163,6 @@ class Row:
     seconds: float = 0.0
     reason: str = ""
 
-    @property
-    def is_promised(self) -> bool:
-        """Whether equality was promised."""
-        return self.verdict not in UNPROMISED
-
 
 @cache
 def golden_names() -> tuple[str, ...]:

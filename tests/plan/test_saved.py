@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,6 @@ def test_what_is_saved_is_the_report_and_the_request(tmp_path, capsys):
 
 def saved_again(path: Path) -> int:
     return main(["plan", MODEL, "--machine", "cpu:8", "--save", str(path)])
-
-
-Requested = Callable[..., Request]
 
 
 @pytest.fixture

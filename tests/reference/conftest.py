@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +9,6 @@ from moecc.backend import get_backend
 from moecc.ir import DTYPES, Axis, Builder, Graph, TensorType
 
 KINDS = {"f": "f64", "i": "i64", "b": "pred"}
-
-
-class Evaluate(Protocol):
-    def __call__(self, op: str, *operands: Any, **attrs: Any) -> Any: ...
 
 
 @pytest.fixture
