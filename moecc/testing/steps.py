@@ -349,8 +349,8 @@ def buckets(g: Growth) -> None:
     )
     heads = g.new_axis("head", at.type)
     if g.chance(25):
-        at = g.emit("signed_buckets", queries, keys, buckets=8, max_distance=g.pick((0, 4, 5)))
-        g.emit("one_hot", at, into=((g.new_axis("bucket", at.type).name, 8),))
+        row = g.emit("signed_buckets", queries, keys, buckets=8, max_distance=g.pick((0, 4, 5)))
+        g.emit("one_hot", row, into=((g.new_axis("bucket", row.type).name, 8),))
     if g.chance(25):
         g.emit("alibi", queries, keys, axis=heads.name, size=heads.size)
     table = g.param("bias", [Axis("bucket", count), heads], g.dtype)
