@@ -40,6 +40,7 @@ _HUB_PATH = re.compile(
     re.ASCII | re.DOTALL,
 )
 _BUCKET_PATH = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}(?:/.*)?", re.ASCII | re.DOTALL)
+_BUCKET_RULE = "a bucket has two or more small letters, digits, dots or dashes; no part is '..'"
 _SHAPES = {
     "s3": "s3://BUCKET/FOLDER",
     "gs": "gs://BUCKET/FOLDER",
@@ -102,7 +103,7 @@ class Address:
                 "not an address in a store",
                 expected=_SHAPES[scheme],
                 found=f"{scheme}://…" if secret else printable(text),
-                hint=_ACCESS[scheme] if secret else None,
+                hint=_ACCESS[scheme] if secret else None if scheme == HUB else _BUCKET_RULE,
             )
         if scheme != HUB:
             return cls(scheme, path)

@@ -63,7 +63,7 @@ def emit(
         if language == "maxtext":
             return _emit_maxtext(opened, output, type, force=force)
         target = GraphConfig.model_type
-        planned = plan(opened, Pipeline(()), target, dtype=type, check=False, emit=language)
+        planned = plan(opened, Pipeline(()), target, dtype=type, emit=language)
         check_place(planned, output, force=force)
         with Bar("writing") as bar:
             write(planned, output, max_shard_bytes=limit, force=force, progress=bar)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from math import sqrt
 from typing import Annotated, Literal
 
 from moecc.analysis import parameter_groups, trainable
-from moecc.errors import Problem
+from moecc.errors import Problem, UsageError
 from moecc.families.experts import expert_layers
 from moecc.formats.run import split_reference
 from moecc.ir.graph import Graph, Value
@@ -23,6 +24,9 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.weights.draws import Normal, TruncatedNormal
 
 # Lints of a model or a pipeline: what the design guide of ST-MoE advises against.
+
+_NAME = re.compile(r"[\w./-]+")
+"""A text that may be the name of a folder as well as that of a pass."""
 
 LEAST_LOGIT_STD, MOST_LOGIT_STD = 0.03, 3.0
 """Of a router's logits for a normalised input; Switch's initialisation has √0.1."""
@@ -56,7 +60,14 @@ def lint(
             warned = [Problem(text, model.name) for text in model.warnings()]
             findings = merged([*warned, *graph_lints(model.graph, cores)])
     else:
-        kind, pipeline = "pipeline", Pipeline.parse(target, registry)
+        kind = "pipeline"
+        try:
+            pipeline = Pipeline.parse(target, registry)
+        except UsageError as error:
+            if _NAME.fullmatch(target) is None:
+                raise
+            there = f"neither a pass nor a model: there is no file or folder {target!r}"
+            raise UsageError(there, hint=error.problems[0].hint) from None
         findings = merged([*pipeline.warnings(), *pipeline.lints()])
     rows = [asdict(problem) for problem in findings]
     return Report(

@@ -386,6 +386,9 @@ def _tokenizer_config(vocabulary: Vocabulary, metadata: Metadata, context_length
             if name in vocabulary.special
         },
     }
+    if metadata.get("general.architecture") != "bert":
+        # transformers 4 adds token types otherwise, which decoders reject.
+        config["model_input_names"] = ["input_ids", "attention_mask"]
     if (template := _chat_template(metadata)) is not None:
         config["chat_template"] = template
     return config

@@ -75,6 +75,8 @@ def byte_tokenizer_config() -> bytes:
     names = {"eos_token": eos, "pad_token": pad, "mask_token": mask, "bos_token": bos}
     document = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        # transformers 4 adds token types otherwise, which decoders reject.
+        "model_input_names": ["input_ids", "attention_mask"],
         **names,
         "clean_up_tokenization_spaces": False,
     }

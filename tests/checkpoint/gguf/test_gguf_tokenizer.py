@@ -137,6 +137,7 @@ def test_configs_beside_the_tokenizer(small_model, tmp_path):
     checkpoint = opened(builder, tmp_path)
     assert content(checkpoint, "tokenizer_config.json") == {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 512,
         "clean_up_tokenization_spaces": False,
         "bos_token": "<|end|>",
