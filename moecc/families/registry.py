@@ -110,6 +110,8 @@ CONFIGS = Families(
         "clip_vision_model": "vision.ClipVisionConfig",
         "siglip_vision_model": "vision.SiglipVisionConfig",
         "whisper": "whisper.WhisperConfig",
+        "wav2vec2": "wav2vec2.Wav2Vec2Config",
+        "hubert": "wav2vec2.HubertConfig",
         "bart": "bart.BartConfig",
         "mbart": "bart.MBartConfig",
         "marian": "bart.MarianConfig",

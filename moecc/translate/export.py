@@ -307,7 +307,7 @@ def _line(value: Value) -> str:
     return f"{'param' if value.is_param else 'input'} %{value.name} : {value.type}"
 
 
-READ = ("tokens", "pixels", "features")
+READ = ("tokens", "pixels", "features", "audio")
 """The inputs that models read: text, images, speech."""
 
 

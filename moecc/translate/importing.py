@@ -46,7 +46,17 @@ def layer_of(name: str) -> tuple[str, int] | None:
 # model saved alone lacks that of its class (``transformer.`` in a gpt2).  The rest of moecc knows
 # one name for each tensor; here it becomes that of the file.
 
-_OLDER = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+_OLDER = (
+    (".LayerNorm.weight", ".LayerNorm.gamma"),
+    (".LayerNorm.bias", ".LayerNorm.beta"),
+    (".parametrizations.weight.original0", ".weight_g"),
+    (".parametrizations.weight.original1", ".weight_v"),
+)
+_PROBES = (
+    "embeddings.LayerNorm.weight",
+    "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
+)
+"""Tensors that tell whether a file has the older names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,8 @@ class StoredNames:
     Attributes:
       lacking: a prefix that names of the file lack.
       added: a prefix that the base model's names have in the file.
-      older: whether norms have the names that the first of BERT's checkpoints gave them.
+      older: whether norms have the names that the first of BERT's checkpoints gave them, and
+        weights that are stored as directions and lengths those of the first of wav2vec2's.
       apart: the prefixes of a head, which has the same names in every file.
       tower: the prefix of all of the model's tensors, if the file has further models.
     """
@@ -109,8 +120,8 @@ def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
     tower = "" if stored.lacking else config.tower_prefix
     stored = replace(stored, apart=apart, tower=tower)
     older = replace(stored, older=True)
-    norm = "embeddings.LayerNorm.weight"
-    return older if stored(norm) not in tensors and older(norm) in tensors else stored
+    is_older = any(stored(n) not in tensors and older(n) in tensors for n in _PROBES)
+    return older if is_older else stored
 
 
 _EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DOTALL)

@@ -26,6 +26,7 @@ NAMES = {
     "mask": "attention_mask",
     "pixels": "pixel_values",
     "features": "input_features",
+    "audio": "input_values",
 }
 
 

@@ -247,3 +247,28 @@ def test_what_is_no_part_of_a_graph_is_known():
     arrays["pooler.dense.bias"] = np.zeros(3, np.float32)
     with pytest.raises(InputError, match="t5 has no such tensor"):
         import_checkpoint(MemoryCheckpoint(checkpoint.config, arrays))
+
+
+def test_a_wav2vec2_is_read_under_its_older_names_with_its_head():
+    folder = GOLDEN / "wav2vec2_group"
+    with open_checkpoint(folder) as golden:
+        arrays = {f"wav2vec2.{n}": np.asarray(golden.read(n)) for n in golden.tensors}
+        config = {**golden.config, "architectures": ["Wav2Vec2ForCTC"]}
+    prefix = "wav2vec2.encoder.pos_conv_embed.conv."
+    for number, older in enumerate(("weight_g", "weight_v")):
+        stored = arrays.pop(f"{prefix}parametrizations.weight.original{number}")
+        arrays[f"{prefix}{older}"] = stored
+    rng = np.random.default_rng(3)
+    arrays["lm_head.weight"], arrays["lm_head.bias"] = (
+        rng.normal(size=(11, 12)),
+        rng.normal(size=11),
+    )
+    checkpoint = MemoryCheckpoint(config, arrays)
+    graph = import_checkpoint(checkpoint, heads=True)
+    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
+    inputs = {"audio": np.load(folder / "audio.npy")}
+    outputs = get_backend("reference").compile(graph).run(params, inputs)
+    hidden = np.load(folder / "hidden.npy")
+    assert close(outputs["hidden"], hidden, 1e-6)
+    expected = outputs["hidden"] @ arrays["lm_head.weight"].T + arrays["lm_head.bias"]
+    assert close(outputs["head.logits"], expected)

@@ -13,6 +13,7 @@ from moecc.families.bert import BertConfig
 from moecc.families.encdec import EncDecConfig
 from moecc.families.registry import CONFIGS
 from moecc.families.vision import VisionConfig
+from moecc.families.wav2vec2 import AudioConfig
 from moecc.families.whisper import TwoStackConfig, WhisperConfig
 
 SMALL: dict[str, object] = {
@@ -232,6 +233,20 @@ WHISPER: dict[str, object] = {
     "begin_suppress_tokens": None,
 }
 
+AUDIO: dict[str, object] = {
+    "vocab_size": 11,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "conv_dim": [6, 10],
+    "conv_kernel": [3, 2],
+    "conv_stride": [2, 2],
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+"""Frames of five samples, two of which neighbours share."""
+
 BART: dict[str, object] = {
     **{key: value for key, value in WHISPER.items() if "position" not in key},
     "max_position_embeddings": 18,
@@ -258,6 +273,8 @@ BASES = {
     "clip_vision_model": IMAGES,
     "siglip_vision_model": IMAGES,
     "whisper": WHISPER,
+    "wav2vec2": AUDIO,
+    "hubert": AUDIO,
     **dict.fromkeys(("bart", "mbart", "marian", "m2m_100"), BART),
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
@@ -294,7 +311,7 @@ class Case:
     @property
     def output(self) -> str:
         """What the model returns: ``logits``, or of an encoder alone its ``hidden`` states."""
-        alone = issubclass(CONFIGS[self.family], BertConfig | VisionConfig)
+        alone = issubclass(CONFIGS[self.family], BertConfig | VisionConfig | AudioConfig)
         return "hidden" if alone else "logits"
 
     @property
@@ -305,7 +322,7 @@ class Case:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of the model's inputs."""
-        shapes = {VisionConfig: "pixels", WhisperConfig: "features"}
+        shapes = {VisionConfig: "pixels", WhisperConfig: "features", AudioConfig: "audio"}
         family = CONFIGS[self.family]
         name = next((n for shape, n in shapes.items() if issubclass(family, shape)), "tokens")
         return (name, "decoder_tokens") if self.decodes else (name,)

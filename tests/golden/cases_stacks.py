@@ -311,4 +311,25 @@ STACKS: dict[str, Case] = {
             "decoder_layers": 2,
         },
     ),
+    "wav2vec2_group": Case(
+        "wav2vec2", "norms behind blocks and of each channel over all frames, an even position"
+    ),
+    "wav2vec2_square": Case(
+        "wav2vec2",
+        "square matrices, norms before blocks and of each frame, biases, an odd position",
+        {
+            "intermediate_size": 12,
+            "conv_dim": [12, 12],
+            "conv_bias": True,
+            "feat_extract_norm": "layer",
+            "num_conv_pos_embeddings": 3,
+            "num_conv_pos_embedding_groups": 1,
+            "do_stable_layer_norm": True,
+        },
+    ),
+    "hubert_plain": Case(
+        "hubert",
+        "frames that are not normalised, ReLU between convolutions",
+        {"feat_proj_layer_norm": False, "feat_extract_activation": "relu"},
+    ),
 }

@@ -136,6 +136,9 @@ def _input(name: str, case: Case, key: str) -> np.ndarray[Any, Any]:
         size = config["image_size"]
         sides = size if isinstance(size, list) else [size, size]
         return drawn.standard_normal((2, config.get("num_channels", 3), *sides), np.float32)
+    if key == "audio":
+        typed = parse_config({"model_type": case.family, **config})
+        return drawn.standard_normal((2, typed.samples), np.float32)
     if key == "features":
         frames = 2 * config["max_source_positions"]
         return drawn.standard_normal((2, config["num_mel_bins"], frames), np.float32)
@@ -223,6 +226,7 @@ ARGUMENTS = {
     "decoder_tokens": "decoder_input_ids",
     "pixels": "pixel_values",
     "features": "input_features",
+    "audio": "input_values",
 }
 """What transformers calls the inputs."""
 

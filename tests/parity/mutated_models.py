@@ -114,7 +114,7 @@ def auto_class(source: Path) -> Any:
 def inputs_of(source: Path, config: Any) -> dict[str, np.ndarray]:
     """Return the inputs of a source, in the sizes of `config`; padding is not among the tokens."""
     inputs = {}
-    for name in ("tokens", "decoder_tokens", "features", "pixels"):
+    for name in ("tokens", "decoder_tokens", "features", "pixels", "audio"):
         if not (source / f"{name}.npy").is_file():
             continue
         array = np.load(source / f"{name}.npy")
@@ -126,6 +126,11 @@ def inputs_of(source: Path, config: Any) -> dict[str, np.ndarray]:
         elif name == "features":
             shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
             array = drawn.standard_normal(shape).astype(np.float32)
+        elif name == "audio":
+            samples = 49
+            for number in reversed(range(len(config.conv_kernel))):
+                samples = (samples - 1) * config.conv_stride[number] + config.conv_kernel[number]
+            array = drawn.standard_normal((2, samples)).astype(np.float32)
         else:
             size = config.image_size
             sides = size if isinstance(size, list | tuple) else (size, size)
@@ -163,7 +168,8 @@ def compute(auto: Any, folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarra
         with torch.no_grad(), DoublePrecision():
             model = loaded(auto, folder)
             names = {"tokens": "input_ids", "decoder_tokens": "decoder_input_ids",
-                     "features": "input_features", "pixels": "pixel_values"}  # fmt: skip
+                     "features": "input_features", "pixels": "pixel_values",
+                     "audio": "input_values"}  # fmt: skip
             arrays = {names[n]: torch.from_numpy(a) for n, a in inputs.items()}
             arrays = {n: a.double() if a.is_floating_point() else a for n, a in arrays.items()}
             if auto is AutoModelForCausalLM:

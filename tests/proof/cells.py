@@ -56,7 +56,7 @@ DENSE = (
     "modernbert_windows", "clip_text", "bart_scaled", "mbart_plain", "marian_swish",
     "m2m_100_scaled",
     "vit_square", "dinov2_plain", "dinov3_plain", "clip_vision", "siglip_vision",
-    "whisper_square",
+    "whisper_square", "wav2vec2_group",
 )  # fmt: skip
 MIXTURES = (
     "mixtral_gqa", "qwen2_moe_plain", "qwen3_moe_plain", "olmoe_norm", "flex_olmo_norm",

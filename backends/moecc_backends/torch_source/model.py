@@ -234,6 +234,7 @@ ENCODER_ARGUMENTS = {
     "mask": "attention_mask",
     "pixels": "pixel_values",
     "features": "input_features",
+    "audio": "input_values",
 }
 HEAD_LOCATIONS = ("head", "loss")
 LOSS = "loss.auxiliary"

@@ -133,16 +133,18 @@ class Parameters:
         read: Expr = Slice(source, along, at, at + axes[cut])
         return self._param(name, loc, axes, read if along == cut else Rename(read, along, cut))
 
-    def without_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
-        """Return the tensor `name` without an axis that has size 1 on disk.
+    def without_axis(self, name: str, loc: str, *without: str, **axes: int) -> Value:
+        """Return the tensor `name` without axes that have size 1 on disk.
 
-        It is the first one if `axes` do not have it.
+        Those that `axes` do not have are the first ones.
         """
         if name in self.graph.params:
             return self.graph.params[name]
-        on_disk = axes if axis in axes else {axis: 1, **axes}
-        read = Index(self._source(name, **on_disk), axis, 0)
-        return self._param(name, loc, {n: s for n, s in axes.items() if n != axis}, read)
+        first = {axis: 1 for axis in without if axis not in axes}
+        read = self._source(name, **first, **axes)
+        for axis in without:
+            read = Index(read, axis, 0)
+        return self._param(name, loc, {n: s for n, s in axes.items() if n not in without}, read)
 
     def with_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
         """Return the tensor `name`, of one axis on disk, with a first axis of size 1."""
