@@ -9,7 +9,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.translate.export import rename_params
 from moecc_backends.torch_source.blocks import ModuleBlock, close, inner_steps
-from moecc_backends.torch_source.names import is_of_experts, is_under, module_path
+from moecc_backends.torch_source.names import is_of_experts, module_path, unused_path
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.program import Item, ProgramValue, TorchProgram, prepared
 from moecc_backends.torch_source.source import file_text, programmed, reserved_names
@@ -182,15 +182,7 @@ def _module_names(graph: Graph, locations: Iterable[str]) -> dict[str, str]:
             # The parts of a sequence are no sequence in the mixture.
             parts = [f"part_{p}" if p.isdigit() else p for p in relative.split(".")]
             path = module_path(".".join(["experts"] * is_of_experts(value) + parts))
-            number, unique = 2, path
-            while unique in used or any(is_under(u, unique) or is_under(unique, u) for u in used):
-                module, _, last = path.rpartition(".")
-                unique, number = (
-                    f"{module}_{number}.{last}" if module else f"{last}_{number}",
-                    number + 1,
-                )
-            used.add(unique)
-            names[name] = f"{loc}.{unique}"
+            names[name] = f"{loc}.{unused_path(path, used)}"
     return names
 
 

@@ -40,14 +40,11 @@ MEMBERS = frozenset(
 RESERVED = frozenset(
     (
         *keyword.kwlist, *keyword.softkwlist, *dir(builtins),
-        "rows", "rotate", "attend", "causal_mask", "widened", "jitter", "add_noise",
-        "one_hot", "assign_slots", "assign_slots_by_rule", "expert_choice",
-        "hash_experts", "capacity", "relative_buckets", "signed_buckets", "alibi", "by_group",
-        "biased",
-        "self", "torch", "nn", "F", "functional", "transformers", "math", "config", "layer",
+        "rows", "capacity", "self", "torch", "nn", "F", "functional", "transformers", "math",
+        "config", "layer",
     )
 )  # fmt: skip
-"""Names that a local variable must not have."""
+"""Names that a local variable must not have, besides those of helpers."""
 
 
 def identifier(text: str) -> str:
@@ -165,13 +162,25 @@ def renamed_params(graph: Graph) -> dict[str, str]:
         if home is not None:
             path = _placed(graph, name, value, home, experts.get(home, ("", home)))
         path = module_path(path)
-        unique, number = path, 2
-        while unique in used or any(is_under(u, unique) for u in used):
-            module, _, last = path.rpartition(".")
-            unique, number = f"{module}_{number}.{last}", number + 1
-        used.add(unique)
-        names[name] = unique
+        names[name] = unused_path(path, used)
     return names
+
+
+def unused_path(path: str, used: set[str]) -> str:
+    """Return a path that no other is or lies under, with a number after its module if need be.
+
+    Args:
+      path: the path that a parameter should have.
+      used: the paths that others have, and those of the modules around them; is added to.
+    """
+    module, _, last = path.rpartition(".")
+    unique, number = path, 2
+    while unique in used:
+        unique = f"{module}_{number}.{last}" if module else f"{last}_{number}"
+        number += 1
+    parts = unique.split(".")
+    used.update(".".join(parts[:size]) for size in range(1, len(parts) + 1))
+    return unique
 
 
 def module_path(path: str) -> str:

@@ -624,17 +624,13 @@ def stack_lines(classes: Classes, layers: list[ModuleBlock]) -> str:
         if not varying:
             call = f"{definition.name}({arguments})"
             return f"nn.ModuleList([{call} for {index[0] if index else '_'} in range({count})])"
-        if not index:
-            lists = [repeated(v) for _, v in varying]
-            loop = ", ".join(n for n, _ in varying)
-            source = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
-            return f"nn.ModuleList([{definition.name}({arguments}) for {loop} in {source}])"
         lists = [repeated(v) for _, v in varying]
-        inner = ", ".join(n for n, _ in varying)
+        loop = ", ".join(n for n, _ in varying)
         source = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
-        loop = f"{index[0]}, {inner}" if len(varying) == 1 else f"{index[0]}, ({inner})"
-        call = f"{definition.name}({arguments})"
-        return f"nn.ModuleList([{call} for {loop} in enumerate({source})])"
+        if index:
+            loop = f"{index[0]}, {loop}" if len(varying) == 1 else f"{index[0]}, ({loop})"
+            source = f"enumerate({source})"
+        return f"nn.ModuleList([{definition.name}({arguments}) for {loop} in {source}])"
     rows = [i.values for i in instances]
     is_index = rows == [[at] for at in range(count)]
     if is_index or not any(rows):
