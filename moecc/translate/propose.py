@@ -25,15 +25,22 @@ from moecc.support.untyped import JsonDict
 
 # Mixtures of transformers that no dense family can become, why, and what is nearest.
 
+LATENT = (
+    "one rotary key serves all heads of its attention (MLA), and keys and values are products of a "
+    "vector that is normalised once more, which no dense family has"
+)
+RECURRENT = (
+    "three of four layers are gated delta rules, a recurrence over tokens that no operation of "
+    "moecc computes"
+)
 NOT_WRITTEN = {
-    "deepseek_v2": (
-        "its attention compresses keys and values to a latent vector (MLA), which no dense family "
-        "has", "glm4_moe has shared experts and dense first layers, too",
-    ),
+    "deepseek_v2": (LATENT, "glm4_moe has shared experts and dense first layers, too"),
     "deepseek_v3": (
-        "its attention compresses keys and values to a latent vector (MLA), which no dense family "
-        "has", "glm4_moe has its sigmoid gates, shared experts and dense first layers",
+        LATENT, "glm4_moe has its sigmoid gates, shared experts and dense first layers",
     ),
+    "kimi_k2": (LATENT, "glm4_moe has its sigmoid gates, shared experts and dense first layers"),
+    "qwen3_next": (RECURRENT, "qwen3_moe holds a qwen3"),
+    "qwen3_5_moe": (RECURRENT, "qwen3_moe holds a qwen3"),
     "llama4_text": (
         "its gates multiply the input of an expert, before an activation that is not linear",
         "mixtral takes a llama as it is",
