@@ -155,7 +155,7 @@ Compare = Annotated[
         "weights compares written parameters with their expressions.",
     ),
 ]
-Seed = Annotated[int, Spelling("N", help="Seed for all random numbers.")]
+Seed = Annotated[int, Spelling("N", low=0, help="Seed for all random numbers.")]
 AllowUnmatched = Annotated[
     bool, Spelling(help="Accept passes that match nothing, though they must match.")
 ]

@@ -104,7 +104,12 @@ def check_inputs(graph: Graph, arrays: Mapping[str, Array], where: str) -> dict[
         sequence is longer than the model has positions.
     """
     problems = [
-        Problem("the model has no such input", f"{where}: {name}", hint=nearest(name, graph.inputs))
+        Problem(
+            "the model has no such input",
+            f"{where}: {name}",
+            ", ".join(graph.inputs),
+            hint=nearest(name, graph.inputs),
+        )
         for name in arrays
         if name not in graph.inputs
     ]

@@ -210,6 +210,8 @@ COMMANDS: dict[str, tuple[int, str]] = {
     "convert dense out -p upcycle{experts=99999999999999999999}": (2, "too large a number"),
     f"convert dense 'a b/c' -p {UPCYCLE}": (1, "a b'"),
     f"convert classifier out -p {UPCYCLE}": (1, "--via torch reads any class of transformers"),
+    "convert dense out -p upcycle --seed -1": (2, "not in the range"),
+    "convert dense out -p 'upcycle{experts=4 granularity=2 split=index}'": (2, "1, or split=none"),
     "convert dense out --via torch": (2, "needs passes"),
     "generate dense --prompt a --top-p inf": (2, "not a finite number"),
     f"convert dense out -p {UPCYCLE} --to mixtrall": (2, "unknown target"),

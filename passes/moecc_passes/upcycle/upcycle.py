@@ -204,14 +204,14 @@ def _sources(item: UpcycleOptions) -> Iterator[Problem]:
 
 def _split(item: UpcycleOptions) -> Iterator[Problem]:
     if item.is_split:
-        for name, fits, value in (
-            ("granularity", item.granularity == 1, item.granularity),
-            ("sources", not item.models, item.sources),
-            ("routing", item.routing == "token-choice", item.routing),
+        for name, fits, value, expected in (
+            ("granularity", item.granularity == 1, item.granularity, "1, or split=none"),
+            ("sources", not item.models, item.sources, "none, or split=none"),
+            ("routing", item.routing == "token-choice", item.routing, "token-choice"),
         ):
             if not fits:
                 message = "a split block has each neuron once, in an expert that a token chooses"
-                yield Problem(message, name, "the default", str(value))
+                yield Problem(message, name, expected, str(value))
     if item.is_fitted and item.routing in ("hash", "soft"):
         yield Problem(
             "there is no router to fit", "router-init", "token-choice", f"routing={item.routing}"
