@@ -11,7 +11,7 @@ from typing import Annotated
 
 from moecc.errors import InputError, UsageError
 from moecc.families.describe import count_parameters, sequence_flops
-from moecc.formats.run import GRAPH, METRICS, RECIPE
+from moecc.formats.run import GRAPH, METRICS, RECIPE, is_run
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import read_graph
@@ -88,6 +88,8 @@ def read_pilots(runs: Sequence[str], parameters: int) -> PilotRuns:
     recipes: list[Recipe] = []
     for run in runs:
         path = Path(run)
+        if not is_run(path):
+            raise InputError("this is not the folder of a run", where=run)
         recipe = parse_recipe(recipe_file(path / RECIPE), str(path / RECIPE), folder=path)
         is_dense = not recipe.model.pipeline
         count = count_parameters(read_graph(str(path / GRAPH))).total

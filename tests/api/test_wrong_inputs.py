@@ -251,6 +251,8 @@ COMMANDS: dict[str, tuple[int, str]] = {
     "launch template slurm -- moecc train x": (2, "leave the word moecc out"),
     f"{SMALL} --batch-tokens 99999999999999999999999": (1, "100000000000000000000000 would be"),
     "launch template nope": (2, "not a command of moecc"),
+    "forecast dense --tokens 1e9 --pilot dense": (1, "not the folder of a run"),
+    "tokens empty full file bad.npy --tokenizer bytes --out out": (1, "--include '*.txt'"),
     "lint nowhere": (2, "neither a pass nor a model"),
     "push dense s3://b/x": (2, "a bucket has two or more"),
     "passes upcicle": (2, "did you mean 'upcycle'"),

@@ -353,7 +353,8 @@ def _texts(stream: IO[bytes], split: str, path: Path) -> Iterator[str]:
                 "the text is not UTF-8",
                 where=path,
                 found=f"the byte 0x{part[error.start]:02x} after {before!r}",
-                hint="convert it first: iconv -f latin1 -t utf-8",
+                hint="if it is text, iconv -f latin1 -t utf-8 converts it; "
+                "of a folder, --include '*.txt' reads the files of a name alone",
             ) from None
         if text.strip():
             yield text
