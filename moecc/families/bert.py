@@ -341,6 +341,31 @@ class XlmRobertaConfig(RobertaConfig):
 
 
 @config_class
+class XlmRobertaXlConfig(RobertaConfig):
+    """An xlm-roberta-xl: layers normalise what they read, and the embeddings have no norm."""
+
+    model_type = "xlm-roberta-xl"
+    architecture = "XLMRobertaXLModel"
+    names = replace(
+        BertConfig.names,
+        around=("", "encoder.LayerNorm"),
+        norms=("attention.self_attn_layer_norm", "LayerNorm"),
+    )
+    defaults = {
+        **RobertaConfig.defaults,
+        "vocab_size": 250_880,
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+    }
+    norms_first = True
+
+
+@config_class
 class CamembertConfig(RobertaConfig):
     """A camembert: a roberta of French, under another name."""
 

@@ -96,6 +96,7 @@ CONFIGS = Families(
         "bert": "bert.BertConfig",
         "roberta": "bert.RobertaConfig",
         "xlm-roberta": "bert.XlmRobertaConfig",
+        "xlm-roberta-xl": "bert.XlmRobertaXlConfig",
         "camembert": "bert.CamembertConfig",
         "mpnet": "bert.MPNetConfig",
         "distilbert": "bert.DistilBertConfig",

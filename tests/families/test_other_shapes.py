@@ -75,6 +75,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "mpt", **MPT, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.4}},
     {"model_type": "roberta", **BERT, "pad_token_id": 3},
     {"model_type": "xlm-roberta", **BERT},
+    {"model_type": "xlm-roberta-xl", **BERT},
     {"model_type": "camembert", **BERT, "type_vocab_size": 1},
     {"model_type": "mpnet", **BERT},
     {"model_type": "electra", **BERT, "embedding_size": 6},

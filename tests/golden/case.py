@@ -264,6 +264,7 @@ BASES = {
     "clip_text_model": {**BERT, **TOKENS},
     "albert": ELECTRA,
     "xlm-roberta": ROBERTA,
+    "xlm-roberta-xl": ROBERTA,
     "camembert": ROBERTA,
     "distilbert": DISTILBERT,
     "mpnet": {**ROBERTA, "type_vocab_size": 2},

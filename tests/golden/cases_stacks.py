@@ -225,6 +225,11 @@ STACKS: dict[str, Case] = {
         },
         major=4,
     ),
+    "xlm_roberta_xl_square": Case(
+        "xlm-roberta-xl",
+        "norms before the blocks and behind all layers; embed = mlp = vocab = 16",
+        {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4},
+    ),
     "deberta_v3": Case(
         "deberta-v2",
         "buckets of distances, projections shared with those of contents, no absolute positions",

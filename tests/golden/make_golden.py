@@ -146,7 +146,7 @@ def _input(name: str, case: Case, key: str) -> np.ndarray[Any, Any]:
     if key == "decoder_tokens":
         shape = (TOKENS_SHAPE[0], TOKENS_SHAPE[1] - 5)
     tokens = drawn.integers(0, config["vocab_size"], shape)
-    if case.family in ("roberta", "xlm-roberta", "camembert", "mpnet", "m2m_100"):
+    if case.family in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "m2m_100"):
         # Padding has no position, whether there is a mask or not.
         tokens[tokens == config["pad_token_id"]] += 1
     return tokens
