@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -24,6 +25,17 @@ def test_the_index_and_the_site_name_every_page():
     assert set(re.findall(r": ([\w-]+\.md)$", site, re.MULTILINE)) == set(PAGES)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_site_reads_every_fence_as_one(page):
+    hooks = runpy.run_path(str(ROOT / "docs" / "site" / "hooks.py"))
+    text = hooks["on_page_markdown"]((ROOT / "docs" / page).read_text("utf-8"))
+    fences = [line.strip() for line in text.splitlines() if line.startswith("```")]
+    assert len(fences) % 2 == 0
+    for opening, closing in zip(fences[::2], fences[1::2], strict=True):
+        assert re.fullmatch(r'```[a-z]*( title="[\w./]+")?', opening)
+        assert closing == "```"
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Build the site, strictly: a link to a page, or to a place in one, that is not there fails."""
@@ -43,3 +55,4 @@ def test_the_site_loads_nothing(site):
             r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(https?:[^\" >]*)", text
         )
         assert loaded == [], page
+        assert "```" not in text, page
