@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiers import few
 
 from .matrix import RECORD, run_pair
 
@@ -24,7 +23,7 @@ def proved(kind: str) -> list[tuple[str, ...]]:
     return jobs[:60]
 
 
-@pytest.mark.parametrize("job", few(map(pytest.param, proved("run")), 20), ids=" ".join)
+@pytest.mark.parametrize("job", proved("run"), ids=" ".join)
 def test_a_run_is_proved(job):
     row = run_pair(*job)
     assert (row.verdict, row.reason) == ("proved", "")
