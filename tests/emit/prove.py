@@ -229,7 +229,9 @@ def main() -> None:
     ]
     wanted.sort(key=lambda cell: (cell.source, cell.method) in rows)  # new ones first
     with tempfile.TemporaryDirectory() as temporary:
-        for row in prove(wanted, options.work or Path(temporary), rows):
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        for row in prove(wanted, work, rows):
             rows[row["source"], row["method"]] = row
             options.out.write_text("".join(json.dumps(r) + "\n" for r in rows.values()))
             if not is_proved(row):
