@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm, prod
-from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
@@ -16,12 +14,12 @@ from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import index_sizes, length_bounds
 from moecc.ir.unroll import unrolled
 from moecc.support.lazy import np
+from moecc.testing.data import Sizes, shape_of
+from moecc.testing.weights import generator
 from moecc.types import F32, F64, Array, Arrays, TensorType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source, sources, transform
-
-Sizes = Mapping[str, int]
 
 MOST_ELEMENTS = 2_000_000
 """Graphs with more elements in their parameters are not run."""
@@ -197,16 +195,11 @@ def _chooses(graph: Graph) -> bool:
 def _nudged(data: Array, seed: int, name: str) -> Array:
     if data.dtype.kind in "biu":
         return data
-    noise = _generator(seed, "nudge", name).standard_normal(data.shape)
+    noise = generator(seed, "nudge", name).standard_normal(data.shape)
     return np.asarray(data.astype(np.float64) * (1 + NUDGE * noise))
 
 
 # Data by seed and name.
-
-
-def _generator(seed: int, *words: str) -> Any:
-    digest = hashlib.blake2b("\0".join(words).encode("utf-8", "surrogatepass"), digest_size=8)
-    return np.random.default_rng([seed, int.from_bytes(digest.digest(), "little")])
 
 
 def _sizes(graphs: Sequence[Graph], seed: int) -> dict[str, int]:
@@ -214,7 +207,7 @@ def _sizes(graphs: Sequence[Graph], seed: int) -> dict[str, int]:
     values = [v for g in graphs for v in (*g.inputs.values(), *g.params.values())]
     names = sorted({s for v in values for s in v.type.sizes if isinstance(s, str)})
     largest = LARGEST_SIZES[seed]
-    sizes = {n: int(_generator(seed, "size", n).integers(2, largest + 1)) for n in names}
+    sizes = {n: int(generator(seed, "size", n).integers(2, largest + 1)) for n in names}
     bounds = [length_bounds(g) for g in graphs]
     sizes = {n: min([s, *(b[n] for b in bounds if n in b)]) for n, s in sizes.items()}
     for node in (n for g in graphs for n in g if n.op.assigns_slots):
@@ -226,26 +219,21 @@ def _sizes(graphs: Sequence[Graph], seed: int) -> dict[str, int]:
     return sizes
 
 
-def _shape(type: TensorType, sizes: Sizes) -> tuple[int, ...]:
-    extents = (sizes[s] if isinstance(s, str) else s for s in type.sizes)
-    return tuple(s for s in extents if isinstance(s, int))
-
-
 def _input(value: Value, same: Value, seed: int, sizes: Sizes) -> Array:
     bounds = [s for v in (value, same) for s in index_sizes(v) if isinstance(s, int)]
     return _drawn(f"input {value.name}", value.type, seed, sizes, min(bounds, default=8))
 
 
 def _drawn(name: str, type: TensorType, seed: int, sizes: Sizes, below: int = 8) -> Array:
-    generator, shape = _generator(seed, name), _shape(type, sizes)
+    rng, shape = generator(seed, name), shape_of(type, sizes)
     if type.dtype.kind == "float":
-        data = np.asarray(generator.standard_normal(shape))
+        data = np.asarray(rng.standard_normal(shape))
         if type.dtype.itemsize_bytes < F32.itemsize_bytes:
             data = data.astype(type.dtype.numpy).astype(np.float64)
         return -np.abs(data) if seed in NEGATIVE_SEEDS else data
     if type.dtype.kind == "bool":
-        return np.asarray(generator.random(shape) < 0.5)
-    return np.asarray(generator.integers(0, below, shape)).astype(type.dtype.numpy)
+        return np.asarray(rng.random(shape) < 0.5)
+    return np.asarray(rng.integers(0, below, shape)).astype(type.dtype.numpy)
 
 
 def _parameters(graph: Graph, seed: int, sizes: Sizes) -> dict[str, Array]:

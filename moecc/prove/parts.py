@@ -91,8 +91,8 @@ def _parting(proof: PartProof, before: Graph, after: Graph, parts: int) -> Parti
         _cut(batch, parts)
     except InputError as error:
         return "the batch", (f"a batch in {parts} parts", str(error.problems[0].message))
-    whole = evaluation.evaluate(before)
-    infinite = {n for n, v in before.params.items() if v in whole and not whole[v].finite}
+    values = evaluation.evaluate(before)
+    infinite = {n for n, v in before.params.items() if v in values and not values[v].finite}
     parting = proof.devices.parting(batch, {batch.params[n] for n in infinite})
     if parting is not None:
         return parting
@@ -109,8 +109,8 @@ def _parting(proof: PartProof, before: Graph, after: Graph, parts: int) -> Parti
     terms = evaluation.evaluate(part)
     for name in proof.outputs:
         ends = batch.outputs[name], part.outputs[name]
-        device, own = shards[ends[0]], terms[ends[1]]
-        if device.axes != own.axes or device.body is not own.body:
+        shard, tensor = shards[ends[0]], terms[ends[1]]
+        if shard.axes != tensor.axes or shard.body is not tensor.body:
             return first_difference(name, ends, shards, terms)
     return None
 
