@@ -155,7 +155,7 @@ def is_proved(row: dict[str, Any], judges: Iterable[Judge] = ()) -> bool:
     """Whether every interpreter finds a row right, those of `judges` among them."""
     verdicts = {k: v["right"] for k, v in row.items() if k.startswith("transformers")}
     is_judged = "as" in row or {j.name for j in judges} <= verdicts.keys()
-    return is_judged and all(verdicts.values())
+    return is_judged and ("as" in row or bool(verdicts)) and all(verdicts.values())
 
 
 RECORD = Path("docs/proofs/emit.jsonl")
@@ -219,6 +219,8 @@ def main() -> None:
     parser.add_argument("--sources", nargs="*", default=[])
     parser.add_argument("--methods", nargs="*", default=[])
     options = parser.parse_args()
+    if not interpreters():
+        parser.error("MOECC_PARITY_PYTHON names no interpreter that has torch and transformers")
     lines = options.out.read_text().splitlines() if options.out.is_file() else []
     rows: Rows = {(row["source"], row["method"]): row for row in map(json.loads, lines)}
     wanted = [
@@ -234,7 +236,7 @@ def main() -> None:
         for row in prove(wanted, work, rows):
             rows[row["source"], row["method"]] = row
             options.out.write_text("".join(json.dumps(r) + "\n" for r in rows.values()))
-            if not is_proved(row):
+            if "refused" not in row and not is_proved(row):
                 print(json.dumps(row), file=sys.stderr, flush=True)
     written = [row for row in rows.values() if "refused" not in row]
     right, twins = sum(map(is_proved, written)), sum("as" in row for row in written)
