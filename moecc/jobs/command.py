@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from moecc.errors import InputError, MoeccError
+from moecc.errors import InputError, MachineError, MoeccError
 from moecc.support.console import say, warn
 from moecc.support.untyped import Json, JsonDict
 
@@ -265,13 +265,17 @@ def write_whole(file: str, content: bytes, *, force: bool) -> None:
 
     Raises:
       InputError: as `check_writable`.
+      MachineError: there is no right to write there.
     """
     check_writable(file, force=force)
     path = Path(os.path.realpath(file))
     if _is_stream(path):
         path.write_bytes(content)
         return
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise MachineError(f"cannot be written: {error.strerror}", where=file) from None
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)

@@ -113,7 +113,11 @@ class _Side:
         inputs, outputs = self.graph.inputs.items(), self.graph.outputs.items()
         ends = [(f"input %{n}", str(v.type)) for n, v in inputs]
         ends += [(f"output {n}", f"%{v.name} : {v.type}") for n, v in outputs]
-        places = (group.places[0] or "of no layer" for group in self.groups)
+        places = (
+            (group.places[0] or "of no layer")
+            + (f" × {len(group.places)}" if len(group.places) > 1 else "")
+            for group in self.groups
+        )
         labels = [(label, self._anchor(number)) for number, label in enumerate(places)]
         edges = [
             (maker[0], number)

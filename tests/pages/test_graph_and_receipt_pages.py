@@ -66,7 +66,7 @@ def test_edges_lead_to_nodes_and_layers_are_nested(graph_page):
     layer = after.index("<code>layers.0 … layers.2, 3 alike</code>")
     assert layer < after.index("<code>layers.0.ffn … layers.2.ffn, 3 alike</code>")
     # The dataflow is drawn: a box for each place, and a dashed line from a layer to the next.
-    assert "<text" in before
+    assert ">layers.0.ffn × 3</text>" in before
     assert 'class="back"' in before
 
 
