@@ -15,6 +15,7 @@ from moecc_backends.xla.aot import compiler as topology
 
 from moecc.errors import InputError, MachineError
 from moecc.plan.machines import parse_machine
+from moecc.support.process import signals_noted
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LAUNCH = [sys.executable, "-m", "moecc", "launch", "local", "-n", "2", "--", "python"]
@@ -155,3 +156,14 @@ def test_a_sequence_that_the_mesh_does_not_divide_is_reported():
     problem = caught.value.problems[0]
     assert "does not divide the axis seq" in problem.message
     assert (problem.where, problem.found) == ("%tokens", "5")
+
+
+def test_the_first_signal_is_answered_and_the_second_raises(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with signals_noted("finishing") as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted.signal is signal.SIGINT
+        assert capfd.readouterr().err == "\nfinishing\n"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)

@@ -187,6 +187,16 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, moecc: Moecc) -> No
     assert (code, "heldout" in out) == (0, True)
 
 
+def test_all_models_are_opened_before_the_first_is_evaluated(
+    folder: Path, moecc: Moecc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecc.jobs.evaluate.score_of", lambda *_: pytest.fail("it was run"))
+    data = folder / "tokens" / "heldout"
+    code, _, err = moecc("evaluate", folder / "run", folder / "nowhere", "--data", data)
+    assert code == 1
+    assert "nowhere: there is no such file or folder" in err
+
+
 def test_a_run_may_be_named_relative_to_a_folder_beside_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
