@@ -268,10 +268,10 @@ def write_whole(file: str, content: bytes, *, force: bool) -> None:
       MachineError: there is no right to write there.
     """
     check_writable(file, force=force)
-    path = Path(os.path.realpath(file))
-    if _is_stream(path):
-        path.write_bytes(content)
+    if _is_stream(Path(file)):  # a pipe that /dev/stdout stands for has no path of its own
+        Path(file).write_bytes(content)
         return
+    path = Path(os.path.realpath(file))
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
