@@ -239,6 +239,8 @@ class Continuation(Evaluation):
             return "infinite" if is_hidden else None
         if is_read:
             return "zero"  # as only a softmax of all keys has such results
+        if n.op == "cast":
+            return "zero" if states == ["zero"] else None  # 0 is a number of every type
         values = {"zero": self.a.value(0), "infinite": self.a.scope["head"]("hidden")(), None: None}
         xs = [self.operand("step", x, x, False, {}, values[s])
               for x, s in zip(n.operands, states, strict=True)]  # fmt: skip

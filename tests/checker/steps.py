@@ -31,6 +31,8 @@ graph g {{
   %a = softmax %m {{axis=kv}} : f32[batch=B, seq=S, kv={keys}]
   %o = scale %a {{by=3.0}} : f32[batch=B, seq=S, kv={keys}]
   %z = contract %o, {v} {{over=kv}} : f32[batch=B, seq=S, embed=4]
+  %seen = cast %c {{dtype=f32}} : f32[batch=B, seq=S, kv={keys}]
+  %past = contract %seen, {k} {{over=kv}} : f32[batch=B, seq=S, embed=4]
   %u = logsumexp %m {{axes=kv}} : f32[batch=B, seq=S]
   %v = silu %z : f32[batch=B, seq=S, embed=4]
   %l = contract %v, %r {{over=embed}} : f32[batch=B, seq=S, expert=2]
@@ -44,6 +46,7 @@ graph g {{
   %y = combine %h2, %i, %d, %g : f32[batch=B, seq=S, embed=4]
   %y2 = combine %k2, %j, %b, %f : f32[batch=B, seq=S, embed=4]
   output u = %u
+  output past = %past
   output y = %y
   output other = %y2
 {outputs}}}
@@ -134,6 +137,8 @@ OF_BOTH = (
     ("rename %x {axis=seq, to=kv}", "rename %e {axis=seq, to=kv}"),
     ("param %w : f32[expert=2, embed=4]", "param %w : f32[seq=S, embed=4]"),
     ("batch=B", "batch=S"),
+    ("cast %c {dtype=f32}", "cast %c2 {dtype=f32}"),
+    ("cast %c {dtype=f32}", "sigmoid %c"),
     ("  output other = %y2\n", "  output other = %a\n"),
     ("  output other = %y2\n", "  output other = %w\n"),
     ("  output other = %y2\n", "  output other = %n\n"),
@@ -221,7 +226,9 @@ ALONE = {"exact": True, "frozen": [["%w"], ["%w"]], "parts": [TEXT], "step": Fal
 
 def step_log(before: str, after: str, fields: dict[str, Any] | None = None) -> Proof:
     """Return a log of a step."""
-    return log_of(before, after, {"step": True, "outputs": ["other", "u", "y"], **(fields or {})})
+    return log_of(
+        before, after, {"step": True, "outputs": ["other", "past", "u", "y"], **(fields or {})}
+    )
 
 
 def wrong_steps() -> Iterator[tuple[str, Proof]]:
@@ -239,11 +246,11 @@ def wrong_steps() -> Iterator[tuple[str, Proof]]:
             for old, new in pairs:
                 texts[at] = texts[at].replace(old, new)
         yield name, step_log(*texts)
-    outputs = "  output u = %u\n  output y = %y\n  output other = %y2\n"
+    outputs = "  output u = %u\n  output past = %past\n  output y = %y\n  output other = %y2\n"
     yield "no output", step_log(TEXT, STEP.replace(outputs, ""), {"outputs": []})
     for key, value in ALONE.items():
         yield f"a step with {key}", step_log(TEXT, STEP, {key: value})
-    for outputs in ([], ["y"], ["other", "u", "y", "cache.k"]):
+    for outputs in ([], ["y"], ["other", "past", "u", "y", "cache.k"]):
         yield f"outputs {outputs}", step_log(TEXT, STEP, {"outputs": outputs})
     yield "a text as its step", step_log(TEXT, TEXT)
     yield "a step of a step", step_log(STEP, STEP)
