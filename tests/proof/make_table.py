@@ -89,14 +89,14 @@ def _programs(results: Cells, file: Path) -> dict[str, object]:
     """Return the signs of the pairs that torch finds right, and how many it judged itself."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     right = [row for row in rows if "refused" not in row and is_proved(row)]
-    signs: dict[str, dict[str, str]] = {}
+    signs: dict[str, dict[str, str]] = {row["source"]: {} for row in rows}
     for row in right:
         by_target = results[row["source"]]
         cells = (
             by_target.get("st_moe", {}) if row["source"] in DENSE else ChainMap(*by_target.values())
         )
         sign = cells[row["method"]][0].replace("—", "·")
-        signs.setdefault(row["source"], {})[row["method"]] = sign
+        signs[row["source"]][row["method"]] = sign
     versions = sorted({name for row in rows for name in row if name.startswith("transformers")})
     judged = sum("as" not in row for row in right)
     return {"date": str(date.today()), "by": versions, "judged": judged, "right": len(right),
