@@ -112,7 +112,7 @@ def test_a_tokenizer_that_takes_too_long_is_ended():
     [
         (["--temperature", "nan"], "nan is not a finite number"),
         (["--temperature", "inf"], "inf is not a finite number"),
-        (["--temperature", "1", "--seed", "-1"], "not a seed"),
+        (["--temperature", "1", "--seed", "-1"], "-1 is not in the range"),
     ],
 )
 def test_draws_that_cannot_be_are_refused(moecc, dense, more, says):
