@@ -182,7 +182,7 @@ def pairs() -> Iterator[EmittedCell]:
 
 
 SIZES = {"B": 2, "S": 12, "T": 8}
-DRAWS, WELL_CONDITIONED = 256, 2e-6
+DRAWS, WELL_CONDITIONED = 1024, 2e-6
 """How many inputs are drawn at most, and the condition below which no other are."""
 
 PROBES = 4
