@@ -213,8 +213,8 @@ def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
         drawn_slopes, worst = {}, 0.0
         if differentiate is not None:
             drawn_slopes = differentiate(params, drawn, factors)
-            for pair in _neighbours(params):
-                moved = [differentiate(p, drawn, factors) for p in pair]
+            for pair in _neighbours(params, drawn):
+                moved = [differentiate(*near, factors) for near in pair]
                 worst = max(
                     worst,
                     *(_condition(x, *(m[n] for m in moved)) for n, x in drawn_slopes.items()),
@@ -238,12 +238,25 @@ def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
 STEP = 2.0**-34
 
 
-def _neighbours(params: dict[str, Array]) -> Iterator[list[dict[str, Array]]]:
-    """Yield parameters a relative step away on either side, in several directions."""
+def _neighbours(*arrays: dict[str, Array]) -> Iterator[list[tuple[dict[str, Array], ...]]]:
+    """Yield parameters and inputs a relative step away on either side, in several directions."""
     for seed in range(PROBES):
         rng = np.random.default_rng(seed)
-        steps = {name: x * rng.choice([-STEP, STEP], x.shape) for name, x in params.items()}
-        yield [{name: x + sign * steps[name] for name, x in params.items()} for sign in (1, -1)]
+        steps = [
+            {
+                n: x * rng.choice([-STEP, STEP], x.shape)
+                for n, x in each.items()
+                if x.dtype.kind == "f"
+            }
+            for each in arrays
+        ]
+        yield [
+            tuple(
+                {**each, **{n: each[n] + sign * step for n, step in moves.items()}}
+                for each, moves in zip(arrays, steps, strict=True)
+            )
+            for sign in (1, -1)
+        ]
 
 
 def _condition(slope: Array, above: Array, below: Array) -> float:
