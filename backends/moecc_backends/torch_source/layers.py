@@ -55,6 +55,9 @@ class ModelWriter(BlockWriter):
         carried = next((n for n, role in names.items() if role is None), STATE)
         first = layers[0]
         source = next((v for v in first.inputs if self._input_name(first, v) == carried), None)
+        for var, expr in [*self.values.items()]:
+            if expr.text == STATE and self.remaining[var] > (var is source):
+                self.assign(var, expr, "memory")  # the loop makes another state
         if source is not None:
             expr = self.expr(source)
             if expr.text != STATE:
