@@ -57,8 +57,8 @@ class HunYuanDenseV1Config(DecoderConfig):
             inner = Reader(part, {}, f"{reader.where}: {key}")
             alphas[key] = inner.number("alpha", above=0)
             reader.problems.extend(inner.problems)
-            kinds = {part[name] for name in ("type", "rope_type") if name in part}
-            if kinds != {"dynamic"} or head_dim <= 2:
+            kinds = [part[name] for name in ("type", "rope_type") if name in part]
+            if not kinds or any(kind != "dynamic" for kind in kinds) or head_dim <= 2:
                 reader.refuse(key, "alpha belongs to the type dynamic, and heads wider than 2")
             data[key] = {"rope_type": "default", **_remaining(part)}
         if len(set(alphas.values())) > 1:
