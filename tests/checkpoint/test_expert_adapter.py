@@ -66,7 +66,7 @@ def test_matrices_of_every_expert_are_merged(tmp_path):
                 expected += parts[word][int(expert)]
             elif name == "model.layers.1.block_sparse_moe.gate.weight":
                 expected += delta(tensors, router, 1, "oi")
-            np.testing.assert_allclose(merged.read(name), expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(merged.read(name), expected, rtol=1e-6, atol=1e-6)
             np.testing.assert_array_equal(merged.read(name, 1, 3), merged.read(name)[1:3])
 
 
@@ -79,7 +79,7 @@ def test_a_parameter_of_all_experts_is_merged(tmp_path):
         AdaptedCheckpoint(base, adapter(tmp_path / "a", **tensors)) as merged,
     ):
         expected = base.read(name) + delta(tensors, f"{MODULE}.base_layer", 8, "eio")
-        np.testing.assert_allclose(merged.read(name), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(merged.read(name), expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(merged.read(name, 2, 5), merged.read(name)[2:5])
 
 
@@ -118,7 +118,7 @@ def test_the_adapter_is_in_the_receipt_of_the_merged_model(tmp_path):
         expected = before[name].astype(float)
         if "layers.1" in name and name.endswith("w2.weight"):
             expected += added[int(name.split(".")[-3])]
-        np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_model_is_no_adapter_of_itself():

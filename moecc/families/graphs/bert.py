@@ -159,9 +159,9 @@ class _BertEncoder(Blocks):
         assert isinstance(config, DebertaV2Config), "a family with a table of distances"
         prefix, heads = config.layer_name(layer), (config.num_attention_heads, config.head_dim)
         # A query meets the keys of distances, and a key their queries.
-        own = (names.key, names.query)
+        shared = (names.key, names.query)
         apart = ("attention.self.pos_key_proj", "attention.self.pos_query_proj")
-        words = dict(zip((C2P, P2C), own if config.share_att_key else apart, strict=True))
+        words = dict(zip((C2P, P2C), shared if config.share_att_key else apart, strict=True))
 
         def emit(query: Value, key: Value) -> Value:
             terms = []
