@@ -37,9 +37,9 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.jobs.convert import Conversion, plan, write
 from moecc.jobs.generate import Continuer, generate_texts
-from moecc.model.initialise import add_statistics, reads_small
+from moecc.model.initialise import add_statistics
 from moecc.model.inputs import check_inputs, default_inputs
-from moecc.model.open import OpenedModel, Params, add_branches, open_model
+from moecc.model.open import OpenedModel, Params, add_branches, open_model, reads_small
 from moecc.plan.report import plan_text
 from moecc.plan.search import seconds_text
 from moecc.plan.sweeps import sweep_of, sweep_text

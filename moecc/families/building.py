@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, Problem
-from moecc.families.config import ModelConfig
+from moecc.families.config import FAMILY, ModelConfig
 from moecc.families.graphs.parameters import DtypeOf, GraphRequest
 from moecc.families.heads import ModelHead
 from moecc.families.reader import TOKEN_KEYS
-from moecc.families.st_moe import GraphConfig, StMoeConfig
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
@@ -18,11 +18,12 @@ from moecc.support.process import gc_paused
 from moecc.types import Size
 from moecc.weights.expr import Expr
 
+if TYPE_CHECKING:
+    from moecc.families.st_moe import GraphConfig
+
 # The general layout of st_moe: any graph as a checkpoint, its lines in config.json.
 #
 # The tensors are the graph's parameters, by name, with their axes in the order of the graph.
-
-FAMILY = GraphConfig.model_type
 
 
 def storing_problems(graph: Graph) -> list[Problem]:
@@ -37,6 +38,8 @@ def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
     """Return the config that stores `graph`, or the reasons why it cannot be stored."""
     if problems := storing_problems(graph):
         return problems
+    from moecc.families.st_moe import GraphConfig
+
     bare = clone(graph)
     for value in bare.params.values():
         value.weight = None
@@ -108,7 +111,7 @@ def build_model(
         raise InputError(
             f"{config.kind} takes no mask", where=config.model_type, hint=config.mask_hint
         )
-    if isinstance(config, StMoeConfig):
+    if config.stacks_experts:
         layout = "stacked"
     request = GraphRequest(dtype_of, checkpoint, layout, padding, batch, seq, decoder_seq, head)
     build = type(config).builder or import_module(f"moecc.families.graphs.{config.graphs}").build

@@ -30,6 +30,8 @@ from moecc.support.untyped import Json, JsonDict
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
 
+FAMILY = "st_moe"
+"""The family that can store any graph; see `moecc.families.st_moe`."""
 
 FUSED_ROUTER = "mlp.gate.weight"
 FUSED_GATE_UP = "mlp.experts.gate_up_proj"
@@ -425,6 +427,8 @@ class ModelConfig:
     # Whether its graph may have a mask of padding, and a word for those who ask in vain.
     takes_mask: ClassVar[bool] = False
     mask_hint: ClassVar[str | None] = None
+    # Whether files have the experts of a matrix as one tensor, and never one by one.
+    stacks_experts: ClassVar[bool] = False
 
     vocab_size: int = size(VOCABULARY, default=0)
     dtype: str | None = None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from moecc.errors import InputError, UsageError, described
 from moecc.families.config import ModelConfig
@@ -16,16 +16,29 @@ from moecc.families.mixture import MoeConfig
 from moecc.families.reader import one_of, shown
 from moecc.families.wrappers import TEXT, TOWERS, text_config, tower_config, wrapper_of
 
+Config = TypeVar("Config", bound=ModelConfig)
+
 
 class Families(UserDict[str, type[ModelConfig]]):
     """The config classes by `model_type`; the module of one is imported when it is asked for.
 
     Args:
-      classes: their names after those of their modules, beside this one.
+      dense: the decoder-only families without experts: the names of their classes after those of
+        their modules, beside this one.
+      mixtures: those with experts, likewise.
+      others: all others, likewise.
     """
 
-    def __init__(self, classes: Mapping[str, str]) -> None:
-        super().__init__(cast("dict[str, type[ModelConfig]]", dict(classes)))
+    def __init__(
+        self, *, dense: Mapping[str, str], mixtures: Mapping[str, str], others: Mapping[str, str]
+    ) -> None:
+        classes = {**dense, **mixtures, **others}
+        super().__init__(cast("dict[str, type[ModelConfig]]", classes))
+        self.kinds: Mapping[str, type[ModelConfig]] = {
+            **dict.fromkeys(dense, DecoderConfig),
+            **dict.fromkeys(mixtures, MoeConfig),
+            **dict.fromkeys(others, ModelConfig),
+        }
 
     def __getitem__(self, name: str) -> type[ModelConfig]:
         """Return the class of a family. Raises KeyError if there is none."""
@@ -37,10 +50,15 @@ class Families(UserDict[str, type[ModelConfig]]):
             )
         return cast("type[ModelConfig]", config)
 
+    def of_kind(self, kind: type[Config]) -> dict[str, type[Config]]:
+        """Return the families of a kind, DecoderConfig or MoeConfig; others are not imported."""
+        names = [n for n in self if issubclass(self.kinds.get(n) or self[n], kind)]
+        return {name: cast("type[Config]", self[name]) for name in names}
+
 
 # Of families that run in as many engines, `--to auto` takes the first.
 CONFIGS = Families(
-    {
+    dense={
         "llama": "llama.LlamaConfig",
         "mistral": "llama.MistralConfig",
         "qwen2": "qwen.Qwen2Config",
@@ -73,6 +91,8 @@ CONFIGS = Families(
         "gptj": "gptj.GptJConfig",
         "falcon": "falcon.FalconConfig",
         "lfm2": "lfm2.Lfm2Config",
+    },
+    mixtures={
         "mixtral": "llama.MixtralConfig",
         "qwen2_moe": "qwen.Qwen2MoeConfig",
         "qwen3_moe": "qwen.Qwen3MoeConfig",
@@ -84,6 +104,8 @@ CONFIGS = Families(
         "gpt_oss": "gpt_oss.GptOssConfig",
         "phimoe": "phi.PhimoeConfig",
         "lfm2_moe": "lfm2.Lfm2MoeConfig",
+    },
+    others={
         "gpt2": "gpt.Gpt2Config",
         "gpt_neox": "gpt.GptNeoXConfig",
         "opt": "gpt.OptConfig",
@@ -118,19 +140,19 @@ CONFIGS = Families(
         "marian": "bart.MarianConfig",
         "m2m_100": "bart.M2M100Config",
         "st_moe": "st_moe.StMoeConfig",
-    }
+    },
 )
 """The families that moecc reads and writes, by `model_type`; others may be added."""
 
 
 def decoders() -> dict[str, type[DecoderConfig]]:
     """Return the decoder-only families."""
-    return {name: c for name, c in CONFIGS.items() if issubclass(c, DecoderConfig)}
+    return CONFIGS.of_kind(DecoderConfig)
 
 
 def mixtures() -> dict[str, type[MoeConfig]]:
     """Return the decoder-only families with experts."""
-    return {name: c for name, c in CONFIGS.items() if issubclass(c, MoeConfig)}
+    return CONFIGS.of_kind(MoeConfig)
 
 
 ORIGINS: dict[str, str] = {}

@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moecc.families.config import ModelConfig, choice, config_class, number, size
+from moecc.families.config import FAMILY, ModelConfig, choice, config_class, number, size
 from moecc.families.encdec import ENCDEC_DEFAULTS, STACKS, EncDecConfig, Experts
 from moecc.families.reader import COUNT, TOKEN_KEYS, VOCABULARY, KeyProblem, Reader, key_problem
 from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
     from moecc.ir.conventions import Gates
-
-FAMILY = "st_moe"
 
 
 @config_class
@@ -32,6 +30,7 @@ class StMoeConfig(EncDecConfig):
 
     model_type = FAMILY
     architecture = "StMoeForConditionalGeneration"
+    stacks_experts = True
     keys = {"experts_per_token": "num_experts_per_tok"}
     names = replace(EncDecConfig.names, dense="mlp.")
     defaults = {

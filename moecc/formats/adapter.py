@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 from math import isfinite, nan, sqrt
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moecc.errors import Problem, nearest
-from moecc.formats.expert_adapter import ExpertDelta, find_parameter
 from moecc.formats.files import identify, read_json_object, require_unchanged
 from moecc.formats.folder import SafetensorsFolder
 from moecc.formats.modelcard import CardEntries, hub_repository, read_card
@@ -24,6 +23,9 @@ from moecc.support.text import amount
 from moecc.support.untyped import Json
 from moecc.types import Array, Shape
 from moecc.weights.arithmetic import BASE, branch_and_name, name_in
+
+if TYPE_CHECKING:
+    from moecc.formats.expert_adapter import ExpertDelta
 
 # Regular expressions of strangers, matched in time that is linear in the text.
 #
@@ -334,11 +336,11 @@ class AdaptedCheckpoint(DerivedCheckpoint):
         delta = self._deltas.get(name)
         if delta is None:
             return weight
-        if isinstance(delta, ExpertDelta):
-            added = delta.rows(self._stored.read, start, start + len(weight))
-        else:
+        if isinstance(delta, _Delta):
             first, second = self._matrices(delta, start, stop)
             added = second @ first
+        else:
+            added = delta.rows(self._stored.read, start, start + len(weight))
         added = added * np.float32(delta.scale)
         merged: Array = (weight.astype(np.float32) + added).astype(dtype)
         return merged
@@ -526,6 +528,8 @@ class _AdapterReading:
     def _add_experts(self, module: str, tensor: str, first: str, second: str) -> None:
         """Add an adapter of a parameter of experts, which may be many tensors on disk."""
         shapes = self.tensors[first].shape, self.tensors[second].shape
+        from moecc.formats.expert_adapter import ExpertDelta, find_parameter
+
         family = self.base.config.get("model_type")
         parameter = find_parameter(self.base.tensors, family, module, *shapes)
         if parameter is None:

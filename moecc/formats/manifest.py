@@ -29,7 +29,6 @@ from moecc.formats.files import (
     read_bounded,
     read_into,
 )
-from moecc.formats.gguf.header import read_gguf_header
 from moecc.formats.gguf.storage import BY_NAME, SUFFIX
 from moecc.formats.modelcard import CARD_NAME
 from moecc.formats.safetensors import SHARD_SUFFIX, Header, read_header
@@ -290,6 +289,8 @@ def _header(path: Path) -> Header:
     """Return the header of a safetensors or GGUF file, with the names and types in it."""
     if path.suffix != SUFFIX:
         return read_header(path)
+    from moecc.formats.gguf.header import read_gguf_header
+
     header = read_gguf_header(path)
     tensors = {
         name: TensorInfo(

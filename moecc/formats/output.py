@@ -33,6 +33,7 @@ from moecc.formats.files import (
 )
 from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.manifest import MANIFEST_NAME, manifest_beside, read_manifest, weight_file_record
+from moecc.formats.safetensors import ConversionPart
 from moecc.formats.writer import COMMIT_NAME, JOURNAL_NAME, has_journal
 from moecc.support.problems import Problems
 
@@ -61,6 +62,11 @@ def parts_of(output: Path) -> Path:
     """Return the folder of the parts of `output`, see `moecc.formats.parts`."""
     path = Path(os.path.realpath(output))
     return path.parent / f".{path.name}.moecc-parts"
+
+
+def part_folder(out: Path, part: ConversionPart) -> Path:
+    """Return the folder of a part of an output."""
+    return parts_of(out) / f"{part.number:05d}-of-{part.count:05d}"
 
 
 @contextmanager

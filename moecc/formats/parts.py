@@ -19,7 +19,7 @@ from pathlib import Path
 from moecc.errors import InputError, Problem, UsageError
 from moecc.formats.files import disk, os_errors, write_durable
 from moecc.formats.manifest import FileName, FileRecord, read_sealed, seal
-from moecc.formats.output import WAIT, is_locked, partial_of, parts_of
+from moecc.formats.output import WAIT, is_locked, part_folder, partial_of, parts_of
 from moecc.formats.safetensors import ConversionPart, Shard
 from moecc.formats.writer import JOURNAL_NAME, Done, Facts, read_journal
 from moecc.support.problems import Problems
@@ -58,11 +58,6 @@ def parse_part(text: str) -> ConversionPart:
             expected="K/N with K from 1 to N, for example 3/8", found=text,
         )  # fmt: skip
     return part
-
-
-def part_folder(out: Path, part: ConversionPart) -> Path:
-    """Return the folder of a part of an output."""
-    return parts_of(out) / f"{part.number:05d}-of-{part.count:05d}"
 
 
 def write_record(folder: Path, source_files: Mapping[str, FileRecord]) -> None:

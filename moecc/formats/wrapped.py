@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from moecc.errors import InputError
+from moecc.families.config import FAMILY
 from moecc.families.registry import parse_config
-from moecc.families.st_moe import FAMILY as ST_MOE
 from moecc.families.wrappers import Wrapper, file_name, put_back, text_config, text_names
 from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo
 from moecc.support.text import amount
@@ -58,7 +58,7 @@ class WrappedText(DerivedCheckpoint):
     def holder_of(self, family: str) -> Wrapper | None:
         """Return the wrapper if it can hold a text model of a family, else None."""
         stays = family == self.config["model_type"]
-        return self.wrapper if stays or (self.wrapper.holds_any and family != ST_MOE) else None
+        return self.wrapper if stays or (self.wrapper.holds_any and family != FAMILY) else None
 
     def stored_name(self, name: str) -> str:
         """Return the name in the wrapper's file of a tensor of the text model."""

@@ -25,8 +25,9 @@ from moecc.jobs.command import (
     Report,
     SequenceLength,
     Spelling,
+    is_conversion_file,
 )
-from moecc.jobs.conversion_file import is_conversion_file, read_conversion_file
+from moecc.jobs.conversion_file import read_conversion_file
 from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
 from moecc.model.initialise import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
 from moecc.model.open import OpenedModel, open_model

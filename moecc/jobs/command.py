@@ -329,3 +329,11 @@ def read_failing(
         pipeline, seed = stated.pipeline, stated.seed
     passes = read_pipeline(pipeline, load)  # First: a file may define operations of the graph.
     return read_graph(file), passes, seed
+
+
+CONVERSION_SUFFIXES = (".toml", ".yaml", ".yml")
+
+
+def is_conversion_file(source: str) -> bool:
+    """Return whether a source is a file that describes a conversion."""
+    return Path(source).suffix.lower() in CONVERSION_SUFFIXES and Path(source).is_file()

@@ -9,10 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.backend import EmittedProgram
 from moecc.errors import InputError, UsageError, described
+from moecc.families.config import FAMILY
 from moecc.families.describe import Description, describe
-from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.formats.gguf.storage import Storage
 from moecc.formats.source import Checkpoint
@@ -21,9 +20,7 @@ from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contracts
-from moecc.jobs.targets import AUTO, choose
-from moecc.model.initialise import reads_small
-from moecc.model.open import OpenedModel, function_name
+from moecc.model.open import OpenedModel, function_name, reads_small
 from moecc.prove.conversion import ConversionProof, prove_conversion
 from moecc.rewrite.passes import Context, Preserves, Statistics, weakest
 from moecc.rewrite.pipeline import Pipeline
@@ -51,8 +48,12 @@ from moecc.weights.arithmetic import branch_and_name, is_statistic
 from moecc.weights.expr import sources
 
 if TYPE_CHECKING:
+    from moecc.backend import EmittedProgram
     from moecc.translate.gguf import GgufExport
 
+
+AUTO = "auto"
+"""The target that stands for the family that `moecc.jobs.targets.choose` takes."""
 
 GGUF = "gguf:"
 """The prefix of the targets that are GGUF files."""
@@ -257,12 +258,12 @@ def plan(
       InputError: a pass cannot be applied to this model, or the target cannot express the result.
       CheckError: a pass broke its promise.
     """
-    if emit is not None and target not in (AUTO, GraphConfig.model_type):
+    if emit is not None and target not in (AUTO, FAMILY):
         raise UsageError(
-            f"a program is written for {GraphConfig.model_type}, not for {target}",
-            hint=f"--to {GraphConfig.model_type} --emit {emit}",
+            f"a program is written for {FAMILY}, not for {target}",
+            hint=f"--to {FAMILY} --emit {emit}",
         )
-    target = target if emit is None else GraphConfig.model_type
+    target = target if emit is None else FAMILY
     architecture = None
     if target.startswith(GGUF) or isinstance(dtype, Storage):
         from moecc.translate.gguf import architecture_of, check_type
@@ -297,14 +298,18 @@ def plan(
     remarks += [f"{name}: no pass reads this model" for name in unread]
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
+    exported = None
     if target == AUTO:
+        from moecc.jobs.targets import choose
+
         choice = choose(model.graph, wrapped_in(model.checkpoint))
         target, remarks = choice.target, [*remarks, choice.reason]
+        exported = choice.export
     storage = dtype if isinstance(dtype, Storage) else None
     if emit is not None:
         export: Export | GgufExport = export_emitted(model.graph, emit)
     elif architecture is None:
-        export, said = _put_back(export_graph(model.graph, target), model.checkpoint)
+        export, said = _put_back(exported or export_graph(model.graph, target), model.checkpoint)
         remarks += said
     else:
         from moecc.translate.gguf import export_gguf, quantising_remarks

@@ -15,7 +15,6 @@ from moecc.support.documents import KeyPath
 from moecc.support.extras import install_hint
 from moecc.support.record import Check, Positive, RecordReader, line_of, toml_reader
 
-SUFFIXES = (".toml", ".yaml", ".yml")
 LARGEST_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
@@ -47,11 +46,6 @@ class ConversionFile:
     padding_mask: bool = False
     max_shard_bytes: str = "5000000000"
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-def is_conversion_file(source: str) -> bool:
-    """Return whether a source is a file that describes a conversion."""
-    return Path(source).suffix.lower() in SUFFIXES and Path(source).is_file()
 
 
 def read_conversion_file(name: str) -> ConversionFile:

@@ -11,18 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moecc.errors import CheckError, Problem, UsageError, raise_problems
-from moecc.families.st_moe import GraphConfig
+from moecc.families.config import FAMILY
 from moecc.formats.adapter import files_of
 from moecc.formats.files import make_folder, read_whole, require_removed, write_durable
-from moecc.formats.gguf.header import Key
 from moecc.formats.gguf.storage import FILE_NAME, SUFFIX, Storage
 from moecc.formats.manifest import MANIFEST_NAME, hashed_beside
 from moecc.formats.modelcard import CARD_NAME, LISTS
-from moecc.formats.output import check_output, output_folder, parts_of
-from moecc.formats.parts import parse_part, part_folder, read_part, read_parts, write_record
+from moecc.formats.output import check_output, output_folder, part_folder, parts_of
 from moecc.formats.run import inputs_of
 from moecc.formats.safetensors import ConversionPart, Shard, shards_of
 from moecc.formats.store import is_address
@@ -50,13 +48,12 @@ from moecc.jobs.command import (
     Seed,
     SourceName,
     Spelling,
+    is_conversion_file,
     read_pipeline,
     say_weights,
 )
 from moecc.jobs.conversion import Plan
 from moecc.jobs.conversion import plan as plan
-from moecc.jobs.conversion_file import is_conversion_file, read_conversion_file
-from moecc.jobs.prove import check_proof_files
 from moecc.jobs.receipt import (
     RECEIPT_NAME,
     card,
@@ -64,7 +61,6 @@ from moecc.jobs.receipt import (
     receipt_of,
 )
 from moecc.jobs.receipt import conversion_facts as conversion_facts
-from moecc.model.initialise import add_statistics
 from moecc.model.open import MODULE_TYPE, add_branches, open_model, parse_branches
 from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.pipeline import Pipeline
@@ -76,6 +72,9 @@ from moecc.translate.export import EmittedExport
 from moecc.types import DType, count_bytes, float_type
 from moecc.version import __version__
 from moecc.weights.expr import sources
+
+if TYPE_CHECKING:
+    from moecc.formats.gguf.header import Key
 
 # Write a planned GGUF file: keys, tokenizer, tensors, and what stands beside it.
 
@@ -91,6 +90,7 @@ def is_file(planned: Plan, out: Path) -> bool:
 
 def gguf_keys(planned: Plan) -> list[Key]:
     """Return all keys of the file: of the model, its origin and its tokenizer."""
+    from moecc.formats.gguf.header import Key
     from moecc.formats.gguf.reader import CARD_KEYS
     from moecc.translate.gguf import GgufExport
 
@@ -190,7 +190,11 @@ def write(
     facts = conversion_facts(planned, options)
     if part is not None:
         make_folder(path.parent)
-    parts = read_parts(path, facts, planned_shards(planned, options)) if join else None
+    parts = None
+    if join:
+        from moecc.formats.parts import read_parts
+
+        parts = read_parts(path, facts, planned_shards(planned, options))
     completed: Mapping[str, Done] = {} if parts is None else parts.completed
 
     def can_resume(folder: Path) -> bool:
@@ -267,6 +271,8 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
             folder, tensors, checkpoint.read, options, metadata=_header_metadata(planned)
         )
     if options.part is not None:
+        from moecc.formats.parts import write_record
+
         write_record(folder, options.source_files())
         return written
     if not one_file:
@@ -481,6 +487,8 @@ def convert(
       moecc convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' --to mixtral
     """
     if is_conversion_file(source):
+        from moecc.jobs.conversion_file import read_conversion_file
+
         stated = read_conversion_file(source)
         if stated.prompts and capture is None:
             hint = f"moecc capture {source} --out captured, then --capture captured"
@@ -494,16 +502,24 @@ def convert(
         if max_shard_bytes == str(MAX_SHARD_BYTES):
             max_shard_bytes = stated.max_shard_bytes
     type = None if dtype is None else _output_type(dtype)
+    share = None
+    if part is not None:
+        from moecc.formats.parts import parse_part
+
+        share = parse_part(part)
     limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)
     options = WriteOptions(
         limit, allow_nonfinite, verify, threads=threads or available_cores(),
-        part=None if part is None else parse_part(part), is_join=join,
+        part=share, is_join=join,
     )  # fmt: skip
     _check_modes(options)
-    check_proof_files(proof, force=force)
-    if proof is not None and no_check:
-        raise UsageError("nothing is proved with --no-check", where="--proof",
-                         hint="leave out one of the two")  # fmt: skip
+    if proof is not None:
+        from moecc.jobs.prove import check_proof_files
+
+        check_proof_files(proof, force=force)
+        if no_check:
+            raise UsageError("nothing is proved with --no-check", where="--proof",
+                             hint="leave out one of the two")  # fmt: skip
     passes = read_pipeline(pipeline, load)
     if via is not None:
         rejected = {"to": to != "auto", "emit": emit, "experts": experts, "capture": capture,
@@ -527,16 +543,21 @@ def convert(
         open_model(
             source,
             padding=padding_mask or (None if emit is not None else False),
-            heads=emit is not None or to == GraphConfig.model_type,
+            heads=emit is not None or to == FAMILY,
         ) as model,
     ):
         add_branches(model, branches, allow_other_base=allow_other_base)
         say_weights(model, source)
         for text in model.warnings():
             warn(text)
+        statistics = None
+        if capture is not None:
+            from moecc.model.initialise import add_statistics
+
+            statistics = add_statistics(model, capture)
         planned = plan(
             model, passes, to, dtype=type, seed=seed, allow_unmatched=allow_unmatched, loaded=load,
-            check=not no_check, statistics=add_statistics(model, capture), emit=emit,
+            check=not no_check, statistics=statistics, emit=emit,
         )  # fmt: skip
         if planned.unread:
             raise UsageError(
@@ -590,6 +611,8 @@ def _has_part(planned: Plan, out: str, options: WriteOptions) -> bool:
     """
     if options.part is None or not (folder := part_folder(Path(out), options.part)).is_dir():
         return False
+    from moecc.formats.parts import read_part
+
     facts, shards = conversion_facts(planned, options), planned_shards(planned, options)
     read_part(folder, options.part, facts, shards)
     say(f"part {options.part} was complete")

@@ -48,8 +48,8 @@ def emit(
     Example:
       moecc emit torch smollm2-8x -o smollm2-8x-torch
     """
+    from moecc.families.config import FAMILY
     from moecc.families.outside import load_families
-    from moecc.families.st_moe import GraphConfig
     from moecc.jobs.convert import check_place, plan, plan_text, write
     from moecc.model.open import open_model
     from moecc.rewrite.pipeline import Pipeline
@@ -62,7 +62,7 @@ def emit(
     with signals_raised(), open_model(model, weights=weights, padding=None, heads=True) as opened:
         if language == "maxtext":
             return _emit_maxtext(opened, output, type, force=force)
-        target = GraphConfig.model_type
+        target = FAMILY
         planned = plan(opened, Pipeline(()), target, dtype=type, emit=language)
         check_place(planned, output, force=force)
         with Bar("writing") as bar:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
-from moecc.families.building import FAMILY
-from moecc.families.st_moe import GraphConfig
+from moecc.families.config import FAMILY
 from moecc.formats.adapter import branches_of, files_of
 from moecc.formats.files import identify, read_bounded
 from moecc.formats.gguf.storage import FILE_NAME
@@ -38,7 +37,6 @@ from moecc.formats.source import Checkpoint, GivenParams
 from moecc.formats.writer import JOURNAL_NAME, WriteOptions, WriteReport
 from moecc.jobs.checks import Contracts
 from moecc.jobs.conversion import Plan
-from moecc.jobs.targets import nearest_family
 from moecc.model.open import MODEL_TYPE, MODULE_TYPE
 from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.passes import Preserves
@@ -177,7 +175,7 @@ def _engines(stated: Json) -> str:
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
     if not rows:
         target = stated.get("target")
-        is_unjudged = target in (None, GraphConfig.model_type, MODEL_TYPE, MODULE_TYPE)
+        is_unjudged = target in (None, FAMILY, MODEL_TYPE, MODULE_TYPE)
         return (
             "moecc" if is_unjudged else f"what runs a dense {target}; mixtures alone were looked at"
         )
@@ -401,6 +399,8 @@ def _serving(planned: Plan) -> str:
     """Return that no engine serves st_moe by itself, and which change would let one."""
     if planned.target != FAMILY or planned.program is not None:
         return ""
+    from moecc.jobs.targets import nearest_family
+
     near = nearest_family(planned.graph)
     change = (
         f" The nearest family that engines read is {near.target}; to be one, this would have to "

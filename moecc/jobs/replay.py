@@ -15,8 +15,7 @@ from moecc.ir.text import parse
 from moecc.jobs.checks import check_pipeline
 from moecc.jobs.command import Load, Report, Spelling
 from moecc.jobs.failures import ComparisonTest
-from moecc.model.initialise import reads_small
-from moecc.model.open import registry_with
+from moecc.model.open import reads_small, registry_with
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import Replay, check_loaded, read_reproducer, run_pipeline

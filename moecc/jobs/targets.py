@@ -7,16 +7,16 @@ so that what is said to fit is what ``convert`` writes.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moecc.errors import InputError, Problem
-from moecc.families.building import FAMILY, build_model, storing_problems
-from moecc.families.config import ModelConfig
+from moecc.families.building import build_model, storing_problems
+from moecc.families.config import FAMILY, ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers, layer_number
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import CONFIGS
-from moecc.families.t5 import SwitchTransformersConfig
+from moecc.families.registry import CONFIGS, decoders
+from moecc.families.registry import mixtures as decoder_mixtures
 from moecc.formats.wrapped import WrappedText
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -25,7 +25,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pass
 from moecc.support.untyped import JsonDict
 from moecc.translate.engines import EngineVerdict, verdicts
-from moecc.translate.export import export_graph
+from moecc.translate.export import Export, export_graph
 from moecc.translate.propose import source_config
 
 MANY_LAYERS = 64
@@ -35,9 +35,6 @@ ALIKE_LAYERS = 2
 """The same where all of its layers are alike: a first one, and one that follows another."""
 
 _TRIAL = Context(allow_unmatched=True, promises=False)
-
-AUTO = "auto"
-"""The target that stands for the one that `choose` takes."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,14 @@ class Fit:
       passes: what was done to a dense model first; empty if nothing was.
       reasons: why it cannot; empty if it can.
       engines: the verdicts of the engines on the result.
+      export: the result; None if the family cannot hold the model, or is st_moe.
     """
 
     target: str
     passes: str
     reasons: tuple[Problem, ...] = ()
     engines: tuple[EngineVerdict, ...] = ()
+    export: Export | None = field(default=None, compare=False, repr=False)
 
     @property
     def fits(self) -> bool:
@@ -127,11 +126,12 @@ def _shallow(graph: Graph) -> Graph:
 def mixtures(graph: Graph) -> list[str]:
     """Return the families of experts with the shape of the graph's source, st_moe last."""
     source = _source_of(graph)
-    if source is None:
-        return [*(n for n, family in CONFIGS.items() if issubclass(family, MoeConfig)), FAMILY]
-    kinds = (MoeConfig, SwitchTransformersConfig)
-    same = (n for n, f in CONFIGS.items() if issubclass(f, kinds) and f.shape() is source.shape())
-    return [*same, FAMILY]
+    if source is None or isinstance(source, DecoderConfig):
+        return [*decoder_mixtures(), FAMILY]
+    from moecc.families.t5 import SwitchTransformersConfig
+
+    switch = SwitchTransformersConfig
+    return [*([switch.model_type] if switch.shape() is source.shape() else []), FAMILY]
 
 
 def _passes_for(target: str) -> str:
@@ -170,15 +170,16 @@ def _fit(
     except InputError as error:
         return Fit(target, passes, error.problems)
     wrapper = wrapped.holder_of(target) if wrapped is not None else None
-    return Fit(target, passes, (), verdicts(export.config, wrapper))
+    return Fit(target, passes, (), verdicts(export.config, wrapper), export)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The family that was chosen for a model, and why."""
+    """The family that was chosen for a model, why, and the model as one of it if that was tried."""
 
     target: str
     reason: str
+    export: Export | None = None
 
 
 def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
@@ -208,16 +209,26 @@ def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
         reason += f", which runs in {', '.join(v.engine for v in best.engines if v.runs)}"
     if others:
         reason += f"; {', '.join(others)} could hold it, too"
-    return Choice(best.target, reason)
+    return Choice(best.target, reason, best.export)
 
 
 def _fitting(graph: Graph, wrapped: WrappedText | None) -> list[Fit]:
     """Return the families that can hold `graph` as it is, its own first; st_moe is not one."""
-    family = str(graph.attrs.get("family", ""))
-    names = (
-        [family, *(name for name in CONFIGS if name != family)] if family in CONFIGS else [*CONFIGS]
-    )
-    candidates = (_fit(graph, name, "", wrapped=wrapped) for name in names if name != FAMILY)
+    source = _source_of(graph)
+    if source is None:
+        return []
+    # Families of another shape, and dense ones of a mixture, could not hold the graph.
+    if not isinstance(source, DecoderConfig):
+        names = [
+            n for n in CONFIGS if not issubclass(CONFIGS.kinds.get(n, ModelConfig), DecoderConfig)
+        ]
+    elif expert_layers(graph):
+        names = [*decoder_mixtures()]
+    else:
+        names = [n for n, family in decoders().items() if not issubclass(family, MoeConfig)]
+    family = graph.attrs.get("family")
+    names.sort(key=lambda name: name != family)
+    candidates = (_fit(graph, name, "", source, wrapped) for name in names if name != FAMILY)
     return [fit for fit in candidates if fit.fits]
 
 
@@ -225,7 +236,8 @@ def nearest_family(graph: Graph) -> Fit | None:
     """Return the family that the fewest reasons keep from holding `graph`; None if one can."""
     if not expert_layers(graph):
         return None
-    tried = [_fit(graph, name, "") for name in mixtures(graph) if name != FAMILY]
+    source = _source_of(graph)
+    tried = [_fit(graph, name, "", source) for name in mixtures(graph) if name != FAMILY]
     if any(fit.fits for fit in tried):
         return None
     return min(tried, key=lambda fit: len(fit.reasons), default=None)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, isfinite, prod, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.numpy import save
 
@@ -30,10 +30,6 @@ from moecc.types import F32, Array, Doubles, DType, TensorType
 from moecc.weights.arithmetic import STATISTICS, Cast
 from moecc.weights.draws import Normal, derive_key
 from moecc.weights.expr import Expr, Full, sources
-
-if TYPE_CHECKING:
-    from moecc.rewrite.passes import ReadWeight
-
 
 # A folder of statistics: tensors in one safetensors file, and of what they are.
 #
@@ -311,23 +307,6 @@ def _fan_in(node: Node, value: Value) -> int:
             hint="give it a weight expression of its own, or draw weights before this pass",
         )  # fmt: skip
     return max(prod(s for s in (value.type[n].size for n in names) if isinstance(s, int)), 1)
-
-
-# Read the small weights on which promises of passes depend, such as the scales of norms.
-
-MAX_READ_ELEMENTS = 1 << 20
-"""The largest parameter that is read while a conversion is planned: the vector of a norm."""
-
-
-def reads_small(checkpoint: Checkpoint) -> ReadWeight:
-    """Return what reads small parameters of `checkpoint`; for large ones it returns None."""
-    from moecc.weights.evaluate import evaluate
-
-    def read(weight: Expr) -> Array | None:
-        small = prod(weight.type.shape) <= MAX_READ_ELEMENTS
-        return evaluate(weight, checkpoint.read) if small else None
-
-    return read
 
 
 # Routers in the type of the run, for comparison with what ST-MoE §3.3 found unstable.

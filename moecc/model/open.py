@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, MoeccError, Problem, UnknownName, UsageError, nearest
 from moecc.families import build
@@ -36,6 +37,10 @@ from moecc.support.text import brief, count_text, facts_table
 from moecc.types import DTYPES, F32, Array, DType
 from moecc.weights.arithmetic import BASE, STATISTICS, is_statistic
 from moecc.weights.expr import sources
+
+if TYPE_CHECKING:
+    from moecc.rewrite.passes import ReadWeight
+    from moecc.weights.expr import Expr
 
 # The folder of a converted function of JAX: its graph reads the arrays beside it.
 
@@ -503,6 +508,23 @@ def _tokens(checkpoint: Checkpoint) -> dict[str, int] | None:
         return dict((*pairs, *added))
     except (ValueError, KeyError, TypeError, IndexError, OSError):
         return None
+
+
+# Read the small weights on which promises of passes depend, such as the scales of norms.
+
+MAX_READ_ELEMENTS = 1 << 20
+"""The largest parameter that is read while a conversion is planned: the vector of a norm."""
+
+
+def reads_small(checkpoint: Checkpoint) -> ReadWeight:
+    """Return what reads small parameters of `checkpoint`; for large ones it returns None."""
+    from moecc.weights.evaluate import evaluate
+
+    def read(weight: Expr) -> Array | None:
+        small = prod(weight.type.shape) <= MAX_READ_ELEMENTS
+        return evaluate(weight, checkpoint.read) if small else None
+
+    return read
 
 
 # Passes and families of a user's own files, beside those that are installed.

@@ -11,7 +11,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 
-from moecc.backend import Arrays, MeshBackend, get_backend
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.interpreter import ReferenceProgram
@@ -24,7 +23,7 @@ from moecc.support.lazy import np
 from moecc.support.untyped import Json, JsonDict
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
 from moecc.testing.weights import generator, stored_weight
-from moecc.types import Array, Extent
+from moecc.types import Array, Arrays, Extent
 
 # Running a graph in the reference interpreter, and how far apart arrays may be.
 #
@@ -68,6 +67,8 @@ def run_reference(
     Raises:
       InputError: the arrays do not fit the graph.
     """
+    from moecc.backend import get_backend
+
     params = params_for(graph, seed) if params is None else params
     inputs = inputs_for(graph, seed) if inputs is None else inputs
     return get_backend("reference").compile(graph).run(params, inputs)
@@ -328,6 +329,8 @@ def device_gaps(trial: Trial) -> list[str]:
     if mesh is None or mesh.devices > MAX_DEVICES or is_open:
         return []
     params, inputs = trial.data(before)
+    from moecc.backend import MeshBackend, get_backend
+
     backend = get_backend("reference")
     assert isinstance(backend, MeshBackend)
     try:

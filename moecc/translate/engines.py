@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
-from moecc.families.gpt_oss import GptOssConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.wrappers import Wrapper
 from moecc.formats.gguf.config import misfits
@@ -53,8 +52,11 @@ def _several_choices(config: DecoderConfig) -> bool:
 
 
 def _released_swiglu(config: DecoderConfig) -> bool:
-    if not isinstance(config, GptOssConfig):
+    if config.model_type != "gpt_oss":
         return True
+    from moecc.families.gpt_oss import GptOssConfig
+
+    assert isinstance(config, GptOssConfig)
     return (config.swiglu_alpha, config.swiglu_limit) == (1.702, 7.0)
 
 

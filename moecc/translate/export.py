@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from moecc.backend import EmittedProgram, emit_program
 from moecc.errors import InputError, Problem
 from moecc.families.building import build_model, graph_tensors
-from moecc.families.config import ModelConfig
-from moecc.families.st_moe import GraphConfig
+from moecc.families.config import FAMILY, ModelConfig
 from moecc.formats.wrapped import WrappedText
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
@@ -23,6 +22,9 @@ from moecc.types import Extent, Size, TensorType
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Concat, Index, Merge, Permute, Rename, Slice, Split, Stack, Tile
 from moecc.weights.simplify import simplify
+
+if TYPE_CHECKING:
+    from moecc.backend import EmittedProgram
 
 # Invert a family's weight expressions: from a parameter to the tensors it is read from.
 #
@@ -389,11 +391,13 @@ def export_emitted(graph: Graph, language: str) -> EmittedExport:
     """
     flat = unrolled(graph)
     flat = clone(flat) if flat is graph else flat
+    from moecc.backend import emit_program
+
     program = emit_program(flat, language)
     rename_params(flat, program.params)
-    config = propose(flat, GraphConfig.model_type)
-    if not isinstance(config, GraphConfig):
-        raise InputError(config if isinstance(config, list) else "not in the general layout")
+    config = propose(flat, FAMILY)
+    if isinstance(config, list):
+        raise InputError(config)
     return EmittedExport(config, list(graph_tensors(flat).items()), program)
 
 
@@ -427,7 +431,7 @@ def export_graph(
     config = propose(graph, target, source)
     if not isinstance(config, ModelConfig):
         raise InputError(config)
-    if isinstance(config, GraphConfig):
+    if target == FAMILY:
         return Export(config, list(graph_tensors(graph).items()))
     batch, seq, decoder_seq = _token_sizes(graph)
     wanted = build_model(

@@ -12,7 +12,6 @@ from moecc.families.config import FUSED_GATE_UP, ModelConfig
 from moecc.families.heads import head_modules, stated_head
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, parse_config
-from moecc.families.st_moe import StMoeConfig
 from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.support.text import capped, ranges
@@ -224,7 +223,7 @@ def _repeated(config: ModelConfig) -> list[str]:
 
 
 def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
-    if isinstance(config, StMoeConfig):
+    if config.stacks_experts:
         return "stacked"
     if not isinstance(config, MoeConfig):
         return "experts"

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError, Problem, UsageError, nearest
-from moecc.families.bart import BartConfig
-from moecc.families.building import FAMILY, graph_config
-from moecc.families.config import ModelConfig
+from moecc.families.building import graph_config
+from moecc.families.config import FAMILY, ModelConfig
 from moecc.families.decoder import DecoderConfig
-from moecc.families.encdec import STACKS, EncDecConfig
 from moecc.families.experts import ExpertLayer, expert_layers, layer_number
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders, mixtures, parse_config
-from moecc.families.t5 import UNBOUNDED, SwitchTransformersConfig, spread_layers
 from moecc.ir.graph import Graph
 from moecc.support.text import both, either, ranges, with_article
 from moecc.support.untyped import JsonDict
+
+if TYPE_CHECKING:
+    from moecc.families.encdec import EncDecConfig
 
 # Mixtures of transformers that no dense family can become, why, and what is nearest.
 
@@ -62,9 +62,9 @@ Stacks = Mapping[str, Mapping[int, ExpertLayer]]
 """The expert layers of each stack, by number."""
 
 
-def in_stacks(layers: list[ExpertLayer]) -> Stacks | list[Problem]:
+def in_stacks(layers: list[ExpertLayer], names: Iterable[str]) -> Stacks | list[Problem]:
     """Return the expert layers by stack and number, or the problems of their locations."""
-    stacks: dict[str, dict[int, ExpertLayer]] = {stack: {} for stack in STACKS}
+    stacks: dict[str, dict[int, ExpertLayer]] = {stack: {} for stack in names}
     problems = []
     for layer in layers:
         match = _PLACE.match(layer.loc)
@@ -79,13 +79,15 @@ def in_stacks(layers: list[ExpertLayer]) -> Stacks | list[Problem]:
 
 
 def _switch_fields(source: EncDecConfig, stacks: Stacks) -> dict[str, object]:
+    from moecc.families.t5 import UNBOUNDED, SwitchTransformersConfig
+
     layers = [layer for stack in stacks.values() for layer in stack.values()]
     layer = layers[0] if layers else ExpertLayer("", 1, 1)
     fields: dict[str, object] = {
         "num_experts": layer.experts,
         "expert_capacity": layer.sequence_capacity or UNBOUNDED,
     }
-    for stack in STACKS:
+    for stack in source.stacks:
         count = _sparse_count(source, stack, stacks[stack])
         fields[f"num_sparse_{stack}_layers"] = 1 if count is None else count
     if isinstance(source, SwitchTransformersConfig):
@@ -99,6 +101,8 @@ def _sparse_count(
     source: EncDecConfig, stack: str, layers: Mapping[int, ExpertLayer]
 ) -> int | None:
     """Return the number of sparse layers for which transformers selects exactly these."""
+    from moecc.families.t5 import SwitchTransformersConfig, spread_layers
+
     depth = source.layers(stack)
     sparse = tuple(n in layers for n in range(depth))
     if isinstance(source, SwitchTransformersConfig) and source.sparse_layers(stack) == sparse:
@@ -125,7 +129,7 @@ def _switch_reasons(source: EncDecConfig, stacks: Stacks) -> Iterator[Problem]:
     for kind, loc in kinds.items():
         for reason in _layer_reasons(kind, source.intermediate_size):
             yield replace(reason, where=loc)
-    for stack in STACKS:
+    for stack in source.stacks:
         if _sparse_count(source, stack, stacks[stack]) is None:
             fault = f"switch_transformers spreads the sparse layers of the {stack} evenly"
             expected = "all, or every n-th from layer 1 on: upcycle{layers=every:2}"
@@ -208,12 +212,16 @@ def propose(
         fault = f"{target} is {CONFIGS[target].kind}, and {source.model_type} {source.kind}"
         return [Problem(fault, hint=f"{FAMILY} can express any model")]
     width = None if experts else _dense_width(graph)
-    if isinstance(source, EncDecConfig):
-        return _propose_encdec(source, experts, target, width)
     if not isinstance(source, DecoderConfig):
+        from moecc.families.encdec import EncDecConfig
+
+        if isinstance(source, EncDecConfig):
+            return _propose_encdec(source, experts, target, width)
         if experts:
             fault = f"{target} has no mixture of experts"
             return [Problem(fault, found=f"{len(experts)} expert layers", hint=hint)]
+        from moecc.families.bart import BartConfig
+
         if isinstance(source, BartConfig) and "logits" in graph.outputs:
             # The config does not say whether its file had the vector: the graph does.
             node = graph.outputs["logits"].node
@@ -244,9 +252,12 @@ def _dense_width(graph: Graph) -> int | None:
 def _propose_encdec(
     source: EncDecConfig, experts: list[ExpertLayer], target: str, width: int | None
 ) -> ModelConfig | list[Problem]:
+    from moecc.families.encdec import EncDecConfig
+    from moecc.families.t5 import SwitchTransformersConfig
+
     family = CONFIGS[target]
     assert issubclass(family, EncDecConfig), "the shapes have been compared"
-    stacks = in_stacks(experts)
+    stacks = in_stacks(experts, source.stacks)
     if isinstance(stacks, list):
         return stacks
     fields, reasons = source.common(), []
@@ -286,7 +297,7 @@ def propose_config(
         return proposal
     able = [
         name
-        for name in decoders()
+        for name in (mixtures() if layers else decoders())  # dense families hold no experts
         if name != target and isinstance(_try(source, layers, name, width, 1), DecoderConfig)
     ]
     if able:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.slots import SlotsOp, operands_by_word
-from moecc.ir.routing_losses import Routed, Scores
 from moecc.ir.structure import replace_value
 from moecc.ir.traits import RowMove
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.rewrite.pattern import NearMiss, P, Pattern, fits
 from moecc.types import PRED, TensorType
+
+if TYPE_CHECKING:
+    from moecc.ir.routing_losses import Routed, Scores
 
 # The anatomy of a routed layer: router, scorer, slots, dispatch, experts, combine.  The scorer
 # reads the router's logits, behind noise or the cut into prototypes; slots are given to what it
@@ -145,11 +147,15 @@ class RoutedLayer:
 
     def routed(self) -> Routed:
         """Return the routing as losses and metrics read it."""
+        from moecc.ir.routing_losses import Routed
+
         return Routed(self.experts, self.gates, self.slots, self._scores())
 
     def _scores(self) -> Scores | None:
         if self.scorer is None:
             return None
+        from moecc.ir.routing_losses import Scores
+
         logits = self.scorer.operands[0]
         chosen = self.scorer.results[0] if self.scorer.op.chooses else None
         return Scores(logits, chosen, *_clean(logits))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from moecc.errors import MachineError
-from moecc.support.extras import install_hint
 from moecc.support.lazy import np
 from moecc.types import BF16, F16, F32, Array, DType
 
@@ -162,6 +161,8 @@ def _package(storage: Storage) -> tuple[Any, Any]:
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError as error:
+        from moecc.support.extras import install_hint
+
         raise MachineError(
             f"weights in blocks ({storage.name}) need a package that is missing",
             found=str(error),

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from moecc.errors import InputError, Problem
 from moecc.ir.arrays import Array
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.interpreter import run_body
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.operand import Attrs, Operand
 from moecc.ir.operation import AxisName, AxisSizes, Body, Int, Op, OpDef, Word, Words, operation
@@ -210,6 +209,8 @@ class ScanOp(Op):
 
     def meaning(self, *operands: Array) -> tuple[Array, ...]:
         """Run the body once for each position; rematerialisation has no effect here."""
+        from moecc.ir.interpreter import run_body
+
         axis, runs = repetitions(self.attrs)
         carries, end = self.carries, self.carries + self.stacked
         carried, collected = operands[:carries], []
