@@ -53,14 +53,18 @@ LONGER = 1.75
 quickest, 1.54 to 1.90 in six settings, 1.71 in the median, on two cores that others used, too."""
 DENSE, SPARSE = "dense", "sparse"
 _UPCYCLE = "model.pipeline='upcycle{{experts={} top-k=2 granularity={} router-init={}}}'"
+_ROUTER = "logit-std router-std=1"
 ARMS = {
-    SPARSE: (_UPCYCLE.format(16, 2, "logit-std router-std=1"),),
+    SPARSE: (_UPCYCLE.format(16, 2, _ROUTER),),
     "logits of 0.11": (_UPCYCLE.format(16, 2, "normal router-std=0.02"),),
     "logits of 2.4": (_UPCYCLE.format(16, 2, "logit-std router-std=2.4"),),
-    "moments carried": (_UPCYCLE.format(16, 2, "logit-std router-std=1"), "model.moments=carry"),
-    "no balance loss": (_UPCYCLE.format(16, 2, "logit-std router-std=1"), "routing.balance=0.0"),
-    "distilled": (_UPCYCLE.format(16, 2, "logit-std router-std=1"), "loss.distill=0.5"),
-    "whole experts": (_UPCYCLE.format(8, 1, "logit-std router-std=1"),),
+    "moments carried": (_UPCYCLE.format(16, 2, _ROUTER), "model.moments=carry"),
+    "no warm-up": (_UPCYCLE.format(16, 2, _ROUTER), "optimizer.warmup=0"),
+    "half redrawn": (_UPCYCLE.format(16, 2, f"{_ROUTER} init=drop drop-ratio=0.5"),),
+    "noise on copies": (_UPCYCLE.format(16, 2, f"{_ROUTER} init=noise noise-std=0.02"),),
+    "no balance loss": (_UPCYCLE.format(16, 2, _ROUTER), "routing.balance=0.0"),
+    "distilled": (_UPCYCLE.format(16, 2, _ROUTER), "loss.distill=0.5"),
+    "whole experts": (_UPCYCLE.format(8, 1, _ROUTER),),
 }
 """What each sparse arm changes of `continue.toml`; the shipped recipe, and one part changed."""
 
@@ -134,7 +138,10 @@ class Lab:
         self, setting: Setting, arm: str, sets: Sequence[str], steps: Sequence[int]
     ) -> None:
         """Add the lines of an arm that are missing."""
-        done = {(r["arm"], r["steps"]) for r in self.lines(setting)}
+        done = {r["steps"] for r in self.lines(setting) if r["arm"] == arm}
+        steps = [count for count in steps if count not in done]
+        if not steps:
+            return
         base = self.base(setting)
         trunk: Path | None = None
         words = ["--set", f"model.source={base}", "--set", f"model.seed={setting.seed}",
@@ -145,8 +152,6 @@ class Lab:
             more = [*words, "--set", "optimizer.schedule=constant", "--set", f"run.steps={last}"]
             fork = [] if trunk is None else ["--fork", trunk]
             trunk = self.train(setting, f"{arm}-{last}", HERE / "continue.toml", *fork, *more)
-            if (arm, count) in done:
-                continue
             more = [*words, "--set", f"optimizer.decay_steps={DECAY_STEPS}",
                     "--set", f"run.steps={count}"]  # fmt: skip
             run = self.train(
@@ -206,7 +211,7 @@ def step_seconds(run: Path) -> float:
 def run_setting(lab: Lab, setting: Setting, arms: Sequence[str]) -> None:
     """Measure the arms of a setting that are missing, those last that others are held against."""
     for arm in arms:
-        lab.measure(setting, arm, ARMS[arm], STEPS if arm == SPARSE else STEPS[:2])
+        lab.measure(setting, arm, ARMS[arm], STEPS if arm == SPARSE else STEPS[:3])
     sparse = {x["steps"]: x for x in lab.lines(setting) if x["arm"] == SPARSE}
     if not sparse:
         return

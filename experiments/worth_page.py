@@ -125,7 +125,7 @@ def parts(lines: Lines) -> list[tuple[str, Difference]]:
     flops = {arm: x["flops_per_token"] for table in lines.values() for (arm, _), x in table.items()}
     rows = []
     for arm in flops:
-        for steps in STEPS[:2] if arm not in (SPARSE, DENSE) else ():
+        for steps in STEPS if arm not in (SPARSE, DENSE) else ():
             other = ceil(steps * flops[arm] / flops[SPARSE])
             effect = difference(lines, (arm, steps), (SPARSE, other))
             if effect is not None:
