@@ -63,7 +63,10 @@ def read_lines(
 
 
 def difference(lines: Lines, one: tuple[str, int], other: tuple[str, int]) -> Difference | None:
-    """Return arm `one` less arm `other`, each with its steps; None below two seeds."""
+    """Return arm `one` less arm `other`, each with its steps, of texts with two seeds or more.
+
+    None if there is no such text.
+    """
     by_text: dict[str, list[np.ndarray]] = {}
     tokens: dict[str, np.ndarray] = {}
     for (text, _), arms in sorted(lines.items()):
@@ -75,7 +78,7 @@ def difference(lines: Lines, one: tuple[str, int], other: tuple[str, int]) -> Di
     means = []
     for text, rows in by_text.items():
         if len(rows) < 2:
-            return None
+            continue
         total = tokens[text].sum()
         seeds = np.array([row.sum() / total for row in rows])
         mean = float(seeds.mean())
@@ -90,7 +93,7 @@ def difference(lines: Lines, one: tuple[str, int], other: tuple[str, int]) -> Di
     degrees = sum(variances) ** 2 / sum(
         v**2 / d for v, (_, d, _) in zip(variances, parts, strict=True)
     )
-    settings = sum(map(len, by_text.values()))
+    settings = sum(len(rows) for rows in by_text.values() if len(rows) > 1)
     return Difference(float(np.mean(means)), sqrt(sum(variances)), degrees, settings)
 
 

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 from moecc.analysis import LOGITS
 from moecc.backend import get_backend
 from moecc.decoding import ReadOnce
+from moecc.families.describe import sequence_flops
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
+from moecc.ir.unroll import unrolled
 from moecc.jobs.command import (
     Amount,
     BatchSize,
@@ -22,7 +24,8 @@ from moecc.jobs.command import (
     Spelling,
 )
 from moecc.model.open import OpenedModel, open_model
-from moecc.support.console import Bar
+from moecc.plan.workload import length_variables
+from moecc.support.console import Bar, say
 from moecc.support.lazy import np
 from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
@@ -42,6 +45,7 @@ from moecc.train.scoring import (
     LossDifference,
     Scorer,
     ScoringBackend,
+    TokenScores,
     UnitScores,
     by_document,
     macro_f1,
@@ -53,6 +57,10 @@ from moecc.types import F32, Array, Arrays, DType, float_type
 # Evaluate models on held-out token folders: losses, paired differences, accuracies of tasks.
 
 Progress = Callable[[int, int], None]
+
+SLOW_BATCH_FLOPS = 1e11
+"""FLOPs of a batch that is announced: a core takes 2 to 10 seconds for products of matrices, and
+minutes where they are attention's, whose scores it also exponentiates."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +144,16 @@ def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield (name if names.count(name) == 1 else path), path
 
 
-def score_of(model: OpenedModel, folder: TokenFolder, settings: EvaluationSpec) -> SetScore:
+def score_of(
+    model: OpenedModel,
+    folder: TokenFolder,
+    settings: EvaluationSpec,
+    progress: Progress = lambda done, total: None,
+) -> SetScore:
     """Return what a model makes of a folder.
+
+    Args:
+      progress: receives the batches that are scored, and all.
 
     Raises:
       InputError: the folder does not suit the model.
@@ -151,17 +167,36 @@ def score_of(model: OpenedModel, folder: TokenFolder, settings: EvaluationSpec) 
     backend = get_backend("xla")
     assert isinstance(backend, ScoringBackend), "the backend xla scores"
     params = OpenedModel(graph, model.name, model.checkpoint).params(dtype=dtype)
-    scorer = backend.scorer(graph, params, dtype=dtype)
     held_out = next(iter(batches.evaluations.values()))
-    parts = (
-        (scorer(held_out.batch(number)), held_out.documents(number))
-        for number in range(held_out.batches)
-    )
-    every = by_document(parts, folder.facts.documents)
+    _announce(model, held_out.batches, settings)
+    scorer = backend.scorer(graph, params, dtype=dtype)
+
+    def parts() -> Iterator[tuple[TokenScores, Array]]:
+        for number in range(held_out.batches):
+            yield scorer(held_out.batch(number)), held_out.documents(number)
+            progress(number + 1, held_out.batches)
+
+    every = by_document(parts(), folder.facts.documents)
     is_read = every.tokens > 0
     scored = UnitScores(every.losses[is_read], every.tokens[is_read], every.hits[is_read])
     score = SetScore(folder.facts.kind, scored)
     return score if score.kind != LABELLED else _labels(score, folder, recipe.data, facts, scorer)
+
+
+def _announce(model: OpenedModel, batches: int, settings: EvaluationSpec) -> None:
+    """Say what batches cost that take long: nothing else is printed before the first is scored."""
+    lengths = dict.fromkeys(length_variables(model.graph), settings.seq)
+    flops = sequence_flops(unrolled(model.graph), lengths)
+    total = settings.batch * (flops.weights + flops.attention)
+    if total < SLOW_BATCH_FLOPS:
+        return
+    share = flops.attention / (flops.weights + flops.attention)
+    count = f"{batches:,} batches" if batches > 1 else "a batch"
+    say(
+        f"evaluating {model.name}: {count} of {settings.batch} × {settings.seq:,} tokens, "
+        f"{total:.1e} FLOPs each, {share:.0%} of them attention's; --sequence and --batch make "
+        "them smaller"
+    )
 
 
 def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpec) -> Recipe:
@@ -316,26 +351,24 @@ def evaluate(
 
     load_families(load)
     spec = EvaluationSpec(sequence, batch, batches, float_type(dtype))
-    with Bar("evaluating", unit_bytes=False) as bar:
-        folders = {name: open_tokens(path) for name, path in _named(data)}
-        for name in models:  # a wrong one shows before the first is run
-            with open_model(name) as model:
-                for folder in folders.values():
-                    objective = evaluation_recipe(model.graph, folder, spec).data.objective
-                    check_objective(model.graph, objective)
-        results: list[ModelEvaluation] = []
-        for number, name in enumerate(models):
-            with open_model(name) as model:
-                sets = {n: score_of(model, folder, spec) for n, folder in folders.items()}
-            first = results[0].sets if results else {}
-            against = {
-                n: paired_difference(first[n].scores, s.scores)
-                for n, s in sets.items()
-                if n in first
-            }
-            results.append(ModelEvaluation(name, sets, against))
-            if bar is not None:
-                bar(number + 1, len(models))
+    folders = {name: open_tokens(path) for name, path in _named(data)}
+    for name in models:  # a wrong one shows before the first is run
+        with open_model(name) as model:
+            for folder in folders.values():
+                objective = evaluation_recipe(model.graph, folder, spec).data.objective
+                check_objective(model.graph, objective)
+    results: list[ModelEvaluation] = []
+    for name in models:
+        sets = {}
+        with open_model(name) as model:
+            for folder_name, folder in folders.items():
+                with Bar(f"evaluating {name} on {folder_name}", unit_bytes=False) as bar:
+                    sets[folder_name] = score_of(model, folder, spec, bar)
+        first = results[0].sets if results else {}
+        against = {
+            n: paired_difference(first[n].scores, s.scores) for n, s in sets.items() if n in first
+        }
+        results.append(ModelEvaluation(name, sets, against))
     facts = {
         "sequence": sequence, "batch": batch, "dtype": spec.dtype.name,
         "models": [result.to_json() for result in results],

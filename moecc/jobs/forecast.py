@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf, isfinite, nan
@@ -11,6 +11,7 @@ from typing import Annotated
 
 from moecc.errors import InputError, UsageError
 from moecc.families.describe import count_parameters, sequence_flops
+from moecc.families.experts import expert_layers
 from moecc.formats.run import GRAPH, METRICS, RECIPE, is_run
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -73,19 +74,19 @@ class PilotRuns:
     text_tokens: int
 
 
-def read_pilots(runs: Sequence[str], parameters: int) -> PilotRuns:
+def read_pilots(runs: Sequence[str], dense: int, sparse: int) -> PilotRuns:
     """Return the losses of both arms by seed.
 
     Args:
       runs: folders; a recipe without a pipeline is the dense arm's.
-      parameters: of the dense model that is asked about.
+      dense, sparse: parameters of the two models that are asked about.
 
     Raises:
       InputError: an arm is missing, or the arms do not train on the same batches, or are of
-        another model, or at a rate that falls.
+        other models, or at a rate that falls.
     """
     arms: dict[int, dict[bool, Path]] = {}
-    recipes: list[Recipe] = []
+    recipes: dict[str, Recipe] = {}
     for run in runs:
         path = Path(run)
         if not is_run(path):
@@ -93,10 +94,12 @@ def read_pilots(runs: Sequence[str], parameters: int) -> PilotRuns:
         recipe = parse_recipe(recipe_file(path / RECIPE), str(path / RECIPE), folder=path)
         is_dense = not recipe.model.pipeline
         count = count_parameters(read_graph(str(path / GRAPH))).total
-        if is_dense and count != parameters:
+        expected = dense if is_dense else sparse
+        if count != expected:
             raise InputError(
-                "the pilot is of another model", where=run,
-                expected=f"{parameters:,} parameters", found=f"{count:,}",
+                f"the pilot's {'dense' if is_dense else 'sparse'} arm is another model", where=run,
+                expected=f"{expected:,} parameters", found=f"{count:,}",
+                hint=None if is_dense else f"--pipeline '{recipe.model.pipeline}' is the run's",
             )  # fmt: skip
         if is_dense in arms.setdefault(recipe.data.seed, {}):
             raise InputError(
@@ -104,33 +107,55 @@ def read_pilots(runs: Sequence[str], parameters: int) -> PilotRuns:
                 hint="the arms of a seed are one run without model.pipeline and one with it",
             )  # fmt: skip
         arms[recipe.data.seed][is_dense] = path
-        recipes.append(recipe)
+        recipes[run] = recipe
     alone = [str(path) for pair in arms.values() if len(pair) < 2 for path in pair.values()]
     if alone:
         raise InputError(
             "an arm of the pilot is alone", where=alone[0],
             expected="a dense and a sparse run with the same data.seed",
         )  # fmt: skip
-    shapes = {(r.data.batch, r.data.seq, r.optimizer.warmup) for r in recipes}
-    if len(shapes) > 1:
-        raise InputError(
-            "the runs of the pilot differ in data.batch, data.seq or optimizer.warmup",
-            found="; ".join(map(str, sorted(shapes))),
-        )
-    steps = min(_constant_steps(recipe) for recipe in recipes)
+    _check_alike(recipes)
+    for seed in arms:
+        _check_alike({run: r for run, r in recipes.items() if r.data.seed == seed}, of_seed=True)
+    first = next(iter(recipes.values()))
+    steps = min(map(_constant_steps, recipes.values()))
     pilots = tuple(Pilot(_losses(pair[True], steps), _losses(pair[False], steps))
                    for pair in arms.values())  # fmt: skip
     shortest = min(len(x) for pilot in pilots for x in (pilot.dense, pilot.sparse))
-    fewest = recipes[0].optimizer.warmup + FEWEST_BLOCKS * BLOCK_STEPS
+    fewest = first.optimizer.warmup + FEWEST_BLOCKS * BLOCK_STEPS
     if shortest < fewest:
         raise InputError(
             "the pilot is too short", where="run.steps",
             expected=f"at least {fewest} steps at a constant rate, of which the rate rises in "
-            f"{recipes[0].optimizer.warmup}", found=str(shortest),
+            f"{first.optimizer.warmup}", found=str(shortest),
         )  # fmt: skip
     pilots = tuple(Pilot(p.dense[:shortest], p.sparse[:shortest]) for p in pilots)
-    folders = [open_tokens(corpus.tokens) for corpus in recipes[0].data.train]
-    return PilotRuns(pilots, recipes[0], sum(folder.facts.tokens for folder in folders))
+    folders = [open_tokens(corpus.tokens) for corpus in first.data.train]
+    return PilotRuns(pilots, first, sum(folder.facts.tokens for folder in folders))
+
+
+def _check_alike(recipes: Mapping[str, Recipe], of_seed: bool = False) -> None:
+    """Raise InputError unless runs agree in what a difference of their losses must not be due to.
+
+    Seeds may begin from dense models of their own; both arms of a seed begin from the same one.
+    """
+    facts = {
+        run: {
+            "data.train": [(corpus.tokens, corpus.weight) for corpus in r.data.train],
+            "data.batch": r.data.batch, "data.seq": r.data.seq,
+            "optimizer.rate": r.optimizer.rate, "optimizer.warmup": r.optimizer.warmup,
+            **({"model.source": r.model.source} if of_seed else {}),
+        }
+        for run, r in recipes.items()
+    }  # fmt: skip
+    first, expected = next(iter(facts.items()))
+    for run, values in facts.items():
+        for name, value in values.items():
+            if value != expected[name]:
+                raise InputError(
+                    f"the runs of the pilot differ in {name}", where=run,
+                    expected=f"{expected[name]}, as {first}", found=str(value),
+                )  # fmt: skip
 
 
 def _constant_steps(recipe: Recipe) -> int:
@@ -231,9 +256,20 @@ def forecast(
     passes = Pipeline.parse(pipeline or load_recipe("recipe:upcycle").model.pipeline)
     with open_model(model, config_alone=True) as opened:
         dense, sparse = opened.graph, clone(opened.graph)
+    if not pipeline and expert_layers(dense):
+        raise InputError(
+            "the model has experts already, and recipe:upcycle begins from a dense one",
+            where=model, hint="--pipeline 'grow{times=2}' forecasts more experts",
+        )  # fmt: skip
     run_pipeline(sparse, passes)
     dense, sparse = unrolled(dense), unrolled(sparse)
-    runs = read_pilots(pilot, count_parameters(dense).total) if pilot else None
+    counts = [count_parameters(graph).total for graph in (dense, sparse)]
+    if counts[1] <= counts[0]:
+        raise UsageError(
+            "--pipeline adds no experts", expected=f"more than {counts[0]:,} parameters",
+            found=f"{counts[1]:,} after {passes}",
+        )  # fmt: skip
+    runs = read_pilots(pilot, *counts) if pilot else None
     facts, draw = _forecast(model, dense, sparse, runs, tokens, limit, machine)
     facts["pipeline"] = str(passes)
     if serving is not None and (too_large := _too_large(facts["served_bytes"], serving)):
@@ -260,7 +296,9 @@ def _forecast(
     before, after = (_cost(model, graph, seq, batch, machine) for graph in (dense, sparse))
     ratio = after["flops_per_token"] / before["flops_per_token"]
     if before["device_hours"] and after["device_hours"]:
-        ratio = after["device_hours"] / before["device_hours"]
+        # The best plan of a tiny dense model may be worse than its own step inside of the sparse
+        # one's, whose meshes repeat the work of attention on every device.
+        ratio = max(after["device_hours"] / before["device_hours"], min(ratio, 1.0))
     facts: JsonDict = {
         "model": model, "machine": machine, "tokens_behind": tokens, "sequence": seq,
         "dense": before, "sparse": after, "compute_ratio": ratio,
@@ -333,6 +371,13 @@ def _cost(model: str, graph: Graph, seq: int, batch: int | None, machine: str | 
     hours = None
     if machine is not None:
         config = StepConfig(batch_tokens=batch, sequence=str(seq))
+        devices = find_machine(machine).devices
+        if batch is not None and (batch // seq) % devices:
+            raise InputError(
+                "the pilot's batch does not divide among the devices", where=machine,
+                expected=f"a multiple of {devices} sequences", found=str(batch // seq),
+                hint="state a machine with fewer devices, or run a pilot with a larger data.batch",
+            )  # fmt: skip
         plan = plan_step(graph, model, machine, config)[0]
         hours = plan["best"]["seconds"] * plan["machine"]["devices"] / 3600
     parameters = count_parameters(graph).total
@@ -362,9 +407,10 @@ def _lines(facts: JsonDict) -> Iterator[str]:
         "times the compute of a dense step"
     )
     if crossing is not None:
-        texts = ("never" if crossing[n] is None else count_text(round(crossing[n]))
-                 for n in ("tokens", "low", "high"))  # fmt: skip
-        yield "  crossing    {} tokens after the switch ({} to {})".format(*texts)
+        mean, low, high = ("never" if crossing[n] is None else count_text(round(crossing[n]))
+                           for n in ("tokens", "low", "high"))  # fmt: skip
+        after = "" if mean == "never" else " tokens after the switch"
+        yield f"  crossing    {mean}{after} ({low} to {high})"
     if facts["flops"] is not None:
         hours = facts["device_hours"]
         yield f"  cost        {facts['flops']:.3g} FLOPs to the crossing" + (

@@ -102,8 +102,6 @@ class Bar(Closing):
     """A progress bar on a terminal, shown once the work has taken a second; otherwise silent."""
 
     def __init__(self, title: str, unit_bytes: bool = True) -> None:
-        if sys.stderr.isatty():
-            PROGRESS.set()
         self._title = title
         self._unit_bytes = unit_bytes
         self._start = time.monotonic()
@@ -132,6 +130,9 @@ class Bar(Closing):
             TimeRemainingColumn,
         )
 
+        # Until here a sign of life is shown: the first call may come after minutes.
+        PROGRESS.set()
+        clear_line()
         columns = [TextColumn("{task.description}"), BarColumn()]
         if self._unit_bytes:
             columns.append(DownloadColumn())

@@ -18,6 +18,7 @@ from moecc.jobs.forecast import Pilot, crossing_of
 from .tiny import RECIPE, draw_weights, make_corpus, make_model
 
 BEHIND, STEPS, WARMUP = 400, 300, 10
+PIPELINE = "upcycle{experts=2 top-k=2 layers=every:2}"
 
 
 def pilots(start: float, slope: float, fall: float = 0.25, seeds: int = 3) -> list[Pilot]:
@@ -59,7 +60,8 @@ def arms(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arms")
     draw_weights(make_model(folder / "model"))
     make_corpus(folder / "tokens")
-    (folder / "r.toml").write_text(RECIPE.format(run="steps = 60").replace('start = "random"', ""))
+    recipe = RECIPE.format(run="steps = 60", seq=32).replace('start = "random"', "")
+    (folder / "r.toml").write_text(recipe)
     for name, sets in (("dense-0", ["--set", "model.pipeline=''"]), ("sparse-0", [])):
         assert main(["train", str(folder / "r.toml"), "--out", str(folder / name), *sets]) == 0
     for seed, arm in ((n, arm) for n in (0, 1) for arm in ("dense", "sparse")):
@@ -92,7 +94,7 @@ def answer(
     folder: Path, capsys: pytest.CaptureFixture[str], *options: str
 ) -> tuple[bool, dict[str, Any], str]:
     words = ["forecast", str(folder / "model"), "--tokens", str(400 * 128),
-             "-p", "upcycle{experts=2 top-k=2 layers=every:2}", *options]  # fmt: skip
+             "-p", PIPELINE, *options]  # fmt: skip
     capsys.readouterr()
     assert main([*words, "--format", "json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -116,12 +118,28 @@ def test_the_command_says_yes_or_why_not(arms, capsys):
     assert "interval holds 0" in answer(arms, capsys, *write_losses(arms, -0.01, 0.0))[2]
     assert main(["forecast", str(arms / "model"), "--tokens", "1", *runs[:2]]) == 1
     assert "an arm of the pilot is alone" in capsys.readouterr().err
+    for words, message in (
+        ((), "the pilot's sparse arm is another model"),
+        (("-p", PIPELINE, "--machine", "gpu:h100:64"), "does not divide among the devices"),
+    ):
+        assert main(["forecast", str(arms / "model"), "--tokens", "1", *words, *runs]) == 1
+        assert message in capsys.readouterr().err
+    text = (arms / "sparse-1" / "recipe.toml").read_text()
+    for before, after, name in (
+        ("rate = 0.003", "rate = 0.03", "optimizer.rate"),
+        ("tokens/train", "tokens/heldout", "data.train"),
+        ('/model"', '/another"', "model.source"),
+    ):
+        (arms / "sparse-1" / "recipe.toml").write_text(text.replace(before, after, 1))
+        assert main(["forecast", str(arms / "model"), "--tokens", "1", "-p", PIPELINE, *runs]) == 1
+        assert f"the runs of the pilot differ in {name}" in capsys.readouterr().err
+    (arms / "sparse-1" / "recipe.toml").write_text(text)
     journal = arms / "sparse-1" / "metrics.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     bare = "".join(lines).replace("loss.cross_entropy", "loss.other")
     for text, message in (("".join(lines[:40]), "too short"), (bare, "no loss.cross_entropy")):
         journal.write_text(text)
-        assert main(["forecast", str(arms / "model"), "--tokens", "1", *runs]) == 1
+        assert main(["forecast", str(arms / "model"), "--tokens", "1", "-p", PIPELINE, *runs]) == 1
         assert message in capsys.readouterr().err
     runs = write_losses(arms, -0.06, 2e-3)
     pytest.importorskip("plotly")
@@ -138,8 +156,16 @@ def test_the_command_says_yes_or_why_not(arms, capsys):
         (("--budget", "much"), "--budget is no amount"),
         (("--budget", "5h"), "--budget in device-hours needs --machine"),
         (("--price", "2"), "--price has no device-hours to price"),
+        (("-p", "dce"), "--pipeline adds no experts"),
     ],
 )
 def test_what_cannot_be_asked(options, message, capsys):
     assert main(["forecast", "preset:smollm2-135m", "--tokens", "1e9", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_mixture_is_no_dense_model(capsys):
+    words = ["forecast", "preset:mixtral-8x7b", "--tokens", "1e12"]
+    assert main(words) == 1
+    assert "the model has experts already" in capsys.readouterr().err
+    assert main([*words, "-p", "grow{times=2 chosen=same}"]) == 0

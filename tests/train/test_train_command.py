@@ -10,6 +10,7 @@ import pytest
 
 from moecc import open as open_model
 from moecc.cli.main import main
+from moecc.errors import InputError
 from moecc.formats.run import saved_steps
 from moecc.train.run import read_run
 
@@ -195,6 +196,21 @@ def test_all_models_are_opened_before_the_first_is_evaluated(
     code, _, err = moecc("evaluate", folder / "run", folder / "nowhere", "--data", data)
     assert code == 1
     assert "nowhere: there is no such file or folder" in err
+
+
+def test_slow_batches_are_announced_before_the_first_is_scored(
+    folder: Path, moecc: Moecc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise InputError("stopped")
+
+    monkeypatch.setattr("moecc.jobs.evaluate.SLOW_BATCH_FLOPS", 1e5)
+    monkeypatch.setattr("moecc.jobs.evaluate.by_document", stop)
+    words = ("evaluate", folder / "run", "--data", folder / "tokens" / "heldout", "--sequence", "8")
+    code, _, err = moecc(*words)
+    assert (code, "stopped" in err) == (1, True)
+    assert "of 8 × 8 tokens" in err
+    assert "of them attention's" in err
 
 
 def test_a_run_may_be_named_relative_to_a_folder_beside_it(
