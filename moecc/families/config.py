@@ -65,7 +65,8 @@ class TensorNames:
       routing_bias_rows: whether that has a first axis of size 1 on disk.
       expert_gate_up, expert_down: tensors of all experts of a layer, gate and up in one, after
         `sparse`; empty if every expert has its own.
-      inputs_first: whether those have their inputs first, and gate and up in turns.
+      inputs_first: whether those have their inputs first.
+      in_turns: whether gate and up alternate in the tensor of both; else they are its halves.
       pairs_neighbours: whether rows of queries and keys are ordered on disk so that the rotary
         embedding rotates neighbours.
       attention: the prefix of the attention.
@@ -100,6 +101,7 @@ class TensorNames:
     expert_gate_up: str = ""
     expert_down: str = ""
     inputs_first: bool = False
+    in_turns: bool = False
     pairs_neighbours: bool = False
     attention: str = "self_attn."
     attention_output: str = "o_proj"

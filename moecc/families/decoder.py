@@ -105,6 +105,20 @@ def read_windows(reader: Reader, style: str, usual: tuple[bool, ...]) -> Windows
     return tuple(window if sliding else None for sliding in types or usual)
 
 
+def read_rope_layers(reader: Reader, layers: int) -> tuple[bool, ...]:
+    """Return for each layer whether it has rotary positions, as ``no_rope_layers`` says it."""
+    interval = reader.size("no_rope_layer_interval", LAYERS)
+    usual = tuple((layer + 1) % interval != 0 for layer in range(layers))
+    if reader.value("no_rope_layers") is None:
+        return usual
+    flags = reader.items("no_rope_layers")
+    if len(flags) < layers or not all(flag in (0, 1) for flag in flags):
+        expected = f"{layers} of them"
+        reader.refuse("no_rope_layers", "not 0 or 1 for each layer", expected=expected)
+        return usual
+    return tuple(bool(flag) for flag in flags[:layers])
+
+
 def write_windows(windows: Windows, style: str, usual: object = None) -> dict[str, object]:
     """Return the keys for `windows` in a family's `style`.
 
@@ -197,9 +211,12 @@ class DecoderConfig(ModelConfig):
 
     `sliding_windows` has one entry a layer, and so has `rope_layers` (None: rotary positions in
     all).  `conv_taps` has the taps of the short convolution that a layer has in place of attention,
-    0 for a layer with attention (None: all).  `attention_scale` None is 1 / √head_dim, `rotary_dim`
-    None the whole head, `local_rope` None the same positions in layers with a window as in the
-    others.
+    0 for a layer with attention (None: all).  `attention_chunks` has the length of the chunks
+    within which the tokens of a layer attend, None for the whole sequence.  With `growing_queries`
+    (f, s) queries of layers without rotary positions are multiplied by
+    1 + s · log(1 + ⌊(position + 1) / f⌋).  `qk_norm_plain` norms are in layers with rotary
+    positions alone.  `attention_scale` None is 1 / √head_dim, `rotary_dim` None the whole head,
+    `local_rope` None the same positions in layers with a window as in the others.
     """
 
     graphs = "decoder"
@@ -248,6 +265,7 @@ class DecoderConfig(ModelConfig):
     qk_norm_across: bool = feature("norms over all heads of the queries together", default=False)
     qk_norm_each: bool = feature("norms with a scale for each head of the queries", default=False)
     qk_norm_last: bool = feature("norms of the rotated queries and keys", default=False)
+    qk_norm_plain: bool = feature("norms of queries and keys without a scale", default=False)
     qkv_clip: float | None = feature("bounds of queries, keys and values", CAP, default=None)
     norm_kind: str = feature("norms other than RMS norms", default="rms")
     parallel: bool = feature("attention and feed-forward block side by side", FLAG, default=False)
@@ -265,6 +283,12 @@ class DecoderConfig(ModelConfig):
     rope_layers: tuple[bool, ...] | None = feature("layers without rotary positions", default=None)
     conv_taps: tuple[int, ...] | None = feature("short convolutions", default=None)
     conv_bias: bool = feature("biases of short convolutions", FLAG, default=False)
+    attention_chunks: tuple[int | None, ...] | None = feature(
+        "attention within chunks of the sequence", default=None
+    )
+    growing_queries: tuple[float, float] | None = feature(
+        "queries that grow with the position", default=None
+    )
     local_rope: RopeConfig | None = feature(
         "rotary positions of their own in layers with a window", default=None
     )
@@ -403,6 +427,7 @@ class DecoderConfig(ModelConfig):
             (self.rope_layers, "no_rope_layers", "not one entry for each layer"),
             (self.sliding_windows, "sliding_windows", "not one window (or None) for each layer"),
             (self.conv_taps, "layer_types", "not one number of taps for each layer"),
+            (self.attention_chunks, "layer_types", "not one chunk (or None) for each layer"),
         ):
             if entries is not None and len(entries) != self.num_hidden_layers:
                 yield key_problem(fault, f"{self.num_hidden_layers}", f"{len(entries)}", key)

@@ -81,6 +81,7 @@ class ExpertLayer:
       bias: whether a bias takes part in the choice of experts.
       logits_bias: whether a parameter is added to the router's logits.
       floor: what is added to the sum that gates are divided by.
+      weighs_inputs: whether gates multiply what experts read.
       sequence_capacity: the most tokens of one sequence that an expert takes; 0 for no such bound.
     """
 
@@ -97,6 +98,7 @@ class ExpertLayer:
     bias: bool = False
     logits_bias: bool = False
     floor: float = 0.0
+    weighs_inputs: bool = False
     sequence_capacity: int = 0
 
     def without_slots(self) -> ExpertLayer:
@@ -132,6 +134,8 @@ def _layer_of(route: Node, slots: Node) -> ExpertLayer:
     combine = _user(slots.result, lambda entry: entry.moves is RowMove.TO_TOKENS)
     shared, gated = _shared(combine) if combine else (0, False)
     gates, scale, floor = _divided(route) or (attrs.gates, attrs.scale, 0.0)
+    rows = dispatch.result if dispatch else None
+    weighted = None if rows is None else weighted_inputs(rows)
     return ExpertLayer(
         loc=route.loc,
         experts=size if isinstance(size, int) else 0,
@@ -140,12 +144,13 @@ def _layer_of(route: Node, slots: Node) -> ExpertLayer:
         scale=scale,
         slots=assignment.slots,
         groups=assignment.groups,
-        width=_width(dispatch.result) if dispatch else 0,
+        width=0 if rows is None else _width(rows if weighted is None else weighted),
         shared=shared,
         shared_gate=gated,
         bias="bias" in attrs.using,
         logits_bias=_is_biased(route.operands[0]),
         floor=floor,
+        weighs_inputs=weighted is not None,
         sequence_capacity=sequence_capacity_of(slots),
     )
 
@@ -182,6 +187,15 @@ def _assigns_slots(entry: OpDef) -> bool:
 
 def _user(value: Value, is_wanted: Callable[[OpDef], bool]) -> Node | None:
     return next((node for node in value.users if is_wanted(node.op)), None)
+
+
+_WEIGHTED = P.weight_rows(P.any("rows"), P.any())
+
+
+def weighted_inputs(rows: Value) -> Value | None:
+    """Return dispatched rows times their gates, if that is what experts read."""
+    products = (match(_WEIGHTED, user) for user in rows.users)
+    return next((m.root.result for m in products if m and m.value("rows") is rows), None)
 
 
 def _width(rows: Value) -> int:

@@ -62,6 +62,7 @@ class GptOssConfig(MoeConfig):
         expert_gate_up="experts.gate_up_proj",
         expert_down="experts.down_proj",
         inputs_first=True,
+        in_turns=True,
     )
     # All but transformers 5 and SGLang compute it with alpha 1.702 and limit 7, whatever it says.
     engines = {

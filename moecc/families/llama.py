@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moecc.families.config import EngineReading, GgufFacts, MaxTextFacts, TensorNames, config_class
-from moecc.families.decoder import BIASES, DEFAULTS, DecoderConfig
+from moecc.families.decoder import BIASES, DEFAULTS, DecoderConfig, read_rope_layers
 from moecc.families.mixture import MOE_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
-from moecc.families.reader import LAYERS, KeyProblem, Reader, key_problem
+from moecc.families.reader import KeyProblem, Reader, key_problem
 from moecc.support.untyped import JsonDict
 
 
@@ -213,27 +213,13 @@ class SmolLM3Config(DecoderConfig):
 
     @classmethod
     def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
-        layers = cls._rope_layers(reader, values["num_hidden_layers"])
+        layers = read_rope_layers(reader, values["num_hidden_layers"])
         rope = super()._read_rope(reader, values)
         return {**rope, "rope_layers": None if all(layers) else layers}
 
     @classmethod
     def _usual_windows(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
-        return tuple(not rope for rope in cls._rope_layers(reader, layers))
-
-    @classmethod
-    def _rope_layers(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
-        """Return for each layer whether it has rotary positions, as ``no_rope_layers`` says it."""
-        interval = reader.size("no_rope_layer_interval", LAYERS)
-        usual = tuple((layer + 1) % interval != 0 for layer in range(layers))
-        if reader.value("no_rope_layers") is None:
-            return usual
-        flags = reader.items("no_rope_layers")
-        if len(flags) < layers or not all(flag in (0, 1) for flag in flags):
-            expected = f"{layers} of them"
-            reader.refuse("no_rope_layers", "not 0 or 1 for each layer", expected=expected)
-            return usual
-        return tuple(bool(flag) for flag in flags[:layers])
+        return tuple(not rope for rope in read_rope_layers(reader, layers))
 
     def _write(self) -> JsonDict:
         layers = self.rope_layers or (True,) * self.num_hidden_layers

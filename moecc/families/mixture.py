@@ -33,6 +33,8 @@ LEADING_KEYS: Mapping[str, str] = {
 }
 """The key that counts the first, dense layers, by style."""
 
+LIST_KEY, STEP_KEY = "moe_layers", "interleave_moe_layer_step"
+
 INTERVAL_KEYS = ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index")
 
 
@@ -41,8 +43,8 @@ def read_pattern(reader: Reader, style: str, layers: int) -> JsonDict:
 
     Args:
       reader: the config.
-      style: ``all`` (every layer), ``step``, one of `LEADING_KEYS` (the first ones are dense) or
-        ``interval`` (every n-th of a range).
+      style: ``all`` (every layer), ``step``, one of `LEADING_KEYS` (the first ones are dense),
+        ``interval`` (every n-th of a range) or ``listed`` (those of a list, else every n-th).
       layers: the number of layers.
     """
     if style == "step":
@@ -60,6 +62,16 @@ def read_pattern(reader: Reader, style: str, layers: int) -> JsonDict:
         last = layers - 1 if is_open else reader.size(end, LAYERS, smallest=0)
         dense = tuple(i for i in range(layers) if (i + 1) % every == 0 and not first <= i <= last)
         return {"decoder_sparse_step": every, "mlp_only_layers": dense}
+    if style == "listed":
+        step = reader.size(STEP_KEY, LAYERS)
+        if reader.value(LIST_KEY) is None:
+            return {"decoder_sparse_step": step}
+        sparse = reader.layer_numbers(LIST_KEY)
+        if not all(0 <= layer < layers for layer in sparse):
+            reader.refuse(LIST_KEY, "layers that do not exist", expected=f"0 to {layers - 1}")
+        if [layer in sparse for layer in range(layers)] == _every(step, layers):
+            return {"decoder_sparse_step": step}
+        return {"mlp_only_layers": tuple(i for i in range(layers) if i not in sparse)}
     return {}
 
 
@@ -82,7 +94,15 @@ def write_pattern(
         layers = [layer for layer, is_sparse in enumerate(sparse) if is_sparse]
         values = (_interval(sparse) or step, layers[0], layers[-1])
         return dict(zip(INTERVAL_KEYS, values, strict=True))
+    if style == "listed":
+        count = len(sparse)
+        steps = (n for n in (step, *range(1, count + 1)) if list(sparse) == _every(n, count))
+        return {LIST_KEY: [i for i in range(count) if sparse[i]], STEP_KEY: next(steps, 1)}
     return {}
+
+
+def _every(step: int, count: int) -> list[bool]:
+    return [(layer + 1) % step == 0 for layer in range(count)]
 
 
 def pattern_checks(
@@ -186,6 +206,8 @@ class MoeConfig(DecoderConfig):
     has_logits_bias: ClassVar[bool] = False
     # What the family adds to the sum that the chosen gates are divided by.
     gate_floor: ClassVar[float] = 0.0
+    # Whether gates multiply what experts read, in place of what they return.
+    weighs_inputs: ClassVar[bool] = False
     # The options of `upcycle`, besides the number of experts, that lead from a dense model here.
     upcycle_options: ClassVar[str] = "top-k=2"
 
@@ -210,7 +232,7 @@ class MoeConfig(DecoderConfig):
     @classmethod
     def has_expert_width(cls) -> bool:
         """Whether experts have a width of their own, or that of the config's only size."""
-        return cls.key("expert_intermediate_size") != "intermediate_size"
+        return cls.key("expert_intermediate_size") != cls.key("intermediate_size")
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
@@ -355,7 +377,7 @@ class MoeConfig(DecoderConfig):
             count = reader.size(cls.shared_count_key, MOST_SHARED, smallest=least)
             values[SHARED] = count * values["expert_intermediate_size"] or None
         elif cls.has_shared_expert:
-            values[SHARED] = reader.size(SHARED)
+            values[SHARED] = reader.size(cls.key(SHARED))
         return values | read_pattern(reader, cls.sparse_style, values["num_hidden_layers"])
 
     @classmethod
@@ -387,7 +409,7 @@ class MoeConfig(DecoderConfig):
         if self.shared_count_key:
             keys[self.shared_count_key] = (shared or 0) // self.expert_intermediate_size
         elif self.has_shared_expert:
-            keys[SHARED] = shared
+            keys[self.key(SHARED)] = shared
         if self.renormalises() is None:
             keys["norm_topk_prob"] = self.norm_topk_prob
         return keys

@@ -104,6 +104,7 @@ CONFIGS = Families(
         "gpt_oss": "gpt_oss.GptOssConfig",
         "phimoe": "phi.PhimoeConfig",
         "lfm2_moe": "lfm2.Lfm2MoeConfig",
+        "llama4_text": "llama4.Llama4TextConfig",
     },
     others={
         "gpt2": "gpt.Gpt2Config",

@@ -148,9 +148,9 @@ class RopeConfig:
             fault = f"rope type {self.type} needs {name}"
             yield key_problem(fault, "a number above 0", "nothing", *ROPE_KEYS)
         low, high = self.low_freq_factor, self.high_freq_factor
-        if low is not None and high is not None and high <= low:
-            fault = "high_freq_factor must be above low_freq_factor"
-            yield key_problem(fault, f"above {low}", f"{high}", *ROPE_KEYS)
+        if low is not None and high is not None and high < low:
+            fault = "high_freq_factor must not be below low_freq_factor"
+            yield key_problem(fault, f"at least {low}", f"{high}", *ROPE_KEYS)
         if (self.beta_fast or 32) < (self.beta_slow or 1):
             fault = "beta_fast (32 where absent) must not be below beta_slow (1 where absent)"
             yield key_problem(fault, None, f"{self.beta_fast} and {self.beta_slow}", *ROPE_KEYS)

@@ -68,6 +68,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
         is_flat=True,
     ),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", {"qwen3_vl_text": "qwen3"}),
+    "llama4": Wrapper("Llama4ForConditionalGeneration"),
 }
 """The wrappers that moecc reads, by `model_type`."""
 

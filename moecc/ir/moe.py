@@ -65,6 +65,7 @@ def emit_routing(
     bias: Value | None = None,
     shift: Value | None = None,
     floor: float = 0.0,
+    weighs_inputs: bool = False,
     **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Route `x` to `experts` experts; return their rows and the function that combines them.
@@ -82,6 +83,7 @@ def emit_routing(
       bias: ``[expert]``, added for the choice and not for the gates (loss-free balancing).
       shift: ``[expert]``, added to the logits.
       floor: what is added to the sum that sigmoids are divided by.
+      weighs_inputs: whether gates multiply what experts read, in place of what they return.
       assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
 
     Returns:
@@ -118,7 +120,7 @@ def emit_routing(
     more = operands(logits, chosen, weights) if operands is not None else {}
     return emit_chosen(
         builder, x, chosen, weights, experts=experts, tokens=tokens, operands=more,
-        **assignment,
+        weighs_inputs=weighs_inputs, **assignment,
     )  # fmt: skip
 
 
@@ -131,6 +133,7 @@ def emit_chosen(
     experts: int,
     tokens: tuple[str, ...] = ("batch", "seq"),
     operands: Mapping[Using, Value] | None = None,
+    weighs_inputs: bool = False,
     **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Assign slots to experts already chosen; return the rows and the function that combines them.
@@ -143,6 +146,7 @@ def emit_chosen(
       experts: the number of experts.
       tokens: the axes of `x` that number tokens, outermost first.
       operands: further operands of ``assign_slots``, by word.
+      weighs_inputs: whether gates multiply what experts read, in place of what they return.
       assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
     """
     more = operands or {}
@@ -150,8 +154,12 @@ def emit_chosen(
         chosen, *more.values(), tokens=tokens, experts=experts, using=tuple(more), **assignment
     )
     rows = builder.dispatch(x, chosen, slots)
+    if weighs_inputs:
+        rows = builder.weight_rows(rows, builder.dispatch_gates(gates, chosen, slots))
 
     def finish(rows_out: Value) -> Value:
+        if weighs_inputs:
+            return builder.combine_weighted(rows_out, chosen, slots)
         return builder.combine(rows_out, chosen, slots, gates)
 
     return rows, finish

@@ -41,10 +41,6 @@ NOT_WRITTEN = {
     "kimi_k2": (LATENT, "glm4_moe has its sigmoid gates, shared experts and dense first layers"),
     "qwen3_next": (RECURRENT, "qwen3_moe holds a qwen3"),
     "qwen3_5_moe": (RECURRENT, "qwen3_moe holds a qwen3"),
-    "llama4_text": (
-        "its gates multiply the input of an expert, before an activation that is not linear",
-        "mixtral takes a llama as it is",
-    ),
     "nllb_moe": (
         "moecc reads no M2M100 or NLLB model that could become one",
         "switch_transformers is the encoder-decoder with experts that it writes",
@@ -384,6 +380,11 @@ def _propose_layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Itera
         able = [n for n, f in mixtures().items() if f.gate_floor == layer.floor]
         hint = f"{either(able)} adds it" if able else None
         yield Problem(fault, expected="0", found=f"{layer.floor:g}", hint=hint)
+    if layer.weighs_inputs != family.weighs_inputs:
+        reads = "inputs" if family.weighs_inputs else "results"
+        fault = f"gates of {target} multiply the {reads} of experts, which are not linear"
+        hint = "mixtral takes a llama as it is" if family.weighs_inputs else None
+        yield Problem(fault, hint=hint)
     if layer.scale != 1 and not family.key("gate_scale"):
         fault = f"{target} has no factor on the gates"
         hint = "upcycle with gate-scale=1, or scale the experts' last matrix instead"

@@ -76,9 +76,10 @@ def judge(folder, reference):
     # What a capacity drops depends on all tokens, and a continued text has none.
     is_bounded = any("slots=capacity" in line for line in config.graph)
     # Turns at an expert (switch) are counted over all tokens: there is no cache.
-    # A short convolution, whose shifts are windows of one token, has none, and takes no padding.
+    # A short convolution, whose shifts are windows of one token, has none, and takes no padding;
+    # nor has attention in chunks.
     causal = [line for line in config.graph if "= causal" in line]
-    takes_padding = not any("window=1}" in line for line in causal)
+    takes_padding = not any("window=1}" in line or "%in_chunk" in line for line in causal)
     has_cache = takes_padding and not any(".ffn" in line for line in causal)
     expected = reference.get("generated")
     modes = [True] * has_cache + [False] * (not is_bounded)

@@ -101,9 +101,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "above 0",
     ),
     "llama3 bands": (
-        small("llama", rope_scaling={**LLAMA3, "high_freq_factor": 1.0}),
+        small("llama", rope_scaling={**LLAMA3, "high_freq_factor": 0.5}),
         "rope_theta",
-        "above low_freq_factor",
+        "not be below low_freq_factor",
+    ),
+    "chunks without a length": (
+        small("llama4_text", attention_chunk_size=None, layer_types=["chunked_attention"] * 4),
+        "layer_types",
+        "chunks without a length",
+    ),
+    "sliding chunks": (
+        small("llama4_text", layer_types=["sliding_attention"] * 4),
+        "layer_types",
+        "unknown kind",
+    ),
+    "experts beyond": (small("llama4_text", moe_layers=[1, 4]), "moe_layers", "do not exist"),
+    "biases of version 5": (
+        small("llama4_text", attention_bias=True),
+        "attention_bias",
+        "transformers 5 alone",
+    ),
+    "any scaling is llama3": (
+        small("llama4_text", rope_scaling={"rope_type": "default"}),
+        "rope_scaling",
+        "takes whatever stands here for llama3",
     ),
     "length outside": (
         small("llama", rope_scaling=YARN, original_max_position_embeddings=32),

@@ -80,6 +80,17 @@ LFM2_MOE: dict[str, object] = {
     "num_dense_layers": 1,
     "layer_types": ["conv", "full_attention", "conv"],
 }
+LLAMA4: dict[str, object] = {
+    "intermediate_size": 12,
+    "intermediate_size_mlp": 20,
+    "num_hidden_layers": 4,
+    "num_local_experts": 5,
+    "attention_chunk_size": 5,
+    "floor_scale": 3,
+    "attn_scale": 0.3,
+    "head_dim": 8,
+}
+"""Chunks and steps of the temperature shorter than a text, in three and one of four layers."""
 GPT_OSS: dict[str, object] = {
     **MIXTRAL,
     "head_dim": 8,

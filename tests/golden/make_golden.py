@@ -239,7 +239,10 @@ def _run(model: Any, case: Case, inputs: Inputs) -> Any:
     return model(**given, use_cache=False).logits
 
 
-ROUTERS = (".gate", ".classifier", "block_sparse_moe.router", ".router.layer", ".mlp.router")
+ROUTERS = (
+    *(".gate", ".classifier", "block_sparse_moe.router", ".router.layer", ".mlp.router"),
+    "feed_forward.router",
+)
 """The ends of the names of modules that give a router's logits."""
 
 
@@ -264,6 +267,8 @@ def _double_logits(
 
     def note_gap(module: Any, inputs: Any, output: Any) -> None:
         found = output[0] if isinstance(output, tuple) else output
+        if case.family == "llama4_text":  # gates, and then logits
+            found = output[1]
         if case.family == "gpt_oss":
             # Version 4 gives the gates only.
             rows = inputs[0].reshape(-1, module.weight.shape[1])

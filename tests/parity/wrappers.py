@@ -63,10 +63,21 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
          "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         QWEN,
     ),
+    "llama4": (
+        {"intermediate_size_mlp": 40, "head_dim": 8, "interleave_moe_layer_step": 2,
+         "num_local_experts": 4, "no_rope_layers": [1, 0], "attention_chunk_size": 7,
+         "floor_scale": 5},
+        {**ONE, "vision_output_dim": 16, "intermediate_size": 64, "projector_input_dim": 16,
+         "projector_output_dim": 16},
+        IMAGE,
+    ),
 }  # fmt: skip
 
 
 def logits_of(model: Any) -> Any:
+    if model.config.model_type == "llama4":
+        # transformers 5.24 asks the output of its text model for images.
+        model = model.language_model
     tokens = torch.randint(0, 56, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.numpy()

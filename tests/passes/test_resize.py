@@ -29,6 +29,7 @@ SAME = [
     ("mixtral_gqa", "grow{times=3},merge{size=3}"),
     ("ernie4_5_moe_range", "grow{times=2},merge{size=2}"),
     ("gpt_oss_square_v4", "grow{times=2}"),
+    ("llama4_square", "grow"),
     ("qwen2_moe_plain", "grow{chosen=same}"),
     ("glm4_moe_plain_v4", "grow{chosen=same}"),
     ("phimoe_window", "grow{chosen=same}"),

@@ -12,7 +12,7 @@ from moecc.families.bert import BertConfig
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import ATTENTION_BIASES, DecoderConfig
 from moecc.families.encdec import EncDecConfig
-from moecc.families.mixture import MoeConfig
+from moecc.families.mixture import SHARED, MoeConfig
 from moecc.families.registry import decoders, parse_config
 from moecc.families.rope import RopeConfig
 from moecc.families.st_moe import StMoeConfig
@@ -114,6 +114,8 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         "rope_layers": st.none() | st.tuples(*[st.booleans()] * layers),
         "conv_taps": st.none() | st.tuples(*[st.sampled_from([0, 3])] * layers),
         "conv_bias": st.booleans(),
+        "attention_chunks": st.none() | st.tuples(*[st.sampled_from([None, 3])] * layers),
+        "growing_queries": st.sampled_from([None, (2.0, 0.5)]),
         "local_rope": local if rope.type != "default" else st.none() | local,
     }
     if family.model_type == "granitemoehybrid":
@@ -128,6 +130,8 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         drawn["parallel"] |= drawn["norms_apart"] or not one_each
     if "conv_taps" in drawn and not any(drawn["conv_taps"] or ()):
         drawn |= {"conv_taps": None, "conv_bias": False}
+    if not any(drawn.get("attention_chunks") or ()):
+        drawn |= {name: None for name in drawn if name == "attention_chunks"}
     listed = drawn.get("rope_layers")
     return {**drawn, "rope_layers": None} if listed and all(listed) else drawn
 
@@ -194,6 +198,8 @@ def shared_widths(draw: st.DrawFn, family: type[MoeConfig], width: int) -> int |
     count = draw(st.integers(0 if family.shared_is_optional else 1, 3))
     if family.shared_count_key:
         return count * width or None
+    if family.key(SHARED) == family.key("expert_intermediate_size"):
+        return width
     return draw(st.integers(1, 6))
 
 

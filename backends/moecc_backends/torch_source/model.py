@@ -15,7 +15,7 @@ from moecc.support.untyped import JsonDict
 from moecc_backends.torch_source.blocks import ModuleBlock, members
 from moecc_backends.torch_source.heads import HEAD, LOSSES, head_parts, new_heads
 from moecc_backends.torch_source.layers import ModelWriter
-from moecc_backends.torch_source.names import common, is_under
+from moecc_backends.torch_source.names import common, is_under, layer_of
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.parallel import expert_parallel_plan, tensor_parallel_plan
 from moecc_backends.torch_source.program import (
@@ -336,11 +336,11 @@ class Models:
         if CACHE not in self.program.inputs:
             fault = "this model keeps no keys and values: generate with use_cache=False"
             lines = ["if cache is not None:", f'    raise ValueError("{fault}")']
-            # A window of one token is what shifts by a number of tokens are made of.
-            has_shifts = any(
-                i.op == "causal" and i.attrs["window"] == 1 for i in self.program.items
+            # Shifts by a number of tokens, and chunks of the sequence, count from the first token.
+            counts_places = any(
+                i.op == "causal" and layer_of(i.loc) is None for i in self.program.items
             )
-            if has_shifts or not any(i.op == "causal_mask" for i in self.program.items):
+            if counts_places or not any(i.op == "causal_mask" for i in self.program.items):
                 name = (
                     "attention_mask" if self.program.tokens == TOKENS else "decoder_attention_mask"
                 )

@@ -195,8 +195,9 @@ def _mask_text(
     mask = "None"
     if "mask" in parts:
         mask = w.expr(parts["mask"]).text
-    elif "keep" in parts:
-        mask = _scores_axes(w, w.expr(parts["keep"]), *names)
+    if "keep" in parts:
+        keep = _scores_axes(w, w.expr(parts["keep"]), *names)
+        mask = keep if mask == "None" else f"{w.helper('narrowed')}({mask}, {keep})"
     if "bias" in parts:
         w.helper("biased")
         bias = _scores_axes(w, w.expr(parts["bias"]), *names)

@@ -69,11 +69,15 @@ class Tables:
       masks: by window in tokens, 0 for none, ``[seq, kv_seq]``.
       shifts: for lags of 1, 2 … the matrix that moves a sequence on by so many tokens,
         ``[seq, kv_seq]``.
+      chunks: by length, which keys are not before the chunk of a query, ``[kv_seq, seq]``.
+      growth: the factor on queries of layers without rotary positions, ``[seq]``; None: 1.
     """
 
     rotations: tuple[Rotation | None, ...]
     masks: Mapping[int, Value]
     shifts: tuple[Value, ...]
+    chunks: Mapping[int, Value]
+    growth: Value | None
 
     @classmethod
     def of(cls, builder: Builder, config: DecoderConfig, tokens: Value) -> Tables:
@@ -92,7 +96,32 @@ class Tables:
         keys = as_keys(builder, positions)
         windows = dict.fromkeys(config.sliding_windows[layer] or 0 for layer in attending)
         masks = {w: builder.causal(positions, keys, window=w, name="causal") for w in windows}
-        return cls(rotations, masks, shift_matrices(builder, positions, keys, max(taps)))
+        chunks = {
+            size: builder.causal(keys, chunk_starts(builder, positions, size), name="in_chunk")
+            for size in dict.fromkeys(config.attention_chunks or ())
+            if size is not None
+        }
+        growth = None
+        if config.growing_queries is not None and None in ropes:
+            growth = query_growth(builder, positions, *config.growing_queries)
+        shifts = shift_matrices(builder, positions, keys, max(taps))
+        return cls(rotations, masks, shifts, chunks, growth)
+
+
+def chunk_starts(builder: Builder, positions: Value, size: int) -> Value:
+    """Emit for each position the first one of its chunk of `size`, exact below 2²⁴."""
+    places = builder.cast(positions, dtype="f32", name="places")
+    length = float(size)
+    starts = builder.pointwise(places, function=f"mul(floor(div(a, {length})), {length})")
+    return builder.cast(starts, dtype="i32", name="chunk_starts")
+
+
+def query_growth(builder: Builder, positions: Value, interval: float, strength: float) -> Value:
+    """Emit ``1 + strength · log(1 + ⌊(position + 1) / interval⌋)`` (Nakanishi 2501.19399)."""
+    places = builder.cast(positions, dtype="f32", name="places")
+    steps = f"floor(div(add(a, 1.0), {interval}))"
+    function = f"add(mul(log1p({steps}), {strength}), 1.0)"
+    return builder.pointwise(places, function=function, name="growth")
 
 
 def shift_matrices(builder: Builder, positions: Value, keys: Value, taps: int) -> tuple[Value, ...]:
@@ -194,6 +223,8 @@ def attention(
     if not config.qk_norm_last:
         query, key = heads.norm(query, "q"), heads.norm(key, "k")
     rotation = tables.rotations[layer]
+    if rotation is None and tables.growth is not None:
+        query = builder.mul(query, tables.growth)
     query = rotated(builder, query, rotation, config.head_dim)
     key = rotated(builder, key, rotation, config.head_dim)
     if config.qk_norm_last:
@@ -203,6 +234,8 @@ def attention(
     scores = soft_capped(builder, scores, config.attention_softcap, config.score_scale)
     seen = tables.masks[config.sliding_windows[layer] or 0]
     scores = builder.mask(scores, seen)
+    if config.attention_chunks is not None and (size := config.attention_chunks[layer]) is not None:
+        scores = builder.mask(scores, tables.chunks[size])
     weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
     if config.has_sinks:
         # A softmax over scores and one more, the sink, is that over the scores times
@@ -345,6 +378,9 @@ class _Heads:
         config, loc, name = self.config, self.builder.loc, self._norm_name(letter)
         if not config.qk_norm or config.qk_norm_across:
             return x
+        if config.qk_norm_plain:
+            has_rope = config.rope_of(self.layer) is not None
+            return emit_norm(self.builder, x, None, None, "head_dim", config) if has_rope else x
         if not config.qk_norm_each:
             scale = self.params.plain(f"{name}.weight", loc, head_dim=config.head_dim)
             bias = None
@@ -525,6 +561,7 @@ def _sparse(
         bias=bias,
         shift=shift,
         floor=config.sum_floor,
+        weighs_inputs=config.weighs_inputs,
     )
     axes = ffn_axes(embed, config.expert_intermediate_size)
 

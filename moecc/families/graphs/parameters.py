@@ -290,7 +290,7 @@ class Parameters:
         name = f"{prefix}{names.stack}{word}.weight"
         down, gate_up = prefix + names.expert_down, prefix + names.expert_gate_up
         if names.inputs_first:
-            return self._param(name, loc, stacked, self._in_turns(down, gate_up, matrix, stacked))
+            return self._param(name, loc, stacked, self._reversed(down, gate_up, matrix, stacked))
         if self.layout == "fused":
             down, gate_up = layer + FUSED_DOWN, layer + FUSED_GATE_UP
         elif self.layout == "stacked":
@@ -308,25 +308,30 @@ class Parameters:
     def expert_bias(
         self, layer: str, matrix: str, loc: str, axes: dict[str, int], experts: int
     ) -> Value:
-        """Return a bias of all experts, those of gate and up in turns on disk; see `expert`."""
+        """Return a bias of all experts, gate and up in one tensor on disk; see `expert`."""
         prefix, names = f"{layer}{self.names.sparse}", self.names
         name = f"{prefix}{names.stack}{names.matrix(matrix)}.bias"
         out = next(iter(axes))
         stacked = {"expert": experts, out: axes[out]}
         down, gate_up = prefix + names.expert_down, prefix + names.expert_gate_up
-        read = self._in_turns(f"{down}_bias", f"{gate_up}_bias", matrix, stacked)
+        read = self._reversed(f"{down}_bias", f"{gate_up}_bias", matrix, stacked)
         return self._param(name, loc, stacked, read)
 
-    def _in_turns(self, down: str, gate_up: str, matrix: str, axes: dict[str, int]) -> Expr:
-        """Return a tensor of all experts whose inputs are first, and gate and up in turns."""
+    def _reversed(self, down: str, gate_up: str, matrix: str, axes: dict[str, int]) -> Expr:
+        """Return a tensor of all experts whose inputs are first on disk."""
         experts, *others = axes
         on_disk = {name: axes[name] for name in (experts, *reversed(others))}
         if matrix == "down":
             read: Expr = self._source(down, **on_disk)
-        else:
+        elif self.names.in_turns:
             both = self._source(gate_up, **_with_axis(on_disk, "mlp", "gate_up", 2 * axes["mlp"]))
             turns = Split(both, "gate_up", (("mlp", axes["mlp"]), ("turn", 2)))
             read = Index(turns, "turn", 0 if matrix == "gate" else 1)
+        else:
+            width = axes["mlp"]
+            both = self._source(gate_up, **{**on_disk, "mlp": 2 * width})
+            start = 0 if matrix == "gate" else width
+            read = Slice(both, "mlp", start, start + width)
         return read if len(others) == 1 else Permute(read, tuple(axes))
 
     def _stacked(self, name: str, experts: int, axes: dict[str, int]) -> Expr:

@@ -95,7 +95,7 @@ class RopeOp(Op):
             yield "more than two entries, for the exponent size / (size − 2)", self.size > 2
         if kind == "llama3":
             low, high = self.low_freq_factor, self.high_freq_factor
-            yield "low_freq_factor below high_freq_factor", 0 < low < high < inf
+            yield "low_freq_factor not above high_freq_factor", 0 < low <= high < inf
         if kind == "yarn":
             slow, fast = self.beta_slow, self.beta_fast
             yield "beta_slow not above beta_fast", 0 < slow <= fast < inf
@@ -151,7 +151,8 @@ class RopeOp(Op):
             # Slow frequencies are divided by the factor, fast ones kept, others interpolated.
             low, high = self.low_freq_factor, self.high_freq_factor
             turns = self.original_context * plain / (2 * math.pi)
-            keep = np.clip((turns - low) / (high - low), 0, 1)
+            # Llama 4 Scout has one factor for both, and so nothing between.
+            keep = np.clip((turns - low) / (high - low), 0, 1) if low < high else turns > low
             return np.asarray(plain / factor * (1 - keep) + plain * keep)
         if kind == "longrope":
             is_long = length > self.original_context

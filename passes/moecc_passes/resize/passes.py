@@ -501,6 +501,9 @@ class ToDensePass(ResizePass):
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
         """Yield the problem that a layer does not have the experts, or that they cannot be one."""
         yield from missing_experts(layer, self.chosen(layer))
+        if layer.layer.gate_dispatch is not None:
+            message = "gates multiply rows at the experts, and a dense block has none"
+            yield Problem(message, layer.name, hint="run this pass before weight-rows")
         for param in layer.params if self.how == "concat" else ():
             in_body = not param.users.keys().isdisjoint(layer.body)
             if in_body and param.type.names == ("expert",):

@@ -45,6 +45,15 @@ def biased(bias, mask, is_causal=True):
     return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else bias + mask
 
 
+def narrowed(mask, keep):
+    """Return a causal mask that also hides the keys that `keep` is false for."""
+    if mask is None:  # a kernel would make it
+        mask = torch.ones(keep.shape[-2:], dtype=torch.bool, device=keep.device).tril()
+    if mask.dtype == torch.bool:
+        return mask & keep
+    return mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
+
+
 def attend_by_scores(
     module, query, key, value, mask=None, *, scaling, softcap=None, sinks=None, is_causal=True,
     **kwargs
