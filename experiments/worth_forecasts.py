@@ -8,34 +8,49 @@ writes `worth_curves.jsonl` from the runs, and prints the table of docs/worth.md
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations, product
 from math import inf
+from typing import Any
 
 import numpy as np
 from declared import HERE
 from worth import DENSE, SEEDS, SPARSE, TEXTS, WORK, Setting
 
 from moecc.formats.run import METRICS, RECIPE
-from moecc.jobs.forecast import BLOCK_STEPS, Pilot, crossing_of
+from moecc.jobs.forecast import BLOCK_STEPS, Pilot, crossing_of, refusals
 
 CURVES = HERE / "worth_curves.jsonl"
-RATIOS = (1.02, 1.2, 1.4, 1.6, 1.75, 2.0)
+RATIOS = (1.02, 1.2, 1.4, 1.6, 1.75, 2.0, 3.0, 4.0)
+FROZEN = "experts frozen"
+"""An arm of `worth.py` that cannot catch up: copies that are not trained remain copies."""
+
 PILOT_STEPS, WARMUP = 300, 10
 BASES = (150, 400, 1200)
 """The steps of the dense model before the switch."""
 
 
 def write_curves() -> None:
-    """Write the mean cross entropy of every ten steps at a constant rate, of all runs."""
-    lines = []
+    """Write the mean cross entropy of every ten steps at a constant rate, of all runs.
+
+    A curve stays where its runs are gone, or are shorter.
+    """
+    lines: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for line in map(json.loads, CURVES.read_text("utf-8").splitlines()):
+        lines[line["text"], line["base_steps"], line["seed"]] = line
     for text, base_steps, seed in product(TEXTS, BASES, SEEDS):
         setting = Setting(text, seed, base_steps=base_steps)
-        arms = {arm: _trunk(setting, arm) for arm in (DENSE, SPARSE)}
-        if min(map(len, arms.values())) * BLOCK_STEPS >= PILOT_STEPS:
-            facts = {"text": text, "base_steps": base_steps, "seed": seed}
-            lines.append(json.dumps({**facts, **arms}))
-    CURVES.write_text("\n".join(lines) + "\n", "utf-8")
+        facts = {"text": text, "base_steps": base_steps, "seed": seed}
+        line = lines.get((text, base_steps, seed), facts)
+        for arm in (DENSE, SPARSE, FROZEN):
+            curve = _trunk(setting, arm)
+            if len(curve) > max(len(line.get(arm, ())), PILOT_STEPS // BLOCK_STEPS):
+                line[arm] = curve
+        if DENSE in line and SPARSE in line:
+            lines[text, base_steps, seed] = line
+    text = "\n".join(json.dumps(line) for line in lines.values())
+    CURVES.write_text(f"{text}\n", "utf-8")
 
 
 def _trunk(setting: Setting, arm: str) -> list[float]:
@@ -50,12 +65,13 @@ def _trunk(setting: Setting, arm: str) -> list[float]:
     return [round(float(x), 4) for x in np.reshape(every, (count, BLOCK_STEPS)).mean(1)]
 
 
-def read_curves() -> dict[tuple[str, int], list[Pilot]]:
+def read_curves(arm: str = SPARSE) -> dict[tuple[str, int], list[Pilot]]:
     """Return curves by text and steps of the base, a seed each; a step is the mean of its ten."""
     curves: dict[tuple[str, int], list[Pilot]] = {}
     for line in map(json.loads, CURVES.read_text("utf-8").splitlines()):
-        arms = (np.repeat(line[arm], BLOCK_STEPS) for arm in (DENSE, SPARSE))
-        curves.setdefault((line["text"], line["base_steps"]), []).append(Pilot(*arms))
+        if arm in line:
+            arms = (np.repeat(line[name], BLOCK_STEPS) for name in (DENSE, arm))
+            curves.setdefault((line["text"], line["base_steps"]), []).append(Pilot(*arms))
     return curves
 
 
@@ -81,31 +97,55 @@ def measured(curves: list[Pilot], ratio: float, base_steps: int) -> float:
     return float(inside[below[-1] + 1]) if len(below) else float(inside[0])
 
 
-def forecast(curves: list[Pilot], ratio: float, base_steps: int) -> float:
-    """Return the crossing that the first steps of curves say."""
-    pilots = [Pilot(c.dense[:PILOT_STEPS], c.sparse[:PILOT_STEPS]) for c in curves]
-    return crossing_of(pilots, base_steps, ratio, WARMUP).steps
+@dataclass(frozen=True)
+class Pair:
+    """Both arms at a ratio of compute: what the first steps say, and what whole curves do.
+
+    Attributes:
+      name: text, base and seeds.
+      ratio: the compute of a sparse step over that of a dense one.
+      forecast: the crossing that the first steps say.
+      crossing: where whole curves cross; infinite where they do not.
+      no: why `moecc forecast` says no where the steps that were measured are the budget, or None.
+    """
+
+    name: str
+    ratio: float
+    forecast: float
+    crossing: float
+    no: str | None
+
+    @property
+    def cell(self) -> str:
+        """The crossing as forecast, or no where nothing crosses, and as measured."""
+        if self.crossing < inf:
+            return f"{self.forecast:.0f} / {self.crossing:.0f}"
+        return f"{'yes' if self.no is None else 'no'} / never"
 
 
-def pairs() -> Iterator[tuple[str, float, float, float]]:
-    """Yield text, base and seeds, ratio, and the crossing as forecast and as measured."""
-    for (text, base_steps), curves in read_curves().items():
+def pairs(arm: str = SPARSE, ratios: Sequence[float] = RATIOS) -> Iterator[Pair]:
+    """Yield every two seeds of a text and a base, at every ratio of compute."""
+    for (text, base_steps), curves in read_curves(arm).items():
         for chosen in combinations(range(len(curves)), min(2, len(curves))):
             some = [curves[n] for n in chosen]
-            for ratio in RATIOS:
-                name = f"{text}, {base_steps} steps, seeds {' and '.join(map(str, chosen))}"
-                crossing = measured(some, ratio, base_steps)
-                yield name, ratio, forecast(some, ratio, base_steps), crossing
+            pilots = [Pilot(c.dense[:PILOT_STEPS], c.sparse[:PILOT_STEPS]) for c in some]
+            name = f"{text}, {base_steps} steps, seeds {' and '.join(map(str, chosen))}"
+            for ratio in ratios:
+                said = crossing_of(pilots, base_steps, ratio, WARMUP)
+                budget = min(min(len(c.sparse), len(c.dense) / ratio) for c in some)
+                no, _ = next(refusals(said, PILOT_STEPS, len(some), budget, inf), (None, ""))
+                yield Pair(name, ratio, said.steps, measured(some, ratio, base_steps), no)
 
 
 def main() -> None:
-    """Write the curves and print the table."""
+    """Write the curves and print the tables: forecasts beside crossings, "no" beside "never"."""
     write_curves()
     heads = " | ".join(map(str, RATIOS))
     print(f"| pilot, by ratio of compute | {heads} |\n|---|{'---|' * len(RATIOS)}")
     rows: dict[str, list[str]] = {}
-    for name, _, said, crossing in pairs():
-        rows.setdefault(name, []).append(f"{said:.0f} / {crossing:.0f}")
+    for pair in (*pairs(), *pairs(FROZEN)):
+        arm = "" if len(rows.get(pair.name, ())) < len(RATIOS) else f"{FROZEN}: "
+        rows.setdefault(f"{arm}{pair.name}", []).append(pair.cell)
     for name, cells in rows.items():
         print(f"| {name} | {' | '.join(cells)} |")
 

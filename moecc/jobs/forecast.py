@@ -180,7 +180,7 @@ def _losses(run: Path, steps: int) -> Doubles:
     return losses
 
 
-def _refusals(
+def refusals(
     crossing: Crossing, steps: int, pilots: int, budget_steps: float, text_steps: float
 ) -> Iterator[tuple[str, str]]:
     """Yield why the crossing is no reason to upcycle, and what would change that."""
@@ -326,7 +326,7 @@ def _forecast(
         assert a_step is not None, "device-hours come with a machine"
         budget_steps = amount / a_step
     text_steps = runs.text_tokens / batch
-    reasons = list(_refusals(crossing, steps, len(runs.pilots), budget_steps, text_steps))
+    reasons = list(refusals(crossing, steps, len(runs.pilots), budget_steps, text_steps))
     crossing_steps = crossing.steps if isfinite(crossing.steps) else None
     facts |= {
         "pilot": {

@@ -56,9 +56,15 @@ def test_a_paragraph_counts_once():
 
 
 def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves():
-    ratios = [
-        said / crossing for _, _, said, crossing in worth_forecasts.pairs() if crossing < np.inf
-    ]
-    assert len(ratios) >= 10
-    near = [1 / 1.3 <= ratio <= 1.3 for ratio in ratios]
+    crossing = [pair for pair in worth_forecasts.pairs() if pair.crossing < np.inf]
+    assert len(crossing) >= 10
+    near = [1 / 1.3 <= pair.forecast / pair.crossing <= 1.3 for pair in crossing]
     assert sum(near) >= 0.8 * len(near)
+    assert all(pair.no is None for pair in crossing if pair.ratio <= 1.2)
+
+
+def test_forecasts_say_no_where_whole_curves_never_cross():
+    pairs = (*worth_forecasts.pairs(), *worth_forecasts.pairs(worth_forecasts.FROZEN))
+    never = [pair for pair in pairs if pair.crossing == np.inf]
+    assert len(never) >= 20
+    assert all(pair.no for pair in never)
