@@ -1,4 +1,4 @@
-"""Write the tables of docs/worth.md from the lines of `worth.py`."""
+"""Write the tables and the picture of docs/worth.md from the lines of `worth.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from curves_figure import COLOURS, STYLE
 from scipy.stats import t as student
 from worth import BASE_STEPS, DENSE, LONGER, RESULTS, SPARSE, STEPS
 
@@ -157,9 +159,47 @@ def table(title: str, rows: list[tuple[str, Difference]]) -> Iterator[str]:
         yield f"| {row} | {' | '.join(values.get(column, '') for column in columns)} |"
 
 
+def draw_losses(lines: Lines, path: Path) -> None:
+    """Draw held-out losses of both arms by compute, the means over all texts and seeds."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def losses(arm: str) -> dict[int, float]:
+        steps = set.intersection(*({n for a, n in runs if a == arm} for runs in lines.values()))
+        return {
+            n: float(np.mean([runs[arm, n]["loss"] for runs in lines.values()]))
+            for n in sorted(steps)
+        }
+
+    some = next(iter(lines.values()))
+    flops = {arm: line["flops_per_token"] for (arm, _), line in some.items()}
+    sparse = {n: loss for n, loss in losses(SPARSE).items() if n in STEPS}
+    curves = (
+        ("dense", 1.0, losses(DENSE)),
+        ("sparse, by executed FLOPs", flops[SPARSE] / flops[DENSE], sparse),
+        ("sparse, by processor time", LONGER, sparse),
+    )
+    with matplotlib.rc_context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
+        axes.grid(axis="y", color="0.9", linewidth=0.6)
+        for (label, ratio, values), colour in zip(curves, COLOURS, strict=True):
+            at = [ratio * steps for steps in values]
+            axes.plot(at, list(values.values()), color=colour, marker=".", label=label)
+        axes.set_xscale("log")
+        ticks = (150, 300, 600, 1200, 2400)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("steps of the dense model for as much compute")
+        axes.set_ylabel("held-out loss, nats a byte")
+        axes.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+
+
 def main() -> None:
-    """Write the tables."""
+    """Write the tables and the picture."""
     lines = read_lines()
+    draw_losses(lines, PAGE.with_suffix(".svg"))
     text = PAGE.read_text("utf-8")
     before, tables = text.split(BEGIN)
     after = tables.split(END)[1]

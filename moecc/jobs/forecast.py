@@ -270,7 +270,7 @@ def forecast(
             found=f"{counts[1]:,} after {passes}",
         )  # fmt: skip
     runs = read_pilots(pilot, *counts) if pilot else None
-    facts, draw = _forecast(model, dense, sparse, runs, tokens, limit, machine)
+    facts, draw = _forecast(model, dense, sparse, runs, tokens, limit, machine, price)
     facts["pipeline"] = str(passes)
     if serving is not None and (too_large := _too_large(facts["served_bytes"], serving)):
         facts = {**facts, "worth_it": False, "reasons": [*facts["reasons"], too_large]}
@@ -289,6 +289,7 @@ def _forecast(
     tokens: float,
     budget: tuple[float, bool] | None,
     machine: str | None,
+    price: float | None,
 ) -> tuple[JsonDict, Callable[[], JsonDict] | None]:
     """Return the report as JSON values, and what draws the curves of a pilot."""
     seq = 4096 if runs is None else runs.recipe.data.seq
@@ -313,6 +314,7 @@ def _forecast(
         if before["device_hours"] is not None and after["device_hours"] is not None:
             hours = FEWEST_SEEDS * PILOT_STEPS * (before["device_hours"] + after["device_hours"])
             needed += f"; {hours:.3g} device-hours of {machine}"
+            needed += "" if price is None else f", which cost {price * hours:,.2f}"
         return {**facts, **_answer([("there is no pilot", needed)])}, None
     assert batch is not None, "a pilot has batches"
     behind = tokens / batch

@@ -169,3 +169,12 @@ def test_a_mixture_is_no_dense_model(capsys):
     assert main(words) == 1
     assert "the model has experts already" in capsys.readouterr().err
     assert main([*words, "-p", "grow{times=2 chosen=same}"]) == 0
+
+
+def test_a_pilot_has_a_price(capsys):
+    words = ["forecast", "preset:smollm2-135m", "--tokens", "2e12", "--machine", "gpu:h100:8"]
+    assert main([*words, "--price", "1000"]) == 0
+    hours, cost = re.search(
+        r"([\d.]+) device-hours of gpu:h100:8, which cost ([\d.]+)", capsys.readouterr().out
+    ).groups()
+    assert float(cost) == pytest.approx(1000 * float(hours), rel=0.01)
