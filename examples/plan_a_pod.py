@@ -25,10 +25,10 @@ from moecc.jobs.command import write_whole
 from moecc.jobs.compile import compile_in_subprocess, compile_text
 from moecc.model.open import open_model
 from moecc.plan.machines import parse_machine
-from moecc.plan.page import plan_page
 from moecc.plan.report import plan_json, plan_text
 from moecc.plan.search import search
 from moecc.plan.step import StepConfig
+from moecc.plan.sweeps import plan_page
 from moecc.plan.workload import make_batch, workload
 
 

@@ -42,7 +42,7 @@ from moecc.rewrite.runner import run_pipeline
 from moecc.train.scoring import RoutedTokens
 
 if TYPE_CHECKING:
-    from moecc.tokenizer.process import Tokenizer
+    from moecc.tokenizer import Tokenizer
 
 UPCYCLE = "st-moe{experts=8 layers=every:2 losses=false}"
 TRACE = "trace-routing"

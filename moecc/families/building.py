@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError, Problem
 from moecc.families.config import FAMILY, ModelConfig
-from moecc.families.graphs.parameters import DtypeOf, GraphRequest
+from moecc.families.graphs.parameters import DtypeOf, GraphRequest, float32_of
 from moecc.families.heads import ModelHead
 from moecc.families.reader import TOKEN_KEYS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.ir.text import print_graph
+from moecc.ir.text import parse, print_graph
+from moecc.ir.verify import verify
 from moecc.support.process import gc_paused
-from moecc.types import Size
-from moecc.weights.expr import Expr
+from moecc.types import Size, TensorType
+from moecc.weights.expr import Expr, Source
 
 if TYPE_CHECKING:
     from moecc.families.st_moe import GraphConfig
@@ -86,7 +87,33 @@ def vocabulary_of(graph: Graph) -> int:
     raise InputError("the graph has no parameter with an axis vocab, so it knows no tokens")
 
 
+def build_stored(config: GraphConfig, request: GraphRequest) -> Graph:
+    """Return the graph that a config stores, its parameters read from the tensors of their names.
+
+    Raises:
+      InputError: the lines are not a valid graph.
+    """
+    dtype_of = request.dtype_of or float32_of
+    graph = parse(config.text, "config.json: graph")
+    verify(graph)
+    stated = [name for name, value in graph.params.items() if value.weight is not None]
+    if stated:
+        fault = "a stored graph reads each parameter from the tensor of its name"
+        hint = "remove the weight expression, or convert the model that has it"
+        raise InputError(Problem(fault, f"graph: %{name}", hint=hint) for name in stated)
+    for name, value in graph.params.items():
+        if not value.type.is_static:
+            parameter = f"%{name} : {value.type}"
+            raise InputError("a stored parameter has known sizes", where="graph", found=parameter)
+        value.weight = Source(name, TensorType(dtype_of(name), value.type.axes))
+    graph.attrs = {**graph.attrs, "family": config.model_type, "checkpoint": request.checkpoint}
+    graph.attrs.setdefault("config", config.to_json())
+    return graph
+
+
 # Build the graph of any typed config, whatever the shape of the model.
+
+_GRAPHS = "moecc.families.graphs"
 
 
 def build_model(
@@ -114,7 +141,10 @@ def build_model(
     if config.stacks_experts:
         layout = "stacked"
     request = GraphRequest(dtype_of, checkpoint, layout, padding, batch, seq, decoder_seq, head)
-    build = type(config).builder or import_module(f"moecc.families.graphs.{config.graphs}").build
+    build: Any = type(config).builder
+    if build is None:
+        is_stored = config.graphs == "stored"
+        build = build_stored if is_stored else import_module(f"{_GRAPHS}.{config.graphs}").build
     # The graph of a model with 2048 experts per layer has several hundred thousand objects.
     with gc_paused():
         graph: Graph = build(config, request)

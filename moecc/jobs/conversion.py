@@ -14,8 +14,8 @@ from moecc.families.config import FAMILY
 from moecc.families.describe import Description, describe
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.formats.gguf.storage import Storage
+from moecc.formats.open import wrapped_in
 from moecc.formats.source import Checkpoint
-from moecc.formats.wrapped import wrapped_in
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
@@ -386,8 +386,14 @@ def _put_back(export: Export, checkpoint: Checkpoint) -> tuple[Export, list[str]
 
 def _with_tokenizer(export: GgufExport, checkpoint: Checkpoint) -> tuple[GgufExport, list[str]]:
     """Return the export with the tokenizer of the source, and a remark if it has none."""
-    from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
+    from moecc.formats.gguf.reader import GgufFile
+    from moecc.formats.gguf.tokenizer import NO_TOKENIZER, tokenizer_keys
 
-    keys, reason = tokenizer_keys(checkpoint, export.config.vocab_size)
+    if not isinstance(checkpoint, GgufFile):
+        keys, reason = tokenizer_keys(checkpoint, export.config.vocab_size)
+    elif keys := checkpoint.stored_keys("tokenizer."):
+        reason = None
+    else:
+        keys, reason = NO_TOKENIZER, "the source has none"
     remarks = [] if reason is None else [f"the file has no tokenizer: {reason}"]
     return replace(export, tokenizer=keys), remarks

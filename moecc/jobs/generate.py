@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from moecc.analysis import LOGITS
 from moecc.backend import Backend, get_backend
+from moecc.chat import read_messages, read_template
 from moecc.decoding import (
     DECODER_TOKENS,
     DecodeGraphs,
@@ -36,8 +37,7 @@ from moecc.model.open import OpenedModel, open_model
 from moecc.support.extras import require
 from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
-from moecc.tokenizer.chat import read_messages, read_template
-from moecc.tokenizer.process import Tokenizer
+from moecc.tokenizer import Tokenizer
 from moecc.types import F32, Array, Arrays, DType, float_type
 
 if TYPE_CHECKING:

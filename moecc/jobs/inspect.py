@@ -60,7 +60,7 @@ def inspection(model: OpenedModel) -> JsonDict:
     """Return the inspection of `model` as JSON values."""
     from moecc.analysis import find_ffn_blocks
     from moecc.families.describe import CONVENTION, describe, paper_groups
-    from moecc.formats.wrapped import wrapped_in
+    from moecc.formats.open import wrapped_in
     from moecc.ir.structure import without_opaque
     from moecc.ir.unroll import unrolled
     from moecc.jobs.targets import fits

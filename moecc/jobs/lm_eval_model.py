@@ -24,7 +24,7 @@ from moecc.jobs.generate import Continuer, Continuing, end_tokens, load_tokenize
 from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.support.untyped import Json
-from moecc.tokenizer.process import Tokenizer
+from moecc.tokenizer import Tokenizer
 from moecc.train.scoring import Scorer, ScoringBackend, UnitScores
 from moecc.types import F32, DType
 

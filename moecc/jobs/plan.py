@@ -320,7 +320,7 @@ def plan(
       moecc plan preset:mixtral-8x7b --machine tpu:v5p:4x4x4
     """
     from moecc.model.open import open_model
-    from moecc.plan.page import plan_page, sweep_page
+    from moecc.plan.sweeps import plan_page, sweep_page
 
     for file in (html, save):
         check_writable(file, force=force)

@@ -37,7 +37,7 @@ from moecc.types import F32, Array, TensorType
 from moecc.weights.draws import Normal, derive_key
 
 if TYPE_CHECKING:
-    from moecc.tokenizer.process import Tokenizer
+    from moecc.tokenizer import Tokenizer
 
 
 # Trace the routers of a model over a token folder, beside routers that learnt nothing.

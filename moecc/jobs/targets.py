@@ -17,7 +17,7 @@ from moecc.families.experts import expert_layers, layer_number
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders
 from moecc.families.registry import mixtures as decoder_mixtures
-from moecc.formats.wrapped import WrappedText
+from moecc.formats.open import WrappedText
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.rewrite.passes import Context

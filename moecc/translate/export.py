@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError, Problem
 from moecc.families.building import build_model, graph_tensors
 from moecc.families.config import FAMILY, ModelConfig
-from moecc.formats.wrapped import WrappedText
+from moecc.formats.open import WrappedText
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
 from moecc.ir.text import format_node

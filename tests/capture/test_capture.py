@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moecc_passes.resize.layer import alike, shared_out
+from moecc_passes.resized_layer import alike, shared_out
 from safetensors.numpy import load_file, save_file
 from tiers import few
 

@@ -13,8 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import moecc
 from moecc.errors import InputError
-from moecc.formats.open import open_checkpoint
-from moecc.formats.wrapped import WrappedText
+from moecc.formats.open import WrappedText, open_checkpoint
 from moecc.ir.text import print_graph
 from moecc.jobs.convert import convert, plan, write
 from moecc.jobs.inspect import inspection

@@ -13,7 +13,7 @@ pytest.importorskip("jax")
 tokenizers = pytest.importorskip("tokenizers")
 
 from moecc.errors import InputError  # noqa: E402
-from moecc.tokenizer.process import Tokenizer, Worker  # noqa: E402
+from moecc.tokenizer import Tokenizer, Worker  # noqa: E402
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat"]
 
@@ -151,7 +151,7 @@ def test_what_the_library_says_is_what_comes_back():
 
 
 def test_answers_have_a_length(monkeypatch):
-    monkeypatch.setattr("moecc.tokenizer.process.MOST_TOKENS", 5)
+    monkeypatch.setattr("moecc.tokenizer.MOST_TOKENS", 5)
     made = Worker()
     made.tokenizer = tokenizers.Tokenizer.from_str(changed().decode())
     with pytest.raises(ValueError, match="more than 5 tokens"):

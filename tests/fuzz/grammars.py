@@ -301,7 +301,7 @@ def run_tokenizer(data: bytes) -> None:
     """Look at a tokenizer and translate it to the keys of a GGUF file."""
     from moecc.formats.folder import findings
     from moecc.formats.gguf.header import plan_file
-    from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
+    from moecc.formats.gguf.tokenizer import tokenizer_keys
 
     files = {"tokenizer.json": data}
     try:

@@ -15,8 +15,7 @@ import pytest
 
 from moecc.errors import MachineError
 from moecc.jobs.launch import free_port
-from moecc.launch.processes import JOIN, ProcessInfo
-from moecc.launch.rendezvous import meet
+from moecc.launch.processes import JOIN, ProcessInfo, meet
 
 LLAMA = Path(__file__).parent.parent / "golden" / "llama_gqa"
 

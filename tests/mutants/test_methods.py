@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from family_configs import MemoryCheckpoint
-from moecc_passes.resize import passes as resizing
+from moecc_passes import resize as resizing
 from moecc_passes.upcycle import upcycle
 from safetensors.numpy import save_file
 

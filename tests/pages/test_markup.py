@@ -17,7 +17,7 @@ import moecc
 from moecc.jobs.opt import graph_page
 from moecc.jobs.receipt import receipt_page
 from moecc.jobs.report import report_page
-from moecc.plan.page import plan_page, sweep_page
+from moecc.plan.sweeps import plan_page, sweep_page
 from moecc.support.page import render
 from moecc.support.text import facts_table
 from moecc.train.run import RunSeries

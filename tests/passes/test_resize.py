@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moecc_passes.resize.layer import shared_out
+from moecc_passes.resized_layer import shared_out
 from safetensors.numpy import load_file, save_file
 from tiers import few
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from moecc_passes.sharding.annotate import LowerCollectivesPass, lay
+from moecc_passes.annotate import LowerCollectivesPass, lay
 
 from moecc.errors import InputError
 from moecc.ir import Graph, clone, equal, parse, verify

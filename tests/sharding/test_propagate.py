@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import pytest
-from moecc_passes.sharding.annotate import lay
+from moecc_passes.annotate import lay
 from sharding_cases import layer
 
 from moecc.families import build

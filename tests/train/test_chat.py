@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moecc.chat import ChatTemplate, read_template
 from moecc.errors import InputError
-from moecc.tokenizer.chat import ChatTemplate, read_template
 from moecc.train.objectives import IGNORED, ExampleRows, Room
 from moecc.train.tokens.encoders import byte_tokenizer
 from moecc.train.tokens.folder import open_tokens

@@ -43,12 +43,12 @@ from moecc.launch.processes import (
     ProcessInfo,
     cluster_process,
     hold_lifeline,
+    meet,
     note_joined,
     process_info,
     seconds_of_environment,
     watchdog_of_environment,
 )
-from moecc.launch.rendezvous import meet
 from moecc.train.events import Reason
 from moecc.types import F64, Array, DType
 from moecc.types import Array as NumpyArray

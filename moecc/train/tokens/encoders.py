@@ -14,14 +14,14 @@ from tempfile import TemporaryDirectory
 
 from numpy.typing import NDArray
 
+from moecc.chat import CHAT_FILES, ChatTemplate, read_template
 from moecc.errors import InputError
 from moecc.formats.files import read_bounded, read_json_object, read_whole
 from moecc.formats.run import SOURCE, split_reference
 from moecc.support.lazy import np
 from moecc.support.process import Closing
 from moecc.support.untyped import JsonDict
-from moecc.tokenizer.chat import CHAT_FILES, ChatTemplate, read_template
-from moecc.tokenizer.process import Tokenizer
+from moecc.tokenizer import Tokenizer
 from moecc.train.tokens.folder import Special
 
 # The tokenizer of bytes as a ``tokenizer.json``, so that models of bytes go where others go.

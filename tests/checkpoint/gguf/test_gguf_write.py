@@ -23,7 +23,7 @@ from moecc.formats.gguf.families import (
 from moecc.formats.gguf.header import Key, plan_file, read_gguf_header
 from moecc.formats.gguf.reader import open_gguf
 from moecc.formats.gguf.storage import BY_NAME
-from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
+from moecc.formats.gguf.tokenizer import tokenizer_keys
 from moecc.formats.manifest import verify_manifest
 from moecc.formats.open import open_checkpoint
 from moecc.formats.safetensors import Entry

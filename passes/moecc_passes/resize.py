@@ -21,7 +21,7 @@ from moecc.weights.arithmetic import BASE, Add, read_from
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat
-from moecc_passes.resize.layer import (
+from moecc_passes.resized_layer import (
     BIAS_DOC,
     Anatomy,
     BiasChoice,

@@ -129,7 +129,7 @@ class Tokenizer(Closing):
         try:
             self._process = subprocess.Popen(
                 # -P: a file in the working folder must not shadow a library.
-                [sys.executable, "-P", "-m", "moecc.tokenizer.process"],
+                [sys.executable, "-P", "-m", "moecc.tokenizer"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -21,7 +21,7 @@ from moecc.sharding.collectives import steps
 from moecc.sharding.propagate import Propagation, Ref, Reshard, propagate
 from moecc.sharding.rules import LayoutRule, read_layouts
 from moecc.types import TensorType
-from moecc_passes.sharding.expert_parallel import (
+from moecc_passes.expert_parallel import (
     REGROUPED,
     cut_groups,
     emit,

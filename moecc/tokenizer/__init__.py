@@ -1,1 +1,0 @@
-"""A checkpoint's tokenizer, run in a subprocess because its file is untrusted."""

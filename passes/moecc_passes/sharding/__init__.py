@@ -1,1 +1,0 @@
-"""Sharding as passes: annotations, collectives, and the way back."""
