@@ -65,8 +65,8 @@ def serve(folder: str, batch: int, seq: int) -> None:
     """Answer requests of the kind that `train_torch.py` answers."""
     import jax
     from moecc_backends.xla.program import keep_freed_memory
+    from moecc_backends.xla.train.checkpoints import load
     from moecc_backends.xla.train.step import make_train_step
-    from moecc_backends.xla.train.tensors import load
 
     from moecc.model.open import open_model
     from moecc.train.graphs import step_spec, train_graph

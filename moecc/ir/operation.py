@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar, overload
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.arrays import Array
+from moecc.ir.mesh import Rule, propagate_sharding
 from moecc.ir.operand import Attrs as Attrs
 from moecc.ir.operand import Definition, Operand, Region
-from moecc.ir.sharding_rules import Rule, propagate_sharding
 from moecc.ir.traits import (
     NOTHING,
     CollectiveKind,

@@ -9,9 +9,16 @@ from typing import NamedTuple
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Node, Value
-from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
+from moecc.ir.mesh import (
+    Mesh,
+    NamedType,
+    Space,
+    nearest_divisor,
+    nearest_multiple,
+    sharded_results,
+    space_of,
+)
 from moecc.ir.ops.slots import is_slots
-from moecc.ir.sharding_rules import NamedType, Space, sharded_results, space_of
 from moecc.ir.traits import Cost, Product
 from moecc.sharding.rules import LayoutRule
 from moecc.support.text import amount

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from moecc.ir.graph import Value
+from moecc.ir.mesh import NamedType, sharded_results
 from moecc.ir.ops.collectives import collective_type
-from moecc.ir.sharding_rules import NamedType, sharded_results
 from moecc.ir.traits import RowMove
 from moecc.sharding.assign import Site
 from moecc.sharding.propagate import Propagation, Reshard

@@ -14,8 +14,7 @@ from math import lcm
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.interpreter import ReferenceProgram
-from moecc.ir.mesh import mesh_of
-from moecc.ir.sharding_rules import spelled
+from moecc.ir.mesh import mesh_of, spelled
 from moecc.ir.structure import clone, copied
 from moecc.ir.traits import CollectiveKind
 from moecc.ir.unroll import unrolled

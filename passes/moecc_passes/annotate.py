@@ -10,9 +10,8 @@ from typing import Annotated
 from moecc.errors import InputError, MoeccError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
+from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh, spelled
 from moecc.ir.ops.collectives import format_sharding
-from moecc.ir.sharding_rules import spelled
 from moecc.ir.structure import replace_value
 from moecc.ir.traits import CollectiveKind
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Remark

@@ -12,10 +12,9 @@ from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir import OPS, Builder, Graph, Value
-from moecc.ir.mesh import Mesh, mesh_of, set_mesh
+from moecc.ir.mesh import Mesh, Rule, Space, mesh_of, set_mesh
 from moecc.ir.operand import Attrs, Operand, OperationRow
 from moecc.ir.ops import collectives
-from moecc.ir.sharding_rules import Rule, Space
 from moecc.ir.structure import infer_again
 from moecc.ir.traits import LocalRule
 from moecc.types import Axis, TensorType

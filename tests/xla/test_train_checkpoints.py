@@ -26,9 +26,12 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.train.checkpoints import RunCheckpoints, Saver  # noqa: E402
+from moecc_backends.xla.train.checkpoints import (  # noqa: E402
+    RunCheckpoints,
+    Saver,
+    load,
+)
 from moecc_backends.xla.train.step import make_train_step  # noqa: E402
-from moecc_backends.xla.train.tensors import load  # noqa: E402
 
 from tests.support.tiers import few  # noqa: E402
 
@@ -98,7 +101,7 @@ def test_any_program_restores_what_any_other_saved(
 ):
     if beside:
         # As of an accelerator: tensors are made in the memory of its host.
-        pinned = "moecc_backends.xla.train.tensors._on_host"
+        pinned = "moecc_backends.xla.train.checkpoints._on_host"
         monkeypatch.setattr(pinned, lambda where: where.with_memory_kind("pinned_host"))
     run, found = tmp_path / "run", []
     create_run(

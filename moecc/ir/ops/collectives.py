@@ -12,10 +12,10 @@ from functools import partial
 
 from moecc.errors import InputError, nearest
 from moecc.ir.arrays import Array
+from moecc.ir.mesh import spelled
 from moecc.ir.operand import Attrs, Operand
 from moecc.ir.operation import OPS, AxisName, AxisNames, Op, Word, operation
 from moecc.ir.ops.rules import axis_of
-from moecc.ir.sharding_rules import spelled
 from moecc.ir.traits import CollectiveKind
 from moecc.terms.tensor import Tensor
 from moecc.terms.term import Algebra

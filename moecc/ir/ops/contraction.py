@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from moecc.errors import InputError
 from moecc.ir.arrays import Array, Data
+from moecc.ir.mesh import Space
 from moecc.ir.operand import Attrs, Operand, OperationRow
 from moecc.ir.operation import AxisName, AxisNames, Float, Int, Op, Word, operation
 from moecc.ir.ops.rules import (
@@ -25,7 +26,6 @@ from moecc.ir.ops.rules import (
     same_size,
     summing,
 )
-from moecc.ir.sharding_rules import Space
 from moecc.ir.traits import BOTH, PAIR, RESULT, Role, powers
 from moecc.support.lazy import np
 from moecc.terms import tensor as terms

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moecc.errors import InputError, nearest
+from moecc.ir.mesh import Names, Rule, Space
 from moecc.ir.operand import Attrs, Operand, OperationRow
-from moecc.ir.sharding_rules import Names, Rule, Space
 from moecc.types import Axis, DType, TensorType
 
 
@@ -156,7 +156,7 @@ def no_ragged(type: TensorType, names: Iterable[str], refusal: str) -> None:
             )
 
 
-# Sharding rules of operations: the dimensions each loops over (`moecc.ir.sharding_rules`).
+# Sharding rules of operations: the dimensions each loops over (`moecc.ir.mesh`).
 
 
 def _identity(names: Iterable[str]) -> dict[str, str]:

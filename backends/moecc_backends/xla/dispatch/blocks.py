@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
-from moecc.ir.sharding_rules import NamedType, sharded_results, space_of
+from moecc.ir.mesh import NamedType, sharded_results, space_of
 from moecc.ir.traits import RowMove
 from moecc_backends.xla.dispatch.sorted_rows import (
     Deferral,

@@ -70,7 +70,13 @@ from moecc_backends.xla.program import (
     preflight,
 )
 from moecc_backends.xla.trace.values import NamedArrays, Outputs, PyTree
-from moecc_backends.xla.train.checkpoints import RunCheckpoints, Saver
+from moecc_backends.xla.train.checkpoints import (
+    RunCheckpoints,
+    Saver,
+    load,
+    slots_of,
+    with_moments,
+)
 from moecc_backends.xla.train.gradients import LOSS_SUM, TAUGHT, TOKENS
 from moecc_backends.xla.train.step import (
     PhasedStep,
@@ -78,11 +84,6 @@ from moecc_backends.xla.train.step import (
     TrainStep,
     shared_step,
     teacher_program,
-)
-from moecc_backends.xla.train.tensors import (
-    load,
-    slots_of,
-    with_moments,
 )
 
 # The training loop, as a stream of events.

@@ -46,6 +46,7 @@ from moecc.types import Arrays as HostArrays
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.program import in_precision, machine_errors
 from moecc_backends.xla.trace.values import Arrays, NamedArrays, Names, Outputs, PyTree, accumulator
+from moecc_backends.xla.train.checkpoints import load
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
     COEFFICIENT,
@@ -62,7 +63,6 @@ from moecc_backends.xla.train.gradients import (
     summed_outputs,
 )
 from moecc_backends.xla.train.optimizer import Optimizer, Settle
-from moecc_backends.xla.train.tensors import load
 
 
 @dataclass(frozen=True)
