@@ -74,6 +74,9 @@ class TensorNames:
       query_norm, key_norm: the norms of queries and keys; with ``{head}`` each head has a tensor.
       dense_gate, dense_up, dense_down: the matrices of a dense block.
       convolution: the prefix of a short convolution.
+      delta: the prefix of a gated delta rule.
+      delta_by_group: whether its projections are two matrices, which have for each key head its
+        query, key, values and gates, and its rates and decays; else they are five by kind.
       layer_norms: the norms before and after the attention, and before and after the feed-forward
         block; empty if they have their usual names.
     """
@@ -108,6 +111,8 @@ class TensorNames:
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
     convolution: str = "conv."
+    delta: str = "linear_attn."
+    delta_by_group: bool = False
     dense_gate: str = "gate_proj"
     dense_up: str = "up_proj"
     dense_down: str = "down_proj"

@@ -12,7 +12,7 @@ and words for it: a family fixes it (`fixed`), leaves it open (`options`), or la
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from moecc.families.config import (
@@ -198,6 +198,28 @@ XIELU = "xielu"
 NORM_KINDS = ("rms", "layer", "layer without bias", "layer without parameters")
 """RMS norms, and layer norms with a scale and a bias, with a scale alone, or with neither."""
 
+
+@dataclass(frozen=True, slots=True)
+class DeltaLayers:
+    """Layers with a gated delta rule in place of attention (Yang et al. 2412.06464).
+
+    Attributes:
+      layers: for each layer whether it has one.
+      key_heads: the heads of queries and keys.
+      value_heads: the heads of values, a multiple of these.
+      key_dim: the width of a head of queries and keys.
+      value_dim: that of a head of values.
+      taps: those of the short convolution of queries, keys and values.
+    """
+
+    layers: tuple[bool, ...]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+
 FLAG = KeyRule("flag")
 FACTOR = KeyRule("number", above=0)
 CAP = KeyRule("number", above=0, null=lambda values: None)
@@ -289,6 +311,8 @@ class DecoderConfig(ModelConfig):
     growing_queries: tuple[float, float] | None = feature(
         "queries that grow with the position", default=None
     )
+    attention_gate: bool = feature("gates of the attention's output", default=False)
+    delta: DeltaLayers | None = feature("layers with a gated delta rule", default=None)
     local_rope: RopeConfig | None = feature(
         "rotary positions of their own in layers with a window", default=None
     )
@@ -324,6 +348,17 @@ class DecoderConfig(ModelConfig):
     def has_sinks(self) -> bool:
         """Whether each head's softmax has one more score, its sink."""
         return False
+
+    def taps_of(self, layer: int) -> int:
+        """Return the taps of the short convolution of a layer, 0 if it has none."""
+        if self.has_delta_rule(layer):
+            assert self.delta is not None, "the layer has one"
+            return self.delta.taps
+        return self.conv_taps[layer] if self.conv_taps is not None else 0
+
+    def has_delta_rule(self, layer: int) -> bool:
+        """Whether a layer has a gated delta rule in place of attention."""
+        return self.delta is not None and self.delta.layers[layer]
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
@@ -423,11 +458,13 @@ class DecoderConfig(ModelConfig):
         if self.norm_placement not in NORMS:
             fault = "norms are before, after or around a block"
             yield key_problem(fault, "one of these", self.norm_placement, "norm_placement")
+        kinds = None if self.delta is None else self.delta.layers
         for entries, key, fault in (
             (self.rope_layers, "no_rope_layers", "not one entry for each layer"),
             (self.sliding_windows, "sliding_windows", "not one window (or None) for each layer"),
             (self.conv_taps, "layer_types", "not one number of taps for each layer"),
             (self.attention_chunks, "layer_types", "not one chunk (or None) for each layer"),
+            (kinds, "layer_types", "not one kind for each layer"),
         ):
             if entries is not None and len(entries) != self.num_hidden_layers:
                 yield key_problem(fault, f"{self.num_hidden_layers}", f"{len(entries)}", key)

@@ -19,7 +19,7 @@ from moecc.families.experts import (
 )
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.ops.slots import SlotsOp, assigner
-from moecc.ir.structure import length_bounds, uses_of
+from moecc.ir.structure import length_bounds, uses_of, worked_on
 from moecc.ir.traits import Cost
 from moecc.ir.unroll import unrolled
 from moecc.support.text import brief, count_text, facts_table
@@ -100,9 +100,7 @@ def _lengths(graph: Graph, asked_lengths: Mapping[str, int]) -> dict[str, int]:
 def _work(node: Node, lengths: Mapping[str, int]) -> float:
     """Return two for each multiplication of a contraction, of one sequence."""
     rows = rows_of(node.operands)
-    # Along an axis that windows run along, the places of the result count.
-    values = (*node.operands, node.result)
-    sizes = {axis.name: axis.size for v in values for axis in v.type}
+    sizes = {axis.name: axis.size for v in worked_on(node) for axis in v.type}
     if rows is None:
         each = prod(_size(name, size, lengths) for name, size in sizes.items())
         return 2.0 * node.op.products * each

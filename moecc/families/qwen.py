@@ -36,7 +36,54 @@ class Qwen2Config(DecoderConfig):
 
 
 @config_class
-class Qwen2MoeConfig(MoeConfig):
+class SharedExpertConfig(MoeConfig):
+    """A mixture with a shared expert behind a sigmoid gate, which a model without one gets."""
+
+    has_shared_expert = True
+    shared_is_optional = True
+    sparse_style = "step"
+    upcycle_options = "top-k=2 shared=0.5"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a shared expert, which every file of the family has."""
+        return self.shared_expert_intermediate_size is not None
+
+    def completed(self) -> tuple[ModelConfig, dict[str, Expr]]:
+        """Return the config and the tensors with a shared expert, of zeros if the model has none.
+
+        Every engine reads one.
+        """
+        config, tensors = super().completed()
+        if self.shared_expert_intermediate_size is not None:
+            return config, tensors
+        names, embed = self.names, self.hidden_size
+        width = min(ZERO_WIDTH, self.expert_intermediate_size)
+        for layer, is_sparse in enumerate(self.sparse_layers):
+            if not is_sparse:
+                continue
+            prefix = names.layer.format(layer=layer) + names.sparse
+            tensors[f"{prefix}{names.shared_gate}"] = zeros(gate=1, embed=embed)
+            for matrix in (names.gate, names.up):
+                name = f"{prefix}{names.shared}{matrix}.weight"
+                tensors[name] = zeros(mlp=width, embed=embed)
+            down = f"{prefix}{names.shared}{names.down}.weight"
+            tensors[down] = zeros(embed=embed, mlp=width)
+        changes = {"shared_expert_intermediate_size": width}
+        return replace(config, **changes), tensors  # type: ignore[arg-type]
+
+
+def zeros(**axes: int) -> Expr:
+    """Return a weight of zeros."""
+    # Weights import NumPy, which takes longer than everything that reads a config.
+    from moecc.types import F32, tensor
+    from moecc.weights.expr import Full
+
+    return Full(0.0, tensor(F32, **axes))
+
+
+@config_class
+class Qwen2MoeConfig(SharedExpertConfig):
     """A qwen2_moe: a shared expert with a sigmoid gate beside the routed ones."""
 
     model_type = "qwen2_moe"
@@ -48,9 +95,6 @@ class Qwen2MoeConfig(MoeConfig):
     # transformers 4 raises for others, and other runtimes do not read the key.
     plain_heads = "qwen2_moe has heads of hidden_size / num_attention_heads"
     experts_keys = ("num_experts",)
-    has_shared_expert = True
-    shared_is_optional = True
-    upcycle_options = "top-k=2 shared=0.5"
     gguf = GgufFacts("qwen2moe", needs_head=True, renormalises=False)
     engines = {
         **TRANSFORMERS,
@@ -76,11 +120,6 @@ class Qwen2MoeConfig(MoeConfig):
         "qkv_bias": True,
     }
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether there is a shared expert, which every file of the family has."""
-        return self.shared_expert_intermediate_size is not None
-
     def completed(self) -> tuple[ModelConfig, dict[str, Expr]]:
         """Return the config and the tensors with the parts that engines always build.
 
@@ -88,30 +127,15 @@ class Qwen2MoeConfig(MoeConfig):
         zeros stand for those that the model lacks.
         """
         config, tensors = super().completed()
-        from moecc.types import F32, tensor
-        from moecc.weights.expr import Full
-
-        def zeros(**axes: int) -> Expr:
-            return Full(0.0, tensor(F32, **axes))
-
-        names, embed, changes = self.names, self.hidden_size, dict[str, object]()
-        width = min(ZERO_WIDTH, self.expert_intermediate_size)
+        if self.qkv_bias:
+            return config, tensors
         heads = (self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads)
-        for layer, is_sparse in enumerate(self.sparse_layers):
-            prefix = names.layer.format(layer=layer)
-            if not self.qkv_bias:
-                changes["qkv_bias"] = True
-                for letter, count in zip("qkv", heads, strict=True):
-                    bias = zeros(heads=count * self.head_dim)
-                    tensors[f"{prefix}self_attn.{letter}_proj.bias"] = bias
-            if is_sparse and self.shared_expert_intermediate_size is None:
-                changes["shared_expert_intermediate_size"] = width
-                shared = f"{prefix}{names.sparse}{names.shared}"
-                tensors[f"{prefix}{names.sparse}{names.shared_gate}"] = zeros(gate=1, embed=embed)
-                for matrix in (names.gate, names.up):
-                    tensors[f"{shared}{matrix}.weight"] = zeros(mlp=width, embed=embed)
-                tensors[f"{shared}{names.down}.weight"] = zeros(embed=embed, mlp=width)
-        return replace(config, **changes), tensors  # type: ignore[arg-type]
+        for layer in range(self.num_hidden_layers):
+            prefix = self.names.layer.format(layer=layer)
+            for letter, count in zip("qkv", heads, strict=True):
+                bias = zeros(heads=count * self.head_dim)
+                tensors[f"{prefix}self_attn.{letter}_proj.bias"] = bias
+        return replace(config, qkv_bias=True), tensors  # type: ignore[call-arg]
 
 
 @config_class

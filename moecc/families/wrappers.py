@@ -69,6 +69,8 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", {"qwen3_vl_text": "qwen3"}),
     "llama4": Wrapper("Llama4ForConditionalGeneration"),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration"),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration"),
 }
 """The wrappers that moecc reads, by `model_type`."""
 
@@ -166,7 +168,7 @@ def text_config(wrapper: Wrapper, config: Json, *, is_tied: bool | None = None) 
         "model_type": wrapper.families.get(name, name),
     }
     for key in ("rope_scaling", "rope_parameters"):
-        if key in keys and (rope := _without_sections(keys.pop(key))) is not None:
+        if key in keys and (rope := without_sections(keys.pop(key))) is not None:
             keys[key] = rope
     if "rope_parameters" in keys and "rope_theta" not in text:
         keys.pop("rope_theta", None)
@@ -175,7 +177,7 @@ def text_config(wrapper: Wrapper, config: Json, *, is_tied: bool | None = None) 
     return keys
 
 
-def _without_sections(rope: object) -> object:
+def without_sections(rope: object) -> object:
     """Return rotary settings without the sections of three-part positions.
 
     Text has three equal positions a token, so that sections compute what a single one does.

@@ -351,6 +351,7 @@ class OpDef:
       assigns_slots: whether its last result holds the slot of each choice.
       moves: whether it moves tokens to the slots of experts, or back.
       attends: whether it averages rows of the third operand, by weights from the first two.
+      recurs: whether it reads a state that it changes from place to place.
       roles: the role of a parameter in each operand; operands not listed expect no parameter.
       opaque: whether only another program can compute it, so that no backend runs it.
     """
@@ -388,6 +389,7 @@ class OpDef:
     assigns_slots: bool = False
     moves: RowMove | None = None
     attends: bool = False
+    recurs: bool = False
     roles: tuple[Role, ...] = ()
     opaque: bool = False
 
@@ -426,6 +428,8 @@ class OpDef:
         """Its cost class: products, look-ups, norms and row moves use memory, others fuse."""
         if self.attends:
             return Cost.ATTENTION
+        if self.recurs:
+            return Cost.RECURRENCE
         if self.moves is not None or self.normalises:
             return Cost.READ_WRITE
         if self.index is not None and self.linear:

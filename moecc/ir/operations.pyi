@@ -178,6 +178,20 @@ class Operations(ABC):
         padding: int = 0,
         name: str | None = None,
     ) -> Value: ...
+    def delta_rule(
+        self,
+        query: Value,
+        key: Value,
+        value: Value,
+        decay: Value,
+        rate: Value,
+        seen: Value,
+        /,
+        *,
+        over: str,
+        along: str,
+        name: str | None = None,
+    ) -> Value: ...
     def dispatch(
         self,
         x: Value,

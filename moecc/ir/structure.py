@@ -194,6 +194,15 @@ def _infer(node: Node) -> list[Node]:
 # The uses of a value, also under the names that it has after operations that keep its elements.
 
 
+def worked_on(node: Node) -> tuple[Value, ...]:
+    """Return the values whose axes together are the places that a node works at.
+
+    Along an axis that windows run along, the places of the result count; a recurrence has a state
+    for each place of its keys and values, and none for a query.
+    """
+    return tuple(node.operands[1:3]) if node.op.recurs else (*node.operands, *node.results)
+
+
 def uses_of(param: Value) -> Iterator[tuple[Node, Value]]:
     """Yield the nodes that use `param`, and the value that stands for it there."""
     pending, seen = [param], {param}

@@ -115,11 +115,12 @@ class Cost(Enum):
     LOOK_UP = "results, read and written"
     PRODUCT = "operands and results, and two FLOPs for each place of all axes"
     ATTENTION = "operands and results, and four FLOPs for each place of all axes"
+    RECURRENCE = "operands and results, and six FLOPs for each entry of the states of all places"
 
     @property
     def products(self) -> int:
         """How many products of matrices it is, each with two FLOPs for each place of all axes."""
-        return {Cost.PRODUCT: 1, Cost.ATTENTION: 2}.get(self, 0)
+        return {Cost.PRODUCT: 1, Cost.ATTENTION: 2, Cost.RECURRENCE: 3}.get(self, 0)
 
 
 class Domain(Enum):

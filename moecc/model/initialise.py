@@ -278,8 +278,8 @@ def _role(node: Node, value: Value) -> Role:
     if node.op.chooses and at > 0:
         return Role.BIAS  # it takes part in a choice
     role = node.op.role(at)
-    if role is Role.VALUE and node.op.elementwise and not value.type.axes:
-        return Role.BIAS  # a number that bends an activation, or at which one is cut
+    if role is Role.VALUE and node.op.elementwise and len(value.type) < 2:
+        return Role.BIAS  # numbers that bend an activation or a decay, or at which one is cut
     return role
 
 

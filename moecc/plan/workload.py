@@ -19,7 +19,7 @@ from moecc.ir.mesh import mesh_of
 from moecc.ir.ops.contraction import ProductOp
 from moecc.ir.ops.routing import RouteOp
 from moecc.ir.ops.slots import SlotsOp, assigner
-from moecc.ir.structure import clone, length_bounds
+from moecc.ir.structure import clone, length_bounds, worked_on
 from moecc.ir.traits import RowMove
 from moecc.plan.parts import (
     LAYER,
@@ -630,8 +630,7 @@ class _Reader:
             exact = choices_kept(rows) / rows_per_token(rows)
         operands = tuple(map(self.shape, node.operands))
         results = tuple(map(self.shape, node.results))
-        # Along an axis that windows run along, the places of the result count.
-        axes = {name: size for s in (*operands, *results) for name, size in s}
+        axes = {name: size for v in worked_on(node) for name, size in self.shape(v)}
         of_own = node in saved.again, node in saved.onward
         return StepParts(
             cost=node.op.cost,

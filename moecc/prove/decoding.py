@@ -286,6 +286,11 @@ class _StepProof:
         is_whole = self.tokens in node.result.type.names and self.tokens not in node.mixes
         if name in ("max", "logsumexp") and states == ["infinite"] and is_whole:
             return "row", ""
+        if node.op.recurs and states[-1] == "zero" and is_whole:
+            # A state that no hidden key changes; the keys are in the order of the full graph.
+            query, *keys, seen = (a.kind for a in operands)
+            if query == "row" and set(keys) == {"key"} and seen == "pair":
+                return "row", ""
         is_of_keys = {a.kind for a in operands} <= {"pair", "key"}
         is_hidden = "zero" in states and "infinite" not in states
         if name == "contract" and is_hidden and is_of_keys and is_whole:

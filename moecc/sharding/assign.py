@@ -52,7 +52,9 @@ class Site:
 
         What costs FLOPs or reads a table does, so that its operands come to it.
         """
-        return self.node.op.cost in (Cost.PRODUCT, Cost.ATTENTION, Cost.LOOK_UP)
+        return self.node.op.cost in (
+            *(Cost.PRODUCT, Cost.ATTENTION, Cost.RECURRENCE, Cost.LOOK_UP),
+        )
 
     @cached_property
     def names(self) -> dict[str, tuple[str, ...]]:

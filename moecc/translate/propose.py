@@ -29,18 +29,16 @@ LATENT = (
     "one rotary key serves all heads of its attention (MLA), and keys and values are products of a "
     "vector that is normalised once more, which no dense family has"
 )
-RECURRENT = (
-    "three of four layers are gated delta rules, a recurrence over tokens that no operation of "
-    "moecc computes"
-)
 NOT_WRITTEN = {
     "deepseek_v2": (LATENT, "glm4_moe has shared experts and dense first layers, too"),
     "deepseek_v3": (
         LATENT, "glm4_moe has its sigmoid gates, shared experts and dense first layers",
     ),
     "kimi_k2": (LATENT, "glm4_moe has its sigmoid gates, shared experts and dense first layers"),
-    "qwen3_next": (RECURRENT, "qwen3_moe holds a qwen3"),
-    "qwen3_5_moe": (RECURRENT, "qwen3_moe holds a qwen3"),
+    "qwen3_5_moe": (
+        "it is a text model beside an encoder of images, which stays as it is",
+        "qwen3_5_moe_text is that text model",
+    ),
     "nllb_moe": (
         "moecc reads no M2M100 or NLLB model that could become one",
         "switch_transformers is the encoder-decoder with experts that it writes",

@@ -229,7 +229,9 @@ def _is_causal(sides: Sides, keep: Value) -> bool:
 def _problem(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Problem | None:
     keys = [v for v in node.operands if sides.keys.get(v, frozenset()) & set(node.mixes)]
     states = {hidden.get(v, Hidden.NOTHING) for v in keys}
-    if node.op.is_product:
+    if node.op.recurs:
+        reads_hidden = hidden.get(node.operands[-1]) is not Hidden.ZERO
+    elif node.op.is_product:
         reads_hidden = Hidden.ZERO not in states
     else:
         reduces = node.op.is_distribution or fits(LARGEST, node) is not None

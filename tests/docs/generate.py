@@ -106,6 +106,7 @@ GROUPS = (
     ("Products, reductions and norms", "contraction"),
     ("Axes, chunks and caches", "axes"),
     ("Positions, masks and attention", "attention"),
+    ("States along a sequence", "recurrence"),
     ("Routing", "routing"),
     ("Slots and rows", "slots"),
     ("Random numbers", "random"),

@@ -108,15 +108,24 @@ def test_flops_are_two_for_each_weight_of_a_matrix(config):
         else:
             ffn += (2 + config.gated_mlp) * config.hidden_size * config.intermediate_size
     heads = config.num_attention_heads + config.num_key_value_heads
+    heads += config.attention_gate * config.num_attention_heads / 2
     taps = config.conv_taps or (0,) * config.num_hidden_layers
-    attending = taps.count(0)
+    delta, rules = config.delta, sum(config.delta.layers) if config.delta else 0
+    attending = taps.count(0) - rules
     projections = 2 * config.hidden_size * heads * config.head_dim * attending
-    projections += 4 * config.hidden_size**2 * (len(taps) - attending)
+    projections += 4 * config.hidden_size**2 * (len(taps) - taps.count(0))
     # A convolution of k taps is k - 1 products with a shifted sequence.
-    shifts = config.hidden_size * sum(count - 1 for count in taps if count)
+    shifts, states = config.hidden_size * sum(count - 1 for count in taps if count), 0
+    if delta is not None:
+        keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
+        projections += rules * config.hidden_size * (2 * keys + 3 * values + 2 * delta.value_heads)
+        shifts += rules * (2 * keys + values) * (delta.taps - 1)
+        # A state is multiplied with a key twice, and with a query.
+        states = rules * 3 * values * delta.key_dim
     head = config.vocab_size * config.hidden_size
     assert facts.sequence.weights == 2 * (ffn + projections + head) * 512
-    assert facts.sequence.attention == 2 * (attention * attending + shifts) * 512**2
+    squares = (attention * attending + shifts) * 512**2
+    assert facts.sequence.attention == 2 * (squares + states * 512)
     assert facts.sequence.per_token * 512 == facts.sequence.executed
 
 

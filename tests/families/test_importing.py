@@ -184,7 +184,7 @@ def test_any_damage_to_the_tensors_is_told_as_a_problem(data):
     if kind == "rename":
         made.arrays[data.draw(st.text(min_size=1)) + name] = array
     elif kind == "grow":
-        made.arrays[name] = np.concatenate([array, array])
+        made.arrays[name] = np.concatenate([np.atleast_1d(array)] * 2)
     elif kind == "flatten":
         made.arrays[name] = array.reshape(*array.shape, 1)
     elif kind == "integers":

@@ -73,6 +73,31 @@ ERNIE: dict[str, object] = {
     "pad_token_id": None,
 }
 
+DELTA: dict[str, object] = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 4,
+    "linear_conv_kernel_dim": 3,
+    "partial_rotary_factor": 0.5,
+}
+"""Gated delta rules around an attention, their heads of values in pairs and of another width."""
+
+SQUARE_DELTA: dict[str, object] = {
+    "num_hidden_layers": 2,
+    "full_attention_interval": 2,
+    "head_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "linear_conv_kernel_dim": 2,
+    "partial_rotary_factor": 1.0,
+    "tie_word_embeddings": True,
+}
 LFM2_MOE: dict[str, object] = {
     **QWEN_MOE,
     "num_hidden_layers": 3,

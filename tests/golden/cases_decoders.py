@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from case import GRANITE, LLAMA3, SQUARE, TWO_WIDE_HEADS, WIDE_HEADS, YARN, Case
+from case import (
+    DELTA,
+    GRANITE,
+    LLAMA3,
+    SQUARE,
+    SQUARE_DELTA,
+    TWO_WIDE_HEADS,
+    WIDE_HEADS,
+    YARN,
+    Case,
+)
 
 NEIGHBOURS: dict[str, object] = {"head_dim": 8, "attention_bias": True}
 """Heads of which 4 of 8 entries are rotated, and biases that are turned with them."""
@@ -299,6 +309,28 @@ DECODERS: dict[str, Case] = {
             "multi_query": False,
             "parallel_attn": False,
         },
+    ),
+    "qwen3_5_text_delta": Case(
+        "qwen3_5_text",
+        "delta rules around a gated attention, biases, positions in sections",
+        {
+            **DELTA,
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_interleaved": True,
+                "mrope_section": [1, 1, 0],
+            },
+        },
+        not_in_4=True,
+    ),
+    "qwen3_5_text_square": Case(
+        "qwen3_5_text",
+        "square matrices, tied, whole heads rotated",
+        {**SQUARE, **SQUARE_DELTA, "intermediate_size": 16},
+        not_in_4=True,
     ),
     "lfm2_biases": Case(
         "lfm2",

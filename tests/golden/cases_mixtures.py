@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from case import (
+    DELTA,
     ERNIE,
     GLM4_MOE,
     GPT_OSS,
@@ -10,6 +11,7 @@ from case import (
     LLAMA4,
     MIXTRAL,
     QWEN_MOE,
+    SQUARE_DELTA,
     SQUARE_MIXTRAL,
     SQUARE_QWEN_MOE,
     WIDE_HEADS,
@@ -350,6 +352,52 @@ MIXTURES: dict[str, Case] = {
                 "original_max_position_embeddings": 20,
             },
         },
+    ),
+    "qwen3_next_delta": Case(
+        "qwen3_next",
+        "delta rules around a gated attention, a dense layer, biases, gates as they are",
+        {
+            **QWEN_MOE,
+            **DELTA,
+            "num_experts": 5,
+            "shared_expert_intermediate_size": 10,
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen3_next_square": Case(
+        "qwen3_next",
+        "square matrices and as many experts, tied, whole heads rotated",
+        {
+            **SQUARE_QWEN_MOE,
+            **SQUARE_DELTA,
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 8,
+        },
+    ),
+    "qwen3_5_moe_text_delta": Case(
+        "qwen3_5_moe_text",
+        "delta rules around a gated attention, biases",
+        {
+            **QWEN_MOE,
+            **DELTA,
+            "num_experts": 5,
+            "shared_expert_intermediate_size": 10,
+            "attention_bias": True,
+        },
+        not_in_4=True,
+    ),
+    "qwen3_5_moe_text_square": Case(
+        "qwen3_5_moe_text",
+        "square matrices and as many experts, tied, whole heads rotated",
+        {
+            **SQUARE_QWEN_MOE,
+            **SQUARE_DELTA,
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 8,
+        },
+        not_in_4=True,
     ),
     "lfm2_moe_bias": Case(
         "lfm2_moe",

@@ -190,8 +190,11 @@ def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]
     drawn = _generator(key, name).standard_normal(shape)
     is_norm = "norm" in name.lower() or ".ln_" in name
     if is_norm and not name.endswith("bias"):
-        # These store scales less one.
-        return (0 if key.startswith(("gemma", "nemotron")) else 1) + 0.3 * drawn
+        # These store scales less one, but for the norms of what delta rules read.
+        less_one = key.startswith(("gemma", "nemotron", "qwen3_next", "qwen3_5"))
+        return (0 if less_one and ".linear_attn." not in name else 1) + 0.3 * drawn
+    if name.endswith("A_log"):
+        return drawn
     if ".act_fn." in name:
         # Transformers 4 keeps these in bfloat16, whatever the type of the model.
         return np.round(16 * drawn) / 16

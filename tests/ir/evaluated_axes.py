@@ -86,7 +86,8 @@ def crosses(f: Function, axis: str) -> bool:
     )
 
 
-def _taken(array: Array, axis: str, order: Sequence[int]) -> Array:
+def taken(array: Array, axis: str, order: Sequence[int]) -> Array:
+    """Return an array with the places of an axis in another order."""
     if axis not in array.axes:
         return array
     return replace(array, data=array.data.take(order, array.axes.index(axis)))
@@ -99,9 +100,9 @@ def _moves_along(f: Function, axis: str, seed: int) -> bool:
     if others:
         return False
     order = [*range(1, size), 0]
-    moved = f([_taken(a, axis, order) for a in arrays])
+    moved = f([taken(a, axis, order) for a in arrays])
     return all(
-        same(a.data, _taken(b, axis, order).data) for a, b in zip(moved, f(arrays), strict=True)
+        same(a.data, taken(b, axis, order).data) for a, b in zip(moved, f(arrays), strict=True)
     )
 
 
@@ -115,7 +116,7 @@ def _spreads(f: Function, axis: str, at: int, seed: int) -> bool:
     data[index] = other_data(f, at, arrays[at], seed + 50)[index]
     for before, after in zip(f(arrays), f(with_data(arrays, at, data)), strict=True):
         rest = range(1, before.size(axis)) if axis in before.axes else ()
-        if not same(_taken(before, axis, rest).data, _taken(after, axis, rest).data):
+        if not same(taken(before, axis, rest).data, taken(after, axis, rest).data):
             return True
     return False
 

@@ -20,6 +20,7 @@ from .evaluated_axes import (
     is_identity_on_mesh,
     reaches,
     same,
+    taken,
     with_data,
 )
 from .evaluated_derivatives import close, jacobian, linear
@@ -77,8 +78,8 @@ def mixed(name: str) -> frozenset[str]:
         return frozenset()
     given = {n for t in f.types for n in t.names}
     made = {n for v in f.node.results for n in v.type.names}
-    # The axes of values that are averaged count as those of the first operand do.
-    first = (0, 2) if attends(name) else (0,)
+    # The axes of values that are averaged or written into a state count as those of the first.
+    first = (0, 2) if attends(name) or recurs(name) else (0,)
     own = {n for at in first if reaches(f, at) for n in f.types[at].names}
     for axis in own | (given & made):
         sizes = [t[axis].size for t in f.types if axis in t]
@@ -227,6 +228,22 @@ def attends(name: str) -> bool:
     arrays = f.draw(0)
     made = f.floats(with_data(arrays, 2, np.ones_like(arrays[2].data)))
     return same(made, np.ones_like(made))
+
+
+@cache
+def recurs(name: str) -> bool:
+    """Whether the order counts along an axis that the third operand has and no result has."""
+    f = Function(sample(name))
+    if linear(name)[0] != (0, 2):
+        return False
+    arrays, results = f.draw(0), f.node.results
+    gone = [n for n in f.types[2].names if all(n not in v.type for v in results)]
+    for axis in gone:
+        order = range(int(str(f.types[2][axis].size)) - 1, -1, -1)
+        turned = f.floats([taken(a, axis, order) for a in arrays])
+        if not same(turned, f.floats(arrays)):
+            return True
+    return False
 
 
 @cache

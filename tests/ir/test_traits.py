@@ -106,6 +106,7 @@ def _moves(entry: OpDef) -> None:
 
 def _attends(entry: OpDef) -> None:
     assert entry.attends == found.attends(entry.name)
+    assert entry.recurs == found.recurs(entry.name)
 
 
 def _collective(entry: OpDef) -> None:
@@ -244,7 +245,7 @@ def test_what_a_row_says_is_what_the_meaning_does(name):
 
 def _flags(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
     names = ("elementwise", "logical", "alias", "blocks_gradient", "normalises", "chooses",
-             "assigns_slots", "attends", "commutative", "places")  # fmt: skip
+             "assigns_slots", "attends", "recurs", "commutative", "places")  # fmt: skip
     for name in names:
         yield name, replace(entry, **{name: not getattr(entry, name)})
     if len(entry.linear) > 1:

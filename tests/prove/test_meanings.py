@@ -29,7 +29,7 @@ from ..ir.operations import Function, sample  # noqa: TID252
 from .reflection import MEANINGS, Env, Model
 
 UNINTERPRETED = {
-    "convolve", "fold_key", "jax", "random_normal", "random_uniform", "update_slice",
+    "convolve", "delta_rule", "fold_key", "jax", "random_normal", "random_uniform", "update_slice",
     "within_buffer",
 }  # fmt: skip
 """Operations that are functions of all of their operands, of which nothing is known."""

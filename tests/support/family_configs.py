@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moecc.families.bert import BertConfig
 from moecc.families.config import ModelConfig
-from moecc.families.decoder import ATTENTION_BIASES, DecoderConfig
+from moecc.families.decoder import ATTENTION_BIASES, DecoderConfig, DeltaLayers
 from moecc.families.encdec import EncDecConfig
 from moecc.families.mixture import SHARED, MoeConfig
 from moecc.families.registry import decoders, parse_config
@@ -116,6 +116,7 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         "conv_bias": st.booleans(),
         "attention_chunks": st.none() | st.tuples(*[st.sampled_from([None, 3])] * layers),
         "growing_queries": st.sampled_from([None, (2.0, 0.5)]),
+        "delta": st.none() | _delta_layers(layers),
         "local_rope": local if rope.type != "default" else st.none() | local,
     }
     if family.model_type == "granitemoehybrid":
@@ -134,6 +135,13 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         drawn |= {name: None for name in drawn if name == "attention_chunks"}
     listed = drawn.get("rope_layers")
     return {**drawn, "rope_layers": None} if listed and all(listed) else drawn
+
+
+@st.composite
+def _delta_layers(draw: st.DrawFn, layers: int) -> DeltaLayers:
+    kinds = draw(st.tuples(*[st.booleans()] * layers).filter(any))
+    heads, each, key, value, taps = (draw(st.integers(1, most)) for most in (2, 2, 3, 3, 3))
+    return DeltaLayers(kinds, heads, heads * each, key, value, taps)
 
 
 @st.composite

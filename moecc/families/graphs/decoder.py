@@ -9,6 +9,7 @@ from itertools import pairwise
 from math import prod, sqrt
 
 from moecc.families.decoder import XIELU, DecoderConfig
+from moecc.families.graphs.delta import KV_SEQ, as_keys, convolved, delta_rule
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.mixture import MoeConfig
 from moecc.families.rope import RopeConfig, attention_factor
@@ -48,16 +49,8 @@ def emit_norm(
     return x if scale is None else builder.mul(x, scale)
 
 
-KV_SEQ = "kv_seq"
-"""The name of the sequence axis of keys and values."""
-
 Rotation = tuple[Value, Value]
 """Cosines and sines, ``[seq, head_dim]``."""
-
-
-def as_keys(builder: Builder, x: Value) -> Value:
-    """Return `x` with its sequence axis renamed for keys and values."""
-    return builder.rename(x, axis="seq", to=KV_SEQ)
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,8 @@ class Tables:
     def of(cls, builder: Builder, config: DecoderConfig, tokens: Value) -> Tables:
         """Emit the positions, rotary tables and masks of a model."""
         positions = builder.positions(tokens, axis="seq", name="positions")
-        taps = config.conv_taps or (0,) * config.num_hidden_layers
-        attending = [layer for layer, count in enumerate(taps) if not count]
+        taps = [config.taps_of(layer) for layer in range(config.num_hidden_layers)]
+        masked = [n for n, count in enumerate(taps) if not count or config.has_delta_rule(n)]
         ropes = [None if count else config.rope_of(layer) for layer, count in enumerate(taps)]
         tables: dict[RopeConfig | None, Rotation | None] = {None: None}
         for rope in ropes:
@@ -94,7 +87,7 @@ class Tables:
                 )
         rotations = tuple(tables[rope] for rope in ropes)
         keys = as_keys(builder, positions)
-        windows = dict.fromkeys(config.sliding_windows[layer] or 0 for layer in attending)
+        windows = dict.fromkeys(config.sliding_windows[layer] or 0 for layer in masked)
         masks = {w: builder.causal(positions, keys, window=w, name="causal") for w in windows}
         chunks = {
             size: builder.causal(keys, chunk_starts(builder, positions, size), name="in_chunk")
@@ -218,6 +211,7 @@ def attention(
 ) -> Value:
     """Emit the attention of one layer on the normalised `x`, ``[batch, seq, embed]``."""
     heads = _Heads(builder, layer, config, params)
+    gate = heads.project(x, "gate", heads.query_axes) if config.attention_gate else None
     query, key = heads.project(x, "q", heads.query_axes), heads.project(x, "k", heads.kv_axes)
     value = heads.project(x, "v", heads.kv_axes)
     if not config.qk_norm_last:
@@ -245,7 +239,10 @@ def attention(
         sink = builder.split(sinks, axis="head", into=into)
         total = builder.logsumexp(scores, axes=(KV_SEQ,))
         weights = builder.mul(weights, builder.sigmoid(builder.sub(total, sink)))
-    return heads.output(builder.contract(weights, value, over=KV_SEQ, name="mixed"))
+    mixed = builder.contract(weights, value, over=KV_SEQ, name="mixed")
+    if gate is not None:
+        mixed = builder.mul(mixed, builder.sigmoid(gate))
+    return heads.output(mixed)
 
 
 def short_convolution(
@@ -285,15 +282,7 @@ def short_convolution(
         f"{prefix}conv.weight", loc, "group", channel=width, group=1, tap=taps
     )
 
-    def tap(lag: int) -> Value:
-        column = builder.slice(kernel, axis="tap", start=taps - 1 - lag, stop=taps - lag)
-        return builder.sum(column, axes="tap", name="tap")
-
-    mixed, earlier = builder.mul(signal, tap(0)), as_keys(builder, signal)
-    for lag, shift in enumerate(tables.shifts[: taps - 1], 1):
-        moved = builder.contract(shift, earlier, over=KV_SEQ, name="moved")
-        mixed = builder.add(mixed, builder.mul(moved, tap(lag)))
-    mixed = biased(mixed, "conv", channel=width)
+    mixed = biased(convolved(builder, signal, kernel, tables.shifts), "conv", channel=width)
     weight = params.plain(f"{prefix}out_proj.weight", loc, embed=width, channel=width)
     out = builder.contract(builder.mul(after, mixed), weight, over="channel")
     return biased(out, "out_proj", embed=width)
@@ -325,7 +314,7 @@ class _Heads:
 
     def project(self, x: Value, letter: str, into: dict[str, int]) -> Value:
         """Project to heads; the weight is not split, as on disk, but the result is."""
-        axis, loc = "q" if letter == "q" else "kv", self.builder.loc
+        axis, loc = "q" if letter in ("q", "gate") else "kv", self.builder.loc
         width = prod(into.values())
         y = self.builder.contract(x, self._weight(letter, axis, width), over="embed", name=letter)
         if self.config.qkv_bias:
@@ -338,7 +327,7 @@ class _Heads:
             y = self.builder.add(y, bias)
         if self.config.qkv_clip is not None:
             y = clipped(self.builder, y, self.config.qkv_clip)
-        if self.config.qk_norm_across and letter != "v":
+        if self.config.qk_norm_across and letter in ("q", "k"):
             scale = self.params.plain(f"{self._norm_name(letter)}.weight", loc, **{axis: width})
             y = emit_norm(self.builder, y, scale, None, axis, self.config)
         return self.builder.split(y, axis=axis, into=tuple(into.items()))
@@ -365,6 +354,14 @@ class _Heads:
     def _parameter(self, letter: str, kind: str, **axes: int) -> Value:
         """Return a matrix or bias whose rows are those of heads, in the order of the graph."""
         name, loc = f"{self.prefix}{letter}_proj.{kind}", self.builder.loc
+        if self.config.attention_gate and letter in ("q", "gate"):
+            # For each head its query, and then its gate.
+            of, heads = f"{self.prefix}q_proj.{kind}", self.config.num_attention_heads
+            name = f"{self.prefix}{'query' if letter == 'q' else 'gate'}.{kind}"
+            part = (("q", "gate").index(letter), 2)
+            return self.params.head_part(
+                name, of, loc, part, (heads, self.config.head_dim), axes, next(iter(axes))
+            )
         if letter == "v":
             return self.params.plain(name, loc, **axes)
         return self.params.turned(name, loc, self.config.head_dim, self.config.rotated_dim, axes)
@@ -650,11 +647,18 @@ class _Decoder:
         """
         builder, config, params = self.builder, self.config, self.params
         names, before = config.layer_norms, hidden
-        convolves = config.conv_taps is not None and config.conv_taps[layer] > 0
-        with builder.at(f"layers.{layer}.{'conv' if convolves else 'attention'}"):
+        part = "conv" if config.taps_of(layer) else "attention"
+        if config.has_delta_rule(layer):
+            part = "linear_attention"
+        with builder.at(f"layers.{layer}.{part}"):
             x = self._layer_norm(hidden, layer, names[0])
-            mix = short_convolution if convolves else attention
-            block = mix(builder, x, layer, config, params, tables)
+            if part == "linear_attention":
+                activate = partial(activated, builder, act=config.hidden_act)
+                shifts, seen = tables.shifts, tables.masks[0]
+                block = delta_rule(builder, x, layer, config, params, shifts, seen, activate)
+            else:
+                mix = short_convolution if part == "conv" else attention
+                block = mix(builder, x, layer, config, params, tables)
             hidden = self._added(hidden, self._layer_norm(block, layer, names[1]))
         with builder.at(f"layers.{layer}.ffn"):
             if config.norms_apart or not config.parallel:

@@ -5,6 +5,7 @@ from moecc_backends.xla.lower import (  # noqa: F401
     collectives,
     contract,
     elementwise,
+    recurrence,
     routing,
     scan,
 )

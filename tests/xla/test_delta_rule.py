@@ -1,0 +1,86 @@
+"""The lowering of the gated delta rule against the reference, its two ways and its gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moecc_backends.xla.backend import XlaBackend
+
+from moecc.backend import get_backend
+from moecc.ir import F32, F64, PRED, Builder, Graph, Value, tensor
+from moecc.ir.ops.recurrence import reads_as_it_goes
+
+FLOATS: dict[str, dict[str, int | str]] = {
+    "query": {"batch": "B", "seq": "S", "head": 2, "head_dim": 3},
+    "key": {"batch": "B", "kv_seq": "S", "head": 2, "head_dim": 3},
+    "value": {"batch": "B", "kv_seq": "S", "head": 2, "group": 2, "value_dim": 4},
+    "decay": {"batch": "B", "kv_seq": "S", "head": 2, "group": 2},
+    "rate": {"batch": "B", "kv_seq": "S", "head": 2, "group": 2},
+}
+TEXTS, TOKENS = 2, 5
+
+
+def rule_graph(*, is_causal: bool) -> Graph:
+    """Return a graph of the rule, whose queries see the keys up to their own, or what is given."""
+    graph = Graph("rule")
+    values: list[Value] = [graph.input(n, tensor(F32, **axes)) for n, axes in FLOATS.items()]
+    builder = Builder(graph)
+    if is_causal:
+        positions = builder.positions(values[0], axis="seq")
+        seen = builder.causal(positions, builder.rename(positions, axis="seq", to="kv_seq"))
+    else:
+        seen = graph.input("seen", tensor(PRED, batch="B", seq="S", kv_seq="S"))
+    read = builder.delta_rule(*values, seen, over="head_dim", along="kv_seq")
+    assert read.node is not None
+    assert reads_as_it_goes(read.node) == ("seq" if is_causal else None)
+    graph.set_output("read", read)
+    return graph
+
+
+def drawn() -> dict[str, Any]:
+    rng, sizes = np.random.default_rng(3), {"B": TEXTS, "S": TOKENS}
+    arrays: dict[str, Any] = {}
+    for name, axes in FLOATS.items():
+        shape = [sizes[s] if isinstance(s, str) else s for s in axes.values()]
+        is_share = name in ("decay", "rate")
+        arrays[name] = rng.uniform(0.1, 1, shape) if is_share else rng.normal(size=shape)
+    return arrays
+
+
+def test_either_way_has_the_values_of_the_reference():
+    rng, arrays = np.random.default_rng(4), drawn()
+    some = {**arrays, "seen": rng.random((TEXTS, TOKENS, TOKENS)) < 0.6}
+    below = np.tril(np.ones((TOKENS, TOKENS), bool))
+    upto = {**arrays, "seen": np.broadcast_to(below, (TEXTS, TOKENS, TOKENS))}
+    reads = []
+    for is_causal, inputs in ((True, arrays), (False, upto), (False, some)):
+        graph = rule_graph(is_causal=is_causal)
+        found, expected = (
+            get_backend(name).compile(graph, dtype=F64).run({}, inputs)["read"]
+            for name in ("xla", "reference")
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        reads.append(expected)
+    np.testing.assert_array_equal(reads[0], reads[1])
+    assert np.abs(reads[0] - reads[2]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", list(FLOATS))
+def test_the_gradient_is_that_of_a_small_step(name):
+    arrays = drawn()
+    with jax.enable_x64():
+        run = XlaBackend().function(rule_graph(is_causal=True), dtype=F64)
+
+        def total(array: Any) -> Any:
+            read = run({}, {**{n: jnp.asarray(a) for n, a in arrays.items()}, name: array})["read"]
+            return jnp.sum(jnp.sin(read))
+
+        at = jnp.asarray(arrays[name])
+        gradient = jax.grad(total)(at)
+        step = 1e-5 * np.random.default_rng(5).normal(size=at.shape)
+        moved = (total(at + step) - total(at - step)) / 2
+        np.testing.assert_allclose(float(jnp.sum(gradient * step)), float(moved), rtol=1e-6)
