@@ -256,6 +256,11 @@ def forecast(
     passes = Pipeline.parse(pipeline or load_recipe("recipe:upcycle").model.pipeline)
     with open_model(model, config_alone=True) as opened:
         dense, sparse = opened.graph, clone(opened.graph)
+    if "tokens" not in dense.inputs:
+        raise InputError(
+            "a forecast is of a model that moecc train trains", where=model,
+            expected="an input named tokens", found=", ".join(dense.inputs),
+        )  # fmt: skip
     if not pipeline and expert_layers(dense):
         raise InputError(
             "the model has experts already, and recipe:upcycle begins from a dense one",

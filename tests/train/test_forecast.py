@@ -15,7 +15,7 @@ import pytest
 from moecc.cli.main import main
 from moecc.jobs.forecast import Pilot, crossing_of
 
-from .tiny import RECIPE, draw_weights, make_corpus, make_model
+from .tiny import GOLDEN, RECIPE, draw_weights, make_corpus, make_model
 
 BEHIND, STEPS, WARMUP = 400, 300, 10
 PIPELINE = "upcycle{experts=2 top-k=2 layers=every:2}"
@@ -164,11 +164,14 @@ def test_what_cannot_be_asked(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_mixture_is_no_dense_model(capsys):
+def test_mixtures_and_models_of_images_are_refused(capsys):
     words = ["forecast", "preset:mixtral-8x7b", "--tokens", "1e12"]
     assert main(words) == 1
     assert "the model has experts already" in capsys.readouterr().err
     assert main([*words, "-p", "grow{times=2 chosen=same}"]) == 0
+    capsys.readouterr()
+    assert main(["forecast", str(GOLDEN / "vit_plain"), "--tokens", "1e9"]) == 1
+    assert "an input named tokens" in capsys.readouterr().err
 
 
 def test_a_pilot_has_a_price(capsys):
