@@ -186,11 +186,25 @@ class Lab:
             print(json.dumps(line), file=file)
 
     def lines(self, setting: Setting) -> list[dict[str, Any]]:
-        """Return the lines of a setting."""
+        """Return the lines of a setting that are of its text as this machine has it.
+
+        What Debian documents is another text once a package is installed.
+        """
         if not self.results.is_file():
             return []
+        text = open_tokens(str(self.tokens(setting.text) / "heldout")).facts
+        wanted = {**vars(setting), "documents": text.documents, "tokens": text.tokens}
         lines = map(json.loads, self.results.read_text("utf-8").splitlines())
-        return [x for x in lines if all(x[key] == value for key, value in vars(setting).items())]
+        return [
+            line
+            for line in lines
+            if {
+                **{name: line[name] for name in vars(setting)},
+                "documents": len(line["document_tokens"]),
+                "tokens": sum(line["document_tokens"]),
+            }
+            == wanted
+        ]
 
 
 def call(*words: object) -> None:

@@ -54,12 +54,15 @@ class Difference:
 def read_lines(
     path: Path = RESULTS, decoder: str = "decoder_worth", base_steps: int = BASE_STEPS
 ) -> Lines:
-    """Return the lines of one size and base, by text and seed, then by arm and steps."""
+    """Return the lines of one size and base, by text and seed, then by arm and steps.
+
+    A text with other held-out documents is another text: its arms are not compared.
+    """
     lines: Lines = {}
-    for text in path.read_text("utf-8").splitlines():
-        line = json.loads(text)
+    for line in map(json.loads, path.read_text("utf-8").splitlines()):
         if (line["decoder"], line["base_steps"]) == (decoder, base_steps):
-            arm = lines.setdefault((line["text"], line["seed"]), {})
+            text = f"{line['text']} of {line['document_tokens']}"
+            arm = lines.setdefault((text, line["seed"]), {})
             arm[line["arm"], line["steps"]] = line
     return lines
 
@@ -134,8 +137,8 @@ def parts(lines: Lines) -> list[tuple[str, Difference]]:
             other = ceil(steps * flops[arm] / flops[SPARSE])
             effect = difference(lines, (arm, steps), (SPARSE, other))
             if effect is not None:
-                beside = "" if other == steps else f" ({other} of the recipe)"
-                rows.append((f"{arm}: after {steps} steps{beside}", effect))
+                beside = "" if other == steps else f" ({other:,} of the recipe)"
+                rows.append((f"{arm}: after {steps:,} steps{beside}", effect))
     return rows
 
 
@@ -164,15 +167,15 @@ def draw_losses(lines: Lines, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    settings = [arms for arms in lines.values() if {SPARSE, DENSE} <= {arm for arm, _ in arms}]
+
     def losses(arm: str) -> dict[int, float]:
-        steps = set.intersection(*({n for a, n in runs if a == arm} for runs in lines.values()))
+        steps = set.intersection(*({n for a, n in arms if a == arm} for arms in settings))
         return {
-            n: float(np.mean([runs[arm, n]["loss"] for runs in lines.values()]))
-            for n in sorted(steps)
+            n: float(np.mean([arms[arm, n]["loss"] for arms in settings])) for n in sorted(steps)
         }
 
-    some = next(iter(lines.values()))
-    flops = {arm: line["flops_per_token"] for (arm, _), line in some.items()}
+    flops = {arm: line["flops_per_token"] for (arm, _), line in settings[0].items()}
     sparse = {n: loss for n, loss in losses(SPARSE).items() if n in STEPS}
     curves = (
         ("dense", 1.0, losses(DENSE)),
