@@ -419,6 +419,10 @@ class ModelConfig:
     engines: ClassVar[Mapping[str, EngineReading]] = {}
     # Whether code named after the family, which its first checkpoints bring, is in transformers.
     own_code: ClassVar[bool] = False
+    # What the modules of that code are named after, where it is not the family.
+    code_name: ClassVar[str] = ""
+    # Whether files may hold layers after the last that predict further tokens.
+    has_further_layers: ClassVar[bool] = False
     # The prefix of the base model's tensors, which files of it alone lack.
     base_prefix: ClassVar[str] = ""
     # The prefix of the tensors in files that hold another model beside it; empty if none do.
@@ -515,8 +519,9 @@ class ModelConfig:
         Raises InputError with every problem; a key that is absent has transformers' default.
         """
         reader = Reader(data, cls.defaults, where)
+        own_code = (cls.code_name or cls.model_type) if cls.own_code else ""
         refuse_what_needs_other_code(
-            reader, cls.architecture, cls._is_architecture, own_code=cls.own_code
+            reader, cls.architecture, cls._is_architecture, own_code=own_code
         )
         for key, usual in cls.synonyms.items():
             # transformers takes the one for the other; equal ones are not kept.

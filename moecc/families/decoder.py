@@ -220,6 +220,35 @@ class DeltaLayers:
     taps: int
 
 
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """The vectors that attention makes its heads of (MLA, DeepSeek-V2, arXiv 2405.04434, 2.1).
+
+    Attributes:
+      query_rank: the width of the vector that queries are products of; None: the layer's input.
+      key_rank: the width of the vector that keys and values are products of.
+      value_dim: the width of a head of values.
+      interleaved: whether neighbours are rotated together, not an entry and that half a head on.
+    """
+
+    query_rank: int | None
+    key_rank: int
+    value_dim: int
+    interleaved: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.key_rank} entries for keys and values"
+
+    def shrunk(self) -> LatentAttention:
+        """Return small sizes."""
+        rank = self.query_rank and shrink_size(self.query_rank, SMALL_MLP // 8)
+        width = shrink_size(self.value_dim, SMALL_HEAD_DIM)
+        return replace(
+            self, query_rank=rank, key_rank=shrink_size(self.key_rank, SMALL_MLP // 8),
+            value_dim=width,
+        )  # fmt: skip
+
+
 FLAG = KeyRule("flag")
 FACTOR = KeyRule("number", above=0)
 CAP = KeyRule("number", above=0, null=lambda values: None)
@@ -313,6 +342,7 @@ class DecoderConfig(ModelConfig):
     )
     attention_gate: bool = feature("gates of the attention's output", default=False)
     delta: DeltaLayers | None = feature("layers with a gated delta rule", default=None)
+    latent: LatentAttention | None = feature("latent attention (MLA)", default=None)
     local_rope: RopeConfig | None = feature(
         "rotary positions of their own in layers with a window", default=None
     )
@@ -431,6 +461,7 @@ class DecoderConfig(ModelConfig):
             "sliding_windows": tuple(w and min(w, SMALL_WINDOW) for w in self.sliding_windows),
             "rope": rope,
             "rotary_dim": None if rotated == head_dim else rotated,
+            "latent": self.latent and self.latent.shrunk(),
         }
 
     def checks(self) -> Iterator[KeyProblem]:

@@ -10,6 +10,7 @@ from math import prod
 from moecc.families.encdec import Experts
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.moe import groups_of, routing_bias_of
 from moecc.ir.operation import OpDef
 from moecc.ir.ops.contraction import ProductOp
 from moecc.ir.ops.routing import RouteOp
@@ -82,6 +83,8 @@ class ExpertLayer:
       logits_bias: whether a parameter is added to the router's logits.
       floor: what is added to the sum that gates are divided by.
       weighs_inputs: whether gates multiply what experts read.
+      expert_groups: how many equal groups the experts are in.
+      open_groups: in how many of them a token chooses.
       sequence_capacity: the most tokens of one sequence that an expert takes; 0 for no such bound.
     """
 
@@ -99,6 +102,8 @@ class ExpertLayer:
     logits_bias: bool = False
     floor: float = 0.0
     weighs_inputs: bool = False
+    expert_groups: int = 1
+    open_groups: int = 1
     sequence_capacity: int = 0
 
     def without_slots(self) -> ExpertLayer:
@@ -133,6 +138,7 @@ def _layer_of(route: Node, slots: Node) -> ExpertLayer:
     dispatch = _user(slots.result, lambda entry: entry.moves is RowMove.TO_SLOTS)
     combine = _user(slots.result, lambda entry: entry.moves is RowMove.TO_TOKENS)
     shared, gated = _shared(combine) if combine else (0, False)
+    groups = groups_of(route)
     gates, scale, floor = _divided(route) or (attrs.gates, attrs.scale, 0.0)
     rows = dispatch.result if dispatch else None
     weighted = None if rows is None else weighted_inputs(rows)
@@ -147,10 +153,12 @@ def _layer_of(route: Node, slots: Node) -> ExpertLayer:
         width=0 if rows is None else _width(rows if weighted is None else weighted),
         shared=shared,
         shared_gate=gated,
-        bias="bias" in attrs.using,
+        bias=routing_bias_of(route) is not None,
         logits_bias=_is_biased(route.operands[0]),
         floor=floor,
         weighs_inputs=weighted is not None,
+        expert_groups=groups[0],
+        open_groups=groups[1],
         sequence_capacity=sequence_capacity_of(slots),
     )
 

@@ -178,7 +178,8 @@ class MoeConfig(DecoderConfig):
     `intermediate_size` is the width of the dense feed-forward blocks, if any, and
     `expert_intermediate_size` that of one expert.  With `norm_topk_prob` the chosen gates are
     divided by their sum, and then multiplied by `gate_scale`.  With `routing_bias` a bias takes
-    part in the choice of experts.
+    part in the choice of experts.  A token chooses among experts in `open_groups` of
+    `expert_groups` equal groups.
     """
 
     defaults = MOE_DEFAULTS
@@ -204,6 +205,8 @@ class MoeConfig(DecoderConfig):
     has_routing_bias: ClassVar[bool] = False
     # Whether a bias is added to the router's logits.
     has_logits_bias: ClassVar[bool] = False
+    # Whether a token may be restricted to some groups of experts.
+    limits_groups: ClassVar[bool] = False
     # What the family adds to the sum that the chosen gates are divided by.
     gate_floor: ClassVar[float] = 0.0
     # Whether gates multiply what experts read, in place of what they return.
@@ -218,6 +221,8 @@ class MoeConfig(DecoderConfig):
     norm_topk_prob: bool = False
     gate_scale: float = number(above=0, default=1.0)
     routing_bias: bool = False
+    expert_groups: int = 1
+    open_groups: int = 1
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = number(least=0, default=0.001)
@@ -346,6 +351,7 @@ class MoeConfig(DecoderConfig):
         if self.routing_bias and not self.has_routing_bias:
             fault = f"{family} has no bias in the choice of experts"
             yield key_problem(fault, "none", "one", "routing_bias")
+        yield from self._group_checks()
         shared = self.shared_expert_intermediate_size
         if self.has_shared_expert != (shared is not None) and not self.shared_is_optional:
             word = "needs a" if self.has_shared_expert else "has no"
@@ -359,6 +365,20 @@ class MoeConfig(DecoderConfig):
             yield from pattern_checks(
                 family, self.sparse_style, self.sparse_layers, self.mlp_only_layers
             )
+
+    def _group_checks(self) -> Iterator[KeyProblem]:
+        groups, open_groups, experts = self.expert_groups, self.open_groups, self.num_experts
+        keys = ("n_group", "n_routed_experts")
+        if groups < 1 or experts % groups:
+            fault = "the groups do not divide the experts"
+            yield key_problem(fault, f"a divisor of {experts}", f"{groups}", *keys)
+        elif not 1 <= open_groups <= groups:
+            fault = "a token cannot choose among that many groups"
+            yield key_problem(fault, f"1 to {groups}", f"{open_groups}", "topk_group", *keys)
+        elif (most := experts // groups * open_groups) < self.experts_per_token <= experts:
+            fault = "the groups of a token have fewer experts than it chooses"
+            chosen, key = f"{self.experts_per_token}", self.key("experts_per_token")
+            yield key_problem(fault, f"at most {most}", chosen, key, "topk_group", *keys)
 
     @classmethod
     def _count_keys(cls) -> tuple[str, ...]:

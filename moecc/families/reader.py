@@ -305,14 +305,15 @@ KEPT_NUMBERS = ("initializer_range", "attention_dropout")
 
 
 def refuse_what_needs_other_code(
-    reader: Reader, architecture: str, is_own: Callable[[str], bool], *, own_code: bool = False
+    reader: Reader, architecture: str, is_own: Callable[[str], bool], *, own_code: str = ""
 ) -> None:
     """Reject remote code, quantised weights and models with another head.
 
-    With `own_code` the code of the family itself, which transformers took over, is not remote.
+    Code named after `own_code`, the family's own that transformers took over, is not remote.
     """
-    family, modules = reader.value("model_type"), reader.value("auto_map")
-    prefixes = (f"configuration_{family}.", f"modeling_{family}.")
+    reader.used.add("model_type")
+    modules = reader.value("auto_map")
+    prefixes = (f"configuration_{own_code}.", f"modeling_{own_code}.")
     # Code of a tokenizer is of no model.
     named_code = modules.items() if isinstance(modules, Mapping) else ()
     paths = [path for name, path in named_code if name != "AutoTokenizer"]

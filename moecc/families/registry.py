@@ -108,6 +108,9 @@ CONFIGS = Families(
         "phimoe": "phi.PhimoeConfig",
         "lfm2_moe": "lfm2.Lfm2MoeConfig",
         "llama4_text": "llama4.Llama4TextConfig",
+        "deepseek_v2": "deepseek.DeepseekV2Config",
+        "deepseek_v3": "deepseek.DeepseekV3Config",
+        "kimi_k2": "deepseek.KimiK2Config",
     },
     others={
         "gpt2": "gpt.Gpt2Config",

@@ -376,11 +376,12 @@ def attention_factor(rope: RopeConfig) -> float:
         return 1.0
     factor = _needed(rope.factor)
     if rope.mscale and rope.mscale_all_dim:
-        return _mscale(factor, rope.mscale) / _mscale(factor, rope.mscale_all_dim)
-    return _mscale(factor, 1.0)
+        return yarn_mscale(factor, rope.mscale) / yarn_mscale(factor, rope.mscale_all_dim)
+    return yarn_mscale(factor, 1.0)
 
 
-def _mscale(factor: float, weight: float) -> float:
+def yarn_mscale(factor: float, weight: float) -> float:
+    """Return the term of YaRN that grows with the logarithm of the factor."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 

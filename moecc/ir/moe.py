@@ -13,8 +13,9 @@ from typing import Literal, Required, TypedDict, Unpack
 
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
-from moecc.ir.conventions import Gates
-from moecc.ir.graph import Value
+from moecc.ir.conventions import Gates, convention
+from moecc.ir.graph import Node, Value
+from moecc.ir.ops.routing import RouteOp
 from moecc.ir.ops.slots import Convention, Order, Rounding, Slots, Using
 from moecc.types import Axis
 
@@ -66,6 +67,7 @@ def emit_routing(
     shift: Value | None = None,
     floor: float = 0.0,
     weighs_inputs: bool = False,
+    limit: tuple[int, int] = (1, 1),
     **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Route `x` to `experts` experts; return their rows and the function that combines them.
@@ -84,6 +86,7 @@ def emit_routing(
       shift: ``[expert]``, added to the logits.
       floor: what is added to the sum that sigmoids are divided by.
       weighs_inputs: whether gates multiply what experts read, in place of what they return.
+      limit: how many equal groups experts are in, and in how many of them a token chooses.
       assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
 
     Returns:
@@ -105,6 +108,8 @@ def emit_routing(
     logits = builder.contract(x, router_weight, over=over, precision="f32", name="router")
     if shift is not None:
         logits = builder.add(logits, shift)
+    if limit[0] != limit[1]:
+        bias = emit_group_bias(builder, logits, bias, gates, limit)
     biases = () if bias is None else (bias,)
     using: tuple[Literal["bias"], ...] = ("bias",) if biases else ()
     if not floor:
@@ -122,6 +127,71 @@ def emit_routing(
         builder, x, chosen, weights, experts=experts, tokens=tokens, operands=more,
         weighs_inputs=weighs_inputs, **assignment,
     )  # fmt: skip
+
+
+def emit_group_bias(
+    builder: Builder, logits: Value, bias: Value | None, gates: Gates, groups: tuple[int, int]
+) -> Value:
+    """Return the bias of the choice that keeps a token to its best groups: −∞ elsewhere.
+
+    Groups are compared by their best expert under a softmax (DeepSeek-V2, arXiv 2405.04434,
+    section 2.2.2), and by the sum of their two best under sigmoids (DeepSeek-V3, 2412.19437).
+
+    Args:
+      builder: where operations are appended.
+      logits: ``[*tokens, expert]``.
+      bias: ``[expert]``, added to the scores; None for none.
+      gates: the gate convention, whose score is taken.
+      groups: how many there are, and in how many of them a token chooses.
+    """
+    experts, (count, open_count) = _count(logits, "expert"), groups
+    is_sigmoid = convention(gates).score == "sigmoid"
+    scores = builder.sigmoid(logits) if is_sigmoid else builder.softmax(logits, axis="expert")
+    if bias is None:
+        added = builder.constant(value=0.0, dtype=logits.type.dtype.name)
+    else:
+        scores, added = builder.add(scores, bias), bias
+    into = (("expert_group", count), ("member", experts // count))
+    by_group = builder.split(scores, axis="expert", into=into)
+    if is_sigmoid:
+        best, _ = builder.route(by_group, top_k=2, gates="ones", axis="member", choice="best")
+        hot = builder.sum(builder.one_hot(best, into=into[1:]), axes="best")
+        strength = builder.contract(by_group, builder.cast(hot, dtype="f32"), over="member")
+    else:
+        strength = builder.max(by_group, axes="member")
+    chosen, _ = builder.route(
+        strength, top_k=open_count, gates="ones", axis="expert_group", choice="open"
+    )
+    hot = builder.sum(builder.one_hot(chosen, into=into[:1]), axes="open")
+    half = builder.constant(value=0.5, dtype=hot.type.dtype.name)
+    is_open = builder.broadcast(builder.less(half, hot), by_group)
+    is_open = builder.merge(is_open, axes=("expert_group", "member"), into="expert")
+    return builder.mask(builder.broadcast(added, logits), is_open, name="group_bias")
+
+
+def routing_bias_of(route: Node) -> Value | None:
+    """Return the parameter that takes part in the choice of a ``route``, limited to groups or not.
+
+    None if there is none.
+    """
+    bias = next(iter(route.operands[1:]), None)
+    while bias is not None and not bias.is_param:
+        bias = next(iter(bias.node.operands), None) if bias.node is not None else None
+    return bias
+
+
+def groups_of(route: Node) -> tuple[int, int]:
+    """Return how many groups experts are in, and in how many of them a token chooses."""
+    bias = next(iter(route.operands[1:]), None)
+    if bias is None or bias.node is None:
+        return 1, 1
+    nodes = [v.node for v in bias.node.operands[1:] if v.node is not None]
+    for node in nodes:
+        if node.op.routes:
+            attrs = RouteOp.of_node(node)
+            return _count(node.operands[0], attrs.axis), attrs.top_k
+        nodes += [v.node for v in node.operands if v.node is not None]
+    return 1, 1
 
 
 def emit_chosen(

@@ -99,6 +99,10 @@ CONDITIONS: Mapping[str, Condition] = {
         lambda c: not isinstance(c, MoeConfig) or not c.routing_bias,
         "a bias in the choice of experts",
     ),
+    "no groups of experts": Condition(
+        lambda c: not isinstance(c, MoeConfig) or c.expert_groups == 1,
+        "groups of experts whose biased scores may be below 0",
+    ),
     "several choices": Condition(_several_choices, "one renormalised gate a token"),
     "epsilon 1e-5": Condition(
         lambda c: c.rms_norm_eps == 1e-5, "another epsilon than 1e-5 of its norms of queries"

@@ -144,6 +144,14 @@ def _is_unread(config: ModelConfig, name: str) -> bool:
     return bool({module, f"{config.base_prefix}{module}"} & set(modules))
 
 
+def _predicts_further(config: ModelConfig, name: str, tensors: Container[str]) -> bool:
+    """Whether a tensor is of a layer after the last, whose first matrix joins state and token."""
+    layer = layer_of(name)
+    if layer is None or not config.has_further_layers or layer[1] < config.layers(""):
+        return False
+    return f"{config.names.layer.format(layer=layer[1])}eh_proj.weight" in tensors
+
+
 _BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp_bias"}
 _BLOCK_ROWS = 4096
 
@@ -282,6 +290,7 @@ def _problems(
         if name not in expected
         and name not in allowed
         and not _is_unread(config, name)
+        and not _predicts_further(config, name, tensors)
         and not _IDLE.fullmatch(name)
     ]
     prefix = _common_prefix(missing, extra, head)

@@ -25,16 +25,7 @@ if TYPE_CHECKING:
 
 # Mixtures of transformers that no dense family can become, why, and what is nearest.
 
-LATENT = (
-    "one rotary key serves all heads of its attention (MLA), and keys and values are products of a "
-    "vector that is normalised once more, which no dense family has"
-)
 NOT_WRITTEN = {
-    "deepseek_v2": (LATENT, "glm4_moe has shared experts and dense first layers, too"),
-    "deepseek_v3": (
-        LATENT, "glm4_moe has its sigmoid gates, shared experts and dense first layers",
-    ),
-    "kimi_k2": (LATENT, "glm4_moe has its sigmoid gates, shared experts and dense first layers"),
     "qwen3_5_moe": (
         "it is a text model beside an encoder of images, which stays as it is",
         "qwen3_5_moe_text is that text model",
@@ -383,6 +374,9 @@ def _propose_layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Itera
         fault = f"gates of {target} multiply the {reads} of experts, which are not linear"
         hint = "mixtral takes a llama as it is" if family.weighs_inputs else None
         yield Problem(fault, hint=hint)
+    if layer.expert_groups > 1 and not family.limits_groups:
+        fault = f"{target} does not restrict a token to some groups of experts"
+        yield Problem(fault, expected="1 group", found=f"{layer.expert_groups}")
     if layer.scale != 1 and not family.key("gate_scale"):
         fault = f"{target} has no factor on the gates"
         hint = "upcycle with gate-scale=1, or scale the experts' last matrix instead"
@@ -460,6 +454,8 @@ def _sparse_fields(
         "norm_topk_prob": layer.gates not in ("softmax", "sigmoid") if always is None else always,
         "gate_scale": layer.scale if family.key("gate_scale") else 1.0,
         "routing_bias": layer.bias and family.has_routing_bias,
+        "expert_groups": layer.expert_groups if family.limits_groups else 1,
+        "open_groups": layer.open_groups if family.limits_groups else 1,
         "num_experts": layer.experts,
         "experts_per_token": layer.top_k,
         "expert_intermediate_size": width,

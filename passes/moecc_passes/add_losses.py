@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.moe import routing_bias_of
 from moecc.ir.ops.contraction import SoftmaxOp
 from moecc.ir.ops.routing import RouteOp
-from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.routing_losses import (
     BALANCE_BIASES,
     CHOSEN,
@@ -324,8 +324,8 @@ def _record_bias(graph: Graph, layer: RoutedLayer) -> None:
     route = layer.route
     if route is None or "bias" not in RouteOp.of_node(route).using:
         return
-    bias = operands_by_word(route.operands, route.attrs)["bias"]
-    if bias.is_param:
+    bias = routing_bias_of(route)
+    if bias is not None:
         counts = graph.attrs.setdefault(BALANCE_BIASES, {})
         counts[bias.name] = f"metric.{layer.name}.{CHOSEN}"
 

@@ -12,6 +12,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.moe import groups_of
 from moecc.ir.ops.routing import RouteOp
 from moecc.ir.structure import weight_of
 from moecc.rewrite.passes import NO_STATISTICS, Context
@@ -150,6 +151,14 @@ def of_layer(layer: RoutedLayer) -> Anatomy | Problem:
             layer.name,
             expected=f"%{route.results[1].name}, as the choice makes them",
             found=f"%{layer.gates.name}",
+        )
+    if any(not bias.is_param for bias in route.operands[1:]):
+        groups, open_groups = groups_of(route)
+        return Problem(
+            "its tokens choose experts in some groups alone, which are of one size",
+            layer.name,
+            expected="a choice among all experts",
+            found=f"in {open_groups} of {groups} groups",
         )
     at = nodes.index(layer.dispatch)
     operands = dict.fromkeys(v for node in nodes for v in node.operands if v.is_param)

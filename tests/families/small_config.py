@@ -35,6 +35,9 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "kimi_k2": {"num_key_value_heads": 4},
     "gptj": {"n_embd": 16, "n_head": 4, "n_layer": 4, "n_positions": 64, "rotary_dim": 2},
 }
 """What a family needs beside SMALL, or instead of it."""

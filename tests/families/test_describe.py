@@ -113,6 +113,16 @@ def test_flops_are_two_for_each_weight_of_a_matrix(config):
     delta, rules = config.delta, sum(config.delta.layers) if config.delta else 0
     attending = taps.count(0) - rules
     projections = 2 * config.hidden_size * heads * config.head_dim * attending
+    if (latent := config.latent) is not None:
+        count, nope = config.num_attention_heads, config.head_dim - config.rotated_dim
+        attention = count * (config.head_dim + latent.value_dim)
+        projections = attending * (
+            config.hidden_size * (latent.query_rank or 0)
+            + (latent.query_rank or config.hidden_size) * count * config.head_dim
+            + config.hidden_size * (latent.key_rank + config.rotated_dim)
+            + latent.key_rank * count * (nope + latent.value_dim)
+            + config.hidden_size * count * latent.value_dim
+        )
     projections += 4 * config.hidden_size**2 * (len(taps) - taps.count(0))
     # A convolution of k taps is k - 1 products with a shifted sequence.
     shifts, states = config.hidden_size * sum(count - 1 for count in taps if count), 0

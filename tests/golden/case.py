@@ -116,6 +116,41 @@ LLAMA4: dict[str, object] = {
     "head_dim": 8,
 }
 """Chunks and steps of the temperature shorter than a text, in three and one of four layers."""
+DEEPSEEK: dict[str, object] = {
+    **QWEN_MOE,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 3,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 0,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 5,
+}
+"""No two sizes of the attention alike."""
+SQUARE_DEEPSEEK: dict[str, object] = {
+    **SQUARE_QWEN_MOE,
+    "q_lora_rank": None,
+    "kv_lora_rank": 4,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 0,
+}
+"""heads * nope = heads * value = kv_lora_rank + rope = vocab = embed = experts = 8."""
+SCORES_RAISED: dict[str, object] = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 4,
+    "mscale": 0.5,
+    "mscale_all_dim": 2.0,
+}
+"""YaRN with a factor on the tables and one on the scores."""
 GPT_OSS: dict[str, object] = {
     **MIXTRAL,
     "head_dim": 8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from case import (
+    DEEPSEEK,
     DELTA,
     ERNIE,
     GLM4_MOE,
@@ -11,6 +12,8 @@ from case import (
     LLAMA4,
     MIXTRAL,
     QWEN_MOE,
+    SCORES_RAISED,
+    SQUARE_DEEPSEEK,
     SQUARE_DELTA,
     SQUARE_MIXTRAL,
     SQUARE_QWEN_MOE,
@@ -460,5 +463,51 @@ MIXTURES: dict[str, Case] = {
             "attn_temperature_tuning": False,
             "tie_word_embeddings": True,
         },
+    ),
+    "deepseek_v2_groups": Case(
+        "deepseek_v2",
+        "shares of experts in the best group, queries by a narrow vector, attention biases, a "
+        "dense layer first",
+        {
+            **DEEPSEEK,
+            "topk_method": "group_limited_greedy",
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "attention_bias": True,
+            "routed_scaling_factor": 16.0,
+        },
+    ),
+    "deepseek_v2_square": Case(
+        "deepseek_v2",
+        "equal sizes, all experts, YaRN whose factor on the scores version 4 leaves out",
+        {**SQUARE_DEEPSEEK, "n_shared_experts": 1, "rope_scaling": SCORES_RAISED},
+        not_in_4=True,
+    ),
+    "deepseek_v3_groups": Case(
+        "deepseek_v3",
+        "groups by their two best experts, YaRN with a factor on the scores, two shared experts",
+        {
+            **DEEPSEEK,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+            "rope_scaling": SCORES_RAISED,
+        },
+    ),
+    "deepseek_v3_square_v4": Case(
+        "deepseek_v3",
+        "equal sizes, halves rotated, gates as they are, attention biases, tied, version 4",
+        {
+            **SQUARE_DEEPSEEK,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        major=4,
     ),
 }

@@ -282,7 +282,10 @@ def _double_logits(
             gaps.append(_distance_from_the_border(found))
         if len(inputs) > 1 and inputs[1] is not None:  # lfm2_moe's bias in the choice
             found = found.sigmoid() + inputs[1]
-        scores = _scores(module, found).sort(descending=True).values
+        scores = _scores(module, found)
+        if getattr(module, "topk_group", None) not in (None, getattr(module, "num_group", None)):
+            scores = _open_scores(module, scores, gaps)
+        scores = scores.sort(descending=True).values
         if chosen < scores.shape[-1]:
             gaps.append((scores[..., chosen - 1] - scores[..., chosen]).min().item())
 
@@ -306,6 +309,19 @@ def _scores(module: Any, logits: Any) -> Any:
     if hasattr(module, "moe_statics"):
         return module.moe_statics(logits.softmax(-1))
     return logits
+
+
+def _open_scores(module: Any, scores: Any, gaps: list[float]) -> Any:
+    """Return the scores of experts in open groups, and record how near the choice is to a tie."""
+    is_biased = hasattr(module, "e_score_correction_bias")
+    by_group = scores.unflatten(-1, (module.num_group, -1))
+    strength = by_group.topk(1 + is_biased).values.sum(-1)
+    best = strength.sort(descending=True)
+    border = best.values[..., module.topk_group - 1 : module.topk_group + 1]
+    gaps.append((border[..., 0] - border[..., 1]).min().item())
+    shape = (*best.indices.shape[:-1], module.topk_group, by_group.shape[-1])
+    index = best.indices[..., : module.topk_group, None].expand(shape)
+    return by_group.gather(-2, index).flatten(-2)
 
 
 def _widen_rotary(model: Any) -> None:

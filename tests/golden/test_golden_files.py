@@ -19,7 +19,9 @@ DECODER_CASES = [name for name in CASES if MANIFEST["cases"][name]["family"] in 
 
 
 def test_every_family_has_a_checkpoint_and_no_folder_is_left_over():
-    assert {MANIFEST["cases"][name]["family"] for name in CASES} == CONFIGS.keys() - {"st_moe"}
+    # transformers has no kimi_k2, which is a deepseek_v3: tests/families/test_deepseek.py
+    without = {"st_moe", "kimi_k2"}
+    assert {MANIFEST["cases"][name]["family"] for name in CASES} == CONFIGS.keys() - without
     folders = {path.name for path in HERE.iterdir() if (path / "config.json").exists()}
     assert folders == set(CASES)
 

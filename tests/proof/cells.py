@@ -61,7 +61,8 @@ DENSE = (
 MIXTURES = (
     "mixtral_gqa", "qwen2_moe_plain", "qwen3_moe_plain", "olmoe_norm", "flex_olmo_norm",
     "granitemoe_square_v4", "glm4_moe_square", "ernie4_5_moe_range", "gpt_oss_square_v4",
-    "phimoe_window", "lfm2_moe_bias", "llama4_square",
+    "phimoe_window", "lfm2_moe_bias", "llama4_square", "deepseek_v2_square",
+    "deepseek_v3_square_v4",
 )  # fmt: skip
 TARGETS = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "granitemoe", "glm4_moe",

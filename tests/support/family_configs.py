@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from moecc.families.bert import BertConfig
 from moecc.families.config import ModelConfig
-from moecc.families.decoder import ATTENTION_BIASES, DecoderConfig, DeltaLayers
+from moecc.families.decoder import (
+    ATTENTION_BIASES,
+    DecoderConfig,
+    DeltaLayers,
+    LatentAttention,
+)
 from moecc.families.encdec import EncDecConfig
 from moecc.families.mixture import SHARED, MoeConfig
 from moecc.families.registry import decoders, parse_config
@@ -119,6 +124,12 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         "delta": st.none() | _delta_layers(layers),
         "local_rope": local if rope.type != "default" else st.none() | local,
     }
+    if "latent" in family.options:
+        kinds["rotary_dim"] = st.just(2)
+        has_halves = "rope_interleave" in family.defaults
+        sizes = (st.none() | st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
+        interleaved = st.booleans() if has_halves else st.just(True)
+        kinds["latent"] = st.builds(LatentAttention, *sizes, interleaved)
     if family.model_type == "granitemoehybrid":
         kinds["rope_layers"] = st.sampled_from([None, (False,) * layers])
     # That all layers have rotary positions is not stated by listing them.
@@ -166,7 +177,16 @@ def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) 
         **draw(gate_values(family)),
         "shared_expert_intermediate_size": draw(shared_widths(family, expert_width)),
         "mlp_only_layers": draw(_dense_layers(family.sparse_style, layers)),
+        **(draw(_groups(count)) if family.limits_groups else {}),
     }
+
+
+@st.composite
+def _groups(draw: st.DrawFn, experts: int) -> JsonDict:
+    """Draw whether a token chooses in one of two groups of the experts, one of them then."""
+    if experts < 4 or draw(st.booleans()):
+        return {}
+    return {"expert_groups": 2, "open_groups": 1, "experts_per_token": draw(st.integers(1, 2))}
 
 
 def choices(family: type[MoeConfig], experts: int) -> st.SearchStrategy[int]:

@@ -381,7 +381,7 @@ def _route(
     ranked = scores.text
     if using:
         score = "softmax(-1)" if _score(gates) == "softmax" else "sigmoid()"
-        ranked = f"{scores.text}.{score} + {w.expr(item.operands[1]).text}"
+        ranked = f"{scores.text}.{score} + {with_last(w, w.expr(item.operands[1]), axis).text}"
     experts, weights = item.results
     is_dropped = any(user.op == "top_k_index" and user.attrs["drops"] for user in experts.users)
     index = w.name("choices" if is_dropped else "top_k_index")

@@ -252,6 +252,45 @@ class Parameters:
             read = Merge(turned, ("head", "entry"), rows)
         return self._param(name, loc, axes, read)
 
+    def rotated_first(
+        self,
+        name: str,
+        of: str,
+        loc: str,
+        heads: tuple[int, int],
+        start: int,
+        axes: dict[str, int],
+        *,
+        pairs: bool,
+        alone: bool = False,
+    ) -> Value:
+        """Return rows of heads whose last entries are rotated, these first; see `turned`.
+
+        Args:
+          name: the name of the parameter.
+          of: the name of the tensor.
+          loc: the location in the model.
+          heads: the number of heads, and their width on disk.
+          start: the first entry that is rotated.
+          axes: the axes of the parameter, that of the heads first.
+          pairs: whether neighbours are rotated together on disk.
+          alone: whether the parameter has no other entries; there is one head then.
+        """
+        if name in self.graph.params:
+            return self.graph.params[name]
+        (count, width), rows = heads, next(iter(axes))
+        source = self._source(of, **_with_axis(axes, rows, "heads", count * width))
+        parts = (("head", count), ("entry", width))
+        # The tensor of a single head is read by `part`, too, and both have to cut it alike.
+        all_rows, axis = (source, "heads") if alone else (Split(source, "heads", parts), "entry")
+        read: Expr = Slice(all_rows, axis, start, width)
+        if pairs:
+            read = halves_of_neighbours(read, axis, width - start)
+        if alone:
+            return self._param(name, loc, axes, Rename(read, axis, rows))
+        read = Concat((read, Slice(all_rows, axis, 0, start)), axis)
+        return self._param(name, loc, axes, Merge(read, ("head", "entry"), rows))
+
     def of_heads(self, name: str, loc: str, heads: int, head_dim: int) -> Value:
         """Return the scales of norms of heads, ``[head, head_dim]``; see `turned`."""
         axes = {"head": heads, "head_dim": head_dim}

@@ -95,7 +95,8 @@ _ROUTE_DOC = f"""The k experts with the largest logits, best first, and their ga
 
     `using=bias` adds an operand `[expert]`: experts are then chosen, and put in order, by
     their score (the sigmoid or softmax of the logits, as the convention has it) plus the bias;
-    gates are made of the logits alone (loss-free balancing, Wang et al. 2024)."""
+    gates are made of the logits alone (loss-free balancing, Wang et al. 2024). One with the axes
+    of the logits is the token's own, and −∞ keeps an expert from being chosen."""
 
 
 @operation(
@@ -140,11 +141,14 @@ class RouteOp(Op):
         if "bias" in further:
             bias = further["bias"].type
             need_float(bias, "the bias")
-            if bias.names != (expert.name,):
+            if bias.names != (expert.name,) and set(bias.names) != set(logits.names):
                 raise InputError(
-                    "the bias has one element per expert", expected=str(expert), found=str(bias)
+                    "the bias has one element per expert, or also per token",
+                    expected=str(expert),
+                    found=str(bias),
                 )
-            same_size(expert, bias[expert.name])
+            for axis in bias.axes:
+                same_size(logits[axis.name], axis)
             if gates.score is None:
                 message = f"{self.gates} gates have no score that a bias could be added to"
                 raise InputError(message)
@@ -159,7 +163,8 @@ class RouteOp(Op):
         tokens = tuple(a for a in logits.axes if a != self.axis)
         scores = ranked = logits.to((*tokens, self.axis))
         for bias in biases:
-            ranked = SCORES[convention(self.gates).score or "softmax"](scores) + bias.data
+            each = bias.data if len(bias.axes) == 1 else bias.to((*tokens, self.axis))
+            ranked = SCORES[convention(self.gates).score or "softmax"](scores) + each
         # A stable sort orders equal logits by expert, lowest first.
         experts = np.argsort(-ranked, axis=-1, kind="stable")[..., : self.top_k]
         gates = GATE_FUNCTIONS[self.gates](scores, experts) * self.scale

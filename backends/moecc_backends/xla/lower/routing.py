@@ -48,7 +48,8 @@ def _route(ctx: TraceContext, node: Node, logits: Operand, *bias: Named) -> tupl
             # A bias is added to what gates are made of.
             is_sigmoid = convention(attrs.gates).score == "sigmoid"
             score = jax.nn.sigmoid(scores) if is_sigmoid else jax.nn.softmax(scores, axis=-1)
-            ranked = score + bias[0].array.astype(scores.dtype)
+            each = bias[0] if len(bias[0].axes) == 1 else bias[0].to((*outer, attrs.axis))
+            ranked = score + each.array.astype(scores.dtype)
             _, experts = lax.top_k(lax.stop_gradient(ranked), attrs.top_k)
             best = jnp.take_along_axis(scores, experts, axis=-1)
         else:

@@ -1,0 +1,121 @@
+"""deepseek_v3 and kimi_k2: one model by two names, eight bits, further layers, groups."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import moecc
+from moecc.backend import get_backend
+from moecc.errors import InputError
+from moecc.families import build
+from moecc.families.registry import parse_config
+from moecc.model.open import open_model
+from moecc.translate.propose import propose
+from moecc.types import F64
+
+from .small_config import GOLDEN
+
+GROUPS = GOLDEN / "deepseek_v3_groups"
+EIGHT_BITS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def changed(source: Path, folder: Path, tensors: dict[str, np.ndarray], **keys: object) -> Path:
+    """Write a checkpoint with further tensors and other keys in its config."""
+    shutil.copytree(source, folder)
+    config = json.loads((source / "config.json").read_text()) | keys
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({**load_file(source / "model.safetensors"), **tensors}, folder / "model.safetensors")
+    return folder
+
+
+def logits(folder: Path) -> np.ndarray:
+    """Return the logits of the golden tokens in float64."""
+    with open_model(str(folder)) as model:
+        run = get_backend("reference").compile(model.graph).run
+        inputs = {"tokens": np.load(GROUPS / "tokens.npy")}
+        return np.asarray(run(dict(model.params(dtype=F64)), inputs)["logits"])
+
+
+def test_a_kimi_k2_is_a_deepseek_v3_by_another_name(tmp_path):
+    kimi = changed(GROUPS, tmp_path / "kimi", {}, model_type="kimi_k2")
+    np.testing.assert_array_equal(logits(kimi), logits(GROUPS))
+    moecc.convert(str(kimi), str(tmp_path / "back"), to="deepseek_v3")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    expected = parse_config(json.loads((GROUPS / "config.json").read_text())).to_json()
+    assert written == expected
+    before, after = (load_file(f / "model.safetensors") for f in (GROUPS, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_out_and_no_other(tmp_path):
+    ones = np.ones((16, 32), np.float32)
+    further = {f"model.layers.2.{name}.weight": ones for name in ("eh_proj", "self_attn.q_a_proj")}
+    folder = changed(GROUPS, tmp_path / "further", further)
+    np.testing.assert_array_equal(logits(folder), logits(GROUPS))
+    with open_model(str(folder)) as model:
+        assert any("eh_proj" in remark for remark in model.remarks()), "what is left out is told"
+    del further["model.layers.2.eh_proj.weight"]
+    with pytest.raises(InputError, match="tensors of the layers 2"):
+        open_model(str(changed(GROUPS, tmp_path / "more", further)))
+
+
+def test_weights_in_blocks_of_eight_bits_are_read(tmp_path):
+    tensors = load_file(GROUPS / "model.safetensors")
+    rounded, stored = {}, {}
+    for name, value in tensors.items():
+        if not name.endswith("_proj.weight"):
+            continue
+        scale = np.full((1, 1), np.abs(value).max() / 448, np.float32)
+        small = (value / scale).astype(ml_dtypes.float8_e4m3fn)
+        rounded[name] = small.astype(np.float32) * scale
+        stored |= {name: small, f"{name}_scale_inv": scale}
+    assert len(stored) > 100, "experts and attention"
+    eight = changed(GROUPS, tmp_path / "eight", stored, quantization_config=EIGHT_BITS)
+    plain = changed(GROUPS, tmp_path / "plain", rounded)
+    np.testing.assert_array_equal(logits(eight), logits(plain))
+
+
+def test_a_change_of_the_experts_of_groups_is_rejected(tmp_path):
+    with pytest.raises(InputError, match="in some groups alone"):
+        moecc.convert(str(GROUPS), str(tmp_path / "grown"), pipeline="grow")
+
+
+def test_groups_are_of_the_graph_and_no_other_family_has_them():
+    config = parse_config(json.loads((GROUPS / "config.json").read_text()))
+    graph = build(config)
+    assert propose(graph, "deepseek_v3") == config
+    assert propose(graph, "kimi_k2").expert_groups == 2
+    problems = propose(graph, "glm4_moe")
+    assert "does not restrict a token to some groups" in " ".join(p.message for p in problems)
+    assert "latent attention" in " ".join(p.message for p in problems)
+    llama = build(parse_config(json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())))
+    problems = propose(llama, "deepseek_v3")
+    assert "no other model becomes a deepseek_v3" in problems[-1].message
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"n_group": 3}, "do not divide the experts"),
+        ({"topk_group": 3}, "that many groups"),
+        ({"num_experts_per_tok": 5}, "fewer experts than it chooses"),
+        ({"n_group": 8, "topk_group": 8}, "two best experts"),
+        ({"head_dim": 14}, "head_dim: transformers makes this of other keys"),
+        ({"scoring_func": "softmax"}, "scoring_func: transformers chooses by sigmoids"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 1.0,
+                              "rope_theta": 1e4}}, "mscale_all_dim under every rope type"),
+        ({"num_key_value_heads": 2}, "keys and values for each head"),
+    ],
+)  # fmt: skip
+def test_what_the_family_cannot_compute_is_rejected_by_key(keys, words):
+    config = json.loads((GROUPS / "config.json").read_text())
+    with pytest.raises(InputError, match=words):
+        parse_config(config | keys)
