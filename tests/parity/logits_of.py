@@ -49,7 +49,7 @@ def load(folder: Path) -> tuple[Any, dict[str, list[str]]]:
 def widen_rotary(model: Any) -> None:
     """Make the rotary tables again, which were made in float32."""
     for module in list(model.modules()):
-        if hasattr(module, "rotary_emb"):
+        if getattr(module, "rotary_emb", None) is not None:
             module.rotary_emb = type(module.rotary_emb)(config=model.config)
         if hasattr(module, "rotary_emb_local"):
             # Gemma 3 in version 4: its class takes the period from where the global one lies.

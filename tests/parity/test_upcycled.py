@@ -201,6 +201,7 @@ RESIZED = [
     ("glm4_moe_square", "glm4_moe", "zero-experts{count=2}"),
     ("glm4_moe_plain_v4", "glm4_moe", "grow{times=3 chosen=same}"),
     ("glm4_moe_square", "glm4_moe", "append-expert{source-expert=1}"),
+    ("deepseek_v3_square_v4", "deepseek_v3", "grow{chosen=same}"),
     ("gemma2_square", "gemma2", "expand-blocks{every=1}"),
     ("mixtral_gqa", "mixtral", "expand-blocks{every=2}"),
 ]
