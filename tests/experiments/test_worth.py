@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,25 @@ def test_the_interval_holds_the_effect_as_often_as_it_says():
 def test_holm_by_hand():
     assert worth_page.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert worth_page.holm([0.9, 0.2]) == pytest.approx([0.9, 0.4])
+
+
+def test_arms_on_other_held_out_documents_are_not_compared(tmp_path):
+    def difference(of_sparse: list[int]) -> Any:
+        path = tmp_path / "worth.jsonl"
+        arms = (("dense", [900, 700]), ("sparse", of_sparse))
+        facts = {"decoder": "decoder_worth", "base_steps": 400, "text": "debian", "steps": 150}
+        path.write_text(
+            "".join(
+                json.dumps({**facts, "seed": seed, "arm": arm, "document_tokens": tokens,
+                            "document_losses": [len(arm) * (seed + 1.0), 3.0]}) + "\n"
+                for seed in (0, 1) for arm, tokens in arms
+            )
+        )  # fmt: skip
+        lines = worth_page.read_lines(path)
+        return worth_page.difference(lines, ("sparse", 150), ("dense", 150))
+
+    assert difference([900, 700]).settings == 2
+    assert difference([900, 701]) is None
 
 
 def test_a_paragraph_counts_once():
