@@ -322,10 +322,17 @@ def size(
 
 
 def number(
-    *, least: float | None = None, above: float | None = None, default: object = MISSING
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    null: Callable[[Json], object] | None = None,
+    default: object = MISSING,
 ) -> Any:
-    """Declare a field that is a finite number, at least `least` or greater than `above`."""
-    return _with_rule(default, KeyRule("number", least, above))
+    """Declare a field that is a finite number, at least `least` or greater than `above`.
+
+    `null` says what null stands for.
+    """
+    return _with_rule(default, KeyRule("number", least, above, null=null))
 
 
 def flag(*, null: Callable[[Json], object] | None = None, default: object = MISSING) -> Any:

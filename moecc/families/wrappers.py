@@ -55,6 +55,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "idefics3": Wrapper("Idefics3ForConditionalGeneration", holds_any=True),
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", holds_any=True),
     "gemma3": Wrapper("Gemma3ForConditionalGeneration"),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration"),
     "qwen2_vl": Wrapper(
         "Qwen2VLForConditionalGeneration",
         {"qwen2_vl_text": "qwen2", "qwen2_vl": "qwen2"},

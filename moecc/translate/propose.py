@@ -202,8 +202,8 @@ def propose(
 
         if isinstance(source, EncDecConfig):
             return _propose_encdec(source, experts, target, width)
-        if experts:
-            fault = f"{target} has no mixture of experts"
+        if sum(layer.experts for layer in experts) != source.expert_blocks:
+            fault = f"{target} has no mixture of experts in the place of a feed-forward block"
             return [Problem(fault, found=f"{len(experts)} expert layers", hint=hint)]
         from moecc.families.bart import BartConfig
 

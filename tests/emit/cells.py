@@ -30,7 +30,8 @@ from tests.proof import cells as proof
 DENSE = (
     "llama_gqa", "mistral_window", "qwen2_square", "qwen3_square", "olmo2_gqa",
     "granite_square_tied", "phi3_square", "smollm3_square_tied", "gemma_square", "gemma2_caps",
-    "gemma3_local", "gpt2_square", "gpt_neox_parallel", "opt_after_narrow", "t5_gated_untied",
+    "gemma3_local", "gemma4_inputs", "gpt2_square", "gpt_neox_parallel", "opt_after_narrow",
+    "t5_gated_untied",
     "mt5_square_v4", "umt5_square_untied", "bert_square", "roberta_square", "xlm_roberta_gelu",
     "camembert_gelu", "distilbert_square", "mpnet_square", "electra_narrow", "albert_shared",
     "modernbert_windows", "deberta_v3",
@@ -41,7 +42,7 @@ DENSE = (
 MIXED = (
     "mixtral_gqa", "qwen2_moe_plain", "qwen3_moe_plain", "olmoe_norm", "flex_olmo_norm",
     "granitemoe_square_v4", "glm4_moe_square", "ernie4_5_moe_range", "gpt_oss_square_v4",
-    "phimoe_window", "switch_drops",
+    "phimoe_window", "gemma4_experts", "switch_drops",
 )  # fmt: skip
 
 
@@ -98,9 +99,9 @@ SAMPLE = [
     ("vit_square", "virtual groups"), ("albert_shared", "upcycled"), ("whisper_square", "upcycled"),
     ("qwen3_square", "sparsemixer"), ("phi3_square", "bias-balanced"), ("olmo2_gqa", "prototypes"),
     ("gpt_neox_parallel", "BTX"), ("smollm3_square_tied", "dense"), ("gemma2_caps", "dense"),
-    ("distilbert_square", "capacity"), ("clip_text", "upcycled"),
+    ("distilbert_square", "capacity"), ("clip_text", "upcycled"), ("gemma4_inputs", "upcycled"),
 ]  # fmt: skip
-"""Twenty cells that are judged in every run of the tests: sources and methods."""
+"""Cells that are judged in every run of the tests: sources and methods."""
 
 
 @dataclass(frozen=True)

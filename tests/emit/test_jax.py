@@ -23,6 +23,8 @@ from tests.proof.cells import GOLDEN
         ("llama_gqa", "st-moe in training"), ("whisper_square", "upcycled"),
         ("albert_shared", "st-moe"),  # of which some layers have no parameters of their own
         ("bart_scaled", "dense"),  # whose encoder ends with a layer
+        ("gemma4_inputs", "dense"),  # whose last layers read keys of earlier ones
+        ("gemma4_experts", "dense"),
     ],
 )  # fmt: skip
 def test_program_computes_the_graph(tmp_path, source, method):

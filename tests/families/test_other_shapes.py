@@ -42,6 +42,15 @@ MPT = {"vocab_size": 20, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_seq_le
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    **SMALL, "model_type": "gemma4_text", "vocab_size": 20, "num_key_value_heads": 2,
+    "head_dim": 6, "global_head_dim": 8, "num_hidden_layers": 4, "sliding_window": 3,
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+}  # fmt: skip
+LAYER_INPUTS = {"hidden_size_per_layer_input": 2, "num_kv_shared_layers": 2}
+KEYS_AS_VALUES = {
+    "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
+}  # fmt: skip
 BERT = {**SMALL, "vocab_size": 20, "max_position_embeddings": 12}
 DISTANCES = {
     "relative_attention": True, "pos_att_type": "c2p|p2c", "norm_rel_ebd": "layer_norm",
@@ -73,6 +82,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "gpt_neox", **NEOX, "attention_bias": False, "tie_word_embeddings": True},
     {"model_type": "bloom", **BLOOM, "tie_word_embeddings": False},
     {"model_type": "mpt", **MPT, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.4}},
+    {**GEMMA4, **LAYER_INPUTS, "use_double_wide_mlp": True, "tie_word_embeddings": False},
+    {**GEMMA4, **KEYS_AS_VALUES, "attention_bias": True, "final_logit_softcapping": 5.0},
     {"model_type": "roberta", **BERT, "pad_token_id": 3},
     {"model_type": "xlm-roberta", **BERT},
     {"model_type": "xlm-roberta-xl", **BERT},
@@ -237,6 +248,16 @@ def test_a_gpt2_saved_without_its_head_is_read_as_with_it() -> None:
         import_checkpoint(bare)
 
 
+def test_heads_of_single_layers_are_those_of_a_kind_of_layer() -> None:
+    """As transformers 5.24 writes them; a checkpoint on the hub has two keys."""
+    head = {"head_dim": 8, "num_key_value_heads": 1}
+    layers = {"01": dict(head), "03": dict(head)}
+    keys = {"attention_k_eq_v": True, "global_head_dim": 8}
+    short = {k: v for k, v in GEMMA4.items() if k != "global_head_dim"}
+    stated = parse_config({**short, "attention_k_eq_v": True, "per_layer_config": layers})
+    assert stated == parse_config({**short, **keys, "num_global_key_value_heads": 1})
+
+
 def test_what_a_family_cannot_say_is_refused() -> None:
     for keys, words in (
         ({"model_type": "gpt2", "n_head": 7}, "heads do not divide"),
@@ -246,6 +267,16 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "opt", **OPT, "layer_norm_eps": 1e-6}, "computes with 1e-5"),
         ({"model_type": "bloom", **BLOOM, "hidden_size": 16}, "takes it for hidden_size"),
         ({"model_type": "mpt", **MPT, "attn_config": {"qk_ln": True}}, "qk_ln: norms of queries"),
+        ({**GEMMA4, "num_kv_shared_layers": 1, "hidden_size_per_layer_input": 0}, "of their own"),
+        ({**GEMMA4, **LAYER_INPUTS, "num_kv_shared_layers": 3}, "of each kind before those"),
+        ({**GEMMA4, "layer_types": 4 * ["sliding_attention"]}, "last layer see all tokens"),
+        ({**GEMMA4, "vocab_size_per_layer_input": 19}, "tokens without an embedding for each"),
+        ({**GEMMA4, "use_bidirectional_attention": "all"}, "see later ones"),
+        ({**GEMMA4, "rope_theta": 1e4}, "reads rope_parameters, by kind of layer"),
+        ({**GEMMA4, "rope_parameters": {"full_attention": {}}}, "no parameters for sliding"),
+        ({**GEMMA4, "per_layer_config": {"1": {"head_dim": 4}}}, "the same in each layer"),
+        ({**GEMMA4, "per_layer_config": {"1": {"sliding_window": 4}}}, "not supported"),
+        ({**GEMMA4, "enable_moe_block": True}, "num_experts: not a usable size"),
         ({"model_type": "mt5", "scale_decoder_outputs": True}, "mt5 scales no outputs"),
         ({"model_type": "roberta", **BERT, "pad_token_id": None}, "count from the id"),
         ({"model_type": "mpnet", **BERT, "relative_attention_num_buckets": 16}, "32 buckets"),

@@ -26,6 +26,7 @@ CASES = (
     "phi3_square",
     "smollm3_square_tied",
     "gemma2_caps",
+    "gemma4_keys",
     "gpt2_square",
     "gpt_neox_parallel",
     "mpnet_square",

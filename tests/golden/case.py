@@ -327,7 +327,19 @@ BART: dict[str, object] = {
 }
 BART.pop("num_mel_bins")
 
+GEMMA4: dict[str, object] = {
+    **SMALL,
+    "pad_token_id": 0,
+    "num_hidden_layers": 4,
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+    "sliding_window": 5,
+    "head_dim": 4,
+    "global_head_dim": 24,
+}
+GEMMA4.pop("rope_theta")
+
 BASES = {
+    "gemma4_text": GEMMA4,
     "roberta": ROBERTA,
     "electra": ELECTRA,
     "modernbert": {**BERT, "num_hidden_layers": 4, "local_attention": 6, **TOKENS},

@@ -180,8 +180,8 @@ def _save(folder: Path, case: Case, key: str) -> None:
 
 
 def _stored_buffers(model: Any) -> list[tuple[str, Any]]:
-    """Return the buffers that are part of a checkpoint: biases in the choice of experts."""
-    ends = ("e_score_correction_bias", "expert_bias")
+    """Return the buffers that are part of a checkpoint: biases of a choice, factors."""
+    ends = ("e_score_correction_bias", "expert_bias", "layer_scalar")
     return [(n, b) for n, b in model.named_buffers() if n.endswith(ends)]
 
 
@@ -189,10 +189,12 @@ def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]
     """Draw a parameter: norms around 1, biases small but not 0, matrices of unit gain."""
     drawn = _generator(key, name).standard_normal(shape)
     is_norm = "norm" in name.lower() or ".ln_" in name
-    if is_norm and not name.endswith("bias"):
+    is_scale = is_norm or name.endswith(("layer_scalar", "router.scale", "per_expert_scale"))
+    if is_scale and not name.endswith("bias"):
         # These store scales less one, but for the norms of what delta rules read.
-        less_one = key.startswith(("gemma", "nemotron", "qwen3_next", "qwen3_5"))
-        return (0 if less_one and ".linear_attn." not in name else 1) + 0.3 * drawn
+        families = ("gemma_", "gemma2_", "gemma3_", "nemotron", "qwen3_next", "qwen3_5")
+        less_one = key.startswith(families) and ".linear_attn." not in name
+        return (0 if less_one else 1) + 0.3 * drawn
     if name.endswith("A_log"):
         return drawn
     if ".act_fn." in name:
@@ -204,7 +206,8 @@ def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]
     if any(table in name for table in tables) or name.startswith("shared"):
         return drawn
     # The router's logits are spread out, so that few tokens lie near a tie.
-    gain = 2.0 if ".gate.weight" in name or ".classifier.weight" in name else 1.0
+    routers = (".gate.weight", ".classifier.weight", ".router.proj.weight")
+    gain = 2.0 if name.endswith(routers) else 1.0
     return gain * drawn / np.sqrt(shape[-1])
 
 
@@ -242,10 +245,7 @@ def _run(model: Any, case: Case, inputs: Inputs) -> Any:
     return model(**given, use_cache=False).logits
 
 
-ROUTERS = (
-    *(".gate", ".classifier", "block_sparse_moe.router", ".router.layer", ".mlp.router"),
-    "feed_forward.router",
-)
+ROUTERS = (".gate", ".classifier", ".router", ".router.layer")
 """The ends of the names of modules that give a router's logits."""
 
 
@@ -262,7 +262,8 @@ def _double_logits(
     """Return logits in float64 and the smallest distance of a routing decision from a tie."""
     model = model.double()
     gaps: list[float] = []
-    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    chosen = getattr(model.config, "num_experts_per_tok", None)
+    chosen = chosen or getattr(model.config, "top_k_experts", None) or 1
     if case.family == "switch_transformers":
         for module in model.modules():
             if hasattr(module, "ignore_padding_tokens"):
@@ -278,6 +279,8 @@ def _double_logits(
             found = torch.nn.functional.linear(rows, module.weight, module.bias)
         if not found.is_floating_point():
             return  # version 4 of some families gives the chosen experts only
+        if case.family == "gemma4_text":
+            found = found.log()  # its probabilities
         if case.family == "phimoe":
             gaps.append(_distance_from_the_border(found))
         if len(inputs) > 1 and inputs[1] is not None:  # lfm2_moe's bias in the choice

@@ -17,7 +17,7 @@ def test_wrappers_with_a_converted_text_model(python, tmp_path):
     sources = tmp_path / "sources"
     version = ask(python, "wrappers.py", {"make": str(sources)})["version"]
     folders: dict[str, str] = {}
-    for name in WRAPPERS:
+    for name in (name for name in WRAPPERS if (sources / name).is_dir()):
         model = moecc.open(sources / name)
         model.save(tmp_path / f"{name}-same")
         folders[f"{name}-same"] = str(tmp_path / f"{name}-same")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -49,6 +49,15 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
         {"sliding_window": 16, "query_pre_attn_scalar": 8, "head_dim": 8}, ONE,
         {**IMAGE, "mm_tokens_per_image": 4, "boi_token_index": 61, "eoi_token_index": 62},
+    ),
+    "gemma4": (
+        {"sliding_window": 16, "head_dim": 8, "global_head_dim": 12, "num_hidden_layers": 6,
+         "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 4,
+         "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
+         "vocab_size_per_layer_input": 64},
+        {**VISION, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 8,
+         "position_embedding_size": 16},
+        IMAGE,
     ),
     "qwen2_vl": (
         MROPE, {**DEPTH, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}, QWEN,
@@ -85,6 +94,8 @@ def logits_of(model: Any) -> Any:
 
 def make(folder: Path) -> dict[str, str]:
     for name, (text, vision, keys) in WRAPPERS.items():
+        if name not in CONFIG_MAPPING:
+            continue  # of a later version
         torch.manual_seed(0)
         config = AutoConfig.for_model(
             name, text_config={**TEXT, **text}, vision_config=dict(vision), **keys

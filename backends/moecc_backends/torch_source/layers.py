@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moecc_backends.torch_source.blocks import ModuleBlock
@@ -12,6 +12,25 @@ from moecc_backends.torch_source.writer import STATE, BlockWriter, var_hint
 
 Role = ProgramValue | list[ProgramValue | None] | None
 """An argument of the layers of a loop: the same for all, one for each, or carried (None)."""
+
+
+def apart(layers: list[ModuleBlock]) -> Iterator[tuple[list[ModuleBlock], bool]]:
+    """Yield the layers of loops, and each layer whose keys later layers read by itself.
+
+    With each part comes whether it is such a layer.
+    """
+    read = {v for layer in layers for v in layer.inputs if "embed" not in v.axes}
+    part: list[ModuleBlock] = []
+    for layer in layers:
+        if read.isdisjoint(layer.outputs):
+            part.append(layer)
+            continue
+        if part:
+            yield part, False
+        yield [layer], True
+        part = []
+    if part:
+        yield part, False
 
 
 @dataclass(eq=False)
@@ -42,7 +61,11 @@ class ModelWriter(BlockWriter):
                     run.append(following)
             layers = [s for s in run if isinstance(s, ModuleBlock)]
             if isinstance(step, ModuleBlock) and step.layer is not None:
-                self.loop(layers)
+                for part, is_read in apart(layers):
+                    if is_read:
+                        self.call(part[0])
+                    else:
+                        self.loop(part)
             elif isinstance(step, ModuleBlock):
                 self.call(step)
             else:
@@ -102,6 +125,10 @@ class ModelWriter(BlockWriter):
         modules = self.tree.access(stack)
         if len(layers) > 1 and all(layer.path == layers[0].path for layer in layers):
             return f"{len(layers)} * list({modules})"  # one module
+        paths = self._paths(layers[0])
+        if len(layers) < len(paths):
+            first = paths.index(layers[0].path)
+            return f"{modules}[{first}:{first + len(layers)}]"
         return modules
 
     def layer_call(
@@ -115,6 +142,11 @@ class ModelWriter(BlockWriter):
           zipped: the names of those that vary, each with the list of its values; may be extended.
         """
         return f"layer({', '.join(arguments)})"
+
+    def _paths(self, layer: ModuleBlock) -> list[str]:
+        """Return the paths of all layers of the stack of one."""
+        stack = layer.layer and layer.layer[0]
+        return [b.path for b in self.block.blocks if b.layer is not None and b.layer[0] == stack]
 
     def _input_name(self, layer: ModuleBlock, var: ProgramValue) -> str:
         return self.classes.instances[layer].inputs[layer.inputs.index(var)]
@@ -142,7 +174,8 @@ class ModelWriter(BlockWriter):
                 roles[name] = present[0]
             else:
                 roles[name] = values
-        while roles and roles[next(reversed(roles))] == []:
+        is_whole = len(layers) == len(self._paths(layers[0]))
+        while is_whole and roles and roles[next(reversed(roles))] == []:
             roles.popitem()  # None by default
         return roles
 

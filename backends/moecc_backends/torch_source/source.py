@@ -16,6 +16,7 @@ from moecc.ir.structure import clone
 from moecc.support.untyped import JsonDict
 from moecc.translate.export import rename_params
 from moecc_backends.torch_source.blocks import ModuleBlock, blocks_of, let_experts_be_shared
+from moecc_backends.torch_source.layers import apart
 from moecc_backends.torch_source.model import Models
 from moecc_backends.torch_source.names import is_under, layer_prefixes, renamed_params
 from moecc_backends.torch_source.operations import OPERATIONS
@@ -62,7 +63,9 @@ class Segments:
         for layer in layers:
             stacks.setdefault(layer.layer[0] if layer.layer else "", []).append(layer)
         for stack in stacks.values():
-            unify_signatures(classes, stack)
+            looped = [layer for part, is_read in apart(stack) if not is_read for layer in part]
+            if looped:
+                unify_signatures(classes, looped)
 
 
 def segments_of(graph: Graph, *, continues: bool) -> Segments:

@@ -42,6 +42,22 @@ def emit_norm(
         return builder.layer_norm(x, scale, bias, axis=axis, eps=eps, name=name)
     if config.norm_kind != "rms":
         x = builder.sub(x, builder.mean(x, axes=axis))
+    return emit_rms_norm(builder, x, scale, axis, eps, name=name)
+
+
+def emit_rms_norm(
+    builder: Builder,
+    x: Value,
+    scale: Value | None,
+    axis: str,
+    eps: float,
+    *,
+    name: str | None = None,
+) -> Value:
+    """Emit `x` divided by the root of its mean square along `axis`, times any scale.
+
+    A scale may have further axes, as that of heads has.
+    """
     if scale is not None and scale.type.names == (axis,):
         return builder.rms_norm(x, scale, axis=axis, eps=eps, name=name)
     square = builder.mean(builder.square(x), axes=axis)
