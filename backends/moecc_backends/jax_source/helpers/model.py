@@ -90,6 +90,11 @@ def biased(bias, mask, is_causal=True):
     return bias if mask is None else jnp.where(mask, bias, lowest)
 
 
+def narrowed(mask, keep):
+    """Return a mask that also hides the keys that `keep` is false for."""
+    return keep if mask is None else mask & keep
+
+
 def _frequencies(like, size, theta):
     """Return the angle per position of each pair of entries, in float64 where it is known."""
     return theta ** -(np.arange(0, size, 2) / size)
