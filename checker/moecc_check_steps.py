@@ -17,7 +17,10 @@ steps, it is so of all.
 from moecc_check_graphs import Evaluation, named, need, options_of, types_of
 
 SIDES = ("text", "step")
-READERS = {"softmax": "axis", "max": "axes", "logsumexp": "axes", "contract": "over"}
+READERS = {
+    "softmax": "axis", "max": "axes", "logsumexp": "axes", "contract": "over",
+    "delta_rule": "along",
+}  # fmt: skip
 """Operations that may read all keys, and the attribute that says of which axes they do."""
 INPUTS = ("%tokens", "%positions", "%key_positions")
 ROWS = ("group", "expert", "slot")
@@ -226,6 +229,8 @@ class Continuation(Evaluation):
         """Return whether a node reads all keys, those that come after a token being hidden."""
         if self.keys not in names_of(n, READERS.get(n.op)):
             return False
+        if n.op == "delta_rule":
+            return states[-1] == "zero"  # a key that is not seen writes nothing
         return "zero" in states if n.op == "contract" else states == ["infinite"]
 
     def hidden_of(self, n, states, is_read):

@@ -15,7 +15,7 @@ from tiers import examples, some
 from moecc.analysis import LOGITS
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.ir import Graph, parse
+from moecc.ir import Builder, Graph, parse
 from moecc.ir.structure import clone
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
@@ -150,6 +150,16 @@ MEAN = "%c = mean %a {axes=seq} : f32[batch=B, embed=4]\n"
 )  # fmt: skip
 def test_tokens_that_see_later_ones_are_rejected(parts, says):
     assert says in rejected(attention(**parts))
+
+
+def test_a_state_that_later_keys_change_is_rejected() -> None:
+    with open_model(str(GOLDEN / "qwen3_5_text_square")) as model:
+        graph = clone(model.graph)
+    rule = next(n for n in graph if n.op.name == "delta_rule")
+    causal = rule.operands[5].node
+    assert causal is not None
+    rule.set_operand(5, Builder(graph, before=rule).causal(*reversed(causal.operands)))
+    assert "a token would depend on those after it" in rejected(graph)
 
 
 def test_noise_and_a_second_decode_are_rejected():

@@ -35,6 +35,7 @@ def steps_of(name: str, pipeline: str = "") -> tuple[Graph, Graph]:
         ("gemma2_caps", ""),
         ("gpt2_plain", ""),
         ("bloom_plain", ""),
+        ("qwen3_5_text_square", ""),
         ("mixtral_window_tied", ""),
         ("qwen3_moe_norm", "weight-rows"),
     ],
@@ -50,6 +51,15 @@ def test_a_step_is_proved(name: str, pipeline: str) -> None:
 def test_frequencies_that_grow_with_the_text_are_open() -> None:
     verdict = prove(*steps_of("llama_dynamic"))
     assert (verdict.status, verdict.node.split()[2]) == ("unknown", "rope")
+
+
+def test_a_state_of_other_keys_is_open() -> None:
+    whole, step = steps_of("qwen3_5_text_square")
+    rule, recent = first(step, "delta_rule"), first(step, "cast").operands[0]
+    assert recent.type == rule.operands[5].type
+    rule.set_operand(5, recent)
+    verdict = prove(whole, step)
+    assert (verdict.status, verdict.node.split()[2]) == ("unknown", "delta_rule")
 
 
 def first(graph: Graph, op: str) -> Node:

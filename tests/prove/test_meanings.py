@@ -20,6 +20,7 @@ from moecc.ir.ops.attention import (
     alibi_slopes,
 )
 from moecc.ir.ops.elementwise import FORMULAS, PointwiseOp
+from moecc.ir.ops.recurrence import DeltaRuleOp
 from moecc.ir.ops.routing import HashExpertsOp
 from moecc.prove.evaluation import Evaluation
 from moecc.prove.rules import Lemmas
@@ -29,7 +30,7 @@ from ..ir.operations import Function, sample  # noqa: TID252
 from .reflection import MEANINGS, Env, Model
 
 UNINTERPRETED = {
-    "convolve", "delta_rule", "fold_key", "jax", "random_normal", "random_uniform", "update_slice",
+    "convolve", "fold_key", "jax", "random_normal", "random_uniform", "update_slice",
     "within_buffer",
 }  # fmt: skip
 """Operations that are functions of all of their operands, of which nothing is known."""
@@ -114,6 +115,11 @@ class Arrays(Model):
 
     def _alibi(self, attrs, tables, at):
         return at[0] * alibi_slopes(*attrs)[round(at[1])]
+
+    def _delta_rule(self, attrs, tables, at):
+        op = DeltaRuleOp({"over": "k", "along": "t"})
+        axes = (("k",), ("t", "k"), *[("t",)] * 4)
+        return op.meaning(*(Array(x, names) for x, names in zip(tables, axes, strict=True))).data
 
     def _hashed_expert(self, attrs, tables, at):
         chosen = HashExpertsOp.of_node(self.node).meaning(Array(np.array([round(at[0])]), ("i",)))

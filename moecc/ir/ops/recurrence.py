@@ -14,6 +14,8 @@ from moecc.ir.ops.repetition import picked
 from moecc.ir.ops.rules import axis_of, by_name, need_float, need_kind, same_dtype, widest
 from moecc.ir.traits import Residual
 from moecc.support.lazy import np
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra, Head
 from moecc.types import TensorType
 
 
@@ -68,6 +70,7 @@ class DeltaRuleOp(Op):
             axis_of(type, self.along, noun)
             _need_axes(type, value, f"{noun} is a number for each value")
         need_kind(seen, "bool", "what a query sees")
+        axis_of(seen, self.along, "what a query sees")
         _need_axes(seen, scores, "a query sees a key or does not")
         return read
 
@@ -83,16 +86,32 @@ class DeltaRuleOp(Op):
         sizes = {a: x.size(a) for x in (query, value) for a in x.axes}
         state = np.zeros([sizes[a] for a in axes])
         for at in range(key.size(self.along)):
-            k, v, factor, share, is_seen = (
-                (picked(x, self.along, at) if self.along in x.axes else x).to(axes)
-                for x in (key, value, decay, rate, seen)
-            )
+            parts = (picked(x, self.along, at) for x in (key, value, decay, rate, seen))
+            k, v, factor, share, is_seen = (part.to(axes) for part in parts)
             decayed = factor * state
             error = v - (decayed * k).sum(-1, keepdims=True)
             state = np.where(is_seen, decayed + k * share * error, state)
         result = Array((state * query.to(axes)).sum(-1), axes[:-1])
         names = result_names(query.axes, key.axes, value.axes, self)
         return Array(result.to(names), names)
+
+    def term(
+        self,
+        algebra: Algebra,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        rate: Tensor,
+        seen: Tensor,
+    ) -> Tensor:
+        """Return an uninterpreted function of a query, all keys and what belongs to them."""
+        functions = [query.along(self.over), key.along(self.along, self.over)]
+        functions += [x.along(self.along) for x in (value, decay, rate, seen)]
+        names = result_names(query.names, key.names, value.names, self)
+        axes = {v.name: v for x in (value, key, query) for v in x.axes}
+        body = algebra.apply(Head("delta_rule"), functions)
+        return Tensor(algebra, tuple(axes[n] for n in names), body)
 
 
 def result_names(
