@@ -329,8 +329,9 @@ def test_heads_of_checkpoints_are_kept(python, tmp_path):
         assert all(x < (1e-5 if "32" in key else 1e-10) for key, x in verdict.items()), verdict
 
 
-def test_short_convolutions_keep_nothing_and_take_no_padding():
-    text = program_text("lfm2_biases")
+@pytest.mark.parametrize("source", ["lfm2_biases", "qwen3_5_text_delta"])
+def test_short_convolutions_keep_nothing_and_take_no_padding(source):
+    text = program_text(source)
     assert "use_cache=False" in text
     assert 'raise ValueError("this model has no padding mask")' in text
     assert "DynamicCache" not in text

@@ -122,6 +122,22 @@ def _alibi(w: BlockWriter, item: Item, *, axis: str, size: int) -> PythonExpr:
     return PythonExpr(text, (*axes, axis))
 
 
+@emission("delta_rule")
+def _delta_rule(w: BlockWriter, item: Item, *, over: str, along: str) -> PythonExpr:
+    query, *written = (w.expanded(w.expr(v)) for v in item.operands)
+    (seq, *more) = (a for a in query.axes if a not in (over, *item.operands[2].axes))
+    if len(item.operands) != 5 or more or len(item.result.axes) < 2:
+        raise refuse(item, "along", along)
+    others = [a for a in item.result.axes if a != seq]
+    axes = (others[0], seq, *others[1:], over)
+    texts = [w.aligned(query, axes).text]
+    for x in written:
+        keys = PythonExpr(x.text, tuple(seq if a == along else a for a in x.axes))
+        texts.append(w.aligned(keys, axes).text)
+    w.helper("delta_rule")
+    return PythonExpr(f"delta_rule({', '.join(texts)})", axes[:-1])
+
+
 @emission("causal")
 def _causal(w: BlockWriter, item: Item, *, window: int) -> PythonExpr:
     queries, keys, axes = _crossed(w, item)

@@ -454,7 +454,21 @@ def _drop_ones(item: Item) -> None:
                 return
 
 
+def _read_as_it_goes(item: Item) -> None:
+    """Leave out the mask of a delta rule whose queries see the keys up to their own."""
+    seen = item.operands[-1].item if item.op == "delta_rule" else None
+    if seen is None or seen.op != "causal" or seen.attrs["window"]:
+        return
+    queries, keys = seen.operands
+    counted = [v.item.op for v in seen.operands if v.item is not None]
+    is_own = keys.item is not None and keys.item.operands == [queries]
+    are_inputs = [queries.name, keys.name] == [POSITION_IDS, KEY_POSITIONS]
+    if (counted == ["positions", "rename"] and is_own) or (are_inputs and not counted):
+        item.operands = item.operands[:-1]
+
+
 IDIOMS: tuple[Callable[[Item], None], ...] = (
+    _read_as_it_goes,
     _fuse_dropout,
     _fuse_noise,
     _fuse_keep,
@@ -567,7 +581,7 @@ def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
         i.result for i in program.items if tokens in i.operands and i.result.kind == "float"
     )
     # What else than attention meets earlier tokens, as turns at an expert do, has no cache.
-    cached = cached and not any(item.op == "causal" for item in program.items)
+    cached = cached and not any(item.op in ("causal", "delta_rule") for item in program.items)
     cache, continues = ProgramValue(CACHE, kind="cache"), ProgramValue(CONTINUES, kind="cache")
     kwargs = ProgramValue(KWARGS, kind=KWARGS)
     decoded = {tokens}

@@ -362,6 +362,7 @@ HINTS = {
     "relative_buckets": "buckets",
     "signed_buckets": "buckets",
     "alibi": "bias",
+    "delta_rule": "read",
     "rotate": "rotated",
     "merge": "merged",
     "mul": "product",

@@ -145,6 +145,24 @@ class RaggedRows:
         return total.reshape(*tokens, -1)
 
 
+def delta_rule(query, key, value, decay, rate):
+    """Return what queries read of a state that keys write, a token after the other.
+
+    Operands are ``[batch, seq, …, key]``, of size 1 where they are the same along an axis.
+    """
+
+    def step(state, token):
+        q, k, v, factor, share = token
+        state = factor * state
+        error = v - (state * k).sum(-1, keepdims=True)
+        state = state + k * (share * error)
+        return state, (state * q).sum(-1)
+
+    tokens = tuple(jnp.moveaxis(widened(x), 1, 0) for x in (query, key, value, decay, rate))
+    start = jnp.zeros_like(tokens[1][0] * tokens[2][0])
+    return jnp.moveaxis(jax.lax.scan(step, start, tokens)[1], 0, 1).astype(query.dtype)
+
+
 def top_k_experts(scores, k):
     """Return the `k` experts of the largest scores, best first; a tie takes the lowest expert."""
     return jax.lax.top_k(scores, k)[1]

@@ -236,3 +236,18 @@ def alibi(distances, heads, like):
     if power != heads:
         exponents = torch.cat([exponents[1::2], exponents[::2]])[:heads]
     return (distances[..., None] * 2**-exponents).to(like.dtype)
+
+
+def delta_rule(query, key, value, decay, rate):
+    """Return what queries read of a state that keys write, a token after the other.
+
+    Operands are ``[batch, seq, …, key]``, of size 1 where they are the same along an axis.
+    """
+    state = torch.zeros_like(widened(key[:, 0] * value[:, 0]))
+    reads = []
+    for token in range(key.shape[1]):
+        state = decay[:, token] * state
+        error = value[:, token] - (state * key[:, token]).sum(-1, keepdim=True)
+        state = state + key[:, token] * (rate[:, token] * error)
+        reads.append((state * query[:, token]).sum(-1))
+    return torch.stack(reads, dim=1).to(query.dtype)
