@@ -156,7 +156,7 @@ def emit_group_bias(
     if is_sigmoid:
         best, _ = builder.route(by_group, top_k=2, gates="ones", axis="member", choice="best")
         hot = builder.sum(builder.one_hot(best, into=into[1:]), axes="best")
-        strength = builder.contract(by_group, builder.cast(hot, dtype="f32"), over="member")
+        strength = builder.sum(builder.mul(by_group, hot), axes="member")
     else:
         strength = builder.max(by_group, axes="member")
     chosen, _ = builder.route(
