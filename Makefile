@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-emit-jax proof-engines proof-equal proof-exposed proof-fuzz proof-jax-models proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-recipes proof-schedulers proof-slurm proof-splits proof-step proof-stores proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-costs proof-emit proof-emit-jax proof-engines proof-equal proof-exposed proof-fuzz proof-jax-models proof-jobs proof-kills proof-learning proof-mutants proof-owned proof-plans proof-recipes proof-schedulers proof-slurm proof-splits proof-step proof-stores proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -119,6 +119,12 @@ proof-jobs: $(STAMP) ## the five jobs of docs/jobs.md from a fresh clone; writes
 proof-exposed: $(STAMP) ## exposed collectives, predicted and compiled, for TPUs (libtpu) and H100 (CUDA plug-in); goes on after a stop; writes docs/proofs/exposed.json (an hour)
 	$(BIN)/python -m tests.proof.exposed --predict > /dev/null
 	$(BIN)/python -m tests.proof.exposed
+
+proof-plans: $(STAMP) ## compile the ten best plans of six models on four machines, the best of each first; goes on after a stop; writes docs/proofs/best-plans.json
+	$(BIN)/python -m tests.proof.best_plans > /dev/null
+
+proof-costs: $(STAMP) ## what metrics, beats, saves and a store cost; writes docs/proofs/costs.json (ten minutes)
+	$(BIN)/python benchmarks/run_costs.py --out docs/proofs/costs.json > /dev/null
 
 proof-equal: $(STAMP) ## prove golden checkpoints by 66 pipelines, and the table's equal cells; writes docs/proofs/equal.json
 	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle.matrix --out docs/proofs/equal.json > /dev/null

@@ -116,7 +116,8 @@ class AttentionFacts:
       capped: whether there is a soft cap.
       laid_out: whether each axis is one of queries, keys and values, or of two of them as usual.
       partitioned: whether XLA's partitioner shards the program.
-      on_mesh: whether the program is that of one device of several.
+      is_tracked: whether the program is that of one device of several, and the library that lowers
+        it does not know how results of cuDNN vary over a mesh.
     """
 
     platform: str
@@ -131,7 +132,7 @@ class AttentionFacts:
     capped: bool = False
     laid_out: bool = True
     partitioned: bool = False
-    on_mesh: bool = False
+    is_tracked: bool = False
 
 
 def _splash(facts: AttentionFacts) -> Iterator[str]:
@@ -154,8 +155,8 @@ def _splash(facts: AttentionFacts) -> Iterator[str]:
 def _cudnn(facts: AttentionFacts) -> Iterator[str]:
     if facts.dtype not in ("bf16", "f16"):
         yield f"it computes in bf16 or f16, not in {facts.dtype}"
-    if facts.on_mesh:
-        yield "it says nothing of how its results vary over a mesh"
+    if facts.is_tracked:
+        yield "before jax 0.10.2 it says nothing of how its results vary over a mesh"
     if facts.capped:
         yield "it has no soft cap"
     for word in facts.given:
@@ -333,13 +334,13 @@ class AttentionProgram:
       platform: ``tpu``, ``gpu`` or ``cpu``.
       dtype: the type of the computation, as in ``bf16``.
       partitioned: whether XLA's partitioner shards it.
-      on_mesh: whether it is that of one device of several.
+      is_tracked: see `AttentionFacts`.
     """
 
     platform: str
     dtype: str
     partitioned: bool = False
-    on_mesh: bool = False
+    is_tracked: bool = False
 
 
 def facts_of(
@@ -361,5 +362,5 @@ def facts_of(
         capped=attrs.cap > 0,
         laid_out=axes is not None,
         partitioned=program.partitioned,
-        on_mesh=program.on_mesh,
+        is_tracked=program.is_tracked,
     )

@@ -54,7 +54,7 @@ from moecc.launch.processes import LIFELINE
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import batch_text
 from moecc.plan.search import as_option, search, seconds_text
-from moecc.plan.step import StepConfig, read_plan
+from moecc.plan.step import StepConfig, Strategy, read_plan
 from moecc.plan.time import Estimator
 from moecc.sharding.vias import LOCAL
 from moecc.support.console import say
@@ -209,6 +209,17 @@ def _last_words(log: str) -> str:
     return match[1] if match else next(iter(log.strip().splitlines()[-1:]), "nothing")
 
 
+def settings_of(strategy: Strategy) -> JsonDict:
+    """Return the settings of `StepConfig` that fix a strategy."""
+    return {
+        "mesh": ",".join(f"{name}={size}" for name, size in strategy.layout.mesh.axes),
+        "via": None if strategy.via == LOCAL else strategy.via,
+        "remat": strategy.remat,
+        "dense_weights": strategy.layout.dense_weights,
+        "sliced": strategy.sliced,
+    }
+
+
 MOST_TRIED = 3
 """How many other plans are compiled where the compiler fails."""
 
@@ -233,17 +244,11 @@ def nearest_that_compiles(request: Request, time_limit_seconds: float) -> str:
         *(each for each in ranking.searched if each.strategy != failed.strategy),
     ]
     for estimate in nearest[:MOST_TRIED]:
-        strategy = estimate.strategy
-        settings: JsonDict = {
-            "mesh": ",".join(f"{name}={size}" for name, size in strategy.layout.mesh.axes),
-            "via": None if strategy.via == LOCAL else strategy.via,
-            "remat": strategy.remat,
-            "dense_weights": strategy.layout.dense_weights,
-        }
-        options = " ".join(as_option(n, v) for n, v in settings.items() if v is not None)
-        options += " --slice" if strategy.sliced else ""
+        settings = settings_of(estimate.strategy)
+        options = " ".join(as_option(n, v) for n, v in settings.items() if n != "sliced" and v)
+        options += " --slice" if settings["sliced"] else ""
         say(f"note: the compiler failed; trying {options}")
-        config = replace(free, **settings, sliced=strategy.sliced)
+        config = replace(free, **settings)
         try:
             tried = compile_in_subprocess(replace(request, config=config), time_limit_seconds).data
         except MachineError:

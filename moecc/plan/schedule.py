@@ -96,7 +96,7 @@ def _beside_on_tpu(part: PartCost, shares: Sequence[float]) -> PartCost:
 # from its log (``TF_CPP_VMODULE=latency_hiding_scheduler=6,sol_latency_estimator=10``,
 # jax's CUDA plug-in 0.10.2), and the resulting orders from compiled programs.
 #
-# The scheduler holds that a loop, such as attention in blocks or the rows of dropless experts,
+# The scheduler holds that cuDNN's attention, or a loop such as the rows of dropless experts,
 # takes no time.  So what runs beside one is hidden, but nothing is planned to be.  Gradients are
 # reduced in the turn after the one that computes them, wherever there is a place.
 

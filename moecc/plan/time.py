@@ -294,8 +294,7 @@ class Estimator:
     def _facts(self, attention: PlannedAttention) -> AttentionFacts:
         """Return the facts of an attention, and of the program."""
         machine, dtype = self.machine, self.config.compute_type.name
-        on_mesh = machine.devices > 1
-        return replace(attention.facts, platform=machine.kind, dtype=dtype, on_mesh=on_mesh)
+        return replace(attention.facts, platform=machine.kind, dtype=dtype)
 
     def _timed(self, collectives: Iterable[Collective], local: Sharding) -> tuple[Collective, ...]:
         """Return collectives as the machine runs them, with their seconds."""

@@ -476,16 +476,19 @@ class TensorBoard:
     def __init__(self, run: Path, step: int) -> None:
         try:
             from tensorboardX import SummaryWriter
+            from tensorboardX.summary import Summary
         except ImportError:
             raise MachineError(
                 "TensorBoard needs tensorboardX", hint=install_hint("tensorboard")
             ) from None
         self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._summary: Any = Summary
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log values at a step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        # One event for all values: `add_scalar` passes a queue between processes for each.
+        scalars = [self._summary.Value(tag=n, simple_value=v) for n, v in values.items()]
+        self._writer.file_writer.add_summary(self._summary(value=scalars), step)
 
     def close(self) -> None:
         """Write what is left."""

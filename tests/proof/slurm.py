@@ -106,7 +106,7 @@ class Cluster:
         self._start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self.run("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"], 120)
+        wait_for(lambda: self.run("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"], 600)
 
     def start_node(self, node: str) -> None:
         """Start the daemon of a node."""

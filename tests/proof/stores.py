@@ -290,6 +290,8 @@ def _trial(
 def _continue(world: World, command: Command, text: str, where: str, record: Record) -> None:
     """Do what the message of a failure, or of the next attempt, names."""
     code, text = run_moecc(*command.words, *command.resume)
+    if code and "The same command may succeed later" in text:  # a machine that is busy for a second
+        code, text = run_moecc(*command.words, *command.resume)
     if code and (named := re.search(r"moecc (push \S+ \S+ --resume)", text)):
         code, text = run_moecc(*named[1].split())
     if code or not command.is_whole():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.kernels import attention as query_blocks
 from moecc_backends.xla.kernels.attention import (
+    CUDNN_VARIES,
     AttentionArrays,
     AttentionRule,
     cudnn_attention,
@@ -197,6 +199,28 @@ def test_the_call_of_cudnn_means_the_same(window):
     check_kernel(partial(cudnn_attention, implementation="xla"), rule, arrays_of(24, bias=True))
 
 
+@pytest.mark.skipif(not CUDNN_VARIES, reason="before jax 0.10.2 cudnn is not taken on a mesh")
+def test_gradients_of_keys_that_all_queries_of_a_mesh_share_are_added_up(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90800)
+    rule, split = AttentionRule(1.0, causal=True), jax.sharding.PartitionSpec("data")
+
+    def total(query: jax.Array, key: jax.Array) -> jax.Array:
+        mixed = cudnn_attention(rule, AttentionArrays(query, key, key))
+        return jax.lax.psum(jnp.sum(mixed.astype(jnp.float32)), "data")
+
+    whole = jax.sharding.PartitionSpec()
+    gradients = jax.shard_map(
+        jax.grad(total, (0, 1)), mesh=jax.sharding.AbstractMesh((4,), ("data",)),
+        in_specs=(split, whole), out_specs=(split, whole),
+    )  # fmt: skip
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4, 2, 1, 64, 32), (1, 2, 64, 32))]
+    text = str(jax.make_jaxpr(gradients)(*shapes))
+    assert "dot_product_attention_bwd" in text
+    assert re.search(r"bf16\[1,2,64,32\] = psum", text), text
+
+
 def test_a_forced_kernel_is_that_one_or_an_error():
     graph = fused(Form(seq=128, kv_seq=128, causal=True).graph())
     inputs = {n: np.float32(a) for n, a in inputs_for(graph, 0).items()}
@@ -229,7 +253,7 @@ FACTS = AttentionFacts("tpu", "bf16", 4096, 4096, 128, 128, causal=True)
         ({"platform": "gpu", "dtype": "f32"}, "blocks", "it computes in bf16 or f16, not in f32"),
         ({"platform": "gpu", "capped": True}, "blocks", "it has no soft cap"),
         ({"platform": "gpu", "width": 256, "wide": 256}, "blocks", "heads of 256"),
-        ({"platform": "gpu", "on_mesh": True}, "blocks", "how its results vary over a mesh"),
+        ({"platform": "gpu", "is_tracked": True}, "blocks", "how its results vary over a mesh"),
         ({"platform": "cpu"}, "blocks", None),
         ({"platform": "cpu", "laid_out": False}, "plain", "share an axis that the third lacks"),
     ],

@@ -399,18 +399,21 @@ def _waiting_for(order: list[Instruction], start: int) -> int:
     return len(order)
 
 
-# What kernels of Pallas multiply.
+# What kernels of attention multiply.
 
-_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_PRODUCTS = {
+    "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4,
+    "dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5,
+}  # fmt: skip
 """Products of the size of the scores of a kernel, by the beginning of its name: scores and values;
 in a gradient scores and their gradient, and with these the gradient of queries or of keys, and with
-the scores that of values."""
+the scores that of values.  The gradient of cuDNN is one kernel."""
 
 _FLOATS = ("bf16", "f32")
 """The types that these kernels compute in, as HLO spells them."""
 
 
-def pallas_flops(where: Computation, instruction: Instruction) -> int | None:
+def attention_flops(where: Computation, instruction: Instruction) -> int | None:
     """Return the FLOPs of a kernel of attention; None of any other kernel.
 
     Two for each pair of a query and a key, entry of a head, and product.
@@ -419,6 +422,10 @@ def pallas_flops(where: Computation, instruction: Instruction) -> int | None:
     pairs = score_pairs_of(instruction.source)
     if products is None or pairs is None:
         return None
+    if instruction.shapes and "dot_product_attention" in instruction.source:
+        # Averages or the gradient of queries, ``[batch, head, seq, width]``.
+        averages = instruction.shapes[0].sizes
+        return 2 * products * pairs * prod(averages[:-2]) * averages[-1]
     operands = (where.operand(instruction, i).shapes[0] for i in range(len(instruction.operands)))
     # Queries are the first numbers; the integers before say which blocks are skipped.  A batch of
     # one sequence has no axis.
@@ -709,7 +716,7 @@ def _product(where: Computation, instruction: Instruction) -> Census:
         dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
         along = tuple(map(int, re.findall(r"\d+", dims[1]))) if dims else ()
         return Census((), _dot_flops(where, instruction, along))
-    kernel_flops = pallas_flops(where, instruction)
+    kernel_flops = attention_flops(where, instruction)
     if kernel_flops is not None:
         return Census((), kernel_flops)
     is_opaque = any(target.startswith(kind) for kind in _OPAQUE_TARGETS)

@@ -338,6 +338,9 @@ def _summed_to(array: Array, like: Array) -> Array:
 
 # Attention of GPUs: cuDNN's fused kernel, as ``jax.nn`` calls it.
 
+CUDNN_VARIES = jax.__version_info__ >= (0, 10, 2)
+"""Whether jax knows how results of cuDNN vary within a ``shard_map`` (jax-ml/jax#36008)."""
+
 
 def cudnn_attention(
     rule: AttentionRule,
@@ -351,6 +354,10 @@ def cudnn_attention(
       arrays: the operands; of the further ones the bias alone.
       implementation: ``xla`` is the same function for other platforms.
     """
+    # jax types each gradient like its operand: one that is the same on devices whose queries differ
+    # would have a part of its gradient on each, which nothing adds up.
+    axes = varies(*jax.tree.leaves(arrays))
+    arrays = jax.tree.map(lambda a: DeviceView().varying(a, axes), arrays)
     batch, head, group, seq, width = arrays.query.shape
     rows = arrays.query.reshape(batch, head * group, seq, width)
     query, key, value = (jnp.swapaxes(a, 1, 2) for a in (rows, arrays.key, arrays.value))
@@ -359,16 +366,17 @@ def cudnn_attention(
         shape = (head, group, seq, key.shape[1])
         bias = jnp.broadcast_to(arrays.bias, (arrays.bias.shape[0], *shape))
         bias = bias.reshape(-1, head * group, *shape[2:])
-    mixed = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        bias,
-        scale=rule.scale,
-        is_causal=rule.causal,
-        local_window_size=(rule.window - 1, 0) if rule.window else None,
-        implementation=implementation,
-    )
+    with score_pairs_scope(seq * key.shape[1]):
+        mixed = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            scale=rule.scale,
+            is_causal=rule.causal,
+            local_window_size=(rule.window - 1, 0) if rule.window else None,
+            implementation=implementation,
+        )
     return jnp.swapaxes(mixed, 1, 2).reshape(batch, head, group, seq, -1)
 
 

@@ -37,6 +37,7 @@ from moecc.ir.ops.attention import (
 )
 from moecc.types import DTYPES
 from moecc_backends.xla.kernels.attention import (
+    CUDNN_VARIES,
     AttentionArrays,
     AttentionRule,
     block_attention,
@@ -206,8 +207,9 @@ def _attention(ctx: TraceContext, node: Node, *operands: Named) -> Named:
     extras = dict(zip(attrs.given, more, strict=True))
     sizes = (query.sizes, key.sizes, value.sizes)
     dtype = next(name for name, kind in DTYPES.items() if kind.numpy == query.array.dtype)
-    is_gspmd, on_mesh = ctx.interceptor is not DIRECT, ctx.view.mesh is not None
-    program = AttentionProgram(ctx.options.target, dtype, is_gspmd, on_mesh)
+    is_tracked = ctx.view.mesh is not None and not CUDNN_VARIES
+    is_gspmd = ctx.interceptor is not DIRECT
+    program = AttentionProgram(ctx.options.target, dtype, is_gspmd, is_tracked)
     kernel = _kernel(ctx, facts_of(*sizes, attrs, program))
     axes = AttentionAxes.of(*sizes, attrs)
     if kernel == "plain" or axes is None:

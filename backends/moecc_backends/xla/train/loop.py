@@ -284,11 +284,28 @@ def is_due(step: int, every: int) -> bool:
 
 def on_host(metrics: NamedArrays) -> dict[str, Metric]:
     """Return metrics as numbers, and lists of them."""
-    arrays = {name: np.asarray(a) for name, a in sorted(jax.device_get(dict(metrics)).items())}
-    return {
-        name: [float(x) for x in a.reshape(-1)] if a.ndim else float(a)
-        for name, a in arrays.items()
-    }
+    arrays = {name: jnp.asarray(metric) for name, metric in sorted(metrics.items())}
+    host = jax.device_get(_by_type(arrays))
+    numbers: dict[str, Metric] = {}
+    ends = dict.fromkeys(host, 0)
+    for name, array in arrays.items():
+        key = str(array.dtype)
+        begin, ends[key] = ends[key], ends[key] + array.size
+        values = [float(x) for x in host[key][begin : ends[key]]]
+        numbers[name] = values if array.ndim else values[0]
+    return numbers
+
+
+@jax.jit
+def _by_type(metrics: Outputs) -> Outputs:
+    """Return the elements of all metrics of a type as one array, in the order of their names.
+
+    A transfer for each of the 400 metrics of 32 sparse layers takes twice the processor time.
+    """
+    parts: dict[str, list[jax.Array]] = {}
+    for _, array in sorted(metrics.items()):
+        parts.setdefault(str(array.dtype), []).append(array.reshape(-1))
+    return {key: jnp.concatenate(arrays) for key, arrays in parts.items()}
 
 
 # How far the experts of a layer are apart: nothing at first, where they are copies.
