@@ -149,7 +149,7 @@ class DeepseekV2Config(_LatentConfig):
     # Version 4 leaves the factor of YaRN on the scores out.
     engines = {
         "transformers 5": EngineReading(),
-        "transformers 4": EngineReading(silent=("plain rope",)),
+        "transformers 4": EngineReading(silent=("scores as usual",)),
         **UNEXAMINED,
     }
     defaults = {

@@ -99,6 +99,9 @@ CONDITIONS: Mapping[str, Condition] = {
         lambda c: not isinstance(c, MoeConfig) or not c.routing_bias,
         "a bias in the choice of experts",
     ),
+    "scores as usual": Condition(
+        lambda c: not c.rope.mscale_all_dim, "the factor of YaRN on attention scores"
+    ),
     "no groups of experts": Condition(
         lambda c: not isinstance(c, MoeConfig) or c.expert_groups == 1,
         "groups of experts whose biased scores may be below 0",
