@@ -34,6 +34,7 @@ from moecc.support.untyped import JsonDict
 HUB = "hf"
 _EXTRAS = {"s3": "s3", "gs": "gs", HUB: "hub"}
 _ADDRESS = re.compile(r"(s3|gs|hf)://|hf:")
+_OTHER_STORE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _HUB_PATH = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?"
     r"(?:/(?P<path>.*))?",
@@ -66,8 +67,21 @@ _LARGEST_REQUEST, _FURTHEST_AHEAD = 128, 64
 
 
 def is_address(source: str) -> bool:
-    """Whether `source` is the address of a folder or file in a store."""
-    return _ADDRESS.match(source) is not None
+    """Whether `source` is the address of a folder or file in a store.
+
+    Raises:
+      UsageError: it is one of another store, and would be read as a folder ``az:``.
+    """
+    if _ADDRESS.match(source) is not None:
+        return True
+    match = _OTHER_STORE.match(source)
+    if match is not None:
+        raise UsageError(
+            "not an address in a store",
+            expected="s3://, gs:// or hf://, or a folder",
+            found=f"{match[1]}:/…",
+        )
+    return False
 
 
 @dataclass(frozen=True)

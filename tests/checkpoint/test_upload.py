@@ -240,6 +240,8 @@ def test_a_push_to_the_hub_is_one_commit(hub, converted, tmp_path, capsys):
         (("convert", str(GOLDEN / "llama_gqa"), "s3://bucket"), 2, "not a folder in a store"),
         (("convert", str(GOLDEN / "llama_gqa"), "gs://bucket/a?b"), 2, "not an address"),
         (("push", str(GOLDEN / "llama_gqa"), "elsewhere"), 2, "not an address in a store"),
+        (("convert", str(GOLDEN / "llama_gqa"), "az://bucket/a"), 2, "found: az:/"),
+        (("inspect", "S3:/bucket/a"), 2, "found: S3:/"),
         (("push", str(GOLDEN / "llama_gqa"), "s3://bucket/x"), 1, "no moecc_manifest.json"),
         (("push", "nowhere", "s3://bucket/x"), 1, "there is no such file or folder"),
     ],
