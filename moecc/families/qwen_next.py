@@ -156,6 +156,13 @@ class Qwen3NextConfig(_DeltaConfig, SharedExpertConfig):
         "mlp_only_layers": None,
     }
 
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        if self.delta is not None and self.hidden_act != "silu":
+            fault = "transformers 4 has silu behind each short convolution, and 5 what this says"
+            yield key_problem(fault, "silu", self.hidden_act, "hidden_act")
+
 
 @config_class
 class Qwen35TextConfig(_DeltaConfig):

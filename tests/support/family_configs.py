@@ -80,7 +80,7 @@ def small_configs(
 
 def activations(family: type[DecoderConfig]) -> st.SearchStrategy[str]:
     """Return the activations that a family has; gelu means another one in gemma."""
-    if family.model_type in ("gpt_oss", "apertus", "lfm2", "lfm2_moe"):
+    if family.model_type in ("gpt_oss", "apertus", "lfm2", "lfm2_moe", "qwen3_next"):
         return st.just(str(family.defaults.get("hidden_act", "silu")))
     exact = [] if family.model_type == "gemma" else ["gelu"]
     return st.sampled_from(["silu", "relu", "gelu_pytorch_tanh", *exact])
