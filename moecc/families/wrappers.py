@@ -30,6 +30,7 @@ class Wrapper:
       defaults: keys of the text model whose defaults differ from those of its family.
       uncalled: families whose text model the wrapper of transformers 4 calls with arguments that
         it does not take.
+      twins: the wrapper with the same encoders, by the family of its text model.
       is_flat: whether older files state the text model's keys beside the wrapper's own.
     """
 
@@ -38,6 +39,7 @@ class Wrapper:
     holds_any: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
     uncalled: tuple[str, ...] = ()
+    twins: Mapping[str, str] = field(default_factory=dict)
     is_flat: bool = False
 
 
@@ -70,7 +72,9 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", {"qwen3_vl_text": "qwen3"}),
     "llama4": Wrapper("Llama4ForConditionalGeneration"),
-    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration"),
+    "qwen3_5": Wrapper(
+        "Qwen3_5ForConditionalGeneration", twins={"qwen3_5_moe_text": "qwen3_5_moe"}
+    ),
     "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration"),
 }
 """The wrappers that moecc reads, by `model_type`."""
@@ -178,6 +182,9 @@ def text_config(wrapper: Wrapper, config: Json, *, is_tied: bool | None = None) 
     return keys
 
 
+SECTIONS = ("mrope_section", "mrope_interleaved")
+
+
 def without_sections(rope: object) -> object:
     """Return rotary settings without the sections of three-part positions.
 
@@ -185,7 +192,7 @@ def without_sections(rope: object) -> object:
     """
     if not isinstance(rope, Mapping):
         return rope
-    settings = {k: v for k, v in rope.items() if k not in ("mrope_section", "mrope_interleaved")}
+    settings = {k: v for k, v in rope.items() if k not in SECTIONS}
     kinds = ("type", "rope_type")
     settings |= {key: "default" for key in kinds if settings.get(key) == "mrope"}
     return None if set(settings) <= {*kinds} and "default" in settings.values() else settings
@@ -214,6 +221,25 @@ def file_name(name: str, names: Mapping[str, str]) -> str:
     return f"{prefix}{name.removeprefix('model.')}"
 
 
+def _renamed(config: Json, twin: str) -> JsonDict:
+    """Return the config of a wrapper as that of its twin, whose other parts have its name."""
+    name = config["model_type"]
+    parts = {
+        key: {**part, "model_type": twin + part["model_type"].removeprefix(name)}
+        for key, part in config.items()
+        if isinstance(part, Mapping) and str(part.get("model_type")).startswith(name)
+    }
+    named = {"model_type": twin, "architectures": [WRAPPERS[twin].architecture]}
+    return {**config, **parts, **named}
+
+
+def _with_sections(text: Json, before: Json) -> JsonDict:
+    """Return the config of a text model with the sections of positions that it had."""
+    rope = before.get("rope_parameters") or {}
+    sections = {key: rope[key] for key in SECTIONS if key in rope}
+    return {**text, "rope_parameters": {**text["rope_parameters"], **sections}}
+
+
 def put_back(config: Json, text: Json, before: Json) -> JsonDict:
     """Return a wrapper's config with a converted text model.
 
@@ -227,7 +253,10 @@ def put_back(config: Json, text: Json, before: Json) -> JsonDict:
     """
     if text["model_type"] != before["model_type"]:
         tied = {k: v for k, v in text.items() if k == "tie_word_embeddings"}
-        return {**config, TEXT: dict(text), **tied}
+        twin = WRAPPERS[config["model_type"]].twins.get(text["model_type"])
+        if twin is None:
+            return {**config, TEXT: dict(text), **tied}
+        return {**_renamed(config, twin), TEXT: _with_sections(text, config[TEXT]), **tied}
     changes = {key: value for key, value in text.items() if before.get(key) != value}
     if TEXT not in config:
         return {**config, **changes}

@@ -13,6 +13,7 @@ from moecc.errors import InputError, nearest, printable
 from moecc.families.config import FAMILY
 from moecc.families.registry import parse_config
 from moecc.families.wrappers import (
+    WRAPPERS,
     Wrapper,
     file_name,
     put_back,
@@ -222,6 +223,8 @@ class WrappedText(DerivedCheckpoint):
 
     def holder_of(self, family: str) -> Wrapper | None:
         """Return the wrapper if it can hold a text model of a family, else None."""
+        if twin := self.wrapper.twins.get(family):
+            return WRAPPERS[twin]
         stays = family == self.config["model_type"]
         return self.wrapper if stays or (self.wrapper.holds_any and family != FAMILY) else None
 

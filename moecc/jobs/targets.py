@@ -186,7 +186,8 @@ def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
     """Choose the family to write `graph` as; whatever moecc reads is written as some family.
 
     A mixture stays in its family.  Else, of the families that can hold it, that which most engines
-    read without misreading it; of equals the family it came from, then the first in the order of
+    read without misreading it, those before others that the wrapper of its source holds; of equals
+    the family it came from, then the first in the order of
     `moecc.families.registry.CONFIGS`; and st_moe, which holds any graph and only moecc reads, if
     there is no other.
 
@@ -202,7 +203,12 @@ def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
         changes = "; ".join(reason.message for reason in near.reasons[:3]) if near else ""
         why = f"; the nearest other is {near.target}: {changes}" if near else ""
         return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{why}")
-    best = max(fitting, key=lambda fit: (fit.target == stays, sum(v.runs for v in fit.engines)))
+
+    def rank(fit: Fit) -> tuple[bool, bool, int]:
+        is_held = wrapped is not None and wrapped.holder_of(fit.target) is not None
+        return fit.target == stays, is_held, sum(v.runs for v in fit.engines)
+
+    best = max(fitting, key=rank)
     others = [fit.target for fit in fitting if fit is not best]
     reason = f"auto chose {best.target}"
     if best.engines:

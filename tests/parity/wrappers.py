@@ -27,6 +27,16 @@ IMAGE = {"image_token_id": 60, "image_token_index": 60}
 MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "rope_theta": 1e6}
 QWEN = {**IMAGE, "video_token_id": 61, "vision_start_token_id": 58, "vision_end_token_id": 59}
 DEPTH = {"depth": 1, "num_heads": 2, "patch_size": 14}
+DELTA = {
+    "head_dim": 8, "full_attention_interval": 2, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                        "mrope_section": [1, 1, 0]},
+}  # fmt: skip
+ENCODER = {
+    **DEPTH, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}  # fmt: skip
 WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llava": ({"model_type": "llama"}, {**ONE, "model_type": "clip_vision_model"}, IMAGE),
     "vipllava": ({"model_type": "llama"}, {**ONE, "model_type": "clip_vision_model"}, IMAGE),
@@ -70,6 +80,12 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
          "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
         {**DEPTH, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32,
          "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        QWEN,
+    ),
+    "qwen3_5": (DELTA, ENCODER, QWEN),
+    "qwen3_5_moe": (
+        {**DELTA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        ENCODER,
         QWEN,
     ),
     "llama4": (
