@@ -87,6 +87,7 @@ class Glm4MoeConfig(MoeConfig):
     shared_count_key = "n_shared_experts"
     shared_gate = False
     has_routing_bias = True
+    has_further_layers = True
     upcycle_options = "top-k=2 gates=sigmoid-renormalised shared=0.5 shared-gate=none"
     names = TensorNames(shared="shared_experts.")
     gguf = GgufFacts(
