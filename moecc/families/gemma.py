@@ -174,7 +174,7 @@ class Gemma3TextConfig(Gemma2Config):
 
     @classmethod
     def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
-        local = RopeConfig(theta=_local_theta(reader))
+        local = RopeConfig(theta=stated_theta(reader))
         parameters = reader.mapping("rope_parameters")
         if parameters is not None and set(parameters) <= {"full_attention", "sliding_attention"}:
             # The parameters of layers without a window stand for those of all.
@@ -203,16 +203,17 @@ class Gemma3TextConfig(Gemma2Config):
         return {**keys, "rope_local_base_freq": local.theta, "rope_parameters": kinds}
 
 
-def _local_theta(reader: Reader) -> float:
-    """Return the base period in layers with a window, by both spellings."""
-    key = "rope_local_base_freq"
+def stated_theta(
+    reader: Reader, key: str = "rope_local_base_freq", kind: str = "sliding_attention"
+) -> float:
+    """Return the base period in layers of a kind, those with a window, by both spellings."""
     stated: dict[str, float] = {}
     if reader.has(key):
         stated[key] = reader.number(key, above=0)
     parameters = reader.mapping("rope_parameters") or {}
-    inner = parameters.get("sliding_attention")
+    inner = parameters.get(kind)
     if isinstance(inner, Mapping):
-        part = Reader(inner, {"rope_type": "default"}, f"{reader.where}: sliding_attention")
+        part = Reader(inner, {"rope_type": "default"}, f"{reader.where}: {kind}")
         if part.value("rope_type") != "default":
             part.refuse("rope_type", "transformers 4 has no such scaling", expected="default")
         if part.has("rope_theta"):

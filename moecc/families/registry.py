@@ -113,6 +113,7 @@ CONFIGS = Families(
         "kimi_k2": "deepseek.KimiK2Config",
     },
     others={
+        "gemma3n_text": "gemma3n.Gemma3nTextConfig",
         "gemma4_text": "gemma4.Gemma4TextConfig",
         "gpt2": "gpt.Gpt2Config",
         "gpt_neox": "gpt.GptNeoXConfig",

@@ -57,6 +57,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "idefics3": Wrapper("Idefics3ForConditionalGeneration", holds_any=True),
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", holds_any=True),
     "gemma3": Wrapper("Gemma3ForConditionalGeneration"),
+    "gemma3n": Wrapper("Gemma3nForConditionalGeneration"),
     "gemma4": Wrapper("Gemma4ForConditionalGeneration"),
     "qwen2_vl": Wrapper(
         "Qwen2VLForConditionalGeneration",

@@ -26,6 +26,7 @@ from tests.proof.cells import GOLDEN
         ("gemma4_inputs", "dense"),  # whose last layers read keys of earlier ones
         ("gemma4_experts", "dense"),
         ("qwen3_5_text_delta", "dense"),  # whose states go from token to token
+        ("gemma3n_streams", "dense"),  # which are one value
     ],
 )  # fmt: skip
 def test_program_computes_the_graph(tmp_path, source, method):

@@ -51,6 +51,10 @@ LAYER_INPUTS = {"hidden_size_per_layer_input": 2, "num_kv_shared_layers": 2}
 KEYS_AS_VALUES = {
     "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
 }  # fmt: skip
+GEMMA3N: dict[str, Any] = {
+    **{k: v for k, v in GEMMA4.items() if k != "global_head_dim"}, "model_type": "gemma3n_text",
+    "laurel_rank": 5, "altup_num_inputs": 3, "num_kv_shared_layers": 0,
+}  # fmt: skip
 BERT = {**SMALL, "vocab_size": 20, "max_position_embeddings": 12}
 DISTANCES = {
     "relative_attention": True, "pos_att_type": "c2p|p2c", "norm_rel_ebd": "layer_norm",
@@ -82,6 +86,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "gpt_neox", **NEOX, "attention_bias": False, "tie_word_embeddings": True},
     {"model_type": "bloom", **BLOOM, "tie_word_embeddings": False},
     {"model_type": "mpt", **MPT, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.4}},
+    {**GEMMA3N, **LAYER_INPUTS, "altup_active_idx": 2, "vocab_size_per_layer_input": 12},
+    {**GEMMA3N, "intermediate_size": [12, 10, 12, 10], "tie_word_embeddings": False},
     {**GEMMA4, **LAYER_INPUTS, "use_double_wide_mlp": True, "tie_word_embeddings": False},
     {**GEMMA4, **KEYS_AS_VALUES, "attention_bias": True, "final_logit_softcapping": 5.0},
     {"model_type": "roberta", **BERT, "pad_token_id": 3},
@@ -277,6 +283,11 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({**GEMMA4, "per_layer_config": {"1": {"head_dim": 4}}}, "the same in each layer"),
         ({**GEMMA4, "per_layer_config": {"1": {"sliding_window": 4}}}, "not supported"),
         ({**GEMMA4, "enable_moe_block": True}, "num_experts: not a usable size"),
+        ({**GEMMA3N, "altup_active_idx": 3}, "no such stream"),
+        ({**GEMMA3N, "altup_correct_scale": False}, "without a scale"),
+        ({**GEMMA3N, "activation_sparsity_pattern": [0.5, 1, 0, 0]}, "not a share of the neurons"),
+        ({**GEMMA3N, "intermediate_size": [4, 4]}, "not one entry for each layer"),
+        ({**GEMMA3N, "rope_scaling": {"factor": 2.0}}, "scaled rotary positions"),
         ({"model_type": "mt5", "scale_decoder_outputs": True}, "mt5 scales no outputs"),
         ({"model_type": "roberta", **BERT, "pad_token_id": None}, "count from the id"),
         ({"model_type": "mpnet", **BERT, "relative_attention_num_buckets": 16}, "32 buckets"),

@@ -337,8 +337,17 @@ GEMMA4: dict[str, object] = {
     "global_head_dim": 24,
 }
 GEMMA4.pop("rope_theta")
+GEMMA3N: dict[str, object] = {
+    **GEMMA4,
+    "rope_theta": 500.0,
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 6,
+    "num_kv_shared_layers": 0,
+}
+GEMMA3N.pop("global_head_dim")
 
 BASES = {
+    "gemma3n_text": GEMMA3N,
     "gemma4_text": GEMMA4,
     "roberta": ROBERTA,
     "electra": ELECTRA,

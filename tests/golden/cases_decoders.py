@@ -378,6 +378,36 @@ DECODERS: dict[str, Case] = {
             "tie_word_embeddings": False,
         },
     ),
+    "gemma3n_streams": Case(
+        "gemma3n_text",
+        "three streams, the second active, shared keys, neurons of their own number and sparsity, "
+        "tokens without embeddings of their own for layers",
+        {
+            "altup_num_inputs": 3,
+            "altup_active_idx": 1,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": [24, 20, 24, 28],
+            "activation_sparsity_pattern": [0.7, 0.0, 0.8, 0.0],
+            "vocab_size_per_layer_input": 31,
+            "rope_local_base_freq": 90.0,
+        },
+        not_in_4=True,  # it wants keys of layers that have none of their own
+    ),
+    "gemma3n_square": Case(
+        "gemma3n_text",
+        "heads * head_dim = mlp = inputs = rank = streams squared = vocab = embed = 16, tied",
+        {
+            "vocab_size": 16,
+            "vocab_size_per_layer_input": 16,
+            "intermediate_size": 16,
+            "num_key_value_heads": 4,
+            "laurel_rank": 16,
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
     "gemma4_inputs": Case(
         "gemma4_text",
         "embeddings of each layer's own, shared keys, twice as wide blocks where they are shared, "

@@ -261,6 +261,9 @@ def _double_logits(
 ) -> tuple[np.ndarray[Any, Any], float | None]:
     """Return logits in float64 and the smallest distance of a routing decision from a tie."""
     model = model.double()
+    for module in model.modules():
+        if hasattr(module, "per_layer_input_scale"):
+            module.per_layer_input_scale = torch.tensor(0.5, dtype=torch.float64).sqrt()
     gaps: list[float] = []
     chosen = getattr(model.config, "num_experts_per_tok", None)
     chosen = chosen or getattr(model.config, "top_k_experts", None) or 1

@@ -400,7 +400,7 @@ TEMPLATES: dict[str, Template] = {
 FUNCTIONS = frozenset(
     (
         "arange", "einsum", "exp", "expm1", "full", "full_like", "log", "logaddexp", "maximum",
-        "minimum", "ones_like", "square", "stack", "tanh", "where", "zeros_like",
+        "minimum", "ones_like", "sqrt", "square", "stack", "tanh", "where", "zeros_like",
     )
 )  # fmt: skip
 """The functions of torch that jax.numpy has by the same name."""
