@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from moecc.families.config import (
     BlockNames,
+    EqualHeadsConfig,
     GgufFacts,
-    ModelConfig,
     PaddedPositionsConfig,
     activation,
     config_class,
@@ -22,15 +22,11 @@ from moecc.families.reader import (
     EXTRA_DEFAULTS,
     LAYERS,
     LENGTH,
-    NEURONS,
     WIDTH,
     KeyProblem,
     key_problem,
 )
 from moecc.families.shrinking import (
-    SMALL_HEAD_DIM,
-    SMALL_HEADS,
-    SMALL_MLP,
     SMALL_VOCAB,
     shrink_size,
 )
@@ -57,7 +53,7 @@ BERT_DEFAULTS: Mapping[str, object] = {
 
 
 @config_class
-class BertConfig(ModelConfig):
+class BertConfig(EqualHeadsConfig):
     """A bert without a head: its output is the hidden states of the last layer.
 
     `type_vocab_size` is 0 without token types; the first `position_offset` rows of the table of
@@ -108,10 +104,6 @@ class BertConfig(ModelConfig):
     defaults = BERT_DEFAULTS
     keys = {"word_width": ""}
 
-    hidden_size: int = size(WIDTH)
-    intermediate_size: int = size(NEURONS)
-    num_hidden_layers: int = size(LAYERS)
-    num_attention_heads: int = size(COUNT)
     max_position_embeddings: int = size(LENGTH)
     type_vocab_size: int = size(COUNT, default=2)
     layer_norm_eps: float = number(least=0, default=1e-12)
@@ -124,11 +116,6 @@ class BertConfig(ModelConfig):
     is_causal: ClassVar[bool] = False
     # The buckets of a table of biases by distance, 0 without one.
     relative_buckets: ClassVar[int] = 0
-
-    @classmethod
-    def shape(cls) -> type[ModelConfig]:
-        """Return the class whose fields all families of this shape of model share."""
-        return cls
 
     @property
     def embedding_width(self) -> int:
@@ -158,24 +145,16 @@ class BertConfig(ModelConfig):
         """Whether there is a table of token types."""
         return bool(self.key("type_vocab_size"))
 
-    @property
-    def head_dim(self) -> int:
-        """The width of a head."""
-        return self.hidden_size // self.num_attention_heads
-
     def small_sizes(self) -> JsonDict:
         """Return the fields that are other in a small model of the same structure."""
-        heads = shrink_size(self.num_attention_heads, SMALL_HEADS)
+        sizes = super().small_sizes()
         positions = self.max_position_embeddings - self.position_offset
-        width = heads * shrink_size(self.head_dim, SMALL_HEAD_DIM)
         is_narrow = self.embedding_width != self.hidden_size
         return {
             **self.small_vocabulary(),
-            "hidden_size": width,
+            **sizes,
             # One more than the model's width, so that the two stay different.
-            "word_width": width + 1 if is_narrow else 0,
-            "num_attention_heads": heads,
-            "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
+            "word_width": sizes["hidden_size"] + 1 if is_narrow else 0,
             "max_position_embeddings": shrink_size(positions, SMALL_VOCAB) + self.position_offset,
         }
 
@@ -187,7 +166,6 @@ class BertConfig(ModelConfig):
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
-        yield from self.head_checks("hidden_size", "num_attention_heads")
         if not 0 <= self.position_offset < self.max_position_embeddings:
             fault = "the table of positions has none for a token"
             expected = f"more than {self.position_offset}"

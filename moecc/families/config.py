@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transf
 
 from moecc.errors import InputError
 from moecc.families.reader import (
+    COUNT,
     KEPT_NUMBERS,
+    LAYERS,
+    NEURONS,
     VOCABULARY,
+    WIDTH,
     KeyProblem,
     Reader,
     key_problem,
@@ -24,7 +28,13 @@ from moecc.families.reader import (
     refuse_what_needs_other_code,
     shown,
 )
-from moecc.families.shrinking import SMALL_VOCAB, shrink_size
+from moecc.families.shrinking import (
+    SMALL_HEAD_DIM,
+    SMALL_HEADS,
+    SMALL_MLP,
+    SMALL_VOCAB,
+    shrink_size,
+)
 from moecc.support.untyped import Json, JsonDict
 
 if TYPE_CHECKING:
@@ -708,3 +718,37 @@ class PaddedPositionsConfig(ModelConfig):
 
     def _write(self) -> JsonDict:
         return {**super()._write(), "pad_token_id": self.position_offset - 1}
+
+
+@config_class
+class EqualHeadsConfig(ModelConfig):
+    """A stack of equal layers, whose heads have keys of their own and fill the model's width."""
+
+    hidden_size: int = size(WIDTH)
+    intermediate_size: int = size(NEURONS)
+    num_hidden_layers: int = size(LAYERS)
+    num_attention_heads: int = size(COUNT)
+
+    @classmethod
+    def shape(cls) -> type[ModelConfig]:
+        """Return the class whose fields all families of this shape of model share."""
+        return cls
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def small_sizes(self) -> JsonDict:
+        """Return the fields that are other in a small model of the same structure."""
+        heads = shrink_size(self.num_attention_heads, SMALL_HEADS)
+        return {
+            "hidden_size": heads * shrink_size(self.head_dim, SMALL_HEAD_DIM),
+            "num_attention_heads": heads,
+            "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
+        }
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        yield from self.head_checks("hidden_size", "num_attention_heads")

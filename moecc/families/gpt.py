@@ -8,8 +8,8 @@ from typing import ClassVar
 from moecc.families.config import (
     CAUSAL,
     BlockNames,
+    EqualHeadsConfig,
     GgufFacts,
-    ModelConfig,
     Only,
     activation,
     config_class,
@@ -18,9 +18,7 @@ from moecc.families.config import (
     size,
 )
 from moecc.families.reader import (
-    COUNT,
     EXTRA_DEFAULTS,
-    LAYERS,
     LENGTH,
     NEURONS,
     WIDTH,
@@ -30,9 +28,6 @@ from moecc.families.reader import (
 )
 from moecc.families.rope import RopeConfig, partial_rotary_factor, read_partial_rotary, read_rope
 from moecc.families.shrinking import (
-    SMALL_HEAD_DIM,
-    SMALL_HEADS,
-    SMALL_MLP,
     SMALL_VOCAB,
     shrink_rotated,
     shrink_size,
@@ -49,7 +44,7 @@ SYNONYMS = {
 
 
 @config_class
-class GptConfig(ModelConfig):
+class GptConfig(EqualHeadsConfig):
     """A decoder of the GPT line; all heads have keys of their own and fill the model's width.
 
     `parallel_residual` says whether the feed-forward block reads what the attention reads,
@@ -68,10 +63,6 @@ class GptConfig(ModelConfig):
     # Whether norms and feed-forward blocks have biases.
     has_block_biases: ClassVar[bool] = True
 
-    hidden_size: int = size(WIDTH)
-    intermediate_size: int = size(NEURONS)
-    num_hidden_layers: int = size(LAYERS)
-    num_attention_heads: int = size(COUNT)
     max_position_embeddings: int = size(LENGTH)
     layer_norm_eps: float = number(least=0, default=1e-5)
     hidden_act: str = activation(default="gelu")
@@ -89,11 +80,6 @@ class GptConfig(ModelConfig):
         return self.word_width or self.hidden_size
 
     @property
-    def head_dim(self) -> int:
-        """The width of a head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def rotary(self) -> tuple[RopeConfig, int] | None:
         """The rotary positions and the entries of a head that they rotate; None if learned."""
         return None
@@ -102,31 +88,19 @@ class GptConfig(ModelConfig):
         """Return the factor on the attention scores of a layer."""
         return float(self.head_dim**-0.5)
 
-    @classmethod
-    def shape(cls) -> type[ModelConfig]:
-        """Return the class whose fields all families of this shape of model share."""
-        return cls
-
     def small_sizes(self) -> JsonDict:
         """Return the fields that are other in a small model of the same structure."""
-        heads = shrink_size(self.num_attention_heads, SMALL_HEADS)
-        width = heads * shrink_size(self.head_dim, SMALL_HEAD_DIM)
+        sizes = super().small_sizes()
+        width = sizes["hidden_size"]
         words = self.word_width and width
         if self.embedding_width != self.hidden_size:
             words = width + 1  # so that the two stay different
         return {
             **self.small_vocabulary(),
-            "hidden_size": width,
+            **sizes,
             "word_width": words,
-            "num_attention_heads": heads,
-            "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
             "max_position_embeddings": shrink_size(self.max_position_embeddings, SMALL_VOCAB),
         }
-
-    def checks(self) -> Iterator[KeyProblem]:
-        """Yield inconsistent values, and those that this family cannot express."""
-        yield from super().checks()
-        yield from self.head_checks("hidden_size", "num_attention_heads")
 
 
 @config_class

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from moecc.families.config import (
     BlockNames,
-    ModelConfig,
+    EqualHeadsConfig,
     activation,
     config_class,
     flag,
@@ -16,11 +16,8 @@ from moecc.families.config import (
     size,
 )
 from moecc.families.heads import CLASSIFIER, POOLER
-from moecc.families.reader import COUNT, LAYERS, NEURONS, WIDTH, KeyProblem, Reader, key_problem
+from moecc.families.reader import COUNT, NEURONS, KeyProblem, Reader, key_problem
 from moecc.families.shrinking import (
-    SMALL_HEAD_DIM,
-    SMALL_HEADS,
-    SMALL_MLP,
     SMALL_PATCH,
     SMALL_PATCHES,
     shrink_size,
@@ -48,7 +45,7 @@ MOST_PATCH = 1 << 12
 
 
 @config_class
-class VisionConfig(ModelConfig):
+class VisionConfig(EqualHeadsConfig):
     """An encoder of images of one size; its output is the hidden states of the last layer.
 
     `image_size` is height and width in pixels, which the side of a patch divides.
@@ -69,26 +66,12 @@ class VisionConfig(ModelConfig):
     # Whether the token and the table of positions have no first axis of one.
     is_flat: ClassVar[bool] = False
 
-    hidden_size: int = size(WIDTH)
-    intermediate_size: int = size(NEURONS)
-    num_hidden_layers: int = size(LAYERS)
-    num_attention_heads: int = size(COUNT)
     image_size: tuple[int, int]
     patch_size: int
     num_channels: int = size(1 << 12, default=3)
     layer_norm_eps: float = number(least=0, default=1e-12)
     hidden_act: str = activation(default="gelu")
     qkv_bias: bool = flag(default=True)
-
-    @classmethod
-    def shape(cls) -> type[ModelConfig]:
-        """Return the class whose fields all families of this shape of model share."""
-        return cls
-
-    @property
-    def head_dim(self) -> int:
-        """The width of a head."""
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def first_tensor(self) -> str:
@@ -113,13 +96,10 @@ class VisionConfig(ModelConfig):
 
     def small_sizes(self) -> JsonDict:
         """Return the fields that are other in a small model of the same structure."""
-        heads = shrink_size(self.num_attention_heads, SMALL_HEADS)
         side = shrink_size(self.patch_size, SMALL_PATCH)
         patches = (shrink_size(n // self.patch_size, SMALL_PATCHES) for n in self.image_size)
         return {
-            "hidden_size": heads * shrink_size(self.head_dim, SMALL_HEAD_DIM),
-            "num_attention_heads": heads,
-            "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
+            **super().small_sizes(),
             "patch_size": side,
             "image_size": tuple(side * n for n in patches),
         }
@@ -127,7 +107,6 @@ class VisionConfig(ModelConfig):
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
-        yield from self.head_checks("hidden_size", "num_attention_heads")
         if not 1 <= self.patch_size <= MOST_PATCH:
             shown = f"{self.patch_size}"
             yield key_problem("not a usable size", f"1 to {MOST_PATCH:,}", shown, "patch_size")

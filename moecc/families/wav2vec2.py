@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from moecc.families.config import (
     BlockNames,
+    EqualHeadsConfig,
     ModelConfig,
     activation,
     choice,
@@ -17,8 +18,8 @@ from moecc.families.config import (
     size,
 )
 from moecc.families.heads import CLASSIFIER
-from moecc.families.reader import COUNT, LAYERS, NEURONS, WIDTH, KeyProblem, Reader, key_problem
-from moecc.families.shrinking import SMALL_HEAD_DIM, SMALL_HEADS, SMALL_MLP, shrink_size
+from moecc.families.reader import COUNT, NEURONS, WIDTH, KeyProblem, Reader, key_problem
+from moecc.families.shrinking import SMALL_HEAD_DIM, shrink_size
 from moecc.support.untyped import JsonDict
 
 FRAMES = 49
@@ -54,7 +55,7 @@ CONVOLUTIONS = ("conv_dim", "conv_kernel", "conv_stride")
 
 
 @config_class
-class AudioConfig(ModelConfig):
+class AudioConfig(EqualHeadsConfig):
     """An encoder of audio; its output is the hidden states of the last layer.
 
     `conv_dim`, `conv_kernel` and `conv_stride` have an entry for each convolution over the samples.
@@ -97,10 +98,6 @@ class AudioConfig(ModelConfig):
     }
     defaults = AUDIO_DEFAULTS
 
-    hidden_size: int = size(WIDTH)
-    intermediate_size: int = size(NEURONS)
-    num_hidden_layers: int = size(LAYERS)
-    num_attention_heads: int = size(COUNT)
     hidden_act: str = activation(default="gelu")
     layer_norm_eps: float = number(least=0, default=1e-5)
     conv_dim: tuple[int, ...]
@@ -120,11 +117,6 @@ class AudioConfig(ModelConfig):
         return AudioConfig
 
     @property
-    def head_dim(self) -> int:
-        """The width of a head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def samples(self) -> int:
         """The samples of the audio that a graph takes: as few as make `FRAMES` frames."""
         count = FRAMES
@@ -139,23 +131,19 @@ class AudioConfig(ModelConfig):
 
     def small_sizes(self) -> JsonDict:
         """Return the fields that are other in a small model of the same structure."""
-        heads = shrink_size(self.num_attention_heads, SMALL_HEADS)
-        head_dim = shrink_size(self.head_dim, SMALL_HEAD_DIM)
+        sizes = super().small_sizes()
         return {
-            "hidden_size": heads * head_dim,
-            "num_attention_heads": heads,
-            "intermediate_size": shrink_size(self.intermediate_size, SMALL_MLP),
+            **sizes,
             "conv_dim": tuple(shrink_size(n, SMALL_HEAD_DIM) for n in self.conv_dim),
             "conv_kernel": tuple(min(n, 3) for n in self.conv_kernel),
             "conv_stride": tuple(min(n, 2) for n in self.conv_stride),
             "position_taps": min(self.position_taps, 4 + self.position_taps % 2),
-            "position_groups": heads if self.position_groups > 1 else 1,
+            "position_groups": sizes["num_attention_heads"] if self.position_groups > 1 else 1,
         }
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
-        yield from self.head_checks("hidden_size", "num_attention_heads")
         yield from self.head_checks("hidden_size", "position_groups")
         if len({len(self.conv_dim), len(self.conv_kernel), len(self.conv_stride)}) > 1:
             fault = "not one entry for each convolution"

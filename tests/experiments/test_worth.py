@@ -13,9 +13,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
-worth_page, worth_texts, worth_forecasts = (
-    importlib.import_module(name) for name in ("worth_page", "worth_texts", "worth_forecasts")
-)
+
+def worth(name: str) -> Any:
+    """Return a module of the experiment; its libraries would slow down the collection of tests."""
+    return importlib.import_module(f"worth_{name}")
 
 
 def lines(rng: np.random.Generator, effect: float, spread: float = 0.004) -> Any:
@@ -38,7 +39,7 @@ def lines(rng: np.random.Generator, effect: float, spread: float = 0.004) -> Any
 def test_the_interval_holds_the_effect_as_often_as_it_says():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
-        effect = worth_page.difference(lines(rng, -0.02), ("sparse", 150), ("dense", 150))
+        effect = worth("page").difference(lines(rng, -0.02), ("sparse", 150), ("dense", 150))
         hits += abs(effect.mean + 0.02) <= effect.reach(1)
     assert 0.92 <= hits / 300 <= 0.99
     assert effect.settings == 6
@@ -46,8 +47,8 @@ def test_the_interval_holds_the_effect_as_often_as_it_says():
 
 
 def test_holm_by_hand():
-    assert worth_page.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert worth_page.holm([0.9, 0.2]) == pytest.approx([0.9, 0.4])
+    assert worth("page").holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert worth("page").holm([0.9, 0.2]) == pytest.approx([0.9, 0.4])
 
 
 def test_arms_on_other_held_out_documents_are_not_compared(tmp_path):
@@ -62,8 +63,8 @@ def test_arms_on_other_held_out_documents_are_not_compared(tmp_path):
                 for seed in (0, 1) for arm, tokens in arms
             )
         )  # fmt: skip
-        lines = worth_page.read_lines(path)
-        return worth_page.difference(lines, ("sparse", 150), ("dense", 150))
+        lines = worth("page").read_lines(path)
+        return worth("page").difference(lines, ("sparse", 150), ("dense", 150))
 
     assert difference([900, 700]).settings == 2
     assert difference([900, 701]) is None
@@ -71,12 +72,12 @@ def test_arms_on_other_held_out_documents_are_not_compared(tmp_path):
 
 def test_a_paragraph_counts_once():
     seen: set[bytes] = set()
-    assert worth_texts._unseen("a  licence\n\nmine", seen) == "a  licence\n\nmine"
-    assert worth_texts._unseen("a licence\n\nyours\n\nyours", seen) == "yours"
+    assert worth("texts")._unseen("a  licence\n\nmine", seen) == "a  licence\n\nmine"
+    assert worth("texts")._unseen("a licence\n\nyours\n\nyours", seen) == "yours"
 
 
 def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves():
-    crossing = [pair for pair in worth_forecasts.pairs() if pair.crossing < np.inf]
+    crossing = [pair for pair in worth("forecasts").pairs() if pair.crossing < np.inf]
     assert len(crossing) >= 10
     near = [1 / 1.3 <= pair.forecast / pair.crossing <= 1.3 for pair in crossing]
     assert sum(near) >= 0.8 * len(near)
@@ -84,7 +85,7 @@ def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves()
 
 
 def test_forecasts_say_no_where_whole_curves_never_cross():
-    pairs = (*worth_forecasts.pairs(), *worth_forecasts.pairs(worth_forecasts.FROZEN))
+    pairs = (*worth("forecasts").pairs(), *worth("forecasts").pairs(worth("forecasts").FROZEN))
     never = [pair for pair in pairs if pair.crossing == np.inf]
     assert len(never) >= 20
     assert all(pair.no for pair in never)
