@@ -49,8 +49,8 @@ DENSE = (
     "llama_gqa", "mistral_full_head_dim", "qwen2_square", "qwen3_square", "olmo2_gqa",
     "granite_square_tied", "phi3_square", "smollm3_square_tied", "gemma_square", "gemma2_square",
     "gemma3_square_v4", "olmo3_square", "glm4_square", "nemotron_square", "phi_square",
-    "cohere_square", "gptj_square", "lfm2_biases", "gpt2_square", "gpt_neox_square",
-    "opt_after_narrow", "t5_square",
+    "cohere_square", "gptj_square", "lfm2_biases", "qwen3_5_text_delta", "gpt2_square",
+    "gpt_neox_square", "opt_after_narrow", "t5_square",
     "mt5_square_v4", "umt5_square_untied", "bert_square", "roberta_square", "xlm_roberta_gelu",
     "camembert_gelu", "distilbert_square", "mpnet_square", "electra_narrow", "albert_shared",
     "modernbert_windows", "clip_text", "bart_scaled", "mbart_plain", "marian_swish",
@@ -62,11 +62,12 @@ MIXTURES = (
     "mixtral_gqa", "qwen2_moe_plain", "qwen3_moe_plain", "olmoe_norm", "flex_olmo_norm",
     "granitemoe_square_v4", "glm4_moe_square", "ernie4_5_moe_range", "gpt_oss_square_v4",
     "phimoe_window", "lfm2_moe_bias", "llama4_square", "deepseek_v2_square",
-    "deepseek_v3_square_v4",
+    "deepseek_v3_square_v4", "qwen3_next_delta", "qwen3_5_moe_text_square",
 )  # fmt: skip
 TARGETS = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "granitemoe", "glm4_moe",
-    "ernie4_5_moe", "gpt_oss", "phimoe", "lfm2_moe", "switch_transformers", "st_moe",
+    "ernie4_5_moe", "gpt_oss", "phimoe", "lfm2_moe", "qwen3_next", "qwen3_5_moe_text",
+    "switch_transformers", "st_moe",
 )  # fmt: skip
 
 METHODS = {
@@ -186,7 +187,9 @@ def adapted_model(source: str) -> Checkpoint:
     for name, info in base.tensors.items():
         if len(info.shape) == 2 and name.endswith(".weight"):
             module = f"base_model.model.{name.removesuffix('.weight')}"
-            for letter, shape in (("A", (2, info.shape[1])), ("B", (info.shape[0], 2))):
+            # GPT-2 stores inputs first, and PEFT's factors do not.
+            outputs, inputs = info.shape[::-1] if ".c_" in name else info.shape
+            for letter, shape in (("A", (2, inputs)), ("B", (outputs, 2))):
                 drawn = 0.2 * rng.standard_normal(shape)
                 pairs[f"{module}.lora_{letter}.weight"] = drawn.astype("f")
     with TemporaryDirectory() as made:
