@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from moecc.errors import InputError
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
 from moecc.families.glm import Glm4MoeConfig
 from moecc.families.llama import MixtralConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.qwen import Qwen3MoeConfig
-from moecc.families.registry import decoders, parse_config
+from moecc.families.registry import CONFIGS, decoders, parse_config
 from moecc.families.rope import RopeConfig
 from tests.support.rotary_tables import rotary_frequencies
 
@@ -40,6 +42,12 @@ def test_configs_in_the_spelling_of_published_models_are_read(name):
     (named,) = PUBLISHED[name]["architectures"]
     is_renamed = config.with_heads or named in config.aliases
     assert written["architectures"] == [config.architecture if is_renamed else named]
+
+
+def test_the_registry_states_the_kind_of_each_family():
+    kinds = (MoeConfig, DecoderConfig, ModelConfig)
+    for name, kind in CONFIGS.kinds.items():
+        assert next(k for k in kinds if issubclass(CONFIGS[name], k)) is kind, name
 
 
 # ---------- two spellings, one meaning

@@ -9,14 +9,10 @@ from typing import Any
 
 from moecc.families.config import BlockNames
 from moecc.families.graphs.decoder import activated
-from moecc.families.graphs.parameters import Parameters
+from moecc.families.graphs.parameters import KV_SEQ, Parameters, as_keys
 from moecc.families.heads import ModelHead
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-
-KV_SEQ = "kv_seq"
-"""The name of the sequence axis of keys and values."""
-
 
 Bias = Value | Callable[[Value, Value], Value]
 """What is added to scores, or a function of queries and keys by head."""
@@ -88,7 +84,7 @@ class Blocks:
 
     def as_keys(self, x: Value) -> Value:
         """Return `x` with its sequence axis renamed for keys and values."""
-        return self.builder.rename(x, axis="seq", to=KV_SEQ)
+        return as_keys(self.builder, x)
 
     def heads(
         self, x: Value, name: str, heads: tuple[int, int], axis: str, *, has_bias: bool = True

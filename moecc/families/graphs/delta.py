@@ -7,17 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from moecc.families.decoder import DecoderConfig, DeltaLayers
-from moecc.families.graphs.parameters import Parameters
+from moecc.families.graphs.parameters import KV_SEQ, Parameters, as_keys
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-
-KV_SEQ = "kv_seq"
-"""The name of the sequence axis of keys and values."""
-
-
-def as_keys(builder: Builder, x: Value) -> Value:
-    """Return `x` with its sequence axis renamed for keys and values."""
-    return builder.rename(x, axis="seq", to=KV_SEQ)
 
 
 def convolved(builder: Builder, signal: Value, kernel: Value, shifts: Sequence[Value]) -> Value:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from moecc.families.encdec import EncDecConfig, Experts
 from moecc.families.experts import emit_sequence_capacity
-from moecc.families.graphs.blocks import KV_SEQ, Blocks
+from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.decoder import ffn_axes, two_or_three
-from moecc.families.graphs.parameters import GraphRequest, Parameters
+from moecc.families.graphs.parameters import KV_SEQ, GraphRequest, Parameters
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import SlotOptions, emit_routing

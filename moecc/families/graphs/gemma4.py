@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 
 from moecc.families.gemma4 import Gemma4TextConfig, LayerInputsConfig
-from moecc.families.graphs.blocks import KV_SEQ, Blocks
+from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.decoder import (
     Activation,
     Rotation,
@@ -18,7 +18,7 @@ from moecc.families.graphs.decoder import (
     rope_tables,
     soft_capped,
 )
-from moecc.families.graphs.parameters import GraphRequest, Parameters
+from moecc.families.graphs.parameters import KV_SEQ, GraphRequest, Parameters
 from moecc.families.rope import RopeConfig
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import emit_chosen

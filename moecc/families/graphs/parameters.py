@@ -13,6 +13,7 @@ from math import prod
 from moecc.errors import InputError
 from moecc.families.config import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, ModelConfig, TensorNames
 from moecc.families.heads import ModelHead
+from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types import F32, DType, Size, tensor
 from moecc.weights.expr import Expr, Source
@@ -32,6 +33,15 @@ DtypeOf = Callable[[str], DType]
 
 LAYOUTS = ("experts", "fused", "stacked")
 """One tensor an expert, the fused tensors of transformers 5, or one for all experts of a layer."""
+
+
+KV_SEQ = "kv_seq"
+"""The name of the sequence axis of keys and values."""
+
+
+def as_keys(builder: Builder, x: Value) -> Value:
+    """Return `x` with its sequence axis renamed for keys and values."""
+    return builder.rename(x, axis="seq", to=KV_SEQ)
 
 
 def float32_of(name: str) -> DType:
