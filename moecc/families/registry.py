@@ -141,6 +141,7 @@ CONFIGS = Families(
         "dinov3_vit": "vision.Dinov3ViTConfig",
         "clip_vision_model": "vision.ClipVisionConfig",
         "siglip_vision_model": "vision.SiglipVisionConfig",
+        "swin": "swin.SwinConfig",
         "whisper": "whisper.WhisperConfig",
         "wav2vec2": "wav2vec2.Wav2Vec2Config",
         "hubert": "wav2vec2.HubertConfig",

@@ -129,6 +129,15 @@ class VisionConfig(EqualHeadsConfig):
         return {**super()._write(), "patch_size": self.patch_size, "image_size": square}
 
 
+def read_ratio(reader: Reader) -> float:
+    """Return the width of a block over that of the model, an integer where it is one."""
+    ratio = reader.number("mlp_ratio", above=0)
+    if ratio > MOST_MLP_RATIO:
+        reader.refuse("mlp_ratio", "not usable", expected=f"at most {MOST_MLP_RATIO:,}")
+        ratio = 4.0
+    return int(ratio) if ratio == int(ratio) else ratio
+
+
 @config_class
 class ViTConfig(VisionConfig):
     """A vit: one norm before each block, and one at the end."""
@@ -228,11 +237,7 @@ class Dinov2Config(VisionConfig):
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
-        ratio = reader.number("mlp_ratio", above=0)
-        if ratio > MOST_MLP_RATIO:
-            reader.refuse("mlp_ratio", "not usable", expected=f"at most {MOST_MLP_RATIO:,}")
-            ratio = 4.0
-        return {**super()._read(reader), "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio}
+        return {**super()._read(reader), "mlp_ratio": read_ratio(reader)}
 
     def _write(self) -> JsonDict:
         return {**super()._write(), "mlp_ratio": self.mlp_ratio}

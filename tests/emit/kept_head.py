@@ -37,6 +37,9 @@ DEBERTA = {
 """The scale of scores, which a script of transformers 4 has in float32, is 1 / 6 of this width."""
 
 
+SWIN = {"embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 2}
+
+
 def write(name, folder):
     """Write a model of a class with random weights."""
     torch.manual_seed(0)
@@ -46,6 +49,8 @@ def write(name, folder):
     sizes = {n: x for n, x in SMALL.items() if n in fields and n not in ids} | {"num_labels": 3}
     if name.startswith("Deberta"):
         sizes |= DEBERTA
+    if name.startswith("Swin"):
+        sizes |= SWIN
     model = model_class(model_class.config_class(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -300,7 +300,8 @@ HEADS = [
     "ElectraForMaskedLM", "ElectraForSequenceClassification", "ModernBertForMaskedLM",
     "ModernBertForSequenceClassification", "DebertaV2ForMaskedLM",
     "DebertaV2ForSequenceClassification", "DebertaV2ForTokenClassification",
-    "ViTForImageClassification", "Dinov2ForImageClassification", "WhisperForAudioClassification",
+    "ViTForImageClassification", "Dinov2ForImageClassification", "SwinForImageClassification",
+    "WhisperForAudioClassification",
 ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ CASES = (
     "modernbert_windows",
     "deberta_v3",
     "clip_text",
+    "swin_windows",
     "dinov2_plain",
     "dinov3_gated",
     "clip_vision",

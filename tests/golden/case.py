@@ -284,6 +284,17 @@ IMAGES: dict[str, object] = {
 }
 """Nine patches, of 4 by 4 places and 3 channels."""
 
+SWIN: dict[str, object] = {
+    "image_size": 24,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2, 3, 1],
+    "num_heads": [1, 2, 4],
+    "window_size": 3,
+    "mlp_ratio": 1.5,
+}
+"""Grids of 12, 6 and 3 patches a side: sixteen windows, four, and one that is not shifted."""
+
 WHISPER: dict[str, object] = {
     "vocab_size": 37,
     "d_model": 12,
@@ -365,6 +376,7 @@ BASES = {
     "dinov3_vit": IMAGES,
     "clip_vision_model": IMAGES,
     "siglip_vision_model": IMAGES,
+    "swin": SWIN,
     "whisper": WHISPER,
     "wav2vec2": AUDIO,
     "hubert": AUDIO,

@@ -255,6 +255,24 @@ STACKS: dict[str, Case] = {
             "max_relative_positions": 8,
         },
     ),
+    "swin_windows": Case("swin", "windows of nine patches, three stages"),
+    "swin_square_v4": Case(
+        "swin",
+        "patches of one pixel, even windows, an image that is no square, no biases; version 4",
+        {
+            "image_size": [8, 16],
+            "patch_size": 1,
+            "num_channels": 1,
+            "embed_dim": 4,
+            "depths": [2, 2],
+            "num_heads": [4, 2],
+            "window_size": 4,
+            "mlp_ratio": 1.0,
+            "qkv_bias": False,
+            "hidden_act": "relu",
+        },
+        major=4,
+    ),
     "clip_vision": Case("clip_vision_model", "a token of the image, quick GELU", major=4),
     "siglip_vision": Case(
         "siglip_vision_model", "no token of the image, and a head that is left out", major=4

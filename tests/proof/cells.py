@@ -55,7 +55,7 @@ DENSE = (
     "camembert_gelu", "distilbert_square", "mpnet_square", "electra_narrow", "albert_shared",
     "modernbert_windows", "clip_text", "bart_scaled", "mbart_plain", "marian_swish",
     "m2m_100_scaled",
-    "vit_square", "dinov2_plain", "dinov3_plain", "clip_vision", "siglip_vision",
+    "vit_square", "dinov2_plain", "dinov3_plain", "clip_vision", "siglip_vision", "swin_windows",
     "whisper_square", "wav2vec2_group",
 )  # fmt: skip
 MIXTURES = (

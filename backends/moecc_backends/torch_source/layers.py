@@ -39,11 +39,12 @@ class ModelWriter(BlockWriter):
 
     Attributes:
       program: the whole model.
-      loops: the number of loops so far.
+      collected: for each list that loops append to, its length so far.
     """
 
     program: TorchProgram = field(default_factory=TorchProgram)
     results: list[tuple[ProgramValue, str]] = field(default_factory=list)
+    collected: dict[str, int] = field(default_factory=dict)
 
     def write_steps(self, steps: Sequence[Item | ModuleBlock]) -> None:
         """Write items, calls and loops over layers."""
@@ -106,9 +107,11 @@ class ModelWriter(BlockWriter):
         prefix = "encoder_" if is_first else ""
         results = [STATE if kind == "carry" else name for name, kind in outputs]
         collected = [name for name, kind in outputs if kind == "collect"]
-        if collected:
-            names_of_lists = ", ".join(f"{prefix}{name}es" for name in collected)
-            self.state(f"{names_of_lists} = {', '.join(['[]'] * len(collected))}")
+        # Layers of several stages are several loops, which share their lists.
+        new = [n for n in collected if f"{prefix}{n}" not in self.collected]
+        if new:
+            names_of_lists = ", ".join(f"{prefix}{name}es" for name in new)
+            self.state(f"{names_of_lists} = {', '.join(['[]'] * len(new))}")
         call = self.layer_call(layers, arguments, zipped)
         loops = ", ".join(["layer", *(name for name, _ in zipped)])
         lists = ", ".join([self.layer_modules(layers, stack), *(text for _, text in zipped)])
@@ -125,7 +128,7 @@ class ModelWriter(BlockWriter):
         modules = self.tree.access(stack)
         if len(layers) > 1 and all(layer.path == layers[0].path for layer in layers):
             return f"{len(layers)} * list({modules})"  # one module
-        paths = self._paths(layers[0])
+        paths = [p for p in self._paths(layers[0]) if p.rpartition(".")[0] == stack]
         if len(layers) < len(paths):
             first = paths.index(layers[0].path)
             return f"{modules}[{first}:{first + len(layers)}]"
@@ -197,4 +200,7 @@ class ModelWriter(BlockWriter):
             losses = [v for v in layer.outputs if "embed" not in v.axes]
             names = [n for n, role in outputs if role == "collect"]
             for name, var in zip(names, losses, strict=False):
-                self.values[var] = PythonExpr(f"{name}es[{index}]", var.axes)
+                at = self.collected.get(name, 0) + index
+                self.values[var] = PythonExpr(f"{name}es[{at}]", var.axes)
+        for name in (n for n, role in outputs if role == "collect"):
+            self.collected[name] = self.collected.get(name, 0) + len(layers)

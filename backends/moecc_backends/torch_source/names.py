@@ -110,6 +110,9 @@ def layer_prefixes(graph: Graph) -> dict[tuple[str, int], str]:
         prefix = f"{stack}.{index}" if is_shared else ".".join(paths[0][: (at or 0) + 1])
         prefixes[stack, index] = prefix
     all_prefixes = list(prefixes.values())
+    if any(all_prefixes.count(prefix) > 1 for prefix in all_prefixes):
+        prefixes = _inner_prefixes(layers) or prefixes
+        all_prefixes = list(prefixes.values())
     prefixes = {
         layer: prefix if all_prefixes.count(prefix) == 1 else f"{layer[0]}.{layer[1]}"
         for layer, prefix in prefixes.items()
@@ -120,6 +123,20 @@ def layer_prefixes(graph: Graph) -> dict[tuple[str, int], str]:
             path = f"{paths_of_stack[0].rpartition('.')[0]}.{index}"
             prefixes.setdefault((stack, index), path)
     return prefixes
+
+
+def _inner_prefixes(
+    layers: dict[tuple[str, int], list[list[str]]],
+) -> dict[tuple[str, int], str]:
+    """Return the longest numbered path of each layer, in stages of layers, or none."""
+    prefixes = {}
+    for layer, paths in layers.items():
+        path = common(".".join(p) for p in paths).split(".")
+        while path and not path[-1].isdigit():
+            path.pop()
+        prefixes[layer] = ".".join(path)
+    is_distinct = all(prefixes.values()) and len({*prefixes.values()}) == len(prefixes)
+    return prefixes if is_distinct else {}
 
 
 def _shared_modules(graph: Graph) -> tuple[set[str], set[tuple[str, int]]]:

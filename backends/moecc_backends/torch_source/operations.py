@@ -344,7 +344,12 @@ def _scores_axes(
         index.pop()
     text = f"{expr.atom}[{', '.join(index)}]" if "None" in index else expr.text
     if len(heads) > 1:
-        text = f"{expr.atom}[{', '.join(index)}].flatten(1, {len(heads)})"
+        text = f"{expr.atom}[{', '.join(index)}]"
+        missing = [a for a in heads if a not in expr.axes]
+        if missing and len(missing) < len(heads):
+            sizes = (w.literal(w.sizes[a], a) if a in missing else "-1" for a in names)
+            text = f"{text}.expand({', '.join(map(str, sizes))})"
+        text = f"{text}.flatten(1, {len(heads)})"
     return text
 
 

@@ -65,17 +65,19 @@ class Blocks:
         """Return the axes of a matrix in their order on disk."""
         return dict(reversed(axes.items())) if self.params.names.inputs_first else axes
 
-    def norm(self, x: Value, name: str, *, has_bias: bool = True) -> Value:
+    def norm(
+        self, x: Value, name: str, *, has_bias: bool = True, eps: float | None = None
+    ) -> Value:
         """Emit the norm over the last axis, the width, with the parameters of `name`.
 
-        Without a name `x` stays as it is.
+        Without a name `x` stays as it is; `eps` is that of the config unless it is stated.
         """
         if not name:
             return x
         axis, width = x.type.axes[-1].name, x.type.axes[-1].size
         assert isinstance(width, int), "the width of a model is known"
         scale = self.params.plain(f"{name}.weight", self.builder.loc, **{axis: width})
-        eps = self.config.layer_norm_eps
+        eps = self.config.layer_norm_eps if eps is None else eps
         if not has_bias:
             x = self.builder.sub(x, self.builder.mean(x, axes=axis))
             return self.builder.rms_norm(x, scale, axis=axis, eps=eps, name="norm")
@@ -115,6 +117,7 @@ class Blocks:
         scale: float | None,
         *,
         bias: Value | None = None,
+        penalty: Value | None = None,
         masks: Sequence[Value] = (),
     ) -> Value:
         """Emit the attention of heads, ``[batch, seq, q]``.
@@ -125,6 +128,7 @@ class Blocks:
           value: by head, along ``kv_seq``.
           scale: the factor on the scores, if any.
           bias: what is added to them.
+          penalty: what is added to them, too, with other axes than those of `bias`.
           masks: which of them count.
         """
         builder = self.builder
@@ -133,6 +137,8 @@ class Blocks:
             scores = builder.scale(scores, by=scale)
         if bias is not None:
             scores = builder.add(scores, bias)
+        if penalty is not None:
+            scores = builder.add(scores, penalty)
         for mask in masks:
             scores = builder.mask(scores, mask)
         weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
@@ -147,6 +153,7 @@ class Blocks:
         heads: tuple[int, int],
         *,
         bias: Bias | None = None,
+        penalty: Value | None = None,
         scale: float | None = None,
         masks: Sequence[Value] = (),
         unbiased: str = "",
@@ -160,6 +167,7 @@ class Blocks:
           names: the prefixes of the projections to queries, keys and values, and of the last one.
           heads: the number of heads and their width.
           bias: what is added to the scores, or a function of queries and keys that makes it.
+          penalty: what is added to them, too, with other axes than those of `bias`.
           scale: the factor on the scores; by default 1 / √width.
           masks: which of them count.
           unbiased: the letters of the projections without a bias, of ``qkvo``.
@@ -181,7 +189,7 @@ class Blocks:
         if callable(bias):
             bias = bias(query, key)
         scale = heads[1] ** -0.5 if scale is None else scale
-        mixed = self.attend(query, key, value, scale, bias=bias, masks=masks)
+        mixed = self.attend(query, key, value, scale, bias=bias, penalty=penalty, masks=masks)
         return self.linear(mixed, names[3], ("embed", embed), "q", has_bias="o" not in unbiased)
 
     def add_head(self, hidden: Value, head: ModelHead | None, mask: Value | None = None) -> None:

@@ -10,7 +10,7 @@ from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.vision import Dinov2Config, Dinov3ViTConfig, VisionConfig
 from moecc.ir.graph import Graph, Value
-from moecc.types import F32, tensor
+from moecc.types import F32, Size, tensor
 
 GRID = ("height", "width")
 """The axes of patches."""
@@ -22,11 +22,9 @@ def build(config: VisionConfig, request: GraphRequest) -> Graph:
     The input is ``pixels : f32[batch, channel, height, width]``, of the size that the config says;
     the sequence is a token for the whole image, and then the patches, row by row.
     """
-    encoder = _ImageEncoder(Parameters.of(config, request), config)
+    encoder = ImageEncoder(Parameters.of(config, request), config)
     graph = encoder.params.graph
-    height, width = config.image_size
-    sizes = {"channel": config.num_channels, "height": height, "width": width}
-    pixels = graph.input("pixels", tensor(F32, batch=request.batch, **sizes))
+    pixels = pixels_of(graph, config, request.batch)
     rotate = None
     with encoder.builder.at("embed"):
         patches = encoder.patches(pixels)
@@ -42,8 +40,15 @@ def build(config: VisionConfig, request: GraphRequest) -> Graph:
     return graph
 
 
+def pixels_of(graph: Graph, config: VisionConfig, batch: Size) -> Value:
+    """Return a new input for images of the size that the config says."""
+    height, width = config.image_size
+    sizes = {"channel": config.num_channels, "height": height, "width": width}
+    return graph.input("pixels", tensor(F32, batch=batch, **sizes))
+
+
 @dataclass(frozen=True)
-class _ImageEncoder(Blocks):
+class ImageEncoder(Blocks):
     """The parts of the encoder."""
 
     config: VisionConfig
