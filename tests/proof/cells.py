@@ -48,9 +48,9 @@ BOUND = 1e-6
 DENSE = (
     "llama_gqa", "mistral_full_head_dim", "qwen2_square", "qwen3_square", "olmo2_gqa",
     "granite_square_tied", "phi3_square", "smollm3_square_tied", "gemma_square", "gemma2_square",
-    "gemma3_square_v4", "olmo3_square", "glm4_square", "nemotron_square", "phi_square",
-    "cohere_square", "gptj_square", "lfm2_biases", "qwen3_5_text_delta", "gpt2_square",
-    "gpt_neox_square", "opt_after_narrow", "t5_square",
+    "gemma3_square_v4", "gemma3n_square", "gemma4_inputs", "olmo3_square", "glm4_square",
+    "nemotron_square", "phi_square", "cohere_square", "gptj_square", "lfm2_biases",
+    "qwen3_5_text_delta", "gpt2_square", "gpt_neox_square", "opt_after_narrow", "t5_square",
     "mt5_square_v4", "umt5_square_untied", "bert_square", "roberta_square", "xlm_roberta_gelu",
     "camembert_gelu", "distilbert_square", "mpnet_square", "electra_narrow", "albert_shared",
     "modernbert_windows", "clip_text", "bart_scaled", "mbart_plain", "marian_swish",
