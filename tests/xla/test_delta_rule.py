@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,10 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moecc_backends.xla.backend import XlaBackend
+from moecc_backends.xla.lower import recurrence
 
 from moecc.backend import get_backend
+from moecc.families import build
+from moecc.families.registry import parse_config
 from moecc.ir import F32, F64, PRED, Builder, Graph, Value, tensor
 from moecc.ir.ops.recurrence import reads_as_it_goes
+from moecc.model.open import open_model
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
+from moecc.testing.data import inputs_for, params_for
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 FLOATS: dict[str, dict[str, int | str]] = {
     "query": {"batch": "B", "seq": "S", "head": 2, "head_dim": 3},
@@ -35,8 +45,7 @@ def rule_graph(*, is_causal: bool) -> Graph:
     else:
         seen = graph.input("seen", tensor(PRED, batch="B", seq="S", kv_seq="S"))
     read = builder.delta_rule(*values, seen, over="head_dim", along="kv_seq")
-    assert read.node is not None
-    assert reads_as_it_goes(read.node) == ("seq" if is_causal else None)
+    assert reads_as_it_goes(seen, "kv_seq") == ("seq" if is_causal else None)
     graph.set_output("read", read)
     return graph
 
@@ -67,6 +76,28 @@ def test_either_way_has_the_values_of_the_reference():
         reads.append(expected)
     np.testing.assert_array_equal(reads[0], reads[1])
     assert np.abs(reads[0] - reads[2]).max() > 0.1
+
+
+def test_layers_of_a_loop_have_one_state(monkeypatch):
+    ways = []
+
+    def spied(seen: Value, along: str) -> str | None:
+        ways.append(reads_as_it_goes(seen, along))
+        return ways[-1]
+
+    monkeypatch.setattr(recurrence, "reads_as_it_goes", spied)
+    with open_model(str(GOLDEN / "qwen3_5_text_square")) as model:
+        keys = {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 4}
+        graph = build(parse_config({**model.checkpoint.config, **keys}))
+    run_pipeline(graph, Pipeline.parse("roll-layers"))
+    params = params_for(graph, 0)
+    inputs = inputs_for(graph, 0)
+    found, expected = (
+        get_backend(name).compile(graph, dtype=F64).run(params, inputs)["logits"]
+        for name in ("xla", "reference")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert set(ways) == {"seq"}
 
 
 @pytest.mark.parametrize("name", list(FLOATS))

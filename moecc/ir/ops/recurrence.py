@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moecc.errors import InputError
 from moecc.ir.arrays import Array
-from moecc.ir.graph import Node
+from moecc.ir.graph import Value
 from moecc.ir.operand import Operand
 from moecc.ir.operation import AxisName, Op, operation
 from moecc.ir.ops.attention import CausalOp
@@ -123,13 +123,17 @@ def result_names(
     return tuple(a for a in names if a != attrs.along)
 
 
-def reads_as_it_goes(node: Node) -> str | None:
+def reads_as_it_goes(seen: Value, along: str) -> str | None:
     """Return the axis of queries each of which sees the keys up to its own place; None if none is.
 
     The state that such a query reads is one of those that the keys go through, so that a single
     state serves all queries.
+
+    Args:
+      seen: the mask.
+      along: the axis of the keys.
     """
-    causal = node.operands[5].node
+    causal = seen.node
     if causal is None or causal.op.name != "causal" or CausalOp.of_node(causal).window:
         return None
     queries, keys = (v.node for v in causal.operands)
@@ -145,7 +149,7 @@ def reads_as_it_goes(node: Node) -> str | None:
         return None
     axis, renamed = PositionsOp.of_node(queries).axis, RenameOp.of_node(keys)
     is_own = keys.operands[0] is queries.result and renamed.axis == axis
-    return axis if is_own and renamed.to == DeltaRuleOp.of_node(node).along else None
+    return axis if is_own and renamed.to == along else None
 
 
 def _need_axes(type: TensorType, within: TensorType, message: str) -> None:

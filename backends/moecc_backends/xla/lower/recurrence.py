@@ -13,7 +13,8 @@ from moecc_backends.xla.trace.values import Named, accumulator
 
 @lowering("delta_rule", names_result=True)
 def _delta_rule(ctx: TraceContext, node: Node, *operands: Named) -> Named:
-    attrs, queries = DeltaRuleOp.of_node(node), reads_as_it_goes(node)
+    attrs, mask = DeltaRuleOp.of_node(node), node.operands[-1]
+    queries = reads_as_it_goes(ctx.outside.get(mask, mask), attrs.along)
     query, key, value, decay, rate, seen = operands
     wide, along = accumulator(query.array.dtype), attrs.along
     names = result_names(query.axes, key.axes, value.axes, attrs)

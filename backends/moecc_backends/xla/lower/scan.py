@@ -293,8 +293,9 @@ def _scan(ctx: TraceContext, node: Node, *operands: Named) -> tuple[Operand, ...
         policy = saved if attrs.remat == "save" else None
         remembering = partial(jax.checkpoint, policy=policy)
     in_loops = _KEEPING if attrs.remat == "block" else remembering
-    inner = zip(body.inputs.values(), node.operands, strict=True)
+    inner = list(zip(body.inputs.values(), node.operands, strict=True))
     weights = {i for i, v in inner if v.is_param or v in ctx.weights}
+    outside = {i: ctx.outside.get(v, v) for i, v in inner[last:]}
 
     def run(carry: Arrays, now: Slices) -> tuple[Arrays, Arrays]:
         if ctx.view.mesh is not None:
@@ -303,7 +304,7 @@ def _scan(ctx: TraceContext, node: Node, *operands: Named) -> tuple[Operand, ...
                 a.as_stored(ctx.options.target) if isinstance(a, Master) else a for a in now
             )
         pairs = zip((*carry, *cast_all(now), *captured), names, strict=True)
-        within = replace(ctx, weights=set(weights))
+        within = replace(ctx, weights=set(weights), outside=outside)
         outputs = run_body(within, body, [Named(array, axes) for array, axes in pairs], in_loops)
         # A carry keeps the order of its axes from run to run.
         carried = zip(outputs[:carries], names[:carries], strict=True)

@@ -302,6 +302,7 @@ class TraceContext:
       deferred: values that are made when the rows of their routing are combined.
       view: which device of a mesh this is, if arrays are shards.
       weights: the parameters of a body, and what is made of them alone.
+      outside: the value of the outermost graph that an input of a body is in every run.
       interceptor: calls every lowering.
     """
 
@@ -312,6 +313,7 @@ class TraceContext:
     deferred: dict[Value, Deferred] = field(default_factory=dict)
     view: DeviceView = field(default_factory=DeviceView)
     weights: set[Value] = field(default_factory=set)
+    outside: Mapping[Value, Value] = field(default_factory=dict)
     interceptor: Interceptor = DIRECT
 
     def within(
