@@ -43,10 +43,13 @@ def continued(
     return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
 
 
-CASES = ("llama_gqa", "mixtral_gqa", "gemma2_caps", "gpt2_plain", "qwen3_moe_window")
+CASES = (
+    "llama_gqa", "mixtral_gqa", "gemma2_caps", "gpt2_plain", "qwen3_moe_window",
+    "qwen3_5_text_square",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("case", some(CASES, "mixtral_gqa"))
+@pytest.mark.parametrize("case", some(CASES, "mixtral_gqa", "qwen3_5_text_square"))
 @pytest.mark.parametrize("sampling", few([Sampling(), Sampling(1.0, seed=3)]))
 def test_prompts_of_different_lengths(case, sampling):
     with open_model(str(GOLDEN / case)) as model:
