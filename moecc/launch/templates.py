@@ -180,6 +180,13 @@ def make_job(
                 hint="leave it out, and give the number of parts as --nodes",
             )  # fmt: skip
         return ClusterJob(name, words, None, nodes or 1, step_seconds, **options)
+    stated_options = {word.split("=")[0] for word in words}
+    if words[0] == "train" and not stated_options & {"--out", "--resume"}:
+        raise UsageError(
+            "a training that is started again needs the folder of its run",
+            expected="train RECIPE --out RUN",
+            found=printable(" ".join(words)),
+        )
     hosts = None
     if text := machine or _planned_machine(words):
         hosts = hosts_of(text)
@@ -258,7 +265,8 @@ def _slurm(job: ClusterJob) -> str:
             memory=PART_MEMORY_GB, part=job.part("$SLURM_ARRAY_TASK_ID"),
             join=shlex.quote(job.join),
         )  # fmt: skip
-    hosts = job.hosts or Hosts("gpu", "", job.nodes, 8)
+    gpus_alone = Hosts("gpu", "", job.nodes, 8)
+    hosts = _machine_of("slurm", job, ("gpu", "cpu")) if job.hosts else gpus_alone
     gpus = f"#SBATCH --gpus-per-node={hosts.accelerators}\n" if hosts.kind == "gpu" else ""
     return _fill(
         "slurm.sh", name=job.name, nodes=job.nodes, tasks=hosts.accelerators or 1, gpus=gpus,
