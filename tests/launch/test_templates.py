@@ -170,7 +170,7 @@ def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):
         ("slurm --machine h100x16 --nodes 3 -- train r --out o", "--nodes 2, or none"),
         ("slurm --machine h100x3x -- train r --out o", "unknown machine"),
         ("slurm --name A_B -- train r --out o", "a DNS label"),
-        ("slurm --queue 'a\n#SBATCH --x' -- train r --out o", "not a name that a template can hold"),
+        ("slurm --queue 'a\n#SBATCH -x' -- train r --out=o", "not a name that a template can hold"),
         ("slurm -- convert a b --part 1/3", "the template adds the parts itself"),
         ("slurm --machine v5p-16 -- train r --out o", "a machine of gpu or cpu"),
         ("slurm --machine h100x16 -- train r --set run.steps=5", "train RECIPE --out RUN"),
