@@ -98,9 +98,11 @@ def test_one_signal_stops_both_and_the_same_command_goes_on(tmp_path):
             assert all(process.poll() is None for process in processes)
             time.sleep(0.1)
         processes[1].send_signal(signal.SIGTERM)
-        codes = [process.wait(LIMIT_SECONDS) for process in processes]
-    finally:
+    except BaseException:
         for process in processes:
             process.kill()
+        raise
+    finally:
+        codes = [code for code, _ in end(processes)]
     assert codes == [143, 143]
     assert 5 <= saved_steps(run)[-1].number < 2000
