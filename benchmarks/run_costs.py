@@ -239,7 +239,7 @@ def measure_conversions(folder: Path, pairs: int) -> Figures:
     from moto.server import ThreadedMotoServer
 
     make_source(folder / "source", SHAPES["stored"])
-    server = ThreadedMotoServer("127.0.0.1", 0)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     host, port = server.get_host_and_port()

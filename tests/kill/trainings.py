@@ -276,7 +276,7 @@ def s3_server() -> Iterator[tuple[Any, FaultProxy]]:
     import fsspec
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer("127.0.0.1", 0)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     port = server.get_host_and_port()[1]

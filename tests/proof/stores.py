@@ -334,7 +334,7 @@ def prove(sample: int, names: list[str], kinds: list[str], out: Path | None) -> 
 
     has_record = out is not None and out.is_file()
     report: dict[str, Any] = json.loads(out.read_text()) if out and has_record else {}
-    server = ThreadedMotoServer("127.0.0.1", 0)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     port = server.get_host_and_port()[1]
