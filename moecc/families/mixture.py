@@ -96,8 +96,9 @@ def write_pattern(
         return dict(zip(INTERVAL_KEYS, values, strict=True))
     if style == "listed":
         count = len(sparse)
-        steps = (n for n in (step, *range(1, count + 1)) if list(sparse) == _every(n, count))
-        return {LIST_KEY: [i for i in range(count) if sparse[i]], STEP_KEY: next(steps, 1)}
+        is_regular = list(sparse) == _every(step, count)
+        listed = [i for i in range(count) if sparse[i]]
+        return {LIST_KEY: listed, STEP_KEY: step if is_regular else 1}
     return {}
 
 

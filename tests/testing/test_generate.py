@@ -29,9 +29,10 @@ def test_a_seed_is_a_graph():
 
 NOT_DRAWN = {
     *("attention", "chunk", "index", "jax", "join", "scan", "stack", "update_slice"),
-    *("within_buffer", "dispatch_gates", "weight_rows", "combine_weighted"),
+    *("within_buffer", "dispatch_gates", "weight_rows", "combine_weighted", "delta_rule"),
 }
-"""What no model begins with: work that is sharded, cut, fused, repeated, sent or unknown."""
+"""What no model begins with: work that is sharded, cut, fused, repeated, sent or unknown; and a
+delta rule, whose graphs `tests/xla/test_delta_rule.py` makes."""
 
 
 def test_every_operation_and_every_gate_convention_occurs():
