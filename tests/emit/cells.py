@@ -99,7 +99,8 @@ SAMPLE = [
     ("vit_square", "virtual groups"), ("albert_shared", "upcycled"), ("whisper_square", "upcycled"),
     ("qwen3_square", "sparsemixer"), ("phi3_square", "bias-balanced"), ("olmo2_gqa", "prototypes"),
     ("gpt_neox_parallel", "BTX"), ("smollm3_square_tied", "dense"), ("gemma2_caps", "dense"),
-    ("distilbert_square", "capacity"), ("clip_text", "upcycled"), ("gemma4_inputs", "upcycled"),
+    ("distilbert_square", "capacity"), ("clip_text", "upcycled"),
+    ("gemma4_inputs", "st-moe in training"),
 ]  # fmt: skip
 """Cells that are judged in every run of the tests: sources and methods."""
 

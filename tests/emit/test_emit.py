@@ -75,6 +75,40 @@ def test_text_is_a_function_of_the_graph():
     assert snapshot.digests() == snapshots, "run: python -m tests.emit.snapshot"
 
 
+def names_in(node: ast.AST, kind: type[ast.expr_context]) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
+
+
+def hidden_by_loops(function: ast.FunctionDef) -> set[str]:
+    """Return the names that a loop gives to other values, though what they were is read later."""
+    hidden = set()
+    earlier = {argument.arg for argument in function.args.args}
+    for at, statement in enumerate(function.body):
+        if isinstance(statement, ast.For):
+            assigned = names_in(statement.target, ast.Store)
+            carried = set()
+            for inner in statement.body:
+                carried |= names_in(inner, ast.Load) - assigned
+                assigned |= names_in(inner, ast.Store)
+            read, rebound = set(), set()
+            for later in function.body[at + 1 :]:
+                read |= names_in(later, ast.Load) - rebound
+                rebound |= names_in(later, ast.Store)
+            hidden |= (assigned - carried) & earlier & read
+        earlier |= names_in(statement, ast.Store)
+    return hidden
+
+
+@pytest.mark.parametrize(
+    "source", ["gemma4_inputs", "gemma3_local", "t5_gated_untied", "bart_scaled"]
+)
+def test_no_loop_over_layers_hides_what_is_read_after_it(source):
+    text = program_text(source, METHODS["st-moe in training"])
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    assert any(isinstance(s, ast.For) for f in functions for s in f.body)
+    assert [(f.name, hidden_by_loops(f)) for f in functions if hidden_by_loops(f)] == []
+
+
 def test_emitted_folder_is_a_source(tmp_path):
     folder, again = tmp_path / "a", tmp_path / "b"
     convert(str(GOLDEN / "llama_gqa"), str(folder), pipeline=UPCYCLE, to="st_moe", emit="torch")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moecc_backends.torch_source.blocks import ModuleBlock
 from moecc_backends.torch_source.program import Item, ProgramValue, TorchProgram
-from moecc_backends.torch_source.text import PythonExpr, repeated_texts
-from moecc_backends.torch_source.writer import STATE, BlockWriter, var_hint
+from moecc_backends.torch_source.text import PythonExpr, repeated_texts, unused
+from moecc_backends.torch_source.writer import STATE, WORD, BlockWriter, var_hint
 
 Role = ProgramValue | list[ProgramValue | None] | None
 """An argument of the layers of a loop: the same for all, one for each, or carried (None)."""
@@ -88,6 +89,7 @@ class ModelWriter(BlockWriter):
                 self.remaining[source] = 0
                 self.state(f"{STATE} = {self.canonical(source)}")
         stack = first.path.rpartition(".")[0]
+        needed = self._needed_after(layers)
         arguments: list[str] = []
         zipped: list[tuple[str, str]] = []
         for name, role in names.items():
@@ -99,13 +101,13 @@ class ModelWriter(BlockWriter):
                 arguments.append("None")
             else:
                 texts = [self.canonical(v) if v is not None else "None" for v in role]
-                zipped.append((name, repeated_texts(texts)))
-                arguments.append(name)
+                zipped.append((unused(name, needed), repeated_texts(texts)))
+                arguments.append(zipped[-1][0])
         outputs = self._outputs(layers)
         stacks = {b.layer[0] for b in self.block.blocks if b.layer is not None}
         is_first = len(stacks) > 1 and layers[0].title.startswith("Encoder")
         prefix = "encoder_" if is_first else ""
-        results = [STATE if kind == "carry" else name for name, kind in outputs]
+        results = [STATE if kind == "carry" else unused(name, needed) for name, kind in outputs]
         collected = [name for name, kind in outputs if kind == "collect"]
         # Layers of several stages are several loops, which share their lists.
         new = [n for n in collected if f"{prefix}{n}" not in self.collected]
@@ -118,10 +120,16 @@ class ModelWriter(BlockWriter):
         self.state(f"for {loops} in {f'zip({lists})' if zipped else lists}:")
         self.state(f"    {', '.join(results)} = {call}")
         for name in collected:
-            self.state(f"    {prefix}{name}es.append({name})")
+            self.state(f"    {prefix}{name}es.append({unused(name, needed)})")
         for layer in layers:
             self.remaining.subtract(layer.inputs)
         self._bind(layers, [(prefix + n, kind) for n, kind in outputs])
+
+    def _needed_after(self, layers: list[ModuleBlock]) -> set[str]:
+        """Return the names that are read after a loop, which it must not give to others."""
+        reads = Counter(v for layer in layers for v in layer.inputs)
+        later = [expr.text for v, expr in self.values.items() if self.remaining[v] > reads[v]]
+        return {word for text in later for word in WORD.findall(text)}
 
     def layer_modules(self, layers: list[ModuleBlock], stack: str) -> str:
         """Return the text of the layers of a loop, which are under the path `stack`."""

@@ -7,7 +7,7 @@ instances of one class; numbers in which they differ are arguments of its constr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -191,7 +191,7 @@ class Classes:
                 inits[marker] = forwards[marker] = literal(values[0])
                 continue
             same = next((n for n, v in arguments.items() if v == values and n.startswith(hint)), "")
-            name = same or _free(hint, {*arguments, *first.argument_names()})
+            name = same or unused(hint, {*arguments, *first.argument_names()})
             arguments[name] = values
             inits[marker], forwards[marker] = name, f"self.{name}"
         constructor = [with_texts(line, inits) for line in first.constructor]
@@ -371,7 +371,8 @@ def unify_signatures(classes: Classes, layers: Sequence[ModuleBlock]) -> None:
         instance.definition.signature = names
 
 
-def _free(hint: str, names: Iterable[str]) -> str:
+def unused(hint: str, names: Container[str]) -> str:
+    """Return `hint`, with a number if it is among the names."""
     number, name = 2, hint
     while name in names:
         name, number = f"{hint}_{number}", number + 1

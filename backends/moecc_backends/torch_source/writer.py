@@ -20,10 +20,11 @@ from moecc_backends.torch_source.text import (
     repeated,
     repeated_texts,
     shown,
+    unused,
     with_texts,
 )
 
-_WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
+WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 STATE = "hidden_states"
 
@@ -180,10 +181,8 @@ class BlockWriter:
         alive = set()
         for var, expr in self.values.items():
             if self.remaining[var] > 0:
-                alive |= set(_WORD.findall(expr.text))
-        number, name = 2, hint
-        while name in alive:
-            name, number = f"{hint}_{number}", number + 1
+                alive |= set(WORD.findall(expr.text))
+        name = unused(hint, alive)
         self.names.add(name)
         return name
 
