@@ -17,7 +17,7 @@ MOST_STAGES, MOST_WINDOW = 16, 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class SwinStage:
     """The blocks between two merges of patches.
 
     Attributes:
@@ -119,14 +119,14 @@ class SwinConfig(VisionConfig):
         return int(self.mlp_ratio * width)
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[SwinStage, ...]:
         """The stages, in order."""
         stages = []
         height, width = (n // self.patch_size for n in self.image_size)
         for at, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
             grid, window = (height >> at, width >> at), self.window_size
             shift = 0 if min(grid) <= window else window // 2
-            stages.append(Stage(at, self.hidden_size << at, grid, window, shift, heads, depth))
+            stages.append(SwinStage(at, self.hidden_size << at, grid, window, shift, heads, depth))
         return tuple(stages)
 
     def small_sizes(self) -> JsonDict:

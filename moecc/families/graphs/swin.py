@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.graphs.vision import GRID, ImageEncoder, pixels_of
-from moecc.families.swin import Stage, SwinConfig
+from moecc.families.swin import SwinConfig, SwinStage
 from moecc.ir.graph import Graph, Value
 
 NORM_EPS = 1e-5
@@ -84,10 +84,10 @@ class _WindowedEncoder(ImageEncoder):
             x = builder.split(x, axis=axis, into=into)
         return x
 
-    def _prefix(self, stage: Stage, number: int) -> str:
+    def _prefix(self, stage: SwinStage, number: int) -> str:
         return f"{self.names.layer.format(layer=stage.number)}blocks.{number}."
 
-    def _table_of_distances(self, stage: Stage, number: int) -> Value:
+    def _table_of_distances(self, stage: SwinStage, number: int) -> Value:
         """Return the biases of a block by distance, ``[dy, dx, head]``."""
         count = 2 * stage.window - 1
         name = f"{self._prefix(stage, number)}attention.self.relative_position_bias_table"
@@ -95,7 +95,7 @@ class _WindowedEncoder(ImageEncoder):
         table = self.params.plain(name, self.builder.loc, **axes)
         return self.builder.split(table, axis="distance", into=(("dy", count), ("dx", count)))
 
-    def bias(self, stage: Stage, number: int, distances: tuple[Value, Value]) -> Value:
+    def bias(self, stage: SwinStage, number: int, distances: tuple[Value, Value]) -> Value:
         """Emit the biases of the scores of a block, by the places of query and key in a window."""
         builder, bias = self.builder, self._table_of_distances(stage, number)
         for axis, rows in zip(("dy", "dx"), distances, strict=True):
@@ -103,7 +103,7 @@ class _WindowedEncoder(ImageEncoder):
         bias = builder.merge(bias, axes=("down", "across"), into="seq")
         return builder.merge(bias, axes=("kv_down", "kv_across"), into="kv_seq", name="bias")
 
-    def penalty(self, hidden: Value, stage: Stage) -> Value:
+    def penalty(self, hidden: Value, stage: SwinStage) -> Value:
         """Emit what keys of a shifted window are lowered by, by window, ``[…, seq, kv_seq]``.
 
         A shift brings the first rows and columns of the image behind the last ones.  Places count
@@ -129,19 +129,19 @@ class _WindowedEncoder(ImageEncoder):
         unit = builder.constant(value=1.0, name="one")
         return builder.scale(builder.sub(together, unit), by=PENALTY, name="penalty")
 
-    def _windows(self, x: Value, stage: Stage) -> Value:
+    def _windows(self, x: Value, stage: SwinStage) -> Value:
         """Return `x`, ``[…, seq, …]``, by window; then `seq` numbers the patches of one."""
         x = self._cut(x, stage.grid, stage.window)
         return self.builder.merge(x, axes=("down", "across"), into="seq", name="windows")
 
-    def _without_windows(self, x: Value, stage: Stage) -> Value:
+    def _without_windows(self, x: Value, stage: SwinStage) -> Value:
         builder, side = self.builder, stage.window
         x = builder.split(x, axis="seq", into=(("down", side), ("across", side)))
         for axis, parts in zip(GRID, SQUARES, strict=True):
             x = builder.merge(x, axes=parts, into=axis)
         return builder.merge(x, axes=GRID, into="seq")
 
-    def _shifted(self, x: Value, stage: Stage, by: int) -> Value:
+    def _shifted(self, x: Value, stage: SwinStage, by: int) -> Value:
         """Return `x` with the first `by` rows and columns behind the others, or back again."""
         builder = self.builder
         x = builder.split(x, axis="seq", into=tuple(zip(GRID, stage.grid, strict=True)))
@@ -155,7 +155,7 @@ class _WindowedEncoder(ImageEncoder):
     def block(
         self,
         hidden: Value,
-        stage: Stage,
+        stage: SwinStage,
         number: int,
         layer: int,
         distances: tuple[Value, Value],
@@ -195,7 +195,7 @@ class _WindowedEncoder(ImageEncoder):
             block = self.two_layers(x, up, down, self.config.hidden_act, width)
             return builder.add(hidden, block, name="hidden")
 
-    def merged(self, hidden: Value, stage: Stage) -> Value:
+    def merged(self, hidden: Value, stage: SwinStage) -> Value:
         """Emit a patch for each square of four, ``[batch, seq, embed]``, of twice the width."""
         builder = self.builder
         prefix = f"{self.names.layer.format(layer=stage.number)}downsample."
