@@ -218,8 +218,7 @@ A pipeline names passes in the order in which they run:
 `canonicalize,upcycle{experts=8 top-k=2},cse,dce`. A pass with an asterisk fails where it finds
 nothing to do, unless `--allow-unmatched` is given. What a pass preserves is stated for its default
 options. `moecc passes NAME` has the details of a pass, and the text of a graph before and after it.
-How to write one: [writing-a-pass.md](writing-a-pass.md). `make docs` writes this page from the
-passes.
+How to write one: [writing-a-pass.md](writing-a-pass.md). `make docs` writes this page.
 """
 
 
