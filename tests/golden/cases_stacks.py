@@ -258,15 +258,15 @@ STACKS: dict[str, Case] = {
     "swin_windows": Case("swin", "windows of nine patches, three stages"),
     "swin_square_v4": Case(
         "swin",
-        "patches of one pixel, even windows, an image that is no square, no biases; version 4",
+        "patches of one pixel, an image that is no square, no biases; version 4",
         {
-            "image_size": [4, 8],
+            "image_size": [6, 12],
             "patch_size": 1,
             "num_channels": 1,
             "embed_dim": 4,
             "depths": [2, 2],
             "num_heads": [4, 2],
-            "window_size": 2,
+            "window_size": 3,
             "mlp_ratio": 1.0,
             "qkv_bias": False,
             "hidden_act": "relu",
