@@ -50,6 +50,7 @@ EQUIVALENT = {
     "0 < a with a turned operator 0": "a step of 0 makes no places, which is refused",
     "packed: len(rows) <= MOST_ORDERS with a turned operator 0": "of more orders one is taken, too",
     "packed: len(orders) > 1 with a turned operator 0": "a lone order changes nothing",
+    "add: len(result.node.parts) > 1 with a turned operator 0": "one part is checked, too",
     "check_node: without need(name in self.numbers['step'], f'nothing is known of "
     "{name}')": "a name without a number is refused",
     "check_node: without all((k in self.ids for k in keys))": "a node without a number is refused",

@@ -33,6 +33,8 @@ graph g {{
   %z = contract %o, {v} {{over=kv}} : f32[batch=B, seq=S, embed=4]
   %seen = cast %c {{dtype=f32}} : f32[batch=B, seq=S, kv={keys}]
   %past = contract %seen, {k} {{over=kv}} : f32[batch=B, seq=S, embed=4]
+  %h0 = sum {k} {{axes=embed}} : f32[batch=B, kv={keys}]
+  %rule = delta_rule %x, {k}, %h0, %h0, %h0, %c {{over=embed, along=kv}} : f32[batch=B, seq=S]
   %u = logsumexp %m {{axes=kv}} : f32[batch=B, seq=S]
   %v = silu %z : f32[batch=B, seq=S, embed=4]
   %l = contract %v, %r {{over=embed}} : f32[batch=B, seq=S, expert=2]
@@ -49,6 +51,7 @@ graph g {{
   output past = %past
   output y = %y
   output other = %y2
+  output rule = %rule
 {outputs}}}
 """
 TEXT = GRAPH.format(
@@ -83,6 +86,7 @@ STEP = (
 OF_BOTH = (
     ("mask %t, %c :", "scale %t {by=1.0} :"),
     ("mask %t, %c :", "mask %t, %c2 :"),
+    ("%h0, %c {", "%h0, %c2 {"),
     ("mask %m1, %c2 :", "mask %m1, %c2 {fill=0.0} :"),
     ("softmax %m {axis=kv}", "softmax %m {axis=batch}"),
     ("  %u = logsumexp %m {axes=kv}",
@@ -227,7 +231,9 @@ ALONE = {"exact": True, "frozen": [["%w"], ["%w"]], "parts": [TEXT], "step": Fal
 def step_log(before: str, after: str, fields: dict[str, Any] | None = None) -> Proof:
     """Return a log of a step."""
     return log_of(
-        before, after, {"step": True, "outputs": ["other", "past", "u", "y"], **(fields or {})}
+        before,
+        after,
+        {"step": True, "outputs": ["other", "past", "rule", "u", "y"], **(fields or {})},
     )
 
 
@@ -247,6 +253,7 @@ def wrong_steps() -> Iterator[tuple[str, Proof]]:
                 texts[at] = texts[at].replace(old, new)
         yield name, step_log(*texts)
     outputs = "  output u = %u\n  output past = %past\n  output y = %y\n  output other = %y2\n"
+    outputs += "  output rule = %rule\n"
     yield "no output", step_log(TEXT, STEP.replace(outputs, ""), {"outputs": []})
     for key, value in ALONE.items():
         yield f"a step with {key}", step_log(TEXT, STEP, {key: value})
