@@ -41,18 +41,13 @@ from pathlib import Path
 from typing import Any
 
 from convert import EXPERTS, SHAPES, Shape, make_source
+from train import CONFIG as TRAINED
 
 Figures = dict[str, Any]
 
 BOUND = 1.01
 PARTS = ("steps", "saves", "conversions")
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 384,
-    "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 6,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "hidden_act": "silu",
-    "rms_norm_eps": 1e-05, "max_position_embeddings": 2048, "rope_theta": 10000.0,
-    "tie_word_embeddings": True, "torch_dtype": "float32",
-}  # fmt: skip
+CONFIG = TRAINED | {"intermediate_size": 384}
 RECIPE = """
 [model]
 source = "model"

@@ -227,8 +227,8 @@ class LayerInputsConfig(ModelConfig):
         if len({w for w in self.sliding_windows if w is not None}) > 1:
             fault = f"{self.model_type} has one size of sliding window"
             yield key_problem(fault, "one size", "several", "sliding_window")
-        own = {self.has_window(layer) for layer in range(max(self.first_shared, 0))}
-        if own != {self.has_window(layer) for layer in range(layers)}:
+        writers = {self.has_window(layer) for layer in range(max(self.first_shared, 0))}
+        if writers != {self.has_window(layer) for layer in range(layers)}:
             fault = "layers share keys of an earlier layer of their kind, and there is none"
             expected = "at least one layer of each kind before those that share"
             shown = f"{self.shared_layers} of {layers} layers"

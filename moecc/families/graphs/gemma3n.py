@@ -33,10 +33,10 @@ def build(config: Gemma3nTextConfig, request: GraphRequest) -> Graph:
     for layer in range(config.num_hidden_layers):
         streams = model.layer(streams, layer, inputs, tables)
     with builder.at("norm"):
-        first, *rest = (model.stream(streams, n) for n in range(config.streams))
+        first, *further = (model.stream(streams, n) for n in range(config.streams))
         names = (f"model.altup_unembed_projections.{n}" for n in range(config.streams - 1))
         hidden = builder.mean(
-            model.stacked(first, list(zip(rest, names, strict=True))), axes="stream"
+            model.stacked(first, list(zip(further, names, strict=True))), axes="stream"
         )
     model.finish(hidden)
     return graph
@@ -58,8 +58,8 @@ class _Gemma3n(LayerInputsBlocks):
 
     def stream(self, streams: Value, number: int) -> Value:
         """Emit one of the streams, ``[batch, seq, embed]``."""
-        one = self.builder.slice(streams, axis="stream", start=number, stop=number + 1)
-        return self.builder.sum(one, axes="stream")
+        part = self.builder.slice(streams, axis="stream", start=number, stop=number + 1)
+        return self.builder.sum(part, axes="stream")
 
     def stacked(self, first: Value, others: list[tuple[Value, str]]) -> Value:
         """Emit a stream, and beside it projections of values by matrices, as large as the first."""

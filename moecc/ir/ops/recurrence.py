@@ -81,8 +81,8 @@ class DeltaRuleOp(Op):
         self, query: Array, key: Array, value: Array, decay: Array, rate: Array, seen: Array
     ) -> Array:
         """Return what each query reads of the state that it sees."""
-        own = [a for a in query.axes if a not in (self.over, *value.axes)]
-        axes = (*(a for a in value.axes if a != self.along), *own, self.over)
+        of_query = [a for a in query.axes if a not in (self.over, *value.axes)]
+        axes = (*(a for a in value.axes if a != self.along), *of_query, self.over)
         sizes = {a: x.size(a) for x in (query, value) for a in x.axes}
         state = np.zeros([sizes[a] for a in axes])
         for at in range(key.size(self.along)):
