@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -394,9 +393,8 @@ def _json(content: Path | bytes | None, limit_bytes: int) -> Json:
         return {}
     try:
         data = read_bounded(content, limit_bytes) if isinstance(content, Path) else content
-        parse_json(data, "", max_values=_MAX_VALUES)
-        value = json.loads(data)
-    except (InputError, ValueError, RecursionError):
+        value = parse_json(data, "", max_values=_MAX_VALUES)
+    except InputError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -548,7 +548,7 @@ def convert(
     ):
         add_branches(model, branches, allow_other_base=allow_other_base)
         say_weights(model, source)
-        for text in model.warnings():
+        for text in model.warnings:
             warn(text)
         statistics = None
         if capture is not None:

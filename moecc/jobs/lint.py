@@ -57,7 +57,7 @@ def lint(
     if is_named or os.path.exists(target) or split_reference(target) is not None:
         kind = "model"
         with open_model(target, config_alone=True) as model:
-            warned = [Problem(text, model.name) for text in model.warnings()]
+            warned = [Problem(text, model.name) for text in model.warnings]
             findings = merged([*warned, *graph_lints(model.graph, cores)])
     else:
         kind = "pipeline"

@@ -110,7 +110,7 @@ class OpenedModel(Closing):
         """Return what a reader of the model should know: of its files, and what was left out."""
         if self.checkpoint is None:
             return []
-        return [*self.checkpoint.remarks(), *self.warnings(), *self.left_out()]
+        return [*self.checkpoint.remarks(), *self.warnings, *self.left_out()]
 
     def left_out(self) -> list[str]:
         """Return which tensors of the checkpoint the graph does not read, heads for instance."""
@@ -126,8 +126,9 @@ class OpenedModel(Closing):
             return [f"outside of the blocks: {shown}"]
         return [f"no part of the graph, and not converted: {shown}"]
 
+    @cached_property
     def warnings(self) -> list[str]:
-        """Return what is wrong with the files of the model and stops no conversion."""
+        """What is wrong with the files of the model and stops no conversion."""
         if self.checkpoint is None:
             return []
 

@@ -326,7 +326,7 @@ def warned(name: str, document: object) -> Act:
 
         (place.model / name).write_text(json.dumps(document))
         with open_model(str(place.model)) as model:
-            return model.warnings()
+            return model.warnings
 
     return said(find)
 

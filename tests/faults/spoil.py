@@ -83,7 +83,7 @@ def by_template(kind: str) -> Act:
             with open_folder(place.model) as opened:
                 opened.read(DOWN)
         with open_model(str(place.model)) as model:
-            raise Allowed("\n".join(model.warnings()))
+            raise Allowed("\n".join(model.warnings))
 
     return act
 
