@@ -1,6 +1,6 @@
 """What watching, saving and storing a run costs, in interleaved pairs.
 
-    python benchmarks/run_costs.py [PART…] [--pairs 15] [--out FILE.json]
+    python benchmarks/run_costs.py [PART…] [--pairs 80] [--out FILE.json]
 
 PART is ``steps``, ``saves`` or ``conversions``; by default all are measured.
 
@@ -264,10 +264,10 @@ def measure_conversions(folder: Path, pairs: int) -> Figures:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--pairs", type=int, default=15, help="of steps; a third of the others")
+    parser.add_argument("--pairs", type=int, default=80, help="of steps; a sixteenth of the others")
     parser.add_argument("--out", type=Path, help="also write the figures there")
     options = parser.parse_args()
-    parts, few = options.parts or PARTS, max(options.pairs // 3, 1)
+    parts, few = options.parts or PARTS, max(options.pairs // 16, 1)
     kept = options.out is not None and options.out.exists()
     figures: Figures = json.loads(options.out.read_text()) if kept else {}
 
