@@ -81,7 +81,7 @@ def read_windows(reader: Reader, style: str, usual: tuple[bool, ...]) -> Windows
     elif style != "none":
         # Version 5 writes 0 here for qwen2_moe without a window, so the number is ignored.
         reader.value("sliding_window")
-    types = _layer_types(reader, layers)
+    types = reader.layer_kinds("layer_types", LAYER_TYPES, layers)
     if style in ("none", "uniform", "switched"):
         # transformers ignores the list for these families; other runtimes do not.
         if types is not None and types != (window is not None,) * layers:
@@ -139,24 +139,6 @@ def write_windows(windows: Windows, style: str, usual: object = None) -> dict[st
     full = [layer for layer, window in enumerate(windows) if window is None]
     keys["max_window_layers"] = full[-1] + 1 if full else 0
     return {**keys, "layer_types": names}
-
-
-def _layer_types(reader: Reader, layers: int) -> tuple[bool, ...] | None:
-    if reader.value("layer_types") is None:
-        return None
-    names = reader.items("layer_types")
-    if "layer_types" in reader.bad:
-        return None
-    if not all(isinstance(name, str) and name in LAYER_TYPES for name in names):
-        expected = "full_attention or sliding_attention for each layer"
-        reader.refuse("layer_types", "unknown kind of layer", expected=expected)
-        return None
-    if len(names) != layers:
-        fault = f"{len(names)} entries for {layers} layers"
-        if "num_hidden_layers" not in reader.bad:
-            reader.refuse("layer_types", fault, expected=f"{layers} entries")
-        return None
-    return tuple(LAYER_TYPES[str(name)] for name in names)
 
 
 DEFAULTS: Mapping[str, object] = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from moecc.families.config import EngineReading, TensorNames, config_class
 from moecc.families.decoder import LatentAttention
-from moecc.families.mixture import MOE_DEFAULTS, MoeConfig
+from moecc.families.mixture import MOE_DEFAULTS, UNEXAMINED, MoeConfig
 from moecc.families.reader import COUNT, NEURONS, KeyProblem, Reader, key_problem
 from moecc.families.rope import ROPE_KEYS, read_rope, yarn_mscale
 from moecc.support.untyped import JsonDict
@@ -22,8 +22,6 @@ NO_LATENT = (
     "one rotary key serves all heads of its attention (MLA), and keys and values are products of a "
     "vector that is normalised once more, which no model of another family has"
 )
-NOT_EXAMINED = ("vLLM", "SGLang", "llama.cpp", "mlx-lm")
-UNEXAMINED = {name: EngineReading(never="not examined with this family") for name in NOT_EXAMINED}
 NO_LAYERS = {"num_nextn_predict_layers": 0, "num_mtp_layers": 0}
 """The keys that count layers which predict further tokens; no graph has any."""
 

@@ -248,7 +248,7 @@ class GptNeoXConfig(GptConfig):
         head_dim = max(values["hidden_size"] // values["num_attention_heads"], 1)
         rotated = read_partial_rotary(reader, head_dim, "rotary_pct", 0.25)
         # transformers takes no other key than this one outside the rope parameters.
-        data = {key: value for key, value in reader.data.items() if key != "rope_theta"}
+        data = dict(reader.without("rope_theta").data)
         if reader.has("rotary_emb_base"):
             data["rope_theta"] = reader.data["rotary_emb_base"]
         length = values["max_position_embeddings"]

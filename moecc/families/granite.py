@@ -105,9 +105,7 @@ class GraniteHybridConfig(_FactorsConfig):
         if not kinds or not set(map(str, kinds)) <= ATTENTION:
             fault = "layers of Mamba are not supported here, but by --via torch"
             reader.refuse(LAYER_TYPES, fault, expected=f"{' or '.join(sorted(ATTENTION))}")
-        reader.used.add(LAYER_TYPES)
-        data = {key: value for key, value in reader.data.items() if key != LAYER_TYPES}
-        return super()._read(reader.with_data(data))
+        return super()._read(reader.without(LAYER_TYPES))
 
     @classmethod
     def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:

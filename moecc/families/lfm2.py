@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moecc.families.config import EngineReading, ModelConfig, TensorNames, config_class
 from moecc.families.decoder import DEFAULTS, DecoderConfig
-from moecc.families.mixture import MoeConfig
+from moecc.families.mixture import UNEXAMINED, MoeConfig
 from moecc.families.reader import LAYERS, NEURONS, KeyProblem, Reader, key_problem, shown
 from moecc.support.untyped import JsonDict
 
@@ -21,7 +21,6 @@ ADJUST, MULTIPLIER, MULTIPLE = (
     *("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of"),
 )
 FLOORED = "a factor s / (s + 1e-06) on what experts add, s the sum of the chosen sigmoids"
-NOT_EXAMINED = ("vLLM", "SGLang", "llama.cpp", "mlx-lm")
 IS_CONVOLUTION = {"conv": True, "full_attention": False}
 MOST_TAPS = 64
 """More taps than any published model has: each is a product of its own."""
@@ -80,12 +79,11 @@ class _ConvolvedConfig(DecoderConfig):
             reader.refuse("theta", fault, expected=f"{stated}, as in rope_theta")
         if data.get("head_dim", 1) is None:
             reader.refuse("head_dim", "transformers rejects null here", expected="a size")
-        kinds = cls._read_kinds(reader.with_data(data))
-        data.pop(LAYER_TYPES, None)
-        values = super()._read(reader.with_data(data))
+        reader = reader.with_data(data)
+        kinds = cls._read_kinds(reader)
+        values = super()._read(reader.without(LAYER_TYPES))
         taps = reader.size(TAPS, MOST_TAPS)
-        if len(kinds) == values["num_hidden_layers"]:
-            values["conv_taps"] = tuple(taps * is_convolution for is_convolution in kinds)
+        values["conv_taps"] = tuple(taps * is_convolution for is_convolution in kinds)
         if not any(kinds):
             values |= {"conv_taps": None, "conv_bias": False}
         return values
@@ -93,13 +91,12 @@ class _ConvolvedConfig(DecoderConfig):
     @classmethod
     def _read_kinds(cls, reader: Reader) -> tuple[bool, ...]:
         """Return for each layer whether it convolves."""
-        kinds, layers = reader.items(LAYER_TYPES), reader.value("num_hidden_layers")
-        if not all(isinstance(kind, str) and kind in IS_CONVOLUTION for kind in kinds):
-            reader.refuse(LAYER_TYPES, "unknown kind of layer", expected="conv or full_attention")
-        elif len(kinds) != layers:
-            fault = f"{len(kinds)} entries for {layers} layers"
-            reader.refuse(LAYER_TYPES, fault, expected="an entry for each layer")
-        return tuple(IS_CONVOLUTION.get(str(kind), False) for kind in kinds)
+        layers = reader.size("num_hidden_layers", LAYERS)
+        kinds = reader.layer_kinds(LAYER_TYPES, IS_CONVOLUTION, layers)
+        if reader.value(LAYER_TYPES) is None:
+            expected = f"{' or '.join(IS_CONVOLUTION)} for each layer"
+            reader.refuse(LAYER_TYPES, "no kinds of layers", expected=expected)
+        return kinds or (False,) * layers
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
@@ -181,10 +178,7 @@ class Lfm2MoeConfig(_ConvolvedConfig, MoeConfig):
         down="w2",
         routing_bias="expert_bias",
     )
-    engines = {
-        "transformers 5": EngineReading(),
-        **{name: EngineReading(never="not examined with this family") for name in NOT_EXAMINED},
-    }
+    engines = {"transformers 5": EngineReading(), **UNEXAMINED}
     defaults = {
         **LFM2_DEFAULTS,
         "hidden_size": 2048,

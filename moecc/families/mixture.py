@@ -162,6 +162,12 @@ MOST_SHARED = 1 << 10
 """The largest number of shared experts."""
 
 TRANSFORMERS = {"transformers 5": EngineReading(), "transformers 4": EngineReading()}
+"""How the two versions read a family without further conditions."""
+
+UNEXAMINED = dict.fromkeys(
+    ("vLLM", "SGLang", "llama.cpp", "mlx-lm"), EngineReading(never="not examined with this family")
+)
+"""How moecc takes the other engines to read a family that was not tried in them."""
 
 GATES: Mapping[tuple[str, bool], Gates] = {
     ("softmax", True): "renormalised",

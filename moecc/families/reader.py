@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from moecc.errors import Problem, nearest, printable
 
@@ -18,6 +19,8 @@ from moecc.errors import Problem, nearest, printable
 # otherwise be found only when memory runs out.
 LAYERS, COUNT, WIDTH, NEURONS = 10_000, 1 << 16, 1 << 20, 1 << 24
 VOCABULARY, LENGTH = 1 << 26, 1 << 40
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,10 @@ class Reader:
         reader = Reader(data, self.defaults, self.where)
         reader.problems, reader.bad, reader.used = self.problems, self.bad, self.used
         return reader
+
+    def without(self, *keys: str) -> Reader:
+        """Return a reader of the object without `keys`, as `with_data` does."""
+        return self.with_data({k: value for k, value in self.data.items() if k not in keys})
 
     def has(self, key: str) -> bool:
         """Return whether the object states `key`, even as null."""
@@ -140,6 +147,26 @@ class Reader:
         if len(layers) < len(items):
             self.refuse(key, "not a list of layer numbers", expected="whole numbers")
         return layers
+
+    def layer_kinds(
+        self, key: str, kinds: Mapping[str, Kind], layers: int
+    ) -> tuple[Kind, ...] | None:
+        """Return for each layer what `kinds` says of its name in a list, or None for null.
+
+        None also stands for a list that is refused.
+        """
+        names = self.items(key)
+        if self.value(key) is None or key in self.bad:
+            return None
+        if not all(isinstance(name, str) and name in kinds for name in names):
+            expected = f"{' or '.join(kinds)} for each layer"
+            self.refuse(key, "unknown kind of layer", expected=expected)
+        elif len(names) == layers:
+            return tuple(kinds[str(name)] for name in names)
+        elif "num_hidden_layers" not in self.bad:
+            fault = f"{len(names)} entries for {layers} layers"
+            self.refuse(key, fault, expected=f"{layers} entries")
+        return None
 
     def flag(self, key: str) -> bool:
         """Return a boolean."""

@@ -4,7 +4,7 @@
 from moecc.prove import lemmas as lemmas  # isort: skip
 from moecc.prove import sums as sums  # isort: skip
 from moecc.prove import shards as shards  # isort: skip
-from moecc.prove.evidence import evidence as evidence
 from moecc.prove.prover import Prover as Prover
 from moecc.prove.prover import Verdict as Verdict
+from moecc.prove.prover import evidence as evidence
 from moecc.prove.prover import prove as prove

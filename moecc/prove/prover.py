@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -28,6 +28,7 @@ from moecc.prove.parts import ASSUMPTIONS as PART_ASSUMPTIONS
 from moecc.prove.parts import part_count, prove_part
 from moecc.prove.rules import Lemmas
 from moecc.prove.stopped import without_frozen_gradients
+from moecc.rewrite.passes import Pass
 from moecc.support.process import gc_paused
 from moecc.support.untyped import JsonDict
 from moecc.terms.tensor import Tensor
@@ -384,3 +385,37 @@ def _layout(type: TensorType) -> str:
     sizes = (a.size.kind if isinstance(a.size, Extent) else a.size for a in type.axes)
     axes = ", ".join(f"{a.name}={s}" for a, s in zip(type.axes, sizes, strict=True))
     return f"{type.dtype}[{axes}]"
+
+
+Evidence = Literal["proved", "sampled", "none"]
+"""The evidence for a promise: a proof for all inputs, drawn data, or nothing."""
+
+
+def evidence(item: Pass, graph: Graph, seeds: Sequence[int] = (0,)) -> Evidence:
+    """Prove that the pass preserves the function as it promises, or check it on drawn data.
+
+    Args:
+      item: the pass.
+      graph: stays as it is.
+      seeds: of the drawn data.
+
+    Returns:
+      ``proved`` for all inputs, weights and open sizes; ``sampled`` where no proof was found and
+      the outputs agree on drawn data; ``none`` for an ``approximate``
+      pass, which promises nothing of that kind.
+
+    Raises:
+      AssertionError: the outputs differ on drawn data.
+    """
+    from moecc.testing.laws import applied, check_preserves
+
+    after, result = applied(item, graph)
+    promise = result.preserves or item.preserves
+    if promise.kind == "approximate":
+        return "none"
+    outputs = graph.outputs.keys()
+    prover = Prover(exact=promise.kind == "exact")
+    if prover.prove(graph, after, outputs=outputs, refute=False):
+        return "proved"
+    check_preserves(item, graph, seeds)
+    return "sampled"

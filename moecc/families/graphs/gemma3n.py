@@ -7,7 +7,7 @@ from functools import partial
 from math import sqrt
 from statistics import NormalDist
 
-from moecc.families.gemma3n import Gemma3nTextConfig
+from moecc.families.gemma4 import Gemma3nTextConfig
 from moecc.families.graphs.decoder import Activation, activated
 from moecc.families.graphs.gemma4 import LayerInputsBlocks, LayerTables
 from moecc.families.graphs.parameters import GraphRequest, Parameters

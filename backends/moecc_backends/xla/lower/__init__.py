@@ -5,7 +5,6 @@ from moecc_backends.xla.lower import (  # noqa: F401
     collectives,
     contract,
     elementwise,
-    recurrence,
     routing,
     scan,
 )
