@@ -6,9 +6,16 @@ the checkout, and of its dependencies only ml_dtypes is needed):
     python tests/golden/make_golden.py write            # the cases of that major version
     python tests/golden/make_golden.py compare          # adds how far this version agrees
 
+A case is a folder with a config.json and an entry of `manifest.json`, which says why it is there.
+For a new one write the keys that matter into its config.json, and ``{"why": …}`` into the manifest;
+`write` adds the defaults of transformers.  Sizes are chosen so that a wrong reading shows: periods
+short enough that every rotary scaling changes the first 16 positions, windows shorter than the
+sequence, heads that do not fill the width, and in the `square` cases equal sizes for axes that must
+not be confused.
+
 The golden files were made by `write` under transformers 5.24.0, then `write` under 4.57.6 for the
 cases in the spelling of version 4, then `compare` under both.  Everything is a function of the
-case's name and keys: the same versions write the same bytes.
+case's name and config: the same versions write the same bytes.
 
 What `logits.npy` (of an encoder alone, `hidden.npy`) holds: the model is read back from disk and
 evaluated with its weights in float64, and with every float32 that transformers' code asks for on
@@ -26,6 +33,8 @@ import json
 import platform
 import shutil
 import sys
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +54,14 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from cases import CASES, Case  # noqa: E402
-
+from moecc.families.bert import BertConfig  # noqa: E402
+from moecc.families.config import ModelConfig  # noqa: E402
+from moecc.families.encdec import EncDecConfig  # noqa: E402
 from moecc.families.registry import CONFIGS, parse_config  # noqa: E402
 from moecc.families.t5 import T5Config  # noqa: E402
+from moecc.families.vision import VisionConfig  # noqa: E402
+from moecc.families.wav2vec2 import AudioConfig  # noqa: E402
+from moecc.families.whisper import TwoStackConfig, WhisperConfig  # noqa: E402
 
 Inputs = dict[str, np.ndarray[Any, Any]]
 
@@ -59,6 +72,65 @@ TOKENS_SHAPE = (2, 16)
 # Below this distance between the last chosen and the first other router logit, rounding could
 # choose another expert, and the golden value would say nothing about the arithmetic.
 SMALLEST_ROUTER_GAP = 5e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint: its name, and what the manifest states of it."""
+
+    name: str
+    entry: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return HERE / self.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The keys of config.json, in the spelling of the version that wrote it."""
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        if issubclass(CONFIGS[config["model_type"]], T5Config) and self._has_head():
+            # As version 5 writes a config, it says that the matrices are tied; see T5Config.
+            config["tie_word_embeddings"] = False
+        return config
+
+    def _has_head(self) -> bool:
+        files = (safetensors.safe_open(p, "np") for p in self.folder.glob("*.safetensors"))
+        return any("lm_head.weight" in file.keys() for file in files)  # noqa: SIM118
+
+    @property
+    def family(self) -> str:
+        """The name of the family."""
+        return str(self.config["model_type"])
+
+    @property
+    def typed(self) -> type[ModelConfig]:
+        """The class of config of the family."""
+        return CONFIGS[self.family]
+
+    @property
+    def is_of_this_version(self) -> bool:
+        """Whether the running major version writes it; a new case is any version's."""
+        return str(self.entry.get("written_by", VERSION)).startswith(f"transformers {MAJOR}.")
+
+    @property
+    def output(self) -> str:
+        """What the model returns: ``logits``, or of an encoder alone its ``hidden`` states."""
+        alone = issubclass(self.typed, BertConfig | VisionConfig | AudioConfig)
+        return "hidden" if alone else "logits"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model is an encoder-decoder, with tokens for the decoder."""
+        return issubclass(self.typed, EncDecConfig | TwoStackConfig)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the model's inputs."""
+        shapes = {VisionConfig: "pixels", WhisperConfig: "features", AudioConfig: "audio"}
+        name = next((n for shape, n in shapes.items() if issubclass(self.typed, shape)), "tokens")
+        return (name, "decoder_tokens") if self.decodes else (name,)
 
 
 class DoublePrecision(TorchFunctionMode):
@@ -79,66 +151,63 @@ def write(names: list[str]) -> None:
     """Write the folders of the cases that belong to the running version."""
     manifest = _read_manifest()
     manifest["versions"][VERSION] = _versions()
-    for name in names:
-        if CASES[name].major == MAJOR:
-            manifest["cases"][name] = _write_case(name, CASES[name])
-            print(name, manifest["cases"][name]["smallest_router_gap"])
+    for case in _cases(manifest, names):
+        if case.is_of_this_version:
+            manifest["cases"][case.name] = _write_case(case)
+            print(case.name, manifest["cases"][case.name]["smallest_router_gap"])
     _write_manifest(manifest)
 
 
 def compare(names: list[str]) -> None:
     """Record how far the running version is from the golden logits."""
     manifest = _read_manifest()
-    for name in names:
-        if CASES[name].not_in_4 and MAJOR == 4:
+    for case in _cases(manifest, names):
+        if case.entry.get("not_in_4") and MAJOR == 4:
             continue
-        golden = np.load(HERE / name / f"{CASES[name].output}.npy")
-        entry = manifest["cases"][name].setdefault("differences", {})
-        entry[VERSION] = {key: _shown(found) for key, found in _differences(name, golden).items()}
-        print(name, entry[VERSION])
+        entry = case.entry.setdefault("differences", {})
+        entry[VERSION] = {key: _shown(found) for key, found in _differences(case).items()}
+        print(case.name, entry[VERSION])
     manifest["versions"][VERSION] = _versions()
     _write_manifest(manifest)
 
 
-def _write_case(name: str, case: Case) -> dict[str, Any]:
-    folder = HERE / name
-    tokens = _inputs(name, case)
+def _cases(manifest: dict[str, Any], names: list[str]) -> list[Case]:
+    return [Case(name, manifest["cases"][name]) for name in names or manifest["cases"]]
+
+
+def _write_case(case: Case) -> dict[str, Any]:
+    folder, tokens = case.folder, {key: _input(case, key) for key in case.inputs}
     for attempt in range(200):
         shutil.rmtree(folder, ignore_errors=True)
-        _save(folder, case, f"{name}/{attempt}")
-        logits, gap = _double_logits(_load(folder, case), case, tokens)
+        _save(case, f"{case.name}/{attempt}")
+        logits, gap = _double_logits(_load(case), case, tokens)
         if gap is None or gap > SMALLEST_ROUTER_GAP:
             break
     else:
-        raise SystemExit(f"{name}: every attempt has a token near a tie between experts")
+        raise SystemExit(f"{case.name}: every attempt has a token near a tie between experts")
     for key, array in tokens.items():
         np.save(folder / f"{key}.npy", array)
     np.save(folder / f"{case.output}.npy", logits.astype(np.float32))
     return {
         "family": case.family,
-        "why": case.why,
+        "why": case.entry["why"],
         "written_by": VERSION,
-        **({"not_in_4": True} if case.not_in_4 else {}),
+        **{key: case.entry[key] for key in ("not_in_4", "shard_bytes") if key in case.entry},
         "attempt": attempt,
         "smallest_router_gap": None if gap is None else f"{gap:.1e}",
         "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
     }
 
 
-def _inputs(name: str, case: Case) -> Inputs:
+def _input(case: Case, key: str) -> np.ndarray[Any, Any]:
     """Return token ids, images or spectrograms; a decoder's tokens are fewer than the encoder's."""
-    return {key: _input(name, case, key) for key in case.inputs}
-
-
-def _input(name: str, case: Case, key: str) -> np.ndarray[Any, Any]:
-    config, drawn = case.config(), _generator(name, key)
+    config, drawn = case.config, _generator(case.name, key)
     if key == "pixels":
         size = config["image_size"]
         sides = size if isinstance(size, list) else [size, size]
         return drawn.standard_normal((2, config.get("num_channels", 3), *sides), np.float32)
     if key == "audio":
-        typed = parse_config({"model_type": case.family, **config})
-        return drawn.standard_normal((2, typed.samples), np.float32)
+        return drawn.standard_normal((2, parse_config(config).samples), np.float32)
     if key == "features":
         frames = 2 * config["max_source_positions"]
         return drawn.standard_normal((2, config["num_mel_bins"], frames), np.float32)
@@ -152,31 +221,27 @@ def _input(name: str, case: Case, key: str) -> np.ndarray[Any, Any]:
     return tokens
 
 
-def _saved_inputs(name: str) -> Inputs:
-    return {key: np.load(HERE / name / f"{key}.npy") for key in CASES[name].inputs}
-
-
 def _auto(case: Case) -> Any:
     if case.decodes:
         return AutoModelForSpeechSeq2Seq if "features" in case.inputs else AutoModelForSeq2SeqLM
     return AutoModel if case.output == "hidden" else AutoModelForCausalLM
 
 
-def _save(folder: Path, case: Case, key: str) -> None:
-    config = AutoConfig.for_model(case.family, **json.loads(json.dumps(case.config())))
-    model = _auto(case).from_config(config)
-    if (
-        case.config().get("tie_word_embeddings") is False
-        and issubclass(CONFIGS[case.family], T5Config)
-        and MAJOR > 4
-    ):
+def _save(case: Case, key: str) -> None:
+    # Parameters are rounded once, to the type of the file, from what is drawn.
+    stated = ("dtype", "torch_dtype", "model_type", "architectures", "transformers_version")
+    keys = {name: value for name, value in case.config.items() if name not in stated}
+    model = _auto(case).from_config(AutoConfig.for_model(case.family, **keys))
+    is_t5 = issubclass(case.typed, T5Config)
+    if is_t5 and case.config.get("tie_word_embeddings") is False and MAJOR > 4:
         # Version 5 always ties in memory, and gives the output matrix back when it is in the file.
         model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
     with torch.no_grad():
         for name, parameter in sorted([*model.named_parameters(), *_stored_buffers(model)]):
             parameter.copy_(torch.from_numpy(_values(key, name, tuple(parameter.shape))))
-    model.to(getattr(torch, case.dtype))
-    model.save_pretrained(folder, max_shard_size=case.shard_bytes or "1GB")
+    dtype = case.config.get("dtype") or case.config.get("torch_dtype") or "float32"
+    model.to(getattr(torch, dtype))
+    model.save_pretrained(case.folder, max_shard_size=case.entry.get("shard_bytes", "1GB"))
 
 
 def _stored_buffers(model: Any) -> list[tuple[str, Any]]:
@@ -211,9 +276,9 @@ def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]
     return gain * drawn / np.sqrt(shape[-1])
 
 
-def _load(source: Path, case: Case, config: Any = None) -> Any:
+def _load(case: Case, config: Any = None) -> Any:
     model, report = _auto(case).from_pretrained(
-        source,
+        case.folder,
         config=config,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -228,7 +293,7 @@ def _load(source: Path, case: Case, config: Any = None) -> Any:
         if (kept := [name for name in found if "relative_position_index" not in str(name)])
     }
     if wrong:
-        raise SystemExit(f"{source}: {wrong}")
+        raise SystemExit(f"{case.folder}: {wrong}")
     return model.eval()
 
 
@@ -350,49 +415,38 @@ def _widen_rotary(model: Any) -> None:
             module.rotary_emb_local = type(module.rotary_emb_local)(config=local)
 
 
-def _differences(name: str, golden: np.ndarray[Any, Any]) -> dict[str, float]:
+def _differences(case: Case) -> dict[str, float]:
     """Compare with the config that moecc writes, and with the folder's own config."""
-    folder, case = HERE / name, CASES[name]
-    tokens, config = _saved_inputs(name), _config(name)
+    tokens = {key: np.load(case.folder / f"{key}.npy") for key in case.inputs}
+    golden, config = np.load(case.folder / f"{case.output}.npy"), _config(case)
     with torch.no_grad():
-        single = _run(_load(folder, case, config), case, tokens)
+        single = _run(_load(case, config), case, tokens)
     found = {
-        "float64": _double_logits(_load(folder, case, config), case, tokens)[0],
+        "float64": _double_logits(_load(case, config), case, tokens)[0],
         "float32": single.numpy(),
-        "float64, config.json as it is": _as_it_is(folder, case, tokens),
+        "float64, config.json as it is": _as_it_is(case, tokens),
     }
     largest = np.abs(golden).max()
     return {key: float(np.abs(logits - golden).max() / largest) for key, logits in found.items()}
 
 
-def _config(name: str) -> Any:
+def _config(case: Case) -> Any:
     """Return the config of a case as moecc spells it, which both versions understand."""
-    stated = json.loads((HERE / name / "config.json").read_text())
-    if issubclass(CONFIGS[CASES[name].family], T5Config) and "lm_head.weight" in _tensor_names(
-        HERE / name
-    ):
-        # As version 5 writes a config, it says that the matrices are tied; see T5Config.
-        stated["tie_word_embeddings"] = False
-    written = parse_config(stated).to_json()
-    if CASES[name].family == "dinov2":
+    written = parse_config(case.config).to_json()
+    if case.family == "dinov2":
         # moecc writes no token of masked patches, which are no part of the graph.
         written["use_mask_token"] = True
-    if CASES[name].family == "siglip_vision_model":
+    if case.family == "siglip_vision_model":
         # Nor the head that pools by attention.
-        written["vision_use_head"] = stated.get("vision_use_head", True)
+        written["vision_use_head"] = case.config.get("vision_use_head", True)
     return AutoConfig.for_model(**written)
 
 
-def _tensor_names(folder: Path) -> set[str]:
-    paths = folder.glob("*.safetensors")
-    return {name for path in paths for name in safetensors.safe_open(path, "np").keys()}  # noqa: SIM118
-
-
-def _as_it_is(folder: Path, case: Case, tokens: Inputs) -> np.ndarray[Any, Any]:
+def _as_it_is(case: Case, tokens: Inputs) -> np.ndarray[Any, Any]:
     try:
-        return _double_logits(_load(folder, case), case, tokens)[0]
+        return _double_logits(_load(case), case, tokens)[0]
     except (SystemExit, RuntimeError, ValueError) as error:
-        print(f"{folder.name}: {str(error)[:300]}")
+        print(f"{case.name}: {str(error)[:300]}")
         return np.full((), np.inf)
 
 
@@ -426,9 +480,6 @@ def _read_manifest() -> dict[str, Any]:
 
 
 def _write_manifest(manifest: dict[str, Any]) -> None:
-    manifest["cases"] = {
-        name: manifest["cases"][name] for name in CASES if name in manifest["cases"]
-    }
     MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -436,7 +487,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description="Make or compare golden checkpoints.")
     parser.add_argument("action", choices=["write", "compare"])
-    parser.add_argument("names", nargs="*", default=list(CASES), help="cases; default: all")
+    parser.add_argument("names", nargs="*", help="cases; default: all")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True)
