@@ -100,6 +100,7 @@ API: dict[str, tuple[Call, type[MoeccError], str]] = {
     "a step that is missing": (lambda m: moecc.load_step("nowhere.bin"), InputError, "nowhere.bin"),
     "a preset that is missing": (lambda m: moecc.open("preset:smolm"), UsageError, "unknown pre"),
     "half a name of the hub": (lambda m: moecc.open("hf:x"), UsageError, "hf://ORG/NAME"),
+    "a query for a revision": (lambda m: moecc.open("hf:a/b?c=d"), UsageError, "NAME@REVISION"),
     "a step of what is no run": (lambda m: moecc.open("dense@best"), InputError, "no such file"),
     "weights of a folder": (
         lambda m: moecc.open(DENSE, weights=DENSE), UsageError, "goes with a .moe file",

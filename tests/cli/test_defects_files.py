@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -121,37 +120,6 @@ def test_token_ids_out_of_range_are_reported(moecc, dense, tmp_path, edit_config
         assert "generation_config.json: pad_token_id -1" in text
         assert "tokenizer.json: the token 40 has no row in the embedding of 37 rows" in text
     assert any("bos_token_id" in note for note in load(tmp_path / "out").notes)
-
-
-def test_eight_bit_weights_without_scales_are_reported(moecc, dense, edit_tensors):
-    name = "model.layers.0.mlp.up_proj.weight"
-    path = dense / "model.safetensors"
-    header, data = _read(path)
-    begin, end = header[name]["data_offsets"]
-    whole = np.frombuffer(data[begin:end], np.float32).astype(ml_dtypes.float8_e4m3fn).tobytes()
-    others = {n: data[slice(*e["data_offsets"])] for n, e in header.items() if n != "__metadata__"}
-    _write(path, header, {**others, name: whole}, {name: "F8_E4M3"})
-    done = moecc("inspect", dense)
-    assert done.code == 0, done.err
-    assert f"8-bit weights without scales, read as they are: {name}" in done.out
-
-
-def _read(path: Path) -> tuple[dict, bytes]:
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + size]), raw[8 + size :]
-
-
-def _write(path: Path, header: dict, data: dict[str, bytes], types: dict[str, str]) -> None:
-    at, made = 0, {}
-    for name, content in data.items():
-        made[name] = {
-            "dtype": types.get(name, header[name]["dtype"]), "shape": header[name]["shape"],
-            "data_offsets": [at, at + len(content)],
-        }  # fmt: skip
-        at += len(content)
-    text = json.dumps(made).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data.values()))
 
 
 @pytest.mark.parametrize(

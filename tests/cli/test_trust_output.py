@@ -47,14 +47,6 @@ def test_every_file_is_synchronised_before_the_rename_and_the_folder_after(
     assert ("fsync", str(tmp_path)) in events[renamed:]
 
 
-def test_many_shards_need_few_open_files(dense, tmp_path):
-    command = [sys.executable, "-m", "moecc", "convert", str(dense), str(tmp_path / "out"), *PASSES]
-    limited = ["sh", "-c", 'ulimit -n 48; exec "$@"', "sh", *command, "--max-shard-bytes", "1"]
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 100
-
-
 def stopped_midway(dense: Path, out: Path, number: int) -> subprocess.Popen[str]:
     """Start a conversion, and signal it while its temporary folder has weights."""
     code = (

@@ -100,37 +100,7 @@ def make_model(folder: Path) -> None:
     save_file(kept, folder / ONE, metadata={"format": "pt"})
 
 
-# --- each returns a case: spoil, then open
-
-
-def weights(content: bytes) -> Act:
-    """Put other bytes in the place of the weights."""
-
-    def act(place: Spoilt) -> None:
-        (place.model / ONE).write_bytes(content)
-        place.open()
-
-    return act
-
-
-def header(edit: Callable[[dict[str, Any], bytearray], object]) -> Act:
-    """Edit the header as a JSON object, and the data after it."""
-
-    def act(place: Spoilt) -> None:
-        path = place.model / ONE
-        raw = path.read_bytes()
-        size = int.from_bytes(raw[:8], "little")
-        entries, data = json.loads(raw[8 : 8 + size]), bytearray(raw[8 + size :])
-        edit(entries, data)
-        path.write_bytes(framed(json.dumps(entries).encode(), bytes(data)))
-        place.open()
-
-    return act
-
-
-def entry(**changes: Any) -> Act:
-    """Change fields of the entry of one tensor."""
-    return header(lambda entries, data: entries[DOWN].update(changes))
+# --- each returns a case
 
 
 def framed(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
@@ -138,109 +108,36 @@ def framed(header: bytes, data: bytes = b"", length: int | None = None) -> bytes
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-def config(**changes: Any) -> Act:
-    """Change keys of config.json; None removes one."""
-
-    def act(place: Spoilt) -> None:
-        found = {**place.config(), **changes}
-        text = json.dumps({k: v for k, v in found.items() if v is not None})
-        (place.model / "config.json").write_text(text)
-        place.open()
-
-    return act
+def opening(edit: Callable[[Spoilt], object]) -> Act:
+    """Edit the folder, then open the model."""
+    return lambda place: (edit(place), place.open())
 
 
-def other_file(name: str, content: str | bytes) -> Act:
-    """Write a file into the folder of the model."""
-
-    def act(place: Spoilt) -> None:
-        data = content if isinstance(content, bytes) else content.encode()
-        (place.model / name).write_bytes(data)
-        place.open()
-
-    return act
+def _edited(place: Spoilt, edit: Callable[[dict[str, np.ndarray]], object]) -> None:
+    arrays = place.tensors()
+    edit(arrays)
+    place.save(arrays)
 
 
 def tensors(edit: Callable[[dict[str, np.ndarray]], object]) -> Act:
     """Edit the tensors, then open the model."""
-
-    def act(place: Spoilt) -> None:
-        found = place.tensors()
-        edit(found)
-        place.save(found)
-        place.open()
-
-    return act
+    return opening(lambda place: _edited(place, edit))
 
 
-def tensors_converted(edit: Callable[[dict[str, np.ndarray]], object], **more: Any) -> Act:
+def converting(edit: Callable[[dict[str, np.ndarray]], object]) -> Act:
     """Edit the tensors, then convert the model."""
-
-    def act(place: Spoilt) -> None:
-        found = place.tensors()
-        edit(found)
-        place.save(found)
-        place.convert(**more)
-
-    return act
-
-
-def index(edit: Callable[[dict[str, Any]], object]) -> Act:
-    """Split the weights, and edit the index."""
-
-    def act(place: Spoilt) -> None:
-        found = place.shard()
-        edit(found)
-        (place.model / INDEX).write_text(json.dumps(found))
-        place.open()
-
-    return act
-
-
-def index_text(text: str) -> Act:
-    """Split the weights, and write another text as the index."""
-
-    def act(place: Spoilt) -> None:
-        place.shard()
-        (place.model / INDEX).write_text(text)
-        place.open()
-
-    return act
-
-
-def sharded(edit: Callable[[Spoilt], object]) -> Act:
-    """Split the weights, and edit the folder."""
-
-    def act(place: Spoilt) -> None:
-        (place.model / INDEX).write_text(json.dumps(place.shard()))
-        edit(place)
-        place.open()
-
-    return act
-
-
-def folder(edit: Callable[[Path], object]) -> Act:
-    """Edit the folder of the model, then open it."""
-
-    def act(place: Spoilt) -> None:
-        edit(place.model)
-        place.open()
-
-    return act
+    return lambda place: (_edited(place, edit), place.convert())
 
 
 def names(*created: str) -> Act:
     """Leave nothing but config.json and files of these names."""
 
-    def act(place: Spoilt) -> None:
+    def edit(place: Spoilt) -> None:
         (place.model / ONE).unlink()
         for name in created:
-            path = place.model / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"{}")
-        place.open()
+            (place.model / name).write_bytes(b"{}")
 
-    return act
+    return opening(edit)
 
 
 def gguf(make: Callable[[GgufBuilder], object], **counts: int) -> Act:
@@ -252,11 +149,6 @@ def gguf(make: Callable[[GgufBuilder], object], **counts: int) -> Act:
         place.open(builder.write(place.root / "model.gguf", **counts))
 
     return act
-
-
-def pipeline(text: str, **more: Any) -> Act:
-    """Convert by this pipeline."""
-    return lambda place: place.convert(text, **more)
 
 
 def recipe(text: str | bytes) -> Act:
@@ -272,14 +164,14 @@ def recipe(text: str | bytes) -> Act:
     return act
 
 
-def reader(edit: Callable[[Any, Spoilt], object]) -> Act:
+def reader(edit: Callable[[Spoilt], object]) -> Act:
     """Open the folder, do something to it, then read a tensor."""
 
     def act(place: Spoilt) -> None:
         from moecc.formats.folder import open_folder
 
         with open_folder(place.model) as opened:
-            edit(opened, place)
+            edit(place)
             opened.read(DOWN)
 
     return act
@@ -305,38 +197,16 @@ def failing(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-def said(find: Callable[[Spoilt], list[str]]) -> Act:
-    """Raise what is said about a case that is allowed: exit code 0, and these lines."""
-
-    def act(place: Spoilt) -> None:
-        raise Allowed("\n".join(find(place)))
-
-    return act
-
-
 class Allowed(Exception):
     """A case that is no error, and what moecc says of it."""
-
-
-def warned(name: str, document: object) -> Act:
-    """Write a JSON file beside the weights, and say what the model warns of."""
-
-    def find(place: Spoilt) -> list[str]:
-        from moecc.model.open import open_model
-
-        (place.model / name).write_text(json.dumps(document))
-        with open_model(str(place.model)) as model:
-            return model.warnings
-
-    return said(find)
 
 
 def advised(text: str) -> Act:
     """Say what a pipeline warns of."""
 
-    def find(place: Spoilt) -> list[str]:
+    def act(place: Spoilt) -> None:
         from moecc.rewrite.pipeline import Pipeline
 
-        return [str(problem) for problem in Pipeline.parse(text).warnings()]
+        raise Allowed("\n".join(str(problem) for problem in Pipeline.parse(text).warnings()))
 
-    return said(find)
+    return act
