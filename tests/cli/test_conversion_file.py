@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 
 import pytest
 
@@ -11,9 +10,8 @@ from moecc.errors import InputError
 from moecc.jobs.conversion_file import read_conversion_file
 from tests.train.tiny import draw_weights, make_model
 
-from .conftest import GOLDEN, Done
+from .conftest import GOLDEN
 
-Moecc = Callable[..., Done]
 SOURCE = GOLDEN / "llama_gqa"
 MIXED = """
 base_model: {0}

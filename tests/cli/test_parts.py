@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,8 @@ from moecc.formats.output import claimed
 
 from ..kill.disks import CountingDisk, KillingDisk  # noqa: TID252
 from ..kill.rig import in_child  # noqa: TID252
-from .conftest import GOLDEN, Done
+from .conftest import GOLDEN
 
-Moecc = Callable[..., Done]
 PASSES = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral", "--no-check", "--allow-nonfinite",
           "--max-shard-bytes", "8000")  # fmt: skip
 N = 5

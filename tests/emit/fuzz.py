@@ -76,7 +76,6 @@ PARTS = (
 VALUES = ("h", "l", "t", "r", "u", "n", "wide", "act", "down", "sum", "m", "out")
 MODULES = ("first", "embed", "before", "turn", "left", "right", "mlp", "raise", "lower", "gain")
 AXES = ("wide", "mlp", "vocab")
-SCOPES = ("mixer",)
 
 
 def hostile_text(rng: np.random.Generator) -> str:

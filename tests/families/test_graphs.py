@@ -32,10 +32,6 @@ def run(graph: Graph, checkpoint: MemoryCheckpoint, tokens: np.ndarray) -> np.nd
     return get_backend("reference").compile(graph).run(params, {"tokens": tokens})["logits"]
 
 
-def nodes(graph: Graph, name: str) -> list:
-    return [node for node in graph if node.op.name == name]
-
-
 @pytest.mark.parametrize("case", some(CASES, *QUICK))
 def test_the_imported_graph_gives_the_golden_logits(case):
     with open_checkpoint(GOLDEN / case) as checkpoint:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moecc.errors import MoeccError
-from moecc.ir import Graph, Node, clone, parse, print_graph
+from moecc.ir import Graph, Node, clone, print_graph
 from moecc.ir.verify import VerifyError, verify
 
 from .judge import Difference, difference
@@ -255,12 +255,6 @@ def save(
     facts = {**asdict(outcome), "edits": pair.edits, "seed": pair.seed, "exact": exact}
     (path / "about.json").write_text(json.dumps(facts, indent=1), "utf-8")
     return path
-
-
-def load(folder: Path) -> tuple[Graph, Graph]:
-    """Return a stored pair."""
-    before, after = ((folder / n).read_text("utf-8") for n in ("before.moe", "after.moe"))
-    return parse(before), parse(after)
 
 
 def run_until(until: float, seeds: range, source: str) -> dict[str, Any] | None:

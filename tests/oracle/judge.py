@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import lcm
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -50,8 +50,6 @@ Kind = Literal[
 ]
 """What floats are: normal; −1, 0 or 1; one number a tensor; mostly 0; below 0; to 30; to 10⁸;
 float64 whatever their type, so that sums round; of ten binary places, which bfloat16 rounds."""
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 TIES = ("signs", "equal", "fractions")
 """Kinds of data whose sums are exact in float64, so that equal logits stay equal."""
@@ -176,11 +174,6 @@ class Difference:
 def interface_changes(before: Graph, after: Graph) -> list[str]:
     """Return the differences between interfaces: names, element types, axes, shardings."""
     return list(_signature_changes(before, after))
-
-
-def _variables(graph: Graph) -> set[str]:
-    values = [*graph.inputs.values(), *graph.params.values()]
-    return {s for v in values for s in v.type.sizes if isinstance(s, str)}
 
 
 def sizes_of(before: Graph, after: Graph, seed: int, size: int = 0) -> dict[str, int]:

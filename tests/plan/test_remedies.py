@@ -11,7 +11,6 @@ from tests.support.tiers import few
 
 LLAMA = "preset:llama-3.1-8b --machine"
 SMOL = "preset:smollm2-135m --machine"
-MIXTRAL = "preset:mixtral-8x7b --machine"
 BOTH = "--optimizer adafactor --weight-dtype bf16"
 
 CASES = {

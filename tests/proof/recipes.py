@@ -139,12 +139,6 @@ BOUNDS = {
 }  # fmt: skip
 """How far a plan may be from the compiler, as in benchmarks/plan_vs_xla.py."""
 
-HEAD = (
-    "| recipe | machine, mesh | TFLOPs | collectives, GB | arguments, GB | temporaries, GB | "
-    "peak, GB | compiled in |",
-    "|---|---|---|---|---|---|---|---|",
-)
-
 
 def off(line: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
     """Return each figure of the compiler, and how far the plan is from it.
@@ -170,18 +164,6 @@ def _figure(side: dict[str, Any], kind: str) -> float:
     if kind == "collectives":
         return float(sum(of_kind["bytes"] for of_kind in side[kind].values()))
     return float(side[kind])
-
-
-def row(line: dict[str, Any]) -> str:
-    """Return a case as a row of the table of docs/compiling.md."""
-    case = CASES[line["case"]]
-    cells = [f"`{case.recipe}`", f"{case.machine}: {case.mesh}"]
-    for kind, (said, far) in off(line).items():
-        unit = 1e12 if kind == "flops" else 1e9
-        beyond = far is not None and abs(far) > BOUNDS[kind]
-        told = _hidden(line) if far is None else f"{far:+.1%}{' !' if beyond else ''}"
-        cells.append(f"{said / unit:.3f} ({told})".replace("-", "−"))
-    return f"| {' | '.join(cells)} | {line['seconds']:.0f} s |"
 
 
 def run(name: str) -> dict[str, Any]:

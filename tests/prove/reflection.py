@@ -222,27 +222,6 @@ MEANINGS = {
 }
 
 
-def free_of(term: object) -> tuple[Var, ...]:
-    """Return the free variables of a term."""
-    if isinstance(term, OpenMonomial):
-        free = dict.fromkeys(v for f in term.factors for v in f.free)
-        return tuple(v for v in free if v not in term.bound)
-    assert isinstance(term, Var | Application | Monomial | Polynomial)
-    return term.free
-
-
-def assert_equal(left: object, right: Polynomial, *, unfold: bool = False, draws: int = 2) -> None:
-    """Check that both sides of an equation are the same number under several interpretations."""
-    scale = float(left.coefficient) if isinstance(left, OpenMonomial) else 1.0
-    free = tuple(dict.fromkeys((*free_of(left), *right.free)))
-    for seed in range(draws):
-        rng = np.random.default_rng(seed)
-        env = {v: int(rng.integers(size_of(v.size))) for v in free}
-        model = Model(seed, unfold=unfold)
-        a, b = scale * model.value(left, env), model.value(right, env)
-        assert math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9), (left, right, env, a, b)
-
-
 def size(term: object) -> int:
     """Return how many numbers an evaluation of a term computes, roughly."""
     match term:

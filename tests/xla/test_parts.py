@@ -9,11 +9,9 @@ import pytest
 
 from moecc.ir import BF16, F32, F64, Graph, parse, print_graph
 from moecc.testing import run_reference
-from moecc.types import DType
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.dispatch import blocks as expert_blocks  # noqa: E402
 from moecc_backends.xla.dispatch import blocks as parts  # noqa: E402
@@ -85,20 +83,6 @@ def chosen(monkeypatch):
     monkeypatch.setattr(parts, "_LEAST_WIDTH", 1)
     monkeypatch.setattr(expert_blocks, "parts_of", told)
     return found
-
-
-def results(graph: Graph, options: Options, dtype: DType) -> tuple[Any, Any]:
-    """The result of each token that is wanted, and the gradients of half its square."""
-    params, inputs = draw(graph)
-    run = function(graph, dtype=dtype, options=options)
-
-    def loss(params: Any, x: Any) -> Any:
-        y = run(params, {**inputs, "x": x})["y"]
-        y = jnp.where(inputs["wanted"][:, None], y, 0)
-        return jnp.sum(jnp.square(y)) / 2, y
-
-    slopes, y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, inputs["x"])
-    return y, (slopes[0], slopes[1][inputs["wanted"]])
 
 
 def test_parts_give_what_the_reference_gives(chosen):
