@@ -177,7 +177,8 @@ class GgufFacts:
         embedding rotates neighbours, where Hugging Face rotates halves of a head.
       output_bias: whether it reads a bias of the attention's output projection.
       mlp_bias: whether it reads biases of feed-forward blocks.
-      norms: the norms of a layer with the names in Hugging Face, where others than usual.
+      ffn_norm: the norm before a feed-forward block.
+      final_norm: the last norm.
       window_period: where layers have the window that a key states: all but every so many; 0 where
         none has.
       score_layers: where scores are divided by √`query_pre_attn_scalar`, which no key states: that
@@ -191,15 +192,18 @@ class GgufFacts:
       fixed: keys of the architecture with the one value that they have.
       has_groups: whether there may be fewer key-value heads than query heads.
       needs_head: whether it wants an output matrix even where it is the embedding.
+      needs_routing_bias: whether it wants biases of the choice even where they are zeros.
       renormalises: whether it divides the chosen gates by their sum; None: a key says it.
-      states: what config.json says of every such model, where files are read and not written.
+      states: keys of config.json that no key of a file has, with the one value that llama.cpp
+        computes with.
     """
 
     architecture: str
     pairs_neighbours: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    norms: tuple[tuple[str, str], ...] = ()
+    ffn_norm: str = "ffn_norm"
+    final_norm: str = "output_norm"
     window_period: int = 0
     score_layers: int = 0
     is_tied: bool = False
@@ -210,6 +214,7 @@ class GgufFacts:
     fixed: tuple[tuple[str, int | float], ...] = ()
     has_groups: bool = True
     needs_head: bool = False
+    needs_routing_bias: bool = False
     renormalises: bool | None = True
     states: tuple[tuple[str, object], ...] = ()
 

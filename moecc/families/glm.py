@@ -42,15 +42,7 @@ class Glm4Config(GlmConfig):
     model_type = "glm4"
     architecture = "Glm4ForCausalLM"
     fixed = {"norm_placement": "around"}
-    gguf = GgufFacts(
-        "glm4",
-        norms=(
-            ("attn_norm", "input_layernorm"),
-            ("post_attention_norm", "post_self_attn_layernorm"),
-            ("ffn_norm", "post_attention_layernorm"),
-            ("post_ffw_norm", "post_mlp_layernorm"),
-        ),
-    )
+    gguf = GgufFacts("glm4")
     names = TensorNames(
         gate_up="gate_up_proj",
         pairs_neighbours=True,
@@ -93,10 +85,7 @@ class Glm4MoeConfig(MoeConfig):
     gguf = GgufFacts(
         "glm4moe",
         output_bias=True,
-        norms=(
-            ("attn_norm", "input_layernorm"),
-            ("post_attention_norm", "post_attention_layernorm"),
-        ),
+        ffn_norm="post_attention_norm",
         keys=(
             ("leading_dense_block_count", "first_k_dense_replace"),
             ("expert_weights_scale", "routed_scaling_factor"),

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from moecc.families.config import EngineReading, ModelConfig, TensorNames, config_class
+from moecc.families.config import (
+    EngineReading,
+    GgufFacts,
+    ModelConfig,
+    TensorNames,
+    config_class,
+)
 from moecc.families.decoder import DEFAULTS, DecoderConfig
 from moecc.families.mixture import UNEXAMINED, MoeConfig
 from moecc.families.reader import LAYERS, NEURONS, KeyProblem, Reader, key_problem, shown
@@ -21,6 +27,7 @@ ADJUST, MULTIPLIER, MULTIPLE = (
     *("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of"),
 )
 FLOORED = "a factor s / (s + 1e-06) on what experts add, s the sum of the chosen sigmoids"
+GGUF_TAPS = ("shortconv.l_cache", TAPS)
 IS_CONVOLUTION = {"conv": True, "full_attention": False}
 MOST_TAPS = 64
 """More taps than any published model has: each is a product of its own."""
@@ -121,6 +128,12 @@ class Lfm2Config(_ConvolvedConfig):
     model_type = "lfm2"
     architecture = "Lfm2ForCausalLM"
     always = {ADJUST: False}
+    gguf = GgufFacts(
+        "lfm2",
+        final_norm="token_embd_norm",
+        keys=(GGUF_TAPS,),
+        states=((ADJUST, False), ("conv_bias", False)),
+    )
     older_keys = (*_ConvolvedConfig.older_keys, ("block_ff_dim", WIDTH))
     defaults = {**LFM2_DEFAULTS, ADJUST: True, MULTIPLIER: 1.0, MULTIPLE: 256}
 
@@ -162,7 +175,11 @@ class Lfm2MoeConfig(_ConvolvedConfig, MoeConfig):
 
     model_type = "lfm2_moe"
     architecture = "Lfm2MoeForCausalLM"
-    keys = {"gate_scale": "routed_scaling_factor", "router_aux_loss_coef": ""}
+    keys = {
+        "gate_scale": "routed_scaling_factor",
+        "router_aux_loss_coef": "",
+        "routing_bias": "use_expert_bias",
+    }
     experts_keys = ("num_experts",)
     sparse_style = "counted"
     score = "sigmoid"
@@ -177,6 +194,15 @@ class Lfm2MoeConfig(_ConvolvedConfig, MoeConfig):
         up="w3",
         down="w2",
         routing_bias="expert_bias",
+    )
+    gguf = GgufFacts(
+        "lfm2moe",
+        final_norm="token_embd_norm",
+        keys=(("leading_dense_block_count", "num_dense_layers"), GGUF_TAPS),
+        # Scores are sigmoids.
+        fixed=(("expert_gating_func", 2),),
+        states=(("conv_bias", False), ("routed_scaling_factor", 1.0)),
+        needs_routing_bias=True,
     )
     engines = {"transformers 5": EngineReading(), **UNEXAMINED}
     defaults = {

@@ -123,13 +123,7 @@ class SeedOssConfig(DecoderConfig):
     architecture = "SeedOssForCausalLM"
     options = BIASES
     keys = {"output_bias": "attention_out_bias"}
-    gguf = GgufFacts(
-        "seed_oss",
-        norms=(
-            ("attn_norm", "input_layernorm"),
-            ("post_attention_norm", "post_attention_layernorm"),
-        ),
-    )
+    gguf = GgufFacts("seed_oss", ffn_norm="post_attention_norm")
     defaults = {
         **DEFAULTS,
         "vocab_size": 155_136,

@@ -134,6 +134,8 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
     layers = config.sparse_layers if isinstance(config, MoeConfig) else ()
     if problems := list(misfits(architecture, family, stated, layers)):
         raise InputError(problems)
+    if family.facts.needs_routing_bias and isinstance(config, MoeConfig):
+        tensors = [*tensors, *MoeConfig.completed(config)[1].items()]
     stored = {gguf_name(n, family): _turned(n, e, family, config) for n, e in tensors}
     if family.facts.needs_head:
         stored.setdefault(HEAD, stored[EMBEDDING])
@@ -141,7 +143,11 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
         parts = tuple(Full(value, tensor(F32, pair=1)) for value in divisors)
         stored[ROPE_FACTORS] = Concat(parts, "pair")
     keys = config_keys(architecture, family, stated)
-    return GgufExport(architecture, family, config, keys, list(stored.items()), up_to=mapped.up_to)
+    up_to = mapped.up_to
+    if isinstance(config, MoeConfig) and config.sum_floor:
+        # llama.cpp divides gates by their sum alone.
+        up_to = config.others_up_to
+    return GgufExport(architecture, family, config, keys, list(stored.items()), up_to=up_to)
 
 
 def _as_family(graph: Graph, names: Sequence[str]) -> Export:
@@ -166,9 +172,9 @@ def _turned(name: str, expr: Expr, family: GgufFamily, config: DecoderConfig) ->
     """Return a tensor with rows and axes as the file stores them."""
     if family.has("norm_offset") and is_norm(name):
         return simplify(Add(expr, Full(1.0, expr.type.with_dtype(F32))))
-    if name.endswith(family.rows()):
-        row = Index(expr, expr.type.names[0], 0)
-        if family.mixture is None or not family.mixture.shared_gate:
+    if (unit_axis := family.unit_axis(name)) is not None:
+        row = Index(expr, expr.type.names[unit_axis], 0)
+        if len(row.type.shape) > 1 or family.mixture is None or not family.mixture.shared_gate:
             return simplify(row)
         return simplify(Add(row, Full(_ALMOST_ZERO, row.type.with_dtype(F32))))
     turned = turned_projection(name) if family.facts.pairs_neighbours else None
@@ -203,8 +209,8 @@ def as_read(export: GgufExport) -> dict[str, Expr]:
             continue
         if family.has("norm_offset") and is_norm(name):
             expr = Add(expr, Full(-1.0, expr.type.with_dtype(F32)))
-        elif name.endswith(family.rows()):
-            expr = Stack((expr,), "row", 0)
+        elif (unit_axis := family.unit_axis(name)) is not None:
+            expr = Stack((expr,), "row", unit_axis)
         elif family.facts.pairs_neighbours and turned_projection(name) is not None:
             rows, *others = expr.type.names
             count = expr.type[rows].size
@@ -244,8 +250,8 @@ QUANTISED: Mapping[str, Storage] = {n.lower(): BY_NAME[n] for n in ("Q8_0", "Q4_
 def stored_as(name: str, expr: Expr, dtype: DType, storage: Storage | None) -> OutputTensor:
     """Return a tensor of a GGUF file in the type that llama.cpp wants of it.
 
-    Vectors and routers are float32, as every converter writes them.  Rows that are no whole blocks
-    are written in smaller ones, those of q8_0, or in half precision.
+    Vectors, routers and taps are float32, as every converter writes them.  Rows that are no whole
+    blocks are written in smaller ones, those of q8_0, or in half precision.
 
     Args:
       name: its name in the file.
@@ -254,7 +260,7 @@ def stored_as(name: str, expr: Expr, dtype: DType, storage: Storage | None) -> O
       storage: the blocks of quantised ones, if any.
     """
     shape = expr.type.shape
-    if len(shape) < 2 or ".ffn_gate_inp" in name:
+    if len(shape) < 2 or ".ffn_gate_inp" in name or ".shortconv.conv." in name:
         return OutputTensor(name, expr, F32)
     if storage is not None:
         fits = (

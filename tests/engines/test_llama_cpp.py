@@ -27,6 +27,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.types import F64
 
 from .engine import ask, interpreter, needs
+from .sources import write_source
 
 VARIABLE, MODULE, PROBE = "MOECC_LLAMA_CPP_PYTHON", "llama_cpp_py_sync", "logits_of_llama_cpp.py"
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -78,6 +79,21 @@ EXACT = [
 ]
 """Golden checkpoints, the architecture to write, and what is done first."""
 
+CONVOLVED = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+LFM2 = {**CONVOLVED, "block_auto_adjust_ff_dim": False, "conv_L_cache": 4}
+LFM2_MOE = {
+    **CONVOLVED, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+    "num_dense_layers": 1,
+}  # fmt: skip
+DRAWN = [
+    ("lfm2", LFM2, "lfm2", ""),
+    ("lfm2", LFM2 | {"tie_word_embeddings": True, "conv_L_cache": 2}, "lfm2", ""),
+    ("lfm2_moe", LFM2_MOE, "lfm2moe", ""),
+    ("lfm2_moe", LFM2_MOE | {"use_expert_bias": False, "num_dense_layers": 0}, "lfm2moe", ""),
+    ("lfm2", LFM2, "lfm2moe", "upcycle{experts=4 gates=sigmoid-renormalised router-std=1}"),
+]
+"""Families with changes of a config, whose weights are drawn, as `EXACT`."""
+
 pytestmark = [pytest.mark.parity, needs(VARIABLE, MODULE)]
 
 
@@ -98,8 +114,8 @@ def written(cases: Sequence[tuple[str, str, str]], folder: Path) -> list[dict[st
     return jobs
 
 
-def off(job: dict[str, str], source: str) -> float:
-    """Return max |Δ logit| / max |logit| of the engine against the golden logits."""
+def off(job: dict[str, str], source: str | Path) -> float:
+    """Return max |Δ logit| / max |logit| of the engine against those beside the source."""
     found = np.load(job["file"] + ".logits.npy").astype(np.float64)
     golden = np.load(GOLDEN / source / "logits.npy").astype(np.float64)
     return float(np.abs(found - golden).max() / np.abs(golden).max())
@@ -111,6 +127,22 @@ def test_logits(tmp_path: Path) -> None:
         f"{case}: {report or off(job, case[0])}"
         for case, job, report in zip(EXACT, jobs, ask(python(), PROBE, jobs), strict=True)
         if report or not off(job, case[0]) <= SINGLE
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_logits_of_drawn_weights(tmp_path: Path) -> None:
+    jobs = []
+    for number, (family, keys, architecture, passes) in enumerate(DRAWN):
+        source = write_source(tmp_path / f"{number}", family, **keys)
+        file = tmp_path / f"{number}.gguf"
+        with open_model(str(source)) as model:
+            write(plan(model, Pipeline.parse(passes), f"gguf:{architecture}", seed=1), file)
+        jobs.append({"file": str(file), "tokens": str(source / "tokens.npy")})
+    wrong = [
+        f"{case}: {report or off(job, Path(job['tokens']).parent)}"
+        for case, job, report in zip(DRAWN, jobs, ask(python(), PROBE, jobs), strict=True)
+        if report or not off(job, Path(job["tokens"]).parent) <= SINGLE
     ]
     assert not wrong, "\n".join(wrong)
 

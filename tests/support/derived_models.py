@@ -19,6 +19,7 @@ DERIVED: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": None,
         },
     ),
+    "lfm2_moe": ("lfm2_moe_bias", {"conv_bias": False, "routed_scaling_factor": 1.0}),
     "gemma2": ("gemma2_caps", {"query_pre_attn_scalar": 6}),
     "gemma3": (
         "gemma3_local",
@@ -42,6 +43,10 @@ def derive(architecture: str, folder: Path) -> Path:
     (made / "config.json").write_text(json.dumps(config | changes), "utf-8")
     if "num_hidden_layers" in changes:
         _repeat_layers(made, config["num_hidden_layers"], changes["num_hidden_layers"])
+    if changes.get("conv_bias") is False:
+        tensors = load_file(made / "model.safetensors")
+        plain = {n: t for n, t in tensors.items() if ".conv." not in n or not n.endswith("bias")}
+        save_file(plain, made / "model.safetensors")
     return made
 
 

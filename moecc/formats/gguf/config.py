@@ -165,6 +165,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 """Keys that change what a model computes, with the values at which they have no effect."""
 
+GROUPS = "attention.head_count_kv"
 _INERT = ("rope.scaling.finetuned", "tensor_data_layout")
 _TORCH_ORDER = ("bfloat16", "float16", "float32")
 
@@ -199,7 +200,7 @@ def make_config(
         "head_dim": sizes.head_dim,
         family.config.key("hidden_act"): family.activation,
         "max_position_embeddings": context,
-        "rms_norm_eps": _epsilon(keys),
+        family.config.key("rms_norm_eps"): _epsilon(keys),
         "tie_word_embeddings": HEAD not in header.tensors,
         **read_rope(keys, context, divisors),
         **{
@@ -210,7 +211,9 @@ def make_config(
         **_further(keys, family, sizes),
         **special_tokens(header, vocab, problems),
         "torch_dtype": torch_dtype(header.tensors),
+        **dict(family.facts.states),
     }
+    config.pop("", None)  # an activation that no key states
     refuse_the_rest(keys)
     return config, sizes
 
@@ -266,12 +269,22 @@ def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> JsonDict:
         config["no_rope_layer_interval"] = facts.no_rope_step
     if family.has("rotary_dim"):
         config["partial_rotary_factor"] = sizes.rotated / sizes.head_dim
+    if family.has("conv_taps"):
+        counts = keys.layers(GROUPS, keys.size("block_count"), sizes.groups)
+        config["layer_types"] = ["full_attention" if count else "conv" for count in counts]
     return config
 
 
 def _head_sizes(keys: GgufKeys, hidden: int, family: GgufFamily) -> HeadSizes:
     heads = keys.size("attention.head_count")
-    groups = keys.size("attention.head_count_kv", heads)
+    if family.has("conv_taps"):
+        # A layer with a convolution has no heads.
+        counts = set(keys.layers(GROUPS, keys.size("block_count"), heads)) - {0}
+        if len(counts) != 1:
+            keys.refuse(GROUPS, "not usable", expected="one number, and 0 for convolutions")
+        groups = max(counts, default=1)
+    else:
+        groups = keys.size(GROUPS, heads)
     head_dim = keys.size("attention.key_length", max(hidden // heads, 1))
     if hidden % heads and keys.value("attention.key_length") is None:
         keys.refuse("attention.head_count", f"does not divide the width {hidden:,}")
@@ -350,16 +363,17 @@ def refuse_the_rest(keys: GgufKeys) -> None:
 def config_keys(architecture: str, family: GgufFamily, config: Json) -> list[Key]:
     """Return the keys of `architecture` for a config that `misfits` does not object to."""
     heads, head_dim, facts = config["num_attention_heads"], config["head_dim"], family.facts
+    groups = config["num_key_value_heads"]
     values: dict[str, Written] = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": heads,
-        "attention.head_count_kv": config["num_key_value_heads"],
+        GROUPS: groups,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "attention.layer_norm_rms_epsilon": float(config[family.config.key("rms_norm_eps")]),
         "rope.dimension_count": round(head_dim * config.get("partial_rotary_factor", 1)),
         "vocab_size": config["vocab_size"],
         **rope_keys(config),
@@ -369,6 +383,8 @@ def config_keys(architecture: str, family: GgufFamily, config: Json) -> list[Key
         **({"rope.freq_base_swa": config["rope_local_base_freq"]} if facts.local_theta else {}),
         **dict(facts.fixed),
     }
+    if family.has("conv_taps"):
+        values[GROUPS] = [0 if kind == "conv" else groups for kind in config["layer_types"]]
     return [Key(f"{architecture}.{name}", value) for name, value in values.items()]
 
 
@@ -412,7 +428,7 @@ def misfits(
       sparse: for each layer whether it has experts; empty for a dense model.
     """
     where, facts = f"gguf:{architecture}", family.facts
-    act = config[family.config.key("hidden_act")]
+    act = config.get(family.config.key("hidden_act"), family.activation)
     if act != family.activation:
         does = ACTIVATIONS.get(str(family.activation), "GELU's tanh approximation")
         fault = f"llama.cpp computes {does} in this architecture, whatever the config says"
@@ -420,6 +436,10 @@ def misfits(
     if config.get(family.config.key("mlp_bias")) and not facts.mlp_bias:
         fault = "llama.cpp reads no biases of feed-forward blocks in this architecture"
         yield Problem(fault, where, "no bias", "biases of feed-forward blocks")
+    for key, value in facts.states:
+        if config[key] != value:
+            fault = f"llama.cpp knows no other {key} than {value} in this architecture"
+            yield Problem(fault, where, f"{value}", f"{config[key]}")
     if facts.is_tied and not config["tie_word_embeddings"]:
         fault = "llama.cpp takes the embedding as the output matrix in this architecture"
         yield Problem(fault, where, "tied embeddings", "an output matrix of its own")
@@ -502,10 +522,14 @@ def _expert_misfits(
     where: str, family: GgufFamily, mixture: type[MoeConfig], config: Json, sparse: Sequence[bool]
 ) -> Iterator[Problem]:
     norm, divides = config.get("norm_topk_prob", True), family.facts.renormalises
+    # Shares of a softmax over all experts add up to 1.
     all_chosen = config["num_experts"] == config[mixture.key("experts_per_token")]
+    all_chosen &= mixture.score == "softmax"
     if divides not in (None, norm) and not all_chosen:
         does = "divides" if divides else "does not divide"
         hint = "upcycle with gates=softmax router-init=zero" if norm else "upcycle with its default"
+        if mixture.score == "sigmoid":
+            hint = "upcycle with gates=sigmoid-renormalised"
         fault = f"llama.cpp {does} the chosen gates by their sum in this architecture"
         gates = "renormalised gates" if norm else "gates that are not renormalised"
         yield Problem(fault, where, found=gates, hint=hint)

@@ -12,38 +12,18 @@ from dataclasses import dataclass
 from functools import cache
 
 from moecc.families.config import GgufFacts, ModelConfig
-from moecc.families.decoder import DecoderConfig
+from moecc.families.decoder import NORMS, DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders, mixtures
 
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 """The factors of low and high frequencies in Llama 3's scaling, which GGUF does not state."""
 
-_ATTENTION: Mapping[str, str] = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-_DENSE: Mapping[str, str] = {
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_NORMS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "before": (("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")),
-    "after": (
-        ("post_attention_norm", "post_attention_layernorm"),
-        ("post_ffw_norm", "post_feedforward_layernorm"),
-    ),
-    "around": (
-        ("attn_norm", "input_layernorm"),
-        ("post_attention_norm", "post_attention_layernorm"),
-        ("ffn_norm", "pre_feedforward_layernorm"),
-        ("post_ffw_norm", "post_feedforward_layernorm"),
-    ),
-}
-"""By the placement of norms."""
+_BIASED = frozenset(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))
+"""The stems of matrices that may have a bias."""
+
+_CONVOLUTION = ("conv", "in_proj", "out_proj")
+"""The matrices of a short convolution, by the same names in GGUF."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +41,7 @@ class GgufFamily:
     @property
     def activation(self) -> object:
         """The activation that llama.cpp computes: the family's usual one."""
-        return self.config.defaults[self.config.key("hidden_act")]
+        return self.config.defaults.get(self.config.key("hidden_act"), "silu")
 
     @property
     def leading_dense(self) -> bool:
@@ -78,25 +58,30 @@ class GgufFamily:
         if self.facts.mlp_bias:
             tensors["mlp_bias"] = "ffn_down.bias"
         options, key = self.config.options, self.config.key
-        return {key(name): end for name, end in tensors.items() if name in options}
+        flags = {key(name): end for name, end in tensors.items() if name in options}
+        if key("routing_bias") in self.config.defaults:
+            flags[key("routing_bias")] = "exp_probs_b.bias"
+        return flags
 
     def stems(self) -> dict[str, str]:
         """Return the names of a layer's matrices and gains in GGUF with those in Hugging Face."""
-        names, mixture = self.config.names, self.mixture
-        dense = dict(_DENSE) if mixture is None or self.leading_dense else {}
-        if names.gate_up:
-            dense["ffn_up"] = f"mlp.{names.gate_up}"
-        if names.gate_up or not self.config.fixed.get("gated_mlp", True):
-            dense.pop("ffn_gate", None)
-        stems = {**_ATTENTION, **dense}
-        if names.qkv:
-            fused = {"attn_qkv": f"self_attn.{names.qkv}"}
-            stems = {**fused, "attn_output": _ATTENTION["attn_output"], **dense}
-        placement = str(self.config.fixed.get("norm_placement", "before"))
-        stems |= dict(self.facts.norms or _NORMS[placement])
+        names, mixture, fixed = self.config.names, self.mixture, self.config.fixed
+        projections = {f"attn_{letter}": f"{letter}_proj" for letter in "qkv"}
+        modules = {"attn_qkv": names.qkv} if names.qkv else projections
+        modules["attn_output"] = names.attention_output
         if self.has("qk_norm"):
-            stems["attn_q_norm"] = f"self_attn.{names.query_norm}"
-            stems["attn_k_norm"] = f"self_attn.{names.key_norm}"
+            modules |= {"attn_q_norm": names.query_norm, "attn_k_norm": names.key_norm}
+        stems = {stem: names.attention + module for stem, module in modules.items()}
+        if self.has("conv_taps"):
+            stems |= {f"shortconv.{part}": names.convolution + part for part in _CONVOLUTION}
+        if mixture is None or self.leading_dense:
+            if not names.gate_up and fixed.get("gated_mlp", True):
+                stems["ffn_gate"] = names.dense + names.dense_gate
+            stems["ffn_up"] = names.dense + (names.gate_up or names.dense_up)
+            stems["ffn_down"] = names.dense + names.dense_down
+        norms = names.layer_norms or NORMS[str(fixed.get("norm_placement", "before"))]
+        placed = ("attn_norm", "post_attention_norm", self.facts.ffn_norm, "post_ffw_norm")
+        stems |= {stem: norm for stem, norm in zip(placed, norms, strict=True) if norm}
         if mixture is None:
             return stems
         stems["ffn_gate_inp"] = names.sparse + names.router.removesuffix(".weight")
@@ -112,25 +97,31 @@ class GgufFamily:
     def tensors(self) -> dict[str, str]:
         """Return the names of a layer's tensors in GGUF with those in Hugging Face."""
         stems, mixture = self.stems(), self.mixture
-        biased = (stem for stem in stems if stem in _ATTENTION or stem in _DENSE)
         tensors = {
             **{f"{old}.weight": f"{new}.weight" for old, new in stems.items()},
-            **{f"{old}.bias": f"{stems[old]}.bias" for old in biased},
+            **{f"{old}.bias": f"{new}.bias" for old, new in stems.items() if old in _BIASED},
         }
         if mixture is not None and mixture.has_routing_bias:
             names = self.config.names
             tensors["exp_probs_b.bias"] = names.sparse + names.routing_bias
         return tensors
 
-    def rows(self) -> tuple[str, ...]:
-        """Return the ends of names whose tensor has a first axis of size 1 in Hugging Face."""
+    def model_tensors(self) -> dict[str, str]:
+        """Return the names of the tensors outside of layers in GGUF with those in Hugging Face."""
+        names, final_norm = self.config.names, f"{self.facts.final_norm}.weight"
+        return {EMBEDDING: names.embedding, final_norm: names.final_norm, HEAD: names.head}
+
+    def unit_axis(self, name: str) -> int | None:
+        """Return where a tensor has an axis of size 1 in Hugging Face that files lack, or None."""
         names, mixture = self.config.names, self.mixture
+        if self.has("conv_taps") and name.endswith(f".{names.convolution}conv.weight"):
+            return 1
         ends = []
         if mixture is not None and mixture.has_shared_expert and mixture.shared_gate:
             ends.append(f".{names.sparse}{names.shared_gate}")
         if mixture is not None and names.routing_bias_rows:
             ends.append(f".{names.sparse}{names.routing_bias}")
-        return tuple(ends)
+        return 0 if name.endswith(tuple(ends)) else None
 
 
 @cache
@@ -172,12 +163,7 @@ def read_architectures() -> Mapping[str, type[ModelConfig]]:
 # The names of a decoder's tensors in GGUF and in Hugging Face, dense or sparse.
 
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
-_GLOBAL: Mapping[str, str] = {
-    EMBEDDING: "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    HEAD: "lm_head.weight",
-}
-BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", re.ASCII)
+BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([\w.]+)\.(weight|bias)", re.ASCII)
 """Layer, stem and part of the name of a layer's tensor."""
 
 _LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)", re.ASCII)
@@ -187,8 +173,8 @@ _EXPERT = re.compile(r"blk\.\d+\.(ffn_\w+_(exps|shexp|chexps)|ffn_gate_inp\w*|ff
 
 def hugging_face_name(name: str, family: GgufFamily) -> str | None:
     """Translate a tensor name, or return None if the family has no such tensor."""
-    if name in _GLOBAL:
-        return _GLOBAL[name]
+    if (model_name := family.model_tensors().get(name)) is not None:
+        return model_name
     match = BLOCK.fullmatch(name)
     if match is None:
         return None
@@ -203,7 +189,7 @@ def gguf_name(name: str, family: GgufFamily) -> str:
     Raises:
       KeyError: the family has no such tensor.
     """
-    stored = {new: old for old, new in _GLOBAL.items()}
+    stored = {new: old for old, new in family.model_tensors().items()}
     if name in stored:
         return stored[name]
     match = _LAYER.fullmatch(name)
@@ -215,7 +201,8 @@ def gguf_name(name: str, family: GgufFamily) -> str:
 
 def known_names(family: GgufFamily) -> list[str]:
     """Return the names that a file of this family may have, with layer 0 for every layer."""
-    return [*_GLOBAL, ROPE_FACTORS, *(f"blk.0.{stem}.weight" for stem in family.stems())]
+    stems = (f"blk.0.{stem}.weight" for stem in family.stems())
+    return [*family.model_tensors(), ROPE_FACTORS, *stems]
 
 
 def turned_projection(name: str) -> str | None:

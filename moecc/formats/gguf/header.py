@@ -653,6 +653,19 @@ class GgufKeys:
         self.refuse(key, "not a usable number", expected="a finite number, 0 or above")
         return default
 
+    def layers(self, key: str, count: int, default: int) -> list[int]:
+        """Return a whole number for each of `count` layers, whether the file states one or all."""
+        self.used.add(key)
+        value = self._metadata.get(self._prefix + key, default)
+        if isinstance(value, GgufArray) and value.letter and value.count == count <= MAX_LAYERS:
+            numbers: list[int] = value.numbers().tolist()
+        else:
+            numbers = [value] * count if type(value) is int and count <= MAX_LAYERS else [-1]
+        if all(type(number) is int and number >= 0 for number in numbers):
+            return numbers
+        self.refuse(key, "not usable", expected=f"whole numbers, one or {count:,}")
+        return [default] * min(count, MAX_LAYERS)
+
     def text(self, key: str, default: str) -> str:
         """Return a string."""
         value = self.value(key)

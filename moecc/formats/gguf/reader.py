@@ -312,8 +312,9 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     except BaseException:
         pool.close()
         raise
-    rows = family.rows()
-    tensors = {new: _info(header.tensors[old], new, rows) for old, new in names.items()}
+    tensors = {
+        new: _info(header.tensors[old], new, family.unit_axis(new)) for old, new in names.items()
+    }
     plus_one = family.has("norm_offset")
     return GgufFile(header, config, tensors, pool, head_dims=head_dims, norms_plus_one=plus_one)
 
@@ -323,7 +324,7 @@ def _open_shape(header: GgufHeader, shape: type[ModelConfig]) -> GgufFile:
     problems = Problems()
     config, names, orders = read_shape(header, shape, problems)
     problems.raise_if_any()
-    infos = {new: _info(header.tensors[old], new, ()) for old, new in names.items()}
+    infos = {new: _info(header.tensors[old], new) for old, new in names.items()}
     for name, order in orders.items():
         infos[name] = replace(infos[name], shape=order.shape(infos[name].shape))
     return GgufFile(header, config, infos, DescriptorPool(), orders=orders)
@@ -348,7 +349,8 @@ def _family(header: GgufHeader) -> GgufFamily:
         where=f"{header.path}, metadata key 'general.architecture'",
         expected=f"one of {', '.join(architectures)}",
         found=printable(architecture[:100]),
-        hint=nearest(architecture[:100], architectures),
+        hint=nearest(architecture[:100], architectures)
+        or "read the folder that the file was made from",
     )
 
 
@@ -413,11 +415,11 @@ def _head_dims(
     return head_dims
 
 
-def _info(stored: StoredTensor, name: str, rows: tuple[str, ...]) -> TensorInfo:
+def _info(stored: StoredTensor, name: str, unit_axis: int | None = None) -> TensorInfo:
     storage, shape = stored.storage, stored.shape
     # Some vectors here are matrices of one row in Hugging Face.
-    if len(shape) == 1 and name.endswith(rows):
-        shape = (1, *shape)
+    if unit_axis is not None and len(shape) == unit_axis + 1:
+        shape = (*shape[:unit_axis], 1, *shape[unit_axis:])
     return TensorInfo(
         name=name,
         dtype=storage.dtype,

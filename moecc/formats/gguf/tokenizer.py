@@ -32,7 +32,12 @@ _SPECIAL_DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "llama": {"bos": 1, "eos": 2, "unknown": 0},
     "gpt2": {},
 }
-BOS_PRE_TOKENIZERS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+LLAMA3_CUTS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2")
+"""The names of Llama 3's rules, which llama.cpp treats alike."""
+
+WHOLE_WORDS = (*LLAMA3_CUTS, "tekken")
+"""A word that is itself a token is used directly, regardless of the merges; a text begins with
+the token ``bos`` if nothing is stated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +116,7 @@ def read_vocabulary(metadata: Metadata, rows: int) -> Vocabulary:
         merges=_merges(metadata, names) if model == "gpt2" else [],
         special={name: number for name, number in special.items() if name in _NAMED},
         ends=list(dict.fromkeys(special[name] for name in _ENDS if name in special)),
-        adds_bos=_flag(metadata, "add_bos_token", model == "llama" or pre in BOS_PRE_TOKENIZERS),
+        adds_bos=_flag(metadata, "add_bos_token", model == "llama" or pre in WHOLE_WORDS),
         adds_eos=_flag(metadata, "add_eos_token", False),
         adds_space=_flag(metadata, "add_space_prefix", model == "llama"),
     )
@@ -196,12 +201,10 @@ def _split(words: str) -> tuple[JsonDict, ...]:
 PRE_TOKENIZERS: Mapping[str, tuple[JsonDict, ...]] = {
     "gpt-2": _GPT2_STEPS,
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGIT_STEPS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _split(_LLAMA3_WORDS)),
+    **dict.fromkeys(LLAMA3_CUTS, _split(_LLAMA3_WORDS)),
     "qwen2": _split(_QWEN2_WORDS),
     "tekken": _split(_TEKKEN_WORDS),
 }
-# A word that is itself a token is used directly, regardless of the merges.
-WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 SPACE = "\u2581"
 _LONGEST_PIECE = 256

@@ -14,6 +14,7 @@ import pytest
 from derived_models import DERIVED, derive
 
 from moecc.errors import InputError, MoeccError, UsageError
+from moecc.families.registry import parse_config
 from moecc.formats.gguf.families import (
     dense_architectures,
     gguf_name,
@@ -56,6 +57,8 @@ SAME = [
     ("arcee_square", "arcee"),
     ("smollm3", "smollm3"),
     ("gemma3", "gemma3"),
+    ("lfm2_square", "lfm2"),
+    ("lfm2_moe", "lfm2moe"),
     ("qwen2_moe_square", "qwen2moe"),
     ("qwen3_moe_norm", "qwen3moe"),
     ("granitemoe_multipliers", "granitemoe"),
@@ -94,10 +97,10 @@ def test_what_is_read_back_is_what_was_written(
             bound = off if name.endswith("norm.weight") else 0.0
             expected = ours[_untied(name, ours)]
             np.testing.assert_allclose(theirs[name], expected, rtol=0, atol=bound, err_msg=name)
-        kept = ("rope_theta", "rope_scaling", "rms_norm_eps", "hidden_size", "num_hidden_layers")
-        assert {k: back.checkpoint.config[k] for k in kept} == {  # type: ignore[union-attr]
-            k: model.graph.attrs["config"][k] for k in kept
-        }
+        kept = ("rope", "rms_norm_eps", "hidden_size", "num_hidden_layers", "conv_taps", "delta")
+        configs = [parse_config(m.graph.attrs["config"]) for m in (back, model)]
+        theirs, ours = ({k: getattr(config, k) for k in kept} for config in configs)
+        assert theirs == ours
 
 
 def _untied(name: str, params: Any) -> str:
@@ -204,6 +207,8 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
         ("qwen3_moe_step", "gguf:qwen3moe", "", "refuses a dense layer in a file with experts"),
         ("qwen3_moe_plain", "gguf:qwen3moe", "", "divides the chosen gates by their sum"),
         ("olmoe_norm", "gguf:olmoe", "", "as many key-value heads as query heads"),
+        ("lfm2_biases", "gguf:lfm2", "", "no other conv_bias than False"),
+        ("lfm2_moe_square", "gguf:lfm2moe", "", "upcycle with gates=sigmoid-renormalised"),
     ],
 )
 def test_what_llama_cpp_would_not_compute(
@@ -335,8 +340,8 @@ def test_names_are_those_of_the_package(architecture: str) -> None:
         names = gguf.get_tensor_name_map(arch, 3)
         for old, new in family.stems().items():
             full = f"model.layers.2.{new}"
-            if not (architecture == "granitemoe" and "_exps" in old):
-                # Their converter cuts the experts' matrices before it names them.
+            if not (architecture in ("granitemoe", "lfm2moe") and "_exps" in old):
+                # Their converter cuts or renames the experts' matrices before it names them.
                 assert names.get_name(full) == f"blk.2.{old}", full
             assert gguf_name(f"{full}.weight", family) == f"blk.2.{old}.weight"
             assert hugging_face_name(f"blk.2.{old}.weight", family) == f"{full}.weight"
