@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -147,6 +147,31 @@ class Manifest:
     weights: Mapping[FileName, WeightFileRecord]
     files: Mapping[FileName, FileRecord]
     tensors: Mapping[str, TensorRecord]
+
+
+def folder_records(
+    folder: Path,
+    tensors: Mapping[str, TensorRecord],
+    *,
+    unlisted: Collection[str] = (),
+    is_flat: bool = False,
+) -> tuple[dict[str, WeightFileRecord], dict[str, FileRecord]]:
+    """Return the records of the files of `tensors` in a folder, and of all its other files.
+
+    Args:
+      folder: the folder; an earlier manifest in it is not listed.
+      tensors: the tensors that were written.
+      unlisted: names of further files that are not listed.
+      is_flat: whether what folders in it hold is not listed, either.
+    """
+    weights = sorted({tensor.file for tensor in tensors.values()})
+    skipped = {MANIFEST_NAME, *weights, *unlisted}
+    below = folder.glob("*" if is_flat else "**/*")
+    names = sorted(p.relative_to(folder).as_posix() for p in below if p.is_file())
+    return (
+        {name: weight_file_record(folder / name) for name in weights},
+        file_records({name: folder / name for name in names if name not in skipped}),
+    )
 
 
 def dump(manifest: Manifest) -> bytes:

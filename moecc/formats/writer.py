@@ -35,7 +35,7 @@ from moecc.formats.files import (
     write_durable,
 )
 from moecc.formats.gguf.storage import Storage, quantise
-from moecc.formats.manifest import FileRecord
+from moecc.formats.manifest import FileRecord, TensorRecord
 from moecc.formats.safetensors import (
     INDEX_NAME,
     ConversionPart,
@@ -492,6 +492,10 @@ class WriteReport:
     spread: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     resumed_bytes: int = 0
+
+    def records(self) -> dict[str, TensorRecord]:
+        """Return the records of the tensors, by name."""
+        return {t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in self.tensors}
 
 
 def write_checkpoint(

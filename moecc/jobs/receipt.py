@@ -23,13 +23,11 @@ from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.manifest import (
     FileRecord,
     Manifest,
-    TensorRecord,
     dump,
     file_digest,
-    file_records,
+    folder_records,
     library_versions,
     load,
-    weight_file_record,
 )
 from moecc.formats.modelcard import GENERATION, CardFacts, hub_repository, model_card
 from moecc.formats.run import is_trained, stages_of, story
@@ -464,9 +462,8 @@ def manifest(
 ) -> bytes:
     """Return the content of the manifest of what was written into `folder`."""
     checkpoint = planned.checkpoint
-    weights = sorted({t.file for t in written.tensors})
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    others = [name for name in names if name not in weights and name != JOURNAL_NAME]
+    tensors = written.records()
+    weights, files = folder_records(folder, tensors, unlisted=(JOURNAL_NAME,))
     stages = stages_of(checkpoint)
     nonfinite = (
         *(f"not finite: {nonfinite_value}" for nonfinite_value in written.nonfinite),
@@ -482,9 +479,9 @@ def manifest(
         family_to=planned.target,
         dtype=planned.dtype_name,
         preserves=str(planned.preserves),
-        weights={name: weight_file_record(folder / name) for name in weights},
-        files=file_records({name: folder / name for name in others}),
-        tensors={t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors},
+        weights=weights,
+        files=files,
+        tensors=tensors,
         notes=(*planned.model.remarks(), *nonfinite),
         receipt=receipt,
         lineage=tuple(stages) if is_trained(stages) else (),

@@ -30,6 +30,8 @@ def dense(tmp_path_factory):
     config = transformers.Starcoder2Config(**SIZES, num_key_value_heads=2)
     transformers.Starcoder2ForCausalLM(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     return folder
 
 
@@ -141,7 +143,7 @@ def test_bad_input_leaves_nothing(
 ):  # fmt: skip
     folder = tmp_path / "dense"
     folder.mkdir()
-    for file in dense.iterdir():
+    for file in filter(Path.is_file, dense.iterdir()):
         (folder / file.name).write_bytes(file.read_bytes())
     if change is not None:
         change(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import wraps
 from math import prod
 from pathlib import Path
@@ -24,22 +24,16 @@ from moecc.formats.files import write_durable
 from moecc.formats.folder import open_folder
 from moecc.formats.manifest import (
     MANIFEST_NAME,
-    Manifest,
-    TensorRecord,
-    dump,
-    file_records,
-    weight_file_record,
 )
 from moecc.formats.output import output_folder
-from moecc.formats.writer import OutputTensor, WriteReport, write_checkpoint
+from moecc.formats.writer import OutputTensor, write_checkpoint
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph, read_graph
-from moecc.jobs.checks import Contracts
 from moecc.jobs.receipt import RECEIPT_NAME, Receipt
 from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE
-from moecc.rewrite.passes import Context, Pass, Preserves
-from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.passes import Context, Pass
+from moecc.rewrite.pipeline import Pipeline
 from moecc.support.untyped import Json
 from moecc.types import DTYPES, Array, Axis, TensorType
 from moecc.version import __version__
@@ -48,7 +42,7 @@ from moecc.weights.movement import Index, Stack
 from moecc.weights.text import parse_expr
 from moecc_backends.jaxpr.graph import (
     MAX_READ_ELEMENTS,
-    FunctionReport,
+    BlocksConversion,
     RewrittenBlocks,
     cut_graph,
     graph_of_function,
@@ -95,27 +89,15 @@ SCHEMA = "moecc.function/1"
 
 
 @dataclass(frozen=True)
-class FunctionConversion:
+class FunctionConversion(BlocksConversion):
     """Converted parameters, and every function of them.
 
     Attributes:
       params: ``{"params": …, "moe": …}``, the tree with experts in place, and routers by name.
-      graph: all blocks as one graph, rewritten.
-      report: what was done.
-      preserves: what the passes promise.
-      pipeline: the passes.
-      seed: the seed of the random numbers.
-      contracts: what the passes were found to keep, at reduced sizes.
       state: what functions of the parameters need to know.
     """
 
     params: PyTree
-    graph: Graph
-    report: FunctionReport
-    preserves: Preserves
-    pipeline: Pipeline
-    seed: int
-    contracts: Contracts
     state: ConversionState
 
     def __call__(
@@ -223,7 +205,14 @@ class FunctionConversion:
             }
             for name, content in files.items():
                 write_durable(temporary / name, content)
-            write_durable(temporary / MANIFEST_NAME, _manifest(temporary, self, written))
+            manifest = self.manifest(
+                temporary,
+                MODEL_TYPE,
+                written.records(),
+                self.report.function,
+                notes=tuple(f"not finite: {tensor}" for tensor in written.nonfinite),
+            )
+            write_durable(temporary / MANIFEST_NAME, manifest)
         return path
 
 
@@ -261,10 +250,7 @@ def _config(conversion: FunctionConversion) -> dict[str, object]:
     return {
         "model_type": MODEL_TYPE,
         "schema": SCHEMA,
-        "pipeline": conversion.pipeline.in_full(),
-        "seed": conversion.seed,
-        "preserves": asdict(conversion.preserves),
-        "report": conversion.report.to_json(),
+        **conversion.facts(),
         "tree": _tree_to_json(tree.treedef),
         "names": list(tree.names),
         "numbers": sorted(numbers.items()),
@@ -279,27 +265,6 @@ def _config(conversion: FunctionConversion) -> dict[str, object]:
         "arrays": [[s.key, s.in_tree, str(s.weight), s.like] for s in storage.arrays],
         "gone": sorted(storage.gone),
     }  # fmt: skip
-
-
-def _manifest(folder: Path, conversion: FunctionConversion, written: WriteReport) -> bytes:
-    tensors = {t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors}
-    weights = sorted({t.file for t in written.tensors})
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    manifest = Manifest(
-        pipeline=conversion.pipeline.in_full(),
-        seed=conversion.seed,
-        source=conversion.report.function,
-        source_files={},
-        family_from=MODEL_TYPE,
-        family_to=MODEL_TYPE,
-        dtype="as stored",
-        preserves=str(conversion.preserves),
-        weights={name: weight_file_record(folder / name) for name in weights},
-        files=file_records({name: folder / name for name in names if name not in weights}),
-        tensors=tensors,
-        notes=tuple(f"not finite: {tensor}" for tensor in written.nonfinite),
-    )
-    return dump(manifest)
 
 
 def load(folder: str | Path, like: PyTree = None) -> FunctionConversion:
@@ -366,13 +331,9 @@ def _loaded_conversion(
     leaves = {n: arrays[n] for n in tree.array_names if n in arrays}
     beside = {s.key: arrays[_beside_name(s.key, tree.names)] for s in stored if not s.in_tree}
     return FunctionConversion(
-        params={TREE: tree.unflatten(leaves), BESIDE: beside},
         graph=state.parts.graph,
-        report=FunctionReport.from_json(config["report"]),
-        preserves=Preserves(**config["preserves"]),
-        pipeline=Pipeline.parse(config["pipeline"], installed()),
-        seed=config["seed"],
-        contracts=Contracts(unchecked="read from a folder"),
+        **BlocksConversion.stated(config),
+        params={TREE: tree.unflatten(leaves), BESIDE: beside},
         state=state,
     )
 
@@ -511,7 +472,7 @@ def convert(
     )
     preserves, contracts = rewritten.run.preserves, rewritten.contracts
     return FunctionConversion(
-        new_params, rewritten.graph, report, preserves, passes, seed, contracts, state
+        rewritten.graph, report, passes, seed, preserves, contracts, new_params, state
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,13 +18,15 @@ from jax import Array
 
 from moecc.api.arguments import pipeline_of
 from moecc.errors import InputError, Problem, UsageError
+from moecc.formats.manifest import FileRecord, Manifest, TensorRecord, dump, folder_records
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.jobs.checks import Contracts, check_contracts
 from moecc.model.open import GRAPH
-from moecc.rewrite.passes import Context, Pass
+from moecc.rewrite.passes import Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import PipelineReport, run_pipeline
+from moecc.support.untyped import Json, JsonDict
 from moecc.types import F32, Axis, DType, TensorType, is_name
 from moecc_backends.jaxpr.blocks import OUTER, BlockMiss
 from moecc_backends.jaxpr.scopes import Equation, JaxprScope, TracedFunction, Variable
@@ -478,6 +482,86 @@ class FunctionReport:
         if self.remarks:
             lines += ["remarks:", *(f"  {remark}" for remark in self.remarks)]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class BlocksConversion:
+    """How the blocks of a program were converted.
+
+    Attributes:
+      graph: all blocks as one graph, rewritten.
+      report: what was done.
+      pipeline: the passes.
+      seed: of the random numbers.
+      preserves: what the passes promise.
+      contracts: what they were found to keep, at reduced sizes.
+    """
+
+    graph: Graph
+    report: FunctionReport
+    pipeline: Pipeline
+    seed: int
+    preserves: Preserves
+    contracts: Contracts
+
+    def facts(self) -> JsonDict:
+        """Return all but graph and contracts as JSON values."""
+        return {
+            "pipeline": self.pipeline.in_full(),
+            "seed": self.seed,
+            "preserves": asdict(self.preserves),
+            "report": self.report.to_json(),
+        }
+
+    @staticmethod
+    def stated(facts: Json) -> JsonDict:
+        """Return the fields but the graph of a conversion whose `facts` a folder states."""
+        return {
+            "report": FunctionReport.from_json(facts["report"]),
+            "pipeline": Pipeline.parse(facts["pipeline"]),
+            "seed": int(facts["seed"]),
+            "preserves": Preserves(**facts["preserves"]),
+            "contracts": Contracts(unchecked="read from a folder"),
+        }
+
+    def manifest(
+        self,
+        folder: Path,
+        kind: str,
+        tensors: Mapping[str, TensorRecord],
+        source: str,
+        *,
+        source_files: Mapping[str, FileRecord] = MappingProxyType({}),
+        notes: tuple[str, ...] = (),
+        is_flat: bool = False,
+    ) -> bytes:
+        """Return the content of the manifest of a folder.
+
+        Args:
+          folder: the folder.
+          kind: its ``model_type`` to moecc.
+          tensors: the tensors that were written.
+          source: the name of the program, or of its folder.
+          source_files: the files of the source, by name.
+          notes: remarks on the tensors.
+          is_flat: whether folders in it are another's.
+        """
+        weights, files = folder_records(folder, tensors, is_flat=is_flat)
+        document = Manifest(
+            pipeline=self.pipeline.in_full(),
+            seed=self.seed,
+            source=source,
+            source_files=source_files,
+            family_from=kind,
+            family_to=kind,
+            dtype="as stored",
+            preserves=str(self.preserves),
+            notes=notes,
+            weights=weights,
+            files=files,
+            tensors=tensors,
+        )
+        return dump(document)
 
 
 @dataclass(frozen=True)

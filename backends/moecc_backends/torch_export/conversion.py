@@ -19,7 +19,7 @@ from hashlib import sha256
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -34,21 +34,16 @@ from moecc.formats.folder import open_folder
 from moecc.formats.manifest import (
     MANIFEST_NAME,
     FileRecord,
-    Manifest,
     TensorRecord,
-    dump,
-    file_records,
-    weight_file_record,
 )
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph, read_graph
-from moecc.jobs.checks import Contracts
 from moecc.jobs.receipt import RECEIPT_NAME, Receipt
 from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MAX_CONFIG_BYTES, MODULE_SCHEMA, MODULE_TYPE
 from moecc.prove import Prover
 from moecc.prove.conversion import ConversionProof, compared
-from moecc.rewrite.passes import Context, Pass, Preserves
+from moecc.rewrite.passes import Context, Pass
 from moecc.rewrite.pipeline import Pipeline
 from moecc.types import Array, Axis, TensorType
 from moecc.weights.arithmetic import Cast
@@ -56,7 +51,7 @@ from moecc.weights.expr import Expr, Source, sources
 from moecc.weights.simplify import simplify
 from moecc_backends.jaxpr.graph import (
     MAX_READ_ELEMENTS,
-    FunctionReport,
+    BlocksConversion,
     RewrittenBlocks,
     graph_of_blocks,
     parsed_pipeline,
@@ -75,16 +70,10 @@ FILE_NAME = "modeling_moecc.py"
 
 
 @dataclass(frozen=True)
-class ModuleConversion:
+class ModuleConversion(BlocksConversion):
     """What a model with mixtures was made by.
 
     Attributes:
-      graph: all converted blocks as one graph.
-      report: what was done.
-      pipeline: the passes.
-      seed: of the random numbers.
-      preserves: what the passes promise.
-      contracts: what they were found to keep, at reduced sizes.
       places: where the mixtures stand.
       emitted: the mixtures as text.
       dense: the class of the dense model.
@@ -92,12 +81,6 @@ class ModuleConversion:
       inputs: the inputs that a folder was traced with, as JSON values.
     """
 
-    graph: Graph
-    report: FunctionReport
-    pipeline: Pipeline
-    seed: int
-    preserves: Preserves
-    contracts: Contracts
     places: tuple[BlockPlace, ...]
     emitted: EmittedModules
     dense: DenseClass
@@ -481,10 +464,7 @@ def _config(conversion: ModuleConversion) -> dict[str, object]:
     return {
         "schema": MODULE_SCHEMA,
         "dense": asdict(conversion.dense),
-        "pipeline": conversion.pipeline.in_full(),
-        "seed": conversion.seed,
-        "preserves": asdict(conversion.preserves),
-        "report": conversion.report.to_json(),
+        **conversion.facts(),
         "places": [asdict(position) for position in conversion.places],
         "inputs": dict(conversion.inputs),
     }
@@ -507,7 +487,7 @@ def write_beside(
     conversion: ModuleConversion,
     tensors: Mapping[str, TensorRecord],
     source: str = "",
-    source_files: Mapping[str, FileRecord] = MappingProxyType({}),
+    source_files: Mapping[str, FileRecord] | None = None,
 ) -> None:
     """Write the graph, the mixtures as text, receipt and manifest beside the weights.
 
@@ -516,7 +496,8 @@ def write_beside(
       conversion: what it holds.
       tensors: the tensors that were written.
       source: the name of the source; by default the class of the dense model.
-      source_files: the files of the source, by name.
+      source_files: the files of a source that is a folder, by name; None of a model, beside which
+        a trainer may have folders.
     """
     with open_folder(path) as checkpoint:
         graph = graph_over(conversion, checkpoint.tensors)
@@ -526,22 +507,15 @@ def write_beside(
     _write(path / GRAPH_NAME, print_graph(graph).encode())
     _write(path / FILE_NAME, conversion.emitted.text.encode())
     _write(path / RECEIPT_NAME, receipt.content())
-    weights = sorted({record.file for record in tensors.values()})
-    files = sorted(f.name for f in path.iterdir() if f.is_file() and f.name != MANIFEST_NAME)
-    manifest = Manifest(
-        pipeline=conversion.pipeline.in_full(),
-        seed=conversion.seed,
-        source=source or f"{conversion.dense.module}.{conversion.dense.name}",
-        source_files=source_files,
-        family_from=MODULE_TYPE,
-        family_to=MODULE_TYPE,
-        dtype="as stored",
-        preserves=str(conversion.preserves),
-        weights={name: weight_file_record(path / name) for name in weights},
-        files=file_records({name: path / name for name in files if name not in weights}),
-        tensors=tensors,
+    manifest = conversion.manifest(
+        path,
+        MODULE_TYPE,
+        tensors,
+        source or f"{conversion.dense.module}.{conversion.dense.name}",
+        source_files=source_files or {},
+        is_flat=source_files is None,
     )
-    _write(path / MANIFEST_NAME, dump(manifest))
+    _write(path / MANIFEST_NAME, manifest)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -614,12 +588,8 @@ def _loaded_conversion(path: Path, config: Mapping[str, Any]) -> ModuleConversio
     dense = DenseClass(**config["dense"])
     return ModuleConversion(
         graph,
-        FunctionReport.from_json(config["report"]),
-        Pipeline.parse(config["pipeline"]),
-        int(config["seed"]),
-        Preserves(**config["preserves"]),
-        Contracts(unchecked="read from a folder"),
-        places,
-        emit_modules(graph, places, dense),
-        dense,
+        **BlocksConversion.stated(config),
+        places=places,
+        emitted=emit_modules(graph, places, dense),
+        dense=dense,
     )

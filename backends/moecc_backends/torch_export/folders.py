@@ -21,7 +21,7 @@ from moecc.errors import InputError, MoeccError, Problem, raise_problems
 from moecc.formats.adapter import files_of
 from moecc.formats.files import make_folder, read_json_object, read_whole, write_durable
 from moecc.formats.folder import CONFIG_NAME, SafetensorsFolder, open_folder
-from moecc.formats.manifest import TensorRecord, conversion_of, hashed_beside
+from moecc.formats.manifest import conversion_of, hashed_beside
 from moecc.formats.output import check_output, output_folder
 from moecc.formats.writer import (
     DEFAULTS,
@@ -323,10 +323,7 @@ def convert_folder(
             _write_companions(temporary, checkpoint, conversion.dense.module)
             sparse.config.architectures = [conversion.dense.sparse]
             write_config(temporary, sparse.config, conversion)
-            records = {
-                t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors
-            }
-            write_beside(temporary, conversion, records, path.name, source_files())
+            write_beside(temporary, conversion, written.records(), path.name, source_files())
             checkpoint.require_unchanged()
     return replace(report, written=written)
 
