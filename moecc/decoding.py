@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from moecc.analysis import LOGITS
 from moecc.backend import Backend, Program
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError, Problem, UsageError, raise_problems
 from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.attention import LENGTH_SCALINGS, RopeOp
 from moecc.ir.structure import clone
@@ -354,8 +354,7 @@ class Sampling:
             for holds, text, name, wanted in rules
             if not holds
         ]
-        if problems:
-            raise UsageError(problems)
+        raise_problems(problems, UsageError)
 
     def generators(self, count: int) -> list[np.random.Generator]:
         """Return the source of draws of each text: what a text gets does not depend on others."""

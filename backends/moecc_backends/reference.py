@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moecc.backend import Arrays
-from moecc.errors import InputError, Problem
+from moecc.errors import Problem, raise_problems
 from moecc.ir.arrays import Data
 from moecc.ir.graph import Graph, where
 from moecc.ir.interpreter import ReferenceProgram
@@ -26,8 +26,7 @@ class ReferenceBackend:
             for node in graph
             if node.op.meaning is None
         ]
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         return ReferenceProgram(graph)
 
     def run_on_mesh(self, graph: Graph, params: Arrays, inputs: Arrays) -> dict[str, Data]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, runtime_checkable
 
-from moecc.errors import MachineError, Problem, UsageError
+from moecc.errors import MachineError, Problem, UsageError, raise_problems
 from moecc.ir.graph import Graph
 from moecc.plan.machines import Machine
 from moecc.plan.step import StepConfig
@@ -152,8 +152,7 @@ def update_of(optimizer: str, sets: Sequence[str]) -> OptimizerSection:
       UsageError: a text is no such thing, or has a key that a compiled step does not have.
     """
     problems = [problem for text in sets for problem in _foreign(text)]
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     return parse_update(optimizer, sets)
 
 

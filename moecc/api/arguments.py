@@ -9,7 +9,7 @@ from reprlib import Repr
 from typing import get_type_hints
 
 from moecc.decoding import Sampling
-from moecc.errors import Problem, UsageError, nearest
+from moecc.errors import Problem, UsageError, nearest, raise_problems
 from moecc.jobs.generate import Continuing
 from moecc.model.open import parse_branches
 from moecc.plan.step import COMPILED, StepConfig
@@ -239,8 +239,7 @@ def continuing(
         for name, value in numbers.items()
         if not isinstance(value, (int, float)) or isinstance(value, bool)
     ]
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     settings: JsonDict = {**wholes, **numbers}
     count = settings.pop("tokens")
     how = Continuing(count, Sampling(**settings), dtype=dtype_of(dtype) or F32)
@@ -285,8 +284,7 @@ def step_request(options: Mapping[str, object]) -> StepConfig:
         elif not isinstance(value, hints[name]) or isinstance(value, bool):
             problems.append(Problem(f"{name} has another type", expected=_expected(hints[name]),
                                     found=_SHOWN.repr(value)))  # fmt: skip
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     return StepConfig(**checked)
 
 

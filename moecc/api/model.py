@@ -29,7 +29,7 @@ from moecc.api.arguments import (
     whole,
 )
 from moecc.backend import TracingBackend, get_backend
-from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.errors import InputError, Problem, UsageError, nearest, raise_problems
 from moecc.formats.adapter import branches_of
 from moecc.formats.files import read_whole
 from moecc.formats.source import GivenParams
@@ -263,8 +263,7 @@ class Model(Closing):
         remarks: list[str] = []
         context = replace(self._context(allow_unmatched), remark=lambda r: remarks.append(str(r)))
         full_pipeline = Pipeline((*self.pipeline, *passes))
-        if problems := full_pipeline.problems():
-            raise UsageError(problems)
+        raise_problems(full_pipeline.problems(), UsageError)
         graph = clone(self.graph)
         done = run_pipeline(graph, passes, context=context)
         return Model(
@@ -544,8 +543,7 @@ def write_params(
     force = flag("force", force)
     if opened.checkpoint is None:
         raise InputError(f"{opened.name} has no files to write beside parameters")
-    if problems := list(_misfits(opened.graph, params)):
-        raise InputError(problems)
+    raise_problems(_misfits(opened.graph, params))
     graph = clone(opened.graph)
     checkpoint = GivenParams(opened.checkpoint, {name: params[name] for name in graph.params})
     for name, param in graph.params.items():

@@ -29,6 +29,7 @@ from moecc.errors import (
     escaped,
     nearest,
     printable,
+    raise_problems,
 )
 from moecc.jobs import COMMANDS
 from moecc.support.console import open_closed_streams, say, show_error, write_utf8
@@ -140,8 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for word in words
             if any("\ud800" <= c <= "\udfff" for c in word)
         ]
-        if problems:
-            raise UsageError(problems)
+        raise_problems(problems, UsageError)
         return _run(words)
     except MoeccError as error:
         show_error(error)

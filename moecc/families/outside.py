@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moecc.errors import Problem, UsageError
+from moecc.errors import Problem, UsageError, raise_problems
 from moecc.families.config import ModelConfig, TensorNames
 from moecc.families.graphs.parameters import GraphRequest
 from moecc.families.registry import CONFIGS, ORIGINS
@@ -48,8 +48,7 @@ class Family:
         """
         where = f"{origin}, {_title(self.config)}"
         problems = [Problem(fault, where) for fault in self._faults(origin)]
-        if problems:
-            raise UsageError(problems)
+        raise_problems(problems, UsageError)
         config: Any = self.config
         name = config.model_type
         CONFIGS[name], ORIGINS[name] = config, origin

@@ -10,18 +10,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from moecc.errors import Problem, nearest
+from moecc.errors import Problem
 from moecc.formats.files import identify, read_json_object, require_unchanged
 from moecc.formats.folder import SafetensorsFolder
 from moecc.formats.modelcard import CardEntries, hub_repository, read_card
 from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
-from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo
+from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo, nearest_tensor
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.record import RecordReader
 from moecc.support.text import amount
 from moecc.support.untyped import Json
-from moecc.types import Array, Shape
+from moecc.types import Array
 from moecc.weights.arithmetic import BASE, branch_and_name, name_in
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class _Delta:
+class MatrixDelta:
     """The product that is added to a matrix of the model.
 
     Attributes:
@@ -278,6 +278,16 @@ class _Delta:
     second: str
     scale: float
     is_turned: bool
+
+    def rows(self, stored: Checkpoint, start: int, stop: int) -> Array:
+        """Return rows [start, stop) of what is added, but for the scale, in float32."""
+        first = stored.read(self.first).astype(np.float32)
+        rows: Array
+        if self.is_turned:
+            rows = first.T[start:stop] @ stored.read(self.second).astype(np.float32).T
+        else:
+            rows = stored.read(self.second, start, stop).astype(np.float32) @ first
+        return rows
 
 
 class AdaptedCheckpoint(DerivedCheckpoint):
@@ -336,23 +346,9 @@ class AdaptedCheckpoint(DerivedCheckpoint):
         delta = self._deltas.get(name)
         if delta is None:
             return weight
-        if isinstance(delta, _Delta):
-            first, second = self._matrices(delta, start, stop)
-            added = second @ first
-        else:
-            added = delta.rows(self._stored.read, start, start + len(weight))
-        added = added * np.float32(delta.scale)
+        added = delta.rows(self._stored, start, start + len(weight)) * np.float32(delta.scale)
         merged: Array = (weight.astype(np.float32) + added).astype(dtype)
         return merged
-
-    def _matrices(self, delta: _Delta, start: int, stop: int | None) -> tuple[Array, Array]:
-        """Return the matrices whose product has the rows that are wanted."""
-        first = self._stored.read(delta.first)
-        if not delta.is_turned:
-            second = self._stored.read(delta.second, start, stop)
-            return first.astype(np.float32), second.astype(np.float32)
-        second = self._stored.read(delta.second)
-        return second.astype(np.float32).T, first.astype(np.float32).T[start:stop]
 
     def remarks(self) -> list[str]:
         """Return what the adapter is of, if it says so, and how much of the model it changes."""
@@ -408,7 +404,7 @@ class _AdapterReading:
     ) -> None:
         self.base, self.tensors, self.path = base, tensors, path
         self.problems = Problems()
-        self.deltas: dict[str, _Delta | ExpertDelta] = {}
+        self.deltas: dict[str, MatrixDelta | ExpertDelta] = {}
         self.replaced: dict[str, str] = {}
         self._config_path = str(path / ADAPTER_CONFIG)
         self.settings = self._read_settings(config)
@@ -483,6 +479,8 @@ class _AdapterReading:
             self.replaced[tensor] = name
 
     def _add_pair(self, module: str, parts: Mapping[str, str]) -> None:
+        from moecc.formats.expert_adapter import product_shape
+
         is_table = any(kind.endswith("t") for kind in parts)
         first, second = (parts.get(letter + "t" * is_table) for letter in "AB")
         tensor = f"{module}.weight"
@@ -516,14 +514,14 @@ class _AdapterReading:
                 )
                 return
             is_turned = True
-        shape = _product_shape(*shapes, is_turned=is_turned)
+        shape = product_shape(*shapes, is_turned)
         if shape != info.shape:
             product = f"{shapes[1]} times {shapes[0]}"
             self._misshapen(tensor, f"a product of shape {info.shape}", product)
             return
         scale = self._scale(module, shapes[0][0])
         if scale is not None:
-            self.deltas[tensor] = _Delta(first, second, scale, is_turned)
+            self.deltas[tensor] = MatrixDelta(first, second, scale, is_turned)
 
     def _add_experts(self, module: str, tensor: str, first: str, second: str) -> None:
         """Add an adapter of a parameter of experts, which may be many tensors on disk."""
@@ -563,13 +561,11 @@ class _AdapterReading:
         return alpha / (sqrt(rank) if self.settings.use_rslora else rank)
 
     def _unknown(self, tensor: str, name: str) -> None:
-        # Comparing with every name of a large model would take seconds.
-        similar = [n for n in self.base.tensors if abs(len(n) - len(tensor)) <= 4]
         self.problems.add(
             "the adapter is for a module that the model does not have",
             where=f"{self.path}: {quoted(name)}",
             expected=f"{quoted(tensor)} in {self.base.path}",
-            hint=nearest(tensor, similar[:2000]),
+            hint=nearest_tensor(self.base.tensors, tensor),
         )
 
     def _misshapen(self, name: str, expected: str, actual: str) -> None:
@@ -584,13 +580,6 @@ class _AdapterReading:
 
 def _without_prefix(name: str) -> str:
     return name.removeprefix(_PREFIX).replace(".default.", ".")
-
-
-def _product_shape(first: Shape, second: Shape, *, is_turned: bool) -> Shape | None:
-    """Return the shape of what an adapter adds to a matrix, None if the two do not match."""
-    if len(first) != 2 or len(second) != 2 or first[0] != second[1] or first[0] == 0:
-        return None
-    return (first[1], second[0]) if is_turned else (second[0], first[1])
 
 
 # A checkpoint with others beside it: models of the same architecture, and statistics, by name.

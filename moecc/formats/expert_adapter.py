@@ -8,11 +8,11 @@ tensor on disk, or a matrix for each expert, the gate and up matrices apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moecc.errors import Problem
-from moecc.formats.source import TensorInfo
+from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.support.lazy import np
 from moecc.types import Array, Shape
 
@@ -22,6 +22,13 @@ TURNED_FAMILIES = ("gpt_oss",)
 _NAMES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
           "down_proj": (("down_proj",), ("w2",))}  # fmt: skip
 """Matrices of an expert on disk that a parameter of all experts consists of, two spellings."""
+
+
+def product_shape(first: Shape, second: Shape, is_turned: bool) -> Shape | None:
+    """Return the shape of what A and B add to a matrix, None if the two do not match."""
+    if len(first) != 2 or len(second) != 2 or first[0] != second[1] or first[0] == 0:
+        return None
+    return (first[1], second[0]) if is_turned else (second[0], first[1])
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,10 @@ class ExpertDelta:
     expert: int | None = None
     start: int = 0
 
-    def rows(self, read: Callable[[str], Array], start: int, stop: int) -> Array:
+    def rows(self, stored: Checkpoint, start: int, stop: int) -> Array:
         """Return rows [start, stop) of what is added, but for the scale, in float32."""
-        first = read(self.first).astype(np.float32)
-        second = read(self.second).astype(np.float32)
+        first = stored.read(self.first).astype(np.float32)
+        second = stored.read(self.second).astype(np.float32)
         first = first.reshape(self.experts, -1, first.shape[-1])
         second = second.reshape(len(second), -1, self.experts)
 
@@ -155,8 +162,5 @@ def find_parameter(
 
 def _product_shape(first: Shape, second: Shape, experts: int, is_turned: bool) -> Shape | None:
     """Return the shape of the parameter that A and B adapt; None if they do not match."""
-    if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
-        return None
-    if first[0] == 0 or first[0] % experts:
-        return None
-    return (experts, first[1], second[0]) if is_turned else (experts, second[0], first[1])
+    shape = product_shape(first, second, is_turned)
+    return None if shape is None or first[0] % experts else (experts, *shape)

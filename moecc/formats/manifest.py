@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem
+from moecc.errors import CheckError, InputError, MoeccError, Problem, raise_problems
 from moecc.formats.files import (
     RANGED,
     DescriptorPool,
@@ -386,8 +386,7 @@ def conversion_of(output: Path, files: Mapping[str, Path]) -> Manifest | None:
 
 def check_manifest(output: Path, *, allow_edited_card: bool = False) -> None:
     """Raise CheckError with all problems that `verify_manifest` finds; otherwise raises as it."""
-    if problems := verify_manifest(output, allow_edited_card=allow_edited_card):
-        raise CheckError(problems)
+    raise_problems(verify_manifest(output, allow_edited_card=allow_edited_card), CheckError)
 
 
 class _Verification:

@@ -22,7 +22,7 @@ from moecc.formats.files import (
     link_fault,
     read_json_object,
 )
-from moecc.formats.folder import find_companions
+from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions
 from moecc.formats.manifest import (
     MANIFEST_NAME,
     FileName,
@@ -419,9 +419,6 @@ class StateReader(ZarrArrays):
 
 # A step of a run as a checkpoint: the parameters of its state, and the files of its source.
 
-CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 16 << 20
-
 
 class RunCheckpoint(Checkpoint):
     """The parameters of a step of a run; see `moecc.formats.source.Checkpoint`.
@@ -441,7 +438,7 @@ class RunCheckpoint(Checkpoint):
         check_inside(run, step)
         require_run_files(step)
         self.lineage = read_lineage(run)
-        self.config = read_json_object(run / SOURCE / CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
+        self.config = read_json_object(run / SOURCE / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
         self.tensors = MappingProxyType(_tensors(step))
         problems = Problems()
         self._companions = find_companions(run / SOURCE, problems)
@@ -482,7 +479,7 @@ class RunCheckpoint(Checkpoint):
     def files(self) -> list[Path]:
         """Return graph, recipe, lineage, config and step.json, which has digests of the state."""
         named = [self.run / name for name in (GRAPH, RECIPE, LINEAGE)]
-        return [self.step.folder / STEP, *named, self.run / SOURCE / CONFIG]
+        return [self.step.folder / STEP, *named, self.run / SOURCE / CONFIG_NAME]
 
 
 def inputs_of(checkpoint: Checkpoint | None) -> list[Path]:

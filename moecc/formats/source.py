@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,11 +53,16 @@ def tensor_info(tensors: Mapping[str, TensorInfo], name: str, path: Path) -> Ten
     """
     info = tensors.get(name)
     if info is None:
-        # Comparing with every name of a large model would take seconds.
-        similar = (other_name for other_name in tensors if abs(len(other_name) - len(name)) <= 4)
-        hint = nearest(name, islice(similar, 2000))
+        hint = nearest_tensor(tensors, name)
         raise InputError(f"there is no tensor {quoted(name)}", where=path, hint=hint)
     return info
+
+
+def nearest_tensor(tensors: Collection[str], name: str) -> str | None:
+    """Return a hint with the tensor whose name is most like `name`, or None."""
+    # Comparing with every name of a large model would take seconds.
+    similar = (tensor for tensor in tensors if abs(len(tensor) - len(name)) <= 4)
+    return nearest(name, islice(similar, 2000))
 
 
 FIRST, SECOND = "m", "v"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moecc.errors import InputError, Problem, nearest
+from moecc.errors import InputError, Problem, nearest, raise_problems
 from moecc.ir.arrays import Array, Data, SlotAssignment, poisoned, stored
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
 from moecc.support.lazy import np
@@ -158,8 +158,7 @@ def bind(graph: Graph, params: Arrays, inputs: Arrays) -> dict[Value, Data]:
                 continue
             bound[value] = np.asarray(arrays[name])
             problems.extend(_misfits(value, bound[value], here, sizes))
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     return bound
 
 

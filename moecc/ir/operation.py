@@ -19,7 +19,7 @@ from math import isfinite, isinf
 from types import ModuleType
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar, overload
 
-from moecc.errors import InputError, Problem, nearest
+from moecc.errors import InputError, Problem, nearest, raise_problems
 from moecc.ir.arrays import Array
 from moecc.ir.mesh import Rule, propagate_sharding
 from moecc.ir.operand import Attrs as Attrs
@@ -519,8 +519,7 @@ class OpDef:
             else:
                 message = f"attribute {name!r} of {self.name} is wrong"
                 problems.append(Problem(message, expected=expected, found=repr(value)))
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         return full
 
     def result_types(self, operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:

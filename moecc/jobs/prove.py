@@ -21,6 +21,7 @@ from moecc.errors import (
 )
 from moecc.families.heads import has_head
 from moecc.formats.adapter import files_of
+from moecc.formats.folder import CONFIG_NAME
 from moecc.formats.manifest import HASH_THREADS, Manifest, conversion_of
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -33,7 +34,7 @@ from moecc.jobs.command import (
     check_writable,
     read_pipeline,
 )
-from moecc.model.open import CONFIG_NAME, OpenedModel, is_function_folder, open_model
+from moecc.model.open import OpenedModel, is_function_folder, open_model
 from moecc.prove import Prover, Verdict
 from moecc.prove.conversion import ConversionProof, compared, over_source, prove_conversion
 from moecc.prove.log import proof_paths

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
-from moecc.errors import MachineError, Problem, UsageError, printable
+from moecc.errors import MachineError, Problem, UsageError, printable, raise_problems
 
 COORDINATOR, PROCESSES, PROCESS = "MOECC_COORDINATOR", "MOECC_PROCESSES", "MOECC_PROCESS"
 DISTRIBUTED = "MOECC_DISTRIBUTED"
@@ -85,8 +85,7 @@ def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | 
             hint="moecc launch local sets all of them",
         )
     problems = list(_problems(variables))
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     return ProcessInfo(variables[COORDINATOR], int(variables[PROCESSES]), int(variables[PROCESS]))
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO
 
-from moecc.errors import InputError, MachineError, Problem, nearest, printable
+from moecc.errors import InputError, MachineError, Problem, nearest, printable, raise_problems
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone, index_bound, length_bounds
 from moecc.support.lazy import np
@@ -126,8 +126,7 @@ def check_inputs(graph: Graph, arrays: Mapping[str, Array], where: str) -> dict[
         wrong = list(_misfits(value, array, location))
         problems.extend(wrong or _too_long(value, array, location, bounds))
         checked[name] = array
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     ids = {n: v.type.dtype.numpy for n, v in graph.inputs.items() if v.type.dtype.kind == "int"}
     return {name: a.astype(ids[name]) if name in ids else a for name, a in checked.items()}
 

@@ -16,15 +16,22 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.errors import InputError, MoeccError, Problem, UnknownName, UsageError, nearest
+from moecc.errors import (
+    InputError,
+    MoeccError,
+    Problem,
+    UnknownName,
+    UsageError,
+    nearest,
+    raise_problems,
+)
 from moecc.families import build
 from moecc.families.config import ModelConfig
 from moecc.families.registry import parse_config
 from moecc.formats.adapter import AdaptedCheckpoint, SeveralCheckpoints, is_adapter
 from moecc.formats.files import read_json_object, read_whole
-from moecc.formats.folder import CONFIG_NAME as CONFIG_NAME
-from moecc.formats.folder import findings, open_folder
-from moecc.formats.run import GRAPH as _OpenGRAPH
+from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, findings, open_folder
+from moecc.formats.run import GRAPH as GRAPH_NAME
 from moecc.formats.run import open_run, split_reference
 from moecc.formats.safetensors import lacks_weights
 from moecc.formats.source import Checkpoint
@@ -44,7 +51,6 @@ if TYPE_CHECKING:
 
 # The folder of a converted function of JAX: its graph reads the arrays beside it.
 
-GRAPH_NAME = "graph.moe"
 MODEL_TYPE = "jax_function"
 """What its ``config.json`` calls it."""
 
@@ -54,8 +60,6 @@ its own, and the schema of what it says of its mixtures."""
 
 GRAPH = "jax"
 """The name of the graph of its blocks."""
-
-MAX_CONFIG_BYTES = 16 << 20
 
 
 def function_name(graph: Graph) -> str | None:
@@ -251,12 +255,13 @@ def open_model(
     """
     if source.endswith(".moe"):
         return _open_graph(source, weights)
-    if split_reference(source) is not None:
-        return _open_run(source, weights)
     if weights is not None:
         raise UsageError("--weights goes with a .moe file", found=source)
+    if split_reference(source) is not None:
+        run = open_run(source)
+        return _reading(read_graph(str(run.run / GRAPH_NAME)), source, run)
     if is_function_folder(source):
-        return _open_graph(os.path.join(source, _OpenGRAPH), None)
+        return _open_graph(os.path.join(source, GRAPH_NAME), None)
     config = stated_config(source) if config_alone or source.startswith(PREFIX) else None
     if config is not None:
         return OpenedModel(build(config, padding=bool(padding)), source)
@@ -286,15 +291,17 @@ def stated_config(source: str) -> ModelConfig | None:
     return parse_config(config, str(path))
 
 
-def _open_run(source: str, weights: str | None) -> OpenedModel:
+def _reading(graph: Graph, source: str, checkpoint: Checkpoint) -> OpenedModel:
+    """Return a model of `graph`, whose weights a checkpoint has; a wrong checkpoint is closed.
 
-    if weights is not None:
-        raise UsageError("--weights goes with a .moe file", found=source)
-    checkpoint = open_run(source)
-    graph = read_graph(str(checkpoint.run / _OpenGRAPH))
-    problems = list(_missing(graph, checkpoint))
-    if problems:
-        raise InputError(problems)
+    Raises:
+      InputError: the checkpoint lacks a tensor, or has one of another shape.
+    """
+    try:
+        raise_problems(_missing(graph, checkpoint))
+    except InputError:
+        checkpoint.close()
+        raise
     return OpenedModel(graph, source, checkpoint)
 
 
@@ -319,11 +326,7 @@ def _open_graph(source: str, weights: str | None) -> OpenedModel:
         raise InputError(
             [replace(p, hint=h) for p, h in zip(error.problems, hints, strict=True)]
         ) from error
-    problems = list(_missing(graph, checkpoint))
-    if problems:
-        checkpoint.close()
-        raise InputError(problems)
-    return OpenedModel(graph, source, checkpoint)
+    return _reading(graph, source, checkpoint)
 
 
 def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -382,8 +385,7 @@ def parse_branches(words: Sequence[str]) -> dict[str, str]:
             problems.append(Problem("two models have the same name", "--experts", found=word))
         else:
             branches[name] = folder
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     return branches
 
 

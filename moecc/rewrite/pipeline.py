@@ -22,7 +22,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from moecc.errors import Problem, UsageError, nearest, printable
+from moecc.errors import Problem, UsageError, nearest, printable, raise_problems
 from moecc.ir.graph import Graph
 from moecc.ir.operation import has_operations
 from moecc.rewrite.passes import (
@@ -326,8 +326,7 @@ class Registry:
 
     def _refuse(self, name: str, cls: str, faults: Iterable[str]) -> None:
         problems = [Problem(fault, f"{self.origins[name]}, {cls}") for fault in faults]
-        if problems:
-            raise UsageError(problems)
+        raise_problems(problems, UsageError)
 
     def extended(self, factories: Mapping[str, Factory], origin: str) -> Registry:
         """Return this registry with more passes.
@@ -345,8 +344,7 @@ class Registry:
             for name in factories
             if name in self.factories
         ]
-        if repeated:
-            raise UsageError(repeated)
+        raise_problems(repeated, UsageError)
         return Registry(
             {**self.factories, **factories}, {**self.origins, **dict.fromkeys(factories, origin)}
         )

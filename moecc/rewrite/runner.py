@@ -16,7 +16,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import ClassVar, TextIO
 
-from moecc.errors import CheckError, InputError, MachineError, Problem, UsageError, escaped, nearest
+from moecc.errors import (
+    CheckError,
+    InputError,
+    MachineError,
+    Problem,
+    UsageError,
+    escaped,
+    nearest,
+    raise_problems,
+)
 from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
 from moecc.ir.unroll import is_rolled
@@ -325,8 +334,7 @@ def run_pipeline(
     """
     context = Context() if context is None else context
     problems = pipeline.problems()
-    if problems:
-        raise UsageError(problems)
+    raise_problems(problems, UsageError)
     verify(graph)
     for instrument in instruments:
         instrument.start(graph, pipeline)
@@ -443,8 +451,7 @@ class PrintAfter(Instrument):
             )
             for name in sorted(names)
         ]
-        if problems:
-            raise UsageError(problems)
+        raise_problems(problems, UsageError)
 
     def print(self, title: str, name: str, graph: Graph, *, changed: bool = False) -> None:
         """Print the graph if it is requested at this pass."""

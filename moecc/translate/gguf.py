@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.errors import InputError, Problem, UsageError, nearest, raise_problems
 from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers
 from moecc.families.mixture import MoeConfig
@@ -132,8 +132,7 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
     assert isinstance(config, DecoderConfig), "GGUF is written for decoders"
     stated = config.to_json()
     layers = config.sparse_layers if isinstance(config, MoeConfig) else ()
-    if problems := list(misfits(architecture, family, stated, layers)):
-        raise InputError(problems)
+    raise_problems(misfits(architecture, family, stated, layers))
     if family.facts.needs_routing_bias and isinstance(config, MoeConfig):
         tensors = [*tensors, *MoeConfig.completed(config)[1].items()]
     stored = {gguf_name(n, family): _turned(n, e, family, config) for n, e in tensors}

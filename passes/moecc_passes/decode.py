@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 from moecc.analysis import LOGITS
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.slots import operands_by_word
@@ -518,8 +518,7 @@ class DecodePass(Pass):
         _clean(graph, inputs=False)
         rewriter = Rewriter(Sides.of(graph, graph.inputs[tokens.name]), self.name)
         obstacles = [*rewriter.problems(), *problems(rewriter.sides)]
-        if obstacles:
-            raise InputError(obstacles)
+        raise_problems(obstacles)
         remarks = [Remark(f"output {name}", "is no part of a step") for name in dropped]
         if self.part == "encode":
             memories = rewriter.encoded()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.families.registry import parse_config
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
@@ -177,8 +177,7 @@ class ExpandBlocksPass(Pass):
             if may_rewrite(self.name, layer.name)
         }
         problems = [part for part in chosen.values() if isinstance(part, Problem)]
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         copied = {name: part for name, part in chosen.items() if isinstance(part, ResidualLayer)}
         origins = {layers[0].stack: _origins(layers, copied) for layers in stacks}
         config = _deeper_config(graph, origins) if copied else None

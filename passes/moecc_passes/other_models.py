@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from moecc.analysis import FFNBlock, find_ffn_blocks
-from moecc.errors import InputError, Problem
+from moecc.errors import Problem, raise_problems
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import weight_of
 from moecc.rewrite.driver import may_rewrite
@@ -57,8 +57,7 @@ class AlignNeuronsPass(Pass):
         if ctx.statistics is not None:
             message = "statistics number the neurons of the source as they are"
             problems.append(Problem(message, "--capture", hint="capture the aligned model"))
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         done = [block for block in search.blocks if may_rewrite(self.name, block.loc)]
         for block in done:
             params = _params(block)
@@ -121,8 +120,7 @@ class MergeAdapterPass(Pass):
         Raises:
           InputError: there is no such adapter.
         """
-        if problems := unknown_models([self.source], ctx.models, "source"):
-            raise InputError(problems)
+        raise_problems(unknown_models([self.source], ctx.models, "source"))
         for param in graph.params.values():
             param.weight = read_from(weight_of(param), self.source)
         ctx.remark(Remark("", f"all weights are those of {self.source}"))

@@ -8,7 +8,7 @@ from functools import reduce
 from math import ceil, floor
 from typing import Literal
 
-from moecc.errors import InputError, Problem
+from moecc.errors import Problem, raise_problems
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node, Value
@@ -124,8 +124,7 @@ def anatomies(graph: Graph) -> list[Anatomy]:
     """
     layers = [of_layer(layer) for layer in routed_layers(graph)]
     problems = [layer for layer in layers if isinstance(layer, Problem)]
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     return [layer for layer in layers if isinstance(layer, Anatomy)]
 
 

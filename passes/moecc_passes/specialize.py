@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from moecc.analysis import find_ffn_blocks
-from moecc.errors import InputError, Problem
+from moecc.errors import Problem, raise_problems
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node, Value
@@ -657,8 +657,7 @@ class SpecializePass(ModeConfig, Pass):
         causal = causal_values(graph)
         is_causal = {y.name: y.dispatch.operands[0] in causal for y in layers}
         problems = [p for y in layers for p in misfits(self, y, settings, is_causal[y.name])]
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         keys, dropped = RandomKeys(graph), 0
         for layer in layers:
             specialise(layer, settings.at(layer.assigner.loc), keys)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from moecc.analysis import ATTRIBUTE, parameter_groups, trainable
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.routing import RouteOp
@@ -290,8 +290,7 @@ class PackSegmentsPass(Pass):
         packing = _Packing(graph)
         several = self.documents == "several"
         problems = [*packing.problems(), *(packing.mixtures() if several else ())]
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         attentions = packing.attentions()
         if not attentions:
             return PassResult(changed=False, near_misses=[NOTHING])

@@ -21,17 +21,18 @@ import jax.numpy as jnp
 from moecc.api.arguments import flag, folder_text, whole
 from moecc.errors import InputError, MachineError, Problem, UsageError, described, raise_problems
 from moecc.formats.files import write_durable
-from moecc.formats.folder import open_folder
+from moecc.formats.folder import CONFIG_NAME, open_folder
 from moecc.formats.manifest import (
     MANIFEST_NAME,
 )
 from moecc.formats.output import output_folder
+from moecc.formats.run import GRAPH as GRAPH_NAME
 from moecc.formats.writer import OutputTensor, write_checkpoint
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph, read_graph
 from moecc.jobs.receipt import RECEIPT_NAME, Receipt
-from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE
+from moecc.model.open import MAX_READ_ELEMENTS, MODEL_TYPE
 from moecc.rewrite.passes import Context, Pass
 from moecc.rewrite.pipeline import Pipeline
 from moecc.support.untyped import Json
@@ -41,7 +42,6 @@ from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Stack
 from moecc.weights.text import parse_expr
 from moecc_backends.jaxpr.graph import (
-    MAX_READ_ELEMENTS,
     BlocksConversion,
     RewrittenBlocks,
     cut_graph,

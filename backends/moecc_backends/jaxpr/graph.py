@@ -398,9 +398,6 @@ def cut_graph(graph: Graph, locations: Iterable[str]) -> BlockParts:
 
 # The blocks of a program, rewritten by a pipeline, and the report of what became of them.
 
-MAX_READ_ELEMENTS = 1 << 20
-"""The largest parameter that a promise may depend on."""
-
 
 @dataclass(frozen=True)
 class BlockReport:

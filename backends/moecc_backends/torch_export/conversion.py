@@ -30,17 +30,18 @@ import torch
 from moecc.api.arguments import flag, folder_text, whole
 from moecc.errors import InputError, Problem, UsageError
 from moecc.formats.files import read_json_object, write_durable
-from moecc.formats.folder import open_folder
+from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, open_folder
 from moecc.formats.manifest import (
     MANIFEST_NAME,
     FileRecord,
     TensorRecord,
 )
+from moecc.formats.run import GRAPH as GRAPH_NAME
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph, read_graph
 from moecc.jobs.receipt import RECEIPT_NAME, Receipt
-from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MAX_CONFIG_BYTES, MODULE_SCHEMA, MODULE_TYPE
+from moecc.model.open import MAX_READ_ELEMENTS, MODULE_SCHEMA, MODULE_TYPE
 from moecc.prove import Prover
 from moecc.prove.conversion import ConversionProof, compared
 from moecc.rewrite.passes import Context, Pass
@@ -50,7 +51,6 @@ from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, sources
 from moecc.weights.simplify import simplify
 from moecc_backends.jaxpr.graph import (
-    MAX_READ_ELEMENTS,
     BlocksConversion,
     RewrittenBlocks,
     graph_of_blocks,

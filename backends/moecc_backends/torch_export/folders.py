@@ -20,9 +20,10 @@ from moecc.api.arguments import flag, folder_text, whole
 from moecc.errors import InputError, MoeccError, Problem, raise_problems
 from moecc.formats.adapter import files_of
 from moecc.formats.files import make_folder, read_json_object, read_whole, write_durable
-from moecc.formats.folder import CONFIG_NAME, SafetensorsFolder, open_folder
+from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, SafetensorsFolder, open_folder
 from moecc.formats.manifest import conversion_of, hashed_beside
 from moecc.formats.output import check_output, output_folder
+from moecc.formats.run import GRAPH as GRAPH_NAME
 from moecc.formats.writer import (
     DEFAULTS,
     OutputTensor,
@@ -31,7 +32,6 @@ from moecc.formats.writer import (
     write_checkpoint,
 )
 from moecc.ir.text import print_graph
-from moecc.model.open import GRAPH_NAME, MAX_CONFIG_BYTES
 from moecc.prove import Prover
 from moecc.prove.conversion import ConversionProof
 from moecc.types import Array, DType

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from moecc.decoding import DECODER_TOKENS, TOKENS, rewritten
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.families.heads import LOGITS
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.operand import Attrs
@@ -162,8 +162,7 @@ def program_of(graph: Graph, tokens: Value | None) -> TorchProgram:
         for node in graph
         if (hint := UNSUPPORTED.get(node.op.name)) or node.op.opaque or node.op.collective
     ]
-    if problems:
-        raise InputError(problems)
+    raise_problems(problems)
     program = TorchProgram(tokens=tokens.name if tokens is not None else "")
     images: dict[Value, ProgramValue] = {}
     for table, values, is_param in (

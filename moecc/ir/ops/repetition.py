@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.arrays import Array
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
@@ -164,8 +164,7 @@ class ScanOp(Op):
             raise InputError("names are saved under remat=save alone", found=f"remat={self.remat}")
         axis = Axis(*over[0])
         problems = [*self._body_problems(), *self._operand_problems(operands, axis)]
-        if problems:
-            raise InputError(problems)
+        raise_problems(problems)
         types = [v.type for v in self.body.terminator.operands]
         return (*types[:carries], *(stacked(t, axis) for t in types[carries:]))
 
