@@ -189,10 +189,7 @@ class MptConfig(AlibiConfig):
         stated = reader.mapping("attn_config") or {}
         usual = {key: value for key, (value, _) in ATTENTION.items()}
         inner = Reader(stated, usual, f"{reader.where}: attn_config")
-        for key, (supported, why) in ATTENTION.items():
-            value = inner.value(key)
-            if type(value) is not type(supported) or value != supported:
-                inner.refuse(key, why, expected=f"{supported}".lower())
+        inner.require(ATTENTION)
         read = {"qkv_clip": "clip_qkv", "softmax_scale": "softmax_scale"}
         fields = {name: inner.optional_number(key) for name, key in read.items()}
         reader.problems.extend(inner.problems)

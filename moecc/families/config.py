@@ -550,11 +550,7 @@ class ModelConfig:
             if reader.has(key) and reader.data[key] != reader.value(usual):
                 fault = f"transformers takes it for {usual}, which is {shown(reader.value(usual))}"
                 reader.refuse(key, fault, hint=f"state the size as {usual} alone")
-        for key, (supported, why) in cls.table("only").items():
-            value = reader.value(key)
-            is_stated = key in reader.data or key in reader.defaults
-            if is_stated and (type(value) is not type(supported) or value != supported):
-                reader.refuse(key, why, expected=f"{supported}".lower())
+        reader.require(cls.table("only"))
         for key in cls.idle:
             reader.value(key)
         values = cls._read(reader)

@@ -83,6 +83,18 @@ class Reader:
         where = f"{self.where}: {' / '.join(keys)}"
         self.problems.append(Problem(fault, where, "the same in each", values, hint))
 
+    def require(self, only: Mapping[str, tuple[object, str]]) -> None:
+        """Refuse the keys of `only` that are stated, or have a default, with another value.
+
+        Args:
+          only: for each key the one value that is supported, and why others are not.
+        """
+        for key, (supported, why) in only.items():
+            value = self.value(key)
+            is_stated = key in self.data or key in self.defaults
+            if is_stated and (type(value) is not type(supported) or value != supported):
+                self.refuse(key, why, expected=f"{supported}".lower())
+
     def accept(self, problem: Problem) -> None:
         """Record a problem of the finished config, unless it follows from a bad key."""
         if not isinstance(problem, KeyProblem):

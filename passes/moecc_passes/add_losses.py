@@ -35,7 +35,13 @@ from moecc.rewrite.passes import (
     Remark,
     coefficient,
 )
-from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, attention_scores, routed_layers
+from moecc_passes.routed import (
+    NOTHING_ROUTED,
+    RoutedLayer,
+    attention_scores,
+    require_no_outputs,
+    routed_layers,
+)
 
 # The outputs of ``add-losses``: metrics of each layer, and losses joined over layers.
 
@@ -242,13 +248,8 @@ class AddLossesPass(Pass):
         """
         if self.replace:
             remove_losses(graph)
-        present = [n for n in graph.output_names if n.startswith(PREFIXES)]
-        if present:
-            raise InputError(
-                "the graph has losses or metrics already",
-                found=", ".join(present[:5]),
-                hint="add them once, and last",
-            )
+        fault, hint = "the graph has losses or metrics already", "add them once, and last"
+        require_no_outputs(graph, PREFIXES, fault, hint)
         layers = routed_layers(graph)
         losses = [self._add_to_layer(graph, layer, ctx) for layer in layers]
         attentions = attention_scores(graph) if self.attention_z_coef else []

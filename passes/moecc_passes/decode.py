@@ -16,9 +16,9 @@ from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again
 from moecc.rewrite import P, fits
 from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, Remark
-from moecc.rewrite.pattern import NearMiss
 from moecc.types import I32, Axis, TensorType
 from moecc_passes.cleanup import DcePass
+from moecc_passes.routed import NO_ATTENTION
 from moecc_passes.specialize import reassign_slots
 
 # What the values of a graph depend on, and on which side of an attention they are.
@@ -440,8 +440,6 @@ def _cached(type: TensorType, axis: str, size: str) -> TensorType:
 
 # The pass ``decode``: continue texts token by token.
 
-NOTHING = NearMiss("attention", "the graph", "no tokens attend to others")
-
 STRETCHED = P.rope(P.any(), scaling=lambda s: s in ("dynamic", "longrope"))
 
 STEPS = "other inputs; step by step the logits of all tokens"
@@ -532,7 +530,7 @@ class DecodePass(Pass):
         stats = {name: count for name, count in counts.items() if count}
         _clean(graph)
         if not stats:
-            return PassResult(True, 0, near_misses=[NOTHING], remarks=remarks)
+            return PassResult(True, 0, near_misses=[NO_ATTENTION], remarks=remarks)
         reasons = [STEPS]
         if self.part == "decode":
             differences = list(_differences(graph, rewriter.unbound()))

@@ -189,6 +189,18 @@ def routed_layers(graph: Graph) -> list[RoutedLayer]:
     return layers
 
 
+def require_no_outputs(
+    graph: Graph, prefixes: str | tuple[str, ...], fault: str, hint: str | None = None
+) -> None:
+    """Raise InputError with `fault` if an output has a name with one of `prefixes`."""
+    present = [name for name in graph.output_names if name.startswith(prefixes)]
+    if present:
+        raise InputError(fault, found=", ".join(present[:5]), hint=hint)
+
+
+NO_ATTENTION = NearMiss("attention", "the graph", "no tokens attend to others")
+"""What passes over attention report of a graph without it."""
+
 NOTHING_ROUTED = NearMiss(
     "routed layers",
     "the graph",
@@ -472,9 +484,7 @@ class TraceRoutingPass(Pass):
         Raises:
           InputError: the graph has such outputs already.
         """
-        present = [n for n in graph.output_names if n.startswith(ROUTING_PREFIX)]
-        if present:
-            raise InputError("the graph is traced already", found=", ".join(present[:5]))
+        require_no_outputs(graph, ROUTING_PREFIX, "the graph is traced already")
         layers = routed_layers(graph)
         for layer in layers:
             values = {"experts": layer.experts, "gates": layer.gates, "slots": layer.slots}
@@ -525,9 +535,7 @@ class TraceValuesPass(Pass):
         Raises:
           InputError: the graph has such outputs already.
         """
-        present = [n for n in graph.output_names if n.startswith(VALUES_PREFIX)]
-        if present:
-            raise InputError("values are traced already", found=", ".join(present[:5]))
+        require_no_outputs(graph, VALUES_PREFIX, "values are traced already")
         values = dict(self._values(graph))
         for name, value in values.items():
             graph.set_output(f"{VALUES_PREFIX}{name}", value)

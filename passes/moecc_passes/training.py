@@ -15,9 +15,15 @@ from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again
 from moecc.ir.traits import Cost
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Remark, advice
-from moecc.rewrite.pattern import NearMiss, P, fits
+from moecc.rewrite.pattern import P, fits
 from moecc.types import TensorType
-from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers, weighted_values
+from moecc_passes.routed import (
+    NO_ATTENTION,
+    NOTHING_ROUTED,
+    RoutedLayer,
+    routed_layers,
+    weighted_values,
+)
 from moecc_passes.specialize import reassign_slots
 
 Group = Literal["all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding"]
@@ -240,8 +246,6 @@ TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
 POSITIONS = P.positions(P.any())
 ROPE = P.rope(P.any(), scaling=P.attr("scaling"))
 
-NOTHING = NearMiss("attention", "the graph", "no tokens attend to others")
-
 
 @dataclass(frozen=True)
 class PackSegmentsPass(Pass):
@@ -293,7 +297,7 @@ class PackSegmentsPass(Pass):
         raise_problems(problems)
         attentions = packing.attentions()
         if not attentions:
-            return PassResult(changed=False, near_misses=[NOTHING])
+            return PassResult(changed=False, near_misses=[NO_ATTENTION])
         assigners = packing.assigners()
         if several:
             packing.place(packing.positioned())

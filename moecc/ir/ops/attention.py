@@ -35,6 +35,7 @@ from moecc.ir.ops.rules import (
     by_name,
     need_float,
     need_kind,
+    need_order,
     no_duplicates,
     no_ragged,
     same_dtype,
@@ -325,6 +326,15 @@ def bucket_starts(attrs: Attrs) -> tuple[int, ...]:
 MOST_DISTANCE = 1 << 16
 
 
+def _need_distance(distance: int, least: int, choices: str = "") -> None:
+    if not least < distance <= MOST_DISTANCE:
+        raise InputError(
+            "max_distance is out of range for the buckets",
+            expected=f"{choices}more than {least}, at most {MOST_DISTANCE}",
+            found=str(distance),
+        )
+
+
 @operation("relative_buckets", "query key", sharding=by_name)
 class RelativeBucketsOp(Op):
     """The bucket of each distance from query to key, nearby ones exact, far ones geometric.
@@ -348,13 +358,7 @@ class RelativeBucketsOp(Op):
                 expected="at least 2, or with both directions an even number of at least 4",
                 found=str(self.buckets),
             )
-        exact = self.buckets // directions // 2
-        if not exact < self.max_distance <= MOST_DISTANCE:
-            raise InputError(
-                "max_distance is out of range for the buckets",
-                expected=f"more than {exact}, at most {MOST_DISTANCE}",
-                found=str(self.max_distance),
-            )
+        _need_distance(self.max_distance, self.buckets // directions // 2)
         return TensorType(I32, axes)
 
     def meaning(self, query: Array, key: Array) -> Array:
@@ -421,13 +425,8 @@ class SignedBucketsOp(Op):
         if self.buckets % 2 or self.buckets < least:
             expected = f"an even number of at least {least}"
             raise InputError("no such buckets", expected=expected, found=str(self.buckets))
-        exact = self.buckets // 4
-        if self.max_distance and not exact + 1 < self.max_distance <= MOST_DISTANCE:
-            raise InputError(
-                "max_distance is out of range for the buckets",
-                expected=f"0, or more than {exact + 1}, at most {MOST_DISTANCE}",
-                found=str(self.max_distance),
-            )
+        if self.max_distance:
+            _need_distance(self.max_distance, self.buckets // 4 + 1, "0, or ")
         return TensorType(I32, axes)
 
     def meaning(self, query: Array, key: Array) -> Array:
@@ -528,22 +527,9 @@ class AttentionOp(Op):
     given = Words("the further operands", (), choices=get_args(Given))
 
     def infer(self, *operands: Operand) -> TensorType:
-        for operand in operands:
-            if operand.type.extents:
-                raise InputError(
-                    "the rows of experts attend to nothing",
-                    found=f"%{operand.name} : {operand.type}",
-                    hint="combine the rows first",
-                )
         self._check_numbers()
         query, key, value = (v.type for v in operands[:3])
-        axis_of(key, self.along, "the key")
-        if self.along in query:
-            raise InputError(
-                f"queries and keys share the axis {self.along!r}, along which keys are",
-                found=str(query),
-                hint="rename that of the keys and values",
-            )
+        need_order(operands, query, key, self.along, " and values")
         scores = contract_type(query, key, (self.over,))
         same_dtype((query, value))
         for axis in self.causal:

@@ -11,7 +11,15 @@ from moecc.ir.ops.attention import CausalOp
 from moecc.ir.ops.axes import PositionsOp, RenameOp
 from moecc.ir.ops.contraction import contract_type
 from moecc.ir.ops.repetition import picked
-from moecc.ir.ops.rules import axis_of, by_name, need_float, need_kind, same_dtype, widest
+from moecc.ir.ops.rules import (
+    axis_of,
+    by_name,
+    need_float,
+    need_kind,
+    need_order,
+    same_dtype,
+    widest,
+)
 from moecc.ir.traits import Residual
 from moecc.support.lazy import np
 from moecc.terms.tensor import Tensor
@@ -40,21 +48,8 @@ class DeltaRuleOp(Op):
     along = AxisName("the axis along which keys, values, decays and rates are in order")
 
     def infer(self, *operands: Operand) -> TensorType:
-        for operand in operands:
-            if operand.type.extents:
-                raise InputError(
-                    "the rows of experts are in no order",
-                    found=f"%{operand.name} : {operand.type}",
-                    hint="combine the rows first",
-                )
         query, key, value, decay, rate, seen = (v.type for v in operands)
-        axis_of(key, self.along, "the key")
-        if self.along in query:
-            raise InputError(
-                f"queries and keys share the axis {self.along!r}, along which keys are",
-                found=str(query),
-                hint="rename that of the keys, values, decays and rates",
-            )
+        need_order(operands, query, key, self.along, ", values, decays and rates")
         scores = contract_type(query, key, (self.over,))
         if self.over in value:
             raise InputError(

@@ -36,6 +36,34 @@ def need_kind(type: TensorType, kind: str, noun: str) -> None:
         raise InputError(f"{noun} must have {kind} elements", found=str(type))
 
 
+def need_order(
+    operands: Iterable[Operand], query: TensorType, key: TensorType, along: str, nouns: str
+) -> None:
+    """Raise InputError unless keys are in order along an axis that queries do not have.
+
+    Args:
+      operands: all operands, of which none may be the rows of experts, whose number varies.
+      query: the queries.
+      key: the keys.
+      along: the axis of the keys.
+      nouns: what else has the axis.
+    """
+    for operand in operands:
+        if operand.type.extents:
+            raise InputError(
+                "the rows of experts are in no order",
+                found=f"%{operand.name} : {operand.type}",
+                hint="combine the rows first",
+            )
+    axis_of(key, along, "the key")
+    if along in query:
+        raise InputError(
+            f"queries and keys share the axis {along!r}, along which keys are",
+            found=str(query),
+            hint=f"rename that of the keys{nouns}",
+        )
+
+
 def same_size(a: Axis, b: Axis) -> None:
     """Raise InputError unless two axes of one name have the same size."""
     if a.size != b.size:

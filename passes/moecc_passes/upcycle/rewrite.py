@@ -378,8 +378,6 @@ any division by their sum: as the reference has them, for thousands of tokens at
 Factors = Mapping[Value, float]
 """The factor of each parameter; missing ones are not scaled."""
 
-PLACEMENTS = ("down", "up-down", "cube-root")
-
 
 def scale_factors(block: FFNBlock, placement: str, scale: float) -> Factors | str:
     """Return the factor of each parameter of `block`, or why `placement` is not possible.

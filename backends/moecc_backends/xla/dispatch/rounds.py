@@ -88,7 +88,7 @@ class RoundSpec:
     def exchange(self) -> ExchangeSpec:
         """The exchange of a round."""
         count = self.devices * self.rounds.rows
-        return ExchangeSpec(self.mesh, count, count, is_emulated=False, is_even=True)
+        return ExchangeSpec(self.mesh, count, count, is_emulated=False)
 
 
 class _Routed(NamedTuple):

@@ -590,14 +590,12 @@ class ExchangeSpec:
       rows: how many rows a device has before it.
       arrivals: how many it has room for after it.
       is_emulated: whether the platform has no ragged exchange.
-      is_even: whether as many rows go to each device, those that are there first.
     """
 
     mesh: Mesh
     rows: int
     arrivals: int
     is_emulated: bool
-    is_even: bool = False
 
 
 def exchange_map(group_sizes: Array, mesh: Mesh, arrivals: int) -> ExchangeMap:
