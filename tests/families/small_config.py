@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from moecc.errors import InputError
 from moecc.families.llama import MixtralConfig
 from moecc.families.qwen import Qwen2MoeConfig, Qwen3MoeConfig
-from moecc.families.registry import CONFIGS
+from moecc.families.registry import CONFIGS, parse_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -61,3 +64,10 @@ def small(family: str, **keys: Any) -> dict[str, Any]:
         k: v for k, v in SMALL.items() if family != "gptj" or k in ("vocab_size", "pad_token_id")
     }
     return {"model_type": family, **shape, **OF_FAMILY.get(family, {}), **moe, **keys}
+
+
+def refusal(data: Any) -> InputError:
+    """Return the error with which a config is refused."""
+    with pytest.raises(InputError) as caught:
+        parse_config(data)
+    return caught.value

@@ -20,15 +20,9 @@ from moecc.families.registry import CONFIGS, decoders, parse_config
 from moecc.families.rope import RopeConfig
 from tests.support.rotary_tables import rotary_frequencies
 
-from .small_config import LLAMA3, MOE, SMALL, YARN, small
+from .small_config import LLAMA3, MOE, SMALL, YARN, refusal, small
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
-
-
-def refusal(data: Any) -> InputError:
-    with pytest.raises(InputError) as caught:
-        parse_config(data)
-    return caught.value
 
 
 # ---------- configs of published models

@@ -14,19 +14,13 @@ from moecc.errors import InputError
 from moecc.families.reader import key_problem
 from moecc.families.registry import CONFIGS, parse_config
 
-from .small_config import LLAMA3, MOE, SMALL, YARN, small
+from .small_config import LLAMA3, MOE, SMALL, YARN, refusal, small
 
 
 def mscaled(*factors: float) -> dict[str, Any]:
     lists = {"short_factor": [1.0, 1.5], "long_factor": [1.25, 4.0]}
     named = dict(zip(("short_mscale", "long_mscale"), factors, strict=False))
     return {"type": "longrope", **lists, **named, "original_max_position_embeddings": 32}
-
-
-def refusal(data: Any) -> InputError:
-    with pytest.raises(InputError) as caught:
-        parse_config(data)
-    return caught.value
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {

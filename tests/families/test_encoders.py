@@ -12,6 +12,7 @@ from family_configs import (
     MemoryCheckpoint,
     exported_checkpoint,
     random_checkpoint,
+    run_checkpoint,
     small_bert_configs,
     small_encdec_configs,
 )
@@ -48,12 +49,6 @@ def config_of(family: str, **keys: Any) -> ModelConfig:
     return parse_config({"model_type": family, **SIZES, **keys})
 
 
-def run(graph: Graph, checkpoint: MemoryCheckpoint, inputs: dict[str, Array]) -> Array:
-    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
-    found = get_backend("reference").compile(graph).run(params, inputs)
-    return next(iter(found.values()))
-
-
 def tokens_for(graph: Graph) -> dict[str, Array]:
     return inputs_for(graph, 3, {"B": 2, "S": 6, "T": 5})
 
@@ -87,13 +82,13 @@ def test_every_config_exports_to_itself_and_to_st_moe(config, padding):
     checkpoint = random_checkpoint(config, seed=2)
     graph = import_checkpoint(checkpoint, padding=padding)
     inputs = tokens_for(graph)
-    before = run(graph, checkpoint, inputs)
+    before = run_checkpoint(graph, checkpoint, inputs)
     for target in {config.model_type, "st_moe"}:
         made = export_graph(graph, target)
         written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
         # A general layout holds its inputs; of the others the reader says whether there is padding.
         again = import_checkpoint(written, padding=padding)
-        np.testing.assert_array_equal(run(again, written, inputs), before)
+        np.testing.assert_array_equal(run_checkpoint(again, written, inputs), before)
         if target == config.model_type != "st_moe":
             assert made.config == parse_config(config.to_json())
             assert all(isinstance(expr, Source) for _, expr in made.tensors)
@@ -118,14 +113,14 @@ def upcycled(options: dict[str, Any], **keys: Any) -> tuple[Graph, MemoryCheckpo
 def test_a_zero_router_makes_switch_exact(layers, counts):
     graph, checkpoint = upcycled({"layers": layers, "router_init": "zero"})
     inputs = tokens_for(graph)
-    dense = run(import_checkpoint(checkpoint), checkpoint, inputs)
+    dense = run_checkpoint(import_checkpoint(checkpoint), checkpoint, inputs)
     made = export_graph(graph, "switch_transformers")
     config = made.config
     assert isinstance(config, SwitchTransformersConfig)
     assert (config.num_sparse_encoder_layers, config.num_sparse_decoder_layers) == counts
     assert config.experts.sequence_capacity == 0
     written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
-    assert close(run(import_checkpoint(written), written, inputs), dense)
+    assert close(run_checkpoint(import_checkpoint(written), written, inputs), dense)
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,15 @@ from family_configs import (
     MemoryCheckpoint,
     exported_checkpoint,
     random_checkpoint,
+    run_checkpoint,
     small_configs,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
-from moecc.backend import get_backend
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.families.decoder import DecoderConfig
 from moecc.families.registry import parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Builder, Graph, verify
@@ -27,13 +26,12 @@ from moecc.rewrite.passes import Context
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.translate.propose import propose
-from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Full, Source
 
-from .small_config import GOLDEN, OF_EACH_FAMILY
-from .small_config import SMALL as SIZES
+from .small_config import GOLDEN, OF_EACH_FAMILY, SMALL, small
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA = parse_config(small("llama"))
 
 # Each dense family with the targets that can hold it, and the keys that they need.
 PAIRS = [
@@ -64,10 +62,6 @@ REFUSED = {
 }
 
 
-def config_of(family: str, **keys: Any) -> DecoderConfig:
-    return parse_config({"model_type": family, **SIZES, **keys})
-
-
 def upcycled(graph: Graph, target: str, **options: Any) -> Graph:
     options = {**OPTIONS.get(target, {}), **options}
     UpcyclePass(**{"experts": 4, "top_k": 2, **options}).apply(graph, Context())
@@ -78,8 +72,7 @@ def upcycled(graph: Graph, target: str, **options: Any) -> Graph:
 def run(graph: Graph, checkpoint: MemoryCheckpoint, seq: int = 5) -> np.ndarray:
     vocab = graph.outputs["logits"].type["vocab"].size
     tokens = (np.arange(2 * seq).reshape(2, seq) * 7 + 3) % vocab
-    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
-    return get_backend("reference").compile(graph).run(params, {"tokens": tokens})["logits"]
+    return run_checkpoint(graph, checkpoint, {"tokens": tokens})
 
 
 @pytest.mark.parametrize("case", OF_EACH_FAMILY.values())
@@ -114,7 +107,7 @@ VARIANTS: list[dict[str, Any]] = [
     ids=str,
 )
 def test_an_upcycled_model_reads_back_as_the_same_model(source, target, keys, options):
-    checkpoint = random_checkpoint(config_of(source, **keys), seed=5)
+    checkpoint = random_checkpoint(parse_config(small(source, **keys)), seed=5)
     graph = upcycled(import_checkpoint(checkpoint), target, **options)
     if isinstance(propose(graph, target), list):
         # Some have experts in every layer, or renormalised gates.
@@ -129,7 +122,7 @@ def test_an_upcycled_model_reads_back_as_the_same_model(source, target, keys, op
     # Weights are rounded to float32 when they are written.
     assert np.abs(after - before).max() <= 1e-6 * np.abs(before).max()
     # Biases of zeros, which engines want to find, are added once the file is read.
-    biases = 3 * SIZES["num_hidden_layers"] if target == "qwen2_moe" and source != "qwen2" else 0
+    biases = 3 * SMALL["num_hidden_layers"] if target == "qwen2_moe" and source != "qwen2" else 0
     found = _kinds(again)
     assert {**found, "add": found["add"] - biases} == _kinds(graph)
 
@@ -146,17 +139,17 @@ def test_a_bias_that_chooses_experts_is_written_as_zeros():
         ("glm4_moe", "model.layers.1.mlp.gate.e_score_correction_bias", (4,)),
         ("ernie4_5_moe", "model.layers.1.mlp.moe_statics.e_score_correction_bias", (1, 4)),
     ):
-        tensors = dict(export_graph(upcycled(build(config_of("llama")), target), target).tensors)
+        tensors = dict(export_graph(upcycled(build(LLAMA), target), target).tensors)
         assert isinstance(tensors[name], Full)
         assert tensors[name].type.shape == shape
-    graph = upcycled(build(config_of("llama")), "glm4_moe", balance_bias=True)
+    graph = upcycled(build(LLAMA), "glm4_moe", balance_bias=True)
     assert export_graph(graph, "glm4_moe").config.routing_bias
     with pytest.raises(InputError, match="no bias in the choice of experts"):
-        export_graph(upcycled(build(config_of("llama")), "mixtral", balance_bias=True), "mixtral")
+        export_graph(upcycled(build(LLAMA), "mixtral", balance_bias=True), "mixtral")
 
 
 def test_a_tied_target_takes_no_untied_weights():
-    graph = upcycled(build(config_of("llama")), "mixtral")
+    graph = upcycled(build(LLAMA), "mixtral")
     graph.attrs["config"]["tie_word_embeddings"] = True
     with pytest.raises(InputError, match="one tensor where the graph has two different ones"):
         export_graph(graph, "mixtral")
@@ -179,7 +172,7 @@ def test_the_order_of_commutative_operands_does_not_matter(config, data):
 
 
 def test_a_value_may_be_computed_twice():
-    graph = build(config_of("llama"))
+    graph = build(LLAMA)
     expected = export_graph(graph, "llama").tensors
     norm = next(n for n in graph if n.op.name == "rms_norm")
     user = next(n for n in norm.result.users if n.op.name == "contract")
@@ -196,7 +189,7 @@ def differing(graph: Graph, family: str) -> list[Any]:
 
 
 def test_where_graph_and_target_part_both_lines_are_shown():
-    graph = build(config_of("llama"))
+    graph = build(LLAMA)
     node = next(n for n in graph if n.op.name == "silu" and n.loc == "layers.2.ffn")
     gelu = Builder(graph, loc=node.loc, before=node).gelu(node.operands[0])
     node.replace_by(gelu)
@@ -208,7 +201,7 @@ def test_where_graph_and_target_part_both_lines_are_shown():
 
 
 def test_an_extra_output_is_not_lost_in_silence():
-    graph = build(config_of("llama"))
+    graph = build(LLAMA)
     graph.set_output("hidden", graph.outputs["logits"].node.operands[0])
     (problem,) = differing(graph, "llama")
     assert problem.expected == "logits"
@@ -216,7 +209,7 @@ def test_an_extra_output_is_not_lost_in_silence():
 
 
 def test_a_parameter_without_a_weight_cannot_be_written():
-    graph = build(config_of("llama"))
+    graph = build(LLAMA)
     graph.params["model.norm.weight"].weight = None
     (problem,) = differing(graph, "llama")
     assert problem.where == "%model.norm.weight"

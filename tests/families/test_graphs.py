@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from family_configs import MemoryCheckpoint, random_checkpoint, small_configs
+from family_configs import MemoryCheckpoint, random_checkpoint, run_checkpoint, small_configs
 from hypothesis import given, settings
 from tiers import some
 
 from moecc.backend import get_backend
 from moecc.families import build
-from moecc.families.decoder import DecoderConfig
 from moecc.families.registry import parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Graph, equal, parse, print_graph, verify
 from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import evaluate
 
-from .small_config import CASES, GOLDEN, OF_EACH_FAMILY
-from .small_config import SMALL as SIZES
+from .small_config import CASES, GOLDEN, OF_EACH_FAMILY, small
 
 QUICK = {*OF_EACH_FAMILY.values(), *CASES[::3]}
-
-
-def config_of(family: str, **keys: object) -> DecoderConfig:
-    return parse_config({"model_type": family, **SIZES, **keys})
-
-
-def run(graph: Graph, checkpoint: MemoryCheckpoint, tokens: np.ndarray) -> np.ndarray:
-    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
-    return get_backend("reference").compile(graph).run(params, {"tokens": tokens})["logits"]
 
 
 @pytest.mark.parametrize("case", some(CASES, *QUICK))
@@ -68,7 +57,7 @@ def test_every_config_builds_a_graph_that_prints_and_parses(config):
 
 
 def test_parameters_are_named_after_tensors_with_axes_as_on_disk():
-    graph = build(config_of("llama", attention_bias=True, mlp_bias=True))
+    graph = build(parse_config(small("llama", attention_bias=True, mlp_bias=True)))
     layer = "model.layers.3."
     types = {
         "model.embed_tokens.weight": "f32[vocab=40, embed=16]",
@@ -96,7 +85,10 @@ def test_fused_experts_are_the_same_model(config):
     fused = MemoryCheckpoint(apart.config, _fused(apart.arrays))
     tokens = np.arange(6).reshape(2, 3) % config.vocab_size
     graphs = [import_checkpoint(c) for c in (apart, fused)]
-    outputs = [run(g, c, tokens) for g, c in zip(graphs, (apart, fused), strict=True)]
+    outputs = [
+        run_checkpoint(g, c, {"tokens": tokens})
+        for g, c in zip(graphs, (apart, fused), strict=True)
+    ]
     np.testing.assert_array_equal(*outputs)
     text = [print_graph(_without_weights(graph)) for graph in graphs]
     assert text[0] == text[1]

@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from family_configs import MemoryCheckpoint, exported_checkpoint, random_checkpoint
+from family_configs import (
+    MemoryCheckpoint,
+    exported_checkpoint,
+    random_checkpoint,
+    run_checkpoint,
+)
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.analysis import find_ffn_blocks
-from moecc.backend import get_backend
 from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.config import ModelConfig
@@ -25,7 +29,6 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.testing.data import inputs_for
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint, unread_tensors
-from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source
 
 GPT2 = {"vocab_size": 20, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 9}
@@ -130,9 +133,7 @@ MODERN = {"model_type": "modernbert", **BERT, **NO_TOKENS}
 
 def run(checkpoint: MemoryCheckpoint) -> np.ndarray:
     graph = import_checkpoint(checkpoint)
-    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
-    inputs = inputs_for(graph, 3, {"B": 2, "S": 6, "T": 5})
-    return next(iter(get_backend("reference").compile(graph).run(params, inputs).values()))
+    return run_checkpoint(graph, checkpoint, inputs_for(graph, 3, {"B": 2, "S": 6, "T": 5}))
 
 
 @each
@@ -182,13 +183,11 @@ def test_a_mask_hides_the_padding_of_encoders() -> None:
     for keys in (roberta, mpnet, DISTILBERT, {**MODERN, "local_attention": 4}, clip, deberta):
         checkpoint = random_checkpoint(parse_config(keys), seed=3)
         graph = import_checkpoint(checkpoint, padding=True)
-        params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
-        program = get_backend("reference").compile(graph)
         tokens = np.array([[5, 6, 7, 8, 9, 10]])
         mask = np.arange(6)[None] < 4
-        found = program.run(params, {"tokens": tokens, "mask": mask})["hidden"]
-        short = {"tokens": tokens[:, :4], "mask": mask[:, :4]}
-        np.testing.assert_allclose(found[:, :4], program.run(params, short)["hidden"], atol=1e-12)
+        found = run_checkpoint(graph, checkpoint, {"tokens": tokens, "mask": mask})
+        short = run_checkpoint(graph, checkpoint, {"tokens": tokens[:, :4], "mask": mask[:, :4]})
+        np.testing.assert_allclose(found[:, :4], short, atol=1e-12)
     for keys in ({"model_type": "vit", **IMAGES}, {"model_type": "whisper", **WHISPER}):
         with pytest.raises(InputError, match="takes no mask"):
             build(parse_config(keys), padding=True)

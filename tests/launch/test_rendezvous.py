@@ -50,9 +50,9 @@ def test_all_meet_in_any_order_and_leave_the_port_free():
 def test_one_that_never_comes_is_named_to_all_that_came():
     address = f"127.0.0.1:{free_port()}"
     start = time.monotonic()
-    came = started([ProcessInfo(address, 4, n) for n in (0, 2)], 1.5)
+    came = started([ProcessInfo(address, 4, n) for n in (0, 2)], 0.8)
     for problem in map(problem_of, came):
-        assert "processes 1, 3 of 4 did not come within 1.5 s" in problem
+        assert "processes 1, 3 of 4 did not come within 0.8 s" in problem
         assert JOIN in problem
     assert time.monotonic() - start < 10
 
@@ -95,7 +95,7 @@ def connected(port: int) -> socket.socket:
 )
 def test_strangers_are_not_counted(said):
     port = free_port()
-    (first,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 0)], 1.5)
+    (first,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 0)], 0.6)
     with connected(port) as stranger:
         stranger.sendall(said)
         with pytest.raises(MachineError):

@@ -132,7 +132,7 @@ def test_long_phases_have_limits_of_their_own():
         for phase in ("start", "evaluation", "save"):
             watchdog.enter("step")
             watchdog.enter(phase)
-            time.sleep(1.5)
+            time.sleep(0.9)
     """
     assert run(code, processes=1, stuck_seconds=0.5)[0] == Ended(0)
 

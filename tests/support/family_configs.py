@@ -24,6 +24,7 @@ from moecc.families.st_moe import StMoeConfig
 from moecc.families.t5 import SwitchTransformersConfig, T5Config
 from moecc.formats.files import read_json_object
 from moecc.formats.source import TensorInfo
+from moecc.ir.graph import Graph
 from moecc.support.lazy import np
 from moecc.support.process import Closing
 from moecc.support.untyped import Json, JsonDict
@@ -405,6 +406,16 @@ def exported_checkpoint(
     from moecc.weights.evaluate import evaluate
 
     return MemoryCheckpoint(config, {name: evaluate(e, source.read) for name, e in tensors})
+
+
+def run_checkpoint(graph: Graph, checkpoint: Any, inputs: Mapping[str, Array]) -> Array:
+    """Return the first output that the reference computes of a graph on a checkpoint's weights."""
+    from moecc.backend import get_backend
+    from moecc.weights.evaluate import evaluate
+
+    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items() if v.weight}
+    outputs = get_backend("reference").compile(graph).run(params, inputs)
+    return next(iter(outputs.values()))
 
 
 def read_config(folder: Path) -> ModelConfig:
