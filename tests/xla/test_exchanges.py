@@ -37,7 +37,7 @@ def data(slots: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return params, {"x": jax.numpy.asarray(rng.normal(size=(8, 8, 8)), "float32")}
 
 
-def compiled(run: Any, slots: str) -> Any:
+def compiled(run: Any, params: dict[str, Any], inputs: dict[str, Any]) -> Any:
     """Return the values and the gradients, by parameters and tokens, as one program."""
 
     def loss(params: Any, inputs: Any) -> tuple[Any, Any]:
@@ -46,20 +46,21 @@ def compiled(run: Any, slots: str) -> Any:
         return (outputs["y"] * weights).mean(), outputs
 
     program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    return program.lower(*data(slots)).compile()
+    return program.lower(params, inputs).compile()
 
 
 @cache
 def expected(slots: str) -> tuple[Any, Any]:
-    results = compiled(function(layer(slots)), slots)(*data(slots))
+    results = compiled(function(layer(slots)), *data(slots))(*data(slots))
     (_, outputs), slopes = jax.tree.map(np.asarray, results)
     assert all(np.abs(a).max() > 0 for a in jax.tree.leaves(slopes)), "every gradient counts"
     return outputs, slopes
 
 
 def on_mesh(graph: Graph, slots: str, options: Options = DEFAULTS) -> tuple[Any, Any, str]:
-    program = compiled(sharded_function(graph, device_mesh(graph), options=options), slots)
-    (_, outputs), slopes = program(*data(slots))
+    operands = data(slots)
+    program = compiled(sharded_function(graph, device_mesh(graph), options=options), *operands)
+    (_, outputs), slopes = program(*operands)
     return outputs, slopes, program.as_text()
 
 
@@ -68,24 +69,35 @@ def assert_near(expected: Any, found: Any) -> None:
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
 
 
-def assert_is_the_layer_on_one_device(case: Case) -> None:
+def assert_is_the_layer_on_one_device(case: Case) -> str:
+    """Compare, and return the program."""
     graph, _ = outcome(case)
     assert graph is not None
-    outputs, slopes, _ = on_mesh(graph, case.slots)
+    outputs, slopes, program = on_mesh(graph, case.slots)
     assert_near(expected(case.slots), (outputs, slopes))
+    return program
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("capacity", "data:4,model:2", "st-moe", "via=capacity slice=model"),
-        Case("ragged", "data:4,model:2", "st-moe", "via=ring"),
-        Case("expert-choice", "data:2,expert:4", "expert-replicated", "via=replicated"),
-    ],
-    ids=str,
-)
-def test_a_way_of_each_kind_of_slots_is_the_layer_on_one_device(case):
-    assert_is_the_layer_on_one_device(case)
+EXCHANGES = {
+    Case("capacity", "data:8", "st-moe", "via=capacity"): {"all-to-all": 4},
+    Case("ragged", "data:4,model:2", "st-moe", "via=ring"): {
+        "all-gather": 2,
+        "reduce-scatter": 2,
+    },
+}
+"""The collectives of a way there and one back, and the same for gradients."""
+
+
+@pytest.mark.parametrize("case", EXCHANGES, ids=str)
+def test_a_way_is_the_layer_on_one_device_with_the_collectives_of_the_graph(case):
+    collectives = census(assert_is_the_layer_on_one_device(case))
+    del collectives["all-reduce"]  # gradients of the router are summed
+    assert collectives == EXCHANGES[case]
+
+
+def test_experts_that_choose_are_the_layer_on_one_device():
+    replicated = ("data:2,expert:4", "expert-replicated", "via=replicated")
+    assert_is_the_layer_on_one_device(Case("expert-choice", *replicated))
 
 
 @pytest.mark.slow
@@ -129,22 +141,5 @@ def test_a_bounded_buffer_drops_what_the_reference_drops(mesh, way, factor):
     assert_near({n: reference[n] for n in outputs}, outputs)
     assert outputs["dropped.layers.0.ffn"] == reference["dropped.layers.0.ffn"]
     assert (factor > 1) or outputs["dropped.layers.0.ffn"] > 0
-    (_, whole), one = compiled(function(graph), "ragged")(params, inputs)
+    (_, whole), one = compiled(function(graph), params, inputs)(params, inputs)
     assert_near((whole, one), (outputs, slopes))
-
-
-@pytest.mark.parametrize(
-    ("way", "wanted"),
-    [
-        ("via=capacity", {"all-to-all": 4}),
-        ("via=ring", {"all-gather": 2, "reduce-scatter": 2}),
-    ],
-)
-def test_the_program_has_the_collectives_of_the_graph_and_no_others(way, wanted):
-    """One way there and one back, and the same for gradients; those of the router are summed."""
-    graph = laid("capacity", "annotate-sharding{mesh=data:8 rules=st-moe},"
-                 f"expert-parallel{{{way}}},lower-collectives")  # fmt: skip
-    _, _, program = on_mesh(graph, "capacity")
-    found = census(program)
-    del found["all-reduce"]
-    assert found == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def routed(embed: int = 0, *using: str) -> Graph:
 
 
 LOSSES = ("router_z", "balance", "importance", "load")
+LOGITS = np.random.default_rng(0).normal(size=(2, 12, EXPERTS))
 
 
 def of_sequences(over: Any, masked: bool) -> Graph:
@@ -76,15 +78,16 @@ def of_sequences(over: Any, masked: bool) -> Graph:
     return graph
 
 
-def _gradients_of_one(logits: np.ndarray) -> list[jax.Array]:
-    """Return the gradient of each loss of a sequence that has no padding."""
+@cache
+def _gradients_of_one() -> list[jax.Array]:
+    """Return the gradient of each loss of the sequence that has no padding."""
     run = function(of_sequences("global", masked=False), dtype=F64)
 
     def values(given: jax.Array) -> list[jax.Array]:
         found = run({}, {"x": np.zeros((2, 6, 1)), "logits": given})
         return [found[f"loss.{n}"] for n in (*LOSSES, "auxiliary")]
 
-    gradients: list[jax.Array] = jax.jit(jax.jacrev(values))(logits)
+    gradients: list[jax.Array] = jax.jit(jax.jacrev(values))(LOGITS[0].reshape(2, 6, EXPERTS))
     return gradients
 
 
@@ -92,11 +95,10 @@ def _gradients_of_one(logits: np.ndarray) -> list[jax.Array]:
 @pytest.mark.parametrize("empty", [1, 2])
 def test_gradients_are_finite_where_a_sequence_is_padding(over, empty):
     """The gradients are those of the tokens that are there, alone; padding has zeros."""
-    logits = np.random.default_rng(0).normal(size=(2, 12, EXPERTS))
     mask = np.repeat(np.arange(2) < 2 - empty, 12).reshape(2, 12)
     graph = of_sequences(over, masked=True)
     x = np.zeros((2, 12, 1))
-    expected = run_reference(graph, inputs={"x": x, "logits": logits, "mask": mask})
+    expected = run_reference(graph, inputs={"x": x, "logits": LOGITS, "mask": mask})
     with jax.enable_x64(True):
         run = function(graph, dtype=F64)
 
@@ -104,9 +106,9 @@ def test_gradients_are_finite_where_a_sequence_is_padding(over, empty):
             found = run({}, {"x": x, "logits": given, "mask": mask})
             return [found[f"loss.{n}"] for n in (*LOSSES, "auxiliary")]
 
-        found = jax.jit(values)(logits)
-        gradients = [np.asarray(g) for g in jax.jit(jax.jacrev(values))(logits)]
-        alone = _gradients_of_one(logits[0].reshape(2, 6, EXPERTS))
+        found = jax.jit(values)(LOGITS)
+        gradients = [np.asarray(g) for g in jax.jit(jax.jacrev(values))(LOGITS)]
+        alone = _gradients_of_one()
     for name, value in zip((*LOSSES, "auxiliary"), found, strict=True):
         np.testing.assert_allclose(value, expected[f"loss.{name}"], rtol=1e-10, err_msg=name)
     for gradient, one in zip(gradients, alone, strict=True):

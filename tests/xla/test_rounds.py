@@ -24,7 +24,7 @@ from moecc_backends.xla.lower.function import (  # noqa: E402
 )
 from moecc_backends.xla.trace.context import Options  # noqa: E402
 
-from .test_exchanges import assert_near  # noqa: E402
+from .test_exchanges import assert_near, compiled  # noqa: E402
 
 TOKENS, EXPERTS = 128, 8
 LAID = "annotate-sharding{mesh=data:8 rules=st-moe},expert-parallel{via=ragged},lower-collectives"
@@ -55,33 +55,18 @@ def tokens(case: str, experts: int = EXPERTS) -> tuple[dict[str, Any], dict[str,
     return params, {"x": x}
 
 
-def compiled(run: Any, case: str, experts: int = EXPERTS) -> Any:
-    def loss(params: Any, inputs: Any) -> tuple[Any, Any]:
-        outputs = run(params, inputs)
-        weights = np.random.default_rng(5).normal(size=outputs["y"].shape).astype("f")
-        return (outputs["y"] * weights).mean(), outputs
-
-    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    return program.lower(*tokens(case, experts)).compile()
-
-
-def laid(pipeline: str, experts: int = EXPERTS) -> Graph:
-    graph = mixture(experts)
-    run_pipeline(graph, Pipeline.parse(pipeline))
-    return graph
-
-
 @cache
 def expected(case: str, experts: int = EXPERTS) -> Any:
-    run = compiled(function(mixture(experts)), case, experts)
-    (_, outputs), slopes = run(*tokens(case, experts))
+    operands = tokens(case, experts)
+    (_, outputs), slopes = compiled(function(mixture(experts)), *operands)(*operands)
     return outputs, slopes
 
 
 def on_mesh(pipeline: str, case: str, poison: bool = True, experts: int = EXPERTS) -> Any:
-    graph = laid(pipeline, experts)
+    graph, operands = mixture(experts), tokens(case, experts)
+    run_pipeline(graph, Pipeline.parse(pipeline))
     run = sharded_function(graph, device_mesh(graph), options=Options(poison=poison))
-    (_, outputs), slopes = compiled(run, case, experts)(*tokens(case, experts))
+    (_, outputs), slopes = compiled(run, *operands)(*operands)
     return outputs, slopes
 
 

@@ -56,6 +56,7 @@ def test_on_a_mesh_it_is_the_layer_on_one_device(case):
 )
 def test_every_strategy_weights_rows(slots, dispatch):
     options = Options(dispatch=dispatch, poison=True)
-    run = function(weighted(slots), options=options)
-    (_, outputs), slopes = compiled(run, slots)(*data(slots))
+    operands = data(slots)
+    program = compiled(function(weighted(slots), options=options), *operands)
+    (_, outputs), slopes = program(*operands)
     assert_near(expected(slots), (outputs, slopes))
