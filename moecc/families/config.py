@@ -186,7 +186,8 @@ class GgufFacts:
       is_tied: whether the output matrix always is the embedding.
       no_rope_step: which layers have no rotary positions: every so many; 0 if none.
       keys: further keys of the architecture, with those of config.json that say the same.
-      optional_keys: of these, those that a file need not state.
+      optional_keys: keys that a file need not state, with those of config.json, and their value
+        then.
       local_theta: the base period of the rotary embedding in layers with a window, if no key states
         one; 0 where it is that of all layers.
       fixed: keys of the architecture with the one value that they have.
@@ -209,7 +210,7 @@ class GgufFacts:
     is_tied: bool = False
     no_rope_step: int = 0
     keys: tuple[tuple[str, str], ...] = ()
-    optional_keys: tuple[tuple[str, str], ...] = ()
+    optional_keys: tuple[tuple[str, str, object], ...] = ()
     local_theta: float = 0.0
     fixed: tuple[tuple[str, int | float], ...] = ()
     has_groups: bool = True

@@ -202,6 +202,10 @@ class DeltaLayers:
     taps: int
 
 
+LATENT_EPS = 1e-6
+"""Of the norms of latent vectors: the default of their class, whatever the config states."""
+
+
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
     """The vectors that attention makes its heads of (MLA, DeepSeek-V2, arXiv 2405.04434, 2.1).

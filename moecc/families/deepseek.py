@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from moecc.families.config import EngineReading, TensorNames, config_class
+from moecc.families.config import EngineReading, GgufFacts, TensorNames, config_class
 from moecc.families.decoder import LatentAttention
 from moecc.families.mixture import MOE_DEFAULTS, UNEXAMINED, MoeConfig
 from moecc.families.reader import COUNT, NEURONS, KeyProblem, Reader, key_problem
@@ -21,6 +22,18 @@ METHOD, GROUPED = "topk_method", "group_limited_greedy"
 NO_LATENT = (
     "one rotary key serves all heads of its attention (MLA), and keys and values are products of a "
     "vector that is normalised once more, which no model of another family has"
+)
+GGUF = GgufFacts(
+    "deepseek2",
+    keys=(
+        ("leading_dense_block_count", "first_k_dense_replace"),
+        ("expert_weights_scale", "routed_scaling_factor"),
+    ),
+    optional_keys=(
+        ("attention.q_lora_rank", QUERY_RANK, None),
+        ("expert_weights_norm", "norm_topk_prob", False),
+    ),
+    renormalises=None,
 )
 NO_LAYERS = {"num_nextn_predict_layers": 0, "num_mtp_layers": 0}
 """The keys that count layers which predict further tokens; no graph has any."""
@@ -136,6 +149,12 @@ class DeepseekV2Config(_LatentConfig):
     model_type = "deepseek_v2"
     architecture = "DeepseekV2ForCausalLM"
     fixed = {"norm_topk_prob": False}
+    # llama.cpp compares groups by their two best experts, and transformers here by their best.
+    gguf = replace(
+        GGUF,
+        fixed=(("expert_gating_func", 1),),
+        states=(("attention_bias", False), (METHOD, "greedy")),
+    )
     only = {
         "norm_topk_prob": (False, "transformers never divides its gates by their sum"),
         "scoring_func": ("softmax", "transformers chooses by a softmax, whatever this is"),
@@ -202,6 +221,16 @@ class DeepseekV3Config(_LatentConfig):
         "moe_layer_freq": (1, "transformers has experts in every layer after the dense ones"),
     }
     always = {"scoring_func": "sigmoid", METHOD: "noaux_tc"}
+    gguf = replace(
+        GGUF,
+        fixed=(("expert_gating_func", 2),),
+        optional_keys=(
+            *GGUF.optional_keys,
+            ("expert_group_count", "n_group", 1),
+            ("expert_group_used_count", "topk_group", 1),
+        ),
+        states=(("attention_bias", False), (INTERLEAVE, True)),
+    )
     score = "sigmoid"
     has_routing_bias = True
     upcycle_options = "top-k=2 gates=sigmoid-renormalised shared=0.5 shared-gate=none"

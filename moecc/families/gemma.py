@@ -158,7 +158,7 @@ class Gemma3TextConfig(Gemma2Config):
         window_period=6,
         score_layers=62,
         keys=(WINDOW,),
-        optional_keys=(LOGIT_CAP,),
+        optional_keys=((*LOGIT_CAP, None),),
         local_theta=10_000.0,
     )
     defaults = {

@@ -79,7 +79,7 @@ class Phi3Config(DecoderConfig):
     # The code that its first checkpoints bring is in transformers.
     own_code = True
     names = TensorNames(qkv="qkv_proj", gate_up="gate_up_proj")
-    gguf = GgufFacts("phi3", optional_keys=(("attention.sliding_window", "sliding_window"),))
+    gguf = GgufFacts("phi3", optional_keys=(("attention.sliding_window", "sliding_window", None),))
     defaults = {
         **DEFAULTS,
         "vocab_size": 32_064,

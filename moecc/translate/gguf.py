@@ -14,14 +14,16 @@ from moecc.errors import InputError, Problem, UsageError, nearest, raise_problem
 from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import CONFIGS, decoders
+from moecc.families.registry import CONFIGS
 from moecc.formats.gguf.config import config_keys, misfits, rotary_divisors
 from moecc.formats.gguf.families import (
     EMBEDDING,
     HEAD,
+    LATENT_PARTS,
     ROPE_FACTORS,
     GgufFamily,
     dense_architectures,
+    families_of,
     gguf_name,
     hugging_face_name,
     is_norm,
@@ -37,7 +39,7 @@ from moecc.translate.export import Export, export_graph
 from moecc.types import F16, F32, F64, DType, tensor
 from moecc.weights.arithmetic import Add
 from moecc.weights.expr import Expr, Full
-from moecc.weights.movement import Concat, Index, Merge, Permute, Split, Stack
+from moecc.weights.movement import Concat, Index, Merge, Permute, Slice, Split, Stack
 from moecc.weights.simplify import simplify
 
 PREFIX = "gguf:"
@@ -118,24 +120,25 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
             expected=f"one of {', '.join(table)}",
             hint=None if sparse else "make some layers sparse first, with upcycle",
         )
-    family = table[architecture]
-    # Files of `llama` are of several dense families, any others of one.
-    names = [
-        name
-        for name, c in decoders().items()
-        if c.gguf is not None
-        and c.gguf.architecture == architecture
-        and issubclass(c, MoeConfig) == sparse
-    ]
-    mapped = _as_family(graph, names)
+    families = families_of(architecture, sparse=sparse)
+    mapped = _as_family(graph, [family.config.model_type for family in families])
     config, tensors = mapped.config, mapped.tensors
     assert isinstance(config, DecoderConfig), "GGUF is written for decoders"
+    family = next(family for family in families if family.config is type(config))
     stated = config.to_json()
     layers = config.sparse_layers if isinstance(config, MoeConfig) else ()
     raise_problems(misfits(architecture, family, stated, layers))
     if family.facts.needs_routing_bias and isinstance(config, MoeConfig):
         tensors = [*tensors, *MoeConfig.completed(config)[1].items()]
-    stored = {gguf_name(n, family): _turned(n, e, family, config) for n, e in tensors}
+    stored: dict[str, Expr] = {}
+    for name, expr in tensors:
+        if family.latent_whole and name.endswith(f".{family.latent_whole}"):
+            layer = gguf_name(name.replace("kv_b_proj", "kv_a_layernorm"), family)
+            prefix = layer.removesuffix("attn_kv_a_norm.weight")
+            for stem, part in zip(LATENT_PARTS, divide_latent(expr, config), strict=True):
+                stored[f"{prefix}{stem}.weight"] = part
+        else:
+            stored[gguf_name(name, family)] = _turned(name, expr, family, config)
     if family.facts.needs_head:
         stored.setdefault(HEAD, stored[EMBEDDING])
     if (divisors := rotary_divisors(stated)) is not None:
@@ -183,6 +186,16 @@ def _turned(name: str, expr: Expr, family: GgufFamily, config: DecoderConfig) ->
     return simplify(neighbours_from_halves(expr, heads, config.head_dim))
 
 
+def divide_latent(expr: Expr, config: DecoderConfig) -> tuple[Expr, Expr]:
+    """Return what `moecc.formats.gguf.reader.join_latent` joins."""
+    assert config.latent is not None, "the model has latent attention"
+    rows, latent = expr.type.names
+    keys, values = config.head_dim - config.rotated_dim, config.latent.value_dim
+    heads = Split(expr, rows, (("head", config.num_attention_heads), ("entry", keys + values)))
+    key_part = Permute(Slice(heads, "entry", 0, keys), ("head", latent, "entry"))
+    return simplify(key_part), simplify(Slice(heads, "entry", keys, keys + values))
+
+
 def neighbours_from_halves(expr: Expr, heads: int, head_dim: int) -> Expr:
     """Return the rows of a projection so that the rotary embedding rotates neighbours.
 
@@ -202,11 +215,20 @@ def as_read(export: GgufExport) -> dict[str, Expr]:
     """
     family, config = export.family, export.config
     tensors: dict[str, Expr] = {}
+    stored = dict(export.tensors)
     for stored_name, expr in export.tensors:
         name = hugging_face_name(stored_name, family)
         if name is None:  # divisors of rotary frequencies, which the config has
             continue
-        if family.has("norm_offset") and is_norm(name):
+        key_stem, value_stem = LATENT_PARTS
+        if f".{value_stem}." in stored_name:  # it is read with the other part
+            continue
+        if f".{key_stem}." in stored_name:
+            head, latent, entry = expr.type.names
+            key_rows = Permute(expr, (head, entry, latent))
+            value_rows = stored[stored_name.replace(key_stem, value_stem)]
+            expr = Merge(Concat((key_rows, value_rows), entry), (head, entry), entry)
+        elif family.has("norm_offset") and is_norm(name):
             expr = Add(expr, Full(-1.0, expr.type.with_dtype(F32)))
         elif (unit_axis := family.unit_axis(name)) is not None:
             expr = Stack((expr,), "row", unit_axis)

@@ -85,12 +85,29 @@ LFM2_MOE = {
     **CONVOLVED, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
     "num_dense_layers": 1,
 }  # fmt: skip
+MLA = {
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "head_dim": 16, "v_head_dim": 32,
+    "kv_lora_rank": 64, "q_lora_rank": 96, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+}  # fmt: skip
+LITE = {"q_lora_rank": None, "num_hidden_layers": 26, "routed_scaling_factor": 1.0}
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
 DRAWN = [
     ("lfm2", LFM2, "lfm2", ""),
     ("lfm2", LFM2 | {"tie_word_embeddings": True, "conv_L_cache": 2}, "lfm2", ""),
     ("lfm2_moe", LFM2_MOE, "lfm2moe", ""),
     ("lfm2_moe", LFM2_MOE | {"use_expert_bias": False, "num_dense_layers": 0}, "lfm2moe", ""),
     ("lfm2", LFM2, "lfm2moe", "upcycle{experts=4 gates=sigmoid-renormalised router-std=1}"),
+    ("deepseek_v2", MLA | LITE, "deepseek2", ""),
+    ("deepseek_v2", MLA | {"rope_scaling": YARN}, "deepseek2", ""),
+    ("deepseek_v3", MLA | {"n_group": 4, "topk_group": 2}, "deepseek2", ""),
+    ("deepseek_v3", MLA | {"norm_topk_prob": False, "rope_scaling": YARN}, "deepseek2", ""),
+    ("kimi_k2", MLA | {"first_k_dense_replace": 0}, "deepseek2", ""),
 ]
 """Families with changes of a config, whose weights are drawn, as `EXACT`."""
 

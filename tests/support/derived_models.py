@@ -19,6 +19,16 @@ DERIVED: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": None,
         },
     ),
+    "deepseek_v3": (
+        "deepseek_v3_groups",
+        {
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8,
+                "beta_fast": 4, "mscale": 0.707, "mscale_all_dim": 0.707, "rope_theta": 500.0,
+            },
+        },
+    ),
     "lfm2_moe": ("lfm2_moe_bias", {"conv_bias": False, "routed_scaling_factor": 1.0}),
     "gemma2": ("gemma2_caps", {"query_pre_attn_scalar": 6}),
     "gemma3": (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from moecc.families.decoder import DecoderConfig, DeltaLayers
+from moecc.families.decoder import LATENT_EPS, DecoderConfig, DeltaLayers
 from moecc.families.graphs.parameters import KV_SEQ, Parameters, as_keys
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
@@ -190,10 +190,6 @@ class _DeltaRule:
             at = (before, before + sizes[part])
             return params.group_part(name, of, loc, at, (count, width, 1), axes)
         return params.part(name, of, loc, count * before, ("parts", count * width), axes)
-
-
-LATENT_EPS = 1e-6
-"""Of the norms of latent vectors: the default of their class, whatever the config states."""
 
 
 def latent_heads(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.families.config import BlockNames, GgufFacts, ModelConfig
-from moecc.families.decoder import DecoderConfig
+from moecc.families.decoder import LATENT_EPS, DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.formats.gguf.families import (
     BLOCK,
@@ -38,23 +38,30 @@ from moecc.types import Array, Doubles
 # The length that Llama 3.1 to 3.3 were trained with comes first.
 _OLD_LENGTHS = (8192, *(1 << power for power in range(4, 21) if power != 13))
 _TOLERANCE = 1e-5
+YARN_WEIGHT = "rope.scaling.yarn_log_multiplier"
 _YARN_DEFAULTS = {
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,
-    "rope.scaling.yarn_log_multiplier": 0.0,
+    YARN_WEIGHT: 0.0,
 }
 _BETAS = ("beta_fast", "beta_slow")
 _TYPES = ("none", "linear", "yarn")
 
 
-def read_rope(keys: GgufKeys, context_length: int, divisors: Array | None) -> JsonDict:
+def read_rope(
+    keys: GgufKeys, context_length: int, divisors: Array | None, *, scales_scores: bool = False
+) -> JsonDict:
     """Return ``rope_theta`` and ``rope_scaling``; what config.json cannot express is a problem.
 
-    `divisors` [head_dim / 2] is the content of ``rope_freqs.weight`` if there is one.
+    Args:
+      keys: the keys of the file.
+      context_length: the longest text.
+      divisors: [head_dim / 2], the content of ``rope_freqs.weight`` if there is one.
+      scales_scores: whether YaRN has a factor on scores, as with latent attention.
     """
     theta = keys.number("rope.freq_base", 10_000.0)
-    scaling = _stated(keys, context_length)
+    scaling = _stated(keys, context_length, scales_scores=scales_scores)
     if divisors is not None and not np.all(divisors == 1):
         if scaling is not None:
             keys.refuse("rope.scaling.type", "the file also has the divisors of Llama 3's scaling")
@@ -62,19 +69,25 @@ def read_rope(keys: GgufKeys, context_length: int, divisors: Array | None) -> Js
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _stated(keys: GgufKeys, context_length: int) -> JsonDict | None:
+def _stated(keys: GgufKeys, context_length: int, *, scales_scores: bool) -> JsonDict | None:
     older = keys.number("rope.scale_linear", 0.0)
     factor = keys.number("rope.scaling.factor", 0.0) or older
     kind = keys.text("rope.scaling.type", "linear")
     original = keys.size("rope.scaling.original_context_length", context_length)
     yarn = {name: keys.number(f"rope.scaling.yarn_{name}", None) for name in _BETAS}
+    weight = keys.number(YARN_WEIGHT, 0.0) if scales_scores else 0.0
     for name, neutral in _YARN_DEFAULTS.items():
+        if name == YARN_WEIGHT and scales_scores:
+            continue
         if keys.number(name, neutral) != neutral:
             keys.refuse(name, "moecc does not know this scaling", expected=f"{neutral}")
     if kind not in _TYPES:
         keys.refuse("rope.scaling.type", "not supported", expected=f"one of {', '.join(_TYPES)}")
     if kind == "yarn":
         stated = {name: beta for name, beta in yarn.items() if beta is not None}
+        if scales_scores:
+            # The converter states a tenth, and both weights are the same.
+            stated |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10 * weight, 7))
         return {
             "rope_type": "yarn",
             "factor": factor or 1.0,
@@ -133,6 +146,8 @@ def rope_keys(config: Json) -> dict[str, int | float | str]:
     if kind == "yarn":
         original = scaling["original_max_position_embeddings"]
         keys["rope.scaling.original_context_length"] = original
+        if scaling.get("mscale_all_dim"):
+            keys[YARN_WEIGHT] = 0.1 * scaling["mscale_all_dim"]
         stated = {name: scaling[name] for name in _BETAS if scaling.get(name) is not None}
         keys |= {f"rope.scaling.yarn_{name}": float(beta) for name, beta in stated.items()}
     return keys
@@ -157,6 +172,8 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.sliding_window": (0,),
     "embedding_scale": (0, 1),
     "expert_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
     "expert_used_count": (0,),
     "logit_scale": (0, 1),
     "pooling_type": (0,),
@@ -165,7 +182,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 """Keys that change what a model computes, with the values at which they have no effect."""
 
-GROUPS = "attention.head_count_kv"
+GROUPS, ROTATED = "attention.head_count_kv", "rope.dimension_count"
 _INERT = ("rope.scaling.finetuned", "tensor_data_layout")
 _TORCH_ORDER = ("bfloat16", "float16", "float32")
 
@@ -202,7 +219,7 @@ def make_config(
         "max_position_embeddings": context,
         family.config.key("rms_norm_eps"): _epsilon(keys),
         "tie_word_embeddings": HEAD not in header.tensors,
-        **read_rope(keys, context, divisors),
+        **read_rope(keys, context, divisors, scales_scores=family.has("latent")),
         **{
             k: any(n.endswith(f".{end}") for n in header.tensors)
             for k, end in family.flags().items()
@@ -253,8 +270,9 @@ def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> JsonDict:
         if config[key] is None:
             keys.refuse(name, "the file does not state this", expected="a value")
             del config[key]
-    for name, key in facts.optional_keys:
-        config[key] = keys.value(name)
+    for name, key, default in facts.optional_keys:
+        stated = keys.value(name)
+        config[key] = default if stated is None else stated
     for name, value in facts.fixed:
         if keys.value(name) != value:
             fault = "moecc does not know this variant of the architecture"
@@ -267,7 +285,9 @@ def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> JsonDict:
         config["query_pre_attn_scalar"] = width
     if facts.no_rope_step:
         config["no_rope_layer_interval"] = facts.no_rope_step
-    if family.has("rotary_dim"):
+    if family.has("latent"):
+        config |= _latent_sizes(keys, sizes)
+    elif family.has("rotary_dim"):
         config["partial_rotary_factor"] = sizes.rotated / sizes.head_dim
     if family.has("conv_taps"):
         counts = keys.layers(GROUPS, keys.size("block_count"), sizes.groups)
@@ -275,8 +295,48 @@ def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> JsonDict:
     return config
 
 
+def _latent_sizes(keys: GgufKeys, sizes: HeadSizes) -> JsonDict:
+    """Return the sizes of latent attention, whose file states those of the absorbed form.
+
+    There queries and keys have the width of the latent vector and of what is rotated, one key
+    serves all heads, and its values are the latent vector.
+    """
+    rank = keys.size("attention.kv_lora_rank")
+    absorbed = {GROUPS: 1, "attention.key_length": rank + sizes.rotated}
+    for name, size in {**absorbed, "attention.value_length": rank}.items():
+        if keys.size(name, size) != size:
+            keys.refuse(name, "not the size of absorbed latent attention", expected=f"{size}")
+    if keys.number("attention.layer_norm_rms_epsilon", LATENT_EPS) != LATENT_EPS:
+        # llama.cpp has one number for all norms.
+        fault = "transformers adds 1e-06 in the norms of latent vectors, and llama.cpp this"
+        keys.refuse("attention.layer_norm_rms_epsilon", fault, expected="1e-06")
+    return {
+        "head_dim": sizes.rotated,
+        "qk_nope_head_dim": sizes.head_dim - sizes.rotated,
+        "qk_rope_head_dim": sizes.rotated,
+        "kv_lora_rank": rank,
+        "v_head_dim": keys.size("attention.value_length_mla"),
+    }
+
+
+def _latent_keys(config: Json) -> dict[str, Written]:
+    rank, rotary = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    return {
+        GROUPS: 1,
+        "attention.kv_lora_rank": rank,
+        "attention.key_length": rank + rotary,
+        "attention.value_length": rank,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rotary,
+        "attention.value_length_mla": config["v_head_dim"],
+        ROTATED: rotary,
+    }
+
+
 def _head_sizes(keys: GgufKeys, hidden: int, family: GgufFamily) -> HeadSizes:
     heads = keys.size("attention.head_count")
+    if family.has("latent"):
+        head_dim, rotated = keys.size("attention.key_length_mla"), keys.size(ROTATED)
+        return HeadSizes(heads, heads, head_dim, rotated)
     if family.has("conv_taps"):
         # A layer with a convolution has no heads.
         counts = set(keys.layers(GROUPS, keys.size("block_count"), heads)) - {0}
@@ -288,10 +348,10 @@ def _head_sizes(keys: GgufKeys, hidden: int, family: GgufFamily) -> HeadSizes:
     head_dim = keys.size("attention.key_length", max(hidden // heads, 1))
     if hidden % heads and keys.value("attention.key_length") is None:
         keys.refuse("attention.head_count", f"does not divide the width {hidden:,}")
-    rotated = keys.size("rope.dimension_count", head_dim)
+    rotated = keys.size(ROTATED, head_dim)
     widths = {"attention.value_length": keys.size("attention.value_length", head_dim)}
     if not family.has("rotary_dim"):
-        widths["rope.dimension_count"] = rotated
+        widths[ROTATED] = rotated
     for key, size in widths.items():
         if size != head_dim:
             keys.refuse(key, "differs from the width of a head", expected=f"{head_dim}")
@@ -362,7 +422,7 @@ def refuse_the_rest(keys: GgufKeys) -> None:
 
 def config_keys(architecture: str, family: GgufFamily, config: Json) -> list[Key]:
     """Return the keys of `architecture` for a config that `misfits` does not object to."""
-    heads, head_dim, facts = config["num_attention_heads"], config["head_dim"], family.facts
+    heads, head_dim, facts = config["num_attention_heads"], config.get("head_dim", 0), family.facts
     groups = config["num_key_value_heads"]
     values: dict[str, Written] = {
         "block_count": config["num_hidden_layers"],
@@ -374,15 +434,17 @@ def config_keys(architecture: str, family: GgufFamily, config: Json) -> list[Key
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": float(config[family.config.key("rms_norm_eps")]),
-        "rope.dimension_count": round(head_dim * config.get("partial_rotary_factor", 1)),
+        ROTATED: round(head_dim * config.get("partial_rotary_factor", 1)),
         "vocab_size": config["vocab_size"],
         **rope_keys(config),
         **_expert_keys(family, config),
         **{name: config[key] for name, key in facts.keys},
-        **{name: config[key] for name, key in facts.optional_keys if config[key] is not None},
+        **{name: config[key] for name, key, _ in facts.optional_keys if config[key] is not None},
         **({"rope.freq_base_swa": config["rope_local_base_freq"]} if facts.local_theta else {}),
         **dict(facts.fixed),
     }
+    if family.has("latent"):
+        values |= _latent_keys(config)
     if family.has("conv_taps"):
         values[GROUPS] = [0 if kind == "conv" else groups for kind in config["layer_types"]]
     return [Key(f"{architecture}.{name}", value) for name, value in values.items()]
@@ -440,6 +502,8 @@ def misfits(
         if config[key] != value:
             fault = f"llama.cpp knows no other {key} than {value} in this architecture"
             yield Problem(fault, where, f"{value}", f"{config[key]}")
+    if family.has("latent"):
+        yield from _latent_misfits(where, config)
     if facts.is_tied and not config["tie_word_embeddings"]:
         fault = "llama.cpp takes the embedding as the output matrix in this architecture"
         yield Problem(fault, where, "tied embeddings", "an output matrix of its own")
@@ -474,6 +538,22 @@ def misfits(
         yield Problem(cause, where, found="scaled rotary positions", hint=way_out)
     if family.mixture is not None:
         yield from _expert_misfits(where, family, family.mixture, config, sparse)
+
+
+def _latent_misfits(where: str, config: Json) -> Iterator[Problem]:
+    """Yield where llama.cpp has other latent attention than the config."""
+    eps, layers, rank = (config[k] for k in ("rms_norm_eps", "num_hidden_layers", "q_lora_rank"))
+    if eps != LATENT_EPS:
+        fault = (
+            "llama.cpp adds rms_norm_eps in norms of latent vectors, too, and transformers 1e-06"
+        )
+        yield Problem(fault, where, "1e-06", f"{eps:g}", "write a folder instead")
+    # So b11739 tells the published models whose queries are products of the layer's input.
+    if (layers in (26, 27) or (layers == 48 and config["vocab_size"] == 128_256)) != (rank is None):
+        fault = "llama.cpp tells by the number of layers whether queries have latent vectors"
+        expected = "none with 26 or 27 layers, and some with others"
+        shown = f"q_lora_rank {rank} with {layers} layers".lower()
+        yield Problem(fault, where, expected, shown, "write a folder instead")
 
 
 def _score_misfits(where: str, facts: GgufFacts, config: Json) -> Iterator[Problem]:
@@ -514,6 +594,13 @@ def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str |
     ):
         yield "only Llama 3's own low and high frequency factors, 1 and 4, can be read back", None
     unusual = {"truncate", "attention_factor", "mscale", "mscale_all_dim"} & scaling.keys()
+    if family.has("latent"):
+        weights = {scaling.get(name) or 0 for name in ("mscale", "mscale_all_dim")}
+        if kind == "yarn" and (len(weights) > 1 or 0 in weights):
+            yield "llama.cpp wants mscale and mscale_all_dim of YaRN, and equal ones", None
+        if kind not in ("default", "yarn"):
+            yield f"moecc writes no positions of type {kind} with latent attention", None
+        unusual -= {"mscale", "mscale_all_dim"}
     if kind == "yarn" and unusual:
         yield f"a GGUF file cannot state {', '.join(sorted(unusual))} of YaRN", None
 

@@ -22,6 +22,20 @@ LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 _BIASED = frozenset(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))
 """The stems of matrices that may have a bias."""
 
+_LATENT = {
+    "attn_q": "q_proj",
+    "attn_q_a": "q_a_proj",
+    "attn_q_a_norm": "q_a_layernorm",
+    "attn_q_b": "q_b_proj",
+    "attn_kv_a_mqa": "kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "kv_a_layernorm",
+    "attn_output": "o_proj",
+}
+"""The matrices and norms of latent attention, but for that which is stored in `LATENT_PARTS`."""
+
+LATENT_PARTS = ("attn_k_b", "attn_v_b")
+"""What makes keys, [head, latent, head_dim], and values, [head, head_dim, latent], of latents."""
+
 _CONVOLUTION = ("conv", "in_proj", "out_proj")
 """The matrices of a short convolution, by the same names in GGUF."""
 
@@ -71,6 +85,8 @@ class GgufFamily:
         modules["attn_output"] = names.attention_output
         if self.has("qk_norm"):
             modules |= {"attn_q_norm": names.query_norm, "attn_k_norm": names.key_norm}
+        if self.has("latent"):
+            modules = dict(_LATENT)
         stems = {stem: names.attention + module for stem, module in modules.items()}
         if self.has("conv_taps"):
             stems |= {f"shortconv.{part}": names.convolution + part for part in _CONVOLUTION}
@@ -106,6 +122,11 @@ class GgufFamily:
             tensors["exp_probs_b.bias"] = names.sparse + names.routing_bias
         return tensors
 
+    @property
+    def latent_whole(self) -> str:
+        """The end of the name of the tensor that is stored as `LATENT_PARTS`, or nothing."""
+        return f"{self.config.names.attention}kv_b_proj.weight" if self.has("latent") else ""
+
     def model_tensors(self) -> dict[str, str]:
         """Return the names of the tensors outside of layers in GGUF with those in Hugging Face."""
         names, final_norm = self.config.names, f"{self.facts.final_norm}.weight"
@@ -137,6 +158,17 @@ def dense_architectures() -> Mapping[str, GgufFamily]:
 def mixture_architectures() -> Mapping[str, GgufFamily]:
     """Return those with experts by ``general.architecture``; Mixtral is a ``llama``, too."""
     return _architectures(sparse=True)
+
+
+def families_of(architecture: str, *, sparse: bool) -> tuple[GgufFamily, ...]:
+    """Return the families whose models an architecture holds; files of `llama` are of several."""
+    return tuple(
+        GgufFamily(config, config.gguf)
+        for config in (mixtures() if sparse else decoders()).values()
+        if config.gguf is not None
+        and config.gguf.architecture == architecture
+        and issubclass(config, MoeConfig) == sparse
+    )
 
 
 def _architectures(*, sparse: bool) -> dict[str, GgufFamily]:
@@ -180,6 +212,8 @@ def hugging_face_name(name: str, family: GgufFamily) -> str | None:
         return None
     layer, stem, part = match.groups()
     new = family.tensors().get(f"{stem}.{part}")
+    if stem in LATENT_PARTS and part == "weight":
+        new = family.latent_whole or None
     return new and f"model.layers.{layer}.{new}"
 
 
@@ -201,7 +235,8 @@ def gguf_name(name: str, family: GgufFamily) -> str:
 
 def known_names(family: GgufFamily) -> list[str]:
     """Return the names that a file of this family may have, with layer 0 for every layer."""
-    stems = (f"blk.0.{stem}.weight" for stem in family.stems())
+    parts = LATENT_PARTS if family.latent_whole else ()
+    stems = (f"blk.0.{stem}.weight" for stem in (*family.stems(), *parts))
     return [*family.model_tensors(), ROPE_FACTORS, *stems]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,9 +18,11 @@ from moecc.formats.files import DescriptorPool
 from moecc.formats.folder import rows_of
 from moecc.formats.gguf.config import HeadSizes, Order, make_config, read_shape
 from moecc.formats.gguf.families import (
+    LATENT_PARTS,
     ROPE_FACTORS,
     GgufFamily,
     dense_architectures,
+    families_of,
     first_expert,
     hugging_face_name,
     is_norm,
@@ -47,7 +49,7 @@ from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
 from moecc.support.untyped import JsonDict
-from moecc.types import Array
+from moecc.types import F32, Array
 
 # A model in several GGUF files, as llama-gguf-split writes it.
 #
@@ -158,6 +160,7 @@ class GgufFile(Checkpoint):
         head_dims: Mapping[str, int] | None = None,
         norms_plus_one: bool = False,
         orders: Mapping[str, Order] | None = None,
+        latent_parts: Mapping[str, Sequence[TensorInfo]] | None = None,
     ) -> None:
         self.path = header.path
         self.config = config
@@ -169,6 +172,7 @@ class GgufFile(Checkpoint):
         self._pool = pool
         self._norms_plus_one = norms_plus_one
         self._orders = orders or {}
+        self._latent_parts = latent_parts or {}
         self._turned: tuple[dict[str, bytes], str | None] | None = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -182,6 +186,9 @@ class GgufFile(Checkpoint):
         info = tensor_info(self.tensors, name, self.path)
         shape, _ = rows_of(info, start, stop)
         stop = start + shape[0]
+        if parts := self._latent_parts.get(name):
+            keys, values = (self._stored(part, 0, part.shape[0]) for part in parts)
+            return join_latent(keys, values)[start:stop]
         if order := self._orders.get(name):
             stored = replace(info, shape=order.shape(info.shape))
             return order(self._stored(stored, 0, stored.shape[0]))[start:stop]
@@ -271,6 +278,17 @@ class GgufFile(Checkpoint):
         return self._turned
 
 
+def join_latent(keys: Array, values: Array) -> Array:
+    """Return for each head the rows that make its keys and its values of latent vectors.
+
+    Args:
+      keys: [head, latent, head_dim].
+      values: [head, head_dim, latent].
+    """
+    rows = np.concatenate([keys.swapaxes(1, 2), values], axis=1)
+    return rows.reshape(-1, rows.shape[-1])
+
+
 def halves_from_neighbours(rows: Array, head_dim: int) -> Array:
     """Reorder the rows [heads x head_dim, ...] of a query or key projection.
 
@@ -309,14 +327,51 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
                 found=f"{divisors.size}",
             )
         problems.raise_if_any()
+        tensors = {
+            new: _info(header.tensors[old], new, family.unit_axis(new))
+            for old, new in names.items()
+        }
+        latent_parts = _latent_parts(header, names, family)
+        tensors |= {name: _joined(name, *parts) for name, parts in latent_parts.items()}
     except BaseException:
         pool.close()
         raise
-    tensors = {
-        new: _info(header.tensors[old], new, family.unit_axis(new)) for old, new in names.items()
-    }
-    plus_one = family.has("norm_offset")
-    return GgufFile(header, config, tensors, pool, head_dims=head_dims, norms_plus_one=plus_one)
+    return GgufFile(
+        header, config, tensors, pool, head_dims=head_dims, latent_parts=latent_parts,
+        norms_plus_one=family.has("norm_offset"),
+    )  # fmt: skip
+
+
+def _latent_parts(
+    header: GgufHeader, names: Mapping[str, str], family: GgufFamily
+) -> dict[str, list[TensorInfo]]:
+    """Return the stored parts of the tensors that are stored in two."""
+    parts: dict[str, list[TensorInfo]] = {}
+    for stem in LATENT_PARTS if family.latent_whole else ():
+        for old, new in names.items():
+            if old.endswith(f".{stem}.weight"):
+                parts.setdefault(new, []).append(_info(header.tensors[old], old))
+    return parts
+
+
+def _joined(name: str, *parts: TensorInfo) -> TensorInfo:
+    """Return the tensor that is stored as `LATENT_PARTS`."""
+    shapes = [part.shape for part in parts]
+    fits = len(parts) == 2 and all(len(shape) == 3 for shape in shapes)
+    if not fits or (shapes[0][0], shapes[0][1]) != (shapes[1][0], shapes[1][2]):
+        raise InputError(
+            "what makes keys and values of latent vectors does not fit together",
+            where=f"{parts[0].file}, tensor {quoted(parts[0].name)}",
+            expected=f"{' and '.join(LATENT_PARTS)}: [head, latent, entry], [head, entry, latent]",
+            found=", ".join(f"{list(shape)}" for shape in shapes),
+        )
+    (heads, rank, width), (_, value_width, _) = shapes
+    keys, values = parts
+    same = keys.dtype is values.dtype
+    return replace(
+        keys, name=name, shape=(heads * (width + value_width), rank),
+        dtype=keys.dtype if same else F32, nbytes=keys.nbytes + values.nbytes,
+    )  # fmt: skip
 
 
 def _open_shape(header: GgufHeader, shape: type[ModelConfig]) -> GgufFile:
@@ -341,6 +396,12 @@ def _family(header: GgufHeader) -> GgufFamily:
     experts = header.metadata.get(f"{architecture}.expert_count", 0)
     sparse = first_expert(header.tensors) is not None or (type(experts) is int and experts > 0)
     table = mixture_architectures() if sparse else dense_architectures()
+    for family in families_of(architecture, sparse=sparse):
+        if all(
+            header.metadata.get(f"{architecture}.{key}") == value
+            for key, value in family.facts.fixed
+        ):
+            return family
     if architecture in table:
         return table[architecture]
     architectures = table if sparse else (*table, *read_architectures())

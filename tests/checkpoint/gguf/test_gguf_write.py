@@ -59,6 +59,7 @@ SAME = [
     ("gemma3", "gemma3"),
     ("lfm2_square", "lfm2"),
     ("lfm2_moe", "lfm2moe"),
+    ("deepseek_v3", "deepseek2"),
     ("qwen2_moe_square", "qwen2moe"),
     ("qwen3_moe_norm", "qwen3moe"),
     ("granitemoe_multipliers", "granitemoe"),
@@ -97,7 +98,7 @@ def test_what_is_read_back_is_what_was_written(
             bound = off if name.endswith("norm.weight") else 0.0
             expected = ours[_untied(name, ours)]
             np.testing.assert_allclose(theirs[name], expected, rtol=0, atol=bound, err_msg=name)
-        kept = ("rope", "rms_norm_eps", "hidden_size", "num_hidden_layers", "conv_taps", "delta")
+        kept = ("rope", "rms_norm_eps", "hidden_size", "num_hidden_layers", "conv_taps", "latent")
         configs = [parse_config(m.graph.attrs["config"]) for m in (back, model)]
         theirs, ours = ({k: getattr(config, k) for k in kept} for config in configs)
         assert theirs == ours
@@ -208,6 +209,10 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
         ("qwen3_moe_plain", "gguf:qwen3moe", "", "divides the chosen gates by their sum"),
         ("olmoe_norm", "gguf:olmoe", "", "as many key-value heads as query heads"),
         ("lfm2_biases", "gguf:lfm2", "", "no other conv_bias than False"),
+        ("deepseek_v2_groups", "gguf:deepseek2", "", "no other topk_method than greedy"),
+        ("deepseek_v2_square", "gguf:deepseek2", "", "whether queries have latent vectors"),
+        ("deepseek_v3_groups", "gguf:deepseek2", "", "in norms of latent vectors"),
+        ("deepseek_v3_square_v4", "gguf:deepseek2", "", "no other rope_interleave than True"),
         ("lfm2_moe_square", "gguf:lfm2moe", "", "upcycle with gates=sigmoid-renormalised"),
     ],
 )
