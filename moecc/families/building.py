@@ -68,7 +68,7 @@ def graph_tensors(graph: Graph) -> dict[str, Expr]:
     if missing:
         fault = "the parameter has no weight, so it cannot be written"
         raise InputError(Problem(fault, f"%{name}") for name in missing)
-    return {name: v.weight for name, v in graph.params.items() if v.weight is not None}
+    return graph.weights
 
 
 def vocabulary_of(graph: Graph) -> int:
@@ -96,8 +96,7 @@ def build_stored(config: GraphConfig, request: GraphRequest) -> Graph:
     dtype_of = request.dtype_of or float32_of
     graph = parse(config.text, "config.json: graph")
     verify(graph)
-    stated = [name for name, value in graph.params.items() if value.weight is not None]
-    if stated:
+    if stated := graph.weights:
         fault = "a stored graph reads each parameter from the tensor of its name"
         hint = "remove the weight expression, or convert the model that has it"
         raise InputError(Problem(fault, f"graph: %{name}", hint=hint) for name in stated)

@@ -106,7 +106,7 @@ class ExpertLayer:
     open_groups: int = 1
     sequence_capacity: int = 0
 
-    def without_slots(self) -> ExpertLayer:
+    def without_location(self) -> ExpertLayer:
         """Return the same layer without its location, for comparison with others."""
         return replace(self, loc="")
 
@@ -128,7 +128,7 @@ def expert_layers(graph: Graph) -> list[ExpertLayer]:
     A ``route`` whose choices get no slots does not count; it may serve a metric.
     """
     routes = (node for node in graph if node.op.routes)
-    placed = ((route, _user(route.results[0], _assigns_slots)) for route in routes)
+    placed = ((route, _user(route.results[0], lambda op: op.assigns_slots)) for route in routes)
     return [_layer_of(route, slots) for route, slots in placed if slots is not None]
 
 
@@ -187,10 +187,6 @@ def _divided(route: Node) -> tuple[str, float, float] | None:
 def _is_biased(logits: Value) -> bool:
     node = logits.node
     return node is not None and node.op.is_sum and any(v.is_param for v in node.operands)
-
-
-def _assigns_slots(entry: OpDef) -> bool:
-    return entry.assigns_slots
 
 
 def _user(value: Value, is_wanted: Callable[[OpDef], bool]) -> Node | None:

@@ -270,6 +270,11 @@ class Graph(Region):
             ]
         )
 
+    @property
+    def weights(self) -> dict[str, Expr]:
+        """The expressions of the parameters that have one, by the names of these."""
+        return {n: p.weight for n, p in self.params.items() if p.weight is not None}
+
     def __len__(self) -> int:
         return self.node_count
 

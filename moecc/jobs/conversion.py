@@ -45,7 +45,7 @@ from moecc.translate.export import (
 from moecc.translate.propose import check_target
 from moecc.types import DType
 from moecc.weights.arithmetic import branch_and_name, is_statistic
-from moecc.weights.expr import sources
+from moecc.weights.expr import source_types, sources
 
 if TYPE_CHECKING:
     from moecc.backend import EmittedProgram
@@ -349,12 +349,7 @@ def plan(
 
 def unread_models(graph: Graph, models: Iterable[str]) -> tuple[str, ...]:
     """Return the models beside the base that no weight is read from."""
-    read = {
-        branch_and_name(source.name)[0]
-        for value in graph.params.values()
-        if value.weight is not None
-        for source in sources(value.weight)
-    }
+    read = {branch_and_name(name)[0] for name in source_types(graph.weights.values())}
     return tuple(name for name in models if name not in read)
 
 

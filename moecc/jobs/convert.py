@@ -71,7 +71,7 @@ from moecc.translate.engines import summary
 from moecc.translate.export import EmittedExport
 from moecc.types import DType, count_bytes, float_type
 from moecc.version import __version__
-from moecc.weights.expr import sources
+from moecc.weights.expr import source_types
 
 if TYPE_CHECKING:
     from moecc.formats.gguf.header import Key
@@ -368,7 +368,7 @@ def work_of(planned: Plan, options: WriteOptions) -> Work:
     size_bytes = sum(tensor.entry.nbytes for tensor in tensors)
     if options.is_join:
         return Work(len(shards), 0, size_bytes)
-    read = {s.name: s.type for tensor in tensors for s in sources(tensor.expr)}
+    read = source_types(tensor.expr for tensor in tensors)
     read_bytes = sum(prod(type.shape) * type.dtype.itemsize_bytes for type in read.values())
     return Work(len(shards), size_bytes, read_bytes)
 

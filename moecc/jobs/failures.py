@@ -141,7 +141,7 @@ def weight_gap(graph: Graph) -> Gap | None:
     from moecc.formats.writer import OutputTensor, WriteOptions, write_checkpoint
     from moecc.testing.weights import stored_sources, whole_naively
 
-    weights = {n: v.weight for n, v in graph.params.items() if v.weight is not None}
+    weights = graph.weights
     read = stored_sources(weights.values(), 0)
     tensors = [OutputTensor(n, w, w.type.dtype) for n, w in weights.items()]
     with tempfile.TemporaryDirectory(prefix="moecc-weights-") as name:

@@ -44,7 +44,7 @@ from moecc.support.text import amount
 from moecc.translate.export import Export, WrappedExport
 from moecc.types import DTYPES
 from moecc.weights.evaluate import blocks
-from moecc.weights.expr import Expr, Source, sources
+from moecc.weights.expr import Expr, Source, source_types
 
 if TYPE_CHECKING:
     from moecc.translate.gguf import GgufExport
@@ -187,8 +187,7 @@ def _digests(model: OpenedModel) -> dict[Source, str]:
 
 def _tensors(graph: Graph) -> list[Source]:
     """Return the tensors that the weights of a graph are made from, each name once."""
-    weights = [p.weight for p in graph.params.values() if p.weight is not None]
-    return list({part.name: part for weight in weights for part in sources(weight)}.values())
+    return [Source(name, type) for name, type in source_types(graph.weights.values()).items()]
 
 
 def check_proof_files(file: str | None, *, force: bool) -> None:

@@ -168,7 +168,7 @@ def _defaults(node: Node) -> JsonDict:
 def weight_cuts(best: Candidate) -> Iterator[Cut]:
     """Yield the graph without weight expressions, and one parameter or a part of it alone."""
     params = best.graph.params
-    if any(value.weight is not None for value in params.values()):
+    if best.graph.weights:
         yield partial(_changed, best, _drop_weights)
     for value in params.values():
         if value.weight is None:
@@ -311,13 +311,12 @@ class _Reducer:
 def measure(candidate: Candidate) -> tuple[int, ...]:
     """Return how large an input is: passes and options count most, then nodes, then the rest."""
     graph = candidate.graph
-    weights = [v.weight for v in graph.params.values() if v.weight is not None]
     return (
         len(candidate.pipeline),
         len(str(candidate.pipeline)),
         len(graph),
         len(graph.output_names) + len(graph.inputs) + len(graph.params),
-        sum(1 for weight in weights for _ in walk(weight)),
+        sum(1 for weight in graph.weights.values() for _ in walk(weight)),
         len(str(graph.attrs)),
         len(re.sub(r"[0-9]+", "", print_graph(graph))),
         sum(sizes_of(graph)),

@@ -80,7 +80,7 @@ from moecc.translate.export import export_graph
 from moecc.translate.gguf import architecture_of
 from moecc.translate.propose import check_target
 from moecc.types import Array, TensorType, float_type
-from moecc.weights.expr import sources
+from moecc.weights.expr import source_types
 
 # The model of a recipe: opened, its pipeline run, its parameters under their own names.
 
@@ -270,8 +270,7 @@ def _of_checkpoint(
     kinds: Mapping[str, Collection[str]],
     graph: Graph,
 ) -> Known:
-    weights = [p.weight for p in graph.params.values() if p.weight is not None]
-    types = {leaf.name: leaf.type for weight in weights for leaf in sources(weight)}
+    types = source_types(graph.weights.values())
     return {
         kind: {n: checkpoint.moment_type(kind, n, types[n]) for n in names if n in types}
         for kind, names in kinds.items()

@@ -34,7 +34,7 @@ from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, findings, open_f
 from moecc.formats.run import GRAPH as GRAPH_NAME
 from moecc.formats.run import open_run, split_reference
 from moecc.formats.safetensors import lacks_weights
-from moecc.formats.source import Checkpoint
+from moecc.formats.source import Checkpoint, nearest_tensor
 from moecc.ir.graph import Graph
 from moecc.ir.text import read_graph
 from moecc.presets import PREFIX, preset_config
@@ -43,7 +43,7 @@ from moecc.support.process import Closing
 from moecc.support.text import brief, count_text, facts_table
 from moecc.types import DTYPES, F32, Array, DType
 from moecc.weights.arithmetic import BASE, STATISTICS, is_statistic
-from moecc.weights.expr import sources
+from moecc.weights.expr import source_types, sources
 
 if TYPE_CHECKING:
     from moecc.rewrite.passes import ReadWeight
@@ -331,24 +331,14 @@ def _open_graph(source: str, weights: str | None) -> OpenedModel:
 
 def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
     """Yield a problem for each source of `graph` that `checkpoint` lacks or has otherwise."""
-    seen: set[str] = set()
-    for param in graph.params.values():
-        for source in sources(param.weight) if param.weight is not None else ():
-            if source.name in seen:
-                continue
-            seen.add(source.name)
-            info = checkpoint.tensors.get(source.name)
-            where = f"{checkpoint.path}: {source.name}"
-            if info is None:
-                yield Problem(
-                    "the graph reads a tensor that the checkpoint lacks", where,
-                    hint=nearest(source.name, checkpoint.tensors),
-                )  # fmt: skip
-            elif info.shape != source.type.shape:
-                yield Problem(
-                    "the tensor has another shape than the graph says", where,
-                    str(source.type), str(info.shape),
-                )  # fmt: skip
+    for name, type in source_types(graph.weights.values()).items():
+        info, where = checkpoint.tensors.get(name), f"{checkpoint.path}: {name}"
+        if info is None:
+            fault = "the graph reads a tensor that the checkpoint lacks"
+            yield Problem(fault, where, hint=nearest_tensor(checkpoint.tensors, name))
+        elif info.shape != type.shape:
+            fault = "the tensor has another shape than the graph says"
+            yield Problem(fault, where, str(type), str(info.shape))
 
 
 # Further models beside the one that is opened, of the same architecture and tokenizer.
@@ -455,8 +445,7 @@ def _differences(graph: Graph, base: Checkpoint, branch: OpenedModel) -> Iterato
 
 
 def _shapes(graph: Graph) -> dict[str, tuple[int | None, ...]]:
-    weights = (value.weight for value in graph.params.values() if value.weight is not None)
-    return {source.name: source.type.shape for weight in weights for source in sources(weight)}
+    return {name: type.shape for name, type in source_types(graph.weights.values()).items()}
 
 
 def _config_problems(base: Checkpoint, branch: Checkpoint) -> Iterator[Problem]:

@@ -502,15 +502,11 @@ def weight_gaps(trial: Trial) -> list[str]:
 
 def _expressions(graph: Graph) -> set[object]:
     # Expressions are interned, so equal ones are one object.
-    return {v.weight for v in graph.params.values() if v.weight is not None}
+    return set(graph.weights.values())
 
 
 def _stored(graph: Graph, trial: Trial) -> dict[str, Array]:
-    stored = {
-        n: stored_weight(v.weight, trial.seed)
-        for n, v in graph.params.items()
-        if v.weight is not None
-    }
+    stored = {n: stored_weight(weight, trial.seed) for n, weight in graph.weights.items()}
     return params_for(graph, trial.seed, trial.sizes) | stored
 
 

@@ -13,7 +13,7 @@ from moecc.weights import draws as random
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.evaluate import TensorReader, evaluate
-from moecc.weights.expr import Expr, Full, Source, sources, transform
+from moecc.weights.expr import Expr, Full, Source, source_types, transform
 from moecc.weights.fits import Fitted, cluster_order, fitted_rows, matched_order
 from moecc.weights.movement import (
     Aligned,
@@ -98,7 +98,7 @@ class _Sources:
     def __init__(self, weights: Iterable[Expr], seed: int, step: float = 0.0) -> None:
         self.seed = seed
         self.step = step
-        self.types = {s.name: s.type for weight in weights for s in sources(weight)}
+        self.types = source_types(weights)
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         type = self.types[name]

@@ -17,7 +17,7 @@ from moecc.ir.graph import Graph
 from moecc.support.text import capped, ranges
 from moecc.types import F32, DType, TensorType
 from moecc.weights.arithmetic import BASE, branch_and_name
-from moecc.weights.expr import Expr, Source, sources, transform
+from moecc.weights.expr import Expr, Source, source_types, transform
 
 # Facts that importing needs of any config: depth, experts, layer names on disk.
 
@@ -193,8 +193,7 @@ def import_checkpoint(
         config, types, str(checkpoint.path), layout=layout, padding=padding, head=head
     )
     stored.read_by(graph)
-    weights = (value.weight for value in graph.params.values() if value.weight is not None)
-    expected = {source.name: source.type for weight in weights for source in sources(weight)}
+    expected = source_types(graph.weights.values())
     base = {n: i for n, i in tensors.items() if n in expected or not stored.is_beside(n)}
     problems.extend(_problems(config, expected, base))
     if problems:
@@ -215,8 +214,7 @@ def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
 
     Statistics and tensors of further models beside it are read by passes alone.
     """
-    weights = (value.weight for value in graph.params.values() if value.weight is not None)
-    read = {source.name for weight in weights for source in sources(weight)}
+    read = set(source_types(graph.weights.values()))
     family = CONFIGS.get(str(graph.attrs.get("family", "")), ModelConfig)
     names = family.names
     read.update((names.head, *names.copies))

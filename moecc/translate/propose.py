@@ -106,7 +106,7 @@ def _switch_reasons(source: EncDecConfig, stacks: Stacks) -> Iterator[Problem]:
         return
     kinds: dict[ExpertLayer, str] = {}
     for layer in layers:
-        kinds.setdefault(layer.without_slots(), layer.loc)
+        kinds.setdefault(layer.without_location(), layer.loc)
     if len(kinds) > 1:
         shown = "; ".join(f"{loc}: {kind}" for kind, loc in kinds.items())
         fault = "switch_transformers has the same experts in every sparse layer"
@@ -340,7 +340,7 @@ def _sparse_reasons(
         return
     kinds: dict[ExpertLayer, int] = {}
     for number, layer in layers.items():
-        kinds.setdefault(layer.without_slots(), number)
+        kinds.setdefault(layer.without_location(), number)
     if len(kinds) > 1:
         shown = "; ".join(f"layer {number}: {kind}" for kind, number in kinds.items())
         yield Problem(f"{target} has the same experts in every sparse layer", found=shown)

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -397,6 +397,11 @@ def size(axis: Axis) -> int:
 def sources(expr: Expr) -> tuple[Source, ...]:
     """Return the checkpoint tensors that `expr` reads, without duplicates, in order."""
     return tuple(x for x in walk(expr) if isinstance(x, Source))
+
+
+def source_types(exprs: Iterable[Expr]) -> dict[str, TensorType]:
+    """Return the types of the checkpoint tensors that expressions read, by name."""
+    return {source.name: source.type for expr in exprs for source in sources(expr)}
 
 
 def walk(expr: Expr) -> Iterator[Expr]:

@@ -40,25 +40,9 @@ def _product_is_safe(match: Match) -> str | None:
     return f"the product of {a!r} and {b!r} is out of range"
 
 
-def _scale_once(match: Match, b: Builder) -> Value:
-    return b.scale(match.value("x"), by=match.attr("a") * match.attr("b"))
-
-
 def _is_not_zero(match: Match) -> str | None:
     # −(x · 0) is −0 where x · 0 is 0, and an attribute cannot be −0.
     return None if match.attr("a") != 0 else "the factor is 0"
-
-
-def _scale_negated(match: Match, b: Builder) -> Value:
-    return b.scale(match.value("x"), by=-match.attr("a"))
-
-
-def _negate(match: Match, b: Builder) -> Value:
-    return b.neg(match.value("x"))
-
-
-def _stop_once(match: Match, b: Builder) -> Value:
-    return match.value("stopped")
 
 
 ELEMENTWISE_RULES = (
@@ -66,12 +50,12 @@ ELEMENTWISE_RULES = (
     Rule("double-neg", P.neg(P.neg(_x)), operand),
     # x · 1 is x, x · (−1) is −x.
     Rule("scale-by-one", P.scale(_x, by=1.0), operand),
-    Rule("scale-by-minus-one", P.scale(_x, by=-1.0), _negate),
+    Rule("scale-by-minus-one", P.scale(_x, by=-1.0), lambda m, b: b.neg(m.value("x"))),
     # (x · a) · b is x · (ab), up to one rounding.
     Rule(
         "scale-of-scale",
         P.scale(P.scale(_x, by=P.attr("a")), by=P.attr("b")),
-        _scale_once,
+        lambda m, b: b.scale(m.value("x"), by=m.attr("a") * m.attr("b")),
         _product_is_safe,
         preserves="reassociation",
     ),
@@ -79,11 +63,15 @@ ELEMENTWISE_RULES = (
     Rule(
         "scale-and-neg",
         P.neg(P.scale(_x, by=P.attr("a"))) | P.scale(P.neg(_x), by=P.attr("a")),
-        _scale_negated,
+        lambda m, b: b.scale(m.value("x"), by=-m.attr("a")),
         _is_not_zero,
     ),
     Rule("cast-to-same", P.cast(_x), operand, same_type),
-    Rule("stop-gradient-twice", P.stop_gradient(P.stop_gradient(_x).named("stopped")), _stop_once),
+    Rule(
+        "stop-gradient-twice",
+        P.stop_gradient(P.stop_gradient(_x).named("stopped")),
+        lambda m, _: m.value("stopped"),
+    ),
 )
 
 
@@ -115,10 +103,6 @@ def _whole_again(match: Match) -> str | None:
     # A split that dropped a mesh axis is not undone by a rename, which keeps it.
     axis = match.value("x").type[match.attr("old")]
     return "the axis is sharded over a mesh" if axis.mesh else None
-
-
-def _parts_made_whole(match: Match) -> str | None:
-    return _same_parts(match) or _whole_again(match)
 
 
 def _slice_once(match: Match, b: Builder) -> Value:
@@ -159,7 +143,7 @@ AXIS_RULES = (
             into=P.attr("new"),
         ),
         _rename_once,
-        _parts_made_whole,
+        lambda m: _same_parts(m) or _whole_again(m),
     ),
     # The axes need not have been neighbours, so the order of the type decides.
     Rule(

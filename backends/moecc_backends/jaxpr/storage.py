@@ -101,7 +101,7 @@ def plan_storage(
       params_of: the names of the parameters of each block in the graph, by location, in order.
     """
     storage = ParamStorage()
-    weights = {n: p.weight for n, p in graph.params.items() if p.weight is not None}
+    weights = graph.weights
     dense: dict[str, dict[str, Expr]] = {}
     for instance in {i.loc: i for _, instances in sites for i in instances}.values():
         for name, weight in zip(instance.params, instance.weights, strict=True):
