@@ -57,6 +57,7 @@ KEYS_AS_VALUES = {
 GEMMA3N: dict[str, Any] = {
     **{k: v for k, v in GEMMA4.items() if k != "global_head_dim"}, "model_type": "gemma3n_text",
     "laurel_rank": 5, "altup_num_inputs": 3, "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 2, "vocab_size_per_layer_input": 20,
 }  # fmt: skip
 BERT = {**SMALL, "vocab_size": 20, "max_position_embeddings": 12}
 DISTANCES = {
