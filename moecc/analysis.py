@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moecc.errors import InputError
+from moecc.ir.conventions import LOGITS
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.contraction import ProductOp
 from moecc.ir.traits import Cost, Role, RowMove
@@ -23,9 +24,10 @@ from moecc.ir.unroll import users_within
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
 
-def _layer_of(loc: str) -> int | None:
+def layer_number(loc: str) -> int | None:
+    """Return the number of the layer that a location names, or None."""
     match = _LAYER.search(loc)
-    return int(match.group(1)) if match else None
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class FFNBlock:
     @property
     def layer(self) -> int | None:
         """The layer number, parsed from the location, or None."""
-        return _layer_of(self.loc)
+        return layer_number(self.loc)
 
     @property
     def params(self) -> tuple[Value, ...]:
@@ -123,7 +125,7 @@ class RejectedBlock:
     @property
     def layer(self) -> int | None:
         """The layer number, parsed from the location, or None."""
-        return _layer_of(self.loc)
+        return layer_number(self.loc)
 
 
 @dataclass
@@ -360,9 +362,6 @@ def trainable(graph: Graph) -> dict[str, bool]:
 #
 # Logits of a large vocabulary need not all be in memory at once where the head runs over a chunk of
 # tokens at a time.
-
-LOGITS = "logits"
-"""The output that is trained."""
 
 VOCAB = "vocab"
 """The axis of the logits that the softmax runs over."""

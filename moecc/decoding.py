@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from moecc.analysis import LOGITS
 from moecc.backend import Backend, Program
 from moecc.errors import InputError, Problem, UsageError, raise_problems
+from moecc.ir.conventions import DECODER_TOKENS, LOGITS, TOKENS
 from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.attention import LENGTH_SCALINGS, RopeOp
 from moecc.ir.structure import clone
@@ -20,7 +20,6 @@ from moecc.types import Array, Arrays, Doubles, DType
 
 # The graphs that continue texts, made of a model's by the pass ``decode``.
 
-TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
 CAPACITY = "C"
 """The size of a cache, as the pass names it."""
 

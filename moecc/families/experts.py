@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -61,9 +60,6 @@ def sequence_capacity_of(slots: Node) -> int:
     return int(match_.attr("bound"))
 
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
-
-
 @dataclass(frozen=True, slots=True)
 class ExpertLayer:
     """The facts about one mixture of experts that a config states.
@@ -114,12 +110,6 @@ class ExpertLayer:
         shared = f", shared {self.shared}" if self.shared else ""
         gates = self.gates if self.scale == 1 else f"{self.gates} x {self.scale:g}"
         return f"{self.experts} experts of {self.width}, top-{self.top_k}, {gates}{shared}"
-
-
-def layer_number(loc: str) -> int | None:
-    """Return the number of the layer that a location names, or None."""
-    match = _LAYER.search(loc)
-    return int(match.group(1)) if match else None
 
 
 def expert_layers(graph: Graph) -> list[ExpertLayer]:

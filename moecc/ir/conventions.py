@@ -1,10 +1,29 @@
-"""Conventions of routing: how gates are computed, and how tokens become rows of experts."""
+"""Conventions: names of inputs and outputs, gates, and the ways from tokens to rows of experts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+# The names of inputs and outputs by which passes, plans, training and export know a graph.
+
+TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
+"""The inputs that are texts: of a model or of its encoder, and of the decoder beside that."""
+
+HIDDEN, LOGITS = "hidden", "logits"
+"""The output of an encoder alone, and that of a model of tokens."""
+
+LOSS, METRIC = "loss.", "metric."
+"""How the names of losses of routers and of their metrics begin."""
+
+AUXILIARY = f"{LOSS}auxiliary"
+"""The output that ``add-losses`` makes of all losses of routers."""
+
+TRACE, VALUES = "trace.", "values."
+"""How the outputs begin that ``trace-routing`` and ``trace-values`` add."""
+
+# How gates are computed.
 
 Gates = Literal["renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "sparsemixer", "ones"]
 Score = Literal["softmax", "sigmoid"]

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from moecc.errors import InputError, UsageError
 from moecc.formats.output import check_output, output_folder
+from moecc.ir.conventions import VALUES
 from moecc.ir.graph import Graph
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
@@ -47,8 +48,6 @@ from moecc.types import Array, Arrays
 
 # Take statistics of the values of a model over texts: `moecc capture`.
 
-PREFIX = "values."
-
 Progress = Callable[[int, int], None]
 
 
@@ -79,7 +78,7 @@ class _Sums:
         count = 0
         for name, array in outputs.items():
             match = re.fullmatch(
-                rf"{re.escape(PREFIX)}(.*)\.(input|hidden|experts|gates|result\.\d+)", name
+                rf"{re.escape(VALUES)}(.*)\.(input|hidden|experts|gates|result\.\d+)", name
             )
             assert match is not None, "the pass names its outputs so"
             loc, quantity = match[1], match[2]
@@ -167,7 +166,7 @@ def _run(
     tokens = 0
     for number, folder in enumerate(folders):
         tracing = Tracing.of(model, graph, folder, seen)
-        for outputs, batch, bare in tracing.run(model, lambda name: name.startswith(PREFIX)):
+        for outputs, batch, bare in tracing.run(model, lambda name: name.startswith(VALUES)):
             sums.graph = bare
             tokens += sums.add(number, outputs, batch)
         if progress is not None:
@@ -182,7 +181,7 @@ def _statistics(sums: _Sums) -> Iterator[tuple[str, Array]]:
 
 
 def _experts(graph: Graph, loc: str) -> int:
-    chosen = graph.outputs[f"{PREFIX}{loc}.experts"]
+    chosen = graph.outputs[f"{VALUES}{loc}.experts"]
     return next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
 
 

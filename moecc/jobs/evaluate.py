@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from math import exp
 from typing import Annotated, Any
 
-from moecc.analysis import LOGITS
 from moecc.backend import get_backend
 from moecc.decoding import ReadOnce
 from moecc.families.describe import sequence_flops
+from moecc.ir.conventions import LOGITS
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.ir.unroll import unrolled

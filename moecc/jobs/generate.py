@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from moecc.analysis import LOGITS
 from moecc.backend import Backend, get_backend
 from moecc.chat import read_messages, read_template
 from moecc.decoding import (
-    DECODER_TOKENS,
     DecodeGraphs,
     ReadOnce,
     Sampling,
@@ -21,6 +19,7 @@ from moecc.decoding import (
 from moecc.decoding import DecodingBatch as Batch
 from moecc.errors import InputError, Problem, UsageError, raise_problems
 from moecc.formats.files import read_bounded
+from moecc.ir.conventions import DECODER_TOKENS, LOGITS
 from moecc.jobs.command import (
     Amount,
     ComputeType,

@@ -33,6 +33,7 @@ from moecc.formats.modelcard import GENERATION, CardFacts, hub_repository, model
 from moecc.formats.run import is_trained, stages_of, story
 from moecc.formats.source import Checkpoint, GivenParams
 from moecc.formats.writer import JOURNAL_NAME, WriteOptions, WriteReport
+from moecc.ir.conventions import LOSS
 from moecc.jobs.checks import Contracts
 from moecc.jobs.conversion import Plan
 from moecc.model.open import MODEL_TYPE, MODULE_TYPE
@@ -418,7 +419,7 @@ def _training(planned: Plan) -> str:
     if planned.program is not None and not planned.program.auto_map:
         return f"`jax.grad` of a loss of the outputs trains it. {advice}"
     if planned.program is not None:
-        has_losses = any(name.startswith("loss.") for name in planned.graph.output_names)
+        has_losses = any(name.startswith(LOSS) for name in planned.graph.output_names)
         aux = "`aux_loss`, of the routers, is part of it. " if has_losses else ""
         return f"With `labels` the model returns `loss`, as Trainer expects it. {aux}{advice}"
     if planned.target == FAMILY:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from moecc.analysis import parameter_groups
 from moecc.errors import InputError
+from moecc.ir.conventions import TRACE
 from moecc.ir.graph import Graph
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 # Trace the routers of a model over a token folder, beside routers that learnt nothing.
 
-PREFIX, EXPERTS = "trace.", ".experts"
+EXPERTS = ".experts"
 
 
 def specialisation(
@@ -125,11 +126,11 @@ def _trace(model: OpenedModel, tracing: Tracing, graph: Graph | None = None) -> 
 
 
 def _is_choice(name: str) -> bool:
-    return name.startswith(PREFIX) and name.endswith(EXPERTS)
+    return name.startswith(TRACE) and name.endswith(EXPERTS)
 
 
 def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> RoutedTokens:
-    layer = name.removeprefix(PREFIX).removesuffix(EXPERTS)
+    layer = name.removeprefix(TRACE).removesuffix(EXPERTS)
     chosen = graph.outputs[name]
     size = next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
     tokens, first = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
+from moecc.analysis import layer_number
 from moecc.errors import InputError, Problem
 from moecc.families.building import build_model, storing_problems
 from moecc.families.config import FAMILY, ModelConfig
 from moecc.families.decoder import DecoderConfig
-from moecc.families.experts import expert_layers, layer_number
+from moecc.families.experts import expert_layers
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders
 from moecc.families.registry import mixtures as decoder_mixtures

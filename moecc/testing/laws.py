@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import NoReturn
 
-from moecc.analysis import LOGITS
 from moecc.backend import get_backend
 from moecc.decoding import CAPACITY, NOWHERE, DecodeGraphs, PlainSession
+from moecc.ir.conventions import LOGITS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone, equal, fingerprint, lost_precision
 from moecc.ir.text import parse, print_graph

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from moecc.errors import MachineError
+from moecc.ir.conventions import METRIC
 from moecc.ir.graph import Graph
 from moecc.support.extras import install_hint
 from moecc.support.untyped import Json, JsonDict
@@ -338,9 +339,6 @@ class Trainer(Protocol):
 
 
 # What is wrong with the routers of a run, as its metrics say: dead experts, saturation.
-
-METRIC = "metric."
-"""Metrics of routed layers begin with this."""
 
 DEAD_STEPS = 50
 """An expert without a row for so many steps in a row is dead."""

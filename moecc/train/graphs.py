@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from moecc.analysis import LOGITS
 from moecc.errors import InputError, raise_problems
-from moecc.ir.conventions import convention
+from moecc.ir.conventions import LOGITS, convention
 from moecc.ir.graph import Graph, Node
 from moecc.ir.ops.routing import RouteOp
 from moecc.ir.ops.slots import SlotsOp

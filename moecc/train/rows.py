@@ -12,6 +12,7 @@ from pathlib import Path
 from numpy.typing import NDArray
 
 from moecc.formats.files import read_whole
+from moecc.ir.conventions import DECODER_TOKENS, TOKENS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import index_bound
 from moecc.model.inputs import longest
@@ -255,8 +256,6 @@ class LabelChoices:
 
 
 # What batches need to know of a model: its inputs, its vocabulary, its tokenizer.
-
-TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
 
 
 @dataclass(frozen=True)

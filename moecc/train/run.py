@@ -52,6 +52,7 @@ from moecc.formats.run import (
 )
 from moecc.formats.store import fetch, is_address
 from moecc.formats.writer import has_journal
+from moecc.ir.conventions import METRIC
 from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.support.problems import describe
@@ -60,7 +61,6 @@ from moecc.support.record import read_record, to_json
 from moecc.support.text import brief, facts_table
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.events import (
-    METRIC,
     Alarm,
     Evaluated,
     Event,

@@ -12,6 +12,7 @@ from typing import Any
 from moecc.analysis import CHUNK_BYTES, GROUPS, parameter_groups, trainable
 from moecc.errors import InputError, Problem, nearest, raise_problems
 from moecc.formats.modelcard import CardEntries
+from moecc.ir.conventions import METRIC
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.contraction import ProductOp
 from moecc.ir.ops.slots import SlotsOp
@@ -425,7 +426,6 @@ def carried_moments(
 #
 # They work on numbers and arrays of NumPy and of jax alike.
 
-PREFIX = "metric."
 LOSSES = "losses"
 """The graph attribute with the options with which ``add-losses`` added losses."""
 
@@ -458,7 +458,7 @@ def finished(sums: Json) -> JsonDict:
     """
     metrics = dict(sums)
     for name, rows in sums.items():
-        if not (name.startswith(PREFIX) and name.endswith(f".{ROWS}")):
+        if not (name.startswith(METRIC) and name.endswith(f".{ROWS}")):
             continue
         layer = name.removesuffix(ROWS)
         total = rows.sum()

@@ -10,6 +10,7 @@ from moecc.errors import InputError, Problem
 from moecc.families.building import build_model, graph_tensors
 from moecc.families.config import FAMILY, ModelConfig
 from moecc.formats.open import WrappedText
+from moecc.ir.conventions import LOSS, METRIC, TRACE
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
 from moecc.ir.text import format_node
@@ -165,8 +166,8 @@ def _cut(pattern: Concat, value: Expr) -> list[Pair]:
 
 MOST_DIFFERENCES = 5
 
-AUXILIARY = ("loss.", "metric.", "trace.")
-"""The names of outputs for training or monitoring; no family writes them."""
+UNWRITTEN = (LOSS, METRIC, TRACE)
+"""How the names begin of outputs for training or monitoring; no family writes them."""
 
 
 def _structure_keys(*graphs: Graph) -> dict[Value, int]:
@@ -215,7 +216,7 @@ class _Matcher:
 
     def run(self) -> None:
         theirs = self.target.outputs
-        ours = {n: v for n, v in self.graph.outputs.items() if not n.startswith(AUXILIARY)}
+        ours = {n: v for n, v in self.graph.outputs.items() if not n.startswith(UNWRITTEN)}
         if theirs.keys() != ours.keys():
             expected, outputs = ", ".join(theirs), ", ".join(ours)
             hint = "a family's model has no other outputs"

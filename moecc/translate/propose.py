@@ -8,12 +8,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
-from moecc.analysis import find_ffn_blocks
+from moecc.analysis import find_ffn_blocks, layer_number
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.families.building import graph_config
 from moecc.families.config import FAMILY, ModelConfig
 from moecc.families.decoder import DecoderConfig
-from moecc.families.experts import ExpertLayer, expert_layers, layer_number
+from moecc.families.experts import ExpertLayer, expert_layers
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders, mixtures, parse_config
 from moecc.ir.graph import Graph

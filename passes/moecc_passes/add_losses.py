@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
+from moecc.ir.conventions import AUXILIARY, LOSS, METRIC
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.moe import routing_bias_of
 from moecc.ir.ops.contraction import SoftmaxOp
@@ -108,7 +109,7 @@ def total_of(builder: Builder, losses: Weighted) -> Value:
     return total
 
 
-PREFIXES = ("loss.", "metric.", MASK)
+PREFIXES = (LOSS, METRIC, MASK)
 """The prefixes of the output names."""
 
 ATTRIBUTE = "losses"
@@ -258,9 +259,9 @@ class AddLossesPass(Pass):
         every = joined(builder, losses, self.layers)
         every += self._output_z(builder, graph)
         for name, _, value in every:
-            graph.set_output(f"loss.{name}", value)
+            graph.set_output(f"{LOSS}{name}", value)
         if every:
-            graph.set_output("loss.auxiliary", total_of(builder, every))
+            graph.set_output(AUXILIARY, total_of(builder, every))
         graph.attrs[ATTRIBUTE] = {f.name: getattr(self, f.name) for f in fields(self)}
         added = len([n for n in graph.output_names if n.startswith(PREFIXES)])
         stats = {"layers": len(layers), "outputs-added": added}
@@ -278,7 +279,7 @@ class AddLossesPass(Pass):
                 _record_bias(graph, layer)
             values = metrics_of(MetricBuilder(means), layer, self.parts > 0)
             for name, value in values.items():
-                graph.set_output(f"metric.{layer.name}.{name}", value)
+                graph.set_output(f"{METRIC}{layer.name}.{name}", value)
         if routed.scores is None:
             ctx.remark(Remark(layer.name, "has no loss: a hash has nothing to train"))
             return []
@@ -328,7 +329,7 @@ def _record_bias(graph: Graph, layer: RoutedLayer) -> None:
     bias = routing_bias_of(route)
     if bias is not None:
         counts = graph.attrs.setdefault(BALANCE_BIASES, {})
-        counts[bias.name] = f"metric.{layer.name}.{CHOSEN}"
+        counts[bias.name] = f"{METRIC}{layer.name}.{CHOSEN}"
 
 
 def remove_losses(graph: Graph) -> AddLossesPass | None:

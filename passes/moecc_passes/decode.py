@@ -8,9 +8,9 @@ from enum import Enum, IntEnum
 from functools import cached_property
 from typing import Annotated, Literal
 
-from moecc.analysis import LOGITS
 from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.builder import Builder
+from moecc.ir.conventions import DECODER_TOKENS, LOGITS, TOKENS
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again
@@ -18,6 +18,7 @@ from moecc.rewrite import P, fits
 from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.types import I32, Axis, TensorType
 from moecc_passes.cleanup import DcePass
+from moecc_passes.fuse import CAUSAL, MASK, RENAMED
 from moecc_passes.routed import NO_ATTENTION
 from moecc_passes.specialize import reassign_slots
 
@@ -27,10 +28,7 @@ from moecc_passes.specialize import reassign_slots
 # another name, since an attention meets its sequence twice; the renaming is where the two sides
 # part.
 
-TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
-
 POSITIONS_PATTERN = P.positions(P.any("like"), axis=P.attr("axis"))
-RENAME = P.rename(P.any("x"), axis=P.attr("axis"), to=P.attr("to"))
 
 
 class Dependence(IntEnum):
@@ -111,7 +109,7 @@ class Sides:
 
     def is_key_positions(self, value: Value) -> bool:
         """Whether `value` is 0, 1, 2 … for the tokens as keys."""
-        renamed = fits(RENAME, value.node)
+        renamed = fits(RENAMED, value.node)
         return renamed is not None and self.is_positions(renamed.value("x"))
 
     def _kind(self, node: Node) -> Dependence:
@@ -127,7 +125,7 @@ class Sides:
 
     def _keys(self, node: Node) -> frozenset[str]:
         keys = self._of(node)
-        renamed = fits(RENAME, node)
+        renamed = fits(RENAMED, node)
         if renamed is None:
             return keys
         old, new = renamed.attr("axis"), renamed.attr("to")
@@ -155,8 +153,6 @@ def continued(graph: Graph) -> Value | None:
 # must have −∞ where a causal mask hides a key, so that their softmax has zeros there; a product
 # over the keys then reads nothing of what is hidden.
 
-CAUSAL = P.causal(P.any("query"), P.any("key"), window=P.attr("window"))
-MASK = P.mask(P.any("x"), P.any("keep"), fill=float("-inf"))
 LARGEST = P.logsumexp(P.any()) | P.max(P.any())
 """Reductions to which −∞ adds nothing."""
 

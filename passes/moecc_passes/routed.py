@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
+from moecc.ir.conventions import TRACE, VALUES
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.slots import SlotsOp, operands_by_word
 from moecc.ir.structure import replace_value
 from moecc.ir.traits import RowMove
-from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves
+from moecc.rewrite.passes import EXACT, Bounds, Context, Pass, PassResult, Preserves
 from moecc.rewrite.pattern import NearMiss, P, Pattern, fits
 from moecc.types import PRED, TensorType
 
@@ -35,6 +36,9 @@ CAUSAL = P.causal(P.any(), ...)
 
 _STEPS_TO_PRODUCT = 4
 """How many nodes, those of dropout, may be between attention weights and their product."""
+
+FACTOR = Bounds(0, is_open=True, hint="ST-MoE: 1.25 in training, 2.0 at evaluation")
+"""The bounds of capacity factors."""
 
 CAUSAL_INPUTS = "causal_inputs"
 """The attribute of a graph that is a part of a decoder: its inputs that depend on attention."""
@@ -444,8 +448,6 @@ def _again(product: Node, number: int, weighted: Value, builder: Builder) -> Val
 
 # The pass ``trace-routing``: the routing of tokens as outputs.
 
-ROUTING_PREFIX = "trace."
-
 
 @dataclass(frozen=True)
 class TraceRoutingPass(Pass):
@@ -484,22 +486,20 @@ class TraceRoutingPass(Pass):
         Raises:
           InputError: the graph has such outputs already.
         """
-        require_no_outputs(graph, ROUTING_PREFIX, "the graph is traced already")
+        require_no_outputs(graph, TRACE, "the graph is traced already")
         layers = routed_layers(graph)
         for layer in layers:
             values = {"experts": layer.experts, "gates": layer.gates, "slots": layer.slots}
             if layer.route is not None:
                 values["logits"] = layer.route.operands[0]
             for name, value in values.items():
-                graph.set_output(f"{ROUTING_PREFIX}{layer.name}.{name}", value)
+                graph.set_output(f"{TRACE}{layer.name}.{name}", value)
         missing = [] if layers else [NOTHING_ROUTED]
         stats = {"layers": len(layers)}
         return PassResult(bool(layers), len(layers), stats, near_misses=missing)
 
 
 # The pass ``trace-values``: what goes into blocks and experts, and comes out, as outputs.
-
-VALUES_PREFIX = "values."
 
 
 @dataclass(frozen=True)
@@ -535,10 +535,10 @@ class TraceValuesPass(Pass):
         Raises:
           InputError: the graph has such outputs already.
         """
-        require_no_outputs(graph, VALUES_PREFIX, "values are traced already")
+        require_no_outputs(graph, VALUES, "values are traced already")
         values = dict(self._values(graph))
         for name, value in values.items():
-            graph.set_output(f"{VALUES_PREFIX}{name}", value)
+            graph.set_output(f"{VALUES}{name}", value)
         layers = len({name.rpartition(".")[0] for name in values})
         missing = NearMiss(self.name, "the graph", f"no block or layer of experts is at {self.at}")
         return PassResult(

@@ -21,6 +21,7 @@ from moecc.rewrite.pattern import NearMiss
 from moecc.types import KEY, TensorType
 from moecc_passes.add_losses import remove_losses
 from moecc_passes.routed import (
+    FACTOR,
     NOTHING_ROUTED,
     PRODUCT,
     RoutedLayer,
@@ -47,7 +48,6 @@ ASSIGNMENT = (
 """Settings that are attributes of ``assign_slots``."""
 
 
-FACTOR = Bounds(0, is_open=True, hint="ST-MoE: 1.25 in training, 2.0 at evaluation")
 GROUP = Bounds(1, hint="ST-MoE has 2 to 8 sequences in a group")
 DecoderGroupSize = Annotated[
     int | None, "tokens per group in the decoder of an encoder-decoder, if it differs", Bounds(1)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from moecc.analysis import ATTRIBUTE, parameter_groups, trainable
 from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.builder import Builder
+from moecc.ir.conventions import DECODER_TOKENS, HIDDEN, LOGITS, TOKENS
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.routing import RouteOp
 from moecc.ir.ops.slots import operands_by_word
@@ -116,8 +117,6 @@ class FreezePass(Pass):
 
 
 # The pass ``tie-head``: logits of an encoder without a head, by its embedding.
-
-HIDDEN, LOGITS = "hidden", "logits"
 
 
 @dataclass(frozen=True)
@@ -240,8 +239,6 @@ def _force(layer: RoutedLayer, route: Node) -> None:
 
 
 # The pass ``pack-segments``: keep documents apart that share a sequence.
-
-TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
 
 POSITIONS = P.positions(P.any())
 ROPE = P.rope(P.any(), scaling=P.attr("scaling"))

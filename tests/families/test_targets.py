@@ -7,8 +7,8 @@ import json
 import pytest
 from tiers import few
 
+from moecc.analysis import layer_number
 from moecc.families.config import ModelConfig
-from moecc.families.experts import layer_number
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.t5 import SwitchTransformersConfig

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import examples, some
 
-from moecc.analysis import LOGITS
 from moecc.errors import InputError
 from moecc.families import build
 from moecc.ir import Builder, Graph, parse
+from moecc.ir.conventions import LOGITS
 from moecc.ir.structure import clone
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moecc.errors import InputError, Problem, raise_problems
+from moecc.ir.conventions import AUXILIARY
 from moecc.ir.graph import Value
 from moecc.ir.mesh import Mesh, mesh_of
 from moecc.sharding.layout import Layout
@@ -359,9 +360,6 @@ def _value(values: Mapping[Variable, AnyArray], variable: Variable, *default: No
 
 
 # Losses and metrics: joined over where blocks run, added to a loss.
-
-AUXILIARY = "loss.auxiliary"
-"""The output that `add-losses` makes of all losses of routers."""
 
 MODEL = "loss.model"
 """The result of the user's loss alone."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moecc.decoding import TOKENS
 from moecc.errors import InputError
 from moecc.families.heads import LOGITS, POOLED
+from moecc.ir.conventions import AUXILIARY, TOKENS
 from moecc.support.untyped import JsonDict
 from moecc_backends.torch_source.blocks import ModuleBlock, members
 from moecc_backends.torch_source.heads import HEAD, LOSSES, head_parts, new_heads
@@ -237,7 +237,6 @@ ENCODER_ARGUMENTS = {
     "audio": "input_values",
 }
 HEAD_LOCATIONS = ("head", "loss")
-LOSS = "loss.auxiliary"
 
 
 class Models:
@@ -445,7 +444,7 @@ class Models:
 
     def _loss_parts(self, root: BlockWriter, output: str) -> dict[str, str | list[str]]:
         """Return the parts of a template that say what is done with auxiliary losses."""
-        loss = self._losses().get(LOSS)
+        loss = self._losses().get(AUXILIARY)
         if loss is None:
             return {"losses": [], "plus": "", "aux": "", "output": output}
         text = root.filled(root.canonical(loss))
@@ -510,7 +509,7 @@ class Models:
         self.architecture = "StMoeModel"
         self._map("AutoModel", "StMoeModel")
         if output == "hidden":
-            self._write_heads(head, outputs[output], has_loss=LOSS in losses)
+            self._write_heads(head, outputs[output], has_loss=AUXILIARY in losses)
 
     def _write_heads(
         self, head: Sequence[Item | ModuleBlock], hidden: ProgramValue, *, has_loss: bool

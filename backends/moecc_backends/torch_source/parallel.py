@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from moecc.decoding import TOKENS
+from moecc.ir.conventions import TOKENS
 from moecc_backends.torch_source.blocks import ModuleBlock
 from moecc_backends.torch_source.program import Item, TorchProgram
 from moecc_backends.torch_source.text import WIDTH

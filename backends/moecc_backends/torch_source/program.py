@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from moecc.decoding import DECODER_TOKENS, TOKENS, rewritten
+from moecc.decoding import rewritten
 from moecc.errors import InputError, Problem, raise_problems
 from moecc.families.heads import LOGITS
+from moecc.ir.conventions import DECODER_TOKENS, TOKENS
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.operand import Attrs
 from moecc.ir.operation import OPS

@@ -9,8 +9,8 @@ from functools import cache, lru_cache
 from importlib.resources import files
 
 from moecc.backend import PROGRAM_FILES, EmittedProgram
-from moecc.decoding import TOKENS
 from moecc.families.heads import LOGITS
+from moecc.ir.conventions import TOKENS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.support.untyped import JsonDict

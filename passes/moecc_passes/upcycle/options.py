@@ -17,7 +17,7 @@ from moecc.ir.moe import SlotOptions
 from moecc.rewrite.passes import Bounds, advice, too_many_experts, too_much_capacity
 from moecc.support.text import ranges
 from moecc.weights.arithmetic import BASE
-from moecc_passes.routed import is_decoder
+from moecc_passes.routed import FACTOR, is_decoder
 
 Gates = Literal[
     "renormalised",
@@ -33,7 +33,6 @@ FITTED = ("centroids", "ridge")
 """The values of ``router-init`` that read statistics."""
 
 POSITIVE = Bounds(0, is_open=True)
-FACTOR = Bounds(0, is_open=True, hint="ST-MoE: 1.25 in training, 2.0 at evaluation")
 
 Routing = Literal["token-choice", "prototypes", "hash", "expert-choice", "soft"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.analysis import LOGITS
+from moecc.ir.conventions import LOGITS
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.model.inputs import default_inputs

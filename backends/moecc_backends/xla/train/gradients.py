@@ -14,8 +14,9 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from moecc.analysis import LOGITS, VOCAB, OutputHead, chunk_count, split_head
+from moecc.analysis import VOCAB, OutputHead, chunk_count, split_head
 from moecc.errors import InputError, Problem, raise_problems
+from moecc.ir.conventions import AUXILIARY, LOGITS
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of
 from moecc.ir.ops.repetition import repetitions
@@ -291,9 +292,6 @@ def _zeros(loss: HeadLoss, weights: Arrays, hidden: Arrays, aims: Aims) -> tuple
     over = loss.varies(*hidden, aims.targets) - set(loss.head.logits.type[VOCAB].mesh)
     return jax.tree.map(lambda a: view.varying(jnp.zeros(a.shape, a.dtype), over), shapes)
 
-
-AUXILIARY = "loss.auxiliary"
-"""The output that `add-losses` makes of all the losses of routers."""
 
 LOSS_SUM, TOKENS = "loss.sum", "tokens"
 """The sum of the losses of tokens, in nats, and the tokens that have a target."""

@@ -16,8 +16,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moecc.analysis import LOGITS, VOCAB, check_trainable
+from moecc.analysis import VOCAB, check_trainable
 from moecc.errors import InputError
+from moecc.ir.conventions import AUXILIARY, LOGITS
 from moecc.ir.graph import Graph, Node
 from moecc.ir.routing_losses import MASK
 from moecc.ir.text import print_graph
@@ -48,7 +49,6 @@ from moecc_backends.xla.program import in_precision, machine_errors
 from moecc_backends.xla.trace.values import Arrays, NamedArrays, Names, Outputs, PyTree, accumulator
 from moecc_backends.xla.train.checkpoints import load
 from moecc_backends.xla.train.gradients import (
-    AUXILIARY,
     COEFFICIENT,
     DISTILL,
     LOSS_SUM,
