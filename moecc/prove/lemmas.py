@@ -231,7 +231,7 @@ def place_in_stack(algebra: Algebra, application: Application) -> Polynomial | N
     if all(p is parts[0] for p in parts):
         return parts[0]
     at = position.constant
-    return parts[int(at)] if at is not None else None
+    return parts[int(at)] if at is not None and 0 <= at < len(parts) else None
 
 
 @of_application("places within a stack", "stack", rearranges=True)

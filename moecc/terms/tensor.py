@@ -155,6 +155,14 @@ def pointwise(name: str, attrs: Sequence[Hashable], tensors: Sequence[Tensor]) -
     return Tensor(algebra, joint_axes(tensors), body, finite)
 
 
+def of_positive(name: str, x: Tensor) -> Tensor:
+    """Return an uninterpreted function, which is finite of positive numbers alone."""
+    at = x.body.constant
+    if at is None or at > 0:
+        return pointwise(name, (), (x,))
+    return replace(pointwise(f"{name} of infinite", (), (x,)), finite=False)
+
+
 def summed(*tensors: Tensor) -> Tensor:
     """Return the sum, element by element."""
     algebra = tensors[0].algebra
@@ -269,7 +277,9 @@ def remainder(algebra: Algebra, index: Polynomial, by: int) -> Polynomial:
 
 
 def divided(a: Tensor, b: Tensor) -> Tensor:
-    """Return the quotient, element by element."""
+    """Return the quotient, element by element; that by a constant 0 is no finite number."""
+    if b.body.constant == 0:
+        return replace(pointwise("div of infinite", (), (a, b)), finite=False)
     algebra = a.algebra
     inverse = algebra.apply(Head("inverse"), (), [b.body])
     body = algebra.multiply(a.factor(), inverse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from functools import cache
+from hashlib import sha256
 from typing import Any
 
 import moecc_check
@@ -185,3 +186,24 @@ graph g {{
     assert verdict.status == "proved"
     with pytest.raises(moecc_check.Rejected, match="equal shares"):
         moecc_check.accepted(verdict.log, print_graph(before), print_graph(after))
+
+
+@pytest.mark.parametrize("op", ["div %x, %z", "log %z", "rsqrt %z"])
+def test_no_number_is_finite_outside_of_the_domain_of_its_operation(op: str) -> None:
+    """The quotient by 0 less itself is no 0: what is right of 2 is not of 0."""
+    axes = "batch=B" if op.startswith("div") else ""
+    head, end = "moecc 1\ngraph g {\n  input %x : f32[batch=B]\n", "}\n"
+    before = f"{head}  output y = %x\n{end}"
+
+    def after(number: float) -> str:
+        return (
+            f"{head}  %z = constant {{value={number}}} : f32[]\n  %q = {op} : f32[{axes}]\n"
+            f"  %w = sub %q, %q : f32[{axes}]\n  %r = add %x, %w : f32[batch=B]\n"
+            f"  output y = %r\n{end}"
+        )
+
+    verdict = prove(parse(before), parse(after(2.0)))
+    assert is_accepted(moecc_check, (verdict.log, before, after(2.0)))
+    of_zero = verdict.log | {"after": sha256(after(0.0).encode()).hexdigest()}
+    assert not is_accepted(moecc_check, (of_zero, before, after(0.0)))
+    assert prove(parse(before), parse(after(0.0)), refute=False).status == "unknown"

@@ -192,3 +192,26 @@ def test_operations_on_equal_operands_are_evaluated_once(monkeypatch: pytest.Mon
     dense = model("llama_gqa")
     assert prove(dense.graph, dense.apply("upcycle{experts=4 top-k=2}").graph)
     assert names.count("attention") == sum(n.op.name == "attention" for n in dense.graph)
+
+
+def test_a_place_beyond_a_stack_stands_where_nothing_reads_it() -> None:
+    """Of a joined slice that another slice follows, all places are written, and some are read."""
+    text = """moecc 1
+graph g {{
+  input %x : f32[batch=B]
+  %y, %all = scan %x {{over=(layer=3), carries=1}} : f32[batch=B], f32[layer=3, batch=B] {{
+    input %x : f32[batch=B]
+    %y = {op} %x, %x : f32[batch=B]
+    output y = %y
+    output each = %y
+  }}
+  %a = slice %all {{axis=layer, start=0, stop=2}} : f32[layer=2, batch=B]
+  %b = slice %all {{axis=layer, start=2, stop=3}} : f32[layer=1, batch=B]
+  %joined = join %a, %b {{axis=layer}} : f32[layer=3, batch=B]
+  %last = index %joined {{axis=layer, at=2}} : f32[batch=B]
+  output y = %last
+}}
+"""
+    add, maximum = (parse(text.format(op=op)) for op in ("add", "maximum"))
+    assert prove(add, parse(text.format(op="add"))).status == "proved"
+    assert prove(add, maximum).status == "refuted"

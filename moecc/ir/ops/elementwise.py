@@ -155,6 +155,8 @@ TERMS: dict[str, Callable[..., Tensor]] = {
     "sub": _difference,
     "mul": terms.multiplied,
     "div": terms.divided,
+    "log": lambda x: terms.of_positive("log", x),
+    "rsqrt": lambda x: terms.of_positive("rsqrt", x),
     "neg": lambda x: terms.scaled(x, -1),
     "maximum": lambda a, b: terms.symmetric("maximum", a, b),
     "minimum": lambda a, b: terms.symmetric("minimum", a, b),
