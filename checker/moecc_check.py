@@ -40,8 +40,7 @@ SCHEMA = "moecc.proof/1"
 NOTES = {"fractions": ", for constants as fractions", "parts": ", for a part of the batch",
          "frozen": ", but for gradients of frozen parameters",
          "step": ", for a step of generation"}  # fmt: skip
-
-
+USAGE = "usage: moecc-check PROOF BEFORE.moe AFTER.moe\nexit: 0 accepted, 1 rejected, 2 usage"
 MOST_ORDERS = 720
 """So many orders of like parts are tried; of more, equal terms may be seen to be different."""
 
@@ -703,9 +702,10 @@ def accepted(log, before, after):
 
 def main():
     """Check the proof that the command line names."""
-    if len(sys.argv) != 4:
-        print("usage: moecc-check PROOF BEFORE.moe AFTER.moe", file=sys.stderr)
-        return 2
+    asked = not {"-h", "--help"}.isdisjoint(sys.argv)
+    if asked or len(sys.argv) != 4:
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     try:
         text, *graphs = (Path(name).read_text("utf-8") for name in sys.argv[1:])
         log = json.loads(text)

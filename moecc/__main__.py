@@ -1,5 +1,5 @@
 """``python -m moecc``."""
 
-from moecc.cli.main import entry
+from moecc.cli import entry
 
 entry()

@@ -135,6 +135,17 @@ class FFNSearch:
     blocks: list[FFNBlock] = field(default_factory=list)
     refusals: list[RejectedBlock] = field(default_factory=list)
 
+    def left_dense(self) -> list[RejectedBlock]:
+        """Return the rejected candidates that are the only ones of a dense feed-forward layer."""
+        converted = {block.loc for block in self.blocks}
+        return [
+            block
+            for block in self.refusals
+            if block.loc.endswith(".ffn")
+            and block.loc not in converted
+            and block.reason not in (SPARSE, BESIDE_EXPERTS)
+        ]
+
 
 def _combine(node: Node, degree: dict[Value, int | None]) -> int | None:
     carried = [degree.get(v, 0) for v in node.operands]
@@ -236,6 +247,9 @@ def _walk_back(down: Node, outer: str) -> tuple[set[Node], set[Node], list[str]]
 ROUTING_AXES = frozenset(("group", "expert", "slot", "choice"))
 """The axes that a block gains when it becomes sparse."""
 
+SPARSE = "it is sparse already"
+BESIDE_EXPERTS = "it is parallel to experts, in a layer that is sparse already"
+
 
 def _why_not(
     ups: set[Node], inside: set[Node], down: Node, outer: str, inner: str
@@ -247,9 +261,9 @@ def _why_not(
         yield f"its contractions take different values: {names}"
     x = next(iter(roots))
     if "expert" in x.type:
-        yield "it is sparse already"
+        yield SPARSE
     if any(user.op.moves is RowMove.TO_SLOTS for user in x.users):
-        yield "it is parallel to experts, in a layer that is sparse already"
+        yield BESIDE_EXPERTS
     if x.is_param or len(x.type) == 1:
         yield f"it reads %{x.name}, which has no axis of tokens"
     if x.type.by_name.keys() != down.result.type.by_name.keys():

@@ -207,3 +207,13 @@ def test_no_number_is_finite_outside_of_the_domain_of_its_operation(op: str) -> 
     of_zero = verdict.log | {"after": sha256(after(0.0).encode()).hexdigest()}
     assert not is_accepted(moecc_check, (of_zero, before, after(0.0)))
     assert prove(parse(before), parse(after(0.0)), refute=False).status == "unknown"
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2), (["a", "b"], 2)])
+def test_the_command_says_how_it_is_used(
+    words: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["moecc-check", *words])
+    assert moecc_check.main() == code
+    streams = capsys.readouterr()
+    assert "moecc-check PROOF BEFORE.moe AFTER.moe" in (streams.err if code else streams.out)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from threading import Lock
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moecc.cli import entry
 from moecc.support.process import Terminated
 from tests.support.commands import Moecc
 
@@ -135,3 +138,21 @@ def test_graphs_that_are_none(moecc, tmp_path, text):
     assert done.code == 1
     assert "bad.moe" in done.err or "no output" in done.err
     assert done.out == ""
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_an_interruption_while_modules_load_has_no_traceback(is_wrapped, monkeypatch):
+    class HalfLoaded(ModuleType):
+        @property
+        def entry(self) -> None:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as error:
+                if is_wrapped:  # as a class does that is being made
+                    raise RuntimeError("error calling __set_name__") from error
+                raise
+
+    monkeypatch.setitem(sys.modules, "moecc.cli.main", HalfLoaded("main"))
+    with pytest.raises(SystemExit) as stop:
+        entry()
+    assert stop.value.code == 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,11 +15,13 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.structure import clone
+from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
 
 from .dense_blocks import Dense
 
 MOST = 13
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @cache
@@ -100,3 +103,11 @@ def converted_anew(graph: Graph, layers: str) -> list[int]:
     UpcyclePass(experts=2, top_k=1, layers=layers).apply(after, Context())
     locs = [n.loc for n in after if n.op.name == "dispatch" and n.loc not in before]
     return [int(loc.split(".")[1]) for loc in locs]
+
+
+def test_a_dense_layer_that_cannot_be_converted_is_named():
+    with open_model(str(GOLDEN / "gemma3n_streams")) as model:
+        result = UpcyclePass(experts=2, top_k=1).apply(clone(model.graph), Context())
+    lines = [str(remark) for remark in result.remarks if "cannot" in remark.text]
+    reason = "cannot be converted: mean is not elementwise"
+    assert lines == [f"layers.{layer}.ffn: {reason}" for layer in (0, 2)]

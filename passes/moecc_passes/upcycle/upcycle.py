@@ -576,6 +576,10 @@ class UpcyclePass(UpcycleOptions, Pass):
             average_rest(graph, self.models)
         result.preserves = of_blocks(promises) if promises else None
         result.remarks = remarks(self, chosen)
+        for left in search.left_dense() if chosen else ():
+            # Without the name of the value, which would make equal reasons of layers differ.
+            reason = left.reason.partition(" = ")[2] or left.reason
+            result.remarks.append(Remark(left.loc, f"cannot be converted: {reason}"))
         for remark in result.remarks:
             ctx.remark(remark)
         return result
