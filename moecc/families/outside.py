@@ -6,7 +6,7 @@ holds it in a variable, and is given to a command with ``--load``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from moecc.families.config import ModelConfig, TensorNames
 from moecc.families.graphs.parameters import GraphRequest
 from moecc.families.registry import CONFIGS, ORIGINS
 from moecc.ir.graph import Graph
-from moecc.ir.operation import has_operations
 from moecc.support.user_files import run_file
 
 
@@ -94,17 +93,3 @@ def add_families(file: str) -> int:
     for family in families:
         family.register(file)
     return len(families)
-
-
-def load_families(files: Sequence[str] | None) -> None:
-    """Add the families that files define to those that moecc reads.
-
-    Raises:
-      UsageError: a file cannot be run or defines no family, or a name is taken.
-    """
-    for file in files or ():
-        if not add_families(file) and not has_operations(run_file(Path(file))):
-            raise UsageError(
-                "the file defines no family", where=file,
-                hint="a family is a variable that holds a Family; see docs/adding-a-family.md",
-            )  # fmt: skip

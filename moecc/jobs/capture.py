@@ -215,9 +215,9 @@ def capture(
     Example:
       moecc capture SmolLM2-135M --text README.md --out captured
     """
-    from moecc.families.outside import load_families
+    from moecc.model.open import load_files
 
-    load_families(load)
+    load_files(load)
     if not 0 < active < 1:
         raise UsageError("not a share of neurons", where="--active", expected="above 0, below 1",
                          found=f"{active:g}")  # fmt: skip

@@ -49,15 +49,14 @@ def emit(
       moecc emit torch smollm2-8x -o smollm2-8x-torch
     """
     from moecc.families.config import FAMILY
-    from moecc.families.outside import load_families
     from moecc.jobs.convert import check_place, plan, plan_text, write
-    from moecc.model.open import open_model
+    from moecc.model.open import load_files, open_model
     from moecc.rewrite.pipeline import Pipeline
     from moecc.support.console import Bar
     from moecc.support.process import signals_raised
     from moecc.types import count_bytes, float_type
 
-    load_families(load)
+    load_files(load)
     type, limit = None if dtype is None else float_type(dtype), count_bytes(max_shard_bytes)
     with signals_raised(), open_model(model, weights=weights, padding=None, heads=True) as opened:
         if language == "maxtext":

@@ -347,9 +347,9 @@ def evaluate(
     Example:
       moecc evaluate SmolLM2-135M run@best --data tokens/heldout
     """
-    from moecc.families.outside import load_families
+    from moecc.model.open import load_files
 
-    load_families(load)
+    load_files(load)
     spec = EvaluationSpec(sequence, batch, batches, float_type(dtype))
     folders = {name: open_tokens(path) for name, path in _named(data)}
     for name in models:  # a wrong one shows before the first is run

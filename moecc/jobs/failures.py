@@ -187,7 +187,11 @@ class Failure:
         return failure is not None and (self.kind, self.where) == (failure.kind, failure.where)
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.where}: {self.text}" if self.where else self.text
+        if not self.where:
+            return self.text
+        # The exception of a crash begins its text, too.
+        exception = self.text.partition(":")[0]
+        return f"{self.kind}: {self.where}: ".removesuffix(f"{exception}: ") + self.text
 
 
 class FailureTest(Protocol):

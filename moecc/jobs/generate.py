@@ -410,10 +410,10 @@ def generate(
     Example:
       moecc generate smollm2-8x --prompt "The capital of France is"
     """
-    from moecc.families.outside import load_families
+    from moecc.model.open import load_files
 
     require("generating", ("xla", "tokenizers"))
-    load_families(load)
+    load_files(load)
     continuing = Continuing(
         tokens, Sampling(temperature, top_k, top_p, seed), dtype=float_type(dtype)
     )

@@ -30,10 +30,9 @@ def import_(
     Example:
       moecc import SmolLM2-135M -o smollm2.moe
     """
-    from moecc.families.outside import load_families
-    from moecc.model.open import open_model
+    from moecc.model.open import load_files, open_model
 
-    load_families(load)
+    load_files(load)
     with open_model(source, padding=padding_mask) as model:
         text = graph_text(model.graph, output)
     return artefact("import", text, output, force=force)

@@ -39,10 +39,9 @@ def inspect(source: Annotated[str, Spelling(complete="models")], *, load: Load =
     Example:
       moecc inspect SmolLM2-135M --format json
     """
-    from moecc.families.outside import load_families
-    from moecc.model.open import is_function_folder, open_model, stated_config
+    from moecc.model.open import is_function_folder, load_files, open_model, stated_config
 
-    load_families(load)
+    load_files(load)
     named_otherwise = source.endswith(".moe") or is_function_folder(source)
     config = None if named_otherwise else stated_config(source)
     deep = None if config is None else deep_inspection(config, source)

@@ -46,13 +46,12 @@ def lower(
       moecc lower layer.moe --emit stablehlo --dispatch grouped
     """
     from moecc.backend import get_lowering_backend
-    from moecc.families.outside import load_families
     from moecc.model.inputs import default_inputs
-    from moecc.model.open import open_model
+    from moecc.model.open import load_files, open_model
     from moecc.types import float_type
 
     check_writable(output, force=force)
-    load_families(load)
+    load_files(load)
     type, backend = float_type(dtype), get_lowering_backend("xla")
     options = {"dispatch": dispatch, "platform": platform}
     with open_model(model, weights=weights) as opened:

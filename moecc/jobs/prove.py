@@ -236,12 +236,12 @@ def proof_text(proof: ConversionProof, a: str, b: str) -> str:
     return "\n".join(rows)
 
 
-def replayed(source: OpenedModel, result: OpenedModel) -> ConversionProof | None:
+def replayed(source: OpenedModel, result: OpenedModel, load: Load = ()) -> ConversionProof | None:
     """Prove again what the receipt of a converted folder says is proved.
 
     None stands for a receipt that says nothing, and for a conversion that cannot be planned again
-    from its source alone, which is reported: one with further models, statistics, passes of its
-    own, or a program.
+    from its source alone, which is reported: one with further models, statistics, passes that no
+    file of `load` has, or a program.
 
     Raises:
       CheckError: it is not proved, or is the proof of other graphs.
@@ -255,7 +255,7 @@ def replayed(source: OpenedModel, result: OpenedModel) -> ConversionProof | None
     if stated.get("verdict") != "proved":
         return None
     try:
-        proof = replay(source, result, manifest, Prover())
+        proof = replay(source, result, manifest, Prover(), load)
     except (InputError, UsageError) as error:
         warn(f"the proof of the receipt was not repeated: {error.problems[0].message}")
         return None
@@ -292,12 +292,16 @@ def replay(
     the proof lists as an assumption.
 
     Raises:
-      NotPlannedError: the conversion read further models or statistics.
+      NotPlannedError: the conversion read further models or statistics, or had other passes.
       InputError: its plan differs now.
     """
     from moecc.jobs.conversion import plan
 
-    passes = read_pipeline(manifest.pipeline, load)
+    try:
+        passes = read_pipeline(manifest.pipeline, load)
+    except UsageError as error:
+        reason = error.problems[0].message.splitlines()[0]
+        raise NotPlannedError(f"{reason}, which --load FILE.py may add") from None
     copied = replace(source, graph=clone(source.graph))
     assert result.checkpoint is not None, "what was converted has weights"
     try:

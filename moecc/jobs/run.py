@@ -121,14 +121,13 @@ def run(
       moecc run smollm2-8x --inputs tokens.npy --outputs logits.npy
     """
     from moecc.backend import get_backend
-    from moecc.families.outside import load_families
     from moecc.launch.processes import check_alone
     from moecc.model.initialise import set_router_dtype
     from moecc.model.inputs import default_inputs, read_inputs
-    from moecc.model.open import open_model
+    from moecc.model.open import load_files, open_model
 
     check_writable(outputs, force=force)
-    load_families(load)
+    load_files(load)
     if backend != "xla":
         check_alone(backend)
     chosen, type = get_backend(backend), float_type(dtype)

@@ -217,9 +217,9 @@ def specialise(
     Example:
       moecc specialise run@best --data tokens/heldout
     """
-    from moecc.families.outside import load_families
+    from moecc.model.open import load_files
 
-    load_families(load)
+    load_files(load)
     spec = EvaluationSpec(sequence, batch, batches)
     layers = specialisation(model, data, spec, pipeline=pipeline, seed=seed)
     facts = {"model": model, "data": data, "layers": layers}

@@ -399,7 +399,8 @@ def resumed_run(
         raise InputError(
             "the run was begun with another recipe", where=run / RECIPE,
             expected="the same, but for its mesh", found="; ".join(differences),
-            hint=f"moecc train RECIPE --fork {run} --out FOLDER goes on with another recipe",
+            hint=f"moecc train RECIPE --fork {run} --out FOLDER goes on with another recipe, "
+            f"with {run / RECIPE} and --set for example",
         )  # fmt: skip
     if steps := saved_steps(run):
         require_run_files(steps[-1])

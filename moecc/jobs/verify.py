@@ -105,15 +105,15 @@ def verify(
       moecc verify smollm2-8x
       moecc verify smollm2-8x --against smollm2
     """
-    from moecc.families.outside import load_families
     from moecc.formats.run import check_step, choose_step, split_reference
+    from moecc.model.open import load_files
 
-    load_families(load)
+    load_files(load)
     run = split_reference(model)
     if html is not None and (against is not None or run is not None):
         raise UsageError("--html is the page of a receipt, which a converted folder has")
     if against is not None:
-        return _verify_logits(model, against, inputs, tolerance, dtype, weights)
+        return _verify_logits(model, against, inputs, tolerance, dtype, weights, load)
     if run is None:
         return verify_files(model, allow_edited_card, html, force)
     step = choose_step(Path(run[0]), run[1])
@@ -206,8 +206,9 @@ def check_programs(folder: Path) -> list[str]:
 
 
 def _verify_logits(
-    model: str, against: str, inputs: str | None, tolerance: float, dtype: str, weights: str | None
-) -> Report:
+    model: str, against: str, inputs: str | None, tolerance: float, dtype: str,
+    weights: str | None, load: Load,
+) -> Report:  # fmt: skip
     """Compare the logits of two models."""
     from moecc.families.heads import has_head
     from moecc.jobs.comparison import compare
@@ -229,7 +230,7 @@ def _verify_logits(
         say_weights(source, against)
         arrays = None if inputs is None else read_inputs(inputs, source.graph)
         verdict = compare(checked, source, inputs=arrays, tolerance=tolerance, compute_dtype=type)
-        proof = replayed(source, checked) if verdict.passed else None
+        proof = replayed(source, checked, load) if verdict.passed else None
     error = None
     if not verdict.passed:
         error = CheckError(

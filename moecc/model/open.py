@@ -534,3 +534,13 @@ def registry_with(files: Sequence[str]) -> Registry:
 
         registry = registry.with_file(Path(file), required=not add_families(file))
     return registry
+
+
+def load_files(files: Sequence[str] | None) -> None:
+    """Add the families and operations of files, for a command without a pipeline.
+
+    Raises:
+      UsageError: a file cannot be run or defines nothing, or a name is taken.
+    """
+    if files:
+        registry_with(files)

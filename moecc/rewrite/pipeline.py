@@ -377,9 +377,10 @@ class Registry:
         ]
         if required and not items and not has_operations(module):
             raise UsageError(
-                "the file defines no pass",
+                "the file defines no pass, family or operation",
                 where=str(path),
-                hint="a pass is a subclass of Pass with a name, or a PipelineTemplate",
+                hint="a pass is a subclass of Pass with a name, or a PipelineTemplate; "
+                "a variable holds a Family",
             )
         extended = self.extended({item.name: partial(_same, item) for item in items}, str(path))
         for item in items:

@@ -165,6 +165,8 @@ def check_target(target: str) -> None:
         )
     if target not in CONFIGS:
         hint = nearest(target, CONFIGS)
+        if target == "gguf":
+            hint = "name the architecture, too: gguf:llama, for example"
         raise UsageError(
             f"unknown target {target!r}", expected=f"one of {', '.join(CONFIGS)}", hint=hint
         )

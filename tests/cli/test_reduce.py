@@ -152,6 +152,7 @@ def test_a_crash_of_an_own_pass_is_reduced_and_replayed(moecc, model, tmp_path):
     done = moecc("reduce", model, "-p", "cse,fragile,dce", "--load", own, "-o", small)
     assert done.code == 0, done.err
     assert "crash: fragile: AttributeError" in done.err
+    assert done.err.count("AttributeError") == 1
     assert "3 passes 1" in done.err
     assert len(parse(small.read_text())) == 2
     again = moecc("replay", small, "--load", own)

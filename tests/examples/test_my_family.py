@@ -16,7 +16,7 @@ from moecc.cli.main import main
 from moecc.errors import UsageError
 from moecc.families import registry
 from moecc.families.llama import LlamaConfig
-from moecc.families.outside import Family, load_families
+from moecc.families.outside import Family, add_families
 from moecc.formats.open import open_checkpoint
 from moecc.ir import parse as parse_graph
 from moecc.weights.expr import sources
@@ -141,7 +141,7 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("text", "code", "words"),
     [
-        ("X = 1", 2, "defines no family"),
+        ("X = 1", 2, "defines no pass, family or operation"),
         (
             "from moecc.families.outside import Family\n"
             "from moecc.families.llama import LlamaConfig\n"
@@ -183,7 +183,7 @@ def test_faults_of_a_file_are_its_authors(
 
 
 def test_a_package_adds_its_families(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_families([FILE])
+    add_families(FILE)
     assert registry.CONFIGS.pop("biogpt").model_type == "biogpt"
     point = EntryPoint("llama", f"{__name__}:AGAIN", registry.ENTRY_POINT)
     monkeypatch.setattr(EntryPoint, "load", lambda self: Family(registry.CONFIGS["mistral"]))

@@ -158,7 +158,11 @@ def test_a_conversion_that_cannot_be_planned_again_is_verified_all_the_same(
     assert moecc("prove", DENSE, folder, "--load", file).code == 0
     done = moecc("verify", folder, "--against", DENSE)
     assert done.code == 0, done.err
-    assert "the proof of the receipt was not repeated" in done.err
+    assert "not repeated: unknown pass 'idle', which --load FILE.py may add" in done.err
+    assert "proved again" in moecc("verify", folder, "--against", DENSE, "--load", file).out
+    done = moecc("prove", DENSE, folder)
+    assert done.code == 0, done.err
+    assert "not planned again: unknown pass 'idle', which --load FILE.py may add" in done.err
 
 
 def test_a_proof_replaces_no_file_unasked(moecc: Moecc, tmp_path: Path) -> None:
