@@ -438,7 +438,7 @@ class _Verification:
         if expected != actual:
             fault = f"{part} differs from the one that moecc wrote"
             where = self._path(name)
-            hint = "if you edited the card: --allow-edited-card" if name == CARD_NAME else None
+            hint = "--allow-edited-card accepts an edited card" if name == CARD_NAME else None
             self._problems.add(
                 fault, where=where, expected=f"sha256 {expected}", found=actual, hint=hint
             )

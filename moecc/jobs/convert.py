@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -66,7 +65,7 @@ from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.pipeline import Pipeline
 from moecc.support.console import Bar, say, warn
 from moecc.support.process import available_cores, signals_raised
-from moecc.support.text import amount, count_text, size_text, with_article
+from moecc.support.text import amount, count_text, merge_remarks, size_text, with_article
 from moecc.translate.engines import summary
 from moecc.translate.export import EmittedExport
 from moecc.types import DType, count_bytes, float_type
@@ -388,26 +387,10 @@ def plan_text(planned: Plan, out: str, dry_run: bool, work: Work | None = None) 
         f"{amount(len(planned.tensors), 'tensor')}, {planned.dtype_name}",
         *([] if work is None else [f"  this run    {work}"]),
         *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),
-        *(f"  remark      {r}" for r in _shortened(planned.remarks)),
+        *(f"  remark      {r}" for r in merge_remarks(planned.remarks)),
         "nothing was written (--dry-run)" if dry_run else f"written to {out}",
     ]
     return "\n".join(rows)
-
-
-def _shortened(remarks: Iterable[str]) -> list[str]:
-    """Return the remarks, with equal texts at several layers of a stack merged into one line."""
-    places: dict[tuple[str, str], list[str]] = {}
-    for remark in remarks:
-        where, _, text = remark.partition(": ")
-        stack = re.match(r"((?:\w+\.)?layers)\.\d", where)
-        key, layer = ((stack[1], text), where) if stack else (("", remark), "")
-        places.setdefault(key, []).append(layer)
-    return [
-        text if not where[0]
-        else f"{where[0]}: {text}" if len(where) == 1
-        else f"{where[0]} … {where[-1]} ({len(where)}): {text}"
-        for (_, text), where in places.items()
-    ]  # fmt: skip
 
 
 def _output_type(name: str) -> DType | Storage:

@@ -13,6 +13,7 @@ from moecc.analysis import parameter_groups, trainable
 from moecc.errors import Problem, UsageError
 from moecc.families.experts import expert_layers
 from moecc.formats.run import split_reference
+from moecc.formats.store import is_address
 from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.unroll import unrolled
@@ -54,6 +55,7 @@ def lint(
     """
     registry = registry_with(load)
     is_named = target.startswith(PREFIX) or target.endswith((".moe", ".gguf"))
+    is_named = is_named or is_address(target)
     if is_named or os.path.exists(target) or split_reference(target) is not None:
         kind = "model"
         with open_model(target, config_alone=True) as model:

@@ -39,6 +39,7 @@ def push(
       moecc push smollm2-8x hf://ORG/smollm2-8x --private
     """
     from moecc.formats.manifest import MANIFEST_NAME, load
+    from moecc.formats.run import split_reference
     from moecc.formats.store import HUB, Address, is_address
     from moecc.formats.upload import StoreOutput, upload_digest
     from moecc.jobs.verify import verify_files
@@ -49,7 +50,11 @@ def push(
     target, path = Address.parse(address), Path(folder)
     output = None if target.scheme == HUB else StoreOutput(address, force=force, resume=resume)
     if path.is_file():
-        raise InputError("a folder is pushed, not a file", where=folder)
+        hint = "moecc convert SOURCE FOLDER --to gguf:ARCH writes a folder with model.gguf"
+        raise InputError("a folder is pushed, not a file", where=folder, hint=hint)
+    if split_reference(folder) is not None:
+        hint = f"moecc convert {folder} FOLDER -p '' --to auto writes a folder to push"
+        raise InputError("a run is no converted folder", where=folder, hint=hint)
     verify_files(folder, allow_edited_card, None, False)
     manifest = load(path)
     names = [*manifest.weights, *manifest.files, MANIFEST_NAME]

@@ -31,7 +31,7 @@ from moecc.sharding.vias import LOCAL
 from moecc.support.console import PROGRESS, is_quiet, say, use_colour
 from moecc.support.extras import require
 from moecc.support.process import Closing, StopRequest, signals_noted
-from moecc.support.text import amount, count_text, duration_text, size_text
+from moecc.support.text import amount, count_text, duration_text, merge_remarks, size_text
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import Batches, BatchShape
 from moecc.train.events import (
@@ -506,7 +506,7 @@ def _job(
         job = forked_run(loaded, fork, run)
     else:
         source = opened.enter_context(open_source(loaded, load))
-        for remark in source.remarks:
+        for remark in merge_remarks(source.remarks):
             say(f"remark: {remark}")
         job = new_run(loaded, source, run)
     return job if stored is None else stored.job(job, is_new=True)

@@ -13,7 +13,7 @@ from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import EXPOSED_ERROR, Estimate
 from moecc.plan.workload import Batch, Workload
-from moecc.support.text import amount
+from moecc.support.text import amount, count_text
 from moecc.support.untyped import JsonDict
 
 
@@ -246,7 +246,9 @@ def _run_rows(data: JsonDict) -> list[str]:
     text += f"{run['device_hours']:,.0f} device hours"
     if run["cost"] is not None:
         text += f", {run['cost']:,.0f} at {run['price']:g} an hour"
-    return [f"  run         {run['tokens']:.3g} {unit_of(data['batch'])}s: {text}, steps alone"]
+    return [
+        f"  run         {count_text(run['tokens'])} {unit_of(data['batch'])}s: {text}, steps alone"
+    ]
 
 
 def _interval(best: JsonDict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import ceil, log
 
@@ -54,6 +55,22 @@ def with_article(name: str) -> str:
 
 MOST_PER_KIND = 20
 """How many problems of one kind are listed one by one."""
+
+
+def merge_remarks(remarks: Iterable[str]) -> list[str]:
+    """Return the remarks, with equal texts at several layers of a stack merged into one line."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for remark in remarks:
+        where, _, text = remark.partition(": ")
+        stack = re.match(r"((?:\w+\.)?layers)\.\d", where)
+        key, layer = ((stack[1], text), where) if stack else (("", remark), "")
+        places.setdefault(key, []).append(layer)
+    return [
+        text if not where[0]
+        else f"{where[0]}: {text}" if len(where) == 1
+        else f"{where[0]} … {where[-1]} ({len(where)}): {text}"
+        for (_, text), where in places.items()
+    ]  # fmt: skip
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -91,7 +91,7 @@ def test_inspection_moves_headers_alone(hub, capsys):
     sparse_model(hub.root / "org" / "large" / "main", 7, 30_000_000_000 // 7)
     sizes = [path.stat().st_size for path in (hub.root / "org" / "large" / "main").iterdir()]
     assert sum(sizes) > 29_000_000_000
-    for command in (["inspect"], ["plan", "--machine", "gpu:h100:16"]):
+    for command in (["inspect"], ["lint"], ["plan", "--machine", "gpu:h100:16"]):
         hub.sent_bytes = 0
         code, text = said(capsys, command[0], "hf://org/large", *command[1:])
         assert code == 0, text

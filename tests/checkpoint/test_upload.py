@@ -251,3 +251,14 @@ def test_a_wrong_request_is_one_message(words, code, problem, store, capsys):
     assert actual == code, text
     assert problem in text
     assert text.count("error:") == 1
+
+
+@pytest.mark.parametrize("step", ["", "@best"])
+def test_a_run_and_a_file_are_pushed_as_converted_folders(step, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("graph.moe", "lineage.json"):
+        (run / name).touch()
+    for source, way_out in ((f"{run}{step}", "--to auto"), (str(run / "graph.moe"), "model.gguf")):
+        code, text = said(capsys, "push", source, "hf://org/new")
+        assert (code, way_out in text) == (1, True), text

@@ -82,7 +82,7 @@ def test_a_run_has_days_and_a_price(moecc):
         "tokens": 1000, "steps": 16, "days": pytest.approx(16 * seconds / 86400),
         "device_hours": pytest.approx(hours), "price": 2, "cost": pytest.approx(2 * hours),
     }  # fmt: skip
-    assert "16 steps" in moecc("plan", *small, "--tokens", "1000")[1]
+    assert "1.0 K tokens: 16 steps" in moecc("plan", *small, "--tokens", "1000")[1]
     parts = moecc.plan(*small, "--micro-batches", "2")["batch"]
     assert parts == report["batch"] | {"micro_batches": 2}
 
