@@ -90,7 +90,8 @@ class ComparisonVerdict:
     Attributes:
       model: the name of the model that was checked.
       source: the name of the model that it was checked against.
-      output: the compared output, ``logits`` or ``hidden``.
+      output: the first output, ``logits`` or ``hidden``, or of several the first that differs by
+        more than the tolerance.
       inputs: the shapes of the inputs, by name.
       dtype: the type of the model's weights, to which the source's were rounded first.
       compute_dtype: the type that both were computed in.
@@ -152,33 +153,38 @@ def compare(
     tolerance: float = TOLERANCE,
     compute_dtype: DType = F32,
 ) -> ComparisonVerdict:
-    """Run `model` and `source` on the same inputs and compare the source's first output.
+    """Run `model` and `source` on the same inputs and compare the outputs of the source.
 
     In float32 a difference may be amplified rounding; float64 distinguishes the two.
     All weights are first rounded to the type that most of the model's have, so that the comparison
     sees the effect of the conversion; the effect of that rounding alone is reported separately.
-    Vectors and routers may be stored in a wider type, which the source's then are not.
+    Vectors and routers may be stored in a wider type, which the source's then are not. Losses and
+    metrics of routers, which two models may have of other routers, are not compared.
 
     Raises:
       InputError: a model has no weights, or inputs or outputs of the two differ.
     """
-    output = source.graph.output_names[0]
-    if output not in model.graph.output_names:
-        names = ", ".join(model.graph.output_names)
+    names = source.graph.output_names
+    outputs = [names[0], *(n for n in names[1:] if not n.startswith(("loss.", "metric.")))]
+    if missing := [name for name in outputs if name not in model.graph.output_names]:
         raise InputError(
-            "the two models have different outputs", expected=output, found=names, where=model.name
-        )
+            "the two models have different outputs", expected=missing[0],
+            found=", ".join(model.graph.output_names), where=model.name,
+        )  # fmt: skip
     arrays = default_inputs(source.graph, model.graph) if inputs is None else inputs
     dtype = model.dtype
 
-    def run(which: OpenedModel, rounded: DType | None = None) -> Array:
+    def run(which: OpenedModel, rounded: DType | None = None) -> Arrays:
         program = get_backend("xla").compile(which.graph, dtype=compute_dtype)
         params = which.params(dtype=compute_dtype, rounded=rounded)
-        return program.run(params, arrays)[output]
+        return program.run(params, arrays)
 
     rounded = run(source, dtype)
     result = run(model, dtype)
     plain = rounded if source.dtype == dtype else run(source)
+    differences = {name: difference(rounded[name], result[name], name) for name in outputs}
+    wrong = [name for name, d in differences.items() if not d.max_relative <= tolerance]
+    output = wrong[0] if wrong else outputs[0]
     return ComparisonVerdict(
         model=model.name,
         source=source.name,
@@ -186,8 +192,8 @@ def compare(
         inputs={name: array.shape for name, array in arrays.items()},
         dtype=dtype.name,
         compute_dtype=compute_dtype.name,
-        difference=difference(rounded, result, output),
-        rounding=None if plain is rounded else difference(plain, rounded, output),
+        difference=differences[output],
+        rounding=None if plain is rounded else difference(plain[output], rounded[output], output),
         tolerance=tolerance,
     )
 

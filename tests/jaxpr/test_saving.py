@@ -151,3 +151,21 @@ def test_trained_parameters_are_saved_and_those_of_shapes_are_not(moe, tmp_path)
     with pytest.raises(InputError, match="an array cannot be stored"):
         moe.save(tmp_path / "shapes", shapes)
     assert not (tmp_path / "shapes").exists()
+
+
+def test_passes_are_proved_on_demand(tmp_path):
+    folder = mx.convert(function, dense(), X, PIPELINE, check=True).save(tmp_path / "checked")
+    checked = json.loads((folder / "moecc_receipt.json").read_text())["checked"]
+    assert [done["proved"] for done in checked] == [True, True]
+
+
+def test_every_block_is_compared(moe, folder, tmp_path, capsys):
+    from moecc.cli.main import main
+
+    changed = dense()
+    changed["last"] = tuple(2 * weight for weight in changed["last"])
+    other = mx.convert(function, changed, X, PIPELINE).save(tmp_path / "other")
+    assert main(["verify", str(other), "--against", str(folder)]) == 3
+    outputs = [name for name in moe.graph.output_names if name.startswith("y.")]
+    assert len(outputs) > 1
+    assert f"max |Δ{outputs[-1]}|" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from moecc.errors import InputError, Problem, UsageError
 from moecc.formats.manifest import FileRecord, Manifest, TensorRecord, dump, folder_records
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.jobs.checks import Contracts, check_contracts
+from moecc.jobs.checks import Contracts, PassProofs, check_contracts
 from moecc.model.open import GRAPH
 from moecc.rewrite.passes import Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline
@@ -647,7 +647,7 @@ def rewrite_blocks(
       context: what they may use.
       name: the name of the program.
       causal: whether no token may depend on later ones.
-      check: whether each pass is held to its promise, on the graph at reduced sizes.
+      check: whether each pass is proved, or else held to its promise at reduced sizes.
 
     Raises:
       InputError: a pass does not fit.
@@ -657,13 +657,14 @@ def rewrite_blocks(
     locations = [i.loc for i in survey.instances().values()]
     keys = {loc: part.key() for loc, part in cut_graph(graph, locations).blocks.items()}
     contracts = Contracts(unchecked="convert(…, check=True) does")
-    if check:
-        contracts = check_contracts(graph, passes, context)
+    proofs = PassProofs() if check else None
     try:
-        run = run_pipeline(graph, passes, context=context)
+        run = run_pipeline(graph, passes, context=context, instruments=[proofs] if proofs else [])
     except InputError as error:
         # Where a pass matches nothing, the near misses say why.
         raise InputError([*error.problems, *problems_of(survey.misses)]) from None
+    if proofs is not None:
+        contracts = check_contracts(proofs.source, passes, context, proofs.runs)
     return RewrittenBlocks(name, graph, passes, run, contracts, keys)
 
 
