@@ -219,6 +219,7 @@ SIZE_KEYS = {
     "value_dim": "linear_value_head_dim",
 }
 TAPS = "linear_conv_kernel_dim"
+NO_BIASES = (("attention_bias", False),)
 
 DELTA_DEFAULTS: Mapping[str, object] = {
     **DEFAULTS,
@@ -322,6 +323,7 @@ class Qwen3NextConfig(_DeltaConfig, SharedExpertConfig):
     architecture = "Qwen3NextForCausalLM"
     experts_keys = ("num_experts",)
     names = TensorNames(delta_by_group=True)
+    gguf = GgufFacts("qwen3next", ffn_norm="post_attention_norm", states=NO_BIASES)
     engines = {**TRANSFORMERS, **UNEXAMINED}
     defaults = {
         **MIXTURE_DEFAULTS,
@@ -347,6 +349,7 @@ class Qwen35TextConfig(_DeltaConfig):
 
     model_type = "qwen3_5_text"
     architecture = "Qwen3_5ForCausalLM"
+    gguf = GgufFacts("qwen35", ffn_norm="post_attention_norm", states=NO_BIASES)
     defaults = {
         **DELTA_DEFAULTS,
         "vocab_size": 248_320,
@@ -363,6 +366,7 @@ class Qwen35MoeTextConfig(_DeltaConfig, SharedExpertConfig):
 
     model_type = "qwen3_5_moe_text"
     architecture = "Qwen3_5MoeForCausalLM"
+    gguf = GgufFacts("qwen35moe", ffn_norm="post_attention_norm", states=NO_BIASES)
     fixed = {**_DeltaConfig.fixed, "norm_topk_prob": True}
     experts_keys = ("num_experts",)
     sparse_style = "all"

@@ -19,7 +19,6 @@ from moecc.formats.gguf.config import config_keys, misfits, rotary_divisors
 from moecc.formats.gguf.families import (
     EMBEDDING,
     HEAD,
-    LATENT_PARTS,
     ROPE_FACTORS,
     GgufFamily,
     dense_architectures,
@@ -31,7 +30,8 @@ from moecc.formats.gguf.families import (
     turned_projection,
 )
 from moecc.formats.gguf.header import Key, storage_of
-from moecc.formats.gguf.storage import BY_NAME, Storage, require_package
+from moecc.formats.gguf.rearranged import cut, join
+from moecc.formats.gguf.storage import BY_NAME, DECAYS, Storage, require_package
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
 from moecc.support.text import with_article
@@ -39,7 +39,7 @@ from moecc.translate.export import Export, export_graph
 from moecc.types import F16, F32, F64, DType, tensor
 from moecc.weights.arithmetic import Add
 from moecc.weights.expr import Expr, Full
-from moecc.weights.movement import Concat, Index, Merge, Permute, Slice, Split, Stack
+from moecc.weights.movement import Concat, Index, Merge, Permute, Split, Stack
 from moecc.weights.simplify import simplify
 
 PREFIX = "gguf:"
@@ -132,11 +132,11 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
         tensors = [*tensors, *MoeConfig.completed(config)[1].items()]
     stored: dict[str, Expr] = {}
     for name, expr in tensors:
-        if family.latent_whole and name.endswith(f".{family.latent_whole}"):
-            layer = gguf_name(name.replace("kv_b_proj", "kv_a_layernorm"), family)
-            prefix = layer.removesuffix("attn_kv_a_norm.weight")
-            for stem, part in zip(LATENT_PARTS, divide_latent(expr, config), strict=True):
-                stored[f"{prefix}{stem}.weight"] = part
+        prefix, whole = family.whole_of(name)
+        if whole:
+            ends = family.rearranged()[whole]
+            for end, part in zip(ends, cut(whole, expr, config), strict=True):
+                stored[prefix + end] = simplify(part)
         else:
             stored[gguf_name(name, family)] = _turned(name, expr, family, config)
     if family.facts.needs_head:
@@ -149,6 +149,8 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
     if isinstance(config, MoeConfig) and config.sum_floor:
         # llama.cpp divides gates by their sum alone.
         up_to = config.others_up_to
+    if family.has("delta"):
+        up_to = DECAYS_ROUNDED
     return GgufExport(architecture, family, config, keys, list(stored.items()), up_to=up_to)
 
 
@@ -186,16 +188,6 @@ def _turned(name: str, expr: Expr, family: GgufFamily, config: DecoderConfig) ->
     return simplify(neighbours_from_halves(expr, heads, config.head_dim))
 
 
-def divide_latent(expr: Expr, config: DecoderConfig) -> tuple[Expr, Expr]:
-    """Return what `moecc.formats.gguf.reader.join_latent` joins."""
-    assert config.latent is not None, "the model has latent attention"
-    rows, latent = expr.type.names
-    keys, values = config.head_dim - config.rotated_dim, config.latent.value_dim
-    heads = Split(expr, rows, (("head", config.num_attention_heads), ("entry", keys + values)))
-    key_part = Permute(Slice(heads, "entry", 0, keys), ("head", latent, "entry"))
-    return simplify(key_part), simplify(Slice(heads, "entry", keys, keys + values))
-
-
 def neighbours_from_halves(expr: Expr, heads: int, head_dim: int) -> Expr:
     """Return the rows of a projection so that the rotary embedding rotates neighbours.
 
@@ -220,14 +212,12 @@ def as_read(export: GgufExport) -> dict[str, Expr]:
         name = hugging_face_name(stored_name, family)
         if name is None:  # divisors of rotary frequencies, which the config has
             continue
-        key_stem, value_stem = LATENT_PARTS
-        if f".{value_stem}." in stored_name:  # it is read with the other part
-            continue
-        if f".{key_stem}." in stored_name:
-            head, latent, entry = expr.type.names
-            key_rows = Permute(expr, (head, entry, latent))
-            value_rows = stored[stored_name.replace(key_stem, value_stem)]
-            expr = Merge(Concat((key_rows, value_rows), entry), (head, entry), entry)
+        prefix, whole = family.whole_of(name)
+        if whole:
+            ends = [prefix + end for end in family.rearranged()[whole]]
+            if stored_name != ends[0]:  # it is read with the first
+                continue
+            expr = join(whole, [stored[end] for end in ends], config)
         elif family.has("norm_offset") and is_norm(name):
             expr = Add(expr, Full(-1.0, expr.type.with_dtype(F32)))
         elif (unit_axis := family.unit_axis(name)) is not None:
@@ -268,6 +258,13 @@ QUANTISED: Mapping[str, Storage] = {n.lower(): BY_NAME[n] for n in ("Q8_0", "Q4_
 """The blocks that are quantised to, by the names of ``--dtype``."""
 
 
+DECAYS_ROUNDED = (
+    "a rounding of rates of decay, which files have as −exp(A_log), and 1e-06 beside the squared "
+    "lengths of queries and keys, which llama.cpp adds otherwise"
+)
+_ALWAYS_F32 = (".ffn_gate_inp", ".shortconv.conv.", ".ssm_conv1d.")
+
+
 def stored_as(name: str, expr: Expr, dtype: DType, storage: Storage | None) -> OutputTensor:
     """Return a tensor of a GGUF file in the type that llama.cpp wants of it.
 
@@ -281,7 +278,9 @@ def stored_as(name: str, expr: Expr, dtype: DType, storage: Storage | None) -> O
       storage: the blocks of quantised ones, if any.
     """
     shape = expr.type.shape
-    if len(shape) < 2 or ".ffn_gate_inp" in name or ".shortconv.conv." in name:
+    if name.endswith(".ssm_a"):
+        return OutputTensor(name, expr, F32, DECAYS)
+    if len(shape) < 2 or any(part in name for part in _ALWAYS_F32):
         return OutputTensor(name, expr, F32)
     if storage is not None:
         fits = (
@@ -306,7 +305,8 @@ def quantising_remarks(export: GgufExport, storage: Storage | None) -> list[str]
     outputs = [stored_as(name, expr, F32, storage) for name, expr in export.tensors]
     others: dict[str, list[str]] = {}
     for output in outputs:
-        if output.storage is not storage and (output.storage is not None or output.dtype is F16):
+        is_other = output.storage is not storage and output.storage is not DECAYS
+        if is_other and (output.storage is not None or output.dtype is F16):
             kind = "f16" if output.storage is None else output.storage.name.lower()
             others.setdefault(kind, []).append(output.name)
     return [

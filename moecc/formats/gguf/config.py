@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moecc.errors import InputError, Problem, nearest
-from moecc.families.config import BlockNames, GgufFacts, ModelConfig
+from moecc.errors import InputError, Problem
+from moecc.families.config import GgufFacts
 from moecc.families.decoder import LATENT_EPS, DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.formats.gguf.families import (
-    BLOCK,
     EMBEDDING,
     HEAD,
     LLAMA3_HIGH,
@@ -25,8 +24,7 @@ from moecc.formats.gguf.families import (
 )
 from moecc.formats.gguf.header import GgufHeader, GgufKeys, Key, StoredTensor, Written, token_id
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, quoted
-from moecc.support.text import with_article
+from moecc.support.problems import Problems
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import Array, Doubles
 
@@ -285,6 +283,8 @@ def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> JsonDict:
         config["query_pre_attn_scalar"] = width
     if facts.no_rope_step:
         config["no_rope_layer_interval"] = facts.no_rope_step
+    if family.has("delta"):
+        config |= _delta_sizes(keys)
     if family.has("latent"):
         config |= _latent_sizes(keys, sizes)
     elif family.has("rotary_dim"):
@@ -293,6 +293,67 @@ def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> JsonDict:
         counts = keys.layers(GROUPS, keys.size("block_count"), sizes.groups)
         config["layer_types"] = ["full_attention" if count else "conv" for count in counts]
     return config
+
+
+def _delta_sizes(keys: GgufKeys) -> JsonDict:
+    """Return the sizes of gated delta rules, whose heads all have one width in a file."""
+    width, heads = keys.size("ssm.state_size"), keys.size("ssm.time_step_rank")
+    if keys.size("ssm.inner_size", width * heads) != width * heads:
+        expected = f"{width * heads}, for {heads} heads of values"
+        keys.refuse(
+            "ssm.inner_size", "heads of another width than those of keys", expected=expected
+        )
+    keys.used.add(SECTIONS)
+    return {
+        "full_attention_interval": keys.size("full_attention_interval", 4),
+        "linear_conv_kernel_dim": keys.size("ssm.conv_kernel"),
+        "linear_num_key_heads": keys.size("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), width),
+    }
+
+
+SECTIONS = "rope.dimension_sections"
+"""Which entries are rotated by the positions in time, height and width, all the same in texts."""
+
+
+def _delta_keys(family: GgufFamily, config: Json) -> dict[str, Written]:
+    width, heads = config["linear_value_head_dim"], config["linear_num_value_heads"]
+    # transformers' default; llama.cpp refuses files of qwen35 without them.
+    sections = {} if family.config.names.delta_by_group else {SECTIONS: (11, 11, 10, 0)}
+    return {
+        "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+        "ssm.state_size": width,
+        "ssm.time_step_rank": heads,
+        "ssm.inner_size": width * heads,
+        "ssm.group_count": config["linear_num_key_heads"],
+        "full_attention_interval": _interval(config["layer_types"]) or 1,
+        **sections,
+    }
+
+
+def _interval(kinds: Sequence[str]) -> int | None:
+    """Return n if every n-th layer, and no other, has attention; None if there is no such n."""
+    full = [kind == "full_attention" for kind in kinds]
+    for n in range(1, len(full) + 2):
+        if full == [layer % n == 0 for layer in range(1, len(full) + 1)]:
+            return n
+    return None
+
+
+def _delta_misfits(where: str, config: Json) -> Iterator[Problem]:
+    """Yield where llama.cpp has other gated delta rules than the config."""
+    if "linear_attention" not in config["layer_types"]:
+        fault = "llama.cpp has layers with gated delta rules in this architecture"
+        yield Problem(fault, where, "some", "attention in all layers", "write a folder instead")
+        return
+    if _interval(config["layer_types"]) is None:
+        fault = "a GGUF file says that every so many layers have attention"
+        yield Problem(fault, where, found="other layers", hint="write a folder instead")
+    if config["linear_key_head_dim"] != config["linear_value_head_dim"]:
+        fault = "llama.cpp has heads of one width in gated delta rules"
+        shown = f"{config['linear_key_head_dim']} and {config['linear_value_head_dim']}"
+        yield Problem(fault, where, found=shown, hint="write a folder instead")
 
 
 def _latent_sizes(keys: GgufKeys, sizes: HeadSizes) -> JsonDict:
@@ -445,6 +506,8 @@ def config_keys(architecture: str, family: GgufFamily, config: Json) -> list[Key
     }
     if family.has("latent"):
         values |= _latent_keys(config)
+    if family.has("delta"):
+        values |= _delta_keys(family, config)
     if family.has("conv_taps"):
         values[GROUPS] = [0 if kind == "conv" else groups for kind in config["layer_types"]]
     return [Key(f"{architecture}.{name}", value) for name, value in values.items()]
@@ -504,6 +567,8 @@ def misfits(
             yield Problem(fault, where, f"{value}", f"{config[key]}")
     if family.has("latent"):
         yield from _latent_misfits(where, config)
+    if family.has("delta"):
+        yield from _delta_misfits(where, config)
     if facts.is_tied and not config["tie_word_embeddings"]:
         fault = "llama.cpp takes the embedding as the output matrix in this architecture"
         yield Problem(fault, where, "tied embeddings", "an output matrix of its own")
@@ -628,152 +693,3 @@ def _expert_misfits(
         shown = ", ".join(map(str, dense[:8])) + (" …" if len(dense) > 8 else "")
         gates = f"dense layers among sparse ones: {shown}"
         yield Problem(fault, where, "experts in every layer", gates)
-
-
-# Architectures of GGUF whose models are no decoders of Llama's line: those of GPT-2's, and bert.
-#
-# They are read and not written.  Names and orders are those of llama.cpp's converter, which
-# transposes the matrices of GPT-2 and puts queries, keys and values of GPT-NeoX one after
-# another.
-
-_SIZES = {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "context_length": "max_position_embeddings",
-}
-"""The keys of sizes, with the fields of a config."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """How a tensor of the file becomes that of Hugging Face.
-
-    Attributes:
-      heads: of queries, keys and values that are one after another; 0 of a transposed matrix.
-    """
-
-    heads: int = 0
-
-    def shape(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the sizes of either, from those of the other."""
-        return sizes if self.heads else sizes[::-1]
-
-    def __call__(self, array: Array) -> Array:
-        """Return a tensor of the file as that of Hugging Face."""
-        if not self.heads:
-            return np.ascontiguousarray(array.T)
-        parts = array.reshape(3, self.heads, -1, *array.shape[1:])
-        return np.ascontiguousarray(parts.swapaxes(0, 1)).reshape(array.shape)
-
-
-def _shape_names(config: type[ModelConfig]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the names of a model's own tensors and of a layer's, without the last part."""
-    names = config.names
-    assert isinstance(names, BlockNames), "the names of a model with layer norms"
-    stems = {
-        "attn_output": names.output,
-        "ffn_up": names.fc_in,
-        "ffn_down": names.fc_out,
-    }
-    model = {"token_embd": names.embedding.removesuffix(".weight")}
-    if config.model_type == "bert":
-        tables = {"position_embd": "position_embeddings", "token_types": "token_type_embeddings"}
-        model |= {stored: f"embeddings.{table}" for stored, table in tables.items()}
-        model["token_embd_norm"] = "embeddings.LayerNorm"
-        stems |= {"attn_q": names.query, "attn_k": names.key, "attn_v": names.value}
-        norms = ("attn_output_norm", "layer_output_norm")
-    else:
-        model |= {"output_norm": names.final_norm, "output": names.head.removesuffix(".weight")}
-        if names.around[0]:
-            model["token_embd_norm"] = names.around[0]
-        if names.positions:
-            model["position_embd"] = names.positions.removesuffix(".weight")
-        stems["attn_qkv"] = names.qkv
-        norms = ("attn_norm", "ffn_norm")
-    return model, stems | dict(zip(norms, names.norms, strict=True))
-
-
-def read_shape(
-    header: GgufHeader, config: type[ModelConfig], problems: Problems
-) -> tuple[JsonDict, dict[str, str], dict[str, Order]]:
-    """Return the config of a file of such an architecture, names of tensors, and their orders.
-
-    Orders are by the new names; every error goes to `problems`.
-    """
-    content, heads = _shape_config(header, config, problems)
-    model, stems = _shape_names(config)
-    names: dict[str, str] = {}
-    orders: dict[str, Order] = {}
-    for stored in header.tensors:
-        stem, _, part = stored.rpartition(".")
-        match = BLOCK.fullmatch(stored)
-        if stem in model and part in ("weight", "bias"):
-            names[stored] = f"{model[stem]}.{part}"
-        elif match is not None and match[2] in stems:
-            prefix = config.names.layer.format(layer=match[1])
-            names[stored] = name = f"{prefix}{stems[match[2]]}.{part}"
-            is_matrix = not match[2].endswith("norm") and part == "weight"
-            if config.names.inputs_first and is_matrix:
-                orders[name] = Order()
-            elif match[2] == "attn_qkv" and getattr(config.names, "by_head", False):
-                orders[name] = Order(heads)
-        else:
-            names_of_files = [*model, *(f"blk.0.{stem}.weight" for stem in stems)]
-            hint = nearest(stored[:100], names_of_files)
-            fault = f"{with_article(config.model_type)} has no tensor {quoted(stored)}"
-            problems.add(fault, where=header.path, hint=hint)
-    return content, names, orders
-
-
-def _shape_config(
-    header: GgufHeader, family: type[ModelConfig], problems: Problems
-) -> tuple[JsonDict, int]:
-    keys = GgufKeys(header, problems)
-    sizes = {key: keys.size(key) for key in _SIZES}
-    vocab = _rows(header, EMBEDDING)
-    keys.value("vocab_size")
-    heads = sizes["attention.head_count"]
-    assert family.gguf is not None, "a family with an architecture"
-    config: JsonDict = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "vocab_size": vocab,
-        **{family.key(field): sizes[key] for key, field in _SIZES.items()},
-        family.key("layer_norm_eps"): keys.number("attention.layer_norm_epsilon", 1e-5),
-        **dict(family.gguf.states),
-        **special_tokens(header, vocab, problems),
-        "torch_dtype": torch_dtype(header.tensors),
-    }
-    if family.model_type == "gpt_neox":
-        width = sizes["embedding_length"] // heads
-        config |= {
-            **read_rope(keys, sizes["context_length"], None),
-            "rotary_pct": keys.size("rope.dimension_count", width) / max(width, 1),
-            "use_parallel_residual": keys.value("use_parallel_residual") is not False,
-            "attention_bias": any(n.endswith("attn_qkv.bias") for n in header.tensors),
-        }
-    if family.model_type == "mpt":
-        if keys.number("attention.max_alibi_bias", 8.0) != 8:
-            keys.refuse("attention.max_alibi_bias", "transformers computes with 8", expected="8")
-        config["attn_config"] = {"clip_qkv": keys.number("attention.clamp_kqv", None)}
-    if family.model_type == "bert":
-        if keys.value("attention.causal") is not False:
-            fault = "a bert whose tokens do not see later ones is not supported"
-            keys.refuse("attention.causal", fault, expected="false")
-        # Pooling is done to the hidden states, which are the output.
-        keys.value("pooling_type")
-        positions, types = (_rows(header, f"{n}.weight") for n in ("position_embd", "token_types"))
-        if not types:
-            problems.add("a bert without token types is not supported", where=header.path)
-        config |= {"max_position_embeddings": positions, "type_vocab_size": max(types, 1)}
-    if keys.size("attention.head_count_kv", heads) != heads:
-        keys.refuse("attention.head_count_kv", "not supported here", expected=f"{heads}")
-    refuse_the_rest(keys)
-    return config, heads
-
-
-def _rows(header: GgufHeader, name: str) -> int:
-    stored = header.tensors.get(name)
-    return stored.shape[0] if stored is not None else 0

@@ -31,10 +31,17 @@ _LATENT = {
     "attn_kv_a_norm": "kv_a_layernorm",
     "attn_output": "o_proj",
 }
-"""The matrices and norms of latent attention, but for that which is stored in `LATENT_PARTS`."""
+"""The matrices and norms of latent attention, but for that which is stored in two parts."""
 
-LATENT_PARTS = ("attn_k_b", "attn_v_b")
-"""What makes keys, [head, latent, head_dim], and values, [head, head_dim, latent], of latents."""
+_DELTA_VECTORS = {"ssm_a": "A_log", "ssm_dt.bias": "dt_bias"}
+_DELTA_OUT = {"ssm_conv1d": "conv1d", "ssm_out": "out_proj"}
+_DELTA_BY_KIND = {
+    "attn_qkv.weight": "in_proj_qkv.weight",
+    "attn_gate.weight": "in_proj_z.weight",
+    "ssm_beta.weight": "in_proj_b.weight",
+    "ssm_alpha.weight": "in_proj_a.weight",
+}
+"""The tensors of a gated delta rule."""
 
 _CONVOLUTION = ("conv", "in_proj", "out_proj")
 """The matrices of a short convolution, by the same names in GGUF."""
@@ -88,6 +95,11 @@ class GgufFamily:
         if self.has("latent"):
             modules = dict(_LATENT)
         stems = {stem: names.attention + module for stem, module in modules.items()}
+        if self.has("delta"):
+            stems["ssm_norm"] = f"{names.delta}norm"
+            if names.delta_by_group:
+                by_group = {"ssm_ba": "in_proj_ba", **_DELTA_OUT}
+                stems |= {stem: names.delta + module for stem, module in by_group.items()}
         if self.has("conv_taps"):
             stems |= {f"shortconv.{part}": names.convolution + part for part in _CONVOLUTION}
         if mixture is None or self.leading_dense:
@@ -117,25 +129,49 @@ class GgufFamily:
             **{f"{old}.weight": f"{new}.weight" for old, new in stems.items()},
             **{f"{old}.bias": f"{new}.bias" for old, new in stems.items() if old in _BIASED},
         }
+        names = self.config.names
+        if names.delta_by_group and self.has("delta"):
+            tensors |= {old: names.delta + new for old, new in _DELTA_VECTORS.items()}
         if mixture is not None and mixture.has_routing_bias:
-            names = self.config.names
             tensors["exp_probs_b.bias"] = names.sparse + names.routing_bias
         return tensors
 
-    @property
-    def latent_whole(self) -> str:
-        """The end of the name of the tensor that is stored as `LATENT_PARTS`, or nothing."""
-        return f"{self.config.names.attention}kv_b_proj.weight" if self.has("latent") else ""
+    def rearranged(self) -> dict[str, tuple[str, ...]]:
+        """Return the tensors of a layer that a file holds in other parts or orders, with these.
+
+        `moecc.formats.gguf.rearranged` has the expressions.
+        """
+        names = self.config.names
+        if self.has("latent"):
+            return {f"{names.attention}kv_b_proj.weight": ("attn_k_b.weight", "attn_v_b.weight")}
+        if not self.has("delta"):
+            return {}
+        if names.delta_by_group:
+            parts = ("attn_qkv.weight", "attn_gate.weight")
+            return {f"{names.delta}in_proj_qkvz.weight": parts}
+        ends = {
+            **_DELTA_BY_KIND,
+            **_DELTA_VECTORS,
+            **{f"{k}.weight": f"{v}.weight" for k, v in _DELTA_OUT.items()},
+        }
+        return {f"{names.delta}{new}": (old,) for old, new in ends.items()}
 
     def model_tensors(self) -> dict[str, str]:
         """Return the names of the tensors outside of layers in GGUF with those in Hugging Face."""
         names, final_norm = self.config.names, f"{self.facts.final_norm}.weight"
         return {EMBEDDING: names.embedding, final_norm: names.final_norm, HEAD: names.head}
 
+    def whole_of(self, name: str) -> tuple[str, str]:
+        """Return the prefix and the end of the name of a rearranged tensor; empty for others."""
+        match = _LAYER.fullmatch(name)
+        is_whole = match is not None and match[2] in self.rearranged()
+        return (f"blk.{match[1]}.", match[2]) if match is not None and is_whole else ("", "")
+
     def unit_axis(self, name: str) -> int | None:
         """Return where a tensor has an axis of size 1 in Hugging Face that files lack, or None."""
         names, mixture = self.config.names, self.mixture
-        if self.has("conv_taps") and name.endswith(f".{names.convolution}conv.weight"):
+        convolutions = (f".{names.convolution}conv.weight", f".{names.delta}conv1d.weight")
+        if name.endswith(convolutions):
             return 1
         ends = []
         if mixture is not None and mixture.has_shared_expert and mixture.shared_gate:
@@ -198,6 +234,7 @@ EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freq
 BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([\w.]+)\.(weight|bias)", re.ASCII)
 """Layer, stem and part of the name of a layer's tensor."""
 
+_STORED_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([\w.]+)", re.ASCII)
 _LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)", re.ASCII)
 # Merged experts, their routers, and the per-expert names of the first Mixtral files.
 _EXPERT = re.compile(r"blk\.\d+\.(ffn_\w+_(exps|shexp|chexps)|ffn_gate_inp\w*|ffn_\w+\.\d+)\.")
@@ -207,13 +244,12 @@ def hugging_face_name(name: str, family: GgufFamily) -> str | None:
     """Translate a tensor name, or return None if the family has no such tensor."""
     if (model_name := family.model_tensors().get(name)) is not None:
         return model_name
-    match = BLOCK.fullmatch(name)
+    match = _STORED_LAYER.fullmatch(name)
     if match is None:
         return None
-    layer, stem, part = match.groups()
-    new = family.tensors().get(f"{stem}.{part}")
-    if stem in LATENT_PARTS and part == "weight":
-        new = family.latent_whole or None
+    layer, end = match.groups()
+    wholes = {part: whole for whole, parts in family.rearranged().items() for part in parts}
+    new = wholes.get(end) or family.tensors().get(end)
     return new and f"model.layers.{layer}.{new}"
 
 
@@ -235,9 +271,9 @@ def gguf_name(name: str, family: GgufFamily) -> str:
 
 def known_names(family: GgufFamily) -> list[str]:
     """Return the names that a file of this family may have, with layer 0 for every layer."""
-    parts = LATENT_PARTS if family.latent_whole else ()
-    stems = (f"blk.0.{stem}.weight" for stem in (*family.stems(), *parts))
-    return [*family.model_tensors(), ROPE_FACTORS, *stems]
+    parts = (part for parts in family.rearranged().values() for part in parts)
+    ends = [end for end in (*family.tensors(), *parts) if not end.endswith(".bias")]
+    return [*family.model_tensors(), ROPE_FACTORS, *(f"blk.0.{end}" for end in ends)]
 
 
 def turned_projection(name: str) -> str | None:
@@ -247,8 +283,8 @@ def turned_projection(name: str) -> str | None:
 
 
 def is_norm(name: str) -> bool:
-    """Whether a Hugging Face name is that of the vector of a norm."""
-    return name.endswith("norm.weight")
+    """Whether a Hugging Face name is that of a norm whose scale may be stored less one."""
+    return name.endswith("norm.weight") and not name.endswith(".linear_attn.norm.weight")
 
 
 def first_expert(names: Iterable[str]) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +16,8 @@ from moecc.errors import InputError, nearest, printable
 from moecc.families.config import ModelConfig
 from moecc.formats.files import DescriptorPool
 from moecc.formats.folder import rows_of
-from moecc.formats.gguf.config import HeadSizes, Order, make_config, read_shape
+from moecc.formats.gguf.config import HeadSizes, make_config
 from moecc.formats.gguf.families import (
-    LATENT_PARTS,
     ROPE_FACTORS,
     GgufFamily,
     dense_architectures,
@@ -41,7 +40,9 @@ from moecc.formats.gguf.header import (
     read_gguf_header,
     shown,
 )
-from moecc.formats.gguf.storage import BY_NAME, dequantise
+from moecc.formats.gguf.older import Order, read_shape
+from moecc.formats.gguf.rearranged import join
+from moecc.formats.gguf.storage import BY_NAME, dequantise, logarithms
 from moecc.formats.gguf.tokenizer import tokenizer_files
 from moecc.formats.modelcard import CardEntries
 from moecc.formats.source import Checkpoint, TensorInfo, quantised_remark, tensor_info
@@ -49,7 +50,11 @@ from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
 from moecc.support.untyped import JsonDict
-from moecc.types import F32, Array
+from moecc.types import F32, Array, DType, tensor
+from moecc.weights.arithmetic import Cast
+from moecc.weights.evaluate import evaluate
+from moecc.weights.expr import Expr, Source, sources
+from moecc.weights.simplify import simplify
 
 # A model in several GGUF files, as llama-gguf-split writes it.
 #
@@ -76,12 +81,12 @@ def read_gguf(path: Path) -> GgufHeader:
     first = parts[0]
     tensors = dict(first.tensors)
     for part in parts[1:]:
-        for name, tensor in part.tensors.items():
+        for name, stored in part.tensors.items():
             if name in tensors:
                 where = f"{part.path}, tensor {quoted(name)}"
                 home = f"also in {tensors[name].file.name}"
                 problems.add("two parts have this tensor", where=where, found=home)
-            tensors[name] = tensor
+            tensors[name] = stored
     stated = first.metadata.get("split.tensors.count", len(tensors))
     if stated != len(tensors):
         where = f"{first.path}, metadata key 'split.tensors.count'"
@@ -160,7 +165,8 @@ class GgufFile(Checkpoint):
         head_dims: Mapping[str, int] | None = None,
         norms_plus_one: bool = False,
         orders: Mapping[str, Order] | None = None,
-        latent_parts: Mapping[str, Sequence[TensorInfo]] | None = None,
+        wholes: Mapping[str, Expr] | None = None,
+        parts: Mapping[str, TensorInfo] | None = None,
     ) -> None:
         self.path = header.path
         self.config = config
@@ -172,7 +178,8 @@ class GgufFile(Checkpoint):
         self._pool = pool
         self._norms_plus_one = norms_plus_one
         self._orders = orders or {}
-        self._latent_parts = latent_parts or {}
+        self._wholes = wholes or {}
+        self._parts = parts or {}
         self._turned: tuple[dict[str, bytes], str | None] | None = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -186,9 +193,8 @@ class GgufFile(Checkpoint):
         info = tensor_info(self.tensors, name, self.path)
         shape, _ = rows_of(info, start, stop)
         stop = start + shape[0]
-        if parts := self._latent_parts.get(name):
-            keys, values = (self._stored(part, 0, part.shape[0]) for part in parts)
-            return join_latent(keys, values)[start:stop]
+        if (whole := self._wholes.get(name)) is not None:
+            return evaluate(whole, self._read_part, rows=(start, stop))
         if order := self._orders.get(name):
             stored = replace(info, shape=order.shape(info.shape))
             return order(self._stored(stored, 0, stored.shape[0]))[start:stop]
@@ -199,6 +205,10 @@ class GgufFile(Checkpoint):
         first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
         heads = halves_from_neighbours(self._stored(info, first, last), head_dim)
         return np.ascontiguousarray(heads[start - first : stop - first])
+
+    def _read_part(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows of a tensor by its name in the file."""
+        return self._stored(self._parts[name], start, stop)
 
     def companions(self) -> dict[str, Path | bytes]:
         """Return the tokenizer and generation config, translated from the metadata.
@@ -252,7 +262,7 @@ class GgufFile(Checkpoint):
         """Close the file."""
         self._pool.close()
 
-    def _stored(self, info: TensorInfo, start: int, stop: int) -> Array:
+    def _stored(self, info: TensorInfo, start: int, stop: int | None) -> Array:
         """Read rows in file order."""
         shape, skipped = rows_of(info, start, stop)
         raw = np.empty(shape[0] * (info.nbytes // info.shape[0]), np.uint8)
@@ -261,6 +271,8 @@ class GgufFile(Checkpoint):
             self._pool.read_into(info.file, identity, raw.data, info.offset + skipped)
         if not info.storage:
             values: Array = raw.view(info.dtype.numpy).reshape(shape)
+            if info.name.endswith((".A_log", ".ssm_a")):
+                return logarithms(values)
             is_more = self._norms_plus_one and is_norm(info.name)
             return values - np.ones((), values.dtype) if is_more else values
         return dequantise(raw, BY_NAME[info.storage]).reshape(shape)
@@ -276,17 +288,6 @@ class GgufFile(Checkpoint):
             except InputError as error:
                 self._turned = {}, str(error.problems[0]).replace("\n ", ";")
         return self._turned
-
-
-def join_latent(keys: Array, values: Array) -> Array:
-    """Return for each head the rows that make its keys and its values of latent vectors.
-
-    Args:
-      keys: [head, latent, head_dim].
-      values: [head, head_dim, latent].
-    """
-    rows = np.concatenate([keys.swapaxes(1, 2), values], axis=1)
-    return rows.reshape(-1, rows.shape[-1])
 
 
 def halves_from_neighbours(rows: Array, head_dim: int) -> Array:
@@ -331,47 +332,59 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
             new: _info(header.tensors[old], new, family.unit_axis(new))
             for old, new in names.items()
         }
-        latent_parts = _latent_parts(header, names, family)
-        tensors |= {name: _joined(name, *parts) for name, parts in latent_parts.items()}
+        wholes, parts = _wholes(header, names, family, config)
+        tensors |= {name: _whole_info(name, whole, parts) for name, whole in wholes.items()}
     except BaseException:
         pool.close()
         raise
     return GgufFile(
-        header, config, tensors, pool, head_dims=head_dims, latent_parts=latent_parts,
+        header, config, tensors, pool, head_dims=head_dims, wholes=wholes, parts=parts,
         norms_plus_one=family.has("norm_offset"),
     )  # fmt: skip
 
 
-def _latent_parts(
-    header: GgufHeader, names: Mapping[str, str], family: GgufFamily
-) -> dict[str, list[TensorInfo]]:
-    """Return the stored parts of the tensors that are stored in two."""
-    parts: dict[str, list[TensorInfo]] = {}
-    for stem in LATENT_PARTS if family.latent_whole else ():
-        for old, new in names.items():
-            if old.endswith(f".{stem}.weight"):
-                parts.setdefault(new, []).append(_info(header.tensors[old], old))
-    return parts
+def _wholes(
+    header: GgufHeader, names: Mapping[str, str], family: GgufFamily, config: JsonDict
+) -> tuple[dict[str, Expr], dict[str, TensorInfo]]:
+    """Return the tensors that are made of others of the file, and these by their stored names."""
+    numbers = {end: n for ends in family.rearranged().values() for n, end in enumerate(ends)}
+    stored: dict[str, dict[int, TensorInfo]] = {}
+    for old, new in names.items():
+        number = numbers.get(old.split(".", 2)[-1])
+        if number is not None:
+            stored.setdefault(new, {})[number] = _info(header.tensors[old], old)
+    typed = family.config.from_json(config, str(header.path)) if stored else None
+    wholes: dict[str, Expr] = {}
+    for name, parts in stored.items():
+        _, end = family.whole_of(name)
+        infos = [parts[number] for number in sorted(parts)]
+        dtype = infos[0].dtype if len({info.dtype for info in infos}) == 1 else F32
+        try:
+            sources = [_source(info, number, dtype) for number, info in enumerate(infos)]
+            assert typed is not None, "some tensor is stored otherwise"
+            wholes[name] = simplify(join(end, sources, typed))
+        except (InputError, ValueError, IndexError):
+            raise InputError(
+                f"the file does not have {quoted(name)} as llama.cpp wants it",
+                where=f"{header.path}, tensor {quoted(infos[0].name)}",
+                expected=" and ".join(family.rearranged()[end]) + ", of the sizes of the config",
+                found=", ".join(f"{list(info.shape)}" for info in infos),
+            ) from None
+    return wholes, {info.name: info for parts in stored.values() for info in parts.values()}
 
 
-def _joined(name: str, *parts: TensorInfo) -> TensorInfo:
-    """Return the tensor that is stored as `LATENT_PARTS`."""
-    shapes = [part.shape for part in parts]
-    fits = len(parts) == 2 and all(len(shape) == 3 for shape in shapes)
-    if not fits or (shapes[0][0], shapes[0][1]) != (shapes[1][0], shapes[1][2]):
-        raise InputError(
-            "what makes keys and values of latent vectors does not fit together",
-            where=f"{parts[0].file}, tensor {quoted(parts[0].name)}",
-            expected=f"{' and '.join(LATENT_PARTS)}: [head, latent, entry], [head, entry, latent]",
-            found=", ".join(f"{list(shape)}" for shape in shapes),
-        )
-    (heads, rank, width), (_, value_width, _) = shapes
-    keys, values = parts
-    same = keys.dtype is values.dtype
+def _source(info: TensorInfo, number: int, dtype: DType) -> Expr:
+    axes = {f"axis{number}_{at}": size for at, size in enumerate(info.shape)}
+    source = Source(info.name, tensor(info.dtype, **axes))
+    return source if info.dtype is dtype else Cast(source, dtype)
+
+
+def _whole_info(name: str, whole: Expr, parts: Mapping[str, TensorInfo]) -> TensorInfo:
+    infos = [parts[source.name] for source in sources(whole)]
+    nbytes = sum(info.nbytes for info in infos)
     return replace(
-        keys, name=name, shape=(heads * (width + value_width), rank),
-        dtype=keys.dtype if same else F32, nbytes=keys.nbytes + values.nbytes,
-    )  # fmt: skip
+        infos[0], name=name, shape=whole.type.shape, dtype=whole.type.dtype, nbytes=nbytes
+    )
 
 
 def _open_shape(header: GgufHeader, shape: type[ModelConfig]) -> GgufFile:

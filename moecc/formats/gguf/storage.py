@@ -80,6 +80,9 @@ STORAGES: dict[int, Storage] = {
         ("NVFP4", 40, 64, 36),
     )
 }
+DECAYS = Storage("F32", 0, 1, 4, F32)
+"""Of logarithms of rates of decay: a file has the rates, negated."""
+
 BY_NAME: dict[str, Storage] = {storage.name: storage for storage in STORAGES.values()}
 
 _UNSUPPORTED = {
@@ -131,6 +134,8 @@ def quantise(values: Array, storage: Storage) -> Array:
       MachineError: the package that makes them is not installed, or its library fails.
     """
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    if storage is DECAYS:
+        return np.asarray((-np.exp(flat.astype(np.float64))).astype(np.float32).view(np.uint8))
     raw = np.empty(flat.size // storage.block * storage.block_bytes, np.uint8)
     if storage.name in BY_ENGINE:
         rows = flat.size // storage.block
@@ -148,6 +153,12 @@ def quantise(values: Array, storage: Storage) -> Array:
             piece = quants.quantize(flat[begin : begin + _PIECE], kind)
             raw[index * piece_bytes : index * piece_bytes + piece.size] = piece
     return raw
+
+
+def logarithms(rates: Array) -> Array:
+    """Return what `quantise` makes `DECAYS` of; what is no rate becomes NaN, or infinite."""
+    with np.errstate(all="ignore"):
+        return np.asarray(np.log(-rates.astype(np.float64)).astype(rates.dtype))
 
 
 def require_package(storage: Storage) -> None:

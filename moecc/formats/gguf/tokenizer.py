@@ -184,6 +184,16 @@ _LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_WORDS = _LLAMA3_WORDS.replace("{1,3}", "")
+_QWEN35_WORDS = _QWEN2_WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
+)
+_DEEPSEEK_WORDS = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 _TEKKEN_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -193,9 +203,10 @@ _GPT2_STEPS = ({"type": "ByteLevel", "use_regex": True},)
 _DIGIT_STEPS = ({"type": "Digits", "individual_digits": True}, *_GPT2_STEPS)
 
 
-def _split(words: str) -> tuple[JsonDict, ...]:
-    split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
-    return split, {"type": "ByteLevel", "use_regex": False}
+def _split(*words: str) -> tuple[JsonDict, ...]:
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    cuts = ({**split, "pattern": {"Regex": pattern}} for pattern in words)
+    return *cuts, {"type": "ByteLevel", "use_regex": False}
 
 
 PRE_TOKENIZERS: Mapping[str, tuple[JsonDict, ...]] = {
@@ -203,8 +214,11 @@ PRE_TOKENIZERS: Mapping[str, tuple[JsonDict, ...]] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGIT_STEPS),
     **dict.fromkeys(LLAMA3_CUTS, _split(_LLAMA3_WORDS)),
     "qwen2": _split(_QWEN2_WORDS),
+    "qwen35": _split(_QWEN35_WORDS),
+    "deepseek-v3": _split(*_DEEPSEEK_WORDS),
     "tekken": _split(_TEKKEN_WORDS),
 }
+NORMALISED = ("qwen2", "qwen35")
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 SPACE = "\u2581"
 _LONGEST_PIECE = 256
@@ -246,7 +260,7 @@ def _byte_level(vocabulary: Vocabulary) -> JsonDict:
         )
     return {
         **_frame(vocabulary),
-        "normalizer": {"type": "NFC"} if vocabulary.pre == "qwen2" else None,
+        "normalizer": {"type": "NFC"} if vocabulary.pre in NORMALISED else None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
@@ -551,11 +565,13 @@ def _vocabulary(file: Json, model: Json, rows: int) -> Vocab:
 
 def _byte_level_keys(file: Json, model: Json, vocab: Vocab) -> JsonDict:
     steps = list(_steps(_object(file, "pre_tokenizer")))
-    normalizer = _object(file, "normalizer").get("type")
+    normalised = _object(file, "normalizer")
+    # A sequence of none changes nothing.
+    normalizer = normalised.get("type") if normalised.get("normalizers") != [] else None
     for name, expected in PRE_TOKENIZERS.items():
         same = steps == [_plain(step) for step in expected]
         keeps_words = bool(model.get("ignore_merges")) == (name in WHOLE_WORDS)
-        if same and keeps_words and normalizer == ("NFC" if name == "qwen2" else None):
+        if same and keeps_words and normalizer == ("NFC" if name in NORMALISED else None):
             return {"model": "gpt2", "pre": name, "merges": [*_stored_merges(model)]}
     raise _unwritable("llama.cpp has no name for the way in which this tokenizer cuts words", "")
 
@@ -572,6 +588,11 @@ def _steps(step: Json) -> Iterator[JsonDict]:
 def _plain(step: Json) -> JsonDict:
     idle = {"trim_offsets", *(["add_prefix_space"] if not step.get("add_prefix_space") else [])}
     settings = {key: value for key, value in step.items() if key not in idle}
+    words = step.get("pattern")
+    if isinstance(words, Mapping) and isinstance(pattern := words.get("Regex"), str):
+        # The ends of lines stand for themselves, or are escaped.
+        escaped = pattern.replace("\r", r"\r").replace("\n", r"\n")
+        settings["pattern"] = {**words, "Regex": escaped}
     return {"use_regex": True, **settings} if settings.get("type") == "ByteLevel" else settings
 
 

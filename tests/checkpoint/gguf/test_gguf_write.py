@@ -23,6 +23,7 @@ from moecc.formats.gguf.families import (
 )
 from moecc.formats.gguf.header import Key, plan_file, read_gguf_header
 from moecc.formats.gguf.reader import open_gguf
+from moecc.formats.gguf.rearranged import cut, join
 from moecc.formats.gguf.storage import BY_NAME
 from moecc.formats.gguf.tokenizer import tokenizer_keys
 from moecc.formats.manifest import verify_manifest
@@ -31,7 +32,9 @@ from moecc.formats.safetensors import Entry
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
-from moecc.types import F64
+from moecc.types import F64, tensor
+from moecc.weights.evaluate import evaluate
+from moecc.weights.expr import Source
 
 from .test_gguf_tokenizer import byte_level, sentence_piece
 
@@ -60,6 +63,9 @@ SAME = [
     ("lfm2_square", "lfm2"),
     ("lfm2_moe", "lfm2moe"),
     ("deepseek_v3", "deepseek2"),
+    ("qwen3_next_square", "qwen3next"),
+    ("qwen3_5_text_square", "qwen35"),
+    ("qwen3_5_moe_text_square", "qwen35moe"),
     ("qwen2_moe_square", "qwen2moe"),
     ("qwen3_moe_norm", "qwen3moe"),
     ("granitemoe_multipliers", "granitemoe"),
@@ -89,19 +95,42 @@ def test_what_is_read_back_is_what_was_written(
 ) -> None:
     place = derive(source, tmp_path / "in") if source in DERIVED else GOLDEN / source
     convert(str(place), f"gguf:{architecture}", tmp_path / "m.gguf")
-    # The norms of gemma are stored as 1 + w.
-    off = 2e-7 if architecture.startswith("gemma") else 0.0
+    # The norms of gemma and of models with delta rules are stored as 1 + w, rates as −exp(A_log).
+    off = 2e-7 if architecture.startswith(("gemma", "qwen3next", "qwen35")) else 0.0
     with open_model(str(tmp_path / "m.gguf")) as back, open_model(str(place)) as model:
         assert back.graph.attrs["family"] == model.graph.attrs["family"]
         theirs, ours = back.params(), model.params()
         for name in theirs:
-            bound = off if name.endswith("norm.weight") else 0.0
+            bound = off if name.endswith(("norm.weight", "A_log")) else 0.0
             expected = ours[_untied(name, ours)]
             np.testing.assert_allclose(theirs[name], expected, rtol=0, atol=bound, err_msg=name)
         kept = ("rope", "rms_norm_eps", "hidden_size", "num_hidden_layers", "conv_taps", "latent")
         configs = [parse_config(m.graph.attrs["config"]) for m in (back, model)]
         theirs, ours = ({k: getattr(config, k) for k in kept} for config in configs)
         assert theirs == ours
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [
+        ("deepseek_v3_groups", "deepseek2"),
+        ("qwen3_next_delta", "qwen3next"),
+        ("qwen3_5_moe_text_delta", "qwen35moe"),
+    ],
+)
+def test_parts_are_joined_to_what_was_cut(source: str, architecture: str) -> None:
+    with open_model(str(GOLDEN / source)) as model:
+        config = parse_config(model.graph.attrs["config"])
+        family = mixture_architectures()[architecture]
+        tensors = model.checkpoint.tensors  # type: ignore[union-attr]
+        for whole in family.rearranged():
+            info = next(info for name, info in tensors.items() if name.endswith(whole))
+            axes = {f"axis{at}": size for at, size in enumerate(info.shape)}
+            expr = Source(info.name, tensor(info.dtype, **axes))
+            parts = cut(whole, expr, config)
+            joined, read = join(whole, parts, config), model.checkpoint.read  # type: ignore[union-attr]
+            np.testing.assert_array_equal(evaluate(joined, read), read(info.name), whole)
+            assert any(not np.array_equal(evaluate(part, read), read(info.name)) for part in parts)
 
 
 def _untied(name: str, params: Any) -> str:
@@ -209,6 +238,7 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
         ("qwen3_moe_plain", "gguf:qwen3moe", "", "divides the chosen gates by their sum"),
         ("olmoe_norm", "gguf:olmoe", "", "as many key-value heads as query heads"),
         ("lfm2_biases", "gguf:lfm2", "", "no other conv_bias than False"),
+        ("qwen3_next_delta", "gguf:qwen3next", "", "heads of one width in gated delta rules"),
         ("deepseek_v2_groups", "gguf:deepseek2", "", "no other topk_method than greedy"),
         ("deepseek_v2_square", "gguf:deepseek2", "", "whether queries have latent vectors"),
         ("deepseek_v3_groups", "gguf:deepseek2", "", "in norms of latent vectors"),
@@ -261,7 +291,9 @@ def written_again(builder: Any, tmp_path: Path, rows: int) -> tuple[Any, Any]:
     return files[0], files[1]
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2", "tekken"])
+@pytest.mark.parametrize(
+    "pre", ["smollm", "gpt-2", "llama-bpe", "qwen2", "qwen35", "deepseek-v3", "tekken"]
+)
 def test_byte_level_bpe(pre: str, small_model: Any, tmp_path: Path) -> None:
     builder = byte_level(small_model, pre)
     builder.key("tokenizer.ggml.bos_token_id", "u32", 264)
