@@ -42,9 +42,10 @@ class ModernBertConfig(BertConfig):
         "rope_scaling": (None, "only plain rotary positions are supported"),
         "tie_word_embeddings": (True, "only a head that is the table of tokens is supported"),
     }
-    # Of training.
+    # Of training, and the name of `norm_eps` elsewhere, which published files state beside it.
     idle = (
         *BertConfig.idle,
+        "layer_norm_eps",
         *("sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn"),
         *("reference_compile", "repad_logits_with_grad"),
     )

@@ -182,6 +182,8 @@ class Qwen3MoeConfig(MoeConfig):
     architecture = "Qwen3MoeForCausalLM"
     fixed = {"qk_norm": True}
     options = ATTENTION_BIASES
+    # Published files state what the family always has.
+    only = {"use_qk_norm": (True, "a qwen3_moe always has norms of the queries and keys")}
     strict = ("num_key_value_heads",)
     window_style = "switched"
     # Version 4 writes num_experts, version 5 num_local_experts, and each reads its own.
