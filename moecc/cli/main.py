@@ -175,6 +175,11 @@ def _run(argv: list[str]) -> int:
             result = build_app().main(argv, prog_name="moecc", standalone_mode=False)
     except click.Abort:
         raise KeyboardInterrupt from None
+    except SystemExit as error:
+        # click ends so, with 1, where the reader of our output has exited.
+        if isinstance(error.__context__, BrokenPipeError):
+            raise error.__context__ from None
+        raise
     except click.UsageError as error:
         if not argv:  # this is the help
             say(error.format_message())

@@ -117,6 +117,13 @@ def test_a_closed_pipe_is_quiet(dense: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_reader_that_is_gone_is_no_failure(dense: Path, tmp_path: Path) -> None:
+    words = f"convert {dense} {tmp_path / 'out'} -p upcycle --to mixtral --quiet"
+    command = f"{sys.executable} -m moecc {words} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("command", "heavy"),
     [
