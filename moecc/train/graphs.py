@@ -233,7 +233,10 @@ def teacher_graph(graph: Graph, recipe: Recipe, student: Graph) -> Graph:
 
 
 def check_objective(graph: Graph, objective: Objective) -> None:
-    """Raise InputError if `graph` is of an encoder alone, and its targets are not those of one."""
+    """Raise InputError if `graph` predicts no targets of the objective.
+
+    An encoder alone sees the next token, and a decoder alone nothing behind a mask.
+    """
     is_encoder = "hidden" in graph.output_names and LOGITS not in graph.output_names
     if is_encoder and objective is not Objective.MASKED:
         raise InputError(
@@ -242,6 +245,14 @@ def check_objective(graph: Graph, objective: Objective) -> None:
             expected=Objective.MASKED.value,
             found=objective.value,
             hint='an encoder is trained and evaluated by the objective "masked", on documents',
+        )
+    is_causal = any(node.op.name == "causal" for node in graph.every_node())
+    if is_causal and "decoder_tokens" not in graph.inputs and objective is Objective.MASKED:
+        raise InputError(
+            "a decoder alone has no objective masked: no token of it sees what follows a mask",
+            where="data.objective",
+            expected=Objective.CAUSAL.value,
+            found=objective.value,
         )
 
 

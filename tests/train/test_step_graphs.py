@@ -70,6 +70,20 @@ def test_steps_take_what_batches_give(tmp_path, name, objective, packing):
             assert value.type.dtype.kind == "key" or batch[value.name].ndim == value.type.rank
 
 
+@pytest.mark.parametrize(
+    ("name", "objective", "told"),
+    [
+        ("llama_gqa", Objective.MASKED, "a decoder alone has no objective masked"),
+        ("bert_gelu", Objective.CAUSAL, "an encoder alone has no objective causal"),
+    ],
+)
+def test_objectives_that_a_model_cannot_learn_are_rejected(name, objective, told):
+    data = DataSection((Corpus("x"),), objective=objective, batch=4, seq=32)
+    recipe = Recipe(ModelSection("m"), data, RunSection(1))
+    with pytest.raises(InputError, match=told):
+        train_graph(imported(name, "upcycle{experts=4 top-k=2}"), recipe)
+
+
 def test_a_tied_head_is_the_embedding():
     graph = imported("bert_gelu", "dce")
     made = clone(graph)
