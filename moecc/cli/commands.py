@@ -29,7 +29,7 @@ from moecc.errors import escaped
 from moecc.jobs import python_name
 from moecc.jobs.command import Report, Spelling
 from moecc.support.console import PROGRESS, clear_line, quietly, say
-from moecc.support.text import duration_text, json_text
+from moecc.support.text import duration_text, finite_json, json_text
 
 _SECTION = re.compile(r"^(Args|Returns|Raises|Attributes|Example):\s*$")
 
@@ -219,7 +219,7 @@ def show(report: Report, format: str) -> int:
         pass
     elif report.data is not None and format == "json":
         clear_line()
-        print(json_text(report.to_json(), indent=2))
+        print(json_text(finite_json(report.to_json()), indent=2))
     elif report.is_aside:
         say(report.text())
     elif report.is_raw:

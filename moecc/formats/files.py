@@ -221,7 +221,8 @@ def read_utf8(path: Path, limit_bytes: int, kind: str) -> str:
       InputError: it is not UTF-8; `kind` says what should be, ``a recipe``.
     """
     try:
-        return read_bounded(path, limit_bytes).decode()
+        # Editors of Windows begin a file with a byte order mark.
+        return read_bounded(path, limit_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         where = f"{path}: byte {error.start}"
         raise InputError(f"not text: {kind} is UTF-8", where=where) from None

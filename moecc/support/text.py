@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from math import ceil, log
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import ceil, isfinite, log
 
 from moecc.errors import Problem, is_shown
 
@@ -44,6 +44,15 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     if is_shown(text):
         return text
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def finite_json(value: object) -> object:
+    """Return a JSON value with null in place of what is not finite, which JSON cannot say."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_json(inner) for key, inner in value.items()}
+    return [finite_json(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def with_article(name: str) -> str:

@@ -58,7 +58,7 @@ from moecc.support.lazy import np
 from moecc.support.problems import describe
 from moecc.support.process import Closing
 from moecc.support.record import read_record, to_json
-from moecc.support.text import brief, facts_table
+from moecc.support.text import brief, facts_table, finite_json
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.events import (
     Alarm,
@@ -320,7 +320,9 @@ class Journal(Closing):
 
     def write(self, line: Json) -> None:
         """Append a line. Raises MachineError if the disk is full."""
-        text = json.dumps(_finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(
+            finite_json(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False
+        )
         with os_errors(self.path, "write"):
             self._file.write(text.encode() + b"\n")
 
@@ -340,15 +342,6 @@ class Journal(Closing):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def _finite(value: Any) -> Any:
-    """Return a JSON value with null in place of what is not finite, which JSON cannot say."""
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list) else value
 
 
 def cut_back(path: Path, step: int) -> None:

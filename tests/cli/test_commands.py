@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import click
 import numpy as np
 import pytest
 
-from moecc.cli.commands import command_of
+from moecc.cli.commands import command_of, show
 from moecc.ir.text import parse
 from moecc.jobs import COMMANDS
+from moecc.jobs.command import Report
 from tests.support.commands import Moecc
 
 from .conftest import GOLDEN
@@ -108,6 +110,13 @@ def test_another_output_is_found_by_verify(moecc: Moecc, dense: Path, tmp_path: 
     done = moecc("verify", out, "--against", dense)
     assert done.code == 3
     assert "differ by more than the tolerance" in done.err
+
+
+def test_numbers_that_are_not_finite_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("some", {"low": -math.inf, "losses": (math.nan, 1.5)}, str)
+    assert show(report, "json") == 0
+    values = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert values == {"schema": "moecc.some/1", "low": None, "losses": [None, 1.5]}
 
 
 def test_a_closed_pipe_is_quiet(dense: Path) -> None:

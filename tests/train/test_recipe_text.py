@@ -43,6 +43,11 @@ def test_a_recipe_round_trips_with_every_default_written_out():
     assert parse_recipe(text, "x") == recipe
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    (tmp_path / "r.toml").write_text(SMALL, "utf-8-sig")
+    assert load_recipe(str(tmp_path / "r.toml")).run.steps == 10
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_are_valid(name):
     recipe = load_recipe(f"recipe:{name}")

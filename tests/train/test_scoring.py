@@ -32,6 +32,13 @@ def test_a_difference_by_hand():
     assert found.low > 0 or found.high < 0
 
 
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (9, 2.2622), (60, 2.0003)]
+)
+def test_quantiles_are_those_of_the_table(degrees, quantile):
+    assert student_quantile(degrees) == pytest.approx(quantile, rel=0.01)
+
+
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(400):
