@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from moecc.errors import UsageError, nearest
+from moecc.errors import UsageError, nearest, unknown_name
 from moecc.ir.graph import Graph
 from moecc.support.untyped import JsonDict
 from moecc.types import F32, Array, DType
@@ -201,10 +201,7 @@ def get_backend(name: str) -> Backend:
     """
     factory = _factories().get(name)
     if factory is None:
-        raise UsageError(
-            f"unknown backend {name!r}",
-            hint=nearest(str(name), _factories()) or f"backends: {', '.join(backend_names())}",
-        )
+        raise UsageError([unknown_name("backend", str(name), backend_names())])
     return factory()
 
 

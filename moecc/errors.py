@@ -7,7 +7,7 @@ exit code of the command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -123,6 +123,12 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     begun = [name for name in names if len(word) > 2 and name.startswith(word)]
     matches = begun[:1] or get_close_matches(word, names, n=1, cutoff=CLOSE)
     return f"did you mean {matches[0]!r}?" if matches else None
+
+
+def unknown_name(kind: str, name: str, choices: Collection[str]) -> Problem:
+    """Return the problem that there is no `kind` of a name; the hint has the nearest, or all."""
+    hint = nearest(name, choices) or f"{kind}s: {', '.join(choices)}"
+    return Problem(f"unknown {kind} {name!r}", hint=hint)
 
 
 def described(error: BaseException) -> str:

@@ -166,6 +166,10 @@ class BlockNames(TensorNames):
     gated_out: str = ""
     scales: tuple[str, ...] = ()
 
+    def projections(self, prefix: str) -> list[str]:
+        """Return the names of the projections of the attention of a layer."""
+        return [f"{prefix}{name}" for name in (self.query, self.key, self.value, self.output)]
+
 
 @dataclass(frozen=True, slots=True)
 class GgufFacts:

@@ -150,7 +150,7 @@ class Lfm2Config(_ConvolvedConfig):
         layers = reader.size("num_hidden_layers", LAYERS)
         if reader.value(ATTENTION_LAYERS) is None:
             return (False,) * layers
-        attending = set(reader.layer_numbers(ATTENTION_LAYERS))
+        attending = set(reader.whole_numbers(ATTENTION_LAYERS))
         return tuple(layer not in attending for layer in range(layers))
 
     @classmethod

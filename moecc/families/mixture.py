@@ -48,7 +48,7 @@ def read_pattern(reader: Reader, style: str, layers: int) -> JsonDict:
       layers: the number of layers.
     """
     if style == "step":
-        dense = tuple(sorted(set(reader.layer_numbers("mlp_only_layers"))))
+        dense = tuple(sorted(set(reader.whole_numbers("mlp_only_layers"))))
         step = reader.size("decoder_sparse_step", LAYERS)
         return {"decoder_sparse_step": step, "mlp_only_layers": dense}
     if style in LEADING_KEYS:
@@ -66,7 +66,7 @@ def read_pattern(reader: Reader, style: str, layers: int) -> JsonDict:
         step = reader.size(STEP_KEY, LAYERS)
         if reader.value(LIST_KEY) is None:
             return {"decoder_sparse_step": step}
-        sparse = reader.layer_numbers(LIST_KEY)
+        sparse = reader.whole_numbers(LIST_KEY)
         if not all(0 <= layer < layers for layer in sparse):
             reader.refuse(LIST_KEY, "layers that do not exist", expected=f"0 to {layers - 1}")
         if [layer in sparse for layer in range(layers)] == _every(step, layers):

@@ -152,13 +152,13 @@ class Reader:
             return ()
         return numbers
 
-    def layer_numbers(self, key: str) -> tuple[int, ...]:
-        """Return a list of integers, whether or not there are such layers."""
+    def whole_numbers(self, key: str) -> tuple[int, ...]:
+        """Return a list of integers."""
         items = self.items(key)
-        layers = tuple(layer for layer in items if type(layer) is int)
-        if len(layers) < len(items):
-            self.refuse(key, "not a list of layer numbers", expected="whole numbers")
-        return layers
+        numbers = tuple(number for number in items if type(number) is int)
+        if len(numbers) < len(items):
+            self.refuse(key, "not a list of whole numbers", expected="whole numbers")
+        return numbers
 
     def layer_kinds(
         self, key: str, kinds: Mapping[str, Kind], layers: int

@@ -91,7 +91,7 @@ class StMoeConfig(EncDecConfig):
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
         keys = [f"sparse_{stack}_layers" for stack in STACKS]
-        return super()._read(reader) | {key: reader.layer_numbers(key) for key in keys}
+        return super()._read(reader) | {key: reader.whole_numbers(key) for key in keys}
 
     def _write(self) -> JsonDict:
         sparse = {f"sparse_{s}_layers": list(getattr(self, f"sparse_{s}_layers")) for s in STACKS}

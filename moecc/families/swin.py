@@ -187,13 +187,8 @@ class SwinConfig(VisionConfig):
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
         values = super()._read(reader)
-        for name, key in (("depths", "depths"), ("heads", "num_heads")):
-            items = reader.items(key)
-            counts = tuple(n for n in items if type(n) is int)
-            if len(counts) < len(items):
-                reader.refuse(key, "not a list of numbers", expected="whole numbers")
-            values[name] = counts
-        return {**values, "mlp_ratio": read_ratio(reader)}
+        depths, heads = reader.whole_numbers("depths"), reader.whole_numbers("num_heads")
+        return {**values, "depths": depths, "heads": heads, "mlp_ratio": read_ratio(reader)}
 
     def _write(self) -> JsonDict:
         return {

@@ -162,7 +162,7 @@ class AudioConfig(EqualHeadsConfig):
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
         values = super()._read(reader)
-        values |= {key: reader.layer_numbers(key) for key in CONVOLUTIONS}
+        values |= {key: reader.whole_numbers(key) for key in CONVOLUTIONS}
         stated = reader.value("num_feat_extract_layers")
         if stated is not None and stated != len(values["conv_dim"]):
             fault = "the convolutions are counted by conv_dim, and differ"

@@ -17,7 +17,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.arrays import NOTHING, Array, Data, poison, stored
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
 from moecc.ir.interpreter import bind
-from moecc.ir.mesh import Coordinates, Mesh, mesh_of
+from moecc.ir.mesh import Coordinates, Mesh, required_mesh
 from moecc.ir.operand import Attrs
 from moecc.ir.ops.axes import EmbeddingOp
 from moecc.ir.ops.collectives import CollectiveOp
@@ -252,9 +252,7 @@ def simulate(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
       InputError: the graph has no mesh, or a ``reshard`` that is not lowered; an array is
         missing or does not match its type; a size known only at run time does not divide.
     """
-    mesh = mesh_of(graph)
-    if mesh is None:
-        raise InputError("the graph has no mesh", hint="annotate-sharding shards it on one")
+    mesh = required_mesh(graph)
     left = [n for n in graph.every_node() if n.op.collective is CollectiveKind.ANY]
     if left:
         message = "a reshard is not lowered to collectives yet"

@@ -86,9 +86,7 @@ class Value:
         if replacement is self:
             return
         for node in list(self.users):
-            for i, operand in enumerate(node.operands):
-                if operand is self:
-                    node.set_operand(i, replacement)
+            node.replace_operand(self, replacement)
 
 
 def setter_of(extent: Extent) -> Value:
@@ -177,6 +175,12 @@ class Node:
         _drop_use(old, self)
         self.operands[index] = value
         value.users[self] = value.users.get(self, 0) + 1
+
+    def replace_operand(self, old: Value, new: Value) -> None:
+        """Replace `old` by `new` wherever it is an operand."""
+        for index, operand in enumerate(self.operands):
+            if operand is old:
+                self.set_operand(index, new)
 
     def replace_by(self, *values: Value) -> None:
         """Replace all uses of the results, in order, by `values`, and erase this node."""
@@ -359,6 +363,25 @@ class Graph(Region):
         value = Value(self, name, type, is_param=True, weight=weight, loc=loc)
         self.params[name] = self._define(value)
         return value
+
+    def erase_dead(self, origin: str = "") -> int:
+        """Erase the nodes that nothing uses, users before their operands; return their number.
+
+        Nodes stay whose origin does not begin with `origin`.
+        """
+        count = 0
+        for node in self.walk_back():
+            if node.is_dead and node.origin.startswith(origin):
+                node.erase()
+                count += 1
+        return count
+
+    def erase_unused_params(self) -> int:
+        """Erase the parameters that nothing uses; return their number."""
+        unused = [name for name, value in self.params.items() if not value.users]
+        for name in unused:
+            self.erase_param(name)
+        return len(unused)
 
     def erase_param(self, name: str) -> None:
         """Remove a parameter that nothing uses. Raises ValueError if something does."""

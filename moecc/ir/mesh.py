@@ -138,6 +138,19 @@ def mesh_of(graph: Region) -> Mesh | None:
     return Mesh(tuple(value.items()))
 
 
+def required_mesh(graph: Region) -> Mesh:
+    """Return the mesh of `graph`.
+
+    Raises:
+      InputError: it has none, or its attribute is not a mesh.
+    """
+    mesh = mesh_of(graph)
+    if mesh is None:
+        hint = "annotate-sharding{mesh=data:8 rules=st-moe}"
+        raise InputError("the graph has no mesh", hint=hint)
+    return mesh
+
+
 def set_mesh(graph: Region, mesh: Mesh | None) -> None:
     """Give `graph`, and the bodies in it, the mesh, or take it away."""
     bodies = [node.body for node in graph if node.body is not None]

@@ -154,6 +154,17 @@ def replace_value(old: Value, new: Value) -> None:
         infer_again(old.graph, users, start=old.node)
 
 
+def erase_unused(value: Value) -> None:
+    """Erase the node of `value` if nothing uses it, and so on backwards."""
+    pending = [value]
+    while pending:
+        node = pending.pop().node
+        if node is not None and node.alive and node.is_dead:
+            operands = list(node.operands)
+            node.erase()
+            pending.extend(operands)
+
+
 def infer_again(graph: Graph, nodes: Iterable[Node], *, start: Node | None = None) -> None:
     """Infer again the result types of `nodes`, and of everything that depends on them.
 

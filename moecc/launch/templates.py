@@ -16,7 +16,7 @@ from importlib.resources import files
 from math import ceil, prod
 from string import Template
 
-from moecc.errors import Problem, UsageError, nearest, printable, raise_problems
+from moecc.errors import Problem, UsageError, printable, raise_problems, unknown_name
 from moecc.plan.machines import parse_machine, short_tpu_name, table
 from moecc.plan.step import read_plan
 from moecc.support.untyped import Json
@@ -217,8 +217,7 @@ def template(kind: str, job: ClusterJob) -> str:
       UsageError: there is no such kind, or what it needs is missing, all at once.
     """
     if kind not in TEMPLATES:
-        hint = nearest(kind, TEMPLATES) or f"templates: {', '.join(TEMPLATES)}"
-        raise UsageError(f"unknown template {kind!r}", hint=hint)
+        raise UsageError([unknown_name("template", kind, TEMPLATES)])
     return TEMPLATES[kind](job)
 
 

@@ -190,14 +190,9 @@ def first_layers(graph: Graph, count: int) -> Graph:
         raise InputError("the layers do not pass on a value of one type", where=f"layers.{count}")
     users = [user for user in end.users if _number(user) is None]
     for user in users:
-        for at, operand in enumerate(user.operands):
-            if operand is end:
-                user.set_operand(at, stream)
-    for node in copy.walk_back():
-        if node.is_dead:
-            node.erase()
-    for name in [n for n, v in copy.params.items() if not v.users]:
-        copy.erase_param(name)
+        user.replace_operand(end, stream)
+    copy.erase_dead()
+    copy.erase_unused_params()
     return copy
 
 

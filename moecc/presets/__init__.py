@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 
-from moecc.errors import UsageError, nearest
+from moecc.errors import UsageError, unknown_name
 
 PREFIX = "preset:"
 
@@ -27,7 +27,6 @@ def preset_config(name: str) -> dict[str, object]:
     """
     name = name.removeprefix(PREFIX)
     if name not in preset_names():
-        hint = nearest(name, preset_names()) or f"presets: {', '.join(preset_names())}"
-        raise UsageError(f"unknown preset {name!r}", hint=hint)
+        raise UsageError([unknown_name("preset", name, preset_names())])
     config: dict[str, object] = json.loads((files(__name__) / f"{name}.json").read_text("utf-8"))
     return config

@@ -94,7 +94,5 @@ def without_frozen_gradients(graph: Graph) -> Graph | None:
         users = list(value.users)
         twin = builder.stop_gradient(value)
         for user in users:
-            for number, operand in enumerate(user.operands):
-                if operand is value:
-                    user.set_operand(number, twin)
+            user.replace_operand(value, twin)
     return copy

@@ -108,11 +108,8 @@ def _return_sinks(growth: Growth) -> None:
 
 def remove_dead(graph: Graph) -> None:
     """Remove the nodes, parameters and inputs that no output needs."""
-    for node in graph.walk_back():
-        if node.is_dead:
-            node.erase()
-    for name in [n for n, v in graph.params.items() if not v.users]:
-        graph.erase_param(name)
+    graph.erase_dead()
+    graph.erase_unused_params()
     for name in [n for n, v in graph.inputs.items() if not v.users]:
         graph.erase_input(name)
 

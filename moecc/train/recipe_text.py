@@ -23,9 +23,9 @@ from moecc.errors import (
     MoeccError,
     Problem,
     UsageError,
-    nearest,
     printable,
     raise_problems,
+    unknown_name,
 )
 from moecc.formats.files import read_utf8
 from moecc.support.documents import KeyPath, parse_toml, toml_lines
@@ -132,8 +132,7 @@ def shipped_text(name: str) -> str:
     """
     name = name.removeprefix(PREFIX)
     if name not in shipped_recipes():
-        hint = nearest(name, shipped_recipes()) or f"recipes: {', '.join(shipped_recipes())}"
-        raise UsageError(f"unknown recipe {name!r}", hint=hint)
+        raise UsageError([unknown_name("recipe", name, shipped_recipes())])
     return (SHIPPED / f"{name}.toml").read_text("utf-8")
 
 

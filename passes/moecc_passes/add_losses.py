@@ -342,9 +342,7 @@ def remove_losses(graph: Graph) -> AddLossesPass | None:
     graph.attrs.pop(BALANCE_BIASES, None)
     for name in [n for n in graph.output_names if n.startswith(PREFIXES)]:
         graph.drop_output(name)
-    for node in graph.walk_back():
-        if node.is_dead and node.origin.startswith(ORIGIN):
-            node.erase()
+    graph.erase_dead(ORIGIN)
     for name in totals:
         graph.erase_input(name)
     names = {f.name for f in fields(AddLossesPass)}

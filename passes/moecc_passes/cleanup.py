@@ -456,13 +456,7 @@ class DcePass(Pass):
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Erase dead nodes, users before their operands."""
-        nodes = 0
-        for node in graph.walk_back():
-            if node.is_dead:
-                node.erase()
-                nodes += 1
-        unused = [] if self.keep_params else [n for n, v in graph.params.items() if not v.users]
-        for name in unused:
-            graph.erase_param(name)
-        stats = {"nodes-erased": nodes, "params-erased": len(unused)}
-        return PassResult(nodes + len(unused) > 0, nodes + len(unused), stats)
+        nodes = graph.erase_dead()
+        params = 0 if self.keep_params else graph.erase_unused_params()
+        stats = {"nodes-erased": nodes, "params-erased": params}
+        return PassResult(nodes + params > 0, nodes + params, stats)

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
+from moecc.ir.mesh import Mesh, nearest_multiple, required_mesh
 from moecc.ir.ops.collectives import format_sharding
 from moecc.ir.ops.slots import SlotsOp, operands_by_word
-from moecc.ir.structure import infer_again, replace_value
+from moecc.ir.structure import erase_unused, infer_again, replace_value
 from moecc.ir.traits import CollectiveKind, RowMove
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner
@@ -250,17 +250,6 @@ def exchange(graph: Graph, layer: LaidLayer, builder: Builder, slice_over: str |
 def uses(value: Value) -> list[tuple[Node, int]]:
     """Return every use of `value`: the node and the number of its operand."""
     return [(u, i) for u in value.users for i, v in enumerate(u.operands) if v is value]
-
-
-def erase_unused(value: Value) -> None:
-    """Erase the node of `value` if nothing uses it, and so on backwards."""
-    pending = [value]
-    while pending:
-        node = pending.pop().node
-        if node is not None and node.alive and node.is_dead:
-            operands = list(node.operands)
-            node.erase()
-            pending.extend(operands)
 
 
 # Chunks of rows, so that experts work on one while the next is on its way.
@@ -720,9 +709,7 @@ class ExpertParallelPass(Pass):
         Raises:
           InputError: the graph has no mesh, or a layer does not suit the option.
         """
-        mesh = mesh_of(graph)
-        if mesh is None:
-            raise InputError("the graph has no mesh", hint="annotate-sharding first")
+        mesh = required_mesh(graph)
         if self.slice is not None:
             mesh.size((self.slice,))
         layers = laid_layers(graph)

@@ -10,7 +10,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.attention import Given
 from moecc.ir.ops.contraction import ContractOp
-from moecc.ir.structure import replace_value
+from moecc.ir.structure import erase_unused, replace_value
 from moecc.rewrite import P, fits
 from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.types import Axis
@@ -316,14 +316,7 @@ def _fused(graph: Graph, attention: Attention) -> str | None:
         fused.node.erase()
         return f"its axes would be in another order: {fused.type}"
     replace_value(root.result, fused)
-    # Erase `root`, and what nothing uses without it.
-    work = [root]
-    while work:
-        node = work.pop()
-        if node.alive and node.is_dead:
-            makers = [v.node for v in node.operands]
-            node.erase()
-            work += dict.fromkeys(n for n in makers if n is not None)
+    erase_unused(root.result)
     return None
 
 

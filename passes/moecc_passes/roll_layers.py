@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import ATTRIBUTE as MESH
-from moecc.ir.mesh import mesh_of
+from moecc.ir.mesh import mesh_of, required_mesh
 from moecc.ir.ops.repetition import DEFAULT, KEPT, stacked
 from moecc.ir.ops.slots import is_slots
 from moecc.ir.structure import attributes, copied
@@ -309,10 +309,7 @@ class RollLayersPass(Pass):
           InputError: `split` is not an axis of the graph's mesh.
         """
         if self.split is not None:
-            mesh = mesh_of(graph)
-            if mesh is None:
-                raise InputError("the graph has no mesh", hint="annotate-sharding first")
-            mesh.size((self.split,))
+            required_mesh(graph).size((self.split,))
         stats = {"scans": 0, "layers-rolled": 0, "layers-left": 0, "hoisted": 0}
         dependent, told = data_dependent(graph), list[Remark]()
         for layers in stacks_of(graph):

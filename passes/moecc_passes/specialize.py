@@ -196,9 +196,7 @@ def undo(graph: Graph, covers: Callable[[str], bool]) -> None:
                 # An output may be an added mask or number, which has no original.
                 if before is not value and before.type == value.type:
                     node.set_operand(index, before)
-    for node in graph.walk_back():
-        if node.is_dead and node.origin.startswith(ORIGIN):
-            node.erase()
+    graph.erase_dead(ORIGIN)
     keys = [n for n, v in graph.inputs.items() if v.type.dtype.kind == "key" and not v.users]
     for name in keys:
         graph.erase_input(name)

@@ -233,9 +233,7 @@ def _force(layer: RoutedLayer, route: Node) -> None:
     )
     forced = builder.broadcast(turns, chosen)
     for node in users:
-        for index, value in enumerate(node.operands):
-            if value is chosen:
-                node.set_operand(index, forced)
+        node.replace_operand(chosen, forced)
 
 
 # The pass ``pack-segments``: keep documents apart that share a sequence.

@@ -174,7 +174,7 @@ def test_a_row_that_many_tokens_look_up_has_all_of_their_gradients(kind):
 
 def test_what_is_not_ready_for_a_mesh_is_refused():
     graph, _, _ = decoder(DENSE, seq=8)
-    with pytest.raises(InputError, match="the graph is on no mesh"):
+    with pytest.raises(InputError, match="the graph has no mesh"):
         device_mesh(graph)
     annotated = clone(graph)
     text = "annotate-sharding{mesh=data:4,model:2 rules=tensor-parallel}"

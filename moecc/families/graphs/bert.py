@@ -227,9 +227,8 @@ class _BertEncoder(Blocks):
             first = ""  # The embeddings are normalised already.
         before, after = self._norms()
         with builder.at(f"layers.{layer}.attention"):
-            words = (names.query, names.key, names.value, names.output)
             mixed = self.attention(
-                before(hidden, first), None, [f"{prefix}{word}" for word in words],
+                before(hidden, first), None, names.projections(prefix),
                 (config.num_attention_heads, config.head_dim),
                 bias=bias, scale=config.score_scale,
                 masks=(*view.masks, *(() if keep is None else (keep,))),

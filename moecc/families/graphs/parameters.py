@@ -111,8 +111,6 @@ class Parameters:
 
     def plain(self, name: str, loc: str, **axes: int) -> Value:
         """Return the parameter that is the tensor `name`, with axes in their order on disk."""
-        if name in self.graph.params:
-            return self.graph.params[name]
         return self._param(name, loc, axes, self._source(name, **axes))
 
     def part(
@@ -136,8 +134,6 @@ class Parameters:
           axes: the axes of the parameter, in their order on disk.
           cut: which of them is the range; the first one by default.
         """
-        if name in self.graph.params:
-            return self.graph.params[name]
         cut, (along, size) = cut or next(iter(axes)), extent
         source = self._source(of, **_with_axis(axes, cut, along, size))
         read: Expr = Slice(source, along, at, at + axes[cut])
@@ -148,8 +144,6 @@ class Parameters:
 
         Those that `axes` do not have are the first ones.
         """
-        if name in self.graph.params:
-            return self.graph.params[name]
         first = {axis: 1 for axis in without if axis not in axes}
         read = self._source(name, **first, **axes)
         for axis in without:
@@ -158,8 +152,6 @@ class Parameters:
 
     def with_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
         """Return the tensor `name`, of one axis on disk, with a first axis of size 1."""
-        if name in self.graph.params:
-            return self.graph.params[name]
         into = ((axis, 1), *axes.items())
         read = Split(self._source(name, **axes), next(iter(axes)), into)
         return self._param(name, loc, dict(into), read)
@@ -185,8 +177,6 @@ class Parameters:
           axes: the axes of the parameter, in their order on disk.
           cut: which of them are the heads.
         """
-        if name in self.graph.params:
-            return self.graph.params[name]
         number, count = part
         source = self._source(of, **_with_axis(axes, cut, "qkv", count * axes[cut]))
         parts = (("head", heads[0]), ("part", count), ("head_dim", heads[1]))
@@ -212,8 +202,6 @@ class Parameters:
           heads: the number of groups, of heads in each, and the width of a head.
           axes: the axes of the parameter, that of the heads first.
         """
-        if name in self.graph.params:
-            return self.graph.params[name]
         names, cut = ("group", "head", "head_dim"), next(iter(axes))
         source = self._source(of, **_with_axis(axes, cut, "qkv", prod(heads)))
         split = Split(source, "qkv", tuple(zip(names, heads, strict=True)))
@@ -252,8 +240,6 @@ class Parameters:
           rotary_dim: how many entries of it, the first ones, are rotated.
           axes: the axes of the parameter, that of the heads first.
         """
-        if name in self.graph.params:
-            return self.graph.params[name]
         read = self._source(name, **axes)
         if self.names.pairs_neighbours:
             rows, count = next(iter(axes.items()))
@@ -286,8 +272,6 @@ class Parameters:
           pairs: whether neighbours are rotated together on disk.
           alone: whether the parameter has no other entries; there is one head then.
         """
-        if name in self.graph.params:
-            return self.graph.params[name]
         (count, width), rows = heads, next(iter(axes))
         source = self._source(of, **_with_axis(axes, rows, "heads", count * width))
         parts = (("head", count), ("entry", width))
@@ -394,6 +378,8 @@ class Parameters:
         return Source(name, tensor(self.dtype_of(name), **axes))
 
     def _param(self, name: str, loc: str, axes: dict[str, int], read: Expr) -> Value:
+        if name in self.graph.params:  # layers share it
+            return self.graph.params[name]
         return self.graph.param(name, tensor(F32, **axes), read, loc=loc)
 
 

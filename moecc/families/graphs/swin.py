@@ -177,10 +177,9 @@ class _WindowedEncoder(ImageEncoder):
             x = self.norm(hidden, first)
             if penalty is not None:
                 x = self._shifted(x, stage, stage.shift)
-            words = (names.query, names.key, names.value, names.output)
             bias = self.bias(stage, number, distances)
             mixed = self.attention(
-                self._windows(x, stage), None, [f"{prefix}{word}" for word in words],
+                self._windows(x, stage), None, names.projections(prefix),
                 (stage.heads, stage.width // stage.heads),
                 bias=bias, penalty=penalty, unbiased=self.config.unbiased,
             )  # fmt: skip

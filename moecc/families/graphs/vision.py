@@ -167,10 +167,9 @@ class ImageEncoder(Blocks):
         first, second = (f"{prefix}{name}" for name in names.norms)
         with self.builder.at(f"layers.{layer}.attention"):
             x = self.norm(hidden, first)
-            words = (names.query, names.key, names.value, names.output)
             heads = (config.num_attention_heads, config.head_dim)
             block = self.attention(
-                x, None, [f"{prefix}{word}" for word in words], heads,
+                x, None, names.projections(prefix), heads,
                 unbiased=config.unbiased, rotate=rotate,
             )  # fmt: skip
             hidden = self._added(hidden, block, prefix, 0)

@@ -130,9 +130,8 @@ class _AudioEncoder(Blocks):
         first, second = (f"{prefix}{name}" for name in names.norms)
         with self.builder.at(f"layers.{layer}.attention"):
             x = self.norm(hidden, first) if config.norms_first else hidden
-            words = (names.query, names.key, names.value, names.output)
             heads = (config.num_attention_heads, config.head_dim)
-            block = self.attention(x, None, [f"{prefix}{word}" for word in words], heads)
+            block = self.attention(x, None, names.projections(prefix), heads)
             hidden = self.builder.add(hidden, block, name="hidden")
             hidden = hidden if config.norms_first else self.norm(hidden, first)
         with self.builder.at(f"layers.{layer}.ffn"):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.graph import Graph, Node, Value, where
-from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
+from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple, required_mesh
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.traits import CollectiveKind, Role
 from moecc.sharding.layout import Layout, ShardingSpec, group_spec, param_spec, value_spec
@@ -185,11 +185,7 @@ def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sh
     Raises:
       InputError: the graph is on no mesh, or there are not enough devices.
     """
-    grid = mesh_of(graph)
-    if grid is None:
-        raise InputError(
-            "the graph is on no mesh", hint="annotate-sharding{mesh=data:8 rules=st-moe}"
-        )
+    grid = required_mesh(graph)
     devices = jax.devices() if devices is None else devices
     if len(devices) < grid.devices:
         raise InputError(

@@ -18,7 +18,7 @@ from moecc.analysis import VOCAB, OutputHead, chunk_count, split_head
 from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.conventions import AUXILIARY, LOGITS
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.mesh import Mesh, mesh_of
+from moecc.ir.mesh import Mesh, mesh_of, required_mesh
 from moecc.ir.ops.repetition import repetitions
 from moecc.ir.routing_losses import MASK
 from moecc.sharding.layout import value_spec
@@ -665,13 +665,9 @@ def step_shardings(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> S
         of tokens.
     """
     layout = spec.layout
-    grid = mesh_of(graph) if layout is None else layout.mesh
-    if grid is None and len(devices) == 1:
+    if layout is None and mesh_of(graph) is None and len(devices) == 1:
         return StepShardings(spec, devices[0])
-    if grid is None:
-        raise InputError(
-            "the graph is on no mesh", hint="annotate-sharding{mesh=data:8 rules=st-moe}"
-        )
+    grid = required_mesh(graph) if layout is None else layout.mesh
     mesh = jax.sharding.Mesh(np.array(devices).reshape(grid.shape), grid.names)
     if layout is None:
         return StepShardings(spec, devices[0], mesh, grid)

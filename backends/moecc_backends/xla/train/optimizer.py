@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moecc.errors import MachineError, UsageError, nearest
+from moecc.errors import MachineError, UsageError, unknown_name
 from moecc.support.extras import install_hint
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import (
@@ -58,8 +58,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         name = self.section.name
         if name not in DIRECTIONS:
-            hint = nearest(name, DIRECTIONS) or f"optimizers: {', '.join(DIRECTIONS)}"
-            raise UsageError(f"unknown optimizer {name!r}", hint=hint)
+            raise UsageError([unknown_name("optimizer", name, DIRECTIONS)])
         try:
             import optax as optax
         except ImportError:
