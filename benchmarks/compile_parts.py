@@ -37,7 +37,7 @@ HEAD = [
 
 def prepared() -> tuple[Any, Any]:
     """Return the step, as ``moecc compile`` makes it, and the machine."""
-    from moecc_backends.xla.aot.compiler import devices
+    from moecc_backends.xla.ahead import devices
     from moecc_backends.xla.train.step import make_train_step
 
     from moecc.ahead.request import Request
@@ -81,8 +81,8 @@ def part_of(step: Any, part: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def work(part: str, options: dict[str, str]) -> dict[str, Any]:
     """Return the figures of a part, compiled in this process."""
-    from moecc_backends.xla.aot.census import census
-    from moecc_backends.xla.aot.compiler import host_peak_bytes, lower
+    from moecc_backends.xla.ahead import host_peak_bytes, lower
+    from moecc_backends.xla.census import census
     from moecc_backends.xla.lower import scan
 
     from moecc.ahead.worker import trimmed

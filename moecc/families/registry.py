@@ -88,7 +88,7 @@ CONFIGS = Families(
         "phi": "phi.PhiConfig",
         "cohere": "cohere.CohereConfig",
         "cohere2": "cohere.Cohere2Config",
-        "gptj": "gptj.GptJConfig",
+        "gptj": "falcon.GptJConfig",
         "falcon": "falcon.FalconConfig",
         "lfm2": "lfm2.Lfm2Config",
         "qwen3_5_text": "qwen.Qwen35TextConfig",

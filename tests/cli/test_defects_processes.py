@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moecc_backends.xla.aot import compiler as topology
+from moecc_backends.xla import ahead as topology
 
 from moecc.errors import InputError, MachineError
 from moecc.plan.machines import parse_machine

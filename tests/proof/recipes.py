@@ -110,11 +110,11 @@ def planned(case: Case) -> dict[str, Any]:
 
 def compiled(case: Case) -> dict[str, Any]:
     """Return what the compiler says of a case, and the plan; in a process that has no jax yet."""
-    from moecc_backends.xla.aot import compiler as topology
+    from moecc_backends.xla import ahead as topology
 
     machine = parse_machine(case.machine)
     os.environ.update(environment(machine))
-    from moecc_backends.xla.aot.census import census
+    from moecc_backends.xla.census import census
     from moecc_backends.xla.train.step import make_step
 
     recipe, graph = model_of(case)

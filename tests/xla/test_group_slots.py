@@ -11,8 +11,8 @@ from tiers import few
 
 jax = pytest.importorskip("jax")
 
-from moecc_backends.xla.aot.census import census  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
+from moecc_backends.xla.census import census  # noqa: E402
 from moecc_backends.xla.lower.function import GspmdLowering  # noqa: E402
 from moecc_backends.xla.trace.context import DIRECT, Interceptor  # noqa: E402
 

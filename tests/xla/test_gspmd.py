@@ -21,7 +21,7 @@ from moecc.train.settings import StepSpec
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 
-from moecc_backends.xla.aot.census import census  # noqa: E402
+from moecc_backends.xla.census import census  # noqa: E402
 from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 
 CONFIG = {

@@ -8,7 +8,8 @@ do the rest.  Where things are:
 - `dispatch`: the strategies that bring tokens to experts and back, and their exchanges between
   devices; `dispatch.choose` decides;
 - `lower`: operations by name; graphs as a function, under `shard_map`, for GSPMD;
-- `run`, `train`, `aot`: programs, training steps, compilation for other machines.
+- `program`, `train`, `ahead`: programs, training steps, compilation for other machines; `census`
+  of what was compiled.
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ class XlaBackend:
 
     def compile_ahead(self, graph: Graph, job: Job) -> Result:
         """Compile a step of `graph` for hardware that need not be attached; see `moecc.ahead`."""
-        from moecc_backends.xla.aot.compiler import compile_ahead
+        from moecc_backends.xla.ahead import compile_ahead
 
         return compile_ahead(graph, job)
 
     def load_step(self, data: bytes, where: str) -> LoadedStep:
         """Return a program that `moecc compile --save` wrote. Raises InputError, MachineError."""
-        from moecc_backends.xla.aot.compiler import load_step
+        from moecc_backends.xla.ahead import load_step
 
         return load_step(data, where)
 

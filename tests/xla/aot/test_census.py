@@ -10,7 +10,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 from jax import lax  # noqa: E402
-from moecc_backends.xla.aot.census import (  # noqa: E402
+from moecc_backends.xla.census import (  # noqa: E402
     HloShape,
     census,
     parse_hlo,

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-from moecc_backends.xla.aot.census import census
+from moecc_backends.xla.census import census
 
 BYTES = 8 * 4 * 4
 

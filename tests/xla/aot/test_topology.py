@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from moecc_backends.xla.aot import compiler as topology
-from moecc_backends.xla.aot.compiler import require
+from moecc_backends.xla import ahead as topology
+from moecc_backends.xla.ahead import require
 
 from moecc.errors import MachineError
 from moecc.plan.machines import parse_machine
@@ -42,7 +42,7 @@ def test_a_missing_extra_is_named_in_one_line(machine, package, monkeypatch):
 )  # fmt: skip
 def test_what_the_compiler_says_of_a_program_too_large(message, needed, available):
     pytest.importorskip("jax")
-    from moecc_backends.xla.aot.compiler import CompilerFailed, DoesNotFit, refusal
+    from moecc_backends.xla.ahead import CompilerFailed, DoesNotFit, refusal
 
     error = refusal(RuntimeError(message))
     assert isinstance(error, DoesNotFit)

@@ -29,7 +29,7 @@ from moecc.sharding.vias import GSPMD
 from moecc.support.extras import install_hint
 from moecc.support.text import amount
 from moecc.train.settings import StepSpec
-from moecc_backends.xla.aot.census import census
+from moecc_backends.xla.census import census
 from moecc_backends.xla.program import in_precision
 from moecc_backends.xla.trace.values import PyTree
 from moecc_backends.xla.train.step import make_step

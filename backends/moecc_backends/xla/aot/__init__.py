@@ -1,1 +1,0 @@
-"""Compiling for hardware that is not attached, and reading what the compiler made."""
