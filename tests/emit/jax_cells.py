@@ -10,6 +10,7 @@ import datetime
 import importlib.util
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -34,8 +35,10 @@ def program_of(folder: Path) -> ModuleType:
     return module
 
 
-def judge(folder: Path, *, gradients: bool) -> dict[str, float]:
-    """Return the relative errors of outputs, losses and gradients of a written cell."""
+def judge(
+    folder: Path, *, gradients: bool, kinds: Iterable[str] = tuple(BOUNDS)
+) -> dict[str, float]:
+    """Return the relative errors of outputs, losses and gradients of a written cell, by type."""
     write_reference(folder, folder / "reference.npz", gradients=gradients)
     program, reference = program_of(folder), np.load(folder / "reference.npz")
     is_train = 'attr mode = "train"' in "\n".join(
@@ -44,7 +47,7 @@ def judge(folder: Path, *, gradients: bool) -> dict[str, float]:
     main = "logits" if "out.logits" in reference else "hidden"
     expected = {n.partition(".")[2]: reference[n] for n in reference if n.startswith("grad.")}
     errors: dict[str, float] = {}
-    for kind in BOUNDS:
+    for kind in kinds:
         with jax.enable_x64(kind == "float64"):
             # The types of JAX in this mode: of whole numbers, and of all others.
             types = {"i": np.int32, "b": bool, "f": np.dtype(kind)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,13 @@ def test_a_paragraph_counts_once():
     assert worth("texts")._unseen("a licence\n\nyours\n\nyours", seen) == "yours"
 
 
+@cache
+def pairs() -> list[Any]:
+    return list(worth("forecasts").pairs())
+
+
 def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves():
-    crossing = [pair for pair in worth("forecasts").pairs() if pair.crossing < np.inf]
+    crossing = [pair for pair in pairs() if pair.crossing < np.inf]
     assert len(crossing) >= 10
     near = [1 / 1.3 <= pair.forecast / pair.crossing <= 1.3 for pair in crossing]
     assert sum(near) >= 0.8 * len(near)
@@ -85,7 +91,7 @@ def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves()
 
 
 def test_forecasts_say_no_where_whole_curves_never_cross():
-    pairs = (*worth("forecasts").pairs(), *worth("forecasts").pairs(worth("forecasts").FROZEN))
-    never = [pair for pair in pairs if pair.crossing == np.inf]
+    frozen = worth("forecasts").pairs(worth("forecasts").FROZEN)
+    never = [pair for pair in (*pairs(), *frozen) if pair.crossing == np.inf]
     assert len(never) >= 20
     assert all(pair.no for pair in never)
