@@ -58,7 +58,8 @@ def copied(attrs: Mapping[str, object]) -> dict[str, object]:
     return {**attrs, "body": clone(body)} if isinstance(body, Graph) else dict(attrs)
 
 
-def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
+def type_key(type: TensorType, numbers: Mapping[Value, int]) -> object:
+    """Return a key that is equal for equal types; values that set extents are numbered."""
     if not type.extents:
         return type
     axes = tuple(
@@ -90,7 +91,7 @@ def structure(graph: Graph, *, named: bool = True) -> Iterator[object]:
         uses = tuple(numbers[v] for v in node.operands)
         for value in node.results:
             numbers[value] = len(numbers)
-        types = tuple(_type_key(v.type, numbers) for v in node.results)
+        types = tuple(type_key(v.type, numbers) for v in node.results)
         yield (node.op.name, uses, attributes(node.attrs), types)
     yield tuple((n if named else "", numbers[v]) for n, v in graph.outputs.items())
 

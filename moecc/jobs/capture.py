@@ -137,7 +137,7 @@ def _tokenizer(model: OpenedModel) -> str:
     """Return the tokenizer of a model, as `open_encoder` takes it; bytes where it has none."""
     if model.checkpoint is None or facts_of(model).tokenizer_digest in (None, BYTES_DIGEST):
         return BYTES
-    tokenizer = model.checkpoint.companions()["tokenizer.json"]
+    tokenizer = model.tokenizer
     return str(tokenizer if isinstance(tokenizer, Path) else model.checkpoint.path)
 
 

@@ -241,8 +241,7 @@ def load_tokenizer(model: OpenedModel) -> Tokenizer:
       InputError: there is no ``tokenizer.json``, or it cannot be read within its bounds.
       MachineError: the extra ``tokenizers`` is not installed.
     """
-    companions = {} if model.checkpoint is None else model.checkpoint.companions()
-    content = companions.get("tokenizer.json")
+    content = model.tokenizer
     if content is None:
         raise InputError(
             "no tokenizer.json beside the weights", where=model.name,

@@ -151,8 +151,7 @@ def _with_drawn_routers(graph: Graph, seed: int) -> Graph:
 @contextmanager
 def _tokenizer(model: OpenedModel) -> Iterator[Tokenizer | None]:
     """Yield the tokenizer beside a model, or None without one."""
-    companions = {} if model.checkpoint is None else model.checkpoint.companions()
-    has_one = "tokenizer.json" in companions
+    has_one = model.tokenizer is not None
     with load_tokenizer(model) if has_one else nullcontext() as tokenizer:
         yield tokenizer
 

@@ -40,7 +40,7 @@ from moecc.ir.structure import clone
 from moecc.ir.text import print_graph, read_graph
 from moecc.jobs.convert import plan, write
 from moecc.model.initialise import initialise
-from moecc.model.open import OpenedModel, no_tensors, open_model, registry_with
+from moecc.model.open import TOKENIZER, OpenedModel, no_tensors, open_model, registry_with
 from moecc.presets import PREFIX, preset_config
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
@@ -329,8 +329,6 @@ def export_step(job: TrainJob, step: int) -> Path:
     check_manifest(out)
     return out
 
-
-TOKENIZER = "tokenizer.json"
 
 _FULL = "give another folder; moecc train --resume RUN goes on with a run"
 

@@ -110,6 +110,11 @@ class OpenedModel(Closing):
         if self.checkpoint is not None:
             self.checkpoint.close()
 
+    @property
+    def tokenizer(self) -> Path | bytes | None:
+        """The ``tokenizer.json`` beside the weights, or None."""
+        return None if self.checkpoint is None else self.checkpoint.companions().get(TOKENIZER)
+
     def remarks(self) -> list[str]:
         """Return what a reader of the model should know: of its files, and what was left out."""
         if self.checkpoint is None:

@@ -47,7 +47,7 @@ from moecc.testing.growth import (
     stream_type,
 )
 from moecc.testing.steps import BLOCKS, SIMPLE
-from moecc.testing.weights import Choices, Decisions, grow_weight
+from moecc.testing.weights import Choices, Decisions, chance, grow_weight
 from moecc.types import BF16, F32, F64, Axis, TensorType, is_name
 
 MAX_STEPS = 8
@@ -603,15 +603,12 @@ class _Sharder:
         _erase_unused(self.copy, self.kept)
         return self.copy
 
-    def _chance(self, percent: int) -> bool:
-        return self.choices.below(100) >= 100 - percent
-
     def _laid(self, type: TensorType) -> TensorType:
         """Return `type`, some of its axes split over mesh axes that divide them."""
         free = list(self.mesh.names)
         axes = []
         for axis in type.axes:
-            while free and self._chance(45):
+            while free and chance(self.choices, 45):
                 wider = (*axis.mesh, free[self.choices.below(len(free))])
                 if isinstance(axis.size, int) and axis.size % self.mesh.size(wider):
                     break
@@ -630,7 +627,7 @@ class _Sharder:
         operands = [bound.get(v) or self.values[v] for v in node.operands]
         free = [i for i, v in enumerate(node.operands) if v not in bound]
         for at in free:
-            if self._chance(25):
+            if chance(self.choices, 25):
                 operands[at] = self._moved(builder, operands[at])
         if self.whole_slots and is_slots(node.results[-1]):
             operands = [_gathered(builder, v) for v in operands]
@@ -642,7 +639,7 @@ class _Sharder:
             value = new
             for name in value.type.unreduced:
                 along = [a for a in value.type.axes if self._divides(a, (name,))]
-                if along and self._chance(50):
+                if along and chance(self.choices, 50):
                     axis = along[self.choices.below(len(along))].name
                     value = builder.node("reduce_scatter", value, axis=axis, mesh=name).result
                 else:

@@ -11,7 +11,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.operation import Attr, OpDef
 from moecc.ir.ops.rules import EXTENT_AXES
 from moecc.rewrite.pattern import AttrPattern, OneOf, OpPattern, Pattern
-from moecc.testing.weights import Choices, grow_weight, pick
+from moecc.testing.weights import Choices, chance, grow_weight, pick
 from moecc.types import I32, KEY, PRED, Axis, DType, TensorType
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class Growth:
 
     def chance(self, percent: int) -> bool:
         """Return whether something happens that happens in `percent` of all cases."""
-        return self.choices.below(100) >= 100 - percent
+        return chance(self.choices, percent)
 
     def relocate(self) -> None:
         """Give the nodes that follow another location."""

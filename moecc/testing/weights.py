@@ -323,6 +323,11 @@ class Decisions:
         return int(self._rng.integers(count))
 
 
+def chance(choices: Choices, percent: int) -> bool:
+    """Return whether something happens that happens in `percent` of all cases."""
+    return choices.below(100) >= 100 - percent
+
+
 def pick(choices: Choices, items: Sequence[T]) -> T:
     """Return one of `items`, which are ordered from simple to complex."""
     return items[choices.below(len(items))]

@@ -306,8 +306,7 @@ def facts_of(model: OpenedModel, graph: Graph | None = None) -> ModelFacts:
 
 
 def _digest(model: OpenedModel) -> str | None:
-    companions = {} if model.checkpoint is None else model.checkpoint.companions()
-    tokenizer = companions.get("tokenizer.json")
+    tokenizer = model.tokenizer
     if tokenizer is None:
         return None
     return tokenizer_digest(read_whole(tokenizer) if isinstance(tokenizer, Path) else tokenizer)

@@ -66,6 +66,11 @@ class Cast(Expr):
         return terms.pointwise("cast", (str(self.x.type.dtype), str(self.dtype)), operands)
 
 
+def scaled(weight: Expr, factor: float) -> Expr:
+    """Return `weight` times `factor`."""
+    return weight if factor == 1 else Scale(weight, factor)
+
+
 @node
 class Add(Expr):
     """A sum, element by element."""

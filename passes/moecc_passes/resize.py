@@ -17,7 +17,7 @@ from moecc.rewrite.driver import may_rewrite
 from moecc.rewrite.passes import Bounds, Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.support.lazy import np
 from moecc.support.text import amount
-from moecc.weights.arithmetic import BASE, Add, read_from
+from moecc.weights.arithmetic import BASE, Add, read_from, scaled
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat
@@ -37,7 +37,6 @@ from moecc_passes.resized_layer import (
     members,
     not_dormant,
     resize,
-    scaled,
     shared_out,
     statistic,
     unread,

@@ -19,7 +19,7 @@ from moecc.rewrite.passes import NO_STATISTICS, Context
 from moecc.support.lazy import np
 from moecc.support.text import exponential_text
 from moecc.types import F32, Axis, Doubles, TensorType
-from moecc.weights.arithmetic import STATISTICS, Add, Scale, name_in
+from moecc.weights.arithmetic import STATISTICS, Add, Scale, name_in, scaled
 from moecc.weights.expr import Expr, Full, Source
 from moecc.weights.movement import Concat, Index, Stack
 from moecc.weights.simplify import simplify
@@ -349,11 +349,6 @@ def with_bias(
 
 Regroup = Callable[[list[Expr]], list[Expr]]
 """From the weights of the experts to those of the new experts."""
-
-
-def scaled(weight: Expr, factor: float) -> Expr:
-    """Return `weight` times `factor`."""
-    return weight if factor == 1 else Scale(weight, factor)
 
 
 def mean(weights: Sequence[Expr]) -> Expr:

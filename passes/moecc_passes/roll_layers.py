@@ -10,18 +10,18 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.mesh import mesh_of, required_mesh
 from moecc.ir.ops.repetition import DEFAULT, KEPT, stacked
 from moecc.ir.ops.slots import is_slots
-from moecc.ir.structure import attributes, copied
+from moecc.ir.structure import attributes, copied, type_key
 from moecc.ir.unroll import unroll
 from moecc.rewrite import P, fits
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.rewrite.pattern import NearMiss
 from moecc.support.ranges import joined
-from moecc.types import Axis, Extent, TensorType
+from moecc.types import Axis, TensorType
 from moecc.weights.movement import Stack
 
 # The layers of a graph by the locations of its nodes, and which of them repeat one another.
@@ -135,24 +135,12 @@ def line(node: Node, numbers: dict[Value, int]) -> tuple[object, ...]:
         uses.sort(key=_rank)
     for value in node.results:
         numbers[value] = len(numbers)
-    types = tuple(_type_key(v.type, numbers) for v in node.results)
+    types = tuple(type_key(v.type, numbers) for v in node.results)
     return (node.op.name, tuple(uses), attributes(node.attrs), types)
 
 
 def _rank(use: int | TensorType) -> tuple[int, str]:
     return (use, "") if isinstance(use, int) else (-1, str(use))
-
-
-def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
-    if not type.extents:
-        return type
-    return (type.dtype, tuple(_axis_key(a, numbers) for a in type.axes), type.unreduced)
-
-
-def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
-    if not isinstance(axis.size, Extent):
-        return axis
-    return (axis.name, axis.mesh, axis.size.kind, numbers.get(setter_of(axis.size)))
 
 
 def difference(layer: LayerNodes, reference: LayerNodes) -> str:

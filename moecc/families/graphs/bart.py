@@ -9,7 +9,6 @@ from moecc.families.bart import BartConfig, M2M100Config
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.graphs.whisper import StackBlocks
 from moecc.ir.graph import Graph, Value
-from moecc.types import I32, PRED, tensor
 
 FIRST_ROW = 2
 """The row of a table of positions that belongs to the first token."""
@@ -26,12 +25,9 @@ def build(config: BartConfig, request: GraphRequest) -> Graph:
     token is one; padding is behind the text.
     """
     params = Parameters.of(config, request)
-    graph, batch, seq = params.graph, request.batch, request.seq
-    tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
-    decoder_tokens = graph.input(
-        "decoder_tokens", tensor(I32, batch=batch, seq=request.decoder_seq)
-    )
-    mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if request.padding else None
+    graph = params.graph
+    tokens, decoder_tokens = request.tokens(graph), request.decoder_tokens(graph)
+    mask = request.mask(graph)
     encoder, decoder = (
         _BartStack(params, config, stack, config.norms_first, "")
         for stack in ("encoder", "decoder")

@@ -14,7 +14,6 @@ from moecc.families.modernbert import ModernBertConfig
 from moecc.families.rope import RopeConfig
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.types import I32, PRED, tensor
 
 TYPE_TABLE = "embeddings.token_type_embeddings.weight"
 BIAS_TABLE = "encoder.relative_attention_bias.weight"
@@ -53,9 +52,8 @@ def build(config: BertConfig, request: GraphRequest) -> Graph:
     behind the text.  A sequence is no longer than the number of positions.
     """
     encoder = _BertEncoder(Parameters.of(config, request), config)
-    graph, batch, seq = encoder.params.graph, request.batch, request.seq
-    tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
-    mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if request.padding else None
+    graph = encoder.params.graph
+    tokens, mask = request.tokens(graph), request.mask(graph)
     keep = None
     with encoder.builder.at("embed"):
         if mask is not None:

@@ -16,7 +16,6 @@ from moecc.families.rope import RopeConfig, attention_factor
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import emit_routing, emit_shared_gate
-from moecc.types import I32, tensor
 
 # The norms of decoders, of one parameter or one more than it.
 
@@ -634,7 +633,7 @@ def build(config: DecoderConfig, request: GraphRequest) -> Graph:
     params = Parameters.of(config, request)
     graph = params.graph
     decoder = _Decoder(Builder(graph), config, params)
-    tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
+    tokens = request.tokens(graph)
     with decoder.builder.at("embed"):
         hidden = decoder.embed(tokens)
         tables = Tables.of(decoder.builder, config, tokens)

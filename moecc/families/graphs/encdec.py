@@ -13,7 +13,6 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import SlotOptions, emit_routing
 from moecc.ir.ops.slots import Using
-from moecc.types import I32, PRED, tensor
 
 # The feed-forward sublayers of an encoder-decoder: dense, sparse, and an extra dense one.
 
@@ -105,12 +104,9 @@ def build(config: EncDecConfig, request: GraphRequest) -> Graph:
     token is one.
     """
     params = Parameters.of(config, request)
-    graph, batch, seq = params.graph, request.batch, request.seq
-    tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
-    decoder_tokens = graph.input(
-        "decoder_tokens", tensor(I32, batch=batch, seq=request.decoder_seq)
-    )
-    mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if request.padding else None
+    graph = params.graph
+    tokens, decoder_tokens = request.tokens(graph), request.decoder_tokens(graph)
+    mask = request.mask(graph)
     builder = Builder(graph)
     keep = None
     if mask is not None:

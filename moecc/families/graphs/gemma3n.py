@@ -12,7 +12,6 @@ from moecc.families.graphs.decoder import Activation, activated
 from moecc.families.graphs.gemma4 import LayerInputsBlocks, LayerTables
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.ir.graph import Graph, Value
-from moecc.types import I32, tensor
 
 LEAST_SQUARE = 1e-5
 """The least mean square that a stream is divided by the root of."""
@@ -22,7 +21,7 @@ def build(config: Gemma3nTextConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``."""
     model = _Gemma3n(Parameters.of(config, request), config)
     graph, builder = model.params.graph, model.builder
-    tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
+    tokens = request.tokens(graph)
     with builder.at("embed"):
         hidden = model.embed(tokens)
         inputs = model.inputs(model.ids(tokens), hidden)

@@ -22,14 +22,13 @@ from moecc.families.graphs.parameters import KV_SEQ, GraphRequest, Parameters
 from moecc.families.rope import RopeConfig
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import emit_chosen
-from moecc.types import I32, tensor
 
 
 def build(config: Gemma4TextConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``."""
     model = _Gemma4(Parameters.of(config, request), config)
     graph, builder = model.params.graph, model.builder
-    tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
+    tokens = request.tokens(graph)
     with builder.at("embed"):
         hidden = model.embed(tokens)
         inputs = model.inputs(tokens, hidden)

@@ -9,7 +9,6 @@ from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.decoder import Rotation, clipped, rope_tables, rotated
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.ir.graph import Graph, Value
-from moecc.types import I32, tensor
 
 _PARTS = ("query", "key", "value")
 
@@ -21,7 +20,7 @@ def build(config: GptConfig, request: GraphRequest) -> Graph:
     """
     decoder = _Gpt(Parameters.of(config, request), config)
     graph = decoder.params.graph
-    tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
+    tokens = request.tokens(graph)
     with decoder.builder.at("embed"):
         positions = decoder.builder.positions(tokens, axis="seq", name="positions")
         hidden = decoder.embed(tokens, positions)

@@ -14,8 +14,9 @@ from moecc.errors import InputError
 from moecc.families.config import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, ModelConfig, TensorNames
 from moecc.families.heads import ModelHead
 from moecc.ir.builder import Builder
+from moecc.ir.conventions import DECODER_TOKENS, TOKENS
 from moecc.ir.graph import Graph, Value
-from moecc.types import F32, DType, Size, tensor
+from moecc.types import F32, I32, PRED, DType, Size, tensor
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import (
     Concat,
@@ -72,6 +73,20 @@ class GraphRequest:
     seq: Size = "S"
     decoder_seq: Size = "T"
     head: ModelHead | None = None
+
+    def tokens(self, graph: Graph) -> Value:
+        """Return a new input ``tokens : i32[batch, seq]``."""
+        return graph.input(TOKENS, tensor(I32, batch=self.batch, seq=self.seq))
+
+    def decoder_tokens(self, graph: Graph) -> Value:
+        """Return a new input ``decoder_tokens : i32[batch, seq]``, of another length."""
+        return graph.input(DECODER_TOKENS, tensor(I32, batch=self.batch, seq=self.decoder_seq))
+
+    def mask(self, graph: Graph) -> Value | None:
+        """Return a new input ``mask : pred[batch, seq]``; None if there is to be none."""
+        if not self.padding:
+            return None
+        return graph.input("mask", tensor(PRED, batch=self.batch, seq=self.seq))
 
 
 class Parameters:

@@ -9,7 +9,7 @@ from moecc.families.graphs.decoder import ACTIVATION_OPS
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.whisper import TwoStackConfig, WhisperConfig
 from moecc.ir.graph import Graph, Value
-from moecc.types import F32, I32, tensor
+from moecc.types import F32, tensor
 
 
 def build(config: WhisperConfig, request: GraphRequest) -> Graph:
@@ -30,7 +30,7 @@ def build(config: WhisperConfig, request: GraphRequest) -> Graph:
         graph.set_output("hidden", hidden)
         encoder.add_head(hidden, request.head)
         return graph
-    tokens = graph.input("decoder_tokens", tensor(I32, batch=batch, seq=request.decoder_seq))
+    tokens = request.decoder_tokens(graph)
     memory = encoder.encode(features)
     graph.set_output("logits", _WhisperStack(params, config, "decoder").decode(tokens, memory))
     return graph

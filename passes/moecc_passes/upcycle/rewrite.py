@@ -26,7 +26,7 @@ from moecc.rewrite.passes import Preserves, weakest
 from moecc.support.lazy import np
 from moecc.types import Axis, tensor
 from moecc.types import Doubles as Array
-from moecc.weights.arithmetic import BASE, mean_over
+from moecc.weights.arithmetic import BASE, mean_over, scaled
 from moecc.weights.expr import Expr, Full
 from moecc_passes.upcycle.options import GateLaw as GateLaw
 from moecc_passes.upcycle.options import UpcycleOptions
@@ -35,7 +35,6 @@ from moecc_passes.upcycle.routers import (
     branched,
     emit_router,
     lifted,
-    scaled,
     shared_part,
 )
 

@@ -31,7 +31,7 @@ from moecc.ir.moe import (
 from moecc.ir.traits import Role
 from moecc.rewrite.passes import NO_STATISTICS, ReadWeight, Statistics
 from moecc.types import F32, PRED, Axis, TensorType, tensor
-from moecc.weights.arithmetic import STATISTICS, Add, Moment, Mul, Scale, Select, name_in, read_from
+from moecc.weights.arithmetic import STATISTICS, Add, Moment, Mul, Select, name_in, read_from
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform, derive_key
 from moecc.weights.expr import Expr, Full, Source
 from moecc.weights.fits import Fitted
@@ -141,11 +141,6 @@ def branched(
     single = replace(division, copies=1)
     parts = (lifted(read_from(weight, model), single, is_last=is_last) for model in models)
     return Concat(tuple(parts), "expert")
-
-
-def scaled(weight: Expr, factor: float) -> Expr:
-    """Return `weight` times `factor`."""
-    return weight if factor == 1 else Scale(weight, factor)
 
 
 @dataclass(frozen=True)
