@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +150,23 @@ def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
     store.save(state, Position(3), None)
     assert [saved.step for saved in store.wait()] == [3]
     store.saver.close()
+
+
+def test_arrays_that_cannot_be_written_are_one_error_without_tracebacks(tmp_path):
+    (tmp_path / "steps").mkdir()
+    program = """if True:
+        import resource, sys, jax
+        from pathlib import Path
+        from moecc_backends.xla.train.checkpoints import Saver
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        keys = jax.random.split(jax.random.key(0), 24)
+        tensors = {f"params.{n}": jax.random.normal(k, (300, 300)) for n, k in enumerate(keys)}
+        saver = Saver(Path(sys.argv[1]), keep=1)
+        try:
+            saver.save(1, tensors, {})
+        finally:
+            saver.close()
+    """
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert "found: File too large" in done.stderr
+    assert "Event loop is closed" not in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -97,6 +98,7 @@ class Saver:
             ) from None
         # What fails is raised, and reported once.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = _show_unless_late
         self._arguments = orbax.args.PyTreeSave
         self._run, self._keep, self._store = run, keep, store
         self._processes, self._saves = jax.process_count(), count()
@@ -218,6 +220,16 @@ def _checkpointer(tensors: Tensors, shares_folder: bool) -> PyTree:
     return orbax.AsyncCheckpointer(tree_handler, multiprocessing_options=processes)
 
 
+def _show_unless_late(unraisable: sys.UnraisableHookArgs) -> None:
+    """Print an exception, unless it is of a write that ends after another has failed.
+
+    Orbax closes its event loop at the first failure, and tensorstore (0.1.86) then has a traceback
+    printed for each array whose result finds no loop.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _failed(error: BaseException, folder: Path) -> MoeccError:
     if isinstance(error, MoeccError):
         return error
@@ -226,7 +238,7 @@ def _failed(error: BaseException, folder: Path) -> MoeccError:
     return MachineError(
         "a checkpoint cannot be written",
         where=str(folder),
-        found=match[1] if match else text[:200],
+        found=match[1].strip() if match else text[:200],
         hint="free some space; moecc train --resume goes on from the last complete checkpoint",
     )
 
