@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from moecc.errors import InputError, MachineError
 from moecc.formats.manifest import verify_manifest
 from moecc.formats.store import CLAIM_NAME, mirror
 from moecc.formats.upload import StoreOutput
+from tests.support.commands import files_of
 
 __all__ = ["hub", "store"]  # fixtures
 SHARDS = ("--max-shard-bytes", "20000")
@@ -40,10 +40,6 @@ def contents(store: Any, path: str) -> dict[str, bytes]:
     """Return the files of a folder in a store."""
     store.invalidate_cache()
     return {name.removeprefix(f"{path}/"): store.cat_file(name) for name in store.find(path)}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_conversion_is_written_to_a_store(store, converted, cache, capsys):

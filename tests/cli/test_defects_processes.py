@@ -16,6 +16,7 @@ from moecc_backends.xla import ahead as topology
 from moecc.errors import InputError, MachineError
 from moecc.plan.machines import parse_machine
 from moecc.support.process import signals_noted
+from tests.support.commands import is_running
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LAUNCH = [sys.executable, "-m", "moecc", "launch", "local", "-n", "2", "--", "python"]
@@ -25,14 +26,6 @@ import os, sys, time
 open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
 time.sleep(300)
 """
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
-    except OSError:
-        return False
-    return state[0] != "Z"
 
 
 def wait_until(condition: object, seconds: float = 60) -> None:

@@ -14,6 +14,7 @@ import pytest
 from moecc.cli.main import main
 from moecc.formats.files import Disk, injected
 from moecc.formats.output import claimed
+from tests.support.commands import files_of
 
 from ..kill.disks import CountingDisk, KillingDisk  # noqa: TID252
 from ..kill.rig import in_child  # noqa: TID252
@@ -62,15 +63,11 @@ def part_of(out: Path, number: int) -> Path:
     return out.parent / PARTS / f"{number:05d}-of-{N:05d}"
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_joined_parts_are_the_bytes_of_one_process(moecc, source, written, out):
     assert len(list((written / "one").glob("*.safetensors"))) > N + 2
     done = moecc("convert", source, out, *PASSES, "--join")
     assert done.code == 0, done.err
-    assert content(out) == content(written / "one")
+    assert files_of(out) == files_of(written / "one")
     assert os.listdir(out.parent) == ["out"]
     assert moecc("verify", out).code == 0
 
@@ -92,7 +89,7 @@ def test_a_part_that_was_killed_goes_on_and_one_that_is_complete_stays(moecc, so
     assert done.code == 0
     assert f"part 3/{N} was complete" in done.err
     assert moecc(*command, "--join").code == 0
-    assert content(out) == content(written / "one")
+    assert files_of(out) == files_of(written / "one")
 
 
 def spoil_bytes(out: Path) -> None:
@@ -216,7 +213,7 @@ def test_shards_are_copied_where_a_file_has_one_name(moecc, source, written, out
     with injected(Linkless()):
         done = moecc("convert", source, out, *PASSES, "--join")
     assert done.code == 0, done.err
-    assert content(out) == content(written / "one")
+    assert files_of(out) == files_of(written / "one")
 
 
 def test_a_join_that_was_killed_begins_again(moecc, source, written, out):
@@ -228,7 +225,7 @@ def test_a_join_that_was_killed_begins_again(moecc, source, written, out):
     assert done.code == 1
     assert "an earlier conversion was killed" in done.err
     assert moecc(*command, "--resume").code == 0
-    assert content(out) == content(written / "one")
+    assert files_of(out) == files_of(written / "one")
 
 
 def test_the_plan_of_a_part_counts_its_bytes(moecc, source, tmp_path):
@@ -244,7 +241,7 @@ def test_the_plan_of_a_part_counts_its_bytes(moecc, source, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # where another test imported jax
 def test_a_join_that_is_killed_at_any_call_loses_nothing(moecc, source, written, tmp_path):
-    expected = content(written / "one")
+    expected = files_of(written / "one")
     command = ["convert", str(source), str(tmp_path / "out"), *PASSES, "--join"]
 
     def renew() -> None:
@@ -266,5 +263,5 @@ def test_a_join_that_is_killed_at_any_call_loses_nothing(moecc, source, written,
             assert moecc("clean", tmp_path / "out").code == 0
         else:
             assert moecc(*command, "--resume").code == 0, at
-        assert content(tmp_path / "out") == expected, at
+        assert files_of(tmp_path / "out") == expected, at
         assert os.listdir(tmp_path) == ["out"], at

@@ -11,6 +11,7 @@ import pytest
 
 from moecc.formats.files import Disk, injected
 from moecc.formats.output import output_folder
+from tests.support.commands import files_of
 
 PASSES = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral", "--no-check",
           "--max-shard-bytes", "30000")  # fmt: skip
@@ -42,10 +43,6 @@ def killed(moecc, dense, tmp_path):
     return tmp_path
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
 def test_a_killed_conversion_is_continued_to_the_same_bytes(moecc, dense, killed, monkeypatch):
     from moecc.formats import writer
 
@@ -59,7 +56,7 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(moecc, dense, killed
     monkeypatch.setattr(writer._Work, "_write_job", counted)
     done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
     assert done.code == 0, done.err
-    assert content(killed / "out") == content(killed / "expected")
+    assert files_of(killed / "out") == files_of(killed / "expected")
     assert not (killed / PARTIAL).exists()
     # Eleven of them were complete.
     assert len(made) == len(set(made)) == 33 - 11
@@ -77,7 +74,7 @@ def test_what_was_tampered_with_is_written_again(moecc, dense, killed):
         journal.write('{"name": "model.norm.weight", "sha256": "00"}\n{"torn')
     done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
     assert done.code == 0, done.err
-    assert content(killed / "out") == content(killed / "expected")
+    assert files_of(killed / "out") == files_of(killed / "expected")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +107,7 @@ def test_nonfinite_values_of_the_first_run_are_not_forgotten(moecc, dense, tmp_p
     (tmp_path / "kept").rename(tmp_path / PARTIAL)
     assert "nonfinite" in (tmp_path / PARTIAL / JOURNAL).read_text()
     assert moecc(*command, "--resume").code == 0
-    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
 def test_two_writers_do_not_continue_one_output(moecc, dense, killed):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moecc.jobs.launch import Ended, Supervisor
+from tests.support.commands import is_running
 
 BOUND_SECONDS = 5
 
@@ -135,14 +136,6 @@ def test_long_phases_have_limits_of_their_own():
             time.sleep(0.9)
     """
     assert run(code, processes=1, stuck_seconds=0.5)[0] == Ended(0)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in ("Z", "X")
 
 
 def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch):

@@ -1,8 +1,9 @@
-"""Commands that run in this process."""
+"""Commands that run in this process, and what they leave."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +20,20 @@ class Done(NamedTuple):
 
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of the files of a folder, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; a zombie has."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state[0] not in "ZX"
 
 
 class Moecc:

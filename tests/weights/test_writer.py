@@ -23,6 +23,7 @@ from moecc.weights.arithmetic import Add, Scale
 from moecc.weights.draws import Normal
 from moecc.weights.expr import Source
 from moecc.weights.movement import Index, Permute, Slice, Tile
+from tests.support.commands import files_of
 
 W = Source("w", tensor(BF16, mlp=48, embed=40))
 V = Source("v", tensor(F32, mlp=48, embed=40))
@@ -87,10 +88,6 @@ def written(folder: Path, tensors: list[OutputTensor], **more: Any) -> WriteRepo
     return write_checkpoint(folder, tensors, reader, WriteOptions(**more), metadata=metadata)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
 def tensor_bytes(folder: Path, report: WriteReport) -> dict[str, bytes]:
     """Return the bytes of each tensor, as our own strict header reader finds them."""
     found = {}
@@ -145,7 +142,7 @@ def test_threads_blocks_and_order_change_no_byte(tmp_path, limit, monkeypatch):
         monkeypatch.setattr(writer, "BLOCK_BYTES", block)
         out = tmp_path / str(i)
         report = written(out, everything()[::turn], threads=threads, max_shard_bytes=limit)
-        seen.append((contents(out), report))
+        seen.append((files_of(out), report))
     assert all(other == seen[0] for other in seen[1:])
 
 
@@ -220,7 +217,7 @@ def test_what_cannot_be_written_is_refused_before_reading(tmp_path, tensors, mes
     assert len(caught.value.problems) == len(messages)
     assert all(m in p.message for m, p in zip(messages, caught.value.problems, strict=True))
     assert not reader.rows
-    assert not contents(tmp_path / "out")
+    assert not files_of(tmp_path / "out")
 
 
 def test_a_file_in_the_way_is_not_overwritten(tmp_path):
@@ -239,7 +236,7 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     assert written(tmp_path / "short", everything()) == whole
-    assert contents(tmp_path / "short") == contents(tmp_path / "whole")
+    assert files_of(tmp_path / "short") == files_of(tmp_path / "whole")
 
 
 _DTYPES = st.sampled_from([d for d in DTYPES.values() if d.safetensors])
