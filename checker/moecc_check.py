@@ -38,7 +38,7 @@ from moecc_check_steps import Continuation
 
 SCHEMA = "moecc.proof/1"
 NOTES = {"fractions": ", for constants as fractions", "parts": ", for a part of the batch",
-         "frozen": ", but for gradients of frozen parameters",
+         "frozen": ", but for gradients of parameters that the log calls frozen",
          "step": ", for a step of generation"}  # fmt: skip
 USAGE = "usage: moecc-check PROOF BEFORE.moe AFTER.moe\nexit: 0 accepted, 1 rejected, 2 usage"
 MOST_ORDERS = 720
@@ -581,7 +581,7 @@ def vocabulary(a):
         **{h: Head(a, h) for k in ("heads", "integers", "positive", "leaves") for h in a.words[k]},
         **{n: lambda *xs, entry=("define", n): a.defined(entry, xs) for n in defines},
         "__builtins__": {}, "all": all, "any": any, "len": len, "tuple": tuple, "zip": zip,
-        "dict": dict, "sorted": sorted, "abs": abs, "span": range, "tally": sum, "larger": max,
+        "dict": dict, "sorted": sorted, "abs": abs, "span": range, "tally": sum, "float_of": float, "larger": max,
         "smaller": min, "text": str, "integer_of": int, "fold": reduce, "prod": prod,
         "exact": Fraction, "ratio": lambda p, q: Fraction(p) / Fraction(q),
         "f32": lambda v: struct.unpack("<f", struct.pack("<f", v))[0],

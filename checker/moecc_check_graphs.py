@@ -85,7 +85,8 @@ INPUT = re.compile(rf"input ({NAME}) : ({TYPE})")
 PARAM = re.compile(rf"param ({NAME}) : ({TYPE})(?: = (.*?))?(?: @\S*)?")
 OUTPUT = re.compile(rf"output (\S+) = ({NAME})")
 LINE = re.compile(rf"({NAME}(?:, {NAME})*) = (\w+)((?: {NAME},?)*)(?: ({ATTRS}))?"
-                  rf" : ({TYPE}(?:, {TYPE})*)(?: @\S*(?: by .*?)?)?( \{{)?")  # fmt: skip
+                  rf" : ({TYPE}(?:, {TYPE})*)(?: @\S*(?: by [\w./\-]+)?)?( \{{)?")  # fmt: skip
+NOTE = re.compile(r"attr (\w+) = \S.*")
 ATTR = re.compile(rf'\s*(\w+)\s*=\s*(\([^()]*\)|{STRING}|[^,()"\s]+)\s*(?:,|\Z)')
 OPERAND = re.compile(r"([\s,]*(?:(\w+)=)?)(?=\w+\()")
 PIECE = re.compile(
@@ -107,7 +108,7 @@ def scalar(text):
         return json.loads(text)
     if re.fullmatch(r"-?\d+|0x[0-9a-f]+", text):
         return int(text, 0)
-    return float(text) if re.fullmatch(r"-?\d[\d.]*(e[+-]?\d+)?", text) else text
+    return float(text) if re.fullmatch(r"-?\d[\d.]*([eE][+-]?\d+)?", text) else text
 
 
 def read_type(text):
@@ -124,7 +125,7 @@ def read_type(text):
 
 def read_graph(lines, end="}"):
     """Return the graph of an iterator's lines up to one."""
-    graph = Graph({}, {}, [], {}, {})
+    graph, notes = Graph({}, {}, [], {}, {}), set()
     for line in lines:
         text = line.strip()
         if line == end:
@@ -144,12 +145,13 @@ def read_graph(lines, end="}"):
             types = list(map(read_type, re.findall(TYPE, types)))
             pairs, operands = dict(ATTR.findall(attrs[1:-1])), re.findall(NAME, operands)
             graph.lines.append(Line(results.split(", "), op, operands, attrs, types, pairs, body))
-        elif match := re.fullmatch(r"attr mesh = (\{.*\})", text):
-            need(not graph.mesh, "two meshes")
-            graph.mesh.update(json.loads(match[1]))
-            need(all(type(n) is int and n > 0 for n in graph.mesh.values()), "no mesh")
         else:
-            need(text.startswith("attr "), f"no statement: {text[:100]}")  # a note has no meaning
+            match = NOTE.fullmatch(text)
+            need(match and match[1] not in notes, f"no statement, or again: {text[:100]}")
+            notes.add(match[1])
+            if match[1] == "mesh":  # another note has no meaning
+                graph.mesh.update(json.loads(text[12:]))
+                need(all(type(n) is int and n > 0 for n in graph.mesh.values()), "no mesh")
     raise Rejected("the graph has no end")
 
 
@@ -195,8 +197,10 @@ class Expression:
 
 
 def graph_of(text):
-    need(text.startswith("moecc 1\ngraph ") and text.endswith("\n}\n"), "no text of a graph")
-    lines = iter(text.split("\n")[2:])
+    head, name, *lines = text.split("\n")
+    is_head = head == "moecc 1" and re.fullmatch(r"graph [\w./\-]+ \{", name)
+    need(is_head and text.endswith("\n}\n"), "no text of a graph")
+    lines = iter(lines)
     graph = read_graph(lines)
     need(list(lines) == [""], "text after a graph")
     return graph

@@ -77,7 +77,8 @@ class Evaluation:
         """Return a tensor that may have any values."""
         axes = self._axes(type, {})
         head = {"int": "integer", "bool": "holds"}.get(type.dtype.kind, "source")
-        attrs = (name, str(type.dtype), tuple(v.size for v in axes))
+        # A tensor of a checkpoint has no such mark, whatever its name is.
+        attrs = (name, str(type.dtype), tuple(v.size for v in axes), "value")
         body = self.algebra.apply(Head(head, attrs), (), [self.algebra.index(v) for v in axes])
         return Tensor(self.algebra, axes, body, dtype=type.dtype)
 

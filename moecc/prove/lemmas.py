@@ -377,7 +377,7 @@ def best_of_repeated(algebra: Algebra, application: Application, by: int) -> Pol
     scores = [_once_each(algebra, a, by) for a in application.abstractions]
     if top_k % by or any(s is None for s in scores):
         return None
-    if application.head.attrs[2] == "softmax" and len(scores) > 1 and scores[1] is not None:
+    if str(application.head.attrs[2]).startswith("softmax") and len(scores) > 1 and scores[1] is not None:
         position = algebra.fresh(size // by)
         scores[1] = algebra.abstract(
             [position], algebra.scale(algebra.enter(scores[1], [position]), by)
@@ -398,7 +398,9 @@ def constant_bias(algebra: Algebra, application: Application) -> Polynomial | No
     logits, bias = application.abstractions
     if bias.variables[0] in bias.body.free:
         return None
-    size, top_k, _ = application.head.attrs
+    size, top_k, score = application.head.attrs
+    if score not in ("softmax", "sigmoid"):
+        return None
     return algebra.apply(Head("experts", (size, top_k, "logits")), [logits], application.arguments)
 
 
@@ -436,7 +438,9 @@ def best_of_undominated(
     _, top_k, score = application.head.attrs
     biases = _constants(algebra, application.abstractions[1])
     places = range(0, step * count, step)
-    if not biases or not isinstance(top_k, int) or count < top_k or places[-1] >= len(biases):
+    if score not in ("softmax", "sigmoid") or not biases:
+        return None
+    if not isinstance(top_k, int) or count < top_k or places[-1] >= len(biases):
         return None
     least = min(biases[i] for i in places)
     if any(b > least - 1 for i, b in enumerate(biases) if i not in places):

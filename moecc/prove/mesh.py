@@ -320,7 +320,7 @@ class _NodeProof:
         type, axes = value.type, self._axes(value.type)
         name = {"int": "integer", "bool": "holds"}.get(type.dtype.kind, "source")
         attrs = (f"operand {len(self.unsharded)}", str(type.dtype), tuple(v.size for v in axes))
-        head = Head(name, attrs) if below is None else Head("row", (below, *attrs))
+        head = Head(name, (*attrs, "value")) if below is None else Head("row", (below, *attrs))
         summed = [self._coordinates[m] for m in type.unreduced if m in self._coordinates]
         indices = [self.algebra.index(v) for v in (*summed, *axes)]
         element = self.algebra.apply(head, (), indices)

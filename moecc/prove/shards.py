@@ -355,7 +355,7 @@ def _key_of_whole(key: tuple[object, ...], groups: str, tokens: Size) -> tuple[o
     texts = [a for a in key if not str(a).startswith("groups=")]
     experts = [i for i, a in enumerate(texts) if str(a).startswith("experts=")]
     if not experts:  # a sum of groups
-        return (groups,)
+        return (groups, *texts)
     at = experts[0] + 1
     sizes = next(i for i in range(at, len(texts)) if "=" not in str(texts[i]))
     return (*texts[:at], groups, *texts[at:sizes], tokens, *texts[sizes + 1 :])

@@ -120,6 +120,20 @@ ROWS: dict[str, list[Any]] = {
 """Rows that are no terms."""
 
 
+def unlike_moecc() -> dict[str, str]:
+    """Return texts of which moecc reads more, or another number, than a line shows."""
+    behind = "%y = add %x, %x : f32[a=2, b=3] @l by p output z = %x"
+    scales = [f"%{n} = scale %x {{by={2**53 + n}}} : f32[a=2, b=3]" for n in (1, 3)]
+    digits = "\n  ".join((*scales, "%y = sub %3, %1 : f32[a=2, b=3]"))
+    return {
+        "a statement behind an origin": TEXT.format(f"  {behind}"),
+        "a statement behind a name": AFTER.replace("graph g {", "graph g { output z = %y #"),
+        "a mesh without blanks": AFTER.replace("  input", '  attr mesh={"m": 2}\n  input'),
+        "a note twice": AFTER.replace("  input", "  attr n = 1\n  attr n = 2\n  input"),
+        "digits that a float lacks": TEXT.format(f"  {digits}"),
+    }
+
+
 def wrong_logs() -> Iterator[tuple[str, Proof]]:
     """Yield what is wrong and a log that is no proof."""
     for name, rows in ROWS.items():
@@ -155,6 +169,8 @@ def wrong_logs() -> Iterator[tuple[str, Proof]]:
     yield "a join of chunks of two sizes", log_of(*joined)
     summand = TEXT.format("  %y = scale %x {by=2.0} : f32[a=2, b=3] unreduced(m)")
     yield "a summand on no mesh", log_of(summand, summand)
+    for name, text in unlike_moecc().items():
+        yield name, log_of(BEFORE, text)
     yield "text after the graph", log_of(BEFORE, AFTER + "}\n")
     yield "a graph without an end", log_of(BEFORE, AFTER[:-2])
 

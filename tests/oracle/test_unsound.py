@@ -98,3 +98,38 @@ def test_a_wrong_row_of_a_sharding_table_is_refuted_where_it_is(name):
         assert f"= {op}" in verdict.node
         return
     raise AssertionError("no graph shows it")
+
+
+@pytest.mark.parametrize("name", ["input x", "parameter u"])
+def test_a_tensor_is_no_input_or_parameter_of_its_name(name):
+    def read(weight: str, value: str) -> Graph:
+        types = "f32[b=3]"
+        lines = f"param %w : {types}{weight}", f"param %u : {types}", f"input %x : {types}"
+        return graph(*lines, f"%y = add %{value}, %w : {types}", "output y = %y")
+
+    weight, other = f' = source("{name}" : f32[b=3])', name[-1]
+    before, after = read(weight, other), read(weight, "w")
+    for exact in (False, True):
+        assert is_told_apart(before, after, exact=exact)
+
+
+@pytest.mark.parametrize(("before", "after"), [("g", "quarter"), ("i", "k")])
+def test_hidden_scores_are_no_equal_scores(before, after):
+    def returning(value: str) -> Graph:
+        types, choice = "f32[batch=B, expert=4]", "i32[batch=B, choice=1], f32[batch=B, choice=1]"
+        return graph(
+            f"input %x : {types}",
+            "input %keep : pred[batch=B]",
+            "%zero = constant {value=0.0} : f32[]",
+            f"%zeros = broadcast %zero, %x : {types}",
+            f"%keeps = broadcast %keep, %x : pred{types[3:]}",
+            f"%m = mask %zeros, %keeps : {types}",
+            f"%e, %g = route %m {{gates=sparsemixer, top_k=1}} : {choice}",
+            "%q = constant {value=0.25} : f32[]",
+            "%quarter = broadcast %q, %g : f32[batch=B, choice=1]",
+            f"%i, %j = route %x, %m {{gates=sigmoid, top_k=1, using=bias}} : {choice}",
+            f"%k, %l = route %x {{gates=sigmoid, top_k=1}} : {choice}",
+            f"output y = %{value}",
+        )
+
+    assert is_told_apart(returning(before), returning(after))

@@ -178,6 +178,9 @@ class RouteOp(Op):
         functions = [logits.along(self.axis)]
         score = convention(self.gates).score or "softmax" if biases else "logits"
         functions += [bias.along(self.axis) for bias in biases]
+        if biases and not all(t.finite for t in (logits, *biases)):
+            # −∞ hides the order of logits, and shares reach 0 and 1.
+            score = f"{score} of infinite"
         head = Head("experts", (expert.size, self.top_k, score))
         experts = algebra.apply(head, functions, [algebra.index(choice)])
         gates = self._gate_term(logits, expert, choice, experts)
@@ -194,7 +197,8 @@ class RouteOp(Op):
         if not logits.finite:
             # Shares of scores of which all may be −∞ do not add up.
             functions = [logits.along(self.axis), algebra.abstract([choice], experts)]
-            return algebra.apply(Head("gate", (self.gates,)), functions, [algebra.index(choice)])
+            head = Head("gate", (f"{self.gates} of infinite",))
+            return algebra.apply(head, functions, [algebra.index(choice)])
         if self.gates == "sigmoid":
             return algebra.apply(Head("sigmoid"), (), [chosen])
         if self.gates == "softmax":
