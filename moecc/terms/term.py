@@ -223,7 +223,8 @@ class Algebra:
     def fresh(self, like: Var | Size) -> Var:
         """Return a variable that occurs nowhere, with the size of `like`."""
         self._fresh += 1
-        return self._variable(f"_{self._fresh}", like.size if isinstance(like, Var) else like, 0)
+        # No axis has a name that begins with a digit.
+        return self._variable(str(self._fresh), like.size if isinstance(like, Var) else like, 0)
 
     def _variable(self, name: str, size: Size, level: int) -> Var:
         key = (name, size, level)

@@ -133,3 +133,24 @@ def test_hidden_scores_are_no_equal_scores(before, after):
         )
 
     assert is_told_apart(returning(before), returning(after))
+
+
+@pytest.mark.parametrize("number", range(1, 4))
+def test_no_axis_has_the_name_of_a_bound_index(number):
+    axis = f"_{number}"
+    inputs = f"input %x : f32[{axis}=4]", "input %z : f32[b=4]"
+    before = graph(
+        *inputs,
+        "%s = sum %z {axes=b} : f32[]",
+        f"%y = mul %x, %s : f32[{axis}=4]",
+        "output y = %y",
+    )
+    after = graph(
+        *inputs,
+        f"%r = rename %z {{axis=b, to={axis}}} : f32[{axis}=4]",
+        f"%m = mul %x, %r : f32[{axis}=4]",
+        f"%s = sum %m {{axes={axis}}} : f32[]",
+        f"%y = broadcast %s, %x : f32[{axis}=4]",
+        "output y = %y",
+    )
+    assert is_told_apart(before, after)
