@@ -173,10 +173,12 @@ class Prover:
                 lemmas, evaluation = self._reading(reading)
                 try:
                     gap = _parting(evaluation, before, after, outputs)
-                except (TooManyTerms, RecursionError) as error:
+                except (TooManyTerms, RecursionError, ZeroDivisionError) as error:
                     # Terms that are half built are not used again.
                     del self._evaluations[reading]
-                    gap = "the graphs", (f"too large to compare: {error}", "")
+                    is_empty = isinstance(error, ZeroDivisionError)
+                    reason = "an axis without elements" if is_empty else f"too large: {error}"
+                    gap = "the graphs", (f"no comparison: {reason}", "")
             if gap is None:
                 names = before.outputs if outputs is None else outputs
                 parted = self._on_devices(before, after, evaluation, refute)

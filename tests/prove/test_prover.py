@@ -215,3 +215,9 @@ graph g {{
     add, maximum = (parse(text.format(op=op)) for op in ("add", "maximum"))
     assert prove(add, parse(text.format(op="add"))).status == "proved"
     assert prove(add, maximum).status == "refuted"
+
+
+def test_an_axis_without_elements_is_no_bug() -> None:
+    lines = ("input %x : f32[a=0, b=3]", "%y = merge %x {axes=(b, a), into=c} : f32[c=0]")
+    empty = parse("moecc 1\ngraph g {\n" + "\n".join(lines) + "\n  output y = %y\n}\n")
+    assert prove(empty, empty).terms[0].endswith("an axis without elements")

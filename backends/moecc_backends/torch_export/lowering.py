@@ -139,8 +139,22 @@ class Tracer:
             self.values[node] = self._computed(node)
         name = operation_name(node)
         if name.endswith("_") and not name.endswith("__"):
-            # Nodes that follow read what an operation in place has left.
-            self.values[node.args[0]] = self.values[node]
+            self._change_views(node, name)
+
+    def _change_views(self, node: FxNode, name: str) -> None:
+        """Let nodes that follow read what an operation in place has left in its memory.
+
+        A view of other elements than its operand becomes a value of which nothing is known.
+        """
+        memory, place = _memory_of(node), _place_of(node)
+        for other, value in self.values.items():
+            if not memory & _memory_of(other):
+                continue
+            if _place_of(other) == place:
+                self.values[other] = self.values[node]
+                continue
+            operands = [*_tensors(value), *_tensors(self.values[node])]
+            self.values[other] = self._opaque_results(name, operands, other.meta["val"])
 
     def _computed(self, node: FxNode) -> Operand:
         args, kwargs = _mapped(node.args, self.values), _mapped(node.kwargs, self.values)
@@ -174,6 +188,20 @@ class Tracer:
         )
         values = [next(traced) if hasattr(v, "dtype") else v for v in flat]
         return values if isinstance(meta, tuple | list) else values[0]
+
+
+def _memory_of(node: FxNode) -> set[int]:
+    """Return the memory that the tensors of a node lie in."""
+    meta = node.meta.get("val")
+    tensors = meta if isinstance(meta, tuple | list) else [meta]
+    return {t.untyped_storage()._cdata for t in tensors if hasattr(t, "untyped_storage")}
+
+
+def _place_of(node: FxNode) -> object:
+    """Return where the elements of a tensor lie in its memory."""
+    meta = node.meta["val"]
+    is_tensor = hasattr(meta, "untyped_storage")
+    return is_tensor and (meta.shape, meta.stride(), meta.storage_offset(), meta.dtype)
 
 
 class Unlike(Exception):
