@@ -392,7 +392,8 @@ class Evaluation:
             body = self.a.apply(name, (n.text,) if n.text else (), (), xs)
             return [self.tensor((), body, "", finite or n.op in self.a.words["finite"])]
         layout = tuple((tuple(v.name for v in x.axes), x.dtype) for x in xs)
-        attrs = [(i, n.text, layout, t.dtype, *((v.name, v.size) for v in row))
+        text = f"{n.text} {n.results[0]}" if n.op == "jax" else n.text  # a graph has no more of it
+        attrs = [(i, text, layout, t.dtype, *((v.name, v.size) for v in row))
                  for i, (t, row) in enumerate(zip(n.types, axes, strict=True))]  # fmt: skip
         return [self.opaque(f"operation {n.op}", key, xs, row, "", finite)
                 for key, row in zip(attrs, axes, strict=True)]  # fmt: skip

@@ -168,7 +168,7 @@ class Evaluation:
         if node.body is not None:
             return self._repeated(node, node.body, operands)
         values = ((t.axes, t.body, t.finite, t.slots, t.dtype) for t in operands)
-        key = (node.op.name, format_attrs(node.op, node.attrs), *values)
+        key = (node.op.name, self._text(node, node.attrs), *values)
         if key not in self.results:
             axes = [self._axes(v.type, terms) for v in node.results]
             results = self.computed(node, operands, node.attrs, axes)
@@ -204,13 +204,19 @@ class Evaluation:
         ):
             results = meaning(self.algebra, operands, attrs)
             return results if isinstance(results, tuple) else (results,)
-        text = format_attrs(node.op, attrs).strip()
+        text = self._text(node, attrs)
         if node.op.elementwise and not self.exact:
             name = f"{node.op.name} of infinite" if meaning is not None else node.op.name
             result = pointwise(name, tuple(filter(None, (text,))), operands)
             finite = result.finite or node.op.name in _BOUNDED
             return [replace(result, axes=axes[0], finite=finite)]
         return self._uninterpreted(node, operands, text, axes)
+
+    @staticmethod
+    def _text(node: Node, attrs: Attrs) -> str:
+        """Return the attributes; and the name of what only another program can compute."""
+        text = format_attrs(node.op, attrs).strip()
+        return f"{text} %{node.result.name}" if node.op.opaque else text
 
     def _repeated(self, node: Node, body: Graph, operands: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the results of a scan: its body, once for each position of the axis."""

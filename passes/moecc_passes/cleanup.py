@@ -418,6 +418,8 @@ def _merge_parameters(graph: Graph) -> int:
 
 
 def _key(node: Node) -> Hashable:
+    if node.op.opaque:
+        return node  # what it computes is not in the graph
     operands = tuple(map(id, node.operands))
     if node.op.commutative:
         operands = tuple(sorted(operands))

@@ -6,6 +6,8 @@ import pytest
 
 from moecc.ir import Graph, parse
 from moecc.prove import prove
+from moecc.rewrite.passes import Context
+from moecc_passes.cleanup import CsePass
 
 from ..mutants import meshes  # noqa: TID252
 from .judge import difference
@@ -154,3 +156,15 @@ def test_no_axis_has_the_name_of_a_bound_index(number):
         "output y = %y",
     )
     assert is_told_apart(before, after)
+
+
+def test_regions_of_another_program_are_no_equal_regions():
+    regions = [f"%{n} = jax %x {{into=(b=3), lines=f.py}} : f32[b=3]" for n in "pq"]
+    before, after = (
+        graph("input %x : f32[b=3]", *regions, f"%y = sub %{a}, %{b} : f32[b=3]", "output y = %y")
+        for a, b in ("pq", "qp")
+    )
+    assert prove(before, after).status != "proved"
+    assert prove(before, before).status == "proved"
+    CsePass().apply(before, Context())
+    assert len(list(before)) == 3
