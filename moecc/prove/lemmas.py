@@ -377,7 +377,8 @@ def best_of_repeated(algebra: Algebra, application: Application, by: int) -> Pol
     scores = [_once_each(algebra, a, by) for a in application.abstractions]
     if top_k % by or any(s is None for s in scores):
         return None
-    if str(application.head.attrs[2]).startswith("softmax") and len(scores) > 1 and scores[1] is not None:
+    is_softmax = str(application.head.attrs[2]).startswith("softmax")
+    if is_softmax and len(scores) > 1 and scores[1] is not None:
         position = algebra.fresh(size // by)
         scores[1] = algebra.abstract(
             [position], algebra.scale(algebra.enter(scores[1], [position]), by)

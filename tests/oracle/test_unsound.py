@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from moecc_passes.cleanup import CsePass
 
 from moecc.ir import Graph, parse
 from moecc.prove import prove
 from moecc.rewrite.passes import Context
-from moecc_passes.cleanup import CsePass
 
 from ..mutants import meshes  # noqa: TID252
 from .judge import difference
