@@ -80,6 +80,15 @@ class Clamped(Block):
         return F.silu(hidden.clamp(max=0.1)) * hidden.clamp(min=-0.1, max=0.2)
 
 
+class InPlace(Block):
+    """What is read last is what the operations in place left, of another node of the graph."""
+
+    def hidden(self, x: Any) -> Any:
+        hidden = self.up(x)
+        hidden.add_(1).mul_(2)
+        return hidden.relu_()
+
+
 class Flat(Whole):
     """The block is a module that has the tokens of all rows, as experts of mixtures are."""
 
@@ -89,7 +98,12 @@ class Flat(Whole):
 
 @pytest.mark.parametrize(
     ("layer", "path"),
-    [(Chunked, "layers.0.up"), (Clamped, "layers.0.up"), (Flat, "layers.0.mlp")],
+    [
+        (Chunked, "layers.0.up"),
+        (Clamped, "layers.0.up"),
+        (InPlace, "layers.0.up"),
+        (Flat, "layers.0.mlp"),
+    ],
 )
 def test_halves_bounds_and_tokens_of_all_rows(layer, path):
     model, moe = converted(layer())
@@ -283,6 +297,20 @@ class Mixing(Block):
         return x + self.down(self.hidden(self.norm(x).mT)).mT
 
 
+class Viewed(Block):
+    """An operation in place changes a part of the hidden values."""
+
+    def hidden(self, x: Any) -> Any:
+        hidden = self.up(x)
+        hidden[..., 0] = 0
+        return F.gelu(hidden)
+
+
+class Twice(Block):
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(self.up(x)) + self.up(x)
+
+
 class Sparsified(Block):
     """Hidden values below a bound of their own statistics are zero, as in Gemma 3n."""
 
@@ -374,6 +402,8 @@ def shared() -> tuple[Any, Any]:
         ((UsedElsewhere(),), "a hidden value is also used"),
         ((Functional(),), "no module of its own"),
         ((Mixing(),), "it mixes them"),
+        ((Viewed(),), "no feed-forward block"),
+        ((Twice(),), "runs twice"),
         ((Sparsified(),), "mixes its hidden values"),
         ((Adapted(),), "different values"),
         ((EarlyDropout(),), "dropout inside it is not before its last product"),

@@ -121,6 +121,9 @@ class Placer:
             self._exported.flattened.add(x)
         ups = [self._product_module(node, region) for node in region.ups]
         last, _ = self._product_module(region.down, region)
+        paths = [*(name for name, _ in ups), last]
+        if twice := [name for name in paths if paths.count(name) > 1]:
+            raise NotABlock(f"the module {twice[0]} of a product runs twice in it: run it once")
         order = list(self._exported.graph.nodes).index
         first = min(region.ups, key=order)
         widths = {

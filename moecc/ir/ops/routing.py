@@ -176,7 +176,7 @@ class RouteOp(Op):
         expert, choice = logits.axis(self.axis), algebra.axis(self.choice, self.top_k)
         axes = (*logits.without(self.axis), choice)
         functions = [logits.along(self.axis)]
-        score = convention(self.gates).score or "softmax" if biases else "logits"
+        score: str = convention(self.gates).score or "softmax" if biases else "logits"
         functions += [bias.along(self.axis) for bias in biases]
         if biases and not all(t.finite for t in (logits, *biases)):
             # −∞ hides the order of logits, and shares reach 0 and 1.

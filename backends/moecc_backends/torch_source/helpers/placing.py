@@ -37,9 +37,9 @@ class FirstProduct(nn.Module):
         self.mixture, self.last, self.width = mixture, [last], width
 
     def forward(self, hidden_states):
-        """Return zeros, which the functions between the products have no use for."""
+        """Return zeros, on which the functions between the products run, in place or not."""
         self.last[0].results.append(self.mixture(hidden_states))
-        return hidden_states.new_zeros(()).expand(*hidden_states.shape[:-1], self.width)
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
 
 
 class OtherProduct(nn.Module):
@@ -51,7 +51,7 @@ class OtherProduct(nn.Module):
 
     def forward(self, hidden_states):
         """Return zeros."""
-        return hidden_states.new_zeros(()).expand(*hidden_states.shape[:-1], self.width)
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
 
 
 class LastProduct(nn.Module):
