@@ -389,3 +389,39 @@ def test_no_class_has_the_name_of_another(word):
     (program,) = emit_program(parse(text), "torch").files.values()
     names = re.findall(r"^class (\w+)", program, re.MULTILINE)
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_names_without_a_shared_path_are_those_of_the_file(is_tied):
+    text = print_graph(moecc.open(str(GOLDEN / "llama_gqa")).graph).replace("%model.", "%")
+    if is_tied:  # a head that reads the table of the model without its head
+        text = re.sub(r"\n  param %lm_head\.weight [^\n]*", "", text)
+        text = text.replace("%lm_head.weight", "%embed_tokens.weight")
+    (program,) = emit_program(parse(text), "torch").files.values()
+    assert "class StMoeForCausalLM(StMoeModel, GenerationMixin)" in program
+    assert 'base_model_prefix = ""' in program
+    assert "self.model" not in program
+    assert program.count("nn.Embedding(") == 1
+    assert ("self.lm_head = " in program) != is_tied
+
+
+def test_layers_of_other_paths_are_other_loops():
+    text = print_graph(moecc.open(str(GOLDEN / "llama_gqa")).graph)
+    text = text.replace("%model.layers.0.input_layernorm.weight", "%first")
+    (program,) = emit_program(parse(text), "torch").files.values()
+    assert re.findall("for layer in (.*):", program) == ["self.layers", "self.model.layers"]
+
+
+def test_a_table_that_is_no_module_is_told():
+    text = print_graph(moecc.open(str(GOLDEN / "llama_gqa")).graph)
+    text = text.replace("%model.embed_tokens.weight", "%table")
+    with pytest.raises(InputError, match=r"ends in \.weight"):
+        emit_program(parse(text), "torch")
+
+
+def test_a_graph_by_hand_is_written_if_its_names_are_those_of_modules():
+    text = Path("examples/squid.moe").read_text()
+    (program,) = emit_program(parse(text), "torch").files.values()
+    assert "logits = F.linear(hidden_states, self.wte.weight)" in program
+    with pytest.raises(InputError, match=r"as layers\.0\.up"):
+        emit_program(parse(text.replace("%layers.0.up", "%up")), "torch")

@@ -60,6 +60,8 @@ class ModelWriter(BlockWriter):
                         break
                     if following.layer != (step.layer[0], step.layer[1] + len(run)):
                         break
+                    if following.path.rpartition(".")[0] != step.path.rpartition(".")[0]:
+                        break  # it stands in another list of modules
                     run.append(following)
             layers = [s for s in run if isinstance(s, ModuleBlock)]
             if isinstance(step, ModuleBlock) and step.layer is not None:

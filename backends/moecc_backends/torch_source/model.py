@@ -140,7 +140,7 @@ class StMoeModel(StMoePreTrainedModel):
 '''
 
 CAUSAL_LM = f'''
-class StMoeForCausalLM(StMoePreTrainedModel, GenerationMixin):
+class StMoeForCausalLM(<parent>, GenerationMixin):
     """The decoder with its head."""
 {MODULES}
     def forward(
@@ -312,7 +312,11 @@ class Models:
         for item in self.program.items:
             if item.op == "embedding_module" and tokens in item.operands:
                 return item
-        raise InputError("no table of embeddings reads the tokens")
+        raise InputError(
+            "no table of embeddings reads the tokens",
+            expected=f"%e = embedding %embed.weight, %{tokens.name}, of a table [vocab, embed]",
+            hint="the name of the table ends in .weight, as that of a module does",
+        )
 
     def _accessors(self, writer: ModelWriter) -> str:
         """Return the methods by which transformers finds the table of tokens in a module."""
@@ -373,7 +377,7 @@ class Models:
         inside = {v for s in body for i in members(s) for v in i.operands if v.param}
         paths = [v.name for v in inside]
         first = {path.partition(".")[0] for path in paths}
-        # Without a path that all share, the base model is the only module of the whole.
+        # Without a path that all share, the model with its head extends the one without.
         self.base = first.pop() if has_head and len(first) == 1 and common(paths) else ""
         for step in list(head):  # a last projection may be part of the base model
             added = [v for i in members(step) for v in i.operands if v.param and v not in inside]
@@ -415,16 +419,27 @@ class Models:
         for var, name in losses.items():
             root.values[var] = PythonExpr(f"outputs.{loss_name(name)}", var.axes)
         root.write_steps(head)
-        base = f"self.{self.base or 'model'}"
-        module_lines = [line for line in root.tree.lines() if not line.startswith(f"{base} =")]
+        base, constructor = f"self.{self.base}", [f"self.{self.base} = StMoeModel(config)"]
+        present = {base}
+        if not self.base:
+            base, constructor = "super().forward", []
+            present = {line.partition(" = ")[0] for line in writer.tree.lines()}
+            head_names = {v.name for v in root.block.params} - {v.name for v in inside}
+            if within := sorted(n for n in head_names if f"self.{n.partition('.')[0]}" in present):
+                raise InputError(
+                    "a parameter of the head is named within the model without its head",
+                    expected="a name such as head.weight", found=within[0],
+                    hint="rename the parameter in the graph; the tensor keeps its name in source()",
+                )  # fmt: skip
+        module_lines = [
+            line for line in root.tree.lines() if line.partition(" = ")[0] not in present
+        ]
         self.texts.append(
             filled(
                 CAUSAL_LM,
                 {
-                    "constructor": [
-                        f"{base} = StMoeModel(config)",
-                        *root.filled_lines(module_lines),
-                    ],
+                    "parent": "StMoePreTrainedModel" if self.base else "StMoeModel",
+                    "constructor": [*constructor, *root.filled_lines(module_lines)],
                     "base": base,
                     "statements": self._lines_to_logits(root),
                     **self._loss_parts(root, "MoeCausalLMOutputWithPast"),
@@ -659,12 +674,13 @@ class Models:
         layers = [d.name for d in self.classes.definitions if d.base != "nn.Module"]
         plan = tensor_parallel_plan(self.program, self.steps, self.base)
         experts = expert_parallel_plan(self.steps, self.base)
+        has_base = len(self.texts) > 1 and self.architecture != "StMoeForCausalLM"
         parts: dict[str, str | list[str]] = {
             "plan": [
                 *(["base_model_tp_plan = {", *plan, "}"] if plan else []),
                 *(["base_model_ep_plan = {", *experts, "}"] if experts else []),
             ],
-            "prefix": literal(self.base or ("model" if len(self.texts) > 1 else "")),
+            "prefix": literal(self.base or ("model" if has_base else "")),
             "main_input": []
             if self.main_input == "input_ids"
             else [f"main_input_name = {literal(self.main_input)}"],

@@ -452,9 +452,10 @@ class ModuleTree:
             shared, module = self.block.shared, self.block.shared_path
             if shared is None or not is_under(path, module):
                 raise InputError(
-                    f"{path} is a parameter of several modules, and a module has its own alone",
-                    where=at,
-                )
+                    "a module reads a parameter that is not named within it", where=at,
+                    expected=f"a name that begins with it, as {at}.{path}", found=path,
+                    hint="rename the parameter in the graph; the tensor keeps its name in source()",
+                )  # fmt: skip
             text, at = self.writer.values[shared].text, module
         for part in path[len(at) + 1 if at else 0 :].split("."):
             if not part.isdigit():
