@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
-from moecc.families.config import TensorNames, config_class
+from moecc.families.config import GgufFacts, TensorNames, config_class
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
 from moecc.families.reader import LAYERS, Reader
 from moecc.families.rope import RopeConfig
 from moecc.support.untyped import JsonDict
 
 LOGITS = "logit_scale"
+SCALE, NO_BIASES = (LOGITS, LOGITS), (("attention_bias", False),)
 
 COHERE_DEFAULTS: Mapping[str, object] = {
     **DEFAULTS,
@@ -40,6 +42,13 @@ class CohereConfig(DecoderConfig):
     options = ATTENTION_BIASES | {"qk_norm", "logits_divisor"}
     keys = {"rms_norm_eps": "layer_norm_eps", "qk_norm": "use_qk_norm", "logits_divisor": ""}
     names = TensorNames(pairs_neighbours=True)
+    gguf: ClassVar[GgufFacts | None] = GgufFacts(
+        "command-r",
+        is_tied=True,
+        fills_width=True,
+        keys=(SCALE,),
+        states=(*NO_BIASES, ("use_qk_norm", False)),
+    )
     defaults = {**COHERE_DEFAULTS, "rope_theta": 500_000.0, "use_qk_norm": False}
 
     @classmethod
@@ -58,6 +67,13 @@ class Cohere2Config(CohereConfig):
     architecture = "Cohere2ForCausalLM"
     options = ATTENTION_BIASES | {"logits_divisor"}
     window_style = "typed"
+    gguf = GgufFacts(
+        "cohere2",
+        is_tied=True,
+        window_period=4,
+        keys=(SCALE, ("attention.sliding_window", "sliding_window")),
+        states=NO_BIASES,
+    )
     plain_heads = "cohere2 has heads of hidden_size / num_attention_heads"
     defaults = {
         **COHERE_DEFAULTS,

@@ -188,6 +188,7 @@ class GgufFacts:
       score_layers: where scores are divided by √`query_pre_attn_scalar`, which no key states: that
         is the width of a head, but in a model of so many layers the share of a head in the width.
       is_tied: whether the output matrix always is the embedding.
+      reads_divisors: whether it reads divisors of rotary frequencies, those of Llama 3's scaling.
       no_rope_step: which layers have no rotary positions: every so many; 0 if none.
       keys: further keys of the architecture, with those of config.json that say the same.
       optional_keys: keys that a file need not state, with those of config.json, and their value
@@ -196,6 +197,7 @@ class GgufFacts:
         one; 0 where it is that of all layers.
       fixed: keys of the architecture with the one value that they have.
       has_groups: whether there may be fewer key-value heads than query heads.
+      fills_width: whether heads together have to have the model's width.
       needs_head: whether it wants an output matrix even where it is the embedding.
       needs_routing_bias: whether it wants biases of the choice even where they are zeros.
       renormalises: whether it divides the chosen gates by their sum; None: a key says it.
@@ -212,12 +214,14 @@ class GgufFacts:
     window_period: int = 0
     score_layers: int = 0
     is_tied: bool = False
+    reads_divisors: bool = False
     no_rope_step: int = 0
     keys: tuple[tuple[str, str], ...] = ()
     optional_keys: tuple[tuple[str, str, object], ...] = ()
     local_theta: float = 0.0
     fixed: tuple[tuple[str, int | float], ...] = ()
     has_groups: bool = True
+    fills_width: bool = False
     needs_head: bool = False
     needs_routing_bias: bool = False
     renormalises: bool | None = True

@@ -279,6 +279,14 @@ class Llama4TextConfig(MoeConfig):
         inputs_first=True,
         pairs_neighbours=True,
     )
+    gguf = GgufFacts(
+        "llama4",
+        reads_divisors=True,
+        no_rope_step=4,
+        keys=(("interleave_moe_layer_step", "interleave_moe_layer_step"),),
+        renormalises=None,
+        states=((CHUNK, 8192), (TUNING, True), (FLOOR, 8192), (STRENGTH, 0.1)),
+    )
     engines = {**TRANSFORMERS, **UNEXAMINED}
     defaults = {
         **{key: value for key, value in FIXED_GATES_DEFAULTS.items() if key != "mlp_bias"},

@@ -18,6 +18,7 @@ class NemotronConfig(DecoderConfig):
     fixed = {"norm_kind": "layer", "norm_offset": True, "gated_mlp": False}
     options = BIASES | {"rotary_dim"}
     keys = {"rms_norm_eps": "norm_eps"}
+    gguf = GgufFacts("nemotron", output_bias=True, mlp_bias=True, fills_width=True, needs_head=True)
     # transformers 4 scales no positions, whatever the config says.
     rope_types = ("default",)
     defaults = {
@@ -71,6 +72,13 @@ class Starcoder2Config(DecoderConfig):
     keys = {"rms_norm_eps": "norm_epsilon", **dict.fromkeys(BIASES, "use_bias")}
     window_style = "uniform"
     names = TensorNames(dense_up="c_fc", dense_down="c_proj")
+    gguf = GgufFacts(
+        "starcoder2",
+        output_bias=True,
+        mlp_bias=True,
+        fills_width=True,
+        states=(("use_bias", True),),
+    )
     defaults = {
         **DEFAULTS,
         "vocab_size": 49_152,

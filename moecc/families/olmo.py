@@ -21,6 +21,13 @@ class OlmoConfig(DecoderConfig):
     architecture = "OlmoForCausalLM"
     fixed = {"norm_kind": "layer without parameters", "rms_norm_eps": 1e-5}
     options = ATTENTION_BIASES | {"qkv_clip"}
+    gguf = GgufFacts(
+        "olmo",
+        pairs_neighbours=True,
+        fills_width=True,
+        optional_keys=(("attention.clamp_kqv", "clip_qkv", None),),
+        states=(("attention_bias", False),),
+    )
     keys = {"rms_norm_eps": ""}
     defaults = {
         **DEFAULTS,

@@ -33,6 +33,13 @@ class PhiConfig(DecoderConfig):
         "head_bias": True,
     }
     options = frozenset({"qk_norm", "rotary_dim"})
+    gguf = GgufFacts(
+        "phi2",
+        output_bias=True,
+        mlp_bias=True,
+        needs_head=True,
+        states=(("qk_layernorm", False),),
+    )
     keys = {"rms_norm_eps": "layer_norm_eps", "qk_norm": "qk_layernorm"}
     plain_heads = "phi has heads of hidden_size / num_attention_heads"
     own_code = True
@@ -243,6 +250,11 @@ class StableLmConfig(DecoderConfig):
     model_type = "stablelm"
     architecture = "StableLmForCausalLM"
     fixed = {"norm_kind": "layer", "qk_norm_each": True}
+    gguf = GgufFacts(
+        "stablelm",
+        needs_head=True,
+        states=(("qk_layernorm", False), ("use_parallel_residual", False)),
+    )
     options = frozenset({"qkv_bias", "qk_norm", "parallel", "rotary_dim"})
     keys = {
         "rms_norm_eps": "layer_norm_eps",

@@ -244,7 +244,8 @@ def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
 def _check_magnitude(config: ModelConfig, tensors: Mapping[str, TensorInfo], where: str) -> None:
     """Reject a config with far more tensors than the file has, before building its graph."""
     layers = sum(map(config.layers, config.stacks))
-    blocks = layers + (config.expert_blocks if _layout(config, tensors) == "experts" else 0)
+    one_by_one = _layout(config, tensors) == "experts" and not config.names.expert_gate_up
+    blocks = layers + (config.expert_blocks if one_by_one else 0)
     if blocks <= len(tensors) + 100:
         return
     present = {layer for layer in map(layer_of, tensors) if layer}

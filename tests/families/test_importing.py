@@ -174,6 +174,13 @@ def test_a_config_that_speaks_of_another_model_is_refused_at_once(keys):
     assert time.process_time() - start < 1
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_experts_of_a_layer_in_one_tensor_are_not_taken_for_too_few(family):
+    """Two layers of 128 experts have 24 tensors and more, as gpt-oss-120b and Maverick do."""
+    with_experts = MOE | {"num_local_experts": 128, "num_experts": 128, "num_experts_per_tok": 1}
+    verify(import_checkpoint(checkpoint(family, **with_experts)))
+
+
 @given(st.data())
 @settings(max_examples=60)
 def test_any_damage_to_the_tensors_is_told_as_a_problem(data):

@@ -29,6 +29,9 @@ DERIVED: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "llama4": (
+        "llama4_scout", {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
+    ),
     "lfm2_moe": ("lfm2_moe_bias", {"conv_bias": False, "routed_scaling_factor": 1.0}),
     "gemma2": ("gemma2_caps", {"query_pre_attn_scalar": 6}),
     "gemma3": (

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from moecc.errors import InputError, Problem
 from moecc.families.config import GgufFacts
@@ -18,8 +19,7 @@ from moecc.families.mixture import MoeConfig
 from moecc.formats.gguf.families import (
     EMBEDDING,
     HEAD,
-    LLAMA3_HIGH,
-    LLAMA3_LOW,
+    LLAMA3_FACTORS,
     GgufFamily,
 )
 from moecc.formats.gguf.header import GgufHeader, GgufKeys, Key, StoredTensor, Written, token_id
@@ -105,30 +105,34 @@ def _llama3(keys: GgufKeys, theta: float, divisors: Array) -> JsonDict | None:
     """
     factor = float(divisors.max())
     usable = bool(np.all(np.isfinite(divisors)) and divisors.min() >= 1 and theta > 0)
-    for length in _OLD_LENGTHS if usable else ():
-        expected = _llama3_divisors(theta, len(divisors), factor, length)
+    for (low, high), length in product(LLAMA3_FACTORS, _OLD_LENGTHS if usable else ()):
+        expected = _llama3_divisors(theta, len(divisors), factor, length, (low, high))
         if np.allclose(divisors, expected, rtol=_TOLERANCE, atol=0):
             return {
                 "rope_type": "llama3",
                 "factor": float(str(np.float32(factor))),
-                "low_freq_factor": LLAMA3_LOW,
-                "high_freq_factor": LLAMA3_HIGH,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
                 "original_max_position_embeddings": length,
             }
     keys.problems.add(
         "config.json cannot express the divisors of the rotary frequencies",
         where=f"{keys.where}, tensor 'rope_freqs.weight'",
-        expected="those of Llama 3, with low_freq_factor 1 and high_freq_factor 4",
+        expected="those of Llama 3, with low_freq_factor 1 and high_freq_factor 4 or 1",
         found=f"divisors from {divisors.min():g} to {divisors.max():g}",
     )
     return None
 
 
-def _llama3_divisors(theta: float, count: int, factor: float, length: int) -> Doubles:
+def _llama3_divisors(
+    theta: float, count: int, factor: float, length: int, ends: tuple[float, float]
+) -> Doubles:
     """Return the divisors that Llama 3.1 applies to each of `count` frequencies."""
+    low, high = ends
     frequencies = theta ** (-np.arange(count) / count)
     turns = length * frequencies / (2 * math.pi)
-    share = np.clip((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0.0, 1.0)
+    between = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else turns > low
+    share = np.asarray(between, np.float64)
     divisors: Doubles = 1 / ((1 - share) / factor + share)
     return divisors
 
@@ -157,7 +161,9 @@ def rotary_divisors(config: Json) -> list[float] | None:
     if scaling.get("rope_type") != "llama3":
         return None
     length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
-    divisors = _llama3_divisors(config["rope_theta"], config["head_dim"] // 2, factor, length)
+    ends = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    count = config["head_dim"] // 2
+    divisors = _llama3_divisors(config["rope_theta"], count, factor, length, ends)
     values: list[float] = divisors.tolist()
     return values
 
@@ -180,6 +186,10 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 """Keys that change what a model computes, with the values at which they have no effect."""
 
+UNNORMALISED = 128
+"""The experts of the one llama4 in which llama.cpp normalises no queries and keys."""
+
+IN_CHUNKS = {True: "chunked_attention", False: "full_attention"}
 GROUPS, ROTATED = "attention.head_count_kv", "rope.dimension_count"
 _INERT = ("rope.scaling.finetuned", "tensor_data_layout")
 _TORCH_ORDER = ("bfloat16", "float16", "float32")
@@ -208,14 +218,14 @@ def make_config(
         "model_type": family.config.model_type,
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "intermediate_size": keys.size("feed_forward_length"),
+        family.config.key("intermediate_size"): keys.size("feed_forward_length"),
         "num_hidden_layers": keys.size("block_count"),
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.groups,
         "head_dim": sizes.head_dim,
         family.config.key("hidden_act"): family.activation,
         "max_position_embeddings": context,
-        family.config.key("rms_norm_eps"): _epsilon(keys),
+        family.config.key("rms_norm_eps"): _epsilon(keys, family),
         "tie_word_embeddings": HEAD not in header.tensors,
         **read_rope(keys, context, divisors, scales_scores=family.has("latent")),
         **{
@@ -228,7 +238,7 @@ def make_config(
         "torch_dtype": torch_dtype(header.tensors),
         **dict(family.facts.states),
     }
-    config.pop("", None)  # an activation that no key states
+    config.pop("", None)  # an activation or epsilon that no key states
     refuse_the_rest(keys)
     return config, sizes
 
@@ -243,7 +253,7 @@ def _experts(keys: GgufKeys, family: GgufFamily, tensors: Mapping[str, StoredTen
     width = 0
     if mixture.has_expert_width():
         width = keys.size("expert_feed_forward_length")
-        config["moe_intermediate_size"] = width
+        config[mixture.key("expert_intermediate_size")] = width
     if family.facts.renormalises is not None and "norm_topk_prob" in mixture.defaults:
         config["norm_topk_prob"] = family.facts.renormalises
     if not mixture.has_shared_expert:
@@ -255,7 +265,7 @@ def _experts(keys: GgufKeys, family: GgufFamily, tensors: Mapping[str, StoredTen
         config[mixture.shared_count_key] = stored[0].shape[0] // width if stored and width else 0
     else:
         size = keys.size("expert_shared_feed_forward_length", stored[0].shape[0] if stored else 1)
-        config["shared_expert_intermediate_size"] = size
+        config[mixture.key("shared_expert_intermediate_size")] = size
     return config
 
 
@@ -289,6 +299,8 @@ def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> JsonDict:
         config |= _latent_sizes(keys, sizes)
     elif family.has("rotary_dim"):
         config["partial_rotary_factor"] = sizes.rotated / sizes.head_dim
+    if family.has("attention_chunks"):
+        config["use_qk_norm"] = keys.size("expert_count") != UNNORMALISED
     if family.has("conv_taps"):
         counts = keys.layers(GROUPS, keys.size("block_count"), sizes.groups)
         config["layer_types"] = ["full_attention" if count else "conv" for count in counts]
@@ -431,11 +443,13 @@ def _vocabulary_size(keys: GgufKeys, header: GgufHeader) -> int:
     return rows
 
 
-def _epsilon(keys: GgufKeys) -> float:
-    name = "attention.layer_norm_rms_epsilon"
+def _epsilon(keys: GgufKeys, family: GgufFamily) -> float:
+    name, usual = family.epsilon_key, family.config.fixed.get("rms_norm_eps")
     epsilon = keys.number(name, None)
     if epsilon is None:
         keys.refuse(name, "the file does not state the epsilon of the norms", expected="a number")
+    elif usual not in (None, epsilon):
+        keys.refuse(name, "transformers has another in this family", expected=f"{usual}")
     return epsilon or 0.0
 
 
@@ -489,12 +503,14 @@ def config_keys(architecture: str, family: GgufFamily, config: Json) -> list[Key
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
+        "feed_forward_length": config[family.config.key("intermediate_size")],
         "attention.head_count": heads,
         GROUPS: groups,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": float(config[family.config.key("rms_norm_eps")]),
+        family.epsilon_key: float(
+            config.get(family.config.key("rms_norm_eps"), family.config.fixed.get("rms_norm_eps"))
+        ),
         ROTATED: round(head_dim * config.get("partial_rotary_factor", 1)),
         "vocab_size": config["vocab_size"],
         **rope_keys(config),
@@ -522,13 +538,14 @@ def _expert_keys(family: GgufFamily, config: Json) -> dict[str, Written]:
         "expert_used_count": config[mixture.key("experts_per_token")],
     }
     if mixture.has_expert_width():
-        values["expert_feed_forward_length"] = config["moe_intermediate_size"]
+        values["expert_feed_forward_length"] = config[mixture.key("expert_intermediate_size")]
     if mixture.shared_count_key:
         count = config[mixture.shared_count_key]
         values["expert_shared_count"] = count
         values["expert_shared_feed_forward_length"] = count * config["moe_intermediate_size"]
     elif mixture.has_shared_expert:
-        values["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
+        shared = config[mixture.key("shared_expert_intermediate_size")]
+        values["expert_shared_feed_forward_length"] = shared
     return values
 
 
@@ -569,10 +586,20 @@ def misfits(
         yield from _latent_misfits(where, config)
     if family.has("delta"):
         yield from _delta_misfits(where, config)
+    if family.has("attention_chunks"):
+        chunks = [IN_CHUNKS[bool(rope)] for rope in config["no_rope_layers"]]
+        if config["layer_types"] != chunks:
+            fault = "llama.cpp has chunks in layers with rotary positions, and in no others"
+            yield Problem(fault, where, str(chunks[:4]), str(config["layer_types"][:4]))
+        is_normalised = config["num_local_experts"] != UNNORMALISED
+        if config["use_qk_norm"] != is_normalised:
+            fault = "llama.cpp tells by the number of experts whether queries are normalised"
+            yield Problem(fault, where, f"use_qk_norm {is_normalised}".lower(), "another value")
     if facts.is_tied and not config["tie_word_embeddings"]:
         fault = "llama.cpp takes the embedding as the output matrix in this architecture"
         yield Problem(fault, where, "tied embeddings", "an output matrix of its own")
-    if family.config.rope_of is not DecoderConfig.rope_of:
+    # With a period, layers without a window have no positions in both.
+    if family.config.rope_of is not DecoderConfig.rope_of and not facts.window_period:
         model = family.config.from_json(config)
         layers = [n for n in range(model.num_hidden_layers) if model.rope_of(n) != model.rope]
         if layers:
@@ -591,6 +618,9 @@ def misfits(
     if heads != groups and not facts.has_groups:
         fault = "llama.cpp wants as many key-value heads as query heads here"
         yield Problem(fault, where, f"{heads}", "grouped key-value heads")
+    if facts.fills_width and heads * config["head_dim"] != (width := config["hidden_size"]):
+        fault = "llama.cpp wants heads that together have the model's width here"
+        yield Problem(fault, where, f"{width}", f"{heads} heads of {config['head_dim']}")
     yield from _score_misfits(where, facts, config)
     window = config.get("sliding_window")
     if facts.window_period or config.get("use_sliding_window") is False:
@@ -652,12 +682,14 @@ def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str |
         yield "llama.cpp has no dynamic scaling of rotary positions", "write a folder instead"
     if kind == "longrope":
         yield "moecc does not write the factors of longrope", "write a folder instead"
-    if kind == "llama3" and not family.facts.pairs_neighbours:
+    factors = [scaling.get(f"{end}_freq_factor") for end in ("low", "high")]
+    if kind == "llama3" and not (family.facts.pairs_neighbours or family.facts.reads_divisors):
         yield "llama.cpp reads the divisors of Llama 3's scaling in llama files alone", None
-    elif kind == "llama3" and (
-        scaling["low_freq_factor"] != LLAMA3_LOW or scaling["high_freq_factor"] != LLAMA3_HIGH
-    ):
-        yield "only Llama 3's own low and high frequency factors, 1 and 4, can be read back", None
+    elif kind == "llama3" and tuple(factors) not in LLAMA3_FACTORS:
+        yield (
+            "only Llama 3's and 4's frequency factors, 1 and 4, or 1 twice, can be read back",
+            None,
+        )
     unusual = {"truncate", "attention_factor", "mscale", "mscale_all_dim"} & scaling.keys()
     if family.has("latent"):
         weights = {scaling.get(name) or 0 for name in ("mscale", "mscale_all_dim")}
@@ -686,6 +718,9 @@ def _expert_misfits(
         gates = "renormalised gates" if norm else "gates that are not renormalised"
         yield Problem(fault, where, found=gates, hint=hint)
     dense = [layer for layer, is_sparse in enumerate(sparse) if not is_sparse]
+    if "interleave_moe_layer_step" in config:
+        step = config["interleave_moe_layer_step"]
+        dense = [] if list(sparse) == [(n + 1) % step == 0 for n in range(len(sparse))] else dense
     leading = family.leading_dense and dense == list(range(len(dense)))
     if dense and not leading:
         allowed = "after the first ones " if family.leading_dense else ""

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from moecc.families.config import GgufFacts, ModelConfig
+from moecc.families.config import ACTIVATIONS, GgufFacts, ModelConfig
 from moecc.families.decoder import NORMS, DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders, mixtures
 
-LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
-"""The factors of low and high frequencies in Llama 3's scaling, which GGUF does not state."""
+LLAMA3_FACTORS = ((1.0, 4.0), (1.0, 1.0))
+"""The factors of low and high frequencies in Llama 3's scaling and 4's, which GGUF lacks."""
 
 _BIASED = frozenset(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))
 """The stems of matrices that may have a bias."""
@@ -62,7 +62,8 @@ class GgufFamily:
     @property
     def activation(self) -> object:
         """The activation that llama.cpp computes: the family's usual one."""
-        return self.config.defaults.get(self.config.key("hidden_act"), "silu")
+        usual = str(self.config.defaults.get(self.config.key("hidden_act"), "silu"))
+        return ACTIVATIONS.get(usual, usual)
 
     @property
     def leading_dense(self) -> bool:
@@ -90,7 +91,12 @@ class GgufFamily:
         projections = {f"attn_{letter}": f"{letter}_proj" for letter in "qkv"}
         modules = {"attn_qkv": names.qkv} if names.qkv else projections
         modules["attn_output"] = names.attention_output
-        if self.has("qk_norm"):
+        has_scales = not self.config.fixed.get("qk_norm_plain")
+        if (
+            self.has("qk_norm")
+            and has_scales
+            and (self.config.key("qk_norm"), False) not in self.facts.states
+        ):
             modules |= {"attn_q_norm": names.query_norm, "attn_k_norm": names.key_norm}
         if self.has("latent"):
             modules = dict(_LATENT)
@@ -102,25 +108,47 @@ class GgufFamily:
                 stems |= {stem: names.delta + module for stem, module in by_group.items()}
         if self.has("conv_taps"):
             stems |= {f"shortconv.{part}": names.convolution + part for part in _CONVOLUTION}
-        if mixture is None or self.leading_dense:
+        has_steps = "interleave_moe_layer_step" in dict(self.facts.keys)
+        if mixture is None or self.leading_dense or has_steps:
             if not names.gate_up and fixed.get("gated_mlp", True):
                 stems["ffn_gate"] = names.dense + names.dense_gate
             stems["ffn_up"] = names.dense + (names.gate_up or names.dense_up)
             stems["ffn_down"] = names.dense + names.dense_down
-        norms = names.layer_norms or NORMS[str(fixed.get("norm_placement", "before"))]
-        placed = ("attn_norm", "post_attention_norm", self.facts.ffn_norm, "post_ffw_norm")
-        stems |= {stem: norm for stem, norm in zip(placed, norms, strict=True) if norm}
+        stems |= self.norms()
         if mixture is None:
             return stems
         stems["ffn_gate_inp"] = names.sparse + names.router.removesuffix(".weight")
         for word in ("gate", "up", "down"):
-            stems[f"ffn_{word}_exps"] = f"{names.sparse}experts.{names.matrix(word)}"
+            if not names.inputs_first:
+                stems[f"ffn_{word}_exps"] = f"{names.sparse}experts.{names.matrix(word)}"
             if mixture.has_shared_expert:
                 stems[f"ffn_{word}_shexp"] = f"{names.sparse}{names.shared}{word}_proj"
         if mixture.has_shared_expert and mixture.shared_gate:
             gate = names.shared_gate.removesuffix(".weight")
             stems["ffn_gate_inp_shexp"] = names.sparse + gate
         return stems
+
+    def norms(self) -> dict[str, str]:
+        """Return the names of a layer's norms in GGUF with those in Hugging Face."""
+        placement = str(self.config.fixed.get("norm_placement", "before"))
+        if self.norm_kind == "layer without parameters":
+            return {}
+        names = self.config.names.layer_norms or NORMS[placement]
+        stems = ("attn_norm", "post_attention_norm", self.facts.ffn_norm, "post_ffw_norm")
+        placed = dict(zip(stems, names, strict=True))
+        if self.config.fixed.get("parallel"):  # one norm before both blocks
+            del placed[self.facts.ffn_norm]
+        return {stem: name for stem, name in placed.items() if name}
+
+    @property
+    def norm_kind(self) -> str:
+        """The kind of norms, one of `moecc.families.decoder.NORM_KINDS`."""
+        return str(self.config.fixed.get("norm_kind", "rms"))
+
+    @property
+    def epsilon_key(self) -> str:
+        """The key of what norms add."""
+        return f"attention.layer_norm_{'rms_' if self.norm_kind == 'rms' else ''}epsilon"
 
     def tensors(self) -> dict[str, str]:
         """Return the names of a layer's tensors in GGUF with those in Hugging Face."""
@@ -129,6 +157,8 @@ class GgufFamily:
             **{f"{old}.weight": f"{new}.weight" for old, new in stems.items()},
             **{f"{old}.bias": f"{new}.bias" for old, new in stems.items() if old in _BIASED},
         }
+        if self.norm_kind == "layer":
+            tensors |= {f"{old}.bias": f"{new}.bias" for old, new in self.norms().items()}
         names = self.config.names
         if names.delta_by_group and self.has("delta"):
             tensors |= {old: names.delta + new for old, new in _DELTA_VECTORS.items()}
@@ -142,6 +172,12 @@ class GgufFamily:
         `moecc.formats.gguf.rearranged` has the expressions.
         """
         names = self.config.names
+        if names.inputs_first:
+            gate_up = ("ffn_gate_exps.weight", "ffn_up_exps.weight")
+            return {
+                names.sparse + names.expert_gate_up: gate_up,
+                names.sparse + names.expert_down: ("ffn_down_exps.weight",),
+            }
         if self.has("latent"):
             return {f"{names.attention}kv_b_proj.weight": ("attn_k_b.weight", "attn_v_b.weight")}
         if not self.has("delta"):
@@ -159,7 +195,14 @@ class GgufFamily:
     def model_tensors(self) -> dict[str, str]:
         """Return the names of the tensors outside of layers in GGUF with those in Hugging Face."""
         names, final_norm = self.config.names, f"{self.facts.final_norm}.weight"
-        return {EMBEDDING: names.embedding, final_norm: names.final_norm, HEAD: names.head}
+        tensors = {EMBEDDING: names.embedding, final_norm: names.final_norm, HEAD: names.head}
+        if self.norm_kind == "layer without parameters":
+            del tensors[final_norm]
+        if self.norm_kind == "layer":
+            tensors["output_norm.bias"] = f"{names.final_norm.removesuffix('weight')}bias"
+        if self.config.fixed.get("head_bias"):
+            tensors["output.bias"] = f"{names.head.removesuffix('weight')}bias"
+        return tensors
 
     def whole_of(self, name: str) -> tuple[str, str]:
         """Return the prefix and the end of the name of a rearranged tensor; empty for others."""

@@ -25,6 +25,14 @@ def cut(whole: str, expr: Expr, config: DecoderConfig) -> Parts:
       config: the config of the model.
     """
     rows, *columns = expr.type.names
+    if config.names.inputs_first:
+        # Inputs come first in Hugging Face, and gate and up are halves.
+        inputs, outputs = columns
+        count = expr.type[outputs].size
+        assert isinstance(count, int), "a weight has fixed sizes"
+        ends = (0, count // 2, count) if whole.endswith(config.names.expert_gate_up) else (0, count)
+        halves = (Slice(expr, outputs, start, stop) for start, stop in pairwise(ends))
+        return tuple(Permute(half, (rows, outputs, inputs)) for half in halves)
     if config.latent is not None:
         width = config.head_dim - config.rotated_dim
         keys, values = _cut_groups(
@@ -48,6 +56,10 @@ def cut(whole: str, expr: Expr, config: DecoderConfig) -> Parts:
 def join(whole: str, parts: Sequence[Expr], config: DecoderConfig) -> Expr:
     """Return the tensor whose `parts` are stored; the reverse of `cut`."""
     rows = parts[0].type.names[0]
+    if config.names.inputs_first:
+        expert, outputs, inputs = parts[0].type.names
+        named = [_named(part, (expert, outputs, inputs)) for part in parts]
+        return Permute(Concat(tuple(named), outputs), (expert, inputs, outputs))
     if config.latent is not None:
         group, latent, entry = parts[0].type.names
         values = _named(parts[1], (group, entry, latent))

@@ -63,6 +63,12 @@ SAME = [
     ("lfm2_square", "lfm2"),
     ("lfm2_moe", "lfm2moe"),
     ("deepseek_v3", "deepseek2"),
+    ("llama4", "llama4"),
+    ("cohere_square", "command-r"),
+    ("nemotron_square", "nemotron"),
+    ("stablelm_square", "stablelm"),
+    ("olmo_square", "olmo"),
+    ("phi_square", "phi2"),
     ("qwen3_next_square", "qwen3next"),
     ("qwen3_5_text_square", "qwen35"),
     ("qwen3_5_moe_text_square", "qwen35moe"),
@@ -96,7 +102,7 @@ def test_what_is_read_back_is_what_was_written(
     place = derive(source, tmp_path / "in") if source in DERIVED else GOLDEN / source
     convert(str(place), f"gguf:{architecture}", tmp_path / "m.gguf")
     # The norms of gemma and of models with delta rules are stored as 1 + w, rates as −exp(A_log).
-    off = 2e-7 if architecture.startswith(("gemma", "qwen3next", "qwen35")) else 0.0
+    off = 2e-7 if architecture.startswith(("gemma", "nemotron", "qwen3next", "qwen35")) else 0.0
     with open_model(str(tmp_path / "m.gguf")) as back, open_model(str(place)) as model:
         assert back.graph.attrs["family"] == model.graph.attrs["family"]
         theirs, ours = back.params(), model.params()
@@ -116,6 +122,7 @@ def test_what_is_read_back_is_what_was_written(
         ("deepseek_v3_groups", "deepseek2"),
         ("qwen3_next_delta", "qwen3next"),
         ("qwen3_5_moe_text_delta", "qwen35moe"),
+        ("llama4_scout", "llama4"),
     ],
 )
 def test_parts_are_joined_to_what_was_cut(source: str, architecture: str) -> None:
@@ -238,6 +245,10 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
         ("qwen3_moe_plain", "gguf:qwen3moe", "", "divides the chosen gates by their sum"),
         ("olmoe_norm", "gguf:olmoe", "", "as many key-value heads as query heads"),
         ("lfm2_biases", "gguf:lfm2", "", "no other conv_bias than False"),
+        ("nemotron_biases", "gguf:nemotron", "", "heads that together have the model's width"),
+        ("stablelm_parallel", "gguf:stablelm", "", "no other use_parallel_residual than False"),
+        ("llama4_scout", "gguf:llama4", "", "no other attention_chunk_size than 8192"),
+        ("llama4_square", "gguf:llama4", "", "has chunks in layers with rotary positions"),
         ("qwen3_next_delta", "gguf:qwen3next", "", "heads of one width in gated delta rules"),
         ("deepseek_v2_groups", "gguf:deepseek2", "", "no other topk_method than greedy"),
         ("deepseek_v2_square", "gguf:deepseek2", "", "whether queries have latent vectors"),
