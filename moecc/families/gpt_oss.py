@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moecc.families.config import EngineReading, ModelConfig, TensorNames, config_class, number
+from moecc.families.config import (
+    EngineReading,
+    GgufFacts,
+    ModelConfig,
+    TensorNames,
+    config_class,
+    number,
+)
 from moecc.families.decoder import ATTENTION_BIASES
 from moecc.families.mixture import FIXED_GATES_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
 from moecc.families.reader import KeyProblem, Reader, key_problem
@@ -64,6 +71,18 @@ class GptOssConfig(MoeConfig):
         inputs_first=True,
         in_turns=True,
     )
+    gguf = GgufFacts(
+        "gpt-oss",
+        output_bias=True,
+        needs_head=True,
+        ffn_norm="post_attention_norm",
+        window_period=2,
+        keys=(
+            ("attention.sliding_window", "sliding_window"),
+            ("expert_feed_forward_length", "intermediate_size"),
+        ),
+        states=(("attention_bias", True), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
+    )
     # All but transformers 5 and SGLang compute it with alpha 1.702 and limit 7, whatever it says.
     engines = {
         **TRANSFORMERS,
@@ -72,7 +91,6 @@ class GptOssConfig(MoeConfig):
             ("yarn",), ("released SwiGLU", "attention biases", "every second window", "untied")
         ),
         "SGLang": EngineReading(silent=("untied",)),
-        "llama.cpp": EngineReading(never="moecc writes no GGUF of this family"),
         "mlx-lm": EngineReading(never="it reads the experts of the released files only"),
     }
     defaults = {

@@ -280,7 +280,7 @@ def stored_as(name: str, expr: Expr, dtype: DType, storage: Storage | None) -> O
     shape = expr.type.shape
     if name.endswith(".ssm_a"):
         return OutputTensor(name, expr, F32, DECAYS)
-    if len(shape) < 2 or any(part in name for part in _ALWAYS_F32):
+    if len(shape) < 2 or name.endswith(".bias") or any(part in name for part in _ALWAYS_F32):
         return OutputTensor(name, expr, F32)
     if storage is not None:
         fits = (

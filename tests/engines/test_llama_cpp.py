@@ -122,6 +122,12 @@ DELTA_MOE = DELTA | {
     "shared_expert_intermediate_size": 32,
 }  # fmt: skip
 COHERE2 = {"num_hidden_layers": 4, "sliding_window": 6, "tie_word_embeddings": True}
+GPT_OSS = {
+    "num_hidden_layers": 4, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6,
+    "intermediate_size": 64, "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
 LLAMA4 = {
     "num_hidden_layers": 4, "intermediate_size": 64, "intermediate_size_mlp": 96,
     "num_local_experts": 5, "num_experts_per_tok": 1,
@@ -147,6 +153,8 @@ DRAWN = [
     ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}, "stablelm", ""),
     ("starcoder2", {"use_bias": True}, "starcoder2", ""),
     ("phi", {"partial_rotary_factor": 0.5}, "phi2", ""),
+    ("gpt_oss", GPT_OSS, "gpt-oss", ""),
+    ("gpt_oss", GPT_OSS | {"rope_scaling": None, "tie_word_embeddings": True}, "gpt-oss", ""),
     ("llama4_text", LLAMA4 | {"rope_scaling": SCOUT, "num_experts_per_tok": 2}, "llama4", ""),
     ("llama4_text", LLAMA4 | MAVERICK, "llama4", ""),
     ("qwen3_next", DELTA_MOE, "qwen3next", ""),

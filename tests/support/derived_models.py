@@ -29,6 +29,11 @@ DERIVED: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gpt_oss": (
+        "gpt_oss_limits",
+        {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "rope_parameters": {"rope_theta": 500.0},
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "llama4": (
         "llama4_scout", {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
     ),

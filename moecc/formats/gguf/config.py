@@ -581,7 +581,7 @@ def misfits(
     for key, value in facts.states:
         if config[key] != value:
             fault = f"llama.cpp knows no other {key} than {value} in this architecture"
-            yield Problem(fault, where, f"{value}", f"{config[key]}")
+            yield Problem(fault, where, f"{value}", f"{key} {config[key]}")
     if family.has("latent"):
         yield from _latent_misfits(where, config)
     if family.has("delta"):
@@ -699,7 +699,8 @@ def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str |
             yield f"moecc writes no positions of type {kind} with latent attention", None
         unusual -= {"mscale", "mscale_all_dim"}
     if kind == "yarn" and unusual:
-        yield f"a GGUF file cannot state {', '.join(sorted(unusual))} of YaRN", None
+        hint = "write a folder instead"
+        yield f"a GGUF file cannot state {', '.join(sorted(unusual))} of YaRN", hint
 
 
 def _expert_misfits(

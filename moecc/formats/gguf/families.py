@@ -162,6 +162,15 @@ class GgufFamily:
         names = self.config.names
         if names.delta_by_group and self.has("delta"):
             tensors |= {old: names.delta + new for old, new in _DELTA_VECTORS.items()}
+            # The first files have the matrix as it is.
+            tensors["ssm_in.weight"] = f"{names.delta}in_proj_qkvz.weight"
+        if mixture is not None and mixture.has_logits_bias:
+            experts = names.sparse + names.expert_down
+            tensors |= {
+                "attn_sinks.weight": f"{names.attention}sinks",
+                "ffn_gate_inp.bias": f"{names.sparse}{names.router.removesuffix('weight')}bias",
+                "ffn_down_exps.bias": f"{experts}_bias",
+            }
         if mixture is not None and mixture.has_routing_bias:
             tensors["exp_probs_b.bias"] = names.sparse + names.routing_bias
         return tensors
@@ -174,10 +183,14 @@ class GgufFamily:
         names = self.config.names
         if names.inputs_first:
             gate_up = ("ffn_gate_exps.weight", "ffn_up_exps.weight")
-            return {
+            wholes = {
                 names.sparse + names.expert_gate_up: gate_up,
                 names.sparse + names.expert_down: ("ffn_down_exps.weight",),
             }
+            if self.mixture is not None and self.mixture.has_logits_bias:
+                biases = ("ffn_gate_exps.bias", "ffn_up_exps.bias")
+                wholes[f"{names.sparse}{names.expert_gate_up}_bias"] = biases
+            return wholes
         if self.has("latent"):
             return {f"{names.attention}kv_b_proj.weight": ("attn_k_b.weight", "attn_v_b.weight")}
         if not self.has("delta"):

@@ -26,13 +26,19 @@ def cut(whole: str, expr: Expr, config: DecoderConfig) -> Parts:
     """
     rows, *columns = expr.type.names
     if config.names.inputs_first:
-        # Inputs come first in Hugging Face, and gate and up are halves.
-        inputs, outputs = columns
-        count = expr.type[outputs].size
-        assert isinstance(count, int), "a weight has fixed sizes"
-        ends = (0, count // 2, count) if whole.endswith(config.names.expert_gate_up) else (0, count)
-        halves = (Slice(expr, outputs, start, stop) for start, stop in pairwise(ends))
-        return tuple(Permute(half, (rows, outputs, inputs)) for half in halves)
+        # Inputs come first in Hugging Face, and gate and up are halves, or alternate.
+        halves: Parts = (expr,)
+        if config.names.expert_gate_up in whole:
+            *_, outputs = columns
+            count = expr.type[outputs].size
+            assert isinstance(count, int), "a weight has fixed sizes"
+            if config.names.in_turns:
+                turns = Split(expr, outputs, ((outputs, count // 2), ("turn", 2)))
+                halves = (Index(turns, "turn", 0), Index(turns, "turn", 1))
+            else:
+                ends = ((0, count // 2), (count // 2, count))
+                halves = tuple(Slice(expr, outputs, start, stop) for start, stop in ends)
+        return tuple(Permute(half, (rows, *reversed(columns))) for half in halves)
     if config.latent is not None:
         width = config.head_dim - config.rotated_dim
         keys, values = _cut_groups(
@@ -57,9 +63,13 @@ def join(whole: str, parts: Sequence[Expr], config: DecoderConfig) -> Expr:
     """Return the tensor whose `parts` are stored; the reverse of `cut`."""
     rows = parts[0].type.names[0]
     if config.names.inputs_first:
-        expert, outputs, inputs = parts[0].type.names
-        named = [_named(part, (expert, outputs, inputs)) for part in parts]
-        return Permute(Concat(tuple(named), outputs), (expert, inputs, outputs))
+        expert, outputs, *inputs = parts[0].type.names
+        named = tuple(_named(part, (expert, outputs, *inputs)) for part in parts)
+        if config.names.in_turns and len(named) > 1:
+            whole_expr: Expr = Merge(Stack(named, "turn", 2), (outputs, "turn"), outputs)
+        else:
+            whole_expr = Concat(named, outputs)
+        return Permute(whole_expr, (expert, *inputs, outputs))
     if config.latent is not None:
         group, latent, entry = parts[0].type.names
         values = _named(parts[1], (group, entry, latent))

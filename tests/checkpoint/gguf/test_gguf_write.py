@@ -16,6 +16,7 @@ from derived_models import DERIVED, derive
 from moecc.errors import InputError, MoeccError, UsageError
 from moecc.families.registry import parse_config
 from moecc.formats.gguf.families import (
+    GgufFamily,
     dense_architectures,
     gguf_name,
     hugging_face_name,
@@ -64,6 +65,7 @@ SAME = [
     ("lfm2_moe", "lfm2moe"),
     ("deepseek_v3", "deepseek2"),
     ("llama4", "llama4"),
+    ("gpt_oss", "gpt-oss"),
     ("cohere_square", "command-r"),
     ("nemotron_square", "nemotron"),
     ("stablelm_square", "stablelm"),
@@ -123,6 +125,7 @@ def test_what_is_read_back_is_what_was_written(
         ("qwen3_next_delta", "qwen3next"),
         ("qwen3_5_moe_text_delta", "qwen35moe"),
         ("llama4_scout", "llama4"),
+        ("gpt_oss_limits", "gpt-oss"),
     ],
 )
 def test_parts_are_joined_to_what_was_cut(source: str, architecture: str) -> None:
@@ -138,6 +141,20 @@ def test_parts_are_joined_to_what_was_cut(source: str, architecture: str) -> Non
             joined, read = join(whole, parts, config), model.checkpoint.read  # type: ignore[union-attr]
             np.testing.assert_array_equal(evaluate(joined, read), read(info.name), whole)
             assert any(not np.array_equal(evaluate(part, read), read(info.name)) for part in parts)
+
+
+def test_the_first_files_of_qwen3next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold the projections of the delta rule as one matrix, which llama.cpp reads, too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(GgufFamily, "rearranged", lambda self: {})
+        convert("qwen3_next_square", "gguf:qwen3next", tmp_path / "m.gguf")
+    header = read_gguf_header(tmp_path / "m.gguf")
+    assert "blk.0.ssm_in.weight" in header.tensors
+    name = "model.layers.0.linear_attn.in_proj_qkvz.weight"
+    with open_checkpoint(GOLDEN / "qwen3_next_square") as source:
+        expected = source.read(name)
+    with open_gguf(tmp_path / "m.gguf") as file:
+        np.testing.assert_array_equal(file.read(name), expected)
 
 
 def _untied(name: str, params: Any) -> str:
@@ -247,6 +264,7 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
         ("lfm2_biases", "gguf:lfm2", "", "no other conv_bias than False"),
         ("nemotron_biases", "gguf:nemotron", "", "heads that together have the model's width"),
         ("stablelm_parallel", "gguf:stablelm", "", "no other use_parallel_residual than False"),
+        ("gpt_oss_limits", "gguf:gpt-oss", "", "cannot state truncate of YaRN"),
         ("llama4_scout", "gguf:llama4", "", "no other attention_chunk_size than 8192"),
         ("llama4_square", "gguf:llama4", "", "has chunks in layers with rotary positions"),
         ("qwen3_next_delta", "gguf:qwen3next", "", "heads of one width in gated delta rules"),
