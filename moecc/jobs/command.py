@@ -265,27 +265,27 @@ def write_whole(file: str, content: bytes, *, force: bool) -> None:
 
     Raises:
       InputError: as `check_writable`.
-      MachineError: there is no right to write there.
+      MachineError: there is no right to write there, or the disk is full.
     """
     check_writable(file, force=force)
     if _is_stream(Path(file)):  # a pipe that /dev/stdout stands for has no path of its own
         Path(file).write_bytes(content)
         return
+    from moecc.formats.files import os_errors
+
     path = Path(os.path.realpath(file))
-    try:
+    with os_errors(Path(file), "write"):
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise MachineError(f"cannot be written: {error.strerror}", where=file) from None
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
 
 # Pipelines, with passes of the user's own files.

@@ -34,6 +34,13 @@ def test_streams_may_be_closed(dense: Path, tmp_path: Path) -> None:
     assert in_shell(f"moecc verify {out} 2>&-").returncode == 0
 
 
+def test_a_file_that_cannot_be_written_whole_is_named(dense: Path, tmp_path: Path) -> None:
+    done = in_shell(f"ulimit -f 4; moecc import {dense} -o {tmp_path}/model.moe")
+    assert done.returncode == 4
+    assert f"{tmp_path}/model.moe: cannot write the file: File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == [dense]
+
+
 @pytest.mark.parametrize("words", [("clean",), ("convert", "dense")], ids=lambda w: w[0])
 def test_the_root_is_no_output(moecc: Moecc, dense: Path, words: tuple[str, ...]) -> None:
     command, *source = words
