@@ -14,7 +14,7 @@ from moecc.errors import InputError
 from moecc.families.reader import one_of, shown
 from moecc.support.untyped import Json, JsonDict
 
-TEXT = "text_config"
+TEXT, TIE = "text_config", "tie_word_embeddings"
 _HEAD = "lm_head.weight"
 
 
@@ -167,10 +167,10 @@ def text_config(wrapper: Wrapper, config: Json, *, is_tied: bool | None = None) 
             found=shown(text) if TEXT in config else "nothing",
         )
     name = str(text.get("model_type"))
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    tied = config.get(TIE, text.get(TIE))
     keys: JsonDict = {
         **wrapper.defaults,
-        **{k: v for k, v in text.items() if k not in ("architectures", "tie_word_embeddings")},
+        **{k: v for k, v in text.items() if k not in ("architectures", TIE)},
         "model_type": wrapper.families.get(name, name),
     }
     for key in ("rope_scaling", "rope_parameters"):
@@ -179,7 +179,7 @@ def text_config(wrapper: Wrapper, config: Json, *, is_tied: bool | None = None) 
     if "rope_parameters" in keys and "rope_theta" not in text:
         keys.pop("rope_theta", None)
     if is_tied is not None or tied is not None:
-        keys["tie_word_embeddings"] = tied if is_tied is None else is_tied
+        keys[TIE] = tied if is_tied is None else is_tied
     return keys
 
 
@@ -253,7 +253,7 @@ def put_back(config: Json, text: Json, before: Json) -> JsonDict:
       before: the config of the text model that was read, written likewise.
     """
     if text["model_type"] != before["model_type"]:
-        tied = {k: v for k, v in text.items() if k == "tie_word_embeddings"}
+        tied = {k: v for k, v in text.items() if k == TIE}
         twin = WRAPPERS[config["model_type"]].twins.get(text["model_type"])
         if twin is None:
             return {**config, TEXT: dict(text), **tied}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,6 +13,8 @@ from moecc.errors import InputError, nearest, printable
 from moecc.families.config import FAMILY
 from moecc.families.registry import parse_config
 from moecc.families.wrappers import (
+    TEXT,
+    TIE,
     WRAPPERS,
     Wrapper,
     file_name,
@@ -209,6 +211,9 @@ class WrappedText(DerivedCheckpoint):
             name: info for name, info in tensors.items() if name not in names_in_file
         }
         self.config = text_config(wrapper, base.config, is_tied="lm_head.weight" not in self._names)
+        # Versions of transformers read the one or the other; which of them holds, files say.
+        parts = (base.config, base.config.get(TEXT))
+        self.states_tie = any(isinstance(p, Mapping) and p.get(TIE) is True for p in parts)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor, or of one of the others."""

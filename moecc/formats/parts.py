@@ -55,7 +55,7 @@ def parse_part(text: str) -> ConversionPart:
     if not 1 <= part.number <= part.count:
         raise UsageError(
             "not a part of a conversion", where="--part",
-            expected="K/N with K from 1 to N, for example 3/8", found=text,
+            expected="K/N with K from 1 to N, N up to 99,999, for example 3/8", found=text,
         )  # fmt: skip
     return part
 

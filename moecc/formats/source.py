@@ -94,12 +94,14 @@ class Checkpoint(Closing):
       format: ``safetensors`` or ``gguf``.
       config: the content of config.json.
       tensors: the tensors, by name.
+      states_tie: whether its config ties the output matrix although the model is read as untied.
     """
 
     path: Path
     format: str
     config: JsonDict
     tensors: Mapping[str, TensorInfo]
+    states_tie: bool = False
     _companions: Mapping[str, Path] = MappingProxyType({})
     _identities: Mapping[Path, Identity] = MappingProxyType({})
 
@@ -148,6 +150,7 @@ class DerivedCheckpoint(Checkpoint):
         self.base = base
         self.path = base.path
         self.config = base.config
+        self.states_tie = base.states_tie
 
     def companions(self) -> dict[str, Path | bytes]:
         """Return the files of the base that an export copies, by their name in the folder."""

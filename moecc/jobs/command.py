@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from moecc.errors import InputError, MachineError, MoeccError
+from moecc.errors import InputError, MoeccError
 from moecc.support.console import say, warn
 from moecc.support.untyped import Json, JsonDict
 

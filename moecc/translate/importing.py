@@ -202,7 +202,8 @@ def import_checkpoint(
             replace(problem, where=f"{path}: {problem.where}" if problem.where else path)
             for problem in problems
         )
-    for name in _repeated(config):
+    head_copy = [config.names.head] if checkpoint.states_tie else []
+    for name in dict.fromkeys([*_repeated(config), *head_copy]):
         if name in tensors:
             embedding = stored(config.names.embedding)
             _check_repeated(name, embedding, config, checkpoint)

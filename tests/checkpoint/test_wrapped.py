@@ -170,3 +170,14 @@ def test_wrapper_without_a_text_model_is_rejected(tmp_path):
     wrap(tmp_path / "other", "llama_gqa", "llava", lambda name: f"elsewhere.{name}")
     with pytest.raises(InputError, match="the tensors of the text model are not where"):
         open_model(str(tmp_path / "other"))
+
+
+def test_an_output_matrix_that_the_config_ties_is_the_embedding(tmp_path):
+    source = wrap(tmp_path / "llava", "llama_gqa", "llava", tie_word_embeddings=True)
+    with pytest.raises(InputError, match="ties the output matrix to the embedding, and the two"):
+        open_model(str(source))
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors["language_model.model.embed_tokens.weight"]
+    save_file({**tensors, "language_model.lm_head.weight": embedding}, path)
+    open_model(str(source)).close()

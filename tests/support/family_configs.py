@@ -329,6 +329,7 @@ class MemoryCheckpoint(Closing):
     """
 
     format = "safetensors"
+    states_tie = False
 
     def __init__(self, config: Mapping[str, object], arrays: Mapping[str, Array]) -> None:
         self.path = Path("memory")
