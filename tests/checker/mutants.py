@@ -188,10 +188,12 @@ def is_alive(mutant: Mutant) -> bool:
             return not any(misjudged_steps(checker))
         if mutant.part != TABLE and not is_accepted(checker, proof()):
             return False
-        judges = (misjudged, misjudged_on_devices, misjudged_parts, misjudged_steps)
-        if any(any(judge(checker)) for judge in judges):
+        # What takes longer to judge by comes later.
+        if any(misjudged(checker)) or any(misjudged_on_devices(checker)):
             return False
-        return mutant.lemmas is not None or not any(failures(checker, checker.read_table()))
+        if mutant.lemmas is None and any(failures(checker, checker.read_table())):
+            return False
+        return not any(misjudged_parts(checker)) and not any(misjudged_steps(checker))
     except Exception:  # a mutant that breaks is dead
         return False
 
