@@ -159,7 +159,7 @@ def make_job(
     if _LABEL.match(name) is None:
         raise UsageError(
             "not a valid name of a job",
-            expected="a DNS label of at most 40: small letters, digits and dashes",
+            expected="a DNS label: at most 40 lower-case letters, digits and dashes",
             found=name,
         )
     raise_problems(
