@@ -249,9 +249,13 @@ def _logits(comparison: Json) -> list[tuple[str, str]]:
     if not comparison:
         return []
     difference = object_of(comparison.get("difference"))
-    formats = {"max_relative": ".2e", "kl_nats": ".2e", "top1_agreement": ".2%"}
     return [
-        *((n.replace("_", " "), number_text(difference.get(n), f)) for n, f in formats.items()),
+        (
+            "max |Δlogit| / max |logit|",
+            number_text(difference.get("max_relative"), ".2e"),
+        ),
+        ("KL divergence, nats a token", number_text(difference.get("kl_nats"), ".2e")),
+        ("top-1 agreement", number_text(difference.get("top1_agreement"), ".2%")),
         ("tolerance", number_text(comparison.get("tolerance"), ".2e")),
         ("computed in", str(comparison.get("compute_dtype"))),
     ]

@@ -121,5 +121,11 @@ def test_in_a_browser(graph_page, receipt_page, width, dark):
 
 def test_a_receipt_says_what_was_found(receipt_page):
     text = receipt_page.read_text("utf-8")
-    for words in ("reassociation", "upcycle{experts=4}", "max relative", "llama.cpp", "numpy"):
+    for words in (
+        "reassociation",
+        "upcycle{experts=4}",
+        "KL divergence, nats a token",
+        "llama.cpp",
+        "numpy",
+    ):
         assert words in text
