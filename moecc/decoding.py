@@ -301,10 +301,14 @@ class DecodingBatch:
         self._positions = np.concatenate([self._positions, padding], axis=1)
 
     def _empty(self, cache: Value) -> Array:
-        texts, places = self._positions.shape
-        sizes = {cache.type.sizes[0]: texts, CAPACITY: places}
-        shape = [s if isinstance(s, int) else sizes[s] for s in cache.type.sizes]
-        return np.zeros(shape, cache.type.dtype.numpy)
+        return empty_cache(cache, *self._positions.shape)
+
+
+def empty_cache(cache: Value, texts: int, places: int) -> Array:
+    """Return zeros for a cache of so many texts, with room for so many tokens."""
+    sizes = {cache.type.sizes[0]: texts, CAPACITY: places}
+    shape = [s if isinstance(s, int) else sizes[s] for s in cache.type.sizes]
+    return np.zeros(shape, cache.type.dtype.numpy)
 
 
 def _width(least: int) -> int:

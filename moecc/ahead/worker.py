@@ -133,7 +133,7 @@ def _bounded(graph: Graph, config: StepConfig) -> tuple[Bound | None, list[str]]
     keeps = config.via not in (None, "capacity") and config.capacity_factor is None
     if not places or (is_dropless and keeps):
         return None, []
-    mode, stated = "train" if config.train else "eval", graph.attrs.get("config") or {}
+    mode, stated = "train" if config.train else "eval", graph.stated_config
     factor = (
         config.capacity_factor
         or stated.get(f"{mode}_capacity_factor")

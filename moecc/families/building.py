@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +45,7 @@ def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
         value.weight = None
     bare.attrs = {key: value for key, value in graph.attrs.items() if key != "checkpoint"}
     bare.attrs["family"] = FAMILY
-    source = graph.attrs.get("config")
-    source = source if isinstance(source, Mapping) else {}
+    source = graph.stated_config
     dtype, vocabulary = source.get("dtype"), vocabulary_of(graph)
     keys = (*TOKEN_KEYS, "decoder_start_token_id")
     return GraphConfig(

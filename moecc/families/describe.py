@@ -208,7 +208,7 @@ def describe(graph: Graph) -> Description:
     layers = dict.fromkeys((m[1] or "", int(m[2])) for m in matches if m is not None)
     stacks = dict(Counter(stack.rstrip(".") for stack, _ in layers))
     return Description(
-        family=str(graph.attrs.get("family", "")),
+        family=graph.family,
         layers=sum(stacks.values()),
         stacks=stacks if len(stacks) > 1 else {},
         parameters=count_parameters(graph),

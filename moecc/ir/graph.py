@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
@@ -273,6 +273,17 @@ class Graph(Region):
                 ("operations", ", ".join([*most, *([f"and {more} more"] if more > 0 else [])])),
             ]
         )
+
+    @property
+    def family(self) -> str:
+        """The family that the graph was imported from, or empty."""
+        return str(self.attrs.get("family", ""))
+
+    @property
+    def stated_config(self) -> Json:
+        """The config that the graph was imported from, as JSON; empty if it states none."""
+        config = self.attrs.get("config")
+        return config if isinstance(config, Mapping) else {}
 
     @property
     def weights(self) -> dict[str, Expr]:

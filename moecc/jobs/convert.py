@@ -374,7 +374,7 @@ def work_of(planned: Plan, options: WriteOptions) -> Work:
 
 def plan_text(planned: Plan, out: str, dry_run: bool, work: Work | None = None) -> str:
     """Return the human-readable plan, written unless `dry_run`; `out` names what was written."""
-    facts, family = planned.facts, planned.graph.attrs.get("family") or "no family"
+    facts, family = planned.facts, planned.graph.family or "no family"
     rows = [
         f"{planned.model.name} ({family}) -> {out} ({planned.target})",
         f"  pipeline    {planned.pipeline or 'none'}",

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,16 +149,14 @@ class HarnessModel:
     @cached_property
     def _start(self) -> int:
         """The token before a text without a context: a beginning, or an end."""
-        config = self.model.graph.attrs.get("config")
-        token = config.get("bos_token_id") if isinstance(config, Mapping) else None
+        token = self.model.graph.stated_config.get("bos_token_id")
         ends = sorted(end_tokens(self.model))
         return token if isinstance(token, int) else (ends or [0])[0]
 
     @cached_property
     def longest(self) -> int:
         """The tokens of a window."""
-        config = self.model.graph.attrs.get("config")
-        limit = config.get("max_position_embeddings") if isinstance(config, Mapping) else None
+        limit = self.model.graph.stated_config.get("max_position_embeddings")
         return min(limit, LONGEST) if isinstance(limit, int) and limit > 0 else LONGEST
 
 

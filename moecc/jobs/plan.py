@@ -240,10 +240,9 @@ def _of_config(graph: Graph, changes: Mapping[str, int]) -> Graph:
     """
     from moecc.families.registry import parse_config
 
-    stated = graph.attrs.get("config")
-    if not isinstance(stated, Mapping):
+    if not graph.stated_config:
         raise InputError("the graph has no config in which experts could be counted", hint=_MAKES)
-    config = parse_config(stated, "attr config")
+    config = parse_config(graph.stated_config, "attr config")
     raise_problems(_cannot(config, changes))
     new: JsonDict = {_OF_CONFIGS[name]: value for name, value in changes.items()}
     changed = replace(config, **new)

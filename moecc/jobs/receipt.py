@@ -356,7 +356,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
     return model_card(
         CardFacts(
             title=f"{path.name}-{planned.target.replace(':', '-')}",
-            family_from=str(planned.graph.attrs.get("family", "")),
+            family_from=planned.graph.family,
             family_to=planned.target,
             command=command(planned, options),
             receipt=tuple(receipt_lines(receipt.to_json())),
@@ -480,7 +480,7 @@ def manifest(
         seed=planned.seed,
         source=checkpoint.path.name,
         source_files=source_files,
-        family_from=str(planned.graph.attrs.get("family", "")),
+        family_from=planned.graph.family,
         family_to=planned.target,
         dtype=planned.dtype_name,
         preserves=str(planned.preserves),

@@ -197,7 +197,7 @@ def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
       wrapped: where it was read from, if a wrapper holds it.
     """
     fitting = _fitting(graph, wrapped)
-    family = str(graph.attrs.get("family", ""))
+    family = graph.family
     stays = family if issubclass(CONFIGS.get(family, ModelConfig), MoeConfig) else ""
     if not fitting:
         near = nearest_family(graph)
@@ -233,8 +233,7 @@ def _fitting(graph: Graph, wrapped: WrappedText | None) -> list[Fit]:
         names = [*decoder_mixtures()]
     else:
         names = [n for n, family in decoders().items() if not issubclass(family, MoeConfig)]
-    family = graph.attrs.get("family")
-    names.sort(key=lambda name: name != family)
+    names.sort(key=lambda name: name != graph.family)
     candidates = (_fit(graph, name, "", source, wrapped) for name in names if name != FAMILY)
     return [fit for fit in candidates if fit.fits]
 

@@ -352,7 +352,7 @@ def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
         create_run(
             out, recipe=write_recipe(recipe), graph=print_graph(graph), inputs=inputs,
             lineage=lineage(source.model, {
-                "kind": TRAINED, "family": str(source.canonical.graph.attrs.get("family", "")),
+                "kind": TRAINED, "family": source.canonical.graph.family,
                 "pipeline": section.pipeline, "pipeline_in_full": source.pipeline,
                 "seed": section.seed, "preserves": source.preserves,
                 "start": section.start.value, "moments": section.moments.value,

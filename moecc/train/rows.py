@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -289,8 +288,7 @@ class ModelFacts:
 def facts_of(model: OpenedModel, graph: Graph | None = None) -> ModelFacts:
     """Return the facts of `model`, whose step has the graph `graph`, its own by default."""
     graph = model.graph if graph is None else graph
-    config = model.graph.attrs.get("config")
-    config = config if isinstance(config, Mapping) else {}
+    config = model.graph.stated_config
     pad, start = config.get("pad_token_id"), config.get("decoder_start_token_id")
     tokens = graph.inputs.get(TOKENS)
     bound = None if tokens is None else index_bound(tokens)

@@ -455,7 +455,7 @@ def export_graph(
     if config.model_type == "switch_transformers" and not config.is_tied:
         # Without a tie transformers 5 expects an embedding in either stack.
         tensors.update(dict.fromkeys(names.copies, tensors[names.embedding]))
-    if graph.attrs.get("family") == target and config.is_complete:
+    if graph.family == target and config.is_complete:
         return Export(config, list(tensors.items()))
     config, added = config.completed()
     return Export(config, [*tensors.items(), *added.items()], up_to=config.others_up_to)

@@ -216,7 +216,7 @@ def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
     Statistics and tensors of further models beside it are read by passes alone.
     """
     read = set(source_types(graph.weights.values()))
-    family = CONFIGS.get(str(graph.attrs.get("family", "")), ModelConfig)
+    family = CONFIGS.get(graph.family, ModelConfig)
     names = family.names
     read.update((names.head, *names.copies))
     of_model = (n for n in checkpoint.tensors if branch_and_name(n)[0] == BASE)

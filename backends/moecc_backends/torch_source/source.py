@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -132,8 +132,7 @@ def emit_torch(graph: Graph) -> EmittedProgram:
 
 def labels_of(graph: Graph) -> JsonDict:
     """Return the keys of a config about the labels of a head."""
-    config = graph.attrs.get("config")
-    config = config if isinstance(config, Mapping) else {}
+    config = graph.stated_config
     value = graph.outputs.get(LOGITS)
     if value is None or "label" not in value.type:
         return {}

@@ -348,10 +348,7 @@ class Parameters:
             return self._param(name, loc, stacked, read)
         if matrix == "down":
             return self._param(name, loc, stacked, self._source(down, **stacked))
-        width = axes["mlp"]
-        both = self._source(gate_up, **{**stacked, "mlp": 2 * width})
-        start = 0 if matrix == "gate" else width
-        return self._param(name, loc, stacked, Slice(both, "mlp", start, start + width))
+        return self._param(name, loc, stacked, self._half(gate_up, matrix, stacked))
 
     def expert_bias(
         self, layer: str, matrix: str, loc: str, axes: dict[str, int], experts: int
@@ -376,11 +373,15 @@ class Parameters:
             turns = Split(both, "gate_up", (("mlp", axes["mlp"]), ("turn", 2)))
             read = Index(turns, "turn", 0 if matrix == "gate" else 1)
         else:
-            width = axes["mlp"]
-            both = self._source(gate_up, **{**on_disk, "mlp": 2 * width})
-            start = 0 if matrix == "gate" else width
-            read = Slice(both, "mlp", start, start + width)
+            read = self._half(gate_up, matrix, on_disk)
         return read if len(others) == 1 else Permute(read, tuple(axes))
+
+    def _half(self, gate_up: str, matrix: str, axes: dict[str, int]) -> Expr:
+        """Return ``gate`` or ``up``, the first or the second half of a tensor of both."""
+        width = axes["mlp"]
+        start = 0 if matrix == "gate" else width
+        both = self._source(gate_up, **{**axes, "mlp": 2 * width})
+        return Slice(both, "mlp", start, start + width)
 
     def _stacked(self, name: str, experts: int, axes: dict[str, int]) -> Expr:
         names = [name.format(expert=e) for e in range(experts)]
