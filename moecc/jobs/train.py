@@ -31,7 +31,14 @@ from moecc.sharding.vias import LOCAL
 from moecc.support.console import PROGRESS, is_quiet, say, use_colour
 from moecc.support.extras import require
 from moecc.support.process import Closing, StopRequest, signals_noted
-from moecc.support.text import amount, count_text, duration_text, merge_remarks, size_text
+from moecc.support.text import (
+    amount,
+    count_text,
+    duration_text,
+    merge_remarks,
+    size_text,
+    time_text,
+)
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import Batches, BatchShape
 from moecc.train.events import (
@@ -313,18 +320,11 @@ def _lines(facts: JsonDict) -> Iterator[str]:
     yield f"training     {facts['passes']['train']}"
     yield f"evaluation   {facts['passes']['evaluate']}"
     yield f"plan         {plan['machine']}: {plan['strategy']}"
+    a_step, run = time_text(plan["step_seconds"]), time_text(plan["seconds"])
     yield (
-        f"             {_time(plan['step_seconds'])} a step, {_time(plan['seconds'])} in all; "
+        f"             {a_step} a step, {run} in all; "
         f"{size_text(plan['memory_bytes'])} of {size_text(plan['usable_bytes'])} a device"
     )
-
-
-def _time(seconds: float) -> str:
-    """Return a time for people."""
-    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60), ("s", 1.0)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds * 1000:.1f} ms"
 
 
 # Whether a saved plan is of the step that a recipe trains.

@@ -13,7 +13,7 @@ from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import EXPOSED_ERROR, Estimate
 from moecc.plan.workload import Batch, Workload
-from moecc.support.text import amount, count_text
+from moecc.support.text import amount, count_text, time_text
 from moecc.support.untyped import JsonDict
 
 
@@ -242,13 +242,18 @@ def _run_rows(data: JsonDict) -> list[str]:
     run = data["run"]
     if run is None:
         return []
-    text = f"{amount(run['steps'], 'step')}, {run['days']:,.1f} days, "
-    text += f"{run['device_hours']:,.0f} device hours"
+    text = f"{amount(run['steps'], 'step')}, {time_text(run['days'] * 86_400)}, "
+    text += f"{_digits(run['device_hours'])} device hours"
     if run["cost"] is not None:
-        text += f", {run['cost']:,.0f} at {run['price']:g} an hour"
+        text += f", {_digits(run['cost'])} at {run['price']:g} an hour"
     return [
         f"  run         {count_text(run['tokens'])} {unit_of(data['batch'])}s: {text}, steps alone"
     ]
+
+
+def _digits(number: float) -> str:
+    """Return a number with three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _interval(best: JsonDict) -> str:

@@ -136,6 +136,14 @@ def facts_table(rows: Rows) -> str:
     return render("facts.html", rows=[(name, text) for name, text in rows if text])
 
 
+def time_text(seconds: float) -> str:
+    """Return a time in its largest unit: ``12.3 days``, ``6.3 min``, ``0.8 ms``."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60), ("s", 1.0)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds * 1000:.1f} ms"
+
+
 def duration_text(seconds: float) -> str:
     """Return a duration in hours, minutes and seconds: ``2 h 5 min``, ``3 min 20 s``, ``4 s``."""
     minutes, seconds = divmod(round(seconds), 60)

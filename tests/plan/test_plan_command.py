@@ -82,7 +82,9 @@ def test_a_run_has_days_and_a_price(moecc):
         "tokens": 1000, "steps": 16, "days": pytest.approx(16 * seconds / 86400),
         "device_hours": pytest.approx(hours), "price": 2, "cost": pytest.approx(2 * hours),
     }  # fmt: skip
-    assert "1.0 K tokens: 16 steps" in moecc("plan", *small, "--tokens", "1000")[1]
+    text = moecc("plan", *small, "--tokens", "1000", "--price", "2")[1]
+    assert f"1.0 K tokens: 16 steps, {16e3 * seconds:.1f} ms, {hours:.3g} device hours" in text
+    assert f", {2 * hours:.3g} at 2 an hour" in " ".join(text.split())
     parts = moecc.plan(*small, "--micro-batches", "2")["batch"]
     assert parts == report["batch"] | {"micro_batches": 2}
 
