@@ -7,6 +7,7 @@ or a device is asked for.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -394,11 +395,12 @@ def resumed_run(
         current = replace(current, data=replace(current.data, decoder_seq=begun.data.decoder_seq))
     differences = recipe_differences(begun, current)
     if differences:
+        quoted = shlex.quote(str(run))
         raise InputError(
             "the run was begun with another recipe", where=run / RECIPE,
             expected="the same, but for its mesh", found="; ".join(differences),
-            hint=f"moecc train RECIPE --fork {run} --out FOLDER goes on with another recipe, "
-            f"with {run / RECIPE} and --set for example",
+            hint=f"moecc train RECIPE --fork {quoted} --out FOLDER goes on with another recipe, "
+            f"with {shlex.quote(str(run / RECIPE))} and --set for example",
         )  # fmt: skip
     if steps := saved_steps(run):
         require_run_files(steps[-1])
