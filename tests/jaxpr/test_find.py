@@ -362,3 +362,17 @@ def test_a_product_over_tokens_is_no_block_where_tokens_are_named():
     named = found(mixer, params, tokens={"x": ("batch", "patch")}).report
     assert [b.loc for b in named.blocks] == ["ffn"]
     assert "its products sum over patch, an axis of tokens" in named.misses[0]
+
+
+def test_a_leaf_that_joins_gate_and_up_is_no_stack_of_layers():
+    shapes = {"in": (8, 2, 12), "bias": (2, 12), "out": (12, 8)}
+    params = {"layers": [{"ffn": {name: jnp.ones(shape) for name, shape in shapes.items()}}]}
+
+    def function(params, x):
+        layer = params["layers"][0]["ffn"]
+        hidden = jnp.einsum("td,dgh->tgh", x, layer["in"]) + layer["bias"]
+        return (jnp.tanh(hidden[:, 0]) * hidden[:, 1]) @ layer["out"]
+
+    moe = mx.convert(function, params, jnp.ones((3, 8)), "upcycle{experts=2}")
+    assert [block.loc for block in moe.report.blocks] == ["layers.0.ffn"]
+    assert {f"layers.0.ffn.in.{part}" for part in (0, 1)} <= moe.params["moe"].keys()

@@ -5,7 +5,7 @@ A block in the body of a scan is one for each iteration.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from math import prod
 
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.types import is_name
-from moecc.weights.expr import Box, Expr, Source
+from moecc.weights.expr import Box, Expr, Source, walk
 from moecc.weights.movement import Index, Slice
 from moecc.weights.simplify import simplify
 from moecc_backends.jaxpr.blocks import (
@@ -162,7 +162,9 @@ class Survey:
         """Return the blocks of the model, each once, in order."""
         sites = self.first_sites
         weights = list(dict.fromkeys(weight for _, weights in sites for weight in weights))
-        name_of = dict(zip(weights, unique(map(_weight_name, weights)), strict=True))
+        joined = {part for _, weights in sites for part in _joined_parts(weights)}
+        weight_names = unique(_weight_name(weight, joined) for weight in weights)
+        name_of = dict(zip(weights, weight_names, strict=True))
         params = [tuple(name_of[weight] for weight in weights) for _, weights in sites]
         locations = unique(map(block_location, params))
         return {
@@ -173,13 +175,23 @@ class Survey:
         }
 
 
-def _weight_name(weight: Expr) -> str:
-    """Return a name for a part of a leaf."""
+def _joined_parts(weights: Sequence[Expr]) -> set[Expr]:
+    """Return the parts of leaves of which a block reads several positions, as gate and up may be.
+
+    Such a leaf is no stack of layers, of which a block has one.
+    """
+    parts = {part for weight in weights for part in walk(weight) if isinstance(part, Index)}
+    counts = Counter(part.operands[0] for part in parts)
+    return {part for part in parts if counts[part.operands[0]] > 1}
+
+
+def _weight_name(weight: Expr, joined: Collection[Expr]) -> str:
+    """Return a name for a part of a leaf; the number of one that is `joined` comes last."""
     if isinstance(weight, Source):
         return weight.name
-    name = _weight_name(weight.operands[0])
+    name = _weight_name(weight.operands[0], joined)
     if isinstance(weight, Index):
-        return indexed_name(name, weight.at)
+        return f"{name}.{weight.at}" if weight in joined else indexed_name(name, weight.at)
     return f"{name}.{weight.start}_{weight.stop}" if isinstance(weight, Slice) else name
 
 
