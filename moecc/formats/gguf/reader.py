@@ -423,8 +423,7 @@ def _family(header: GgufHeader) -> GgufFamily:
         where=f"{header.path}, metadata key 'general.architecture'",
         expected=f"one of {', '.join(architectures)}",
         found=printable(architecture[:100]),
-        hint=nearest(architecture[:100], architectures)
-        or "read the folder that the file was made from",
+        hint="read the folder that the file was made from",
     )
 
 
