@@ -78,7 +78,9 @@ RANGED: dict[Path, Ranged] = {}
 def os_problem(error: OSError, path: Path, doing: str = "read") -> MoeccError:
     """Return the error for a failed system call on a file: InputError or MachineError."""
     reason = error.strerror or str(error)
-    if error.errno in _ABSENT:
+    # A folder to write to is there, as has been checked: it takes no new files, as /proc does not.
+    takes_none = doing == "write" and error.errno == errno.ENOENT
+    if error.errno in _ABSENT and not takes_none:
         return InputError(f"cannot {doing} the file: {reason}", where=path)
     hints = {
         errno.EACCES: f"give this user the right to {doing} it",

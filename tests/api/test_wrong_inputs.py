@@ -201,7 +201,7 @@ COMMANDS: dict[str, tuple[int, str]] = {
     "inspect dense --json": (2, "--format json"),
     "inspect nowhere": (1, "there is no such file or folder"),
     "inspect file": (1, "this is not a checkpoint"),
-    "import dense -o /proc/a.moe": (4, "/proc/a.moe: cannot be written"),
+    "import dense -o /proc/a.moe": (4, "/proc/a.moe: cannot write the file"),
     "import empty": (1, "the folder has no config.json"),
     "import dense --padding-mask": (1, "a decoder alone takes no mask"),
     "opt dense -p dce": (1, "is a folder, not a graph"),
