@@ -715,7 +715,8 @@ def main():
             unused = {*range(len(part["steps"]))} - {*numbers}
             need(not unused, f"step {min(unused, default=0)} is of no use")
     except (Rejected, OSError, ValueError) as error:
-        print(f"rejected: {error}")
+        place = f"{sys.argv[1]} is not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+        print(f"rejected: {place}{error}")
         return 1
     notes = [text for key, text in NOTES.items() if log.get(key)]
     if "\n  attr mesh = " in "".join(graphs):

@@ -112,8 +112,8 @@ def raise_problems(problems: Iterable[Problem], error: type[MoeccError] = InputE
         raise error(every)
 
 
-CLOSE = 0.55
-"""Least similarity of a suggestion: at 0.5 ``python`` is ``tokens``, and ``lion`` is ``muon``."""
+CLOSE = 0.65
+"""Least similarity of a suggestion: at 0.55 ``nope`` is ``opt``, and ``model`` is ``dl``."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -43,22 +43,27 @@ from moecc.types import Array, TensorType
 # Tokenizers are copied, never saved again: transformers 5 writes tokenizer classes that version 4
 # rejects.  Code and pickles are never copied, and the model card is written anew.
 
-_COPIED = (
-    "generation_config.json",
+TOKENIZERS = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
     "vocab.txt",
-    "merges.txt",
     "tekken.json",
+    "*.model",
+    "*.tiktoken",
+)
+"""Files of which one or more make a tokenizer of transformers."""
+
+_COPIED = (
+    *TOKENIZERS,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "*.model",
-    "*.tiktoken",
     "LICENSE*",
     "LICENCE*",
     "COPYING*",

@@ -95,6 +95,7 @@ class CardFacts:
       task: the Hub's pipeline tag, if there is one.
       code: the file with the program of the model; empty if a library has it.
       auto_class: the transformers class that loads it; None if only moecc does.
+      has_tokenizer: whether a tokenizer is beside the output.
       is_sparse: whether the output has experts.
       base_model: the source on the Hub, if known.
       relation: what the output is of it, in the Hub's words.
@@ -119,6 +120,7 @@ class CardFacts:
     task: str | None = GENERATION
     code: str = ""
     auto_class: str | None = "AutoModelForCausalLM"
+    has_tokenizer: bool = True
     is_sparse: bool = True
     base_model: str | None = None
     relation: str = "finetune"
@@ -224,14 +226,14 @@ def _snippet(facts: CardFacts) -> str:
     if facts.file:
         return f'```\nllama-cli -m {facts.file} -p "Once upon a time" -n 20\n```'
     folder = f"folder = {json.dumps(facts.title)}  # where these files are"
-    is_generator = facts.task == GENERATION
+    is_generator = facts.task == GENERATION and facts.has_tokenizer
     if facts.auto_class is not None:
         trust = ", trust_remote_code=True" if facts.code else ""
         lines = [
-            f"from transformers import {facts.auto_class}, AutoTokenizer",
+            f"from transformers import {facts.auto_class}{', AutoTokenizer' * facts.has_tokenizer}",
             "",
             folder,
-            f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
+            *[f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"] * facts.has_tokenizer,
             f'model = {facts.auto_class}.from_pretrained(folder, dtype="auto"{trust})',
         ]
         if is_generator:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-from moecc.errors import InputError, UsageError
+from moecc.errors import ALIASES, InputError, UsageError
 from moecc.formats.output import check_output, output_folder
 from moecc.ir.conventions import VALUES
 from moecc.ir.graph import Graph
@@ -124,12 +124,15 @@ def prompt_files(prompts: Mapping[str, Sequence[str]], folder: str) -> dict[str,
     return paths
 
 
-def _tokens(model: OpenedModel, path: str, stack: ExitStack) -> TokenFolder:
-    """Return a token folder, which is made of a text that is none."""
+def _tokens(model: OpenedModel, name: str, path: str, stack: ExitStack) -> TokenFolder:
+    """Return the token folder of a text, which is made if the text is none."""
     if (Path(path) / TOKEN_FACTS).is_file():
         return open_tokens(path)
     folder = Path(stack.enter_context(TemporaryDirectory()), "tokens")
-    make_tokens(Making((path,), _tokenizer(model)), folder)
+    tokenizer = _tokenizer(model)
+    ALIASES[str(folder)] = f"text {name!r}" + ", as bytes" * (tokenizer == BYTES)
+    stack.callback(ALIASES.pop, str(folder))
+    make_tokens(Making((path,), tokenizer), folder)
     return open_tokens(str(folder))
 
 
@@ -235,7 +238,7 @@ def capture(
             raise InputError(f"{source} has no weights", hint="give a checkpoint")
         if prompts:
             named = prompt_files(prompts, stack.enter_context(TemporaryDirectory())) | named
-        folders = {n: _tokens(model, path, stack) for n, path in named.items()}
+        folders = {n: _tokens(model, n, path, stack) for n, path in named.items()}
         graph = _traced(model, pipeline, at)
         seen = EvaluationSpec(sequence, batch, batches)
         sums, tokens = _run(model, graph, list(folders.values()), seen, active, bar)

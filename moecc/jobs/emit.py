@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from moecc.errors import InputError
 from moecc.jobs.command import (
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def emit(
-    language: Annotated[str, Spelling("LANGUAGE")],
+    language: Annotated[Literal["torch", "jax", "maxtext"], Spelling("LANGUAGE")],
     model: ModelName,
     *,
     output: Annotated[str, Spelling("DIR", short="o")],

@@ -12,6 +12,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from moecc.errors import InputError
 from moecc.families.config import FAMILY
 from moecc.formats.adapter import branches_of, files_of
 from moecc.formats.files import identify, read_bounded
+from moecc.formats.folder import TOKENIZERS
 from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.manifest import (
     FileRecord,
@@ -367,6 +369,11 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             task=task,
             code=next(iter(planned.program.files)) if planned.program else "",
             auto_class=auto_class,
+            has_tokenizer=any(
+                fnmatchcase(name, pattern)
+                for name in checkpoint.companions()
+                for pattern in TOKENIZERS
+            ),
             is_sparse=bool(kinds),
             base_model=hub_repository(path) or (base if isinstance(base, str) else None),
             story=tuple(story(stages)) if is_trained(stages) else (),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from moecc.jobs.command import Force, Report, Spelling
-from moecc.support.console import Bar
+from moecc.support.console import Bar, say
 from moecc.support.process import signals_raised
 from moecc.support.text import amount
 
@@ -84,6 +84,9 @@ def tokens(
     )
     with signals_raised(), Bar("encoding") as bar:
         parts = make_tokens(making, Path(out), force=force, progress=bar)
+    sources = {source.name for facts in parts.values() for source in facts.sources}
+    if plain := sorted(n for n in sources if n.lower().removesuffix(".gz").endswith(".json")):
+        say(f"remark: {', '.join(plain)}: read as text; records are read from .jsonl")
     folders = {str(Path(out, name)): facts for name, facts in parts.items()}
     rows = [
         {"folder": folder, **{k: v for k, v in to_json(facts).items() if k != "schema"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from math import prod
@@ -332,7 +332,7 @@ def _lines(facts: JsonDict) -> Iterator[str]:
 _HINT = "moecc plan MODEL -p PIPELINE --save FILE, of the recipe's model and passes"
 
 
-def plan_problems(plan: SavedPlan, job: TrainJob, path: str) -> Iterator[Problem]:
+def plan_problems(plan: SavedPlan, recipe: Recipe, graph: Graph, path: str) -> Iterator[Problem]:
     """Yield why a plan is not of a training step, or of other passes or sizes than a run's model.
 
     A model that was converted before needs no passes, so that passes are compared where both plan
@@ -340,10 +340,11 @@ def plan_problems(plan: SavedPlan, job: TrainJob, path: str) -> Iterator[Problem
 
     Args:
       plan: the plan.
-      job: the run.
+      recipe: of the run.
+      graph: of the run's model.
       path: of the plan, for messages.
     """
-    section = job.recipe.model
+    section = recipe.model
     if not plan.config.train:
         yield Problem("the plan is of another step", f"{path}: request.step", "train",
                       plan.config.step, "moecc plan … --step train --save FILE")  # fmt: skip
@@ -351,7 +352,7 @@ def plan_problems(plan: SavedPlan, job: TrainJob, path: str) -> Iterator[Problem
         expected = f"{section.pipeline}, as model.pipeline is"
         yield Problem("the plan is of other passes", f"{path}: request.pipeline", expected,
                       plan.pipeline, _HINT)  # fmt: skip
-    count = count_parameters(job.graph).total
+    count = count_parameters(graph).total
     if plan.parameters not in (None, count):
         planned = f"{plan.parameters:,}, of {plan.model} with {plan.pipeline or 'no passes'}"
         trained = f"{count:,}, of {section.source} with {section.pipeline or 'no passes'}"
@@ -434,11 +435,16 @@ def train(
         sets = [*(saved.recipe_values(is_new=resume is None) if saved else ()), *set]
         address = next((a for a in (out, resume) if a is not None and is_address(a)), None)
         stored = None if address is None else StoredRun(address)
-        job = _job(opened, recipe, out, resume, fork, sets, load, stored)
+
+        def check_plan(recipe: Recipe, graph: Graph) -> None:
+            if saved is not None:
+                raise_problems(plan_problems(saved, recipe, graph, str(plan)))
+
+        job = _job(opened, recipe, out, resume, fork, sets, load, stored, check_plan)
+        check_plan(job.recipe, job.graph)
         job = replace(job, traced_steps=profile)
         remarks = [*training_remarks(job.graph), *job.batches.remarks]
         if saved is not None:
-            raise_problems(plan_problems(saved, job, str(plan)))
             remarks += plan_remarks(saved, job)
         for remark in remarks:
             say(f"remark: {remark}")
@@ -470,6 +476,7 @@ def _job(
     sets: Sequence[str],
     load: Sequence[str],
     stored: StoredRun | None,
+    check_plan: Callable[[Recipe, Graph], None],
 ) -> TrainJob:
     """Return the job of one of the three forms. Raises UsageError for anything else."""
     if resume is not None or fork is not None:
@@ -508,6 +515,8 @@ def _job(
         source = opened.enter_context(open_source(loaded, load))
         for remark in merge_remarks(source.remarks):
             say(f"remark: {remark}")
+        # The mesh of a plan of another model need not divide this one: name the plan first.
+        check_plan(loaded, source.canonical.graph)
         job = new_run(loaded, source, run)
     return job if stored is None else stored.job(job, is_new=True)
 

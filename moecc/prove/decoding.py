@@ -39,6 +39,7 @@ ASSUMPTIONS = (
     "`positions` are start, start + 1 …, and `key_positions` 0, 1, 2 …",
     "every value is finite, but for what a mask hides",
     "arithmetic is that of real numbers",
+    "no integer wraps around",
 )
 
 TOKENS, START, POSITIONS, KEY_POSITIONS, CACHE = (

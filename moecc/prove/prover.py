@@ -41,6 +41,7 @@ ASSUMPTIONS = (
     "arithmetic is that of real numbers",
     "every value is finite, but for what a mask hides",
     "no divisor is 0",
+    "no integer wraps around",
     "every open size is at least 1, and the types of both graphs hold",
     "constants are the rational numbers that their floats are",
 )
@@ -58,6 +59,7 @@ EXACT_ON_DEVICES = "sums over devices are those of real numbers"
 
 EXACT_ASSUMPTIONS = (
     "an operation returns the same bits for the same operands",
+    "no integer wraps around",
     "every open size is at least 1, and the types of both graphs hold",
 )
 

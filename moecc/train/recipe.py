@@ -399,6 +399,18 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
             "decoder_seq = 0",
             data.decoder_seq,
         )
+    for key, objectives, noun in (
+        ("noise_density", (Objective.SPANS, Objective.MASKED), "tokens"),
+        ("mean_span", (Objective.SPANS,), "spans"),
+    ):
+        default, value = getattr(DataSection, key), getattr(data, key)
+        if data.objective not in objectives and value != default:
+            yield Fault(
+                f"data.{key} data.objective",
+                f"the objective {data.objective.value} hides no {noun}",
+                f"{default}",
+                value,
+            )
     yield from _groups(recipe.data, recipe.routing, recipe.run)
     if recipe.routing.router_dtype not in ("f32", recipe.run.dtype):
         allowed = " | ".join(dict.fromkeys(("f32", recipe.run.dtype)))

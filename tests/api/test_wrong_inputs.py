@@ -195,6 +195,8 @@ SMALL = "plan preset:smollm2-135m --machine gpu:h100:8"
 
 COMMANDS: dict[str, tuple[int, str]] = {
     "inspct dense": (2, "did you mean 'inspect'"),
+    "nope": (2, "no such command 'nope'; commands: inspect"),
+    "emit cobol dense -o out": (2, "'cobol' is not one of 'torch', 'jax', 'maxtext'"),
     "--verison": (2, "--version"),
     "inspect": (2, "missing argument 'SOURCE'"),
     "inspect dense --format xml": (2, "'xml' is not one of 'human', 'json'"),

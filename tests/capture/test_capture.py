@@ -64,6 +64,12 @@ def tensors(folder: Path) -> dict[str, Array]:
     return dict(load_file(folder / "model.safetensors"))
 
 
+def test_a_text_that_does_not_suit_a_model_without_a_tokenizer_is_named(tmp_path, capsys):
+    words = ["--text", str(TEXTS["tour"]), "--out", str(tmp_path / "x")]
+    assert main(["capture", "tests/golden/llama_gqa", *words]) == 1
+    assert capsys.readouterr().err.startswith("error: text 'tour', as bytes: there are ids beyond")
+
+
 def test_the_statistics_are_those_of_the_values(model, tmp_path):
     """The values of the reference interpreter on the same tokens, put through the same sums."""
     tokens, text = tmp_path / "tokens", tmp_path / "text.txt"

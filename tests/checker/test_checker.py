@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from functools import cache
 from hashlib import sha256
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -168,6 +169,15 @@ def test_no_fault_is_accepted(job: tuple[str, ...]) -> None:
         kind, proof = corrupted(_proof(job), chance)
         kinds[kind] += 1
         assert not is_accepted(moecc_check, proof), kind
+
+
+def test_a_file_that_is_not_json_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (log := tmp_path / "log.json").write_text("{")
+    monkeypatch.setattr("sys.argv", ["moecc-check", str(log), str(log), str(log)])
+    assert moecc_check.main() == 1
+    assert capsys.readouterr().out.startswith(f"rejected: {log} is not JSON: ")
 
 
 def test_what_a_prover_without_a_condition_proves_is_rejected(

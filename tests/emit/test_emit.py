@@ -151,6 +151,7 @@ def test_card_says_what_loading_runs(tmp_path):
     assert 'AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="auto", trust_remote_code' in card
     assert "`trust_remote_code=True` runs `modeling_st_moe.py`" in card
     assert "No engine" not in card
+    assert "okenizer" not in card, "there is none"
 
 
 def test_config_has_the_token_that_a_decoder_begins_with(tmp_path):

@@ -40,6 +40,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "odd head_dim": (small("llama", head_dim=5), "head_dim", "even"),
     "activation": (small("llama", hidden_act="sillu"), "hidden_act", "did you mean 'silu'?"),
     "dtype": (small("llama", dtype="float8_e4m3fn"), "dtype", "one of bfloat16"),
+    "dtype as torch prints it": (
+        # transformers looks up the attribute of torch, and finds none of this name.
+        small("llama", torch_dtype="torch.bfloat16"),
+        "torch_dtype",
+        "did you mean 'bfloat16'?",
+    ),
     "two dtypes": (small("llama", dtype="float16", torch_dtype="float32"), "dtype", "twice"),
     "padding": (small("llama", pad_token_id=40), "pad_token_id", "outside the vocabulary"),
     "token id": (small("llama", bos_token_id="<s>"), "bos_token_id", "not a token id"),

@@ -99,6 +99,10 @@ OTHERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("-p", "upcycle{experts=4 top-k=1 gates=switch}", "--step", "forward"),
         ("another step", "--step train", "other passes", "gates=switch"),
     ),
+    "a mesh for more experts": (
+        ("-p", "upcycle{experts=8 top-k=2}", "--mesh", "expert=8"),
+        ("other passes", "a model with other parameters"),
+    ),
     "no passes": (("-p", ""), ("a model with other parameters", "with no passes")),
 }  # fmt: skip
 

@@ -123,6 +123,13 @@ def test_rolled_layers_are_compared_by_their_bodies() -> None:
     assert prove(dense.graph, sparse.graph).log["rolled"] is False
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_proof_assumes_that_no_integer_wraps_around(exact: bool) -> None:
+    dense = model("llama_gqa")
+    verdict = prove(dense.graph, dense.apply("cse").graph, exact=exact)
+    assert "no integer wraps around" in verdict.assumptions
+
+
 def test_a_constant_as_a_fraction_is_an_assumption() -> None:
     dense = model("llama_gqa")
     scaled = dense.apply("upcycle{experts=4 gate-scale=2.5}")

@@ -114,6 +114,8 @@ def test_all_problems_come_at_once_with_their_lines():
         (["data.train=[{tokens='a'}, {tokens='b/a'}]"], "more than one corpus is called 'a'"),
         (["data.train.0.weight=0"], "more than 0"),
         (["data.decoder_seq=4"], "the objective causal has one sequence"),
+        (["data.noise_density=0.3"], "the objective causal hides no tokens"),
+        (["data.objective=masked", "data.mean_span=2"], "the objective masked hides no spans"),
         (["model.start=random", "model.moments=carry"], "no moments to carry"),
         (["run.steps=1e400"], "another type"),
         (["optimizer.rate=inf"], "not a finite number"),

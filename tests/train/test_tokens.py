@@ -112,6 +112,13 @@ def test_examples_have_prompts_and_labels(tmp_path):
     assert bytes(facts.labels[0].tokens) == b" yes"
 
 
+def test_json_that_is_read_as_text_is_a_remark(tmp_path, moecc):
+    for name in ("a.json", "b.txt"):
+        (tmp_path / name).write_text('[{"text": "c"}]')
+    done = moecc("tokens", tmp_path, "--tokenizer", "bytes", "--out", tmp_path / "out")
+    assert done.err == "remark: a.json: read as text; records are read from .jsonl\n"
+
+
 def test_all_problems_of_the_texts_come_at_once(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": 3}\nnope\n{"body": "b"}\n{"text": []}\n[]\n')
     (tmp_path / "y.txt").write_bytes(b"latin \xe9")
