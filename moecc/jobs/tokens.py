@@ -84,9 +84,10 @@ def tokens(
     )
     with signals_raised(), Bar("encoding") as bar:
         parts = make_tokens(making, Path(out), force=force, progress=bar)
-    sources = {source.name for facts in parts.values() for source in facts.sources}
-    if plain := sorted(n for n in sources if n.lower().removesuffix(".gz").endswith(".json")):
-        say(f"remark: {', '.join(plain)}: read as text; records are read from .jsonl")
+    names = [source.name for source in next(iter(parts.values())).sources]
+    if plain := [n for n in names if n.lower().removesuffix(".gz").endswith(".json")]:
+        files = amount(len(plain), ".json file")
+        say(f"remark: read as text: {files}, such as {plain[0]}; records are read from .jsonl")
     folders = {str(Path(out, name)): facts for name, facts in parts.items()}
     rows = [
         {"folder": folder, **{k: v for k, v in to_json(facts).items() if k != "schema"}}

@@ -116,7 +116,9 @@ def test_json_that_is_read_as_text_is_a_remark(tmp_path, moecc):
     for name in ("a.json", "b.txt"):
         (tmp_path / name).write_text('[{"text": "c"}]')
     done = moecc("tokens", tmp_path, "--tokenizer", "bytes", "--out", tmp_path / "out")
-    assert done.err == "remark: a.json: read as text; records are read from .jsonl\n"
+    assert done.err == (
+        "remark: read as text: 1 .json file, such as a.json; records are read from .jsonl\n"
+    )
 
 
 def test_all_problems_of_the_texts_come_at_once(tmp_path):
