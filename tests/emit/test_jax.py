@@ -25,6 +25,7 @@ from tests.proof.cells import GOLDEN
         ("bart_scaled", "dense"),  # whose encoder ends with a layer
         ("gemma4_inputs", "dense"),  # whose last layers read keys of earlier ones
         ("gemma4_experts", "dense"),
+        ("gpt_oss_limits", "dense"),  # whose heads have a score that no value belongs to
         ("qwen3_5_text_delta", "dense"),  # whose states go from token to token
         ("gemma3n_streams", "dense"),  # which are one value
     ],

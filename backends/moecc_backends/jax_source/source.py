@@ -352,6 +352,10 @@ def _broadcast(texts: list[str], words: dict[str, str]) -> str:
     return f"jnp.broadcast_to({x}, {shape})"
 
 
+def _flattened(texts: list[str], words: dict[str, str]) -> str:
+    return f"merge_axes({', '.join(texts)})" if len(texts) > 1 else f"{texts[0]}.reshape(-1)"
+
+
 TEMPLATES: dict[str, Template] = {
     "F.silu": "jax.nn.silu({0})",
     "F.gelu": lambda texts, words: f"jax.nn.gelu({texts[0]}, approximate={bool(words)})",
@@ -369,7 +373,7 @@ TEMPLATES: dict[str, Template] = {
     "torch.tensor": "jnp.array({0})",
     "torch.get_default_dtype": "jnp.float32",
     "torch.bucketize": 'jnp.searchsorted({1}, {0}, side="right")',
-    ".flatten": "merge_axes({0})",
+    ".flatten": _flattened,
     ".unflatten": "split_axis({0})",
     ".transpose": "{0}.swapaxes({1}, {2})",
     ".permute": lambda texts, words: f"{texts[0]}.transpose({', '.join(texts[1:])})",
