@@ -29,6 +29,7 @@ from moecc_backends.jaxpr.storage import LeafEvaluator
 from moecc_backends.torch_export import conversion as conversions
 from moecc_backends.torch_export.lowering import exported_module
 from moecc_backends.torch_export.placing import BlockRegion
+from moecc_backends.torch_export.surveying import survey_model
 
 from moecc.errors import MoeccError
 from moecc.weights.expr import sources
@@ -171,7 +172,7 @@ def judge_conversion(model: Any, inputs: dict[str, Any], before: list[Any]) -> d
     row: dict[str, object] = {}
     try:
         exported = exported_module(model, (), inputs)
-        surveyed = conversions.survey_model(model, exported)
+        surveyed = survey_model(model, exported)
         moe = conversions.convert_surveyed(surveyed, PIPELINE, causal=False)
     except MoeccError as error:
         problems = [str(p) for p in error.problems]

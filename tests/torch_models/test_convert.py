@@ -180,6 +180,44 @@ def test_dropout_before_the_last_product_stays():
     assert close(first, moe(tokens()))
 
 
+def test_a_dropout_that_only_training_has_stays():
+    class Dropping(Block):
+        def hidden(self, x: Any) -> Any:
+            hidden = F.gelu(self.up(x))
+            return F.dropout(hidden, 0.5) if self.training else hidden
+
+    _, moe = converted(Dropping())
+    assert [place.dropout for place in moe.conversion.places] == [0.5]
+
+
+def test_gradients_that_are_off_around_a_block_are_no_part_of_it():
+    class Frozen(Whole):
+        def forward(self, x: Any) -> Any:
+            with torch.no_grad():
+                return super().forward(x)
+
+    _, moe = converted(Frozen(), Block())
+    assert len(moe.conversion.places) == 2
+    assert not moe.conversion.report.misses
+
+
+def test_sizes_that_a_model_is_bound_to_are_remarked():
+    class Bound(Block):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x.view(-1, 5, WIDTH))
+
+    class Sized(Block):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x.view(2, 5, WIDTH))
+
+    for layer, axes in ((Bound(), ["second axis"]), (Sized(), ["batch", "second axis"])):
+        model, moe = converted(layer)
+        remarks = [r for r in moe.conversion.report.remarks if "torch.export" in r]
+        assert len(remarks) == len(axes)
+        assert all(map(str.__contains__, remarks, axes))
+        assert close(moe(tokens()), model(tokens()))
+
+
 def test_the_dense_model_keeps_its_mode():
     model = Language(Whole(), Block()).train()
     model.layers[1].eval()
@@ -368,6 +406,42 @@ class FurtherArguments(Block):
         return F.gelu(self.up(x, 1))
 
 
+class Averaged(Block):
+    """A number of tokens, which the trace has as a number."""
+
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(self.up(x)) / x.shape[1]
+
+
+class LengthDependent(Block):
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(self.up(x)) if x.shape[1] < 6 else F.relu(self.up(x))
+
+
+class ModeDependent(Block):
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(self.up(x)) if self.training else F.relu(self.up(x))
+
+
+class Detached(Block):
+    def hidden(self, x: Any) -> Any:
+        with torch.no_grad():
+            hidden = self.up(x)
+        return F.gelu(hidden)
+
+
+class Ungraded(nn.Linear):
+    @torch.no_grad()
+    def forward(self, x: Any) -> Any:
+        return super().forward(x)
+
+
+def with_ungraded_product() -> Any:
+    layer = Block()
+    layer.down = Ungraded(HIDDEN, WIDTH)
+    return layer
+
+
 @torch.library.custom_op("moecc_tests::up", mutates_args=())
 def kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A product in a kernel of its own."""
@@ -412,6 +486,11 @@ def shared() -> tuple[Any, Any]:
         ((Kernel(),), "a kernel that shows none"),
         ((FurtherArguments(),), "takes further arguments"),
         ((Rounded(),), "narrower than its input"),
+        ((Averaged(),), "something else for batches or sequences of another length"),
+        ((LengthDependent(),), "something else for batches or sequences of another length"),
+        ((ModeDependent(),), "something else in training"),
+        ((Detached(),), "gradients are switched in it"),
+        ((with_ungraded_product(),), "gradients are switched in it"),
         (shared(), "another"),
     ],
     ids=lambda x: type(x[0]).__name__ if isinstance(x, tuple) else "",

@@ -22,13 +22,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 from moecc.api.arguments import flag, folder_text, whole
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError, UsageError
 from moecc.formats.files import read_json_object, write_durable
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, open_folder
 from moecc.formats.manifest import (
@@ -55,15 +53,13 @@ from moecc_backends.jaxpr.graph import (
     RewrittenBlocks,
     graph_of_blocks,
     parsed_pipeline,
-    problems_of,
     rewrite_blocks,
 )
-from moecc_backends.jaxpr.scopes import ParamTree, leaves_of, trace_function
+from moecc_backends.jaxpr.scopes import leaves_of
 from moecc_backends.jaxpr.storage import LeafEvaluator
-from moecc_backends.jaxpr.survey import Survey, refuse_shared_weights, survey_blocks
 from moecc_backends.jaxpr.views import shape_of
-from moecc_backends.torch_export.lowering import ExportedModule, exported_module
-from moecc_backends.torch_export.placing import Placer, unseen_products
+from moecc_backends.torch_export.lowering import exported_module
+from moecc_backends.torch_export.surveying import SurveyedModel, numpy_dtype, survey_model
 from moecc_backends.torch_source.modules import BlockPlace, DenseClass, EmittedModules, emit_modules
 
 FILE_NAME = "modeling_moecc.py"
@@ -136,56 +132,10 @@ def convert(
     )
 
 
-@dataclass(frozen=True)
-class SurveyedModel:
-    """A model and its blocks.
-
-    Attributes:
-      model: the dense model.
-      exported: what it computes.
-      survey: its blocks.
-      places: where they stand, by location.
-    """
-
-    model: Any
-    exported: ExportedModule
-    survey: Survey
-    places: Mapping[str, BlockPlace]
-
-
 def _call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
-
-
-def survey_model(model: Any, exported: ExportedModule) -> SurveyedModel:
-    """Return the blocks of a model that have a position in it.
-
-    Raises:
-      InputError: there is none.
-    """
-    dtypes = {n: shape_of(t.shape, numpy_dtype(t)) for n, t in exported.parameters.items()}
-    with jax.enable_x64(True):
-        tree, shapes = ParamTree.of(exported.params)
-        count = -1
-        while count < len(exported.flattened):  # again, where a module takes tokens of all rows
-            count = len(exported.flattened)
-            arguments = ((), exported.arguments)
-            traced = trace_function(exported, tree, shapes, leaves_of(dtypes), arguments)
-            survey = survey_blocks(traced.scope)
-            refuse_shared_weights(survey)
-            places = Placer(model, exported).places(survey)
-        refuse_shared_weights(survey)
-    survey.misses += unseen_products(exported)
-    if survey.sites:
-        return SurveyedModel(model, exported, survey, places)
-    problem = Problem(
-        "the model has no feed-forward block of its parameters",
-        where=type(model).__name__,
-        expected="a product with a weight, functions of elements, a product with a weight",
-    )
-    raise InputError([problem, *problems_of(survey.misses)])
 
 
 def convert_surveyed(
@@ -250,6 +200,7 @@ def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) 
     operations = sum(node.op == "call_function" for node in exported.graph.nodes)
     stayed = f"of {operations:,} operations, all but the blocks stayed PyTorch"
     report = rewritten.report(surveyed.survey, dense.name, sum(before.values()), after, stayed)
+    report = replace(report, remarks=(*surveyed.remarks, *report.remarks))
     return ModuleConversion(
         rewritten.graph,
         report,
@@ -285,11 +236,6 @@ def _weight(graph: Graph, name: str) -> Expr:
 
 
 # Tensors as arrays.
-
-
-def numpy_dtype(tensor: Any) -> Any:
-    """Return the element type of a tensor as NumPy has it."""
-    return jnp.dtype(str(tensor.dtype).removeprefix("torch."))
 
 
 def array_of(tensor: Any) -> Array:

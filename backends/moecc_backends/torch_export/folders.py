@@ -41,17 +41,15 @@ from moecc_backends.jaxpr.storage import rows_of
 from moecc_backends.jaxpr.views import shape_of
 from moecc_backends.torch_export.conversion import (
     ModuleConversion,
-    SurveyedModel,
     array_of,
     convert_surveyed,
     graph_over,
-    numpy_dtype,
-    survey_model,
     tensor_of,
     write_beside,
     write_config,
 )
 from moecc_backends.torch_export.lowering import error_text, exported_module
+from moecc_backends.torch_export.surveying import SurveyedModel, numpy_dtype, survey_model
 
 BATCH, TOKENS, TOKEN_ID = 2, 7, 3
 """The sizes of the inputs that a model is traced with, and the token that they repeat."""

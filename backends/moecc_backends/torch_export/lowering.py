@@ -8,7 +8,8 @@ the shapes of its results.  So the function can be traced, and never run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
@@ -29,6 +30,9 @@ FxNode = Any
 
 Tensor = Any
 """A tensor of torch."""
+
+ModuleArguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""The arguments of a module, by position and by name."""
 
 
 def jax_dtype(dtype: Any) -> Any:
@@ -194,7 +198,12 @@ def _memory_of(node: FxNode) -> set[int]:
     """Return the memory that the tensors of a node lie in."""
     meta = node.meta.get("val")
     tensors = meta if isinstance(meta, tuple | list) else [meta]
-    return {t.untyped_storage()._cdata for t in tensors if hasattr(t, "untyped_storage")}
+    memory = set[int]()
+    for tensor in tensors:
+        with suppress(NotImplementedError):  # a tensor under vmap shows no memory
+            if hasattr(tensor, "untyped_storage"):
+                memory.add(tensor.untyped_storage()._cdata)
+    return memory
 
 
 def _place_of(node: FxNode) -> object:
@@ -570,6 +579,7 @@ class ExportedModule:
       parameters: the tensors of the parameters, by name.
       traced: the value of each node, once traced.
       flattened: nodes whose results are traced in their own shape, though rows could stay grouped.
+      call: the arguments that the module was exported with.
     """
 
     graph: Any
@@ -580,6 +590,7 @@ class ExportedModule:
     traced: dict[FxNode, Operand] = field(default_factory=dict)
     flattened: set[FxNode] = field(default_factory=set)
     buffers: dict[FxNode, str] = field(default_factory=dict)
+    call: ModuleArguments = ((), {})
 
     @property
     def params(self) -> dict[str, Any]:
@@ -635,8 +646,20 @@ class ExportedModule:
         return node.meta.get("val")
 
 
-def exported_module(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedModule:
+def exported_module(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    training: Collection[Any] = (),
+) -> ExportedModule:
     """Return a module of torch as a function of JAX; the module is in evaluation while it is read.
+
+    Args:
+      model: the module.
+      args: its arguments by position.
+      kwargs: its arguments by name.
+      training: the modules in it that are in training meanwhile; where there are any, gradients
+        are on, and a dropout in training is traced as one in evaluation.
 
     Raises:
       InputError: torch cannot export it.
@@ -649,9 +672,11 @@ def exported_module(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     uses_cache = [(config, config.use_cache) for config in configs.values()]
     model.eval()
     try:
+        for module in training:
+            module.training = True
         for config, _ in uses_cache:  # models of transformers, whose caches torch cannot return
             config.use_cache = False
-        with torch.no_grad():
+        with torch.set_grad_enabled(bool(training)):
             program = torch.export.export(model, args, dict(kwargs), strict=False)
     except Exception as error:
         raise InputError(
@@ -665,7 +690,10 @@ def exported_module(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             module.training = mode
         for config, use_cache in uses_cache:
             config.use_cache = use_cache
+    _inline_gradient_modes(program.graph_module)
     for node in program.graph.nodes:
+        if training and operation_name(node) == "aten.dropout":
+            node.args = (*node.args[:2], False)
         value = node.meta.get("val")
         tensors = value if isinstance(value, tuple | list) else [value]
         if any(not isinstance(size, int) for t in tensors for size in getattr(t, "shape", ())):
@@ -675,7 +703,35 @@ def exported_module(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
                 found=operation_name(node),
                 hint="select by a mask, or by topk, whose results have a size that is known before",
             )
-    return _read_program(model, program)
+    return replace(_read_program(model, program), call=(args, kwargs))
+
+
+GRADIENT_MODE = "moecc_gradient_mode"
+"""In the ``meta`` of a node under `torch.no_grad` or `torch.enable_grad`: whether gradients are on,
+and the calls of modules that the change of it is in."""
+
+
+def _inline_gradient_modes(module: Any) -> None:
+    """Put the nodes under a change of the gradient mode, which are a graph of their own, in place.
+
+    The mode becomes a mark on each of them.
+    """
+    for node in list(module.graph.nodes):
+        if str(node.target) != "wrap_with_set_grad_enabled":
+            continue
+        is_on, inner, *operands = node.args
+        body = getattr(module, inner.target)
+        _inline_gradient_modes(body)
+        parameters = [n for n in body.graph.nodes if n.op == "placeholder"]
+        copies = dict(zip(parameters, operands, strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(body.graph, copies)
+        for copy in (copies[n] for n in body.graph.nodes if n.op == "call_function"):
+            copy.meta.setdefault(GRADIENT_MODE, (is_on, module_calls(node)))
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
 
 
 def error_text(error: Exception) -> str:
