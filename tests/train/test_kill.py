@@ -135,11 +135,12 @@ def test_a_signal_ends_it_after_the_step_and_saved(folder, tmp_path, number, cod
 def test_a_full_disk_loses_nothing(folder, tmp_path):
     run = tmp_path / "run"
 
-    # Less than the arrays of a checkpoint, more than the journal.  Python ignores SIGXFSZ.
+    # Less than the arrays of a checkpoint, more than the journal.  Python ignores SIGXFSZ; without
+    # -B it would write bytecode of what it imports, cut off at the limit.
     limited = (
         "import os, resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
-        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+        "os.execv(sys.executable, [sys.executable, '-B', *sys.argv[1:]])\n"
     )
     finish(command("train", folder / "recipe.toml", "--out", run, "--set", "run.steps=24"))
     kept = [step.number for step in saved_steps(run)]

@@ -167,6 +167,8 @@ def test_arrays_that_cannot_be_written_are_one_error_without_tracebacks(tmp_path
         finally:
             saver.close()
     """
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    # Without -B Python would write bytecode of what it imports, cut off at the limit.
+    words = [sys.executable, "-B", "-c", program, tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert "found: File too large" in done.stderr
     assert "Event loop is closed" not in done.stderr
