@@ -173,8 +173,9 @@ def _run(argv: list[str]) -> int:
     try:
         with words_of_bash():
             result = build_app().main(argv, prog_name="moecc", standalone_mode=False)
-    except click.Abort:
-        raise KeyboardInterrupt from None
+    except click.Abort as error:
+        # click ends so for an EOFError, too, which whatever reads a file that is cut off may raise.
+        raise error.__cause__ or KeyboardInterrupt() from None
     except SystemExit as error:
         # click ends so, with 1, where the reader of our output has exited.
         if isinstance(error.__context__, BrokenPipeError):

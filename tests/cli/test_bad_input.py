@@ -109,9 +109,10 @@ def test_a_signal_amid_a_lock_ends_as_the_signal(
     assert (done.code, done.err) == (code, said)
 
 
-def test_a_bug_says_where_its_reproducer_is(moecc, dense, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, EOFError])  # which click takes for Ctrl-D
+def test_a_bug_says_where_its_reproducer_is(kind, moecc, dense, monkeypatch):
     def broken(*args: Any, **more: Any) -> None:
-        raise RuntimeError("not meant to happen")
+        raise kind("not meant to happen")
 
     monkeypatch.setattr("moecc.model.open.open_model", broken)
     done = moecc("inspect", dense)
