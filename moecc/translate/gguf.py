@@ -132,10 +132,10 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
         tensors = [*tensors, *MoeConfig.completed(config)[1].items()]
     stored: dict[str, Expr] = {}
     for name, expr in tensors:
-        prefix, whole = family.whole_of(name)
-        if whole:
-            ends = family.rearranged()[whole]
-            for end, part in zip(ends, cut(whole, expr, config), strict=True):
+        prefix, joined = family.whole_of(name)
+        if joined:
+            ends = family.rearranged()[joined]
+            for end, part in zip(ends, cut(joined, expr, config), strict=True):
                 stored[prefix + end] = simplify(part)
         else:
             stored[gguf_name(name, family)] = _turned(name, expr, family, config)
@@ -212,12 +212,12 @@ def as_read(export: GgufExport) -> dict[str, Expr]:
         name = hugging_face_name(stored_name, family)
         if name is None:  # divisors of rotary frequencies, which the config has
             continue
-        prefix, whole = family.whole_of(name)
-        if whole:
-            ends = [prefix + end for end in family.rearranged()[whole]]
+        prefix, joined = family.whole_of(name)
+        if joined:
+            ends = [prefix + end for end in family.rearranged()[joined]]
             if stored_name != ends[0]:  # it is read with the first
                 continue
-            expr = join(whole, [stored[end] for end in ends], config)
+            expr = join(joined, [stored[end] for end in ends], config)
         elif family.has("norm_offset") and is_norm(name):
             expr = Add(expr, Full(-1.0, expr.type.with_dtype(F32)))
         elif (unit_axis := family.unit_axis(name)) is not None:

@@ -162,8 +162,9 @@ def _checked_again(surveyed: SurveyedModel) -> SurveyedModel:
             is_alike = key in evaluated and _is_alike(before[key], evaluated[key])
             reasons[key] = _TRAINING if is_alike else _SIZES
     for site in list(surveyed.survey.sites):
-        if site.keys[0] in reasons:
-            surveyed.survey.refuse(site, reasons[site.keys[0]])
+        changed_keys = [key for key in site.keys if key in reasons]
+        if changed_keys:
+            surveyed.survey.refuse(site, reasons[changed_keys[0]])
     instances = surveyed.survey.instances()
     places = {
         instances[key].loc: replace(place, loc=instances[key].loc, dropout=after[key].dropout)
@@ -183,10 +184,9 @@ def _first_readable(
     """Return the blocks of the first of some calls that torch can read, and the call."""
     for call in calls:
         try:
-            exported = exported_module(model, *call.arguments, training)
+            return _survey(model, exported_module(model, *call.arguments, training)), call
         except InputError:
             continue
-        return _survey(model, exported), call
     return None
 
 
@@ -253,11 +253,14 @@ def _modules_to_train(surveyed: SurveyedModel) -> list[Any]:
 
 def _switching_gradients(surveyed: SurveyedModel) -> set[BlockKey]:
     """Return the blocks in which the gradient mode changes."""
-    places, order = surveyed.places_by_key, list(surveyed.exported.graph.nodes).index
+    places = surveyed.places_by_key
+    order = {node: number for number, node in enumerate(surveyed.exported.graph.nodes)}
     switching = set[BlockKey]()
     for key, region in surveyed.regions:
         inner = (n for n in region.nodes if n.op == "call_function")
-        modes = [n.meta.get(GRADIENT_MODE, (True, [])) for n in sorted(inner, key=order)]
+        modes = [
+            n.meta.get(GRADIENT_MODE, (True, [])) for n in sorted(inner, key=order.__getitem__)
+        ]
         is_entered_inside = places[key].path in {call.path for call in modes[0][1]}
         if is_entered_inside or len({is_on for is_on, _ in modes}) > 1:
             switching.add(key)

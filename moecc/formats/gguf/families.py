@@ -304,7 +304,7 @@ def hugging_face_name(name: str, family: GgufFamily) -> str | None:
     if match is None:
         return None
     layer, end = match.groups()
-    wholes = {part: whole for whole, parts in family.rearranged().items() for part in parts}
+    wholes = {part: joined for joined, parts in family.rearranged().items() for part in parts}
     new = wholes.get(end) or family.tensors().get(end)
     return new and f"model.layers.{layer}.{new}"
 

@@ -193,8 +193,8 @@ class GgufFile(Checkpoint):
         info = tensor_info(self.tensors, name, self.path)
         shape, _ = rows_of(info, start, stop)
         stop = start + shape[0]
-        if (whole := self._wholes.get(name)) is not None:
-            return evaluate(whole, self._read_part, rows=(start, stop))
+        if (joined := self._wholes.get(name)) is not None:
+            return evaluate(joined, self._read_part, rows=(start, stop))
         if order := self._orders.get(name):
             stored = replace(info, shape=order.shape(info.shape))
             return order(self._stored(stored, 0, stored.shape[0]))[start:stop]
@@ -333,7 +333,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
             for old, new in names.items()
         }
         wholes, parts = _wholes(header, names, family, config)
-        tensors |= {name: _whole_info(name, whole, parts) for name, whole in wholes.items()}
+        tensors |= {name: _whole_info(name, joined, parts) for name, joined in wholes.items()}
     except BaseException:
         pool.close()
         raise
@@ -379,11 +379,11 @@ def _source(info: TensorInfo, number: int, dtype: DType) -> Expr:
     return source if info.dtype is dtype else Cast(source, dtype)
 
 
-def _whole_info(name: str, whole: Expr, parts: Mapping[str, TensorInfo]) -> TensorInfo:
-    infos = [parts[source.name] for source in sources(whole)]
+def _whole_info(name: str, joined: Expr, parts: Mapping[str, TensorInfo]) -> TensorInfo:
+    infos = [parts[source.name] for source in sources(joined)]
     nbytes = sum(info.nbytes for info in infos)
     return replace(
-        infos[0], name=name, shape=whole.type.shape, dtype=whole.type.dtype, nbytes=nbytes
+        infos[0], name=name, shape=joined.type.shape, dtype=joined.type.dtype, nbytes=nbytes
     )
 
 

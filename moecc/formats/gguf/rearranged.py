@@ -16,11 +16,11 @@ from moecc.weights.movement import Concat, Index, Merge, Permute, Rename, Slice,
 Parts = tuple[Expr, ...]
 
 
-def cut(whole: str, expr: Expr, config: DecoderConfig) -> Parts:
+def cut(joined: str, expr: Expr, config: DecoderConfig) -> Parts:
     """Return the parts of a file that the tensor `expr` is stored as.
 
     Args:
-      whole: the end of its name in Hugging Face.
+      joined: the end of the name in Hugging Face of the tensor that the parts are joined to.
       expr: the tensor.
       config: the config of the model.
     """
@@ -28,7 +28,7 @@ def cut(whole: str, expr: Expr, config: DecoderConfig) -> Parts:
     if config.names.inputs_first:
         # Inputs come first in Hugging Face, and gate and up are halves, or alternate.
         halves: Parts = (expr,)
-        if config.names.expert_gate_up in whole:
+        if config.names.expert_gate_up in joined:
             *_, outputs = columns
             count = expr.type[outputs].size
             assert isinstance(count, int), "a weight has fixed sizes"
@@ -54,22 +54,22 @@ def cut(whole: str, expr: Expr, config: DecoderConfig) -> Parts:
             Merge(p, ("group", "entry"), rows) for p in _cut_groups(expr, delta.key_heads, sizes)
         ]
         return Concat(tuple(parts[:3]), rows), parts[3]
-    if whole.endswith("conv1d.weight"):
+    if joined.endswith("conv1d.weight"):
         expr = Index(expr, columns[0], 0)
-    return (_reordered(whole, expr, delta, (delta.key_heads, _values_of(delta))),)
+    return (_reordered(joined, expr, delta, (delta.key_heads, _values_of(delta))),)
 
 
-def join(whole: str, parts: Sequence[Expr], config: DecoderConfig) -> Expr:
+def join(joined: str, parts: Sequence[Expr], config: DecoderConfig) -> Expr:
     """Return the tensor whose `parts` are stored; the reverse of `cut`."""
     rows = parts[0].type.names[0]
     if config.names.inputs_first:
         expert, outputs, *inputs = parts[0].type.names
         named = tuple(_named(part, (expert, outputs, *inputs)) for part in parts)
         if config.names.in_turns and len(named) > 1:
-            whole_expr: Expr = Merge(Stack(named, "turn", 2), (outputs, "turn"), outputs)
+            tensor: Expr = Merge(Stack(named, "turn", 2), (outputs, "turn"), outputs)
         else:
-            whole_expr = Concat(named, outputs)
-        return Permute(whole_expr, (expert, *inputs, outputs))
+            tensor = Concat(named, outputs)
+        return Permute(tensor, (expert, *inputs, outputs))
     if config.latent is not None:
         group, latent, entry = parts[0].type.names
         values = _named(parts[1], (group, entry, latent))
@@ -84,8 +84,8 @@ def join(whole: str, parts: Sequence[Expr], config: DecoderConfig) -> Expr:
         gates = _named(parts[1], parts[0].type.names)
         grouped = [_grouped(part, rows, delta.key_heads) for part in (*by_kind, gates)]
         return Merge(Concat(tuple(grouped), "entry"), ("group", "entry"), rows)
-    expr = _reordered(whole, parts[0], delta, (_values_of(delta), delta.key_heads))
-    return Stack((expr,), "unit", 1) if whole.endswith("conv1d.weight") else expr
+    expr = _reordered(joined, parts[0], delta, (_values_of(delta), delta.key_heads))
+    return Stack((expr,), "unit", 1) if joined.endswith("conv1d.weight") else expr
 
 
 def _values_of(delta: DeltaLayers) -> int:
@@ -114,17 +114,17 @@ def _named(expr: Expr, names: Sequence[str]) -> Expr:
     return expr
 
 
-def _reordered(whole: str, expr: Expr, delta: DeltaLayers, sizes: tuple[int, int]) -> Expr:
+def _reordered(joined: str, expr: Expr, delta: DeltaLayers, sizes: tuple[int, int]) -> Expr:
     """Return a tensor with the two axes that count value heads, of `sizes`, exchanged.
 
     Value heads of a key head are neighbours in Hugging Face; in a file the key head is the inner
     axis, so that llama.cpp repeats keys as they lie.
     """
-    axis = expr.type.names[-1 if whole.endswith("out_proj.weight") else 0]
+    axis = expr.type.names[-1 if joined.endswith("out_proj.weight") else 0]
     count = expr.type[axis].size
     assert isinstance(count, int), "a weight has fixed sizes"
     # Queries and keys lie before values in the matrices of all three.
-    before = 2 * delta.key_heads * delta.key_dim if ("qkv" in whole or "conv1d" in whole) else 0
+    before = 2 * delta.key_heads * delta.key_dim if ("qkv" in joined or "conv1d" in joined) else 0
     values = Slice(expr, axis, before, count) if before else expr
     width = (count - before) // (sizes[0] * sizes[1])
     split = Split(values, axis, (("outer", sizes[0]), ("inner", sizes[1]), ("entry", width)))
