@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -661,6 +662,11 @@ def injected(calls: Disk) -> Iterator[Disk]:
 
 
 # What outputs are written with: files and names of folders that are on the disk on return.
+
+
+def json_content(document: JsonDict) -> bytes:
+    """Return the content of a JSON file, indented for readers."""
+    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def write_durable(path: Path, content: bytes) -> None:

@@ -23,6 +23,7 @@ from moecc.formats.files import (
     Identity,
     check_file,
     check_layout,
+    json_content,
     name_fault,
     opened_regular,
     read_into,
@@ -703,7 +704,7 @@ def index_json(shards: Sequence[Shard], total_bytes: int, parameters: int) -> by
     weight_map = {name: shard.name for shard in shards for name in shard.offsets}
     ordered = {name: weight_map[name] for name in sorted(weight_map, key=natural)}
     metadata = {"total_size": total_bytes, "total_parameters": parameters}
-    return (json.dumps({"metadata": metadata, "weight_map": ordered}, indent=2) + "\n").encode()
+    return json_content({"metadata": metadata, "weight_map": ordered})
 
 
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:

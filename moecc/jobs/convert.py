@@ -15,20 +15,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from moecc.errors import CheckError, Problem, UsageError, raise_problems
 from moecc.families.config import FAMILY
 from moecc.formats.adapter import files_of
-from moecc.formats.files import make_folder, read_whole, require_removed, write_durable
+from moecc.formats.files import (
+    json_content,
+    make_folder,
+    read_whole,
+    require_removed,
+    write_durable,
+)
 from moecc.formats.gguf.storage import FILE_NAME, SUFFIX, Storage
 from moecc.formats.manifest import MANIFEST_NAME, hashed_beside
 from moecc.formats.modelcard import CARD_NAME, LISTS
 from moecc.formats.output import check_output, output_folder, part_folder, parts_of
 from moecc.formats.run import inputs_of
-from moecc.formats.safetensors import ConversionPart, Shard, shards_of
+from moecc.formats.safetensors import Shard, shards_of
 from moecc.formats.store import is_address
 from moecc.formats.writer import (
     DEFAULTS,
     MAX_SHARD_BYTES,
     Done,
     OutputJournal,
-    Progress,
     WriteOptions,
     WriteReport,
     read_journal,
@@ -145,16 +150,10 @@ class Conversion:
 def write(
     planned: Plan,
     out: str | Path,
+    options: WriteOptions = DEFAULTS,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
-    allow_nonfinite: bool = False,
-    verify: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
-    threads: int = DEFAULTS.threads,
-    part: ConversionPart | None = None,
-    join: bool = False,
 ) -> Conversion:
     """Write a planned conversion to `out`, atomically.
 
@@ -164,15 +163,10 @@ def write(
     Args:
       planned: the conversion.
       out: the output.
-      max_shard_bytes: the limit of a shard.
+      options: of writing; a part is written beside `out`, and parts that are joined are removed
+        once `out` is complete.
       force: whether an existing output is replaced.
-      allow_nonfinite: whether sources may hold NaN and infinity.
-      verify: whether source and result are run and compared before the result is in place.
       resume: whether to continue what a killed run of the same conversion has written.
-      progress: receives the bytes written so far, and all.
-      threads: the number of tensors evaluated concurrently.
-      part: the part of the shards to write, beside `out`; None for the whole output.
-      join: whether the weights are those of the parts, which are removed once `out` is complete.
 
     Raises:
       CheckError: the result is not the function that was promised.
@@ -181,16 +175,13 @@ def write(
       MachineError: the disk is too small, or a write failed.
     """
     checkpoint = planned.checkpoint
-    path = Path(out) if part is None else part_folder(Path(out), part)
+    path = Path(out) if options.part is None else part_folder(Path(out), options.part)
     one_file = is_file(planned, path)
-    options = WriteOptions(
-        max_shard_bytes, allow_nonfinite, verify, progress, None, threads, part, join
-    )
     facts = conversion_facts(planned, options)
-    if part is not None:
+    if options.part is not None:
         make_folder(path.parent)
     parts = None
-    if join:
+    if options.is_join:
         from moecc.formats.parts import read_parts
 
         parts = read_parts(path, facts, planned_shards(planned, options))
@@ -215,11 +206,11 @@ def write(
             written = _fill(temporary, planned, options, one_file)
             # After all of it was hashed and read: the digests are those of what was converted.
             checkpoint.require_unchanged()
-            if one_file or part is not None:
+            if one_file or options.part is not None:
                 journal.synchronise()
             else:
                 journal.remove()
-    if join:
+    if options.is_join:
         require_removed(parts_of(path), "the output is complete, but its parts are still there")
     return Conversion(path, planned, written)
 
@@ -275,19 +266,16 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
         write_record(folder, options.source_files())
         return written
     if not one_file:
-        for name, content in checkpoint.companions().items():
-            # A GGUF file has the tokenizer itself.
-            if is_gguf and not name.startswith(_LICENCES):
-                continue
-            data = read_whole(content) if isinstance(content, Path) else content
-            make_folder((folder / name).parent)  # chat templates are in a subfolder
-            write_durable(folder / name, data)
+        companions = checkpoint.companions()
+        if is_gguf:  # which has the tokenizer itself
+            companions = {n: c for n, c in companions.items() if n.startswith(_LICENCES)}
+        write_companions(folder, companions)
     if not is_gguf:
         wrapped = planned.wrapped
         config = dict(planned.export.config_json if wrapped is None else wrapped.stored_config)
         if planned.dtype is not None:
             config["torch_dtype"] = config["dtype"] = planned.dtype.torch
-        write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_durable(folder / "config.json", json_content(config))
     if isinstance(planned.export, EmittedExport):
         for name, text in planned.export.program.files.items():
             write_durable(folder / name, text.encode())
@@ -299,6 +287,14 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
     document = manifest(folder, planned, written, options.source_files(), embedded)
     write_durable(folder / MANIFEST_NAME, document)
     return written
+
+
+def write_companions(folder: Path, companions: Mapping[str, Path | bytes]) -> None:
+    """Write the files of a source beside its weights, by their names. Raises MachineError."""
+    for name, content in companions.items():
+        make_folder((folder / name).parent)  # chat templates are in a subfolder
+        data = read_whole(content) if isinstance(content, Path) else content
+        write_durable(folder / name, data)
 
 
 def check_place(
@@ -490,10 +486,10 @@ def convert(
         from moecc.formats.parts import parse_part
 
         share = parse_part(part)
-    limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)
+    branches = parse_branches(experts)
     options = WriteOptions(
-        limit, allow_nonfinite, verify, threads=threads or available_cores(),
-        part=share, is_join=join,
+        count_bytes(max_shard_bytes), allow_nonfinite, verify,
+        threads=threads or available_cores(), part=share, is_join=join,
     )  # fmt: skip
     _check_modes(options)
     if proof is not None:
@@ -558,11 +554,8 @@ def convert(
             check_place(planned, local, options, force=force, resume=resume)
             if not dry_run and (force or not _has_part(planned, out, options)):
                 with Bar("checking" if join else "writing") as bar:
-                    written = write(
-                        planned, local, max_shard_bytes=limit, force=force, verify=verify,
-                        allow_nonfinite=allow_nonfinite, resume=resume, progress=bar,
-                        threads=options.threads, part=options.part, join=join,
-                    ).written  # fmt: skip
+                    shown = replace(options, progress=bar)
+                    written = write(planned, local, shown, force=force, resume=resume).written
                 _say_weights_written(written, resume and not join)
     data = planned.to_json() | {"out": out, "dry_run": dry_run, "part": part}
     data["work"] = None if work is None else asdict(work)

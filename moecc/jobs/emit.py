@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -49,6 +49,7 @@ def emit(
       moecc emit torch smollm2-8x -o smollm2-8x-torch
     """
     from moecc.families.config import FAMILY
+    from moecc.formats.writer import WriteOptions
     from moecc.jobs.convert import check_place, plan, plan_text, write
     from moecc.model.open import load_files, open_model
     from moecc.rewrite.pipeline import Pipeline
@@ -57,15 +58,15 @@ def emit(
     from moecc.types import count_bytes, float_type
 
     load_files(load)
-    type, limit = None if dtype is None else float_type(dtype), count_bytes(max_shard_bytes)
+    type = None if dtype is None else float_type(dtype)
+    options = WriteOptions(count_bytes(max_shard_bytes))
     with signals_raised(), open_model(model, weights=weights, padding=None, heads=True) as opened:
         if language == "maxtext":
             return _emit_maxtext(opened, output, type, force=force)
-        target = FAMILY
-        planned = plan(opened, Pipeline(()), target, dtype=type, emit=language)
-        check_place(planned, output, force=force)
+        planned = plan(opened, Pipeline(()), FAMILY, dtype=type, emit=language)
+        check_place(planned, output, options, force=force)
         with Bar("writing") as bar:
-            write(planned, output, max_shard_bytes=limit, force=force, progress=bar)
+            write(planned, output, replace(options, progress=bar), force=force)
     data = planned.to_json() | {"out": output, "language": language}
     return Report("emit", data, lambda: plan_text(planned, output, dry_run=False))
 
@@ -73,11 +74,11 @@ def emit(
 def _emit_maxtext(opened: OpenedModel, output: str, type: DType | None, *, force: bool) -> Report:
     """Write a model of a family of MaxText's as the checkpoint that MaxText loads."""
     from moecc.families.registry import parse_config
-    from moecc.formats.files import make_folder, read_whole, write_durable
+    from moecc.formats.files import json_content
     from moecc.formats.maxtext import ITEM, SETTINGS, STEP, maxtext_arrays, write_maxtext
     from moecc.formats.output import output_folder
     from moecc.formats.run import inputs_of
-    from moecc.jobs.convert import plan
+    from moecc.jobs.convert import plan, write_companions
     from moecc.rewrite.pipeline import Pipeline
     from moecc.support.extras import require
     from moecc.translate.export import Export
@@ -98,11 +99,8 @@ def _emit_maxtext(opened: OpenedModel, output: str, type: DType | None, *, force
         Path(output), inputs=inputs_of(checkpoint), force=force, needed_bytes=2 * size_bytes
     ) as folder:
         write_maxtext(folder, config, arrays, lambda name: evaluate(exprs[name], checkpoint.read))
-        text = json.dumps(dict(planned.export.config_json), indent=2) + "\n"
-        for name, content in {**checkpoint.companions(), "config.json": text.encode()}.items():
-            make_folder((folder / name).parent)
-            payload = read_whole(content) if isinstance(content, Path) else content
-            write_durable(folder / name, payload)
+        config_json = json_content(dict(planned.export.config_json))
+        write_companions(folder, {**checkpoint.companions(), "config.json": config_json})
         checkpoint.require_unchanged()
     data = {"out": output, "language": "maxtext", "arrays": len(arrays), "size_bytes": size_bytes}
     text = (

@@ -6,7 +6,6 @@ of the output, no time, no host.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.families.config import FAMILY
 from moecc.formats.adapter import branches_of, files_of
-from moecc.formats.files import identify, read_bounded
+from moecc.formats.files import identify, json_content, read_bounded
 from moecc.formats.folder import TOKENIZERS
 from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.manifest import (
@@ -103,7 +102,7 @@ class Receipt:
 
     def content(self) -> bytes:
         """Return the content of ``moecc_receipt.json``."""
-        return (json.dumps(self.to_json(), indent=2) + "\n").encode()
+        return json_content(self.to_json())
 
 
 def receipt_lines(stated: Json) -> list[str]:

@@ -46,6 +46,7 @@ class Spoilt:
 
     def convert(self, pipeline: str = UPCYCLE, **more: Any) -> Path:
         """Plan a conversion to Mixtral, and write it."""
+        from moecc.formats.writer import MAX_SHARD_BYTES, WriteOptions
         from moecc.jobs.convert import check_place, plan, write
         from moecc.model.open import open_model
         from moecc.rewrite.pipeline import Pipeline
@@ -55,7 +56,8 @@ class Spoilt:
         with open_model(str(more.pop("source", self.model))) as model:
             planned = plan(model, Pipeline.parse(pipeline), target, dtype=dtype, check=False)
             check_place(planned, out, force=more.get("force", False))
-            write(planned, out, **more)
+            options = WriteOptions(max_shard_bytes=more.pop("max_shard_bytes", MAX_SHARD_BYTES))
+            write(planned, out, options, **more)
         return out
 
     def main(self, *args: object) -> None:

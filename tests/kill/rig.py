@@ -18,6 +18,7 @@ from pathlib import Path
 from moecc.errors import MoeccError
 from moecc.formats.files import injected
 from moecc.formats.output import clean
+from moecc.formats.writer import WriteOptions
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline, installed
@@ -136,8 +137,9 @@ class Rig:
     def convert(self, *extra: str) -> None:
         """Carry out the conversion."""
         out = self.root / self.kind.out
-        write(self.plan, out, max_shard_bytes=self.kind.max_shard_bytes,
-              force="--force" in extra, resume="--resume" in extra)  # fmt: skip
+        options = WriteOptions(self.kind.max_shard_bytes)
+        force, resume = "--force" in extra, "--resume" in extra
+        write(self.plan, out, options, force=force, resume=resume)
 
     def visible(self, root: Path | None = None) -> Content:
         """Return the files outside of partial and old outputs, by path."""

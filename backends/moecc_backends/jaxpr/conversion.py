@@ -7,7 +7,6 @@ arrays beside it, so that ``moecc inspect`` and ``moecc verify`` take the folder
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import wraps
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 
 from moecc.api.arguments import flag, folder_text, whole
 from moecc.errors import InputError, MachineError, Problem, UsageError, described, raise_problems
-from moecc.formats.files import write_durable
+from moecc.formats.files import json_content, write_durable
 from moecc.formats.folder import CONFIG_NAME, open_folder
 from moecc.formats.manifest import (
     MANIFEST_NAME,
@@ -200,7 +199,7 @@ class FunctionConversion(BlocksConversion):
             receipt = Receipt(MODEL_TYPE, self.preserves, self.contracts, None, None, ())
             files = {
                 GRAPH_NAME: print_graph(_saved_graph(self, leaves)).encode(),
-                CONFIG_NAME: (json.dumps(_config(self), indent=2) + "\n").encode(),
+                CONFIG_NAME: json_content(_config(self)),
                 RECEIPT_NAME: receipt.content(),
             }
             for name, content in files.items():

@@ -8,7 +8,6 @@ transformers loads where moecc is not installed.
 
 from __future__ import annotations
 
-import json
 import linecache
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ import torch
 
 from moecc.api.arguments import flag, folder_text, whole
 from moecc.errors import InputError, UsageError
-from moecc.formats.files import read_json_object, write_durable
+from moecc.formats.files import json_content, read_json_object, write_durable
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, open_folder
 from moecc.formats.manifest import (
     MANIFEST_NAME,
@@ -306,7 +305,7 @@ def _sparse_class(conversion: ModuleConversion, dense: type) -> Any:
             path.mkdir(parents=True, exist_ok=True)
             save_model(self, str(path / "model.safetensors"))
             document = {"model_type": MODULE_TYPE, "moecc": _config(self.conversion)}
-            _write(path / CONFIG_NAME, (json.dumps(document, indent=2) + "\n").encode())
+            _write(path / CONFIG_NAME, json_content(document))
         with open_folder(path) as checkpoint:
             records = {
                 name: TensorRecord(
@@ -349,7 +348,7 @@ def write_config(path: Path, config: Any, conversion: ModuleConversion) -> None:
             },
         },
     }
-    _write(file, (json.dumps(document, indent=2) + "\n").encode())
+    _write(file, json_content(document))
 
 
 def _converted_model(model: Any, conversion: ModuleConversion, arrays: Mapping[str, Any]) -> Any:
