@@ -41,6 +41,7 @@ from moecc.prove.log import proof_paths
 from moecc.support.console import warn
 from moecc.support.lazy import np
 from moecc.support.text import amount
+from moecc.support.untyped import JsonDict
 from moecc.translate.export import Export, WrappedExport
 from moecc.types import DTYPES
 from moecc.weights.evaluate import blocks
@@ -165,7 +166,10 @@ def _by_content(
     tensors = {}
     for part, digest in _digests(result).items():
         same, of_same_name = names.get(part.name, (part, ""))
-        unmatched = Source(f"{part.name} of {result.name}", part.type)
+        name = f"{part.name} of {result.name}"
+        while name in names:  # a tensor may have any name
+            name += "'"
+        unmatched = Source(name, part.type)
         tensors[part.name] = same if of_same_name == digest else firsts.get(digest, unmatched)
     return tensors
 
@@ -246,12 +250,10 @@ def replayed(source: OpenedModel, result: OpenedModel, load: Load = ()) -> Conve
     Raises:
       CheckError: it is not proved, or is the proof of other graphs.
     """
-    from moecc.jobs.receipt import load_receipt, object_of
-
     manifest = _conversion_of(source, result)
-    if manifest is None or result.checkpoint is None:
+    if manifest is None:
         return None
-    stated = object_of(object_of(load_receipt(result.checkpoint.path)).get("proof"))
+    stated = _stated_proof(result)
     if stated.get("verdict") != "proved":
         return None
     try:
@@ -313,11 +315,37 @@ def replay(
         raise NotPlannedError(error.problems) from None
     raise_problems(_differences(export, result, manifest))
     proof = prove_conversion(source.graph, export, prover)
+    # A pass may have been changed since: what is proved has to be what was written.
+    stated = _stated_proof(result)
+    if (stated.get("source"), stated.get("result")) != (proof.source, proof.result):
+        raise_problems(_other_values(export, source, manifest), NotPlannedError)
     return proof.before_rounding(
         (expr.type.dtype, DTYPES[manifest.tensors[name].dtype])
         for name, expr in _stored(export)
         if expr.type.dtype.is_float
     )
+
+
+def _stated_proof(result: OpenedModel) -> JsonDict:
+    """Return what the receipt of a result says of its proof; nothing without one."""
+    from moecc.jobs.receipt import load_receipt, object_of
+
+    assert result.checkpoint is not None, "what was converted has weights"
+    return object_of(object_of(load_receipt(result.checkpoint.path)).get("proof"))
+
+
+def _other_values(
+    export: Export | GgufExport, source: OpenedModel, manifest: Manifest
+) -> Iterator[Problem]:
+    """Yield the first tensor of which the conversion would write other values today."""
+    assert source.checkpoint is not None, "what is converted has weights"
+    for name, expr in _stored(export):
+        record, digest = manifest.tensors[name], sha256()
+        for rows in blocks(expr, source.checkpoint.read, DTYPES[record.dtype]):
+            digest.update(rows.tobytes())
+        if digest.hexdigest() != record.sha256:
+            yield Problem("the conversion would write other values today", name)
+            return
 
 
 def _stored(export: Export | GgufExport) -> list[tuple[str, Expr]]:

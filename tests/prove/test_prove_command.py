@@ -165,6 +165,26 @@ def test_a_conversion_that_cannot_be_planned_again_is_verified_all_the_same(
     assert "not planned again: unknown pass 'idle', which --load FILE.py may add" in done.err
 
 
+def test_a_pass_that_was_mended_proves_nothing_of_what_it_wrote(
+    moecc: Moecc,
+    tmp_path: Path,
+) -> None:
+    folder, file = tmp_path / "scaled", tmp_path / "idle.py"
+    scale = """
+        from moecc.weights.arithmetic import Scale
+        for name, value in graph.params.items():
+            if "down" in name:
+                value.weight = Scale(value.weight, 2.0)
+"""
+    promise = IDLE_PASS.replace('"exact"', '"approximate", "it scales"')
+    file.write_text(promise.replace(", ctx):\n", f", ctx):{scale}"))
+    assert moecc("convert", DENSE, folder, "-p", "idle", "--load", file).code == 0
+    file.write_text(IDLE_PASS)
+    done = moecc("prove", DENSE, folder, "--load", file)
+    assert done.code == 1
+    assert "write other values today" in done.err
+
+
 def test_a_proof_replaces_no_file_unasked(moecc: Moecc, tmp_path: Path) -> None:
     file = tmp_path / "proof.json"
     assert moecc("prove", DENSE, DENSE, "--proof", file).code == 0
