@@ -416,7 +416,7 @@ class Algebra:
             if not head or head in self.words["integers"]:
                 return self.value(factor)
             is_marked = head in self.words["leaves"] or any(not f.vars for f in functions)
-            mark = ("stopped",) if is_marked and "stopped" not in attrs else ()
+            mark = ("stopped",) if is_marked and attrs[-1:] != ("stopped",) else ()
             return self.rebuilt(factor, self.stopped, mark)
 
         return self.changed(self.value(total), twin)

@@ -193,7 +193,8 @@ class Expression:
         self.text, self.spelled = text[at : self.end], "".join(spelled) + ")"
         self.leaves = [x for e in self.operands for x in e.leaves] or [self]
         kinds = tuple(e.kind for e in self.operands)
-        self.kind = (self.spelled, *kinds) if kinds else (self.name, self.type)
+        spelled = self.text if self.name == "aligned" else self.spelled  # its term has its text
+        self.kind = (spelled, *kinds) if kinds else (self.name, self.type)
 
 
 def graph_of(text):

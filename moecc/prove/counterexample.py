@@ -156,11 +156,15 @@ def _differing_output(before: Graph, after: Graph, seed: int, exact: bool) -> Co
 
 
 def _gap(right: Array, wrong: Array) -> float:
-    """Return the greatest difference relative to the magnitude; 0 where something is not finite."""
+    """Return the greatest difference relative to the larger magnitude; 0 where one is not finite.
+
+    Relative to zeros alone, what another graph makes of them by rounding would be infinite.
+    """
     a, b = right.astype(np.float64), wrong.astype(np.float64)
     if not np.isfinite(a).all() or not np.isfinite(b).all() or not a.size:
         return 0.0
-    return float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-30))
+    largest = max(float(np.abs(x).max()) for x in (a, b))
+    return float(np.abs(a - b).max() / max(largest, 1e-30))
 
 
 class _Run:

@@ -212,6 +212,8 @@ class _StepProof:
             agreement = self.agreements.get(value)
             if agreement is None or agreement[:2] != (expected, "row"):
                 return f"output {name}", ("rows of the full output", f"%{value.name}")
+        if not self.step.outputs.keys() & self.classes.graph.outputs.keys():
+            return "outputs", ("a row of an output of the full graph", "caches alone")
         missing = self.caches.keys() - self.step.outputs.keys()
         unused = {n for n in self.step.inputs if n.startswith(CACHE)} - self.caches.keys()
         for name in sorted(missing | unused):

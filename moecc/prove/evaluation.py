@@ -16,7 +16,7 @@ from moecc.terms.term import Algebra, Head, Size, Var
 from moecc.types import DType, Extent, TensorType, is_lossless
 from moecc.weights.draws import Draw
 from moecc.weights.expr import Expr, Source
-from moecc.weights.movement import Stack
+from moecc.weights.movement import Aligned, Stack
 
 Terms = dict[Value, Tensor]
 
@@ -283,7 +283,7 @@ class Evaluation:
         self, node: Node, operands: Sequence[Tensor], text: str, layouts: Sequence[tuple[Var, ...]]
     ) -> Sequence[Tensor]:
         """Return uninterpreted functions of all elements of the operands, named by a key."""
-        if node.op.commutative:
+        if node.op.commutative and not (self.exact and node.op.name in _OF_SIGNED_ZEROS):
             operands = sorted(operands, key=lambda t: (t.closed().body.serial, t.names))
         functions = [t.closed() for t in operands]
         finite = all(t.finite for t in operands)
@@ -303,6 +303,10 @@ _OF_INFINITE = frozenset({"softmax", "max", "logsumexp", "mask", "route"})
 """Operations whose meaning holds for infinite elements, too."""
 
 
+_OF_SIGNED_ZEROS = frozenset({"maximum", "minimum"})
+"""Functions whose operands may be exchanged but for bits: that of 0 and −0 is either of them."""
+
+
 _BOUNDED = frozenset({"sigmoid", "tanh", "normal_cdf"})
 """Functions whose results are finite even of infinite elements."""
 
@@ -320,7 +324,8 @@ def _leaves(expr: Expr) -> tuple[object, list[Expr]]:
     if not expr.operands:
         return (type(expr), expr.type), [expr]
     parts = [_leaves(x) for x in expr.operands]
-    outer = expr.outline
+    # The term of an order that aligns neurons has its text for a name, leaves included.
+    outer = str(expr) if isinstance(expr, Aligned) else expr.outline
     return (type(expr), outer, *(p[0] for p in parts)), [x for p in parts for x in p[1]]
 
 

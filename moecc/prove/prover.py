@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
-from moecc.ir.graph import Graph, Value
+from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.ops.repetition import repetitions
 from moecc.prove.counterexample import (
@@ -48,10 +48,11 @@ ASSUMPTIONS = (
 FRACTIONS = (
     "constants are the simplest fractions, or roots of fractions, that round to their floats"
 )
-ON_DEVICES = (
-    "open sizes divide into equal shards, and tokens into equal groups",
-    "integers that pick rows of a table are below their number",
-)
+OF_TABLES = "integers that pick rows of a table are below their number"
+"""Further assumption of the proof of a graph that looks rows up: a table may be cut or padded."""
+OF_REGIONS = "regions of JAX of the same name, lines and operands are the same program"
+"""Further assumption of the proof of graphs with regions that only their function computes."""
+ON_DEVICES = ("open sizes divide into equal shards, and tokens into equal groups", OF_TABLES)
 """Further assumptions of the proof of a graph on a mesh."""
 FROZEN = "frozen parameters have no gradient"
 """Further assumption where graphs are equal but for gradients of frozen parameters."""
@@ -231,6 +232,8 @@ class Prover:
         assumptions = EXACT_ASSUMPTIONS if self.exact else ASSUMPTIONS
         if reading.fractions:
             assumptions = (*assumptions[:-1], FRACTIONS)
+        if any(n.op.opaque for graph in (before, after) for n in _nodes(graph)):
+            assumptions = (*assumptions, OF_REGIONS)
         counts = Counter(lemmas.counts)
         is_on_mesh = mesh_of(before) is not None or mesh_of(after) is not None
         if is_on_mesh:
@@ -238,6 +241,8 @@ class Prover:
             if self.exact:
                 assumptions = (*assumptions, EXACT_ON_DEVICES)
             counts += self._devices.lemmas.counts
+        elif not self.exact and (_looks_up(before) or _looks_up(after)):
+            assumptions = (*assumptions, OF_TABLES)
         make_log = partial(
             log_of,
             before,
@@ -267,6 +272,17 @@ class Prover:
             evaluation = Evaluation(algebra, exact=self.exact, rolled=reading.rolled)
             self._evaluations[reading] = lemmas, evaluation
         return self._evaluations[reading]
+
+
+def _nodes(graph: Graph) -> Iterator[Node]:
+    """Yield the nodes of a graph and of its bodies."""
+    for node in graph:
+        yield from (node, *(node.body or ()))
+
+
+def _looks_up(graph: Graph) -> bool:
+    """Return whether a graph picks rows of a table by integers that may be too large."""
+    return any(n.op.index is not None and n.op.index.strict for n in _nodes(graph))
 
 
 def _verdict_on_part(

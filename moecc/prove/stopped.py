@@ -69,7 +69,8 @@ def _head(factor: Application) -> Head:
     """Return the head over stopped twins, in place of closed functions or of elements."""
     is_leaf = factor.head.name in LEAVES
     has_closed = any(not a.free for a in factor.abstractions)
-    if not (is_leaf or has_closed) or STOPPED in factor.head.attrs:
+    # The last attribute: a tensor of a checkpoint may have any name, "stopped", too.
+    if not (is_leaf or has_closed) or factor.head.attrs[-1:] == (STOPPED,):
         return factor.head
     return Head(factor.head.name, (*factor.head.attrs, STOPPED))
 

@@ -601,19 +601,25 @@ def _signature(
 # Ranges of integers.
 
 
-def bounds(polynomial: Polynomial) -> tuple[float, float]:
+Bound = Coefficient | float
+"""A number, or ±∞ as a float."""
+
+
+def bounds(polynomial: Polynomial) -> tuple[Bound, Bound]:
     """Return the least and the greatest value of a polynomial of indices; infinite if unknown."""
-    low, high = 0.0, 0.0
+    # Whole numbers, not floats: a float is none of the numbers beyond 2⁵³ that i64 has.
+    low: Bound = 0
+    high: Bound = 0
     for monomial, coefficient in polynomial.terms:
         if monomial.bound or len(monomial.factors) > 1:
             return (-inf, inf)
-        ends = (1.0, 1.0) if not monomial.factors else factor_bounds(monomial.factors[0])
-        pair = sorted(float(coefficient) * end for end in ends)
+        ends = (1, 1) if not monomial.factors else factor_bounds(monomial.factors[0])
+        pair = sorted(coefficient * end for end in ends)
         low, high = low + pair[0], high + pair[1]
     return (low, high)
 
 
-def factor_bounds(factor: Factor) -> tuple[float, float]:
+def factor_bounds(factor: Factor) -> tuple[Bound, Bound]:
     """Return the least and the greatest value of an index; infinite if unknown."""
     if isinstance(factor, Var):
         return (0, factor.size - 1 if isinstance(factor.size, int) else inf)
@@ -623,9 +629,9 @@ def factor_bounds(factor: Factor) -> tuple[float, float]:
     if name == "mod":
         return (0, int(str(attrs[0])) - 1)
     if name == "div":
-        low, high = bounds(factor.arguments[0])
-        divisor = int(str(attrs[0]))
-        return (low // divisor, high // divisor)
+        ends, divisor = bounds(factor.arguments[0]), int(str(attrs[0]))
+        low, high = (e if isinstance(e, float) else e // divisor for e in ends)  # ∞ // n is NaN
+        return (low, high)
     if name in CHOICES:
         return (0, int(str(attrs[0])) - 1)
     return (-inf, inf)

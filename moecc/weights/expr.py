@@ -318,14 +318,13 @@ class Full(Expr):
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
         axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
-        if algebra.fractions:
-            return Tensor(algebra, axes, algebra.number(self.value))
         stored = float(np.asarray(self.value).astype(self.type.dtype.numpy))
-        if stored != self.value and self.type.dtype not in (F32, F64):
+        is_rounded = stored != self.value and self.type.dtype not in (F32, F64)
+        if is_rounded or self.value.hex() == (-0.0).hex():
             # Rounding to a narrow type has one place, `moecc.weights.arithmetic`.
             head = Head("constant", (self.value, str(self.type.dtype)))
             return Tensor(algebra, axes, algebra.apply(head))
-        return Tensor(algebra, axes, algebra.number(stored))
+        return Tensor(algebra, axes, algebra.number(self.value if algebra.fractions else stored))
 
 
 def check_type(expr: Expr, type: TensorType) -> None:

@@ -134,6 +134,28 @@ def unlike_moecc() -> dict[str, str]:
     }
 
 
+def weighted(weight: str, *lines: str) -> str:
+    """Return the text of a product with a weight, after further lines."""
+    types = "f32[a=2, b=3]"
+    product = f"%y = mul %x, %{'v' if lines else 'w'} : {types}"
+    return TEXT.format(
+        "\n".join(f"  {x}" for x in (f"param %w : {types} = {weight}", *lines, product))
+    )
+
+
+def ordered(*layers: int) -> str:
+    """Return a stack of vectors, each in the order of neurons of a layer."""
+
+    def source(name: str) -> str:
+        return f'source("{name}" : f32[b=3])'
+
+    vectors = [
+        f"take({source(f'x{at}')}, b=aligned({source(f'p{n}')}, {source(f'q{n}')}, axis=b))"
+        for at, n in enumerate(layers)
+    ]
+    return f"stack({', '.join(vectors)}, axis=a)"
+
+
 def wrong_logs() -> Iterator[tuple[str, Proof]]:
     """Yield what is wrong and a log that is no proof."""
     for name, rows in ROWS.items():
@@ -171,6 +193,12 @@ def wrong_logs() -> Iterator[tuple[str, Proof]]:
     yield "a summand on no mesh", log_of(summand, summand)
     for name, text in unlike_moecc().items():
         yield name, log_of(BEFORE, text)
+    source = 'source("stopped" : f32[a=2, b=3])'
+    twin = "%v = stop_gradient %w : f32[a=2, b=3]"
+    yield "a tensor named as a mark", log_of(weighted(source), weighted(source, twin))
+    yield "the order of another layer", log_of(weighted(ordered(0, 1)), weighted(ordered(0, 0)))
+    full, narrow = "full(0.3 : f32[a=2, b=3])", "cast(full(0.3 : f8e5m2[a=2, b=3]), f32)"
+    yield "a rounded number", log_of(weighted(full), weighted(narrow), {"fractions": True})
     yield "text after the graph", log_of(BEFORE, AFTER + "}\n")
     yield "a graph without an end", log_of(BEFORE, AFTER[:-2])
 

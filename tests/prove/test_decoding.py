@@ -53,6 +53,14 @@ def test_frequencies_that_grow_with_the_text_are_open() -> None:
     assert (verdict.status, verdict.node.split()[2]) == ("unknown", "rope")
 
 
+def test_a_step_of_caches_alone_is_open() -> None:
+    whole, step = steps_of("llama_gqa")
+    for name in [n for n in step.output_names if not n.startswith("cache.")]:
+        step.drop_output(name)
+    verdict = prove(whole, step)
+    assert (verdict.status, verdict.node) == ("unknown", "outputs")
+
+
 def test_a_state_of_other_keys_is_open() -> None:
     whole, step = steps_of("qwen3_5_text_square")
     rule, recent = first(step, "delta_rule"), first(step, "cast").operands[0]
