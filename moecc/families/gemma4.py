@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from moecc.families.config import (
     CAUSAL,
+    GgufFacts,
     ModelConfig,
     Only,
     TensorNames,
@@ -248,6 +249,7 @@ class Gemma4TextConfig(LayerInputsConfig):
     model_type = "gemma4_text"
     architecture = "Gemma4ForCausalLM"
     graphs = "gemma4"
+    gguf = GgufFacts("gemma4")
     window_period = 6
     keys = {
         "values_are_keys": "attention_k_eq_v",
@@ -472,6 +474,7 @@ class Gemma3nTextConfig(LayerInputsConfig):
     model_type = "gemma3n_text"
     architecture = "Gemma3nForCausalLM"
     graphs = "gemma3n"
+    gguf = GgufFacts("gemma3n")
     window_period = 5
     keys = {
         "streams": "altup_num_inputs",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from moecc.errors import InputError, Problem, UsageError, nearest, raise_problems
 from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers
+from moecc.families.gemma4 import Gemma4TextConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS
 from moecc.formats.gguf.config import config_keys, misfits, rotary_divisors
@@ -30,6 +31,13 @@ from moecc.formats.gguf.families import (
     turned_projection,
 )
 from moecc.formats.gguf.header import Key, storage_of
+from moecc.formats.gguf.layer_inputs import (
+    as_stored,
+    gemma4_as_read,
+    gemma4_keys,
+    gemma4_misfits,
+    gemma4_tensors,
+)
 from moecc.formats.gguf.rearranged import cut, join
 from moecc.formats.gguf.storage import BY_NAME, DECAYS, Storage, require_package
 from moecc.formats.writer import OutputTensor
@@ -42,7 +50,13 @@ from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat, Index, Merge, Permute, Split, Stack
 from moecc.weights.simplify import simplify
 
-PREFIX = "gguf:"
+PREFIX, GEMMA4 = "gguf:", "gemma4"
+_READ_ONLY = {
+    "gemma3n": "llama.cpp cuts neurons off by a standard deviation over n − 1 of them, and "
+    "transformers over n; --to gemma3n_text writes a folder"
+}
+"""Why architectures are not written whose models llama.cpp computes otherwise."""
+
 
 # llama.cpp computes the sigmoid of a shared expert's gate as silu(x) / x, which is NaN for the
 # zeros that `upcycle` writes.  Added to any other weight this changes no bit.
@@ -55,7 +69,6 @@ class GgufExport:
 
     Attributes:
       architecture: ``general.architecture``.
-      family: its row in the table of architectures.
       config: the typed config of the family of Hugging Face that the file is mapped onto.
       keys: those of the architecture.
       tensors: the tensors by their names in the file, in the order of the model.
@@ -64,8 +77,7 @@ class GgufExport:
     """
 
     architecture: str
-    family: GgufFamily
-    config: DecoderConfig
+    config: DecoderConfig | Gemma4TextConfig
     keys: list[Key]
     tensors: list[tuple[str, Expr]]
     tokenizer: list[Key] = field(default_factory=list)
@@ -90,9 +102,14 @@ def architecture_of(target: str) -> str | None:
     if name in names:
         return name
     config = CONFIGS.get(name)
-    facts = config.gguf if config is not None and issubclass(config, DecoderConfig) else None
-    hint = f"{name} is {PREFIX}{facts.architecture} there" if facts else nearest(name, names)
-    if config is not None and facts is None:
+    stored_as = name if config is None or config.gguf is None else config.gguf.architecture
+    if stored_as in _READ_ONLY:
+        hint: str | None = _READ_ONLY[stored_as]
+    elif config is None:
+        hint = nearest(name, names)
+    elif stored_as in names:
+        hint = f"{name} is {PREFIX}{stored_as} there"
+    else:
         hint = f"no GGUF of {with_article(name)} is written; --to {name} writes a folder"
     raise UsageError(
         f"unknown architecture of GGUF {name!r}", expected=f"one of {', '.join(names)}", hint=hint
@@ -101,7 +118,7 @@ def architecture_of(target: str) -> str | None:
 
 def architectures() -> tuple[str, ...]:
     """Return the architectures that can be written."""
-    return tuple(dict.fromkeys((*dense_architectures(), *mixture_architectures())))
+    return tuple(dict.fromkeys((*dense_architectures(), *mixture_architectures(), GEMMA4)))
 
 
 def export_gguf(graph: Graph, architecture: str) -> GgufExport:
@@ -111,6 +128,8 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
       InputError: the architecture cannot express the graph, or llama.cpp would compute another
         function from it; all reasons.
     """
+    if architecture == GEMMA4:
+        return _export_gemma4(graph)
     sparse = bool(expert_layers(graph))
     table = mixture_architectures() if sparse else dense_architectures()
     if architecture not in table:
@@ -151,15 +170,24 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
         up_to = config.others_up_to
     if family.has("delta"):
         up_to = DECAYS_ROUNDED
-    return GgufExport(architecture, family, config, keys, list(stored.items()), up_to=up_to)
+    return GgufExport(architecture, config, keys, list(stored.items()), up_to=up_to)
 
 
-def _as_family(graph: Graph, names: Sequence[str]) -> Export:
+def _export_gemma4(graph: Graph) -> GgufExport:
+    mapped = _as_family(graph, [Gemma4TextConfig.model_type], layout="experts")
+    config = mapped.config
+    assert isinstance(config, Gemma4TextConfig), "a config of the family"
+    raise_problems(gemma4_misfits(PREFIX + GEMMA4, config))
+    stored = list(gemma4_tensors(config, mapped.tensors).items())
+    return GgufExport(GEMMA4, as_stored(config), gemma4_keys(GEMMA4, config), stored)
+
+
+def _as_family(graph: Graph, names: Sequence[str], layout: str = "stacked") -> Export:
     """Map `graph` onto the first of several families that can express it."""
     problems: list[Problem] = []
     for name in names:
         try:
-            return export_graph(graph, name, layout="stacked")
+            return export_graph(graph, name, layout=layout)
         except InputError as error:
             problems.extend(map(_of_folders, error.problems))
     raise InputError(problems)
@@ -205,9 +233,12 @@ def as_read(export: GgufExport) -> dict[str, Expr]:
     This is what `moecc.formats.gguf.reader` does to stored arrays: offsets of norms, matrices of
     one row and the order of rotated rows are undone.
     """
-    family, config = export.family, export.config
+    config, stored = export.config, dict(export.tensors)
+    if isinstance(config, Gemma4TextConfig):
+        return gemma4_as_read(stored)
+    assert config.gguf is not None, "a family with an architecture"
+    family = GgufFamily(type(config), config.gguf)
     tensors: dict[str, Expr] = {}
-    stored = dict(export.tensors)
     for stored_name, expr in export.tensors:
         name = hugging_face_name(stored_name, family)
         if name is None:  # divisors of rotary frequencies, which the config has

@@ -1,10 +1,12 @@
-"""Golden models of the GPT line and bert as GGUF, as llama.cpp's converter writes them."""
+"""Models that moecc reads of GGUF and does not write, as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from math import inf
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -88,3 +90,60 @@ def write(case: str, architecture: str, folder: Path, **changes: Any) -> tuple[P
     writer.write_tensors_to_file()
     writer.close()
     return source, file
+
+
+def write_gemma3n(source: Path, file: Path, **changes: Any) -> None:
+    """Write a gemma3n as llama.cpp's converter does; `changes` are of its keys, by their ends."""
+    import gguf
+
+    config = json.loads((source / "config.json").read_text())
+    writer = gguf.GGUFWriter(file, "gemma3n")
+    layers, width, heads = (
+        config[name] for name in ("num_hidden_layers", "head_dim", "num_key_value_heads")
+    )
+    bounds = [NormalDist().inv_cdf(p) if p else -inf for p in config["activation_sparsity_pattern"]]
+    keys: dict[str, Any] = {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": layers,
+        "feed_forward_length": config["intermediate_size"][0],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": heads,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "attention.sliding_window": config["sliding_window"],
+        "attention.sliding_window_pattern": [
+            t.startswith("sliding") for t in config["layer_types"]
+        ],
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
+        "rope.freq_base": config["rope_theta"],
+        "rope.freq_base_swa": config["rope_local_base_freq"],
+        "altup.active_idx": config["altup_active_idx"],
+        "altup.num_inputs": config["altup_num_inputs"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "activation_sparsity_scale": bounds,
+        "vocab_size": config["vocab_size"],
+    }
+    add = {list: writer.add_array, int: writer.add_uint32, float: writer.add_float32}
+    for name, value in (keys | changes).items():
+        add[type(value)](f"gemma3n.{name}", value)
+    writer.add_tokenizer_model("no_vocab")
+    tensors = load_file(source / "model.safetensors")
+    shapes = {"k_proj": (heads * width, config["hidden_size"]), "k_norm": (width,)}
+    shapes["v_proj"] = shapes["k_proj"]
+    for layer in range(layers - config["num_kv_shared_layers"], layers):
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = np.zeros(shape, np.float32)
+    for stack in ("altup_projections", "altup_unembed_projections"):
+        parts = [tensors.pop(f"model.{stack}.{n}.weight") for n in range(3)]
+        tensors[f"model.{stack}.weight"] = np.stack(parts)
+    arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}["gemma3n"]
+    names = gguf.get_tensor_name_map(arch, layers)
+    for name, array in tensors.items():
+        named = f"{name}.weight" if name.endswith("_scale") else name
+        writer.add_tensor(names.get_name(named, (".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

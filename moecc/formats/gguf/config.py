@@ -212,7 +212,7 @@ def make_config(
     keys = GgufKeys(header, problems)
     hidden, context = keys.size("embedding_length"), keys.size("context_length")
     sizes = _head_sizes(keys, hidden, family)
-    vocab = _vocabulary_size(keys, header)
+    vocab = vocabulary_size(keys, header)
     config: JsonDict = {
         "architectures": [family.config.architecture],
         "model_type": family.config.model_type,
@@ -225,7 +225,9 @@ def make_config(
         "head_dim": sizes.head_dim,
         family.config.key("hidden_act"): family.activation,
         "max_position_embeddings": context,
-        family.config.key("rms_norm_eps"): _epsilon(keys, family),
+        family.config.key("rms_norm_eps"): epsilon_of(
+            keys, family.epsilon_key, family.config.fixed.get("rms_norm_eps")
+        ),
         "tie_word_embeddings": HEAD not in header.tensors,
         **read_rope(keys, context, divisors, scales_scores=family.has("latent")),
         **{
@@ -431,7 +433,8 @@ def _head_sizes(keys: GgufKeys, hidden: int, family: GgufFamily) -> HeadSizes:
     return HeadSizes(heads, groups, head_dim, rotated)
 
 
-def _vocabulary_size(keys: GgufKeys, header: GgufHeader) -> int:
+def vocabulary_size(keys: GgufKeys, header: GgufHeader) -> int:
+    """Return the number of tokens, which is that of the embedding's rows."""
     embedding = header.tensors.get(EMBEDDING)
     if embedding is None:
         problem = "the file has no token embedding"
@@ -443,8 +446,8 @@ def _vocabulary_size(keys: GgufKeys, header: GgufHeader) -> int:
     return rows
 
 
-def _epsilon(keys: GgufKeys, family: GgufFamily) -> float:
-    name, usual = family.epsilon_key, family.config.fixed.get("rms_norm_eps")
+def epsilon_of(keys: GgufKeys, name: str, usual: object = None) -> float:
+    """Return what norms add, by the key `name`; only `usual` if the family fixes it."""
     epsilon = keys.number(name, None)
     if epsilon is None:
         keys.refuse(name, "the file does not state the epsilon of the norms", expected="a number")

@@ -13,6 +13,7 @@ from functools import cache
 
 from moecc.families.config import ACTIVATIONS, GgufFacts, ModelConfig
 from moecc.families.decoder import NORMS, DecoderConfig
+from moecc.families.gemma4 import Gemma3nTextConfig, Gemma4TextConfig, LayerInputsConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders, mixtures
 
@@ -280,7 +281,17 @@ def read_architectures() -> Mapping[str, type[ModelConfig]]:
     return {
         config.gguf.architecture: config
         for config in CONFIGS.values()
-        if config.gguf is not None and not issubclass(config, DecoderConfig)
+        if config.gguf is not None and not issubclass(config, DecoderConfig | LayerInputsConfig)
+    }
+
+
+@cache
+def layer_input_architectures() -> Mapping[str, type[LayerInputsConfig]]:
+    """Return those whose layers read embeddings of their own, dense and sparse."""
+    return {
+        config.gguf.architecture: config
+        for config in (Gemma3nTextConfig, Gemma4TextConfig)
+        if config.gguf is not None
     }
 
 
@@ -290,7 +301,7 @@ EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freq
 BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([\w.]+)\.(weight|bias)", re.ASCII)
 """Layer, stem and part of the name of a layer's tensor."""
 
-_STORED_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([\w.]+)", re.ASCII)
+STORED_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([\w.]+)", re.ASCII)
 _LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)", re.ASCII)
 # Merged experts, their routers, and the per-expert names of the first Mixtral files.
 _EXPERT = re.compile(r"blk\.\d+\.(ffn_\w+_(exps|shexp|chexps)|ffn_gate_inp\w*|ffn_\w+\.\d+)\.")
@@ -300,7 +311,7 @@ def hugging_face_name(name: str, family: GgufFamily) -> str | None:
     """Translate a tensor name, or return None if the family has no such tensor."""
     if (model_name := family.model_tensors().get(name)) is not None:
         return model_name
-    match = _STORED_LAYER.fullmatch(name)
+    match = STORED_LAYER.fullmatch(name)
     if match is None:
         return None
     layer, end = match.groups()

@@ -625,6 +625,11 @@ class GgufKeys:
         value = self._metadata.get(self._prefix + key)
         return self._unwrapped(key, value) if isinstance(value, GgufArray) else value
 
+    def array(self, key: str) -> Value | None:
+        """Return a value as it is stored, an array included, or None if it is missing."""
+        self.used.add(key)
+        return self._metadata.get(self._prefix + key)
+
     def size(self, key: str, default: int | None = None) -> int:
         """Return a positive integer; without a default it is required."""
         stated = self.value(key)

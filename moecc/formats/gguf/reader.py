@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from moecc.errors import InputError, nearest, printable
 from moecc.families.config import ModelConfig
+from moecc.families.gemma4 import LayerInputsConfig
 from moecc.formats.files import DescriptorPool
 from moecc.formats.folder import rows_of
 from moecc.formats.gguf.config import HeadSizes, make_config
@@ -26,6 +27,7 @@ from moecc.formats.gguf.families import (
     hugging_face_name,
     is_norm,
     known_names,
+    layer_input_architectures,
     mixture_architectures,
     read_architectures,
     turned_projection,
@@ -40,6 +42,7 @@ from moecc.formats.gguf.header import (
     read_gguf_header,
     shown,
 )
+from moecc.formats.gguf.layer_inputs import read_layer_inputs, streams_of
 from moecc.formats.gguf.older import Order, read_shape
 from moecc.formats.gguf.rearranged import join
 from moecc.formats.gguf.storage import BY_NAME, dequantise, logarithms
@@ -310,7 +313,10 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
       MachineError: the system denies access.
     """
     header = read_gguf(Path(path))
-    shape = read_architectures().get(str(header.metadata.get("general.architecture")))
+    architecture = str(header.metadata.get("general.architecture"))
+    if (layered := layer_input_architectures().get(architecture)) is not None:
+        return _open_layer_inputs(header, layered)
+    shape = read_architectures().get(architecture)
     if shape is not None and first_expert(header.tensors) is None:
         return _open_shape(header, shape)
     family = _family(header)
@@ -398,13 +404,33 @@ def _open_shape(header: GgufHeader, shape: type[ModelConfig]) -> GgufFile:
     return GgufFile(header, config, infos, DescriptorPool(), orders=orders)
 
 
+def _open_layer_inputs(header: GgufHeader, family: type[LayerInputsConfig]) -> GgufFile:
+    """Open a file of a model whose layers read embeddings of their own."""
+    problems, pool = Problems(), DescriptorPool()
+    try:
+        divisors = _rotary_divisors(header, pool, problems)
+        config, names, stacks = read_layer_inputs(header, family, divisors, problems)
+        problems.raise_if_any()
+    except BaseException:
+        pool.close()
+        raise
+    tensors = {new: _info(header.tensors[old], new) for old, new in names.items()}
+    parts = {old: _info(header.tensors[old], old) for old in stacks}
+    wholes: dict[str, Expr] = {}
+    for old, info in parts.items():
+        for name, expr in streams_of(old, _source(info, 0, info.dtype)).items():
+            nbytes, wholes[name] = info.nbytes // info.shape[0], expr
+            tensors[name] = replace(info, name=name, shape=expr.type.shape, nbytes=nbytes)
+    return GgufFile(header, config, tensors, pool, wholes=wholes, parts=parts)
+
+
 def _family(header: GgufHeader) -> GgufFamily:
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise InputError(
             "the file does not state its architecture",
             where=f"{header.path}, metadata key 'general.architecture'",
-            expected=f"one of {', '.join((*dense_architectures(), *read_architectures()))}",
+            expected=f"one of {', '.join((*dense_architectures(), *_further_architectures()))}",
         )
     experts = header.metadata.get(f"{architecture}.expert_count", 0)
     sparse = first_expert(header.tensors) is not None or (type(experts) is int and experts > 0)
@@ -417,7 +443,7 @@ def _family(header: GgufHeader) -> GgufFamily:
             return family
     if architecture in table:
         return table[architecture]
-    architectures = table if sparse else (*table, *read_architectures())
+    architectures = table if sparse else (*table, *_further_architectures())
     raise InputError(
         f"moecc does not support {'mixtures of ' if sparse else ''}this architecture",
         where=f"{header.path}, metadata key 'general.architecture'",
@@ -425,6 +451,11 @@ def _family(header: GgufHeader) -> GgufFamily:
         found=printable(architecture[:100]),
         hint="read the folder that the file was made from",
     )
+
+
+def _further_architectures() -> tuple[str, ...]:
+    """Return the architectures of models that are no decoders of Llama's line."""
+    return (*layer_input_architectures(), *read_architectures())
 
 
 def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[str, str]:

@@ -107,7 +107,7 @@ def test_a_mixture_of_experts_has_its_own_tensors(tensor, small_model, tmp_path)
     assert "llama.expert_used_count" in text
 
 
-@pytest.mark.parametrize("architecture", ["gemma3n", "apertus"])
+@pytest.mark.parametrize("architecture", ["jamba", "apertus"])
 def test_an_architecture_that_is_not_read(architecture, small_model, tmp_path):
     """A file names another model, and not another one of these by a slip of the pen."""
     text = refusal(small_model(architecture), tmp_path)

@@ -273,6 +273,10 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
         ("deepseek_v3_groups", "gguf:deepseek2", "", "in norms of latent vectors"),
         ("deepseek_v3_square_v4", "gguf:deepseek2", "", "no other rope_interleave than True"),
         ("lfm2_moe_square", "gguf:lfm2moe", "", "upcycle with gates=sigmoid-renormalised"),
+        ("gemma4_keys", "gguf:gemma4", "", "reads no biases of attention"),
+        ("gemma4_square", "gguf:gemma4", "", "ends where no layer has a window"),
+        ("gemma3n_square", "gguf:gemma3n", "", "by a standard deviation over n − 1 of them"),
+        ("gemma3n_square", "gguf:gemma3n_text", "", "--to gemma3n_text writes a folder"),
     ],
 )
 def test_what_llama_cpp_would_not_compute(
