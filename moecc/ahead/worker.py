@@ -206,7 +206,7 @@ def _strategy(config: StepConfig, asked: PlanQuery) -> Strategy:
     """Return the strategy that the settings fix, or the plan's best if the mesh is open."""
     work, mesh = asked.work, config.device_mesh
     if mesh is None:
-        return search(work, asked.machine, asked.config, work_on=asked.work_on).best.strategy
+        return search(work, asked.machine, asked.config, asked.work_on).best.strategy
     check_constraints(work, asked.machine, config)
     if config.sliced and not work.experts:
         raise InputError("the model has no experts whose rows would be sent in slices")

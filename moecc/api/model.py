@@ -42,6 +42,7 @@ from moecc.model.inputs import check_inputs, default_inputs
 from moecc.model.open import OpenedModel, Params, add_branches, open_model, reads_small
 from moecc.plan.report import plan_text
 from moecc.plan.search import seconds_text
+from moecc.plan.step import mesh_text
 from moecc.plan.sweeps import sweep_of, sweep_text
 from moecc.rewrite.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.rewrite.pipeline import Pipeline
@@ -83,7 +84,7 @@ class StepPlan:
 
     def __repr__(self) -> str:
         best, machine = self.best, self.report["machine"]
-        mesh = ",".join(f"{name}={size}" for name, size in best["mesh"].items())
+        mesh = mesh_text(best["mesh"])
         rows = [
             ("", f"{self.report['model']} on {machine['name']}"), ("mesh", mesh or "one device"),
             ("step", seconds_text(best["seconds"])),

@@ -50,8 +50,8 @@ class ExpertDelta:
     scale: float
     experts: int
     is_turned: bool
-    expert: int | None = None
-    start: int = 0
+    expert: int | None
+    start: int
 
     def rows(self, stored: Checkpoint, start: int, stop: int) -> Array:
         """Return rows [start, stop) of what is added, but for the scale, in float32."""

@@ -109,9 +109,8 @@ def identify(path: Path) -> Identity:
       MachineError: the system denies access.
     """
     try:
-        status = os.stat(path)
-    except OSError as error:
-        raise os_problem(error, path) from None
+        with os_errors(path):
+            status = os.stat(path)
     except ValueError:  # a NUL in the name
         raise InputError("the name of the file is not usable", where=repr(str(path))) from None
     _require_regular(status, path)
@@ -121,11 +120,9 @@ def identify(path: Path) -> Identity:
 def open_regular(path: Path) -> tuple[int, Identity]:
     """Open a regular file for reading; return its descriptor and identity. Raises as `identify`."""
     identify(path)
-    try:
+    with os_errors(path):
         # O_NONBLOCK: a FIFO created since the check would otherwise block forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise os_problem(error, path) from None
     status = os.fstat(descriptor)
     try:
         _require_regular(status, path)
@@ -157,10 +154,8 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
         return
     done = 0
     while done < len(buffer):
-        try:
+        with os_errors(path):
             count = os.preadv(descriptor, [buffer[done : done + READ_BYTES]], offset + done)
-        except OSError as error:
-            raise os_problem(error, path) from None
         if count == 0:
             raise InputError(
                 "the file ends in the middle of a read",

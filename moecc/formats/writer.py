@@ -459,24 +459,11 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
-class WrittenTensor:
-    """A written tensor: name, type (``bf16``, ``q8_0``), file, and the SHA-256 of its bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    sha256: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class WriteReport:
     """A report of the written files and tensors.
 
     Attributes:
-      tensors: sorted by name, numbers compared as numbers.
-      files: the size of each file in bytes, by its name, the index included.
+      tensors: their records by name, sorted, numbers compared as numbers.
       total_bytes: the bytes of all tensors.
       nonfinite: the source tensors that hold NaN or infinity.
       spread: a line for each distinct tensor that was written with NaN or infinity, which may be
@@ -485,17 +472,12 @@ class WriteReport:
       resumed_bytes: the bytes of tensors that an earlier run had completed.
     """
 
-    tensors: tuple[WrittenTensor, ...]
-    files: Mapping[str, int]
+    tensors: Mapping[str, TensorRecord]
     total_bytes: int
-    nonfinite: tuple[Nonfinite, ...] = ()
-    spread: tuple[str, ...] = ()
-    zeros: tuple[str, ...] = ()
-    resumed_bytes: int = 0
-
-    def records(self) -> dict[str, TensorRecord]:
-        """Return the records of the tensors, by name."""
-        return {t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in self.tensors}
+    nonfinite: tuple[Nonfinite, ...]
+    spread: tuple[str, ...]
+    zeros: tuple[str, ...]
+    resumed_bytes: int
 
 
 def write_checkpoint(
@@ -526,11 +508,10 @@ def write_checkpoint(
     entries = [t.entry for t in tensors]
     shards = shards_of(entries, options.max_shard_bytes, metadata or {}, options.part)
     report = write_files(folder, tensors, shards, reader, options)
-    if len(shards) == 1 or options.part is not None:
-        return report
-    index = index_json(shards, report.total_bytes, sum(prod(e.shape) for e in entries))
-    write_durable(folder / INDEX_NAME, index)
-    return replace(report, files={**report.files, INDEX_NAME: len(index)})
+    if len(shards) > 1 and options.part is None:
+        index = index_json(shards, report.total_bytes, sum(prod(e.shape) for e in entries))
+        write_durable(folder / INDEX_NAME, index)
+    return report
 
 
 def write_files(
@@ -538,7 +519,7 @@ def write_files(
     tensors: Sequence[OutputTensor],
     files: Sequence[Shard],
     reader: TensorReader,
-    options: WriteOptions = DEFAULTS,
+    options: WriteOptions,
 ) -> WriteReport:
     """Write `tensors` at the offsets of `files`, whatever their format, and synchronise them.
 
@@ -568,17 +549,15 @@ def write_files(
     finally:
         outputs.close()
     digests = {name: job.sha256 for job in jobs for name in job.names}
-    written = [
-        WrittenTensor(
-            e.name,
+    records = {
+        e.name: TensorRecord(
+            digests[e.name],
             e.storage.name.lower() if e.storage else e.dtype.name,
             e.shape,
             offsets[e.name][0].name,
-            digests[e.name],
-            e.nbytes,
         )
         for e in sorted(entries, key=lambda e: natural(e.name))
-    ]
+    }
     spread = [
         f"{job.names[0]}{job.more_text}: {job.nonfinite_count:,} of "
         f"{prod(job.expr.type.shape):,} elements"
@@ -586,8 +565,7 @@ def write_files(
         if job.nonfinite_count
     ]
     return WriteReport(
-        tuple(written),
-        {s.name: s.size_bytes for s in files},
+        records,
         total_bytes,
         scan.nonfinite,
         tuple(sorted(spread)),
@@ -601,7 +579,7 @@ class _Job:
     """A distinct expression, the files and offsets of its copies, and finally their digest."""
 
     expr: Expr
-    storage: Storage | None = None
+    storage: Storage | None
     names: list[str] = field(default_factory=list)
     targets: list[tuple[Path, int]] = field(default_factory=list)
     sha256: str = ""

@@ -74,7 +74,7 @@ def tpu_block(size: int) -> int:
     return next(block for block in TPU_BLOCKS if size % block == 0)
 
 
-def share_of_tpu_blocks(queries: int, keys: int, *, causal: bool, window: int = 0) -> float:
+def share_of_tpu_blocks(queries: int, keys: int, *, causal: bool, window: int) -> float:
     """Return which share of all pairs of queries and keys splash attention computes.
 
     It computes each block of which some query sees some key, and skips the others.
@@ -110,7 +110,7 @@ class AttentionFacts:
       keys: how many keys there are.
       width: of a head of queries and keys.
       wide: of a head of values.
-      given: the words of its further operands.
+      further: the words of its further operands.
       causal: whether queries see no later keys.
       window: how many keys they see; 0 for all.
       capped: whether there is a soft cap.
@@ -126,7 +126,7 @@ class AttentionFacts:
     keys: int
     width: int
     wide: int
-    given: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
     causal: bool = False
     window: int = 0
     capped: bool = False
@@ -138,7 +138,7 @@ class AttentionFacts:
 def _splash(facts: AttentionFacts) -> Iterator[str]:
     if facts.partitioned:
         yield "XLA's partitioner shards no kernels of Pallas"
-    for word in facts.given:
+    for word in facts.further:
         if word != "sinks":
             yield f"it takes no {word.replace('_', ' ')}"
     for side, size in (("queries", facts.queries), ("keys", facts.keys)):
@@ -159,7 +159,7 @@ def _cudnn(facts: AttentionFacts) -> Iterator[str]:
         yield "before jax 0.10.2 it says nothing of how its results vary over a mesh"
     if facts.capped:
         yield "it has no soft cap"
-    for word in facts.given:
+    for word in facts.further:
         if word != "bias":
             yield f"it takes no {word.replace('_', ' ')}"
     if facts.causal and facts.queries != facts.keys:
@@ -356,7 +356,7 @@ def facts_of(
         keys=key[attrs.along],
         width=key[attrs.over],
         wide=0 if axes is None else prod(value[a] for a in axes.wide),
-        given=attrs.given,
+        further=attrs.given,
         causal=bool(attrs.causal),
         window=attrs.window,
         capped=attrs.cap > 0,

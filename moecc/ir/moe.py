@@ -328,7 +328,7 @@ def emit_prototypes(
 
 
 def emit_hash_routing(
-    builder: Builder, ids: Value, like: Value, *, experts: int, top_k: int = 1, seed: int = 0
+    builder: Builder, ids: Value, like: Value, *, experts: int, top_k: int, seed: int
 ) -> tuple[Value, Value]:
     """Return experts by the hash of each token's id, and equal gates that add up to one.
 

@@ -69,7 +69,7 @@ class Routed:
     experts: Value
     gates: Value
     slots: Value
-    scores: Scores | None = None
+    scores: Scores | None
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -157,8 +157,8 @@ class Means:
 
     builder: Builder
     routed: Routed
-    unit: str = "group"
-    parts: int = 1
+    unit: str
+    parts: int
 
     @cached_property
     def named(self) -> Value:

@@ -66,9 +66,9 @@ class Bisection:
     """
 
     failure: Failure
-    step: str = PASS
-    number: int = 0
-    item: Pass | None = None
+    step: str
+    number: int
+    item: Pass | None
     rewrite: str = ""
     rewrites: tuple[int, int] = (0, 0)
     gap: Gap | None = None

@@ -455,7 +455,7 @@ def check_contracts(
     graph: Graph,
     pipeline: Pipeline,
     context: Context,
-    proved: Mapping[int, PassRun] = MappingProxyType({}),
+    proved: Mapping[int, PassRun],
 ) -> Contracts:
     """Hold each pass of a conversion that is not `proved` to its promise, at reduced sizes.
 

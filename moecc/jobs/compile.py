@@ -54,7 +54,7 @@ from moecc.launch.processes import LIFELINE
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import batch_text
 from moecc.plan.search import as_option, search, seconds_text
-from moecc.plan.step import StepConfig, Strategy, read_plan
+from moecc.plan.step import StepConfig, Strategy, mesh_text, read_plan
 from moecc.plan.time import Estimator
 from moecc.sharding.vias import LOCAL
 from moecc.support.console import say
@@ -212,7 +212,7 @@ def _last_words(log: str) -> str:
 def settings_of(strategy: Strategy) -> JsonDict:
     """Return the settings of `StepConfig` that fix a strategy."""
     return {
-        "mesh": ",".join(f"{name}={size}" for name, size in strategy.layout.mesh.axes),
+        "mesh": mesh_text(strategy.layout.sizes),
         "via": None if strategy.via == LOCAL else strategy.via,
         "remat": strategy.remat,
         "dense_weights": strategy.layout.dense_weights,
@@ -238,7 +238,7 @@ def nearest_that_compiles(request: Request, time_limit_seconds: float) -> str:
         for remat in (asked.work.remats if free.train else ())
         if remat != failed.strategy.remat
     )
-    ranking = search(asked.work, asked.machine, free, work_on=asked.work_on)
+    ranking = search(asked.work, asked.machine, free, asked.work_on)
     nearest = [
         *sorted((each for each in again if each.fits), key=lambda each: each.seconds),
         *(each for each in ranking.searched if each.strategy != failed.strategy),

@@ -88,11 +88,11 @@ class Plan:
     export: Export | GgufExport
     dtype: DType | None
     seed: int
-    remarks: tuple[str, ...] = ()
-    storage: Storage | None = None
-    options: tuple[str, ...] = ()
-    contracts: Contracts = NOT_CHECKED
-    proof: ConversionProof | None = None
+    remarks: tuple[str, ...]
+    storage: Storage | None
+    options: tuple[str, ...]
+    contracts: Contracts
+    proof: ConversionProof | None
 
     @property
     def checkpoint(self) -> Checkpoint:

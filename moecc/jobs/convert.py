@@ -302,7 +302,7 @@ def check_place(
     out: str | Path,
     options: WriteOptions = DEFAULTS,
     *,
-    force: bool = False,
+    force: bool,
     resume: bool = False,
 ) -> None:
     """Check whether `write` could write to `out`, before anything is; nothing is created.

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -146,7 +146,7 @@ def weight_gap(graph: Graph) -> Gap | None:
     tensors = [OutputTensor(n, w, w.type.dtype) for n, w in weights.items()]
     with tempfile.TemporaryDirectory(prefix="moecc-weights-") as name:
         written = write_checkpoint(Path(name), tensors, read, WriteOptions(1 << 16))
-        files = {t.name: Path(name) / t.file for t in written.tensors}
+        files = {n: Path(name) / t.file for n, t in written.tensors.items()}
         headers = {path: read_header(path) for path in set(files.values())}
         for tensor in tensors:
             expected = whole_naively(tensor.expr, read)
@@ -210,7 +210,7 @@ class PromiseTest:
       context: of the passes.
     """
 
-    context: Context = field(default_factory=Context)
+    context: Context
 
     def __call__(self, graph: Graph, pipeline: Pipeline) -> Failure | None:
         """Return the first failure of a pass; what the user would have to mend is none."""
@@ -241,7 +241,7 @@ class ComparisonTest:
     """
 
     comparison: str
-    context: Context = field(default_factory=Context)
+    context: Context
 
     def __post_init__(self) -> None:
         if self.comparison not in COMPARED:

@@ -80,7 +80,7 @@ def lint(
     )
 
 
-def graph_lints(graph: Graph, cores: int | None = None) -> Iterator[Problem]:
+def graph_lints(graph: Graph, cores: int | None) -> Iterator[Problem]:
     """Yield the lints of a graph."""
     flat = unrolled(graph)
     for layer in expert_layers(flat):

@@ -105,7 +105,7 @@ def plan_step(
         return of_batch(make_batch(graph, devices, config.batch_tokens, config.lengths, parts))
 
     work = work_on(device, config.micro_batches)
-    ranking = search(work, device, config, work_on=work_on)
+    ranking = search(work, device, config, work_on)
     situation = PlannedStep(work, device, config, ranking, work_on, of_batch)
     ideas = explore(situation) if explored else ()
     return plan_json(name, work, device, config, ranking, ideas), searched_json(ranking, work)

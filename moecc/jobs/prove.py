@@ -240,7 +240,7 @@ def proof_text(proof: ConversionProof, a: str, b: str) -> str:
     return "\n".join(rows)
 
 
-def replayed(source: OpenedModel, result: OpenedModel, load: Load = ()) -> ConversionProof | None:
+def replayed(source: OpenedModel, result: OpenedModel, load: Load) -> ConversionProof | None:
     """Prove again what the receipt of a converted folder says is proved.
 
     None stands for a receipt that says nothing, and for a conversion that cannot be planned again

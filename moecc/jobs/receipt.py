@@ -473,7 +473,7 @@ def manifest(
 ) -> bytes:
     """Return the content of the manifest of what was written into `folder`."""
     checkpoint = planned.checkpoint
-    tensors = written.records()
+    tensors = written.tensors
     weights, files = folder_records(folder, tensors, unlisted=(JOURNAL_NAME,))
     stages = stages_of(checkpoint)
     nonfinite = (

@@ -52,7 +52,7 @@ class Fit:
 
     target: str
     passes: str
-    reasons: tuple[Problem, ...] = ()
+    reasons: tuple[Problem, ...]
     engines: tuple[EngineVerdict, ...] = ()
     export: Export | None = field(default=None, compare=False, repr=False)
 

@@ -170,7 +170,7 @@ class TrainProgress(Closing):
 
 
 def dry_run_facts(
-    recipe: Recipe, graph: Graph, batches: Batches, machine: Machine | None = None
+    recipe: Recipe, graph: Graph, batches: Batches, machine: Machine | None
 ) -> JsonDict:
     """Return what a run would be, as JSON values; nothing is read but headers.
 
@@ -292,7 +292,7 @@ def planned_step(
         return workload(planned, batch)
 
     part = work_on(machine, config.micro_batches)
-    return search(part, machine, config, keep=0, work_on=work_on, spelling=as_setting).best
+    return search(part, machine, config, work_on, keep=0, spelling=as_setting).best
 
 
 def as_setting(name: str, value: str) -> str:

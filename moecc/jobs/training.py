@@ -10,7 +10,7 @@ import json
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -193,7 +193,7 @@ class CarriedState:
 
     moments: Weights
     checkpoint: RunCheckpoint | TreeCheckpoint | SafetensorsFolder
-    factors: Mapping[str, float] = field(default_factory=dict)
+    factors: Mapping[str, float]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows of a parameter, or of what begins with ``moments.``."""
@@ -370,9 +370,9 @@ def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
 
 def resumed_run(
     run: Path,
-    sets: Sequence[str] = (),
-    recipe: Recipe | None = None,
-    files: Sequence[str] = (),
+    sets: Sequence[str],
+    recipe: Recipe | None,
+    files: Sequence[str],
 ) -> TrainJob:
     """Return the job of a run that goes on.
 

@@ -17,7 +17,7 @@ from moecc.plan.networks import Slices, Switch, Torus
 from moecc.plan.parts import GlobalShape, Part, StepParts, Weight
 from moecc.plan.report import Idea
 from moecc.plan.search import Ranking, WorkOn, problems, seconds_text, why_slower
-from moecc.plan.step import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy, mesh_text
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload
 from moecc.sharding.layout import Layout
@@ -444,7 +444,7 @@ def _idea(name: str, how: str, options: str, estimate: Estimate, planned: Planne
 def _asking(strategy: Strategy) -> str:
     """Return the options that ask for a strategy; some only ``moecc compile`` has."""
     layout = strategy.layout
-    options = [f"--mesh {','.join(f'{n}={s}' for n, s in layout.mesh.axes)}"]
+    options = [f"--mesh {mesh_text(layout.sizes)}"]
     if layout.stated:
         options.insert(0, f"--rules {','.join(layout.stated)}")
     elif layout.dense_weights != "whole":
@@ -468,7 +468,7 @@ def _sequences(planned: PlannedStep) -> Iterator[Idea]:
     like = split[0].strategy
     rules = (*like.layout.names, "sequence-parallel")
     layout = Layout.ruled(like.layout.mesh, planned.work.experts, rules)
-    how = f"mesh {','.join(f'{n}={s}' for n, s in layout.mesh.axes)}"
+    how = f"mesh {mesh_text(layout.sizes)}"
     if wrong := list(problems(layout, planned.work)):
         yield _impossible(name, how, wrong[0].message)
         return

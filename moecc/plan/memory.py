@@ -196,7 +196,7 @@ class StepMemory:
     activations: float
     buffers: float
     inputs: float
-    gaps: float = 0.0
+    gaps: float
 
     @property
     def arguments(self) -> float:

@@ -124,7 +124,7 @@ def passes_of_products(kernel: AttentionKernel, facts: AttentionFacts, passes: f
     """
     again = 0.0 if passes < FORWARD_AND_GRADIENT else kernel.again
     is_made_right_before = passes > FORWARD_AND_GRADIENT and kernel.name == "blocks"
-    is_alike = facts.platform != "cpu" or "bias" in facts.given
+    is_alike = facts.platform != "cpu" or "bias" in facts.further
     if is_made_right_before and is_alike and are_written_out(facts.queries, causal=facts.causal):
         again = 0.0
     return (passes + again) * kernel.share(facts)
@@ -334,7 +334,7 @@ class Weight:
     name: str
     shape: GlobalShape
     of_experts: bool
-    trained: bool = True
+    trained: bool
 
     @property
     def elements(self) -> int:
@@ -378,7 +378,7 @@ class StepParts:
     shares: tuple[float, ...]
     exact_rows: float
     axes: GlobalShape
-    attention: PlannedAttention | None = None
+    attention: PlannedAttention | None
 
     @cached_property
     def flops(self) -> float:
@@ -458,9 +458,9 @@ class PlannedLayer:
     count: int
     residuals: Residuals
     inputs: Shapes
-    is_first: bool = True
-    beside: tuple[Shapes, Shapes] = ((), ())
-    block_beside: tuple[Shapes, Shapes] = ((), ())
+    is_first: bool
+    beside: tuple[Shapes, Shapes]
+    block_beside: tuple[Shapes, Shapes]
 
 
 # What a plan knows of the head, whose logits are in memory a chunk of tokens at a time.

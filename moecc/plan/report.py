@@ -10,7 +10,7 @@ from textwrap import wrap
 from moecc.plan.collectives import PartCost, is_exact, sent_bytes
 from moecc.plan.machines import Machine, efficiency_range
 from moecc.plan.search import Ranking, seconds_text, why_slower
-from moecc.plan.step import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy, mesh_text
 from moecc.plan.time import EXPOSED_ERROR, Estimate
 from moecc.plan.workload import Batch, Workload
 from moecc.support.text import amount, count_text, time_text
@@ -86,7 +86,7 @@ def plan_json(
     }
 
 
-def run_json(data: JsonDict, tokens: float, price: float | None = None) -> JsonDict:
+def run_json(data: JsonDict, tokens: float, price: float | None) -> JsonDict:
     """Return the time and the cost of a run of planned steps, and of nothing but steps.
 
     Args:
@@ -290,9 +290,7 @@ def batch_text(batch: JsonDict) -> str:
 
 def _name(plan: JsonDict, experts: int) -> str:
     """Return a plan in words; without experts nothing is said of the ways to them."""
-    mesh = ",".join(f"{n}={s}" for n, s in plan["mesh"].items()) or "one device"
-    words = [mesh]
-    words.append(f"rules {','.join(plan['rules'])}")
+    words = [mesh_text(plan["mesh"]) or "one device", f"rules {','.join(plan['rules'])}"]
     if plan["dense_weights"] == "split":
         along = " over the experts' axis" if experts else ""
         words.append(f"dense weights split{along}")

@@ -183,8 +183,8 @@ class Hiding(NamedTuple):
       seconds: what runs beside it, as the plan times it.
     """
 
-    beside: bool = False
-    seconds: float = 0.0
+    beside: bool
+    seconds: float
 
 
 @dataclass(eq=False)

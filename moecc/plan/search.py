@@ -10,7 +10,7 @@ from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.mesh import Mesh, nearest_divisor
 from moecc.plan.collectives import SLICED, is_exact
 from moecc.plan.machines import Machine, sizes_of_kind
-from moecc.plan.step import AXES, StepConfig, Strategy
+from moecc.plan.step import AXES, StepConfig, Strategy, mesh_text
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
@@ -125,9 +125,7 @@ def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
     )
 
 
-def searched_meshes(
-    devices: int, experts: int, rules: Sequence[str] | None = None
-) -> Iterator[Mesh]:
+def searched_meshes(devices: int, experts: int, rules: Sequence[str] | None) -> Iterator[Mesh]:
     """Yield the meshes that a search tries, over the axes of `rules` if there are some.
 
     Those equivalent up to renaming axes are skipped.
@@ -267,7 +265,7 @@ class PlanQuery:
       machine: where.
       config: the settings of the step.
       work: the model and its micro-batch.
-      work_on: the work elsewhere, or in other parts; None where it is known here alone.
+      work_on: the work elsewhere, or in other parts.
       spelling: how other options are named.
       share: of a device's memory, what a plan may need.
     """
@@ -275,22 +273,20 @@ class PlanQuery:
     machine: Machine
     config: StepConfig
     work: Workload
-    work_on: WorkOn | None = None
+    work_on: WorkOn
     spelling: Spelling = as_option
     share: float = 1.0
 
     def changed(self, change: JsonDict) -> PlanQuery:
         """Return what is asked after a change."""
         work = self.work
-        if self.work_on is not None and "micro_batches" in change:
+        if "micro_batches" in change:
             work = self.work_on(self.machine, change["micro_batches"])
         return replace(self, config=replace(self.config, **change), work=work)
 
     def on(self, machine: Machine) -> PlanQuery:
         """Return what is asked of another machine, on any mesh."""
-        work = self.work
-        if self.work_on is not None:
-            work = self.work_on(machine, self.config.micro_batches)
+        work = self.work_on(machine, self.config.micro_batches)
         free = replace(self.config, mesh=None)
         return replace(self, machine=machine, config=free, work=work)
 
@@ -409,8 +405,6 @@ def _tried(asked: PlanQuery, change: JsonDict) -> str | None:
 
 def _in_parts(asked: PlanQuery, change: JsonDict) -> str | None:
     """Return the fewest micro-batches with which something fits after a change, or None."""
-    if asked.work_on is None:
-        return None
     parts = asked.config.micro_batches * 2
     sequences = asked.work.batch.sequences * asked.config.micro_batches
     while parts <= MOST_PARTS and sequences % parts == 0:
@@ -425,10 +419,9 @@ def _in_parts(asked: PlanQuery, change: JsonDict) -> str | None:
 def _options(asked: PlanQuery, change: JsonDict, strategy: Strategy) -> str:
     """Return the options that stand for a change, and for what was found."""
     layout = strategy.layout
-    mesh = ",".join(f"{name}={size}" for name, size in layout.mesh.axes)
     said = {n: str(v) for n, v in change.items()}
     if "mesh" in change:
-        said["mesh"] = mesh
+        said["mesh"] = mesh_text(layout.sizes)
     if "dense_weights" in change or ("mesh" in change and layout.dense_weights == "split"):
         said["dense_weights"] = layout.dense_weights
     return " ".join(asked.spelling(name, text) for name, text in said.items())
@@ -460,16 +453,16 @@ class Ranking:
     others: tuple[Estimate, ...]
     tried: int
     fitting: int
-    lossy: Estimate | None = None
-    searched: tuple[Estimate, ...] = ()
+    lossy: Estimate | None
+    searched: tuple[Estimate, ...]
 
 
 def search(
     work: Workload,
     machine: Machine,
     config: StepConfig,
+    work_on: WorkOn,
     keep: int = 5,
-    work_on: WorkOn | None = None,
     spelling: Spelling = as_option,
 ) -> Ranking:
     """Rank the strategies for `work` on `machine`.
@@ -478,8 +471,8 @@ def search(
       work: the model and its batch.
       machine: where.
       config: the settings of the step; the search decides those that are None.
+      work_on: the work on another machine, or in other micro-batches.
       keep: how many beside the best.
-      work_on: the work on another machine, or in other micro-batches; None where it is the same.
       spelling: how options that would fit are named.
 
     Raises:

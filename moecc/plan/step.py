@@ -194,6 +194,11 @@ def plan_mesh(text: str, rules: Sequence[str] | None = None) -> Mesh:
     return mesh
 
 
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """Return a mesh as `plan_mesh` reads it; empty for one without axes."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
 def parse_lengths(text: str) -> tuple[int, ...]:
     """Parse the lengths of ``--sequence``: ``4096``, or ``512,114``.
 
@@ -220,9 +225,9 @@ class Strategy:
     """
 
     layout: Layout
-    via: str = LOCAL
-    dispatch: str = "index"
-    remat: str = "full"
+    via: str
+    dispatch: str
+    remat: str
     sliced: bool = False
     chunks: int = 1
 
@@ -281,8 +286,8 @@ class SavedPlan:
     machine: str
     pipeline: str
     config: StepConfig
-    parameters: int | None = None
-    tokens_per_second: float | None = None
+    parameters: int | None
+    tokens_per_second: float | None
 
     def recipe_values(self, *, is_new: bool = True) -> list[str]:
         """Return the values of a recipe that the plan decides, as ``--set`` takes them.
@@ -358,8 +363,8 @@ def read_plan(path: str) -> SavedPlan:
     best["via"] = None if best["via"] == LOCAL else best["via"]
     request["micro_batches"] = request["micro_batches"] or 1
     request["overlap"] = bool(request["overlap"])
-    settings = {**request, **best, "mesh": ",".join(f"{n}={s}" for n, s in mesh.items()) or None,
-                "rules": ",".join(rules) or None}  # fmt: skip
+    joined = {"mesh": mesh_text(mesh) or None, "rules": ",".join(rules) or None}
+    settings = {**request, **best, **joined}
     if wrong := choice_problems({n: v for n, v in settings.items() if n in CHOICES}):
         raise InputError(replace(problem, where=path) for problem in wrong)
     count, batch = data.get("parameters"), data.get("batch")

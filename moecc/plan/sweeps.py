@@ -167,42 +167,30 @@ def _is_value(name: str, value: object) -> bool:
     return is_number and value > 0 and isfinite(value)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """The numbers of a model of a sweep, and the time of its step.
+def mark_frontier(points: Iterable[JsonDict]) -> None:
+    """Mark the planned points that no other one beats: as much of everything, in less time.
 
-    Attributes:
-      experts: of a layer.
-      top_k: experts of a token.
-      capacity_factor: of its layers, or `DROPLESS`.
-      seconds: of a step.
+    Of equal ones, which differ in nothing, all are marked.
     """
-
-    experts: int
-    top_k: int
-    capacity_factor: Factor
-    seconds: float
-
-    @property
-    def gains(self) -> tuple[float, float, float]:
-        """The numbers that quality grows with: experts, choices, and room for them."""
-        factor = inf if isinstance(self.capacity_factor, str) else self.capacity_factor
-        return float(self.experts), float(self.top_k), factor
+    planned = [point for point in points if point["best"] is not None]
+    figures = [(_gains(point), point["best"]["seconds"]) for point in planned]
+    for point, figure in zip(planned, figures, strict=True):
+        point["frontier"] = not any(_beats(rival, figure) for rival in figures)
 
 
-def frontier(points: Sequence[Planned]) -> tuple[bool, ...]:
-    """Return for each point whether no other one has as much of everything and takes less time.
-
-    Of equal ones, which differ in nothing, all are.
-    """
-    return tuple(not any(_beats(rival, point) for rival in points) for point in points)
+Figures = tuple[tuple[float, ...], float]
+"""The numbers that the quality of a model grows with, and the seconds of its step."""
 
 
-def _beats(rival: Planned, point: Planned) -> bool:
-    as_much = all(a >= b for a, b in zip(rival.gains, point.gains, strict=True))
-    if not as_much or rival.seconds > point.seconds:
-        return False
-    return rival.gains != point.gains or rival.seconds < point.seconds
+def _gains(point: JsonDict) -> tuple[float, ...]:
+    """Return the numbers that quality grows with: experts, choices, and room for them."""
+    factor = point["capacity_factor"]
+    return point["experts"] or 0, point["top_k"] or 0, inf if factor in (None, DROPLESS) else factor
+
+
+def _beats(rival: Figures, point: Figures) -> bool:
+    as_much = all(a >= b for a, b in zip(rival[0], point[0], strict=True))
+    return as_much and rival[1] <= point[1] and rival != point
 
 
 # A sweep as JSON values, and as a table for people.
@@ -252,24 +240,12 @@ def sweep_json(sweep: Sweep, shared: JsonDict, points: Sequence[JsonDict]) -> Js
       shared: the plan of any of its models, for what all have in common.
       points: its models.
     """
-    planned = [(point, figures) for point in points if (figures := _planned(point)) is not None]
-    for (point, _), best in zip(
-        planned, frontier([figures for _, figures in planned]), strict=True
-    ):
-        point["frontier"] = best
+    mark_frontier(points)
     return {
         **{name: shared[name] for name in SHARED},
         "axes": {name: list(values) for name, values in asdict(sweep).items() if values},
         "points": list(points),
     }
-
-
-def _planned(point: JsonDict) -> Planned | None:
-    best = point["best"]
-    if best is None:
-        return None
-    factor = DROPLESS if point["capacity_factor"] is None else point["capacity_factor"]
-    return Planned(point["experts"] or 0, point["top_k"] or 0, factor, best["seconds"])
 
 
 # --- for people ----------------------------------------------------------------------------
@@ -532,7 +508,7 @@ def _strategy(plan: JsonDict, routed: bool) -> str:
     )
 
 
-def sweep_page(data: JsonDict, pipeline: str = "") -> str:
+def sweep_page(data: JsonDict, pipeline: str) -> str:
     """Return the page of a sweep: times of the models, and a table.
 
     Args:

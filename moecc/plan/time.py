@@ -59,7 +59,7 @@ class Estimate:
     model_flops: float
     machine: Machine
     dtype: str
-    attention: tuple[tuple[str, KernelChoice], ...] = ()
+    attention: tuple[tuple[str, KernelChoice], ...]
 
     @cached_property
     def seconds(self) -> float:

@@ -38,7 +38,7 @@ class RewriteWatch:
       last: the last one: pass and rule, and the line that it replaced.
     """
 
-    limit: int | None = None
+    limit: int | None
     done: int = 0
     last: str = ""
 
@@ -57,7 +57,7 @@ _watch: ContextVar[RewriteWatch | None] = ContextVar("rewrite watch", default=No
 
 
 @contextmanager
-def rewrites_watched(limit: int | None = None) -> Iterator[RewriteWatch]:
+def rewrites_watched(limit: int | None) -> Iterator[RewriteWatch]:
     """Watch all rewrites made inside, and make at most `limit` of them."""
     watch = RewriteWatch(limit)
     token = _watch.set(watch)

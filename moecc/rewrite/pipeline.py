@@ -548,7 +548,7 @@ class _Item:
 
     name: str
     at: int
-    is_template: bool = False
+    is_template: bool
     stated: list[_StatedOption] = field(default_factory=list)
 
 

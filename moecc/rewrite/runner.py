@@ -90,7 +90,7 @@ def loaded_files(passes: Iterable[Pass]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(file for file in files if file))
 
 
-def write_reproducer(folder: Path, text: str, replay: Replay, title: str, notes: str = "") -> Path:
+def write_reproducer(folder: Path, text: str, replay: Replay, title: str, notes: str) -> Path:
     """Write a reproducer and return its path; no existing file is overwritten.
 
     Args:

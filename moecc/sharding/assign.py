@@ -164,7 +164,7 @@ class Dimension:
       rules: the rules that say so.
     """
 
-    axes: Sequence[Axis] = ()
+    axes: Sequence[Axis]
     split: bool = True
     cuts: Collection[int] = ()
     mesh: tuple[str, ...] = ()

@@ -371,7 +371,7 @@ class SparseLayer:
     outputs: TensorType
     leaving: TensorType
     added: TensorType
-    gates: SentGates | None = None
+    gates: SentGates | None
 
     @property
     def expert_mesh(self) -> tuple[str, ...]:

@@ -379,7 +379,7 @@ class Mixture:
 
     rows: tuple[int, ...]
     weights: tuple[float, ...]
-    seed: int = 0
+    seed: int
 
     def find(self, numbers: Sequence[int] | Numbers) -> tuple[Numbers, Numbers, Numbers]:
         """Return the corpus, the epoch in it, and the row, of each of `numbers`."""

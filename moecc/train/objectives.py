@@ -143,8 +143,8 @@ class Room:
     """
 
     seq: int
-    decoder_seq: int = 0
-    packing: bool = True
+    decoder_seq: int
+    packing: bool
 
 
 class Examples(Protocol):

@@ -273,7 +273,7 @@ class ModelFacts:
 
     name: str
     vocab: int
-    inputs: tuple[str, ...] = (TOKENS,)
+    inputs: tuple[str, ...]
     longest: int | None = None
     pad: int | None = None
     decoder_start: int | None = None

@@ -91,7 +91,7 @@ class ParamSettings:
     blocks: tuple[int, ...]
     over: tuple[int, ...]
     is_table: bool
-    first_step: int = 0
+    first_step: int
 
     @property
     def is_matrix(self) -> bool:

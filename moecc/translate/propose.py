@@ -272,7 +272,7 @@ def source_config(graph: Graph) -> ModelConfig:
 
 
 def propose_config(
-    source: DecoderConfig, layers: Layers, target: str, width: int | None = None
+    source: DecoderConfig, layers: Layers, target: str, width: int | None
 ) -> DecoderConfig | list[Problem]:
     """Return the config of `target` for a model like `source` whose layers `layers` are sparse.
 

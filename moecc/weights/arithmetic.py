@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, reduce
 from math import gcd
 from typing import Any, Literal
@@ -71,46 +72,47 @@ def scaled(weight: Expr, factor: float) -> Expr:
     return weight if factor == 1 else Scale(weight, factor)
 
 
-@node
-class Add(Expr):
-    """A sum, element by element."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Binary(Expr):
+    """An operation on two operands, element by element, as the function `ufunc` of NumPy."""
 
-    syntax = "add({a}, {b})"
+    ufunc = ""
     a: Expr
     b: Expr
 
     def _infer(self) -> TensorType:
         return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
+
+    def compute(self, a: Array, b: Array, out: Array | None = None) -> Array:
+        """Return the result, in `out` if given, for arrays of the type of the arithmetic."""
+        return np.asarray(getattr(np, self.ufunc)(a, b, out=out))
+
+
+@node
+class Add(Binary):
+    """A sum, element by element."""
+
+    syntax, ufunc = "add({a}, {b})", "add"
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
         return terms.summed(*operands)
 
 
 @node
-class Mul(Expr):
+class Mul(Binary):
     """A product, element by element."""
 
-    syntax = "mul({a}, {b})"
-    a: Expr
-    b: Expr
-
-    def _infer(self) -> TensorType:
-        return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
+    syntax, ufunc = "mul({a}, {b})", "multiply"
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
         return terms.multiplied(*operands)
 
 
 @node
-class Minimum(Expr):
+class Minimum(Binary):
     """The smaller of two, element by element."""
 
-    syntax = "minimum({a}, {b})"
-    a: Expr
-    b: Expr
-
-    def _infer(self) -> TensorType:
-        return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
+    syntax, ufunc = "minimum({a}, {b})", "minimum"
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
         return terms.symmetric("minimum", *operands)
@@ -321,7 +323,7 @@ def rounded(number: float, dtype: DType) -> float:
         return float(dtype.numpy.type(number))
 
 
-def compute_constant(e: Scale | Cast | Add | Mul | Minimum, operands: Sequence[Full]) -> float:
+def compute_constant(e: Scale | Cast | Binary, operands: Sequence[Full]) -> float:
     """Return the value of an operation on constant tensors; not finite where it overflows."""
     with np.errstate(all="ignore"):
         return float(_computed(e, [_array(x) for x in operands]))
@@ -331,16 +333,13 @@ def _array(full: Full) -> Array:
     return round_to(np.array(full.value), full.type.dtype)
 
 
-def _computed(e: Scale | Cast | Add | Mul | Minimum, values: list[Array]) -> Array:
+def _computed(e: Scale | Cast | Binary, values: list[Array]) -> Array:
     if isinstance(e, Cast):
         return round_to(values[0], e.dtype)
     wide = [widen(v, e.type.dtype) for v in values]
-    if isinstance(e, Add):
-        return np.asarray(wide[0] + wide[1])
-    if isinstance(e, Minimum):
-        return np.asarray(np.minimum(wide[0], wide[1]))
-    factor = wide[0].dtype.type(e.factor) if isinstance(e, Scale) else wide[1]
-    return np.asarray(wide[0] * factor)
+    if isinstance(e, Binary):
+        return e.compute(wide[0], wide[1])
+    return np.asarray(wide[0] * wide[0].dtype.type(e.factor))
 
 
 # Weights of several models of one architecture: a base, and branches with names.

@@ -21,6 +21,7 @@ from moecc.weights import draws as random
 from moecc.weights import fits as moments
 from moecc.weights.arithmetic import (
     Add,
+    Binary,
     Cast,
     Minimum,
     Moment,
@@ -421,21 +422,13 @@ class Evaluator:
             ).problems
         )
 
-    def _add(self, e: Add, box: Box) -> Array:
+    def _binary(self, e: Binary, box: Box) -> Array:
         (x, y), dtype = (self._operand(x, e.type, box) for x in e.operands), e.type.dtype
         a, b = _widened(x, dtype), _widened(y, dtype)
+        # What was widened is nobody else's.
         out = a if a is not x and a.shape == extents(box) else None
         with _overflow(e):
-            return np.asarray(np.add(a, b, out=out))
-
-    def _mul(self, e: Mul, box: Box) -> Array:
-        a, b = (_widened(self._operand(x, e.type, box), e.type.dtype) for x in e.operands)
-        with _overflow(e):
-            return np.asarray(a * b)
-
-    def _minimum(self, e: Minimum, box: Box) -> Array:
-        a, b = (_widened(self._operand(x, e.type, box), e.type.dtype) for x in e.operands)
-        return np.asarray(np.minimum(a, b))
+            return e.compute(a, b, out)
 
     def _select(self, e: Select, box: Box) -> Array:
         mask, a, b = (self._operand(x, e.type, box) for x in e.operands)
@@ -481,9 +474,9 @@ _RULES: dict[type[Expr], Callable[[Evaluator, Any, Box], Array]] = {
     Permute: Evaluator._permute,
     Scale: Evaluator._scale,
     Cast: Evaluator._cast,
-    Add: Evaluator._add,
-    Mul: Evaluator._mul,
-    Minimum: Evaluator._minimum,
+    Add: Evaluator._binary,
+    Mul: Evaluator._binary,
+    Minimum: Evaluator._binary,
     Select: Evaluator._select,
     Moment: Evaluator._moment,
     Take: Evaluator._take,

@@ -202,10 +202,13 @@ class SyntaxGroup(NamedTuple):
     """
 
     parts: tuple[tuple[str, str, str], ...]
-    defaults: tuple[object, ...] = ()
+    defaults: tuple[object, ...]
 
 
 _FIELD = re.compile(r"\{(\w+)(?::(\w+))?\}")
+
+NODES: dict[str, type[Expr]] = {}
+"""The classes of nodes by the word that their text begins with."""
 
 FORMS: dict[str, Callable[[Any], str]] = {
     "string": json.dumps,
@@ -249,6 +252,7 @@ def node(cls: type[T]) -> type[T]:
         defaults = (_identity(fields[parts[0][1]].default),) if at % 2 else ()
         groups.append(SyntaxGroup(parts, defaults))
     decorated.parsed_syntax = tuple(groups)
+    NODES[decorated.syntax.partition("(")[0]] = decorated
     return cast("type[T]", decorated)
 
 

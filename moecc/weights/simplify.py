@@ -16,6 +16,7 @@ from typing import Any
 from moecc.types import is_lossless
 from moecc.weights.arithmetic import (
     Add,
+    Binary,
     Cast,
     Minimum,
     Moment,
@@ -41,7 +42,7 @@ def under_movement(e: Scale | Cast) -> Expr | None:
     return x.with_operands(e.with_operands(x.x))
 
 
-def drop_widening(e: Scale | Add | Mul | Minimum | Moment) -> Expr | None:
+def drop_widening(e: Scale | Binary | Moment) -> Expr | None:
     """Drop a cast that widens an operand, which arithmetic does anyway."""
     narrowed = e.with_operands(*map(_narrow, e.operands))
     return narrowed if narrowed is not e and narrowed.type == e.type else None
@@ -51,7 +52,7 @@ def _narrow(x: Expr) -> Expr:
     return x.x if isinstance(x, Cast) and is_lossless(x.x.type.dtype, x.dtype) else x
 
 
-def fold_numbers(e: Scale | Cast | Add | Mul | Minimum) -> Expr | None:
+def fold_numbers(e: Scale | Cast | Binary) -> Expr | None:
     """Fold operations on constant tensors."""
     if not all(isinstance(x, Full) for x in e.operands):
         return None
@@ -172,7 +173,7 @@ def push_view(e: View) -> Expr | None:
     match x:
         case Full():
             return Full(x.value, e.type)
-        case Scale() | Cast() | Add() | Mul() | Minimum() | Select():
+        case Scale() | Cast() | Binary() | Select():
             below = x.with_operands(*(_viewed(e, y) for y in x.operands))
             # The largest operand, which determines the order of the axes, may have changed.
             return below if below.type.names == e.type.names else Permute(below, e.type.names)

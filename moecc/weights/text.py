@@ -30,26 +30,10 @@ from moecc.errors import InputError, printable
 from moecc.support.ranges import Progression
 from moecc.support.scan import STRING, WORD, ParseError, Scanner
 from moecc.types import DTYPES, DType, TensorType, parse_type
-from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
-from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
-from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source, walk
-from moecc.weights.fits import Fitted
-from moecc.weights.movement import (
-    Aligned,
-    Clusters,
-    Concat,
-    Index,
-    Merge,
-    Permutation,
-    Permute,
-    Rename,
-    Slice,
-    Split,
-    Stack,
-    Take,
-    Tile,
-    in_full,
-)
+from moecc.weights import fits as fits  # which registers its nodes
+from moecc.weights.arithmetic import Moment
+from moecc.weights.expr import MAX_DEPTH, NODES, Expr, Source, walk
+from moecc.weights.movement import Stack, in_full
 
 T = TypeVar("T")
 
@@ -69,19 +53,8 @@ MAX_EACH = 100_000
 _types: dict[str, TensorType] = {}
 _MAX_TYPES = 4096
 
-_CLASSES: dict[str, type[Expr]] = {
-    **{
-        cls.syntax.partition("(")[0]: cls
-        for cls in (
-            Source, Full, Tile, Stack, Concat, Index, Slice, Split, Merge, Rename, Permute, Scale,
-            Cast, Add, Mul, Minimum, Select, Normal, TruncatedNormal, Uniform, Subset, Take,
-            Permutation, Clusters, Aligned, Fitted,
-        )
-    },
-    "each": Stack,
-    "mean": Moment,
-    "std": Moment,
-}  # fmt: skip
+_CLASSES = {word: cls for word, cls in NODES.items() if cls is not Moment}
+_CLASSES |= {"each": Stack, "mean": Moment, "std": Moment}
 
 
 def format_expr(expr: Expr) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecc.plan.sweeps import DROPLESS, Planned, frontier, parse_sweep
+from moecc.plan.sweeps import DROPLESS, mark_frontier, parse_sweep
 from tests.support.tiers import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -39,18 +40,22 @@ def test_a_point_is_the_plan_of_its_model(moecc):
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2), st.sampled_from([1.0, DROPLESS]),
                           st.integers(1, 4)), min_size=1, max_size=12))  # fmt: skip
 def test_nothing_on_the_frontier_is_beaten_and_the_rest_is(rows):
-    points = [Planned(*row) for row in rows]
-    marks = frontier(points)
+    names = ("experts", "top_k", "capacity_factor")
+    points = [dict(zip(names, row, strict=False)) | {"best": {"seconds": row[-1]}} for row in rows]
+    mark_frontier(points)
+    marks = [point["frontier"] for point in points]
+    merits = [
+        (*map(float, row[:2]), inf if row[2] == DROPLESS else row[2], -row[3]) for row in rows
+    ]
     assert any(marks)
-    kept = [p for p, mark in zip(points, marks, strict=True) if mark]
+    kept = [merit for merit, mark in zip(merits, marks, strict=True) if mark]
 
-    def beats(a: Planned, b: Planned) -> bool:
-        better = (*a.gains, -a.seconds), (*b.gains, -b.seconds)
-        return better[0] != better[1] and all(x >= y for x, y in zip(*better, strict=True))
+    def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+        return a != b and all(x >= y for x, y in zip(a, b, strict=True))
 
-    for point, mark in zip(points, marks, strict=True):
-        assert mark != any(beats(other, point) for other in points)
-        assert mark or any(beats(other, point) for other in kept)
+    for merit, mark in zip(merits, marks, strict=True):
+        assert mark != any(beats(other, merit) for other in merits)
+        assert mark or any(beats(other, merit) for other in kept)
 
 
 BAD = {

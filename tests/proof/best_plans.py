@@ -45,7 +45,7 @@ def searched(model: str, machine_name: str) -> list[Row]:
     name, pipeline = MODELS[model]
     request = request_of(program(name, machine_name, None, pipeline))
     asked = prepare(request).asked
-    ranking = search(asked.work, asked.machine, request.config, RANKS - 1, asked.work_on)
+    ranking = search(asked.work, asked.machine, request.config, asked.work_on, RANKS - 1)
     return [
         {**settings_of(estimate.strategy), "planned_seconds": round(estimate.seconds, 6)}
         for estimate in (ranking.best, *ranking.others)

@@ -416,7 +416,7 @@ class Operation:
 
     name: str
     operands: tuple[str, ...]
-    attrs: tuple[tuple[str, object], ...] = ()
+    attrs: tuple[tuple[str, object], ...]
 
     def __str__(self) -> str:
         attrs = "".join(f" {n}={v}" for n, v in self.attrs)

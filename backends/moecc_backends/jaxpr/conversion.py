@@ -207,7 +207,7 @@ class FunctionConversion(BlocksConversion):
             manifest = self.manifest(
                 temporary,
                 MODEL_TYPE,
-                written.records(),
+                written.tensors,
                 self.report.function,
                 notes=tuple(f"not finite: {tensor}" for tensor in written.nonfinite),
             )

@@ -321,7 +321,7 @@ def convert_folder(
             _write_companions(temporary, checkpoint, conversion.dense.module)
             sparse.config.architectures = [conversion.dense.sparse]
             write_config(temporary, sparse.config, conversion)
-            write_beside(temporary, conversion, written.records(), path.name, source_files())
+            write_beside(temporary, conversion, written.tensors, path.name, source_files())
             checkpoint.require_unchanged()
     return replace(report, written=written)
 

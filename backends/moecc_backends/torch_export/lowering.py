@@ -58,7 +58,7 @@ class ModuleCall:
     """
 
     path: str
-    number: str = ""
+    number: str
 
 
 def module_calls(node: FxNode) -> list[ModuleCall]:
@@ -150,15 +150,15 @@ class Tracer:
 
         A view of other elements than its operand becomes a value of which nothing is known.
         """
-        memory, place = _memory_of(node), _place_of(node)
-        for other, value in self.values.items():
-            if not memory & _memory_of(other):
+        memory, region = _memory_of(node), _place_of(node)
+        for viewer, value in self.values.items():
+            if not memory & _memory_of(viewer):
                 continue
-            if _place_of(other) == place:
-                self.values[other] = self.values[node]
+            if _place_of(viewer) == region:
+                self.values[viewer] = self.values[node]
                 continue
             operands = [*_tensors(value), *_tensors(self.values[node])]
-            self.values[other] = self._opaque_results(name, operands, other.meta["val"])
+            self.values[viewer] = self._opaque_results(name, operands, viewer.meta["val"])
 
     def _computed(self, node: FxNode) -> Operand:
         args, kwargs = _mapped(node.args, self.values), _mapped(node.kwargs, self.values)

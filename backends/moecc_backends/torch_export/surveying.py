@@ -135,7 +135,7 @@ class _OtherCall:
     """
 
     arguments: ModuleArguments
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[str, ...]
 
 
 def _checked_again(surveyed: SurveyedModel) -> SurveyedModel:
@@ -167,15 +167,15 @@ def _checked_again(surveyed: SurveyedModel) -> SurveyedModel:
             surveyed.survey.refuse(site, reasons[changed_keys[0]])
     instances = surveyed.survey.instances()
     places = {
-        instances[key].loc: replace(place, loc=instances[key].loc, dropout=after[key].dropout)
-        for key, place in before.items()
+        instances[key].loc: replace(block, loc=instances[key].loc, dropout=after[key].dropout)
+        for key, block in before.items()
         if key in instances
     }
     return replace(surveyed, places=places, remarks=(*remarks, *call.remarks))
 
 
-def _is_alike(place: BlockPlace, again: BlockPlace) -> bool:
-    return (place.path, place.last, place.widths) == (again.path, again.last, again.widths)
+def _is_alike(first: BlockPlace, again: BlockPlace) -> bool:
+    return (first.path, first.last, first.widths) == (again.path, again.last, again.widths)
 
 
 def _first_readable(

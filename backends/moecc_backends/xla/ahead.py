@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.stages import Lowered, Wrapped
@@ -33,10 +33,6 @@ from moecc_backends.xla.census import census
 from moecc_backends.xla.program import in_precision
 from moecc_backends.xla.trace.values import PyTree
 from moecc_backends.xla.train.step import make_step
-
-if TYPE_CHECKING:
-    import jax
-
 
 # GPUs as XLA wants them described, to compile for one that is not attached.
 #

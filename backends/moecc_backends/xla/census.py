@@ -469,7 +469,7 @@ class HloCollective:
     times: int
     dtype: str
     source: str
-    chain: str = ""
+    chain: str
     worst_times: int = 1
     is_overlapped: bool = False
 

@@ -109,7 +109,7 @@ def _filled(template: str, record: Json) -> str:
     return _FIELD.sub(lambda match: str(record[match.group(1)]), template)
 
 
-def text_files(paths: Sequence[str], include: Sequence[str] = ()) -> list[Path]:
+def text_files(paths: Sequence[str], include: Sequence[str]) -> list[Path]:
     """Return the files that are given, those of folders in the order of their names.
 
     Args:

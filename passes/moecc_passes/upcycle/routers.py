@@ -76,8 +76,8 @@ class Division:
     slices: int
     copies: int
     width: int
-    order: Expr | None = None
-    padding: int = 0
+    order: Expr | None
+    padding: int
 
     @property
     def experts(self) -> int:
@@ -110,7 +110,7 @@ def padded(weight: Expr, axis: str, count: int, *, with_zeros: bool) -> Expr:
     return Concat((weight, Full(0.0, more.type) if with_zeros else more), axis)
 
 
-def shared_part(weight: Expr, division: Division, *, is_last: bool = False) -> Expr:
+def shared_part(weight: Expr, division: Division, *, is_last: bool) -> Expr:
     """Return the part of a dense weight that belongs to the shared expert."""
     if division.inner not in weight.type:
         return weight
@@ -134,9 +134,7 @@ def lifted(weight: Expr, division: Division, *, is_last: bool = False) -> Expr:
     return Merge(Tile(first, "copy", division.copies), ("copy", "part"), "expert")
 
 
-def branched(
-    weight: Expr, division: Division, models: Sequence[str], *, is_last: bool = False
-) -> Expr:
+def branched(weight: Expr, division: Division, models: Sequence[str], *, is_last: bool) -> Expr:
     """Return a dense weight lifted over ``expert``, each copy from the model of its number."""
     single = replace(division, copies=1)
     parts = (lifted(read_from(weight, model), single, is_last=is_last) for model in models)

@@ -221,8 +221,8 @@ class Lowering:
     """
 
     function: Function
-    takes_deferred: bool = False
-    names_result: bool = False
+    takes_deferred: bool
+    names_result: bool
 
 
 LOWERINGS: dict[str, Lowering] = {}
@@ -308,7 +308,7 @@ class TraceContext:
 
     dtype: DTypeLike
     values: dict[Value, Operand]
-    options: Options = field(default_factory=Options)
+    options: Options
     layouts: dict[Value, DispatchLayout] = field(default_factory=dict)
     deferred: dict[Value, Deferred] = field(default_factory=dict)
     view: DeviceView = field(default_factory=DeviceView)

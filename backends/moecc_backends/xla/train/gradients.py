@@ -78,8 +78,8 @@ class LoweringConfig:
 
     dtype: DType
     options: Options
-    mesh: Mesh | None = None
-    interceptor: Interceptor = DIRECT
+    mesh: Mesh | None
+    interceptor: Interceptor
 
     def fresh(self) -> DeviceView:
         """Return the device, with nothing remembered of another trace."""

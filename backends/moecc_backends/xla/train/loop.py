@@ -121,7 +121,7 @@ class Loop:
     run: RunSection
     rate: Callable[[int], float]
     stop: Callable[[], Reason | None]
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float]
     spread: Callable[[NamedArrays], dict[str, list[float]]] | None = None
     teacher: TeacherProgram | None = None
     enter: Callable[[Phase], None] = lambda phase: None

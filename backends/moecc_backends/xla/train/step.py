@@ -286,7 +286,7 @@ class TrainStep:
     graph: Graph
     spec: StepSpec
     where: StepShardings
-    evaluation: EvaluationStep | None = None
+    evaluation: EvaluationStep | None
 
     @cached_property
     def settings(self) -> dict[str, ParamSettings]:
