@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +39,7 @@ from moecc.support.lazy import graph_objects, np
 from moecc.support.page import drawing, render_page
 from moecc.support.text import count_text, size_text
 from moecc.support.untyped import JsonDict
-from moecc.train.recipe import Recipe, Schedule
+from moecc.train.recipe import Recipe, Schedule, Start
 from moecc.train.recipe_text import load_recipe, parse_recipe, recipe_file
 from moecc.train.rows import Numbers
 from moecc.train.run import read_run
@@ -82,8 +83,8 @@ def read_pilots(runs: Sequence[str], dense: int, sparse: int) -> PilotRuns:
       dense, sparse: parameters of the two models that are asked about.
 
     Raises:
-      InputError: an arm is missing, or the arms do not train on the same batches, or are of
-        other models, or at a rate that falls.
+      InputError: an arm is missing, or the arms do not train on the same batches in the same
+        way, or are of other models, or at a rate that falls, or steps were not measured.
     """
     arms: dict[int, dict[bool, Path]] = {}
     recipes: dict[str, Recipe] = {}
@@ -93,6 +94,9 @@ def read_pilots(runs: Sequence[str], dense: int, sparse: int) -> PilotRuns:
             raise InputError("this is not the folder of a run", where=run)
         recipe = parse_recipe(recipe_file(path / RECIPE), str(path / RECIPE), folder=path)
         is_dense = not recipe.model.pipeline
+        if recipe.model.start is Start.RANDOM:
+            raise InputError("the pilot begins from random parameters", where=run,
+                             expected='model.start = "source"')  # fmt: skip
         count = count_parameters(read_graph(str(path / GRAPH))).total
         expected = dense if is_dense else sparse
         if count != expected:
@@ -141,9 +145,11 @@ def _check_alike(recipes: Mapping[str, Recipe], of_seed: bool = False) -> None:
     """
     facts = {
         run: {
-            "data.train": [(corpus.tokens, corpus.weight) for corpus in r.data.train],
-            "data.batch": r.data.batch, "data.seq": r.data.seq,
-            "optimizer.rate": r.optimizer.rate, "optimizer.warmup": r.optimizer.warmup,
+            **{f"data.{key}": value for key, value in asdict(r.data).items()
+               if key not in ("evaluate", "evaluate_batches", "seed")},
+            **{f"optimizer.{key}": value for key, value in asdict(r.optimizer).items()
+               if key not in ("schedule", "decay_steps", "end_factor", "groups")},
+            "run.dtype": r.run.dtype, "run.weight_dtype": r.run.weight_dtype,
             **({"model.source": r.model.source} if of_seed else {}),
         }
         for run, r in recipes.items()
@@ -170,13 +176,23 @@ def _constant_steps(recipe: Recipe) -> int:
 
 
 def _losses(run: Path, steps: int) -> Doubles:
-    """Return the cross entropy of the first steps of a run; one that was skipped is as the last."""
-    series = read_run(run).scalar("loss.cross_entropy")
-    if series is None or not len(series.steps):
-        raise InputError("the run measured no loss.cross_entropy", where=run / METRICS)
-    inside = series.steps <= steps
-    every = np.arange(1, int(series.steps[inside].max(initial=0)) + 1)
-    losses: Doubles = np.interp(every, series.steps[inside], series.values[inside])
+    """Return the cross entropy of the first steps of a run; those not measured lie between."""
+    key = "loss.cross_entropy"
+    measured = [line for line in read_run(run).stepped if line.get(key) is not None]
+    if not measured:
+        raise InputError(f"the run measured no {key}", where=run / METRICS)
+    at = np.array([0, *(line["step"] for line in measured if line["step"] <= steps)])
+    for before, after in pairwise(at.tolist()):
+        # A mean of steps of which none was measured is no observation.
+        if not 0 < after - before <= BLOCK_STEPS:
+            raise InputError(
+                f"the run measured no {key} in {BLOCK_STEPS} steps", where=run / METRICS,
+                expected=f"rising steps, at most {BLOCK_STEPS} apart",
+                found=f"step {after} after step {before}",
+                hint=f"run.log_steps of at most {BLOCK_STEPS}, and no fork of another run",
+            )  # fmt: skip
+    values = [line[key] for line in measured[: len(at) - 1]]
+    losses: Doubles = np.interp(np.arange(1, int(at[-1]) + 1), at[1:], values)
     return losses
 
 
@@ -186,6 +202,12 @@ def refusals(
     """Yield why the crossing is no reason to upcycle, and what would change that."""
     if pilots < FEWEST_SEEDS:
         yield "the pilot has one seed", "both arms of another data.seed"
+        return
+    if crossing.fall_high <= 0:
+        yield (
+            "the loss of the pilot's dense arm does not fall",
+            "a lower optimizer.rate for both arms, or a longer warm-up",
+        )
         return
     if crossing.slope_low <= 0:
         yield (
@@ -338,6 +360,7 @@ def _forecast(
     facts |= {
         "pilot": {
             "seeds": len(runs.pilots), "steps": steps, "tokens_per_step": batch,
+            "rate": runs.recipe.optimizer.rate,
             "gain_at_start": crossing.start, "gain_per_step": crossing.slope,
             "dense_fall": crossing.fall, "text_tokens": runs.text_tokens,
         },
@@ -424,12 +447,18 @@ def _lines(facts: JsonDict) -> Iterator[str]:
             "" if hours is None else f", {hours:,.3g} device-hours of {facts['machine']}"
         ) + ("" if facts["price"] is None else f", {facts['price']:,.2f}")  # fmt: skip
     if facts["worth_it"]:
-        pilot = facts["pilot"]
+        pilot, shipped = facts["pilot"], load_recipe("recipe:upcycle").optimizer
         steps = ceil(SAFETY * crossing["tokens"] / pilot["tokens_per_step"])
+        values = {
+            "run.steps": max(steps, shipped.warmup + shipped.decay_steps),
+            "data.batch": pilot["tokens_per_step"] // facts["sequence"],
+            "data.seq": facts["sequence"], "optimizer.rate": pilot["rate"],
+        }  # fmt: skip
         yield (
             "  recipe      moecc train recipe:upcycle --set "
-            f"\"model.pipeline='{facts['pipeline']}'\" --set run.steps={steps} at least, in "
-            f"batches of {pilot['tokens_per_step']:,} tokens"
+            f"\"model.pipeline='{facts['pipeline']}'\""
+            + "".join(f" --set {key}={value}" for key, value in values.items())
+            + ", or more steps"
         )
     for reason in facts["reasons"]:
         yield f"  no          {reason['reason']}"
@@ -506,6 +535,7 @@ class Crossing:
       level, fall: the dense loss is `level` less `fall` times the logarithm of all steps.
       low, high: the interval of 95 % of the steps, over seeds and blocks of steps.
       slope_low: the lower end of that of the slope.
+      fall_high: the upper end of that of the fall.
     """
 
     steps: float
@@ -516,6 +546,7 @@ class Crossing:
     low: float = 0.0
     high: float = inf
     slope_low: float = 0.0
+    fall_high: float = 0.0
 
     def dense(self, steps: Doubles) -> Doubles:
         """Return the loss of the dense model after so many steps in all."""
@@ -545,8 +576,8 @@ def crossing_of(
         chosen = np.ix_(seeds, blocks)
         level, rise = _line(np.log(behind_steps + at[blocks]), dense[chosen].mean(0))
         start, slope = _line(at[blocks], gains[chosen].mean(0))
-        fall = max(-rise, 0.0)
-        return Crossing(_root(start, slope, fall, behind_steps, ratio), start, slope, level, fall)
+        root = _root(start, slope, max(-rise, 0.0), behind_steps, ratio)
+        return Crossing(root, start, slope, level, -rise)
 
     rng = np.random.default_rng(0)
     seeds, blocks = np.arange(len(pilots)), np.arange(len(at))
@@ -556,10 +587,11 @@ def crossing_of(
     ]
     edge = _DRAWS // 40
     ends = sorted(draw.steps for draw in draws)
-    slopes = sorted(draw.slope for draw in draws)
+    slopes, falls = sorted(draw.slope for draw in draws), sorted(draw.fall for draw in draws)
     return replace(
-        fitted(seeds, blocks), low=ends[edge], high=ends[-edge - 1], slope_low=slopes[edge]
-    )
+        fitted(seeds, blocks), low=ends[edge], high=ends[-edge - 1],
+        slope_low=slopes[edge], fall_high=falls[-edge - 1],
+    )  # fmt: skip
 
 
 def _blocks(values: Doubles, warmup: int) -> Doubles:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moecc.cli.main import main
-from moecc.jobs.forecast import Pilot, crossing_of
+from moecc.jobs.forecast import Pilot, crossing_of, refusals
 
 from .tiny import GOLDEN, RECIPE, draw_weights, make_corpus, make_model
 
@@ -51,6 +51,12 @@ def test_a_gain_that_does_not_grow_never_crosses():
     crossing = crossing_of(pilots(-0.03, -1e-5), BEHIND, 1.2, WARMUP)
     assert (crossing.steps, crossing.high) == (inf, inf)
     assert crossing.slope_low < 0
+
+
+def test_a_dense_arm_that_diverges_is_no_reason_to_upcycle():
+    crossing = crossing_of(pilots(-0.03, 2e-3, fall=-0.5), BEHIND, 1.2, WARMUP)
+    reasons = list(refusals(crossing, STEPS, 3, inf, inf))
+    assert [why for why, _ in reasons] == ["the loss of the pilot's dense arm does not fall"]
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +135,25 @@ def test_the_command_says_yes_or_why_not(arms, capsys):
         ("rate = 0.003", "rate = 0.03", "optimizer.rate"),
         ("tokens/train", "tokens/heldout", "data.train"),
         ('/model"', '/another"', "model.source"),
+        ('name = "adamw"', 'name = "adafactor"', "optimizer.name"),
+        ("packing = true", "packing = false", "data.packing"),
     ):
         (arms / "sparse-1" / "recipe.toml").write_text(text.replace(before, after, 1))
         assert main(["forecast", str(arms / "model"), "--tokens", "1", "-p", PIPELINE, *runs]) == 1
         assert f"the runs of the pilot differ in {name}" in capsys.readouterr().err
+    (arms / "sparse-1" / "recipe.toml").write_text(text.replace('"source"', '"random"', 1))
+    assert main(["forecast", str(arms / "model"), "--tokens", "1", "-p", PIPELINE, *runs]) == 1
+    assert "the pilot begins from random parameters" in capsys.readouterr().err
     (arms / "sparse-1" / "recipe.toml").write_text(text)
     journal = arms / "sparse-1" / "metrics.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     bare = "".join(lines).replace("loss.cross_entropy", "loss.other")
-    for text, message in (("".join(lines[:40]), "too short"), (bare, "no loss.cross_entropy")):
+    for text, message in (
+        ("".join(lines[:40]), "too short"),
+        (bare, "no loss.cross_entropy"),
+        ("".join(lines[10:]), "step 11 after step 0"),
+        ("".join(lines[:20] + lines[31:]), "step 32 after step 20"),
+    ):
         journal.write_text(text)
         assert main(["forecast", str(arms / "model"), "--tokens", "1", "-p", PIPELINE, *runs]) == 1
         assert message in capsys.readouterr().err
