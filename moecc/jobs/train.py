@@ -443,7 +443,7 @@ def train(
         job = _job(opened, recipe, out, resume, fork, sets, load, stored, check_plan)
         check_plan(job.recipe, job.graph)
         job = replace(job, traced_steps=profile)
-        remarks = [*training_remarks(job.graph), *job.batches.remarks]
+        remarks = [*training_remarks(job.graph, job.recipe.routing), *job.batches.remarks]
         if saved is not None:
             remarks += plan_remarks(saved, job)
         for remark in remarks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from moecc.errors import InputError, raise_problems
 from moecc.ir.conventions import LOGITS, convention
@@ -20,7 +20,7 @@ from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import GSPMD, LOCAL
 from moecc.support.untyped import Json, JsonDict
-from moecc.train.recipe import Objective, Recipe
+from moecc.train.recipe import Objective, Recipe, RoutingSection
 from moecc.train.settings import StepSpec, bias_counts
 from moecc.types import float_type
 
@@ -453,8 +453,13 @@ def _via(graph: Graph, layout: Layout, specialised: str) -> str:
 # What a reader of a run should know of its model before it begins.
 
 
-def training_remarks(graph: Graph) -> Iterator[str]:
-    """Yield remarks on training the model whose graph is `graph`."""
+def training_remarks(graph: Graph, routing: RoutingSection) -> Iterator[str]:
+    """Yield remarks on training the model whose graph is `graph` under a recipe's `routing`."""
+    if not any(node.op.assigns_slots for node in graph.every_node()):
+        unread = [f.name for f in fields(routing) if getattr(routing, f.name) != f.default]
+        if unread:
+            names = ", ".join(f"routing.{name}" for name in unread)
+            yield f"a model without experts is trained as if {names} had the default"
     fixed = [node.loc for node in graph.every_node() if node.op.routes and _is_constant(node)]
     if fixed:
         more = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""

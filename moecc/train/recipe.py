@@ -8,11 +8,11 @@ into a checkpoint.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cached_property, partial
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from moecc.errors import MoeccError, Problem, nearest
 from moecc.ir.mesh import parse_mesh
@@ -21,6 +21,8 @@ from moecc.support.documents import KeyPath
 from moecc.support.record import Check, Count
 from moecc.support.untyped import Json
 from moecc.types import float_type
+
+S = TypeVar("S")
 
 Words = Annotated[str, Check(str.strip, "a text that is not empty")]
 AtLeastOne = Annotated[int, Check(lambda n: n >= 1, "1 or more")]
@@ -191,8 +193,7 @@ class OptimizerSection:
       rate: the highest learning rate.
       schedule: what follows the warm-up.
       warmup: steps of linear warm-up.
-      decay_steps: the last steps, in which ``wsd`` decays; left out where ``--set`` replaces
-        ``wsd`` by another schedule.
+      decay_steps: the last steps, in which ``wsd`` decays.
       end_factor: the rate at the end of ``cosine`` and ``wsd``, over the highest.
       clip: the largest norm of all gradients together; 0 for none.
       update_clip: the largest root mean square of an update of Adafactor, of a matrix by itself
@@ -378,9 +379,106 @@ class Fault:
         ]
 
 
+@dataclass(frozen=True)
+class Condition:
+    """Keys that a section reads only under a condition; elsewhere they must have their defaults.
+
+    Attributes:
+      keys: of the section.
+      decider: the key whose value decides.
+      is_read: whether a section reads the keys.
+    """
+
+    keys: tuple[str, ...]
+    decider: str
+    is_read: Callable[[Any], object]
+
+
+CONDITIONS: Mapping[type, tuple[Condition, ...]] = {
+    DataSection: (
+        Condition(
+            ("decoder_seq",),
+            "objective",
+            lambda data: data.objective not in (Objective.CAUSAL, Objective.MASKED),
+        ),
+        Condition(
+            ("noise_density",),
+            "objective",
+            lambda data: data.objective in (Objective.SPANS, Objective.MASKED),
+        ),
+        Condition(("mean_span",), "objective", lambda data: data.objective is Objective.SPANS),
+        Condition(("evaluate_batches",), "evaluate", lambda data: data.evaluate),
+    ),
+    OptimizerSection: (
+        Condition(("update_clip",), "name", lambda update: update.name == "adafactor"),
+        Condition(("b1", "b2", "eps"), "name", lambda update: update.name != "adafactor"),
+        Condition(("decay_steps",), "schedule", lambda update: update.schedule is Schedule.WSD),
+        Condition(
+            ("end_factor",),
+            "schedule",
+            lambda update: update.schedule in (Schedule.COSINE, Schedule.WSD),
+        ),
+    ),
+    GuardSection: (Condition(("window",), "sigma", lambda guard: guard.sigma),),
+    RunSection: (Condition(("export_to",), "export_steps", lambda run: run.export_steps),),
+    LossSection: (Condition(("distill_steps",), "distill", lambda loss: loss.distill),),
+    MeshSection: (Condition(("rules", "via", "partition"), "mesh", lambda mesh: mesh.mesh),),
+}
+"""The conditions of each section."""
+
+
+def without_unread(section: S, decided: Collection[KeyPath], path: KeyPath = ()) -> S:
+    """Return `section` with the defaults of what it does not read, where options decided so.
+
+    Args:
+      section: a section, or a recipe.
+      decided: the paths of the values that options replaced; they stay.
+      path: of the section.
+    """
+    record: Any = section
+    changed = {
+        f.name: without_unread(value, decided, (*path, f.name))
+        for f in fields(record)
+        if is_dataclass(value := getattr(section, f.name))
+    }
+    for condition in CONDITIONS.get(type(section), ()):
+        if (*path, condition.decider) in decided and not condition.is_read(section):
+            unread = (key for key in condition.keys if (*path, key) not in decided)
+            changed |= {key: _default(section, key) for key in unread}
+    replaced: S = replace(record, **changed)
+    return replaced
+
+
+def _unread(section: Any, path: str) -> Iterator[Fault]:
+    """Yield the values of a section, and of those in it, that have no effect."""
+    for field_ in fields(section):
+        if is_dataclass(value := getattr(section, field_.name)):
+            yield from _unread(value, f"{path}.{field_.name}".lstrip("."))
+    for condition in CONDITIONS.get(type(section), ()):
+        if condition.is_read(section):
+            continue
+        decider = getattr(section, condition.decider)
+        decider = decider.value if isinstance(decider, Enum) else decider
+        shown = "empty" if decider in ("", ()) else str(decider)
+        for key in condition.keys:
+            value, default = getattr(section, key), _default(section, key)
+            if value != default:
+                yield Fault(
+                    f"{path}.{key} {path}.{condition.decider}",
+                    f"it has no effect where {path}.{condition.decider} is {shown}",
+                    f"{default}" if default not in ("", ()) else "nothing",
+                    value,
+                )
+
+
+def _default(section: Any, key: str) -> Any:
+    return next(f.default for f in fields(section) if f.name == key)
+
+
 def faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what is wrong about the values of `recipe`."""
-    yield from update_faults(recipe.optimizer)
+    yield from _optimizer(recipe.optimizer)
+    yield from _unread(recipe, "")
     if recipe.model.start is Start.RANDOM and recipe.model.moments is Moments.CARRY:
         yield Fault(
             "model.moments model.start",
@@ -392,25 +490,6 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("data.train", "the mixture is empty", "a token folder or more")
     yield from _corpora(data.train, "train")
     yield from _corpora(data.evaluate, "evaluate")
-    if data.decoder_seq and data.objective in (Objective.CAUSAL, Objective.MASKED):
-        yield Fault(
-            "data.decoder_seq data.objective",
-            f"the objective {data.objective.value} has one sequence",
-            "decoder_seq = 0",
-            data.decoder_seq,
-        )
-    for key, objectives, noun in (
-        ("noise_density", (Objective.SPANS, Objective.MASKED), "tokens"),
-        ("mean_span", (Objective.SPANS,), "spans"),
-    ):
-        default, value = getattr(DataSection, key), getattr(data, key)
-        if data.objective not in objectives and value != default:
-            yield Fault(
-                f"data.{key} data.objective",
-                f"the objective {data.objective.value} hides no {noun}",
-                f"{default}",
-                value,
-            )
     yield from _groups(recipe.data, recipe.routing, recipe.run)
     if recipe.routing.router_dtype not in ("f32", recipe.run.dtype):
         allowed = " | ".join(dict.fromkeys(("f32", recipe.run.dtype)))
@@ -426,8 +505,6 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _distillation(recipe)
     if recipe.mesh.mesh:
         yield from _raised("mesh.mesh", partial(parse_mesh, recipe.mesh.mesh))
-    if recipe.mesh.rules and not recipe.mesh.mesh:
-        yield Fault("mesh.mesh mesh.rules", "rules need a mesh", "data:8, say")
     yield from _choices(
         "mesh", {"via": recipe.mesh.via or None, "partition": recipe.mesh.partition}
     )
@@ -435,9 +512,6 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
 
 def _distillation(recipe: Recipe) -> Iterator[Fault]:
     loss = recipe.loss
-    if loss.distill_steps and not loss.distill:
-        message = "there is nothing that falls in so many steps"
-        yield Fault("loss.distill_steps loss.distill", message, "0", loss.distill_steps)
     if loss.distill and recipe.model.start is Start.RANDOM:
         message = "random parameters have no source to learn from"
         yield Fault("loss.distill model.start", message, "0", loss.distill, 'start = "source"')
@@ -494,6 +568,11 @@ def _groups(data: DataSection, routing: RoutingSection, run: RunSection) -> Iter
 
 def update_faults(optimizer: OptimizerSection) -> Iterator[Fault]:
     """Yield the faults of an update, which may be no part of a run."""
+    yield from _optimizer(optimizer)
+    yield from _unread(optimizer, "optimizer")
+
+
+def _optimizer(optimizer: OptimizerSection) -> Iterator[Fault]:
     if optimizer.name not in OPTIMIZERS:
         yield Fault(
             "optimizer.name",
@@ -501,14 +580,6 @@ def update_faults(optimizer: OptimizerSection) -> Iterator[Fault]:
             " | ".join(OPTIMIZERS),
             optimizer.name,
             nearest(optimizer.name, OPTIMIZERS),
-        )
-    if optimizer.update_clip != 1.0 and optimizer.name != "adafactor":
-        yield Fault(
-            "optimizer.update_clip optimizer.name",
-            "only adafactor clips the update of a matrix",
-            "1.0",
-            optimizer.update_clip,
-            "clip bounds the gradients of all",
         )
 
 
@@ -527,13 +598,6 @@ def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
             "wsd decays over its last steps",
             "1 or more",
             0,
-        )
-    if not is_wsd and optimizer.decay_steps > 0:
-        yield Fault(
-            "optimizer.decay_steps optimizer.schedule",
-            "only the schedule wsd has decay_steps",
-            "0",
-            optimizer.decay_steps,
         )
     together = optimizer.warmup + optimizer.decay_steps
     if is_wsd and optimizer.warmup <= run.steps < together:

@@ -36,9 +36,9 @@ from moecc.train.recipe import (
     Fault,
     OptimizerSection,
     Recipe,
-    Schedule,
     faults,
     update_faults,
+    without_unread,
 )
 
 PREFIX = "recipe:"
@@ -89,6 +89,7 @@ def parse_recipe(
 
     reader = RecordReader(where)
     recipe = reader.section(Recipe, table, ())
+    recipe = without_unread(recipe, {option.path for option in options})
     problems = [*reader.problems, *_faulty(faults(recipe), reader, options)]
     if problems:
         wrong = [problem for _, problem in problems]
@@ -225,19 +226,7 @@ def _options(sets: Sequence[str], table: JsonDict) -> list[_Option]:
         except UsageError as error:
             problems.extend(error.problems)
     raise_problems(problems, UsageError)
-    _leave_decay_out(table, options)
     return options
-
-
-def _leave_decay_out(table: JsonDict, options: Sequence[_Option]) -> None:
-    """Remove `decay_steps` of a recipe whose schedule an option replaces by one without it."""
-    schedule, decay = ("optimizer", "schedule"), ("optimizer", "decay_steps")
-    replaced = {option.path: option.value for option in options}
-    if schedule not in replaced or decay in replaced:
-        return
-    section = table["optimizer"]
-    if isinstance(section, dict) and replaced[schedule] != Schedule.WSD.value:
-        section.pop("decay_steps", None)
 
 
 def _option(text: str) -> _Option:

@@ -91,13 +91,22 @@ def test_all_problems_come_at_once_with_their_lines():
         (["routing.groups=24"], "the token groups do not divide the sequences"),
         (["optimizer.warmup=11"], "the warm-up is longer than the run"),
         (["optimizer.schedule=wsd"], "wsd decays over its last steps"),
-        (["optimizer.decay_steps=2"], "only the schedule wsd has decay_steps"),
+        (
+            ["optimizer.decay_steps=2"],
+            "optimizer.decay_steps: it has no effect where optimizer.schedule is constant",
+        ),
+        (["optimizer.end_factor=0.2"], "where optimizer.schedule is constant"),
+        (["optimizer.schedule=rsqrt", "optimizer.end_factor=0.2"], "optimizer.schedule is rsqrt"),
+        (["optimizer.name=adafactor", "optimizer.b1=0.5"], "where optimizer.name is adafactor"),
+        (["run.guard.sigma=0", "run.guard.window=9"], "where run.guard.sigma is 0"),
+        (["run.export_to=auto"], "where run.export_steps is 0"),
+        (["loss.distill_steps=5"], "where loss.distill is 0"),
         (
             ["optimizer.schedule=wsd", "optimizer.warmup=6", "optimizer.decay_steps=5"],
             "together are longer",
         ),
         (["optimizer.name=adam"], "no such optimiser"),
-        (["optimizer.update_clip=0.1"], "only adafactor clips the update of a matrix"),
+        (["optimizer.update_clip=0.1"], "where optimizer.name is adamw"),
         (["routing.dropout=1"], "at least 0 and less than 1"),
         (['optimizer.groups=[{match="moe", from_step=10}]'], "freeze = true never trains them"),
         (['optimizer.groups=[{match="moe", rate=0}]'], "more than 0"),
@@ -107,15 +116,18 @@ def test_all_problems_come_at_once_with_their_lines():
         (["run.evaluate_steps=5"], "there is nothing to evaluate on"),
         (["run.export_steps=5"], "exports need a family"),
         (["run.dtype=f23"], "unknown element type 'f23'"),
-        (["mesh.rules=['tensor-parallel']"], "rules need a mesh"),
-        (["mesh.via=capactiy"], "unknown via"),
-        (["mesh.partition=manual"], "unknown partition"),
+        (["mesh.rules=['tensor-parallel']"], "mesh.rules: it has no effect where mesh.mesh is"),
+        (["mesh.via=ring"], "mesh.via: it has no effect where mesh.mesh is empty"),
+        (["mesh.partition=gspmd"], "where mesh.mesh is empty"),
+        (["data.evaluate=[]", "data.evaluate_batches=2"], "where data.evaluate is empty"),
+        (["mesh.mesh=data:8", "mesh.via=capactiy"], "unknown via"),
+        (["mesh.mesh=data:8", "mesh.partition=manual"], "unknown partition"),
         (["data.train=[]"], "the mixture is empty"),
         (["data.train=[{tokens='a'}, {tokens='b/a'}]"], "more than one corpus is called 'a'"),
         (["data.train.0.weight=0"], "more than 0"),
-        (["data.decoder_seq=4"], "the objective causal has one sequence"),
-        (["data.noise_density=0.3"], "the objective causal hides no tokens"),
-        (["data.objective=masked", "data.mean_span=2"], "the objective masked hides no spans"),
+        (["data.decoder_seq=4"], "where data.objective is causal"),
+        (["data.noise_density=0.3"], "where data.objective is causal"),
+        (["data.objective=masked", "data.mean_span=2"], "where data.objective is masked"),
         (["model.start=random", "model.moments=carry"], "no moments to carry"),
         (["run.steps=1e400"], "another type"),
         (["optimizer.rate=inf"], "not a finite number"),
@@ -136,6 +148,16 @@ def test_options_replace_values_and_words_are_texts():
     assert recipe.model.source == "preset:smollm2-135m"
     assert recipe.data.train[0].weight == 2.0
     assert recipe.data.evaluate[0].tokens == "hf:a/b"
+
+
+def test_what_depends_on_a_replaced_value_is_left_out():
+    """A recipe of eight devices runs on one, and a schedule is replaced alone."""
+    text = SMALL + '[mesh]\nmesh = "data:8"\nvia = "ring"\nrules = ["fsdp"]\n[optimizer]\n'
+    text += 'schedule = "wsd"\ndecay_steps = 4\nend_factor = 0.5\n'
+    sets = ["mesh.mesh=''", "optimizer.schedule=cosine"]
+    recipe = parse_recipe(text, "r.toml", sets=sets)
+    assert recipe.mesh == MeshSection()
+    assert (recipe.optimizer.decay_steps, recipe.optimizer.end_factor) == (0, 0.5)
 
 
 def test_paths_are_relative_to_the_file_and_of_options_to_the_working_folder(tmp_path, monkeypatch):

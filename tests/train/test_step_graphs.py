@@ -178,7 +178,14 @@ def test_a_mesh_with_collectives_of_its_own_divides_the_batch(mesh, rules, told)
     ],
 )
 def test_routers_without_a_gradient_are_remarked(passes, told):
-    found = list(training_remarks(imported("llama_gqa", passes)))
+    found = list(training_remarks(imported("llama_gqa", passes), RoutingSection(balance=0.5)))
     assert bool(found) == told
     if told:
         assert found[0].startswith("layers.0.ffn, layers.1.ffn, layers.2.ffn: the gates")
+
+
+def test_routing_without_experts_is_remarked():
+    dense = imported("llama_gqa", "")
+    assert list(training_remarks(dense, RoutingSection())) == []
+    (remark,) = training_remarks(dense, RoutingSection(balance=0.5, capacity_factor=1.0))
+    assert remark.endswith("routing.capacity_factor, routing.balance had the default")
