@@ -77,6 +77,7 @@ def output_folder(
     force: bool = False,
     needed_bytes: int = 0,
     can_resume: Callable[[Path], bool] | None = None,
+    hint: str = _FULL,
     is_file: bool = False,
 ) -> Iterator[Path]:
     """Yield a temporary folder to fill; commit it at the end, or remove it on any failure.
@@ -90,6 +91,7 @@ def output_folder(
       force: whether an existing output may be replaced.
       needed_bytes: the size of the output.
       can_resume: whether a partial output is continued, see `claimed`; by default it is an error.
+      hint: what to do where the folder is not empty.
       is_file: whether the output is one file, which the folder holds as ``model.gguf`` beside its
         manifest; otherwise it is the folder.
 
@@ -97,8 +99,9 @@ def output_folder(
     """
     resume = can_resume is not None
     path = check_output(
-        out, inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume, is_file=is_file
-    )
+        out, inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume, hint=hint,
+        is_file=is_file,
+    )  # fmt: skip
     is_complete = False
 
     def settle_and_ask(partial: Path) -> bool:
@@ -119,7 +122,7 @@ def output_folder(
             _commit_file(path)
             require_removed(temporary, _UNDELETED)
             return
-        replaces = _check_folder(path, out, force, problems, _FULL)
+        replaces = _check_folder(path, out, force, problems, hint)
         problems.raise_if_any()
         if os.path.lexists(path):  # else the old output is the only complete one
             remove(replaced_of(path))

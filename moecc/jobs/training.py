@@ -59,7 +59,7 @@ from moecc.train.recipe_text import (
     write_recipe,
 )
 from moecc.train.rows import ModelFacts, facts_of
-from moecc.train.run import create_run, lineage, source_files
+from moecc.train.run import OTHER_RUN, create_run, lineage, source_files
 from moecc.train.settings import (
     COUNT,
     SAVED,
@@ -331,9 +331,6 @@ def export_step(job: TrainJob, step: int) -> Path:
     return out
 
 
-_FULL = "give another folder; moecc train --resume RUN goes on with a run"
-
-
 def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
     """Return the job of a new run.
 
@@ -341,7 +338,7 @@ def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
       InputError: recipe, model and data do not suit one another, or `out` cannot be used.
     """
     inputs = tuple(inputs_of(source.model.checkpoint))
-    check_output(out, inputs=inputs, resume=True, hint=_FULL)
+    check_output(out, inputs=inputs, resume=True, hint=OTHER_RUN)
     graph = source.canonical.graph
     batches = _checked(recipe, graph, partial(facts_of, source.model))
     recipe = resolved(recipe, batches)
@@ -408,7 +405,9 @@ def resumed_run(
     batches = _checked(current, graph, partial(_facts_of_run, run, graph))
     before, now = run_stages(run)[-1].get("data", {}), batches.digests
     problems = [
-        Problem("the data changed since the run began", name, str(before.get(name)), digest)
+        Problem(
+            "the data changed since the run began", name, str(before.get(name, "no data")), digest
+        )
         for name, digest in now.items()
         if before.get(name) != digest
     ]
@@ -438,16 +437,16 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
         )  # fmt: skip
     require_run_files(step)
     graph = read_graph(str(run / GRAPH))
-    check_output(out, inputs=[run], resume=True, hint=_FULL)
+    check_output(out, inputs=[run], resume=True, hint=OTHER_RUN)
     present, wanted = (
         {
-            (kind, name)
+            (section.name, kind, name)
             for kind, types in saved_moments(graph, section_at(section, step.number)).items()
             for name in types
         }
         for section in (_begun_with(run).optimizer, recipe.optimizer)
     )
-    missing = sorted(name for _, name in wanted - present)
+    missing = sorted({name for *_, name in wanted - present})
     if missing:
         raise InputError(
             "the run kept no such moments of what would be trained",

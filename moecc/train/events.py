@@ -162,9 +162,10 @@ class Evaluated:
     spread: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
-    def mean(self) -> float:
-        """The mean over the texts."""
-        return sum(self.losses.values()) / len(self.losses)
+    def mean(self) -> float | None:
+        """The mean over the texts; None where it is not finite, and no step the best."""
+        mean = sum(self.losses.values()) / len(self.losses)
+        return mean if isfinite(mean) else None
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,9 @@ from moecc.version import __version__
 Content = Path | bytes
 """A file, or what is to be in it."""
 
+OTHER_RUN = "give another folder; moecc train --resume RUN goes on with a run"
+"""The way out where the folder of a new run is not empty."""
+
 _MAX_PART_BYTES = 64 << 20
 
 
@@ -111,7 +114,7 @@ def create_run(
       InputError: the folder cannot be used.
       MachineError: the disk is full, or there is no right to write.
     """
-    with output_folder(out, inputs=inputs, can_resume=_remove_if_run) as folder:
+    with output_folder(out, inputs=inputs, can_resume=_remove_if_run, hint=OTHER_RUN) as folder:
         (folder / SOURCE).mkdir()
         (folder / STEPS).mkdir()
         write_durable(folder / RECIPE, recipe.encode())
@@ -348,25 +351,36 @@ def cut_back(path: Path, step: int) -> None:
     """Remove the lines of a journal that are later than `step`, and what is no whole line.
 
     Raises:
+      InputError: what is no line stands before one that stays, which no kill leaves.
       MachineError: the file cannot be written.
     """
     if not path.exists():
         return
     with os_errors(path, "write"), path.open("r+b") as file:
-        length = 0
-        for raw in file:
-            if not _is_kept(raw, step):
+        length, damaged = 0, 0
+        for number, raw in enumerate(file, 1):
+            line_step = _step_of(raw)
+            if line_step is None:
+                damaged = damaged or number
+            elif line_step > step:
                 break
-            length += len(raw)
+            elif damaged:
+                raise InputError(
+                    "not a line of a journal, before lines that are", where=f"{path}:{damaged}",
+                    hint="mend the line, or remove it",
+                )  # fmt: skip
+            else:
+                length += len(raw)
         file.truncate(length)
 
 
-def _is_kept(raw: bytes, step: int) -> bool:
+def _step_of(raw: bytes) -> int | None:
+    """Return the step of a line of a journal; None for what is no whole line."""
     try:
-        line_step = json.loads(raw)["step"]
+        step = json.loads(raw)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return raw.endswith(b"\n") and isinstance(line_step, int) and line_step <= step
+        return None
+    return step if raw.endswith(b"\n") and isinstance(step, int) else None
 
 
 def read_journal(path: Path) -> Iterator[JsonDict]:

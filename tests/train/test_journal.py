@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moecc.errors import InputError
 from moecc.jobs.train import TrainProgress
 from moecc.train.events import (
     Evaluated,
@@ -40,6 +41,17 @@ def test_a_resumed_run_has_the_bytes_of_one_that_was_not_killed(tmp_path, rest):
     assert len(list(read_journal(killed))) == 3
     record(killed, [stepped(3)])
     assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_a_damaged_line_takes_no_later_one_with_it(tmp_path):
+    journal = tmp_path / "journal"
+    record(journal, [stepped(1), stepped(2), stepped(3)])
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + lines[1][:9] + b"\n" + lines[2])
+    with pytest.raises(InputError, match="journal:2"):
+        cut_back(journal, 3)
+    cut_back(journal, 2)
+    assert journal.read_bytes() == lines[0]
 
 
 def test_a_return_is_told_once_whether_or_not_it_was_interrupted(tmp_path):

@@ -240,5 +240,6 @@ def test_a_run_is_made_as_a_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == []
     out.mkdir()
     (out / "file").touch()
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="not empty") as caught:
         create_run(out, recipe="", graph="", lineage={}, source={})
+    assert "moecc train --resume RUN" in str(caught.value)

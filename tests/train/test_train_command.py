@@ -241,6 +241,25 @@ def test_a_fork_goes_on_under_another_recipe(folder: Path, moecc: Moecc) -> None
     assert stages[0]["steps"] == 4
 
 
+def test_a_fork_has_no_moments_of_another_optimiser(folder: Path, moecc: Moecc) -> None:
+    code, _, err = moecc(
+        "train", folder / "recipe.toml", "--fork", folder / "run@4", "--out", folder / "none",
+        "--set", "optimizer.name=adafactor",
+    )  # fmt: skip
+    assert code == 1
+    assert "the run kept no such moments" in err
+
+
+def test_a_run_that_diverged_is_a_run(folder: Path, moecc: Moecc) -> None:
+    """A held-out loss that is not a number is none, and no step the best."""
+    out = folder / "diverged"
+    sets = ("run.steps=3", "optimizer.rate=1e30", "run.save_steps=0", "run.evaluate_steps=0")
+    words = [word for setting in sets for word in ("--set", setting)]
+    code, _, err = moecc("train", folder / "recipe.toml", "--out", out, *words)
+    assert (code, "held out heldout nan" in err) == (0, True)
+    assert [step.loss for step in saved_steps(out)] == [None]
+
+
 def test_another_recipe_is_refused_with_the_keys_that_differ(folder: Path, moecc: Moecc) -> None:
     run = killed(folder, 4, "edited")
     text = (run / "recipe.toml").read_text()

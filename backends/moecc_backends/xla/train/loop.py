@@ -356,7 +356,8 @@ def spread_of(graph: Graph, replicated: Sharding) -> SpreadOf | None:
         spreads: dict[str, list[float]] = {}
         sums = jax.device_get(compiled({name: params[name] for name in chosen}))
         for location, (apart, size) in sums.items():
-            ratios = (apart / (size + (size == 0))) ** 0.5
+            with np.errstate(invalid="ignore"):
+                ratios = (apart / (size + (size == 0))) ** 0.5
             rows = ratios if ratios.ndim == 2 else ratios[None]
             for at, row in enumerate(rows):
                 where = element(location, at) if has_range(location) else location
