@@ -85,6 +85,14 @@ def test_the_commands_prove_and_verify_it(dense, sparse, tmp_path, capsys):
     assert "the file differs" in capsys.readouterr().err
 
 
+def test_what_no_receipt_is_a_proof_of_is_not_proved(dense, tmp_path, capsys):
+    out = tmp_path / "unchecked"
+    words = ["--via", "torch", "-p", PIPELINE, "--no-check"]
+    assert main(["convert", str(dense), str(out), *words]) == 0
+    assert main(["prove", str(dense), str(out)]) == 1
+    assert "no proof of this conversion" in capsys.readouterr().err
+
+
 def test_another_element_type_and_the_log_of_the_proof(dense, tmp_path, capsys):
     out, log = tmp_path / "out", tmp_path / "log.json"
     words = ["--via", "torch", "-p", PIPELINE, "--dtype", "bf16", "--proof", str(log)]

@@ -32,6 +32,7 @@ from moecc.formats.writer import (
     write_checkpoint,
 )
 from moecc.ir.text import print_graph
+from moecc.jobs.receipt import load_receipt, object_of
 from moecc.prove import Prover
 from moecc.prove.conversion import ConversionProof
 from moecc.types import Array, DType
@@ -431,4 +432,9 @@ def prove_folder(source: str | Path, result: str | Path, prover: Prover) -> Conv
                          where=str(target / GRAPH_NAME), expected=new.strip(), found=old.strip(),
                          hint="moecc verify tells whether the folder was changed")  # fmt: skip
     proof: ConversionProof = sparse.conversion.proof
+    # The graph names tensors alone: what was written to them is what the receipt is a proof of.
+    receipt = object_of(object_of(load_receipt(target)).get("proof"))
+    if (receipt.get("source"), receipt.get("result")) != (proof.source, proof.result):
+        raise InputError("the receipt has no proof of this conversion", where=str(target),
+                         hint="convert again, without --no-check")  # fmt: skip
     return proof
