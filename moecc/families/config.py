@@ -279,6 +279,9 @@ Only = Mapping[str, tuple[object, str]]
 CAUSAL: Only = {"is_causal": (True, "every token of such a decoder attends to later ones, too")}
 """Of decoders: any value that Python takes for false switches the mask off in transformers 5."""
 
+FILLED: Only = {"head_dim": (None, "the heads of this family fill its width")}
+"""Of families without the key, whose code in transformers 5 reads it all the same."""
+
 Config = TypeVar("Config")
 
 

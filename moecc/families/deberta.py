@@ -110,6 +110,9 @@ class DebertaV2Config(BertConfig):
         if self.relative_attention and not self.terms:
             fault = "relative attention has a term of the scores"
             yield key_problem(fault, "c2p, p2c or both", "none", "pos_att_type")
+        if self.relative_norm and not self.relative_attention:
+            fault = "there are no relative positions to normalise"
+            yield key_problem(fault, "none", "layer_norm", "norm_rel_ebd", "relative_attention")
         buckets, longest = self.position_buckets, self.max_relative_positions
         if buckets and not (buckets >= 4 and buckets // 2 + 1 < longest):
             fault = "no such buckets of distances"

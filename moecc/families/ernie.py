@@ -107,5 +107,10 @@ class Ernie45MoeConfig(MoeConfig):
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
-        reader.number("moe_norm_min", above=0)
-        return super()._read(reader)
+        values = super()._read(reader)
+        # The k best of n gates, which add up to one, have a sum of at least k / n.
+        least = values["experts_per_token"] / values["num_experts"]
+        if reader.number("moe_norm_min", above=0) > least:
+            fault = "the chosen gates would no longer be divided by their sum"
+            reader.refuse("moe_norm_min", fault, expected=f"at most {least:g}")
+        return values

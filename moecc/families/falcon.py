@@ -47,6 +47,7 @@ class FalconConfig(DecoderConfig):
     only = {
         "alibi": (False, "positions by ALiBi are not supported here, but by --via torch"),
     }
+    synonyms = {"n_embed": "hidden_size"}
     plain_heads = "falcon has heads of hidden_size / num_attention_heads"
     own_code = True
     names = TensorNames(

@@ -176,7 +176,11 @@ class Gemma3TextConfig(Gemma2Config):
     def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
         local = RopeConfig(theta=stated_theta(reader))
         parameters = reader.mapping("rope_parameters")
-        if parameters is not None and set(parameters) <= {"full_attention", "sliding_attention"}:
+        if parameters is not None:
+            if not set(parameters) <= {"full_attention", "sliding_attention"}:
+                fault = "transformers reads parameters of this family by kind of layer alone"
+                expected = "full_attention and sliding_attention"
+                reader.refuse("rope_parameters", fault, expected=expected)
             # The parameters of layers without a window stand for those of all.
             data = {**reader.data, "rope_parameters": parameters.get("full_attention")}
             if data["rope_parameters"] is None:
@@ -213,9 +217,12 @@ def stated_theta(
     parameters = reader.mapping("rope_parameters") or {}
     inner = parameters.get(kind)
     if isinstance(inner, Mapping):
-        part = Reader(inner, {"rope_type": "default"}, f"{reader.where}: {kind}")
-        if part.value("rope_type") != "default":
-            part.refuse("rope_type", "transformers 4 has no such scaling", expected="default")
+        part = Reader(inner, {}, f"{reader.where}: rope_parameters: {kind}")
+        plain = {"rope_type": "default", "type": "default", "rope_theta": inner.get("rope_theta")}
+        for name, value in inner.items():
+            if value != plain.get(name, ...):
+                fault = "transformers 4 has only plain rotary positions here"
+                part.refuse(name, fault, expected="rope_type default, and rope_theta")
         if part.has("rope_theta"):
             stated["rope_parameters"] = part.number("rope_theta", above=0)
         reader.problems.extend(part.problems)

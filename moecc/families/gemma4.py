@@ -412,7 +412,7 @@ def _read_rope(reader: Reader, kind: str, has_parameters: bool) -> PairedRope:
             ROPE, f"no parameters for {kind}", expected="an object for each kind of layer"
         )
         return PairedRope(1e4)
-    part = Reader(parameters, {SHARE: 1.0, "factor": 1.0}, f"{reader.where}: {kind}")
+    part = Reader(parameters, {SHARE: 1.0, "factor": 1.0}, f"{reader.where}: {ROPE}: {kind}")
     style = part.choice("rope_type", ("default", "proportional"))
     theta = part.number("rope_theta", above=0)
     share, factor = part.number(SHARE, above=0, most=1), part.number("factor", above=0)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from moecc.families.config import (
     CAUSAL,
+    FILLED,
     BlockNames,
     EqualHeadsConfig,
     GgufFacts,
@@ -183,6 +184,7 @@ class GptNeoXConfig(GptConfig):
         "classifier_dropout",
     )
     keys = {"parallel_residual": "use_parallel_residual", "attention_bias": "attention_bias"}
+    only = FILLED
     idle = ("is_decoder", "rope_theta")
     names = BlockNames(
         embedding="gpt_neox.embed_in.weight",

@@ -130,7 +130,8 @@ def pattern_checks(
         expected = f"layers 0 to {len(dense) - 1}"
         yield key_problem(fault, expected, f"{dense[:8]}", LEADING_KEYS[style], *keys)
     if style == "interval" and _interval(sparse) is None:
-        fault = f"{family} has experts in every n-th layer of a range"
+        interval = " to ".join(INTERVAL_KEYS[1:])
+        fault = f"{family} has experts in every n-th layer, from {interval}"
         shown = f"dense layers {dense[:8]}"
         yield key_problem(fault, "every n-th layer", shown, *INTERVAL_KEYS, *keys)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from moecc.families.bert import BERT_DEFAULTS, BertConfig
-from moecc.families.config import BlockNames, choice, config_class, flag, number, size
+from moecc.families.config import FILLED, BlockNames, choice, config_class, flag, number, size
 from moecc.families.reader import COUNT, LAYERS, LENGTH, KeyProblem, Reader, as_number, key_problem
 from moecc.support.untyped import JsonDict
 
@@ -37,7 +37,7 @@ class ModernBertConfig(BertConfig):
         "global_every": EVERY,
     }
     only = {
-        "head_dim": (None, "a modernbert has heads that fill its width"),
+        **FILLED,
         "sliding_window": (None, "transformers 5 takes it for half of local_attention"),
         "rope_scaling": (None, "only plain rotary positions are supported"),
         "tie_word_embeddings": (True, "only a head that is the table of tokens is supported"),

@@ -100,7 +100,9 @@ class Reader:
         if not isinstance(problem, KeyProblem):
             self.problems.append(problem)
         elif not self.bad.intersection(problem.keys):
-            self.problems.append(replace(problem, where=f"{self.where}: {problem.keys[0]}"))
+            stated = [key for key in problem.keys if key in self.data] or problem.keys[:1]
+            where = f"{self.where}: {' / '.join(stated)}"
+            self.problems.append(replace(problem, where=where))
 
     def size(self, key: str, most: int = NEURONS, *, smallest: int = 1) -> int:
         """Return an integer from `smallest` to `most`."""

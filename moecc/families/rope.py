@@ -247,6 +247,10 @@ def _theta(reader: Reader, stated: Mapping[str, Reader]) -> float:
             shares[key] = part.number("rope_theta", above=0)
     if not shares:
         return reader.number("rope_theta", above=0)
+    inside = shares.get("rope_scaling", reader.defaults.get("rope_theta"))
+    if "rope_theta" not in shares and inside != reader.defaults.get("rope_theta"):
+        fault = "transformers 4 ignores the base period in it, and takes its default"
+        reader.refuse("rope_scaling", fault, expected="rope_theta beside it")
     if len(set(shares.values())) > 1:
         stating = ", ".join(f"{value} in {key}" for key, value in shares.items())
         fault = f"the base period is stated twice and differs: {stating}"

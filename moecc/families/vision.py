@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from moecc.families.config import (
+    FILLED,
     BlockNames,
     EqualHeadsConfig,
     activation,
@@ -145,6 +146,7 @@ class ViTConfig(VisionConfig):
     model_type = "vit"
     architecture = "ViTModel"
     head_prefix = "vit."
+    only = FILLED
     head_steps = {"": POOLER, "ImageClassification": ("first", CLASSIFIER)}
     names = BlockNames(
         embedding="embeddings.cls_token",
@@ -178,6 +180,7 @@ class Dinov2Config(VisionConfig):
     model_type = "dinov2"
     architecture = "Dinov2Model"
     head_prefix = "dinov2."
+    only = FILLED
     head_steps = {"ImageClassification": ("first-and-mean", CLASSIFIER)}
     keys = {"intermediate_size": "", "gated": "use_swiglu_ffn"}
     # The token of masked patches is no part of the graph.

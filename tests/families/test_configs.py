@@ -59,8 +59,8 @@ def test_either_spelling_and_both_mean_the_same(family, scaling):
         return  # a gptj states no rotary positions
     four = {"rope_theta": 5e5, "rope_scaling": scaling}
     full: Any = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
-    if family == "olmo3":
-        local = {"rope_theta": 5e5, "rope_type": "default"}
+    if family in ("olmo3", "gemma3_text"):
+        local = {"rope_theta": 5e5 if family == "olmo3" else 1e4, "rope_type": "default"}
         full = {"full_attention": full, "sliding_attention": local}
     five = {"rope_parameters": full}
     if family == "apertus" and scaling is None:

@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "llama3 bands": (
         small("llama", rope_scaling={**LLAMA3, "high_freq_factor": 0.5}),
-        "rope_theta",
+        "rope_scaling",
         "not be below low_freq_factor",
     ),
     "chunks without a length": (
@@ -205,6 +205,36 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
             ("whisper", "num_attention_heads"),
         )
     },
+    **{
+        f"{family} with wide heads": ({"model_type": family, "head_dim": 7}, "head_dim", "width")
+        for family in ("gpt_neox", "vit", "dinov2", "modernbert")
+    },
+    "base inside": (
+        small("llama", rope_scaling={"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}),
+        "rope_scaling",
+        "takes its default",
+    ),
+    "flat parameters of kinds": (
+        small("gemma3_text", rope_parameters={"rope_type": "default", "rope_theta": 300.0}),
+        "rope_parameters",
+        "by kind of layer alone",
+    ),
+    "scaled windows": (
+        small("gemma3_text", rope_parameters={"sliding_attention": {"type": "linear"}}),
+        "rope_parameters: sliding_attention",
+        "only plain",
+    ),
+    "a norm of no table": (
+        {"model_type": "deberta-v2", "norm_rel_ebd": "layer_norm", "relative_attention": False},
+        "norm_rel_ebd / relative_attention",
+        "no relative positions",
+    ),
+    "falcon's width": ({"model_type": "falcon", "n_embed": 64}, "n_embed", "takes it for hidden"),
+    "gates that a floor divides": (
+        {"model_type": "ernie4_5_moe", "moe_k": 2, "moe_num_experts": 4, "moe_norm_min": 0.6},
+        "moe_norm_min",
+        "at most 0.5",
+    ),
     "smollm3's windows": (
         small(
             "smollm3",
@@ -217,7 +247,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "t5's gate by another key": (
         {"model_type": "t5", "dense_act_fn": "gelu", "is_gated_act": True},
-        "feed_forward_proj",
+        "dense_act_fn / is_gated_act",
         "tanh approximation",
     ),
 }

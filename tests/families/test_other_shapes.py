@@ -313,7 +313,7 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({**MODERN, "sliding_window": 3}, "half of local_attention"),
         ({**MODERN, "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ({**MODERN, "rope_parameters": {"full_attention": {"factor": 2}}}, "rope_parameters"),
-        ({**DISTILBERT, "n_heads": 7}, "dim: the heads do not divide"),
+        ({**DISTILBERT, "n_heads": 7}, "dim / n_heads: the heads do not divide"),
         ({**DISTILBERT, "layer_norm_eps": 1e-5}, "computes with 1e-12"),
         ({"model_type": "vit", **IMAGES, "patch_size": 3}, "whole patches"),
         ({"model_type": "vit", **IMAGES, "patch_size": [4, 2]}, "square patches"),

@@ -2,15 +2,17 @@
 
 Run by an interpreter that has transformers.  Reads {"sources": [folder, …], "draws": n, "seed": n,
 "out": folder} from standard input; of each source it reads config.json and the inputs.  A mutation
-changes one key: one of the config class, one that transformers' code of the family reads, or one
-that has another name there.  Writes OUT/NUMBER with config.json, weights, inputs and output.npy,
-and prints [{"folder": …, "source": …, "key": …, "value": …, "refused": …}, …].
+changes one key or two: of the file, of the config class or its bases, one that transformers' code
+of the family reads, or one that has another name there.  It gives the key another value of its
+type, a value of another type, or leaves it out.  Writes OUT/NUMBER with config.json, weights,
+inputs and output.npy, and prints [{"folder": …, "source": …, "keys": …, "refused": …}, …].
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import random
 import re
 import shutil
@@ -48,15 +50,36 @@ ROPE = [
      "original_max_position_embeddings": 16, "rope_theta": 300.0},
     {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
     {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+    {"rope_type": "longrope", "short_factor": [1.5, 2.5], "long_factor": [3.0, 4.0],
+     "original_max_position_embeddings": 4},
+    {"rope_type": "longrope", "short_factor": [1.5, 2.5], "long_factor": [3.0, 4.0], "factor": 3.0,
+     "attention_factor": 1.3},
+    {"rope_type": "yarn", "factor": 4.0, "truncate": False, "attention_factor": 0.9},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 ]  # fmt: skip
+KINDS = ["full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv",
+         "attention", "mamba"]  # fmt: skip
+ANYWHERE = [
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "default_theta"),
+    *("original_max_position_embeddings", "head_dim", "num_key_value_heads", "layer_types"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "is_causal", "is_decoder"),
+    *("tie_word_embeddings", "add_cross_attention", "per_layer_config", "text_config"),
+    *("hidden_act", "hidden_activation", "attention_bias", "use_bidirectional_attention"),
+    *("chunk_size_feed_forward", "pruned_heads", "tie_encoder_decoder", "decoder"),
+]
+"""Keys that a config of any family may state, whether its class has them or not."""
 WITHOUT_FUNCTION = {
     *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map"),
     *("_name_or_path", "id2label", "label2id", "num_labels", "return_dict", "problem_type"),
     *("output_hidden_states", "output_attentions", "use_return_dict", "quantization_config"),
     *("_attn_implementation", "attn_implementation", "name_or_path", "to_dict", "update"),
     *("get_text_config", "get", "convert_rope_params_to_dict", "standardize_rope_params"),
-    *("is_encoder_decoder", "_experts_implementation", "attribute_map"),
+    *("is_encoder_decoder", "_experts_implementation", "attribute_map", "json", "sub_configs"),
+    *("extra_files", "extra_config_files", "base_config_key", "sub_configs_defaults"),
+    *("is_heterogeneous", "per_layer_attributes", "allow_global_per_layer_attribute_access"),
 }
+if transformers.__version__.startswith("4."):  # it ignores what moecc takes for a file of version 5
+    WITHOUT_FUNCTION.add("rope_parameters")
 ANY = [True, False, 0, 1, 2, 3, 5, 0.5, 2.5, None]
 
 
@@ -66,15 +89,43 @@ def names_that_code_reads(config: Any, model: Any) -> list[str]:
     code = "\n".join(map(inspect.getsource, modules))
     read = set(re.findall(r"config\.([a-z]\w+)", code))
     read |= set(re.findall(r"attr\(\s*(?:\w+\.)*config,\s*\"(\w+)\"", code))
-    methods = {name for name in dir(type(config)) if callable(getattr(type(config), name, None))}
-    named = {*read, *config.to_dict(), *config.attribute_map, "is_causal", "layer_types"}
-    return sorted(named - WITHOUT_FUNCTION - methods)
+    attributes = {name for name in dir(type(config)) if not name.startswith("_")}
+    methods = {name for name in attributes if callable(getattr(type(config), name, None))}
+    named = {*read, *config.to_dict(), *config.attribute_map, *attributes}
+    plans = {name for name in named if name.endswith("_plan")}
+    return sorted(named - WITHOUT_FUNCTION - methods - plans)
 
 
-def mutate(rng: random.Random, key: str, value: Any, depth: int = 0) -> Any:
+def of_another_type(rng: random.Random, value: Any) -> Any:
+    """Return a value that a writer of JSON may have put in place of `value`."""
+    values: list[Any] = [None, str(value), [value], {"value": value}, "", [], {}, True, False, -1]
+    if isinstance(value, int | float) and math.isfinite(value):
+        values += [float(value), int(value), -value, 1e30]
+    return rng.choice(values)
+
+
+def draw_rope(rng: random.Random, config: Any) -> dict[str, Any]:
+    """Return rotary parameters, a fifth of the time those of each kind of layer."""
+    stated = config.to_dict()
+    kinds = sorted(set(stated.get("layer_types") or KINDS[:2]))
+    if rng.random() < 0.2:
+        return {kind: rng.choice(ROPE) for kind in kinds}
+    parameters: dict[str, Any] = json.loads(json.dumps(rng.choice(ROPE)))
+    sizes = [stated.get(name) for name in ("hidden_size", "num_attention_heads")]
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
+    width = stated.get("head_dim") or (sizes[0] // sizes[1] if known else 16)
+    share = parameters.get("partial_rotary_factor") or stated.get("partial_rotary_factor")
+    for name in ("short_factor", "long_factor"):
+        if name in parameters and rng.random() < 0.9:  # a divisor for each frequency
+            pairs = int(width * (share or 1)) // 2
+            parameters[name] = [parameters[name][n % 2] + n / 8 for n in range(pairs)]
+    return parameters
+
+
+def mutate(rng: random.Random, key: str, value: Any, config: Any, depth: int = 0) -> Any:
     """Return another value of the same type."""
     if key in ("rope_parameters", "rope_scaling") and depth == 0 and rng.random() < 0.7:
-        return rng.choice(ROPE)
+        return draw_rope(rng, config)
     if isinstance(value, bool):
         return not value
     if key == "feed_forward_proj":
@@ -83,8 +134,13 @@ def mutate(rng: random.Random, key: str, value: Any, depth: int = 0) -> Any:
         return rng.choice(ACTIVATIONS)
     if key == "layer_types":
         layers = len(value) if value else 2
-        kinds = ["full_attention", "sliding_attention", "chunked_attention"]
+        used = sorted(set(value or KINDS[:2]))
+        kinds = used + KINDS[:2] if rng.random() < 0.7 else KINDS
         return [rng.choice(kinds) for _ in range(layers)]
+    if key == "per_layer_config":
+        return {"0": {rng.choice(["sliding_window", "num_key_value_heads", "hidden_act"]): 2}}
+    if key in ("text_config", "decoder"):
+        return {"hidden_size": 8, "vocab_size": 16, "tie_word_embeddings": rng.random() < 0.5}
     if isinstance(value, int):
         return rng.choice([value + 1, value - 1, 2 * value, value // 2, 0, value + 4])
     if isinstance(value, float):
@@ -92,11 +148,11 @@ def mutate(rng: random.Random, key: str, value: Any, depth: int = 0) -> Any:
     if isinstance(value, list) and value:
         changed = list(value)
         place = rng.randrange(len(value))
-        changed[place] = mutate(rng, key + "[]", value[place], depth + 1)
+        changed[place] = mutate(rng, key + "[]", value[place], config, depth + 1)
         return changed
     if isinstance(value, dict) and value:
         name = rng.choice(sorted(value))
-        return {**value, name: mutate(rng, name, value[name], depth + 1)}
+        return {**value, name: mutate(rng, name, value[name], config, depth + 1)}
     if isinstance(value, str):
         return rng.choice(["linear", "absolute", "relative_key", "eager", "default", value + "x"])
     return rng.choice([*ANY, *ACTIVATIONS[:3]] if value is None else ANY)
@@ -203,28 +259,49 @@ def write(source: Path, folder: Path, keys: dict[str, Any]) -> str | None:
     return None
 
 
-def draw(rng: random.Random, source: Path) -> tuple[str, Any, dict[str, Any]]:
+def draw(rng: random.Random, source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keys that a mutation changes, with their values, and the config."""
     keys = json.loads((source / "config.json").read_text())
     if source not in NAMES:
         config = AutoConfig.from_pretrained(source)
         model = auto_class(source).from_config(config)
-        NAMES[source] = names_that_code_reads(config, model), config
+        names = names_that_code_reads(config, model)
+        NAMES[source] = sorted({*names, *keys} - WITHOUT_FUNCTION), config
     names, config = NAMES[source]
-    key = rng.choice(names)
-    try:
-        value = keys[key] if key in keys else getattr(config, key, None)
-    except Exception:  # a property of another family
-        value = None
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    try:
-        json.dumps(value)
-    except TypeError:
-        value = None
-    changed = mutate(rng, key, value)
-    return key, changed, {**keys, key: changed}
+    changes: dict[str, Any] = {}
+    number = 2 if rng.random() < 0.2 else 1
+    elsewhere = [name for name in ANYWHERE if name not in WITHOUT_FUNCTION]
+    for key in rng.sample(names if rng.random() < 0.75 else elsewhere, number):
+        try:
+            value = keys[key] if key in keys else getattr(config, key, None)
+        except Exception:  # a property of another family
+            value = None
+        if hasattr(value, "to_dict"):
+            value = value.to_dict()
+        try:
+            json.dumps(value)
+        except TypeError:
+            value = None
+        kind = rng.random()
+        if key in keys and kind < 0.15 and not is_large(type(config), key):
+            del keys[key]
+            changes[key] = ABSENT
+            continue
+        other = of_another_type(rng, value) if kind > 0.85 else mutate(rng, key, value, config)
+        changes[key] = keys[key] = other
+    return changes, keys
 
 
+def is_large(config: type, key: str) -> bool:
+    """Whether a model that lacks a size has one that costs seconds."""
+    try:
+        default = getattr(config(), key, None)
+    except Exception:  # a class without defaults
+        return True
+    return key != "max_position_embeddings" and isinstance(default, int) and default > 256
+
+
+ABSENT = "(absent)"
 NAMES: dict[Path, tuple[list[str], Any]] = {}
 
 
@@ -239,8 +316,8 @@ def main() -> None:
     for number in range(question["draws"]):
         source = sources[number % len(sources)]
         for _ in range(20):
-            key, value, keys = draw(rng, source)
-            word = (source, key, json.dumps(value))
+            changes, keys = draw(rng, source)
+            word = (source, json.dumps(changes))
             if word not in drawn:
                 break
         drawn.add(word)
@@ -248,7 +325,7 @@ def main() -> None:
         refused = write(source, folder, keys)
         if refused:
             shutil.rmtree(folder)
-        case = {"folder": str(folder), "source": source.name, "key": key, "value": value}
+        case = {"folder": str(folder), "source": source.name, "keys": changes}
         cases.append({**case, "refused": refused})
     json.dump(cases, sys.stdout)
 

@@ -1,4 +1,4 @@
-"""What moecc reads of a mutated config is transformers' function, or it is rejected.
+"""What moecc reads of a mutated config is transformers' function, or a mutated key is rejected.
 
 `MOECC_MUTATIONS` is the number of mutations (default: two of each golden checkpoint), and
 `MOECC_MUTATIONS_SEED` chooses them.
@@ -47,7 +47,7 @@ def test_a_mutated_config_is_read_as_transformers_does_or_rejected(python, tmp_p
             if verdict in counts:
                 counts[verdict] += 1
             else:
-                wrong.append(f"{case['source']}: {case['key']} = {case['value']}: {verdict}")
+                wrong.append(f"{case['source']}: {case['keys']}: {verdict}")
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
     print(counts)
@@ -59,6 +59,9 @@ def sources_of(major: int) -> list[Path]:
     key = "float64, config.json as it is"
     sources = []
     for source in SOURCES:
+        stated = json.loads((source / "config.json").read_text())
+        if major == 4 and "rope_parameters" in stated and "rope_theta" not in stated:
+            continue  # version 4 ignores them, though small heads may hide it
         differences = MANIFEST[source.name]["differences"]
         offs = [d[key] for v, d in differences.items() if v.startswith(f"transformers {major}.")]
         if offs and offs[0] != "does not load" and float(offs[0]) <= BOUND:
@@ -72,13 +75,17 @@ def outcome(case: dict[str, Any]) -> str:
         return "not in transformers"
     folder = Path(case["folder"])
     try:
-        model = open_model(str(folder))
+        with open_model(str(folder)) as model:
+            inputs = {name: np.load(folder / f"{name}.npy") for name in model.graph.inputs}
+            program = get_backend("reference").compile(model.graph)
+            (output,) = program.run(model.params(dtype=F64), inputs).values()
     except MoeccError as error:
-        return "rejected" if error.exit_code == 1 else f"{type(error).__name__}: {error}"
-    with model:
-        inputs = {name: np.load(folder / f"{name}.npy") for name in model.graph.inputs}
-        program = get_backend("reference").compile(model.graph)
-        (output,) = program.run(model.params(dtype=F64), inputs).values()
+        # Version 5 saves no head of a T5 of version 4, whatever its config says of ties.
+        keys = (*case["keys"], "tie_word_embeddings")
+        is_named = error.exit_code == 1 and any(key in str(error) for key in keys)
+        return "rejected" if is_named else f"{type(error).__name__}: {error}"
+    except Exception as error:  # a mistake of the reader, one of thousands of verdicts
+        return f"{type(error).__name__}: {error}"
     expected = np.load(folder / "output.npy")
     if output.shape != expected.shape:
         return f"a shape of {output.shape} for {expected.shape}"
