@@ -580,8 +580,7 @@ def clean(out: Path) -> list[str]:
             require_removed(old, undeleted)
             lines.append(f"removed {old}, which {path} has replaced")
         elif os.path.lexists(old):
-            with os_errors(path, "rename"):
-                disk().rename(old, path)
+            _rename(old, path)
             synchronise_folder(path.parent)
             lines.append(f"put {old} back as {path}")
         require_removed(parts, undeleted)

@@ -494,6 +494,43 @@ class Graph(Region):
         self.node_count += 1
         return node
 
+    def copy(
+        self,
+        node: Node,
+        image: dict[Value, Value],
+        attrs: Attrs | None = None,
+        *,
+        names: Sequence[str] = (),
+        loc: str | None = None,
+        origin: str | None = None,
+        before: Node | None = None,
+    ) -> Node:
+        """Add `node`, which may be another graph's, again, and map its results to the new ones.
+
+        Args:
+          node: the node.
+          image: values of this graph by those that they stand for; an operand without one stays.
+          attrs: the attributes in place of the node's, whose body would be shared.
+          names: hints for the names of the results, in place of those of the node's.
+          loc: the location in place of the node's.
+          origin: the origin in place of the node's.
+          before: the node to insert in front of.
+
+        Raises:
+          InputError: operands or attributes are invalid for the operation.
+        """
+        copy = self.append(
+            node.op,
+            [image.get(v, v) for v in node.operands],
+            node.attrs if attrs is None else attrs,
+            names=names or [v.name for v in node.results],
+            loc=node.loc if loc is None else loc,
+            origin=node.origin if origin is None else origin,
+            before=before,
+        )
+        image.update(zip(node.results, copy.results, strict=True))
+        return copy
+
     def set_output(self, name: str, value: Value) -> None:
         """Make `value` the output `name`, replacing the previous output of that name."""
         if name in self.output_names:

@@ -37,16 +37,7 @@ def clone(graph: Graph) -> Graph:
     for name, value in graph.params.items():
         values[value] = copy.param(name, value.type, value.weight, loc=value.loc)
     for node in graph:
-        names = [v.name for v in node.results]
-        node_copy = copy.append(
-            node.op,
-            [values[v] for v in node.operands],
-            copied(node.attrs),
-            names=names,
-            loc=node.loc,
-            origin=node.origin,
-        )
-        values.update(zip(node.results, node_copy.results, strict=True))
+        copy.copy(node, values, copied(node.attrs))
     for name, value in graph.outputs.items():
         copy.set_output(name, values[value])
     return copy
@@ -123,13 +114,7 @@ def fingerprint(graph: Graph) -> str:
 def _stable(item: object) -> str:
     if isinstance(item, tuple):
         return f"({','.join(map(_stable, item))})"
-    return str(item) if not hasattr(item, "type") or isinstance(item, str) else _weight(item)
-
-
-def _weight(item: object) -> str:
-    from moecc.weights.text import format_expr
-
-    return format_expr(item)  # type: ignore[arg-type]
+    return str(item)
 
 
 # Replace one value by another and update the types that refer to it.

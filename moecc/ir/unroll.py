@@ -102,16 +102,9 @@ class _Unroller:
         assert body is not None, "a scan has a body"
         values = dict(zip(body.inputs.values(), operands, strict=True))
         for inner in body:
-            copy = self.graph.append(
-                inner.op,
-                [values[v] for v in inner.operands],
-                inner.attrs,
-                names=[element(v.name, at) for v in inner.results],
-                loc=element(inner.loc, at),
-                origin=inner.origin,
-                before=self.node,
-            )
-            values.update(zip(inner.results, copy.results, strict=True))
+            names = [element(v.name, at) for v in inner.results]
+            loc = element(inner.loc, at)
+            self.graph.copy(inner, values, names=names, loc=loc, before=self.node)
         return [values[v] for v in body.terminator.operands]
 
     def slices(self, stacked: list[Value]) -> list[list[Value]]:

@@ -217,15 +217,7 @@ def resized(graph: Graph, sizes: Mapping[int, int]) -> Graph:
         image[value] = small.param(name, _map_type(value.type, sizes), loc=value.loc)
         image[value].weight = _source(image[value])
     for node in graph:
-        copy = small.append(
-            node.op,
-            [image[v] for v in node.operands],
-            _map_attrs(node, sizes),
-            names=[v.name for v in node.results],
-            loc=node.loc,
-            origin=node.origin,
-        )
-        image.update(zip(node.results, copy.results, strict=True))
+        small.copy(node, image, _map_attrs(node, sizes))
     for name, value in graph.outputs.items():
         small.set_output(name, image[value])
     return small

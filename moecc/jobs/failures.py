@@ -168,6 +168,11 @@ COMPARED = (RUN, WEIGHTS)
 COMMAND_SECONDS = 60
 
 
+def first_gap(graph: Graph, comparison: str) -> Gap | None:
+    """Return the first gap of a graph by one of the comparisons `COMPARED`; raises as they do."""
+    return xla_gap(graph) if comparison == RUN else weight_gap(graph)
+
+
 @dataclass(frozen=True)
 class Failure:
     """A failure.
@@ -254,7 +259,7 @@ class ComparisonTest:
         try:
             for number, item in enumerate(pipeline, 1):
                 run_pass(after, item, self.context, number)
-            mismatch = xla_gap(after) if self.comparison == RUN else weight_gap(after)
+            mismatch = first_gap(after, self.comparison)
         except KNOWN:
             return None
         except Exception as error:

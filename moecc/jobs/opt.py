@@ -34,7 +34,6 @@ from moecc.jobs.command import (
 from moecc.support.console import say
 from moecc.support.page import render_page
 from moecc.support.untyped import JsonDict
-from moecc.weights.text import format_expr
 
 if TYPE_CHECKING:
     pass
@@ -178,7 +177,7 @@ class _Side:
         facts.append(("made by", node.origin or "the importer"))
         for value in node.operands:
             if value.is_param:
-                weight = "" if value.weight is None else f" = {format_expr(value.weight)}"
+                weight = "" if value.weight is None else f" = {value.weight}"
                 facts.append((f"parameter %{value.name}", f"{value.type}{weight}"))
         makers = {f"%{v.name}": m for v in node.operands if (m := self._maker(v)) is not None}
         users = [user for value in node.results for user in value.users if user in self.boxes]
@@ -290,7 +289,7 @@ def _explorer_nodes(graph: Graph) -> list[JsonDict]:
         for value in (*graph.inputs.values(), *graph.params.values()):
             if value in sources:
                 continue
-            weight = "" if value.weight is None else format_expr(value.weight)
+            weight = "" if value.weight is None else str(value.weight)
             user = next(iter(value.users), None)
             loc = user.loc if value.is_param and user is not None else ""
             kind = "param" if value.is_param else "input"

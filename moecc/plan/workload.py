@@ -269,11 +269,8 @@ def sample_of(
     for node in graph:
         if node not in chosen:
             continue
-        operands = [values[same.get(v, v)] for v in node.operands]
-        names = [v.name for v in node.results]
-        sampled = copy.append(node.op, operands, dict(node.attrs), names=names, loc=node.loc)
-        values.update(zip(node.results, sampled.results, strict=True))
-        nodes[node] = sampled
+        values.update((v, values[same[v]]) for v in node.operands if v in same)
+        nodes[node] = copy.copy(node, values)
     return Sample(copy), nodes
 
 

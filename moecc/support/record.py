@@ -36,7 +36,7 @@ from typing import (
     get_type_hints,
 )
 
-from moecc.errors import InputError, MoeccError, Problem, nearest, printable
+from moecc.errors import InputError, Problem, nearest, printable
 from moecc.support.documents import KeyPath, parse_toml, toml_lines
 from moecc.support.problems import SHOWN_PROBLEMS, describe
 from moecc.support.untyped import Hint, JsonDict
@@ -148,12 +148,12 @@ class RecordReader:
         """Note that a value is not as expected."""
         self.add(path, Problem(fault, None, expected, describe(value), hint))
 
-    def raise_if_any(self, error: type[MoeccError] = InputError) -> None:
-        """Raise `error` with all problems, if there are any."""
+    def raise_if_any(self) -> None:
+        """Raise InputError with all problems, if there are any."""
         if self.problems:
             more = self.count - len(self.problems)
             last = [Problem(f"and {more:,} more problems like these")] if more else []
-            raise error([*(problem for _, problem in self.problems), *last])
+            raise InputError([*(problem for _, problem in self.problems), *last])
 
     def _field(
         self, field: Field[Any], hint: Hint, table: Mapping[str, object], path: KeyPath
@@ -177,7 +177,6 @@ def read_record(
     where: str,
     *,
     versions: Collection[object] = (),
-    error: type[MoeccError] = InputError,
     is_open: bool = False,
 ) -> T:
     """Return a record from parsed JSON.
@@ -187,11 +186,10 @@ def read_record(
       document: the JSON value.
       where: the file, for messages.
       versions: the schemas that are read; by default the one that is written.
-      error: the class of the error.
       is_open: whether keys without a field are ignored, see `RecordReader.section`.
 
     Raises:
-      InputError: or `error`: another version, or else everything that is wrong.
+      InputError: another version, or else everything that is wrong.
     """
     schema = _fields_of(cls).get("schema")
     if schema is not None:
@@ -200,7 +198,7 @@ def read_record(
         if not any(
             type(version) is type(accepted) and version == accepted for accepted in readable
         ):
-            raise error(
+            raise InputError(
                 "the file is of a version that this moecc does not read",
                 where=where,
                 expected=f'"schema": {" or ".join(describe(accepted) for accepted in readable)}',
@@ -208,7 +206,7 @@ def read_record(
             )
     reader = RecordReader(lambda path: where)
     record = reader.section(cls, document, is_open=is_open)
-    reader.raise_if_any(error)
+    reader.raise_if_any()
     return record
 
 

@@ -141,6 +141,10 @@ class Engine:
     checked: str
     source: str
 
+    def verdict(self, *reasons: str, silent: bool = False, note: str = "") -> EngineVerdict:
+        """Return that it runs a model, unless there are reasons against it."""
+        return EngineVerdict(self.name, self.version, not reasons, reasons, silent, note)
+
 
 ENGINES = (
     Engine("transformers 5", "5.24.0", "run", "tests/parity/test_upcycled.py"),
@@ -231,9 +235,7 @@ def verdicts_on_gguf(architecture: str) -> tuple[EngineVerdict, ...]:
     """Return the verdict on a GGUF file that moecc writes: only llama.cpp was looked at."""
     if architecture not in mixture_architectures():
         return ()
-    return tuple(
-        EngineVerdict(e.name, e.version, runs=True) for e in ENGINES if e.name == LLAMA_CPP
-    )
+    return tuple(engine.verdict() for engine in ENGINES if engine.name == LLAMA_CPP)
 
 
 TRANSFORMERS = "transformers"
@@ -245,11 +247,8 @@ def verdicts_on_program() -> tuple[EngineVerdict, ...]:
     runs = [e for e in ENGINES if e.name.startswith(TRANSFORMERS)]
     never = [e for e in ENGINES if e.name in (LLAMA_CPP, "mlx-lm")]
     return (
-        *(EngineVerdict(e.name, e.version, runs=True, note="trust_remote_code") for e in runs),
-        *(
-            EngineVerdict(e.name, e.version, False, ("it runs no code of a checkpoint",))
-            for e in never
-        ),
+        *(engine.verdict(note="trust_remote_code") for engine in runs),
+        *(engine.verdict("it runs no code of a checkpoint") for engine in never),
     )
 
 
@@ -260,15 +259,11 @@ def _verdict(engine: Engine, config: ModelConfig) -> EngineVerdict:
         family = GgufFamily(type(config), config.gguf)
         problems = misfits(architecture, family, config.to_json(), config.sparse_layers)
         reasons = tuple(problem.found or problem.message for problem in problems)
-        note = "" if reasons else f"as gguf:{architecture}"
-        return EngineVerdict(engine.name, engine.version, not reasons, reasons, note=note)
+        return engine.verdict(*reasons, note="" if reasons else f"as gguf:{architecture}")
     if reading is None or reading.never:
-        why = UNKNOWN if reading is None else reading.never
-        return EngineVerdict(engine.name, engine.version, False, (why,))
+        return engine.verdict(UNKNOWN if reading is None else reading.never)
     needs, silent = (unfulfilled(words, config) for words in (reading.needs, reading.silent))
-    is_silent = bool(silent) and not needs
-    reasons = needs + silent
-    return EngineVerdict(engine.name, engine.version, not reasons, reasons, silent=is_silent)
+    return engine.verdict(*needs, *silent, silent=bool(silent) and not needs)
 
 
 def summary(verdicts: Iterable[EngineVerdict]) -> str:

@@ -57,19 +57,14 @@ _CLASSES = {word: cls for word, cls in NODES.items() if cls is not Moment}
 _CLASSES |= {"each": Stack, "mean": Moment, "std": Moment}
 
 
-def format_expr(expr: Expr) -> str:
-    """Return the text of `expr`, which `parse_expr` parses back."""
-    return str(expr)
-
-
-def parse_expr(text: str, offset: int = 0) -> tuple[Expr, int]:
-    """Return the expression parsed from `text` at `offset`, and the offset of its end.
+def parse_expr(text: str) -> tuple[Expr, int]:
+    """Return the expression at the beginning of `text`, and the offset of its end.
 
     Raises:
       ParseError: the text is not an expression.
       InputError: the expression has a type error.
     """
-    parser = ExprParser(Scanner(text, at=offset))
+    parser = ExprParser(Scanner(text))
     return parser.expr(), parser.scan.at
 
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from moecc.errors import InputError, Problem, raise_problems
 from moecc.families.registry import parse_config
-from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import weight_of
 from moecc.ir.traits import Role
@@ -297,11 +296,10 @@ def _insert_copy(
         loc = _moved(param.loc, layer, number) if _is_in(param.loc, layer.name) else param.loc
         image[param] = graph.param(name, param.type, weight, loc=loc)
         copies.append(image[param])
-    builder = Builder(graph, origin="expand-blocks", before=layer.nodes[-1]._next)
+    behind = layer.nodes[-1]._next
     for node in layer.nodes:
-        builder.loc = _moved(node.loc, layer, number)
-        copy = builder.clone(node, *(image.get(v, v) for v in node.operands))
-        image.update(zip(node.results, copy.results, strict=True))
+        loc = _moved(node.loc, layer, number)
+        graph.copy(node, image, loc=loc, origin="expand-blocks", before=behind)
     for node, index in readers:
         node.set_operand(index, image[part.result])
     return copies

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
@@ -289,9 +289,7 @@ def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, cou
         builder.before = combine
         values = {v: _chunk(builder, v, at, count, parts) for v in sent}
         for node in region:
-            copy = _copy(node, [values.get(v, v) for v in node.operands], builder, node.attrs)
-            copy.origin = node.origin
-            values.update(zip(node.results, copy.results, strict=True))
+            graph.copy(node, values, before=combine)
         results.append(values[outputs])
     first: dict[Value, Value] = {}
     for value in sent:
@@ -341,16 +339,6 @@ def _region(layer: LaidLayer) -> list[Node]:
         "leave chunks out",
     )
     return region
-
-
-def _copy(
-    node: Node, operands: Sequence[Value], builder: Builder, attrs: Mapping[str, Any]
-) -> Node:
-    """Return a copy of `node`, at its location, with other operands and attributes."""
-    names = tuple(v.name for v in node.results)
-    copy = builder.node(node.op.name, *operands, names=names, **attrs)
-    copy.loc = node.loc
-    return copy
 
 
 def unchunk(graph: Graph) -> int:
@@ -597,8 +585,8 @@ class _Replay:
                 self.map[node.result] = operands[0]
                 return
             attrs["to"] = format_sharding(type)
-        copy = _copy(node, operands, self.builder, attrs)
-        self.map.update(zip(node.results, copy.results, strict=True))
+        builder = self.builder
+        self.graph.copy(node, self.map, attrs, origin=builder.origin, before=builder.before)
 
 
 def _between(graph: Graph, x: Value, targets: list[Value]) -> list[Node]:

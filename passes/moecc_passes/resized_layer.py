@@ -446,15 +446,11 @@ def _take_place(
     attrs: Mapping[Node, Mapping[str, object]],
 ) -> None:
     """Emit `nodes` again on the images of their operands; `output` replaces that of the layer."""
-    builder = Builder(graph, origin="resize", before=part.layer.combine)
+    combine = part.layer.combine
     for node in nodes:
-        builder.loc = node.loc
-        operands = (image.get(v, v) for v in node.operands)
-        names = tuple(v.name for v in node.results)
         changed = {**node.attrs, **attrs.get(node, {})}
-        copy = builder.node(node.op.name, *operands, names=names, **changed)
-        image.update(zip(node.results, copy.results, strict=True))
-    part.layer.combine.result.replace_by(image[output])
+        graph.copy(node, image, changed, origin="resize", before=combine)
+    combine.result.replace_by(image[output])
     for node in reversed(part.nodes):
         node.erase()
     for param in part.params:

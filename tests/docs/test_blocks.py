@@ -15,7 +15,7 @@ from moecc.plan.machines import find_machine
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe_text import parse_recipe
-from moecc.weights.text import format_expr, parse_expr
+from moecc.weights.text import parse_expr
 
 from .pages import ROOT, blocks, blocks_of
 
@@ -36,7 +36,7 @@ def test_weight_expressions_have_types_and_print_as_they_stand(block):
         text = line.split("  #")[0].rstrip()
         expr, end = parse_expr(text)
         assert end == len(text)
-        assert format_expr(expr) == text
+        assert str(expr) == text
 
 
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from moecc.errors import CheckError, InputError
+from moecc.errors import InputError
 from moecc.support.problems import SHOWN_PROBLEMS
 from moecc.support.record import (
     Check,
@@ -101,8 +101,8 @@ def test_what_is_wrong_is_named_with_its_keys(change, place):
 
 
 def test_all_problems_are_reported_at_once_and_in_bounded_length():
-    with pytest.raises(CheckError) as caught:
-        read({"schema": "picture/2", "colour": 1, "points": [{"x": ""}]}, error=CheckError)
+    with pytest.raises(InputError) as caught:
+        read({"schema": "picture/2", "colour": 1, "points": [{"x": ""}]})
     assert [str(p).split(":")[1].strip() for p in caught.value.problems] == [
         "size", "colour", "points.0.x"
     ]  # fmt: skip

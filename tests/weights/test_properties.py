@@ -32,7 +32,7 @@ from moecc.weights.movement import (
     Tile,
 )
 from moecc.weights.simplify import simplify
-from moecc.weights.text import format_expr, parse_expr
+from moecc.weights.text import parse_expr
 
 NAMES = ("expert", "mlp", "embed", "a", "b", "c", "d")
 FLOATS = (BF16, F16, F32, F64, DTYPES["f8e5m2"])
@@ -268,7 +268,7 @@ def test_the_type_asked_for_is_rounded_to_once(e, dtype):
 
 @given(exprs())
 def test_text_comes_back(e):
-    text = format_expr(e)
+    text = str(e)
     assert "\n" not in text
     padded = f"  {text} @layers.3"
     parsed, end = parse_expr(padded)

@@ -15,7 +15,7 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
-from moecc.weights.text import format_expr, parse_expr
+from moecc.weights.text import parse_expr
 
 W = Source("model.up.weight", tensor(BF16, mlp=6, embed=4))
 TEXT = 'source("model.up.weight" : bf16[mlp=6, embed=4])'
@@ -64,7 +64,7 @@ EXAMPLES: list[tuple[Expr, str]] = [
 
 @pytest.mark.parametrize(("expr", "text"), EXAMPLES)
 def test_each_kind_reads_well_and_comes_back(expr, text):
-    assert format_expr(expr) == text
+    assert str(expr) == text
     assert parse_expr(text) == (expr, len(text))
 
 
