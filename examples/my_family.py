@@ -22,8 +22,8 @@ from moecc.families.config import (
 )
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.parameters import Parameters
-from moecc.families.outside import Family
 from moecc.families.reader import COUNT, LAYERS, LENGTH, NEURONS, WIDTH, KeyProblem
+from moecc.families.registry import Family
 from moecc.ir import I32, Graph, Value, tensor
 
 FIRST_POSITION = 2

@@ -535,7 +535,7 @@ def registry_with(files: Sequence[str]) -> Registry:
     """
     registry = installed()
     for file in files:
-        from moecc.families.outside import add_families
+        from moecc.families.registry import add_families
 
         registry = registry.with_file(Path(file), required=not add_families(file))
     return registry

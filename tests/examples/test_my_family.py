@@ -16,7 +16,7 @@ from moecc.cli.main import main
 from moecc.errors import UsageError
 from moecc.families import registry
 from moecc.families.llama import LlamaConfig
-from moecc.families.outside import Family, add_families
+from moecc.families.registry import Family, add_families
 from moecc.formats.open import open_checkpoint
 from moecc.ir import parse as parse_graph
 from moecc.weights.expr import sources
@@ -143,14 +143,14 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         ("X = 1", 2, "defines no pass, family or operation"),
         (
-            "from moecc.families.outside import Family\n"
+            "from moecc.families.registry import Family\n"
             "from moecc.families.llama import LlamaConfig\n"
             "class C(LlamaConfig):\n  model_type = 'mistral'\nF = Family(C)",
             2,
             "not a dataclass",
         ),
         (
-            "from moecc.families.outside import Family\n"
+            "from moecc.families.registry import Family\n"
             "from moecc.families.config import ModelConfig\n"
             "from dataclasses import dataclass\n"
             "@dataclass(frozen=True)\nclass C(ModelConfig):\n  model_type = 'mistral'\n"
@@ -159,7 +159,7 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
             "'mistral' is defined twice; another is in moecc",
         ),
         (
-            "from moecc.families.outside import Family\n"
+            "from moecc.families.registry import Family\n"
             "from moecc.families.llama import LlamaConfig\n"
             "def build(config, request):\n  return config.nothing\n"
             "from dataclasses import dataclass\n"

@@ -8,6 +8,7 @@ import pytest
 
 from .matrix import RECORD, run_pair
 
+
 def proved(kind: str) -> list[tuple[str, ...]]:
     """Return the quickest proof of the record of every pipeline, or of every target and method."""
     rows = json.loads(RECORD.read_text("utf-8"))["rows"]

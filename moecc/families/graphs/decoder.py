@@ -9,7 +9,6 @@ from itertools import pairwise
 from math import prod, sqrt
 
 from moecc.families.decoder import XIELU, DecoderConfig
-from moecc.families.graphs.mixers import convolved, delta_rule, latent_heads
 from moecc.families.graphs.parameters import KV_SEQ, GraphRequest, Parameters, as_keys
 from moecc.families.mixture import MoeConfig
 from moecc.families.rope import RopeConfig, attention_factor
@@ -227,6 +226,8 @@ def attention(
     """Emit the attention of one layer on the normalised `x`, ``[batch, seq, embed]``."""
     heads, rotation, gate = _Heads(builder, layer, config, params), tables.rotations[layer], None
     if config.latent is not None:
+        from moecc.families.graphs.mixers import latent_heads
+
         query, key, value = latent_heads(builder, x, heads.prefix, config, params, rotation)
     else:
         if config.attention_gate:
@@ -299,6 +300,8 @@ def short_convolution(
     kernel = params.without_axis(
         f"{prefix}conv.weight", loc, "group", channel=width, group=1, tap=taps
     )
+
+    from moecc.families.graphs.mixers import convolved
 
     mixed = biased(convolved(builder, signal, kernel, tables.shifts), "conv", channel=width)
     weight = params.plain(f"{prefix}out_proj.weight", loc, embed=width, channel=width)
@@ -676,6 +679,8 @@ class _Decoder:
         with builder.at(f"layers.{layer}.{part}"):
             x = self._layer_norm(hidden, layer, names[0])
             if part == "linear_attention":
+                from moecc.families.graphs.mixers import delta_rule
+
                 activate = partial(activated, builder, act=config.hidden_act)
                 shifts, seen = tables.shifts, tables.masks[0]
                 block = delta_rule(builder, x, layer, config, params, shifts, seen, activate)
