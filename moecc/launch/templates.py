@@ -359,7 +359,9 @@ def _replicated(name: str, count: int, retries: int, pod: Json, replicas: int = 
 
 
 def _pod(job: ClusterJob, pod: Json, container: Json) -> Json:
-    main = {"name": "moecc", "image": job.image, **container}
+    # Kubernetes expands $(NAME) in a command, and reads $$ as a dollar.
+    command = [word.replace("$", "$$") for word in container["command"]]
+    main = {"name": "moecc", "image": job.image, **container, "command": command}
     if job.volume is None:
         return {**pod, "containers": [main]}
     mount = {"workingDir": WORK, "volumeMounts": [{"name": "work", "mountPath": WORK}]}
@@ -431,7 +433,7 @@ def _yaml(value: object) -> Iterator[str]:
         if isinstance(item, dict | list):
             yield f"{key}:"
             yield from (f"  {line}" for line in _yaml(item))
-        elif isinstance(item, str) and "\n" in item:
+        elif isinstance(item, str) and "\n" in item and item.replace("\n", "").isprintable():
             yield f"{key}: |"
             yield from (f"  {line}" for line in item.split("\n"))
         else:
@@ -439,5 +441,10 @@ def _yaml(value: object) -> Iterator[str]:
 
 
 def _scalar(value: object) -> str:
-    is_plain = isinstance(value, str) and _PLAIN.match(value) and value.lower() not in _YAML_WORDS
-    return str(value) if is_plain else json.dumps(value)
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if _PLAIN.match(value) and value.lower() not in _YAML_WORDS:
+        return value
+    # JSON's escapes are YAML's, but for the pairs of surrogates of what is beyond 16 bits.
+    characters = (c if ord(c) > 0xFFFF else json.dumps(c)[1:-1] for c in value)
+    return f'"{"".join(characters)}"'

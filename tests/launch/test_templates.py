@@ -95,6 +95,18 @@ def test_a_saved_plan_names_the_machine(printed, tmp_path):
     assert "--nodes=4" in printed("slurm", *TRAIN, f"--plan={plan}")
 
 
+def test_words_of_any_characters_reach_the_command(printed):
+    odd = "a 'b' \"c\" \U0001f600 é $(HOME) $$ `id` \\ud83d # : - {"
+    words = ["train", "r", "--out", odd, "--set", f"{odd}\n{odd}"]
+    options = ("--image", "i", "--machine", "h100x16", "--")
+    (job,) = pods(yaml.safe_load(printed("jobset", *options, *words))).values()
+    command = job["template"]["spec"]["containers"][0]["command"]
+    assert [word.replace("$$", "$") for word in command] == ["moecc", *words]
+    for more in ([], ["\t\r\x85\u2028"]):
+        task = yaml.safe_load(printed("skypilot", *options, *words, *more))
+        assert shlex.split(task["run"].split("\n", 2)[2]) == ["moecc", *words, *more]
+
+
 def test_a_task_of_skypilot_runs_the_command(printed, tmp_path):
     task = yaml.safe_load(printed("skypilot", "--machine", "a100x16", *CLUSTER, *TRAIN))
     assert task["resources"]["accelerators"] == "A100-80GB:8"
@@ -115,7 +127,9 @@ def test_a_conversion_becomes_parts_and_a_join(printed, tmp_path):
     assert jobs["parts"]["completions"] == 8
     scripts = {
         "sky": parts["run"].replace("cd /work\n", ""),
-        "kubernetes": jobs["parts"]["template"]["spec"]["containers"][0]["command"][2],
+        "kubernetes": jobs["parts"]["template"]["spec"]["containers"][0]["command"][2].replace(
+            "$$", "$"
+        ),
         "slurm": printed("slurm", "--nodes", "8", *CONVERT),
     }
     variables = {
