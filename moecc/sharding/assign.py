@@ -360,7 +360,7 @@ class Assigner:
                 expected=f"a multiple of {parts} ({sizes})",
                 found=f"groups={size}, and the rule {rule} ({rule.source})",
                 hint=f"{would}, or specialize{{groups={multiple}}} first, capacities being those "
-                f"of a device's own tokens; in a recipe, data.batch={multiple}",
+                f"of a device's own tokens; in a recipe, data.batch={multiple} x run.micro_batches",
             )
         return Problem(
             f"the axis {axis.name!r} does not divide over the mesh",
