@@ -24,7 +24,7 @@ from moecc.launch.processes import hold_lifeline
 from moecc.model.open import open_model, registry_with
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import batch_json
-from moecc.plan.search import PlanQuery, check_constraints, search, way_out
+from moecc.plan.search import PlanQuery, check_constraints, dispatch_of, search, way_out
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload, make_batch, planned_graph, workload
@@ -88,7 +88,11 @@ def prepare(request: Request) -> PreparedJob:
         )
     parts = config.micro_batches
     batch = make_batch(graph, machine.devices, config.batch_tokens, config.lengths, parts)
-    bound, remarks = _bounded(graph, config)
+    slots = [SlotsOp.of_node(n) for n in graph if n.op.assigns_slots and not n.op.chooses]
+    is_dropless = all(op.slots == "ragged" for op in slots)
+    bound = None
+    if slots and (not is_dropless or config.capacity_factor or config.partition == GSPMD):
+        bound = _bounded(graph, config, slots)
     planned = planned_graph(graph, train)
     work = workload(planned, batch)
     of_batch = cache(partial(workload, planned))
@@ -99,6 +103,15 @@ def prepare(request: Request) -> PreparedJob:
 
     asked = PlanQuery(machine, _fixed(config, work), work, work_on)
     strategy = _in_chunks(config, _strategy(config, asked), work)
+    if slots and bound is None and strategy.via == "capacity":
+        bound = _bounded(graph, config, slots)
+    remarks = []
+    if bound and is_dropless and config.capacity_factor is None:
+        remarks = [
+            "the model keeps every row; it is compiled with a capacity factor of "
+            f"{bound.factor}, which may drop some: --capacity-factor sets another, "
+            "--via ragged or ring has none"
+        ]
     passes = str(_passes(graph, config, bound, strategy))
     pipeline = ",".join(filter(None, (str(first), passes)))
     step = clone(graph)
@@ -121,34 +134,20 @@ def _check_exchange(config: StepConfig) -> None:
     )
 
 
-def _bounded(graph: Graph, config: StepConfig) -> tuple[Bound | None, list[str]]:
-    """Bound the rows of experts by a capacity; return the bound, and remarks on it.
-
-    A dropless model stays dropless unless the way to the experts is ``capacity``.
-    """
-    places = [
-        SlotsOp.of_node(node) for node in graph if node.op.assigns_slots and not node.op.chooses
-    ]
-    is_dropless = all(p.slots == "ragged" for p in places)
-    keeps = config.via not in (None, "capacity") and config.capacity_factor is None
-    if not places or (is_dropless and keeps):
-        return None, []
+def _bounded(graph: Graph, config: StepConfig, slots: list[SlotsOp]) -> Bound:
+    """Bound the rows of experts by the factor of the settings, of the model, or the default."""
     mode, stated = "train" if config.train else "eval", graph.stated_config
     factor = (
         config.capacity_factor
         or stated.get(f"{mode}_capacity_factor")
-        or _stated(places)
+        or _stated(slots)
         or CAPACITY_FACTOR
     )
     # A model without a capacity has no convention for it either.
-    bound = Bound(float(factor), "assignments" if is_dropless else places[0].convention)
+    is_dropless = all(op.slots == "ragged" for op in slots)
+    bound = Bound(float(factor), "assignments" if is_dropless else slots[0].convention)
     run_passes(graph, specialize(mode, bound, None))
-    if config.capacity_factor is None and is_dropless:
-        return bound, [
-            f"the model keeps every row; it is compiled with a capacity factor of {factor}, "
-            "which may drop some: --capacity-factor sets another, --via ragged or ring has none"
-        ]
-    return bound, []
+    return bound
 
 
 def _stated(places: list[SlotsOp]) -> float | None:
@@ -217,8 +216,7 @@ def _strategy(config: StepConfig, asked: PlanQuery) -> Strategy:
         layout = Layout.ruled(mesh, work.experts, config.layout_names)
     via = config.via or ("capacity" if layout.shards["expert"] > 1 else LOCAL)
     remat = config.remat or ("full" if config.train else "none")
-    dispatch = "grouped" if work.dropless else "index"
-    return Strategy(layout, via, dispatch, remat, config.sliced)
+    return Strategy(layout, via, dispatch_of(via, work), remat, config.sliced)
 
 
 def _in_chunks(config: StepConfig, strategy: Strategy, work: Workload) -> Strategy:

@@ -174,11 +174,15 @@ def strategies(work: Workload, machine: Machine, config: StepConfig) -> Iterator
         for via in legal_vias(layout, work):
             if config.via not in (None, via) or (via == "replicated") != layout.replicated:
                 continue
-            dispatch = "grouped" if work.dropless and via != "capacity" else "index"
             for remat in remats if config.train else ("none",):
-                yield Strategy(layout, via, dispatch, remat)
+                yield Strategy(layout, via, dispatch_of(via, work), remat)
                 if via in SLICED and layout.tensor_axes:
-                    yield Strategy(layout, via, dispatch, remat, sliced=True)
+                    yield Strategy(layout, via, dispatch_of(via, work), remat, sliced=True)
+
+
+def dispatch_of(via: str, work: Workload) -> str:
+    """Return how rows reach experts: in groups of any size, or in slots, which a capacity has."""
+    return "grouped" if work.dropless and via != "capacity" else "index"
 
 
 def legal_vias(layout: Layout, work: Workload) -> list[str]:

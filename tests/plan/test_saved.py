@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moecc.ahead.request import Request
+from moecc.ahead.worker import prepare
 from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.jobs.compile import CompileOutcome, compile
@@ -74,6 +75,19 @@ def test_compile_takes_all_of_it(tmp_path, requested):
         rules=read_plan(path).config.rules, weight_dtype="bf16", micro_batches=2,
         reduce_dtype="float32",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [("data=8",), ("data=2,expert=4", "--via", "ring"), ("data=2,expert=4", "--via", "capacity")],
+)
+def test_the_program_of_a_plan_is_the_one_that_was_planned(tmp_path, requested, mesh):
+    path = saved(tmp_path, "--mesh", *mesh)
+    best = json.loads(path.read_text())["best"]
+    prepared = prepare(requested(plan=str(path)))
+    assert prepared.estimate.seconds == best["seconds"]
+    assert prepared.estimate.memory.total == best["total_bytes"]
+    assert (prepared.bound is None) == (best["dispatch"] == "grouped") == best["exact"]
 
 
 def test_a_recipe_gets_mesh_and_remat(tmp_path):
