@@ -346,8 +346,9 @@ class AdaptedCheckpoint(DerivedCheckpoint):
         delta = self._deltas.get(name)
         if delta is None:
             return weight
-        added = delta.rows(self._stored, start, start + len(weight)) * np.float32(delta.scale)
-        merged: Array = (weight.astype(np.float32) + added).astype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # the writer reports such numbers
+            added = delta.rows(self._stored, start, start + len(weight)) * np.float32(delta.scale)
+            merged: Array = (weight.astype(np.float32) + added).astype(dtype)
         return merged
 
     def remarks(self) -> list[str]:

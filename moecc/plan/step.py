@@ -6,6 +6,7 @@ its parsed value.  ``plan``, ``compile`` and ``train`` all read a `StepConfig`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from moecc.errors import InputError, Problem, UsageError, nearest, raise_problems
+from moecc.families.reader import as_number
 from moecc.formats.files import read_json_object
 from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
@@ -367,11 +369,16 @@ def read_plan(path: str) -> SavedPlan:
     settings = {**request, **best, **joined}
     if wrong := choice_problems({n: v for n, v in settings.items() if n in CHOICES}):
         raise InputError(replace(problem, where=path) for problem in wrong)
+    config = StepConfig(**settings)
+    try:
+        _ = config.device_mesh
+    except UsageError as error:
+        raise InputError(replace(problem, where=path) for problem in error.problems) from None
     count, batch = data.get("parameters"), data.get("batch")
-    seconds = cast(JsonDict, data["best"]).get("seconds")
-    tokens: Any = batch.get("tokens") if isinstance(batch, dict) else None
-    is_timed = all(isinstance(x, int | float) and x > 0 for x in (tokens, seconds))
+    seconds = as_number(cast(JsonDict, data["best"]).get("seconds")) or 0.0
+    tokens = as_number(batch.get("tokens")) if isinstance(batch, dict) else None
+    speed = tokens / seconds if tokens and seconds else 0.0
     return SavedPlan(
-        model, machine, pipeline, StepConfig(**settings),
-        count if isinstance(count, int) else None, tokens / seconds if is_timed else None,
+        model, machine, pipeline, config,
+        count if isinstance(count, int) else None, speed if 0 < speed < math.inf else None,
     )  # fmt: skip

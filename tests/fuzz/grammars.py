@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,101 @@ def run_receipt(data: bytes) -> None:
         receipt_lines(found)
 
 
+def run_adapter(data: bytes) -> None:
+    """Merge an adapter into a tiny model: its config is the metadata of its weights."""
+    from moecc.formats.adapter import ADAPTER_WEIGHTS, AdaptedCheckpoint
+    from moecc.formats.open import open_checkpoint
+    from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
+
+    folder = _folder() / f"{os.getpid()}-adapter"
+    folder.mkdir(exist_ok=True)
+    (folder / ADAPTER_WEIGHTS).write_bytes(data)
+    read_header(folder / ADAPTER_WEIGHTS)
+    metadata = json.loads(seeds.unpack(data)[0]).get("__metadata__") or {}
+    config = str(metadata.get("adapter", "")).encode("utf-8", "surrogatepass")
+    (folder / ADAPTER_CONFIG).write_bytes(config)
+    with open_checkpoint(seeds.GOLDEN / "llama_gqa") as base:
+        merged = AdaptedCheckpoint(base, folder)
+        try:
+            for name in list(merged.tensors)[:20]:
+                if (
+                    "layers.0.self_attn" in name
+                    and merged.read(name).shape != base.read(name).shape
+                ):
+                    raise Broken("a merged matrix of another shape")
+        finally:
+            merged.close()
+
+
+def run_run(data: bytes) -> None:
+    """Read the records of a run folder: a step, the lineage, and the journals."""
+    from moecc.formats.manifest import seal
+    from moecc.formats.run import GRAPH, LINEAGE, METRICS, SPEED, STEP, STEPS
+    from moecc.support.documents import parse_json
+    from moecc.train.run import read_run
+
+    parts = parse_json(data, "run.json")
+    if not isinstance(parts, Mapping):
+        raise InputError("not an object")
+    folder = _folder() / f"{os.getpid()}-run"
+    step = folder / STEPS / "3"
+    step.mkdir(parents=True, exist_ok=True)
+    (folder / GRAPH).touch()
+    content = json.dumps(parts.get("step")).encode()
+    (step / STEP).write_bytes(seal(content.removesuffix(b"}")))
+    (folder / LINEAGE).write_text(json.dumps(parts.get("lineage")))
+    for file, key in ((METRICS, "metrics"), (SPEED, "speed")):
+        lines = parts.get(key)
+        texts = map(json.dumps, lines) if isinstance(lines, list) else [str(lines)]
+        path = folder / file
+        path.write_text("".join(f"{text}\n" for text in texts), "utf-8", "surrogatepass")
+    series = read_run(folder)
+    for layer in series.layers:
+        series.spread(layer)
+    _ = series.held_out, list(series.alarms()), series.scalar("loss"), repr(series)
+
+
+def run_journal(data: bytes) -> None:
+    """Read the journal of a conversion that was killed."""
+    from moecc.formats.writer import JOURNAL_NAME, read_journal
+
+    folder = _folder() / f"{os.getpid()}-partial"
+    folder.mkdir(exist_ok=True)
+    (folder / JOURNAL_NAME).write_bytes(data)
+    read_journal(folder, {"source": {"files": {"a": 1}}, "pipeline": "x", "seed": 0})
+
+
+def run_plan(data: bytes) -> None:
+    """Read a saved plan, and make the values of a recipe of it."""
+    from moecc.plan.step import read_plan
+
+    saved = read_plan(str(_file("plan.json", data)))
+    saved.recipe_values()
+    _ = saved.config.device_mesh
+
+
+def run_proof(data: bytes) -> None:
+    """Give a log and its two graphs, which a stranger wrote together, to the checker."""
+    import moecc_check
+
+    from moecc.support.documents import parse_json
+
+    document = parse_json(data, "proof.json")
+    if not isinstance(document, Mapping):
+        raise InputError("not an object")
+    log, texts = document.get("log"), [document.get("before"), document.get("after")]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError("not texts")
+    if isinstance(log, dict):
+        for key, text in zip(("before", "after"), texts, strict=True):
+            encoded = text.encode("utf-8", "surrogatepass")
+            log = {**log, key: sha256(encoded).hexdigest()} if key in log else log
+    try:
+        moecc_check.accepted(log, *texts)
+    except moecc_check.Rejected as error:
+        raise InputError(str(error)) from None
+
+
 @dataclass(frozen=True)
 class Companions:
     """A checkpoint of which nothing but its companions is looked at."""
@@ -371,6 +467,21 @@ def _graph_mutator(rng: Rng, data: bytes, others: Sequence[bytes]) -> bytes:
     return b"\n".join(lines)
 
 
+def mutate_proof(rng: Rng, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Change the log as JSON, or one of the graphs as a text."""
+    try:
+        document = json.loads(data)
+        key = rng.choice(("log", "log", "before", "after"))
+        if key == "log":
+            changed = json.loads(mutate_json(rng, json.dumps(document[key]).encode(), [data]))
+        else:
+            text = document[key].encode("utf-8", "surrogatepass")
+            changed = _graph_mutator(rng, text, [text]).decode("utf-8", "replace")
+        return json.dumps({**document, key: changed}).encode()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return mutate_text(rng, data, others)
+
+
 def _texts(*texts: str) -> Callable[[], Sequence[bytes]]:
     return lambda: seeds.encoded(texts)
 
@@ -403,6 +514,11 @@ GRAMMARS: dict[str, Grammar] = {
         Grammar("receipts", seeds.receipts, mutate_json, run_receipt),
         Grammar("cards", lambda: [seeds.CARD], mutate_text, run_card),
         Grammar("arrays", seeds.arrays, mutate_bytes, run_arrays),
+        Grammar("adapters", seeds.adapters, mutate_safetensors, run_adapter),
+        Grammar("runs", seeds.runs, mutate_json, run_run),
+        Grammar("journals", seeds.journals, mutate_text, run_journal),
+        Grammar("plans", seeds.plans, mutate_json, run_plan),
+        Grammar("proofs", seeds.proofs, mutate_proof, run_proof),
         Grammar("programs", _texts("a", "bc"), mutate_bytes, run_program),
     )
 }

@@ -302,3 +302,102 @@ def arrays() -> tuple[bytes, ...]:
         save(file, tokens)
         found.append(file.getvalue())
     return tuple(found)
+
+
+@cache
+def adapters() -> tuple[bytes, ...]:
+    """Return safetensors files of an adapter whose header holds its config."""
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"v_proj|o.*": 2.0},
+        "use_rslora": False, "fan_in_fan_out": False, "base_model_name_or_path": "a/llama_gqa",
+        "init_lora_weights": True, "use_dora": False, "target_modules": ["q_proj", "v_proj"],
+    }  # fmt: skip
+    shapes = {"q_proj": ((2, 16), (16, 2)), "v_proj": ((2, 16), (8, 2))}
+    header: dict[str, Any] = {"__metadata__": {"adapter": json.dumps(config)}}
+    size = 0
+    for module, pair in shapes.items():
+        for letter, shape in zip("AB", pair, strict=True):
+            name = f"base_model.model.model.layers.0.self_attn.{module}.lora_{letter}.weight"
+            ends = [size, size := size + 4 * shape[0] * shape[1]]
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": ends}
+    return (pack(json.dumps(header).encode(), bytes(size)),)
+
+
+@cache
+def runs() -> tuple[bytes, ...]:
+    """Return documents with step.json, lineage.json and the lines of a run's journal."""
+    from moecc.ir.conventions import METRIC
+
+    digest = "sha256:" + "0123456789abcdef" * 4
+    file = {"size_bytes": 3, "sha256": "0123456789abcdef" * 4}
+    stages = [
+        {"kind": "convert", "source": "x", "pipeline": "upcycle{experts=4}", "preserves": "exact"},
+        {"kind": "train", "start": "x", "recipe": digest, "recipe_toml": "", "from_step": 0,
+         "steps": 3, "tokens": 96, "data": {"corpus": {"tokens": 96}}},
+    ]  # fmt: skip
+    document = {
+        "step": {"schema": "moecc.step/1", "step": 3, "recipe": digest, "tokens": 96,
+                 "left_out": [1], "loss": 3.5, "files": {"a/b": file}, "run_files": {},
+                 "tensors": {"w": {"dtype": "f32", "shape": [2, 3]}}},
+        "lineage": {"schema": "moecc.lineage/1", "moecc": "1", "card": {"license": ["mit"]},
+                    "stages": stages},
+        "metrics": [
+            {"step": 1, "loss": 3.6, "tokens": 32, "spread": {"layers.0.mlp": [0.5, 0.5]},
+             f"{METRIC}layers.0.mlp.loads": [0.5, 0.5]},
+            {"step": 2, "loss": 3.5, "tokens": 64, "held_out": {"text": 3.4}, "left_out": [1]},
+        ],
+        "speed": [{"step": 1, "seconds": 0.5}],
+    }  # fmt: skip
+    return (json.dumps(document).encode(),)
+
+
+@cache
+def journals() -> tuple[bytes, ...]:
+    """Return the journal of a conversion that was killed."""
+    head = {"facts": {"source": {"files": {"a": 1}}, "pipeline": "x", "seed": 0},
+            "schema": "moecc.journal/2"}  # fmt: skip
+    lines = [head, {"name": "w", "sha256": "0" * 64}, {"name": "v", "sha256": "1" * 64,
+             "nonfinite_count": 2, "nonfinite": [], "zeros": ["v"]}]  # fmt: skip
+    return ("".join(f"{json.dumps(line)}\n" for line in lines).encode(),)
+
+
+@cache
+def plans() -> tuple[bytes, ...]:
+    """Return a saved plan, its members those that are read."""
+    request = {"model": "m", "machine": "cpu:8", "pipeline": "upcycle{experts=8}", "step": "train",
+               "batch_tokens": None, "sequence": "64", "optimizer": "adamw", "dtype": "bf16",
+               "weight_dtype": None, "micro_batches": 1, "reduce_dtype": None,
+               "overlap": False}  # fmt: skip
+    best = {"mesh": {"fsdp": 2, "expert": 4}, "rules": ["fsdp", "expert-parallel"],
+            "dense_weights": "whole", "via": "ring", "remat": "none", "sliced": False,
+            "seconds": 0.05}  # fmt: skip
+    document = {"schema": "moecc.plan/1", "request": request, "best": best, "parameters": 4256,
+                "batch": {"tokens": 2048}}  # fmt: skip
+    return (json.dumps(document).encode(),)
+
+
+@cache
+def proofs() -> tuple[bytes, ...]:
+    """Return logs of proofs, each with its two graphs."""
+    from moecc.ir.text import parse, print_graph
+    from moecc.prove import prove
+    from tests.checker.logs import PROOFS
+
+    text = "moecc 1\ngraph g {{\n  input %x : f32[a=A, b=4]\n  {}\n  output y = %y\n}}\n"
+    source = 'source("w" : f32[b=4, c=3])'
+    plain = (
+        f"param %w : f32[b=4, c=3] = {source}\n  %y = contract %x, %w {{over=b}} : f32[a=A, c=3]"
+    )
+    tiled = (
+        f"param %w : f32[e=2, b=4, c=3] = tile({source}, e=2)\n"
+        "  %z = contract %x, %w {over=b} : f32[a=A, e=2, c=3]\n"
+        "  %y = mean %z {axes=(e)} : f32[a=A, c=3]"
+    )
+    before, after = (parse(text.format(lines)) for lines in (plain, tiled))
+    verdict = prove(before, after)
+    assert verdict.status == "proved"
+    by_moecc = verdict.log, print_graph(before), print_graph(after)
+    return tuple(
+        json.dumps({"log": log, "before": one, "after": other}).encode()
+        for log, one, other in (by_moecc, *PROOFS)
+    )
