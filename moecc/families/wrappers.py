@@ -32,6 +32,8 @@ class Wrapper:
         it does not take.
       twins: the wrapper with the same encoders, by the family of its text model.
       is_flat: whether older files state the text model's keys beside the wrapper's own.
+      states_base: whether the base period has to be stated, of which versions of transformers have
+        different defaults.
     """
 
     architecture: str
@@ -41,6 +43,7 @@ class Wrapper:
     uncalled: tuple[str, ...] = ()
     twins: Mapping[str, str] = field(default_factory=dict)
     is_flat: bool = False
+    states_base: bool = False
 
 
 WRAPPERS: Mapping[str, Wrapper] = {
@@ -71,7 +74,9 @@ WRAPPERS: Mapping[str, Wrapper] = {
         defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
         is_flat=True,
     ),
-    "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", {"qwen3_vl_text": "qwen3"}),
+    "qwen3_vl": Wrapper(
+        "Qwen3VLForConditionalGeneration", {"qwen3_vl_text": "qwen3"}, states_base=True
+    ),
     "llama4": Wrapper("Llama4ForConditionalGeneration"),
     "qwen3_5": Wrapper(
         "Qwen3_5ForConditionalGeneration", twins={"qwen3_5_moe_text": "qwen3_5_moe"}
@@ -167,6 +172,15 @@ def text_config(wrapper: Wrapper, config: Json, *, is_tied: bool | None = None) 
             found=shown(text) if TEXT in config else "nothing",
         )
     name = str(text.get("model_type"))
+    stating = [text, text.get("rope_scaling"), text.get("rope_parameters")]
+    states_base = any(isinstance(part, Mapping) and "rope_theta" in part for part in stating)
+    if wrapper.states_base and not states_base:
+        raise InputError(
+            "versions of transformers have different defaults of the base period",
+            where=f"config.json: {TEXT}: rope_theta",
+            expected="the number that the model was trained with",
+            found="nothing",
+        )
     tied = config.get(TIE, text.get(TIE))
     keys: JsonDict = {
         **wrapper.defaults,

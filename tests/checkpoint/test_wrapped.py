@@ -167,6 +167,11 @@ def test_wrapper_without_a_text_model_is_rejected(tmp_path):
     (source / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(InputError, match="the config has no text model"):
         open_model(str(source))
+    text = {"model_type": "qwen3_vl_text", "rope_scaling": {"mrope_section": [1, 1, 2]}}
+    config = {"model_type": "qwen3_vl", "text_config": text}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="text_config: rope_theta: versions of transformers"):
+        open_model(str(source))
     wrap(tmp_path / "other", "llama_gqa", "llava", lambda name: f"elsewhere.{name}")
     with pytest.raises(InputError, match="the tensors of the text model are not where"):
         open_model(str(tmp_path / "other"))

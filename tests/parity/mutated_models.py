@@ -283,7 +283,7 @@ def draw(rng: random.Random, source: Path) -> tuple[dict[str, Any], dict[str, An
         except TypeError:
             value = None
         kind = rng.random()
-        if key in keys and kind < 0.15 and not is_large(type(config), key):
+        if key in keys and kind < 0.15 and not is_large(type(config), key, value):
             del keys[key]
             changes[key] = ABSENT
             continue
@@ -292,13 +292,15 @@ def draw(rng: random.Random, source: Path) -> tuple[dict[str, Any], dict[str, An
     return changes, keys
 
 
-def is_large(config: type, key: str) -> bool:
+def is_large(config: type, key: str, stated: Any) -> bool:
     """Whether a model that lacks a size has one that costs seconds."""
     try:
         default = getattr(config(), key, None)
     except Exception:  # a class without defaults
         return True
-    return key != "max_position_embeddings" and isinstance(default, int) and default > 256
+    if key == "max_position_embeddings" or not isinstance(default, int):
+        return False
+    return default > 256 or (isinstance(stated, int) and default > 8 * max(stated, 8))
 
 
 ABSENT = "(absent)"
