@@ -188,7 +188,9 @@ class GgufFacts:
       score_layers: where scores are divided by √`query_pre_attn_scalar`, which no key states: that
         is the width of a head, but in a model of so many layers the share of a head in the width.
       is_tied: whether the output matrix always is the embedding.
-      reads_divisors: whether it reads divisors of rotary frequencies, those of Llama 3's scaling.
+      reads_divisors: whether it reads divisors of rotary frequencies, those of Llama 3's scaling,
+        though it rotates halves of a head.
+      unread_ropes: the kinds of rotary positions that it ignores or refuses.
       no_rope_step: which layers have no rotary positions: every so many; 0 if none.
       keys: further keys of the architecture, with those of config.json that say the same.
       optional_keys: keys that a file need not state, with those of config.json, and their value
@@ -215,6 +217,7 @@ class GgufFacts:
     score_layers: int = 0
     is_tied: bool = False
     reads_divisors: bool = False
+    unread_ropes: tuple[str, ...] = ()
     no_rope_step: int = 0
     keys: tuple[tuple[str, str], ...] = ()
     optional_keys: tuple[tuple[str, str, object], ...] = ()

@@ -131,6 +131,7 @@ class Lfm2Config(_ConvolvedConfig):
     gguf = GgufFacts(
         "lfm2",
         final_norm="token_embd_norm",
+        fills_width=True,
         keys=(GGUF_TAPS,),
         states=((ADJUST, False), ("conv_bias", False)),
     )
@@ -198,6 +199,7 @@ class Lfm2MoeConfig(_ConvolvedConfig, MoeConfig):
     gguf = GgufFacts(
         "lfm2moe",
         final_norm="token_embd_norm",
+        fills_width=True,
         keys=(("leading_dense_block_count", "num_dense_layers"), GGUF_TAPS),
         # Scores are sigmoids.
         fixed=(("expert_gating_func", 2),),

@@ -188,7 +188,7 @@ class SmolLM3Config(DecoderConfig):
     architecture = "SmolLM3ForCausalLM"
     options = BIASES | {"rope_layers"}
     window_style = "typed"
-    gguf = GgufFacts("smollm3", pairs_neighbours=True, no_rope_step=4)
+    gguf = GgufFacts("smollm3", pairs_neighbours=True, unread_ropes=("llama3",), no_rope_step=4)
     defaults = {
         **DEFAULTS,
         "vocab_size": 128_256,

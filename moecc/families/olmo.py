@@ -24,6 +24,7 @@ class OlmoConfig(DecoderConfig):
     gguf = GgufFacts(
         "olmo",
         pairs_neighbours=True,
+        unread_ropes=("llama3",),
         fills_width=True,
         optional_keys=(("attention.clamp_kqv", "clip_qkv", None),),
         states=(("attention_bias", False),),
@@ -57,7 +58,9 @@ class Olmo2Config(DecoderConfig):
     architecture = "Olmo2ForCausalLM"
     fixed = {"qk_norm": True, "qk_norm_across": True, "norm_placement": "after"}
     options = ATTENTION_BIASES
-    gguf: ClassVar[GgufFacts | None] = GgufFacts("olmo2", needs_head=True)
+    gguf: ClassVar[GgufFacts | None] = GgufFacts(
+        "olmo2", unread_ropes=("linear",), fills_width=True, needs_head=True
+    )
     defaults = {
         **DEFAULTS,
         "vocab_size": 50_304,
@@ -146,7 +149,9 @@ class OlmoeConfig(MoeConfig):
     keys = ONE_WIDTH
     experts_keys = ("num_experts",)
     sparse_style = "all"
-    gguf = GgufFacts("olmoe", has_groups=False, needs_head=True, renormalises=False)
+    gguf = GgufFacts(
+        "olmoe", has_groups=False, fills_width=True, needs_head=True, renormalises=False
+    )
     engines = {
         **TRANSFORMERS,
         "vLLM": EngineReading(
@@ -215,7 +220,7 @@ class Exaone4Config(DecoderConfig):
     fixed = {"norm_placement": "after", "qk_norm": True}
     window_style = "typed"
     # llama.cpp knows the window of a model of 64 layers, and no key for it.
-    gguf = GgufFacts("exaone4")
+    gguf = GgufFacts("exaone4", fills_width=True)
     strict = ("num_key_value_heads",)
     defaults = {
         **DEFAULTS,

@@ -38,7 +38,7 @@ class Qwen2Config(DecoderConfig):
     architecture = "Qwen2ForCausalLM"
     fixed = {"qkv_bias": True}
     window_style = "top"
-    gguf = GgufFacts("qwen2")
+    gguf = GgufFacts("qwen2", fills_width=True)
     maxtext = MaxTextFacts(biases=True)
     defaults = {
         **DEFAULTS,

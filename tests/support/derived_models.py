@@ -25,7 +25,7 @@ DERIVED: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-6,
             "rope_parameters": {
                 "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8,
-                "beta_fast": 4, "mscale": 0.707, "mscale_all_dim": 0.707, "rope_theta": 500.0,
+                "mscale": 0.707, "mscale_all_dim": 0.707, "rope_theta": 500.0,
             },
         },
     ),

@@ -43,7 +43,8 @@ _YARN_DEFAULTS = {
     "rope.scaling.yarn_ext_factor": 1.0,
     YARN_WEIGHT: 0.0,
 }
-_BETAS = ("beta_fast", "beta_slow")
+_BETAS = {"beta_fast": 32, "beta_slow": 1}
+"""The bounds of YaRN, as b11739 has them: it reads the keys of others, and ignores them."""
 _TYPES = ("none", "linear", "yarn")
 
 
@@ -334,7 +335,9 @@ SECTIONS = "rope.dimension_sections"
 def _delta_keys(family: GgufFamily, config: Json) -> dict[str, Written]:
     width, heads = config["linear_value_head_dim"], config["linear_num_value_heads"]
     # transformers' default; llama.cpp refuses files of qwen35 without them.
-    sections = {} if family.config.names.delta_by_group else {SECTIONS: (11, 11, 10, 0)}
+    # It ends where they are longer than a head; positions of a text are the same in all of them.
+    usual = (11, 11, 10, 0) if config["head_dim"] >= 32 else (1, 1, 1, 0)
+    sections = {} if family.config.names.delta_by_group else {SECTIONS: usual}
     return {
         "ssm.conv_kernel": config["linear_conv_kernel_dim"],
         "ssm.state_size": width,
@@ -685,6 +688,8 @@ def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str |
         yield "llama.cpp has no dynamic scaling of rotary positions", "write a folder instead"
     if kind == "longrope":
         yield "moecc does not write the factors of longrope", "write a folder instead"
+    if kind in family.facts.unread_ropes:
+        yield f"llama.cpp reads no positions of type {kind} in this architecture", None
     factors = [scaling.get(f"{end}_freq_factor") for end in ("low", "high")]
     if kind == "llama3" and not (family.facts.pairs_neighbours or family.facts.reads_divisors):
         yield "llama.cpp reads the divisors of Llama 3's scaling in llama files alone", None
@@ -693,6 +698,10 @@ def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str |
             "only Llama 3's and 4's frequency factors, 1 and 4, or 1 twice, can be read back",
             None,
         )
+    betas = tuple(scaling.get(name) or usual for name, usual in _BETAS.items())
+    if kind == "yarn" and betas != tuple(_BETAS.values()):
+        expected = " and ".join(f"{name} {beta}" for name, beta in _BETAS.items())
+        yield f"llama.cpp computes YaRN with {expected} whatever a file says", None
     unusual = {"truncate", "attention_factor", "mscale", "mscale_all_dim"} & scaling.keys()
     if family.has("latent"):
         weights = {scaling.get(name) or 0 for name in ("mscale", "mscale_all_dim")}

@@ -14,6 +14,7 @@ import pytest
 from derived_models import DERIVED, derive
 
 from moecc.errors import InputError, MoeccError, UsageError
+from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.formats.gguf.families import (
     GgufFamily,
@@ -33,6 +34,7 @@ from moecc.formats.safetensors import Entry
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
+from moecc.translate.gguf import export_gguf
 from moecc.types import F64, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source
@@ -283,6 +285,42 @@ def test_what_llama_cpp_would_not_compute(
     source: str, target: str, passes: str, reason: str
 ) -> None:
     assert reason in refusal(source, target, passes)
+
+
+NARROW = {
+    "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
+}  # fmt: skip
+CONVOLVED = {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "architecture", "reason"),
+    [
+        ("llama", {"rope_scaling": YARN | {"beta_fast": 2}}, "llama", "beta_fast 32 and beta_slow"),
+        ("qwen3", {"rope_scaling": YARN | {"beta_slow": 2}}, "qwen3", "beta_fast 32 and beta_slow"),
+        ("olmo2", {"rope_scaling": LINEAR}, "olmo2", "reads no positions of type linear"),
+        ("olmo", {"rope_scaling": LLAMA3}, "olmo", "reads no positions of type llama3"),
+        ("smollm3", {"rope_scaling": LLAMA3}, "smollm3", "reads no positions of type llama3"),
+        ("qwen2", NARROW, "qwen2", "together have the model's width"),
+        ("olmo2", NARROW, "olmo2", "together have the model's width"),
+        ("olmoe", NARROW, "olmoe", "together have the model's width"),
+        ("exaone4", NARROW, "exaone4", "together have the model's width"),
+        ("lfm2", NARROW, "lfm2", "together have the model's width"),
+        ("lfm2_moe", NARROW | CONVOLVED, "lfm2moe", "together have the model's width"),
+    ],
+)
+def test_positions_and_heads_that_llama_cpp_reads_otherwise(
+    family: str, keys: dict[str, Any], architecture: str, reason: str
+) -> None:
+    config = parse_config({"model_type": family, "num_hidden_layers": 2, **keys})
+    with pytest.raises(InputError, match=reason):
+        export_gguf(build(config), architecture)
 
 
 # --- the tokenizer
