@@ -279,12 +279,12 @@ class TensorType:
         """The number of axes."""
         return len(self.axes)
 
-    @property
+    @cached_property
     def ragged(self) -> Axis | None:
         """The ragged axis, if the type has one."""
         return next((a for a in self.axes if a.is_ragged), None)
 
-    @property
+    @cached_property
     def extents(self) -> tuple[Extent, ...]:
         """The extents, set by ``assign_slots`` values, that the sizes of this type refer to."""
         return tuple(a.size for a in self.axes if isinstance(a.size, Extent))
