@@ -133,7 +133,6 @@ def test_mutants_of_lemmas_are_told_apart(number: int) -> None:
         ("run", "modernbert_windows", "upcycle{experts=4}"),
         ("run", "deepseek_v2_groups", "canonicalize"),
         ("run", "bert_square", "upcycle{experts=4 granularity=4 top-k=4 router-std=1}"),
-        ("cell", "bert_square", "st_moe", "grow"),
         ON_A_MESH,
         (
             "run",

@@ -33,8 +33,8 @@ from tests.proof.cells import GOLDEN
 def test_program_computes_the_graph(tmp_path, source, method):
     folder = tmp_path / "model"
     EmittedCell(source, method).write(folder, "jax")
-    # Programs in float32 are compiled of the cells with experts alone.
-    kinds = ("float64",) if method == "dense" else tuple(BOUNDS)
+    # Every cell is judged in both types by `tests.emit.jax_cells`; compiling is what costs here.
+    kinds = tuple(BOUNDS) if source == "llama_gqa" else ("float64",)
     errors = judge(folder, gradients=source == "llama_gqa", kinds=kinds)
     assert is_right(errors), errors
     program = program_of(folder)
