@@ -199,6 +199,9 @@ class Gemma3TextConfig(Gemma2Config):
         if local is None and self.rope.type != "default":
             fault = "gemma3_text scales no positions in layers with a window"
             yield key_problem(fault, "positions of their own", "none", "rope_local_base_freq")
+        if not self.rope.truncate:
+            fault = "transformers 5 rounds the range of YaRN in this family whatever truncate says"
+            yield key_problem(fault, "true", "false", "rope_scaling", "rope_parameters")
 
     def _write_rope(self) -> JsonDict:
         local = self.local_rope or self.rope

@@ -219,6 +219,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "rope_parameters",
         "by kind of layer alone",
     ),
+    "a range of YaRN": (
+        small("gemma3_text", rope_theta=1e6, rope_scaling={**YARN, "truncate": False}),
+        "rope_scaling",
+        "whatever truncate says",
+    ),
     "scaled windows": (
         small("gemma3_text", rope_parameters={"sliding_attention": {"type": "linear"}}),
         "rope_parameters: sliding_attention",

@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,18 @@ if transformers.__version__.startswith("4."):  # it ignores what moecc takes for
 ANY = [True, False, 0, 1, 2, 3, 5, 0.5, 2.5, None]
 
 
+@cache
+def names_in(module: Any) -> set[str]:
+    """Return the keys of a config that the code of a module reads."""
+    code = inspect.getsource(module)
+    read = set(re.findall(r"config\.([a-z]\w+)", code))
+    return read | set(re.findall(r"attr\(\s*(?:\w+\.)*config,\s*\"(\w+)\"", code))
+
+
 def names_that_code_reads(config: Any, model: Any) -> list[str]:
     """Return the keys that the code of a model, and that of all models' masks, reads."""
     modules = [sys.modules[type(model).__module__], masking_utils, modeling_rope_utils]
-    code = "\n".join(map(inspect.getsource, modules))
-    read = set(re.findall(r"config\.([a-z]\w+)", code))
-    read |= set(re.findall(r"attr\(\s*(?:\w+\.)*config,\s*\"(\w+)\"", code))
+    read = set().union(*map(names_in, modules))
     attributes = {name for name in dir(type(config)) if not name.startswith("_")}
     methods = {name for name in attributes if callable(getattr(type(config), name, None))}
     named = {*read, *config.to_dict(), *config.attribute_map, *attributes}

@@ -31,6 +31,8 @@ DRAWS = int(os.environ.get("MOECC_MUTATIONS", 2 * len(SOURCES)))
 SEED = int(os.environ.get("MOECC_MUTATIONS_SEED", 1))
 AT_ONCE = 250
 BOUND = 1e-6
+ABSENT = "(absent)"
+"""What `mutated_models.py` says of a key that it left out, which no message has to name."""
 
 
 @in_each_interpreter
@@ -81,8 +83,9 @@ def outcome(case: dict[str, Any]) -> str:
             (output,) = program.run(model.params(dtype=F64), inputs).values()
     except MoeccError as error:
         # Version 5 saves no head of a T5 of version 4, whatever its config says of ties.
-        keys = (*case["keys"], "tie_word_embeddings")
-        is_named = error.exit_code == 1 and any(key in str(error) for key in keys)
+        keys = {**case["keys"], "tie_word_embeddings": False}
+        is_named = any(value == ABSENT or key in str(error) for key, value in keys.items())
+        is_named &= error.exit_code == 1
         return "rejected" if is_named else f"{type(error).__name__}: {error}"
     except Exception as error:  # a mistake of the reader, one of thousands of verdicts
         return f"{type(error).__name__}: {error}"
