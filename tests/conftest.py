@@ -91,6 +91,11 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    # jax looks at every entry of its cache whenever it adds one, 20 ms with 600 of them: child
+    # processes, which add few, keep the folder small.
+    if "jax._src.lru_cache" in sys.modules:
+        cache = sys.modules["jax._src.lru_cache"].LRUCache
+        cache._evict_if_needed = lambda self, *, additional_size=0: None
 
 
 @pytest.fixture
