@@ -41,7 +41,9 @@ _HUB_PATH = re.compile(
     re.ASCII | re.DOTALL,
 )
 _BUCKET_PATH = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}(?:/.*)?", re.ASCII | re.DOTALL)
-_BUCKET_RULE = "a bucket has two or more small letters, digits, dots or dashes; no part is '..'"
+_BUCKET_RULE = (
+    "a bucket has two or more small letters, digits, dots or dashes; no part is empty, '.' or '..'"
+)
 _SHAPES = {
     "s3": "s3://BUCKET/FOLDER",
     "gs": "gs://BUCKET/FOLDER",
@@ -109,8 +111,8 @@ class Address:
         path = path.removeprefix("//").rstrip("/")
         pattern = _HUB_PATH if scheme == HUB else _BUCKET_PATH
         match = pattern.fullmatch(path)
-        parts = PurePosixPath(path).parts
-        if match is None or "?" in path or "//" in path or ".." in parts or not path.isprintable():
+        is_odd = not {"", ".", ".."}.isdisjoint(path.split("/"))
+        if match is None or "?" in path or is_odd or not path.isprintable():
             # An address with an @ before the bucket holds a password, which no message repeats.
             secret = scheme != HUB and ("@" in path or "?" in path)
             raise UsageError(

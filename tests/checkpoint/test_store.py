@@ -206,6 +206,7 @@ def raising(error: Exception) -> Any:
         "s3://key:password@b/x",
         "s3://bucket/x?versionId=1",
         "gs://b/../x",
+        "s3://b/./x",
         "hf://x",
         "hf:x/y/../z",
     ],
