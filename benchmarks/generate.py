@@ -52,14 +52,13 @@ def ask_torch(python: str, folder: str) -> Ask:
 def ask_moecc(folder: str) -> Ask:
     """Return what asks moecc, in this process."""
     from moecc.backend import get_backend
-    from moecc.decoding import DecodeGraphs
-    from moecc.decoding import DecodingBatch as Batch
+    from moecc.decoding import DecodeGraphs, DecodingBatch
     from moecc.model.open import open_model
     from moecc.types import F32
 
     model = open_model(folder)
     graphs = DecodeGraphs.of(model.graph)
-    batch = Batch(graphs, model.params(), backend=get_backend("xla"), dtype=F32)
+    batch = DecodingBatch(graphs, model.params(), backend=get_backend("xla"), dtype=F32)
 
     def continued(prompt: list[list[int]], count: int) -> Reply:
         rows = [batch.begin(prompt).argmax(-1).tolist()]

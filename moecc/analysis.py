@@ -60,16 +60,12 @@ class FFNBlock:
     @property
     def width(self) -> int:
         """The number of neurons: the size of the inner axis."""
-        size = self.down.operands[0].type[self.inner].size
-        assert isinstance(size, int), "a parameter has the inner axis, so its size is known"
-        return size
+        return self.down.operands[0].type[self.inner].fixed_size
 
     @property
     def embed(self) -> int:
         """The size of the outer axis."""
-        size = self.x.type[self.outer].size
-        assert isinstance(size, int), "a parameter has the outer axis, so its size is known"
-        return size
+        return self.x.type[self.outer].fixed_size
 
     @property
     def layer(self) -> int | None:

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from moecc.errors import UsageError, nearest, unknown_name
 from moecc.ir.graph import Graph
 from moecc.support.untyped import JsonDict
 from moecc.types import F32, Array, DType
 from moecc.types import Arrays as Arrays
+
+B = TypeVar("B")
 
 
 class Program(Protocol):
@@ -171,9 +173,7 @@ def emit_program(graph: Graph, language: str) -> EmittedProgram:
     if language not in EMITTERS:
         hint = nearest(language, EMITTERS) or f"languages: {', '.join(EMITTERS)}"
         raise UsageError(f"no program is written in {language!r}", hint=hint)
-    backend = get_backend(EMITTERS[language])
-    assert isinstance(backend, EmittingBackend), "a backend of EMITTERS"
-    return backend.emit(graph)
+    return backend_with(EmittingBackend, EMITTERS[language]).emit(graph)
 
 
 @cache
@@ -205,14 +205,11 @@ def get_backend(name: str) -> Backend:
     return factory()
 
 
-def get_lowering_backend(name: str) -> LoweringBackend:
-    """Return the backend `name`, which must translate graphs into another language.
+def backend_with(methods: Callable[..., B], name: str = "xla") -> B:
+    """Return the backend `name`, which has the methods of the protocol `methods`.
 
-    Raises:
-      UsageError: there is no such backend, or it cannot lower.
-      MachineError: it needs an extra that is not installed.
+    Raises: as `get_backend`.
     """
     backend = get_backend(name)
-    if not isinstance(backend, LoweringBackend):
-        raise UsageError(f"the {name} backend runs graphs as they are", hint="xla lowers them")
-    return backend
+    assert isinstance(backend, cast(type, methods)), f"the backend {name} has these methods"
+    return cast(B, backend)

@@ -114,16 +114,16 @@ def message_problems(messages: object, where: str) -> list[Problem]:
     ]
 
 
-def read_messages(text: str, where: str) -> list[Message]:
-    """Return the messages in JSON, or one of a user that is the text itself.
+def read_messages(text: str) -> list[Message]:
+    """Return the messages of a prompt in JSON, or one of a user that is the text itself.
 
     Raises:
       InputError: it is JSON, and not a list of messages.
     """
     if not text.lstrip().startswith("["):
         return [{"role": "user", "content": text}]
-    messages = parse_json(text.encode(), where)
-    raise_problems(message_problems(messages, where))
+    messages = parse_json(text.encode(), "--prompt")
+    raise_problems(message_problems(messages, "--prompt"))
     assert isinstance(messages, list), "it has no problems"
     return messages
 

@@ -184,6 +184,12 @@ class Axis:
         return f"{self.name}{where}={self.size}"
 
     @property
+    def fixed_size(self) -> int:
+        """The size, which is a number: of a weight, of a model's width, of its experts."""
+        assert isinstance(self.size, int), f"the size of {self} is known"
+        return self.size
+
+    @property
     def is_ragged(self) -> bool:
         """Whether the axis has one extent per expert."""
         return isinstance(self.size, Extent) and self.size.kind == "ragged"

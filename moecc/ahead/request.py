@@ -113,6 +113,7 @@ class Result:
     artefact: bytes = b""
 
 
+@runtime_checkable
 class Compiler(Protocol):
     """A backend that compiles ahead of time."""
 

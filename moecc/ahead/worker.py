@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from threading import Event, Thread
-from typing import cast
 
 from moecc.ahead.request import Compiler, Job, Request, Result, update_of
 from moecc.analysis import check_trainable, reads_tokens
-from moecc.backend import get_backend
+from moecc.backend import backend_with
 from moecc.errors import InputError, MoeccError, UsageError
 from moecc.ir.graph import Graph
 from moecc.ir.ops.slots import SlotsOp
@@ -293,7 +292,7 @@ def main(folder: Path) -> None:
     request = Request.from_json(json.loads((folder / REQUEST).read_text("utf-8")))
     try:
         prepared = prepare(request)
-        compiler = cast(Compiler, get_backend("xla"))
+        compiler = backend_with(Compiler)
         with trimmed():
             result = compiler.compile_ahead(prepared.graph, prepared.job)
         if result.program:

@@ -28,7 +28,7 @@ from moecc.api.arguments import (
     texts_of,
     whole,
 )
-from moecc.backend import TracingBackend, get_backend
+from moecc.backend import TracingBackend, backend_with, get_backend
 from moecc.errors import InputError, Problem, UsageError, nearest, raise_problems
 from moecc.formats.adapter import branches_of
 from moecc.formats.files import read_whole
@@ -68,7 +68,8 @@ class StepPlan:
     """A plan of a step on a machine.
 
     Attributes:
-      report: its numbers, the keys as ``docs/cli.md`` has them.
+      report: its numbers, the keys as ``docs/cli.md`` has them: seconds are of a step, bytes and
+        FLOPs of one device.
     """
 
     report: JsonDict
@@ -234,7 +235,7 @@ class Model(Closing):
 
     @property
     def facts(self) -> Description:
-        """The model in numbers: parameters, FLOPs, expert layers."""
+        """The model in numbers: stored and active parameters, FLOPs per token, expert layers."""
         from moecc.families.describe import describe
 
         return describe(self.graph)
@@ -283,6 +284,12 @@ class Model(Closing):
     def params(self, *, dtype: object = "f32") -> Params:
         """Return the parameters by name, each made when it is looked up.
 
+        An array has the axes of ``graph.params[name].type``, in their order: that of the
+        checkpoint for a dense model, ``[expert, mlp, embed]`` for experts that a pass made.
+
+        Args:
+          dtype: the element type of the arrays.
+
         Raises:
           InputError: there are no weights.
         """
@@ -291,17 +298,28 @@ class Model(Closing):
     def function(self, *, dtype: object = "f32") -> Compiled:
         """Return the graph as ``f(params, inputs) → outputs``, for ``jax.jit`` and ``jax.grad``.
 
+        All three are arrays by name: parameters as `params` has them, inputs such as ``tokens:
+        i32[batch, seq]``, outputs such as ``logits: [batch, seq, vocab]``; losses are scalars, in
+        nats.
+
+        Args:
+          dtype: the element type of the computation.
+
         Raises:
           MachineError: jax is not installed.
         """
-        backend = get_backend("xla")
-        assert isinstance(backend, TracingBackend), "the xla backend is traced"
-        return backend.function(self.graph, dtype=dtype_of(dtype) or F32)
+        return backend_with(TracingBackend).function(self.graph, dtype=dtype_of(dtype) or F32)
 
     def run(
         self, inputs: Arrays | None = None, *, dtype: object = "f32", backend: str = "reference"
     ) -> dict[str, Array]:
-        """Return the outputs by name, for `inputs` or for tokens that are drawn.
+        """Return the outputs by name, ``logits: [batch, seq, vocab]`` for instance.
+
+        Args:
+          inputs: arrays by name, ``tokens: i32[batch, seq]`` and ``mask: pred[batch, seq]`` for
+            instance; None draws two sequences of at most 128 tokens.
+          dtype: the element type of the computation; the reference computes in float64 always.
+          backend: ``"reference"`` or ``"xla"``.
 
         Raises:
           InputError: an input does not fit, or there are no weights.
@@ -475,6 +493,11 @@ class Model(Closing):
     ) -> ComparisonVerdict:
         """Run this model and another on the same tokens, and compare their logits.
 
+        Args:
+          against: the other model, or what `open` takes.
+          tolerance: the bound on the largest difference of two logits, relative to the largest
+            magnitude of a logit of the other model.
+
         Raises:
           InputError: the two have other inputs or shapes, or no weights.
         """
@@ -525,7 +548,8 @@ def write_params(
 
     Args:
       model: what `moecc.open` returned, perhaps rewritten by passes, or what it takes.
-      params: an array for each parameter of the graph, by name, NumPy's or jax's.
+      params: an array for each parameter of the graph, by name, NumPy's or jax's, with the shape
+        of its type: those that `Model.params` has.
       folder: where to.
       to: the family to write; None for one that engines read.
       dtype: the element type to write; None for that of the arrays.
@@ -588,6 +612,4 @@ def load_step(file: str | os.PathLike[str]) -> LoadedStep:
       MachineError: jax or flatbuffers is not installed.
     """
     path = source_text(file)
-    backend = get_backend("xla")
-    assert isinstance(backend, StepLoader), "the xla backend exports"
-    return backend.load_step(read_whole(Path(path)), path)
+    return backend_with(StepLoader).load_step(read_whole(Path(path)), path)

@@ -659,13 +659,11 @@ class SeveralCheckpoints(DerivedCheckpoint):
 
     def named_files(self) -> dict[str, Path]:
         """Return the files of all by name, those of a branch below its name."""
-        base_files = {path.name: path for path in self.base.files()}
-        others = {
+        return self.base.named_files() | {
             f"{branch}/{path.name}": path
             for branch, checkpoint in (*self.branches.items(), *self.tables.items())
             for path in checkpoint.files()
         }
-        return base_files | others
 
     def require_unchanged(self) -> None:
         """Raise InputError if a file of any changed since it was opened."""
@@ -679,13 +677,6 @@ class SeveralCheckpoints(DerivedCheckpoint):
 
     def _all(self) -> tuple[Checkpoint, ...]:
         return (self.base, *self.branches.values(), *self.tables.values())
-
-
-def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Return the files of a checkpoint by name."""
-    if isinstance(checkpoint, SeveralCheckpoints):
-        return checkpoint.named_files()
-    return {path.name: path for path in checkpoint.files()}
 
 
 def other_bases(checkpoint: Checkpoint) -> dict[str, str]:

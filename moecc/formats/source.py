@@ -131,6 +131,10 @@ class Checkpoint(Closing):
     def files(self) -> list[Path]:
         """Return the weight files, the index and the config, for digests."""
 
+    def named_files(self) -> dict[str, Path]:
+        """Return the files by the names that a manifest has for them."""
+        return {path.name: path for path in self.files()}
+
     def require_unchanged(self) -> None:
         """Raise InputError if a file, companions included, changed since it was opened."""
         require_unchanged(self._identities)

@@ -31,9 +31,7 @@ class Scores:
     @property
     def count(self) -> int:
         """The number of experts that the logits score: those of one prototype."""
-        size = self.logits.type["expert"].size
-        assert isinstance(size, int), "the number of experts is known"
-        return size
+        return self.logits.type["expert"].fixed_size
 
     @property
     def picks(self) -> Value:
@@ -50,9 +48,7 @@ class Scores:
     @property
     def top_k(self) -> int:
         """The number of experts chosen per token."""
-        size = self.picks.type[self.choice].size
-        assert isinstance(size, int), "the number of choices is known"
-        return size
+        return self.picks.type[self.choice].fixed_size
 
 
 @dataclass(frozen=True)

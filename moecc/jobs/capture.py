@@ -15,8 +15,6 @@ from moecc.errors import ALIASES, InputError, UsageError
 from moecc.formats.output import check_output, output_folder
 from moecc.ir.conventions import VALUES
 from moecc.ir.graph import Graph
-from moecc.ir.ops.slots import SlotsOp
-from moecc.ir.structure import clone
 from moecc.jobs.command import (
     Amount,
     BatchSize,
@@ -29,7 +27,7 @@ from moecc.jobs.command import (
     is_conversion_file,
 )
 from moecc.jobs.conversion_file import read_conversion_file
-from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
+from moecc.jobs.evaluate import EvaluationSpec, Tracing, count_experts, is_token, traced
 from moecc.model.initialise import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
 from moecc.model.open import OpenedModel, open_model
 from moecc.rewrite.passes import Context
@@ -96,7 +94,8 @@ class _Sums:
                 chosen, gates = values["experts"], values["gates"]
                 results = [values[f"result.{c}"] for c in range(chosen.shape[1])]
                 if layer.experts is None:
-                    layer.experts = ExpertSums(_experts(self.graph, loc), results[0].shape[1])
+                    number = count_experts(self.graph.outputs[f"{VALUES}{loc}.experts"])
+                    layer.experts = ExpertSums(number, results[0].shape[1])
                 for choice, result in enumerate(results):
                     layer.experts.add(chosen[:, choice], gates[:, choice], result)
         return count
@@ -146,15 +145,13 @@ def _tokenizer(model: OpenedModel) -> str:
 
 def _traced(model: OpenedModel, pipeline: str, at: str) -> Graph:
     run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context())
-    traced = clone(model.graph)
-    context = Context(allow_unmatched=True)
-    done = run_pipeline(traced, Pipeline.parse(f"trace-values{{at={at}}}"), context=context)
-    if not done.changed:
+    graph = traced(model.graph, f"trace-values{{at={at}}}")
+    if graph is None:
         raise InputError(
             "no feed-forward block or layer of experts is there", where="--at", found=at,
             hint="the locations are those of moecc import: layers.3.ffn, encoder.layers.*",
         )  # fmt: skip
-    return traced
+    return graph
 
 
 def _run(
@@ -181,11 +178,6 @@ def _statistics(sums: _Sums) -> Iterator[tuple[str, Array]]:
     for loc, layer in sums.layers.items():
         for name, array in layer.statistics().items():
             yield f"{loc}.{name}", np.ascontiguousarray(array)
-
-
-def _experts(graph: Graph, loc: str) -> int:
-    chosen = graph.outputs[f"{VALUES}{loc}.experts"]
-    return next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
 
 
 def capture(

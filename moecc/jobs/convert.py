@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moecc.errors import CheckError, Problem, UsageError, raise_problems
 from moecc.families.config import FAMILY
-from moecc.formats.adapter import files_of
 from moecc.formats.files import (
     json_content,
     make_folder,
@@ -217,7 +216,7 @@ def write(
 
 def _hashed(planned: Plan, options: WriteOptions) -> dict[str, Path]:
     """Return the files of the source whose digests are computed, by name."""
-    files = files_of(planned.checkpoint)
+    files = planned.checkpoint.named_files()
     if options.is_join:
         return {}
     if options.part is None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from math import exp
 from typing import Annotated, Any
 
-from moecc.backend import get_backend
+from moecc.backend import backend_with, get_backend
 from moecc.decoding import ReadOnce
 from moecc.families.describe import sequence_flops
 from moecc.ir.conventions import LOGITS
 from moecc.ir.graph import Graph, Value
+from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.ir.unroll import unrolled
 from moecc.jobs.command import (
@@ -25,6 +26,9 @@ from moecc.jobs.command import (
 )
 from moecc.model.open import OpenedModel, open_model
 from moecc.plan.workload import length_variables
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.support.console import Bar, say
 from moecc.support.lazy import np
 from moecc.support.text import amount
@@ -164,12 +168,10 @@ def score_of(
     facts = facts_of(model, graph)
     batches = open_batches(recipe.data, facts)
     dtype = settings.dtype
-    backend = get_backend("xla")
-    assert isinstance(backend, ScoringBackend), "the backend xla scores"
     params = OpenedModel(graph, model.name, model.checkpoint).params(dtype=dtype)
     held_out = next(iter(batches.evaluations.values()))
     _announce(model, held_out.batches, settings)
-    scorer = backend.scorer(graph, params, dtype=dtype)
+    scorer = backend_with(ScoringBackend).scorer(graph, params, dtype=dtype)
 
     def parts() -> Iterator[tuple[TokenScores, Array]]:
         for number in range(held_out.batches):
@@ -312,6 +314,18 @@ class Tracing:
             inputs = {n: batch[n] for n in bare.inputs if n in batch}
             inputs |= {name: np.zeros((), np.uint64) for name in keys}
             yield program.run(params, inputs), batch, bare
+
+
+def traced(graph: Graph, tracer: str) -> Graph | None:
+    """Return a copy of `graph` with the outputs of a tracing pass; None where it adds none."""
+    copy, context = clone(graph), Context(allow_unmatched=True)
+    done = run_pipeline(copy, Pipeline.parse(tracer), context=context)
+    return copy if done.changed else None
+
+
+def count_experts(chosen: Value) -> int:
+    """Return the number of experts among which `chosen` was chosen."""
+    return next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
 
 
 def is_token(value: Value, batch: Arrays) -> tuple[Array, Array]:

@@ -11,12 +11,12 @@ from moecc.backend import Backend, get_backend
 from moecc.chat import read_messages, read_template
 from moecc.decoding import (
     DecodeGraphs,
+    DecodingBatch,
     ReadOnce,
     Sampling,
     check_continues,
     unstretched,
 )
-from moecc.decoding import DecodingBatch as Batch
 from moecc.errors import InputError, Problem, UsageError, raise_problems
 from moecc.formats.files import read_bounded
 from moecc.ir.conventions import DECODER_TOKENS, LOGITS
@@ -83,7 +83,7 @@ class Continuer:
     def __init__(self, model: OpenedModel, backend: Backend | None = None) -> None:
         self._model = model
         self._backend = backend
-        self._readers: dict[tuple[DType, bool], Batch | _Rereader] = {}
+        self._readers: dict[tuple[DType, bool], DecodingBatch | _Rereader] = {}
 
     def texts(
         self, prompts: Sequence[Sequence[int]], how: Continuing, memory: Arrays | None = None
@@ -114,7 +114,7 @@ class Continuer:
         is_stretched = original is not None and longest > original and memory is None
         return _continued(self._reader(how.dtype, is_stretched), prompts, how, memory, model.name)
 
-    def _reader(self, dtype: DType, is_stretched: bool) -> Batch | _Rereader:
+    def _reader(self, dtype: DType, is_stretched: bool) -> DecodingBatch | _Rereader:
         key = dtype, is_stretched
         if key not in self._readers:
             graph, params = self._model.graph, self._model.params(dtype=dtype)
@@ -122,13 +122,13 @@ class Continuer:
             self._readers[key] = (
                 _Rereader(graph, ReadOnce(params), backend, dtype)
                 if is_stretched
-                else Batch(DecodeGraphs.of(graph), params, backend=backend, dtype=dtype)
+                else DecodingBatch(DecodeGraphs.of(graph), params, backend=backend, dtype=dtype)
             )
         return self._readers[key]
 
 
 def _continued(
-    reader: Batch | _Rereader,
+    reader: DecodingBatch | _Rereader,
     prompts: Sequence[Sequence[int]],
     how: Continuing,
     memory: Arrays | None,
@@ -182,8 +182,7 @@ class _Rereader:
 
 def check_prompts(model: OpenedModel, prompts: Sequence[Sequence[int]]) -> None:
     """Raise InputError for prompts without tokens, or with tokens that `model` does not know."""
-    size = model.graph.outputs[LOGITS].type["vocab"].size
-    assert isinstance(size, int), "a parameter has the axis vocab, so its size is known"
+    size = model.graph.outputs[LOGITS].type["vocab"].fixed_size
     problems = [] if prompts else [Problem("there are no prompts", hint=GIVE)]
     for number, prompt in enumerate(prompts, 1):
         where = f"prompt {number}" if len(prompts) > 1 else model.name
@@ -308,7 +307,7 @@ def _chats(model: OpenedModel, prompts: Sequence[str]) -> list[str]:
     """Return the texts that ask for an answer to each prompt, by the model's chat template."""
     companions = {} if model.checkpoint is None else model.checkpoint.companions()
     template = read_template(companions, model.name)
-    return [template.render(read_messages(p, "--prompt"), asks=True) for p in prompts]
+    return [template.render(read_messages(p), asks=True) for p in prompts]
 
 
 def _columns(

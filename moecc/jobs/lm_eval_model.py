@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from moecc.backend import get_backend
+from moecc.backend import backend_with
 from moecc.decoding import Sampling
 from moecc.errors import InputError, MachineError
 from moecc.jobs.generate import Continuer, Continuing, end_tokens, load_tokenizer
@@ -141,10 +141,8 @@ class HarnessModel:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        backend = get_backend("xla")
-        assert isinstance(backend, ScoringBackend), "the backend xla scores"
         params = self.model.params(dtype=self.dtype)
-        return backend.scorer(self.model.graph, params, dtype=self.dtype)
+        return backend_with(ScoringBackend).scorer(self.model.graph, params, dtype=self.dtype)
 
     @cached_property
     def _start(self) -> int:

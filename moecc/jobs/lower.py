@@ -45,14 +45,14 @@ def lower(
     Example:
       moecc lower layer.moe --emit stablehlo --dispatch grouped
     """
-    from moecc.backend import get_lowering_backend
+    from moecc.backend import LoweringBackend, backend_with
     from moecc.model.inputs import default_inputs
     from moecc.model.open import load_files, open_model
     from moecc.types import float_type
 
     check_writable(output, force=force)
     load_files(load)
-    type, backend = float_type(dtype), get_lowering_backend("xla")
+    type, backend = float_type(dtype), backend_with(LoweringBackend)
     options = {"dispatch": dispatch, "platform": platform}
     with open_model(model, weights=weights) as opened:
         inputs = default_inputs(opened.graph, batch=batch, seq=seq)

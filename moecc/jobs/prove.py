@@ -20,7 +20,6 @@ from moecc.errors import (
     raise_problems,
 )
 from moecc.families.heads import has_head
-from moecc.formats.adapter import files_of
 from moecc.formats.folder import CONFIG_NAME
 from moecc.formats.manifest import HASH_THREADS, Manifest, conversion_of
 from moecc.ir.graph import Graph
@@ -278,7 +277,7 @@ def _conversion_of(source: OpenedModel, result: OpenedModel) -> Manifest | None:
     """
     if source.checkpoint is None or result.checkpoint is None:
         return None
-    return conversion_of(result.checkpoint.path, files_of(source.checkpoint))
+    return conversion_of(result.checkpoint.path, source.checkpoint.named_files())
 
 
 class NotPlannedError(InputError):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.families.config import FAMILY
-from moecc.formats.adapter import branches_of, files_of
+from moecc.formats.adapter import branches_of
 from moecc.formats.files import identify, json_content, read_bounded
 from moecc.formats.folder import TOKENIZERS
 from moecc.formats.gguf.storage import FILE_NAME
@@ -298,7 +298,7 @@ def _states(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the state of each file of a source; arrays that someone handed over have none."""
     if isinstance(checkpoint, GivenParams):
         return {"arrays": os.urandom(16).hex()}
-    files = files_of(checkpoint)
+    files = checkpoint.named_files()
     files |= {n: p for n, p in checkpoint.companions().items() if isinstance(p, Path)}
     return {name: _state(path) for name, path in sorted(files.items())}
 

@@ -11,7 +11,6 @@ from moecc.analysis import parameter_groups
 from moecc.errors import InputError
 from moecc.ir.conventions import TRACE
 from moecc.ir.graph import Graph
-from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.jobs.command import (
     Amount,
@@ -24,7 +23,7 @@ from moecc.jobs.command import (
     SequenceLength,
     Spelling,
 )
-from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
+from moecc.jobs.evaluate import EvaluationSpec, Tracing, count_experts, is_token, traced
 from moecc.jobs.generate import load_tokenizer
 from moecc.model.open import OpenedModel, open_model
 from moecc.rewrite.passes import Context
@@ -64,7 +63,12 @@ def specialisation(
     folder = open_tokens(data)
     with open_model(name) as model, _tokenizer(model) as tokenizer:
         run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context(seed=seed))
-        graph = _traced(model.graph, name)
+        graph = traced(model.graph, "trace-routing")
+        if graph is None:
+            raise InputError(
+                "no layer of the model has tokens that choose experts", where=name,
+                hint="-p 'upcycle{experts=8}' gives it some, with routers that learnt nothing",
+            )  # fmt: skip
         tracing = Tracing.of(model, graph, folder, spec)
         pairs = _trace(model, tracing)
         untrained = _trace(model, tracing, _with_drawn_routers(tracing.graph, seed))
@@ -101,18 +105,6 @@ def _layer_facts(
     }
 
 
-def _traced(graph: Graph, name: str) -> Graph:
-    traced = clone(graph)
-    context = Context(allow_unmatched=True)
-    done = run_pipeline(traced, Pipeline.parse("trace-routing"), context=context)
-    if not done.changed:
-        raise InputError(
-            "no layer of the model has tokens that choose experts", where=name,
-            hint="-p 'upcycle{experts=8}' gives it some, with routers that learnt nothing",
-        )  # fmt: skip
-    return traced
-
-
 def _trace(model: OpenedModel, tracing: Tracing, graph: Graph | None = None) -> list[RoutedTokens]:
     """Return where the tokens of all batches went, by layer."""
     layers: dict[str, list[tuple[Array, Array]]] = {}
@@ -131,8 +123,7 @@ def _is_choice(name: str) -> bool:
 
 def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> RoutedTokens:
     layer = name.removeprefix(TRACE).removesuffix(EXPERTS)
-    chosen = graph.outputs[name]
-    size = next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
+    size = count_experts(graph.outputs[name])
     tokens, first = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return RoutedTokens(layer, size, tokens, first)
 

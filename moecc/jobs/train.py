@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated
 
-from moecc.backend import get_backend
+from moecc.backend import backend_with
 from moecc.errors import CheckError, MoeccError, Problem, UsageError, raise_problems, shown
 from moecc.families.describe import count_parameters, sequence_flops
 from moecc.formats.run import is_run, saved_steps
@@ -454,9 +454,7 @@ def train(
             return Report("train-dry-run", facts, lambda: dry_run_text(facts))
         note = "" if is_quiet() else "finishing the step, then saving; a second signal ends at once"
         noted = opened.enter_context(signals_noted(note))
-        backend = get_backend("xla")
-        assert isinstance(backend, Trainer), "the backend xla trains"
-        training = opened.enter_context(backend.train(job))
+        training = opened.enter_context(backend_with(Trainer).train(job))
         trackers = _trackers(job, tensorboard, wandb) if training.writes else []
         predicted = None if saved is None else saved.tokens_per_second
         asked = machine or (saved and saved.machine)

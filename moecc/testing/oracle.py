@@ -328,10 +328,9 @@ def device_gaps(trial: Trial) -> list[str]:
     if mesh is None or mesh.devices > MAX_DEVICES or is_open:
         return []
     params, inputs = trial.data(before)
-    from moecc.backend import MeshBackend, get_backend
+    from moecc.backend import MeshBackend, backend_with
 
-    backend = get_backend("reference")
-    assert isinstance(backend, MeshBackend)
+    backend = backend_with(MeshBackend, "reference")
     try:
         actual = backend.run_on_mesh(after, trial.data(after)[0], inputs)
     except (InputError, AssertionError, ValueError) as error:  # NumPy: shards do not fit together

@@ -92,8 +92,7 @@ class _Parts:
 
 def _joined(pattern: Slice | Index, parts: list[Pair]) -> Expr | None:
     """Return the whole of which `parts` are the parts, in order, or None if one is missing."""
-    size = pattern.x.type[pattern.axis].size
-    assert isinstance(size, int), "a weight has fixed sizes"
+    size = pattern.x.type[pattern.axis].fixed_size
     values = tuple(value for _, value in parts)
     if isinstance(pattern, Index):
         position = pattern.x.type.names.index(pattern.axis)
@@ -123,8 +122,7 @@ def _undone(pattern: Expr, value: Expr) -> list[Pair]:
             names = tuple(name for name, _ in pattern.into)
             return [(pattern.x, Merge(value, names, pattern.axis))]
         case Merge():
-            sizes = zip(pattern.axes, (pattern.x.type[a].size for a in pattern.axes), strict=True)
-            into = tuple((name, size) for name, size in sizes if isinstance(size, int))
+            into = tuple((name, pattern.x.type[name].fixed_size) for name in pattern.axes)
             return [(pattern.x, Split(value, pattern.into, into))]
     raise ValueError(f"{pattern} cannot be inverted")
 
@@ -151,8 +149,7 @@ def _cut(pattern: Concat, value: Expr) -> list[Pair]:
     pairs: list[Pair] = []
     start = 0
     for x in pattern.xs:
-        size = x.type[pattern.axis].size
-        assert isinstance(size, int), "a weight has fixed sizes"
+        size = x.type[pattern.axis].fixed_size
         pairs.append((x, Slice(value, pattern.axis, start, start + size)))
         start += size
     return pairs

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from moecc.support.lazy import np
 from moecc.types import F32, Doubles, TensorType
-from moecc.weights.expr import Expr, axis_of, check_finite, check_type, node, size
+from moecc.weights.expr import Expr, axis_of, check_finite, check_type, node
 
 LARGEST = 3.4e38
 """The largest number that is drawn, as f32 has it."""
@@ -137,10 +137,10 @@ class Subset(Draw):
         if self.type.dtype.kind != "bool":
             raise self.error("a subset is of type pred", found=str(self.type))
         axis_of(self, self, self.axis)
-        if not 0 <= self.count <= size(self.type[self.axis]):
+        if not 0 <= self.count <= self.type[self.axis].fixed_size:
             raise self.error(
                 "the number of positions is out of range",
-                expected=f"0 to {size(self.type[self.axis])}",
+                expected=f"0 to {self.type[self.axis].fixed_size}",
                 found=str(self.count),
             )
         return self._check_key(self.type)

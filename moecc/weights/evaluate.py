@@ -44,7 +44,6 @@ from moecc.weights.expr import (
     project,
     row_blocks,
     runs,
-    size,
     whole,
 )
 from moecc.weights.expr import sources as sources
@@ -325,7 +324,7 @@ class Evaluator:
     def _take(self, e: Take, box: Box) -> Array:
         at = e.type.names.index(e.axis)
         order = self.block(e.order, (box[at],))
-        limit = size(e.x.type[e.axis])
+        limit = e.x.type[e.axis].fixed_size
         wrong = order[(order < 0) | (order >= limit)]
         if wrong.size:
             raise e.error(

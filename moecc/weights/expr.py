@@ -23,8 +23,8 @@ from weakref import WeakValueDictionary
 from moecc.errors import InputError, printable
 from moecc.support.lazy import np
 from moecc.terms.tensor import Tensor
-from moecc.terms.term import Algebra, Head
-from moecc.types import F32, F64, Array, Axis, DType, TensorType
+from moecc.terms.term import Algebra, Head, Var
+from moecc.types import F32, F64, Array, DType, TensorType
 
 MAX_DEPTH = 100
 """The depth limit of expressions, which recursive traversals rely on."""
@@ -104,9 +104,13 @@ class Expr(metaclass=_Interned):
         """Return the value in index notation; a class that knows nothing better leaves it."""
         return self.uninterpreted(algebra, *operands)
 
+    def axes_in(self, algebra: Algebra) -> tuple[Var, ...]:
+        """Return the axes of the value in index notation."""
+        return tuple(algebra.axis(a.name, a.fixed_size) for a in self.type.axes)
+
     def uninterpreted(self, algebra: Algebra, *operands: Tensor) -> Tensor:
         """Return an unknown function of the operands, which the text of this node identifies."""
-        axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
+        axes = self.axes_in(algebra)
         indices = [algebra.index(v) for v in axes]
         functions = [x.closed() for x in operands]
         # The text may name axes of operands, so which function it is depends on their layout.
@@ -286,7 +290,7 @@ class Source(Expr):
         return self.type
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
-        axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
+        axes = self.axes_in(algebra)
         # The names of the axes are the reader's, the sizes and the element type the file's.
         head = Head("source", (self.name, str(self.type.dtype), self.type.shape))
         return Tensor(algebra, axes, algebra.apply(head, (), [algebra.index(v) for v in axes]))
@@ -321,7 +325,7 @@ class Full(Expr):
         return self.type
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
-        axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
+        axes = self.axes_in(algebra)
         stored = float(np.asarray(self.value).astype(self.type.dtype.numpy))
         is_rounded = stored != self.value and self.type.dtype not in (F32, F64)
         if is_rounded or self.value.hex() == (-0.0).hex():
@@ -389,12 +393,6 @@ def axis_of(expr: Expr, x: Expr, name: str) -> int:
         raise expr.error(
             f"the operand has no axis {printable(name)!r}", found=str(x.type)
         ) from None
-
-
-def size(axis: Axis) -> int:
-    """Return the size of an axis of a weight, which is always fixed."""
-    assert isinstance(axis.size, int)
-    return axis.size
 
 
 def sources(expr: Expr) -> tuple[Source, ...]:

@@ -13,7 +13,7 @@ from moecc.terms.tensor import Tensor
 from moecc.terms.term import Algebra, Head
 from moecc.types import DTYPES, Axis, TensorType
 from moecc.weights.draws import Draw
-from moecc.weights.expr import Expr, axis_of, check_name, check_type, node, size
+from moecc.weights.expr import Expr, axis_of, check_name, check_type, node
 
 # A short text for stacks of many expressions that differ in a number.
 #
@@ -133,7 +133,7 @@ class Concat(Expr):
                     expected=str(first),
                     found=str(x.type),
                 )
-        return _resized(first, at, sum(size(x.type.axes[at]) for x in self.xs))
+        return _resized(first, at, sum(x.type.axes[at].fixed_size for x in self.xs))
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
         return terms.pieces(operands, self.axis)
@@ -151,10 +151,10 @@ class Index(Expr):
 
     def _infer(self) -> TensorType:
         axis = self.x.type.axes[axis_of(self, self.x, self.axis)]
-        if not 0 <= self.at < size(axis):
+        if not 0 <= self.at < axis.fixed_size:
             raise self.error(
                 f"there is no position {self.at} on axis {self.axis!r}",
-                expected=f"0 to {size(axis) - 1}",
+                expected=f"0 to {axis.fixed_size - 1}",
             )
         return self.x.type.without(self.axis)
 
@@ -176,10 +176,10 @@ class Slice(Expr):
 
     def _infer(self) -> TensorType:
         at = axis_of(self, self.x, self.axis)
-        if not 0 <= self.start < self.stop <= size(self.x.type.axes[at]):
+        if not 0 <= self.start < self.stop <= self.x.type.axes[at].fixed_size:
             raise self.error(
                 f"not a range of axis {self.axis!r}",
-                expected=f"0 <= start < stop <= {size(self.x.type.axes[at])}",
+                expected=f"0 <= start < stop <= {self.x.type.axes[at].fixed_size}",
                 found=f"{self.start}:{self.stop}",
             )
         return _resized(self.x.type, at, self.stop - self.start)
@@ -204,7 +204,7 @@ class Split(Expr):
 
     def _infer(self) -> TensorType:
         at = axis_of(self, self.x, self.axis)
-        total = size(self.x.type.axes[at])
+        total = self.x.type.axes[at].fixed_size
         if not self.into or any(s < 1 for _, s in self.into):
             raise self.error("the parts of an axis need sizes of at least 1")
         if prod(s for _, s in self.into) != total:
@@ -241,7 +241,7 @@ class Merge(Expr):
                 hint="permute the operand first",
             )
         merged = self.x.type.axes[at[0] : at[-1] + 1]
-        axis = Axis(self.into, prod(size(a) for a in merged))
+        axis = Axis(self.into, prod(a.fixed_size for a in merged))
         return _renamed(self, _spliced(self.x.type, at[0], at[-1] + 1, (axis,)))
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
@@ -354,7 +354,7 @@ class Take(Expr):
                 found=str(order),
             )
         axes = list(self.x.type.axes)
-        axes[at] = Axis(self.axis, size(order.axes[0]))
+        axes[at] = Axis(self.axis, order.axes[0].fixed_size)
         return self.x.type.with_axes(axes)
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
@@ -384,7 +384,7 @@ class Permutation(Draw):
         return self._check_key(self.type)
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
-        (axis,) = (algebra.axis(a.name, size(a)) for a in self.type.axes)
+        (axis,) = self.axes_in(algebra)
         head = Head("permutation", (axis.size, self.key))
         return Tensor(algebra, (axis,), algebra.apply(head, (), [algebra.index(axis)]))
 
@@ -464,6 +464,6 @@ class Aligned(Expr):
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
         # Some order of all neurons, which the text identifies.
-        (axis,) = (algebra.axis(a.name, size(a)) for a in self.type.axes)
+        (axis,) = self.axes_in(algebra)
         head = Head("permutation", (axis.size, str(self)))
         return Tensor(algebra, (axis,), algebra.apply(head, (), [algebra.index(axis)]))

@@ -198,7 +198,7 @@ def push_view(e: View) -> Expr | None:
             parts: list[Expr] = []
             offset = 0
             for y in x.xs:
-                size = _size(y, axis)
+                size = y.type[axis].fixed_size
                 ends = max(start - offset, 0), min(stop - offset, size)
                 if ends[0] < ends[1]:
                     parts.append(Index(y, axis, ends[0]) if is_index else Slice(y, axis, *ends))
@@ -232,14 +232,14 @@ def push_view(e: View) -> Expr | None:
 def _merged_index(merge: Merge, at: int) -> Expr:
     x = merge.x
     for name in reversed(merge.axes):
-        at, position = divmod(at, _size(merge.x, name))
+        at, position = divmod(at, merge.x.type[name].fixed_size)
         x = Index(x, name, position)
     return x
 
 
 def _merged_slice(merge: Merge, start: int, stop: int) -> Expr | None:
     first, *inner_axes = merge.axes
-    run = prod(_size(merge.x, name) for name in inner_axes)
+    run = prod(merge.x.type[name].fixed_size for name in inner_axes)
     if start % run == 0 and stop % run == 0:
         return Merge(Slice(merge.x, first, start // run, stop // run), merge.axes, merge.into)
     row = start // run
@@ -247,12 +247,6 @@ def _merged_slice(merge: Merge, start: int, stop: int) -> Expr | None:
         return None  # the range starts or ends within a row
     merged = Merge(Index(merge.x, first, row), tuple(inner_axes), merge.into)
     return Slice(merged, merge.into, start - row * run, stop - row * run)
-
-
-def _size(x: Expr, name: str) -> int:
-    size = x.type[name].size
-    assert isinstance(size, int)
-    return size
 
 
 # Rules for the nodes that move data.
@@ -286,7 +280,7 @@ def stack_of_indices(e: Stack) -> Expr | None:
     first = e.xs[0]
     if not isinstance(first, Index):
         return None
-    if first.at + len(e.xs) > _size(first.x, first.axis):
+    if first.at + len(e.xs) > first.x.type[first.axis].fixed_size:
         return None
     if any(x is not first.replace(at=first.at + i) for i, x in enumerate(e.xs)):
         return None
@@ -377,8 +371,7 @@ def merge_of_split(e: Merge) -> Expr | None:
     if not isinstance(inner, Split) or not set(e.axes) <= set(dict(inner.into)):
         return None
     at = [name for name, _ in inner.into].index(e.axes[0])
-    size = e.type[e.into].size
-    assert isinstance(size, int)
+    size = e.type[e.into].fixed_size
     inner_axes = inner.into[at + len(e.axes) :]
     return Split(inner.x, inner.axis, (*inner.into[:at], (e.into, size), *inner_axes))
 

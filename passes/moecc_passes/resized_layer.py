@@ -498,9 +498,8 @@ def unread(layer: Anatomy, name: str, ctx: Context) -> Iterator[Problem]:
 
 def _embed(layer: Anatomy) -> int:
     result = layer.layer.combine.result.type
-    (size,) = (a.size for a in result if a.name not in layer.layer.tokens)
-    assert isinstance(size, int), "the width of a model is known"
-    return size
+    (embed,) = (a for a in result if a.name not in layer.layer.tokens)
+    return embed.fixed_size
 
 
 def largest(values: Doubles, count: int) -> tuple[int, ...]:

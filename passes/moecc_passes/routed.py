@@ -110,9 +110,7 @@ class RoutedLayer:
     @property
     def top_k(self) -> int:
         """The choices of a token."""
-        (size,) = (a.size for a in self.slots.type if a.name not in self.tokens)
-        assert isinstance(size, int), "the number of choices is known"
-        return size
+        return self.slots.type[self.choice].fixed_size
 
     @property
     def choice(self) -> str:

@@ -13,8 +13,7 @@ pytest.importorskip("jax")
 from tiers import few, some
 
 from moecc.backend import get_backend
-from moecc.decoding import DecodeGraphs, Sampling
-from moecc.decoding import DecodingBatch as Batch
+from moecc.decoding import DecodeGraphs, DecodingBatch, Sampling
 from moecc.jobs.generate import Continuer, Continuing
 from moecc.model.open import OpenedModel, open_model
 from moecc.types import F32
@@ -72,7 +71,7 @@ def test_caches_grow():
     """Longer than the smallest cache, a text has the logits that it has at once."""
     with open_model(str(GOLDEN / "llama_square_mlp")) as model:
         text = [int(t) for t in np.random.default_rng(0).integers(0, 16, 70)]
-        batch = Batch(
+        batch = DecodingBatch(
             DecodeGraphs.of(model.graph), model.params(), backend=get_backend("xla"), dtype=F32
         )
         found = [batch.begin([text[:60]])[0], *(batch.step([t])[0] for t in text[60:])]
@@ -95,7 +94,9 @@ def test_caches_are_updated_in_place():
     """What goes in is given up: memory does not grow by a cache a layer and a step."""
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         backend = get_backend("xla")
-        batch = Batch(DecodeGraphs.of(model.graph), model.params(), backend=backend, dtype=F32)
+        batch = DecodingBatch(
+            DecodeGraphs.of(model.graph), model.params(), backend=backend, dtype=F32
+        )
         batch.begin([[1, 2]])
         session = batch._session
         before = dict(session._values)  # type: ignore[attr-defined]

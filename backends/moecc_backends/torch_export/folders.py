@@ -18,7 +18,6 @@ import torch
 
 from moecc.api.arguments import flag, folder_text, whole
 from moecc.errors import InputError, MoeccError, Problem, raise_problems
-from moecc.formats.adapter import files_of
 from moecc.formats.files import make_folder, read_json_object, read_whole, write_durable
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, SafetensorsFolder, open_folder
 from moecc.formats.manifest import conversion_of, hashed_beside
@@ -316,7 +315,7 @@ def convert_folder(
         dense = dict(folder.loaded().state_dict())
         with (
             output_folder(destination, inputs=[path], force=force, needed_bytes=size) as temporary,
-            hashed_beside(files_of(checkpoint)) as source_files,
+            hashed_beside(checkpoint.named_files()) as source_files,
         ):
             written = _write_weights(temporary, sparse, dense, options)
             _write_companions(temporary, checkpoint, conversion.dense.module)
@@ -400,7 +399,7 @@ def prove_folder(source: str | Path, result: str | Path, prover: Prover) -> Conv
     """
     path, target = Path(folder_text(source)), Path(folder_text(result))
     with open_folder(path) as checkpoint:
-        manifest = conversion_of(target, files_of(checkpoint))
+        manifest = conversion_of(target, checkpoint.named_files())
     if manifest is None:
         raise InputError("the folder was not converted from these files", where=str(target),
                          found=str(path))  # fmt: skip

@@ -153,8 +153,7 @@ class HeadLoss:
         if not self.head.is_cut:
             return 1
         vocab = self.head.logits.type[VOCAB]
-        assert isinstance(vocab.size, int), "the vocabulary is known"
-        logits_bytes = 4 * tokens * vocab.size // self.lowering.fresh().shard_count(vocab)
+        logits_bytes = 4 * tokens * vocab.fixed_size // self.lowering.fresh().shard_count(vocab)
         weights_bytes = sum(4 * weight.size for weight in weights)
         return min(chunk_count(logits_bytes, weights_bytes, self.chunk_bytes), max(tokens, 1))
 
