@@ -22,7 +22,7 @@ from moecc.ir.structure import clone
 from moecc.launch.processes import hold_lifeline
 from moecc.model.open import open_model, registry_with
 from moecc.plan.machines import Machine, find_machine
-from moecc.plan.report import batch_json
+from moecc.plan.report import step_json
 from moecc.plan.search import PlanQuery, check_constraints, dispatch_of, search, way_out
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
@@ -320,13 +320,7 @@ def report(prepared: PreparedJob, result: Result) -> JsonDict:
             "devices": job.machine.devices,
             "usable_bytes": usable,
         },
-        "step": config.step,
-        "optimizer": config.optimizer if config.train else None,
-        "dtype": config.compute_type.name,
-        "weight_dtype": config.weight_type.name,
-        "reduce_dtype": config.reduce_type.name if config.train else None,
-        "batch": batch_json(work.batch, config),
-        "parameters": work.parameters,
+        **step_json(work, config),
         "mesh": dict(job.layout.sizes),
         "dense_weights": job.layout.dense_weights,
         "remat": estimate.strategy.remat,

@@ -53,10 +53,9 @@ from moecc.jobs.command import (
 from moecc.launch.processes import LIFELINE
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import batch_text
-from moecc.plan.search import as_option, search, seconds_text
-from moecc.plan.step import StepConfig, Strategy, mesh_text, read_plan
+from moecc.plan.search import search, seconds_text
+from moecc.plan.step import StepConfig, read_plan
 from moecc.plan.time import Estimator
-from moecc.sharding.vias import LOCAL
 from moecc.support.console import say
 from moecc.support.extras import require
 from moecc.support.process import signals_raised
@@ -209,17 +208,6 @@ def _last_words(log: str) -> str:
     return match[1] if match else next(iter(log.strip().splitlines()[-1:]), "nothing")
 
 
-def settings_of(strategy: Strategy) -> JsonDict:
-    """Return the settings of `StepConfig` that fix a strategy."""
-    return {
-        "mesh": mesh_text(strategy.layout.sizes),
-        "via": None if strategy.via == LOCAL else strategy.via,
-        "remat": strategy.remat,
-        "dense_weights": strategy.layout.dense_weights,
-        "sliced": strategy.sliced,
-    }
-
-
 MOST_TRIED = 3
 """How many other plans are compiled where the compiler fails."""
 
@@ -244,11 +232,9 @@ def nearest_that_compiles(request: Request, time_limit_seconds: float) -> str:
         *(each for each in ranking.searched if each.strategy != failed.strategy),
     ]
     for estimate in nearest[:MOST_TRIED]:
-        settings = settings_of(estimate.strategy)
-        options = " ".join(as_option(n, v) for n, v in settings.items() if n != "sliced" and v)
-        options += " --slice" if settings["sliced"] else ""
+        options = estimate.strategy.options
         say(f"note: the compiler failed; trying {options}")
-        config = replace(free, **settings)
+        config = replace(free, **estimate.strategy.settings)
         try:
             tried = compile_in_subprocess(replace(request, config=config), time_limit_seconds).data
         except MachineError:

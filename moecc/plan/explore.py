@@ -21,7 +21,6 @@ from moecc.plan.step import StepConfig, Strategy, mesh_text
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload
 from moecc.sharding.layout import Layout
-from moecc.sharding.vias import LOCAL
 from moecc.support.text import amount, size_text
 
 # Context parallelism: what a step would take if devices had parts of a sequence, keys gathered.
@@ -443,18 +442,8 @@ def _idea(name: str, how: str, options: str, estimate: Estimate, planned: Planne
 
 def _asking(strategy: Strategy) -> str:
     """Return the options that ask for a strategy; some only ``moecc compile`` has."""
-    layout = strategy.layout
-    options = [f"--mesh {mesh_text(layout.sizes)}"]
-    if layout.stated:
-        options.insert(0, f"--rules {','.join(layout.stated)}")
-    elif layout.dense_weights != "whole":
-        options.append(f"--dense-weights {layout.dense_weights}")
-    if strategy.via != LOCAL:
-        options.append(f"--via {strategy.via}")
-    options.append(f"--remat {strategy.remat}")
-    compiled = ["--slice"] if strategy.sliced else []
-    compiled += [f"--chunks {strategy.chunks}"] if strategy.chunks > 1 else []
-    return " ".join([*(["moecc compile"] if compiled else []), *options, *compiled])
+    is_compiled = strategy.sliced or strategy.chunks > 1
+    return f"{'moecc compile ' if is_compiled else ''}{strategy.options}"
 
 
 def _sequences(planned: PlannedStep) -> Iterator[Idea]:

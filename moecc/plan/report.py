@@ -12,7 +12,7 @@ from moecc.plan.machines import Machine, efficiency_range
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy, mesh_text
 from moecc.plan.time import EXPOSED_ERROR, Estimate
-from moecc.plan.workload import Batch, Workload
+from moecc.plan.workload import Workload
 from moecc.support.text import amount, count_text, time_text
 from moecc.support.untyped import JsonDict
 
@@ -64,13 +64,7 @@ def plan_json(
             "hbm_bytes_per_second": machine.hbm_bytes_per_second,
             "sources": list(machine.sources),
         },
-        "step": "train" if config.train else "forward",
-        "optimizer": config.optimizer if config.train else None,
-        "dtype": config.compute_type.name,
-        "weight_dtype": config.weight_type.name,
-        "reduce_dtype": config.reduce_type.name if config.train else None,
-        "batch": batch_json(work.batch, config),
-        "parameters": work.parameters,
+        **step_json(work, config),
         "experts": work.experts,
         "model_flops": best.model_flops,
         "best": _plan(best, work),
@@ -107,13 +101,21 @@ def run_json(data: JsonDict, tokens: float, price: float | None) -> JsonDict:
     }
 
 
-def batch_json(part: Batch, config: StepConfig) -> JsonDict:
-    """Return the batch of which `part` is a micro-batch."""
+def step_json(work: Workload, config: StepConfig) -> JsonDict:
+    """Return what a step computes, of a plan and of a compilation, as JSON values."""
     return {
-        "tokens": part.tokens * config.micro_batches,
-        "sequences": part.sequences * config.micro_batches,
-        "lengths": dict(part.lengths),
-        "micro_batches": config.micro_batches,
+        "step": config.step,
+        "optimizer": config.optimizer if config.train else None,
+        "dtype": config.compute_type.name,
+        "weight_dtype": config.weight_type.name,
+        "reduce_dtype": config.reduce_type.name if config.train else None,
+        "batch": {
+            "tokens": work.batch.tokens * config.micro_batches,
+            "sequences": work.batch.sequences * config.micro_batches,
+            "lengths": dict(work.batch.lengths),
+            "micro_batches": config.micro_batches,
+        },
+        "parameters": work.parameters,
     }
 
 

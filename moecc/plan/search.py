@@ -10,7 +10,7 @@ from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.mesh import Mesh, nearest_divisor
 from moecc.plan.collectives import SLICED, is_exact
 from moecc.plan.machines import Machine, sizes_of_kind
-from moecc.plan.step import AXES, StepConfig, Strategy, mesh_text
+from moecc.plan.step import AXES, StepConfig, Strategy, as_option, mesh_text
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
@@ -254,11 +254,6 @@ Spelling = Callable[[str, str], str]
 """Returns the option that sets a field to a new value."""
 
 MOST_PARTS = 256
-
-
-def as_option(name: str, value: str) -> str:
-    """Return a field and its value as ``moecc plan`` and ``moecc compile`` take them."""
-    return f"--{name.replace('_', '-')} {value}"
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,30 @@ class Strategy:
         tensor = [a for a in self.layout.split(self.layout.tensor_axes) if a not in sequence]
         return tensor[0] if tensor and self.remat != "none" else None
 
+    @property
+    def settings(self) -> JsonDict:
+        """The settings of `StepConfig` that fix it."""
+        layout = self.layout
+        return {
+            "rules": ",".join(layout.stated) or None,
+            "mesh": mesh_text(layout.sizes),
+            "dense_weights": None if layout.stated else layout.dense_weights,
+            "via": None if self.via == LOCAL else self.via,
+            "remat": self.remat,
+            "sliced": self.sliced,
+            "chunks": self.chunks,
+        }
+
+    @property
+    def options(self) -> str:
+        """The options of ``moecc compile`` that ask for it."""
+        default = {**asdict(StepConfig()), "dense_weights": "whole"}
+        asked = {n: v for n, v in self.settings.items() if v and v != default[n]}
+        return " ".join(
+            "--slice" if name == "sliced" else as_option(name, str(value))
+            for name, value in asked.items()
+        )
+
     def __str__(self) -> str:
         mesh = str(self.layout.mesh) or "one device"
         dense = ", dense weights split" if self.layout.dense_weights == "split" else ""
@@ -263,6 +287,11 @@ class Strategy:
         via += f" in {self.chunks} chunks" if self.chunks > 1 else ""
         rows = f", {self.dispatch}" if self.layout.experts else ""
         return f"{mesh}{dense}{via}{rows}, remat {self.remat}"
+
+
+def as_option(name: str, value: str) -> str:
+    """Return a setting and its value as ``moecc plan`` and ``moecc compile`` take them."""
+    return f"--{name.replace('_', '-')} {value}"
 
 
 # A plan in a file: `moecc plan --save` writes it, and `compile` and `train` read it.

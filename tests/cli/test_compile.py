@@ -235,8 +235,15 @@ FATAL = (
 )
 
 
+@pytest.mark.parametrize(
+    ("rules", "options"),
+    [
+        ((), "--mesh data=4 --via capacity --remat"),
+        (("--rules", "data-parallel"), "--rules data-parallel --mesh data=4 --remat"),
+    ],
+)
 def test_a_crash_of_the_compiler_is_its_own_words_and_the_nearest_plan_that_compiles(
-    moecc, monkeypatch
+    moecc, monkeypatch, rules, options
 ):
     needs_optax()
     tried: list[str] = []
@@ -244,7 +251,7 @@ def test_a_crash_of_the_compiler_is_its_own_words_and_the_nearest_plan_that_comp
     @contextmanager
     def compiler(folder: Path, _machine: object, log: IO[bytes]) -> Iterator[SimpleNamespace]:
         config = json.loads((folder / REQUEST).read_text())["config"]
-        tried.append(f"{config['mesh']} {config['remat']}")
+        tried.append(f"{config['rules']} {config['mesh']} {config['remat']}")
         crashes = config["remat"] == "none"
         if crashes:
             log.write(FATAL.encode())
@@ -253,13 +260,14 @@ def test_a_crash_of_the_compiler_is_its_own_words_and_the_nearest_plan_that_comp
         yield SimpleNamespace(wait=lambda _limit: None, returncode=-6 if crashes else 0)
 
     monkeypatch.setattr(import_module("moecc.jobs.compile"), "_worker", compiler)
-    done = moecc("compile", MIXTRAL, "--machine", "cpu:4", "--mesh", "data=4", *SMALL,
+    done = moecc("compile", MIXTRAL, "--machine", "cpu:4", "--mesh", "data=4", *rules, *SMALL,
                  "--remat", "none")  # fmt: skip
     assert done.code == 4
     assert "fusion_emitter.cc:418] Check failed: base_bounds == megacores (2 vs. 16)" in done.err
     assert "the compiler crashed (SIGABRT)" in done.err
-    assert tried[0] == "data=4 none"
-    mesh, remat = tried[-1].split()
-    assert mesh == "data=4"
-    assert f"--mesh {mesh} --via capacity --remat {remat}" in done.err
+    layout = rules[1] if rules else None
+    assert tried[0] == f"{layout} data=4 none"
+    nearest, remat = tried[-1].rsplit(" ", 1)
+    assert nearest == f"{layout} data=4"
+    assert f"{options} {remat}" in done.err
     assert "compiles; by the plan it takes" in done.err

@@ -20,13 +20,16 @@ from pathlib import Path
 from moecc.ahead.request import CompilerFailed, Request
 from moecc.ahead.worker import prepare
 from moecc.errors import MoeccError
-from moecc.jobs.compile import compile_in_subprocess, nearest_that_compiles, settings_of
+from moecc.jobs.compile import compile_in_subprocess, nearest_that_compiles
 from moecc.plan.search import search
 
 from .exposed import LLAMA, MIXTRAL, SMOLLM2, UPCYCLED, Row, machine, program, request_of
 
 RECORD = Path("docs/proofs/best-plans.json")
 RANKS = 10
+SETTINGS = ("mesh", "via", "remat", "dense_weights", "sliced")
+"""What a row has of a plan's settings."""
+
 LIMIT_SECONDS = 3600.0
 
 MACHINES = ("gpu:h100:64", "gpu:b200:16", "tpu:v6e:8x8", "tpu:v5p:4x4x4")
@@ -47,7 +50,10 @@ def searched(model: str, machine_name: str) -> list[Row]:
     asked = prepare(request).asked
     ranking = search(asked.work, asked.machine, request.config, asked.work_on, RANKS - 1)
     return [
-        {**settings_of(estimate.strategy), "planned_seconds": round(estimate.seconds, 6)}
+        {
+            **{name: estimate.strategy.settings[name] for name in SETTINGS},
+            "planned_seconds": round(estimate.seconds, 6),
+        }
         for estimate in (ranking.best, *ranking.others)
     ]
 
@@ -55,7 +61,7 @@ def searched(model: str, machine_name: str) -> list[Row]:
 def request_for(model: str, machine_name: str, plan: Row) -> Request:
     """Return the compilation of a plan of a cell."""
     name, pipeline = MODELS[model]
-    settings = {n: v for n, v in plan.items() if n in ("via", "remat", "dense_weights", "sliced")}
+    settings = {n: plan[n] for n in SETTINGS if n in plan and n != "mesh"}
     return request_of(program(name, machine_name, plan["mesh"], pipeline, **settings))
 
 
