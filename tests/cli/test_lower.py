@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from moecc.ir import print_graph
+from moecc.ir.operation import OPS
 
 pytest.importorskip("jax")
 
@@ -90,21 +93,29 @@ def test_without_jax_it_says_what_to_install(moecc, layer, monkeypatch):
     assert "pip install 'jax<" in done.err
 
 
-def test_an_operation_from_outside_is_passed_over_and_lowered(tmp_path):
-    """In processes of their own: an operation stays in the table."""
+@pytest.fixture
+def table():
+    """The table of operations, which loses those that a test adds."""
+    earlier = set(OPS)
+    yield OPS
+    for name in OPS.keys() - earlier:
+        del OPS[name]
+
+
+def test_an_operation_from_outside_is_passed_over_and_lowered(tmp_path, monkeypatch, moecc, table):
     page = (Path(__file__).parents[2] / "docs" / "ir.md").read_text("utf-8")
     code = page[page.index("## An operation of your own") :].split("```python\n")[1].split("```")[0]
-    declared = code[: code.index("graph = Graph")]
-    (tmp_path / "mish.py").write_text(declared)
-    source = "from moecc.ir import print_graph\nprint(print_graph(graph))\n"
-    text = subprocess.run([sys.executable, "-c", code + source], stdout=subprocess.PIPE, check=True)
-    (tmp_path / "dense.moe").write_bytes(text.stdout)
+    (tmp_path / "mish.py").write_text(code[: code.index("graph = Graph")])
+    names: dict[str, Any] = {}
+    exec(code, names)
+    (tmp_path / "dense.moe").write_text(print_graph(names["graph"]))
+    del table["mish"]
+    monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> str:
-        command = [sys.executable, "-m", "moecc", *words, "--load", "mish.py"]
-        return subprocess.run(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
+        done = moecc(*words, "--load", "mish.py")
+        assert done.code == 0, done.err
+        return done.out
 
     sparse = run("opt", "dense.moe", "-p", "upcycle{experts=4 top-k=2}", "--check")
     assert "= mish " in sparse
