@@ -90,9 +90,10 @@ class _LatentConfig(MoeConfig):
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
         nope, rotary = reader.size(NOPE, COUNT), reader.size(ROTARY, COUNT)
-        for key, usual in (("head_dim", rotary), (BOTH, nope + rotary)):
+        sources = {"head_dim": (rotary, ROTARY), BOTH: (nope + rotary, f"{NOPE} and {ROTARY}")}
+        for key, (usual, stating) in sources.items():
             if reader.has(key) and reader.value(key) != usual:
-                reader.refuse(key, "transformers makes this of other keys", expected=f"{usual}")
+                reader.refuse(key, f"transformers makes this of {stating}", expected=f"{usual}")
         values = super()._read(reader.with_data({**reader.data, "head_dim": nope + rotary}))
         latent = LatentAttention(
             reader.optional_size(QUERY_RANK, NEURONS),

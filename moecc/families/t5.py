@@ -217,7 +217,8 @@ class SwitchTransformersConfig(EncDecConfig):
             key, step = f"num_sparse_{stack}_layers", f"{stack}_sparse_step"
             expected = _step(values[depth], values[key])
             if reader.value(step) not in (None, expected) and key not in reader.bad:
-                reader.refuse(step, f"contradicts {key}", expected=f"{expected}, or nothing")
+                fault = f"contradicts {key} and {cls.key(depth)}"
+                reader.refuse(step, fault, expected=f"{expected}, or nothing")
         return {**values, "scale_outputs": values["tie_word_embeddings"]}
 
     def _write(self) -> JsonDict:

@@ -124,7 +124,7 @@ def test_groups_are_of_the_graph_and_no_other_family_has_them():
         ({"topk_group": 3}, "that many groups"),
         ({"num_experts_per_tok": 5}, "fewer experts than it chooses"),
         ({"n_group": 8, "topk_group": 8}, "two best experts"),
-        ({"head_dim": 14}, "head_dim: transformers makes this of other keys"),
+        ({"head_dim": 14}, "head_dim: transformers makes this of qk_rope_head_dim"),
         ({"scoring_func": "softmax"}, "scoring_func: transformers chooses by sigmoids"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 1.0,
                               "rope_theta": 1e4}}, "mscale_all_dim under every rope type"),
