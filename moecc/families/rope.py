@@ -320,7 +320,11 @@ def _longrope(
 ) -> RopeConfig:
     """Read the scaling of phi3, which transformers 4 takes with nothing but its two lists."""
     key = "original_max_position_embeddings"
-    length = part.optional_size(key, LENGTH) or original_length
+    inside = part.optional_size(key, LENGTH)
+    if inside is not None and original_length not in (None, inside):
+        fault = "transformers 5 takes the length beside the parameters"
+        part.refuse(key, fault, expected=f"{original_length}")
+    length = inside or original_length
     for name in ("factor", "attention_factor"):
         if part.value(name) is not None:
             part.refuse(name, "transformers 4 rejects it beside the two lists", expected="nothing")

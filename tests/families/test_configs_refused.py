@@ -224,6 +224,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "rope_scaling",
         "whatever truncate says",
     ),
+    "two original lengths": (
+        small("phi3", original_max_position_embeddings=16, rope_scaling=mscaled()),
+        "rope_scaling: original_max_position_embeddings",
+        "the length beside",
+    ),
     "scaled windows": (
         small("gemma3_text", rope_parameters={"sliding_attention": {"type": "linear"}}),
         "rope_parameters: sliding_attention",
