@@ -79,12 +79,17 @@ def structure(graph: Graph, *, named: bool = True) -> Iterator[object]:
         numbers[value] = len(numbers)
         yield ("param", name, value.type, value.weight)
     for node in graph:
-        uses = tuple(numbers[v] for v in node.operands)
-        for value in node.results:
-            numbers[value] = len(numbers)
-        types = tuple(type_key(v.type, numbers) for v in node.results)
-        yield (node.op.name, uses, attributes(node.attrs), types)
+        yield statement(node, numbers)
     yield tuple((n if named else "", numbers[v]) for n, v in graph.outputs.items())
+
+
+def statement(node: Node, numbers: dict[Value, int]) -> tuple[object, ...]:
+    """Return what a node does, its operands by their numbers; its results are numbered."""
+    uses = tuple(numbers[v] for v in node.operands)
+    for value in node.results:
+        numbers[value] = len(numbers)
+    types = tuple(type_key(v.type, numbers) for v in node.results)
+    return (node.op.name, uses, attributes(node.attrs), types)
 
 
 def attributes(attrs: Mapping[str, object]) -> tuple[object, ...]:

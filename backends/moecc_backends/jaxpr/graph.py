@@ -21,6 +21,7 @@ from moecc.errors import InputError, Problem, UsageError
 from moecc.formats.manifest import FileRecord, Manifest, TensorRecord, dump, folder_records
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.structure import type_key
 from moecc.jobs.checks import Contracts, PassProofs, check_contracts
 from moecc.model.open import GRAPH
 from moecc.rewrite.passes import Context, Pass, Preserves
@@ -33,7 +34,7 @@ from moecc_backends.jaxpr.scopes import Equation, JaxprScope, TracedFunction, Va
 from moecc_backends.jaxpr.survey import BlockSite, Survey, VariableLabels, equations_of
 from moecc_backends.jaxpr.views import dtype_named, path_name, unique
 from moecc_backends.xla.lower.function import finalize_output, lower_values
-from moecc_backends.xla.lower.scan import computation_key, type_key
+from moecc_backends.xla.lower.scan import computation_key
 
 TOKEN_AXES = {1: ("token",), 2: ("batch", "seq")}
 """What the axes of tokens are called, by their number."""

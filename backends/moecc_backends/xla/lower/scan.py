@@ -13,7 +13,7 @@ dear of that which lowerings have between them.  Parameters are gathered again a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -23,12 +23,11 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.recurrence import DeltaRuleOp, reads_as_it_goes, result_names
 from moecc.ir.ops.repetition import DEFAULT, IndexOp, ScanOp, StackOp, repetitions
 from moecc.ir.ops.slots import is_slots
-from moecc.ir.structure import attributes
-from moecc.types import Extent, TensorType
+from moecc.ir.structure import statement
 from moecc_backends.xla.lower.contract import is_precise_param
 from moecc_backends.xla.trace.context import (
     DIRECT,
@@ -116,26 +115,9 @@ def computation_key(
     whether a value comes in from outside the graph.
     """
     numbers = {value: number for number, value in enumerate(operands)}
-    lines: list[object] = [tuple((v.type.names, v.node is None) for v in operands)]
-    for node in nodes:
-        uses = tuple(numbers[v] for v in node.operands)
-        for value in node.results:
-            numbers[value] = len(numbers)
-        types = tuple(type_key(v.type, numbers) for v in node.results)
-        lines.append((node.op.name, uses, attributes(node.attrs), types))
-    lines.append(tuple(numbers[v] for v in outputs))
-    return tuple(lines)
-
-
-def type_key(type: TensorType, numbers: Mapping[Value, int]) -> object:
-    """Return a key that is equal for corresponding types, where values are numbered."""
-    axes = (
-        (a.name, a.size.kind, numbers.get(setter_of(a.size), -1))
-        if isinstance(a.size, Extent)
-        else (a.name, a.size)
-        for a in type.axes
-    )
-    return (type.dtype.name, *axes)
+    named = tuple((v.type.names, v.node is None) for v in operands)
+    statements = tuple(statement(node, numbers) for node in nodes)
+    return (named, statements, tuple(numbers[v] for v in outputs))
 
 
 # Equal layers within a body, which become a loop of their own.
