@@ -111,6 +111,7 @@ PROGRAM_CLASSES = (
     "StMoeForImageClassification",
     "StMoeForMaskedLM",
     "StMoeForAudioClassification",
+    "StMoeForCTC",
 )
 """The classes of the programs that are written beside a graph."""
 

@@ -40,6 +40,15 @@ DEBERTA = {
 SWIN = {"embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 2}
 
 
+AUDIO = {
+    "conv_dim": [8, 8, 8], "conv_kernel": [4, 3, 2], "conv_stride": [2, 2, 2],
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 32,
+    "pad_token_id": 1,
+}  # fmt: skip
+SAMPLES = 396
+"""The samples of 49 frames."""
+
+
 def write(name, folder):
     """Write a model of a class with random weights."""
     torch.manual_seed(0)
@@ -51,6 +60,8 @@ def write(name, folder):
         sizes |= DEBERTA
     if name.startswith("Swin"):
         sizes |= SWIN
+    if name.startswith(("Wav2Vec2", "Hubert")):
+        sizes |= AUDIO
     model = model_class(model_class.config_class(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,6 +75,8 @@ def inputs_of(model, dtype):
     name = type(model).__name__
     if model.main_input_name == "pixel_values":
         inputs = {"pixel_values": torch.randn(2, 3, 8, 8, dtype=dtype)}
+    elif model.main_input_name == "input_values":
+        inputs = {"input_values": torch.randn(2, SAMPLES, dtype=dtype)}
     elif model.main_input_name == "input_features":
         inputs = {"input_features": torch.randn(2, 4, 16, dtype=dtype)}
     else:
@@ -73,6 +86,8 @@ def inputs_of(model, dtype):
     if "For" in name:
         shape = (2, 7) if "Token" in name or "Masked" in name else (2,)
         inputs["labels"] = torch.randint(0, 3, shape)
+        if name.endswith("CTC"):  # 1 is the blank, and a text is shorter than another
+            inputs["labels"] = torch.tensor([[5, 9, 9, 2, 7], [3, 8, -100, -100, -100]])
         if name.startswith("Deberta") and len(shape) > 1:
             inputs["labels"][mask == 0] = -100
     return inputs

@@ -336,7 +336,8 @@ HEADS = [
     "ModernBertForSequenceClassification", "DebertaV2ForMaskedLM",
     "DebertaV2ForSequenceClassification", "DebertaV2ForTokenClassification",
     "ViTForImageClassification", "Dinov2ForImageClassification", "SwinForImageClassification",
-    "WhisperForAudioClassification",
+    "WhisperForAudioClassification", "Wav2Vec2ForCTC", "HubertForCTC",
+    "Wav2Vec2ForSequenceClassification",
 ]  # fmt: skip
 
 

@@ -31,6 +31,7 @@ LOSSES = {
     "AudioClassification": BY_TOKEN,
     "SequenceClassification": BY_PROBLEM,
     "ImageClassification": BY_PROBLEM,
+    "CTC": "ctc_loss(logits, labels, self.config)",
 }
 """The losses of transformers by task; those of whole inputs depend on ``problem_type``."""
 

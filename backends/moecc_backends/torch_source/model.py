@@ -543,7 +543,7 @@ class Models:
             parts = head_parts(self.task, arguments, modules, lines, has_loss=has_loss)
             tasks = {self.task: parts} | {t: p for t, p in tasks.items() if t != self.task}
             self.architecture = f"StMoeFor{self.task}"
-            self.classes.helpers |= root.helpers
+            self.classes.helpers |= root.helpers | {"ctc_loss"}
         if tasks and has_loss:
             names = ("SequenceClassifierOutput", "StMoeClassifierOutput")
             self.texts.append(_output_class(["aux_loss"], *names))

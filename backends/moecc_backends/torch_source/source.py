@@ -137,12 +137,23 @@ def labels_of(graph: Graph) -> JsonDict:
     if value is None or "label" not in value.type:
         return {}
     stated = {key: config[key] for key in LABEL_KEYS if config.get(key) is not None}
+    if graph.attrs.get("head") == "CTC":
+        stated |= {key: config.get(read, usual) for key, (read, usual) in CTC_KEYS.items()}
     count = value.type["label"].size
     assert isinstance(count, int), "a head has a number of labels"
     return {"id2label": {str(n): f"LABEL_{n}" for n in range(count)}} | stated
 
 
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
+CTC_KEYS = {
+    "ctc_blank": ("pad_token_id", 0),
+    "ctc_loss_reduction": ("ctc_loss_reduction", "sum"),
+    "ctc_zero_infinity": ("ctc_zero_infinity", False),
+}
+"""What the loss of transcripts reads, from which keys, and transformers' values without them.
+
+A model of audio has no vocabulary that the token of padding could be in.
+"""
 
 
 def file_text(

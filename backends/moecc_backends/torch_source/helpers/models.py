@@ -1,5 +1,8 @@
 """What the models of a file share."""
 
+import torch
+import torch.nn.functional as F
+
 
 def with_cache(output, cache, **values):
     """Return an output of transformers, whose releases name its cache differently."""
@@ -10,3 +13,19 @@ def with_cache(output, cache, **values):
 def cache_of(output):
     """Return the cache of an output."""
     return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def ctc_loss(logits, labels, config):
+    """Return the loss of transcripts; labels below 0 are padding, every frame is read."""
+    kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    frames = labels.new_full((logits.shape[0],), logits.shape[1])
+    is_label = labels >= 0
+    return F.ctc_loss(
+        F.log_softmax(logits, dim=-1, dtype=kind).transpose(0, 1),
+        labels[is_label],
+        frames,
+        is_label.sum(-1),
+        blank=config.ctc_blank,
+        reduction=config.ctc_loss_reduction,
+        zero_infinity=config.ctc_zero_infinity,
+    )
