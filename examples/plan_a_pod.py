@@ -23,13 +23,11 @@ from script import OUT, console, exit_code, step
 from moecc.ahead.request import Request
 from moecc.jobs.command import write_whole
 from moecc.jobs.compile import compile_in_subprocess, compile_text
+from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
-from moecc.plan.machines import parse_machine
-from moecc.plan.report import plan_json, plan_text
-from moecc.plan.search import search
+from moecc.plan.report import plan_text
 from moecc.plan.step import StepConfig
 from moecc.plan.sweeps import plan_page
-from moecc.plan.workload import make_batch, workload
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,10 @@ def _write(out: Path, time_limit: float) -> None:
 
 def planned(pod: Pod) -> dict[str, Any]:
     """Return the best plan for `pod`, and the next best, as ``moecc plan --format json`` does."""
-    machine = parse_machine(pod.machine)
-    setting = StepConfig(remat="full")
+    lengths = ",".join(map(str, pod.lengths))
     with open_model(pod.model) as model:
-        batch = make_batch(model.graph, machine.devices, None, pod.lengths)
-        work = workload(model.graph, batch)
-    return plan_json(pod.model, work, machine, setting, search(work, machine, setting))
+        config = StepConfig(remat="full", sequence=lengths)
+        return plan_step(model.graph, pod.model, pod.machine, config)[0]
 
 
 def compiled(pod: Pod, plan: dict[str, Any], time_limit: float) -> dict[str, Any]:
