@@ -22,6 +22,7 @@ from script import OUT, console, exit_code, step
 
 from moecc.errors import CheckError
 from moecc.formats.manifest import MANIFEST_NAME, check_manifest
+from moecc.formats.writer import WriteOptions
 from moecc.ir.text import print_graph
 from moecc.jobs.comparison import ComparisonVerdict, compare
 from moecc.jobs.convert import Conversion, Plan, plan, write
@@ -69,7 +70,7 @@ def run(out: Path, prompt: str, tokens: int) -> None:
         with step("Write"), Bar("writing") as bar:
             # What this script wrote before is replaced; anything else in the way is refused.
             mine = (folder / MANIFEST_NAME).exists()
-            done = write(planned, folder, force=mine, progress=bar)
+            done = write(planned, folder, WriteOptions(progress=bar), force=mine)
             console.print(f"  {size_text(done.plan.size_bytes)} in {len(planned.tensors)} tensors")
     with step("Verify: the bytes against the manifest"):
         check_manifest(folder)
