@@ -10,7 +10,6 @@ Its test is ``tests/examples/test_my_family.py``; the parts are explained in
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-from moecc.families.building import GraphRequest
 from moecc.families.config import (
     ModelConfig,
     Only,
@@ -21,7 +20,7 @@ from moecc.families.config import (
     size,
 )
 from moecc.families.graphs.blocks import Blocks
-from moecc.families.graphs.parameters import Parameters
+from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.reader import COUNT, LAYERS, LENGTH, NEURONS, WIDTH, KeyProblem
 from moecc.families.registry import Family
 from moecc.ir import I32, Graph, Value, tensor

@@ -47,8 +47,9 @@ def draw(path: Path, measures: Sequence[Measure], runs: Sequence[Line]) -> None:
 
     titles = list(dict.fromkeys(title for title, _, _ in runs))
     size = (1.2 + 3.1 * len(titles), 0.8 + 1.9 * len(measures))
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(
+        {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0}
+    ):
         figure, grid = pyplot.subplots(
             len(measures), len(titles), sharex=True, sharey="row", squeeze=False, figsize=size,
             layout="constrained",

@@ -33,6 +33,7 @@ from texts import Text, help_topics
 from moecc.backend import get_backend
 from moecc.decoding import ReadOnce
 from moecc.errors import InputError
+from moecc.ir.ops.slots import AssignSlotsOp
 from moecc.jobs.generate import load_tokenizer
 from moecc.model.inputs import longest
 from moecc.model.open import OpenedModel, open_model
@@ -121,7 +122,11 @@ def trace(model: OpenedModel, ids: Array) -> list[RoutedTokens]:
     Raises:
       InputError: the model takes more than tokens, or no token of it chooses an expert.
     """
-    sizes = {n.loc: n.attrs["experts"] for n in model.graph if n.op.name == "assign_slots"}
+    sizes = {
+        node.loc: AssignSlotsOp.of_node(node).experts
+        for node in model.graph
+        if node.op.name == "assign_slots"
+    }
     if not sizes or not {"tokens", "mask"}.issuperset(model.graph.inputs):
         raise InputError(
             "only tokens that choose experts, in an encoder or a decoder alone, are traced here",

@@ -35,5 +35,5 @@ class SquaresPass(Pass):
 
 @settings(max_examples=20)
 @given(graph=graphs(like=RULE))
-def test_squares(graph):
+def test_squares(graph: Graph) -> None:
     laws.check_pass(SquaresPass(), graph)

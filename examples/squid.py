@@ -6,8 +6,10 @@ Writes its weights and what it computes to ``out/squid``; docs/jobs.md has its g
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+Array = NDArray[np.float32]
 rng, E, H, D, M = np.random.default_rng(0), 32, 4, 8, 48
 shapes = {"wte": (40, E), "wpe": (64, E), "norm": (E,), "q": (E, E), "k": (E, E), "v": (E, E),
           "o": (E, E), "up": (M, E), "down": (E, M), "last": (E,)}  # fmt: skip
@@ -15,11 +17,12 @@ w = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shape
 tokens = rng.integers(0, 40, (2, 12)).astype(np.int32)
 
 
-def norm(x, scale):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
+def norm(x: Array, scale: Array) -> Array:
+    size: Array = np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    return x / size * scale
 
 
-def heads(x):
+def heads(x: Array) -> Array:
     return x.reshape(2, 12, H, D).transpose(0, 2, 1, 3)
 
 

@@ -59,7 +59,8 @@ def decoder(params: Any, tokens: jax.Array, config: Mapping[str, Any]) -> jax.Ar
         gate, up = (h @ w[f"{name}_proj"]["weight"].T for name in ("gate", "up"))
         x = x + (jax.nn.silu(gate) * up) @ w["down_proj"]["weight"].T
     head = params["lm_head"] if "lm_head" in params else p["embed_tokens"]
-    return norm(x, p["norm"]["weight"], eps) @ head["weight"].T
+    logits: jax.Array = norm(x, p["norm"]["weight"], eps) @ head["weight"].T
+    return logits
 
 
 def norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:

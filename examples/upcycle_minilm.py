@@ -123,7 +123,7 @@ def embed(folder: Path, sentences: Sequence[str]) -> Array:
         inputs = encode(model, sentences)
         hidden = get_backend("xla").compile(model.graph).run(model.params(), inputs)["hidden"]
     mask = inputs["mask"][..., None]
-    means = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
+    means: Array = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
     lengths: Array = np.linalg.norm(means, axis=1, keepdims=True)
     return means / lengths
 

@@ -25,7 +25,8 @@ from moecc.formats.manifest import MANIFEST_NAME, check_manifest
 from moecc.formats.writer import WriteOptions
 from moecc.ir.text import print_graph
 from moecc.jobs.comparison import ComparisonVerdict, compare
-from moecc.jobs.convert import Conversion, Plan, plan, write
+from moecc.jobs.conversion import Plan, plan
+from moecc.jobs.convert import Conversion, write
 from moecc.jobs.generate import Continuing, generate_texts
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
