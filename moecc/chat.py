@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moecc.errors import InputError, Problem, described, raise_problems
+from moecc.errors import InputError, Problem, describe, describe_error, raise_problems
 from moecc.formats.files import read_bounded
 from moecc.support.documents import parse_json, parse_json_object
-from moecc.support.problems import describe
 from moecc.support.untyped import Json, JsonDict
 
 if TYPE_CHECKING:
@@ -51,7 +50,9 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(text)
         except TemplateError as error:
-            raise InputError("not a chat template", where=where, found=described(error)) from None
+            raise InputError(
+                "not a chat template", where=where, found=describe_error(error)
+            ) from None
 
     def render(self, messages: Sequence[Message], *, asks: bool) -> str:
         """Return the text of a conversation.
@@ -75,7 +76,7 @@ class ChatTemplate:
                     raise ValueError(f"more than {_LARGEST_TEXT:,} characters")
         except Exception as error:  # whatever a program of strangers raises
             raise InputError(
-                "the chat template fails", where=self._where, found=described(error)
+                "the chat template fails", where=self._where, found=describe_error(error)
             ) from None
         return "".join(parts)
 

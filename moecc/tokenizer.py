@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
 
-from moecc.errors import InputError, MachineError, described, printable
+from moecc.errors import InputError, MachineError, describe_error, printable
 from moecc.support.extras import install_hint
 from moecc.support.process import Closing
 from moecc.support.untyped import Json, JsonDict
@@ -41,7 +41,7 @@ def main() -> None:
         except ImportError:
             answer = {"missing": True}
         except BaseException as error:  # a Rust panic is not an Exception
-            answer = {"error": described(error)[:2000]}
+            answer = {"error": describe_error(error)[:2000]}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 

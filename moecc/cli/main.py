@@ -25,7 +25,7 @@ from moecc.errors import (
     MoeccError,
     Problem,
     UsageError,
-    described,
+    describe_error,
     escaped,
     nearest,
     printable,
@@ -252,7 +252,7 @@ def _bug(error: BaseException) -> int:
     from moecc.support.user_files import line_of_user
 
     if getattr(error, "reproducer", None) is None and (line := line_of_user(error)):
-        say(f"error: {line}: {described(error)}")
+        say(f"error: {line}: {describe_error(error)}")
         if os.environ.get("MOECC_DEBUG"):
             traceback.print_exc()
         return 1
@@ -261,7 +261,7 @@ def _bug(error: BaseException) -> int:
         handle, path = tempfile.mkstemp(prefix="moecc-bug-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(escaped(f"moecc {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}"))
-    say(f"error: a bug in moecc: {described(error)}")
+    say(f"error: a bug in moecc: {describe_error(error)}")
     say(f"  what is needed to reproduce it is in {path}")
     if os.environ.get("MOECC_DEBUG"):
         traceback.print_exc()

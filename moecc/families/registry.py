@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from moecc.errors import InputError, Problem, UsageError, described, raise_problems
+from moecc.errors import InputError, Problem, UsageError, describe_error, raise_problems
 from moecc.families.config import ModelConfig, TensorNames
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
@@ -292,7 +292,7 @@ def load_installed() -> None:
             raise UsageError(
                 "a package states a family that cannot be loaded",
                 where=f"{origin}, entry point {ENTRY_POINT}: {point.name} = {point.value}",
-                found=described(error),
+                found=describe_error(error),
                 hint="mend the package, or uninstall it",
             ) from error
 

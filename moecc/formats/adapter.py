@@ -10,14 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from moecc.errors import Problem
+from moecc.errors import Problem, Problems, quoted
 from moecc.formats.files import identify, read_json_object, require_unchanged
 from moecc.formats.folder import SafetensorsFolder
 from moecc.formats.modelcard import CardEntries, hub_repository, read_card
 from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
 from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo, nearest_tensor
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, quoted
 from moecc.support.record import RecordReader
 from moecc.support.text import amount
 from moecc.support.untyped import Json

@@ -12,12 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-from moecc.errors import InputError, MachineError
+from moecc.errors import InputError, MachineError, Problems, describe, quoted
 from moecc.formats.files import read_json_object
 from moecc.formats.store import fetch
 from moecc.support.extras import install_hint
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, describe, quoted
 from moecc.support.untyped import JsonDict
 from moecc.types import Array, Shape
 

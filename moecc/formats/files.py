@@ -24,9 +24,8 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple, Protocol
 
-from moecc.errors import InputError, MachineError, MoeccError, Problem
+from moecc.errors import InputError, MachineError, MoeccError, Problem, Problems, quoted
 from moecc.support.documents import parse_json_object
-from moecc.support.problems import Problems, quoted
 from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
-from moecc.errors import InputError, printable
+from moecc.errors import InputError, Problems, printable, quoted
 from moecc.formats.files import (
     PICKLE,
     ZIP,
@@ -34,7 +34,6 @@ from moecc.formats.safetensors import (
 )
 from moecc.formats.source import FIRST, SECOND, Checkpoint, SavedMoments, TensorInfo, tensor_info
 from moecc.support.documents import parse_json
-from moecc.support.problems import Problems, quoted
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import Array, TensorType
 

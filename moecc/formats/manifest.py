@@ -15,7 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem, raise_problems
+from moecc.errors import (
+    CheckError,
+    InputError,
+    MoeccError,
+    Problem,
+    Problems,
+    describe,
+    quoted,
+    raise_problems,
+)
 from moecc.formats.files import (
     RANGED,
     DescriptorPool,
@@ -34,7 +43,6 @@ from moecc.formats.modelcard import CARD_NAME
 from moecc.formats.safetensors import SHARD_SUFFIX, Header, read_header
 from moecc.formats.source import TensorInfo
 from moecc.support.documents import MAX_VALUES, parse_json
-from moecc.support.problems import Problems, describe, quoted
 from moecc.support.record import Check, Count, Sha256, read_record, stored, to_json
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import DTYPES

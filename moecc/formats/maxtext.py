@@ -10,14 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from moecc.errors import Problem, raise_problems
+from moecc.errors import Problem, Problems, quoted, raise_problems
 from moecc.families.config import MaxTextFacts, ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS
 from moecc.formats.arrays import ArrayPiece, NamedPieces, Tree
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
 from moecc.support.untyped import Json
 from moecc.types import Array, DType, Shape, TensorType

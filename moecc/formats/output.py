@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moecc.errors import CheckError, InputError, MachineError, MoeccError
+from moecc.errors import CheckError, InputError, MachineError, MoeccError, Problems
 from moecc.formats.files import (
     disk,
     os_errors,
@@ -35,7 +35,6 @@ from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.manifest import MANIFEST_NAME, manifest_beside, read_manifest, weight_file_record
 from moecc.formats.safetensors import ConversionPart
 from moecc.formats.writer import COMMIT_NAME, JOURNAL_NAME, has_journal
-from moecc.support.problems import Problems
 
 BUSY = "another conversion is writing this output"
 WAIT = "wait until it has finished"

@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError, Problem, Problems, UsageError
 from moecc.formats.files import disk, os_errors, write_durable
 from moecc.formats.manifest import FileName, FileRecord, read_sealed, seal
 from moecc.formats.output import WAIT, is_locked, part_folder, partial_of, parts_of
 from moecc.formats.safetensors import ConversionPart, Shard
 from moecc.formats.writer import JOURNAL_NAME, Done, Facts, read_journal
-from moecc.support.problems import Problems
 from moecc.support.record import read_record, to_json
 from moecc.support.text import amount
 

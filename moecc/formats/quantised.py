@@ -10,12 +10,11 @@ from math import prod
 from types import MappingProxyType
 from typing import Annotated, Literal, TypeVar
 
-from moecc.errors import InputError
+from moecc.errors import InputError, Problems, describe, quoted
 from moecc.formats.folder import SafetensorsFolder, rows_of
 from moecc.formats.source import DerivedCheckpoint, TensorInfo, quantised_remark
 from moecc.support.documents import parse_json
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, describe, quoted
 from moecc.support.record import Check, Positive, RecordReader, read_record
 from moecc.support.untyped import Json
 from moecc.types import F32, Array, Shape

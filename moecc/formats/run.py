@@ -13,7 +13,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem, nearest, raise_problems
+from moecc.errors import (
+    CheckError,
+    InputError,
+    MoeccError,
+    Problem,
+    Problems,
+    nearest,
+    quoted,
+    raise_problems,
+)
 from moecc.formats.adapter import models_of
 from moecc.formats.arrays import ZarrArrays, files_below
 from moecc.formats.files import (
@@ -34,7 +43,6 @@ from moecc.formats.manifest import (
 from moecc.formats.modelcard import CardEntries
 from moecc.formats.source import Checkpoint, GivenParams, TensorInfo, tensor_info
 from moecc.formats.store import HUB, fetch, is_address, mirror
-from moecc.support.problems import Problems, quoted
 from moecc.support.record import Check, Count, RecordReader, read_record
 from moecc.support.text import amount
 from moecc.support.untyped import Json

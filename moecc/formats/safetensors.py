@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path, PureWindowsPath
 from typing import TypeVar
 
-from moecc.errors import InputError, UsageError, nearest
+from moecc.errors import InputError, Problems, UsageError, describe, nearest, quoted
 from moecc.formats.files import (
     MAX_SIZE,
     SNIFFED_BYTES,
@@ -33,7 +33,6 @@ from moecc.formats.files import (
 from moecc.formats.gguf.storage import Storage
 from moecc.formats.source import TensorInfo
 from moecc.support.documents import parse_json
-from moecc.support.problems import Problems, describe, quoted
 from moecc.support.process import gc_paused
 from moecc.support.text import amount
 from moecc.support.untyped import JsonDict

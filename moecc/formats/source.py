@@ -11,11 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
-from moecc.errors import InputError, nearest
+from moecc.errors import InputError, nearest, quoted
 from moecc.formats.files import Identity, require_unchanged
 from moecc.formats.modelcard import CardEntries, read_card
 from moecc.support.lazy import np
-from moecc.support.problems import quoted
 from moecc.support.process import Closing
 from moecc.support.text import amount
 from moecc.support.untyped import Json, JsonDict

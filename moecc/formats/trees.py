@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_dtypes
 
-from moecc.errors import InputError, MachineError, described
+from moecc.errors import InputError, MachineError, Problems, describe_error, quoted
 from moecc.formats.arrays import (
     FILE,
     METADATA,
@@ -39,7 +39,6 @@ from moecc.formats.source import (
 from moecc.formats.store import fetch
 from moecc.support.extras import install_hint
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, quoted
 from moecc.support.untyped import JsonDict
 from moecc.types import DTYPES, Array, Arrays, DType, Shape, TensorType
 
@@ -439,7 +438,9 @@ def _unpacked(path: Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # msgpack raises kinds of its own, and those of Python
-        raise InputError("not a msgpack file of T5X", where=path, found=described(error)) from None
+        raise InputError(
+            "not a msgpack file of T5X", where=path, found=describe_error(error)
+        ) from None
 
 
 def _extension(code: int, data: bytes) -> object:

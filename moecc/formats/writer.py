@@ -20,7 +20,15 @@ from math import prod
 from pathlib import Path
 from typing import TypeVar
 
-from moecc.errors import InputError, Problem, UsageError, printable, raise_problems
+from moecc.errors import (
+    InputError,
+    Problem,
+    Problems,
+    UsageError,
+    printable,
+    quoted,
+    raise_problems,
+)
 from moecc.formats.files import (
     CREATE,
     OPEN_DESCRIPTORS,
@@ -47,7 +55,6 @@ from moecc.formats.safetensors import (
 )
 from moecc.support.documents import parse_json_object
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
 from moecc.support.record import read_record, stored, to_json
 from moecc.support.untyped import Json, JsonDict

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import gcd, prod
 from types import MappingProxyType
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem, described, raise_problems
+from moecc.errors import CheckError, InputError, MoeccError, Problem, describe_error, raise_problems
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operand import Attrs
 from moecc.ir.structure import clone, lost_precision, without_opaque
@@ -391,7 +391,7 @@ def promise_verdict(prover: Prover, before: Graph, after: Graph) -> Verdict | No
     except MemoryError:
         raise
     except Exception as error:  # Sampling decides then, as where no proof is found.
-        warn(f"the prover failed, which is a bug in moecc: {described(error)}")
+        warn(f"the prover failed, which is a bug in moecc: {describe_error(error)}")
         return None
 
 
@@ -467,7 +467,7 @@ def check_contracts(
     except MoeccError as error:
         return Contracts(unchecked=error.problems[0].message)
     except Exception as error:  # a crash has its reproducer when the real model is converted
-        return Contracts(unchecked=described(error))
+        return Contracts(unchecked=describe_error(error))
     return Contracts(tuple(replace(c, measured=_rounded(c.measured)) for c in checked))
 
 

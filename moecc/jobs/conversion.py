@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.errors import InputError, UsageError, described
+from moecc.errors import InputError, UsageError, describe_error
 from moecc.families.config import FAMILY
 from moecc.families.describe import Description, describe
 from moecc.formats.adapter import branches_of, other_bases
@@ -333,7 +333,7 @@ def plan(
         except MemoryError:
             raise
         except Exception as error:  # The passes have been checked; the result is not proved.
-            remarks.append(f"the prover failed, which is a bug in moecc: {described(error)}")
+            remarks.append(f"the prover failed, which is a bug in moecc: {describe_error(error)}")
     return Plan(
         model, model.graph, pipeline, preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,

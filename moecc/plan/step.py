@@ -13,14 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-from moecc.errors import InputError, Problem, UsageError, nearest, raise_problems
+from moecc.errors import InputError, Problem, UsageError, describe, nearest, raise_problems
 from moecc.families.reader import as_number
 from moecc.formats.files import read_json_object
 from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
 from moecc.sharding.rules import mesh_axes
 from moecc.sharding.vias import BY_NAME, EXPLICIT, LOCAL, PARTITIONS, VIAS
-from moecc.support.problems import describe
 from moecc.support.record import RecordReader
 from moecc.support.text import json_text
 from moecc.support.untyped import Json, JsonDict

@@ -29,7 +29,7 @@ from typing import (
     get_type_hints,
 )
 
-from moecc.errors import MoeccError, Problem, described
+from moecc.errors import MoeccError, Problem, describe_error
 from moecc.ir.graph import Graph
 from moecc.rewrite.driver import RewriteResult, RuleStats
 from moecc.rewrite.pattern import NearMiss, PreservesKind
@@ -673,7 +673,7 @@ def crash_of(cls: type[Pass], doing: str, error: BaseException, hint: str | None
       error: the exception.
       hint: where the reproducer is.
     """
-    message = f"{doing}: {described(error)}"
+    message = f"{doing}: {describe_error(error)}"
     if cls.__module__.partition(".")[0] in _OURS:
         return PassCrash(message, hint=hint)
     # The innermost call within the file of the pass, or its `apply`.
@@ -713,7 +713,7 @@ def apply_pass(item: Pass, graph: Graph, context: Context) -> PassResult:
     except (Exception, KeyboardInterrupt, Terminated):
         raise
     except BaseException as error:
-        raise PassExit(described(error)).with_traceback(error.__traceback__) from None
+        raise PassExit(describe_error(error)).with_traceback(error.__traceback__) from None
     if not isinstance(result, PassResult):
         raise TypeError(f"apply returned {type(result).__name__}, expected PassResult")
     return result

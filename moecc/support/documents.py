@@ -15,8 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from moecc.errors import InputError, Problem
-from moecc.support.problems import Problems, describe, quoted
+from moecc.errors import InputError, Problem, Problems, describe, quoted
 from moecc.support.untyped import JsonDict
 
 KeyPath = tuple[str | int, ...]

@@ -36,9 +36,8 @@ from typing import (
     get_type_hints,
 )
 
-from moecc.errors import InputError, Problem, nearest, printable
+from moecc.errors import SHOWN_PROBLEMS, InputError, Problem, describe, nearest, printable
 from moecc.support.documents import KeyPath, parse_toml, toml_lines
-from moecc.support.problems import SHOWN_PROBLEMS, describe
 from moecc.support.untyped import Hint, JsonDict
 
 T = TypeVar("T")

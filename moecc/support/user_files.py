@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from zlib import crc32
 
-from moecc.errors import UsageError, described
+from moecc.errors import UsageError, describe_error
 from moecc.support.process import Terminated
 
 LOADED = "moecc_loaded_"
@@ -60,7 +60,7 @@ class Blamed:
             return
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(self.path, error)
         where = f"{self.path}:{line}" if line else str(self.path)
-        raise UsageError(described(error), where=where) from error
+        raise UsageError(describe_error(error), where=where) from error
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:

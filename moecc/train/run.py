@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from moecc.errors import InputError, MachineError
+from moecc.errors import InputError, MachineError, describe
 from moecc.formats.files import (
     os_errors,
     read_json_object,
@@ -55,7 +55,6 @@ from moecc.formats.writer import has_journal
 from moecc.ir.conventions import METRIC
 from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
-from moecc.support.problems import describe
 from moecc.support.process import Closing
 from moecc.support.record import read_record, to_json
 from moecc.support.text import brief, facts_table, finite_json

@@ -208,8 +208,8 @@ def run_safetensors(data: bytes) -> None:
 
 def run_index(data: bytes) -> None:
     """Read the index of a sharded checkpoint."""
+    from moecc.errors import Problems
     from moecc.formats.safetensors import read_index
-    from moecc.support.problems import Problems
 
     problems = Problems()
     read_index(_file("model.safetensors.index.json", data), problems)

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from moecc.errors import InputError
-from moecc.support.problems import SHOWN_PROBLEMS
+from moecc.errors import SHOWN_PROBLEMS, InputError
 from moecc.support.record import (
     Check,
     Count,

@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from moecc.api.arguments import flag, folder_text, whole
-from moecc.errors import InputError, MachineError, Problem, UsageError, described, raise_problems
+from moecc.errors import (
+    InputError,
+    MachineError,
+    Problem,
+    UsageError,
+    describe_error,
+    raise_problems,
+)
 from moecc.formats.files import json_content, write_durable
 from moecc.formats.folder import CONFIG_NAME, open_folder
 from moecc.formats.manifest import (
@@ -299,7 +306,7 @@ def load(folder: str | Path, like: PyTree = None) -> FunctionConversion:
         raise InputError(
             "the values do not belong to a converted function",
             where=str(path / CONFIG_NAME),
-            found=described(error),
+            found=describe_error(error),
             hint="moecc verify tells whether the folder was changed after it was written",
         ) from error
 

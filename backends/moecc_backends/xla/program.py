@@ -30,7 +30,7 @@ from moecc.errors import (
     MachineError,
     Problem,
     UsageError,
-    described,
+    describe_error,
     nearest,
     raise_problems,
 )
@@ -434,7 +434,7 @@ def join(
         )
     except Exception as error:  # whatever a detector of JAX meets in the variables of a cluster
         if stated is None:
-            raise _none_found(described(error)) from None
+            raise _none_found(describe_error(error)) from None
         if not isinstance(error, ValueError | RuntimeError):
             raise
         reason = str(error).splitlines()[0]

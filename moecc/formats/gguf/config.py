@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, Problems
 from moecc.families.config import GgufFacts
 from moecc.families.decoder import LATENT_EPS, DecoderConfig
 from moecc.families.mixture import MoeConfig
@@ -24,7 +24,6 @@ from moecc.formats.gguf.families import (
 )
 from moecc.formats.gguf.header import GgufHeader, GgufKeys, Key, StoredTensor, Written, token_id
 from moecc.support.lazy import np
-from moecc.support.problems import Problems
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import Array, Doubles
 

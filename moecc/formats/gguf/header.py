@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TypeAlias, overload
 
-from moecc.errors import InputError, printable
+from moecc.errors import InputError, Problems, describe, printable, quoted
 from moecc.formats.files import (
     MAX_SIZE,
     DataSpan,
@@ -28,7 +28,6 @@ from moecc.formats.files import (
 from moecc.formats.gguf.storage import BY_NAME, STORAGES, Storage, storage_label
 from moecc.formats.safetensors import Entry, Shard
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, describe, quoted
 from moecc.types import Array, DType, Shape
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import NormalDist
 
-from moecc.errors import Problem, nearest
+from moecc.errors import Problem, Problems, nearest, quoted
 from moecc.families.gemma4 import (
     FULL,
     SLIDING,
@@ -34,7 +34,6 @@ from moecc.formats.gguf.config import (
 from moecc.formats.gguf.families import EMBEDDING, HEAD, ROPE_FACTORS, STORED_LAYER
 from moecc.formats.gguf.header import MAX_LAYERS, GgufArray, GgufHeader, GgufKeys, Key, Written
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
 from moecc.support.untyped import JsonDict
 from moecc.types import F32, Array, tensor

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecc.errors import nearest
+from moecc.errors import Problems, nearest, quoted
 from moecc.families.config import BlockNames, ModelConfig
 from moecc.formats.gguf.config import read_rope, refuse_the_rest, special_tokens, torch_dtype
 from moecc.formats.gguf.families import BLOCK, EMBEDDING
 from moecc.formats.gguf.header import GgufHeader, GgufKeys
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
 from moecc.support.untyped import JsonDict
 from moecc.types import Array

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from moecc.errors import InputError, nearest, printable
+from moecc.errors import InputError, Problems, nearest, printable, quoted
 from moecc.families.config import ModelConfig
 from moecc.families.gemma4 import LayerInputsConfig
 from moecc.formats.files import DescriptorPool
@@ -50,7 +50,6 @@ from moecc.formats.gguf.tokenizer import tokenizer_files
 from moecc.formats.modelcard import CardEntries
 from moecc.formats.source import Checkpoint, TensorInfo, quantised_remark, tensor_info
 from moecc.support.lazy import np
-from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
 from moecc.support.untyped import JsonDict
 from moecc.types import F32, Array, DType, tensor

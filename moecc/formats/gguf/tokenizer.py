@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from moecc.errors import InputError
+from moecc.errors import InputError, quoted
 from moecc.formats.files import read_bounded
 from moecc.formats.gguf.header import GgufArray, Key, Metadata, shown, token_id
 from moecc.formats.source import Checkpoint
 from moecc.support.documents import parse_json
-from moecc.support.problems import quoted
 from moecc.support.untyped import Json, JsonDict
 
 # The vocabulary in a GGUF file's metadata, read and checked before use.

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from moecc.chat import ChatTemplate, message_problems
-from moecc.errors import InputError, MachineError, Problem
+from moecc.errors import InputError, MachineError, Problem, Problems, describe
 from moecc.formats.files import identify, os_errors
 from moecc.support.extras import install_hint
-from moecc.support.problems import Problems, describe
 from moecc.support.untyped import Json
 from moecc.train.tokens.folder import DOCUMENTS, EXAMPLES, SourceFile
 
