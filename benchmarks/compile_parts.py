@@ -42,11 +42,11 @@ def prepared() -> tuple[Any, Any]:
 
     from moecc.ahead.request import Request
     from moecc.ahead.worker import prepare
-    from moecc.plan.step import StepConfig
+    from moecc.plan.step import ProgramConfig
     from moecc.train.settings import StepSpec
 
     made = prepare(Request(
-        model="preset:st-moe-32b", machine="tpu:v4:8x8x8", config=StepConfig(
+        model="preset:st-moe-32b", machine="tpu:v4:8x8x8", config=ProgramConfig(
             batch_tokens=1282048, sequence="512,114", optimizer="adafactor", remat="full",
             mesh="data=64,model=16", dense_weights="split",
         ),

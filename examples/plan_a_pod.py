@@ -26,7 +26,7 @@ from moecc.jobs.compile import compile_in_subprocess, compile_text
 from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
 from moecc.plan.report import plan_text
-from moecc.plan.step import StepConfig
+from moecc.plan.step import ProgramConfig, StepConfig
 from moecc.plan.sweeps import plan_page
 
 
@@ -90,7 +90,7 @@ def compiled(pod: Pod, plan: dict[str, Any], time_limit: float) -> dict[str, Any
     best = plan["best"]
     mesh = ",".join(f"{name}={size}" for name, size in best["mesh"].items())
     lengths = None if pod.lengths is None else ",".join(map(str, pod.lengths))
-    config = StepConfig(sequence=lengths, remat=best["remat"], mesh=mesh)
+    config = ProgramConfig(sequence=lengths, remat=best["remat"], mesh=mesh)
     request = Request(pod.model, pod.machine, config)
     return compile_in_subprocess(request, time_limit).data
 

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from moecc.errors import MachineError, Problem, UsageError, raise_problems
 from moecc.ir.graph import Graph
 from moecc.plan.machines import Machine
-from moecc.plan.step import StepConfig
+from moecc.plan.step import ProgramConfig
 from moecc.sharding.layout import Layout
 from moecc.support.untyped import Json
 from moecc.train.recipe import OptimizerSection
@@ -38,7 +38,7 @@ class Request:
 
     model: str
     machine: str
-    config: StepConfig = field(default_factory=StepConfig)
+    config: ProgramConfig = field(default_factory=ProgramConfig)
     emit: str | None = None
     export: bool = False
     quick: bool = False
@@ -54,7 +54,7 @@ class Request:
     def from_json(cls, data: Json) -> Request:
         """Return the request that `to_json` wrote."""
         lists = {name: tuple(data[name]) for name in ("load", "sets")}
-        return cls(**{**data, **lists, "config": StepConfig(**data["config"])})
+        return cls(**{**data, **lists, "config": ProgramConfig(**data["config"])})
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from moecc.model.open import open_model, registry_with
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import step_json
 from moecc.plan.search import PlanQuery, check_constraints, dispatch_of, search, way_out
-from moecc.plan.step import StepConfig, Strategy
+from moecc.plan.step import ProgramConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload, make_batch, planned_graph, workload
 from moecc.rewrite.pipeline import Pipeline
@@ -121,7 +121,7 @@ def prepare(request: Request) -> PreparedJob:
     return PreparedJob(step, job, asked, estimate, bound, pipeline, tuple(remarks))
 
 
-def _check_exchange(config: StepConfig) -> None:
+def _check_exchange(config: ProgramConfig) -> None:
     """Raise UsageError if XLA's partitioner does not support the requested exchange."""
     if config.partition != GSPMD or (config.via in (None, "capacity") and not config.sliced):
         return
@@ -133,7 +133,7 @@ def _check_exchange(config: StepConfig) -> None:
     )
 
 
-def _bounded(graph: Graph, config: StepConfig, slots: list[SlotsOp]) -> Bound:
+def _bounded(graph: Graph, config: ProgramConfig, slots: list[SlotsOp]) -> Bound:
     """Bound the rows of experts by the factor of the settings, of the model, or the default."""
     mode, stated = "train" if config.train else "eval", graph.stated_config
     factor = (
@@ -169,7 +169,7 @@ def _losses(graph: Graph, parts: int) -> dict[str, object] | None:
 
 
 def _passes(
-    graph: Graph, config: StepConfig, bound: Bound | None, strategy: Strategy
+    graph: Graph, config: ProgramConfig, bound: Bound | None, strategy: Strategy
 ) -> StepPasses:
     """Return the passes from the model's graph to the one that is compiled."""
     layout, is_explicit, train = strategy.layout, config.partition == EXPLICIT, config.train
@@ -190,7 +190,7 @@ def _passes(
     )
 
 
-def _fixed(config: StepConfig, work: Workload) -> StepConfig:
+def _fixed(config: ProgramConfig, work: Workload) -> ProgramConfig:
     """Return `config` with the defaults of a mesh that it names, or of XLA's partitioner."""
     if config.mesh is None:
         # The partitioner exchanges slots under a capacity alone.
@@ -200,7 +200,7 @@ def _fixed(config: StepConfig, work: Workload) -> StepConfig:
     return replace(config, remat=config.remat or "full", dense_weights=dense)
 
 
-def _strategy(config: StepConfig, asked: PlanQuery) -> Strategy:
+def _strategy(config: ProgramConfig, asked: PlanQuery) -> Strategy:
     """Return the strategy that the settings fix, or the plan's best if the mesh is open."""
     work, mesh = asked.work, config.device_mesh
     if mesh is None:
@@ -218,7 +218,7 @@ def _strategy(config: StepConfig, asked: PlanQuery) -> Strategy:
     return Strategy(layout, via, dispatch_of(via, work), remat, config.sliced)
 
 
-def _in_chunks(config: StepConfig, strategy: Strategy, work: Workload) -> Strategy:
+def _in_chunks(config: ProgramConfig, strategy: Strategy, work: Workload) -> Strategy:
     """Return a strategy whose rows are exchanged in the chunks that are asked for.
 
     Raises:

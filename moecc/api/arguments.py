@@ -12,7 +12,7 @@ from moecc.decoding import Sampling
 from moecc.errors import Problem, UsageError, nearest, raise_problems
 from moecc.jobs.generate import Continuing
 from moecc.model.open import parse_branches
-from moecc.plan.step import COMPILED, StepConfig
+from moecc.plan.step import StepConfig
 from moecc.rewrite.passes import Pass
 from moecc.rewrite.pipeline import Pipeline, format_pass
 from moecc.support.lazy import np
@@ -271,7 +271,7 @@ def step_request(options: Mapping[str, object]) -> StepConfig:
     Raises:
       UsageError: there is no such option, or a value has another type.
     """
-    hints = {n: t for n, t in get_type_hints(StepConfig).items() if n not in COMPILED}
+    hints = get_type_hints(StepConfig)
     problems = []
     checked = _plain(**options)
     length = checked.get("sequence")

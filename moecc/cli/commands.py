@@ -1,8 +1,9 @@
 """Commands of `click`, derived from the functions of `moecc.jobs`.
 
-Positional parameters of a job become arguments, keyword parameters become options.  The types,
-defaults and `moecc.jobs.command.Spelling` say how they are read; the docstring is the help, its
-section ``Args`` describes the parameters.
+Positional parameters of a job become arguments, keyword parameters become options; one whose type
+is a dataclass becomes an option for each field.  The types, defaults and
+`moecc.support.console.Spelling` say how they are read; the docstring is the help, its section
+``Args`` describes the parameters, as ``Attributes`` does the fields.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from math import isfinite
 from types import NoneType
@@ -27,8 +28,8 @@ from click.shell_completion import CompletionItem
 
 from moecc.errors import escaped
 from moecc.jobs import python_name
-from moecc.jobs.command import Report, Spelling
-from moecc.support.console import PROGRESS, clear_line, quietly, say
+from moecc.jobs.command import Report
+from moecc.support.console import PROGRESS, Spelling, clear_line, quietly, say
 from moecc.support.text import duration_text, finite_json, json_text
 
 _SECTION = re.compile(r"^(Args|Returns|Raises|Attributes|Example):\s*$")
@@ -40,7 +41,7 @@ class Docstring:
 
     Attributes:
       text: what stands above the sections.
-      args: the descriptions of the parameters, by name.
+      args: the descriptions of the parameters, or of the fields of a class, by name.
       example: the lines of the section ``Example``.
     """
 
@@ -59,7 +60,8 @@ class Docstring:
             else:
                 lines.append(line)
         args, name = dict[str, str](), ""
-        for line in inspect.cleandoc("\n" + "\n".join(sections.get("Args", []))).splitlines():
+        described = sections.get("Args") or sections.get("Attributes", [])
+        for line in inspect.cleandoc("\n" + "\n".join(described)).splitlines():
             if line.startswith(" "):
                 args[name] += f" {line.strip()}"
             elif line:
@@ -86,10 +88,14 @@ def command_of(name: str) -> Command:
 def make_command(name: str, job: Callable[..., Report | int | None]) -> Command:
     """Return a command that calls `job`; every one takes ``--quiet``, and reports ``--format``."""
     doc, hints = Docstring.of(job), get_type_hints(job, include_extras=True)
-    parameters = [
-        _parameter(p, hints[p.name], doc.args.get(p.name, ""))
-        for p in inspect.signature(job).parameters.values()
-    ]
+    parameters, records = list[click.Parameter](), dict[str, Any]()
+    for parameter in inspect.signature(job).parameters.values():
+        hint = hints[parameter.name]
+        if is_dataclass(hint):
+            records[parameter.name] = hint
+            parameters += _options(hint)
+        else:
+            parameters.append(_parameter(parameter, hint, doc.args.get(parameter.name, "")))
     if hints["return"] is not int:
         help = "Report for people, or as one JSON object on standard output."
         kinds = click.Choice(("human", "json"))
@@ -101,6 +107,9 @@ def make_command(name: str, job: Callable[..., Report | int | None]) -> Command:
 
     def run(*, quiet: bool, format: str = "human", **arguments: object) -> None:
         with quietly(quiet), heartbeat(name, quiet=quiet):
+            for parameter_name, record in records.items():
+                settings = {f.name: arguments.pop(f.name) for f in fields(record)}
+                arguments[parameter_name] = record(**settings)
             positional = [arguments.pop(p.name) for p in parameters if isinstance(p, Argument)]
             result = job(*positional, **arguments)
         code = show(result, format) if isinstance(result, Report) else result
@@ -114,6 +123,15 @@ def make_command(name: str, job: Callable[..., Report | int | None]) -> Command:
 def _plain(text: str) -> str:
     """Return the text of a docstring without the marks of code."""
     return text.replace("``", "").replace("`", "")
+
+
+def _options(record: Any) -> Iterator[click.Parameter]:
+    """Yield an option for each field of a dataclass; the docstrings of its bases count, too."""
+    hints = get_type_hints(record, include_extras=True)
+    doc = {n: text for cls in record.__mro__[::-1] for n, text in Docstring.of(cls).args.items()}
+    for parameter in inspect.signature(record).parameters.values():
+        option = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        yield _parameter(option, hints[option.name], doc[option.name])
 
 
 def _parameter(parameter: inspect.Parameter, hint: Any, help: str) -> click.Parameter:
@@ -140,7 +158,7 @@ def _parameter(parameter: inspect.Parameter, hint: Any, help: str) -> click.Para
         argument.help = _plain(help or spelling.help)
         return argument
     words = [
-        f"--{name.replace('_', '-')}",
+        f"--{spelling.option or name.replace('_', '-')}",
         name,
         *([f"-{spelling.short}"] if spelling.short else []),
     ]
@@ -154,6 +172,8 @@ def _parameter(parameter: inspect.Parameter, hint: Any, help: str) -> click.Para
 
 
 def _type(hint: Any, spelling: Spelling) -> click.ParamType[Any]:
+    if spelling.choices:
+        return click.Choice(spelling.choices)
     if get_origin(hint) is Literal:
         return click.Choice(get_args(hint))
     if hint is float:

@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from moecc.errors import InputError, MoeccError
+from moecc.support.console import Spelling as Spelling
 from moecc.support.console import say, warn
 from moecc.support.untyped import Json, JsonDict
 
@@ -17,27 +18,6 @@ if TYPE_CHECKING:
     from moecc.ir.graph import Graph
     from moecc.model.open import OpenedModel
     from moecc.rewrite.pipeline import Pipeline
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """The spelling of a parameter on the command line, beyond its name and type.
-
-    Attributes:
-      metavar: what stands for the value in the help.
-      short: a letter for a short option.
-      help: the description, where the docstring of the command has none.
-      complete: the function of `moecc.cli.complete` that completes the value.
-      low: the least number.
-      high: the greatest number.
-    """
-
-    metavar: str | None = None
-    short: str = ""
-    help: str = ""
-    complete: str = ""
-    low: float | None = None
-    high: int | None = None
 
 
 Load = Annotated[
@@ -83,63 +63,7 @@ ComputeType = Annotated[
     str,
     Spelling("TYPE", complete="float_types", help="Element type of the computation."),
 ]
-WeightType = Annotated[
-    str | None,
-    Spelling(
-        "TYPE", complete="float_types",
-        help="Element type of the parameters (default: f32 for training, else that of --dtype).",
-    ),
-]  # fmt: skip
-ReduceType = Annotated[
-    str | None,
-    Spelling(
-        "TYPE", complete="float_types",
-        help="Element type in which gradients are added and reduced (default: that of --dtype).",
-    ),
-]  # fmt: skip
-BatchTokens = Annotated[
-    int | None, Spelling("N", help="Tokens of a step on all devices (default: 4096 a device).")
-]
-Lengths = Annotated[
-    str | None,
-    Spelling("N[,N]", help="Tokens of a sequence: 4096, or 512,114 for encoder and decoder."),
-]
-Overlap = Annotated[
-    bool,
-    Spelling(
-        help="Let the compiler for v5p schedule gathers and reductions beside products.",
-    ),
-]
-MicroBatches = Annotated[
-    int, Spelling("N", low=1, help="Number of parts of a batch whose gradients are added up.")
-]
-Rules = Annotated[
-    str | None,
-    Spelling("LAYOUT,…", help="Sharding layouts: built-in names or files of rules."),
-]
 SavedPlanFile = Annotated[str | None, Spelling("FILE", help="Plan that moecc plan --save wrote.")]
-StepKind = Annotated[
-    Literal["train", "forward"], Spelling(help="Step: a training step, or the forward pass.")
-]
-OptimizerName = Annotated[
-    Literal["adamw", "adafactor"],
-    Spelling(help="Optimizer of a training step; Adafactor is factored, without momentum."),
-]
-RematPolicy = Annotated[
-    Literal["none", "save", "block", "full"] | None,
-    Spelling(help="Rematerialisation policy: which activations the backward pass recomputes."),
-]
-ViaName = Annotated[
-    Literal["capacity", "ragged", "hierarchical", "ring", "replicated"] | None,
-    Spelling(help="Exchange by which tokens reach experts on other devices."),
-]
-DenseWeightsName = Annotated[
-    Literal["whole", "split"] | None,
-    Spelling(help="Sharding of the parameters outside experts along the experts' axis."),
-]
-Mesh = Annotated[
-    str | None, Spelling("AXIS=N,…", help="Mesh of the devices (default: the best one).")
-]
 _MACHINE = Spelling(
     "M",
     complete="machines",

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes.util import find_library
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Annotated, Literal
@@ -22,30 +22,15 @@ from moecc.ahead.request import CompilerFailed, Request, update_of
 from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST, prepare
 from moecc.errors import MachineError, MoeccError, Problem, UsageError
 from moecc.jobs.command import (
-    Amount,
     AnyModelName,
-    BatchTokens,
-    ComputeType,
-    DenseWeightsName,
     Force,
-    Lengths,
     Load,
-    Mesh,
-    MicroBatches,
-    OptimizerName,
     OptionalMachine,
     OutputFile,
-    Overlap,
     PipelineText,
-    ReduceType,
-    RematPolicy,
     Report,
-    Rules,
     SavedPlanFile,
     Spelling,
-    StepKind,
-    ViaName,
-    WeightType,
     check_writable,
     read_pipeline,
     write_whole,
@@ -54,7 +39,7 @@ from moecc.launch.processes import LIFELINE
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import batch_text
 from moecc.plan.search import search, seconds_text
-from moecc.plan.step import StepConfig, read_plan
+from moecc.plan.step import ProgramConfig, StepConfig, option_name, read_plan
 from moecc.plan.time import Estimator
 from moecc.support.console import say
 from moecc.support.extras import require
@@ -378,26 +363,9 @@ def compile(
     plan: SavedPlanFile = None,
     pipeline: PipelineText = "",
     load: Load = (),
-    step: StepKind = "train",
-    batch_tokens: BatchTokens = None,
-    sequence: Lengths = None,
-    optimizer: OptimizerName = "adamw",
+    config: ProgramConfig = ProgramConfig(),
     set: Annotated[Sequence[str], Spelling("KEY=VALUE")] = (),
-    remat: RematPolicy = None,
-    dtype: ComputeType = "bf16",
-    weight_dtype: WeightType = None,
-    micro_batches: MicroBatches = 1,
-    reduce_dtype: ReduceType = None,
-    mesh: Mesh = None,
-    dense_weights: DenseWeightsName = None,
-    rules: Rules = None,
-    partition: Literal["explicit", "gspmd"] = "explicit",
-    via: ViaName = None,
-    slice: bool = False,
-    chunks: Amount = 1,
-    overlap: Overlap = False,
     quick: bool = False,
-    capacity_factor: Annotated[float | None, Spelling("C")] = None,
     emit: Literal["stablehlo", "hlo"] | None = None,
     save: OutputFile = None,
     time_limit: Annotated[float, Spelling("SECONDS")] = 3600.0,
@@ -411,11 +379,7 @@ def compile(
 
     Args:
       set: Setting of the optimizer, as in a recipe: optimizer.clip=0; may be repeated.
-      partition: Origin of the collectives: the graph's own, or XLA's partitioner.
-      slice: Send a part of each row from every device along the mesh axis model.
-      chunks: Number of parts in which rows are exchanged, each beside the experts' work on others.
       quick: Compile with the least effort; the program is slower.
-      capacity_factor: Bound on the rows of an expert (default: that of the model).
       emit: Program to print in place of the report.
       save: File to write an artefact of jax.export to.
       time_limit: Time after which the compilation is given up.
@@ -423,18 +387,13 @@ def compile(
     Example:
       moecc compile preset:st-moe-base --machine tpu:v5p:2x2x2 --step train
     """
-    if quick and overlap:
+    if quick and config.overlap:
         raise UsageError(
             "the least effort of the compiler puts no collective beside products",
             expected="--quick or --overlap",
             found="both",
             hint="without --quick the report shows what overlaps",
         )
-    config = StepConfig(
-        step, batch_tokens, sequence, mesh, via, remat, dense_weights, rules, optimizer, dtype,
-        weight_dtype, micro_batches, reduce_dtype, partition, slice, chunks, capacity_factor,
-        overlap,
-    )  # fmt: skip
     if plan is not None:
         machine, pipeline, config = _planned(plan, machine, pipeline, config)
     if machine is None:
@@ -472,25 +431,18 @@ def compile(
     return Report("compile", data, lambda: compile_text(data), exit_code=code)
 
 
-_PLANNED = (
-    "mesh", "rules", "via", "remat", "dense_weights", "sliced", "batch_tokens", "sequence",
-    "weight_dtype", "micro_batches", "reduce_dtype", "overlap",
-)  # fmt: skip
-"""The settings of a plan that are not given beside it."""
-
-
 def _planned(
-    file: str, machine: str | None, pipeline: str, config: StepConfig
-) -> tuple[str, str, StepConfig]:
+    file: str, machine: str | None, pipeline: str, config: ProgramConfig
+) -> tuple[str, str, ProgramConfig]:
     """Return machine, pipeline and settings of a saved plan, which no option may state, too."""
-    default = StepConfig()
+    default = ProgramConfig()
     names = [name for name, text in (("machine", machine), ("pipeline", pipeline)) if text]
-    names += [name for name in _PLANNED if getattr(config, name) != getattr(default, name)]
+    planned = (*(f.name for f in fields(StepConfig)), "sliced")
+    names += [name for name in planned if getattr(config, name) != getattr(default, name)]
     if names:
-        options = ("--slice" if n == "sliced" else f"--{n.replace('_', '-')}" for n in names)
         raise UsageError(
-            Problem("the plan says it", option, found=f"--plan {file}",
-                    hint="leave one of the two out") for option in options
+            Problem("the plan says it", option_name(name), found=f"--plan {file}",
+                    hint="leave one of the two out") for name in names
         )  # fmt: skip
     saved = read_plan(file)
     settings = replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,27 +17,13 @@ from moecc.ir.structure import clone, without_opaque
 from moecc.ir.traits import RowMove
 from moecc.jobs.command import (
     AnyModelName,
-    BatchTokens,
-    ComputeType,
-    DenseWeightsName,
     Force,
-    Lengths,
     Load,
     MachineName,
-    Mesh,
-    MicroBatches,
-    OptimizerName,
     OutputFile,
-    Overlap,
     PipelineText,
-    ReduceType,
-    RematPolicy,
     Report,
-    Rules,
     Spelling,
-    StepKind,
-    ViaName,
-    WeightType,
     check_writable,
     read_pipeline,
     write_whole,
@@ -279,20 +265,7 @@ def plan(
     machine: MachineName,
     pipeline: PipelineText = "",
     load: Load = (),
-    batch_tokens: BatchTokens = None,
-    sequence: Lengths = None,
-    mesh: Mesh = None,
-    via: ViaName = None,
-    remat: RematPolicy = None,
-    dense_weights: DenseWeightsName = None,
-    rules: Rules = None,
-    step: StepKind = "train",
-    optimizer: OptimizerName = "adamw",
-    dtype: ComputeType = "bf16",
-    weight_dtype: WeightType = None,
-    micro_batches: MicroBatches = 1,
-    reduce_dtype: ReduceType = None,
-    overlap: Overlap = False,
+    config: StepConfig = StepConfig(),
     tokens: Annotated[float | None, Spelling("N", low=1)] = None,
     price: Annotated[float | None, Spelling("P", low=0)] = None,
     explore: bool = False,
@@ -323,10 +296,6 @@ def plan(
 
     for file in (html, save):
         check_writable(file, force=force)
-    config = StepConfig(
-        step, batch_tokens, sequence, mesh, via, remat, dense_weights, rules, optimizer, dtype,
-        weight_dtype, micro_batches, reduce_dtype, overlap=overlap,
-    )  # fmt: skip
     if price is not None and tokens is None:
         raise UsageError("--price has no run to price", hint="state the tokens: --tokens N")
     if sweep:
@@ -361,7 +330,7 @@ def plan(
         _write("plan", html, plan_page(data, strategies, pipeline), force)
     if save is not None:
         request = {"model": model, "machine": machine, "pipeline": pipeline}
-        _write("plan", save, saved_text(data, request | config.planned_settings()), force)
+        _write("plan", save, saved_text(data, request | asdict(config)), force)
     return Report("plan", data, lambda: plan_text(data))
 
 

@@ -250,7 +250,7 @@ def check_constraints(work: Workload, machine: Machine, config: StepConfig) -> N
 WorkOn = Callable[[Machine, int], Workload]
 """The work on a machine in so many micro-batches: a batch may grow with the devices."""
 
-Spelling = Callable[[str, str], str]
+SpellOption = Callable[[str, str], str]
 """Returns the option that sets a field to a new value."""
 
 MOST_PARTS = 256
@@ -273,7 +273,7 @@ class PlanQuery:
     config: StepConfig
     work: Workload
     work_on: WorkOn
-    spelling: Spelling = as_option
+    spelling: SpellOption = as_option
     share: float = 1.0
 
     def changed(self, change: JsonDict) -> PlanQuery:
@@ -462,7 +462,7 @@ def search(
     config: StepConfig,
     work_on: WorkOn,
     keep: int = 5,
-    spelling: Spelling = as_option,
+    spelling: SpellOption = as_option,
 ) -> Ranking:
     """Rank the strategies for `work` on `machine`.
 

@@ -1,7 +1,8 @@
 """A step of a model: the settings that users state, the strategy that a plan chooses, saved plans.
 
 Every setting is a text or number as options, recipes and saved plans spell it; properties give
-its parsed value.  ``plan``, ``compile`` and ``train`` all read a `StepConfig`.
+its parsed value.  ``plan``, ``compile`` and ``train`` all read a `StepConfig`, from whose fields
+and docstring the options of the first two follow.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 from moecc.errors import InputError, Problem, UsageError, describe, nearest, raise_problems
 from moecc.families.reader import as_number
@@ -20,6 +21,7 @@ from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
 from moecc.sharding.rules import mesh_axes
 from moecc.sharding.vias import BY_NAME, EXPLICIT, LOCAL, PARTITIONS, VIAS
+from moecc.support.console import Spelling
 from moecc.support.record import RecordReader
 from moecc.support.text import json_text
 from moecc.support.untyped import Json, JsonDict
@@ -34,19 +36,6 @@ REMATS = ("none", "save", "block", "full")
 everything but the input of each block of layers; everything but the input of each layer, so that
 equal layers of a block, which are a loop, are recomputed twice."""
 
-CHOICES: Mapping[str, Sequence[str]] = {
-    "step": STEPS,
-    "optimizer": OPTIMIZERS,
-    "via": VIAS,
-    "remat": REMATS,
-    "dense_weights": DENSE_WEIGHTS,
-    "partition": PARTITIONS,
-}
-"""The values of the settings that are one of several words."""
-
-COMPILED = ("partition", "sliced", "chunks", "capacity_factor")
-"""The settings that ``moecc compile`` takes and ``moecc plan`` does not."""
-
 AXES = ("data", "fsdp", "expert", "model")
 """The mesh axes of layouts, outermost first.
 
@@ -55,49 +44,45 @@ the experts; ``model`` shards heads, neurons and the vocabulary.
 """
 
 
+_FLOAT_TYPE = Spelling("TYPE", complete="float_types")
+
+
 @dataclass(frozen=True)
 class StepConfig:
-    """The settings of a step; None leaves a choice to the plan.
+    """The settings of a step, and the options of ``moecc plan``; None leaves a choice to the plan.
 
     Attributes:
-      step: one of `STEPS`.
-      batch_tokens: tokens of a step, on all devices.
-      sequence: length of a sequence; of an encoder-decoder two, separated by a comma.
-      mesh: ``AXIS=N,…``.
-      via: how tokens reach experts, one of `moecc.sharding.vias.VIAS`.
-      remat: one of `REMATS`.
-      dense_weights: layout, along the experts' axis, of parameters that are not experts'.
-      rules: sharding layouts, separated by commas; None for those that the mesh's axes stand for.
-      optimizer: one of `OPTIMIZERS`; recipes have more.
-      dtype: element type of the computation.
-      weight_dtype: element type of the parameters; None for f32 in training, else `dtype`.
-      micro_batches: number of parts of a batch whose gradients are added.
-      reduce_dtype: element type in which gradients are added and reduced; None for `dtype`.
-      partition: origin of a program's collectives, one of `moecc.sharding.vias.PARTITIONS`.
-      sliced: whether devices along ``model``, which have the same tokens, each send a part of a
-        row to the experts.
-      chunks: number of parts in which rows are exchanged, one beside the experts' work on another.
-      capacity_factor: bound on the rows of an expert; None for the model's.
-      overlap: whether the compiler is asked to run collectives beside products.
+      step: Step: a training step, or the forward pass.
+      batch_tokens: Tokens of a step on all devices (default: 4096 a device).
+      sequence: Tokens of a sequence: 4096, or 512,114 for encoder and decoder.
+      mesh: Mesh of the devices (default: the best one).
+      via: Exchange by which tokens reach experts on other devices.
+      remat: Rematerialisation policy: which activations the backward pass recomputes.
+      dense_weights: Sharding of the parameters outside experts along the experts' axis.
+      rules: Sharding layouts: built-in names or files of rules.
+      optimizer: Optimizer of a training step; Adafactor is factored, without momentum.
+      dtype: Element type of the computation.
+      weight_dtype: Element type of the parameters (default: f32 for training, else that of
+        --dtype).
+      micro_batches: Number of parts of a batch whose gradients are added up.
+      reduce_dtype: Element type in which gradients are added and reduced (default: that of
+        --dtype).
+      overlap: Let the compiler for v5p schedule gathers and reductions beside products.
     """
 
-    step: str = "train"
-    batch_tokens: int | None = None
-    sequence: str | None = None
-    mesh: str | None = None
-    via: str | None = None
-    remat: str | None = None
-    dense_weights: str | None = None
-    rules: str | None = None
-    optimizer: str = "adamw"
-    dtype: str = "bf16"
-    weight_dtype: str | None = None
-    micro_batches: int = 1
-    reduce_dtype: str | None = None
-    partition: str = EXPLICIT
-    sliced: bool = False
-    chunks: int = 1
-    capacity_factor: float | None = None
+    step: Annotated[str, Spelling(choices=STEPS)] = "train"
+    batch_tokens: Annotated[int | None, Spelling("N")] = None
+    sequence: Annotated[str | None, Spelling("N[,N]")] = None
+    mesh: Annotated[str | None, Spelling("AXIS=N,…")] = None
+    via: Annotated[str | None, Spelling(choices=VIAS)] = None
+    remat: Annotated[str | None, Spelling(choices=REMATS)] = None
+    dense_weights: Annotated[str | None, Spelling(choices=DENSE_WEIGHTS)] = None
+    rules: Annotated[str | None, Spelling("LAYOUT,…")] = None
+    optimizer: Annotated[str, Spelling(choices=OPTIMIZERS)] = "adamw"
+    dtype: Annotated[str, _FLOAT_TYPE] = "bf16"
+    weight_dtype: Annotated[str | None, _FLOAT_TYPE] = None
+    micro_batches: Annotated[int, Spelling("N", low=1)] = 1
+    reduce_dtype: Annotated[str | None, _FLOAT_TYPE] = None
     overlap: bool = False
 
     @property
@@ -141,15 +126,38 @@ class StepConfig:
         Raises:
           UsageError: a value is not one of its choices, or cannot be parsed.
         """
-        problems = choice_problems({name: getattr(self, name) for name in CHOICES})
+        stated = asdict(self)
+        problems = choice_problems({name: stated[name] for name in CHOICES if name in stated})
         problems = [*problems, *micro_batch_problems(self.train, self.micro_batches)]
         raise_problems(problems, UsageError)
         for name in ("device_mesh", "lengths", "compute_type", "weight_type", "reduce_type"):
             getattr(self, name)
 
-    def planned_settings(self) -> JsonDict:
-        """Return the settings that a plan takes, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name not in COMPILED}
+
+@dataclass(frozen=True)
+class ProgramConfig(StepConfig):
+    """The settings of the program of a step: those that ``moecc compile`` takes besides.
+
+    Attributes:
+      partition: Origin of the collectives: the graph's own, or XLA's partitioner.
+      sliced: Send a part of each row from every device along the mesh axis model.
+      chunks: Number of parts in which rows are exchanged, each beside the experts' work on others.
+      capacity_factor: Bound on the rows of an expert (default: that of the model).
+    """
+
+    partition: Annotated[str, Spelling(choices=PARTITIONS)] = EXPLICIT
+    sliced: Annotated[bool, Spelling(option="slice")] = False
+    chunks: Annotated[int, Spelling("N", low=1)] = 1
+    capacity_factor: Annotated[float | None, Spelling("C")] = None
+
+
+_SPELLINGS: Mapping[str, Spelling] = {
+    name: spelling
+    for name, hint in get_type_hints(ProgramConfig, include_extras=True).items()
+    for spelling in getattr(hint, "__metadata__", ())
+}
+CHOICES = {name: spelling.choices for name, spelling in _SPELLINGS.items() if spelling.choices}
+"""The values of the settings that are one of several words."""
 
 
 def choice_problems(values: Json) -> list[Problem]:
@@ -221,8 +229,8 @@ class Strategy:
       via: how tokens reach experts.
       dispatch: the class of the dispatch strategy, as `moecc.ir.conventions` has it.
       remat: one of `REMATS`.
-      sliced: see `StepConfig`.
-      chunks: see `StepConfig`.
+      sliced: see `ProgramConfig`.
+      chunks: see `ProgramConfig`.
     """
 
     layout: Layout
@@ -255,7 +263,7 @@ class Strategy:
 
     @property
     def settings(self) -> JsonDict:
-        """The settings of `StepConfig` that fix it."""
+        """The settings of `ProgramConfig` that fix it."""
         layout = self.layout
         return {
             "rules": ",".join(layout.stated) or None,
@@ -270,12 +278,9 @@ class Strategy:
     @property
     def options(self) -> str:
         """The options of ``moecc compile`` that ask for it."""
-        default = {**asdict(StepConfig()), "dense_weights": "whole"}
+        default = {**asdict(ProgramConfig()), "dense_weights": "whole"}
         asked = {n: v for n, v in self.settings.items() if v and v != default[n]}
-        return " ".join(
-            "--slice" if name == "sliced" else as_option(name, str(value))
-            for name, value in asked.items()
-        )
+        return " ".join(as_option(name, value) for name, value in asked.items())
 
     def __str__(self) -> str:
         mesh = str(self.layout.mesh) or "one device"
@@ -288,9 +293,15 @@ class Strategy:
         return f"{mesh}{dense}{via}{rows}, remat {self.remat}"
 
 
-def as_option(name: str, value: str) -> str:
+def option_name(setting: str) -> str:
+    """Return the option of ``moecc plan`` and ``moecc compile`` for a setting."""
+    spelling = _SPELLINGS.get(setting, Spelling())
+    return f"--{spelling.option or setting.replace('_', '-')}"
+
+
+def as_option(setting: str, value: object) -> str:
     """Return a setting and its value as ``moecc plan`` and ``moecc compile`` take them."""
-    return f"--{name.replace('_', '-')} {value}"
+    return option_name(setting) if value is True else f"{option_name(setting)} {value}"
 
 
 # A plan in a file: `moecc plan --save` writes it, and `compile` and `train` read it.
@@ -315,7 +326,7 @@ class SavedPlan:
     model: str
     machine: str
     pipeline: str
-    config: StepConfig
+    config: ProgramConfig
     parameters: int | None
     tokens_per_second: float | None
 
@@ -397,7 +408,7 @@ def read_plan(path: str) -> SavedPlan:
     settings = {**request, **best, **joined}
     if wrong := choice_problems({n: v for n, v in settings.items() if n in CHOICES}):
         raise InputError(replace(problem, where=path) for problem in wrong)
-    config = StepConfig(**settings)
+    config = ProgramConfig(**settings)
     try:
         _ = config.device_mesh
     except UsageError as error:

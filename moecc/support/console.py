@@ -1,4 +1,4 @@
-"""Console output: the artefact to stdout, everything else to stderr; colour and progress."""
+"""The console: spellings of parameters; the artefact to stdout, all else to stderr; progress."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moecc.errors import MoeccError, escaped
@@ -17,6 +18,31 @@ from moecc.support.process import Closing
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """The spelling of a parameter on the command line, beyond its name and type.
+
+    Attributes:
+      metavar: what stands for the value in the help.
+      short: a letter for a short option.
+      help: the description, where the docstring of the command has none.
+      complete: the function of `moecc.cli.complete` that completes the value.
+      low: the least number.
+      high: the greatest number.
+      choices: the words that the value is one of.
+      option: the name of the option, where it is not the parameter's.
+    """
+
+    metavar: str | None = None
+    short: str = ""
+    help: str = ""
+    complete: str = ""
+    low: float | None = None
+    high: int | None = None
+    choices: Sequence[str] = ()
+    option: str = ""
 
 
 PROGRESS = threading.Event()

@@ -343,7 +343,6 @@ class Recipe:
             weight_dtype=run.weight_dtype,
             micro_batches=run.micro_batches,
             reduce_dtype=run.reduce_dtype or None,
-            partition=mesh.partition,
         )
 
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 import pytest
 
 from moecc.ahead.worker import ANSWER, REQUEST
-from moecc.plan.step import StepConfig
+from moecc.plan.step import ProgramConfig
 from moecc.sharding.vias import PARTITIONS
 from tests.support.layouts import layout_text
 
@@ -24,7 +24,7 @@ pytest.importorskip("jax")
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MIXTRAL, LLAMA = str(GOLDEN / "mixtral_gqa"), str(GOLDEN / "llama_gqa")
-FORWARD = StepConfig("forward", 64, "16")
+FORWARD = ProgramConfig("forward", 64, "16")
 SMALL = ("--batch-tokens", "64", "--sequence", "16")
 
 
@@ -220,7 +220,7 @@ def test_losses_that_the_graph_has_are_those_of_the_step(parts):
     from moecc.ahead.worker import prepare
 
     own = "specialize{mode=train capacity-factor=1.25},add-losses{balance-coef=0.5 z-coef=0}"
-    config = StepConfig("train", 64, "16", mesh="data=2", micro_batches=parts)
+    config = ProgramConfig("train", 64, "16", mesh="data=2", micro_batches=parts)
     asked = Request(MIXTRAL, "cpu:2", config, pipeline=own)
     graph = prepare(asked).graph
     losses = [name for name in graph.output_names if name.startswith("loss.")]

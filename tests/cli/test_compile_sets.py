@@ -10,9 +10,9 @@ import pytest
 from moecc.ahead.request import Request, update_of
 from moecc.ahead.worker import prepare
 from moecc.errors import UsageError
-from moecc.plan.step import StepConfig
+from moecc.plan.step import ProgramConfig
 
-TINY = StepConfig(batch_tokens=64, sequence="16")
+TINY = ProgramConfig(batch_tokens=64, sequence="16")
 LLAMA = str(Path(__file__).parent.parent / "golden" / "llama_gqa")
 
 

@@ -13,6 +13,7 @@ from moecc.cli.commands import make_command
 from moecc.errors import CheckError
 from moecc.jobs.command import Report, Spelling
 from moecc.jobs.compile import CompileOutcome
+from moecc.plan.step import ProgramConfig
 
 
 def test_a_checkpoint_is_converted_and_verified_without_a_command_line(dense, tmp_path):
@@ -35,7 +36,9 @@ def test_an_exit_code_becomes_that_of_the_process(fits, moecc, monkeypatch):
         return CompileOutcome({"remarks": [], "fits": fits}, program="module")
 
     monkeypatch.setattr("moecc.jobs.compile.compile_in_subprocess", compile_in_subprocess)
-    by_function = package.compile("preset:st-moe-base", machine="cpu:8", emit="hlo", via="ring")
+    by_function = package.compile(
+        "preset:st-moe-base", machine="cpu:8", emit="hlo", config=ProgramConfig(via="ring")
+    )
     assert by_function.exit_code == (0 if fits else 1)
     words = ("--emit", "hlo", "--via", "ring", "--time-limit", "5")
     done = moecc("compile", "preset:st-moe-base", "--machine", "cpu:8", *words)

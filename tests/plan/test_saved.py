@@ -13,7 +13,7 @@ from moecc.ahead.worker import prepare
 from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.jobs.compile import CompileOutcome, compile
-from moecc.plan.step import read_plan
+from moecc.plan.step import ProgramConfig, read_plan
 from tests.train.tiny import draw_weights, make_corpus, make_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -70,11 +70,19 @@ def test_compile_takes_all_of_it(tmp_path, requested):
             "--weight-dtype", "bf16", "--reduce-dtype", "float32")  # fmt: skip
     path = str(saved(tmp_path, *more))
     assert requested(plan=path) == requested(
-        machine="cpu:8", pipeline=PIPELINE, sequence="64", mesh="fsdp=2,expert=4", via="ring",
-        remat="full", dense_weights="split", optimizer="adafactor",
-        rules=read_plan(path).config.rules, weight_dtype="bf16", micro_batches=2,
-        reduce_dtype="float32",
+        machine="cpu:8", pipeline=PIPELINE, config=ProgramConfig(
+            sequence="64", mesh="fsdp=2,expert=4", via="ring", remat="full", dense_weights="split",
+            optimizer="adafactor", rules=read_plan(path).config.rules, weight_dtype="bf16",
+            micro_batches=2, reduce_dtype="float32",
+        ),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("option", [("--remat", "full"), ("--step", "forward"), ("--slice",)])
+def test_compile_refuses_a_setting_that_the_plan_states(tmp_path, option, capsys):
+    path = saved(tmp_path)
+    assert main(["compile", MODEL, "--plan", str(path), *option]) == 2
+    assert f"{option[0]}: the plan says it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

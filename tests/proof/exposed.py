@@ -25,7 +25,7 @@ from moecc.ahead.worker import prepare
 from moecc.errors import MoeccError
 from moecc.jobs.command import read_pipeline
 from moecc.jobs.compile import compile_in_subprocess
-from moecc.plan.step import StepConfig
+from moecc.plan.step import ProgramConfig
 
 RECORD = Path("docs/proofs/exposed.json")
 BOUND = 0.2
@@ -42,7 +42,7 @@ NONE, FULL = {"remat": "none"}, {"remat": "full"}
 def program(
     model: str, machine: str, mesh: str | None, pipeline: str = "", **settings: object
 ) -> Row:
-    """Return a training step: what is compiled, and the settings of `StepConfig`."""
+    """Return a training step: what is compiled, and the settings of `ProgramConfig`."""
     return {
         "model": model, "machine": machine, "pipeline": pipeline,
         "settings": {"mesh": mesh, **settings},
@@ -181,7 +181,7 @@ PROGRAMS = {**LEARNT, **REJECTED, **OVERLAPPED, **HELD_OUT, **PUBLISHED}
 def request_of(row: Row) -> Request:
     """Return the compilation of a row."""
     pipeline = str(read_pipeline(row["pipeline"], ()))
-    config = StepConfig(**row["settings"])
+    config = ProgramConfig(**row["settings"])
     return Request(row["model"], row["machine"], config, pipeline=pipeline)
 
 
