@@ -87,67 +87,52 @@ class TorusRoute(Route):
 
 @dataclass(frozen=True)
 class SwitchRoute(Route):
-    """GPUs behind switches: `inner` of them in a node, the rest in other nodes.
+    """Devices behind one switch, each by a link; `TwoLevelRoute` has the latency of a group.
 
     Attributes:
-      inner: devices of the group in one node.
-      link_bytes_per_second: what a device sends within its node.
-      outer_bytes_per_second: what a device sends out of its node, its share of the node's links.
+      link_bytes_per_second: what a device sends, and receives.
     """
 
-    inner: int = 1
-    link_bytes_per_second: float = 1.0
-    outer_bytes_per_second: float = 1.0
+    link_bytes_per_second: float
 
     def all_gather(self, full_bytes: float) -> float:
-        """Return the seconds of an all-gather or a reduce-scatter: of the slower of both levels."""
-        outer = self.devices // self.inner
-        inside = full_bytes * (self.inner - 1) / self.inner / self.link_bytes_per_second
-        # Each node receives what it has not, over the links of all devices of the group in it.
-        rate = self.inner * self.outer_bytes_per_second
-        outside = full_bytes * (outer - 1) / outer / rate
-        return max(inside, outside) + self._latency()
+        """Return the seconds of an all-gather or a reduce-scatter."""
+        return full_bytes * (self.devices - 1) / self.devices / self.link_bytes_per_second
 
     def all_to_all(self, local_bytes: float) -> float:
-        """Return the seconds of an all-to-all: of the slower of both levels."""
-        within = (self.inner - 1) / self.devices
-        beyond = (self.devices - self.inner) / self.devices
-        inside = local_bytes * within / self.link_bytes_per_second
-        outside = local_bytes * beyond / self.outer_bytes_per_second
-        return max(inside, outside) + self._latency()
-
-    def _latency(self) -> float:
-        return HOP_SECONDS * (self.devices > 1)
+        """Return the seconds of an all-to-all, of which a device keeps its own part."""
+        return local_bytes * (self.devices - 1) / self.devices / self.link_bytes_per_second
 
 
 @dataclass(frozen=True)
-class SlicedRoute(Route):
-    """Devices of several tori, which a network of the data center joins.
+class TwoLevelRoute(Route):
+    """Devices in equal groups: GPUs in nodes, TPUs in tori, with a slower network between them.
 
     Attributes:
-      within: the route of those in one torus.
-      outer_bytes_per_second: what a device sends to other tori, and receives.
+      within: the route of the devices of one group.
+      outer_bytes_per_second: what a device sends to other groups, and receives.
+      latency: the seconds that the switches between devices take.
     """
 
     within: Route
     outer_bytes_per_second: float
+    latency: float
 
     def all_gather(self, full_bytes: float) -> float:
         """Return the seconds of an all-gather or a reduce-scatter: of the slower of both levels."""
         inner = self.within.devices
         outer = self.devices // inner
+        # Each group receives what it has not, over the links of all its devices.
         outside = full_bytes * (outer - 1) / outer / (inner * self.outer_bytes_per_second)
-        return max(self.within.all_gather(full_bytes), outside) + self._latency(outer)
+        return max(self.within.all_gather(full_bytes), outside) + self.latency
 
     def all_to_all(self, local_bytes: float) -> float:
         """Return the seconds of an all-to-all: of the slower of both levels."""
-        share = self.within.devices / self.devices
-        outside = local_bytes * (1 - share) / self.outer_bytes_per_second
-        inside = self.within.all_to_all(local_bytes * share)
-        return max(inside, outside) + self._latency(self.devices // self.within.devices)
-
-    def _latency(self, outer: int) -> float:
-        return HOP_SECONDS * (outer > 1)
+        inner = self.within.devices
+        inside = self.within.all_to_all(local_bytes * inner / self.devices)
+        beyond = (self.devices - inner) / self.devices
+        outside = local_bytes * beyond / self.outer_bytes_per_second
+        return max(inside, outside) + self.latency
 
 
 @dataclass(frozen=True)
@@ -245,16 +230,12 @@ class Switch(Network):
         for name in reversed(sizes):
             inner[name] = gcd(room, sizes[name])
             room //= inner[name]
-        outer = self.node_bytes_per_second / self.per_node
-        return {
-            axes: SwitchRoute(
-                prod(sizes[a] for a in axes),
-                prod(inner[a] for a in axes),
-                self.link_bytes_per_second,
-                outer,
-            )
-            for axes in _subsets(tuple(sizes))
-        }
+        outer, routes = self.node_bytes_per_second / self.per_node, dict[tuple[str, ...], Route]()
+        for axes in _subsets(tuple(sizes)):
+            devices = prod(sizes[a] for a in axes)
+            within = SwitchRoute(prod(inner[a] for a in axes), self.link_bytes_per_second)
+            routes[axes] = TwoLevelRoute(devices, within, outer, HOP_SECONDS * (devices > 1))
+        return routes
 
 
 @dataclass(frozen=True)
@@ -278,7 +259,9 @@ class Slices(Network):
             across = gcd(room, size)
             room //= across
             inner[name] = size // across
-        return {
-            axes: SlicedRoute(prod(sizes[a] for a in axes), within, self.outer_bytes_per_second)
-            for axes, within in self.torus.routes(inner).items()
-        }
+        routes = dict[tuple[str, ...], Route]()
+        for axes, within in self.torus.routes(inner).items():
+            devices = prod(sizes[a] for a in axes)
+            latency = HOP_SECONDS * (devices > within.devices)
+            routes[axes] = TwoLevelRoute(devices, within, self.outer_bytes_per_second, latency)
+        return routes

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from moecc.plan.collectives import Collective, PartCost, WeightProduct
 from moecc.plan.machines import Machine, efficiency, table
 from moecc.plan.memory import StepMemory
-from moecc.plan.networks import Route, SwitchRoute
+from moecc.plan.networks import Route, TwoLevelRoute
 
 ASKED = ("tpu:v5p",)
 """Machines whose compilers overlap if they are asked to, by the beginning of their names."""
@@ -69,7 +69,7 @@ def scheduled(
             inside = {
                 axes
                 for axes, route in routes.items()
-                if isinstance(route, SwitchRoute) and route.inner == route.devices
+                if isinstance(route, TwoLevelRoute) and route.within.devices == route.devices
             }
             each = LayerSchedule(layer, latencies, inside, recomputes).parts()
             hidden = (part.in_chunks() for part in each)
@@ -151,8 +151,8 @@ class SchedulerRates(NamedTuple):
         GPUs of one node have a link each.  A group that is not all devices counts each of its
         members as a node, and the groups share the links of a node.
         """
-        assert isinstance(route, SwitchRoute), "GPUs are behind switches"
-        size, inner = move.tensor_bytes, route.inner
+        assert isinstance(route, TwoLevelRoute), "GPUs are in nodes"
+        size, inner = move.tensor_bytes, route.within.devices
         if route.devices == inner:
             return self.inner_seconds + size / self.inner_bytes_per_second
         groups = devices // route.devices
