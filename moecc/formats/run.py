@@ -96,6 +96,7 @@ class StepRecord:
       tokens: tokens seen.
       left_out: the documents that were left out.
       loss: the held-out loss at this step, if it was evaluated then.
+      is_unevaluated: whether the run was told to stop before an evaluation that was due.
       tensors: the parameters, by name.
       files: the digests of the state, by paths in its folder.
       run_files: the digests of the run's own files, by paths in its folder.
@@ -107,6 +108,7 @@ class StepRecord:
     tokens: Count
     left_out: tuple[Count, ...]
     loss: float | None = None
+    is_unevaluated: bool = False
     tensors: Mapping[str, StoredArray]
     files: Mapping[FileName, FileRecord]
     run_files: Mapping[FileName, FileRecord]
@@ -378,7 +380,7 @@ def step_removed(folder: Path) -> Problem:
 def _differences(folder: Path, expected: Mapping[str, FileRecord]) -> list[Problem]:
     present = {name: folder / name for name in expected if (folder / name).is_file()}
     problems = [
-        Problem(f"the file {quoted(name)} is missing", str(folder))
+        Problem(f"the file {quoted(name)} is missing", str(folder), hint=_HINT)
         for name in expected
         if name not in present
     ]

@@ -84,7 +84,11 @@ def tokens(
     )
     with signals_raised(), Bar("encoding") as bar:
         parts = make_tokens(making, Path(out), force=force, progress=bar)
-    names = [source.name for source in next(iter(parts.values())).sources]
+    sources = next(iter(parts.values())).sources
+    if empty := [source for source in sources if source.empty]:
+        documents = amount(sum(source.empty for source in empty), "empty document")
+        say(f"remark: left out: {documents}, of {empty[0].name} for example")
+    names = [source.name for source in sources]
     if plain := [n for n in names if n.lower().removesuffix(".gz").endswith(".json")]:
         files = amount(len(plain), ".json file")
         say(f"remark: read as text: {files}, such as {plain[0]}; records are read from .jsonl")

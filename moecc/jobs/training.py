@@ -395,7 +395,8 @@ def resumed_run(
         quoted = shlex.quote(str(run))
         raise InputError(
             "the run was begun with another recipe", where=run / RECIPE,
-            expected="the same, but for its mesh", found="; ".join(differences),
+            expected="the same, but for [mesh] and local paths: model.source, tokens of [data]",
+            found="; ".join(differences),
             hint=f"moecc train RECIPE --fork {quoted} --out FOLDER goes on with another recipe, "
             f"with {shlex.quote(str(run / RECIPE))} and --set for example",
         )  # fmt: skip

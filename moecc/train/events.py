@@ -265,6 +265,10 @@ class RunStore(Protocol):
         """Bring the records of what the other processes uploaded of a step to this folder."""
         ...
 
+    def put_record(self, number: int) -> None:
+        """Upload the record of a step again, to which its evaluation was added."""
+        ...
+
     def put_run(self) -> None:
         """Upload what is new in the folder of the first process, each step with its record last."""
         ...

@@ -350,7 +350,7 @@ def _passes(graph: Graph, recipe: Recipe, mode: str, factor: float, losses: Json
         routed=routed,
         bound=bound,
         groups=groups,
-        noise=_noise(recipe, routed=routed) if mode == "train" else {},
+        noise=_noise(graph, recipe, routed=routed) if mode == "train" else {},
         losses=dict(losses) if routed or losses.get("attention-z-coef") else None,
         balanced=routed and recipe.routing.force_balance and mode == "train",
         weighted=mode == "train" and weights_rows(run.remat, bool(recipe.mesh.mesh)),
@@ -360,11 +360,11 @@ def _passes(graph: Graph, recipe: Recipe, mode: str, factor: float, losses: Json
     )
 
 
-def _noise(recipe: Recipe, *, routed: bool) -> dict[str, float]:
+def _noise(graph: Graph, recipe: Recipe, *, routed: bool) -> dict[str, float]:
     """Return the options by which training is perturbed.
 
     Raises:
-      InputError: there are some, and the model has no experts.
+      InputError: there are some, and the model has no experts, or its experts no slots to drop.
     """
     names = ("jitter", "dropout", "expert_dropout")
     options = {n: float(value) for n in names if (value := getattr(recipe.routing, n))}
@@ -375,6 +375,18 @@ def _noise(recipe: Recipe, *, routed: bool) -> dict[str, float]:
             expected="0",
             found=", ".join(map(str, options.values())),
             hint="upcycle in model.pipeline makes experts",
+        )
+    assigners = (node for node in graph.every_node() if node.op.assigns_slots)
+    is_bounded = recipe.routing.capacity_factor or all(
+        node.op.chooses or SlotsOp.of_node(node).slots == "capacity" for node in assigners
+    )
+    if "expert_dropout" in options and not is_bounded:
+        raise InputError(
+            "dropout in experts needs slots that can be numbered",
+            where="routing.expert_dropout",
+            expected="a capacity",
+            found="dropless rows",
+            hint="routing.capacity_factor = 1.25, for example",
         )
     return {n.replace("_", "-"): value for n, value in options.items()}
 

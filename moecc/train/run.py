@@ -246,9 +246,22 @@ def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
         files=dict(sorted({**parts, **digests(state, remaining)}.items())),
         run_files=digests(run, [*described, *_files_in(run / SOURCE)]),
     )
-    replace_durable(folder / STEP, seal(_json(to_json(content)).removesuffix(b"\n}\n")))
+    _write_record(folder, content)
     synchronise_folder(folder.parent)
     return SavedStep(number, folder)
+
+
+def record_loss(step: SavedStep, loss: float | None) -> None:
+    """Record the evaluation of a step that was saved before it was evaluated.
+
+    Raises:
+      MachineError: the disk is full, or cannot be written.
+    """
+    _write_record(step.folder, replace(step.facts, loss=loss, is_unevaluated=False))
+
+
+def _write_record(folder: Path, record: StepRecord) -> None:
+    replace_durable(folder / STEP, seal(_json(to_json(record)).removesuffix(b"\n}\n")))
 
 
 def keep_steps(run: Path, count: int) -> None:
@@ -346,8 +359,10 @@ class Journal(Closing):
         self._file.close()
 
 
-def cut_back(path: Path, step: int) -> None:
+def cut_back(path: Path, step: int, is_unevaluated: bool = False) -> None:
     """Remove the lines of a journal that are later than `step`, and what is no whole line.
+
+    Where the checkpoint is unevaluated, an evaluation of `step` is later.
 
     Raises:
       InputError: what is no line stands before one that stays, which no kill leaves.
@@ -361,7 +376,7 @@ def cut_back(path: Path, step: int) -> None:
             line_step = _step_of(raw)
             if line_step is None:
                 damaged = damaged or number
-            elif line_step > step:
+            elif line_step > step - (is_unevaluated and b'"held_out":' in raw):
                 break
             elif damaged:
                 raise InputError(
@@ -749,9 +764,10 @@ def followed(
     with ExitStack() as opened:
         journals: list[Journal] = []
         if training.writes:
-            steps = saved_steps(job.run)
+            last = steps[-1] if (steps := saved_steps(job.run)) else None
+            begin = (last.number, last.facts.is_unevaluated) if last else (0, False)
             for name in (METRICS, SPEED):
-                cut_back(job.run / name, steps[-1].number if steps else 0)
+                cut_back(job.run / name, *begin)
                 journals.append(opened.enter_context(Journal(job.run / name)))
         for event in training.events(stop):
             if isinstance(event, Stepped):

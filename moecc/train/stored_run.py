@@ -191,6 +191,12 @@ class StoredRun(StoreOutput):
         for process in range(1, processes):
             self._get(f"{STEPS}/{number}/{part_name(process)}", {})
 
+    def put_record(self, number: int) -> None:
+        """Upload the record of a step again, to which its evaluation was added."""
+        name = f"{STEPS}/{number}/{STEP}"
+        self._require_held()
+        self._put_file(self.stage / name, name)
+
     def fetch(self) -> None:
         """Bring the last step of the claim, which the first process holds, to the stage."""
         self._require_held()

@@ -43,6 +43,13 @@ def test_a_resumed_run_has_the_bytes_of_one_that_was_not_killed(tmp_path, rest):
     assert killed.read_bytes() == whole.read_bytes()
 
 
+def test_an_evaluation_that_the_checkpoint_lacks_is_made_again(tmp_path):
+    journal = tmp_path / "journal"
+    record(journal, [stepped(1), Evaluated(1, {"a": 1.0}), stepped(2), Evaluated(2, {"a": 1.0})])
+    cut_back(journal, 2, is_unevaluated=True)
+    assert [("held_out" in line) for line in read_journal(journal)] == [False, True, False]
+
+
 def test_a_damaged_line_takes_no_later_one_with_it(tmp_path):
     journal = tmp_path / "journal"
     record(journal, [stepped(1), stepped(2), stepped(3)])

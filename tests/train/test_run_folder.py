@@ -147,8 +147,9 @@ def test_a_changed_digest_and_a_missing_file_are_found(run):
     save(run, 1)
     step = saved_steps(run)[0]
     (step.state / "data").unlink()
-    with pytest.raises(CheckError, match="'data' is missing"):
+    with pytest.raises(CheckError, match="'data' is missing") as caught:
         check_step(run, step)
+    assert "another checkpoint of the run" in str(caught.value.problems[0].hint)
     facts = step.folder / "step.json"
     facts.write_text(facts.read_text().replace('"tokens": 1', '"tokens": 2'))
     with pytest.raises(CheckError, match="seal"):

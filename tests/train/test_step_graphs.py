@@ -117,6 +117,17 @@ def test_training_alone_is_perturbed(key, layers):
     assert equal(eval_graph(graph, noisy(**{key: 0.1})), eval_graph(graph, noisy()))
 
 
+def test_dropout_in_dropless_experts_names_the_keys_of_the_recipe():
+    graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
+    recipe = noisy(expert_dropout=0.1)
+    unbounded = replace(recipe, routing=replace(recipe.routing, capacity_factor=0.0))
+    with pytest.raises(InputError, match="numbered") as caught:
+        train_graph(graph, unbounded)
+    (problem,) = caught.value.problems
+    assert problem.where == "routing.expert_dropout"
+    assert "routing.capacity_factor" in str(problem.hint)
+
+
 def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for():
     graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
 

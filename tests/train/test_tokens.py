@@ -121,6 +121,25 @@ def test_json_that_is_read_as_text_is_a_remark(tmp_path, moecc):
     )
 
 
+def test_empty_documents_are_a_remark(tmp_path, moecc):
+    lines(tmp_path / "a.jsonl", {"text": ""}, {"text": "b"}, {"text": " \n"})
+    (tmp_path / "b.txt").write_text("\n")
+    (tmp_path / "c.txt").write_text("c\n")
+    done = moecc("tokens", tmp_path, "--tokenizer", "bytes", "--out", tmp_path / "out")
+    assert done.err == "remark: left out: 3 empty documents, of a.jsonl for example\n"
+    assert [s.empty for s in open_tokens(tmp_path / "out").facts.sources] == [2, 1, 0]
+
+
+def test_a_number_is_no_document(tmp_path):
+    source = lines(tmp_path / "x.jsonl", {"text": "a"}, {"text": 3})
+    with pytest.raises(InputError) as caught:
+        make(tmp_path / "out", source)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.expected, problem.found, problem.hint) == (
+        f"{source}:2", "a text", "3", "--field names another key"
+    )  # fmt: skip
+
+
 def test_all_problems_of_the_texts_come_at_once(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": 3}\nnope\n{"body": "b"}\n{"text": []}\n[]\n')
     (tmp_path / "y.txt").write_bytes(b"latin \xe9")
@@ -130,6 +149,7 @@ def test_all_problems_of_the_texts_come_at_once(tmp_path):
         make(tmp_path / "out", *(tmp_path / n for n in ("x.jsonl", "y.txt", "z.txt.gz", "w.jsonl")))
     found = [p.split("\n")[0].removeprefix(f"{tmp_path}/") for p in problems(caught)]
     assert found == [
+        "x.jsonl:1: 'text' is not a text",
         "x.jsonl:2: not JSON: Expecting value",
         "x.jsonl:3: the record has no 'text'",
         "x.jsonl:4: 'text' is not a text",

@@ -222,6 +222,15 @@ def test_a_run_may_be_named_relative_to_a_folder_beside_it(
     assert params[name].shape == open_model(folder / "run").params()[name].shape
 
 
+def test_another_recipe_is_rejected_with_what_may_differ(folder: Path, moecc: Moecc) -> None:
+    text = (folder / "recipe.toml").read_text().replace("steps = 6", "steps = 7", 1)
+    (folder / "seven.toml").write_text(text.replace('"model"', '"small"'))
+    code, _, err = moecc("train", folder / "seven.toml", "--out", folder / "run")
+    assert code == 1
+    assert "but for [mesh] and local paths: model.source, tokens of [data]" in err
+    assert "found: run.steps: 6 → 7\n" in err
+
+
 @pytest.mark.slow
 def test_a_fork_goes_on_under_another_recipe(folder: Path, moecc: Moecc) -> None:
     run, fork = folder / "run", folder / "fork"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moecc.errors import MachineError
-from moecc.formats.run import LINEAGE_SCHEMA, saved_steps
+from moecc.formats.run import LINEAGE_SCHEMA, check_step, saved_steps
 from moecc.ir import clone
 from moecc.model.open import open_model
 from moecc.plan.step import StepConfig
@@ -111,11 +111,11 @@ def test_any_program_restores_what_any_other_saved(
     )
     for number, passes in enumerate(PROGRAMS):
         store = checkpoints(run, made, model, passes, update, beside)
-        state, at, best = store.begin()
+        state, at, best, _ = store.begin()
         assert at == (Position() if number == 0 else Position(number, 10 * number, (1,)))
         assert best == (None if number == 0 else 3.0)
         found.append(canonical_arrays(store, state))
-        done = store.save(state, Position(number + 1, 10 * number + 10, (1,)), 3.0 + number)
+        done = store.save(state, Position(number + 1, 10 * number + 10, (1,)), 3.0 + number, False)
         assert [saved.step for saved in done] == [number + 1] * (not beside)
         assert [saved.step for saved in store.wait()] == [number + 1] * beside
         store.saver.close()
@@ -128,6 +128,22 @@ def test_any_program_restores_what_any_other_saved(
     assert [s.number for s in saved_steps(run)] == [1, 3, 4]
 
 
+def test_an_evaluation_is_added_to_the_checkpoint_that_lacks_it(made, model, tmp_path):
+    run = tmp_path / "run"
+    create_run(
+        run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}
+    )
+    store = checkpoints(run, made, model, FLAT, "adamw")
+    state, *_ = store.begin()
+    store.save(state, Position(1, 10), None, True)
+    store.wait()
+    assert store.begin()[1:] == (Position(1, 10), None, True)
+    store.record_loss(1, 2.5)
+    assert store.begin()[1:] == (Position(1, 10), 2.5, False)
+    (step,) = saved_steps(run)
+    check_step(run, step)
+
+
 def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
     made, model, tmp_path, monkeypatch
 ):
@@ -136,18 +152,18 @@ def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
         run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}
     )
     store = checkpoints(run, made, model, FLAT, "adamw")
-    state, _, _ = store.begin()
-    store.save(state, Position(1), None)
+    state, *_ = store.begin()
+    store.save(state, Position(1), None, False)
     store.wait()
     # The disk is filled while the arrays are written, and is found full when the step is finished.
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("os.replace", lambda *_: raised(full))
-    store.save(state, Position(2), None)
+    store.save(state, Position(2), None, False)
     with pytest.raises(MachineError, match="No space left"):
         store.wait()
     monkeypatch.undo()
     assert [s.number for s in saved_steps(run)] == [1]
-    store.save(state, Position(3), None)
+    store.save(state, Position(3), None, False)
     assert [saved.step for saved in store.wait()] == [3]
     store.saver.close()
 

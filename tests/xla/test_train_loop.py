@@ -68,14 +68,23 @@ class Numbers:
 @dataclass
 class InMemory:
     kept: list[tuple[Any, Position, float | None]] = field(default_factory=list)
+    is_unevaluated: bool = False
 
     def begin(self) -> Any:
         losses = [loss for _, _, loss in self.kept if loss is not None]
         state, at, _ = self.kept[-1] if self.kept else ((), Position(), None)
-        return state, at, min(losses, default=None)
+        return state, at, min(losses, default=None), self.is_unevaluated
 
-    def save(self, state: Any, at: Position, loss: float | None) -> list[Saved]:
+    def record_loss(self, step: int, loss: float | None) -> None:
+        state, at, _ = self.kept[-1]
+        assert at.step == step
+        self.kept[-1], self.is_unevaluated = (state, at, loss), False
+
+    def save(
+        self, state: Any, at: Position, loss: float | None, is_unevaluated: bool
+    ) -> list[Saved]:
         self.kept.append((state, at, loss))
+        self.is_unevaluated = is_unevaluated
         return []
 
     def finished(self) -> list[Saved]:
@@ -187,9 +196,30 @@ def test_a_request_to_stop_is_honoured_after_the_step_and_saved():
     assert store.kept[-1][0] == tuple(range(9))
 
 
+@pytest.mark.parametrize("asked", [3, 4], ids=["in the step", "in the evaluation"])
+@pytest.mark.parametrize("steps", [2, 5], ids=["last", "between"])
+def test_a_request_to_stop_is_saved_before_the_evaluation_that_is_due(asked, steps):
+    """The run that goes on evaluates first, and the two are as one that was not stopped."""
+    feed, run = Numbers({"a": 2}), RunSection(steps=steps, save_steps=9, evaluate_steps=2)
+    whole, alone = loop(run, feed=feed)
+    calls = iter([*[None] * (asked - 2), *[Reason.TERMINATED] * 2])
+    events, store = loop(run, feed=feed, stop=lambda: next(calls))
+    assert kinds(events) == "StStSt"
+    assert events[-1] == Stopped(2, Reason.TERMINATED)
+    assert store.kept == [((0, 1), Position(2, 20), None)]
+    again, _ = loop(run, feed=feed, checkpoints=store, stop=lambda: Reason.TERMINATED)
+    assert again == [Stopped(2, Reason.TERMINATED)]
+    resumed, _ = loop(run, feed=feed, checkpoints=store)
+    assert kinds([*events[:2], *resumed]) == kinds(whole)
+    assert resumed[0] == whole[2]
+    assert store.kept == alone.kept
+
+
 def test_a_failed_save_reaches_the_reader_of_the_events(tmp_path):
     class Full(InMemory):
-        def save(self, state: Any, at: Position, loss: float | None) -> list[Saved]:
+        def save(
+            self, state: Any, at: Position, loss: float | None, is_unevaluated: bool
+        ) -> list[Saved]:
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):

@@ -159,6 +159,7 @@ class DocumentReader:
     format: DocumentFormat
     problems: Problems = field(default_factory=Problems)
     sources: list[SourceFile] = field(default_factory=list)
+    _empty: int = field(init=False, default=0)
 
     def read(self, path: Path) -> Iterator[Document]:
         """Yield the documents of a file.
@@ -166,6 +167,7 @@ class DocumentReader:
         Raises:
           MachineError: the file cannot be read, or is Parquet and pyarrow is not installed.
         """
+        self._empty = 0
         with os_errors(path), self.problems:
             yield from self._documents(path)
 
@@ -184,9 +186,13 @@ class DocumentReader:
                     expected=".jsonl, .ndjson, .parquet or .arrow, and .gz of the first two",
                 )
             else:
-                yield from map(Document, _texts(stream, self.format.split, path))
+                is_empty = True
+                for text in _texts(stream, self.format.split, path):
+                    is_empty = False
+                    yield Document(text)
+                self._empty += is_empty
             digest.rest()
-        self.sources.append(digest.source(path))
+        self.sources.append(digest.source(path, self._empty))
 
     def _json(self, stream: IO[bytes], path: Path) -> Iterator[Document]:
         for number, line in enumerate(_lines(stream, path), 1):
@@ -221,6 +227,8 @@ class DocumentReader:
             for document in self.format.documents(record):
                 if document.completion is not None or document.text.strip():
                     yield document
+                else:
+                    self._empty += 1
 
     def _table(self, path: Path) -> Iterator[Document]:
         """Yield the documents of a table of Parquet, or of Arrow as ``datasets`` saves it."""
@@ -260,7 +268,7 @@ class DocumentReader:
         except ArrowException as error:
             kind = "Arrow" if path.suffix == _ARROW else "Parquet"
             raise InputError(f"not {kind}: {str(error)[:300]}", where=path) from None
-        self.sources.append(digest.source(path))
+        self.sources.append(digest.source(path, self._empty))
 
 
 def _key_fault(record: Json, key: str, format: DocumentFormat, where: str) -> Iterator[Problem]:
@@ -270,8 +278,9 @@ def _key_fault(record: Json, key: str, format: DocumentFormat, where: str) -> It
         yield Problem(f"the record has no {key!r}", where, None, keys, hint=hint)
     elif format.kind == CHAT:
         yield from message_problems(record[key], where)
-    elif not isinstance(record[key], str | int | float) or isinstance(record[key], bool):
-        yield Problem(f"{key!r} is not a text", where, "a text", describe(record[key]))
+    elif type(record[key]) not in ((str,) if format.kind == DOCUMENTS else (str, int, float)):
+        hint = _other_key(key, format)
+        yield Problem(f"{key!r} is not a text", where, "a text", describe(record[key]), hint=hint)
     elif any("\ud800" <= c <= "\udfff" for c in str(record[key])):
         yield Problem(f"{key!r} has half a surrogate pair", where, "characters of Unicode")
 
@@ -308,8 +317,8 @@ class _Digest(io.RawIOBase):
         while self.readinto(buffer):
             pass
 
-    def source(self, path: Path) -> SourceFile:
-        return SourceFile(path.name, f"sha256:{self._hash.hexdigest()}", self._size_bytes)
+    def source(self, path: Path, empty: int) -> SourceFile:
+        return SourceFile(path.name, f"sha256:{self._hash.hexdigest()}", self._size_bytes, empty)
 
     def close(self) -> None:
         self._file.close()

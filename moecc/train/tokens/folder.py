@@ -74,11 +74,13 @@ class SourceFile:
       name: its name, without the folder.
       digest: ``sha256:…`` of its bytes.
       size_bytes: its size.
+      empty: how many texts of white space alone were left out.
     """
 
     name: str
     digest: str
     size_bytes: Count
+    empty: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)

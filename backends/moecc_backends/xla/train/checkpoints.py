@@ -41,6 +41,7 @@ from moecc.train.run import (
     begin_step,
     finish_step,
     keep_steps,
+    record_loss,
     write_part,
 )
 from moecc.train.state import Weights, initial, moment, stored
@@ -279,8 +280,11 @@ class RunCheckpoints:
             self._last = (kind, to_tensors(self._slots(step)))
         return self._last[1](state)
 
-    def begin(self) -> tuple[PyTree, Position, float | None]:
-        """Return state, position and best held-out loss of the last checkpoint, or the start.
+    def begin(self) -> tuple[PyTree, Position, float | None, bool]:
+        """Return the last checkpoint, or the start.
+
+        Returns:
+          State, position, the best held-out loss so far, and whether an evaluation is outstanding.
 
         Raises:
           InputError: the checkpoint is not as it was saved, or not of this model.
@@ -290,16 +294,25 @@ class RunCheckpoints:
             self.store.fetch()
         steps = saved_steps(self.run)
         if not steps:
-            return (*self.start(), None)
+            return (*self.start(), None, False)
         last, best = steps[-1], best_step(steps)
         check_inside(self.run, last)
         require_state(last)
         slots, abstract = self._slots(last.number), self.abstract(last.number)
         state = restore(slots, StateReader(last.state).read, abstract)
         at = Position(last.facts.step, last.facts.tokens, last.facts.left_out)
-        return state, at, None if best is None else best.loss
+        return state, at, None if best is None else best.loss, last.facts.is_unevaluated
 
-    def save(self, state: PyTree, at: Position, loss: float | None) -> list[Saved]:
+    def record_loss(self, step: int, loss: float | None) -> None:
+        """Record the evaluation of the last checkpoint, which lacked it. Raises MachineError."""
+        if is_first():
+            record_loss(saved_steps(self.run)[-1], loss)
+            if self.store is not None:
+                self.store.put_record(step)
+
+    def save(
+        self, state: PyTree, at: Position, loss: float | None, is_unevaluated: bool
+    ) -> list[Saved]:
         """Begin to save; return the steps completed since. Raises MachineError."""
         done = self.wait()  # before tensors are made: of one save there is one copy
         tensors = self._tensors(state, at.step)
@@ -312,7 +325,7 @@ class RunCheckpoints:
         }
         facts = {
             "recipe": self.recipe, "tokens": at.tokens, "left_out": list(at.left_out),
-            "loss": loss, "tensors": params,
+            "loss": loss, "is_unevaluated": is_unevaluated, "tensors": params,
         }  # fmt: skip
         return [*done, *self.saver.save(at.step, tensors, facts)]
 

@@ -129,7 +129,7 @@ class Loop:
     _state: State = field(init=False, default=None)
     _at: Position = field(init=False, default=Position())
     _best: float | None = field(init=False, default=None)
-    _saved: Position = field(init=False, default=Position())
+    _is_unevaluated: bool = field(init=False, default=False)
     _faults: tuple[GuardFault, ...] = field(init=False, default=())
     _saved_seconds: float = field(init=False, default=0.0)
     _structures: set[PyTree] = field(init=False, default_factory=set)
@@ -157,14 +157,22 @@ class Loop:
     def _begin(self) -> None:
         self.enter("start")
         self._state = None  # before another one is made
-        self._state, self._at, self._best = self.checkpoints.begin()
-        self._saved, self._saved_seconds = self._at, self.clock()
+        self._state, self._at, self._best, self._is_unevaluated = self.checkpoints.begin()
+        self._saved_seconds = self.clock()
 
     def _until_streak(self) -> Generator[Event, None, tuple[int, ...] | None]:
         """Run to the end, or until too many steps in a row were skipped: then what to leave out.
 
         They begin with that of the last step that was taken, whose update led there.
         """
+        if self._is_unevaluated:
+            outcome = self._evaluate()
+            if isinstance(outcome, Reason):
+                yield Stopped(self._at.step, outcome)
+                return None
+            yield outcome
+            self.checkpoints.record_loss(self._at.step, outcome.mean)
+            self._best = outcome.mean if self._is_best(outcome.mean) else self._best
         streak: list[int] = []
         accepted: list[int] = []
         batch = self._batch(self._at.step) if self._at.step < self.run.steps else {}
@@ -211,25 +219,48 @@ class Loop:
         batch = self.feed.train(batch_of(step, self._at.left_out))
         return batch if self.teacher is None else {**batch, **self.teacher(batch, step)}
 
+    def _is_best(self, loss: float | None) -> bool:
+        return loss is not None and (self._best is None or loss < self._best)
+
+    def _evaluate(self) -> Evaluated | Reason:
+        """Return the held-out losses, or why to stop where the run is told to before the end.
+
+        An evaluation may take longer than the grace period of a scheduler.
+        """
+        losses, params = {}, self.program.model_params(self._state)
+        for name, batches in self.feed.held_out.items():
+            self.enter("evaluation")
+            loss_sum, tokens, batch = 0.0, 0.0, self.feed.evaluate(name, 0)
+            for number in range(batches):
+                if (why := self.stop()) is not None:
+                    return why
+                sums = self.program.evaluate(params, batch)
+                if number + 1 < batches:
+                    # While the devices compute.
+                    batch = self.feed.evaluate(name, number + 1)
+                loss_sum += float(sums[LOSS_SUM])
+                tokens += float(sums[TOKENS])
+            losses[name] = loss_sum / max(tokens, 1.0)
+        return Evaluated(self._at.step, losses, self.spread(params) if self.spread else {})
+
     def _between(self, is_skipped: bool) -> Generator[Event, None, bool]:
-        """Evaluate, save and stop where it is time to; return whether the run stops."""
+        """Evaluate, save and stop where it is time to; return whether the run stops.
+
+        A run that is told to stop saves at once; what then lacks its evaluation is evaluated by
+        the run that goes on.
+        """
         step, is_last = self._at.step, self._at.step == self.run.steps
-        why = self.stop()
+        is_unevaluated = is_last or is_due(step, self.run.evaluate_steps)
+        is_unevaluated = is_unevaluated and bool(self.feed.held_out)
+        outcome = self._evaluate() if is_unevaluated else self.stop()
+        why: Reason | None = None
         loss: float | None = None
-        if self.feed.held_out and (is_last or is_due(step, self.run.evaluate_steps)):
-            losses, params = {}, self.program.model_params(self._state)
-            for name, batches in self.feed.held_out.items():
-                self.enter("evaluation")
-                sums = [
-                    self.program.evaluate(params, self.feed.evaluate(name, number))
-                    for number in range(batches)
-                ]
-                total = sum(float(s[LOSS_SUM]) for s in sums)
-                losses[name] = total / max(sum(float(s[TOKENS]) for s in sums), 1.0)
-            evaluated = Evaluated(self._at.step, losses, self.spread(params) if self.spread else {})
-            yield evaluated
-            loss = evaluated.mean
-        is_best = loss is not None and (self._best is None or loss < self._best)
+        if isinstance(outcome, Evaluated):
+            yield outcome
+            loss, is_unevaluated = outcome.mean, False
+        else:
+            why = outcome
+        is_best = self._is_best(loss)
         # Between skipped steps a checkpoint would be one to which a return is of no use.
         minutes = self.run.save_minutes
         # Agreeing on the time is a collective, which a run without a clock does not need.
@@ -238,12 +269,11 @@ class Loop:
         is_time = is_time or 0 < minutes * 60 <= elapsed_seconds
         if is_last or why is not None or (not is_skipped and (is_best or is_time)):
             self._best = loss if is_best else self._best
-            if self._saved != self._at or loss is not None:
-                self.enter("save")
-                yield from self.checkpoints.save(self._state, self._at, loss)
-                self._saved, self._saved_seconds = self._at, self.clock()
+            self.enter("save")
+            yield from self.checkpoints.save(self._state, self._at, loss, is_unevaluated)
+            self._saved_seconds = self.clock()
         yield from self.checkpoints.finished()
-        if why is None or is_last:
+        if why is None or (is_last and not is_unevaluated):
             return False
         self.enter("save")
         yield from self.checkpoints.wait()
