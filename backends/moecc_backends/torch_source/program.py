@@ -7,7 +7,7 @@ bias, a norm, a look-up, dropout, noise, the experts of a token with what was dr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moecc.decoding import rewritten
@@ -18,7 +18,9 @@ from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.operand import Attrs
 from moecc.ir.operation import OPS
 from moecc.ir.ops.attention import LENGTH_SCALINGS
-from moecc.ir.structure import infer_again
+from moecc.ir.structure import clone, infer_again
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.types import I32, Axis, Extent, TensorType
 from moecc_backends.torch_source.names import layer_of
 
@@ -132,7 +134,7 @@ def prepared(graph: Graph) -> Graph:
     """Return a copy of `graph` that is unrolled, on one device, with fused attention."""
     passes = ["unroll-layers"] if any(node.body for node in graph) else []
     passes += ["strip-sharding"] if "mesh" in graph.attrs else []
-    return _without_metrics(rewritten(graph, ",".join([*passes, "fuse-attention"])))
+    return _without_metrics(clone(graph), [*passes, "fuse-attention"])
 
 
 def in_mode(graph: Graph, mode: str) -> Graph:
@@ -140,10 +142,12 @@ def in_mode(graph: Graph, mode: str) -> Graph:
     return _without_metrics(rewritten(graph, f"specialize{{mode={mode}}}"))
 
 
-def _without_metrics(copy: Graph) -> Graph:
-    for name in [n for n in copy.output_names if n.startswith(("metric.", "trace."))]:
-        copy.drop_output(name)
-    return rewritten(copy, "dce")
+def _without_metrics(graph: Graph, passes: Sequence[str] = ()) -> Graph:
+    """Drop metrics and traces, run passes, and remove what no output needs; all in place."""
+    for name in [n for n in graph.output_names if n.startswith(("metric.", "trace."))]:
+        graph.drop_output(name)
+    run_pipeline(graph, Pipeline.parse(",".join([*passes, "dce"])))
+    return graph
 
 
 def program_of(graph: Graph, tokens: Value | None) -> TorchProgram:
