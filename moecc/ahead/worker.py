@@ -91,7 +91,7 @@ def prepare(request: Request) -> PreparedJob:
     is_dropless = all(op.slots == "ragged" for op in slots)
     bound = None
     if slots and (not is_dropless or config.capacity_factor or config.partition == GSPMD):
-        bound = _bounded(graph, config, slots)
+        bound = _bounded(graph, config, slots, is_dropless)
     planned = planned_graph(graph, train)
     work = workload(planned, batch)
     of_batch = cache(partial(workload, planned))
@@ -103,7 +103,7 @@ def prepare(request: Request) -> PreparedJob:
     asked = PlanQuery(machine, _fixed(config, work), work, work_on)
     strategy = _in_chunks(config, _strategy(config, asked), work)
     if slots and bound is None and strategy.via == "capacity":
-        bound = _bounded(graph, config, slots)
+        bound = _bounded(graph, config, slots, is_dropless)
     remarks = []
     if bound and is_dropless and config.capacity_factor is None:
         remarks = [
@@ -133,7 +133,7 @@ def _check_exchange(config: ProgramConfig) -> None:
     )
 
 
-def _bounded(graph: Graph, config: ProgramConfig, slots: list[SlotsOp]) -> Bound:
+def _bounded(graph: Graph, config: ProgramConfig, slots: list[SlotsOp], is_dropless: bool) -> Bound:
     """Bound the rows of experts by the factor of the settings, of the model, or the default."""
     mode, stated = "train" if config.train else "eval", graph.stated_config
     factor = (
@@ -143,7 +143,6 @@ def _bounded(graph: Graph, config: ProgramConfig, slots: list[SlotsOp]) -> Bound
         or CAPACITY_FACTOR
     )
     # A model without a capacity has no convention for it either.
-    is_dropless = all(op.slots == "ragged" for op in slots)
     bound = Bound(float(factor), "assignments" if is_dropless else slots[0].convention)
     run_passes(graph, specialize(mode, bound, None))
     return bound

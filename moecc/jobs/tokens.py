@@ -86,8 +86,8 @@ def tokens(
         parts = make_tokens(making, Path(out), force=force, progress=bar)
     sources = next(iter(parts.values())).sources
     if empty := [source for source in sources if source.empty]:
-        documents = amount(sum(source.empty for source in empty), "empty document")
-        say(f"remark: left out: {documents}, of {empty[0].name} for example")
+        left_out = amount(sum(source.empty for source in empty), "empty document")
+        say(f"remark: left out: {left_out}, of {empty[0].name} for example")
     names = [source.name for source in sources]
     if plain := [n for n in names if n.lower().removesuffix(".gz").endswith(".json")]:
         files = amount(len(plain), ".json file")

@@ -86,17 +86,17 @@ def test_objectives_that_a_model_cannot_learn_are_rejected(name, objective, told
 
 def test_a_tied_head_is_the_embedding():
     graph = imported("bert_gelu", "dce")
-    made = clone(graph)
-    run_pipeline(made, Pipeline.parse("tie-head"))
+    tied = clone(graph)
+    run_pipeline(tied, Pipeline.parse("tie-head"))
     params, inputs = params_for(graph, 1), {"tokens": np.array([[1, 2, 3]], np.int32)}
     hidden = ReferenceBackend().compile(graph).run(params, inputs)["hidden"]
-    found = ReferenceBackend().compile(made).run(params, inputs)
+    outputs = ReferenceBackend().compile(tied).run(params, inputs)
     table = params["embeddings.word_embeddings.weight"]
-    np.testing.assert_allclose(found["logits"], hidden @ table.T, rtol=1e-12)
-    assert (found["hidden"] == hidden).all()
-    again = clone(made)
+    np.testing.assert_allclose(outputs["logits"], hidden @ table.T, rtol=1e-12)
+    assert (outputs["hidden"] == hidden).all()
+    again = clone(tied)
     run_pipeline(again, Pipeline.parse("tie-head"))
-    assert equal(again, made)
+    assert equal(again, tied)
     with pytest.raises(InputError, match="no hidden states"):
         run_pipeline(parse("moecc 1\ngraph g {\n  input %x : f32[a=2]\n  output y = %x\n}\n", "g"),
                      Pipeline.parse("tie-head"))  # fmt: skip
@@ -189,10 +189,10 @@ def test_a_mesh_with_collectives_of_its_own_divides_the_batch(mesh, rules, told)
     ],
 )
 def test_routers_without_a_gradient_are_remarked(passes, told):
-    found = list(training_remarks(imported("llama_gqa", passes), RoutingSection(balance=0.5)))
-    assert bool(found) == told
+    remarks = list(training_remarks(imported("llama_gqa", passes), RoutingSection(balance=0.5)))
+    assert bool(remarks) == told
     if told:
-        assert found[0].startswith("layers.0.ffn, layers.1.ffn, layers.2.ffn: the gates")
+        assert remarks[0].startswith("layers.0.ffn, layers.1.ffn, layers.2.ffn: the gates")
 
 
 def test_routing_without_experts_is_remarked():

@@ -378,10 +378,10 @@ def _rope(keys: GgufKeys, width: int, divisors: Array | None) -> PairedRope:
     """Return the rotary positions of layers without a window, whose divisors a file holds."""
     theta, where = keys.number("rope.freq_base", 10_000.0), f"{keys.where}, tensor {ROPE_FACTORS!r}"
     if divisors is None or len(divisors) != width // 2:
-        found = "nothing" if divisors is None else f"{len(divisors)}"
+        count = "nothing" if divisors is None else f"{len(divisors)}"
         keys.problems.add(
             "the file lacks the divisors of the rotary frequencies", where=where,
-            expected=f"{width // 2} for heads of width {width}", found=found,
+            expected=f"{width // 2} for heads of width {width}", found=count,
         )  # fmt: skip
         return PairedRope(theta)
     turned = int(np.sum(divisors < UNROTATED / 10))

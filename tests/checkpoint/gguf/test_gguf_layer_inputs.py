@@ -58,8 +58,8 @@ def test_a_gemma3n_computes_what_its_file_was_made_of(tmp_path: Path) -> None:
     """Its last layer shares keys and values, and the file has matrices of its own for them."""
     source = write_source(tmp_path / "source", "gemma3n_text", **GEMMA3N)
     write_gemma3n(source, tmp_path / "m.gguf")
-    found = logits(tmp_path / "m.gguf", np.load(source / "tokens.npy"))
-    np.testing.assert_array_equal(found, np.load(source / "logits.npy"))
+    computed = logits(tmp_path / "m.gguf", np.load(source / "tokens.npy"))
+    np.testing.assert_array_equal(computed, np.load(source / "logits.npy"))
 
 
 @needs_package
