@@ -94,6 +94,7 @@ class Result:
         ``exposed_bytes``.
       unknown_loops: loops of which is not known how often they run; they count once.
       opaque: kernels whose multiplications are not known, by name.
+      remarks: choices made for want of a program by the compiler's defaults.
       program: what was to be emitted.
       artefact: what was to be exported.
     """
@@ -109,6 +110,7 @@ class Result:
     overlap: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     unknown_loops: int = 0
     opaque: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     program: str = ""
     artefact: bytes = b""
 

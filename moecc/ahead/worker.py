@@ -331,7 +331,7 @@ def report(prepared: PreparedJob, result: Result) -> JsonDict:
         "capacity": None
         if prepared.bound is None
         else {"factor": prepared.bound.factor, "convention": prepared.bound.convention},
-        "remarks": list(prepared.remarks),
+        "remarks": [*prepared.remarks, *result.remarks],
         "seconds": {"lower": result.lower_seconds, "compile": result.compile_seconds},
         "host_peak_bytes": result.host_peak_bytes,
         "memory": None if result.memory is None else dict(result.memory),

@@ -325,11 +325,13 @@ class Compiled:
         ``temporaries_bytes`` live while the program runs; ``code_bytes`` are the program itself,
         and ``peak_bytes`` the most that is needed at a time, as the compiler reports.
       hlo: the optimised program, as one device runs it.
+      remarks: what the compiler was told for want of a program by its defaults.
     """
 
     seconds: float
     memory: dict[str, int]
     hlo: str
+    remarks: tuple[str, ...] = ()
 
 
 def lower(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> Lowered:
@@ -339,6 +341,14 @@ def lower(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> L
 
 def _platform(machine: Machine) -> str:
     return {"gpu": "cuda"}.get(machine.kind, machine.kind)
+
+
+UNTILED = "Couldn't find output tile sizes"
+"""How XLA for GPUs rejects a program for one of its products. It can cut none of its own kernels
+for it, and without a device it measures no library's."""
+
+WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
+"""The option of XLA by which products are cuBLAS's."""
 
 
 def compile_lowered(
@@ -353,8 +363,15 @@ def compile_lowered(
     start = time.perf_counter()
     # jax takes numbers, which its type leaves out.
     xla_options: dict[str, Any] = dict(options or {})
+    remarks: tuple[str, ...] = ()
     try:
-        compiled = lowered.compile(compiler_options=xla_options or None)
+        try:
+            compiled = lowered.compile(compiler_options=xla_options or None)
+        except RuntimeError as error:
+            if UNTILED not in str(error):
+                raise
+            remarks = ("products by cuBLAS: XLA's own kernels have no tiles for one of them",)
+            compiled = lowered.compile(compiler_options={**xla_options, **WITHOUT_TRITON})
     except RuntimeError as error:
         raise refusal(error) from None
     seconds = time.perf_counter() - start
@@ -373,7 +390,7 @@ def compile_lowered(
     if machine.kind == "cpu" or not peak:
         # The peak that XLA's CPU compiler reports leaves the temporaries out.
         peak = sum(memory.values()) - memory["code_bytes"] - 2 * memory["aliased_bytes"]
-    return Compiled(seconds, {**memory, "peak_bytes": peak}, compiled.as_text() or "")
+    return Compiled(seconds, {**memory, "peak_bytes": peak}, compiled.as_text() or "", remarks)
 
 
 def host_peak_bytes() -> int:
@@ -456,6 +473,7 @@ def _compiled(graph: Graph, job: Job) -> Result:
         overlap=counted.overlap(),
         unknown_loops=counted.unknown_loops,
         opaque=counted.opaque,
+        remarks=compiled.remarks,
         program=compiled.hlo if request.emit == "hlo" else program,
         artefact=artefact,
     )

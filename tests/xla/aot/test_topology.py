@@ -51,3 +51,24 @@ def test_what_the_compiler_says_of_a_program_too_large(message, needed, availabl
     rejection = refusal(RuntimeError("INTERNAL: something else"))
     assert isinstance(rejection, CompilerFailed)
     assert rejection.problems[0].found == "INTERNAL: something else"
+
+
+def test_a_product_without_tiles_is_compiled_by_cublas():
+    """As XLA for GPUs rejects the step of ST-MoE-Base over 16 B200 by its defaults."""
+    jax = pytest.importorskip("jax")
+    lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
+    asked = []
+
+    class Rejecting:
+        """A program that XLA's own kernels cannot be cut for."""
+
+        def compile(self, compiler_options):
+            asked.append(compiler_options)
+            if topology.WITHOUT_TRITON.items() <= (compiler_options or {}).items():
+                return lowered.compile()
+            raise RuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.1")
+
+    compiled = topology.compile_lowered(Rejecting(), parse_machine("gpu:h100:1"), {"effort": 1.0})
+    assert asked == [{"effort": 1.0}, {"effort": 1.0, "xla_gpu_enable_triton_gemm": False}]
+    assert "cuBLAS" in compiled.remarks[0]
+    assert topology.compile_lowered(lowered, parse_machine("cpu")).remarks == ()
