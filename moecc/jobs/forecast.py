@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from math import ceil, inf, isfinite, nan
@@ -41,7 +41,6 @@ from moecc.support.text import count_text, size_text
 from moecc.support.untyped import JsonDict
 from moecc.train.recipe import Recipe, Schedule, Start
 from moecc.train.recipe_text import load_recipe, parse_recipe, recipe_file
-from moecc.train.rows import Numbers
 from moecc.train.run import read_run
 from moecc.train.tokens.folder import open_tokens
 from moecc.types import Doubles
@@ -572,26 +571,22 @@ def crossing_of(
     dense = np.stack([_blocks(p.dense, warmup) for p in pilots])
     at: Doubles = warmup + BLOCK_STEPS * (np.arange(gains.shape[1], dtype=np.float64) + 0.5)
 
-    def fitted(seeds: Numbers, blocks: Numbers) -> Crossing:
-        chosen = np.ix_(seeds, blocks)
-        level, rise = _line(np.log(behind_steps + at[blocks]), dense[chosen].mean(0))
-        start, slope = _line(at[blocks], gains[chosen].mean(0))
-        root = _root(start, slope, max(-rise, 0.0), behind_steps, ratio)
-        return Crossing(root, start, slope, level, -rise)
-
     rng = np.random.default_rng(0)
     seeds, blocks = np.arange(len(pilots)), np.arange(len(at))
-    draws = [
-        fitted(rng.choice(seeds, len(seeds)), rng.choice(blocks, len(blocks)))
-        for _ in range(_DRAWS)
-    ]
+    # The first row is what was measured, the others are drawn from it.
+    rows = [(seeds, blocks)]
+    for _ in range(_DRAWS):
+        rows.append((rng.choice(seeds, len(seeds)), rng.choice(blocks, len(blocks))))
+    seed_rows, block_rows = (np.stack(numbers) for numbers in zip(*rows, strict=True))
+    chosen = seed_rows[:, :, None], block_rows[:, None]
+    level, rise = _least_squares(np.log(behind_steps + at[block_rows]), dense[chosen].mean(1))
+    start, slope = _least_squares(at[block_rows], gains[chosen].mean(1))
+    roots = _roots(start, slope, np.maximum(-rise, 0.0), behind_steps, ratio)
     edge = _DRAWS // 40
-    ends = sorted(draw.steps for draw in draws)
-    slopes, falls = sorted(draw.slope for draw in draws), sorted(draw.fall for draw in draws)
-    return replace(
-        fitted(seeds, blocks), low=ends[edge], high=ends[-edge - 1],
-        slope_low=slopes[edge], fall_high=falls[-edge - 1],
-    )  # fmt: skip
+    ends, slopes, falls = (np.sort(drawn[1:]) for drawn in (roots, slope, -rise))
+    fit = (roots[0], start[0], slope[0], level[0], -rise[0])
+    interval = (ends[edge], ends[-edge - 1], slopes[edge], falls[-edge - 1])
+    return Crossing(*map(float, (*fit, *interval)))
 
 
 def _blocks(values: Doubles, warmup: int) -> Doubles:
@@ -601,16 +596,18 @@ def _blocks(values: Doubles, warmup: int) -> Doubles:
     return means
 
 
-def _line(x: Doubles, y: Doubles) -> tuple[float, float]:
-    """Return the intercept and the slope of the line of least squares."""
-    spread = x - x.mean()
-    slope = float((spread * y).sum() / max(float((spread**2).sum()), 1e-30))
-    return float(y.mean()) - slope * float(x.mean()), slope
+def _least_squares(x: Doubles, y: Doubles) -> tuple[Doubles, Doubles]:
+    """Return intercepts and slopes of the lines of least squares through the points of each row."""
+    spread = x - x.mean(1, keepdims=True)
+    slopes: Doubles = (spread * y).sum(1) / np.maximum((spread**2).sum(1), 1e-30)
+    return y.mean(1) - slopes * x.mean(1), slopes
 
 
-def _root(start: float, slope: float, fall: float, behind: float, ratio: float) -> float:
-    """Return the step from which on the gain exceeds what the dense arm's further steps bring."""
+def _roots(start: Doubles, slope: Doubles, fall: Doubles, behind: float, ratio: float) -> Doubles:
+    """Return the steps from which on gains exceed what the dense arm's further steps bring."""
     steps = np.geomspace(1, 1e8, 4000)
-    above = start + slope * steps > fall * np.log((behind + ratio * steps) / (behind + steps))
-    last = int(np.flatnonzero(~above)[-1]) if not above.all() else -1
-    return inf if last == len(steps) - 1 else float(steps[last + 1])
+    further = np.log((behind + ratio * steps) / (behind + steps))
+    is_below = ~(start[:, None] + slope[:, None] * steps > fall[:, None] * further)
+    after_last = len(steps) - np.argmax(is_below[:, ::-1], axis=1)
+    roots: Doubles = np.append(steps, inf)[np.where(is_below.any(1), after_last, 0)]
+    return roots
