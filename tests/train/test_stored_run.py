@@ -108,7 +108,8 @@ def test_a_run_survives_the_loss_of_its_machine_at_every_upload(
         monkeypatch.setattr(system, name, ending(getattr(system, name)))
     assert said(capsys, "train", recipe, "--out", address)[0] == 0
     total = calls
-    for at in (1, 2, total // 3, total // 2, total - 9):
+    # Orbax divides a state into more or fewer files as its threads run: the total varies.
+    for at in (1, 2, total // 3, total // 2, total * 4 // 5):
         store.rm("bucket/lost", recursive=True)
         calls = 0
         with pytest.raises(Killed):
