@@ -33,7 +33,7 @@ from moecc.sharding.layout import Layout
 from moecc.sharding.vias import BY_NAME, EXPLICIT, GSPMD, LOCAL
 from moecc.support.untyped import JsonDict
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, run_passes, specialize, weights_rows
-from moecc.train.settings import LOSSES
+from moecc.train.settings import recorded_losses
 
 CAPACITY_FACTOR = 1.25
 """What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""
@@ -158,13 +158,10 @@ def _losses(graph: Graph, parts: int) -> dict[str, object] | None:
 
     Those of one of several micro-batches are added anew, by the options that the graph records.
     """
-    losses = graph.attrs.get(LOSSES)
-    if not isinstance(losses, dict):
+    options = recorded_losses(graph)
+    if options is None:
         return {"metrics": False} | ({"parts": parts} if parts > 1 else {})
-    if parts == 1:
-        return None
-    options = {name.replace("_", "-"): value for name, value in losses.items() if value is not None}
-    return options | {"parts": parts, "replace": True}
+    return None if parts == 1 else options | {"parts": parts, "replace": True}
 
 
 def _passes(

@@ -16,7 +16,7 @@ from types import CodeType
 from typing import NoReturn
 
 from moecc.backend import get_backend
-from moecc.decoding import CAPACITY, NOWHERE, DecodeGraphs, PlainSession
+from moecc.decoding import NOWHERE, DecodeGraphs, PlainSession, empty_cache
 from moecc.ir.conventions import LOGITS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone, equal, fingerprint, lost_precision
@@ -280,9 +280,7 @@ def run_in_steps(graph: Graph, params: Arrays, inputs: Arrays, parts: Iterable[i
     texts, places = tokens.shape[0], tokens.shape[1] + 1
     session = PlainSession(get_backend("reference"), params, F64)
     for name, cache in graphs.caches.items():
-        sizes = {cache.type.sizes[0]: texts, CAPACITY: places}
-        shape = [s if isinstance(s, int) else sizes[s] for s in cache.type.sizes]
-        session.keep({name: np.zeros(shape)})
+        session.keep({name: empty_cache(cache, texts, places).astype(float)})
     if graphs.encode is not None:
         session.keep(session.run(graphs.encode, {n: inputs[n] for n in graphs.encode.inputs}))
     key_positions, logits, at = np.full((texts, places), NOWHERE), [], 0

@@ -21,7 +21,7 @@ from moecc.sharding.layout import Layout
 from moecc.sharding.vias import GSPMD, LOCAL
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.recipe import Objective, Recipe, RoutingSection
-from moecc.train.settings import StepSpec, bias_counts
+from moecc.train.settings import StepSpec, bias_counts, recorded_losses
 from moecc.types import float_type
 
 
@@ -276,9 +276,7 @@ def _check_batch(graph: Graph, recipe: Recipe) -> None:
 
 def train_passes(graph: Graph, recipe: Recipe) -> StepPasses:
     """Return the passes of training."""
-    recorded = graph.attrs.get("losses")
-    losses = dict(recorded) if isinstance(recorded, Mapping) else {}
-    options = {n.replace("_", "-"): v for n, v in losses.items() if v is not None}
+    options = recorded_losses(graph) or {}
     options |= {"replace": True, "metrics": True, "parts": recipe.run.micro_batches}
     # The step computes it with the cross entropy, where logits are in memory a chunk at a time.
     options.pop("output-z-coef", None)
@@ -305,8 +303,7 @@ def step_spec(graph: Graph, recipe: Recipe, platform: str = "cpu") -> StepSpec:
       recipe: the recipe.
       platform: what it is lowered for.
     """
-    recorded = graph.attrs.get("losses")
-    coefficient = recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
+    coefficient = (recorded_losses(graph) or {}).get("output-z-coef", 0.0)
     return StepSpec(
         batch_sizes(graph, recipe),
         recipe.step_config,

@@ -435,6 +435,14 @@ LONG = {"z": "router_z"}
 ROWS, ASKED = "rows", "asked"
 
 
+def recorded_losses(graph: Graph) -> JsonDict | None:
+    """Return the options with which losses were added, as a pipeline spells them, or None."""
+    options = graph.attrs.get(LOSSES)
+    if not isinstance(options, Mapping):
+        return None
+    return {name.replace("_", "-"): v for name, v in options.items() if v is not None}
+
+
 def coefficients(graph: Graph) -> dict[str, float]:
     """Return the coefficients of the losses of routers, by the output that is the loss."""
     options = graph.attrs.get(LOSSES)

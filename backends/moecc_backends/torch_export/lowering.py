@@ -194,12 +194,16 @@ class Tracer:
         return values if isinstance(meta, tuple | list) else values[0]
 
 
+def node_values(node: FxNode) -> list[Any]:
+    """Return what a node computes, tensors without elements among it."""
+    meta = node.meta.get("val")
+    return list(meta) if isinstance(meta, tuple | list) else [meta]
+
+
 def _memory_of(node: FxNode) -> set[int]:
     """Return the memory that the tensors of a node lie in."""
-    meta = node.meta.get("val")
-    tensors = meta if isinstance(meta, tuple | list) else [meta]
     memory = set[int]()
-    for tensor in tensors:
+    for tensor in node_values(node):
         with suppress(NotImplementedError):  # a tensor under vmap shows no memory
             if hasattr(tensor, "untyped_storage"):
                 memory.add(tensor.untyped_storage()._cdata)
@@ -694,9 +698,8 @@ def exported_module(
     for node in program.graph.nodes:
         if training and operation_name(node) == "aten.dropout":
             node.args = (*node.args[:2], False)
-        value = node.meta.get("val")
-        tensors = value if isinstance(value, tuple | list) else [value]
-        if any(not isinstance(size, int) for t in tensors for size in getattr(t, "shape", ())):
+        shapes = [getattr(value, "shape", ()) for value in node_values(node)]
+        if any(not isinstance(size, int) for shape in shapes for size in shape):
             raise InputError(
                 "torch.export shows no sizes of a value, which depend on other values",
                 where=node_line(node) or type(model).__name__,

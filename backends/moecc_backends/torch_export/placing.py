@@ -18,6 +18,7 @@ from moecc_backends.torch_export.lowering import (
     TracedTensor,
     module_calls,
     node_line,
+    node_values,
     operation_name,
 )
 from moecc_backends.torch_source.modules import BlockPlace
@@ -66,9 +67,7 @@ def _reached(starts: Iterable[FxNode], step: Any) -> set[FxNode]:
 
 def _values(node: FxNode) -> list[Any]:
     """Return the tensors that a node computes."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, tuple | list) else [value]
-    return [value for value in values if hasattr(value, "is_floating_point")]
+    return [value for value in node_values(node) if hasattr(value, "is_floating_point")]
 
 
 class Placer:

@@ -290,9 +290,7 @@ HEADS = ("kv_head", "query_group")
 def _split(
     w: BlockWriter, item: Item, *, axis: str, into: tuple[tuple[str, int], ...]
 ) -> PythonExpr:
-    x = w.expr(item.operands[0])
-    if axis not in x.axes:
-        x = w.expanded(x)
+    x = w.with_axes(item.operands[0], axis)
     at = x.axes.index(axis)
     names = [name for name, _ in into]
     groups = [into]
@@ -371,9 +369,7 @@ def _is_number(var: ProgramValue) -> bool:
 
 @emission("slice")
 def _slice(w: BlockWriter, item: Item, *, axis: str, start: int, stop: int) -> PythonExpr:
-    x = w.expr(item.operands[0])
-    if axis not in x.axes:
-        x = w.expanded(x)
+    x = w.with_axes(item.operands[0], axis)
     at = x.axes.index(axis)
     size = item.operands[0].size(axis)
     begin = w.literal(start, "start") if start else ""
@@ -386,9 +382,7 @@ def _slice(w: BlockWriter, item: Item, *, axis: str, start: int, stop: int) -> P
 
 @emission("positions")
 def _positions(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
-    x = w.expr(item.operands[0])
-    if axis not in x.axes:
-        x = w.expanded(x)
+    x = w.with_axes(item.operands[0], axis)
     size = f"{x.atom}.shape[{x.axes.index(axis)}]"
     return PythonExpr(f"torch.arange({size}, device={x.atom}.device)", (axis,))
 
@@ -455,8 +449,7 @@ def _stack(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
 def _join(w: BlockWriter, item: Item, *, axis: str, parts: int) -> PythonExpr:
     if parts != 1:
         raise refuse(item, "parts", parts)
-    exprs = [w.expr(v) for v in item.operands]
-    exprs = [e if axis in e.axes else w.expanded(e) for e in exprs]
+    exprs = [w.with_axes(v, axis) for v in item.operands]
     first = exprs[0].axes
     texts = [w.permuted(e, first).text for e in exprs]
     at = first.index(axis)
@@ -466,9 +459,7 @@ def _join(w: BlockWriter, item: Item, *, axis: str, parts: int) -> PythonExpr:
 
 @emission("chunk")
 def _chunk(w: BlockWriter, item: Item, *, axis: str, of: int, at: int, parts: int) -> PythonExpr:
-    x = w.expr(item.operands[0])
-    if axis not in x.axes:
-        x = w.expanded(x)
+    x = w.with_axes(item.operands[0], axis)
     dim = x.axes.index(axis)
     if parts == 1:
         return PythonExpr(f"{x.atom}.chunk({of}, dim={dim})[{at}]", x.axes)
@@ -604,27 +595,21 @@ def _sum(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> PythonExpr:
 
 @emission("max")
 def _max(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> PythonExpr:
-    x = w.expr(item.operands[0])
-    if not set(axes) <= set(x.axes):
-        x = w.expanded(x)
+    x = w.with_axes(item.operands[0], *axes)
     dims, names = _reduced(x, axes)
     return PythonExpr(f"{x.atom}.amax({dims})", names)
 
 
 @emission("logsumexp")
 def _logsumexp(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> PythonExpr:
-    x = w.expr(item.operands[0])
-    if not set(axes) <= set(x.axes):
-        x = w.expanded(x)
+    x = w.with_axes(item.operands[0], *axes)
     dims, names = _reduced(x, axes)
     return PythonExpr(f"{x.atom}.logsumexp({dims or tuple(range(len(x.axes)))})", names)
 
 
 @emission("softmax")
 def _softmax(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
-    x = w.expr(item.operands[0])
-    if axis not in x.axes:
-        x = w.expanded(x)
+    x = w.with_axes(item.operands[0], axis)
     at = x.axes.index(axis)
     return PythonExpr(f"{x.atom}.softmax({at if at < len(x.axes) - 1 else -1})", x.axes)
 

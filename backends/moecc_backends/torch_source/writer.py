@@ -152,6 +152,11 @@ class BlockWriter:
                 return self.expanded(PythonExpr(f"{expr.atom}.unflatten({at}, ({text}))", axes))
         return expr
 
+    def with_axes(self, value: ProgramValue, *axes: str) -> PythonExpr:
+        """Return the expression of a value, in which each of `axes` is alone."""
+        expr = self.expr(value)
+        return expr if set(axes) <= set(expr.axes) else self.expanded(expr)
+
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of all axes that have one."""
