@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from moecc.families.config import (
+    CAUSAL,
     BlockNames,
     EqualHeadsConfig,
     GgufFacts,
@@ -471,6 +472,7 @@ class ClipTextConfig(BertConfig):
     head_steps: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     kept_numbers = ("initializer_range", "attention_dropout")
     keys = {"type_vocab_size": ""}
+    only = {**CAUSAL}
     # Of training, and of heads.
     idle = (*BertConfig.idle, "initializer_factor", "projection_dim", "dropout")
     names = BlockNames(

@@ -283,6 +283,7 @@ DROPPED = frozenset(
         "max_window_layers",
         "router_aux_loss_coef",
         "transformers_version",
+        "transformers_weights",
     }
 )
 """Provenance and runtime keys, and settings whose meaning depends on another key."""

@@ -27,6 +27,7 @@ from moecc.formats.files import (
 )
 from moecc.formats.safetensors import (
     INDEX_NAME,
+    SINGLE_NAME,
     Header,
     choose_weights,
     compare_with_headers,
@@ -123,6 +124,8 @@ def _is_usable(path: Path, folder: Path, problems: Problems) -> bool:
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
+NAMED_WEIGHTS = "transformers_weights"
+"""The key of a config that names the file of the weights, or their index."""
 
 
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -286,6 +289,15 @@ def open_folder(
     reads_config = needs_config or os.path.lexists(path / CONFIG_NAME)
     config = _read_config(path, problems) if reads_config else {}
     index, shards = choose_weights(path, names, problems) if with_weights else (None, [])
+    read = INDEX_NAME if index is not None else SINGLE_NAME
+    if with_weights and config.get(NAMED_WEIGHTS) not in (None, read):
+        problems.add(
+            "the config names the file of the weights, which transformers loads in place of others",
+            where=f"{path / CONFIG_NAME}: {NAMED_WEIGHTS}",
+            expected=f"nothing, or {read}",
+            found=printable(str(config[NAMED_WEIGHTS]), 60),
+            hint=f"call this file {SINGLE_NAME}, and remove the key",
+        )
     headers = _read_headers(path, shards, problems)
     if index is not None:
         compare_with_headers(index, headers, problems)

@@ -442,7 +442,8 @@ def choose_weights(
         if index is None:
             return None, []
         shards = set(index.shards)
-        if SINGLE_NAME in names and SINGLE_NAME not in shards:
+        if SINGLE_NAME in names and shards != {SINGLE_NAME}:
+            # transformers reads a file of this name alone, whatever else the index names.
             _ambiguous(path, [SINGLE_NAME, INDEX_NAME], problems)
         leftover = [name for name in numbered if name not in shards]
         if leftover and shards:

@@ -48,7 +48,7 @@ ASSUMPTIONS = (
 FRACTIONS = (
     "constants are the simplest fractions, or roots of fractions, that round to their floats"
 )
-OF_TABLES = "integers that pick rows of a table are below their number"
+OF_TABLES = "integers that pick rows of a table are at least 0 and below their number"
 """Further assumption of the proof of a graph that looks rows up: a table may be cut or padded."""
 OF_REGIONS = "regions of JAX of the same name, lines and operands are the same program"
 """Further assumption of the proof of graphs with regions that only their function computes."""
@@ -159,6 +159,9 @@ class Prover:
     def _verdict(
         self, before: Graph, after: Graph, outputs: Collection[str] | None, refute: bool
     ) -> Verdict:
+        if _has_empty_axis(before) or _has_empty_axis(after):
+            # An empty mean has no value, and shares of nothing do not add up.
+            return Verdict("unknown", "the graphs", ("no comparison: an axis without elements", ""))
         if not self.exact and {*(outputs or ())} <= {*after.outputs}:
             verdict = _verdict_on_part(before, after, outputs)
             if verdict is not None:
@@ -176,12 +179,10 @@ class Prover:
                 lemmas, evaluation = self._reading(reading)
                 try:
                     gap = _parting(evaluation, before, after, outputs)
-                except (TooManyTerms, RecursionError, ZeroDivisionError) as error:
+                except (TooManyTerms, RecursionError) as error:
                     # Terms that are half built are not used again.
                     del self._evaluations[reading]
-                    is_empty = isinstance(error, ZeroDivisionError)
-                    reason = "an axis without elements" if is_empty else f"too large: {error}"
-                    gap = "the graphs", (f"no comparison: {reason}", "")
+                    gap = "the graphs", (f"no comparison: too large: {error}", "")
             if gap is None:
                 names = before.outputs if outputs is None else outputs
                 parted = self._on_devices(before, after, evaluation, refute)
@@ -278,6 +279,13 @@ def _nodes(graph: Graph) -> Iterator[Node]:
     """Yield the nodes of a graph and of its bodies."""
     for node in graph:
         yield from (node, *(node.body or ()))
+
+
+def _has_empty_axis(graph: Graph) -> bool:
+    """Return whether a value of a graph has an axis of no elements."""
+    leaves = (*graph.inputs.values(), *graph.params.values())
+    values = (*leaves, *(v for n in _nodes(graph) for v in n.results))
+    return any(0 in v.type.sizes for v in values)
 
 
 def _looks_up(graph: Graph) -> bool:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from moecc_passes.cleanup import CsePass
+from safetensors.numpy import load_file, save_file
 
+from moecc.errors import InputError
 from moecc.ir import Graph, parse
+from moecc.model.open import open_model
 from moecc.prove import prove
 from moecc.prove.prover import OF_REGIONS, OF_TABLES
 from moecc.rewrite.passes import Context
@@ -304,3 +310,39 @@ def test_zeros_are_refuted_by_no_rounding(last):
     )
     for pair in ((before, after), (after, before)):
         assert prove(*pair).status == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("source", "keys", "index"),
+    [
+        ("llama_gqa", {"transformers_weights": "other.safetensors"}, False),
+        ("llama_gqa", {}, True),
+        ("clip_text", {"is_causal": False}, False),
+    ],
+    ids=["weights of another file", "an index beside the one file", "a mask that is off"],
+)
+def test_a_folder_of_which_transformers_makes_another_model_is_refused(
+    source, keys, index, tmp_path
+):
+    golden = Path(__file__).parents[1] / "golden" / source
+    config = json.loads((golden / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | keys))
+    tensors = load_file(golden / "model.safetensors")
+    single, *others = tensors
+    files = {"model": [single] if index else tensors, "other": others}
+    for name, names in files.items():
+        save_file({n: tensors[n] for n in names}, tmp_path / f"{name}.safetensors")
+    if index:
+        weight_map = {n: f"{name}.safetensors" for name, names in files.items() for n in names}
+        text = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError):
+        open_model(str(tmp_path), config_alone=True, heads=True)
+
+
+def test_shares_of_nothing_do_not_add_up():
+    inputs = "input %x : f32[a=0, b=3]", "%t = sum %x {axes=a} : f32[b=3]"
+    shares = "%s = softmax %x {axis=a} : f32[a=0, b=3]", "%y = sum %s {axes=a} : f32[b=3]"
+    one = "%c = constant {value=1.0} : f32[]", "%y = broadcast %c, %t : f32[b=3]"
+    before, after = (graph(*inputs, *lines, "output y = %y") for lines in (shares, one))
+    assert prove(before, after).status == "unknown"
