@@ -213,6 +213,8 @@ def read_partial_rotary(reader: Reader, head_dim: int, key: str, default: float)
             reader.problems.extend(inner.problems)
     if reader.has(key) and reader.value(key) is not None:
         stated[key] = reader.number(key, above=0, most=1)
+    elif reader.mapping("rope_scaling") is not None:
+        stated.setdefault("rope_scaling", default)  # it wins over `rope_parameters`
     if len(set(stated.values())) > 1:
         reader.conflict(tuple(stated), "the rotated part of a head is stated twice and differs")
     share = next(iter(stated.values()), default)
@@ -247,9 +249,10 @@ def _theta(reader: Reader, stated: Mapping[str, Reader]) -> float:
             shares[key] = part.number("rope_theta", above=0)
     if not shares:
         return reader.number("rope_theta", above=0)
-    inside = shares.get("rope_scaling", reader.defaults.get("rope_theta"))
-    if "rope_theta" not in shares and inside != reader.defaults.get("rope_theta"):
-        fault = "transformers 4 ignores the base period in it, and takes its default"
+    is_default = set(shares.values()) == {reader.defaults.get("rope_theta")}
+    if "rope_scaling" in stated and "rope_theta" not in shares and not is_default:
+        # Version 4 reads no base period in either, version 5 none of `rope_parameters` then.
+        fault = "transformers ignores the base period inside, and takes its default"
         reader.refuse("rope_scaling", fault, expected="rope_theta beside it")
     if len(set(shares.values())) > 1:
         stating = ", ".join(f"{value} in {key}" for key, value in shares.items())

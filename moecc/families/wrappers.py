@@ -210,7 +210,7 @@ def without_sections(rope: object) -> object:
     settings = {k: v for k, v in rope.items() if k not in SECTIONS}
     kinds = ("type", "rope_type")
     settings |= {key: "default" for key in kinds if settings.get(key) == "mrope"}
-    return None if set(settings) <= {*kinds} and "default" in settings.values() else settings
+    return settings
 
 
 def text_names(tensors: Collection[str]) -> dict[str, str]:

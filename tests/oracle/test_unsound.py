@@ -318,8 +318,18 @@ def test_zeros_are_refuted_by_no_rounding(last):
         ("llama_gqa", {"transformers_weights": "other.safetensors"}, False),
         ("llama_gqa", {}, True),
         ("clip_text", {"is_causal": False}, False),
+        ("llama_gqa", {"rope_scaling": {"rope_type": "default"}}, False),
+        ("qwen3_next_square", {"rope_scaling": {"rope_type": "default"}}, False),
+        ("gpt_neox_parallel", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, False),
     ],
-    ids=["weights of another file", "an index beside the one file", "a mask that is off"],
+    ids=[
+        "weights of another file",
+        "an index beside the one file",
+        "a mask that is off",
+        "a period that is not read",
+        "a period that is not read beside sections",
+        "a part of a head that is not read",
+    ],
 )
 def test_a_folder_of_which_transformers_makes_another_model_is_refused(
     source, keys, index, tmp_path
