@@ -28,7 +28,7 @@ class DebertaV2Config(BertConfig):
     head_prefix = "deberta."
     keys = {"relative_norm": "", "terms": "", "position_buckets": "", "max_relative_positions": ""}
     only = {
-        "conv_kernel_size": (0, "a convolution beside the first layer is not supported"),
+        "conv_kernel_size": (0, "a convolution is not supported here, but by --via torch"),
         "tie_word_embeddings": (True, "only a head that is the table of tokens is supported"),
     }
     # Of training, and of a layer that transformers never runs again.

@@ -169,6 +169,7 @@ class DeepseekV2Config(_LatentConfig):
         "transformers 5": EngineReading(),
         "transformers 4": EngineReading(silent=("scores as usual",)),
         **UNEXAMINED,
+        "mlx-lm": EngineReading(("untied", "scaled rope"), ("yarn", "silu")),
     }
     defaults = {
         **DEEPSEEK_DEFAULTS,
@@ -210,6 +211,11 @@ class DeepseekV2Config(_LatentConfig):
             yield key_problem(fault, f"a multiple of {heads}", width, *keys)
 
 
+MLX = EngineReading(
+    ("untied",), ("no groups of experts", "several choices", "neighbours rotated", "silu")
+)
+
+
 @config_class
 class DeepseekV3Config(_LatentConfig):
     """A deepseek_v3: sigmoids, biases of the choice, and groups by their two best experts."""
@@ -240,6 +246,7 @@ class DeepseekV3Config(_LatentConfig):
         "transformers 5": EngineReading(),
         "transformers 4": EngineReading(silent=("no groups of experts",)),
         **UNEXAMINED,
+        "mlx-lm": MLX,
     }
     defaults = {
         **DEEPSEEK_DEFAULTS,
@@ -289,10 +296,14 @@ class KimiK2Config(DeepseekV3Config):
     """A deepseek_v3 by another name, which transformers does not know."""
 
     model_type = "kimi_k2"
-    engines = {
-        name: EngineReading(never="it has no model_type kimi_k2; --to deepseek_v3 is the same")
-        for name in ("transformers 5", "transformers 4")
-    } | UNEXAMINED
+    engines = (
+        {
+            name: EngineReading(never="it has no model_type kimi_k2; --to deepseek_v3 is the same")
+            for name in ("transformers 5", "transformers 4")
+        }
+        | UNEXAMINED
+        | {"mlx-lm": MLX}
+    )
 
 
 def read_groups(reader: Reader, smallest: int = 1) -> JsonDict:

@@ -206,7 +206,11 @@ class Lfm2MoeConfig(_ConvolvedConfig, MoeConfig):
         states=(("conv_bias", False), ("routed_scaling_factor", 1.0)),
         needs_routing_bias=True,
     )
-    engines = {"transformers 5": EngineReading(), **UNEXAMINED}
+    engines = {
+        "transformers 5": EngineReading(),
+        **UNEXAMINED,
+        "mlx-lm": EngineReading(("tied",), ("plain rope", "silu")),
+    }
     defaults = {
         **LFM2_DEFAULTS,
         "hidden_size": 2048,

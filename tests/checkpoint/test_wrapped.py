@@ -158,8 +158,9 @@ def test_sections_of_positions_are_those_of_text(tmp_path):
 
 def test_text_model_that_reads_images_is_rejected(tmp_path):
     source = wrap(tmp_path / "mllama", "llama_gqa", "mllama")
-    with pytest.raises(InputError, match="layers of its text model attend to images"):
+    with pytest.raises(InputError, match="layers of its text model attend to images") as caught:
         open_model(str(source))
+    assert "--via torch" in str(caught.value.problems[0].hint)
 
 
 def test_wrapper_without_a_text_model_is_rejected(tmp_path):

@@ -22,7 +22,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         model, _ = load_model(folder)
         tokens = mx.array(np.load(job["tokens"]))
         np.save(folder / "mlx.npy", np.array(model(tokens).astype(mx.float32)))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         return {"refused": f"{type(error).__name__}: {error}"[:300]}
     return {}
 

@@ -33,15 +33,24 @@ WIDE: dict[str, Any] = {
 }
 
 
-def write_source(folder: Path, family: str, **keys: Any) -> Path:
-    """Write a checkpoint, its tokens and its logits in float64; return the folder."""
+def write_source(folder: Path, family: str, *, routing_bias: float = 0.0, **keys: Any) -> Path:
+    """Write a checkpoint, its tokens and its logits in float64; return the folder.
+
+    Args:
+      folder: where it goes.
+      family: its model type.
+      routing_bias: the mean of biases in the choice of experts.
+      keys: of its config, besides `WIDE`.
+    """
     folder.mkdir(parents=True)
     config = parse_config({"model_type": family, **WIDE, **keys})
     tensors = {}
     for value in build(config).params.values():
         assert value.weight is not None
         for source in sources(value.weight):
-            tensors[source.name] = _drawn(source.name, source.type.shape)
+            drawn = _drawn(source.name, source.type.shape)
+            is_routing = source.name.endswith("e_score_correction_bias")
+            tensors[source.name] = drawn + np.float32(routing_bias * is_routing)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_json()))
     tokens = np.random.default_rng(0).integers(0, WIDE["vocab_size"], (2, 16))

@@ -304,7 +304,7 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "mpnet", **BERT, "pad_token_id": 0}, "from token 1"),
         ({"model_type": "granitemoe", "position_embedding_type": "nope"}, "rotary"),
         ({"model_type": "albert", **BERT, "inner_group_num": 2}, "inner_group_num"),
-        ({"model_type": "deberta-v2", **BERT, "conv_kernel_size": 3}, "a convolution"),
+        ({"model_type": "deberta-v2", **BERT, "conv_kernel_size": 3}, "by --via torch"),
         ({"model_type": "deberta-v2", **BERT, **DISTANCES, "embedding_size": 8}, "usual size"),
         (
             {"model_type": "deberta-v2", **BERT, **DISTANCES, "position_buckets": 2},

@@ -114,6 +114,9 @@ def test_known_misreadings():
     assert verdict(tied, "SGLang").reasons == ("an output matrix tied to the embedding",)
     assert verdict(tied, "SGLang").silent
     assert verdict(tied, "vLLM").runs
+    assert verdict(tied, "vLLM").note == ""
+    linear = config("mixtral", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert str(verdict(linear, "vLLM")) == "vLLM ✓ (code read)"
     shared = {"norm_topk_prob": True, "qkv_bias": False, "head_dim": 4}
     qwen = config("qwen2_moe", **shared)
     assert verdict(qwen, "vLLM").reasons == ("queries, keys and values without biases",)
