@@ -189,7 +189,7 @@ class JaxWriter(ModelWriter):
         if all(has_own):
             return super().layer_modules(layers, stack)
         pairs = zip(layers, has_own, strict=True)
-        return repeated_texts([self.tree.access(b.path) if own else "{}" for b, own in pairs])
+        return repeated_texts([self.tree.access(b.path) if has else "{}" for b, has in pairs])
 
     def layer_call(
         self, layers: list[ModuleBlock], arguments: list[str], zipped: list[tuple[str, str]]

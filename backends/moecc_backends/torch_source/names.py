@@ -92,10 +92,10 @@ def layer_prefixes(graph: Graph) -> dict[tuple[str, int], str]:
     """Return the path that the parameters of each layer of a graph are under."""
     modules, sharing = _shared_modules(graph)
     locs = {name: layer_of(value.loc) for name, value in graph.params.items()}
-    own = [name for name in locs if _module_of(name, modules) == ""]
-    has_own = any(locs[name] in sharing for name in own)
+    unshared = [name for name in locs if _module_of(name, modules) == ""]
+    has_own = any(locs[name] in sharing for name in unshared)
     layers: dict[tuple[str, int], list[list[str]]] = defaultdict(list)
-    for name in own if has_own else locs:
+    for name in unshared if has_own else locs:
         layer = locs[name]
         if layer is not None and not _is_foreign(name, graph.params[name].loc):
             layers[layer].append(name.split("."))

@@ -614,15 +614,13 @@ def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
             mask = Item("causal_mask", operands, {"window": window}, (masks[window],), module)
             masks[window].item = mask
             mask_items.append(mask)
-        given = item.attrs["given"]
-        assert isinstance(given, tuple), "words"
+        words = (*_further(item), "mask")
         if not cached:
-            item.attrs = {**item.attrs, "given": (*given, "mask")}
+            item.attrs = {**item.attrs, "given": words}
             item.operands = [*item.operands, masks[window]]
             continue
         item.op = "cached_attention"
-        words = (*given, "mask", "cache", KWARGS)
-        item.attrs = {**item.attrs, "given": words, "layer_idx": number}
+        item.attrs = {**item.attrs, "given": (*words, "cache", KWARGS), "layer_idx": number}
         item.operands = [*item.operands, masks[window], cache, kwargs]
         number += 1
     if mask_items:
@@ -666,9 +664,9 @@ def share_masks(program: TorchProgram) -> None:
 
 def _further(item: Item) -> dict[str, ProgramValue]:
     """Return what an attention reads besides queries, keys and values, by word."""
-    given = item.attrs["given"]
-    assert isinstance(given, tuple), "words"
-    return dict(zip(given, item.operands[3:], strict=True))
+    words = item.attrs["given"]
+    assert isinstance(words, tuple), "the words of further operands"
+    return dict(zip(words, item.operands[3:], strict=True))
 
 
 def _shared_mask(item: Item, layers: set[Item]) -> Item | None:
