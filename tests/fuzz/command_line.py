@@ -107,7 +107,8 @@ def _reproducer(rng: Rng, folder: Path) -> str:
 
 def _words(rng: Rng, folder: Path) -> list[str]:
     """Return the words of a command, spoilt."""
-    words = [rng.choice(COMMANDS), str(MODEL), "-p", UPCYCLE, "--to", "mixtral", "--seed", "3"]
+    command = rng.choice(sorted(COMMANDS))
+    words = [command, str(MODEL), "-p", UPCYCLE, "--to", "mixtral", "--seed", "3"]
     spoilt = mutate_text(rng, "\n".join(words[: rng.randrange(1, 9)]).encode(), [b"--json -o"])
     return os.fsdecode(spoilt[:5000].replace(b"\0", b"")).split("\n")
 
