@@ -124,6 +124,27 @@ def test_a_run_survives_the_loss_of_its_machine_at_every_upload(
         assert steps == {str(s.number) for s in saved_steps(run)}
 
 
+def test_an_evaluation_that_a_stop_left_out_is_made_where_the_run_goes_on(
+    store, recipe, cache, tmp_path, monkeypatch, capsys
+):
+    from moecc_backends.xla.train.loop import Loop
+
+    from moecc.train.events import Reason
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_evaluate", lambda loop: Reason.TERMINATED)
+        assert said(capsys, "train", recipe, "--out", "s3://bucket/stopped")[0] == 143
+    last = saved_steps(download(store, "stopped", tmp_path / "stopped"))[-1]
+    assert (last.number, last.loss) == (3, None)
+    shutil.rmtree(cache)
+    code, text = said(capsys, "train", recipe, "--out", "s3://bucket/stopped")
+    assert code == 0, text
+    run, whole = download(store, "stopped", tmp_path / "run"), recipe.parent / "whole"
+    assert same_runs(run, whole)
+    losses = [{s.number: s.loss for s in saved_steps(folder)} for folder in (run, whole)]
+    assert losses[0] == losses[1]
+
+
 MESH = 'mesh.mesh="fsdp=2"'
 
 
