@@ -92,6 +92,8 @@ def prove(
 
 
 def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
+    from moecc.jobs.verify import check_programs
+
     if is_function_folder(b) and not is_function_folder(a) and Path(a, CONFIG_NAME).is_file():
         from moecc import torch as mt
 
@@ -108,6 +110,8 @@ def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
         for model in (source, result):
             for text in model.remarks():
                 warn(f"{model.name}: {text}")
+            if model.checkpoint is not None:
+                check_programs(model.checkpoint.path)  # it runs, and the graph is what is read
         manifest = _conversion_of(source, result)
         if manifest is None:
             return _compared(source, result, prover)

@@ -145,6 +145,12 @@ def test_a_program_is_proved(moecc: Moecc, tmp_path: Path) -> None:
     assert moecc("convert", DENSE, folder, *words).code == 0
     done = moecc("prove", DENSE, folder)
     assert done.code == 0, done.err
+    (folder / MANIFEST_NAME).unlink()
+    program = folder / "modeling_st_moe.py"
+    program.write_text(program.read_text().replace("1e-05", "0.5"))
+    done = moecc("prove", DENSE, folder)
+    assert done.code == 3
+    assert "the program is not that of the graph" in done.err
 
 
 def test_a_conversion_that_cannot_be_planned_again_is_verified_all_the_same(
