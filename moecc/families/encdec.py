@@ -110,6 +110,7 @@ class EncDecConfig(ModelConfig):
     only = {
         **CAUSAL,
         "is_encoder_decoder": (True, "an encoder-decoder without a decoder is not supported"),
+        "tie_encoder_decoder": (False, "transformers 4 reads the decoder from the encoder"),
     }
     always = {"is_encoder_decoder": True}
     kept_numbers = ("dropout_rate", "initializer_factor")

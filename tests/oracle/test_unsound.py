@@ -321,6 +321,7 @@ def test_zeros_are_refuted_by_no_rounding(last):
         ("llama_gqa", {"rope_scaling": {"rope_type": "default"}}, False),
         ("qwen3_next_square", {"rope_scaling": {"rope_type": "default"}}, False),
         ("gpt_neox_parallel", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, False),
+        ("t5_square", {"tie_encoder_decoder": True}, False),
     ],
     ids=[
         "weights of another file",
@@ -329,6 +330,7 @@ def test_zeros_are_refuted_by_no_rounding(last):
         "a period that is not read",
         "a period that is not read beside sections",
         "a part of a head that is not read",
+        "a decoder that is the encoder",
     ],
 )
 def test_a_folder_of_which_transformers_makes_another_model_is_refused(
