@@ -111,6 +111,12 @@ CONDITIONS: Mapping[str, Condition] = {
     "usual rope factor": Condition(
         lambda c: c.rope.attention_factor is None, "an attention_factor of rotary scalings"
     ),
+    "no dynamic rope": Condition(
+        lambda c: c.rope.type != "dynamic", "rotary positions whose base grows with the length"
+    ),
+    "no longrope": Condition(
+        lambda c: c.rope.type != "longrope", "short factors of longrope in a longer context"
+    ),
     "no routing bias": Condition(
         lambda c: not isinstance(c, MoeConfig) or not c.routing_bias,
         "a bias in the choice of experts",
@@ -150,12 +156,14 @@ class Engine:
       version: the version.
       source: the test, or the package, that the facts are from.
       has_run: whether its logits of a config were compared; else its code was read.
+      silent: conditions of every family, without which it computes something else and says nothing.
     """
 
     name: str
     version: str
     source: str
     has_run: Holds = lambda config: True
+    silent: tuple[str, ...] = ()
 
     def verdict(self, *reasons: str, silent: bool = False, note: str = "") -> EngineVerdict:
         """Return that it runs a model, unless there are reasons against it."""
@@ -172,8 +180,17 @@ ENGINES = (
         lambda c: (
             c.model_type in ("mixtral", "qwen2_moe", "qwen3_moe") and c.rope.type == "default"
         ),
+        # Its base of dynamic positions never changes, and longrope takes the long factors at once.
+        ("no dynamic rope", "no longrope"),
     ),
-    Engine("SGLang", "0.5.23", "the wheel sglang 0.5.23, srt/models", lambda c: False),
+    Engine(
+        "SGLang",
+        "0.5.23",
+        "the wheel sglang 0.5.23, srt/models",
+        lambda c: False,
+        # Its base of dynamic positions is enlarged at every length; YaRN's factor is not read.
+        ("no dynamic rope", "usual rope factor"),
+    ),
     Engine(
         "llama.cpp",
         "b11739",
@@ -281,7 +298,8 @@ def _verdict(engine: Engine, config: ModelConfig) -> EngineVerdict:
         return engine.verdict(*reasons, note="" if reasons else f"as gguf:{architecture}")
     if reading is None or reading.never:
         return engine.verdict(UNKNOWN if reading is None else reading.never)
-    needs, silent = (unfulfilled(words, config) for words in (reading.needs, reading.silent))
+    stated = dict.fromkeys((*reading.silent, *engine.silent))
+    needs, silent = (unfulfilled(words, config) for words in (reading.needs, tuple(stated)))
     has_run = not isinstance(config, DecoderConfig) or engine.has_run(config)
     note = "" if has_run or needs or silent else CODE_READ
     return engine.verdict(*needs, *silent, silent=bool(silent) and not needs, note=note)

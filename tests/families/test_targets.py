@@ -117,6 +117,11 @@ def test_known_misreadings():
     assert verdict(tied, "vLLM").note == ""
     linear = config("mixtral", rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert str(verdict(linear, "vLLM")) == "vLLM ✓ (code read)"
+    dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 4}
+    for engine in ("vLLM", "SGLang"):
+        grows = verdict(config("qwen3_moe", norm_topk_prob=True, **dynamic), engine)
+        assert grows.reasons == ("rotary positions whose base grows with the length",)
+        assert grows.silent
     shared = {"norm_topk_prob": True, "qkv_bias": False, "head_dim": 4}
     qwen = config("qwen2_moe", **shared)
     assert verdict(qwen, "vLLM").reasons == ("queries, keys and values without biases",)
