@@ -379,7 +379,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Condition:
+class KeyCondition:
     """Keys that a section reads only under a condition; elsewhere they must have their defaults.
 
     Attributes:
@@ -393,35 +393,35 @@ class Condition:
     is_read: Callable[[Any], object]
 
 
-CONDITIONS: Mapping[type, tuple[Condition, ...]] = {
+CONDITIONS: Mapping[type, tuple[KeyCondition, ...]] = {
     DataSection: (
-        Condition(
+        KeyCondition(
             ("decoder_seq",),
             "objective",
             lambda data: data.objective not in (Objective.CAUSAL, Objective.MASKED),
         ),
-        Condition(
+        KeyCondition(
             ("noise_density",),
             "objective",
             lambda data: data.objective in (Objective.SPANS, Objective.MASKED),
         ),
-        Condition(("mean_span",), "objective", lambda data: data.objective is Objective.SPANS),
-        Condition(("evaluate_batches",), "evaluate", lambda data: data.evaluate),
+        KeyCondition(("mean_span",), "objective", lambda data: data.objective is Objective.SPANS),
+        KeyCondition(("evaluate_batches",), "evaluate", lambda data: data.evaluate),
     ),
     OptimizerSection: (
-        Condition(("update_clip",), "name", lambda update: update.name == "adafactor"),
-        Condition(("b1", "b2", "eps"), "name", lambda update: update.name != "adafactor"),
-        Condition(("decay_steps",), "schedule", lambda update: update.schedule is Schedule.WSD),
-        Condition(
+        KeyCondition(("update_clip",), "name", lambda update: update.name == "adafactor"),
+        KeyCondition(("b1", "b2", "eps"), "name", lambda update: update.name != "adafactor"),
+        KeyCondition(("decay_steps",), "schedule", lambda update: update.schedule is Schedule.WSD),
+        KeyCondition(
             ("end_factor",),
             "schedule",
             lambda update: update.schedule in (Schedule.COSINE, Schedule.WSD),
         ),
     ),
-    GuardSection: (Condition(("window",), "sigma", lambda guard: guard.sigma),),
-    RunSection: (Condition(("export_to",), "export_steps", lambda run: run.export_steps),),
-    LossSection: (Condition(("distill_steps",), "distill", lambda loss: loss.distill),),
-    MeshSection: (Condition(("rules", "via", "partition"), "mesh", lambda mesh: mesh.mesh),),
+    GuardSection: (KeyCondition(("window",), "sigma", lambda guard: guard.sigma),),
+    RunSection: (KeyCondition(("export_to",), "export_steps", lambda run: run.export_steps),),
+    LossSection: (KeyCondition(("distill_steps",), "distill", lambda loss: loss.distill),),
+    MeshSection: (KeyCondition(("rules", "via", "partition"), "mesh", lambda mesh: mesh.mesh),),
 }
 """The conditions of each section."""
 
