@@ -301,3 +301,46 @@ def _budget(graph: Graph) -> int:
     if total <= MAX_VERIFIED_PARAMETERS or not layers:
         return 0
     return max(1, layers * MAX_VERIFIED_PARAMETERS // total)
+
+
+def check_programs(folder: Path) -> list[str]:
+    """Write the program of a folder's graph again, and return the names of its files.
+
+    There are none beside a graph without a program.
+
+    Raises:
+      CheckError: the program is not that of the graph, or another file of code is beside it.
+    """
+    from moecc.backend import PROGRAM_FILES, emit_program, program_language
+    from moecc.formats.files import read_json_object, read_whole
+    from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES
+
+    language = program_language(folder)
+    if not language:
+        return []
+    name = PROGRAM_FILES[language]
+    with open_model(str(folder), config_alone=True) as opened:
+        program = emit_program(opened.graph, language)
+    (text,) = program.files.values()
+    if read_whole(folder / name).decode() != text:
+        raise CheckError(
+            "the program is not that of the graph in config.json",
+            where=folder / name,
+            hint=f"moecc emit {language} writes it again; moecc reads the graph alone",
+        )
+    config = read_json_object(folder / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
+    mapped = config.get("auto_map", {})
+    if mapped != program.auto_map:
+        raise CheckError(
+            "auto_map names other classes than those of the program",
+            where=folder / CONFIG_NAME,
+            expected=str(program.auto_map),
+            found=str(mapped),
+        )
+    if others := sorted(path.name for path in folder.glob("*.py") if path.name != name):
+        raise CheckError(
+            f"a file of code is no part of the program: {others[0]}",
+            where=folder,
+            hint="trust_remote_code may run it, for a tokenizer say; move it out of the folder",
+        )
+    return [name]

@@ -92,7 +92,7 @@ def prove(
 
 
 def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
-    from moecc.jobs.verify import check_programs
+    from moecc.jobs.comparison import check_programs
 
     if is_function_folder(b) and not is_function_folder(a) and Path(a, CONFIG_NAME).is_file():
         from moecc import torch as mt

@@ -142,6 +142,8 @@ def verify_files(model: str, allow_edited_card: bool, html: str | None, force: b
             "only a folder or a GGUF file has a manifest", where=model,
             hint="or give --against SOURCE",
         )  # fmt: skip
+    from moecc.jobs.comparison import check_programs
+
     programs = check_programs(path) if path.is_dir() else []
     if programs and not (path / MANIFEST_NAME).exists() and html is None:
         # As transformers saves what was trained: there are no digests to compare with.
@@ -159,50 +161,6 @@ def verify_files(model: str, allow_edited_card: bool, html: str | None, force: b
         say(f"the receipt is in {html}")
     data = {"model": model, "tensors": count, "passed": True, "receipt": receipt}
     return Report("verify-manifest", data, lambda: "\n".join(rows))
-
-
-def check_programs(folder: Path) -> list[str]:
-    """Write the program of a folder's graph again, and return the names of its files.
-
-    There are none beside a graph without a program.
-
-    Raises:
-      CheckError: the program is not that of the graph, or another file of code is beside it.
-    """
-    from moecc.backend import PROGRAM_FILES, emit_program, program_language
-    from moecc.formats.files import read_json_object, read_whole
-    from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES
-    from moecc.model.open import open_model
-
-    language = program_language(folder)
-    if not language:
-        return []
-    name = PROGRAM_FILES[language]
-    with open_model(str(folder), config_alone=True) as opened:
-        program = emit_program(opened.graph, language)
-    (text,) = program.files.values()
-    if read_whole(folder / name).decode() != text:
-        raise CheckError(
-            "the program is not that of the graph in config.json",
-            where=folder / name,
-            hint=f"moecc emit {language} writes it again; moecc reads the graph alone",
-        )
-    config = read_json_object(folder / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
-    mapped = config.get("auto_map", {})
-    if mapped != program.auto_map:
-        raise CheckError(
-            "auto_map names other classes than those of the program",
-            where=folder / CONFIG_NAME,
-            expected=str(program.auto_map),
-            found=str(mapped),
-        )
-    if others := sorted(path.name for path in folder.glob("*.py") if path.name != name):
-        raise CheckError(
-            f"a file of code is no part of the program: {others[0]}",
-            where=folder,
-            hint="trust_remote_code may run it, for a tokenizer say; move it out of the folder",
-        )
-    return [name]
 
 
 def _verify_logits(
