@@ -113,5 +113,5 @@ def test_every_verdict_is_what_the_engine_does(
 
 def off(source: Path, folder: Path) -> float:
     """Return max |Δ logit| / max |logit| of the engine against the reference in float64."""
-    found, logits = np.load(folder / "mlx.npy"), np.load(source / "logits.npy")
-    return float(np.abs(found - logits).max() / np.abs(logits).max())
+    by_mlx, logits = np.load(folder / "mlx.npy"), np.load(source / "logits.npy")
+    return float(np.abs(by_mlx - logits).max() / np.abs(logits).max())

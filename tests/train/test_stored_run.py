@@ -139,9 +139,10 @@ def test_an_evaluation_that_a_stop_left_out_is_made_where_the_run_goes_on(
     shutil.rmtree(cache)
     code, text = said(capsys, "train", recipe, "--out", "s3://bucket/stopped")
     assert code == 0, text
-    run, whole = download(store, "stopped", tmp_path / "run"), recipe.parent / "whole"
-    assert same_runs(run, whole)
-    losses = [{s.number: s.loss for s in saved_steps(folder)} for folder in (run, whole)]
+    stopped, undisturbed = download(store, "stopped", tmp_path / "run"), recipe.parent / "whole"
+    assert same_runs(stopped, undisturbed)
+    runs = (stopped, undisturbed)
+    losses = [{s.number: s.loss for s in saved_steps(folder)} for folder in runs]
     assert losses[0] == losses[1]
 
 
