@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from moecc.formats.manifest import MANIFEST_NAME, dump, file_records, load
 from tests.support.commands import Moecc
@@ -230,6 +232,27 @@ def test_an_edited_result_is_not_proved(moecc: Moecc, sparse: Path, tmp_path: Pa
         done = moecc(*command, *(["--tolerance", "9"] if command[0] == "verify" else []))
         assert done.code == 3
         assert "differ from what moecc wrote" in done.err
+
+
+def test_a_result_that_was_forged_with_its_digests_is_not_proved(
+    moecc: Moecc, sparse: Path, tmp_path: Path
+) -> None:
+    forged = tmp_path / "forged"
+    shutil.copytree(sparse, forged)
+    file = forged / "model.safetensors"
+    flip(file)
+    manifest = load(forged)
+    files = manifest.files | file_records([file])
+    digests = {n: sha256(value.tobytes()).hexdigest() for n, value in load_file(file).items()}
+    tensors = {n: replace(r, sha256=digests[n]) for n, r in manifest.tensors.items()}
+    changed = replace(manifest, files=files, tensors=tensors)
+    (forged / MANIFEST_NAME).write_bytes(dump(changed))
+    assert moecc("verify", forged).code == 0
+    done = moecc("prove", DENSE, forged)
+    assert done.code == 1
+    assert "write other values today" in done.err
+    done = moecc("verify", forged, "--against", DENSE, "--tolerance", "9")
+    assert "proved again" not in done.out
 
 
 def test_a_mixture_that_another_program_made_is_proved_by_its_values(

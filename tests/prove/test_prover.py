@@ -16,6 +16,7 @@ from moecc.ir.graph import Node
 from moecc.ir.text import parse
 from moecc.prove import prove
 from moecc.prove.evaluation import Evaluation
+from moecc.prove.prover import OF_TABLES
 from moecc.terms import term
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -128,6 +129,14 @@ def test_a_proof_assumes_that_no_integer_wraps_around(exact: bool) -> None:
     dense = model("llama_gqa")
     verdict = prove(dense.graph, dense.apply("cse").graph, exact=exact)
     assert "no integer wraps around" in verdict.assumptions
+
+
+def test_a_proof_assumes_that_tokens_are_rows_of_their_table() -> None:
+    # Programs differ in what they make of an id below 0: the last rows, or the first one.
+    dense = model("llama_gqa")
+    assert OF_TABLES in prove(dense.graph, dense.apply("cse").graph).assumptions
+    pixels = model("vit_plain")
+    assert OF_TABLES not in prove(pixels.graph, pixels.apply("cse").graph).assumptions
 
 
 def test_a_constant_as_a_fraction_is_an_assumption() -> None:
