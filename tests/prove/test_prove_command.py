@@ -242,7 +242,7 @@ def test_a_result_that_was_forged_with_its_digests_is_not_proved(
     file = forged / "model.safetensors"
     flip(file)
     manifest = load(forged)
-    files = manifest.files | file_records([file])
+    files = {**manifest.files, **file_records([file])}
     digests = {n: sha256(value.tobytes()).hexdigest() for n, value in load_file(file).items()}
     tensors = {n: replace(r, sha256=digests[n]) for n, r in manifest.tensors.items()}
     changed = replace(manifest, files=files, tensors=tensors)
