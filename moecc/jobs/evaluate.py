@@ -167,6 +167,8 @@ def score_of(
     graph = eval_graph(model.graph, recipe)
     facts = facts_of(model, graph)
     batches = open_batches(recipe.data, facts)
+    for remark in dict.fromkeys(batches.remarks):
+        say(f"remark: {remark}")
     dtype = settings.dtype
     params = OpenedModel(graph, model.name, model.checkpoint).params(dtype=dtype)
     held_out = next(iter(batches.evaluations.values()))
@@ -182,7 +184,10 @@ def score_of(
     is_read = every.tokens > 0
     scored = UnitScores(every.losses[is_read], every.tokens[is_read], every.hits[is_read])
     score = SetScore(folder.facts.kind, scored)
-    return score if score.kind != LABELLED else _labels(score, folder, recipe.data, facts, scorer)
+    if score.kind != LABELLED:
+        return score
+    choices = LabelChoices(folder, np.flatnonzero(is_read))
+    return _labels(score, choices, recipe.data, facts, scorer)
 
 
 def _announce(model: OpenedModel, batches: int, settings: EvaluationSpec) -> None:
@@ -212,7 +217,7 @@ def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpe
         objective = Objective.SPANS
     else:
         objective = Objective.CAUSAL if LOGITS in graph.outputs else Objective.MASKED
-    corpus = (Corpus(str(folder.path), name="data"),)
+    corpus = (Corpus(str(folder.path)),)
     data = DataSection(
         train=corpus, evaluate=corpus, objective=objective, batch=settings.batch,
         seq=settings.seq, packing=kind == DOCUMENTS, evaluate_batches=settings.batches,
@@ -221,11 +226,9 @@ def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpe
 
 
 def _labels(
-    score: SetScore, folder: TokenFolder, data: DataSection, facts: ModelFacts, scorer: Scorer
+    score: SetScore, choices: LabelChoices, data: DataSection, facts: ModelFacts, scorer: Scorer
 ) -> SetScore:
     """Return `score` with accuracy and F1: the label of the lowest loss, its end included."""
-    examples = min(folder.facts.documents, data.batch * data.evaluate_batches)
-    choices = LabelChoices(folder, examples)
     shape, rows = label_rows(choices, data, facts)
     rng = np.random.default_rng(0)
     labels = []
@@ -234,7 +237,7 @@ def _labels(
         rows_of_examples: list[Any] = [rows.segments(row, rng) for row in numbers]
         rows_of_examples += [[]] * (data.batch - len(rows_of_examples))
         labels.append(scorer(collate(rows_of_examples, shape)).by_row().losses)
-    losses = np.concatenate(labels)[: rows.rows].reshape(examples, choices.labels)
+    losses = np.concatenate(labels)[: rows.rows].reshape(-1, choices.labels)
     guesses = losses.argmin(axis=1)
     accuracy = float((guesses == choices.answers).mean())
     return replace(score, accuracy=accuracy, f1=macro_f1(choices.answers, guesses, choices.labels))

@@ -365,7 +365,8 @@ class ExampleRows(CorpusRows):
             return RowSegment(tokens, completion, shifted(completion, self._start), number)
         tokens = _joined(self._before, np.concatenate([prompt, completion]), ())
         targets = tokens[1:].copy()
-        targets[: len(tokens) - len(completion) - 1] = IGNORED
+        # Of a completion without anything before it, the first token is seen and not predicted.
+        targets[: max(len(targets) - len(completion), 0)] = IGNORED
         return RowSegment(tokens[:-1], targets, document=number)
 
 

@@ -211,11 +211,11 @@ class LabelChoices:
 
     Attributes:
       folder: the labelled folder.
-      examples: how many of its examples, the first ones.
+      examples: the numbers of its examples.
     """
 
     folder: TokenFolder
-    examples: int
+    examples: Numbers
 
     @property
     def labels(self) -> int:
@@ -225,7 +225,7 @@ class LabelChoices:
     @property
     def answers(self) -> NDArray[np.int64]:
         """The label of each example."""
-        return self.folder.labels[: self.examples]
+        return self.folder.labels[self.examples]
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -236,7 +236,7 @@ class LabelChoices:
     @cached_property
     def completions(self) -> NDArray[np.int64]:
         """The tokens of each prompt, after which its label begins."""
-        return np.repeat(self.folder.completions[: self.examples], self.labels)
+        return np.repeat(self.folder.completions[self.examples], self.labels)
 
     def ids(self, start: int, stop: int) -> Ids:
         """Return the ids from `start` to `stop`."""
@@ -245,12 +245,9 @@ class LabelChoices:
     @cached_property
     def _documents(self) -> list[Ids]:
         labels = [np.asarray(label.tokens, np.int32) for label in self.folder.facts.labels]
-        prompts = (
-            self.folder.ids(int(start), int(start + size))
-            for start, size in zip(
-                self.folder.starts[: self.examples], self.folder.completions, strict=False
-            )
-        )
+        starts = self.folder.starts[self.examples]
+        ends = starts + self.folder.completions[self.examples]
+        prompts = (self.folder.ids(int(a), int(b)) for a, b in zip(starts, ends, strict=True))
         return [np.concatenate([prompt, label]) for prompt in prompts for label in labels]
 
 

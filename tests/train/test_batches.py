@@ -190,6 +190,9 @@ def test_long_examples_are_cut_and_reported(tmp_path):
     )
     # Of 17 tokens that are seen or predicted, the end is only predicted.
     assert found == [b"p" * 10 + b"qright", b"z" * 16]
+    # Without anything before it, all of a completion is predicted but its first token.
+    aims = sorted(bytes(t for t in row if 0 <= t < 256) for row in batches.batch(0)["targets"])
+    assert aims == [b"right", b"z" * 16]
     assert batches.remarks == ("e: 2 examples are cut, as they are longer than a sequence",)
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
+from moecc.families import build
+from moecc.families.registry import parse_config
+from moecc.jobs import evaluate as evaluation
+from moecc.model.initialise import initialise
+from moecc.model.open import OpenedModel
+from moecc.train.objectives import IGNORED
 from moecc.train.rows import LabelChoices
 from moecc.train.scoring import (
     TokenScores,
@@ -14,6 +22,11 @@ from moecc.train.scoring import (
     paired_difference,
     student_quantile,
 )
+from moecc.train.tokens.documents import DocumentFormat
+from moecc.train.tokens.folder import open_tokens
+from moecc.train.tokens.make import Making, make_tokens
+
+from .tiny import make_model
 
 
 def rows(losses: np.ndarray, tokens: np.ndarray) -> UnitScores:
@@ -79,7 +92,7 @@ def test_each_example_is_repeated_with_each_label():
         def ids(self, start: int, stop: int) -> np.ndarray:
             return np.array([1, 2, 9, 3, 7], np.int32)[start:stop]
 
-    choices = LabelChoices(Folder(), 2)  # type: ignore[arg-type]
+    choices = LabelChoices(Folder(), np.array([0, 1]))  # type: ignore[arg-type]
     documents = [
         choices.ids(a, b).tolist()
         for a, b in zip(choices.starts[:-1], choices.starts[1:], strict=True)
@@ -87,3 +100,35 @@ def test_each_example_is_repeated_with_each_label():
     assert documents == [[1, 2, 9], [1, 2, 7, 8], [3, 9], [3, 7, 8]]
     assert choices.completions.tolist() == [2, 2, 1, 1]
     assert choices.answers.tolist() == [0, 1]
+
+
+class SaysNo:
+    """A backend to whose models every letter of ``yes`` costs a nat, and nothing else."""
+
+    def scorer(self, graph, params, *, dtype):
+        def score(batch: dict[str, np.ndarray]) -> TokenScores:
+            targets = batch["targets"]
+            counted = targets != IGNORED
+            return TokenScores(np.isin(targets, list(b"yes")) * 1.0, counted, counted)
+
+        return score
+
+
+def test_accuracy_is_of_the_examples_whose_loss_is_measured(tmp_path, monkeypatch, capsys):
+    """A part of a folder that is sorted by label, of which the first ones would be all alike."""
+    records = [{"prompt": f"is it {n}? ", "completion": "yes" if n < 20 else "no"}
+               for n in range(40)]  # fmt: skip
+    (tmp_path / "sorted.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    form = DocumentFormat("labelled")
+    make_tokens(Making((str(tmp_path / "sorted.jsonl"),), "bytes", form), tmp_path / "tokens")
+    config = json.loads((make_model(tmp_path / "model") / "config.json").read_text())
+    graph = build(parse_config(config))
+    initialise(graph)
+    monkeypatch.setattr(evaluation, "backend_with", lambda kind: SaysNo())
+    spec = evaluation.EvaluationSpec(seq=12, batch=4, batches=4)
+    score = evaluation.score_of(OpenedModel(graph, "drawn"), open_tokens(tmp_path / "tokens"), spec)
+    are_yes = score.scores.losses > 0
+    assert len(are_yes) == 16
+    assert 0 < are_yes.mean() < 1
+    assert score.accuracy == 1 - are_yes.mean()
+    assert "10 examples are cut" in capsys.readouterr().err
