@@ -19,7 +19,8 @@ from moecc.decoding import (
 )
 from moecc.errors import InputError, Problem, UsageError, raise_problems
 from moecc.formats.files import read_bounded
-from moecc.ir.conventions import DECODER_TOKENS, LOGITS
+from moecc.ir.conventions import DECODER_TOKENS, LOGITS, TOKENS
+from moecc.ir.structure import length_bounds
 from moecc.jobs.command import (
     Amount,
     ComputeType,
@@ -31,7 +32,7 @@ from moecc.jobs.command import (
     Weights,
     say_weights,
 )
-from moecc.model.inputs import longest
+from moecc.model.inputs import length_problems, longest
 from moecc.model.open import OpenedModel, open_model
 from moecc.support.extras import require
 from moecc.support.lazy import np
@@ -337,6 +338,8 @@ def _from_encoder(
     if "mask" not in model.graph.inputs and len({len(text) for text in texts}) > 1:
         return [_from_encoder(model, by, [text], how)[0] for text in texts]
     tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
+    bounds = length_bounds(model.graph)
+    raise_problems(length_problems(model.graph.inputs[TOKENS], tokens, model.name, bounds))
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
     lengths = np.array([[len(text)] for text in texts])

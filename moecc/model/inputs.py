@@ -124,16 +124,17 @@ def check_inputs(graph: Graph, arrays: Mapping[str, Array], where: str) -> dict[
         array = arrays[name][None] if arrays[name].ndim == value.type.rank - 1 else arrays[name]
         location = where if len(graph.inputs) == 1 else f"{where}: {name}"
         wrong = list(_misfits(value, array, location))
-        problems.extend(wrong or _too_long(value, array, location, bounds))
+        problems.extend(wrong or length_problems(value, array, location, bounds))
         checked[name] = array
     raise_problems(problems)
     ids = {n: v.type.dtype.numpy for n, v in graph.inputs.items() if v.type.dtype.kind == "int"}
     return {name: a.astype(ids[name]) if name in ids else a for name, a in checked.items()}
 
 
-def _too_long(
+def length_problems(
     value: Value, array: Array, where: str, bounds: Mapping[str, int]
 ) -> Iterator[Problem]:
+    """Yield the axes of an input that are longer than `bounds`, as `length_bounds` returns them."""
     for axis, size in zip(value.type, array.shape, strict=True):
         most = bounds.get(axis.size, size) if isinstance(axis.size, str) else size
         if size > most:

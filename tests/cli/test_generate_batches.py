@@ -122,3 +122,11 @@ def test_a_text_longer_than_the_positions_of_the_model(moecc, model, case, key):
     assert "longer than the model has positions" in done.err
     assert f"found: {positions + 3}" in done.err
     assert moecc(*args, str(positions - 2)).code == 0
+
+
+def test_a_text_longer_than_the_positions_of_the_encoder(moecc, model):
+    args = ("generate", model("bart_square"), "--tokens", "2", "--prompt")
+    done = moecc(*args, "w5 " * 17)
+    assert done.code == 1
+    assert "longer than the model has positions" in done.err
+    assert moecc(*args, "w5 " * 16).code == 0
