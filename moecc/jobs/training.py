@@ -437,22 +437,26 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
             expected=f"more than {step.number}, where {reference} is", found=str(recipe.run.steps),
         )  # fmt: skip
     require_run_files(step)
-    graph = read_graph(str(run / GRAPH))
+    graph, begun = read_graph(str(run / GRAPH)), _begun_with(run)
     check_output(out, inputs=[run], resume=True, hint=OTHER_RUN)
+    differences = [d for d in recipe_differences(begun, recipe) if d.startswith("model.")]
+    if differences:
+        raise InputError(
+            "the model of a fork is that of the run", where="model",
+            expected="the same, but for a local model.source", found="; ".join(differences),
+            hint='model.source = "RUN" begins a run of its own, under another pipeline',
+        )  # fmt: skip
     present, wanted = (
-        {
-            (section.name, kind, name)
-            for kind, types in saved_moments(graph, section_at(section, step.number)).items()
-            for name in types
-        }
-        for section in (_begun_with(run).optimizer, recipe.optimizer)
+        _moments_after(graph, section, step.number)
+        for section in (begun.optimizer, recipe.optimizer)
     )
-    missing = sorted({name for *_, name in wanted - present})
+    missing = sorted({name for name, *_ in wanted - present})
     if missing:
         raise InputError(
             "the run kept no such moments of what would be trained",
             where="optimizer",
-            expected=f"the optimiser and the frozen groups that it had at step {step.number}",
+            expected="the optimiser, the frozen groups and each from_step that it had at step "
+            f"{step.number}",
             found=f"{len(missing)} parameters, {missing[0]} first",
             hint='model.source = "RUN" begins a run of its own, with moments = "carry" or none',
         )
@@ -476,6 +480,19 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
         out, recipe, digest, graph, batches, create, lambda: _beginning_again(recipe, graph),
         teacher=teacher_of(recipe),
     )  # fmt: skip
+
+
+def _moments_after(
+    graph: Graph, section: OptimizerSection, steps: int
+) -> set[tuple[str, str, str, int]]:
+    """Return name, kind, optimiser, and first counted step of the moments after so many steps."""
+    section = section_at(section, steps)
+    settings = parameter_settings(graph, section)
+    return {
+        (name, kind, section.name, settings[name].first_step)
+        for kind, types in saved_moments(graph, section).items()
+        for name in types
+    }
 
 
 def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts]) -> Batches:

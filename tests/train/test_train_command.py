@@ -250,13 +250,24 @@ def test_a_fork_goes_on_under_another_recipe(folder: Path, moecc: Moecc) -> None
     assert stages[0]["steps"] == 4
 
 
-def test_a_fork_has_no_moments_of_another_optimiser(folder: Path, moecc: Moecc) -> None:
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ("optimizer.name=adafactor", "the run kept no such moments"),
+        ("optimizer.groups=[{match='moe', from_step=2}]", "the run kept no such moments"),
+        ("model.pipeline=''", "the model of a fork is that of the run"),
+    ],
+)
+def test_a_fork_has_the_model_and_the_moments_of_the_run(
+    folder: Path, moecc: Moecc, changed: str, says: str
+) -> None:
+    """Of updates that begin at another step, nothing was counted."""
     code, _, err = moecc(
         "train", folder / "recipe.toml", "--fork", folder / "run@4", "--out", folder / "none",
-        "--set", "optimizer.name=adafactor",
+        "--set", changed,
     )  # fmt: skip
-    assert code == 1
-    assert "the run kept no such moments" in err
+    assert (code, says in err) == (1, True), err
+    assert not (folder / "none").exists()
 
 
 def test_a_run_that_diverged_is_a_run(folder: Path, moecc: Moecc) -> None:
