@@ -382,9 +382,14 @@ def evaluate(
                 with Bar(f"evaluating {name} on {folder_name}", unit_bytes=False) as bar:
                     sets[folder_name] = score_of(model, folder, spec, bar)
         first = results[0].sets if results else {}
-        against = {
-            n: paired_difference(first[n].scores, s.scores) for n, s in sets.items() if n in first
-        }
+        against = {}
+        for folder_name in first:
+            pair = first[folder_name].scores, sets[folder_name].scores
+            if np.array_equal(pair[0].tokens, pair[1].tokens):
+                against[folder_name] = paired_difference(*pair)
+            else:
+                say(f"remark: {name} predicts other tokens of {folder_name} than {models[0]}: "
+                    "their losses are not paired")  # fmt: skip
         results.append(ModelEvaluation(name, sets, against))
     facts = {
         "sequence": sequence, "batch": batch, "dtype": spec.dtype.name,

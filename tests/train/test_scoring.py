@@ -26,7 +26,7 @@ from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.folder import open_tokens
 from moecc.train.tokens.make import Making, make_tokens
 
-from .tiny import make_model
+from .tiny import draw_weights, make_model
 
 
 def rows(losses: np.ndarray, tokens: np.ndarray) -> UnitScores:
@@ -132,3 +132,19 @@ def test_accuracy_is_of_the_examples_whose_loss_is_measured(tmp_path, monkeypatc
     assert 0 < are_yes.mean() < 1
     assert score.accuracy == 1 - are_yes.mean()
     assert "10 examples are cut" in capsys.readouterr().err
+
+
+def test_losses_of_other_tokens_are_not_paired(tmp_path, monkeypatch, capsys):
+    """A decoder predicts every token, an encoder those that are masked."""
+    (tmp_path / "text.txt").write_text("a text of so many letters, and an end")
+    make_tokens(Making((str(tmp_path / "text.txt"),), "bytes"), tmp_path / "tokens")
+    models = [
+        str(draw_weights(make_model(tmp_path / golden, golden)))
+        for golden in ("llama_gqa", "bert_square")
+    ]
+    monkeypatch.setattr(evaluation, "backend_with", lambda kind: SaysNo())
+    report = evaluation.evaluate(models, data=[str(tmp_path / "tokens")], sequence=16, batch=2)
+    first, second = (model["sets"]["tokens"] for model in report.data["models"])
+    assert first["tokens"] > second["tokens"] > 0
+    assert second["against_first"] is None
+    assert "predicts other tokens of tokens" in capsys.readouterr().err
