@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _API = ("Model", "load_step", "open", "write_params")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_API, *map(python_name, COMMANDS)})
+
+
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 

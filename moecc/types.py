@@ -433,15 +433,20 @@ _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?\Z", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-def float_type(name: str) -> DType:
+def float_type(name: str, beside: Iterable[str] = ()) -> DType:
     """Return the floating-point type called `name`, in moecc's spelling or PyTorch's.
+
+    Args:
+      name: the name.
+      beside: what else may stand in its place, for the hint.
 
     Raises:
       UsageError: there is no such type.
     """
     dtype = _FLOATS.get(name) or BY_TORCH.get(name)
     if dtype is None or dtype.name not in _FLOATS:
-        hint = nearest(name, [*_FLOATS, "float32", "bfloat16"]) or f"types: {', '.join(_FLOATS)}"
+        types = [*_FLOATS, *beside]
+        hint = nearest(name, [*types, "float32", "bfloat16"]) or f"types: {', '.join(types)}"
         raise UsageError(f"unknown element type {name!r}", hint=hint)
     return dtype
 

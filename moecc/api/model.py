@@ -30,7 +30,6 @@ from moecc.api.arguments import (
 )
 from moecc.backend import TracingBackend, backend_with, get_backend
 from moecc.errors import InputError, Problem, UsageError, nearest, raise_problems
-from moecc.formats.adapter import branches_of
 from moecc.formats.files import read_whole
 from moecc.formats.source import GivenParams
 from moecc.ir.graph import Graph
@@ -279,7 +278,7 @@ class Model(Closing):
         context = Context(seed=seed, allow_unmatched=allow_unmatched, statistics=statistics)
         if (checkpoint := self.opened.checkpoint) is None:
             return context
-        return replace(context, read=reads_small(checkpoint), models=branches_of(checkpoint))
+        return replace(context, read=reads_small(checkpoint), models=tuple(checkpoint.branches))
 
     def params(self, *, dtype: object = "f32") -> Params:
         """Return the parameters by name, each made when it is looked up.

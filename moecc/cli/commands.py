@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import click
 from click.shell_completion import CompletionItem
 
-from moecc.errors import escaped
+from moecc.errors import escaped, nearest
 from moecc.jobs import python_name
 from moecc.jobs.command import Report
 from moecc.support.console import PROGRESS, Spelling, clear_line, quietly, say
@@ -167,15 +167,16 @@ def _parameter(parameter: inspect.Parameter, hint: Any, help: str) -> click.Para
         settings["is_flag"] = True
     return click.Option(
         words, metavar=spelling.metavar, multiple=is_sequence, help=_plain(help or spelling.help),
-        show_default=parameter.default not in (None, "", False, ()) and not is_required, **settings,
+        show_default=not (is_required or hint is bool or parameter.default in (None, "", ())),
+        **settings,
     )  # fmt: skip
 
 
 def _type(hint: Any, spelling: Spelling) -> click.ParamType[Any]:
     if spelling.choices:
-        return click.Choice(spelling.choices)
+        return _Choice(spelling.choices)
     if get_origin(hint) is Literal:
-        return click.Choice(get_args(hint))
+        return _Choice(get_args(hint))
     if hint is float:
         return _FiniteRange(spelling.low, spelling.high)
     if spelling.low is None:
@@ -183,6 +184,14 @@ def _type(hint: Any, spelling: Spelling) -> click.ParamType[Any]:
         types = {int: click.INT, str: click.STRING, bool: click.BOOL}
         return types[hint]
     return click.IntRange(int(spelling.low), spelling.high)
+
+
+class _Choice(click.Choice[str]):
+    """One of a few words, of which the message for any other suggests the nearest."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        words = super().get_invalid_choice_message(value, ctx).removesuffix(".")
+        return "; ".join(filter(None, (words, nearest(str(value), self.choices))))
 
 
 class _FiniteRange(click.FloatRange):

@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Literal, get_args, get_origin
 
 from moecc.errors import InputError
+from moecc.support.console import SHELL_VARIABLE
 
 _PASS = re.compile(r"@?[a-z0-9-]*\Z")
 _OPTION = re.compile(r"(@?)([a-z0-9-]+)\{(?:[^{}]*\s)?([a-z0-9-]*)\Z")
@@ -134,9 +135,6 @@ def _values(type: object) -> Iterator[str]:
 
 
 # The script of a shell, and how bash splits words.
-
-SHELL_VARIABLE = "_MOECC_COMPLETE"
-"""The environment variable by which the script of a shell asks for a completion."""
 
 _WORDS, _CURRENT = "COMP_WORDS", "COMP_CWORD"
 _START_FILES = {"bash": ".bashrc", "zsh": ".zshrc", "fish": ".config/fish/config.fish"}

@@ -13,13 +13,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from moecc.cli.commands import command_of
-from moecc.cli.complete import words_of_bash
 from moecc.errors import (
     MachineError,
     MoeccError,
@@ -32,7 +32,7 @@ from moecc.errors import (
     raise_problems,
 )
 from moecc.jobs import COMMANDS
-from moecc.support.console import open_closed_streams, say, show_error, write_utf8
+from moecc.support.console import SHELL_VARIABLE, open_closed_streams, say, show_error, write_utf8
 from moecc.support.process import Terminated
 
 EPILOG = (
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
-        with words_of_bash():
+        with _words_of_bash():
             result = build_app().main(argv, prog_name="moecc", standalone_mode=False)
     except click.Abort as error:
         # click ends so for an EOFError, too, which whatever reads a file that is cut off may raise.
@@ -188,6 +188,15 @@ def _run(argv: list[str]) -> int:
             show_error(_in_our_style(error, argv))
         return error.exit_code
     return result if isinstance(result, int) else 0
+
+
+def _words_of_bash() -> AbstractContextManager[None]:
+    """Return the context in which bash gets whole words, where a shell asks for a completion."""
+    if SHELL_VARIABLE not in os.environ:
+        return nullcontext()
+    from moecc.cli.complete import words_of_bash
+
+    return words_of_bash()
 
 
 _INTERRUPTED = 130
@@ -221,8 +230,13 @@ def _in_our_style(error: click.UsageError, argv: Sequence[str]) -> UsageError:
     words = words[:1].lower() + words[1:] if not words[:2].isupper() else words
     named = [f"moecc {word}" for word in argv[:1] if word in COMMANDS]
     command = error.ctx.command_path if error.ctx is not None else (*named, "moecc")[0]
-    asks_json = isinstance(error, click.NoSuchOption) and error.option_name == "--json"
-    return UsageError(words, hint="--format json" if asks_json else f"{command} --help")
+    hint = f"{command} --help"
+    if isinstance(error, click.NoSuchOption):
+        if error.option_name == "--json":
+            hint = "--format json"
+        elif argv[:1] == ["launch"]:
+            hint = f"the command to run stands after --, with its options; {hint}"
+    return UsageError(words, hint=hint)
 
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}

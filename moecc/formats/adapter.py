@@ -21,7 +21,7 @@ from moecc.support.record import RecordReader
 from moecc.support.text import amount
 from moecc.support.untyped import Json
 from moecc.types import Array
-from moecc.weights.arithmetic import BASE, branch_and_name, name_in
+from moecc.weights.arithmetic import branch_and_name, name_in
 
 if TYPE_CHECKING:
     from moecc.formats.expert_adapter import ExpertDelta
@@ -664,6 +664,10 @@ class SeveralCheckpoints(DerivedCheckpoint):
             for path in checkpoint.files()
         }
 
+    def places(self) -> list[Path]:
+        """Return the folders and files of all."""
+        return [place for checkpoint in self._all() for place in checkpoint.places()]
+
     def require_unchanged(self) -> None:
         """Raise InputError if a file of any changed since it was opened."""
         for checkpoint in self._all():
@@ -676,22 +680,3 @@ class SeveralCheckpoints(DerivedCheckpoint):
 
     def _all(self) -> tuple[Checkpoint, ...]:
         return (self.base, *self.branches.values(), *self.tables.values())
-
-
-def other_bases(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the models that adapters say they are of, if those have other names than the base."""
-    branches = checkpoint.branches if isinstance(checkpoint, SeveralCheckpoints) else {}
-    adapters = {n: a for n, a in branches.items() if isinstance(a, AdaptedCheckpoint)}
-    return {n: of for n, a in adapters.items() if (of := a.other_base()) is not None}
-
-
-def branches_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names of the models beside the base."""
-    return tuple(checkpoint.branches) if isinstance(checkpoint, SeveralCheckpoints) else ()
-
-
-def models_of(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
-    """Return all that one consists of, by name; the first is the base."""
-    if isinstance(checkpoint, SeveralCheckpoints):
-        return {BASE: checkpoint.base, **checkpoint.branches, **checkpoint.tables}
-    return {BASE: checkpoint}

@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-from moecc.errors import InputError, MachineError, Problems, describe, quoted
-from moecc.formats.files import read_json_object
+from moecc.errors import InputError, MachineError, Problem, Problems, describe, quoted
+from moecc.formats.files import files_below, read_json_object
 from moecc.formats.store import fetch
 from moecc.support.extras import install_hint
 from moecc.support.lazy import np
@@ -39,6 +39,7 @@ class ZarrArrays:
       is_database: whether they are in one database (OCDBT), or each in a folder of its own.
       omits_fill_values: whether chunks equal to the array's fill value were not stored, so that a
         chunk that is missing has that value; otherwise its data are lost.
+      removed: what is wrong where an array cannot be read and `folder` is gone.
 
     Raises:
       MachineError: tensorstore is missing.
@@ -51,6 +52,7 @@ class ZarrArrays:
         *,
         is_database: bool = True,
         omits_fill_values: bool = False,
+        removed: Problem | None = None,
     ) -> None:
         try:
             import tensorstore
@@ -64,7 +66,7 @@ class ZarrArrays:
             fetch(folder)
         self._store, self._is_database = tensorstore, is_database
         self._folder, self._driver = folder, driver
-        self._omits_fill_values = omits_fill_values
+        self._omits_fill_values, self._removed = omits_fill_values, removed
         self._base: JsonDict = {"driver": "file"}
         self._prefix = f"{os.path.abspath(folder)}/"  # tensorstore rejects ".." in a path
         if is_database:
@@ -154,6 +156,8 @@ class ZarrArrays:
             )
 
     def _unreadable(self, key: str, error: Exception) -> InputError:
+        if self._removed is not None and not self._folder.is_dir():
+            return InputError([self._removed])
         if missing := _MISSING_CHUNK.search(str(error)):
             return InputError(
                 f"the chunk {missing[1].replace(' ', '')} of the array {key!r} is missing",
@@ -430,9 +434,3 @@ def _keys(
             problems.add("the name of an array leaves its folder", where=where)
             continue
         yield steps, ".".join(steps)
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders."""
-    for path, _, names in os.walk(folder):
-        yield from (Path(path) / name for name in sorted(names))

@@ -719,6 +719,12 @@ def make_folder(path: Path) -> None:
             disk().mkdir(path)
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders."""
+    for path, _, names in os.walk(folder):
+        yield from (Path(path) / name for name in sorted(names))
+
+
 # Removal of what outputs made; links are not followed.
 
 

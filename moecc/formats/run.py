@@ -11,7 +11,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from moecc.errors import (
     CheckError,
@@ -23,10 +23,9 @@ from moecc.errors import (
     quoted,
     raise_problems,
 )
-from moecc.formats.adapter import models_of
-from moecc.formats.arrays import ZarrArrays, files_below
 from moecc.formats.files import (
     Identity,
+    files_below,
     identify,
     link_fault,
     read_json_object,
@@ -41,12 +40,16 @@ from moecc.formats.manifest import (
     read_sealed,
 )
 from moecc.formats.modelcard import CardEntries
+from moecc.formats.open import missing_place
 from moecc.formats.source import Checkpoint, GivenParams, TensorInfo, tensor_info
 from moecc.formats.store import HUB, fetch, is_address, mirror
 from moecc.support.record import Check, Count, RecordReader, read_record
 from moecc.support.text import amount
 from moecc.support.untyped import Json
 from moecc.types import DTYPES, Array
+
+if TYPE_CHECKING:
+    from moecc.formats.arrays import ZarrArrays
 
 # The layout of a run folder, and the steps that it holds.
 #
@@ -206,6 +209,13 @@ def split_reference(text: str) -> tuple[str, str] | None:
         return text, LAST
     folder, at, step = text.rpartition("@")
     return (folder, step) if at and is_run(folder) else None
+
+
+def no_run(place: str | Path) -> InputError:
+    """Return the error for a place that holds no run."""
+    if not is_address(str(place)) and not os.path.exists(place):
+        return missing_place(Path(place))
+    return InputError("this is not the folder of a run", where=place)
 
 
 def mirrored_run(address: str) -> Path:
@@ -407,24 +417,17 @@ def array_key(*parts: str) -> str:
     return ".".join(parts)
 
 
-class StateReader(ZarrArrays):
-    """Reads arrays of a saved state by name, any box at a time; thread-safe.
-
-    Args:
-      folder: the state, ``steps/N/state``.
+def state_reader(folder: Path) -> ZarrArrays:
+    """Return the reader of a saved state, ``steps/N/state``.
 
     Raises:
       MachineError: tensorstore is missing.
     """
+    from moecc.formats.arrays import ZarrArrays
 
-    def __init__(self, folder: Path) -> None:
-        # Processes that share no folder write files of chunks, which need no merge into a database.
-        super().__init__(folder, is_database=(folder / _DATABASE).is_file())
-
-    def _unreadable(self, key: str, error: Exception) -> InputError:
-        if self._folder.is_dir():
-            return super()._unreadable(key, error)
-        return InputError([step_removed(self._folder)])
+    # Processes that share no folder write files of chunks, which need no merge into a database.
+    is_database = (folder / _DATABASE).is_file()
+    return ZarrArrays(folder, is_database=is_database, removed=step_removed(folder))
 
 
 # A step of a run as a checkpoint: the parameters of its state, and the files of its source.
@@ -457,7 +460,7 @@ class RunCheckpoint(Checkpoint):
         self._identities = {path: identify(path) for path in files}
 
     @cached_property
-    def state(self) -> StateReader:
+    def state(self) -> ZarrArrays:
         """The reader of parameters and moments; their files are compared with step.json first.
 
         Raises:
@@ -465,7 +468,7 @@ class RunCheckpoint(Checkpoint):
           MachineError: tensorstore is missing.
         """
         require_state(self.step)
-        return StateReader(self.step.state)
+        return state_reader(self.step.state)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a parameter; thread-safe.
@@ -486,19 +489,14 @@ class RunCheckpoint(Checkpoint):
         """Return what is kept of the source's card."""
         return dict(self.lineage.card)
 
+    def places(self) -> list[Path]:
+        """Return what of the run an output must not touch: all but room for exports."""
+        return [self.run / STEPS, self.run / SOURCE]
+
     def files(self) -> list[Path]:
         """Return graph, recipe, lineage, config and step.json, which has digests of the state."""
         named = [self.run / name for name in (GRAPH, RECIPE, LINEAGE)]
         return [self.step.folder / STEP, *named, self.run / SOURCE / CONFIG_NAME]
-
-
-def inputs_of(checkpoint: Checkpoint | None) -> list[Path]:
-    """Return what of a checkpoint an output must not touch: of a run, all but room for exports."""
-    if checkpoint is None:
-        return []
-    if isinstance(checkpoint, RunCheckpoint):
-        return [checkpoint.run / STEPS, checkpoint.run / SOURCE]
-    return [model.path for model in models_of(checkpoint).values()]
 
 
 def open_run(reference: str) -> RunCheckpoint:
@@ -509,7 +507,7 @@ def open_run(reference: str) -> RunCheckpoint:
     """
     parts = split_reference(reference)
     if parts is None:
-        raise InputError("this is not the folder of a run", where=reference)
+        raise no_run(reference)
     run = Path(parts[0])
     return RunCheckpoint(run, choose_step(run, parts[1]))
 

@@ -94,6 +94,7 @@ class Checkpoint(Closing):
       config: the content of config.json.
       tensors: the tensors, by name.
       states_tie: whether its config ties the output matrix although the model is read as untied.
+      branches: the models of the same architecture beside it, by name.
     """
 
     path: Path
@@ -101,6 +102,7 @@ class Checkpoint(Closing):
     config: JsonDict
     tensors: Mapping[str, TensorInfo]
     states_tie: bool = False
+    branches: Mapping[str, Checkpoint] = MappingProxyType({})
     _companions: Mapping[str, Path] = MappingProxyType({})
     _identities: Mapping[Path, Identity] = MappingProxyType({})
 
@@ -133,6 +135,14 @@ class Checkpoint(Closing):
     def named_files(self) -> dict[str, Path]:
         """Return the files by the names that a manifest has for them."""
         return {path.name: path for path in self.files()}
+
+    def places(self) -> list[Path]:
+        """Return the folders and files that an output must not touch."""
+        return [self.path]
+
+    def other_base(self) -> str | None:
+        """Return the model that an adapter says it is of, where that is not called as its base."""
+        return None
 
     def require_unchanged(self) -> None:
         """Raise InputError if a file, companions included, changed since it was opened."""

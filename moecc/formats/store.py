@@ -28,7 +28,6 @@ from urllib.parse import unquote
 from moecc.errors import ALIASES, InputError, MachineError, MoeccError, UsageError, printable
 from moecc.formats.files import RANGED, Identity, os_errors
 from moecc.formats.folder import TEMPLATES
-from moecc.support.extras import require
 from moecc.support.untyped import JsonDict
 
 HUB = "hf"
@@ -151,6 +150,8 @@ class Address:
 
 def require_package(address: Address) -> None:
     """Raise MachineError if the package of a store is missing."""
+    from moecc.support.extras import require
+
     require(f"an address of {address.scheme}://", [_EXTRAS[address.scheme]])
 
 

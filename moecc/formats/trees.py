@@ -22,10 +22,9 @@ from moecc.formats.arrays import (
     NamedPieces,
     Tree,
     ZarrArrays,
-    files_below,
     open_orbax,
 )
-from moecc.formats.files import identify, read_json_object
+from moecc.formats.files import files_below, identify, read_json_object
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
 from moecc.formats.maxtext import MARKS, maxtext_pieces
 from moecc.formats.source import (

@@ -21,8 +21,8 @@ from moecc.jobs.command import (
     read_failing,
 )
 from moecc.jobs.failures import (
-    COMPARED,
     RUN,
+    WEIGHTS,
     Failure,
     Gap,
     PromiseTest,
@@ -260,8 +260,8 @@ def bisect(
     graph, passes, seed = read_failing(file, pipeline, load, seed)
     context = Context(seed=seed, allow_unmatched=allow_unmatched)
     # Weights are compared as they are written, so their expressions have to stay.
-    small = graph if compare == "weights" else small_if_possible(graph)
-    if compare in COMPARED:
+    small = graph if compare == WEIGHTS else small_if_possible(graph)
+    if compare is not None:
         bisection = _compared(small, passes, context, compare)
     else:
         bisection = _promised(small, passes, context)

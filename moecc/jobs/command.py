@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from moecc.errors import InputError, MoeccError
 from moecc.support.console import Spelling as Spelling
@@ -72,9 +72,8 @@ _MACHINE = Spelling(
 MachineName = Annotated[str, _MACHINE]
 OptionalMachine = Annotated[str | None, _MACHINE]
 Compare = Annotated[
-    str | None,
+    Literal["run", "weights"] | None,
     Spelling(
-        "run|weights",
         help="Compare values after the passes: run compares XLA with the reference in float64, "
         "weights compares written parameters with their expressions.",
     ),
@@ -92,7 +91,7 @@ SequenceLength = Annotated[int, Spelling("N", low=2, help="Number of tokens in a
 BatchSize = Annotated[int, Spelling("N", low=1, help="Number of sequences in a batch.")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The report of a command.
 
@@ -120,7 +119,7 @@ class Report:
         """Return the report as JSON values, with its schema."""
         return {"schema": f"moecc.{self.kind}/1", **(self.data or {})}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text()
 
 

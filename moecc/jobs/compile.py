@@ -37,9 +37,9 @@ from moecc.jobs.command import (
 )
 from moecc.launch.processes import LIFELINE
 from moecc.plan.machines import Machine, find_machine
-from moecc.plan.report import batch_text
+from moecc.plan.report import batch_text, step_text
 from moecc.plan.search import search, seconds_text
-from moecc.plan.step import ProgramConfig, StepConfig, option_name, read_plan
+from moecc.plan.step import ProgramConfig, StepConfig, mesh_text, option_name, read_plan
 from moecc.plan.time import Estimator
 from moecc.support.console import say
 from moecc.support.extras import require
@@ -249,11 +249,9 @@ def compile_text(data: JsonDict) -> str:
 
 def _heading(data: JsonDict) -> Iterator[str]:
     machine = data["machine"]
-    step = f"training with {data['optimizer']}" if data["optimizer"] else "forward pass"
-    mesh = " x ".join(f"{name} {size}" for name, size in data["mesh"].items())
     yield (
-        f"{data['model']} for {machine['name']}: {amount(machine['devices'], 'device')}, {step}, "
-        f"{data['dtype']}, weights {data['weight_dtype']}"
+        f"{data['model']} for {machine['name']}: {amount(machine['devices'], 'device')}, "
+        f"{step_text(data)}, {data['dtype']}, weights {data['weight_dtype']}"
     )
     yield f"  parameters   {data['parameters']:,}"
     yield f"  batch        {batch_text(data['batch'])}"
@@ -261,7 +259,7 @@ def _heading(data: JsonDict) -> Iterator[str]:
     bound = (
         "" if capacity is None else f", capacity {capacity['factor']} x {capacity['convention']}"
     )
-    layout = f"{mesh}, dense weights {data['dense_weights']}"
+    layout = f"{mesh_text(data['mesh'])}, dense weights {data['dense_weights']}"
     yield f"  mesh         {layout}, remat {data['remat']}{bound}"
     yield f"  program      {_program(data)}"
     yield f"  passes       {data['pipeline']}"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError, UsageError, describe_error
 from moecc.families.config import FAMILY
 from moecc.families.describe import Description, describe
-from moecc.formats.adapter import branches_of, other_bases
 from moecc.formats.gguf.storage import Storage
 from moecc.formats.open import wrapped_in
 from moecc.formats.source import Checkpoint
@@ -108,7 +107,7 @@ class Plan:
     @cached_property
     def unread(self) -> tuple[str, ...]:
         """The models beside the source that no weight is read from."""
-        return unread_models(self.graph, branches_of(self.checkpoint))
+        return unread_models(self.graph, tuple(self.checkpoint.branches))
 
     @property
     def program(self) -> EmittedProgram | None:
@@ -280,11 +279,12 @@ def plan(
             expected="a checkpoint or a graph of a whole model", found=f"`{function}`",
             hint="moecc.jax.load or moecc.torch.load returns the parameters for your program",
         )  # fmt: skip
+    branches = model.checkpoint.branches
     # The passes may drop further tensors, which is their purpose.
     remarks = model.left_out()
     context = Context(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
-        read=reads_small(model.checkpoint), models=branches_of(model.checkpoint),
+        read=reads_small(model.checkpoint), models=tuple(branches),
         statistics=statistics,
     )  # fmt: skip
     proofs = PassProofs() if check else None
@@ -338,7 +338,7 @@ def plan(
         model, model.graph, pipeline, preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
         (*(f"--experts {name}={name.upper()}" for name in context.models if name not in unread),
-         *(["--allow-other-base"] if other_bases(model.checkpoint) else []),
+         *(["--allow-other-base"] if any(b.other_base() for b in branches.values()) else []),
          *(["--capture STATISTICS"] if statistics is not None else []),
          *(f"--load {Path(file).name}" for file in loaded),
          *(["--allow-unmatched"] if allow_unmatched else []),

@@ -25,7 +25,6 @@ from moecc.formats.gguf.storage import FILE_NAME, SUFFIX, Storage
 from moecc.formats.manifest import MANIFEST_NAME, hashed_beside
 from moecc.formats.modelcard import CARD_NAME, LISTS
 from moecc.formats.output import check_output, output_folder, part_folder, parts_of
-from moecc.formats.run import inputs_of
 from moecc.formats.safetensors import Shard, shards_of
 from moecc.formats.store import is_address
 from moecc.formats.writer import (
@@ -193,7 +192,7 @@ def write(
         return parts is None and bool(completed)
 
     with output_folder(
-        path, inputs=inputs_of(checkpoint), force=force,
+        path, inputs=checkpoint.places(), force=force,
         needed_bytes=_needed_bytes(planned, options),
         can_resume=can_resume if resume else None, is_file=one_file,
     ) as temporary, hashed_beside(_hashed(planned, options)) as source_files:  # fmt: skip
@@ -323,7 +322,7 @@ def check_place(
             hint="or a folder, whose name does not end in .gguf",
         )  # fmt: skip
     check_output(
-        Path(out), inputs=inputs_of(planned.checkpoint), force=force,
+        Path(out), inputs=planned.checkpoint.places(), force=force,
         needed_bytes=_needed_bytes(planned, options),
         # What a killed run left of the output stands in the way of no part.
         resume=resume or options.part is not None, is_file=one_file,
@@ -392,7 +391,7 @@ def _output_type(name: str) -> DType | Storage:
     """Return the element type or the blocks that ``--dtype`` names. Raises UsageError."""
     from moecc.translate.gguf import QUANTISED
 
-    return QUANTISED.get(name.lower()) or float_type(name)
+    return QUANTISED.get(name.lower()) or float_type(name, QUANTISED)
 
 
 def convert(

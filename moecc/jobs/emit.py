@@ -32,12 +32,13 @@ def emit(
     load: Load = (),
     force: Force = False,
 ) -> Report:
-    """Write a model as a program, with its weights, or for MaxText.
+    """Write a model as a program, or for MaxText.
 
-    The folder has one readable file.  In PyTorch it is modeling_st_moe.py, which transformers
-    loads with trust_remote_code=True; in JAX it is jax_st_moe.py, with the functions init, load
-    and apply.  moecc reads the folder, too, by the graph in its config, and never runs the file.
-    For maxtext it has a checkpoint whose parameters MaxText loads, and the settings of its model.
+    The folder has the weights and one readable file.  In PyTorch it is modeling_st_moe.py, which
+    transformers loads with trust_remote_code=True; in JAX it is jax_st_moe.py, with the functions
+    init, load and apply.  moecc reads the folder, too, by the graph in its config, and never runs
+    the file.  For maxtext it has a checkpoint whose parameters MaxText loads, and the settings of
+    its model.
 
     Args:
       language: Language of the program: torch or jax; or maxtext.
@@ -77,7 +78,6 @@ def _emit_maxtext(opened: OpenedModel, output: str, type: DType | None, *, force
     from moecc.formats.files import json_content
     from moecc.formats.maxtext import ITEM, SETTINGS, STEP, maxtext_arrays, write_maxtext
     from moecc.formats.output import output_folder
-    from moecc.formats.run import inputs_of
     from moecc.jobs.convert import plan, write_companions
     from moecc.rewrite.pipeline import Pipeline
     from moecc.support.extras import require
@@ -96,7 +96,7 @@ def _emit_maxtext(opened: OpenedModel, output: str, type: DType | None, *, force
     arrays = maxtext_arrays(config, {name: expr.type for name, expr in exprs.items()})
     size_bytes = sum(tensor.entry.nbytes for tensor in planned.tensors)
     with output_folder(
-        Path(output), inputs=inputs_of(checkpoint), force=force, needed_bytes=2 * size_bytes
+        Path(output), inputs=checkpoint.places(), force=force, needed_bytes=2 * size_bytes
     ) as folder:
         write_maxtext(folder, config, arrays, lambda name: evaluate(exprs[name], checkpoint.read))
         config_json = json_content(dict(planned.export.config_json))

@@ -278,6 +278,12 @@ class CommandTest:
 
     command: str
 
+    def __post_init__(self) -> None:
+        if "{}" not in self.command and "{pipeline}" not in self.command:
+            raise UsageError("the command reads neither graph nor pipeline", where="--test",
+                             expected="{} for the file of the graph, or {pipeline}",
+                             found=self.command)  # fmt: skip
+
     def __call__(self, graph: Graph, pipeline: Pipeline) -> Failure | None:
         """Return a failure with the exit code of the command, unless that is 0.
 
@@ -289,7 +295,9 @@ class CommandTest:
             file.write_text(print_graph(graph), "utf-8")
             stated = {"{}": str(file), "{pipeline}": str(pipeline)}
             try:
-                words = [stated.get(word, word) for word in shlex.split(self.command)]
+                words = shlex.split(self.command)
+                for mark, text in stated.items():
+                    words = [word.replace(mark, text) for word in words]
                 done = subprocess.run(
                     words, capture_output=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL
                 )

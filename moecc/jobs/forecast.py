@@ -13,7 +13,7 @@ from typing import Annotated
 from moecc.errors import InputError, UsageError
 from moecc.families.describe import count_parameters, sequence_flops
 from moecc.families.experts import expert_layers
-from moecc.formats.run import GRAPH, METRICS, RECIPE, is_run
+from moecc.formats.run import GRAPH, METRICS, RECIPE, is_run, no_run
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import read_graph
@@ -90,7 +90,7 @@ def read_pilots(runs: Sequence[str], dense: int, sparse: int) -> PilotRuns:
     for run in runs:
         path = Path(run)
         if not is_run(path):
-            raise InputError("this is not the folder of a run", where=run)
+            raise no_run(run)
         recipe = parse_recipe(recipe_file(path / RECIPE), str(path / RECIPE), folder=path)
         is_dense = not recipe.model.pipeline
         if recipe.model.start is Start.RANDOM:

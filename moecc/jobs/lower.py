@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from moecc.jobs.command import (
     Amount,
     AnyModelName,
@@ -19,9 +21,9 @@ from moecc.jobs.command import (
 def lower(
     model: AnyModelName,
     *,
-    emit: str = "stablehlo",
+    emit: Literal["jaxpr", "stablehlo", "hlo"] = "stablehlo",
     dispatch: str = "auto",
-    platform: str | None = None,
+    platform: Literal["cpu", "gpu", "tpu"] | None = None,
     batch: Amount = 2,
     seq: Amount = 128,
     dtype: ComputeType = "f32",
@@ -35,10 +37,10 @@ def lower(
     No weights are read, and nothing is run.
 
     Args:
-      emit: Language of the program: jaxpr, stablehlo, or hlo as compiled on this machine.
+      emit: Language of the program; hlo is the one that is compiled on this machine.
       dispatch: Implementation of expert layers: auto, or one for all of gather,
         grouped, blocks, ragged_dot, gathered, used.
-      platform: Platform to lower for: cpu, gpu or tpu (default: that of this machine).
+      platform: Platform to lower for (default: that of this machine).
       batch: Number of sequences.
       seq: Number of tokens in a sequence.
 

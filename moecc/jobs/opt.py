@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.text import format_attrs, read_graph
@@ -34,10 +34,6 @@ from moecc.jobs.command import (
 from moecc.support.console import say
 from moecc.support.page import render_page
 from moecc.support.untyped import JsonDict
-
-if TYPE_CHECKING:
-    pass
-
 
 # A graph and its rewrite as a page: layers folded, nodes with weights and origin, a search.
 

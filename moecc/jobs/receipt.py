@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.families.config import FAMILY
-from moecc.formats.adapter import branches_of
 from moecc.formats.files import identify, json_content, read_bounded
 from moecc.formats.folder import TOKENIZERS
 from moecc.formats.gguf.storage import FILE_NAME
@@ -348,7 +347,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
     kinds = Counter(str(layer) for layer in facts.expert_layers)
     task, auto_class = _loaded_as(planned)
     relation = "finetune" if planned.storage is None else "quantized"
-    if branches_of(checkpoint):
+    if checkpoint.branches:
         relation = "merge"
     layers = (
         f"{count} of {facts.layers} layers {'has' if count == 1 else 'have'} {kind}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from moecc.errors import UsageError, nearest
 from moecc.ir.graph import Graph, Value
@@ -25,10 +25,6 @@ from moecc.jobs.command import (
 from moecc.support.console import say
 from moecc.support.lazy import np
 from moecc.types import Array, float_type
-
-if TYPE_CHECKING:
-    pass
-
 
 # Describe values inside a graph while it runs: shape, mean, spread and extremes, a line each.
 

@@ -28,8 +28,8 @@ from moecc.formats.run import (
     TRAINED,
     RunCheckpoint,
     choose_step,
-    inputs_of,
     is_run,
+    no_run,
     require_run_files,
     run_stages,
     saved_steps,
@@ -159,7 +159,11 @@ def _opened(section: ModelSection) -> OpenedModel:
         checkpoint = open_folder(folder, with_weights=False)
         config = parse_config(checkpoint.config, str(folder / CONFIG_NAME))
         return OpenedModel(build(config), section.source, checkpoint)
-    return open_model(section.source)
+    try:
+        return open_model(section.source)
+    except InputError as error:
+        located = [replace(p, where=f"{p.where}: model.source") for p in error.problems]
+        raise InputError(located) from None
 
 
 def config_of(model: OpenedModel) -> bytes:
@@ -337,7 +341,7 @@ def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
     Raises:
       InputError: recipe, model and data do not suit one another, or `out` cannot be used.
     """
-    inputs = tuple(inputs_of(source.model.checkpoint))
+    inputs = () if source.model.checkpoint is None else tuple(source.model.checkpoint.places())
     check_output(out, inputs=inputs, resume=True, hint=OTHER_RUN)
     graph = source.canonical.graph
     batches = _checked(recipe, graph, partial(facts_of, source.model))
@@ -383,7 +387,7 @@ def resumed_run(
       InputError: it is no run, its recipe was changed, or another one is expected.
     """
     if not is_run(run):
-        raise InputError("this is not the folder of a run", where=run)
+        raise no_run(run)
     begun = _begun_with(run)
     text = recipe_file(run / RECIPE)
     current = recipe or parse_recipe(text, str(run / RECIPE), folder=run, sets=sets)
@@ -429,7 +433,7 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
     """
     parts = split_reference(reference)
     if parts is None:
-        raise InputError("this is not the folder of a run", where=reference)
+        raise no_run(reference)
     run, step = Path(parts[0]), choose_step(Path(parts[0]), parts[1])
     if step.number >= recipe.run.steps:
         raise InputError(

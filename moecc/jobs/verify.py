@@ -84,7 +84,7 @@ def verify(
     html: OutputFile = None,
     force: Force = False,
 ) -> Report:
-    """Check the files, logits or plan of a model.
+    """Check the files of a model, or its logits.
 
     Every file is compared with the manifest, or with --against the logits with those of another
     model; where MODEL was converted from it with a proof, it is proved again. A run of a training

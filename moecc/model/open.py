@@ -28,7 +28,6 @@ from moecc.errors import (
 from moecc.families import build
 from moecc.families.config import ModelConfig
 from moecc.families.registry import parse_config
-from moecc.formats.adapter import AdaptedCheckpoint, SeveralCheckpoints, is_adapter
 from moecc.formats.files import read_json_object, read_whole
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, findings, open_folder
 from moecc.formats.run import GRAPH as GRAPH_NAME
@@ -400,6 +399,8 @@ def add_branches(
     """
     if not places:
         return
+    from moecc.formats.adapter import SeveralCheckpoints
+
     base = model.checkpoint
     if base is None:
         raise InputError(f"{model.name} has no weights", hint="give a checkpoint")
@@ -418,6 +419,8 @@ def add_branches(
 
 
 def _open(graph: Graph, base: Checkpoint, folder: str, *, allow_other_base: bool) -> Checkpoint:
+    from moecc.formats.adapter import AdaptedCheckpoint, is_adapter
+
     if is_adapter(Path(folder)):
         return AdaptedCheckpoint(base, Path(folder), allow_other_base=allow_other_base)
     branch = open_model(folder)

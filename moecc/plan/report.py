@@ -218,18 +218,16 @@ def _within(row: str) -> list[str]:
         return [row]
     below = " " * (_INDENT if row.startswith("  ") else 2)
     return wrap(
-        row, COLUMNS, subsequent_indent=below, break_long_words=False, break_on_hyphens=False,
-        drop_whitespace=True, initial_indent="",
-    )  # fmt: skip
+        row, COLUMNS, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _heading(data: JsonDict) -> list[str]:
     best, machine, batch = data["best"], data["machine"], data["batch"]
-    step = f"training with {data['optimizer']}" if data["step"] == "train" else "forward pass"
     rate = batch["tokens"] / best["seconds"] / machine["devices"]
     return [
-        f"{data['model']} on {machine['name']}: {amount(machine['devices'], 'device')}, {step}, "
-        f"{data['dtype']}, weights {data['weight_dtype']}",
+        f"{data['model']} on {machine['name']}: {amount(machine['devices'], 'device')}, "
+        f"{step_text(data)}, {data['dtype']}, weights {data['weight_dtype']}",
         f"  batch       {batch_text(batch)}",
         f"  plan        {_name(best, data['experts'])}",
         f"  step        {seconds_text(best['seconds'])}, "
@@ -273,6 +271,11 @@ def _interval(best: JsonDict) -> str:
 def _attention(choice: JsonDict) -> str:
     why = "; ".join(f"not {name}: {reason}" for name, reason in choice["why"].items())
     return f"  attention   {choice['part']}: {choice['kernel']}{f' ({why})' if why else ''}"
+
+
+def step_text(data: JsonDict) -> str:
+    """Return which step is meant, and the optimiser of a training step."""
+    return f"training with {data['optimizer']}" if data["optimizer"] else "forward pass"
 
 
 def unit_of(batch: JsonDict) -> str:

@@ -37,7 +37,7 @@ def layouts(mesh: Mesh, work: Workload) -> Iterator[Layout]:
 
 def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
     """Yield why a layout does not suit `work`: the axis, its size, the nearest that would."""
-    where = f"mesh {layout.mesh}"
+    where = f"mesh {mesh_text(layout.sizes)}"
     yield from batch_problems(layout, work.batch)
     for name, size in work.tensor_sizes.items():
         parts = layout.shards[name]
@@ -52,7 +52,7 @@ def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
     if not set(layout.split(layout.sequence_axes)) <= set(layout.tensor_axes):
         yield Problem(
             "attention over a sequence in parts is not lowered: each device would do all of it",
-            f"mesh {layout.mesh}",
+            where,
             "a mesh axis that shards heads, too: tensor-parallel,sequence-parallel",
             " x ".join(layout.sequence_axes),
         )
@@ -79,7 +79,7 @@ def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
 
 def batch_problems(layout: Layout, batch: Batch) -> Iterator[Problem]:
     """Yield why a batch, whatever the model, cannot be sharded so."""
-    where = f"mesh {layout.mesh}"
+    where = f"mesh {mesh_text(layout.sizes)}"
     shards, parts = layout.shards["batch"], layout.shards["seq"]
     if batch.sequences % shards:
         yield Problem(
@@ -118,10 +118,10 @@ def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
     remaining = mesh.devices // size
     raise InputError(
         "the mesh and the machine have different numbers of devices",
-        where=f"mesh {mesh}",
+        where=f"mesh {mesh_text(mesh.sizes)}",
         expected=f"{devices} devices of {machine}",
         found=str(mesh.devices),
-        hint=f"{name}:{devices // remaining} would" if devices % remaining == 0 else None,
+        hint=f"{name}={devices // remaining} would" if devices % remaining == 0 else None,
     )
 
 
@@ -237,7 +237,7 @@ def check_constraints(work: Workload, machine: Machine, config: StepConfig) -> N
     if config.via is not None and config.via not in fitting:
         raise InputError(
             f"experts on {devices} devices cannot be reached via {config.via}",
-            where=f"mesh {config.device_mesh}",
+            where=f"mesh {mesh_text(config.device_mesh.sizes)}",
             expected=", ".join(fitting),
             hint=_NEEDS.get(config.via),
         )

@@ -283,7 +283,7 @@ class Strategy:
         return " ".join(as_option(name, value) for name, value in asked.items())
 
     def __str__(self) -> str:
-        mesh = str(self.layout.mesh) or "one device"
+        mesh = mesh_text(self.layout.sizes) or "one device"
         dense = ", dense weights split" if self.layout.dense_weights == "split" else ""
         dense += f", rules {','.join(self.layout.stated)}" if self.layout.stated else ""
         via = f", via {self.via}" if self.via != LOCAL else ""

@@ -17,8 +17,9 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING
 
 from moecc.errors import Problem, UsageError, nearest, raise_problems
-from moecc.plan.report import batch_text, unit_of
+from moecc.plan.report import batch_text, step_text, unit_of
 from moecc.plan.search import seconds_text
+from moecc.plan.step import mesh_text
 from moecc.support.lazy import graph_objects
 from moecc.support.page import drawing, render_page, require_figures
 from moecc.support.text import count_text, size_text
@@ -266,8 +267,7 @@ def sweep_text(data: JsonDict) -> str:
 
 def sweep_title(data: JsonDict) -> str:
     """Return what was swept, in a line."""
-    step = f"training with {data['optimizer']}" if data["step"] == "train" else "forward pass"
-    return f"{data['model']} on {data['machine']['name']}, {step}, {data['dtype']}"
+    return f"{data['model']} on {data['machine']['name']}, {step_text(data)}, {data['dtype']}"
 
 
 def point_cells(point: JsonDict, device_batch: float) -> tuple[str, ...]:
@@ -279,7 +279,7 @@ def point_cells(point: JsonDict, device_batch: float) -> tuple[str, ...]:
     """
     best = point["best"]
     assert best is not None, "it was planned"
-    mesh = ",".join(f"{n}={s}" for n, s in best["mesh"].items() if s > 1) or "one device"
+    mesh = mesh_text({n: s for n, s in best["mesh"].items() if s > 1}) or "one device"
     return (
         *values_of(point), count_text(point["parameters"] or 0),
         count_text(point["active_parameters"] or 0), seconds_text(best["seconds"]),
@@ -379,7 +379,7 @@ def _others(data: JsonDict) -> list[list[str]]:
     """Return the heads and rows of the table of slower strategies, empty without any."""
     heads = ["the next best", "via", "remat", "a step", "memory", "why it is slower"]
     rows = [
-        [", ".join(f"{n} {s}" for n, s in plan["mesh"].items()), plan["via"], plan["remat"],
+        [mesh_text(plan["mesh"]), plan["via"], plan["remat"],
          seconds_text(plan["seconds"]), size_text(plan["total_bytes"]), plan["why_slower"]]
         for plan in data["others"]
     ]  # fmt: skip
@@ -389,7 +389,7 @@ def _others(data: JsonDict) -> list[list[str]]:
 
 def _subtitle(data: JsonDict) -> str:
     best = data["best"]
-    mesh = ", ".join(f"{n} {s}" for n, s in best["mesh"].items()) or "one device"
+    mesh = mesh_text(best["mesh"]) or "one device"
     way = f"; experts via {best['via']}" if data["experts"] else ""
     return (
         f"{mesh}{way}; remat {best['remat']}: "
@@ -500,7 +500,7 @@ def _cloud(via: str, some: Sequence[JsonDict], routed: bool) -> Scatter:
 
 
 def _strategy(plan: JsonDict, routed: bool) -> str:
-    mesh = ", ".join(f"{name} {size}" for name, size in plan["mesh"].items()) or "one device"
+    mesh = mesh_text(plan["mesh"]) or "one device"
     way = f"; via {plan['via']}" if routed else ""
     return (
         f"{mesh}{way}; remat {plan['remat']}; dense weights {plan['dense_weights']}: "

@@ -45,6 +45,9 @@ class Spelling:
     option: str = ""
 
 
+SHELL_VARIABLE = "_MOECC_COMPLETE"
+"""The environment variable by which the script of a shell asks for a completion."""
+
 PROGRESS = threading.Event()
 """Set once a command shows its progress itself, so that no sign of life is added."""
 

@@ -45,6 +45,7 @@ from moecc.formats.run import (
     best_step,
     is_run,
     mirrored_run,
+    no_run,
     require_state,
     run_stages,
     saved_steps,
@@ -644,7 +645,7 @@ def read_run(path: str | Path) -> RunSeries:
         for name in (METRICS, SPEED):
             fetch(path / name)
     if not is_run(path):
-        raise InputError("this is not the folder of a run", where=path)
+        raise no_run(path)
     path = Path(path)
     lines = tuple(read_journal(path / METRICS))
     _check_lines(lines, path / METRICS)

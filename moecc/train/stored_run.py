@@ -21,8 +21,8 @@ from pathlib import Path
 from secrets import token_hex
 
 from moecc.errors import ALIASES, InputError
-from moecc.formats.arrays import files_below
 from moecc.formats.files import (
+    files_below,
     make_folder,
     os_errors,
     read_whole,

@@ -216,11 +216,18 @@ def test_a_wrong_weight_rule_is_reduced_and_found(moecc, model, monkeypatch):
     assert isinstance(value.weight.x, Source)
 
 
-@pytest.mark.parametrize("test", ["", "sh -c '", "/nothing/there {}"])
-def test_a_command_that_is_none_is_a_message(moecc, model, test):
+@pytest.mark.parametrize(
+    ("test", "says"),
+    [
+        ("sh -c '{}", "the command cannot be run"),
+        ("/nothing/there {}", "the command cannot be run"),
+        ("grep -q relu", "the command reads neither graph nor pipeline"),
+    ],
+)
+def test_a_command_that_is_none_is_a_message(moecc, model, test, says):
     done = moecc("reduce", model, "--test", test)
     assert done.code == 2, done.err
-    assert "--test: the command cannot be run" in done.err
+    assert f"--test: {says}" in done.err
 
 
 def test_graphs_are_printed_before_passes(moecc, model):

@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 import moecc
 from moecc.backend import emit_program, get_backend
 from moecc.errors import InputError
-from moecc.formats.adapter import branches_of
 from moecc.ir.graph import Graph
 from moecc.jobs.generate import Continuer, Continuing
 from moecc.model.open import OpenedModel
@@ -139,7 +138,7 @@ class EmittedCell:
         graph = graph_of(self.source)
         shapes = {n.partition(":")[2]: info.shape for n, info in checkpoint.tensors.items()}
         statistics = Statistics(("text",), shapes) if "activation" in self.pipeline else None
-        context = Context(models=branches_of(checkpoint), statistics=statistics)
+        context = Context(models=tuple(checkpoint.branches), statistics=statistics)
         run_pipeline(graph, Pipeline.parse(self.pipeline), context=context)
         export = export_emitted(graph, language)
         folder.mkdir()

@@ -42,7 +42,7 @@ from moecc.version import __version__
 from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, transform
 
-from ..proof.cells import Cell, branches_of, cells, opened, with_branch  # noqa: TID252
+from ..proof.cells import Cell, cells, opened, with_branch  # noqa: TID252
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -271,7 +271,7 @@ def composed(cell: Cell) -> tuple[Graph, Graph, str] | Row:
     try:
         shapes = {n.partition(":")[2]: info.shape for n, info in checkpoint.tensors.items()}
         statistics = Statistics(("text",), shapes) if "activation" in cell.passes else None
-        context = Context(models=branches_of(checkpoint), statistics=statistics)
+        context = Context(models=tuple(checkpoint.branches), statistics=statistics)
         promise = run_pipeline(graph, Pipeline.parse(cell.passes), context=context).preserves
         export = export_graph(graph, cell.target)
     except MoeccError as error:

@@ -82,4 +82,4 @@ def test_names_that_clouds_and_people_use(short, name):
 def test_a_mesh_of_another_size_says_which_would_fit():
     with pytest.raises(InputError) as error:
         check_devices(plan_mesh("data=8,expert=4"), 64, "tpu:v5p:4x4x4")
-    assert "expert:8 would" in str(error.value)
+    assert "expert=8 would" in str(error.value)

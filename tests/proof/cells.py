@@ -27,7 +27,6 @@ from moecc.formats.adapter import (
     ADAPTER_WEIGHTS,
     AdaptedCheckpoint,
     SeveralCheckpoints,
-    branches_of,
 )
 from moecc.formats.open import open_checkpoint
 from moecc.formats.source import Checkpoint
@@ -237,7 +236,7 @@ def run(cell: Cell) -> Result:
     try:
         shapes = {n.partition(":")[2]: info.shape for n, info in checkpoint.tensors.items()}
         statistics = Statistics(("text",), shapes) if "activation" in cell.passes else None
-        context = Context(models=branches_of(checkpoint), statistics=statistics)
+        context = Context(models=tuple(checkpoint.branches), statistics=statistics)
         promise = run_pipeline(graph, Pipeline.parse(cell.passes), context=context).preserves
         made = export_graph(graph, cell.target)
     except MoeccError as error:

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.formats.open import open_checkpoint
-from moecc.formats.run import StateReader, saved_steps
+from moecc.formats.run import saved_steps, state_reader
 from moecc.jobs.convert import convert
 from moecc.jobs.training import carried_from, open_source, over_its_source
 from moecc.model.open import open_model
@@ -105,8 +105,8 @@ def trained_on(folder: Path, moments: str, *sets: str) -> list[str]:
 def moved(run: Path, step: int) -> float:
     """How far the head moved in a step of a run, and before that from its source."""
     name, source = "params.lm_head.weight", run.parent / "dense"
-    before = StateReader(saved_steps(source)[-1].state).read(name)
-    after = StateReader(saved_steps(run)[step - 1].state).read(name)
+    before = state_reader(saved_steps(source)[-1].state).read(name)
+    after = state_reader(saved_steps(run)[step - 1].state).read(name)
     return float(np.linalg.norm(after - before))
 
 
@@ -123,12 +123,12 @@ def test_a_run_goes_on_with_the_moments_of_another(dense):
     sizes = {m: moved(dense / m, 1) for m in losses}
     assert 0 < sizes["carry"] < 0.9 * sizes["reset"]
     counts = [
-        int(StateReader(saved_steps(dense / run)[-1].state).read("moments.count"))
+        int(state_reader(saved_steps(dense / run)[-1].state).read("moments.count"))
         for run in ("carry", "reset")
     ]
     assert counts == [38, 8]
     norms = [
-        np.linalg.norm(StateReader(saved_steps(run)[-1].state).read("moments.m.lm_head.weight"))
+        np.linalg.norm(state_reader(saved_steps(run)[-1].state).read("moments.m.lm_head.weight"))
         for run in (dense / "carry", dense / "reset")
     ]
     assert all(norm > 0 for norm in norms)

@@ -76,7 +76,7 @@ def test_counts_are_those_of_the_model(tokens):
     text = dry_run_text(facts)
     assert "28.57 epochs of again" in text
     assert "pack-segments{documents=several},specialize{mode=train" in text
-    assert "cpu:1: data:1, grouped, remat none" in text
+    assert "cpu:1: data=1, grouped, remat none" in text
 
 
 def test_micro_batches_and_machines_change_the_plan(tokens):
@@ -86,7 +86,7 @@ def test_micro_batches_and_machines_change_the_plan(tokens):
     assert plain["step_seconds"] < parts["step_seconds"] < 1.5 * plain["step_seconds"]
     assert parts["memory_bytes"] != plain["memory_bytes"]
     mesh = told(tokens, "llama_gqa", "upcycle{experts=4}", "mesh.mesh=data:2,expert:4")["plan"]
-    assert "data:2,expert:4" in mesh["strategy"]
+    assert "data=2,expert=4" in mesh["strategy"]
     # The way to the experts that the step takes, not the best one.
     assert "via ring" in mesh["strategy"]
     assert "split" not in mesh["strategy"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moecc.cli.main import main
-from moecc.formats.run import StateReader, saved_steps
+from moecc.formats.run import saved_steps, state_reader
 from moecc.train.recipe import OptimizerSection, ParameterGroup
 from moecc.train.settings import phase_at, phases_of
 
@@ -60,7 +60,7 @@ def names(run: Path, step: int, kind: str) -> set[str]:
 
 def tensor(run: Path, step: int, name: str) -> np.ndarray:
     saved = next(s for s in saved_steps(run) if s.number == step)
-    return StateReader(saved.state).read(name)
+    return state_reader(saved.state).read(name)
 
 
 def test_what_begins_later_has_no_moments_before(run):

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.formats.run import METRICS, StateReader, saved_steps
+from moecc.formats.run import METRICS, saved_steps, state_reader
 from moecc.model.initialise import initialise
 from moecc.model.open import OpenedModel
 from moecc.train.tokens.documents import DocumentFormat
@@ -90,7 +90,7 @@ def same_runs(run: Path, whole: Path) -> bool:
     keys = [
         f"{kind}.{n}" for n in ours.facts.tensors for kind in ("params", "moments.m", "moments.v")
     ]
-    first, second = StateReader(ours.state), StateReader(theirs.state)
+    first, second = state_reader(ours.state), state_reader(theirs.state)
     return ours.number == theirs.number and all(
         np.array_equal(first.read(key), second.read(key)) for key in keys
     )

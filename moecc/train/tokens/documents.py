@@ -129,7 +129,8 @@ def text_files(paths: Sequence[str], include: Sequence[str]) -> list[Path]:
         files_of_text.extend(files)
     problems.raise_if_any()
     if not files_of_text:
-        raise InputError("no files of text", where=", ".join(paths))
+        hint = f"none matches --include {' '.join(include)}" if include else None
+        raise InputError("no files of text", where=", ".join(paths), hint=hint)
     return files_of_text
 
 

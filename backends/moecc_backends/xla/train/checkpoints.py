@@ -23,12 +23,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from moecc.errors import MachineError, MoeccError
 from moecc.formats.run import (
     PARAMS,
-    StateReader,
     array_key,
     best_step,
     check_inside,
     require_state,
     saved_steps,
+    state_reader,
 )
 from moecc.ir.graph import Graph
 from moecc.support.extras import install_hint
@@ -299,7 +299,7 @@ class RunCheckpoints:
         check_inside(self.run, last)
         require_state(last)
         slots, abstract = self._slots(last.number), self.abstract(last.number)
-        state = restore(slots, StateReader(last.state).read, abstract)
+        state = restore(slots, state_reader(last.state).read, abstract)
         at = Position(last.facts.step, last.facts.tokens, last.facts.left_out)
         return state, at, None if best is None else best.loss, last.facts.is_unevaluated
 
