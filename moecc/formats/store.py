@@ -329,8 +329,8 @@ class RangedFile:
 
     def _load(self, first: int, stop: int) -> bytes:
         """Fetch blocks from `first` on, to `stop` or further where reads go on; return them."""
-        goes_on = getattr(_local, "next", None) == self._key(first)
-        _local.ahead = min(2 * _local.ahead, _FURTHEST_AHEAD) if goes_on else 1
+        is_sequential = getattr(_local, "next", None) == self._key(first)
+        _local.ahead = min(2 * _local.ahead, _FURTHEST_AHEAD) if is_sequential else 1
         count = max(min(stop - first, _LARGEST_REQUEST), _local.ahead)
         size = self.identity.size_bytes
         count = min(count, -(-size // _BLOCK_BYTES) - first)

@@ -147,8 +147,8 @@ def _continued(
                 expected="finite logits", found=f"a largest of {largest[~np.isfinite(largest)][0]}",
             )  # fmt: skip
         last = [
-            how.sampling.choose(row, rng) if goes_on else prompt[-1]
-            for row, rng, goes_on, prompt in zip(logits, rngs, alive, prompts, strict=True)
+            how.sampling.choose(row, rng) if is_alive else prompt[-1]
+            for row, rng, is_alive, prompt in zip(logits, rngs, alive, prompts, strict=True)
         ]
         alive = [a and token not in how.stop for a, token in zip(alive, last, strict=True)]
         if not any(alive):
@@ -293,9 +293,9 @@ def generate_texts(
         tokens = tokenizer.encode_all(asked, special=not chat)
         check_prompts(model, tokens)
         is_encoded = DECODER_TOKENS in model.graph.inputs
-        read = _from_encoder if is_encoded else _columns
         by = continuer or Continuer(model)
-        rows = zip(prompts, read(model, by, tokens, how), strict=True)
+        columns = _from_encoder(model, by, tokens, how) if is_encoded else _columns(by, tokens, how)
+        rows = zip(prompts, columns, strict=True)
         texts = [(prompt, tokenizer.decode(ids), tuple(ids)) for prompt, ids in rows]
     is_answer = is_encoded or chat
     return [
@@ -312,11 +312,7 @@ def _chats(model: OpenedModel, prompts: Sequence[str]) -> list[str]:
 
 
 def _columns(
-    model: OpenedModel,
-    by: Continuer,
-    prompts: Prompts,
-    how: Continuing,
-    memory: dict[str, Array] | None = None,
+    by: Continuer, prompts: Prompts, how: Continuing, memory: dict[str, Array] | None = None
 ) -> list[list[int]]:
     """Return the tokens that follow each prompt."""
     columns: list[list[int]] = [[] for _ in prompts]
@@ -346,7 +342,7 @@ def _from_encoder(
     memory: dict[str, Array] = {"tokens": tokens}
     if "mask" in model.graph.inputs:
         memory["mask"] = np.arange(tokens.shape[1])[None, :] < lengths
-    return _columns(model, by, [first] * len(texts), how, memory)
+    return _columns(by, [first] * len(texts), how, memory)
 
 
 def _stops(tokenizer: Tokenizer, tokens: Sequence[str]) -> frozenset[int]:

@@ -163,7 +163,7 @@ def _sources(entry: Json) -> tuple[str, ...]:
 
 def _tpu(text: str, name: str, topology: str) -> Machine:
     entry = _entry(text, "tpu", name)
-    dims = _topology(text, name, entry, topology)
+    dims = _topology(text, name, topology)
     cores: int = entry["devices_per_chip"]
     # The devices of a chip share its links.
     link = entry["link_bytes_per_second"] / cores
@@ -200,7 +200,7 @@ def _slices(text: str, name: str, topology: str, count: str) -> Machine:
     return replace(slice_, name=text, devices=devices, network=network, compiled_as="")
 
 
-def _topology(text: str, name: str, entry: Json, topology: str) -> tuple[int, ...]:
+def _topology(text: str, name: str, topology: str) -> tuple[int, ...]:
     parts = topology.lower().split("x")
     legal = topologies(name)
     if all(map(_WHOLE.match, parts)) and tuple(map(int, parts)) in legal:

@@ -92,10 +92,10 @@ def is_quiet() -> bool:
     return _QUIET.get()
 
 
-def say(text: str, *, prefix: str = "") -> None:
-    """Print a note to stderr, after `prefix`; escape sequences in `text` are shown, not obeyed."""
+def say(text: str) -> None:
+    """Print a note to stderr; escape sequences in `text` are shown, not obeyed."""
     if not is_quiet():
-        _line(f"{prefix}{escaped(text)}")
+        _line(escaped(text))
 
 
 def warn(text: str) -> None:

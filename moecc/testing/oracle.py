@@ -607,8 +607,7 @@ def measure(before: Graph, after: Graph, seed: int = 0) -> float:
     This is the root mean square of the difference over that of the output; the maximum over
     floating-point outputs.
     """
-    old, new = sizes_for(before, seed), sizes_for(after, seed)
-    sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
+    sizes = _common_sizes(before, after, seed)
     # A pass may add an input, such as a random key.
     inputs = inputs_for(after, seed, sizes) | inputs_for(before, seed, sizes)
     arrays = {n: inputs[n] for n in before.inputs}

@@ -443,7 +443,7 @@ def without_unread(section: S, decided: Collection[KeyPath], path: KeyPath = ())
     for condition in CONDITIONS.get(type(section), ()):
         if (*path, condition.decider) in decided and not condition.is_read(section):
             unread = (key for key in condition.keys if (*path, key) not in decided)
-            changed |= {key: _default(section, key) for key in unread}
+            changed |= {key: getattr(type(section), key) for key in unread}
     replaced: S = replace(record, **changed)
     return replaced
 
@@ -460,7 +460,7 @@ def _unread(section: Any, path: str) -> Iterator[Fault]:
         decider = decider.value if isinstance(decider, Enum) else decider
         shown = "empty" if decider in ("", ()) else str(decider)
         for key in condition.keys:
-            value, default = getattr(section, key), _default(section, key)
+            value, default = getattr(section, key), getattr(type(section), key)
             if value != default:
                 yield Fault(
                     f"{path}.{key} {path}.{condition.decider}",
@@ -468,10 +468,6 @@ def _unread(section: Any, path: str) -> Iterator[Fault]:
                     f"{default}" if default not in ("", ()) else "nothing",
                     value,
                 )
-
-
-def _default(section: Any, key: str) -> Any:
-    return next(f.default for f in fields(section) if f.name == key)
 
 
 def faults(recipe: Recipe) -> Iterator[Fault]:
