@@ -428,8 +428,6 @@ class Model(Closing):
           InputError: the family cannot express the model, or the source has no weights.
           CheckError: a pass broke its promise.
         """
-        from moecc.jobs.conversion import plan
-
         to, check = family_text(to), flag("check", check)
         fresh = OpenedModel(clone(self.opened.graph), self.name, self.opened.checkpoint)
         return plan(
@@ -456,8 +454,6 @@ class Model(Closing):
 
         Raises: as `prepare`; InputError or MachineError if the output cannot be written.
         """
-        from moecc.jobs.convert import write
-
         path, force = folder_text(folder), flag("force", force)
         write(self.prepare(family_text(to), dtype=dtype), path, force=force)
         return open(path, seed=self.seed)
@@ -481,8 +477,6 @@ class Model(Closing):
 
         Raises: as `prepare`; InputError or MachineError if the output cannot be written.
         """
-        from moecc.jobs.convert import write
-
         path, force = folder_text(folder), flag("force", force)
         write(self.prepare("st_moe", dtype=dtype, emit=language), path, force=force)
         return open(path, seed=self.seed)
@@ -517,12 +511,10 @@ class Model(Closing):
         return facts_table([*self._rows(), *remarks])
 
     def _rows(self) -> list[tuple[str, str]]:
-
         return list(summary(self.name, self.facts, self.pipeline, self.preserves).items())
 
     @cached_property
     def _continuer(self) -> Continuer:
-
         return Continuer(self.model)
 
     @property

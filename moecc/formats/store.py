@@ -33,6 +33,7 @@ from moecc.support.untyped import JsonDict
 HUB = "hf"
 _EXTRAS = {"s3": "s3", "gs": "gs", HUB: "hub"}
 _ADDRESS = re.compile(r"(s3|gs|hf)://|hf:")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 _OTHER_STORE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _HUB_PATH = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?"
@@ -83,6 +84,16 @@ def is_address(source: str) -> bool:
             found=f"{match[1]}:/…",
         )
     return False
+
+
+def is_place(source: str) -> bool:
+    """Whether `source` is a path, and no name with a scheme, such as ``preset:`` or ``s3:``."""
+    return _SCHEME.match(source) is None
+
+
+def absolute_place(source: str, folder: Path) -> str:
+    """Return a path that is relative to `folder` as an absolute one; other names stay."""
+    return os.path.abspath(folder / os.path.expanduser(source)) if is_place(source) else source
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from moecc.jobs.command import (
 from moecc.jobs.conversion_file import read_conversion_file
 from moecc.jobs.evaluate import EvaluationSpec, Tracing, count_experts, is_token, traced
 from moecc.model.initialise import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
-from moecc.model.open import OpenedModel, open_model
+from moecc.model.open import OpenedModel, load_files, open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -210,8 +210,6 @@ def capture(
     Example:
       moecc capture SmolLM2-135M --text README.md --out captured
     """
-    from moecc.model.open import load_files
-
     load_files(load)
     if not 0 < active < 1:
         raise UsageError("not a share of neurons", where="--active", expected="above 0, below 1",
@@ -226,8 +224,7 @@ def capture(
     check_output(Path(out), inputs=inputs, force=force)
     with signals_raised(), Bar("capturing", unit_bytes=False) as bar, \
             open_model(source) as model, ExitStack() as stack:  # fmt: skip
-        if model.checkpoint is None:
-            raise InputError(f"{source} has no weights", hint="give a checkpoint")
+        weights = model.weights
         if prompts:
             named = prompt_files(prompts, stack.enter_context(TemporaryDirectory())) | named
         folders = {n: _tokens(model, n, path, stack) for n, path in named.items()}
@@ -235,7 +232,7 @@ def capture(
         seen = EvaluationSpec(sequence, batch, batches)
         sums, tokens = _run(model, graph, list(folders.values()), seen, active, bar)
         facts = CaptureFacts(
-            model=fingerprint(model.checkpoint),
+            model=fingerprint(weights),
             texts={n: f.facts.digest for n, f in folders.items()},
             tokens=tokens,
             sequence=sequence,

@@ -112,7 +112,6 @@ def _skeleton(graph: Graph) -> list[tuple[str, str, int]]:
 
 
 def _source(value: Value) -> Expr | None:
-
     if not value.type.is_static or not value.type.dtype.is_float:
         return None
     plain = TensorType(value.type.dtype, tuple(Axis(a.name, a.size) for a in value.type))

@@ -58,6 +58,9 @@ Inputs = Annotated[
     str | None,
     Spelling("FILE", help="Inputs: a .npy file of token ids [batch, seq], or a .npz file by name."),
 ]
+ShardBytes = Annotated[
+    str, Spelling("SIZE", help="Maximal size of a shard: 5000000000, 5GB, 500 MB.")
+]
 PaddingMask = Annotated[bool, Spelling(help="Give encoder graphs an input for the padding mask.")]
 ComputeType = Annotated[
     str,

@@ -96,8 +96,7 @@ class Plan:
     @property
     def checkpoint(self) -> Checkpoint:
         """The weights of the source."""
-        assert self.model.checkpoint is not None, "a plan has weights"
-        return self.model.checkpoint
+        return self.model.weights
 
     @property
     def architecture(self) -> str:
@@ -271,20 +270,19 @@ def plan(
         check_type(dtype, architecture)
     if architecture is None and target != AUTO:
         check_target(target)
-    if model.checkpoint is None:
-        raise InputError(f"{model.name} has no weights to convert", hint="give a checkpoint")
+    checkpoint = model.weights
     if (function := function_name(model.graph)) is not None:
         raise InputError(
             "these are the blocks of a program, not a whole model", where=model.name,
             expected="a checkpoint or a graph of a whole model", found=f"`{function}`",
             hint="moecc.jax.load or moecc.torch.load returns the parameters for your program",
         )  # fmt: skip
-    branches = model.checkpoint.branches
+    branches = checkpoint.branches
     # The passes may drop further tensors, which is their purpose.
     remarks = model.left_out()
     context = Context(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
-        read=reads_small(model.checkpoint), models=tuple(branches),
+        read=reads_small(checkpoint), models=tuple(branches),
         statistics=statistics,
     )  # fmt: skip
     proofs = PassProofs() if check else None
@@ -302,19 +300,19 @@ def plan(
     if target == AUTO:
         from moecc.jobs.targets import choose
 
-        choice = choose(model.graph, wrapped_in(model.checkpoint))
+        choice = choose(model.graph, wrapped_in(checkpoint))
         target, remarks = choice.target, [*remarks, choice.reason]
         exported = choice.export
     storage = dtype if isinstance(dtype, Storage) else None
     if emit is not None:
         export: Export | GgufExport = export_emitted(model.graph, emit)
     elif architecture is None:
-        export, said = _put_back(exported or export_graph(model.graph, target), model.checkpoint)
+        export, said = _put_back(exported or export_graph(model.graph, target), checkpoint)
         remarks += said
     else:
         from moecc.translate.gguf import export_gguf, quantising_remarks
 
-        export, said = _with_tokenizer(export_gguf(model.graph, architecture), model.checkpoint)
+        export, said = _with_tokenizer(export_gguf(model.graph, architecture), checkpoint)
         remarks += [*said, *quantising_remarks(export, storage)]
     if architecture is None:
         remarks += _misreadings(export)

@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 
 from moecc.errors import InputError, MachineError, Problem, raise_problems
 from moecc.formats.files import read_utf8
+from moecc.formats.store import absolute_place
 from moecc.support.documents import KeyPath
 from moecc.support.extras import install_hint
 from moecc.support.record import Check, Positive, RecordReader, line_of, toml_reader
 
 LARGEST_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 Names = Annotated[
@@ -66,14 +66,10 @@ def read_conversion_file(name: str) -> ConversionFile:
     folder = Path(name).parent
     return replace(
         stated,
-        source=_absolute(stated.source, folder),
-        experts={key: _absolute(model, folder) for key, model in stated.experts.items()},
-        capture=None if stated.capture is None else _absolute(stated.capture, folder),
+        source=absolute_place(stated.source, folder),
+        experts={key: absolute_place(model, folder) for key, model in stated.experts.items()},
+        capture=None if stated.capture is None else absolute_place(stated.capture, folder),
     )
-
-
-def _absolute(model: str, folder: Path) -> str:
-    return model if _SCHEME.match(model) else os.path.abspath(folder / os.path.expanduser(model))
 
 
 # The YAML of mergekit-moe, by its names alone.

@@ -48,6 +48,7 @@ from moecc.jobs.command import (
     PipelineText,
     Report,
     Seed,
+    ShardBytes,
     SourceName,
     Spelling,
     is_conversion_file,
@@ -409,7 +410,7 @@ def convert(
     experts: Annotated[Sequence[str], Spelling("NAME=DIR")] = (),
     capture: Annotated[str | None, Spelling("DIR")] = None,
     padding_mask: PaddingMask = False,
-    max_shard_bytes: Annotated[str, Spelling("SIZE")] = "5000000000",
+    max_shard_bytes: ShardBytes = "5000000000",
     part: Annotated[str | None, Spelling("K/N")] = None,
     join: bool = False,
     threads: Annotated[int | None, Spelling("N", low=1, high=1024)] = None,
@@ -444,7 +445,6 @@ def convert(
       experts: Model like SOURCE, or LoRA adapter of it, by the name that the option sources of
         upcycle has for it; may be repeated.
       capture: Folder of statistics of SOURCE that moecc capture wrote.
-      max_shard_bytes: Maximal size of a shard: 5000000000, 5GB, 500 MB.
       part: Share of the shards to write, for example 3/8, by one of several processes that are
         started with the same options.
       join: Check the parts that --part wrote, and complete OUT with them.

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from moecc.errors import InputError
 from moecc.jobs.command import (
     Force,
     Load,
     ModelName,
     Report,
+    ShardBytes,
     Spelling,
     Weights,
 )
@@ -27,7 +27,7 @@ def emit(
     *,
     output: Annotated[str, Spelling("DIR", short="o")],
     dtype: Annotated[str | None, Spelling("TYPE")] = None,
-    max_shard_bytes: Annotated[str, Spelling("SIZE")] = "5000000000",
+    max_shard_bytes: ShardBytes = "5000000000",
     weights: Weights = None,
     load: Load = (),
     force: Force = False,
@@ -44,7 +44,6 @@ def emit(
       language: Language of the program: torch or jax; or maxtext.
       output: Folder to write.
       dtype: Element type to write: f32, bf16, f16 or f64 (default: as stored).
-      max_shard_bytes: Maximal size of a shard: 5000000000, 5GB, 500 MB.
 
     Example:
       moecc emit torch smollm2-8x -o smollm2-8x-torch
@@ -85,10 +84,8 @@ def _emit_maxtext(opened: OpenedModel, output: str, type: DType | None, *, force
     from moecc.weights.evaluate import evaluate
 
     require("MaxText's checkpoints", ["train"])
-    checkpoint = opened.checkpoint
+    checkpoint = opened.weights
     family = str(opened.graph.attrs.get("family"))
-    if checkpoint is None:
-        raise InputError(f"{opened.name} has no weights", hint="give a checkpoint")
     planned = plan(opened, Pipeline(()), family, dtype=type, check=False)
     assert isinstance(planned.export, Export), "a folder was planned"
     config = parse_config(planned.export.config_json)

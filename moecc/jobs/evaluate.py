@@ -24,7 +24,7 @@ from moecc.jobs.command import (
     SequenceLength,
     Spelling,
 )
-from moecc.model.open import OpenedModel, open_model
+from moecc.model.open import OpenedModel, load_files, open_model
 from moecc.plan.workload import length_variables
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
@@ -364,8 +364,6 @@ def evaluate(
     Example:
       moecc evaluate SmolLM2-135M run@best --data tokens/heldout
     """
-    from moecc.model.open import load_files
-
     load_files(load)
     spec = EvaluationSpec(sequence, batch, batches, float_type(dtype))
     folders = {name: open_tokens(path) for name, path in _named(data)}

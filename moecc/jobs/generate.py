@@ -33,7 +33,7 @@ from moecc.jobs.command import (
     say_weights,
 )
 from moecc.model.inputs import length_problems, longest
-from moecc.model.open import OpenedModel, open_model
+from moecc.model.open import OpenedModel, load_files, open_model
 from moecc.support.extras import require
 from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
@@ -407,8 +407,6 @@ def generate(
     Example:
       moecc generate smollm2-8x --prompt "The capital of France is"
     """
-    from moecc.model.open import load_files
-
     require("generating", ("xla", "tokenizers"))
     load_files(load)
     continuing = Continuing(

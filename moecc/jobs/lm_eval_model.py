@@ -25,10 +25,10 @@ from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.support.untyped import Json
 from moecc.tokenizer import Tokenizer
+from moecc.train.objectives import IGNORED
 from moecc.train.scoring import Scorer, ScoringBackend, UnitScores
 from moecc.types import F32, DType
 
-IGNORED = -1
 BUCKET = 64
 """Lengths are rounded up to a multiple of this, so that few shapes are compiled."""
 

@@ -179,8 +179,7 @@ def _by_content(
 
 def _digests(model: OpenedModel) -> dict[Source, str]:
     """Return the SHA-256 of type, sizes and values of each tensor that a graph reads."""
-    assert model.checkpoint is not None, "a graph without weights has none to compare"
-    read, parts = model.checkpoint.read, _tensors(model.graph)
+    read, parts = model.weights.read, _tensors(model.graph)
 
     def digest(part: Source) -> str:
         hashed = sha256(f"{part.type.dtype}{part.type.shape}".encode())
@@ -309,11 +308,10 @@ def replay(
         reason = error.problems[0].message.splitlines()[0]
         raise NotPlannedError(f"{reason}, which --load FILE.py may add") from None
     copied = replace(source, graph=clone(source.graph))
-    assert result.checkpoint is not None, "what was converted has weights"
     try:
         export = plan(
             copied, passes, manifest.family_to, seed=manifest.seed, check=False,
-            emit=program_language(result.checkpoint.path) or None,
+            emit=program_language(result.weights.path) or None,
         ).export  # fmt: skip
     except (InputError, UsageError) as error:
         raise NotPlannedError(error.problems) from None
@@ -333,18 +331,16 @@ def _stated_proof(result: OpenedModel) -> JsonDict:
     """Return what the receipt of a result says of its proof; nothing without one."""
     from moecc.jobs.receipt import load_receipt, object_of
 
-    assert result.checkpoint is not None, "what was converted has weights"
-    return object_of(object_of(load_receipt(result.checkpoint.path)).get("proof"))
+    return object_of(object_of(load_receipt(result.weights.path)).get("proof"))
 
 
 def _other_values(
     export: Export | GgufExport, source: OpenedModel, manifest: Manifest
 ) -> Iterator[Problem]:
     """Yield the first tensor of which the conversion would write other values today."""
-    assert source.checkpoint is not None, "what is converted has weights"
     for name, expr in _stored(export):
         record, digest = manifest.tensors[name], sha256()
-        for rows in blocks(expr, source.checkpoint.read, DTYPES[record.dtype]):
+        for rows in blocks(expr, source.weights.read, DTYPES[record.dtype]):
             digest.update(rows.tobytes())
         if digest.hexdigest() != record.sha256:
             yield Problem("the conversion would write other values today", name)
@@ -369,12 +365,12 @@ def _differences(
     export: Export | GgufExport, result: OpenedModel, manifest: Manifest
 ) -> Iterator[Problem]:
     """Yield what the conversion would write otherwise today, and weights that are rounded."""
-    assert result.checkpoint is not None, "what was converted has weights"
-    keys = {**export.config_json, **result.checkpoint.config}.keys() - set(_TYPES)
+    config = result.weights.config
+    keys = {**export.config_json, **config}.keys() - set(_TYPES)
     is_folder = isinstance(export, Export)
     if not is_folder:
         # A GGUF file states what llama.cpp needs, and without a tokenizer not its tokens.
-        stated = {k for k, value in result.checkpoint.config.items() if value is not None}
+        stated = {k for k, value in config.items() if value is not None}
         keys &= export.config_json.keys() & stated
         rounded = [n for n, record in manifest.tensors.items() if record.dtype not in DTYPES]
         if rounded:
@@ -384,7 +380,7 @@ def _differences(
     elif isinstance(export, WrappedExport):
         keys.discard("architectures")  # a wrapper's text model names its class or does not
     for key in sorted(keys):
-        old, new = result.checkpoint.config.get(key), export.config_json.get(key)
+        old, new = config.get(key), export.config_json.get(key)
         if (old != new) if is_folder else (_rounded(old) != _rounded(new)):
             yield Problem("the conversion would write another value today", f"config.json: {key}",
                           printable(str(old)), printable(str(new)))  # fmt: skip

@@ -25,7 +25,7 @@ from moecc.jobs.command import (
 )
 from moecc.jobs.evaluate import EvaluationSpec, Tracing, count_experts, is_token, traced
 from moecc.jobs.generate import load_tokenizer
-from moecc.model.open import OpenedModel, open_model
+from moecc.model.open import OpenedModel, load_files, open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -207,8 +207,6 @@ def specialise(
     Example:
       moecc specialise run@best --data tokens/heldout
     """
-    from moecc.model.open import load_files
-
     load_files(load)
     spec = EvaluationSpec(sequence, batch, batches)
     layers = specialisation(model, data, spec, pipeline=pipeline, seed=seed)

@@ -396,7 +396,7 @@ def train(
     plan: SavedPlanFile = None,
     dry_run: bool = False,
     machine: OptionalMachine = None,
-    profile: Annotated[int, Spelling("STEPS")] = 0,
+    profile: Annotated[int, Spelling("STEPS", low=0)] = 0,
     tensorboard: bool = False,
     wandb: Annotated[str | None, Spelling("PROJECT")] = None,
     load: Load = (),
@@ -424,10 +424,6 @@ def train(
     Example:
       moecc train recipe:upcycle --out run --set model.source=SmolLM2-135M
     """
-    if profile < 0:
-        raise UsageError(
-            "not a number of steps", where="--profile", expected="0 or more", found=str(profile)
-        )
     if not dry_run:
         require("training", ("train",))
     with ExitStack() as opened:

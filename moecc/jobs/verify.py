@@ -76,7 +76,7 @@ def verify(
     *,
     against: Annotated[str | None, Spelling("SOURCE")] = None,
     inputs: Inputs = None,
-    tolerance: Annotated[float, Spelling("E")] = 1e-5,
+    tolerance: Annotated[float, Spelling("E", low=0)] = 1e-5,
     dtype: ComputeType = "f32",
     allow_edited_card: bool = False,
     weights: Weights = None,
@@ -175,8 +175,6 @@ def _verify_logits(
     from moecc.model.open import open_model
     from moecc.types import float_type
 
-    if not tolerance >= 0:
-        raise UsageError("a tolerance must not be negative", found=str(tolerance))
     type = float_type(dtype)
     with ExitStack() as opened:
         checked = opened.enter_context(open_model(model, weights=weights))

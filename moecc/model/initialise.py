@@ -379,9 +379,7 @@ def add_statistics(model: OpenedModel, folder: str | None) -> Statistics | None:
     """
     if folder is None:
         return None
-    checkpoint = model.checkpoint
-    if checkpoint is None:
-        raise InputError(f"{model.name} has no weights", hint="give a checkpoint")
+    checkpoint = model.weights
     tensors, facts = open_capture(Path(folder))
     several = checkpoint if isinstance(checkpoint, SeveralCheckpoints) else None
     base = checkpoint if several is None else several.base

@@ -27,7 +27,7 @@ from moecc.errors import (
 )
 from moecc.families import build
 from moecc.families.config import ModelConfig
-from moecc.families.registry import parse_config
+from moecc.families.registry import add_families, load_installed, parse_config
 from moecc.formats.files import read_json_object, read_whole
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, findings, open_folder
 from moecc.formats.run import GRAPH as GRAPH_NAME
@@ -108,6 +108,17 @@ class OpenedModel(Closing):
         """Close the checkpoint, if there is one."""
         if self.checkpoint is not None:
             self.checkpoint.close()
+
+    @property
+    def weights(self) -> Checkpoint:
+        """The checkpoint of its weights.
+
+        Raises:
+          InputError: there is none.
+        """
+        if self.checkpoint is None:
+            raise InputError(f"{self.name} has no weights", hint="give a checkpoint")
+        return self.checkpoint
 
     @property
     def tokenizer(self) -> Path | bytes | None:
@@ -310,7 +321,6 @@ def _reading(graph: Graph, source: str, checkpoint: Checkpoint) -> OpenedModel:
 
 
 def _open_graph(source: str, weights: str | None) -> OpenedModel:
-    from moecc.families.registry import load_installed
     from moecc.formats.open import open_checkpoint
 
     # It may be written as a family of an installed package.
@@ -401,9 +411,7 @@ def add_branches(
         return
     from moecc.formats.adapter import SeveralCheckpoints
 
-    base = model.checkpoint
-    if base is None:
-        raise InputError(f"{model.name} has no weights", hint="give a checkpoint")
+    base = model.weights
     opened: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     for name, folder in places.items():
@@ -424,19 +432,17 @@ def _open(graph: Graph, base: Checkpoint, folder: str, *, allow_other_base: bool
     if is_adapter(Path(folder)):
         return AdaptedCheckpoint(base, Path(folder), allow_other_base=allow_other_base)
     branch = open_model(folder)
-    if branch.checkpoint is None:
-        raise InputError(f"{folder} has no weights", hint="give a checkpoint")
-    problems = [*_differences(graph, base, branch), *_tokenizer_problems(base, branch.checkpoint)]
+    weights = branch.weights
+    problems = [*_differences(graph, base, branch), *_tokenizer_problems(base, weights)]
     if problems:
-        branch.checkpoint.close()
+        weights.close()
         raise InputError(problems)
-    return branch.checkpoint
+    return weights
 
 
 def _differences(graph: Graph, base: Checkpoint, branch: OpenedModel) -> Iterator[Problem]:
     """Yield how another model's config and tensors differ from those of the base."""
-    checkpoint = branch.checkpoint
-    assert checkpoint is not None, "it was opened with weights"
+    checkpoint = branch.weights
     problems = [*_config_problems(base, checkpoint)]
     yield from problems
     if problems:
@@ -538,8 +544,6 @@ def registry_with(files: Sequence[str]) -> Registry:
     """
     registry = installed()
     for file in files:
-        from moecc.families.registry import add_families
-
         registry = registry.with_file(Path(file), required=not add_families(file))
     return registry
 

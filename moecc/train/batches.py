@@ -580,7 +580,7 @@ def resolved(recipe: Recipe, batches: Batches) -> Recipe:
     return replace(recipe, data=data)
 
 
-def _opened(data: DataSection) -> Iterator[tuple[tuple[str, str], TokenFolder]]:
+def _opened(data: DataSection) -> Iterator[tuple[Key, TokenFolder]]:
     """Yield the folders by use and name. Raises InputError with the problems of all."""
     problems: list[Problem] = []
     for use, corpora in (("train", data.train), ("evaluate", data.evaluate)):

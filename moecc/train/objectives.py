@@ -9,7 +9,15 @@ from typing import Protocol
 from numpy.typing import NDArray
 
 from moecc.support.lazy import np
-from moecc.train.rows import Numbers, PackedPlan, PackedRows, RowPlan, StreamPlan, pack
+from moecc.train.rows import (
+    DocumentPiece,
+    Numbers,
+    PackedPlan,
+    PackedRows,
+    RowPlan,
+    StreamPlan,
+    pack,
+)
 from moecc.train.tokens.folder import Special, TokenFolder
 
 # What a model has to restore: spans behind sentinels (T5), single tokens behind a mask (BERT).
@@ -260,8 +268,7 @@ class SpanRows(CorpusRows):
         """Return pieces with hidden spans."""
         segments = []
         for piece in self._plan.pieces(row):
-            first = int(self._folder.starts[piece.document])
-            ids = self._folder.ids(first + piece.start, first + piece.stop)
+            ids = _ids_of(self._folder, piece)
             encoder, decoder = self._spans.apply(ids, rng)
             shown = shifted(decoder, self._start)
             segments.append(RowSegment(encoder, decoder, shown, piece.document))
@@ -293,8 +300,7 @@ class MaskedRows(CorpusRows):
         segments = []
         before, after = self._special.before, self._special.after
         for piece in self._plan.pieces(row):
-            first = int(self._folder.starts[piece.document])
-            ids = self._folder.ids(first + piece.start, first + piece.stop)
+            ids = _ids_of(self._folder, piece)
             seen, chosen = self._masking.apply(ids, rng)
             aims = np.where(chosen, ids, IGNORED).astype(np.int32)
             ignored = ((IGNORED,) * len(before), (IGNORED,) * len(after))
@@ -373,6 +379,11 @@ class ExampleRows(CorpusRows):
 def shifted(targets: Ids, start: int) -> Ids:
     """Return what a decoder sees when it is to predict `targets`: them, one later."""
     return _joined((start,), targets[:-1], ())
+
+
+def _ids_of(folder: TokenFolder, piece: DocumentPiece) -> Ids:
+    first = int(folder.starts[piece.document])
+    return folder.ids(first + piece.start, first + piece.stop)
 
 
 def _joined(before: tuple[int, ...], ids: Ids, after: tuple[int, ...]) -> Ids:

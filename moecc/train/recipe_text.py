@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from moecc.errors import (
     unknown_name,
 )
 from moecc.formats.files import read_utf8
+from moecc.formats.store import absolute_place, is_place
 from moecc.support.documents import KeyPath, parse_toml, toml_lines
 from moecc.support.record import RecordReader, dotted, line_of
 from moecc.support.untyped import JsonDict
@@ -45,7 +45,6 @@ PREFIX = "recipe:"
 SHIPPED = files("moecc.presets") / "recipes"
 LARGEST_FILE_BYTES = 1 << 20
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 _INDEX_DIGITS = 10
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*\Z", re.ASCII)
 
@@ -294,10 +293,7 @@ def _resolved(recipe: Recipe, folder: FilePath, options: Sequence[_Option]) -> R
     """Return `recipe` with absolute paths."""
 
     def absolute(text: str, path: KeyPath) -> str:
-        if _SCHEME.match(text):
-            return text
-        base = FilePath() if _set_by(path, options) else folder
-        return os.path.abspath(base / os.path.expanduser(text))
+        return absolute_place(text, FilePath() if _set_by(path, options) else folder)
 
     def corpora(key: str, relative: tuple[Corpus, ...]) -> tuple[Corpus, ...]:
         return tuple(
@@ -371,5 +367,5 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
     elif _has_tables(value):
         for number, each in enumerate(value):
             yield from _flat(each, f"{path}.{number}")
-    elif not _WHERE.fullmatch(path) or _SCHEME.match(value):
+    elif not _WHERE.fullmatch(path) or not is_place(value):
         yield path, _text(value)

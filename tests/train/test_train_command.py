@@ -58,7 +58,7 @@ def test_a_negative_number_of_traced_steps_is_rejected(moecc: Moecc, tmp_path: P
     run = tmp_path / "run"
     code, _, err = moecc("train", "recipe:upcycle", "--out", run, "--profile", "-1")
     assert code == 2
-    assert "not a number of steps" in err
+    assert "-1 is not in the range" in err
     assert not run.exists()
 
 

@@ -93,9 +93,8 @@ from moecc_backends.xla.train.step import (
 
 State = PyTree
 
-SKIPPED = "guard.skipped"
-LIMIT = "guard.limit"
-"""The metric of a step that says whether its update was left out."""
+SKIPPED, LIMIT = "guard.skipped", "guard.limit"
+"""The metrics of a step: whether its update was left out, and the largest loss that is taken."""
 
 
 @dataclass
