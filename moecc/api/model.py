@@ -406,8 +406,8 @@ class Model(Closing):
         """
         from moecc.jobs.plan import Swept, plan_sweep
 
-        axes = sweep_of(*map(swept_values, (experts, top_k, capacity_factor)))
         step, passes = step_request(options), self.pipeline
+        axes = sweep_of(*map(swept_values, (experts, top_k, capacity_factor)))
         name, context = machine_text(machine), self._context(self.allow_unmatched)
         swept = Swept(self.opened.graph, passes, self.name, name, step, context)
         return PlanSweep(plan_sweep(swept, axes), str(passes))

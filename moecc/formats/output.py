@@ -39,7 +39,8 @@ from moecc.formats.writer import COMMIT_NAME, JOURNAL_NAME, has_journal
 BUSY = "another conversion is writing this output"
 WAIT = "wait until it has finished"
 LEFT_BEHIND = "an earlier conversion was killed and left its partial output behind"
-_FULL = "give another folder, or --force to replace it once the new one is complete"
+_REPLACES = "--force (in Python force=True) replaces it once the new one is complete"
+_FULL = f"give another folder; {_REPLACES}"
 _UNDELETED = "the new output is complete, but this could not be deleted"
 _PRIVATE = 0o700
 _BLOCK_BYTES = 512
@@ -217,7 +218,7 @@ def _check_file(file: Path, may_replace: bool, problems: Problems) -> None:
     """Report a file or manifest that exists."""
     for path in () if may_replace else (file, manifest_beside(file)):
         if os.path.lexists(path) and not path.is_dir():
-            hint = "give another name, or --force to replace it once the new one is complete"
+            hint = f"give another name; {_REPLACES}"
             problems.add("the output file exists", where=path, hint=hint)
 
 

@@ -69,7 +69,7 @@ from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.pipeline import Pipeline
 from moecc.support.console import Bar, say, warn
 from moecc.support.process import available_cores, signals_raised
-from moecc.support.text import amount, count_text, merge_remarks, size_text, with_article
+from moecc.support.text import amount, brief, count_text, merge_remarks, size_text, with_article
 from moecc.translate.engines import summary
 from moecc.translate.export import EmittedExport
 from moecc.types import DType, count_bytes, float_type
@@ -131,7 +131,7 @@ def _file_type(planned: Plan) -> int:
 # complete.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conversion:
     """A completed conversion.
 
@@ -144,6 +144,11 @@ class Conversion:
     folder: Path
     plan: Plan
     written: WriteReport
+
+    def __repr__(self) -> str:
+        tensors = amount(len(self.written.tensors), "tensor")
+        size = size_text(self.written.total_bytes)
+        return brief("moecc.Conversion", [("", str(self.folder)), ("", f"{size} in {tensors}")])
 
 
 def write(

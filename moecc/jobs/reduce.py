@@ -231,7 +231,7 @@ def sizes_of(graph: Graph) -> set[int]:
 #
 # Delta debugging (Zeller and Hildebrandt 2002): parts are taken away, halves first, as long as the
 # same failure remains.  Nodes are cut out of the middle of a graph, too: what they took becomes an
-# output, what they gave an input (`moecc.testing.strategies.keep_only`).
+# output, what they gave an input (`moecc.testing.generate.keep_only`).
 
 TIME_LIMIT_SECONDS = 60.0
 

@@ -45,6 +45,7 @@ from moecc.rewrite.passes import (
     write,
 )
 from moecc.support.scan import ParseError, Scanner
+from moecc.support.text import brief
 from moecc.support.user_files import LOADED as LOADED
 from moecc.support.user_files import run_file
 
@@ -443,7 +444,7 @@ _COMMAS = re.compile(r",[a-z][a-z-]*=")
 _VALUE = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^\s{}"])+')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pipeline:
     """Passes in the order in which they run."""
 
@@ -473,6 +474,9 @@ class Pipeline:
 
     def __str__(self) -> str:
         return ",".join(map(format_pass, self.passes))
+
+    def __repr__(self) -> str:
+        return brief("moecc.Pipeline", [("", str(self))])
 
     def in_full(self) -> str:
         """Return the text with every option stated, so that later defaults cannot change it."""

@@ -94,7 +94,7 @@ from moecc_backends.xla.trace.values import Function, PyTree
 SCHEMA = "moecc.function/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FunctionConversion(BlocksConversion):
     """Converted parameters, and every function of them.
 

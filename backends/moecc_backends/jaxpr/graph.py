@@ -27,6 +27,7 @@ from moecc.model.open import GRAPH
 from moecc.rewrite.passes import Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import PipelineReport, run_pipeline
+from moecc.support.text import brief
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import F32, Axis, DType, TensorType, is_name
 from moecc_backends.jaxpr.blocks import OUTER, BlockMiss
@@ -463,10 +464,15 @@ class FunctionReport:
         lists = {n: tuple(v) for n, v in document.items() if isinstance(v, list)}
         return cls(**{**document, **lists, "blocks": blocks})
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many blocks were converted, and by what."""
         count = sum(b.is_converted for b in self.blocks)
+        return f"{self.function}: {count} of {len(self.blocks)} blocks converted by {self.pipeline}"
+
+    def __str__(self) -> str:
         lines = [
-            f"{self.function}: {count} of {len(self.blocks)} blocks converted by {self.pipeline}",
+            self.summary,
             f"preserves {self.preserves}",
             f"parameters: {self.elements_before:,} → {self.elements_after:,}",
             self.stayed,
@@ -482,7 +488,7 @@ class FunctionReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BlocksConversion:
     """How the blocks of a program were converted.
 
@@ -501,6 +507,9 @@ class BlocksConversion:
     seed: int
     preserves: Preserves
     contracts: Contracts
+
+    def __repr__(self) -> str:
+        return brief(f"moecc.{type(self).__name__}", [("", self.report.summary)])
 
     def facts(self) -> JsonDict:
         """Return all but graph and contracts as JSON values."""

@@ -64,7 +64,7 @@ from moecc_backends.torch_source.modules import BlockPlace, DenseClass, EmittedM
 FILE_NAME = "modeling_moecc.py"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModuleConversion(BlocksConversion):
     """What a model with mixtures was made by.
 
