@@ -131,6 +131,20 @@ def test_the_update_of_a_matrix_is_clipped_at_its_root_mean_square():
         assert np.sqrt(np.mean(np.square(moved))) == pytest.approx(0.01 * clip * size, rel=1e-3)
 
 
+def test_the_loss_that_is_measured_is_the_one_that_falls():
+    """By as much as a small step along the gradients says, z-loss of the output included."""
+    graph, batch = bigram(), bigram_batch()
+    step = bigram_step(graph, "sgd", output_z=0.5, section={"clip": 0.0, "decay": 0.0})
+    state, losses = step.init(bigram_params(graph)), []
+    for _ in range(2):
+        state, metrics = step.step(state, batch, jax.random.key(0), 1e-2)
+        losses.append({name: float(value) for name, value in metrics.items()})
+    first, second = losses
+    assert first["loss.output_z.scaled"] == pytest.approx(0.5 * first["loss.output_z"])
+    expected = 1e-2 * first["gradient_norm"] ** 2
+    assert first["loss"] - second["loss"] == pytest.approx(expected, rel=0.05)
+
+
 def test_a_spike_and_what_is_not_finite_change_nothing_but_counters():
     graph, batch = bigram(), bigram_batch()
     guard = GuardSection(sigma=6.0, window=4)

@@ -447,6 +447,9 @@ class TrainStep:
         slopes, sums = self.gradients(trained, fixed, batch, key)
         norm = gradient_norm(slopes)
         metrics = {**told(sums, self.graph), "gradient_norm": norm, "rate": rate}
+        if self.spec.output_z:
+            metrics["loss.output_z.scaled"] = self.spec.output_z * metrics["loss.output_z"]
+            metrics["loss"] += metrics["loss.output_z.scaled"]
         if self.spec.distill:
             distance = metrics.pop(DISTILL) / jnp.maximum(sums[TOKENS], 1)
             metrics["loss.distill"] = distance
