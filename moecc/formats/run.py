@@ -583,7 +583,8 @@ def _sentence(stage: Stage) -> str:
         start = f"The architecture of {source}{conversion} was trained from scratch"
     else:
         start = f"{source}{conversion} was trained"
-    texts = [n for n in stage.get("data", {}) if n != "order" and not n.startswith("evaluate/")]
+    folders = (name.partition("train/") for name in stage.get("data", {}))
+    texts = [name for before, use, name in folders if use and not before]
     on = f" of {', '.join(texts)}" if texts else ""
     recipe = str(stage.get("recipe", ""))[:_DIGITS]
     return (

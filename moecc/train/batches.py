@@ -480,7 +480,7 @@ class Batches:
     Attributes:
       shape: of every batch.
       seed: of order, spans and masks.
-      folders: the token folders, by the names of their corpora.
+      folders: the token folders, as ``train/NAME`` and ``evaluate/NAME``.
       remarks: what a reader of the run should know.
       evaluations: the held-out corpora, by name.
     """
@@ -515,7 +515,7 @@ class Batches:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """The digest of each corpus, by name, and that of the order, which must not change."""
+        """The digest of each folder, and that of the order, which must not change."""
         corpora, epochs, places = self._mixture.find(range(256))
         order = np.stack([corpora, epochs, places]).astype("<i8").tobytes()
         digests = {name: folder.facts.digest for name, folder in self.folders.items()}
@@ -524,8 +524,8 @@ class Batches:
     @property
     def rows(self) -> dict[str, int]:
         """The rows of an epoch of each corpus of the mixture, by name."""
-        names = list(self.folders)[: len(self._rows)]
-        return {name: rows.rows for name, rows in zip(names, self._rows, strict=True)}
+        pairs = zip(self.folders, self._rows, strict=False)
+        return {folder.removeprefix("train/"): rows.rows for folder, rows in pairs}
 
 
 def open_batches(data: DataSection, model: ModelFacts) -> Batches:
@@ -557,10 +557,7 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
     return Batches(
         shape=shape,
         seed=data.seed,
-        folders={
-            name if use == "train" else f"{use}/{name}": folder
-            for (use, name), folder in folders.items()
-        },
+        folders={"/".join(key): folder for key, folder in folders.items()},
         remarks=tuple(_remarks(rows, data)),
         _rows=trained,
         _mixture=mixture,

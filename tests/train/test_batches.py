@@ -77,7 +77,7 @@ def segments(batch: dict[str, np.ndarray], prefix: str = "") -> list[tuple[int, 
 
 def test_a_stream_has_every_token_once_and_predicts_the_next(texts):
     batches = opened(texts)
-    folder = batches.folders["t"]
+    folder = batches.folders["train/t"]
     rows = batches.rows["t"]
     assert rows == -(-(folder.facts.tokens + 60) // 64)
     counted = 0
@@ -132,7 +132,7 @@ def test_spans_come_back_from_both_sequences(texts, packing):
 
 def test_masked_rows_predict_what_is_hidden(texts):
     batches = opened(texts, objective=Objective.MASKED)
-    folder = batches.folders["t"]
+    folder = batches.folders["train/t"]
     text = bytes(folder.ids(0, folder.facts.tokens).astype(np.uint8))
     hidden = total = 0
     for number in range(6):
@@ -196,6 +196,15 @@ def test_long_examples_are_cut_and_reported(tmp_path):
     assert batches.remarks == ("e: 2 examples are cut, as they are longer than a sequence",)
 
 
+def test_a_corpus_may_be_called_order(tmp_path):
+    """The digest of the order of rows is none of a folder's."""
+    places = [write(tmp_path / part, {"text": part * 9}) for part in ("a", "b")]
+    named = (DataSection((Corpus(place, name="order"),), seq=8) for place in places)
+    first, second = (open_batches(data, DECODER).digests for data in named)
+    assert first["order"] == second["order"]
+    assert first["train/order"] != second["train/order"]
+
+
 def test_spans_that_are_rounded_are_reported(tmp_path):
     """Five letters hide 1 token, not 0.75; 400 need 20 spans of 3, and 101 sentinels are enough."""
     short, long = (write(tmp_path / n, {"text": n * size}) for n, size in (("s", 5), ("l", 400)))
@@ -228,7 +237,7 @@ def test_an_evaluation_is_fixed_and_has_each_row_once(texts):
         tokens += int(batch["mask"].sum())
         for name, array in other.batch(number).items():
             assert (batch[name] == array).all()
-    folder = opened(texts).folders["t"]
+    folder = opened(texts).folders["train/t"]
     assert tokens == folder.facts.tokens + 60
     documents = np.concatenate([one.documents(number) for number in range(one.batches)])
     lengths = np.bincount(documents[documents >= 0])

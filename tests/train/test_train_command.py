@@ -305,7 +305,7 @@ def test_data_that_changed_are_refused(folder: Path, moecc: Moecc, tmp_path: Pat
     shutil.copytree(folder / "tokens" / "heldout", tokens)
     code, _, err = moecc("train", "--resume", run, "--set", f"data.train.0.tokens={tokens}")
     assert code == 1
-    assert "train: the data changed since the run began" in err
+    assert "train/train: the data changed since the run began" in err
 
 
 FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
