@@ -78,7 +78,7 @@ from moecc.train.tokens.encoders import (
     tokenizer_digest,
 )
 from moecc.translate.export import export_graph
-from moecc.translate.gguf import architecture_of
+from moecc.translate.gguf import architecture_of, export_gguf
 from moecc.translate.propose import check_target
 from moecc.types import Array, TensorType, float_type
 from moecc.weights.expr import source_types
@@ -517,7 +517,9 @@ def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts])
             teacher_graph(teacher.graph, recipe, step)
     if recipe.run.export_steps:
         target = recipe.run.export_to
-        if target and target != DEFAULT_TARGET and architecture_of(target) is None:
+        if architecture := architecture_of(target):
+            export_gguf(graph, architecture)
+        elif target != DEFAULT_TARGET:
             check_target(target)
             export_graph(graph, target)
     return open_batches(recipe.data, facts(step))

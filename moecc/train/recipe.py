@@ -27,6 +27,7 @@ S = TypeVar("S")
 Words = Annotated[str, Check(str.strip, "a text that is not empty")]
 AtLeastOne = Annotated[int, Check(lambda n: n >= 1, "1 or more")]
 AtLeastTwo = Annotated[int, Check(lambda n: n >= 2, "2 or more")]
+Window = Annotated[int, Check(lambda n: 2 <= n <= 1_000_000, "2 to 1,000,000")]
 OneOrMore = Annotated[float, Check(lambda x: x >= 1, "1 or more")]
 Positive = Annotated[float, Check(lambda x: x > 0, "more than 0")]
 NonNegative = Annotated[float, Check(lambda x: x >= 0, "0 or more")]
@@ -233,7 +234,7 @@ class GuardSection:
     """
 
     sigma: NonNegative = 6.0
-    window: AtLeastTwo = 128
+    window: Window = 128
     skips: AtLeastOne = 4
 
 

@@ -115,6 +115,7 @@ def test_all_problems_come_at_once_with_their_lines():
         (["run.remat=some"], "unknown remat"),
         (["run.evaluate_steps=5"], "there is nothing to evaluate on"),
         (["run.export_steps=5"], "exports need a family"),
+        (["run.guard.window=1099511627776"], "expected: 2 to 1,000,000"),
         (["run.dtype=f23"], "unknown element type 'f23'"),
         (["mesh.rules=['tensor-parallel']"], "mesh.rules: it has no effect where mesh.mesh is"),
         (["mesh.via=ring"], "mesh.via: it has no effect where mesh.mesh is empty"),

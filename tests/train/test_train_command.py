@@ -320,6 +320,19 @@ FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
         (["recipe.toml", "--out", "tokens"], 1, "--resume RUN goes on with a run"),
         (["recipe.toml", "--fork", "run@5", "--out", "x"], 1, "best, last, or one of the steps"),
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=3"], 1, "mesh"),
+        (
+            [
+                "recipe.toml",
+                "--out",
+                "x",
+                "--set",
+                "run.export_steps=2",
+                "--set",
+                "run.export_to=gguf:llama",
+            ],
+            1,
+            "mixtral has an expert layer at every depth",
+        ),
         (["recipe.toml", "--out", "x", "--set", "model.start=source"], 1, "no weights"),
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=8"], 1, "groups of tokens do not"),
         (
