@@ -34,7 +34,7 @@ from moecc.support.lazy import np
 from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import HeldOutBatches, collate, label_rows, open_batches
-from moecc.train.graphs import check_objective, eval_graph
+from moecc.train.graphs import check_objective, document_mixtures, eval_graph
 from moecc.train.recipe import (
     Corpus,
     DataSection,
@@ -218,9 +218,11 @@ def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpe
     else:
         objective = Objective.CAUSAL if LOGITS in graph.outputs else Objective.MASKED
     corpus = (Corpus(str(folder.path)),)
+    # Padding costs time; documents that meet in a row would cost the loss its meaning.
+    packing = kind == DOCUMENTS and not any(document_mixtures(graph, settings.seq))
     data = DataSection(
         train=corpus, evaluate=corpus, objective=objective, batch=settings.batch,
-        seq=settings.seq, packing=kind == DOCUMENTS, evaluate_batches=settings.batches,
+        seq=settings.seq, packing=packing, evaluate_batches=settings.batches,
     )  # fmt: skip
     return Recipe(ModelSection("model"), data, RunSection(steps=1, dtype=settings.dtype.name))
 
