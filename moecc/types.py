@@ -96,6 +96,12 @@ DTYPES: dict[str, DType] = {d.name: d for d in _ALL}
 BY_SAFETENSORS: dict[str, DType] = {d.safetensors: d for d in _ALL if d.safetensors}
 BY_TORCH: dict[str, DType] = {d.torch: d for d in _ALL if d.torch}
 
+
+def dtype_from_numpy(numpy_type: object) -> DType | None:
+    """Return the element type that NumPy's type stands for, or None."""
+    return next((d for d in _ALL if d.kind != "key" and d.numpy == numpy_type), None)
+
+
 F64, F32, F16, BF16 = (DTYPES[n] for n in ("f64", "f32", "f16", "bf16"))
 I64, I32, PRED, KEY = (DTYPES[n] for n in ("i64", "i32", "pred", "key"))
 

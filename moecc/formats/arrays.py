@@ -8,6 +8,7 @@ import resource
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -241,6 +242,9 @@ _MOMENTS = {"opt_state", "optimizer", "optimizer_state", "param_states", "mu", "
 """The names of an optimiser's state in a tree."""
 
 
+TreePath = tuple[str, ...]
+
+
 class ArrayReader(Protocol):
     """Reads arrays by name."""
 
@@ -271,22 +275,27 @@ class Tree:
 
     format: str
     folder: Path
-    keys: Mapping[tuple[str, ...], str]
+    keys: Mapping[TreePath, str]
     arrays: ArrayReader
     files: tuple[Path, ...]
 
-    def below(self, marks: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    @cached_property
+    def variables(self) -> dict[TreePath, str]:
+        """The array of each variable: programs on NNX keep it below the path, as ``value``."""
+        return {p[:-1] if p[1:] and p[-1] == "value" else p: key for p, key in self.keys.items()}
+
+    def below(self, marks: Sequence[TreePath]) -> dict[TreePath, str]:
         """Return the arrays of the model: those beside the first path that ends in one of `marks`.
 
         Optimisers keep arrays of the same names, below words of theirs.
         """
-        prefixes = [p[: -len(m)] for p in self.keys for m in marks if p[-len(m) :] == m]
+        prefixes = [p[: -len(m)] for p in self.variables for m in marks if p[-len(m) :] == m]
         if not prefixes:
             return {}
         prefix = min(prefixes, key=lambda path: (not _MOMENTS.isdisjoint(path), len(path)))
         return {
             path[len(prefix) :]: key
-            for path, key in self.keys.items()
+            for path, key in self.variables.items()
             if path[: len(prefix)] == prefix
         }
 
@@ -413,9 +422,7 @@ def open_orbax(folder: Path) -> Tree:
     return Tree("orbax", folder, keys, arrays, tuple(files_below(folder)))
 
 
-def _keys(
-    entries: JsonDict, path: Path, problems: Problems
-) -> Iterator[tuple[tuple[str, ...], str]]:
+def _keys(entries: JsonDict, path: Path, problems: Problems) -> Iterator[tuple[TreePath, str]]:
     """Yield the path of each array in the tree, and its name in the store."""
     for name, entry in entries.items():
         value = entry.get("value_metadata") if isinstance(entry, dict) else None

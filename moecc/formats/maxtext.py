@@ -60,8 +60,6 @@ def maxtext_pieces(tree: Tree, config: Json, problems: Problems) -> dict[str, Ar
     if decoder is None:
         return pieces
     for path, key in tree.below(MARKS).items():
-        # Programs on NNX keep an array below its variable.
-        path = path[:-1] if path[-1] == "value" else path
         rank = len(tree.arrays.shape(key))
         tensors = dict(_pieces(path, key, rank, decoder))
         if not tensors:

@@ -322,8 +322,9 @@ def _fp8_rows(
     is_single = scale.shape in ((), (1,))
     if len(info.shape) > 2:
         scales = read(scale.name, *((0, None) if is_single else (start, stop)))
-        for number, matrix in enumerate(values.reshape(-1, *info.shape[-2:])):
-            matrix_scales = scales if is_single else scales.reshape(len(values), -1)[number]
+        matrices = values.reshape(-1, *info.shape[-2:])
+        for number, matrix in enumerate(matrices):
+            matrix_scales = scales if is_single else scales.reshape(len(matrices), -1)[number]
             _scale_blocks(matrix, matrix_scales, sizes, 0)
         return values
     first, last = start // sizes[0], -(-stop // sizes[0])
@@ -528,6 +529,12 @@ def find_mxfp4(stored: StoredTensors) -> Iterator[PackedTensor]:
             yield PackedTensor(name, shape, "MXFP4", parts, partial(_mxfp4_rows, parts, shape))
 
 
+def _four_bit_values(packed: Array) -> Array:
+    """Return the two values in each byte, that of the lower bits first, along the last axis."""
+    pairs = np.stack([_VALUES[packed & 15], _VALUES[packed >> 4]], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)
+
+
 def _mxfp4_rows(
     parts: tuple[str, str], shape: Shape, read: ReadRows, start: int, stop: int
 ) -> Array:
@@ -536,8 +543,7 @@ def _mxfp4_rows(
     for expert in range(start, stop):
         packed = read(parts[0], expert, expert + 1)[0]
         powers = read(parts[1], expert, expert + 1)[0].astype(np.int32) - _BIAS
-        pairs = np.stack([_VALUES[packed & 15], _VALUES[packed >> 4]], axis=-1)
-        scaled = np.ldexp(pairs.reshape(*packed.shape[:2], -1), powers[..., None])
+        scaled = np.ldexp(_four_bit_values(packed), powers[..., None])
         values[expert - start] = scaled.reshape(shape[2], shape[1]).T
     return values
 
@@ -592,8 +598,7 @@ def _four_bit_float_rows(
         outer = read(parts[2], 0, None).reshape(-1)[:1]
         scales = scales.astype(np.float32)
         scales = scales / outer if parts[2].endswith("_global_scale") else scales * outer
-    values = np.stack([_VALUES[packed & 15], _VALUES[packed >> 4]], axis=-1)
-    values = values.reshape(len(packed), -1)
+    values = _four_bit_values(packed)
     values *= np.repeat(scales, group, axis=1)[:, : values.shape[1]]
     return values
 

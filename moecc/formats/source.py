@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from moecc.errors import InputError, nearest, quoted
 from moecc.formats.files import Identity, require_unchanged
@@ -18,7 +18,7 @@ from moecc.support.lazy import np
 from moecc.support.process import Closing
 from moecc.support.text import amount
 from moecc.support.untyped import Json, JsonDict
-from moecc.types import DTYPES, Array, DType
+from moecc.types import Array, DType, dtype_from_numpy
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def nearest_tensor(tensors: Collection[str], name: str) -> str | None:
     return nearest(name, islice(similar, 2000))
 
 
-FIRST, SECOND = "m", "v"
-"""Kinds of moments: the means of gradients and of their squares."""
+FIRST, SECOND, ROW, COLUMN = "m", "v", "v_row", "v_col"
+"""Kinds of moments: means of gradients, of squares, and of the squares of rows and of columns."""
 
 Place = TypeVar("Place")
 
@@ -199,15 +199,13 @@ class GivenParams(DerivedCheckpoint):
     def __init__(self, base: Checkpoint, arrays: Json) -> None:
         super().__init__(base)
         self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        by_numpy = {d.numpy: d for d in reversed(DTYPES.values()) if d.kind != "key"}
-        self.tensors = MappingProxyType(
-            {
-                name: TensorInfo(
-                    name, by_numpy[array.dtype], array.shape, array.nbytes, base.path, 0
-                )
-                for name, array in self._arrays.items()
-            }
-        )
+        infos = {
+            name: TensorInfo(
+                name, element_type(array.dtype, name), array.shape, array.nbytes, base.path, 0
+            )
+            for name, array in self._arrays.items()
+        }
+        self.tensors = MappingProxyType(infos)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of an array."""
@@ -220,6 +218,15 @@ class GivenParams(DerivedCheckpoint):
 
     def close(self) -> None:
         """Close nothing: the base is closed by who opened it."""
+
+
+def element_type(numpy_type: np.dtype[Any], where: str) -> DType:
+    """Return the type of elements that NumPy's type stands for. Raises InputError."""
+    dtype = dtype_from_numpy(numpy_type)
+    if dtype is None:
+        message = "moecc does not know this type of elements"
+        raise InputError(message, where=where, found=str(numpy_type))
+    return dtype
 
 
 def quantised_remark(tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -21,6 +21,7 @@ from moecc.formats.arrays import (
     ArrayPiece,
     NamedPieces,
     Tree,
+    TreePath,
     ZarrArrays,
     open_orbax,
 )
@@ -28,18 +29,21 @@ from moecc.formats.files import files_below, identify, read_json_object
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
 from moecc.formats.maxtext import MARKS, maxtext_pieces
 from moecc.formats.source import (
+    COLUMN,
     FIRST,
+    ROW,
     SECOND,
     Checkpoint,
     SavedMoments,
     TensorInfo,
+    element_type,
     tensor_info,
 )
 from moecc.formats.store import fetch
 from moecc.support.extras import install_hint
 from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
-from moecc.types import DTYPES, Array, Arrays, DType, Shape, TensorType
+from moecc.types import Array, Arrays, DType, Shape, TensorType
 
 # A checkpoint of a JAX program: by its arrays' own names, or as Hugging Face has the model.
 
@@ -52,8 +56,6 @@ from moecc.types import DTYPES, Array, Arrays, DType, Shape, TensorType
 # ``factorized.py`` of optax); of arrays with experts or layers besides, T5X averages rows over all
 # but the model's width.
 
-ROW, COLUMN = "v_row", "v_col"
-
 _TREES = {"mu": FIRST, "nu": SECOND, "v": SECOND, "v_row": ROW, "v_col": COLUMN}
 """Trees of optax, by kind."""
 _LEAVES = {
@@ -61,8 +63,6 @@ _LEAVES = {
     "grad_ema": FIRST, "grad_sq_ema": SECOND,
 }  # fmt: skip
 """Kinds of moments by the names that T5X stores below an array."""
-
-TreePath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def find_moments(
     """
     keys: dict[str, dict[str, str]] = {}
     prefixes: set[TreePath] = set()
-    for path, key in tree.keys.items():
+    for path, key in tree.variables.items():
         for kind, inside, before in _readings(path):
             if inside in arrays and key != arrays[inside]:
                 keys.setdefault(kind, {})[arrays[inside]] = key
@@ -108,8 +108,6 @@ def find_moments(
 
 def _readings(path: TreePath) -> Iterator[tuple[str, TreePath, TreePath]]:
     """Yield the kinds of moment that a path may be of: kind, array, and what is before it."""
-    # Programs on NNX keep an array below its variable.
-    path = path[:-1] if path[-1] == "value" else path
     last = path[-1]
     if last in _LEAVES and "param_states" in path:
         at = path.index("param_states")
@@ -126,8 +124,9 @@ def _count(tree: Tree, prefixes: set[TreePath]) -> int:
     """Return the number of updates, which is beside the moments; else that of steps."""
     beside = [(*prefix, word) for prefix in sorted(prefixes) for word in ("count", "step")]
     for path in (*beside, ("state", "step"), ("step",)):
-        if path in tree.keys and not tree.arrays.shape(tree.keys[path]):
-            return int(np.asarray(tree.arrays.read_box(tree.keys[path], ())))
+        key = tree.variables.get(path)
+        if key is not None and not tree.arrays.shape(key):
+            return int(np.asarray(tree.arrays.read_box(key, ())))
     return 0
 
 
@@ -232,9 +231,7 @@ class TreeCheckpoint(Checkpoint):
     @cached_property
     def moments(self) -> SavedMoments[SavedMoment] | None:
         """The moments of the optimiser, if the tree has some of this model."""
-        below = self._tree.below((*T5_MARKS, *MARKS))
-        arrays = {p[:-1] if p[-1] == "value" else p: key for p, key in below.items()}
-        return find_moments(self._tree, arrays, self._pieces)
+        return find_moments(self._tree, self._tree.below((*T5_MARKS, *MARKS)), self._pieces)
 
     def moment_type(self, kind: str, name: str, type: TensorType) -> TensorType:
         """Return the type of a moment of a tensor, whose own is `type`."""
@@ -275,7 +272,7 @@ class TreeCheckpoint(Checkpoint):
 
 
 def open_tree(path: Path, folder: Path, *, needs_config: bool) -> TreeCheckpoint:
-    """Open the tree in `place`, a folder in `path`, which may hold the model's config.
+    """Open the tree in `folder`, which is `path` or in it; `path` may hold the model's config.
 
     Without a config, and where none is inferred, tensors have the names of the arrays.
 
@@ -318,15 +315,7 @@ def _info(name: str, piece: ArrayPiece, tree: Tree) -> TensorInfo:
 
 
 def _dtype(tree: Tree, key: str) -> DType:
-    element_type = tree.arrays.dtype(key)
-    matches = [d for d in DTYPES.values() if d.kind != "key" and d.numpy == element_type]
-    if not matches:
-        raise InputError(
-            "moecc does not know this type of elements",
-            where=f"{tree.folder}, array {quoted(key)}",
-            found=str(element_type),
-        )
-    return matches[0]
+    return element_type(tree.arrays.dtype(key), f"{tree.folder}, array {quoted(key)}")
 
 
 # Open a checkpoint of T5X: one msgpack file, and a zarr array in a folder for each large one.
@@ -361,7 +350,7 @@ def open_t5x(folder: Path) -> Tree:
     if not isinstance(root, dict):
         raise InputError("not a checkpoint of T5X", where=path, expected="a tree of arrays")
     inside: dict[str, Array] = {}
-    keys: dict[tuple[str, ...], str] = {}
+    keys: dict[TreePath, str] = {}
     for steps, leaf in _leaves(root, ()):
         name = ".".join(steps)
         if isinstance(leaf, dict):
@@ -405,7 +394,7 @@ def _as_float(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if dtype == np.uint16 else dtype
 
 
-def _leaves(tree: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(tree: object, path: TreePath) -> Iterator[tuple[TreePath, Any]]:
     """Yield the arrays of the tree, and the descriptions of those that are elsewhere."""
     if type(tree) is int and -(1 << 63) <= tree < 1 << 63:
         yield path, np.asarray(tree)

@@ -35,6 +35,7 @@ from moecc.formats.run import (
     saved_steps,
     split_reference,
 )
+from moecc.formats.source import FIRST
 from moecc.formats.trees import TreeCheckpoint
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -70,7 +71,7 @@ from moecc.train.settings import (
     saved_moments,
     section_at,
 )
-from moecc.train.state import FIRST, Canonical, Weights, canonical
+from moecc.train.state import Canonical, Weights, canonical
 from moecc.train.tokens.encoders import (
     BYTES_DIGEST,
     byte_tokenizer,

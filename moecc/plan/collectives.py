@@ -20,7 +20,7 @@ from moecc.plan.memory import Sharded, Sharding
 from moecc.plan.networks import Route
 from moecc.plan.parts import GlobalShape, Part, StepParts, Weight, root_of
 from moecc.plan.step import StepConfig, Strategy
-from moecc.plan.workload import Workload
+from moecc.plan.workload import SentStep, Workload
 from moecc.sharding.collectives import (
     TRANSPOSED,
     GradientSum,
@@ -33,7 +33,6 @@ from moecc.sharding.collectives import (
 )
 from moecc.sharding.propagate import Ref, Reshard
 from moecc.sharding.vias import ROUND_ROOM, WAYS, Via, via
-from moecc.types import TensorType
 
 
 def sent_bytes(op: str, devices: int, tensor_bytes: float) -> float:
@@ -223,9 +222,14 @@ def _traffic_of(part: Part, sharded: Sharded) -> PartTraffic:
 
 
 def _moved(
-    sharded: Sharded, step: tuple[str, tuple[str, ...], TensorType], shape: GlobalShape, why: str,
-    phase: Phase, *, is_transposed: bool = False,
-) -> Collective | None:  # fmt: skip
+    sharded: Sharded,
+    step: SentStep,
+    shape: GlobalShape,
+    why: str,
+    phase: Phase,
+    *,
+    is_transposed: bool = False,
+) -> Collective | None:
     """Return a collective on a value of `shape`, or its transpose; None where nothing is sent."""
     op, mesh, type = step
     sending = TRANSPOSED.get(op) if is_transposed else None if op == "shard" else op

@@ -260,8 +260,8 @@ def _weights(work: Workload, parts: tuple[Part, ...], last: bool) -> Iterator[tu
         met += [(weight, 1) for weight in work.head.weights if weight.shape not in shapes]
     for weight, count in met:
         key = (weight.shape, weight.of_experts)
-        before = counts[key][1] if key in counts else 0
-        counts[key] = counts[key][0] if key in counts else weight, before + count
+        first, before = counts.get(key, (weight, 0))
+        counts[key] = first, before + count
     yield from counts.values()
 
 
@@ -303,11 +303,7 @@ def staged(
 
 
 def _strategy(like: Strategy, mesh: Mesh, remat: str) -> Strategy:
-    layout = like.layout
-    stage_layout = Layout(
-        mesh, layout.experts, layout.dense_weights, layout.replicated, layout.stated
-    )
-    return replace(like, layout=stage_layout, remat=remat)
+    return replace(like, layout=replace(like.layout, mesh=mesh), remat=remat)
 
 
 def _on(

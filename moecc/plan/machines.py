@@ -135,7 +135,7 @@ def _spelled_out(text: str) -> str:
         return f"gpu:{single}:1" if single in table()["gpu"] else text
     if (gpu := short["gpu"] or short["gpu_"]) is not None:
         return f"gpu:{gpu}:{short['count'] or short['count_']}"
-    name = "v5e" if short["tpu"] == "v5litepod" else short["tpu"]
+    name = next((n for n, spelled in _CLOUD_NAMES.items() if spelled == short["tpu"]), short["tpu"])
     count, cores = int(short["size"]), _CORES_IN_NAMES.get(name, 1)
     fitting = (t for t in topologies(name) if prod(t) * cores == count)
     topology = next(fitting, (count,))
@@ -158,7 +158,7 @@ def _sources(entry: Json) -> tuple[str, ...]:
     return tuple(table()["sources"][name] for name in entry["sources"])
 
 
-# --- TPUs -----------------------------------------------------------------------------------
+# TPUs: slices of a torus, alone or several.
 
 
 def _tpu(text: str, name: str, topology: str) -> Machine:
@@ -237,7 +237,7 @@ def _cubes(most: int) -> Iterator[tuple[int, int, int]]:
                     yield a, b, c
 
 
-# --- GPUs and this machine ------------------------------------------------------------------
+# GPUs, and this machine.
 
 
 def _gpu(text: str, name: str, count: str) -> Machine:
@@ -335,7 +335,7 @@ def short_tpu_name(chip: str, topology: str) -> str:
 def short_names() -> Iterator[str]:
     """Yield what clouds and people call the machines: ``v5e-16``, ``v5litepod-16``, ``h100x8``."""
     for chip in table()["tpu"]:
-        for spelled in (chip, "v5litepod") if chip == "v5e" else (chip,):
+        for spelled in dict.fromkeys((chip, _CLOUD_NAMES.get(chip, chip))):
             for dims in topologies(chip):
                 yield f"{spelled}-{prod(dims) * _CORES_IN_NAMES.get(chip, 1)}"
     for chip, entry in table()["gpu"].items():

@@ -12,6 +12,7 @@ from typing import Any
 from moecc.analysis import CHUNK_BYTES, GROUPS, parameter_groups, trainable
 from moecc.errors import InputError, Problem, nearest, raise_problems
 from moecc.formats.modelcard import CardEntries
+from moecc.formats.source import COLUMN, FIRST, ROW, SECOND
 from moecc.ir.conventions import METRIC
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.contraction import ProductOp
@@ -24,7 +25,7 @@ from moecc.sharding.layout import Layout
 from moecc.support.ranges import element, lengths
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.recipe import GuardSection, OptimizerSection, ParameterGroup, Schedule
-from moecc.train.state import COLUMN, FIRST, ROW, SECOND, CarriedMoments
+from moecc.train.state import CarriedMoments
 from moecc.types import TensorType
 from moecc.weights.expr import Expr
 

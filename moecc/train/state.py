@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moecc.errors import InputError
+from moecc.formats.source import COLUMN, FIRST, ROW, SECOND
 from moecc.ir.graph import Graph, Value, setter_of
 from moecc.ir.ops.slots import SlotsOp, assigner
 from moecc.ir.structure import clone
@@ -138,9 +139,6 @@ def stored(name: str, param: Expr) -> list[tuple[str, Expr]]:
 # gradient is divided by s. New parameters have no moments; nor do redrawn neurons, which keep the
 # second moment of those that they replace.
 
-FIRST, SECOND, ROW, COLUMN = "m", "v", "v_row", "v_col"
-"""Kinds of moments: means of gradients, of squares, and of the squares of rows and of columns."""
-
 FACTORS = (ROW, COLUMN)
 
 COPIES = ("expert", "copy")
@@ -156,7 +154,7 @@ class CarriedMoments:
 
     Attributes:
       graph: what the pipeline made, unrolled; its weights read tensors of the model before.
-      known: the types of the moments before, by kind and tensor.
+      types_before: the types of the moments before, by kind and tensor.
       count: the updates that they are made of.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -265,7 +263,7 @@ class _MomentMover:
     """Moves moments as an expression moves weights.
 
     Attributes:
-      known: the types of the moments before, by kind and tensor.
+      types_before: the types of the moments before, by kind and tensor.
       name_of: what a moment is saved as.
       kind: of the moment.
       gone: axes of the parameter that the moment does not have.

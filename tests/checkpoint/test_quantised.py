@@ -78,6 +78,17 @@ def _write(folder: Path, parts: dict[str, Array], options: object) -> Path:
     return folder
 
 
+def test_matrices_of_eight_bits_may_lie_along_several_axes(tmp_path):
+    values = np.arange(2 * 3 * 4 * 8).reshape(2, 3, 4, 8).astype(ml_dtypes.float8_e4m3fn)
+    scales = np.arange(1, 25, dtype=np.float32).reshape(2, 3, 2, 2)
+    parts = {"e.weight": values, "e.weight_scale_inv": scales}
+    options = {"quant_method": "fp8", "weight_block_size": [2, 4]}
+    with open_checkpoint(_write(tmp_path, parts, options)) as checkpoint:
+        expected = values.astype(np.float32) * scales.repeat(2, 2).repeat(4, 3)
+        np.testing.assert_array_equal(checkpoint.read("e.weight"), expected)
+        np.testing.assert_array_equal(checkpoint.read("e.weight", 1, 2), expected[1:])
+
+
 def test_blocks_at_the_edge_may_be_smaller(tmp_path):
     weight = np.arange(35, dtype=np.uint8).reshape(5, 7)
     scale = np.arange(1, 7, dtype=np.float32).reshape(3, 2)

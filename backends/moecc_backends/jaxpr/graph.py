@@ -29,11 +29,11 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import PipelineReport, run_pipeline
 from moecc.support.text import brief
 from moecc.support.untyped import Json, JsonDict
-from moecc.types import F32, Axis, DType, TensorType, is_name
+from moecc.types import F32, Axis, DType, TensorType, dtype_from_numpy, is_name
 from moecc_backends.jaxpr.blocks import OUTER, BlockMiss
 from moecc_backends.jaxpr.scopes import Equation, JaxprScope, TracedFunction, Variable
 from moecc_backends.jaxpr.survey import BlockSite, Survey, VariableLabels, equations_of
-from moecc_backends.jaxpr.views import dtype_named, path_name, unique
+from moecc_backends.jaxpr.views import path_name, unique
 from moecc_backends.xla.lower.function import finalize_output, lower_values
 from moecc_backends.xla.lower.scan import computation_key
 
@@ -124,7 +124,7 @@ def _finished(graph: Graph, is_causal: bool) -> Graph:
 
 def _type(variable: Variable, labels: VariableLabels) -> TensorType | None:
     """Return the type of a value that is of no block; None where the IR has no such elements."""
-    dtype = dtype_named(variable.aval.dtype)
+    dtype = dtype_from_numpy(variable.aval.dtype)
     if dtype is None:
         return None
     dims = labels.get(variable, ((),) * len(variable.shape))

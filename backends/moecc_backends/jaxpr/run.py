@@ -51,7 +51,6 @@ from moecc_backends.jaxpr.views import (
     AnyArray,
     AnyArrays,
     TreeLeaf,
-    dtype_named,
     evaluate,
     function_line,
     is_literal,
@@ -61,7 +60,15 @@ from moecc_backends.jaxpr.views import (
 from moecc_backends.xla.lower.function import GspmdLowering, finalize_output, lower_values, spec
 from moecc_backends.xla.trace.context import DEFAULTS, DIRECT, DeviceView, Interceptor, Options
 from moecc_backends.xla.trace.host_arrays import check_keys
-from moecc_backends.xla.trace.values import Function, Named, PyTree, is_float, manual_axes, varies
+from moecc_backends.xla.trace.values import (
+    Function,
+    Named,
+    PyTree,
+    dtype_of,
+    is_float,
+    manual_axes,
+    varies,
+)
 
 PartArrays = Mapping[Value, Array]
 PartResult = tuple[Array, tuple[Array, ...]]
@@ -76,13 +83,6 @@ SideArrays = dict[int, tuple[AnyArray, ...]]
 
 Results = tuple[Arrays, SideArrays]
 """The results of a scope, and the further values of the parts in it."""
-
-
-def dtype_of(array: AnyArray) -> DType:
-    """Return the element type of an array as the IR has it."""
-    dtype = dtype_named(array.dtype)
-    assert dtype is not None, "blocks have such types alone"
-    return dtype
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 
 from moecc.errors import InputError
 from moecc.support.untyped import JsonDict
+from moecc.types import dtype_from_numpy
 from moecc_backends.jaxpr.views import (
     AnyArray,
     AnyArrays,
@@ -30,7 +31,6 @@ from moecc_backends.jaxpr.views import (
     TreeLeaf,
     callee,
     contains,
-    dtype_named,
     float_bits,
     function_line,
     has_inside,
@@ -583,7 +583,7 @@ def is_key(dtype: Any) -> bool:
 def leaves_of(arrays: AnyArrays) -> dict[str, TreeLeaf]:
     """Return the leaves that weights can be read from: those whose types have names in the IR."""
     typed = {n: a for n, a in arrays.items() if not is_key(a.dtype)}
-    dtypes = {n: dtype_named(np.dtype(a.dtype)) for n, a in typed.items()}
+    dtypes = {n: dtype_from_numpy(np.dtype(a.dtype)) for n, a in typed.items()}
     return {n: TreeLeaf(n, tuple(typed[n].shape), d) for n, d in dtypes.items() if d is not None}
 
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from moecc.types import DTYPES, Axis, DType, TensorType
+from moecc.types import Axis, DType, TensorType
 from moecc.weights.expr import Box, Expr, Source
 from moecc.weights.movement import Index, Merge, Permute, Slice, Split
 
@@ -293,11 +293,6 @@ Iteration = Mapping[Hashable, int]
 
 class NotABlock(Exception):
     """Why a part of a program is not a block: the reason of a near miss."""
-
-
-def dtype_named(dtype: Any) -> DType | None:
-    """Return an element type of NumPy's as the IR has it, or None."""
-    return next((d for d in DTYPES.values() if d.numpy == dtype and d.kind != "key"), None)
 
 
 @dataclass(frozen=True)

@@ -497,7 +497,7 @@ def refuse_the_rest(keys: GgufKeys) -> None:
 
 # Translate config.json to the metadata of a GGUF file.
 #
-# The reverse of `moecc.formats.gguf.config`.
+# The reverse of `make_config`.
 
 
 def config_keys(architecture: str, family: GgufFamily, config: Json) -> list[Key]:

@@ -204,15 +204,15 @@ class Cursor:
 
 MAX_KEYS = 1 << 14
 _LEAST_KEY_BYTES = 8 + 1 + 4 + 1
-_STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
+_U32, _I32, _F32, _BOOL, _STRING, _ARRAY = range(4, 10)
 _SCALARS: dict[int, tuple[str, str]] = {
     0: ("u8", "B"),
     1: ("i8", "b"),
     2: ("u16", "H"),
     3: ("i16", "h"),
-    4: ("u32", "I"),
-    5: ("i32", "i"),
-    _FLOAT32: ("f32", "f"),
+    _U32: ("u32", "I"),
+    _I32: ("i32", "i"),
+    _F32: ("f32", "f"),
     _BOOL: ("bool", "B"),
     10: ("u64", "Q"),
     11: ("i64", "q"),
@@ -333,7 +333,7 @@ def _value(cursor: Cursor, code: int, identity: Identity, problems: Problems) ->
             fault = "neither true nor false"
             problems.add(fault, where=cursor.where, expected="0 or 1", found=f"{value}")
         return bool(value)
-    if code == _FLOAT32:
+    if code == _F32:
         # The shortest decimal that rounds to the same number: 1e-05, not 9.999999747378752e-06.
         return float(str(np.float32(value)))
     return value
@@ -620,8 +620,7 @@ class GgufKeys:
 
     def value(self, key: str) -> Value | None:
         """Return a value, or None if it is missing; an array with equal layers is unwrapped."""
-        self.used.add(key)
-        value = self._metadata.get(self._prefix + key)
+        value = self.array(key)
         return self._unwrapped(key, value) if isinstance(value, GgufArray) else value
 
     def array(self, key: str) -> Value | None:
@@ -659,8 +658,8 @@ class GgufKeys:
 
     def layers(self, key: str, count: int, default: int) -> list[int]:
         """Return a whole number for each of `count` layers, whether the file states one or all."""
-        self.used.add(key)
-        value = self._metadata.get(self._prefix + key, default)
+        stated = self.array(key)
+        value = default if stated is None else stated
         if isinstance(value, GgufArray) and value.letter and value.count == count <= MAX_LAYERS:
             numbers: list[int] = value.numbers().tolist()
         else:
@@ -715,7 +714,6 @@ def token_id(metadata: Metadata, name: str, count: int) -> int | None:
 # What is written before the data, by docs/gguf.md of the ggml project, version 3, little-endian.
 
 VERSION = 3
-_U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
 def plan_file(name: str, entries: Sequence[Entry], keys: Sequence[Key]) -> Shard:

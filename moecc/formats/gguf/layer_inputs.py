@@ -441,13 +441,13 @@ def _gemma3n(keys: GgufKeys, config: JsonDict) -> JsonDict:
 def _require_layers(keys: GgufKeys, key: str, expected: Sequence[float]) -> None:
     """Record an array of other numbers than llama.cpp computes with, whatever the file says."""
     stated = keys.array(key)
-    if stated is None:
-        return
-    is_array = (
-        isinstance(stated, GgufArray) and bool(stated.letter) and stated.count == len(expected)
+    is_usual = stated is None or (
+        isinstance(stated, GgufArray)
+        and stated.letter
+        and stated.count == len(expected)
+        and np.allclose(stated.numbers(), expected, rtol=1e-5)
     )
-    values = stated.numbers() if is_array and isinstance(stated, GgufArray) else None
-    if values is None or not np.allclose(values, expected, rtol=1e-5):
+    if not is_usual:
         fault = "llama.cpp has other numbers whatever the file says"
         keys.refuse(key, fault, expected=", ".join(f"{n:.4g}" for n in expected[:12]))
 

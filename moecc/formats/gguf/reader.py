@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -162,7 +163,6 @@ class GgufFile(Checkpoint):
         header: GgufHeader,
         config: JsonDict,
         tensors: dict[str, TensorInfo],
-        pool: DescriptorPool,
         *,
         head_dims: Mapping[str, int] | None = None,
         norms_plus_one: bool = False,
@@ -177,7 +177,7 @@ class GgufFile(Checkpoint):
         self._identities = header.identities
         self._spans = header.spans
         self._head_dims = head_dims or {}
-        self._pool = pool
+        self._pool = DescriptorPool()
         self._norms_plus_one = norms_plus_one
         self._orders = orders or {}
         self._wholes = wholes or {}
@@ -318,32 +318,26 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     shape = read_architectures().get(architecture)
     if shape is not None and first_expert(header.tensors) is None:
         return _open_shape(header, shape)
-    family = _family(header)
-    problems, pool = Problems(), DescriptorPool()
-    try:
-        names = _names(header, family, problems)
-        divisors = _rotary_divisors(header, pool, problems)
-        config, sizes = make_config(header, family, divisors, problems)
-        head_dims = _head_dims(header, names, family, sizes, problems)
-        if divisors is not None and 2 * divisors.size != sizes.head_dim:
-            problems.add(
-                "the number of divisors of the rotary frequencies does not match the head",
-                where=f"{header.path}, tensor {ROPE_FACTORS!r}",
-                expected=f"{sizes.head_dim / 2:g} for heads of width {sizes.head_dim}",
-                found=f"{divisors.size}",
-            )
-        problems.raise_if_any()
-        tensors = {
-            new: _info(header.tensors[old], new, family.unit_axis(new))
-            for old, new in names.items()
-        }
-        wholes, parts = _wholes(header, names, family, config)
-        tensors |= {name: _whole_info(name, joined, parts) for name, joined in wholes.items()}
-    except BaseException:
-        pool.close()
-        raise
+    family, problems = _family(header), Problems()
+    names = _names(header, family, problems)
+    divisors = _rotary_divisors(header, problems)
+    config, sizes = make_config(header, family, divisors, problems)
+    head_dims = _head_dims(header, names, family, sizes, problems)
+    if divisors is not None and 2 * divisors.size != sizes.head_dim:
+        problems.add(
+            "the number of divisors of the rotary frequencies does not match the head",
+            where=f"{header.path}, tensor {ROPE_FACTORS!r}",
+            expected=f"{sizes.head_dim / 2:g} for heads of width {sizes.head_dim}",
+            found=f"{divisors.size}",
+        )
+    problems.raise_if_any()
+    tensors = {
+        new: _info(header.tensors[old], new, family.unit_axis(new)) for old, new in names.items()
+    }
+    wholes, parts = _wholes(header, names, family, config)
+    tensors |= {name: _whole_info(name, joined, parts) for name, joined in wholes.items()}
     return GgufFile(
-        header, config, tensors, pool, head_dims=head_dims, wholes=wholes, parts=parts,
+        header, config, tensors, head_dims=head_dims, wholes=wholes, parts=parts,
         norms_plus_one=family.has("norm_offset"),
     )  # fmt: skip
 
@@ -400,19 +394,15 @@ def _open_shape(header: GgufHeader, shape: type[ModelConfig]) -> GgufFile:
     infos = {new: _info(header.tensors[old], new) for old, new in names.items()}
     for name, order in orders.items():
         infos[name] = replace(infos[name], shape=order.shape(infos[name].shape))
-    return GgufFile(header, config, infos, DescriptorPool(), orders=orders)
+    return GgufFile(header, config, infos, orders=orders)
 
 
 def _open_layer_inputs(header: GgufHeader, family: type[LayerInputsConfig]) -> GgufFile:
     """Open a file of a model whose layers read embeddings of their own."""
-    problems, pool = Problems(), DescriptorPool()
-    try:
-        divisors = _rotary_divisors(header, pool, problems)
-        config, names, stacks = read_layer_inputs(header, family, divisors, problems)
-        problems.raise_if_any()
-    except BaseException:
-        pool.close()
-        raise
+    problems = Problems()
+    divisors = _rotary_divisors(header, problems)
+    config, names, stacks = read_layer_inputs(header, family, divisors, problems)
+    problems.raise_if_any()
     tensors = {new: _info(header.tensors[old], new) for old, new in names.items()}
     parts = {old: _info(header.tensors[old], old) for old in stacks}
     wholes: dict[str, Expr] = {}
@@ -420,7 +410,7 @@ def _open_layer_inputs(header: GgufHeader, family: type[LayerInputsConfig]) -> G
         for name, expr in streams_of(old, _source(info, 0, info.dtype)).items():
             nbytes, wholes[name] = info.nbytes // info.shape[0], expr
             tensors[name] = replace(info, name=name, shape=expr.type.shape, nbytes=nbytes)
-    return GgufFile(header, config, tensors, pool, wholes=wholes, parts=parts)
+    return GgufFile(header, config, tensors, wholes=wholes, parts=parts)
 
 
 def _family(header: GgufHeader) -> GgufFamily:
@@ -475,7 +465,7 @@ def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[s
     return names
 
 
-def _rotary_divisors(header: GgufHeader, pool: DescriptorPool, problems: Problems) -> Array | None:
+def _rotary_divisors(header: GgufHeader, problems: Problems) -> Array | None:
     """Read the divisors of the rotary frequencies, ``[head_dim / 2]``."""
     stored = header.tensors.get(ROPE_FACTORS)
     if stored is None:
@@ -486,7 +476,8 @@ def _rotary_divisors(header: GgufHeader, pool: DescriptorPool, problems: Problem
         problems.add("not a vector of divisors", where=where, expected="[d] in F32", found=form)
         return None
     raw = np.empty(stored.nbytes, np.uint8)
-    pool.read_into(stored.file, header.identities[stored.file], raw.data, stored.offset)
+    with closing(DescriptorPool()) as pool:
+        pool.read_into(stored.file, header.identities[stored.file], raw.data, stored.offset)
     return raw.view(np.float32).astype(np.float64)
 
 

@@ -382,7 +382,7 @@ def _parts(stream: IO[bytes], split: str, path: Path) -> Iterator[bytes]:
 
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
-    """Yield lines. Raises InputError for one that is too long, or where all are in one file."""
+    """Yield lines. Raises InputError for one that is too long."""
     while line := stream.readline(LARGEST_DOCUMENT_BYTES + 1):
         if len(line) > LARGEST_DOCUMENT_BYTES:
             raise _too_long(path)

@@ -40,14 +40,19 @@ def nested(arrays: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def write(case: str, folder: Path, *, database: bool = True, zarr3: bool = False) -> None:
-    """Write a whole training state, whose moments have the names of the parameters."""
+def write(
+    case: str, folder: Path, *, database: bool = True, zarr3: bool = False, nnx: bool = False
+) -> None:
+    """Write a whole training state, whose moments have the names of the parameters.
+
+    Programs on NNX keep each array below its variable, as ``value``.
+    """
     import jax.numpy as jnp
 
     arrays = {k: jnp.asarray(v) for k, v in load_file(HERE / f"{case}.safetensors").items()}
-    tree = nested(arrays)
-    moments = {"mu": {k: jnp.zeros_like(v) for k, v in arrays.items()}}
-    state = {"params": tree, "opt_state": nested(moments["mu"]), "step": jnp.int32(9)}
+    arrays = {f"{k}-value" if nnx else k: a for k, a in arrays.items()}
+    moments = {k: jnp.zeros_like(v) for k, v in arrays.items()}
+    state = {"params": nested(arrays), "opt_state": nested(moments), "step": jnp.int32(9)}
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=database, use_zarr3=zarr3)
     ocp.Checkpointer(handler).save(folder, state)
 
@@ -59,7 +64,7 @@ LAYOUTS = [(True, True), (True, False), (False, True), (False, False)]
 def test_the_tensors_are_those_of_hugging_face(number, case, tmp_path):
     database, zarr3 = LAYOUTS[number % 4]
     place = tmp_path / "run" / "0" / "items"
-    write(case, place, database=database, zarr3=zarr3)
+    write(case, place, database=database, zarr3=zarr3, nnx=number % 2 == 1)
     source = tmp_path / "run"
     shutil.copy(GOLDEN / case / "config.json", source)
     golden = load_file(GOLDEN / case / "model.safetensors")

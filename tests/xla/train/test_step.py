@@ -23,7 +23,7 @@ pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.trace.context import DeviceView  # noqa: E402
 from moecc_backends.xla.train.gradients import token_losses  # noqa: E402
-from moecc_backends.xla.train.optimizer import OPTIMIZERS  # noqa: E402
+from moecc_backends.xla.train.optimizer import DIRECTIONS  # noqa: E402
 from moecc_backends.xla.train.step import TrainStep, make_train_step, shared_step  # noqa: E402
 
 
@@ -172,7 +172,7 @@ def test_a_spike_and_what_is_not_finite_change_nothing_but_counters():
     assert int(state["guard"]["in_a_row"]) == 2
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", DIRECTIONS)
 def test_a_step_that_is_not_finite_leaves_every_optimizer_s_moments(name):
     graph, batch = bigram(), bigram_batch()
     step = bigram_step(graph, name, guard=GuardSection())

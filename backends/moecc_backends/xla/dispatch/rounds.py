@@ -34,7 +34,6 @@ from moecc_backends.xla.dispatch.sorted_rows import (
     ExchangeMap,
     ExchangeRecord,
     ExchangeSpec,
-    Mesh,
     RowPermutation,
     SortedRows,
     exchange_map,
@@ -73,12 +72,12 @@ class RoundSpec:
       rounds: their number, and their rows.
     """
 
-    mesh: Mesh
+    mesh: Names
     devices: int
     rounds: Rounds
 
     @classmethod
-    def of(cls, routing: Routing, mesh: Mesh, devices: int) -> RoundSpec:
+    def of(cls, routing: Routing, mesh: Names, devices: int) -> RoundSpec:
         """Return the rounds for the rows of `routing`: a token chooses an expert at most once."""
         tokens, choices = routing.experts.shape
         experts = routing.num_experts

@@ -550,9 +550,6 @@ class CapacitySlots(DispatchLayout):
         return padded(rows, self.permutation.choice_of_row >= 0, value, gradient)
 
 
-Mesh = tuple[str, ...]
-
-
 class ExchangeMap(NamedTuple):
     """The map of one exchange, as one device knows it; i32 arrays.
 
@@ -592,13 +589,13 @@ class ExchangeSpec:
       is_emulated: whether the platform has no ragged exchange.
     """
 
-    mesh: Mesh
+    mesh: Names
     rows: int
     arrivals: int
     is_emulated: bool
 
 
-def exchange_map(group_sizes: Array, mesh: Mesh, arrivals: int) -> ExchangeMap:
+def exchange_map(group_sizes: Array, mesh: Names, arrivals: int) -> ExchangeMap:
     """Return the map of an exchange along `mesh` of rows sorted by expert.
 
     Args:
@@ -644,7 +641,7 @@ def _sorted_map(
     )
 
 
-def round_map(sizes: Array, mesh: Mesh, first: Array, rows: int) -> ExchangeMap:
+def round_map(sizes: Array, mesh: Names, first: Array, rows: int) -> ExchangeMap:
     """Return the map of the exchange of a round, in which any two devices exchange `rows` rows.
 
     Args:
@@ -730,7 +727,7 @@ def emulated(
     output_offsets: Array,
     recv_sizes: Array,
     *,
-    axis_name: Mesh,
+    axis_name: Names,
 ) -> Array:
     """Do as ``jax.lax.ragged_all_to_all``, which a CPU has not: gather all rows and pick.
 

@@ -1,4 +1,4 @@
-"""Lowering of rotary positions and causal masks."""
+"""Lowering of positions, of masks made of them, and of attention as one operation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ from moecc.ir.ops.attention import (
     bucket_starts,
     signed_starts,
 )
-from moecc.types import DTYPES
 from moecc_backends.xla.kernels.attention import (
     CUDNN_VARIES,
     AttentionArrays,
@@ -52,6 +51,7 @@ from moecc_backends.xla.trace.values import (
     Rows,
     accumulator,
     broadcast_like,
+    dtype_of,
     einsum,
     lifted,
     lifted_all,
@@ -206,10 +206,9 @@ def _attention(ctx: TraceContext, node: Node, *operands: Named) -> Named:
     query, key, value, *more = operands
     extras = dict(zip(attrs.given, more, strict=True))
     sizes = (query.sizes, key.sizes, value.sizes)
-    dtype = next(name for name, kind in DTYPES.items() if kind.numpy == query.array.dtype)
     is_tracked = ctx.view.mesh is not None and not CUDNN_VARIES
     is_gspmd = ctx.interceptor is not DIRECT
-    program = AttentionProgram(ctx.options.target, dtype, is_gspmd, is_tracked)
+    program = AttentionProgram(ctx.options.target, dtype_of(query.array).name, is_gspmd, is_tracked)
     kernel = _kernel(ctx, facts_of(*sizes, attrs, program))
     axes = AttentionAxes.of(*sizes, attrs)
     if kernel == "plain" or axes is None:

@@ -46,6 +46,7 @@ from moecc_backends.xla.trace.values import (
     Rows,
     accumulator,
     elementwise,
+    is_float,
     lifted,
     varies,
 )
@@ -180,7 +181,7 @@ def number(value: float, dtype: DTypeLike) -> Array:
 
     A bound such as −1e30 would be −∞ in float16, whose product with zero is NaN.
     """
-    if jnp.issubdtype(dtype, jnp.floating) and isfinite(value):
+    if is_float(dtype) and isfinite(value):
         low, high = BY_TORCH[jnp.dtype(dtype).name].limits
         value = min(max(value, low), high)
     return jnp.asarray(value, dtype)
@@ -190,10 +191,9 @@ def number(value: float, dtype: DTypeLike) -> Array:
 def _broadcast(ctx: TraceContext, node: Node, x: Operand, like: Operand) -> Operand:
     def widened(a: Array, b: Array) -> Array:
         kind = a.dtype
-        if jnp.issubdtype(kind, jnp.floating):
+        if is_float(kind):
             # A 1 for each choice is summed to a count, which a narrow type would round.
-            is_float = jnp.issubdtype(b.dtype, jnp.floating)
-            kind = jnp.promote_types(kind, b.dtype if is_float else accumulator(ctx.dtype))
+            kind = jnp.promote_types(kind, _kind(b, ctx))
         return jnp.broadcast_to(a.astype(kind), b.shape)
 
     return elementwise(widened, x, like)
@@ -230,7 +230,7 @@ def _random_uniform(ctx: TraceContext, node: Node, key: Named, like: Named) -> O
     axes, shape = _numbered(like)
     low, high = attrs.low, attrs.high
     numbers = low + _uniform(ctx, key.array, node, axes, shape) * (high - low)
-    return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
+    return Named(numbers.astype(_kind(like.array, ctx)), axes).to(like.axes)
 
 
 @lowering("random_normal")
@@ -240,12 +240,11 @@ def _random_normal(ctx: TraceContext, node: Node, key: Named, like: Named) -> Op
     first, second = (_uniform(ctx, k, node, axes, shape) for k in keys)
     std = RandomNormalOp.of_node(node).std
     numbers = jnp.sqrt(-2 * jnp.log1p(-first)) * jnp.cos(2 * pi * second) * std
-    return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
+    return Named(numbers.astype(_kind(like.array, ctx)), axes).to(like.axes)
 
 
-def _kind(like: Named, ctx: TraceContext) -> DTypeLike:
-    is_float = jnp.issubdtype(like.array.dtype, jnp.floating)
-    return like.array.dtype if is_float else accumulator(ctx.dtype)
+def _kind(like: Array, ctx: TraceContext) -> DTypeLike:
+    return like.dtype if is_float(like.dtype) else accumulator(ctx.dtype)
 
 
 # Lowering of what changes or reads axes: renaming, splitting, slices, positions, tables.

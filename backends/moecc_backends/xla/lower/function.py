@@ -437,7 +437,7 @@ def sharded_function(
     Args:
       graph: a graph on a mesh, its collectives lowered.
       mesh: devices, with the axes of the graph's mesh.
-      dtype: what to compute in, as in `moecc_backends.xla.lower.function`.
+      dtype: what to compute in, as in `function`.
       options: what was chosen for the lowering; its platform is that of the devices.
 
     Raises:

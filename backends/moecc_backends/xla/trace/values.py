@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value
+from moecc.types import DType, dtype_from_numpy
 from moecc_backends.xla.trace.host_arrays import Master
 
 PyTree = Any
@@ -45,6 +46,13 @@ def varies(*arrays: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     # Only within shard_map has the type of an array this attribute.
     types = (getattr(jax.typeof(a), "manual_axis_type") for a in arrays)  # noqa: B009
     return frozenset[str]().union(*(type.varying for type in types))
+
+
+def dtype_of(array: Array | jax.ShapeDtypeStruct) -> DType:
+    """Return the element type of an array as the IR has it."""
+    dtype = dtype_from_numpy(array.dtype)
+    assert dtype is not None, "programs have such types alone"
+    return dtype
 
 
 def is_float(dtype: DTypeLike) -> bool:

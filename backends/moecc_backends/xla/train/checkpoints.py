@@ -32,10 +32,7 @@ from moecc.formats.run import (
 )
 from moecc.ir.graph import Graph
 from moecc.support.extras import install_hint
-from moecc.train.events import (
-    RunStore,
-    Saved,
-)
+from moecc.train.events import RunStore, Saved
 from moecc.train.run import (
     Position,
     begin_step,
@@ -45,18 +42,14 @@ from moecc.train.run import (
     write_part,
 )
 from moecc.train.state import Weights, initial, moment, stored
-from moecc.types import DTYPES
 from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import Evaluator, TensorReader
 from moecc.weights.expr import Expr, Full, Source, transform
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split
 from moecc.weights.simplify import simplify
 from moecc_backends.xla.lower.function import sharded_array
-from moecc_backends.xla.program import (
-    is_first,
-    meet_processes,
-)
-from moecc_backends.xla.trace.values import PyTree
+from moecc_backends.xla.program import is_first, meet_processes
+from moecc_backends.xla.trace.values import PyTree, dtype_of
 
 _SYSTEM = re.compile(r"([^:]+) \[os_error_code=")
 """The system's own words at the end of what tensorstore says."""
@@ -317,9 +310,8 @@ class RunCheckpoints:
         done = self.wait()  # before tensors are made: of one save there is one copy
         tensors = self._tensors(state, at.step)
         prefix = array_key(PARAMS, "")
-        names = {d.numpy: d.name for d in DTYPES.values() if d.kind != "key"}
         params = {
-            key.removeprefix(prefix): {"dtype": names[array.dtype], "shape": list(array.shape)}
+            key.removeprefix(prefix): {"dtype": dtype_of(array).name, "shape": list(array.shape)}
             for key, array in sorted(tensors.items())
             if key.startswith(prefix)
         }
@@ -565,8 +557,8 @@ def load(
 
 def _evaluated(expr: Expr, evaluator: Evaluator, leaf: jax.ShapeDtypeStruct) -> Array:
     """Return the value of `expr` in the type of `leaf` and on its devices, part by part."""
-    kind = next(d for d in DTYPES.values() if d.numpy_name != "key" and d.numpy == leaf.dtype)
-    wanted = simplify(Cast(expr, kind) if kind.is_float else expr)
+    dtype = dtype_of(leaf)
+    wanted = simplify(Cast(expr, dtype) if dtype.is_float else expr)
     return sharded_array(
         expr.type.shape,
         leaf.sharding,

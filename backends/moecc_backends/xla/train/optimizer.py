@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moecc.errors import MachineError, UsageError, unknown_name
+from moecc.formats.source import FIRST, SECOND
 from moecc.support.extras import install_hint
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import (
@@ -27,7 +28,6 @@ from moecc.train.settings import (
     moment_types,
     uses_muon,
 )
-from moecc.train.state import COLUMN, FIRST, ROW, SECOND
 from moecc.types import TensorType
 from moecc_backends.xla.trace.values import Arrays, NamedArrays, Outputs, PyTree
 
@@ -271,10 +271,10 @@ def _by_block(
     def of_block(gradient: Array, param: Array, *moments: Array) -> PyTree:
         by_kind = dict(zip(like.kinds, moments, strict=True))
         initial = chain.init(param)
-        names = {ROW: "v_row", COLUMN: "v_col", SECOND: "v"}
-        state = initial[0]._replace(count=count, **{names[k]: a for k, a in by_kind.items()})
+        # optax has the same names of kinds.
+        state = initial[0]._replace(count=count, **by_kind)
         direction, after = chain.update(gradient, (state, *initial[1:]), param)
-        return direction, *(getattr(after[0], names[kind]) for kind in like.kinds)
+        return direction, *(getattr(after[0], kind) for kind in like.kinds)
 
     function, type = of_block, like.types[0]
     arguments = [type.names, *(t.names for t in like.types)]
@@ -294,6 +294,3 @@ DIRECTIONS: dict[str, Callable[[Update], Direction]] = {
     "sgd": _sgd,
 }
 """How an optimiser makes directions, by its name."""
-
-OPTIMIZERS = tuple(DIRECTIONS)
-"""The names of the optimisers."""
