@@ -81,7 +81,9 @@ def os_problem(error: OSError, path: Path, doing: str = "read") -> MoeccError:
     # A folder to write to is there, as has been checked: it takes no new files, as /proc does not.
     takes_none = doing == "write" and error.errno == errno.ENOENT
     if error.errno in _ABSENT and not takes_none:
-        return InputError(f"cannot {doing} the file: {reason}", where=path)
+        is_gone = error.errno == errno.ENOENT
+        message = "no such file" if is_gone else f"cannot {doing} the file: {reason}"
+        return InputError(message, where=path)
     hints = {
         errno.EACCES: f"give this user the right to {doing} it",
         errno.ENOSPC: "free some disk space",

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-from moecc.errors import CheckError, InputError, MoeccError
+from moecc.errors import CheckError, MoeccError
 from moecc.formats.files import read_utf8
 from moecc.formats.open import open_checkpoint
 from moecc.ir.graph import Graph
@@ -15,6 +15,7 @@ from moecc.ir.text import parse
 from moecc.jobs.checks import check_pipeline
 from moecc.jobs.command import Load, Report, Spelling
 from moecc.jobs.failures import ComparisonTest
+from moecc.model.inputs import require_file
 from moecc.model.open import reads_small, registry_with
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
@@ -41,9 +42,8 @@ def replay(reproducer: Annotated[str, Spelling("REPRODUCER")], *, load: Load = (
     Example:
       moecc replay moecc-crash-1.moe
     """
+    require_file(reproducer)
     path = Path(reproducer)
-    if not path.is_file():
-        raise InputError("no such file", where=reproducer)
     stated = read_reproducer(path)
     check_loaded(path, stated, load)
     graph = parse(read_utf8(path, sys.maxsize, "a .moe file"), reproducer)

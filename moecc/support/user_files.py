@@ -24,7 +24,7 @@ def run_file(path: Path) -> ModuleType:
       UsageError: it does not exist, is not Python, or fails: with its line, not as a crash.
     """
     if not path.is_file():
-        raise UsageError("there is no such file", where=str(path))
+        raise UsageError("no such file", where=str(path))
     key = (str(path.resolve()), path.stat().st_mtime_ns)
     if key not in _RUN:
         _RUN[key] = _run(path)

@@ -295,12 +295,15 @@ class _RowMaker:
     def _used(self) -> Sequence[int]:
         """Return the special tokens that the objective puts into sequences."""
         special, end = self.special, end_of(self.special)
-        used = [*special.before, *special.after, *([] if end is None else [end])]
-        if self.data.objective is Objective.SPANS:
-            used = [*special.sentinels, *([] if end is None else [end])]
-        if self.data.objective is Objective.MASKED:
-            used = [*special.before, *special.after, *([special.mask] if special.mask else [])]
-        return used
+        around = (*special.before, *special.after)
+        match self.data.objective:
+            case Objective.SPANS:
+                used = (*special.sentinels, end)
+            case Objective.MASKED:
+                used = (*around, special.mask)
+            case _:
+                used = (*around, end)
+        return [id for id in used if id is not None]
 
 
 # The order of a mixture: which row of which corpus a number stands for, without any state.

@@ -242,7 +242,7 @@ COMMANDS: dict[str, tuple[int, str]] = {
     f"{SMALL} --rules bad.rules": (1, "not TOML"),
     f"{SMALL} --save file": (1, "the file exists"),
     "compile preset:smollm2-135m": (2, "no machine is named"),
-    "compile preset:smollm2-135m --plan nowhere.json": (1, "cannot read the file"),
+    "compile preset:smollm2-135m --plan nowhere.json": (1, "no such file"),
     "compile preset:smollm2-135m --plan list.json": (1, "not a JSON object"),
     "train": (2, "not what moecc train takes"),
     "train bad.toml --out out": (1, "not TOML"),

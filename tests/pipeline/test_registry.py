@@ -76,7 +76,7 @@ def refused(path: Path, expected: str) -> None:
 
 
 def test_faulty_files_are_blamed_with_their_line(tmp_path):
-    refused(tmp_path / "none.py", "there is no such file")
+    refused(tmp_path / "none.py", "no such file")
     path = tmp_path / "faulty.py"
     path.write_text("x = 1\n", encoding="utf-8")
     refused(path, "defines no pass")

@@ -169,7 +169,7 @@ class TokenizerEncoder(Encoder):
             raise InputError(
                 "no tokenizer.json",
                 where=path,
-                hint="--tokenizer takes the folder of a checkpoint, or the word bytes",
+                hint="--tokenizer takes a checkpoint, a GGUF file, a run, or the word bytes",
             )
         self._data = read_bounded(file, _LARGEST_TOKENIZER_BYTES)
         self._where = str(file)
