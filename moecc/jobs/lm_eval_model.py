@@ -21,6 +21,7 @@ from moecc.backend import backend_with
 from moecc.decoding import Sampling
 from moecc.errors import InputError, MachineError
 from moecc.jobs.generate import Continuer, Continuing, end_tokens, load_tokenizer
+from moecc.model.inputs import longest
 from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.support.untyped import Json
@@ -33,7 +34,7 @@ BUCKET = 64
 """Lengths are rounded up to a multiple of this, so that few shapes are compiled."""
 
 LONGEST = 2048
-"""The longest context in tokens, unless the model's config states another."""
+"""The longest context in tokens, unless the model has fewer positions."""
 
 _MOST_TOKENS = 256
 
@@ -94,6 +95,11 @@ class HarnessModel:
         until = options.get("until") or []
         ends = [until] if isinstance(until, str) else list(until)
         count = int(options.get("max_gen_toks", _MOST_TOKENS))
+        if count >= self.longest:
+            raise InputError(
+                "there is no room for a context", where=self.model.name,
+                expected=f"max_gen_toks below {self.longest}", found=str(count),
+            )  # fmt: skip
         ids = (self._ids(context) or [self._start])[-(self.longest - count) :]
         heat = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
         generated: list[int] = []
@@ -126,7 +132,8 @@ class HarnessModel:
         tokens, hits = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
         for start in range(0, len(order), self.batch):
             chosen = order[start : start + self.batch]
-            scores = self._scorer(_padded([rows[n] for n in chosen], self.batch)).by_row()
+            padded = _padded([rows[n] for n in chosen], self.batch, self.longest)
+            scores = self._scorer(padded).by_row()
             real = slice(len(chosen))
             losses[chosen], tokens[chosen] = scores.losses[real], scores.tokens[real]
             hits[chosen] = scores.hits[real]
@@ -154,14 +161,17 @@ class HarnessModel:
     @cached_property
     def longest(self) -> int:
         """The tokens of a window."""
-        limit = self.model.graph.stated_config.get("max_position_embeddings")
-        return min(limit, LONGEST) if isinstance(limit, int) and limit > 0 else LONGEST
+        limits = (
+            self.model.graph.stated_config.get("max_position_embeddings"),
+            longest(self.model.graph),
+        )
+        return min(n for n in (*limits, LONGEST) if isinstance(n, int) and n > 0)
 
 
 def _padded(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch: int
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch: int, most: int
 ) -> dict[str, np.ndarray[Any, Any]]:
-    width = -(-max(len(seen) for seen, _ in rows) // BUCKET) * BUCKET
+    width = min(-(-max(len(seen) for seen, _ in rows) // BUCKET) * BUCKET, most)
     tokens = np.zeros((batch, width), np.int32)
     targets = np.full((batch, width), IGNORED, np.int32)
     for number, (seen, scored) in enumerate(rows):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from moecc.errors import InputError
 from moecc.jobs.generate import load_tokenizer
 from moecc.jobs.lm_eval_model import HarnessModel
 from moecc.model.open import open_model
@@ -70,3 +71,15 @@ def test_greedy_is_what_generation_finds(harness):
     assert not harness.loglikelihood([Instance(("ab", "?" + text))])[0][1]
     (cut,) = harness.generate_until([Instance(("ab", {"until": [text[1]], "max_gen_toks": 3}))])
     assert cut == text[: text.index(text[1])]
+
+
+def test_a_model_has_no_more_tokens_than_positions(tmp_path):
+    """Of a learned table: what is padded to more has no numbers for scores."""
+    folder = make_model(tmp_path / "model", "opt_plain", max_position_embeddings=40)
+    (folder / "tokenizer.json").write_bytes(byte_tokenizer())
+    with open_model(str(draw_weights(folder))) as model, load_tokenizer(model) as tokenizer:
+        harness = HarnessModel(model, tokenizer, batch=2)
+        scores = harness.loglikelihood([Instance(("ab", "cd")), Instance(("ab" * 60, "cd"))])
+        assert np.isfinite([score for score, _ in scores]).all()
+        with pytest.raises(InputError, match="no room for a context"):
+            harness.generate_until([Instance(("ab", {"max_gen_toks": 40}))])
