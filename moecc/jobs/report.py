@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 from moecc.jobs.command import Force, Report, SequenceLength, Spelling, check_writable, write_whole
@@ -148,7 +150,13 @@ def report(
     from moecc.jobs.specialise import specialisation
 
     check_writable(html, force=force)
+    runs = list(dict.fromkeys(runs))
     folders = [read_run(run) for run in runs]
+    names = Counter(run.name for run in folders)
+    folders = [
+        run if names[run.name] == 1 else replace(run, name=path)
+        for run, path in zip(folders, runs, strict=True)
+    ]
     specialised = {}
     if data is not None:
         spec = EvaluationSpec(seq=sequence, batches=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,14 @@ def test_the_page_is_whole_and_loads_nothing(run, tmp_path, capsys):
     assert not re.search(r"""(src|href)=["']?http""", without)
     assert text.count('<div class="figure">') >= 6
     assert main(["report", str(run), "--html", str(page)]) == 1
+
+
+def test_runs_of_one_name_are_told_apart(run, tmp_path, capsys):
+    pytest.importorskip("plotly")
+    other = shutil.copytree(run, tmp_path / "other" / run.name)
+    page, paths = tmp_path / "page.html", (str(run), str(other))
+    assert main(["report", *paths, str(run), "--html", str(page), "--format", "json"]) == 0
+    assert tuple(json.loads(capsys.readouterr().out)["runs"]) == paths
 
 
 JOURNALS: dict[str, Any] = {
