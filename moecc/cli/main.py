@@ -232,6 +232,9 @@ def _in_our_style(error: click.UsageError, argv: Sequence[str]) -> UsageError:
     command = error.ctx.command_path if error.ctx is not None else (*named, "moecc")[0]
     hint = f"{command} --help"
     if isinstance(error, click.NoSuchOption):
+        words = f"no such option {error.option_name!r}"
+        near = nearest(error.option_name, error.possibilities or ())
+        hint = f"{near} {hint}" if near else hint
         if error.option_name == "--json":
             hint = "--format json"
         elif argv[:1] == ["launch"]:

@@ -468,8 +468,8 @@ def _sequences(planned: PlannedStep) -> Iterator[Idea]:
 
 def _memory(estimate: Estimate, reference: Estimate) -> str:
     """Return what one needs beside another."""
-    saved = (reference.memory.total - estimate.memory.total) / 1e9
-    return f"{abs(saved):.2f} GB {'less' if saved >= 0 else 'more'}"
+    saved = reference.memory.total - estimate.memory.total
+    return f"{size_text(abs(saved))} {'less' if saved >= 0 else 'more'}"
 
 
 def _chunks(planned: PlannedStep) -> Iterator[Idea]:

@@ -38,6 +38,8 @@ _CLOUD_NAMES = {"v5e": "v5litepod"}
 
 MOST_SLICES = 64
 
+MOST_CPUS = 1 << 10
+
 MOST_GPUS = 1 << 13
 """The most GPUs of a machine that the search for one that fits tries."""
 
@@ -268,8 +270,9 @@ def _gpu(text: str, name: str, count: str) -> Machine:
 
 
 def _cpu(text: str, count: str = "1") -> Machine:
-    if not _WHOLE.match(count) or int(count) > 1024:
-        raise UsageError("not a number of devices", where=text, expected="cpu:8", found=count)
+    if not _WHOLE.match(count) or int(count) > MOST_CPUS:
+        expected = f"cpu:N, N from 1 to {MOST_CPUS:,}"
+        raise UsageError("not a number of devices", where=text, expected=expected, found=count)
     entry, devices = table()["cpu"], int(count)
     rate = entry["link_bytes_per_second"] / devices
     return Machine(

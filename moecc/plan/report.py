@@ -13,7 +13,7 @@ from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy, mesh_text
 from moecc.plan.time import EXPOSED_ERROR, Estimate
 from moecc.plan.workload import Workload
-from moecc.support.text import amount, count_text, time_text
+from moecc.support.text import amount, count_text, size_text, time_text
 from moecc.support.untyped import JsonDict
 
 
@@ -308,10 +308,10 @@ def _name(plan: JsonDict, experts: int) -> str:
 def _memory_rows(data: JsonDict) -> list[str]:
     best, usable = data["best"], data["machine"]["usable_bytes"]
     kinds = ", ".join(f"{n} {b / 1e9:.2f}" for n, b in best["memory_bytes"].items() if b >= 5e6)
-    left = (usable - best["total_bytes"]) / 1e9
+    left = usable - best["total_bytes"]
     return [
-        f"  memory      {best['total_bytes'] / 1e9:.2f} GB of {usable / 1e9:.2f} GB a device, "
-        f"{abs(left):.2f} GB {'to spare' if left >= 0 else 'too much'}",
+        f"  memory      {size_text(best['total_bytes'])} of {size_text(usable)} a device, "
+        f"{size_text(abs(left))} {'to spare' if left >= 0 else 'too much'}",
         *([f"              {kinds}"] if kinds else []),
     ]
 
@@ -376,10 +376,8 @@ def _ideas(data: JsonDict) -> list[str]:
         if seconds is None or size is None:
             rows += [f"    {'not':>7}  {how}", f"             {idea['why']}"]
             continue
-        rows.append(
-            f"    {seconds / data['best']['seconds'] - 1:+7.1%}  {how}, {size / 1e9:.2f} GB"
-        )
-        rows.append(f"             {idea['why']}")
+        slower = seconds / data["best"]["seconds"] - 1
+        rows += [f"    {slower:+7.1%}  {how}, {size_text(size)}", f"             {idea['why']}"]
         if idea["options"]:
             rows.append(f"             {idea['options']}")
     return rows
