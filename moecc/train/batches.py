@@ -119,6 +119,8 @@ class _Sequences:
 Key = tuple[str, str]
 """The use of a folder, ``train`` or ``evaluate``, and the name of its corpus."""
 
+_OF_THE_MODEL = "make the tokens with the model's own tokenizer: moecc tokens … --tokenizer MODEL"
+
 
 def label_rows(
     choices: LabelChoices, data: DataSection, model: ModelFacts
@@ -254,6 +256,7 @@ class _RowMaker:
                 where,
                 f"ids below {model.vocab}",
                 str(facts.largest_id),
+                _OF_THE_MODEL,
             )
         if facts.documents == 0 or facts.tokens == 0:
             yield Problem("the corpus is empty", where)
@@ -290,6 +293,7 @@ class _RowMaker:
                 where,
                 f"ids below {self.model.vocab}",
                 ", ".join(map(str, beyond[:8])),
+                _OF_THE_MODEL,
             )
 
     def _used(self) -> Sequence[int]:

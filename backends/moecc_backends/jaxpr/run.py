@@ -114,8 +114,8 @@ class Execution:
         if mesh is None:
             if self.mesh is None or set(self.mesh.axis_names) & manual:
                 return lowered(arrays)
-            experts = next((v.type["expert"].size for v in part.params if "expert" in v.type), 0)
-            assert isinstance(experts, int), "the number of experts is known"
+            owned = (v.type["expert"] for v in part.params if "expert" in v.type)
+            experts = next((axis.fixed_size for axis in owned), 0)
             grid = Mesh(tuple((n, int(s)) for n, s in self.mesh.shape.items()))
             return lowered(arrays, interceptor=GspmdLowering(self.mesh, Layout(grid, experts)))
         if set(mesh.names) <= manual:

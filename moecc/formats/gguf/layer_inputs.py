@@ -96,7 +96,7 @@ _GEMMA3N_ENDS = {"altup_correct_scale.weight": "altup.correct_output_scale"}
 
 # What llama.cpp (b11739) has as constants of a gemma3n.
 _PERIOD, _WRITERS, _SPARSE_LAYERS, _SPARSITY = 5, 20, 10, 0.95
-_CONSTANTS: Mapping[str, object] = {
+_CONSTANTS: Mapping[str, float] = {
     "streams": 4,
     "active_stream": 0,
     "laurel_rank": 64,
@@ -259,7 +259,6 @@ def read_layer_inputs(
     for name, stored in header.tensors.items():
         if not is_gemma4 and name in _STREAMS:
             count = _CONSTANTS["streams"]
-            assert isinstance(count, int), "a number"
             if len(stored.shape) != 3 or stored.shape[0] != count - 1:
                 where, shown = f"{header.path}, tensor {quoted(name)}", f"{list(stored.shape)}"
                 expected = f"{count - 1} matrices"
@@ -413,9 +412,7 @@ def _gemma3n(keys: GgufKeys, config: JsonDict) -> JsonDict:
         INPUT_WIDTH: "input_width", SOFTCAP: "logit_softcap",
     }  # fmt: skip
     for key, name in stated.items():
-        value = _CONSTANTS[name]
-        assert isinstance(value, int | float), "a number"
-        _require(keys, key, value, fault)
+        _require(keys, key, _CONSTANTS[name], fault)
     shared = max(layers - _WRITERS, 0)
     _require(keys, SHARED_LAYERS, shared, fault)
     sparsities = _usual_sparsities(layers)
@@ -455,8 +452,7 @@ def _require_layers(keys: GgufKeys, key: str, expected: Sequence[float]) -> None
 def streams_of(name: str, expr: Expr) -> dict[str, Expr]:
     """Return the matrices of a stack by their names in Hugging Face."""
     axis = expr.type.names[0]
-    count = expr.type[axis].size
-    assert isinstance(count, int), "a weight has fixed sizes"
+    count = expr.type[axis].fixed_size
     return {f"{_STREAMS[name]}.{n}.weight": Index(expr, axis, n) for n in range(count)}
 
 

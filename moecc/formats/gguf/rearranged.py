@@ -30,8 +30,7 @@ def cut(joined: str, expr: Expr, config: DecoderConfig) -> Parts:
         halves: Parts = (expr,)
         if config.names.expert_gate_up in joined:
             *_, outputs = columns
-            count = expr.type[outputs].size
-            assert isinstance(count, int), "a weight has fixed sizes"
+            count = expr.type[outputs].fixed_size
             if config.names.in_turns:
                 turns = Split(expr, outputs, ((outputs, count // 2), ("turn", 2)))
                 halves = (Index(turns, "turn", 0), Index(turns, "turn", 1))
@@ -103,9 +102,8 @@ def _cut_groups(expr: Expr, groups: int, sizes: Sequence[int]) -> Parts:
 
 
 def _grouped(expr: Expr, rows: str, groups: int) -> Expr:
-    count = expr.type[rows].size
-    assert isinstance(count, int), "a weight has fixed sizes"
-    return Split(expr, rows, (("group", groups), ("entry", count // groups)))
+    entries = expr.type[rows].fixed_size // groups
+    return Split(expr, rows, (("group", groups), ("entry", entries)))
 
 
 def _named(expr: Expr, names: Sequence[str]) -> Expr:
@@ -121,8 +119,7 @@ def _reordered(joined: str, expr: Expr, delta: DeltaLayers, sizes: tuple[int, in
     axis, so that llama.cpp repeats keys as they lie.
     """
     axis = expr.type.names[-1 if joined.endswith("out_proj.weight") else 0]
-    count = expr.type[axis].size
-    assert isinstance(count, int), "a weight has fixed sizes"
+    count = expr.type[axis].fixed_size
     # Queries and keys lie before values in the matrices of all three.
     before = 2 * delta.key_heads * delta.key_dim if ("qkv" in joined or "conv1d" in joined) else 0
     values = Slice(expr, axis, before, count) if before else expr
