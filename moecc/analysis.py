@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from moecc.errors import InputError
-from moecc.ir.conventions import LOGITS
+from moecc.errors import InputError, Problem
+from moecc.ir.conventions import DECODER_TOKENS, LOGITS, TOKENS
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.attention import LENGTH_SCALINGS, RopeOp
 from moecc.ir.ops.contraction import ProductOp
 from moecc.ir.traits import Cost, Role, RowMove
 from moecc.ir.unroll import users_within
@@ -484,3 +485,66 @@ def _head_nodes(logits: Value, of_tokens: set[Value]) -> set[Node]:
         head.add(node)
         stack.extend(node.operands)
     return head
+
+
+# Whether the documents of a packed row can be kept apart.
+
+DIFFERENCES = ("causal", "alibi", "relative_buckets", "signed_buckets")
+"""The operations that read how far positions are apart, which a place in a row does not change."""
+
+
+def document_mixtures(graph: Graph, longest: int) -> Iterator[Problem]:
+    """Yield what makes a document of a packed row depend on others, in spite of ``pack-segments``.
+
+    That pass masks the softmax of an attention, and counts the positions of rotary tables and of
+    learned ones within documents.
+
+    Args:
+      graph: a model's, unrolled.
+      longest: the tokens of a row.
+    """
+    sequences = [graph.inputs[n] for n in (TOKENS, DECODER_TOKENS) if n in graph.inputs]
+    axes = [axis for value in sequences for axis in value.type if axis.name != "batch"]
+    tokens = {axis.name for axis in axes}
+    lengths = {axis.size for axis in axes if isinstance(axis.size, str)}
+    is_shifted: dict[Value, bool] = {}
+    weights: set[Value] = set()
+    # Experts are numbers: a bound on their rows that counts them is one that documents share.
+    states = set(sequences)
+    for node in graph:
+        name, operands = node.op.name, node.operands
+        if name == "rope" and _depends_on_length(RopeOp.of_node(node), longest):
+            scaling = node.attrs["scaling"]
+            yield _mixture(node, f"rope scaling {scaling} depends on the longest document")
+        positions = [value for value in operands if value in is_shifted]
+        if name == "positions" and node.attrs["axis"] in tokens:
+            is_shifted[node.result] = False
+        elif positions and name in ("rename", "add"):
+            is_shifted[node.result] = name == "add" or is_shifted[positions[0]]
+        elif positions and name not in DIFFERENCES:
+            is_read = name == "rope" or node.op.cost is Cost.LOOK_UP
+            if not is_read or any(is_shifted[value] for value in positions):
+                yield _mixture(node, "positions are counted in a row, not in a document")
+        read = [value for value in operands if value in states]
+        states.update(value for value in node.results if read and value.type.dtype.is_float)
+        over = {
+            axis.name for value in read for axis in value.type
+            if axis.size in lengths and axis.name in node.op.mixes(operands, node.attrs)
+        }  # fmt: skip
+        if node.op.is_distribution and over and not over & tokens:
+            weights.update(node.results)
+        elif any(value in weights for value in operands):
+            weights.update(node.results if node.op.elementwise else ())
+        elif over - tokens or (over and node.op.is_distribution):
+            yield _mixture(node, f"tokens of several documents meet in {name}")
+
+
+def _depends_on_length(rope: RopeOp, longest: int) -> bool:
+    """Whether a rotary table depends on the longest document of a row of `longest` tokens."""
+    # pack-segments refuses dynamic whatever the length is.
+    is_long = rope.scaling == "dynamic" or longest > rope.original_context
+    return rope.scaling in LENGTH_SCALINGS and is_long
+
+
+def _mixture(node: Node, message: str) -> Problem:
+    return Problem(message, node.loc, hint="data.packing = false")

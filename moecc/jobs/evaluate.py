@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import exp
 from typing import Annotated, Any
 
+from moecc.analysis import document_mixtures
 from moecc.backend import backend_with, get_backend
 from moecc.decoding import ReadOnce
 from moecc.families.describe import sequence_flops
@@ -34,7 +35,7 @@ from moecc.support.lazy import np
 from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import HeldOutBatches, collate, label_rows, open_batches
-from moecc.train.graphs import check_objective, document_mixtures, eval_graph
+from moecc.train.graphs import check_objective, eval_graph
 from moecc.train.recipe import (
     Corpus,
     DataSection,

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from moecc.analysis import document_mixtures
 from moecc.errors import InputError
 from moecc.jobs.evaluate import EvaluationSpec, evaluation_recipe
-from moecc.train.graphs import document_mixtures, eval_graph
+from moecc.train.graphs import eval_graph
 from moecc.train.tokens.folder import open_tokens
 from moecc.train.tokens.make import Making, make_tokens
 from tests.passes.test_pack_segments import GOLDEN, compare, imported
