@@ -206,8 +206,7 @@ def _problems(variables: Mapping[str, str]) -> list[Problem]:
 
 # A process of a multi-process run: reports its progress, and ends with the others.
 #
-# A process that hangs in a collective neither fails nor finishes, and no timeout of JAX covers
-# it.
+# A process that hangs in a collective neither fails nor finishes, and no timeout of JAX covers it.
 # So each process reports its steps: to the supervisor, over a pipe, if there is one; and to a
 # watchdog thread, which ends the process with a stack trace if no step comes in time.
 

@@ -70,7 +70,7 @@ class StepPasses:
       losses: options of ``add-losses``; None where none are added.
       mesh: where it is laid on a mesh of its own collectives.
       rolled: whether equal layers are a scan.
-      remat: what the backward pass computes again: ``none``, ``full``, or ``save``.
+      remat: what the backward pass computes again, one of `moecc.plan.step.REMATS`.
       split: the mesh axis along which what goes from layer to layer is kept in parts.
     """
 

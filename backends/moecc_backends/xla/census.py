@@ -638,7 +638,7 @@ def _weight(counted: Census) -> tuple[int, int]:
     return counted.flops, sum(collective.total_bytes for collective in counted.collectives)
 
 
-# --- collectives
+# The collectives of a text.
 
 
 def _collective(
@@ -701,7 +701,7 @@ def _moves(pairs: str) -> bool:
     return any(a != b for a, b in re.findall(r"\{(\d+),(\d+)", "{" + pairs))
 
 
-# --- products
+# The products of a text.
 
 
 def _product(where: Computation, instruction: Instruction) -> Census:

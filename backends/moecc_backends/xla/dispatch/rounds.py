@@ -43,6 +43,7 @@ from moecc_backends.xla.dispatch.sorted_rows import (
     send_back,
     sum_rows,
 )
+from moecc_backends.xla.kernels.grouped_matmul import starts_of
 from moecc_backends.xla.trace.context import DeviceView, TraceContext, zeros_like_on_devices
 from moecc_backends.xla.trace.values import (
     DeferredRows,
@@ -192,7 +193,7 @@ class InRounds(Deferral):
         experts, rows = routed.experts, routed.permutation
         devices = sizes.shape[0]
         sent = sizes[lax.axis_index(mesh)].reshape(devices, -1).sum(1)
-        starts, first = jnp.cumsum(sent) - sent, self.spec.rounds.first(turn)
+        starts, first = starts_of(sent), self.spec.rounds.first(turn)
         index = first + jnp.arange(count, dtype=jnp.int32)
         choice = jnp.take(rows.choice_of_row, starts[:, None] + index, mode="clip")
         device = jnp.clip(experts // (sizes.shape[1] // devices), 0, devices - 1)

@@ -19,7 +19,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul_of_parts, repeat_by_group
+from moecc_backends.xla.kernels.grouped_matmul import (
+    grouped_matmul_of_parts,
+    repeat_by_group,
+    starts_of,
+)
 from moecc_backends.xla.trace.values import (
     SLOT_AXES,
     Arrays,
@@ -132,9 +136,7 @@ def sort_by_expert(
 
 def rank_in_expert(sorted_choices: SortedChoices, experts: Array) -> Array:
     """Count, for each choice ``[tokens, choice]``, the earlier choices of the same expert."""
-    sizes = sorted_choices.group_sizes
-    starts = jnp.cumsum(sizes) - sizes
-    return sorted_choices.inverse - starts[experts]
+    return sorted_choices.inverse - starts_of(sorted_choices.group_sizes)[experts]
 
 
 def sorted_permutation(sorted_choices: SortedChoices) -> RowPermutation:
@@ -607,11 +609,11 @@ def exchange_map(group_sizes: Array, mesh: Names, arrivals: int) -> ExchangeMap:
     device, devices = lax.axis_index(mesh), sizes.shape[0]
     by_device = sizes.reshape(devices, devices, -1).sum(2)
     sent, got = by_device[device], by_device[:, device]
-    there = RaggedArgs(_starts(sent), sent, _starts(by_device, 0)[device], got)
-    back = RaggedArgs(_starts(got), got, _starts(by_device, 1)[:, device], sent)
+    there = RaggedArgs(starts_of(sent), sent, starts_of(by_device, 0)[device], got)
+    back = RaggedArgs(starts_of(got), got, starts_of(by_device, 1)[:, device], sent)
     count = sizes.shape[1] // devices
     parts = lax.dynamic_slice_in_dim(sizes, device * count, count, 1)
-    arrived = _starts(parts.reshape(-1)).reshape(parts.shape)
+    arrived = starts_of(parts.reshape(-1)).reshape(parts.shape)
     return _sorted_map(parts, arrived, arrivals, there, back)
 
 
@@ -631,7 +633,7 @@ def _sorted_map(
       there: what is sent to the experts, where devices get different numbers of rows.
       back: what is sent back.
     """
-    by_expert = _starts(parts.T.reshape(-1)).reshape(parts.T.shape)
+    by_expert = starts_of(parts.T.reshape(-1)).reshape(parts.T.shape)
     return ExchangeMap(
         there,
         back,
@@ -655,12 +657,8 @@ def round_map(sizes: Array, mesh: Names, first: Array, rows: int) -> ExchangeMap
     ends = jnp.cumsum(runs, 1)
     starts, stops = (jnp.clip(at, first, first + rows) for at in (ends - runs, ends))
     parts = stops - starts
-    arrived = _starts(parts, 1) + jnp.arange(devices, dtype=jnp.int32)[:, None] * rows
+    arrived = starts_of(parts, 1) + jnp.arange(devices, dtype=jnp.int32)[:, None] * rows
     return _sorted_map(parts, arrived, devices * rows)
-
-
-def _starts(sizes: Array, axis: int = 0) -> Array:
-    return jnp.cumsum(sizes, axis) - sizes
 
 
 def _matched(mine: Array, theirs: Array, sizes: Array, count: int) -> Array:

@@ -135,6 +135,11 @@ def cover_blocks(
     return carry
 
 
+def starts_of(sizes: Array, axis: int = 0) -> Array:
+    """Return where each of several runs begins that follow one another along an axis."""
+    return jnp.cumsum(sizes, axis) - sizes
+
+
 def walk_experts(group_sizes: Array, body: Callable[[Array, Carry], Carry], carry: Carry) -> Carry:
     """Run `body(expert, carry)` over the experts that have rows, and only over those.
 
@@ -204,7 +209,7 @@ def grouped_matmul_of_parts(
     sizes = block_sizes(rows.shape[0], len(weights))
     # Each size is a loop for each expert, which take long to compile.
     two = tuple(dict.fromkeys((sizes[len(sizes) // 2], sizes[-1])))
-    starts = jnp.cumsum(group_sizes) - group_sizes
+    starts = starts_of(group_sizes)
     wide = weights[0].shape[2 - contracting_axis]
     output = jnp.zeros((rows.shape[0], wide), stored_as(rows.dtype))
     # Experts have one shape, so that jax traces and lowers the walk once.
@@ -242,7 +247,7 @@ _product_of_groups.defvjp(
 def _walk_product(rows: Array, weights: Array, group_sizes: Array, axis: int) -> Array:
     """Multiply the rows of each expert with its weights."""
     sizes = block_sizes(rows.shape[0], group_sizes.size)
-    starts = jnp.cumsum(group_sizes) - group_sizes
+    starts = starts_of(group_sizes)
 
     def expert_body(expert: Array, output: Array) -> Array:
         stored = lax.dynamic_index_in_dim(store(weights), expert, 0, keepdims=False)
@@ -268,10 +273,10 @@ def _walk_rows(
         # At the end of the array the block moves left, over rows that the mask protects.
         first = jnp.minimum(start, num_rows - size) if is_partial else start
         product = block_product(_block(rows, first, size), weight, axis)
-        mask = inside(first, size, start, begin + count) if is_partial else None
         block = store(product.astype(rows.dtype))
-        if mask is not None:
-            block = jnp.where(mask, block, lax.dynamic_slice_in_dim(output, first, block.shape[0]))
+        if is_partial:
+            mask = inside(first, size, start, begin + count)
+            block = jnp.where(mask, block, lax.dynamic_slice_in_dim(output, first, size))
         return lax.dynamic_update_slice_in_dim(output, block, first, 0)
 
     return walk_blocks(begin, count, sizes, step, output)
@@ -283,7 +288,7 @@ def _walk_gradient(
     """Sum, for each expert, the outer products of its rows and their cotangents."""
     num_rows = rows.shape[0]
     sizes = block_sizes(num_rows, group_sizes.size)
-    starts = jnp.cumsum(group_sizes) - group_sizes
+    starts = starts_of(group_sizes)
 
     def expert_body(expert: Array, gradient: Array) -> Array:
         end = starts[expert] + group_sizes[expert]
@@ -317,7 +322,7 @@ def _gradient_of_few(
     Gradients are larger than what they are made of, and a loop writes them twice.  Sums of narrow
     ones would be an array of twice their size.
     """
-    starts = jnp.cumsum(group_sizes) - group_sizes
+    starts = starts_of(group_sizes)
     numbers = jnp.arange(rows.shape[0], dtype=group_sizes.dtype)
     is_used = (numbers < group_sizes[:, None])[..., None]
 
@@ -430,7 +435,7 @@ def _repeat_by_group_backward(
     values, group_sizes = residuals
     flat = d_rows.reshape(num_rows, -1)
     stored = store(flat)
-    starts = jnp.cumsum(group_sizes) - group_sizes
+    starts = starts_of(group_sizes)
     size = min(num_rows, _SUMMED_ROWS)
 
     def expert_body(expert: Array, sums: Array) -> Array:
@@ -543,7 +548,7 @@ def _outer_products(rows: Array, d_products: Array, group_sizes: Array) -> Array
         total = lax.fori_loop(0, turns, step, zeros_after(d_products, shape, kind, 0))
         return total.astype(rows.dtype)
 
-    return lax.map(of_group, (jnp.cumsum(group_sizes) - group_sizes, group_sizes))
+    return lax.map(of_group, (starts_of(group_sizes), group_sizes))
 
 
 def why_no_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str | None:

@@ -18,6 +18,7 @@ from moecc.ir.ops.slots import SlotsOp, capacity, group_count
 from moecc_backends.xla.dispatch.choose import plan_dispatch
 from moecc_backends.xla.dispatch.rounds import InRounds, RoundSpec, exchanged_once
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows, rank_in_expert, sort_by_expert
+from moecc_backends.xla.kernels.grouped_matmul import starts_of
 from moecc_backends.xla.lower.contract import is_precise, softmax
 from moecc_backends.xla.trace.context import TraceContext, lowering, lowering_along
 from moecc_backends.xla.trace.values import (
@@ -66,7 +67,7 @@ def _shares(chosen: Array) -> Array:
 
 
 def _sparsemixer(scores: Array, best: Array, experts: Array) -> Array:
-    """Each choice's softmax among the logits near it; earlier choices no longer take part."""
+    """Return each choice's softmax among the logits near it, earlier choices left out."""
     left, gates = scores, []
     for k in range(experts.shape[-1]):
         top = best[..., k : k + 1]
@@ -335,7 +336,7 @@ def _within_buffer(
     rows = buffer_rows(attrs, each * groups // blocks, chosen.shape[1])
     cells = counted.reshape(blocks, groups // blocks, parts, num_experts // parts)
     line = cells.transpose(0, 2, 1, 3).reshape(blocks, parts, -1)
-    room = jnp.clip(rows - (jnp.cumsum(line, -1) - line), 0, line)
+    room = jnp.clip(rows - starts_of(line, -1), 0, line)
     back = room.reshape(blocks, parts, groups // blocks, num_experts // parts)
     limit = back.transpose(0, 2, 1, 3).reshape(groups, num_experts)
     group = ctx.view.shard_index(over) * mine + jnp.arange(chosen.shape[0]) // max(each, 1)
