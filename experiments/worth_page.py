@@ -21,6 +21,9 @@ BEGIN, END = "<!-- begin tables: written by experiments/worth_page.py -->", "<!-
 WIDE: Any = {"decoder": "decoder_worth_wide", "base_steps": 1000}
 """The second size."""
 
+LARGE: Any = {"decoder": "decoder_5m", "base_steps": 23_600}
+"""The third, of one seed: its intervals are over documents alone."""
+
 Line = dict[str, Any]
 Lines = dict[tuple[str, int], dict[tuple[str, int], Line]]
 
@@ -67,10 +70,12 @@ def read_lines(
     return lines
 
 
-def difference(lines: Lines, one: tuple[str, int], other: tuple[str, int]) -> Difference | None:
-    """Return arm `one` less arm `other`, each with its steps, of texts with two seeds or more.
+def difference(
+    lines: Lines, one: tuple[str, int], other: tuple[str, int], seeds: int = 2
+) -> Difference | None:
+    """Return arm `one` less arm `other`, each with its steps, of texts with so many seeds or more.
 
-    None if there is no such text.
+    What seeds do is no part of the error of one seed. None if there is no such text.
     """
     by_text: dict[str, list[np.ndarray]] = {}
     tokens: dict[str, np.ndarray] = {}
@@ -79,26 +84,27 @@ def difference(lines: Lines, one: tuple[str, int], other: tuple[str, int]) -> Di
             losses = [np.asarray(arms[arm]["document_losses"]) for arm in (one, other)]
             by_text.setdefault(text, []).append(losses[0] - losses[1])
             tokens[text] = np.asarray(arms[one]["document_tokens"], float)
-    parts: list[tuple[float, float, int]] = []
+    parts: list[tuple[float, int]] = []
     means = []
     for text, rows in by_text.items():
-        if len(rows) < 2:
+        if len(rows) < seeds:
             continue
         total = tokens[text].sum()
-        seeds = np.array([row.sum() / total for row in rows])
-        mean = float(seeds.mean())
+        by_seed = np.array([row.sum() / total for row in rows])
+        mean = float(by_seed.mean())
         residuals = np.mean(rows, axis=0) - mean * tokens[text]
         count = len(residuals)
-        parts.append((float(seeds.var(ddof=1)) / len(seeds), len(seeds) - 1, 0))
-        parts.append((float((residuals**2).sum()) * count / (count - 1) / total**2, count - 1, 0))
+        if len(rows) > 1:
+            parts.append((float(by_seed.var(ddof=1)) / len(rows), len(rows) - 1))
+        parts.append((float((residuals**2).sum()) * count / (count - 1) / total**2, count - 1))
         means.append(mean)
     if not means:
         return None
-    variances = [variance / len(means) ** 2 for variance, _, _ in parts]
+    variances = [variance / len(means) ** 2 for variance, _ in parts]
     degrees = sum(variances) ** 2 / sum(
-        v**2 / d for v, (_, d, _) in zip(variances, parts, strict=True)
+        v**2 / d for v, (_, d) in zip(variances, parts, strict=True)
     )
-    settings = sum(len(rows) for rows in by_text.values() if len(rows) > 1)
+    settings = sum(len(rows) for rows in by_text.values() if len(rows) >= seeds)
     return Difference(float(np.mean(means)), sqrt(sum(variances)), degrees, settings)
 
 
@@ -112,7 +118,7 @@ def holm(values: list[float]) -> list[float]:
     return corrected
 
 
-def claims(lines: Lines) -> list[tuple[str, Difference]]:
+def claims(lines: Lines, seeds: int = 2) -> list[tuple[str, Difference]]:
     """Return what the page claims: at equal executed FLOPs, and at equal processor time."""
     some = next(arms for arms in lines.values() if (SPARSE, STEPS[0]) in arms)
     flops = {arm: line["flops_per_token"] for (arm, _), line in some.items()}
@@ -121,7 +127,7 @@ def claims(lines: Lines) -> list[tuple[str, Difference]]:
     for kind, ratio in (("executed FLOPs", more), ("processor time", LONGER)):
         for steps in STEPS:
             other = ceil(steps * ratio) if ratio is more else round(steps * ratio)
-            effect = difference(lines, (SPARSE, steps), (DENSE, other))
+            effect = difference(lines, (SPARSE, steps), (DENSE, other), seeds)
             if effect is not None:
                 name = f"{steps:,} sparse steps: equal {kind} ({other:,} dense ones)"
                 rows.append((name, effect))
@@ -209,6 +215,7 @@ def main() -> None:
     blocks = [*table("sparse less dense", claims(lines)), ""]
     blocks += table("less the recipe", parts(lines))
     blocks += ["", *table("the same, 185 thousand parameters", claims(read_lines(**WIDE)))]
+    blocks += ["", *table("4.8 million parameters", claims(read_lines(**LARGE), seeds=1))]
     PAGE.write_text("\n".join([before.rstrip("\n"), "", BEGIN, *blocks, END]) + after)
 
 
