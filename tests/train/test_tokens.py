@@ -112,6 +112,17 @@ def test_examples_have_prompts_and_labels(tmp_path):
     assert bytes(facts.labels[0].tokens) == b" yes"
 
 
+def test_a_part_has_the_labels_of_the_whole(tmp_path):
+    """Among fewer the likeliest would be right more often."""
+    answers = ["yes", "no"] * 20 + ["rarely"]
+    records = [{"prompt": f"is it {n}?", "completion": answer} for n, answer in enumerate(answers)]
+    source, form = lines(tmp_path / "x.jsonl", *records), DocumentFormat("labelled")
+    parts = make(tmp_path / "out", source, format=form, hold_out=0.2)
+    counts = [{label.text: label.count for label in facts.labels} for facts in parts.values()]
+    assert all(set(count) == {"yes", "no", "rarely"} for count in counts)
+    assert sorted(count["rarely"] for count in counts) == [0, 1]
+
+
 def test_json_that_is_read_as_text_is_a_remark(tmp_path, moecc):
     for name in ("a.json", "b.txt"):
         (tmp_path / name).write_text('[{"text": "c"}]')

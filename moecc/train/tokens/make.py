@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,6 +98,11 @@ class TokenWriter(Closing):
         ids, number, count = self._labels.get(text, (completion, len(self._labels), 0))
         self._labels[text] = (ids, number, count + 1)
         self._write(LABELS, np.array([number], "<i4"))
+
+    def add_labels(self, other: TokenWriter) -> None:
+        """Add the labels of another part of the texts, which an example could have had here."""
+        for text, (ids, _, _) in other._labels.items():
+            self._labels.setdefault(text, (ids, len(self._labels), 0))
 
     def finish(self, *, sources: list[SourceFile], duplicates: int, held_out: str) -> TokenFacts:
         """Complete the folder and return its facts. Raises MachineError."""
@@ -276,6 +282,8 @@ class _TokenMaker:
                 progress(sum(sizes[: number + 1]), sum(sizes))
         self._reader.problems.raise_if_any()
         self._require_documents(files)
+        for writer, other in permutations(self._writers.values(), 2):
+            writer.add_labels(other)
         return {
             name: writer.finish(
                 sources=self._reader.sources,
