@@ -310,16 +310,28 @@ DEFAULT_TARGET = "auto"
 def exported(job: TrainJob, events: Iterable[Event]) -> Iterator[Event]:
     """Yield `events`, and `Exported` after a step that was saved and is due to be exported.
 
+    The last step of a local run is exported first where the run was killed before it was.
+
     Raises:
       InputError: the family cannot express the model.
       CheckError: what was written is not what is read back.
       MachineError: the disk is full.
     """
     every = job.recipe.run.export_steps
+    step = _last_step(job.run) if job.store is None else 0
+    if every and step % every == 0 and step and not (job.run / EXPORTS / str(step)).exists():
+        yield Exported(step, export_step(job, step))
     for event in events:
         yield event
         if isinstance(event, Saved) and every and event.step % every == 0:
             yield Exported(event.step, export_step(job, event.step))
+
+
+def _last_step(run: Path) -> int:
+    """Return the steps at the last checkpoint of a run; 0 where it is none of its own."""
+    steps = saved_steps(run)
+    number = steps[-1].number if steps else 0
+    return 0 if steps and run_stages(run)[-1].get("from_step") == number else number
 
 
 def export_step(job: TrainJob, step: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,9 @@ from moecc.formats.run import (
     split_reference,
 )
 from moecc.formats.writer import JOURNAL_NAME
+from moecc.jobs.training import exported
+from moecc.train.events import TrainJob
+from moecc.train.recipe import RunSection
 from moecc.train.run import (
     begin_step,
     create_run,
@@ -244,3 +248,23 @@ def test_a_run_is_made_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(InputError, match="not empty") as caught:
         create_run(out, recipe="", graph="", lineage={}, source={})
     assert "moecc train --resume RUN" in str(caught.value)
+
+
+@pytest.mark.parametrize(("stage", "steps"), [({}, [4]), ({"from_step": 4}, [])])
+def test_an_export_that_a_kill_prevented_is_made_up_for(tmp_path, monkeypatch, stage, steps):
+    """But not of the step of another run, which a fork begins with."""
+    (tmp_path / "steps" / "4").mkdir(parents=True)
+    (tmp_path / "steps" / "4" / "step.json").touch()
+    lineage = {"schema": LINEAGE_SCHEMA, "stages": [stage]}
+    (tmp_path / "lineage.json").write_text(json.dumps(lineage))
+    exports = tmp_path / "exports"
+
+    def export(job: TrainJob, step: int) -> Path:
+        (exports / str(step)).mkdir(parents=True)
+        return exports / str(step)
+
+    monkeypatch.setattr("moecc.jobs.training.export_step", export)
+    recipe = SimpleNamespace(run=RunSection(6, export_steps=2))
+    job = SimpleNamespace(run=tmp_path, recipe=recipe, store=None)
+    assert [event.step for event in exported(job, [])] == steps
+    assert list(exported(job, [])) == []
