@@ -150,7 +150,9 @@ def _measured(stated: Json) -> str:
 def _at_the_logits(stated: Json) -> str:
     comparison = object_of(stated.get("verified"))
     if not comparison:
-        return "not at the logits, which `convert --verify` does"
+        # A function of JAX or a module of PyTorch is not run by `convert`.
+        is_program = stated.get("target") in (MODEL_TYPE, MODULE_TYPE)
+        return "not at the logits" + ("" if is_program else ", which `convert --verify` does")
     difference, layers = object_of(comparison.get("difference")), comparison.get("layers")
     part = f" of the first {layers} layers" if layers else ""
     output = str(comparison.get("output"))
@@ -174,10 +176,11 @@ def _engines(stated: Json) -> str:
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
     if not rows:
         target = stated.get("target")
-        is_unjudged = target in (None, FAMILY, MODEL_TYPE, MODULE_TYPE)
-        return (
-            "moecc" if is_unjudged else f"what runs a dense {target}; mixtures alone were looked at"
-        )
+        if target == MODULE_TYPE:
+            return "PyTorch, by the program in the folder"
+        if target in (None, FAMILY, MODEL_TYPE):
+            return "moecc"
+        return f"what runs a dense {target}; mixtures alone were looked at"
     text = ", ".join(runs) if runs else "moecc alone"
     return f"{text}; not in {', '.join(others)}" if others else text
 

@@ -71,6 +71,9 @@ def test_the_commands_prove_and_verify_it(dense, sparse, tmp_path, capsys):
     receipt = json.loads((sparse / "moecc_receipt.json").read_text())
     assert receipt["proof"]["verdict"] == "proved"
     assert main(["verify", str(sparse)]) == 0
+    said = capsys.readouterr().out
+    assert "Runs in: PyTorch, by the program in the folder" in said
+    assert "convert --verify" not in said, "which this conversion has not"
     log = tmp_path / "log.json"
     assert main(["prove", str(dense), str(sparse), "--proof", str(log)]) == 0
     assert "proved" in capsys.readouterr().out
