@@ -339,7 +339,8 @@ def _forecast(
         )
         if before["device_hours"] is not None and after["device_hours"] is not None:
             hours = FEWEST_SEEDS * PILOT_STEPS * (before["device_hours"] + after["device_hours"])
-            needed += f"; {hours:.3g} device-hours of {machine}"
+            needed += f"; with {before['step_tokens']:,} tokens a step {hours:.3g} device-hours"
+            needed += f" of {machine}"
             needed += "" if price is None else f", which cost {price * hours:,.2f}"
         return {**facts, **_answer([("there is no pilot", needed)])}, None
     assert batch is not None, "a pilot has batches"
@@ -397,7 +398,7 @@ def _answer(reasons: Sequence[tuple[str, str]]) -> JsonDict:
 def _cost(model: str, graph: Graph, seq: int, batch: int | None, machine: str | None) -> JsonDict:
     """Return the stored parameters of an arm, and what a step of it costs, as planned."""
     flops = sequence_flops(graph, dict.fromkeys(length_variables(graph), seq)).per_token
-    hours = None
+    hours, tokens = None, None
     if machine is not None:
         config = StepConfig(batch_tokens=batch, sequence=str(seq))
         devices = find_machine(machine).devices
@@ -409,8 +410,11 @@ def _cost(model: str, graph: Graph, seq: int, batch: int | None, machine: str | 
             )  # fmt: skip
         plan = plan_step(graph, model, machine, config)[0]
         hours = plan["best"]["seconds"] * plan["machine"]["devices"] / 3600
-    parameters = count_parameters(graph).total
-    return {"parameters": parameters, "flops_per_token": flops, "device_hours": hours}
+        tokens = plan["batch"]["tokens"]
+    return {
+        "parameters": count_parameters(graph).total, "flops_per_token": flops,
+        "device_hours": hours, "step_tokens": tokens,
+    }  # fmt: skip
 
 
 def _budget(text: str, machine: str | None) -> tuple[float, bool]:

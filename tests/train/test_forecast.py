@@ -193,7 +193,9 @@ def test_mixtures_and_models_of_images_are_refused(capsys):
 def test_a_pilot_has_a_price(capsys):
     words = ["forecast", "preset:smollm2-135m", "--tokens", "2e12", "--machine", "gpu:h100:8"]
     assert main([*words, "--price", "1000"]) == 0
-    hours, cost = re.search(
-        r"([\d.]+) device-hours of gpu:h100:8, which cost ([\d.]+)", capsys.readouterr().out
-    ).groups()
+    said = r"with ([\d,]+) tokens a step ([\d.]+) device-hours of gpu:h100:8, which cost ([\d.]+)"
+    tokens, hours, cost = re.search(said, capsys.readouterr().out).groups()
     assert float(cost) == pytest.approx(1000 * float(hours), rel=0.01)
+    assert main(["plan", *words[1:2], *words[4:], "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert f"{plan['batch']['tokens']:,}" == tokens
