@@ -525,7 +525,7 @@ class ParamTree:
             is_penzai = any(type(leaf).__module__.startswith("penzai") for leaf in fixed.values())
             raise InputError(
                 "the parameters have no array",
-                found=str(treedef)[:80],
+                found=str(treedef)[:80] if pairs else "no parameters",
                 hint="a penzai model holds variables: pass the values of pz.unbind_params(model), "
                 "and bind them in the function with pz.bind_variables" if is_penzai else None,
             )  # fmt: skip

@@ -43,6 +43,7 @@ from moecc.prove import Prover
 from moecc.prove.conversion import ConversionProof, compared
 from moecc.rewrite.passes import Context, Pass
 from moecc.rewrite.pipeline import Pipeline
+from moecc.support.text import with_article
 from moecc.types import Array, Axis, TensorType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, sources
@@ -519,7 +520,7 @@ def _class_of_transformers(dense: DenseClass, path: Path) -> Any:
         raise InputError(
             f"the class {dense.name} is not one of transformers",
             where=str(path),
-            hint=f"load(folder, model), with a {dense.name}",
+            hint=f"load(folder, model), with {with_article(dense.name)}",
         )
     return dense_class
 
