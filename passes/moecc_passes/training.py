@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from moecc.analysis import ATTRIBUTE, parameter_groups, trainable
+from moecc.analysis import ATTRIBUTE, document_mixtures, parameter_groups, trainable
 from moecc.errors import InputError, Problem, raise_problems
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import DECODER_TOKENS, HIDDEN, LOGITS, TOKENS
@@ -354,13 +354,8 @@ class _Packing:
                     where(node),
                     hint="routing=token-choice keeps documents apart",
                 )
-            rope = fits(ROPE, node)
-            if rope is not None and rope.attr("scaling") == "dynamic":
-                yield Problem(
-                    "rope scaling dynamic depends on the longest document of all",
-                    where(node),
-                    hint="data.packing = false",
-                )
+        # How long a row is, is not known here: moecc train asks again, of longrope.
+        yield from document_mixtures(self._graph, longest=0)
 
     @property
     def _token_axes(self) -> tuple[str, ...]:

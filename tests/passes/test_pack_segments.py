@@ -124,6 +124,9 @@ def test_what_mixes_documents_otherwise_is_rejected():
         packed(imported("llama_dynamic"))
     with pytest.raises(InputError, match="experts read averages of tokens"):
         packed(imported("bert_gelu", "upcycle{experts=2 routing=soft}"))
+    for name in ("lfm2_square", "qwen3_next_square", "gpt_oss_square_v4", "llama4_square"):
+        with pytest.raises(InputError, match=r"documents meet in|not in a document"):
+            packed(imported(name))
     with pytest.raises(InputError, match="packed already"):
         packed(packed(imported("llama_gqa")))
     with pytest.raises(InputError, match="repeats its layers"):
