@@ -43,8 +43,6 @@ than the others.
   1.52. Both begin from 2.8 tokens a parameter at most, and end after 150 steps; in
   [worth.md](worth.md), from a dense model that was trained for longer and with the recipe of today,
   experts are worth it.
-* (l) is (a) on one seed, with a dense model of 4.8 million parameters (`experiments/decoder_5m`),
-  for which 0.6 million tokens before the switch are few.
 
 Processor time includes the compilation of the programs.
 """
