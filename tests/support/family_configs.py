@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from moecc.families.rope import RopeConfig
 from moecc.families.st_moe import StMoeConfig
 from moecc.families.t5 import SwitchTransformersConfig, T5Config
 from moecc.formats.files import read_json_object
-from moecc.formats.source import TensorInfo
+from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.support.lazy import np
 from moecc.support.process import Closing
@@ -330,6 +331,7 @@ class MemoryCheckpoint(Closing):
 
     format = "safetensors"
     states_tie = False
+    branches: Mapping[str, Checkpoint] = MappingProxyType({})
 
     def __init__(self, config: Mapping[str, object], arrays: Mapping[str, Array]) -> None:
         self.path = Path("memory")
