@@ -494,14 +494,14 @@ DIFFERENCES = ("causal", "alibi", "relative_buckets", "signed_buckets")
 
 
 def document_mixtures(graph: Graph, longest: int) -> Iterator[Problem]:
-    """Yield what makes a document of a packed row depend on others, in spite of ``pack-segments``.
+    """Yield what makes a document of a packed row depend on others, so that no row is packed.
 
-    That pass masks the softmax of an attention, and counts the positions of rotary tables and of
-    learned ones within documents.
+    ``pack-segments`` masks the softmax of an attention, and counts the positions of rotary tables
+    and of learned ones within documents; what else reads a row is named here.
 
     Args:
       graph: a model's, unrolled.
-      longest: the tokens of a row.
+      longest: the tokens of a row; of 0, which stand for any number, longrope is not named.
     """
     sequences = [graph.inputs[n] for n in (TOKENS, DECODER_TOKENS) if n in graph.inputs]
     axes = [axis for value in sequences for axis in value.type if axis.name != "batch"]
@@ -541,7 +541,7 @@ def document_mixtures(graph: Graph, longest: int) -> Iterator[Problem]:
 
 def _depends_on_length(rope: RopeOp, longest: int) -> bool:
     """Whether a rotary table depends on the longest document of a row of `longest` tokens."""
-    # pack-segments refuses dynamic whatever the length is.
+    # A table of dynamic scaling is that of the longest document, at whatever length.
     is_long = rope.scaling == "dynamic" or longest > rope.original_context
     return rope.scaling in LENGTH_SCALINGS and is_long
 
