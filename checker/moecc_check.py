@@ -721,7 +721,9 @@ def main():
     notes = [text for key, text in NOTES.items() if log.get(key)]
     if "\n  attr mesh = " in "".join(graphs):
         notes.append(f", on all devices{', in real arithmetic' if log['exact'] else ''}")
-    print(f"accepted: {sum(map(len, used))} steps, {len(log['outputs'])} outputs{''.join(notes)}")
+    steps, outputs = (f"{n} {of}{'s' * (n != 1)}" for n, of in
+                      ((sum(map(len, used)), "step"), (len(log["outputs"]), "output")))  # fmt: skip
+    print(f"accepted: {steps}, {outputs}{''.join(notes)}")
     return 0
 
 
