@@ -129,7 +129,7 @@ class Judgements:
     ) -> None:
         """Judge what is missing, in order, until a time."""
         wanted = [k for k in keys if k not in self.rows]
-        batch = 4 * (os.cpu_count() or 1)
+        batch = 64 * (os.cpu_count() or 1)  # cores wait for the slowest of each
         with self.file.open("a", encoding="utf-8") as lines:
             for at in range(0, len(wanted), batch):
                 if time.time() > until:
