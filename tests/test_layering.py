@@ -1,11 +1,8 @@
 """Imports run one way: from passes and backends to the core, and within each without a circle."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -25,9 +22,9 @@ FORBIDDEN = {
 }
 
 
-def imported(path: Path) -> set[str]:
+def imported(path):
     """Return the top-level names that a file imports anywhere in it."""
-    names: set[str] = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name.split(".")[0] for alias in node.names)
@@ -82,7 +79,7 @@ COMMAND_LINE = "moecc.cli"
 MAY_CALL_THE_COMMAND_LINE = {"moecc.__main__"}
 
 
-def modules() -> dict[str, Path]:
+def modules():
     """Return the files of the three packages by the names of their modules."""
     found = {}
     for package, folder in PACKAGES.items():
@@ -92,10 +89,10 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def arrows(module: str, file: Path, known: Mapping[str, Path]) -> set[str]:
+def arrows(module, file, known):
     """Return the modules among `known` that a file imports anywhere, for types alone included."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    names: set[str] = set()
+    names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
@@ -111,14 +108,14 @@ def arrows(module: str, file: Path, known: Mapping[str, Path]) -> set[str]:
 def graph():
     """Every module of the three packages, and an arrow to each that it imports."""
     known = modules()
-    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph = nx.DiGraph()
     for module, file in known.items():
         graph.add_node(module)
         graph.add_edges_from((module, other) for other in arrows(module, file, known))
     return graph
 
 
-def circles(graph: nx.DiGraph[str]) -> list[list[str]]:
+def circles(graph):
     """Return the modules of each circle: an import of a module by itself is one, too."""
     groups = nx.strongly_connected_components(graph)
     return [sorted(g) for g in groups if len(g) > 1 or any(graph.has_edge(m, m) for m in g)]
@@ -140,7 +137,7 @@ def test_a_circle_closed_by_a_local_or_a_type_only_import_is_found(tmp_path):
     for name, text in texts.items():
         known[name] = tmp_path / f"{name}.py"
         known[name].write_text(text)
-    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph = nx.DiGraph()
     for name, file in known.items():
         graph.add_edges_from((name, other) for other in arrows(name, file, known))
     assert circles(graph) == [["room.a", "room.b", "room.c"]]
@@ -157,14 +154,14 @@ def test_nobody_imports_the_front_door(graph):
     assert {a for a, _ in graph.in_edges("moecc")} == set()
 
 
-def room(module: str) -> str:
+def room(module):
     """Return the room of a module: a folder of the core, or another package as a whole."""
     package, *rest = module.split(".")
     return f"{package}.{rest[0]}" if package == "moecc" and rest else package
 
 
 def test_no_circle_of_rooms(graph):
-    rooms: nx.DiGraph[str] = nx.DiGraph()
+    rooms = nx.DiGraph()
     rooms.add_edges_from((room(a), room(b)) for a, b in graph.edges if room(a) != room(b))
     assert len(rooms) > 20
     assert circles(rooms) == []

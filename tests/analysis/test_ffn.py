@@ -1,34 +1,27 @@
 """Feed-forward blocks are found by their dataflow, whatever their names, order and company."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 
-from moecc.analysis import FFNBlock, find_ffn_blocks
+from moecc.analysis import find_ffn_blocks
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Value
 from moecc.model.open import open_model
 from moecc.testing import graphs
 from moecc.testing.steps import attention, binary, contract, experts, feed_forward, unary
 from moecc.types import F32, tensor
 
-SIZES: dict[str, Any] = {"batch": "B", "seq": "S", "embed": 4, "mlp": 6, "head": 2, "wide": 4}
-
-Build = Callable[..., Value]
+SIZES = {"batch": "B", "seq": "S", "embed": 4, "mlp": 6, "head": 2, "wide": 4}
 
 
-def graph_of(build_: Build, x: tuple[str, ...] = ("batch", "seq", "embed"), **axes: str) -> Graph:
+def graph_of(build_, x=("batch", "seq", "embed"), **axes):
     """Return the graph whose output `build_` makes of ``x`` and parameters of the given axes."""
     graph = Graph("odd")
     builder = Builder(graph, loc="layers.3.ffn")
 
-    def type_of(names: tuple[str, ...]) -> Any:
+    def type_of(names):
         return tensor(F32, **{n: SIZES[n] for n in names})
 
     tokens = graph.input("x", type_of(x))
@@ -37,11 +30,11 @@ def graph_of(build_: Build, x: tuple[str, ...] = ("batch", "seq", "embed"), **ax
     return graph
 
 
-def plain(b: Builder, x: Value, up: Value, down: Value) -> Value:
+def plain(b, x, up, down):
     return b.contract(b.silu(b.contract(x, up, over="embed")), down, over="mlp")
 
 
-def gated(b: Builder, x: Value, gate: Value, up: Value, down: Value, act: str = "silu") -> Value:
+def gated(b, x, gate, up, down, act="silu"):
     a, u = (b.contract(x, w, over="embed") for w in (gate, up))
     return b.contract(b.mul(getattr(b, act)(a), u), down, over="mlp")
 
@@ -49,14 +42,14 @@ def gated(b: Builder, x: Value, gate: Value, up: Value, down: Value, act: str = 
 UP, DOWN = "mlp embed", "embed mlp"
 
 
-def only_block(graph: Graph) -> FFNBlock:
+def only_block(graph):
     search = find_ffn_blocks(graph)
     assert search.refusals == []
     (block,) = search.blocks
     return block
 
 
-def only_refusal(graph: Graph) -> str:
+def only_refusal(graph):
     search = find_ffn_blocks(graph)
     assert search.blocks == []
     (refusal,) = search.refusals
@@ -84,7 +77,7 @@ def test_a_gated_block_and_its_parts():
 
 
 def test_biases_belong_to_the_block():
-    def biased(b: Builder, x: Value, up: Value, p: Value, down: Value, q: Value) -> Value:
+    def biased(b, x, up, p, down, q):
         h = b.gelu(b.add(p, b.contract(x, up, over="embed")))
         return b.mul(b.add(q, b.contract(h, down, over="mlp")), b.relu(x))
 
@@ -98,7 +91,7 @@ def test_biases_belong_to_the_block():
 
 
 def test_parameters_may_be_transformed_and_constants_taken_inside():
-    def built(b: Builder, x: Value, up: Value, m: Value, down: Value) -> Value:
+    def built(b, x, up, m, down):
         low, one = b.exp(m), b.constant(value=1.0)
         return b.contract(b.mul(b.silu(b.contract(x, up, over="embed")), b.add(low, one)), down,
                           over="mlp")  # fmt: skip
@@ -116,7 +109,7 @@ def test_parameters_may_be_transformed_and_constants_taken_inside():
      ("sigmoid", None, 1), ("stop_gradient", 1, 1), ("exp", None, 1)],
 )  # fmt: skip
 def test_degrees_of_a_gated_block(act, gate, up):
-    def built(b: Builder, x: Value, **params: Value) -> Value:
+    def built(b, x, **params):
         return gated(b, x, **params, act=act)
 
     block = only_block(graph_of(built, gate=UP, up=UP, down=DOWN))
@@ -124,7 +117,7 @@ def test_degrees_of_a_gated_block(act, gate, up):
 
 
 def test_degrees_with_biases_sums_and_scales():
-    def built(b: Builder, x: Value, g: Value, u: Value, p: Value, down: Value) -> Value:
+    def built(b, x, g, u, p, down):
         a = b.relu(b.add(b.contract(x, g, over="embed"), p))
         u_ = b.scale(b.contract(x, u, over="embed"), by=2.0)
         both = b.maximum(b.mul(a, u_), b.neg(b.mul(u_, a)))
@@ -133,7 +126,7 @@ def test_degrees_with_biases_sums_and_scales():
     block = only_block(graph_of(built, g=UP, u=UP, p="mlp", down=DOWN))
     assert {w.name: d for w, d in block.degrees().items()} == {"g": 1, "u": 1}
 
-    def shifted(b: Builder, x: Value, g: Value, u: Value, p: Value, down: Value) -> Value:
+    def shifted(b, x, g, u, p, down):
         a = b.relu(b.contract(x, g, over="embed"))
         u_ = b.add(b.scale(b.contract(x, u, over="embed"), by=2.0), p)
         return b.contract(b.mul(a, u_), down, over="mlp")
@@ -146,16 +139,16 @@ def test_degrees_with_biases_sums_and_scales():
 # --- what is none, and why
 
 
-def two_inputs(b: Builder, x: Value, gate: Value, up: Value, down: Value) -> Value:
+def two_inputs(b, x, gate, up, down):
     a, u = b.contract(x, gate, over="embed"), b.contract(b.tanh(x), up, over="embed")
     return b.contract(b.mul(b.silu(a), u), down, over="mlp")
 
 
-def linear(b: Builder, x: Value, up: Value, down: Value) -> Value:
+def linear(b, x, up, down):
     return b.contract(b.scale(b.contract(x, up, over="embed"), by=2.0), down, over="mlp")
 
 
-REFUSED: dict[str, tuple[Build, dict[str, str], str]] = {
+REFUSED = {
     "different roots": (
         two_inputs, {"gate": UP, "up": UP, "down": DOWN}, "take different values: %v1, %x",
     ),
@@ -196,7 +189,7 @@ def test_sparse_layers_are_no_blocks():
 @given(graphs(steps=[feed_forward, unary, contract, attention, binary, experts], max_steps=6))
 def test_what_is_found_in_random_graphs_is_a_block(graph):
     order = {node: i for i, node in enumerate(graph)}
-    seen: set[Any] = set()
+    seen = set()
     for block in find_ffn_blocks(graph).blocks:
         assert seen.isdisjoint(block.nodes)
         seen |= set(block.nodes)
@@ -204,7 +197,7 @@ def test_what_is_found_in_random_graphs_is_a_block(graph):
         check_block(block)
 
 
-def check_block(block: FFNBlock) -> None:
+def check_block(block):
     """Check the definition: from one value through parameters and back, closed and elementwise."""
     inside = {v for n in block.nodes for v in n.results}
     assert {up.operands[0] for up in block.ups} == {block.x}

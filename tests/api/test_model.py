@@ -1,7 +1,5 @@
 """`moecc.open` and its model: a conversion in a few lines, and every wrong argument by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

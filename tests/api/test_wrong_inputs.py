@@ -3,15 +3,11 @@
 A row has what is called, the class of the error or the exit code, and words of the message.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,24 +26,24 @@ H100 = "gpu:h100:8"
 class NoPath:
     """Says that it is a path, and is none."""
 
-    def __fspath__(self) -> int:
+    def __fspath__(self):
         return 3
 
 
 class NoText:
     """Has no text that could be shown."""
 
-    def __repr__(self) -> str:
+    def __repr__(self):
         raise RuntimeError("no text")
 
 
 @pytest.fixture(scope="module")
-def dense() -> moecc.Model:
+def dense():
     return moecc.open(DENSE)
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path, monkeypatch):
     """The working folder of a row, with files that are not what they are taken for."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").write_text("mine")
@@ -76,23 +72,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def closed() -> moecc.Model:
+def closed():
     model = moecc.open(DENSE)
     model.close()
     return model
 
 
-def preset() -> moecc.Model:
+def preset():
     return moecc.open("preset:smollm2-135m")
 
 
-def tokens(value: object) -> dict[str, object]:
+def tokens(value):
     return {"tokens": value}
 
 
-Call = Callable[[moecc.Model], object]
-
-API: dict[str, tuple[Call, type[MoeccError], str]] = {
+API = {
     "a number to open": (lambda m: moecc.open(3), UsageError, "the source cannot be used"),
     "a path that is a number": (lambda m: moecc.open(NoPath()), UsageError, "the source cannot"),
     "what has no text to open": (lambda m: moecc.open(NoText()), UsageError, "found: NoText"),
@@ -193,7 +187,7 @@ API: dict[str, tuple[Call, type[MoeccError], str]] = {
 UPCYCLE = "upcycle{experts=4}"
 SMALL = "plan preset:smollm2-135m --machine gpu:h100:8"
 
-COMMANDS: dict[str, tuple[int, str]] = {
+COMMANDS = {
     "inspct dense": (2, "did you mean 'inspect'"),
     "nope": (2, "no such command 'nope'; commands: inspect"),
     "emit cobol dense -o out": (2, "'cobol' is not one of 'torch', 'jax', 'maxtext'"),
@@ -266,7 +260,7 @@ COMMANDS: dict[str, tuple[int, str]] = {
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("case", API)
-def test_a_wrong_argument_is_moeccs_own_error(dense: moecc.Model, case: str) -> None:
+def test_a_wrong_argument_is_moeccs_own_error(dense, case):
     call, kind, words = API[case]
     with pytest.raises(MoeccError) as caught:
         call(dense)
@@ -275,9 +269,7 @@ def test_a_wrong_argument_is_moeccs_own_error(dense: moecc.Model, case: str) -> 
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_wrong_command_has_an_exit_code_and_a_message(
-    line: str, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_command_has_an_exit_code_and_a_message(line, place, capsys):
     code, words = COMMANDS[line]
     before = sorted(os.listdir(place))
     assert main(shlex.split(line)) == code
@@ -297,15 +289,13 @@ def test_a_wrong_command_has_an_exit_code_and_a_message(
         ({"tokens": np.arange(8)}, "the array has another number of axes"),
     ],
 )
-def test_inputs_of_a_function(inputs: Any, words: str) -> None:
+def test_inputs_of_a_function(inputs, words):
     model = moecc.open(DENSE)
     with pytest.raises(InputError, match=words):
         model.function()(dict(model.params()), inputs)
 
 
-def test_a_model_is_read_from_another_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_read_from_another_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(GOLDEN)
     sparse = moecc.open("llama_gqa").upcycle(experts=4)
     monkeypatch.chdir(tmp_path)
@@ -316,6 +306,6 @@ def test_a_model_is_read_from_another_working_folder(
 
 
 @pytest.mark.parametrize("experts", [4.0, "4", None])
-def test_an_option_of_a_pass_of_another_type(experts: Any) -> None:
+def test_an_option_of_a_pass_of_another_type(experts):
     with pytest.raises(UsageError, match="an option of upcycle has another type"):
         moecc.open(DENSE).apply(UpcyclePass(experts=experts))

@@ -43,7 +43,7 @@ def bounds_of_block(x: Array, hidden: Array, roundings: int = 0) -> dict[str, Ar
     }
 
 
-def assert_within(measured: Array, expected: Array, bound: Array) -> None:
+def assert_within(measured: Array, expected: Array, bound: Array):
     """Check that no element is further off than its bound; float64 itself rounds by 1e-15."""
     off = np.abs(measured.astype(np.float64) - expected) - bound
     assert off.max() <= 1e-14, f"{off.max():.2g} beyond the bound"

@@ -1,10 +1,7 @@
 """`moecc capture`, and conversions that read its statistics, on a tiny model."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +16,7 @@ from moecc.model.initialise import BlockSums, open_capture
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.train.tokens.folder import TokenFolder, open_tokens
-from moecc.types import Array
+from moecc.train.tokens.folder import open_tokens
 from tests.train.tiny import DOCS, draw_weights, make_model, make_recipe
 
 from .rounding import UNIT, assert_within, bounds_of_block
@@ -34,7 +30,7 @@ def model(tmp_path_factory):
     return draw_weights(make_model(tmp_path_factory.mktemp("model") / "model"))
 
 
-def captured(model: Path, out: Path, *more: str) -> Path:
+def captured(model, out, *more):
     texts = [word for name, path in TEXTS.items() for word in ("--text", f"{name}={path}")]
     assert main(["capture", str(model), *texts, "--out", str(out), *SMALL, *more]) == 0
     return out
@@ -56,11 +52,11 @@ def test_a_run_over_bytes_encodes_texts_as_bytes(tmp_path):
     assert whole.ids(0, whole.facts.tokens).tolist() == list(TEXTS["tour"].read_bytes())
 
 
-def converted(model: Path, out: Path, passes: str, *more: str) -> int:
+def converted(model, out, passes, *more):
     return main(["convert", str(model), str(out), "-p", passes, "--to", "st_moe", *more])
 
 
-def tensors(folder: Path) -> dict[str, Array]:
+def tensors(folder):
     return dict(load_file(folder / "model.safetensors"))
 
 
@@ -95,7 +91,7 @@ def test_the_statistics_are_those_of_the_values(model, tmp_path):
             assert_within(measured, expected, bounds[name])
 
 
-def values(model: Path, folder: TokenFolder) -> tuple[Array, Array]:
+def values(model, folder):
     """Return the input and the hidden value of the last block, ``[tokens, …]``."""
     with open_model(str(model)) as opened:
         spec = EvaluationSpec(seq=180, batch=1)
@@ -224,9 +220,7 @@ def test_groups_of_like_results():
 # --- bad input
 
 
-def refused(
-    model: Path, tmp_path: Path, passes: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> str:
+def refused(model, tmp_path, passes, folder, capsys):
     assert converted(model, tmp_path / "out", passes, "--capture", str(folder)) == 1
     assert not (tmp_path / "out").exists()
     return capsys.readouterr().err

@@ -1,7 +1,5 @@
 """Sums over tokens and the statistics that follow, against the plainest formulas."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st

@@ -2,14 +2,11 @@
 
 import json
 import struct
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 
-def header_bytes(header: Any) -> bytes:
+def header_bytes(header):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text
 
@@ -18,7 +15,7 @@ def header_bytes(header: Any) -> bytes:
 def write_raw():
     """Write a safetensors file from a header (JSON value or bytes) and a buffer."""
 
-    def write(path: Path, header: Any, data: bytes = b"") -> Path:
+    def write(path, header, data=b""):
         path.write_bytes(header_bytes(header) + data)
         return path
 
@@ -29,7 +26,7 @@ def write_raw():
 def write_tensors(write_raw):
     """Write f32 vectors of given lengths; element i of a tensor is i."""
 
-    def write(path: Path, lengths: Mapping[str, int]) -> Path:
+    def write(path, lengths):
         header, data = {}, b""
         for name, length in lengths.items():
             begin = len(data)
@@ -44,13 +41,7 @@ def write_tensors(write_raw):
 def make_folder(tmp_path, write_tensors):
     """Make a folder with config, shards and an index that fits them unless one is given."""
 
-    def make(
-        shards: Mapping[str, Mapping[str, int]],
-        *,
-        index: Any = None,
-        config: Any = None,
-        name: str = "model",
-    ) -> Path:
+    def make(shards, *, index=None, config=None, name="model"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))

@@ -29,7 +29,7 @@ def _module(file: Path):
     return module
 
 
-def _save(name: str, expected: torch.Tensor, **tensors: torch.Tensor) -> None:
+def _save(name: str, expected: torch.Tensor, **tensors: torch.Tensor):
     # Keywords have no dots: the first two underscores of the matrix's own parts are one.
     parts = {k.replace("m__", "m.", 1): v.contiguous() for k, v in tensors.items()}
     save_file(parts, OUT / f"{name}.safetensors")
@@ -37,7 +37,7 @@ def _save(name: str, expected: torch.Tensor, **tensors: torch.Tensor) -> None:
     np.save(OUT / f"{name}.npy", expected.contiguous().float().numpy())
 
 
-def fp8(rows: int, columns: int, block: tuple[int, int], name: str) -> None:
+def fp8(rows: int, columns: int, block: tuple[int, int], name: str):
     grid = rows // block[0], columns // block[1]
     weight = torch.randn(rows, columns).to(torch.float8_e4m3fn)
     scale = torch.rand(grid) + 0.1
@@ -45,14 +45,14 @@ def fp8(rows: int, columns: int, block: tuple[int, int], name: str) -> None:
     _save(name, expected, m__weight=weight, m__weight_scale_inv=scale)
 
 
-def mxfp4() -> None:
+def mxfp4():
     blocks = torch.randint(0, 256, (3, 6, 2, 16), dtype=torch.uint8)
     scales = torch.randint(100, 140, (3, 6, 2), dtype=torch.uint8)
     expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     _save("mxfp4", expected, m_blocks=blocks, m_scales=scales)
 
 
-def four_bit(kind: str, nested: bool, name: str) -> None:
+def four_bit(kind: str, nested: bool, name: str):
     matrix = torch.randn(24, 56)
     packed, state = bnb.quantize_4bit(
         matrix, blocksize=64, quant_type=kind, compress_statistics=nested
@@ -61,7 +61,7 @@ def four_bit(kind: str, nested: bool, name: str) -> None:
     _save(name, bnb.dequantize_4bit(packed, state), m__weight=packed, **parts)
 
 
-def int8() -> None:
+def int8():
     matrix = torch.randn(8, 12)
     scale = matrix.abs().amax(1)
     weight = (matrix * 127 / scale[:, None]).round().to(torch.int8)
@@ -74,13 +74,13 @@ def words(*shape: int) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(torch.int32)
 
 
-def awq(packing) -> None:
+def awq(packing):
     weight, zeros, scales = words(32, 3), words(2, 3), torch.rand(2, 24).half() + 0.1
     expected = packing.dequantize_gemm(weight, zeros, scales, 4, 16).T
     _save("awq", expected, m__qweight=weight, m__qzeros=zeros, m__scales=scales)
 
 
-def gptq(layers, bits: int, shuffled: bool, name: str) -> None:
+def gptq(layers, bits: int, shuffled: bool, name: str):
     inputs, outputs, group = 64, 32, 16
     layer = layers.QuantLinear(bits, group, inputs, outputs, bias=False)
     order = torch.randperm(inputs) if shuffled else torch.arange(inputs)
@@ -98,7 +98,7 @@ def gptq(layers, bits: int, shuffled: bool, name: str) -> None:
     _save(name, expected, **parts)
 
 
-def compressed() -> None:
+def compressed():
     """Matrices of compressed-tensors, dequantised in float32."""
     from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
     from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
@@ -139,7 +139,7 @@ def compressed() -> None:
         _save(name, expected, **{f"m__{key}": value for key, value in stored.items()})
 
 
-def main() -> None:
+def main():
     """Write all files."""
     torch.manual_seed(7)
     OUT.mkdir(exist_ok=True)

@@ -1,10 +1,7 @@
 """LoRA adapters of PEFT are read as the model that they are merged into."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +10,6 @@ from safetensors.numpy import save_file
 from moecc.errors import InputError
 from moecc.formats.adapter import AdaptedCheckpoint, is_adapter
 from moecc.formats.open import open_checkpoint
-from moecc.types import Array
 
 SOURCE = Path(__file__).parents[1] / "golden" / "llama_gqa"
 GATE = "model.layers.1.mlp.gate_proj"
@@ -22,7 +18,7 @@ NORM = "model.norm.weight"
 QUERY = "model.layers.1.self_attn.q_proj"
 
 
-def adapter(folder: Path, tensors: dict[str, Any], **settings: object) -> Path:
+def adapter(folder, tensors, **settings):
     folder.mkdir()
     named = {f"base_model.model.{name}": np.asarray(a, "f") for name, a in tensors.items()}
     save_file(named, folder / "adapter_model.safetensors")
@@ -31,7 +27,7 @@ def adapter(folder: Path, tensors: dict[str, Any], **settings: object) -> Path:
     return folder
 
 
-def pair(module: str, out: int, into: int, rank: int = 2, table: bool = False) -> dict[str, Array]:
+def pair(module, out, into, rank=2, table=False):
     rng = np.random.default_rng(5)
     word, end = ("embedding_", "") if table else ("", ".weight")
     return {

@@ -3,8 +3,6 @@
 The products are those of its `ParamWrapper.get_delta_weight`, in einsum.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -18,14 +16,13 @@ from moecc.formats.open import open_checkpoint
 from moecc.jobs.convert import plan, write
 from moecc.model.open import add_branches, open_model
 from moecc.rewrite.pipeline import Pipeline
-from moecc.types import Array
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODULE = "model.layers.1.mlp.experts"
 RANK = 2
 
 
-def adapter(folder: Path, **tensors: Array) -> Path:
+def adapter(folder, **tensors):
     folder.mkdir()
     named = {f"base_model.model.{name}": array.astype("f") for name, array in tensors.items()}
     save_file(named, folder / "adapter_model.safetensors")
@@ -34,7 +31,7 @@ def adapter(folder: Path, **tensors: Array) -> Path:
     return folder
 
 
-def pair(module: str, experts: int, out: int, into: int) -> dict[str, Array]:
+def pair(module, experts, out, into):
     rng = np.random.default_rng(len(module))
     return {
         f"{module}.lora_A.weight": rng.normal(size=(experts * RANK, into)).astype("f"),
@@ -42,7 +39,7 @@ def pair(module: str, experts: int, out: int, into: int) -> dict[str, Array]:
     }
 
 
-def delta(tensors: dict[str, Array], module: str, experts: int, spelled: str) -> Array:
+def delta(tensors, module, experts, spelled):
     a, b = (tensors[f"{module}.lora_{letter}.weight"].astype(float) for letter in "AB")
     a, b = a.reshape(experts, RANK, -1), b.reshape(len(b), RANK, experts)
     return 3.0 * np.einsum(f"ore,eri->{spelled}", b, a)

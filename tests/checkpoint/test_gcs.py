@@ -1,7 +1,5 @@
 """Google Cloud Storage, by the server of MOECC_FAKE_GCS, a fake-gcs-server: outputs and runs."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
@@ -55,7 +53,7 @@ def store(tmp_path, monkeypatch):
     process.wait()
 
 
-def moecc(*words: object) -> int:
+def moecc(*words):
     return main([str(word) for word in words])
 
 

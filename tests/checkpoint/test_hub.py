@@ -1,12 +1,9 @@
 """Models in the cache of the hub, through a package in the place of huggingface_hub; configs."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -20,19 +17,19 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "llama_gqa"
 class Hub(ModuleType):
     """What moecc calls of huggingface_hub; it keeps what it is asked for."""
 
-    def __init__(self, folder: Path | None, cached: bool = True) -> None:
+    def __init__(self, folder, cached=True):
         super().__init__("huggingface_hub")
-        self.folder, self.cached, self.asked = folder, cached, []  # type: ignore[var-annotated]
+        self.folder, self.cached, self.asked = folder, cached, []
 
-    def snapshot_download(self, name: str, **options: Any) -> str:
+    def snapshot_download(self, name, **options):
         self.asked.append((name, options))
         if self.folder is None or (options.get("local_files_only") and not self.cached):
             raise RuntimeError("no such model\nsecond line")
         return str(self.folder)
 
 
-def put(monkeypatch: pytest.MonkeyPatch, hub: Hub | None) -> Hub | None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)  # type: ignore[arg-type]
+def put(monkeypatch, hub):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     return hub
 
 

@@ -133,7 +133,7 @@ def test_every_bit_of_a_manifest_is_sealed(written):
             load(written)
 
 
-def _flipped(data: bytes, bit: int) -> bytes:
+def _flipped(data, bit):
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << (bit % 8)
     return bytes(changed)

@@ -3,12 +3,9 @@
 The files in ``quantised/`` are made by ``make_quantised.py``.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,13 +14,11 @@ from safetensors.numpy import save_file
 
 from moecc.errors import InputError
 from moecc.formats.open import open_checkpoint
-from moecc.formats.source import Checkpoint
-from moecc.types import Array
 
 FILES = Path(__file__).parent / "quantised"
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 COMPRESSED = {"quant_method": "compressed-tensors"}
-CASES: dict[str, dict[str, Any]] = {
+CASES = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [16, 16]},
     "mxfp4": {"quant_method": "mxfp4"},
     "nf4": BITSANDBYTES,
@@ -45,7 +40,7 @@ HALVES = {"awq", "gptq", "gptq_shuffled", "gptq_8"}
 """Libraries that round each element to float16; moecc has the exact product, in float32."""
 
 
-def _open(folder: Path, case: str, options: object) -> Checkpoint:
+def _open(folder, case, options):
     config = {"model_type": "llama", "quantization_config": options}
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(FILES / f"{case}.safetensors", folder / "model.safetensors")
@@ -71,7 +66,7 @@ def test_a_matrix_is_what_the_library_says(case, tmp_path):
             checkpoint.read(name, 0, len(expected) + 1)
 
 
-def _write(folder: Path, parts: dict[str, Array], options: object) -> Path:
+def _write(folder, parts, options):
     config = {"model_type": "llama", "quantization_config": options}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(parts, folder / "model.safetensors")
@@ -105,7 +100,7 @@ def test_blocks_at_the_edge_may_be_smaller(tmp_path):
         np.testing.assert_array_equal(checkpoint.read("m.weight", 3, 5), expected[3:])
 
 
-def _with_type(data: bytes, name: str) -> bytes:
+def _with_type(data, name):
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["m.weight"]["dtype"] = name

@@ -1,15 +1,11 @@
 """Checkpoints in stores: a server of S3 and one with the hub's routes, both on this machine."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +43,7 @@ def test_a_revision_of_the_hub_is_read(hub, capsys):
         assert "HF_TOKEN" in text
 
 
-def sparse_model(folder: Path, shards: int, shard_bytes: int) -> None:
+def sparse_model(folder, shards, shard_bytes):
     """Write a llama of `shards` files of zeros that take no room on the disk."""
     folder.mkdir(parents=True)
     hidden, inner, vocabulary = 8192, 28672, 32000
@@ -58,13 +54,13 @@ def sparse_model(folder: Path, shards: int, shard_bytes: int) -> None:
         "mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes = {
         "model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,),
     }  # fmt: skip
     layers = round(shards * shard_bytes / (2 * sum(map(np.prod, layer.values()))))
     for n in range(layers):
         shapes |= {f"model.layers.{n}.{name}.weight": shape for name, shape in layer.items()}
-    files: list[list[str]] = [[] for _ in range(shards)]
+    files = [[] for _ in range(shards)]
     for n, name in enumerate(shapes):
         files[n * shards // len(shapes)].append(name)
     weight_map = {}
@@ -145,7 +141,7 @@ def test_a_tree_of_a_jax_program_is_that_of_a_folder(
     (folder / "config.json").write_bytes((GOLDEN / "llama_llama3/config.json").read_bytes())
     store.put(str(folder), address, recursive=True)
     store.pipe(f"{address}/900/items/_METADATA", b"an earlier step is not read")
-    moved: list[str] = []
+    moved = []
     get_file = store_module.get_file
     monkeypatch.setattr(
         store_module, "get_file", lambda *words: [moved.append(str(words[1])), get_file(*words)]
@@ -192,8 +188,8 @@ def test_a_store_that_denies_or_does_not_answer(store, capsys, monkeypatch):
         assert text.count("error:") == 1
 
 
-def raising(error: Exception) -> Any:
-    def call(*words: Any, **options: Any) -> None:
+def raising(error):
+    def call(*words, **options):
         raise error
 
     return call

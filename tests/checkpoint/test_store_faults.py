@@ -1,7 +1,5 @@
 """Requests to a store fail, last too long, end early: one message, and nothing is half-visible."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

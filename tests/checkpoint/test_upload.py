@@ -1,10 +1,6 @@
 """Outputs in stores: uploads, their interruptions, and two writers of one output."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 from stores import GOLDEN, SECRETS, UPCYCLE, hub, said, store
@@ -36,7 +32,7 @@ def converted(tmp_path_factory):
     return folder
 
 
-def contents(store: Any, path: str) -> dict[str, bytes]:
+def contents(store, path):
     """Return the files of a folder in a store."""
     store.invalidate_cache()
     return {name.removeprefix(f"{path}/"): store.cat_file(name) for name in store.find(path)}
@@ -69,12 +65,12 @@ class Killed(BaseException):
     """The process ends."""
 
 
-def ending_at(system: Any, number: int, error: BaseException) -> Callable[[], int]:
+def ending_at(system, number, error):
     """Let the `number`-th call that changes the store fail; return what counts the calls."""
     count = 0
 
-    def wrapped(call: Any) -> Any:
-        def run(*words: Any, **options: Any) -> Any:
+    def wrapped(call):
+        def run(*words, **options):
             nonlocal count
             count += 1
             if count == number:
@@ -94,7 +90,7 @@ def folder_store(tmp_path, monkeypatch):
     from fsspec.implementations.dirfs import DirFileSystem
     from fsspec.implementations.local import LocalFileSystem
 
-    def system(*address: object) -> Any:
+    def system(*address):
         local = LocalFileSystem(auto_mkdir=True, skip_instance_cache=True)
         return DirFileSystem(str(tmp_path), local, skip_instance_cache=True)
 
@@ -144,7 +140,7 @@ def test_an_interrupted_upload_names_how_it_goes_on(
     system, names = fsspec.filesystem("s3"), list[str]()
     put = system.put_file
 
-    def failing(path: str, target: str, **options: Any) -> None:
+    def failing(path, target, **options):
         if len(names) == 3:
             raise ConnectionError(f"reset; {SECRETS['AWS_SECRET_ACCESS_KEY']}")
         names.append(target)
@@ -191,7 +187,7 @@ def test_a_second_writer_of_an_output_is_refused(store, converted, capsys):
 
 
 def test_a_claim_holds_on_a_server_that_ignores_conditions(folder_store, converted):
-    def output() -> StoreOutput:
+    def output():
         output = StoreOutput("gs://bucket/two")
         write = output._system.pipe_file
         output._system.pipe_file = lambda path, data, mode="": write(path, data)

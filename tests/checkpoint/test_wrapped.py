@@ -1,11 +1,7 @@
 """Text models inside wrappers: read alone, converted, and put back with the rest untouched."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,13 +24,7 @@ REST = {
 }
 
 
-def wrap(
-    folder: Path,
-    golden: str,
-    wrapper_type: str,
-    named: Callable[[str], str] = lambda name: f"language_model.{name}",
-    **changes: Any,
-) -> Path:
+def wrap(folder, golden, wrapper_type, named=lambda name: f"language_model.{name}", **changes):
     """Write a golden text model as a wrapper holds it."""
     folder.mkdir()
     config = json.loads((GOLDEN / golden / "config.json").read_text())
@@ -46,11 +36,11 @@ def wrap(
     return folder
 
 
-def older(name: str) -> str:
+def older(name):
     return f"language_model.{name}"
 
 
-def newer(name: str) -> str:
+def newer(name):
     return name if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)
 
 

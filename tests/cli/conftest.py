@@ -1,14 +1,9 @@
 """Small checkpoints to break."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.support.commands import Done as Done
@@ -28,7 +23,7 @@ def dense(tmp_path):
 def edit_config(dense):
     """Change keys of the checkpoint's config.json; None removes a key."""
 
-    def edit(**changes: Any) -> None:
+    def edit(**changes):
         path = dense / "config.json"
         config = json.loads(path.read_text())
         for key, value in changes.items():
@@ -45,7 +40,7 @@ def edit_config(dense):
 def edit_tensors(dense):
     """Rewrite the checkpoint's tensors: the function gets and returns a dictionary."""
 
-    def edit(change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    def edit(change):
         from safetensors.numpy import load_file, save_file
 
         path = dense / "model.safetensors"

@@ -1,7 +1,5 @@
 """Compilers allocate with jemalloc where there is one, and with what was asked for."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.jobs import compile as allocator

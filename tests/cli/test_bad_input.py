@@ -1,7 +1,5 @@
 """What a user can do wrong gets one clear message, an exit code, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -9,19 +7,17 @@ import time
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 
 from moecc.cli import entry
 from moecc.support.process import Terminated
-from tests.support.commands import Moecc
 
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
-def convert(moecc: Moecc, source: Path, out: Path, *more: str):
+def convert(moecc, source, out, *more):
     return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral", *more)
 
 
@@ -29,7 +25,7 @@ def convert(moecc: Moecc, source: Path, out: Path, *more: str):
 def test_values_that_are_not_finite(moecc, dense, tmp_path, edit_tensors, value):
     name = "model.layers.1.mlp.down_proj.weight"
 
-    def change(tensors: dict[str, np.ndarray]) -> None:
+    def change(tensors):
         tensors[name] = tensors[name].copy()
         tensors[name][1, 2] = value
 
@@ -79,7 +75,7 @@ def test_token_files(moecc, dense, tmp_path):
     ],
 )
 def test_refused_memory_is_the_machine_s_fault(error, moecc, dense, monkeypatch):
-    def failing(*args: Any, **more: Any) -> None:
+    def failing(*args, **more):
         raise error
 
     monkeypatch.setattr("moecc.model.open.open_model", failing)
@@ -98,7 +94,7 @@ def test_a_signal_amid_a_lock_ends_as_the_signal(
     raised, code, said,
     moecc, dense, monkeypatch,
 ):  # fmt: skip
-    def broken(*args: Any, **more: Any) -> None:
+    def broken(*args, **more):
         try:
             raise raised
         finally:
@@ -111,7 +107,7 @@ def test_a_signal_amid_a_lock_ends_as_the_signal(
 
 @pytest.mark.parametrize("kind", [RuntimeError, EOFError])  # which click takes for Ctrl-D
 def test_a_bug_says_where_its_reproducer_is(kind, moecc, dense, monkeypatch):
-    def broken(*args: Any, **more: Any) -> None:
+    def broken(*args, **more):
         raise kind("not meant to happen")
 
     monkeypatch.setattr("moecc.model.open.open_model", broken)
@@ -145,7 +141,7 @@ def test_graphs_that_are_none(moecc, tmp_path, text):
 def test_an_interruption_while_modules_load_has_no_traceback(is_wrapped, monkeypatch):
     class HalfLoaded(ModuleType):
         @property
-        def entry(self) -> None:
+        def entry(self):
             try:
                 raise KeyboardInterrupt
             except KeyboardInterrupt as error:

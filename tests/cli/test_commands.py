@@ -1,12 +1,9 @@
 """Every command does its job on a small checkpoint, with the artefact alone on stdout."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import numpy as np
@@ -16,18 +13,17 @@ from moecc.cli.commands import command_of, show
 from moecc.ir.text import parse
 from moecc.jobs import COMMANDS
 from moecc.jobs.command import Report
-from tests.support.commands import Moecc
 
 from .conftest import GOLDEN
 
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
-def convert(moecc: Moecc, source: Path, out: Path, *more: str):
+def convert(moecc, source, out, *more):
     return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral", *more)
 
 
-def test_inspect_counts_and_judges_targets(moecc: Moecc, dense: Path) -> None:
+def test_inspect_counts_and_judges_targets(moecc, dense):
     data = moecc("inspect", dense, "--format", "json").json()
     assert data["schema"] == "moecc.inspect/1"
     config = json.loads((dense / "config.json").read_text())
@@ -49,7 +45,7 @@ def test_inspect_counts_and_judges_targets(moecc: Moecc, dense: Path) -> None:
     assert human.err == ""
 
 
-def test_stdout_carries_the_graph_alone(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_stdout_carries_the_graph_alone(moecc, dense, tmp_path):
     graph = tmp_path / "a.moe"
     moecc("import", dense, "-o", graph)
     done = moecc("opt", graph, "-p", UPCYCLE, "--remarks", "--timing")
@@ -57,7 +53,7 @@ def test_stdout_carries_the_graph_alone(moecc: Moecc, dense: Path, tmp_path: Pat
     assert "remark: upcycle" in done.err
 
 
-def test_convert_verify_run_and_read_again(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_convert_verify_run_and_read_again(moecc, dense, tmp_path):
     out = tmp_path / "sparse"
     done = convert(moecc, dense, out)
     assert done.code == 0, done.err
@@ -73,7 +69,7 @@ def test_convert_verify_run_and_read_again(moecc: Moecc, dense: Path, tmp_path: 
     assert config["num_local_experts"] == config["num_experts"] == 4
 
 
-def test_the_same_bytes_again(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_again(moecc, dense, tmp_path):
     for name in ("one", "two"):
         assert convert(moecc, dense, tmp_path / name, "--seed", "3").code == 0
     assert convert(moecc, dense, tmp_path / "other", "--seed", "4").code == 0
@@ -81,7 +77,7 @@ def test_the_same_bytes_again(moecc: Moecc, dense: Path, tmp_path: Path) -> None
     assert files[0] == files[1] != files[2]
 
 
-def test_dry_run_writes_nothing(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(moecc, dense, tmp_path):
     done = convert(moecc, dense, tmp_path / "out", "--dry-run", "--format", "json")
     data = done.json()
     assert data["dry_run"]
@@ -89,7 +85,7 @@ def test_dry_run_writes_nothing(moecc: Moecc, dense: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [dense]
 
 
-def test_shards_and_types(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_shards_and_types(moecc, dense, tmp_path):
     out = tmp_path / "out"
     done = convert(moecc, dense, out, "--dtype", "bf16", "--max-shard-bytes", "20kB")
     assert done.code == 0, done.err
@@ -103,7 +99,7 @@ def test_shards_and_types(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     assert verdict["rounding"]["max_relative"] > verdict["difference"]["max_relative"]
 
 
-def test_another_output_is_found_by_verify(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+def test_another_output_is_found_by_verify(moecc, dense, tmp_path):
     out = tmp_path / "out"
     noisy = "upcycle{experts=4 init=noise noise-std=0.5}"
     assert moecc("convert", dense, out, "-p", noisy, "--to", "mixtral").code == 0
@@ -112,21 +108,21 @@ def test_another_output_is_found_by_verify(moecc: Moecc, dense: Path, tmp_path: 
     assert "differ by more than the tolerance" in done.err
 
 
-def test_numbers_that_are_not_finite_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_are_not_finite_are_null(capsys):
     report = Report("some", {"low": -math.inf, "losses": (math.nan, 1.5)}, str)
     assert show(report, "json") == 0
     values = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert values == {"schema": "moecc.some/1", "low": None, "losses": [None, 1.5]}
 
 
-def test_a_closed_pipe_is_quiet(dense: Path) -> None:
+def test_a_closed_pipe_is_quiet(dense):
     command = f"{sys.executable} -m moecc import {dense} | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "moecc 1\n"
     assert done.stderr == ""
 
 
-def test_a_reader_that_is_gone_is_no_failure(dense: Path, tmp_path: Path) -> None:
+def test_a_reader_that_is_gone_is_no_failure(dense, tmp_path):
     words = f"convert {dense} {tmp_path / 'out'} -p upcycle --to mixtral --quiet"
     command = f"{sys.executable} -m moecc {words} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -141,9 +137,7 @@ def test_a_reader_that_is_gone_is_no_failure(dense: Path, tmp_path: Path) -> Non
         (["opt", "GRAPH"], {"jax"}),
     ],
 )
-def test_nothing_heavy_is_imported_at_the_start(
-    moecc: Moecc, dense: Path, tmp_path: Path, command: list[str], heavy: set[str]
-) -> None:
+def test_nothing_heavy_is_imported_at_the_start(moecc, dense, tmp_path, command, heavy):
     graph = tmp_path / "a.moe"
     moecc("import", dense, "-o", graph)
     args = [{"DENSE": str(dense), "GRAPH": str(graph)}.get(a, a) for a in command]
@@ -155,13 +149,13 @@ def test_nothing_heavy_is_imported_at_the_start(
     assert done.stdout.endswith("\nclean\n")
 
 
-def test_no_help_names_a_bound_that_is_none() -> None:
+def test_no_help_names_a_bound_that_is_none():
     for name in COMMANDS:
         with click.Context(command_of(name), info_name=name) as context:
             assert "None" not in context.get_help(), name
 
 
-def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc: Moecc) -> None:
+def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc):
     done = moecc("--help")
     assert done.code == 0
     listed = done.out[done.out.index("Commands:\n") : done.out.index("  Exit codes")]
@@ -170,9 +164,7 @@ def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc: Moecc)
     assert "130 interrupted" in done.out
 
 
-def test_a_router_computes_in_float32_or_in_the_type_of_the_run(
-    moecc: Moecc, tmp_path: Path
-) -> None:
+def test_a_router_computes_in_float32_or_in_the_type_of_the_run(moecc, tmp_path):
     logits = []
     for more in ((), ("--router-dtype", "bf16")):
         out = tmp_path / f"{len(logits)}.npy"

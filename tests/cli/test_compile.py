@@ -1,17 +1,13 @@
 """``moecc compile``: what it says of a small model on this machine, and what bad input gets."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
 
 import pytest
 
@@ -28,7 +24,7 @@ FORWARD = ProgramConfig("forward", 64, "16")
 SMALL = ("--batch-tokens", "64", "--sequence", "16")
 
 
-def needs_optax() -> None:
+def needs_optax():
     pytest.importorskip("optax")
 
 
@@ -116,7 +112,7 @@ def test_an_exported_program_gives_what_the_graph_gives(moecc, tmp_path, partiti
         if p.users
     }
     inputs = {"tokens": rng.integers(0, 37, (4, 16)).astype(np.int32)}
-    found: Any = load_step(out)
+    found = load_step(out)
     assert (found.platforms, found.devices) == (("cpu",), 1)
     assert found.arguments[0].keys() == params.keys()
     assert repr(found) == f"<moecc.LoadedStep cpu, 1 device, {len(params) + 1} arrays>"
@@ -246,10 +242,10 @@ def test_a_crash_of_the_compiler_is_its_own_words_and_the_nearest_plan_that_comp
     moecc, monkeypatch, rules, options
 ):
     needs_optax()
-    tried: list[str] = []
+    tried = []
 
     @contextmanager
-    def compiler(folder: Path, _machine: object, log: IO[bytes]) -> Iterator[SimpleNamespace]:
+    def compiler(folder, _machine, log):
         config = json.loads((folder / REQUEST).read_text())["config"]
         tried.append(f"{config['rules']} {config['mesh']} {config['remat']}")
         crashes = config["remat"] == "none"

@@ -1,7 +1,5 @@
 """``moecc compile --set``: the constants of the update, and what is no constant of a step."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

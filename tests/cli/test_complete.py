@@ -1,7 +1,5 @@
 """Completion of values: what the functions return, and what bash makes of them."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

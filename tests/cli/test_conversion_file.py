@@ -1,7 +1,5 @@
 """Conversions that a TOML file, or the YAML of mergekit-moe, describes."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """Files: manifests, values, names and what a folder holds."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

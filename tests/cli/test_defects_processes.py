@@ -1,7 +1,5 @@
 """Processes, the compilers beside them, and meshes that do not divide."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -28,7 +26,7 @@ time.sleep(300)
 """
 
 
-def wait_until(condition: object, seconds: float = 60) -> None:
+def wait_until(condition, seconds=60):
     assert callable(condition)
     limit = time.monotonic() + seconds
     while not condition():
@@ -151,9 +149,7 @@ def test_a_sequence_that_the_mesh_does_not_divide_is_reported():
     assert (problem.where, problem.found) == ("%tokens", "5")
 
 
-def test_the_first_signal_is_answered_and_the_second_raises(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_the_first_signal_is_answered_and_the_second_raises(capfd):
     with signals_noted("finishing") as noted:
         os.kill(os.getpid(), signal.SIGINT)
         assert noted.signal is signal.SIGINT

@@ -1,7 +1,5 @@
 """What reaches a terminal, and what a crash leaves."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -104,7 +102,7 @@ def test_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
 def test_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(moecc, dense, tmp_path, monkeypatch):
     from moecc_passes.cleanup import DcePass
 
-    def crash(self: DcePass, graph: object, ctx: object) -> None:
+    def crash(self, graph, ctx):
         raise KeyError("gone")
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

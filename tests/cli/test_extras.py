@@ -1,7 +1,5 @@
 """What a command needs beyond the core is named before it begins, all of it at once."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

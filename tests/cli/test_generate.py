@@ -1,11 +1,8 @@
 """A hostile ``tokenizer.json`` is a message and exit code 1; so is a draw that cannot be made."""
 
-from __future__ import annotations
-
 import copy
 import json
 import time
-from typing import Any
 
 import pytest
 
@@ -18,27 +15,26 @@ from moecc.tokenizer import Tokenizer, Worker  # noqa: E402
 WORDS = ["the", "cat", "sat", "on", "a", "mat"]
 
 
-def plain() -> dict[str, Any]:
+def plain():
     """Return a tokenizer of six words, as JSON values."""
     vocabulary = {word: i for i, word in enumerate([*WORDS, "[UNK]"])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    found: dict[str, Any] = json.loads(made.to_str())
-    return found
+    return json.loads(made.to_str())
 
 
-def changed(**parts: Any) -> bytes:
+def changed(**parts):
     return json.dumps({**copy.deepcopy(plain()), **parts}).encode()
 
 
-def template(special: dict[str, Any]) -> dict[str, Any]:
+def template(special):
     single = [{"SpecialToken": {"id": "X", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     return {
         "type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special,
     }  # fmt: skip
 
 
-def replaced_by_more(times: int) -> dict[str, Any]:
+def replaced_by_more(times):
     one = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100_000}
     return {"type": "Sequence", "normalizers": [one] * times}
 
@@ -93,7 +89,7 @@ def test_a_tokenizer_too_large_to_be_one_is_refused(moecc, dense, monkeypatch):
 
 
 def test_a_tokenizer_that_takes_too_long_is_ended():
-    def slow() -> None:
+    def slow():
         data = changed(normalizer=replaced_by_more(2))
         with Tokenizer(data, "here", limit_seconds=0.5) as made:
             made.encode("a" * 4000)

@@ -1,11 +1,8 @@
 """`moecc generate` with several prompts, draws, tokens that stop a text, and wrong input."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,20 +17,19 @@ SIZE = 37
 """The vocabulary of most golden models."""
 
 
-def words(size: int = SIZE) -> str:
+def words(size=SIZE):
     """Return a tokenizer.json of `size` words, w0, w1 …"""
     vocabulary = {f"w{n}": n for n in range(size)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    text: str = made.to_str()
-    return text
+    return made.to_str()
 
 
 @pytest.fixture
 def model(tmp_path):
     """Copy a golden model, with a tokenizer beside it and without a token that ends texts."""
 
-    def copy(case: str, size: int = SIZE) -> Path:
+    def copy(case, size=SIZE):
         folder = tmp_path / case
         shutil.copytree(GOLDEN / case, folder)
         (folder / "tokenizer.json").write_text(words(size))
@@ -44,7 +40,7 @@ def model(tmp_path):
     return copy
 
 
-def made(done: Any) -> list[list[int]]:
+def made(done):
     assert done.code == 0, done.err
     return [text["tokens"] for text in done.json()["texts"]]
 

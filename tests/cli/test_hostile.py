@@ -1,7 +1,5 @@
 """Files that nobody vouches for: a message and an exit code, whatever is in them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -12,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from moecc.formats.manifest import MANIFEST_NAME, load, seal
-from tests.support.commands import Moecc
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
-def convert(moecc: Moecc, source: Path, out: Path):
+def convert(moecc, source, out):
     return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral")
 
 
@@ -95,7 +92,7 @@ LOCALES = {
 }
 
 
-def in_locale(locale: str, *args: str | Path) -> subprocess.CompletedProcess[bytes]:
+def in_locale(locale, *args):
     done = subprocess.run(
         [sys.executable, "-m", "moecc", *args],
         env={**os.environ, **LOCALES[locale]},

@@ -1,7 +1,5 @@
 """Models that read images or speech, through every command that takes inputs."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from tiers import few

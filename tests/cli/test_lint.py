@@ -1,7 +1,5 @@
 """`moecc lint`: what the paper advises against, with its section; nothing on its own choices."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -61,7 +59,7 @@ def test_the_choices_of_the_paper_are_passed_over(moecc, pipeline):
     assert (done.code, done.out) == (0, "nothing to say against this pipeline\n")
 
 
-def graph_after(case: str, pipeline: str, tmp_path: Path) -> Path:
+def graph_after(case, pipeline, tmp_path):
     with open_model(str(GOLDEN / case)) as model:
         graph = clone(model.graph)
     run_pipeline(graph, Pipeline.parse(pipeline))

@@ -1,10 +1,7 @@
 """``moecc lower``: the texts of a lowering, and what it refuses."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -37,7 +34,7 @@ graph layer {{
 def layer(tmp_path):
     """Write a sparse layer, dropless or with a capacity, and return its path."""
 
-    def write(slots: str = "ragged") -> Path:
+    def write(slots="ragged"):
         place = "" if slots == "ragged" else ", slots=capacity, capacity_factor=1.25"
         path = tmp_path / f"{slots}.moe"
         path.write_text(GRAPH.format(place=place, rows=ROWS.format(slots=slots)))
@@ -106,13 +103,13 @@ def test_an_operation_from_outside_is_passed_over_and_lowered(tmp_path, monkeypa
     page = (Path(__file__).parents[2] / "docs" / "ir.md").read_text("utf-8")
     code = page[page.index("## An operation of your own") :].split("```python\n")[1].split("```")[0]
     (tmp_path / "mish.py").write_text(code[: code.index("graph = Graph")])
-    names: dict[str, Any] = {}
+    names = {}
     exec(code, names)
     (tmp_path / "dense.moe").write_text(print_graph(names["graph"]))
     del table["mish"]
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str) -> str:
+    def run(*words):
         done = moecc(*words, "--load", "mish.py")
         assert done.code == 0, done.err
         return done.out

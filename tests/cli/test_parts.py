@@ -1,12 +1,9 @@
 """``convert --part`` and ``--join``: the bytes of one process, and every mixture of parts told."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,7 +56,7 @@ def out(written, tmp_path):
     return tmp_path / "out"
 
 
-def part_of(out: Path, number: int) -> Path:
+def part_of(out, number):
     return out.parent / PARTS / f"{number:05d}-of-{N:05d}"
 
 
@@ -92,33 +89,33 @@ def test_a_part_that_was_killed_goes_on_and_one_that_is_complete_stays(moecc, so
     assert files_of(out) == files_of(written / "one")
 
 
-def spoil_bytes(out: Path) -> None:
+def spoil_bytes(out):
     file = next(part_of(out, 1).glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x55")
 
 
-def exchange_parts(out: Path) -> None:
+def exchange_parts(out):
     part_of(out, 1).rename(out.parent / "kept")
     part_of(out, 2).rename(part_of(out, 1))
     (out.parent / "kept").rename(part_of(out, 2))
 
 
-def truncate_shard(out: Path) -> None:
+def truncate_shard(out):
     os.truncate(next(part_of(out, 1).glob("*.safetensors")), 100)
 
 
-def change_record(out: Path) -> None:
+def change_record(out):
     record = part_of(out, 1) / "moecc_part.json"
     record.write_bytes(record.read_bytes().replace(b"part/1", b"part/2"))
 
 
-def change_version(out: Path) -> None:
+def change_version(out):
     for number in range(1, N + 1):
         journal = part_of(out, number) / "moecc_journal.jsonl"
         journal.write_bytes(journal.read_bytes().replace(b'"moecc": "', b'"moecc": "9', 1))
 
 
-def add_division(out: Path) -> None:
+def add_division(out):
     shutil.copytree(part_of(out, 1), out.parent / PARTS / "00001-of-00002")
 
 
@@ -207,7 +204,7 @@ def test_a_part_that_is_being_written_is_left_alone(moecc, source, out):
 
 def test_shards_are_copied_where_a_file_has_one_name(moecc, source, written, out):
     class Linkless(Disk):
-        def link(self, source: Path, target: Path) -> None:
+        def link(self, source, target):
             raise OSError(errno.EPERM, "Operation not permitted")
 
     with injected(Linkless()):
@@ -244,12 +241,12 @@ def test_a_join_that_is_killed_at_any_call_loses_nothing(moecc, source, written,
     expected = files_of(written / "one")
     command = ["convert", str(source), str(tmp_path / "out"), *PASSES, "--join"]
 
-    def renew() -> None:
+    def renew():
         for folder in tmp_path.iterdir():
             shutil.rmtree(folder)
         shutil.copytree(written / PARTS, tmp_path / PARTS)
 
-    def join_on(disk: Disk) -> int:
+    def join_on(disk):
         with injected(disk):
             return main(command)
 
@@ -258,7 +255,7 @@ def test_a_join_that_is_killed_at_any_call_loses_nothing(moecc, source, written,
     assert join_on(counting) == 0
     for at in range(counting.calls):
         renew()
-        assert in_child(lambda at=at: join_on(KillingDisk(at))) == -signal.SIGKILL, at  # type: ignore[misc]
+        assert in_child(lambda at=at: join_on(KillingDisk(at))) == -signal.SIGKILL, at
         if (tmp_path / "out").exists():
             assert moecc("clean", tmp_path / "out").code == 0
         else:

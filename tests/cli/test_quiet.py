@@ -1,12 +1,8 @@
 """What a command says besides its artefact: signs of life, notes, and neither under --quiet."""
 
-from __future__ import annotations
-
 import io
 import threading
 from pathlib import Path
-
-import pytest
 
 from moecc.cli import commands
 from moecc.cli.main import main
@@ -18,19 +14,19 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 class Terminal(io.StringIO):
     """A stream that somebody watches, and which says when it was written to."""
 
-    def __init__(self, watched: bool) -> None:
+    def __init__(self, watched):
         super().__init__()
         self.written, self.watched = threading.Event(), watched
 
-    def isatty(self) -> bool:
+    def isatty(self):
         return self.watched
 
-    def write(self, text: str) -> int:
+    def write(self, text):
         self.written.set()
         return super().write(text)
 
 
-def beat(monkeypatch: pytest.MonkeyPatch, watched: bool) -> str:
+def beat(monkeypatch, watched):
     stream = Terminal(watched)
     monkeypatch.delenv(commands.VARIABLE, raising=False)
     monkeypatch.setattr("sys.stderr", stream)

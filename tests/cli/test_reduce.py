@@ -1,10 +1,7 @@
 """``reduce`` and ``bisect`` on planted bugs: in passes, a lowering, a weight rule, the writer."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
-from typing import Any
 
 import moecc_passes.cleanup as canonicalize
 import numpy as np
@@ -17,8 +14,7 @@ from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.weights import simplify as simplifier
 from moecc.weights.arithmetic import Scale
-from moecc.weights.expr import Expr, Source
-from tests.support.commands import Moecc
+from moecc.weights.expr import Source
 
 from .conftest import GOLDEN
 
@@ -32,7 +28,7 @@ def model(moecc, tmp_path):
     return tmp_path / "dense.moe"
 
 
-def reduced(moecc: Moecc, *args: object) -> Graph:
+def reduced(moecc, *args):
     done = moecc("reduce", *args)
     assert done.code == 0, done.err
     found = re.search(r"nodes became (\d+), .* in ([0-9.]+) s", done.err)
@@ -43,7 +39,7 @@ def reduced(moecc: Moecc, *args: object) -> Graph:
     return graph
 
 
-def bisected(moecc: Moecc, *args: object) -> Any:
+def bisected(moecc, *args):
     done = moecc("bisect", *args, "--format", "json")
     assert done.code == 0, done.err
     return done.json()
@@ -56,7 +52,7 @@ def bisected(moecc: Moecc, *args: object) -> Any:
 def wrong_rule(monkeypatch):
     """Merge two scales by adding their factors."""
 
-    def added(match: Any, b: Any) -> Any:
+    def added(match, b):
         return b.scale(match.value("x"), by=match.attr("a") + match.attr("b"))
 
     rules = [
@@ -108,7 +104,7 @@ def test_a_wrong_writer_is_reduced_and_found(moecc, model, monkeypatch):
     """Square matrices are written transposed."""
     right = writer._bytes_of
 
-    def wrong(values: np.ndarray) -> memoryview:
+    def wrong(values):
         square = values.ndim == 2 and values.shape[0] == values.shape[1]
         return right(values.T if square else values)
 
@@ -199,7 +195,7 @@ def test_values_are_described_while_a_model_runs(moecc, model, tmp_path, backend
 def test_a_wrong_weight_rule_is_reduced_and_found(moecc, model, monkeypatch):
     """A scale by 2 is dropped."""
 
-    def dropped(e: Scale) -> Expr | None:
+    def dropped(e):
         return e.x if e.factor in (1.0, 2.0) else None
 
     monkeypatch.setitem(simplifier.RULES, Scale, (dropped,))

@@ -1,11 +1,8 @@
 """``convert --resume``, the journal, ``clean``, and locks between writers."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -22,10 +19,10 @@ JOURNAL = "moecc_journal.jsonl"
 class Stopping(Disk):
     """Keeps a copy of the partial output as it is once some tensors are complete."""
 
-    def __init__(self, folder: Path, lines: int) -> None:
+    def __init__(self, folder, lines):
         self.folder, self.lines = folder, lines
 
-    def append(self, descriptor: int, data: bytes) -> None:
+    def append(self, descriptor, data):
         super().append(descriptor, data)
         self.lines -= 1
         if self.lines == 0:
@@ -46,12 +43,12 @@ def killed(moecc, dense, tmp_path):
 def test_a_killed_conversion_is_continued_to_the_same_bytes(moecc, dense, killed, monkeypatch):
     from moecc.formats import writer
 
-    made: list[str] = []
+    made = []
     real = writer._Work._write_job
 
-    def counted(self: object, job: object) -> None:
-        made.append(job.names[0])  # type: ignore[attr-defined]
-        real(self, job)  # type: ignore[arg-type]
+    def counted(self, job):
+        made.append(job.names[0])
+        real(self, job)
 
     monkeypatch.setattr(writer._Work, "_write_job", counted)
     done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
@@ -94,7 +91,7 @@ def test_another_conversion_is_not_continued(moecc, dense, killed, change, words
 
 
 def test_nonfinite_values_of_the_first_run_are_not_forgotten(moecc, dense, tmp_path, edit_tensors):
-    def spoil(tensors: dict) -> None:
+    def spoil(tensors):
         for name in ("model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"):
             tensors[name] = tensors[name].copy()
             tensors[name][1, 2] = float("nan")
@@ -150,7 +147,7 @@ def test_a_gguf_file_is_continued_too(moecc, dense, tmp_path):
                "gguf:llama", "--no-check")  # fmt: skip
 
     class Keeping(Stopping):
-        def append(self, descriptor: int, data: bytes) -> None:
+        def append(self, descriptor, data):
             Disk.append(self, descriptor, data)
             self.lines -= 1
             if self.lines == 0:

@@ -1,7 +1,5 @@
 """The commands on a graph that repeats its layers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

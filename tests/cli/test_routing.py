@@ -1,7 +1,5 @@
 """Routing on the command line: what contradicts itself is refused or warned of, with a way out."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """The commands with encoder-decoders and encoders: several inputs, other outputs, other targets."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -87,7 +85,7 @@ def test_a_padding_mask_survives_a_conversion(moecc, tmp_path):
 def test_wrong_inputs_are_told(moecc, t5, tmp_path):
     out = tmp_path / "out.npy"
 
-    def refused(path: Path) -> str:
+    def refused(path):
         done = moecc("run", t5, "--inputs", path, "--outputs", out)
         assert done.code == 1
         return str(done.err)
@@ -95,9 +93,9 @@ def test_wrong_inputs_are_told(moecc, t5, tmp_path):
     assert "also takes decoder_tokens" in refused(t5 / "tokens.npy")
     good = {n: np.load(t5 / f"{n}.npy") for n in ("tokens", "decoder_tokens")}
     path = tmp_path / "in.npz"
-    np.savez(path, **good, token=good["tokens"])  # type: ignore[arg-type]
+    np.savez(path, **good, token=good["tokens"])
     assert "did you mean 'tokens'" in refused(path)
-    np.savez(path, **{**good, "decoder_tokens": good["decoder_tokens"] + 30})  # type: ignore[arg-type]
+    np.savez(path, **{**good, "decoder_tokens": good["decoder_tokens"] + 30})
     assert "outside the vocabulary" in refused(path)
     path.write_bytes(b"PK nothing")
     assert "not a .npz file" in refused(path)

@@ -1,16 +1,10 @@
 """Defects that an attack on the command line found, each as a user meets it."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tests.support.commands import Moecc
 
-
-def _predicted(moecc: Moecc, folder: Path, out: Path) -> float:
+def _predicted(moecc, folder, out):
     pipeline = "upcycle{gates=softmax experts=4 top-k=2 router-std=0.05}"
     done = moecc(
         "convert", folder, out, "-p", pipeline, "--to", "st_moe", "--dry-run", "--format", "json"

@@ -1,7 +1,5 @@
 """Outputs survive a loss of power, few descriptors, signals and kills."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -13,16 +11,16 @@ import pytest
 PASSES = ("-p", "upcycle{experts=16 top-k=2}", "--to", "mixtral")
 
 
-def events_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def events_of(monkeypatch):
     """Record what is synchronised and renamed, in order."""
-    events: list[tuple[str, str]] = []
+    events = []
     fsync, rename = os.fsync, os.rename
 
-    def recording_fsync(descriptor: int) -> None:
+    def recording_fsync(descriptor):
         events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
         fsync(descriptor)
 
-    def recording_rename(source: Path, target: Path) -> None:
+    def recording_rename(source, target):
         events.append(("rename", str(source)))
         rename(source, target)
 
@@ -47,7 +45,7 @@ def test_every_file_is_synchronised_before_the_rename_and_the_folder_after(
     assert ("fsync", str(tmp_path)) in events[renamed:]
 
 
-def stopped_midway(dense: Path, out: Path, number: int) -> subprocess.Popen[str]:
+def stopped_midway(dense, out, number):
     """Start a conversion, and signal it while its temporary folder has weights."""
     code = (
         "import os, sys, time\n"

@@ -1,16 +1,13 @@
 """A source that changes while it is converted is noticed, whenever and however it changes."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
 
 import pytest
 
 from moecc.support.console import Bar
 
 
-def flip_a_byte_and_hide_it(dense: Path) -> None:
+def flip_a_byte_and_hide_it(dense):
     file = dense / "model.safetensors"
     status = os.stat(file)
     data = bytearray(file.read_bytes())
@@ -20,19 +17,19 @@ def flip_a_byte_and_hide_it(dense: Path) -> None:
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def edit_the_config(dense: Path) -> None:
+def edit_the_config(dense):
     with (dense / "config.json").open("a") as opened:
         opened.write("\n")
 
 
-def swap_the_tokenizer_for_a_link(dense: Path) -> None:
+def swap_the_tokenizer_for_a_link(dense):
     secret = dense.parent / "secret"
     secret.write_text("secret")
     (dense / "tokenizer.json").unlink()
     (dense / "tokenizer.json").symlink_to(secret)
 
 
-def remove_the_licence(dense: Path) -> None:
+def remove_the_licence(dense):
     (dense / "LICENSE").unlink()
 
 
@@ -57,7 +54,7 @@ def test_a_change_after_the_last_weight_was_read_is_noticed(
     (dense / "tokenizer.json").write_text("{}")
     (dense / "LICENSE").write_text("of its own")
 
-    def at_the_end(bar: Bar, done: int, total: int) -> None:
+    def at_the_end(bar, done, total):
         if done == total:
             change(dense)
 

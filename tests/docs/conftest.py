@@ -1,7 +1,5 @@
 """What tests of pages and of hints share."""
 
-from __future__ import annotations
-
 import pytest
 
 from .stands import make_stands

@@ -120,7 +120,7 @@ COLUMNS = ("operation", "computes", "mixes", "linear in")
 
 def render_operations() -> str:
     """Return the operations as Markdown, in the order of the table."""
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for title, module in GROUPS:
         rows.append((f"**{title}**", "", "", ""))
         rows += [_operation(entry) for entry in OPS.values() if _module(entry) == module]

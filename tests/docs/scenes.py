@@ -6,7 +6,7 @@ import os
 import sys
 
 
-def killed(*arguments: str) -> None:
+def killed(*arguments: str):
     """Run a command of moecc that dies once it has recorded a few tensors."""
     from moecc.cli.main import main
     from moecc.formats.files import Disk, injected
@@ -14,7 +14,7 @@ def killed(*arguments: str) -> None:
     class Dying(Disk):
         left = 4
 
-        def append(self, descriptor: int, data: bytes) -> None:
+        def append(self, descriptor, data):
             super().append(descriptor, data)
             self.left -= 1
             if not self.left:

@@ -17,7 +17,7 @@ AS = " as "
 
 def commands(block: Block) -> list[tuple[str, list[str]]]:
     """Return the commands of a session, each with the lines that it prints."""
-    found: list[tuple[str, list[str]]] = []
+    found = []
     for line in block.text.splitlines():
         if line.startswith("$ "):
             found.append((line[2:], []))
@@ -50,7 +50,7 @@ def environment(bin_folder: Path | None = None) -> dict[str, str]:
     return {**kept, "PATH": path, "NO_COLOR": "1", "MOECC_PROGRESS": "off"}
 
 
-def run_block(block: Block, folder: Path, environ: Mapping[str, str]) -> None:
+def run_block(block: Block, folder: Path, environ: Mapping[str, str]):
     """Run the commands of a session in `folder`; a block with a file is written there.
 
     Raises:

@@ -66,7 +66,7 @@ def make_stands(folder: Path) -> Path:
     return folder
 
 
-def _tokenizer() -> tokenizers.Tokenizer:  # type: ignore[name-defined]  # noqa: F821
+def _tokenizer() -> tokenizers.Tokenizer:  # noqa: F821
     """Return a tokenizer whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -77,7 +77,7 @@ def _tokenizer() -> tokenizers.Tokenizer:  # type: ignore[name-defined]  # noqa:
     return made
 
 
-def run(folder: Path, line: str) -> None:
+def run(folder: Path, line: str):
     """Run a line of a page, and fail with what it said unless it ends with 0."""
     done = subprocess.run(
         ["/bin/sh", "-c", line], cwd=folder, env=environment(), capture_output=True, text=True

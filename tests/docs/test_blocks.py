@@ -1,7 +1,5 @@
 """What the pages show is true: graphs parse and verify, expressions have types, Python runs."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import subprocess

@@ -1,13 +1,9 @@
 """``docs/cli.md`` has the JSON keys that there are, no others."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,14 +21,14 @@ SECTIONS = {
 _CODE = re.compile(r"`([^`]+)`")
 
 
-def tables(section: str) -> Iterator[tuple[str, list[str]]]:
+def tables(section):
     """Yield the first header cell of each table, and what its first column has in backticks."""
     for table in re.findall(r"(?:^\|[^\n]*\n)+", section, re.M):
         first = [re.split(r"(?<!\\)\|", line)[1].strip() for line in table.splitlines()]
         yield first[0], [code for cell in first[2:] for code in _CODE.findall(cell)]
 
 
-def keys(value: Any, path: str = "") -> Iterator[str]:
+def keys(value, path=""):
     """Yield the paths to the leaves of a JSON value; an empty list or object is a leaf."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
@@ -44,18 +40,18 @@ def keys(value: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def documented(name: str, title: str) -> list[str]:
+def documented(name, title):
     return next(codes for heading, codes in tables(SECTIONS[name]) if heading == title)
 
 
-def covers(listed: str, path: str) -> bool:
+def covers(listed, path):
     """Whether a documented key stands for a path; an empty list covers what would be in it."""
     cuts = [m.start() for m in re.finditer(r"\[\]|\.", listed)]
     patterns = (re.escape(listed[:cut]).replace(r"\*", r"[^.\[]+") for cut in [*cuts, None])
     return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
-def compare(documented: list[str], objects: list[dict[str, Any]]) -> None:
+def compare(documented, objects):
     found = {path for value in objects for path in keys(value)}
     assert {p for p in found if not any(covers(d, p) for d in documented)} == set()
     # Whatever is documented stands in one of the objects.
@@ -64,10 +60,9 @@ def compare(documented: list[str], objects: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def report(capsys):
-    def run(*command: str) -> dict[str, Any]:
+    def run(*command):
         assert main([*command, "--format", "json"]) == 0
-        value: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return value
+        return json.loads(capsys.readouterr().out)
 
     return run
 
@@ -116,7 +111,7 @@ def test_passes(report):
     compare(listed, [{"schema": every["schema"], **one} for one in every["passes"]])
 
 
-def without_options(value: dict[str, Any]) -> dict[str, Any]:
+def without_options(value):
     return {name: inner for name, inner in value.items() if name != "options"}
 
 

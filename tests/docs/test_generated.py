@@ -1,7 +1,5 @@
 """Generated files, and generated parts of pages, are current."""
 
-from __future__ import annotations
-
 import pytest
 
 from .generate import FILES

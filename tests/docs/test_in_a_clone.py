@@ -3,8 +3,6 @@
 `make test` itself, and what contains it, is what `.ci/run` runs in its clone.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -46,7 +44,7 @@ def clone(tmp_path_factory):
     return folder
 
 
-def shell(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def shell(text, folder):
     """Run lines as a reader types them: in the folder, with the interpreter of this machine."""
     unset = ("VIRTUAL_ENV", "PYTHONPATH", "XLA_FLAGS", "PYTEST_CURRENT_TEST")
     environ = {name: value for name, value in os.environ.items() if name not in unset}

@@ -3,14 +3,10 @@
 Names of models, texts and runs stand for small ones; steps of a training are few.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
-from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -40,7 +36,7 @@ ALONE = {"sparse": "README.md", "smollm2-8x": "launch.md", "tokens": "runs.md"}
 """Stands that other pages make themselves."""
 
 
-def lines(page: Path) -> Iterator[str]:
+def lines(page):
     """Yield the commands of a page, continued lines joined."""
     for block in blocks_of(page):
         if block.info not in ("bash", "console"):
@@ -59,10 +55,10 @@ def lines(page: Path) -> Iterator[str]:
 OTHERS = [page for page in PAGES if page.name not in ELSEWHERE and any(lines(page))]
 
 
-def words(line: str) -> Iterator[list[str]]:
+def words(line):
     """Yield the arguments of each command of moecc in a line; a pipe has several."""
     split = shlex.split(line.replace("$MODEL", "MODEL"), comments=True)
-    command: list[str] = []
+    command = []
     for word in [*split, "|"]:
         if word in ("|", "&&", ">", ";"):
             if command[:1] == ["moecc"]:

@@ -1,7 +1,5 @@
 """Files and links that the pages name exist."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -15,7 +13,7 @@ TO_BE_WRITTEN = re.compile(r"NAME|fold_scale")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
-def anchor(heading: str) -> str:
+def anchor(heading):
     """Return the anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
 

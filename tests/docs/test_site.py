@@ -1,7 +1,5 @@
 """The site of the documentation: it is built strictly, has every page, and loads nothing."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import subprocess

@@ -1,7 +1,5 @@
 """The shell sessions of the pages are run, and print what the pages say."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.support.tiers import few

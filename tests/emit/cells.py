@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -22,7 +21,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.translate.export import export_emitted
 from moecc.translate.importing import import_checkpoint
-from moecc.types import F64, Array, Arrays, TensorType
+from moecc.types import F64, Array, TensorType
 from moecc.weights.evaluate import evaluate
 from tests.proof import cells as proof
 
@@ -128,7 +127,7 @@ class EmittedCell:
             return passes.replace("}", " decoder-layers=nowhere}")
         return passes
 
-    def write(self, folder: Path, language: str = "torch") -> None:
+    def write(self, folder: Path, language: str = "torch"):
         """Write the emitted folder; but for the proof table, no two experts have equal weights.
 
         Raises:
@@ -190,7 +189,7 @@ PROBES = 4
 """How many directions a condition is the worst of: the best draw by one is its luckiest."""
 
 
-def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
+def write_reference(folder: Path, file: Path, *, gradients: bool):
     """Write an npz file: inputs, outputs in float64, and gradients of all parameters by XLA.
 
     The loss is Σ cotangent · output, and the auxiliary loss.  Inputs are drawn until the gradients
@@ -208,7 +207,7 @@ def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
         rng = np.random.default_rng(seed)
         drawn = _drawn_inputs(graph, rng)
         # A mean over tokens: beside a sum, float32 would round the slopes of a router's loss away.
-        factors: Array = np.asarray(rng.standard_normal(shape)) / np.prod(shape[:-1])
+        factors = np.asarray(rng.standard_normal(shape)) / np.prod(shape[:-1])
         if "mask" in drawn and main == "hidden":
             factors *= drawn["mask"][..., None]
         drawn_slopes, worst = {}, 0.0
@@ -228,7 +227,7 @@ def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
             break
     outputs = get_backend("reference").compile(graph).run(params, inputs)
     outputs = {name: x for name, x in outputs.items() if "metric." not in name}
-    arrays: dict[str, Any] = {"cotangent": cotangent, "condition": condition}
+    arrays = {"cotangent": cotangent, "condition": condition}
     for prefix, values in {"in": inputs, "out": outputs, "grad": slopes}.items():
         arrays |= {f"{prefix}.{name}": np.asarray(value) for name, value in values.items()}
     if main == "logits" and graph.attrs.get("mode") != "train":
@@ -278,7 +277,7 @@ def _shape(type: TensorType) -> list[int]:
 def _drawn_inputs(graph: Graph, rng: np.random.Generator) -> dict[str, Array]:
     tables = [v.type["vocab"].size for v in graph.params.values() if "vocab" in v.type]
     vocabulary = min([size for size in tables if isinstance(size, int)], default=0)
-    inputs: dict[str, Array] = {}
+    inputs = {}
     for name, value in graph.inputs.items():
         sizes = _shape(value.type)
         kind = value.type.dtype.kind
@@ -330,13 +329,13 @@ def _gradient_program(graph: Graph, main: str) -> Callable[..., dict[str, Array]
     with jax.enable_x64(True):
         program = function(graph, dtype=F64, options=options)
 
-    def loss(params, inputs, cotangent):  # type: ignore[no-untyped-def]
+    def loss(params, inputs, cotangent):
         outputs = program(params, inputs)
         return (outputs[main] * cotangent).sum() + outputs.get("loss.auxiliary", 0.0)
 
     compiled = jax.jit(jax.grad(loss))
 
-    def gradients(params: Arrays, inputs: Arrays, cotangent: Array) -> dict[str, Array]:
+    def gradients(params, inputs, cotangent):
         with jax.enable_x64(True):
             return {n: np.asarray(x) for n, x in compiled(params, inputs, cotangent).items()}
 

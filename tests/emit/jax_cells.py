@@ -46,7 +46,7 @@ def judge(
     )
     main = "logits" if "out.logits" in reference else "hidden"
     expected = {n.partition(".")[2]: reference[n] for n in reference if n.startswith("grad.")}
-    errors: dict[str, float] = {}
+    errors = {}
     for kind in kinds:
         with jax.enable_x64(kind == "float64"):
             # The types of JAX in this mode: of whole numbers, and of all others.
@@ -59,13 +59,13 @@ def judge(
             }
             cotangent = reference["cotangent"].astype(types["f"])
 
-            def loss(params, inputs=inputs, cotangent=cotangent):  # type: ignore[no-untyped-def]
+            def loss(params, inputs=inputs, cotangent=cotangent):
                 training = program.TrainingKeys() if is_train else None
                 outputs = program.apply(params, **inputs, training=training)
                 value = (outputs[main] * cotangent).sum() + outputs.get("aux_loss", 0.0)
                 return value, outputs
 
-            slopes: dict[str, object] = {}
+            slopes = {}
             if expected:
                 (_, outputs), tree = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
                 slopes = flat(tree)
@@ -93,7 +93,7 @@ def flat(tree: object) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main():
     """Judge all sources by the methods, or those that are asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -104,7 +104,7 @@ def main() -> None:
     earlier = json.loads(options.out.read_text())["cells"] if options.out.exists() else []
     rows = {(row["source"], row["method"]): row for row in earlier}
     for cell in (EmittedCell(s, m) for s in options.sources for m in options.methods):
-        row: dict[str, object] = {"source": cell.source, "method": cell.method}
+        row = {"source": cell.source, "method": cell.method}
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "cell"
             try:

@@ -44,7 +44,7 @@ def is_right(verdict: dict[str, Any]) -> bool:
 class Judge:
     """A process of an interpreter without moecc, which judges one folder after the other."""
 
-    def __init__(self, python: str) -> None:
+    def __init__(self, python: str):
         # Folders of one name would be one module in a cache that several processes write.
         self._modules = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
@@ -62,7 +62,7 @@ class Judge:
         )
         self.name = f"transformers {self._answer()['transformers']}"
 
-    def ask(self, folder: Path, reference: Path) -> None:
+    def ask(self, folder: Path, reference: Path):
         """Begin to judge a folder."""
         assert self._process.stdin is not None, "a pipe"
         self._process.stdin.write(f"{folder}\t{reference}\n")
@@ -78,10 +78,9 @@ class Judge:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None, "a pipe"
         line = next(line for line in self._process.stdout if line.startswith("{"))
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return json.loads(line)
 
-    def close(self) -> None:
+    def close(self):
         """End the process."""
         self._process.communicate()
         self._modules.cleanup()
@@ -102,7 +101,7 @@ def prove(wanted: Iterable[EmittedCell], work: Path, rows: Rows) -> Iterator[dic
     judges = [Judge(python) for python in interpreters()]
     try:
         for cell in wanted:
-            row: dict[str, Any] = {"source": cell.source, "method": cell.method}
+            row = {"source": cell.source, "method": cell.method}
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary) / "model"
                 try:
@@ -184,7 +183,7 @@ def render() -> str:
         tokens = sum("moecc" in row[judges[0]] for row in chosen)
         right = f"{sum(map(is_proved, chosen))} of {len(chosen)}"
         lines.append(f"| {' | '.join([method, right, *errors, str(tokens or '')])} |")
-    reasons: dict[str, list[tuple[str, str]]] = {}
+    reasons = {}
     for row in rows:
         if "refused" in row:
             reason = row["refused"].removeprefix("layers.0.")
@@ -208,7 +207,7 @@ def _label(row: dict[str, Any]) -> str:
     return "mixtures as they are" if row["source"] in MIXTURES else str(row["method"])
 
 
-def main() -> None:
+def main():
     """Judge the cells that the file has not."""
     import tests.conftest  # noqa: F401 (XLA compiles as in tests: in a third of the time)
 
@@ -222,7 +221,7 @@ def main() -> None:
     if not interpreters():
         parser.error("MOECC_PARITY_PYTHON names no interpreter that has torch and transformers")
     lines = options.out.read_text().splitlines() if options.out.is_file() else []
-    rows: Rows = {(row["source"], row["method"]): row for row in map(json.loads, lines)}
+    rows = {(row["source"], row["method"]): row for row in map(json.loads, lines)}
     wanted = [
         cell
         for cell in (pairs() if options.pairs else cells())

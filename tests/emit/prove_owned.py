@@ -39,8 +39,7 @@ def asked(python: str, answer: Path, *command: str) -> dict[str, Any]:
         )
         assert done.returncode == 0, done.stderr[-3000:]
         answer.write_text(done.stdout)
-    verdict: dict[str, Any] = json.loads(answer.read_text().splitlines()[-1])
-    return verdict
+    return json.loads(answer.read_text().splitlines()[-1])
 
 
 def trained_alike(folder: Path, verdict: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def trained_alike(folder: Path, verdict: dict[str, Any]) -> dict[str, Any]:
     return {**verdict, "read_back": difference, "verify": done.returncode}
 
 
-def main() -> None:
+def main():
     """Write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--judge", required=True)
@@ -67,7 +66,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="NAME=CHECKPOINT")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"date": datetime.date.today().isoformat()}
+    report = {"date": datetime.date.today().isoformat()}
     for model in options.models:
         name, _, checkpoint = model.partition("=")
         folder = options.work / name
@@ -76,7 +75,7 @@ def main() -> None:
             opened.apply(PASSES[name]).emit("torch", folder, dtype="f32")
         report[name] = {"passes": PASSES[name]}
 
-        def answer(command: str, *arguments: str, at: Path = folder) -> dict[str, Any]:
+        def answer(command, *arguments, at=folder):
             file = at.parent / f"{at.name}.{command}.json"
             return asked(options.judge, file, command, str(at), *arguments)
 

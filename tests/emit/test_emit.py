@@ -34,7 +34,7 @@ FILE = "modeling_st_moe.py"
 UPCYCLE = METHODS["upcycled"]
 
 
-def imported_packages(text: str) -> set[str]:
+def imported_packages(text):
     nodes = list(ast.walk(ast.parse(text)))
     modules = [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
     modules += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
@@ -75,11 +75,11 @@ def test_text_is_a_function_of_the_graph():
     assert snapshot.digests() == snapshots, "run: python -m tests.emit.snapshot"
 
 
-def names_in(node: ast.AST, kind: type[ast.expr_context]) -> set[str]:
+def names_in(node, kind):
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
 
 
-def hidden_by_loops(function: ast.FunctionDef) -> set[str]:
+def hidden_by_loops(function):
     """Return the names that a loop gives to other values, though what they were is read later."""
     hidden = set()
     earlier = {argument.arg for argument in function.args.args}
@@ -346,7 +346,7 @@ HEADS = [
 def test_heads_of_checkpoints_are_kept(python, tmp_path):
     script = str(Path(__file__).parent / "kept_head.py")
 
-    def asked(*words: str) -> str:
+    def asked(*words):
         command = [python, "-W", "ignore", script, *words, str(tmp_path), *HEADS]
         done = subprocess.run(
             command, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""}

@@ -12,7 +12,7 @@ from tests.emit.cells import METHODS, EmittedCell, program_text
 from tests.parity.interpreters import in_each_interpreter, interpreters
 
 
-def asked(command: list[str]) -> dict:
+def asked(command):
     """Return what a script prints as JSON, in an environment without moecc."""
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -36,11 +36,11 @@ def test_kernels_are_offered_where_they_see_all_of_attention(source, is_plain):
     assert bool(re.search(look_up, text)) >= is_plain
 
 
-def plan_of(text: str) -> dict[str, str]:
+def plan_of(text):
     return dict(re.findall(r'"(layers\.\*[\w.]+|embed_tokens)": "(\w+)"', text))
 
 
-def ep_plan_of(text: str) -> dict[str, str]:
+def ep_plan_of(text):
     return plan_of(text[text.index("base_model_ep_plan") :])
 
 

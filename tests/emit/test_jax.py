@@ -61,7 +61,7 @@ def test_noise_is_drawn_in_training_alone():
         f"{METHODS['upcycled']},specialize{{mode=train jitter=0.1 dropout=0.1 policy=random}}"
     )
     text = program_text("llama_gqa", pipeline, "jax")
-    namespace: dict = {}
+    namespace = {}
     exec(compile(text, "program", "exec"), namespace)
     params = namespace["init"](jax.random.key(0), std=0.5)
     assert set(np.unique(params["model"]["norm"]["weight"])) == {1}
@@ -85,7 +85,7 @@ def test_groups_that_do_not_divide_the_tokens_are_one():
     )
     outputs = []
     for text in (plain, losses):
-        namespace: dict = {}
+        namespace = {}
         exec(compile(text, "program", "exec"), namespace)
         params = namespace["init"](jax.random.key(0), std=0.5)
         outputs.append(jax.jit(namespace["apply"])(params, np.arange(3)[None]))

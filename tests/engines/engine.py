@@ -36,5 +36,4 @@ def ask(python: str, probe: str, jobs: list[dict[str, Any]]) -> list[dict[str, A
         input=json.dumps(jobs), capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    reports: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["reports"]
-    return reports
+    return json.loads(done.stdout.splitlines()[-1])["reports"]

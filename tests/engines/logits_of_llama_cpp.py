@@ -20,7 +20,7 @@ LOG: list[str] = []
 
 
 @FFI.callback("void(enum ggml_log_level, const char *, void *)")
-def _log(level: int, text: Any, data: Any) -> None:
+def _log(level: int, text, data):
     if level >= 3:  # warnings and errors
         LOG.append(FFI.string(text).decode("utf-8", "replace").strip())
 
@@ -28,7 +28,7 @@ def _log(level: int, text: Any, data: Any) -> None:
 class Engine:
     """One model, computed in float32 by one thread: cache in float32, no flash attention."""
 
-    def __init__(self, file: str, context: int) -> None:
+    def __init__(self, file: str, context: int):
         params = LIB.llama_model_default_params()
         params.n_gpu_layers = 0
         self.model = LIB.llama_model_load_from_file(file.encode(), params)
@@ -67,7 +67,7 @@ class Engine:
         count = LIB.llama_tokenize(self.vocab, raw, len(raw), found, len(raw) + 8, True, True)
         return list(found[0:count])
 
-    def close(self) -> None:
+    def close(self):
         LIB.llama_free(self.context)
         LIB.llama_model_free(self.model)
 
@@ -97,7 +97,7 @@ def _continued(job: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": ids[:prompt], "added": ids[prompt:]}
 
 
-def main() -> None:
+def main():
     LIB.llama_log_set(_log, FFI.NULL)
     LIB.llama_backend_init()
     print(json.dumps({"reports": [answer(job) for job in json.load(sys.stdin)]}))

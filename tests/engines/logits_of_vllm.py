@@ -46,7 +46,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def main() -> None:
+def main():
     reports = []
     for job in json.load(sys.stdin):
         try:

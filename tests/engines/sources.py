@@ -33,7 +33,7 @@ WIDE: dict[str, Any] = {
 }
 
 
-def write_source(folder: Path, family: str, *, routing_bias: float = 0.0, **keys: Any) -> Path:
+def write_source(folder: Path, family: str, *, routing_bias: float = 0.0, **keys) -> Path:
     """Write a checkpoint, its tokens and its logits in float64; return the folder.
 
     Args:
@@ -62,7 +62,7 @@ def write_source(folder: Path, family: str, *, routing_bias: float = 0.0, **keys
     return folder
 
 
-def _drawn(name: str, shape: tuple[int, ...]) -> Any:
+def _drawn(name: str, shape: tuple[int, ...]):
     drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if "norm" in name:
         drawn = 1 + 0.3 * drawn

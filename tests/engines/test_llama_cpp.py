@@ -4,10 +4,7 @@
 llama-cpp-py-sync (tried with 0.11739).
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -200,13 +197,13 @@ DRAWN = [
 pytestmark = [pytest.mark.parity, needs(VARIABLE, MODULE)]
 
 
-def python() -> str:
+def python():
     found = interpreter(VARIABLE, MODULE)
     assert found is not None
     return found
 
 
-def written(cases: Sequence[tuple[str, str, str]], folder: Path) -> list[dict[str, str]]:
+def written(cases, folder):
     """Convert each case; return the jobs for the engine."""
     jobs = []
     for number, (source, architecture, passes) in enumerate(cases):
@@ -217,14 +214,14 @@ def written(cases: Sequence[tuple[str, str, str]], folder: Path) -> list[dict[st
     return jobs
 
 
-def off(job: dict[str, str], source: str | Path) -> float:
+def off(job, source):
     """Return max |Δ logit| / max |logit| of the engine against those beside the source."""
     found = np.load(job["file"] + ".logits.npy").astype(np.float64)
     golden = np.load(GOLDEN / source / "logits.npy").astype(np.float64)
     return float(np.abs(found - golden).max() / np.abs(golden).max())
 
 
-def test_logits(tmp_path: Path) -> None:
+def test_logits(tmp_path):
     jobs = written(EXACT, tmp_path)
     wrong = [
         f"{case}: {report or off(job, case[0])}"
@@ -234,7 +231,7 @@ def test_logits(tmp_path: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_logits_of_drawn_weights(tmp_path: Path) -> None:
+def test_logits_of_drawn_weights(tmp_path):
     jobs = []
     for number, (family, keys, architecture, passes) in enumerate(DRAWN):
         source = write_source(tmp_path / f"{number}", family, **keys)
@@ -255,7 +252,7 @@ def test_logits_of_drawn_weights(tmp_path: Path) -> None:
     # ggml looks GELU up in a table of half precision.
     [("smollm3", SINGLE), ("gemma", 2e-4), ("gemma2", 2e-3), ("gemma3", 2e-3)],
 )
-def test_what_an_architecture_fixes(architecture: str, bound: float, tmp_path: Path) -> None:
+def test_what_an_architecture_fixes(architecture, bound, tmp_path):
     """Models that no golden one is: the engine agrees with the reference interpreter."""
     source, file = GOLDEN / "gemma_mqa", tmp_path / "m.gguf"
     if architecture in DERIVED:
@@ -272,7 +269,7 @@ def test_what_an_architecture_fixes(architecture: str, bound: float, tmp_path: P
 
 
 @pytest.mark.parametrize(("source", "architecture"), [c for c in CASES if c[1] != "bert"])
-def test_what_is_read_of_other_shapes(source: str, architecture: str, tmp_path: Path) -> None:
+def test_what_is_read_of_other_shapes(source, architecture, tmp_path):
     """Files that moecc reads and does not write: the engine computes what moecc reads of them."""
     _, file = write_shape(source, architecture, tmp_path)
     job = {"file": str(file), "tokens": str(GOLDEN / source / "tokens.npy")}
@@ -286,7 +283,7 @@ def test_what_is_read_of_other_shapes(source: str, architecture: str, tmp_path: 
     assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
-def test_what_is_read_of_gemma3n(tmp_path: Path) -> None:
+def test_what_is_read_of_gemma3n(tmp_path):
     """llama.cpp is 1.6e-4 off, since it divides a variance of 16,384 neurons by one less."""
     source, file = write_source(tmp_path / "source", "gemma3n_text", **GEMMA3N), tmp_path / "m.gguf"
     write_gemma3n(source, file)
@@ -300,7 +297,7 @@ def test_what_is_read_of_gemma3n(tmp_path: Path) -> None:
     assert off(job, source) <= 1e-3
 
 
-def test_experts_that_differ(tmp_path: Path) -> None:
+def test_experts_that_differ(tmp_path):
     """Among copies it would not show if experts or router rows were mixed up."""
     cases = [
         ("llama_gqa", "llama", "upcycle{experts=8 top-k=2 init=drop drop-ratio=0.9 router-std=1}"),
@@ -318,7 +315,7 @@ def test_experts_that_differ(tmp_path: Path) -> None:
         assert np.abs(found - logits).max() / np.abs(logits).max() <= SINGLE
 
 
-def test_what_llama_cpp_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_llama_cpp_refuses(tmp_path, monkeypatch):
     """The engine refuses a tied qwen2moe without the head that moecc writes."""
     row = mixture_architectures()["qwen2moe"]
     monkeypatch.setattr(row.config, "gguf", replace(row.facts, needs_head=False))
@@ -331,7 +328,7 @@ WORDS = "It's 12345 o'clock!\r\n\n  naïve café — 日本語 12, x+=y; __init_
 
 
 @pytest.mark.parametrize("pre", ["lfm2", "qwen35", "deepseek-v3"])
-def test_words_are_cut_alike(pre: str, tmp_path: Path) -> None:
+def test_words_are_cut_alike(pre, tmp_path):
     alphabet = byte_alphabet()
     text = [alphabet[byte] for byte in WORDS.encode()]
     pairs = list(dict.fromkeys(f"{a} {b}" for a, b in pairwise(text)))
@@ -343,7 +340,7 @@ def test_words_are_cut_alike(pre: str, tmp_path: Path) -> None:
         assert report["prompt"] == tokenizer.encode(WORDS)
 
 
-def test_smollm2_continues_a_sentence_with_the_same_tokens(tmp_path: Path) -> None:
+def test_smollm2_continues_a_sentence_with_the_same_tokens(tmp_path):
     cache = Path(os.environ.get("MOECC_CACHE", Path.home() / ".cache" / "moecc"))
     source = next(iter(sorted(cache.rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))), None)
     if source is None:

@@ -4,13 +4,9 @@ Each family that has an architecture is drawn with each kind of rotary positions
 heads, two of the three at a time.  What moecc rejects is not measured; what it writes is.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -66,7 +62,7 @@ GLM = EXPERTS | {
     "n_routed_experts": 5, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
     "topk_group": 1,
 }  # fmt: skip
-FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
+FAMILIES = {
     "llama": ({}, "llama"),
     "mistral": ({}, "llama"),
     "qwen2": ({}, "qwen2"),
@@ -117,7 +113,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-ROPES: dict[str, dict[str, Any]] = {
+ROPES = {
     "default": {},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "yarn": {"rope_scaling": YARN},
@@ -138,8 +134,8 @@ ROPES: dict[str, dict[str, Any]] = {
     "half": {"partial_rotary_factor": 0.5},
 }  # fmt: skip
 SEEN = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 0}
-WINDOWS: dict[str, dict[str, Any]] = {"usual": {}, "all": SEEN, "every second": SEEN}
-HEADS: dict[str, dict[str, Any]] = {
+WINDOWS = {"usual": {}, "all": SEEN, "every second": SEEN}
+HEADS = {
     "usual": {},
     "tied": TIED,
     "wide": {"head_dim": 32},
@@ -148,9 +144,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def configs(
-    usual: dict[str, Any], ropes: dict[str, dict[str, Any]] = ROPES
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def configs(usual, ropes=ROPES):
     """Yield what differs from the usual config of a family, and that config."""
     usual = SIZES | usual
     for rope, window, head in product(ropes, WINDOWS, HEADS):
@@ -163,16 +157,16 @@ def configs(
         yield f"{rope} positions, {window} windows, {head} heads", keys
 
 
-def test_every_architecture_is_in_the_table() -> None:
+def test_every_architecture_is_in_the_table():
     assert {architecture for _, architecture in FAMILIES.values()} == {*architectures()}
     assert {*layer_input_architectures()} - {*architectures()} == {"gemma3n"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_written_is_computed(family: str, tmp_path: Path) -> None:
+def test_what_is_written_is_computed(family, tmp_path):
     usual, architecture = FAMILIES[family]
-    jobs: dict[str, dict[str, str]] = {}
-    drawn: set[str] = set()
+    jobs = {}
+    drawn = set()
     for name, keys in configs(usual):
         try:
             config = parse_config({"model_type": family, **WIDE, **keys})

@@ -4,8 +4,6 @@
 (tried with 0.32.2, and ``mlx[cpu]`` 0.32.4 on Linux).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +74,7 @@ def test_what_the_table_says_is_what_the_engine_does(tmp_path):
     assert not wrong, "\n".join(wrong)
 
 
-def off(folder: Path, source: str) -> float:
+def off(folder, source):
     """Return max |Δ logit| / max |logit| of the engine against the golden logits."""
     found = np.load(folder / "mlx.npy").astype(np.float64)
     golden = np.load(GOLDEN / source / "logits.npy").astype(np.float64)

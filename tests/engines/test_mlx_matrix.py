@@ -5,11 +5,7 @@ at a time, and with further keys of its family. Each verdict is measured: "runs"
 "silent" another function, and anything else an error of the engine.
 """
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +56,7 @@ USUAL = {
 }
 
 
-def examined() -> list[tuple[str, dict[str, Any], str, str]]:
+def examined():
     """Return the mixtures that mlx-lm may read: family and keys of a source, passes, target."""
     names = [name for name, kind in mixtures().items() if "mlx-lm" in kind.engines]
     usual = {name: keys for name, (keys, _) in FAMILIES.items()} | USUAL
@@ -71,9 +67,7 @@ def examined() -> list[tuple[str, dict[str, Any], str, str]]:
 @pytest.mark.parametrize(
     ("family", "usual", "passes", "target"), examined(), ids=lambda value: str(value)[:20]
 )
-def test_every_verdict_is_what_the_engine_does(
-    family: str, usual: dict[str, Any], passes: str, target: str, tmp_path: Path
-) -> None:
+def test_every_verdict_is_what_the_engine_does(family, usual, passes, target, tmp_path):
     python = interpreter(VARIABLE, MODULE)
     assert python is not None
     cases, jobs, drawn = [], [], set()
@@ -111,7 +105,7 @@ def test_every_verdict_is_what_the_engine_does(
     assert not wrong, f"{len(wrong)} of {len(cases)}\n" + "\n".join(wrong)
 
 
-def off(source: Path, folder: Path) -> float:
+def off(source, folder):
     """Return max |Δ logit| / max |logit| of the engine against the reference in float64."""
     by_mlx, logits = np.load(folder / "mlx.npy"), np.load(source / "logits.npy")
     return float(np.abs(by_mlx - logits).max() / np.abs(logits).max())

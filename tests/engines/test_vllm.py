@@ -5,11 +5,6 @@
 that the golden checkpoints do not have.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -25,7 +20,7 @@ SINGLE = 2e-6
 
 COPIES = "upcycle{experts=4 router-std=1}"
 SHARED = "upcycle{experts=4 shared=0.5 router-std=1}"
-CASES: list[tuple[str, dict[str, Any], str, str]] = [
+CASES = [
     ("llama", {}, "mixtral", COPIES),
     ("llama", {"tie_word_embeddings": True}, "mixtral", COPIES),
     ("mistral", {"sliding_window": 5}, "mixtral", COPIES),
@@ -72,7 +67,7 @@ def test_the_engine_runs_programs_in_pytorch(family, passes, tmp_path):
     assert off(out, source) <= SINGLE
 
 
-def off(folder: Path, source: Path) -> float:
+def off(folder, source):
     """Return max |Δ log-probability| / max |log-probability| of the engine, infinity for NaN."""
     found, logits = np.load(folder / "vllm.npy"), np.load(source / "logits.npy")
     shifted = logits - logits.max(-1, keepdims=True)

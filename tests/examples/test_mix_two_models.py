@@ -1,7 +1,5 @@
 """The example of two models as the experts of one: every command of it works."""
 
-from __future__ import annotations
-
 import pytest
 
 from .loading import load

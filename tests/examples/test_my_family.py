@@ -1,10 +1,7 @@
 """``examples/my_family.py`` and what ``docs/adding-a-family.md`` says of families from outside."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -28,32 +25,31 @@ BIOGPT = Path(__file__).parent / "biogpt"
 
 
 @pytest.fixture(autouse=True)
-def families() -> Iterator[None]:
+def families():
     """Take out what a test adds."""
     tables = (registry.CONFIGS.data, registry.ORIGINS)
     before = [dict(table) for table in tables]
     yield
     for table, old in zip(tables, before, strict=True):
         table.clear()
-        table.update(old)  # type: ignore[arg-type]
+        table.update(old)
 
 
-def logits(model: str, tmp_path: Path, *options: str) -> np.ndarray:
+def logits(model, tmp_path, *options):
     """Return what the command `run` gives for the tokens of BioGPT, in float64."""
     out = tmp_path / "made.npy"
     words = ["--inputs", str(BIOGPT / "tokens.npy"), "--outputs", str(out), "--force", *options]
     assert main(["run", model, "--backend", "reference", *words]) == 0
-    made: np.ndarray = np.load(out)
-    return made
+    return np.load(out)
 
 
-def test_the_logits_are_those_of_transformers(tmp_path: Path) -> None:
+def test_the_logits_are_those_of_transformers(tmp_path):
     made = logits(str(BIOGPT), tmp_path, "--load", FILE)
     np.testing.assert_allclose(made, np.load(BIOGPT / "logits.npy"), atol=2e-7)
 
 
 @pytest.mark.slow
-def test_it_is_upcycled_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_upcycled_and_trained_on(tmp_path, capsys):
     """A pass of one's own, too; and a run that was stopped goes on."""
     model = shutil.copytree(BIOGPT, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
@@ -77,9 +73,7 @@ def test_it_is_upcycled_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["convert", str(tmp_path / "run"), out, "--to", "st_moe", *load]) == 0
 
 
-def test_it_is_written_as_itself_and_upcycled(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_written_as_itself_and_upcycled(tmp_path, capsys):
     load, same, sparse = ("--load", FILE), tmp_path / "same", str(tmp_path / "sparse")
     assert main(["convert", str(BIOGPT), str(same), "-p", "", "--to", "biogpt", *load]) == 0
     written, stored = (load_file(f / "model.safetensors") for f in (same, BIOGPT))
@@ -116,13 +110,13 @@ graph tiny {
 """
 
 
-def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_graph_without_a_family(tmp_path, capsys):
     file, draw = tmp_path / "tiny.moe", np.random.default_rng(0)
     file.write_text(TINY)
     (tmp_path / "tiny").mkdir()
     graph = parse_graph(TINY)
     tensors = {
-        source.name: draw.standard_normal(source.type.shape).astype(np.float32)  # type: ignore[arg-type]
+        source.name: draw.standard_normal(source.type.shape).astype(np.float32)
         for param in graph.params.values() if param.weight for source in sources(param.weight)
     }  # fmt: skip
     save_file(tensors, tmp_path / "tiny" / "model.safetensors")
@@ -170,9 +164,7 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
     ],
 )
-def test_faults_of_a_file_are_its_authors(
-    text: str, code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_faults_of_a_file_are_its_authors(text, code, words, tmp_path, capsys):
     file, model = tmp_path / "own.py", shutil.copytree(BIOGPT, tmp_path / "model")
     file.write_text(text)
     config = json.loads((model / "config.json").read_text())
@@ -182,7 +174,7 @@ def test_faults_of_a_file_are_its_authors(
     assert words in capsys.readouterr().err
 
 
-def test_a_package_adds_its_families(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_adds_its_families(monkeypatch):
     add_families(FILE)
     assert registry.CONFIGS.pop("biogpt").model_type == "biogpt"
     point = EntryPoint("llama", f"{__name__}:AGAIN", registry.ENTRY_POINT)

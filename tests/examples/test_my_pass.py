@@ -1,9 +1,6 @@
 """The property test of ``examples/my_pass.py``: what the test of your own pass could look like."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,14 +8,13 @@ from hypothesis import given, settings
 from moecc.cli.main import main
 from moecc.rewrite.pipeline import installed
 from moecc.testing import graphs, laws
-from moecc.testing.growth import Growth
 from moecc.testing.steps import SIMPLE
 
 FILE = Path(__file__).parents[2] / "examples" / "my_pass.py"
-MyPass: Any = installed().with_file(FILE).get("my-pass")
+MyPass = installed().with_file(FILE).get("my-pass")
 
 
-def swish(g: Growth) -> None:
+def swish(g):
     """Append what the pass looks for: random operations alone would seldom make it."""
     x = g.find_float()
     if x is not None:
@@ -26,7 +22,7 @@ def swish(g: Growth) -> None:
         g.emit("mul", *(x, g.emit("sigmoid", other)) if other else (x, x))
 
 
-def twice(g: Growth) -> None:
+def twice(g):
     x = g.find_float()
     if x is not None:
         g.emit("relu", g.emit("relu", x))

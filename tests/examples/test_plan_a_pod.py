@@ -1,7 +1,5 @@
 """From a configuration to a plan, a compiled step and a report."""
 
-from __future__ import annotations
-
 import pytest
 from tiers import few
 

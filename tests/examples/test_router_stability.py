@@ -1,7 +1,5 @@
 """The example on the router z-loss: that it trains, measures what it says, and draws it."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,10 +1,6 @@
 """Where tokens went in a text of one's own, by routers that are drawn or known."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +21,7 @@ def text(tmp_path_factory):
     return path
 
 
-def run(model: Path, text: Path, out: Path, *arguments: str) -> Any:
+def run(model, text, out, *arguments):
     given = ["--model", str(model), "--text", str(text), "--tokens", "300", "--out", str(out)]
     assert example.main([*given, *arguments]) == 0
     return json.loads((out / "specialisation.json").read_text("utf-8"))

@@ -1,7 +1,5 @@
 """The demo of training, with few steps: every command of it works on what the last one wrote."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

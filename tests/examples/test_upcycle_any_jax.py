@@ -1,7 +1,5 @@
 """A decoder in plain jnp on a tiny Llama: converted, equal to what the family gives, trained."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

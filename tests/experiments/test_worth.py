@@ -1,13 +1,10 @@
 """Differences of arms, their intervals, and the correction for many claims."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +12,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
 
-def worth(name: str) -> Any:
+def worth(name):
     """Return a module of the experiment; its libraries would slow down the collection of tests."""
     return importlib.import_module(f"worth_{name}")
 
 
-def lines(rng: np.random.Generator, effect: float, spread: float = 0.004) -> Any:
+def lines(rng, effect, spread=0.004):
     """Return lines of two arms, on two texts and three seeds, whose documents differ."""
-    table: Any = {}
+    table = {}
     for text in ("a", "b"):
         tokens = rng.integers(500, 2000, 40)
         level = rng.normal(2, 0.3, 40)
@@ -53,7 +50,7 @@ def test_holm_by_hand():
 
 
 def test_arms_on_other_held_out_documents_are_not_compared(tmp_path):
-    def difference(of_sparse: list[int]) -> Any:
+    def difference(of_sparse):
         path = tmp_path / "worth.jsonl"
         arms = (("dense", [900, 700]), ("sparse", of_sparse))
         facts = {"decoder": "decoder_worth", "base_steps": 400, "text": "debian", "steps": 150}
@@ -72,13 +69,13 @@ def test_arms_on_other_held_out_documents_are_not_compared(tmp_path):
 
 
 def test_a_paragraph_counts_once():
-    seen: set[bytes] = set()
+    seen = set()
     assert worth("texts")._unseen("a  licence\n\nmine", seen) == "a  licence\n\nmine"
     assert worth("texts")._unseen("a licence\n\nyours\n\nyours", seen) == "yours"
 
 
 @cache
-def pairs() -> list[Any]:
+def pairs():
     return list(worth("forecasts").pairs())
 
 

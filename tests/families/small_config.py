@@ -56,7 +56,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 MOE_CLASSES = {MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig}
 
 
-def small(family: str, **keys: Any) -> dict[str, Any]:
+def small(family: str, **keys) -> dict[str, Any]:
     """Return a config of a family, with four experts where it has some."""
     experts = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
     moe = {experts.get(family, "num_experts"): 4, **MOE} if CONFIGS[family] in MOE_CLASSES else {}
@@ -66,7 +66,7 @@ def small(family: str, **keys: Any) -> dict[str, Any]:
     return {"model_type": family, **shape, **OF_FAMILY.get(family, {}), **moe, **keys}
 
 
-def refusal(data: Any) -> InputError:
+def refusal(data) -> InputError:
     """Return the error with which a config is refused."""
     with pytest.raises(InputError) as caught:
         parse_config(data)

@@ -1,11 +1,8 @@
 """Typed configs: both spellings read, both written, and made for another family."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,7 +19,7 @@ from tests.support.rotary_tables import rotary_frequencies
 
 from .small_config import LLAMA3, MOE, SMALL, YARN, refusal, small
 
-PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
+PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 
 
 # ---------- configs of published models
@@ -58,7 +55,7 @@ def test_either_spelling_and_both_mean_the_same(family, scaling):
     if kind not in decoders()[family].rope_types or family == "gptj":
         return  # a gptj states no rotary positions
     four = {"rope_theta": 5e5, "rope_scaling": scaling}
-    full: Any = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
+    full = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
     if family in ("olmo3", "gemma3_text"):
         local = {"rope_theta": 5e5 if family == "olmo3" else 1e4, "rope_type": "default"}
         full = {"full_attention": full, "sliding_attention": local}
@@ -75,7 +72,7 @@ def test_either_spelling_and_both_mean_the_same(family, scaling):
 
 
 def test_windows_of_every_style():
-    def windows(family: str, **keys: Any) -> tuple[int | None, ...]:
+    def windows(family, **keys):
         return parse_config(small(family, **keys)).sliding_windows
 
     on = {"use_sliding_window": True, "sliding_window": 8}

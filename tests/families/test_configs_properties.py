@@ -1,7 +1,5 @@
 """Properties of configs in general: round trips, either spelling, no unforeseen failure."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
@@ -11,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import examples
 
-from moecc.families.decoder import DecoderConfig
 from moecc.families.registry import parse_config
 from moecc.families.rope import attention_factor
 from tests.support.rotary_tables import rotary_frequencies
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> DecoderConfig:
+def configs(draw):
     """Draw a small config with an element type and keys that moecc only carries along."""
     token = st.none() | st.integers(0, 2)
     extra = {"attention_dropout": draw(st.floats(0, 0.5)), "bos_token_id": draw(token)}

@@ -1,10 +1,7 @@
 """Configs that are refused: each with its key, what was expected and a way out."""
 
-from __future__ import annotations
-
 import json
 import math
-from typing import Any
 
 import pytest
 from family_configs import read_config
@@ -17,13 +14,13 @@ from moecc.families.registry import CONFIGS, parse_config
 from .small_config import LLAMA3, MOE, SMALL, YARN, refusal, small
 
 
-def mscaled(*factors: float) -> dict[str, Any]:
+def mscaled(*factors):
     lists = {"short_factor": [1.0, 1.5], "long_factor": [1.25, 4.0]}
     named = dict(zip(("short_mscale", "long_mscale"), factors, strict=False))
     return {"type": "longrope", **lists, **named, "original_max_position_embeddings": 32}
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+REFUSED = {
     "negative size": (small("llama", hidden_size=-1), "hidden_size", "found: -1"),
     "zero layers": (small("llama", num_hidden_layers=0), "num_hidden_layers", "found: 0"),
     "absurd layers": (small("llama", num_hidden_layers=10**9), "num_hidden_layers", "10,000"),

@@ -2,18 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 from moecc_passes.roll_layers import RollLayersPass
 
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.ir.graph import Graph
 from moecc.jobs import inspect
 from moecc.jobs.inspect import deep_inspection, inspection
 from moecc.model.open import OpenedModel
@@ -25,7 +21,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 MANY, DEPTH = 32, 35
 
 
-def deep_config(name: str) -> Any:
+def deep_config(name):
     stated = json.loads((GOLDEN / name / "config.json").read_text())
     layers = {"num_hidden_layers": DEPTH, "num_layers": DEPTH, "num_decoder_layers": DEPTH + 2}
     stated |= {key: depth for key, depth in layers.items() if key in stated}
@@ -50,14 +46,14 @@ def test_a_model_with_another_layer_far_down_is_built(dense, monkeypatch):
     assert deep_inspection(config, "deep") is None
 
 
-def lines_run(function: Callable[[], object]) -> int:
+def lines_run(function):
     """Return how many lines of moecc run, which no load of the machine changes.
 
     No garbage is collected meanwhile: what runs as other tests' objects are freed is not counted.
     """
     count = 0
 
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
+    def trace(frame, event, arg):
         nonlocal count
         count += event == "line"
         return trace
@@ -72,14 +68,14 @@ def lines_run(function: Callable[[], object]) -> int:
     return count
 
 
-def of_depth(layers: int) -> Graph:
+def of_depth(layers):
     stated = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())
     return build(parse_config(stated | {"num_hidden_layers": layers}))
 
 
 @pytest.mark.parametrize("task", ["plan", "roll"])
 def test_each_layer_takes_as_much_work_as_the_one_before(task):
-    def lines(layers: int) -> int:
+    def lines(layers):
         graph = of_depth(layers)
         if task == "roll":
             return lines_run(lambda: RollLayersPass().apply(graph, Context()))

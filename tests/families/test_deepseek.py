@@ -1,10 +1,7 @@
 """deepseek_v3 and kimi_k2: one model by two names, eight bits, further layers, groups."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -26,7 +23,7 @@ GROUPS = GOLDEN / "deepseek_v3_groups"
 EIGHT_BITS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
-def changed(source: Path, folder: Path, tensors: dict[str, np.ndarray], **keys: object) -> Path:
+def changed(source, folder, tensors, **keys):
     """Write a checkpoint with further tensors and other keys in its config."""
     shutil.copytree(source, folder)
     config = json.loads((source / "config.json").read_text()) | keys
@@ -35,7 +32,7 @@ def changed(source: Path, folder: Path, tensors: dict[str, np.ndarray], **keys: 
     return folder
 
 
-def logits(folder: Path) -> np.ndarray:
+def logits(folder):
     """Return the logits of the golden tokens in float64."""
     with open_model(str(folder)) as model:
         run = get_backend("reference").compile(model.graph).run

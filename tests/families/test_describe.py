@@ -1,7 +1,5 @@
 """Counts of parameters and FLOPs, against published numbers and the formulas."""
 
-from __future__ import annotations
-
 import pytest
 from family_configs import random_checkpoint, small_configs
 from hypothesis import given, settings

@@ -1,13 +1,8 @@
 """What is exported is what the graph computes, and reads back as the same graph."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from family_configs import (
-    MemoryCheckpoint,
     exported_checkpoint,
     random_checkpoint,
     run_checkpoint,
@@ -21,7 +16,7 @@ from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.formats.open import open_checkpoint
-from moecc.ir import Builder, Graph, verify
+from moecc.ir import Builder, verify
 from moecc.rewrite.passes import Context
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint
@@ -48,7 +43,7 @@ PAIRS = [
     ("olmo2", "flex_olmo", {}),
     ("llama", "ernie4_5_moe", {}),
 ]
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS = {
     "qwen2_moe": {"shared": 0.5},
     "glm4_moe": {"shared": 0.5, "shared_gate": "none", "gates": "sigmoid-renormalised"},
 }
@@ -62,14 +57,14 @@ REFUSED = {
 }
 
 
-def upcycled(graph: Graph, target: str, **options: Any) -> Graph:
+def upcycled(graph, target, **options):
     options = {**OPTIONS.get(target, {}), **options}
     UpcyclePass(**{"experts": 4, "top_k": 2, **options}).apply(graph, Context())
     verify(graph)
     return graph
 
 
-def run(graph: Graph, checkpoint: MemoryCheckpoint, seq: int = 5) -> np.ndarray:
+def run(graph, checkpoint, seq=5):
     vocab = graph.outputs["logits"].type["vocab"].size
     tokens = (np.arange(2 * seq).reshape(2, seq) * 7 + 3) % vocab
     return run_checkpoint(graph, checkpoint, {"tokens": tokens})
@@ -95,7 +90,7 @@ def test_a_checkpoint_is_exported_as_it_is(case):
         assert made.config_json == graph.attrs["config"]
 
 
-VARIANTS: list[dict[str, Any]] = [
+VARIANTS = [
     {}, {"router_std": 1.0}, {"granularity": 2}, {"layers": "every:2"}, {"layers": "0,3"},
     {"gates": "softmax", "router_init": "zero"}, {"init": "drop"},
 ]  # fmt: skip
@@ -127,8 +122,8 @@ def test_an_upcycled_model_reads_back_as_the_same_model(source, target, keys, op
     assert {**found, "add": found["add"] - biases} == _kinds(graph)
 
 
-def _kinds(graph: Graph) -> dict[str, int]:
-    counts: dict[str, int] = {}
+def _kinds(graph):
+    counts = {}
     for node in graph:
         counts[node.op.name] = counts.get(node.op.name, 0) + 1
     return counts
@@ -182,7 +177,7 @@ def test_a_value_may_be_computed_twice():
     assert export_graph(graph, "llama").tensors == expected
 
 
-def differing(graph: Graph, family: str) -> list[Any]:
+def differing(graph, family):
     with pytest.raises(InputError) as caught:
         export_graph(graph, family)
     return list(caught.value.problems)

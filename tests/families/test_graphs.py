@@ -1,7 +1,5 @@
 """The graphs of families: golden logits, structure, and names, axes and places of parameters."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from family_configs import MemoryCheckpoint, random_checkpoint, run_checkpoint, small_configs
@@ -12,7 +10,7 @@ from moecc.backend import get_backend
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.formats.open import open_checkpoint
-from moecc.ir import Graph, equal, parse, print_graph, verify
+from moecc.ir import equal, parse, print_graph, verify
 from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import evaluate
 
@@ -94,13 +92,13 @@ def test_fused_experts_are_the_same_model(config):
     assert text[0] == text[1]
 
 
-def _without_weights(graph: Graph) -> Graph:
+def _without_weights(graph):
     for value in graph.params.values():
         value.weight = None
     return graph
 
 
-def _fused(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _fused(arrays):
     """Return `arrays` as transformers 5 holds them: written here from its documentation."""
     made = {}
     for name, array in arrays.items():

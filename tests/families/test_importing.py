@@ -1,13 +1,10 @@
 """What import says of tensors that do not fit their config, before it reads any."""
 
-from __future__ import annotations
-
 import time
-from typing import Any
 
 import numpy as np
 import pytest
-from family_configs import MemoryCheckpoint, random_checkpoint, small_configs
+from family_configs import random_checkpoint, small_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,18 +24,18 @@ SIZES = {
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
-def checkpoint(family: str = "llama", **keys: Any) -> MemoryCheckpoint:
+def checkpoint(family="llama", **keys):
     return random_checkpoint(parse_config({"model_type": family, **SIZES, **keys}))
 
 
-def refusal(made: MemoryCheckpoint) -> InputError:
+def refusal(made):
     with pytest.raises(InputError) as caught:
         import_checkpoint(made)
     assert made.reads == []
     return caught.value
 
 
-def problems(made: MemoryCheckpoint) -> list[str]:
+def problems(made):
     return [p.message for p in refusal(made).problems]
 
 

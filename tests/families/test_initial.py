@@ -1,7 +1,5 @@
 """Weights drawn in place of a checkpoint: their spread, and what the model makes of them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from moecc_passes.upcycle.upcycle import UpcyclePass
@@ -23,7 +21,7 @@ WIDE = {
 }  # fmt: skip
 
 
-def drawn(seed: int = 0, scale: float = 1.0) -> OpenedModel:
+def drawn(seed=0, scale=1.0):
     graph = build(parse_config(WIDE))
     UpcyclePass(experts=4, top_k=2, layers="1").apply(graph, Context())
     initialise(graph, seed=seed, scale=scale)

@@ -1,7 +1,5 @@
 """Undoing how a family reads a parameter gives tensors that read back as the parameter."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +8,7 @@ from hypothesis import strategies as st
 from moecc.ir import F32, tensor
 from moecc.translate.export import tensors_of
 from moecc.weights.evaluate import evaluate
-from moecc.weights.expr import Expr, Source, transform
+from moecc.weights.expr import Source, transform
 from moecc.weights.movement import (
     Concat,
     Index,
@@ -26,12 +24,12 @@ from moecc.weights.simplify import simplify
 
 
 @st.composite
-def readings(draw: st.DrawFn, depth: int = 3) -> Expr:
+def readings(draw, depth=3):
     """Draw an expression made of movements that can be undone, over sources of different names."""
     sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     type = tensor(F32, **{f"a{i}": 2 * size for i, size in enumerate(sizes)})
     counter = iter(range(1000))
-    expr: Expr = Source(f"t{next(counter)}", type)
+    expr = Source(f"t{next(counter)}", type)
     for level in range(draw(st.integers(0, depth))):
         kind = draw(st.sampled_from(["stack", "concat", "permute", "rename", "split", "merge"]))
         axis = draw(st.sampled_from(expr.type.names))
@@ -54,8 +52,8 @@ def readings(draw: st.DrawFn, depth: int = 3) -> Expr:
     return expr
 
 
-def _fresh(expr: Expr, counter: object) -> Expr:
-    def renamed(x: Expr) -> Expr:
+def _fresh(expr, counter):
+    def renamed(x):
         return Source(f"t{next(counter)}", x.type) if isinstance(x, Source) else x
 
     return transform(expr, renamed)
@@ -66,7 +64,7 @@ def test_reading_the_tensors_gives_the_parameter(read):
     made = Source("parameter", read.type)
     parameter = np.arange(np.prod(read.type.shape), dtype=np.float32).reshape(read.type.shape)
 
-    def whole(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def whole(name, start=0, stop=None):
         assert name == "parameter"
         return parameter[start:stop]
 

@@ -1,7 +1,5 @@
 """Families that nothing becomes: the message says why, and what to take instead."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,9 +1,6 @@
 """Families of a shape of their own: read as written, exported as they are, shrunk, upcycled."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +15,6 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.families.config import ModelConfig
 from moecc.families.describe import describe
 from moecc.families.registry import parse_config
 from moecc.ir import equal, parse, print_graph, verify
@@ -45,7 +41,7 @@ MPT = {"vocab_size": 20, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_seq_le
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
-GEMMA4: dict[str, Any] = {
+GEMMA4 = {
     **SMALL, "model_type": "gemma4_text", "vocab_size": 20, "num_key_value_heads": 2,
     "head_dim": 6, "global_head_dim": 8, "num_hidden_layers": 4, "sliding_window": 3,
     "layer_types": 2 * ["sliding_attention", "full_attention"],
@@ -54,7 +50,7 @@ LAYER_INPUTS = {"hidden_size_per_layer_input": 2, "num_kv_shared_layers": 2}
 KEYS_AS_VALUES = {
     "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
 }  # fmt: skip
-GEMMA3N: dict[str, Any] = {
+GEMMA3N = {
     **{k: v for k, v in GEMMA4.items() if k != "global_head_dim"}, "model_type": "gemma3n_text",
     "laurel_rank": 5, "altup_num_inputs": 3, "num_kv_shared_layers": 0,
     "hidden_size_per_layer_input": 2, "vocab_size_per_layer_input": 20,
@@ -65,7 +61,7 @@ DISTANCES = {
     "max_relative_positions": 7,
 }  # fmt: skip
 NO_TOKENS = {"pad_token_id": None}
-DISTILBERT: dict[str, Any] = {
+DISTILBERT = {
     "model_type": "distilbert", "vocab_size": 20, "dim": 16, "hidden_dim": 24, "n_layers": 2,
     "n_heads": 4, "max_position_embeddings": 12,
 }  # fmt: skip
@@ -81,7 +77,7 @@ TEXTS = {
     "max_position_embeddings": 9,
 }
 
-CONFIGS: list[dict[str, Any]] = [
+CONFIGS = [
     {"model_type": "gpt2", **GPT2, "n_inner": 12, "tie_word_embeddings": False},
     {"model_type": "opt", **OPT, "word_embed_proj_dim": 6, "tie_word_embeddings": False},
     {"model_type": "opt", **OPT, "do_layer_norm_before": False, "activation_function": "gelu"},
@@ -132,13 +128,13 @@ each = pytest.mark.parametrize("keys", CONFIGS, ids=NAMES)
 MODERN = {"model_type": "modernbert", **BERT, **NO_TOKENS}
 
 
-def run(checkpoint: MemoryCheckpoint) -> np.ndarray:
+def run(checkpoint):
     graph = import_checkpoint(checkpoint)
     return run_checkpoint(graph, checkpoint, inputs_for(graph, 3, {"B": 2, "S": 6, "T": 5}))
 
 
 @each
-def test_a_config_is_read_as_it_is_written(keys: dict[str, Any]) -> None:
+def test_a_config_is_read_as_it_is_written(keys):
     config = parse_config(keys)
     written = config.to_json()
     assert parse_config(written) == config
@@ -149,7 +145,7 @@ def test_a_config_is_read_as_it_is_written(keys: dict[str, Any]) -> None:
 
 
 @each
-def test_a_model_is_exported_as_it_is_and_as_st_moe(keys: dict[str, Any]) -> None:
+def test_a_model_is_exported_as_it_is_and_as_st_moe(keys):
     config = parse_config(keys)
     checkpoint = random_checkpoint(config, seed=2)
     graph = import_checkpoint(checkpoint)
@@ -165,7 +161,7 @@ def test_a_model_is_exported_as_it_is_and_as_st_moe(keys: dict[str, Any]) -> Non
 
 
 @each
-def test_an_upcycled_model_is_the_dense_one(keys: dict[str, Any]) -> None:
+def test_an_upcycled_model_is_the_dense_one(keys):
     config = parse_config(keys)
     checkpoint = random_checkpoint(config, seed=6)
     expected = run(checkpoint)
@@ -177,7 +173,7 @@ def test_an_upcycled_model_is_the_dense_one(keys: dict[str, Any]) -> None:
     assert np.abs(found - expected).max() <= 1e-9 * np.abs(expected).max()
 
 
-def test_a_mask_hides_the_padding_of_encoders() -> None:
+def test_a_mask_hides_the_padding_of_encoders():
     roberta, mpnet = ({"model_type": name, **BERT} for name in ("roberta", "mpnet"))
     clip = {"model_type": "clip_text_model", **BERT, **NO_TOKENS}
     deberta = {"model_type": "deberta-v2", **BERT, **DISTANCES, "share_att_key": True}
@@ -208,9 +204,7 @@ def test_a_mask_hides_the_padding_of_encoders() -> None:
         ({"model_type": "vit", **IMAGES}, "vit.", "ViTForImageClassification", "classifier.bias"),
     ],
 )
-def test_a_model_with_a_head_is_read_without_it(
-    keys: dict[str, Any], prefix: str, architecture: str, beside: str
-) -> None:
+def test_a_model_with_a_head_is_read_without_it(keys, prefix, architecture, beside):
     config = parse_config(keys)
     bare = random_checkpoint(config, seed=4)
     arrays = {f"{prefix}{name}": array for name, array in bare.arrays.items()}
@@ -232,7 +226,7 @@ def test_a_model_with_a_head_is_read_without_it(
         import_checkpoint(whole)
 
 
-def test_a_clip_is_read_as_its_encoder_of_images() -> None:
+def test_a_clip_is_read_as_its_encoder_of_images():
     tower = random_checkpoint(parse_config({"model_type": "clip_vision_model", **IMAGES}), seed=4)
     others = {"text_model.final_layer_norm.bias": np.ones(3, np.float32)}
     config = {"model_type": "clip", "vision_config": {**IMAGES, "model_type": "clip_vision_model"}}
@@ -243,14 +237,14 @@ def test_a_clip_is_read_as_its_encoder_of_images() -> None:
     np.testing.assert_array_equal(run(MemoryCheckpoint(tower.config, bare)), run(tower))
 
 
-def without(config: ModelConfig, prefix: str) -> MemoryCheckpoint:
+def without(config, prefix):
     """Return a random checkpoint as its base model would be saved alone."""
     made = random_checkpoint(config, seed=4)
     arrays = {name.removeprefix(prefix): array for name, array in made.arrays.items()}
     return MemoryCheckpoint(config.to_json(), arrays)
 
 
-def test_a_gpt2_saved_without_its_head_is_read_as_with_it() -> None:
+def test_a_gpt2_saved_without_its_head_is_read_as_with_it():
     """The first checkpoints are so, and hold the causal masks as tensors."""
     config = parse_config({"model_type": "gpt2", **GPT2})
     bare = without(config, "transformer.")
@@ -264,7 +258,7 @@ def test_a_gpt2_saved_without_its_head_is_read_as_with_it() -> None:
         import_checkpoint(bare)
 
 
-def test_heads_of_single_layers_are_those_of_a_kind_of_layer() -> None:
+def test_heads_of_single_layers_are_those_of_a_kind_of_layer():
     """As transformers 5.24 writes them; a checkpoint on the hub has two keys."""
     head = {"head_dim": 8, "num_key_value_heads": 1}
     layers = {"01": dict(head), "03": dict(head)}
@@ -274,7 +268,7 @@ def test_heads_of_single_layers_are_those_of_a_kind_of_layer() -> None:
     assert stated == parse_config({**short, **keys, "num_global_key_value_heads": 1})
 
 
-def test_what_a_family_cannot_say_is_refused() -> None:
+def test_what_a_family_cannot_say_is_refused():
     for keys, words in (
         ({"model_type": "gpt2", "n_head": 7}, "heads do not divide"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "reads an encoder"),

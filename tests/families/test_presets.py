@@ -1,11 +1,8 @@
 """Published models by name: their parameters to the last one, groups, FLOPs."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.families.describe import count_parameters, paper_groups, sequence_flops
-from moecc.ir import Graph
 from moecc.model.open import open_model
 
 # Totals: ST-MoE by the formula below, Mixtral of its published config, the others of T5's.
@@ -20,7 +17,7 @@ PARAMETERS = {
 }
 
 
-def graph_of(name: str) -> Graph:
+def graph_of(name):
     return open_model(f"preset:{name}").graph
 
 

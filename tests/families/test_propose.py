@@ -1,41 +1,35 @@
 """Why a target cannot say a graph, in words that a user can act on."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 from family_configs import small_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
-from moecc.errors import Problem
 from moecc.families import build
 from moecc.families.experts import expert_layers
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
-from moecc.ir import Graph
 from moecc.rewrite.passes import Context
 from moecc.translate.propose import propose
 
 from .small_config import SMALL as SIZES
 
 
-def graph_of(family: str, options: dict[str, Any] | None = None, **keys: Any) -> Graph:
+def graph_of(family, options=None, **keys):
     graph = build(parse_config({"model_type": family, **SIZES, **keys}))
     if options is not None:
         UpcyclePass(**{"experts": 4, "top_k": 2, **options}).apply(graph, Context())
     return graph
 
 
-def config(graph: Graph, target: str) -> MoeConfig:
+def config(graph, target):
     found = propose(graph, target)
     assert isinstance(found, MoeConfig)
     return found
 
 
-def reasons(graph: Graph, target: str) -> list[Problem]:
+def reasons(graph, target):
     found = propose(graph, target)
     assert isinstance(found, list)
     assert found

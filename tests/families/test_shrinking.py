@@ -1,13 +1,10 @@
 """Small models keep what a pass may depend on."""
 
-from __future__ import annotations
-
 from family_configs import small_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.families import build, rebuild
-from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
 from moecc.families.shrinking import shrink_size
@@ -15,7 +12,7 @@ from moecc.ir import F32, equal
 
 
 @given(st.integers(1, 200_000), st.integers(2, 200))
-def test_a_shrunk_size_is_small_and_made_of_the_same_primes(size: int, most: int) -> None:
+def test_a_shrunk_size_is_small_and_made_of_the_same_primes(size, most):
     small = shrink_size(size, most)
     assert 1 <= small <= most
     if size <= most:
@@ -26,11 +23,11 @@ def test_a_shrunk_size_is_small_and_made_of_the_same_primes(size: int, most: int
 
 @given(small_configs())
 @settings(max_examples=50)
-def test_every_config_shrinks_to_one_of_the_same_structure(config: DecoderConfig) -> None:
+def test_every_config_shrinks_to_one_of_the_same_structure(config):
     check_structure(config, config.shrunk())
 
 
-def check_structure(config: DecoderConfig, small: DecoderConfig) -> None:
+def check_structure(config, small):
     assert type(small) is type(config)
     kept = ("num_hidden_layers", "rope", "hidden_act", "tie_word_embeddings", "rms_norm_eps")
     kept += ("qkv_bias", "output_bias", "mlp_bias", "qk_norm")
@@ -50,7 +47,7 @@ def check_structure(config: DecoderConfig, small: DecoderConfig) -> None:
 
 @given(small_configs())
 @settings(max_examples=20)
-def test_a_graph_is_rebuilt_from_its_attributes(config: DecoderConfig) -> None:
+def test_a_graph_is_rebuilt_from_its_attributes(config):
     graph = build(parse_config(config.to_json()))
     again = rebuild(graph.attrs, shrink=False)
     assert equal(again, graph)

@@ -1,35 +1,31 @@
 """What is said to fit is what ``convert`` writes; what ``auto`` chooses; what engines read."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
 from tiers import few
 
 from moecc.analysis import layer_number
-from moecc.families.config import ModelConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.t5 import SwitchTransformersConfig
-from moecc.ir import Graph
 from moecc.jobs import targets
 from moecc.jobs.convert import plan, write
 from moecc.jobs.targets import choose, fits
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
-from moecc.translate.engines import EngineVerdict, verdicts
-from moecc.translate.export import Export, export_graph
+from moecc.translate.engines import verdicts
+from moecc.translate.export import export_graph
 
 from .small_config import GOLDEN, OF_EACH_FAMILY
 from .test_propose import SIZES, graph_of
 
 
-def fitting(graph: Graph) -> set[str]:
+def fitting(graph):
     return {fit.target for fit in fits(graph) if fit.fits}
 
 
-def reasons(graph: Graph, target: str) -> str:
+def reasons(graph, target):
     (fit,) = (fit for fit in fits(graph) if fit.target == target)
     return "\n".join(map(str, fit.reasons))
 
@@ -51,11 +47,11 @@ def test_a_sparse_graph_is_taken_as_it_is():
 
 
 def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch):
-    def export(graph: Graph, target: str, source: ModelConfig | None) -> Export:
+    def export(graph, target, source):
         exported.append(len({loc for node in graph if (loc := layer_number(node.loc)) is not None}))
         return export_graph(graph, target, source=source)
 
-    exported: list[int] = []
+    exported = []
     monkeypatch.setattr(targets, "export_graph", export)
     alike = fits(graph_of("qwen2", num_hidden_layers=5))
     assert set(exported) == {2}
@@ -97,14 +93,14 @@ def test_auto_explains(tmp_path):
 # --- engines
 
 
-def config(family: str, **keys: object) -> MoeConfig:
+def config(family, **keys):
     base = {"model_type": family, **SIZES, "num_local_experts": 4, "num_experts": 4}
     found = parse_config({**base, "num_experts_per_tok": 2, **keys})
     assert isinstance(found, MoeConfig)
     return found
 
 
-def verdict(found: MoeConfig, engine: str) -> EngineVerdict:
+def verdict(found, engine):
     (one,) = (v for v in verdicts(found) if v.engine == engine)
     return one
 

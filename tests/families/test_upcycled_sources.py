@@ -1,7 +1,5 @@
 """Every dense family upcycles: all blocks are found, and copies compute the golden outputs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

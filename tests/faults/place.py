@@ -31,20 +31,20 @@ class Spoilt:
       model: a llama of one layer, whole and valid until a case spoils it.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path):
         self.root = root
         self.model = root / "model"
 
     # --- what a case does in the end
 
-    def open(self, source: Path | None = None) -> None:
+    def open(self, source: Path | None = None):
         """Open a model and import its graph, from headers alone."""
         from moecc.model.open import open_model
 
         with open_model(str(source or self.model)):
             pass
 
-    def convert(self, pipeline: str = UPCYCLE, **more: Any) -> Path:
+    def convert(self, pipeline: str = UPCYCLE, **more) -> Path:
         """Plan a conversion to Mixtral, and write it."""
         from moecc.formats.writer import MAX_SHARD_BYTES, WriteOptions
         from moecc.jobs.convert import check_place, plan, write
@@ -60,7 +60,7 @@ class Spoilt:
             write(planned, out, options, **more)
         return out
 
-    def main(self, *args: object) -> None:
+    def main(self, *args: object):
         """Run a command."""
         from moecc.cli.main import main
 
@@ -71,12 +71,11 @@ class Spoilt:
     def tensors(self) -> dict[str, np.ndarray]:
         return dict(load_file(self.model / ONE))
 
-    def save(self, tensors: Mapping[str, np.ndarray], name: str = ONE) -> None:
+    def save(self, tensors: Mapping[str, np.ndarray], name: str = ONE):
         save_file(dict(tensors), self.model / name, metadata={"format": "pt"})
 
     def config(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.model / "config.json").read_text())
-        return found
+        return json.loads((self.model / "config.json").read_text())
 
     def shard(self) -> dict[str, Any]:
         """Split the weights into two shards, and return their index."""
@@ -91,7 +90,7 @@ class Spoilt:
         return {"metadata": {"total_size": size}, "weight_map": where}
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path):
     """Write a llama of one layer, cut from a golden one."""
     golden = GOLDEN / "llama_gqa"
     folder.mkdir()
@@ -115,7 +114,7 @@ def opening(edit: Callable[[Spoilt], object]) -> Act:
     return lambda place: (edit(place), place.open())
 
 
-def _edited(place: Spoilt, edit: Callable[[dict[str, np.ndarray]], object]) -> None:
+def _edited(place: Spoilt, edit: Callable[[dict[str, np.ndarray]], object]):
     arrays = place.tensors()
     edit(arrays)
     place.save(arrays)
@@ -134,7 +133,7 @@ def converting(edit: Callable[[dict[str, np.ndarray]], object]) -> Act:
 def names(*created: str) -> Act:
     """Leave nothing but config.json and files of these names."""
 
-    def edit(place: Spoilt) -> None:
+    def edit(place):
         (place.model / ONE).unlink()
         for name in created:
             (place.model / name).write_bytes(b"{}")
@@ -145,7 +144,7 @@ def names(*created: str) -> Act:
 def gguf(make: Callable[[GgufBuilder], object], **counts: int) -> Act:
     """Write a GGUF file of a small model, which `make` adds to."""
 
-    def act(place: Spoilt) -> None:
+    def act(place):
         builder = add_model(GgufBuilder(), layers=1, heads=2, groups=1, hidden=16, mlp=32, vocab=6)
         make(builder)
         place.open(builder.write(place.root / "model.gguf", **counts))
@@ -156,7 +155,7 @@ def gguf(make: Callable[[GgufBuilder], object], **counts: int) -> Act:
 def recipe(text: str | bytes) -> Act:
     """Read a recipe."""
 
-    def act(place: Spoilt) -> None:
+    def act(place):
         from moecc.train.recipe_text import load_recipe
 
         path = place.root / "r.toml"
@@ -169,7 +168,7 @@ def recipe(text: str | bytes) -> Act:
 def reader(edit: Callable[[Spoilt], object]) -> Act:
     """Open the folder, do something to it, then read a tensor."""
 
-    def act(place: Spoilt) -> None:
+    def act(place):
         from moecc.formats.folder import open_folder
 
         with open_folder(place.model) as opened:
@@ -182,7 +181,7 @@ def reader(edit: Callable[[Spoilt], object]) -> Act:
 def patched(target: str, value: object, then: Act) -> Act:
     """Do something while a function is replaced."""
 
-    def act(place: Spoilt) -> None:
+    def act(place):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(target, value)
             then(place)
@@ -193,7 +192,7 @@ def patched(target: str, value: object, then: Act) -> Act:
 def failing(error: BaseException) -> Callable[..., Any]:
     """Return a function that always raises this error."""
 
-    def fail(*args: object, **more: object) -> Any:
+    def fail(*args, **more):
         raise error
 
     return fail
@@ -206,7 +205,7 @@ class Allowed(Exception):
 def advised(text: str) -> Act:
     """Say what a pipeline warns of."""
 
-    def act(place: Spoilt) -> None:
+    def act(place):
         from moecc.rewrite.pipeline import Pipeline
 
         raise Allowed("\n".join(str(problem) for problem in Pipeline.parse(text).warnings()))

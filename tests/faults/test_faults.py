@@ -4,8 +4,6 @@ Malformed containers, indices and configs stand with the tests of their formats,
 a command with those of the API.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -26,7 +24,6 @@ from .place import (
     ONE,
     SHARDS,
     UPCYCLE,
-    Act,
     Allowed,
     Spoilt,
     advised,
@@ -44,25 +41,25 @@ from .place import (
 )
 
 
-def sparse_index(place: Spoilt) -> None:
+def sparse_index(place):
     """An index of ten gigabytes, of which nothing is on disk."""
     place.shard()
     (place.model / INDEX).write_text("{}")
     os.truncate(place.model / INDEX, 10**10)
 
 
-def index_without_total(place: Spoilt) -> None:
+def index_without_total(place):
     index = place.shard()
     del index["metadata"]
     (place.model / INDEX).write_text(json.dumps(index))
 
 
-def emptied(place: Spoilt) -> None:
+def emptied(place):
     shutil.rmtree(place.model)
     place.model.mkdir()
 
 
-def large_recipe(place: Spoilt) -> None:
+def large_recipe(place):
     from moecc.train.recipe_text import load_recipe
 
     (place.root / "r.toml").write_text("")
@@ -70,7 +67,7 @@ def large_recipe(place: Spoilt) -> None:
     load_recipe(str(place.root / "r.toml"))
 
 
-def of_every_type(place: Spoilt) -> None:
+def of_every_type(place):
     """Write a tensor of each element type, and read its bytes back."""
     from moecc.formats.folder import SafetensorsFolder
     from moecc.formats.safetensors import read_header
@@ -85,10 +82,10 @@ def of_every_type(place: Spoilt) -> None:
             assert opened.read("x").tobytes() == data, name
 
 
-def by_template(kind: str) -> Act:
+def by_template(kind):
     """Store one matrix in another type of one byte: read it, or say what is found of it."""
 
-    def act(place: Spoilt) -> None:
+    def act(place):
         from moecc.formats.folder import open_folder
         from moecc.model.open import open_model
 
@@ -113,7 +110,7 @@ def by_template(kind: str) -> Act:
     return act
 
 
-def read_back(place: Spoilt) -> None:
+def read_back(place):
     """Carry over the licence of a card, and a file of it."""
     card = "---\nlicense: other\nlicense_name: my-own\n---\n"
     (place.model / "README.md").write_text(card)
@@ -123,7 +120,7 @@ def read_back(place: Spoilt) -> None:
     raise Allowed((out / "README.md").read_text())
 
 
-def in_odd_places(place: Spoilt) -> None:
+def in_odd_places(place):
     """Keep the type of each tensor of a model that mixes them."""
     tensors = place.tensors()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
@@ -136,7 +133,7 @@ def in_odd_places(place: Spoilt) -> None:
     assert found["model.embed_tokens.weight"].dtype == np.float32
 
 
-def fewer_descriptors(place: Spoilt) -> None:
+def fewer_descriptors(place):
     """Write and verify many shards with few descriptors."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
@@ -148,7 +145,7 @@ def fewer_descriptors(place: Spoilt) -> None:
     assert len(list((place.root / "out").glob("*.safetensors"))) > 50
 
 
-def with_umask(place: Spoilt) -> None:
+def with_umask(place):
     """Write under two umasks, and say the modes of the files."""
     found = set()
     for mask in (0o077, 0o022, 0):
@@ -163,12 +160,12 @@ def with_umask(place: Spoilt) -> None:
     raise Allowed(" ".join(map(oct, sorted(found))))
 
 
-def convert_unchecked(place: Spoilt) -> None:
+def convert_unchecked(place):
     out = place.root / "out"
     place.main("convert", place.model, out, "-p", UPCYCLE, "--to", "mixtral", "--no-check")
 
 
-FAULTS: dict[str, tuple[int, str, Act]] = {
+FAULTS = {
     # the container: headers, tensors, files
     "element types that are read, bit by bit": (0, "", of_every_type),
     "a boolean that is 2": (1, "bytes other than 0 and 1", by_template("BOOL")),
@@ -255,7 +252,7 @@ def whole(tmp_path_factory):
     return made
 
 
-def ended(act: Act, place: Spoilt, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def ended(act, place, capsys):
     """Return exit code and message of a case, as the command line has them."""
     try:
         act(place)

@@ -1,7 +1,5 @@
 """Every flipped bit of an output is found, in every file, and every added or removed file."""
 
-from __future__ import annotations
-
 import random
 import shutil
 

@@ -43,7 +43,7 @@ def main() -> int:
 def _commands(asked: argparse.Namespace) -> dict[str, Any]:
     from .command_line import fuzz_commands
 
-    found: dict[str, Any] = {}
+    found = {}
     said = time.monotonic()
     for found in fuzz_commands(asked.command_line, asked.seed, FOUND):
         _write(asked.json, found)
@@ -57,7 +57,7 @@ def _commands(asked: argparse.Namespace) -> dict[str, Any]:
 
 def _executions(asked: argparse.Namespace) -> dict[str, Any]:
     fuzzers = [Fuzzer(GRAMMARS[n], asked.seed) for n in asked.grammar or GRAMMARS]
-    kept: set[str] = set()
+    kept = set()
     began = said = time.monotonic()
     with suppress(KeyboardInterrupt):  # what was counted until then is reported
         for _ in _rounds(fuzzers, asked.executions, asked.minutes):
@@ -84,17 +84,17 @@ def _rounds(fuzzers: list[Fuzzer], executions: int | None, minutes: float | None
         yield
 
 
-def _say(fuzzers: list[Fuzzer]) -> None:
+def _say(fuzzers: list[Fuzzer]):
     for fuzzer in fuzzers:
         print(fuzzer.line, file=sys.stderr, flush=True)
 
 
-def _write(file: Path | None, found: dict[str, Any]) -> None:
+def _write(file: Path | None, found: dict[str, Any]):
     if file is not None:
         file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
-def _keep_new(fuzzers: list[Fuzzer], kept: set[str]) -> None:
+def _keep_new(fuzzers: list[Fuzzer], kept: set[str]):
     """Make the inputs of failures that are new small, write them, and say where."""
     for fuzzer in fuzzers:
         for signature in fuzzer.failures.keys() - kept:

@@ -160,7 +160,7 @@ def run_command(words: Sequence[str], folder: Path) -> Ended:
     return Ended(code, text, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
-def _be_command(words: Sequence[str], folder: Path, printed: Path) -> None:
+def _be_command(words: Sequence[str], folder: Path, printed: Path):
     """Become a command: own group, output in a file, bounded memory, an alarm; never return."""
     code = 71
     try:
@@ -192,8 +192,8 @@ def fuzz_commands(number: int, seed: int, found: Path) -> Iterator[dict[str, Any
     """
     rng = random.Random(f"commands {seed}")
     kinds = list(KINDS)
-    codes: dict[str, Counter[int]] = {kind: Counter() for kind in kinds}
-    faults: Counter[str] = Counter()
+    codes = {kind: Counter() for kind in kinds}
+    faults = Counter()
     slowest, largest, began = 0.0, 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="moecc-commands-") as root:
         for count in range(number):
@@ -225,7 +225,7 @@ def fuzz_commands(number: int, seed: int, found: Path) -> Iterator[dict[str, Any
             }
 
 
-def _keep(folder: Path, found: Path, words: Sequence[str], ended: Ended) -> None:
+def _keep(folder: Path, found: Path, words: Sequence[str], ended: Ended):
     """Keep the files and the words of a command that failed, once for each end of its text."""
     digest = hashlib.sha256(ended.text[-200:].encode()).hexdigest()[:8]
     kept = found / f"command-{ended.fault.replace(' ', '-')}-{digest}"

@@ -77,7 +77,7 @@ def _file(name: str, data: bytes) -> Path:
 # --- texts
 
 
-def run_graph(data: bytes) -> None:
+def run_graph(data: bytes):
     """Parse a graph, verify it, and print it."""
     from moecc.ir.text import parse, print_graph
     from moecc.ir.verify import verify
@@ -89,7 +89,7 @@ def run_graph(data: bytes) -> None:
         raise Broken("the printed graph is another one")
 
 
-def run_pipeline(data: bytes) -> None:
+def run_pipeline(data: bytes):
     """Parse a pipeline, print it; now and then run it on a tiny model."""
     from moecc.rewrite.pipeline import Pipeline
 
@@ -102,7 +102,7 @@ def run_pipeline(data: bytes) -> None:
         _apply(found)
 
 
-def _apply(pipeline: Any) -> None:
+def _apply(pipeline):
     from moecc.ir.structure import clone
     from moecc.rewrite.passes import Context
     from moecc.rewrite.runner import run_pipeline
@@ -111,7 +111,7 @@ def _apply(pipeline: Any) -> None:
 
 
 @cache
-def _tiny() -> Any:
+def _tiny():
     from moecc.families import build
     from moecc.families.registry import parse_config
 
@@ -119,7 +119,7 @@ def _tiny() -> Any:
     return build(parse_config({**config, **seeds.TINY, "num_hidden_layers": 2}))
 
 
-def run_weight(data: bytes) -> None:
+def run_weight(data: bytes):
     """Parse a weight expression, print, simplify and, if it is small, evaluate it."""
     from moecc.testing.weights import stored_sources
     from moecc.weights.evaluate import evaluate
@@ -142,7 +142,7 @@ def run_weight(data: bytes) -> None:
         raise Broken(f"simplified to {simple}, which has other bytes")
 
 
-def run_rules(data: bytes) -> None:
+def run_rules(data: bytes):
     """Parse the rules of a layout, and print them; now and then plan with them."""
     from moecc.ir.mesh import parse_mesh
     from moecc.sharding.layout import Layout
@@ -158,7 +158,7 @@ def run_rules(data: bytes) -> None:
         _ = layout.shards, layout.used
 
 
-def run_machine(data: bytes) -> None:
+def run_machine(data: bytes):
     """Parse a machine and a mesh."""
     from moecc.plan.machines import parse_machine
     from moecc.plan.step import plan_mesh
@@ -174,7 +174,7 @@ def run_machine(data: bytes) -> None:
         raise Broken("a machine without devices")
 
 
-def run_recipe(data: bytes) -> None:
+def run_recipe(data: bytes):
     """Parse a recipe, and write it."""
     from moecc.train.recipe_text import parse_recipe, write_recipe
 
@@ -183,7 +183,7 @@ def run_recipe(data: bytes) -> None:
         raise Broken("the recipe that is written is another one")
 
 
-def run_card(data: bytes) -> None:
+def run_card(data: bytes):
     """Read the front matter of a model card."""
     from moecc.formats.modelcard import front_matter
 
@@ -193,7 +193,7 @@ def run_card(data: bytes) -> None:
 # --- files
 
 
-def run_safetensors(data: bytes) -> None:
+def run_safetensors(data: bytes):
     """Read the header of a safetensors file, and its small tensors."""
     from moecc.formats.folder import SafetensorsFolder
     from moecc.formats.safetensors import read_header
@@ -206,7 +206,7 @@ def run_safetensors(data: bytes) -> None:
                 raise Broken("a tensor of another size")
 
 
-def run_index(data: bytes) -> None:
+def run_index(data: bytes):
     """Read the index of a sharded checkpoint."""
     from moecc.errors import Problems
     from moecc.formats.safetensors import read_index
@@ -216,7 +216,7 @@ def run_index(data: bytes) -> None:
     problems.raise_if_any()
 
 
-def run_gguf(data: bytes) -> None:
+def run_gguf(data: bytes):
     """Open a GGUF file, translate its tokenizer, and read its small tensors."""
     from moecc.formats.gguf.reader import open_gguf
 
@@ -229,7 +229,7 @@ def run_gguf(data: bytes) -> None:
                 opened.read(name)
 
 
-def run_config(data: bytes) -> None:
+def run_config(data: bytes):
     """Read a config, write it; now and then build the graph of a shallow one."""
     from moecc.families.registry import parse_config
     from moecc.support.documents import parse_json
@@ -245,7 +245,7 @@ def run_config(data: bytes) -> None:
         _build(config)
 
 
-def _build(config: Any) -> None:
+def _build(config):
     from moecc.families import build
 
     facts = config.to_json()
@@ -257,7 +257,7 @@ def _build(config: Any) -> None:
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
 
 
-def run_manifest(data: bytes) -> None:
+def run_manifest(data: bytes):
     """Read a manifest, sealed unless the input has another seal."""
     from moecc.formats.manifest import MANIFEST_NAME, dump, load, seal
 
@@ -271,7 +271,7 @@ def run_manifest(data: bytes) -> None:
         raise Broken("the manifest that is written is another one")
 
 
-def run_receipt(data: bytes) -> None:
+def run_receipt(data: bytes):
     """Read a receipt, and say it in lines."""
     from moecc.jobs.receipt import RECEIPT_NAME, load_receipt, receipt_lines
 
@@ -283,7 +283,7 @@ def run_receipt(data: bytes) -> None:
         receipt_lines(found)
 
 
-def run_adapter(data: bytes) -> None:
+def run_adapter(data: bytes):
     """Merge an adapter into a tiny model: its config is the metadata of its weights."""
     from moecc.formats.adapter import ADAPTER_WEIGHTS, AdaptedCheckpoint
     from moecc.formats.open import open_checkpoint
@@ -309,7 +309,7 @@ def run_adapter(data: bytes) -> None:
             merged.close()
 
 
-def run_run(data: bytes) -> None:
+def run_run(data: bytes):
     """Read the records of a run folder: a step, the lineage, and the journals."""
     from moecc.formats.manifest import seal
     from moecc.formats.run import GRAPH, LINEAGE, METRICS, SPEED, STEP, STEPS
@@ -337,7 +337,7 @@ def run_run(data: bytes) -> None:
     _ = series.held_out, list(series.alarms()), series.scalar("loss"), repr(series)
 
 
-def run_journal(data: bytes) -> None:
+def run_journal(data: bytes):
     """Read the journal of a conversion that was killed."""
     from moecc.formats.writer import JOURNAL_NAME, read_journal
 
@@ -347,7 +347,7 @@ def run_journal(data: bytes) -> None:
     read_journal(folder, {"source": {"files": {"a": 1}}, "pipeline": "x", "seed": 0})
 
 
-def run_plan(data: bytes) -> None:
+def run_plan(data: bytes):
     """Read a saved plan, and make the values of a recipe of it."""
     from moecc.plan.step import read_plan
 
@@ -356,7 +356,7 @@ def run_plan(data: bytes) -> None:
     _ = saved.config.device_mesh
 
 
-def run_proof(data: bytes) -> None:
+def run_proof(data: bytes):
     """Give a log and its two graphs, which a stranger wrote together, to the checker."""
     import moecc_check
 
@@ -393,7 +393,7 @@ class Companions:
         return dict(self.files_of)
 
 
-def run_tokenizer(data: bytes) -> None:
+def run_tokenizer(data: bytes):
     """Look at a tokenizer and translate it to the keys of a GGUF file."""
     from moecc.formats.folder import findings
     from moecc.formats.gguf.header import plan_file
@@ -408,7 +408,7 @@ def run_tokenizer(data: bytes) -> None:
         names = {"tokenizer": "tokenizer.json", "settings": "tokenizer_config.json",
                  "generation": "generation_config.json"}  # fmt: skip
         files = {names[k]: json.dumps(v).encode() for k, v in parts.items() if k in names}
-    checkpoint: Any = Companions(files)
+    checkpoint = Companions(files)
     for line in findings(checkpoint, 6):
         if not line:
             raise Broken("a finding without words")
@@ -418,7 +418,7 @@ def run_tokenizer(data: bytes) -> None:
         raise InputError(why)
 
 
-def run_arrays(data: bytes) -> None:
+def run_arrays(data: bytes):
     """Read inputs from a .npy or .npz file."""
     from moecc.model.inputs import read_inputs
 
@@ -486,7 +486,7 @@ def _texts(*texts: str) -> Callable[[], Sequence[bytes]]:
     return lambda: seeds.encoded(texts)
 
 
-def run_program(data: bytes) -> None:
+def run_program(data: bytes):
     """Emit a graph whose names and texts are code, drawn by these bytes."""
     import numpy as np
 

@@ -132,7 +132,7 @@ def as_json(value: object) -> bytes:
         return b'{"a": ' + b"9" * 5000 + b"}"
 
 
-def mutate_value(rng: Rng, value: Any) -> Any:
+def mutate_value(rng: Rng, value):
     """Return a copy of a JSON value with one to three members changed."""
     made = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -140,7 +140,7 @@ def mutate_value(rng: Rng, value: Any) -> Any:
     return made
 
 
-def members(value: Any, most: int = MOST_MEMBERS) -> int:
+def members(value, most: int = MOST_MEMBERS) -> int:
     """Return how many values are in a JSON value, counting up to `most`."""
     count, left = 0, [value]
     while left and count < most:
@@ -151,13 +151,13 @@ def members(value: Any, most: int = MOST_MEMBERS) -> int:
     return count
 
 
-def _number_near(rng: Rng, number: float) -> Any:
+def _number_near(rng: Rng, number: float):
     if abs(number) > 1e300:
         return 0
     return rng.choice((number + 1, number - 1, -number, number * 2, float(number), str(number)))
 
 
-def _changed(rng: Rng, root: Any) -> Any:
+def _changed(rng: Rng, root):
     box, key, depth = None, None, 0
     here = root
     while isinstance(here, dict | list) and here and (box is None or rng.random() < 0.7):

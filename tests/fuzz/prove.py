@@ -83,8 +83,8 @@ def run_part(part: Part, work: Path) -> dict[str, Any]:
 
 def summary(found: Iterable[tuple[Part, dict[str, Any]]]) -> dict[str, Any]:
     """Return the counts of all parts together, with the date and the machine."""
-    grammars: dict[str, dict[str, Any]] = {}
-    commands: dict[str, Any] = {}
+    grammars = {}
+    commands = {}
     failures, seconds = [], 0.0
     for part, counts in found:
         seconds += counts["seconds"]
@@ -111,7 +111,7 @@ def summary(found: Iterable[tuple[Part, dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def _add(total: dict[str, Any], seed: int, counts: dict[str, Any], tally: dict[str, Any]) -> None:
+def _add(total: dict[str, Any], seed: int, counts: dict[str, Any], tally: dict[str, Any]):
     total.setdefault("seeds", []).append(seed)
     for name in ("executions", "accepted"):
         total[name] = total.get(name, 0) + tally[name]
@@ -120,10 +120,10 @@ def _add(total: dict[str, Any], seed: int, counts: dict[str, Any], tally: dict[s
     _largest(total, "peak_memory_bytes", counts)
 
 
-def _add_commands(total: dict[str, Any], seed: int, counts: dict[str, Any]) -> None:
+def _add_commands(total: dict[str, Any], seed: int, counts: dict[str, Any]):
     total.setdefault("seeds", []).append(seed)
     total["commands"] = total.get("commands", 0) + counts["commands"]
-    codes: Counter[str] = Counter(total.get("exit_codes", {}))
+    codes = Counter(total.get("exit_codes", {}))
     for each in counts["exit_codes"].values():
         codes.update(each)
     total["exit_codes"] = dict(sorted(codes.items()))
@@ -131,7 +131,7 @@ def _add_commands(total: dict[str, Any], seed: int, counts: dict[str, Any]) -> N
     _largest(total, "peak_memory_bytes", counts)
 
 
-def _largest(total: dict[str, Any], name: str, counts: dict[str, Any]) -> None:
+def _largest(total: dict[str, Any], name: str, counts: dict[str, Any]):
     total[name] = max(total.get(name, 0), counts[name])
 
 

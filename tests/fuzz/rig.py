@@ -109,7 +109,7 @@ def signature_of(error: BaseException) -> str:
 class _Watch:
     """Interrupts an execution that takes too long, by processor time: the machine may be busy."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.began = 0.0
 
     def __enter__(self) -> _Watch:
@@ -121,17 +121,17 @@ class _Watch:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
+    ):
         self.rest()
 
-    def start(self) -> None:
+    def start(self):
         self.began = time.process_time()
         signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
 
-    def rest(self) -> None:
+    def rest(self):
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def _alarm(self, number: int, frame: FrameType | None) -> None:
+    def _alarm(self, number: int, frame: FrameType | None):
         left = HANG_SECONDS - (time.process_time() - self.began)
         if left <= 0.05:
             raise Hang
@@ -146,7 +146,7 @@ class Fuzzer:
       seed: of the mutations.
     """
 
-    def __init__(self, grammar: Grammar, seed: int) -> None:
+    def __init__(self, grammar: Grammar, seed: int):
         self.grammar = grammar
         self.rng = random.Random(f"{grammar.name} {seed}")
         self.seeds = list(grammar.seeds())
@@ -179,7 +179,7 @@ class Fuzzer:
             pool = self.novel
         return self.grammar.mutate(self.rng, self.rng.choice(pool), self.seeds)
 
-    def run(self, executions: int, until: float = float("inf")) -> None:
+    def run(self, executions: int, until: float = float("inf")):
         """Execute so many mutants, or until a time of the monotonic clock."""
         began = time.monotonic()
         with bounded(), _Watch() as watch:
@@ -189,7 +189,7 @@ class Fuzzer:
                 self._execute(self.mutant(), watch)
         self.tally.seconds += time.monotonic() - began
 
-    def _execute(self, data: bytes, watch: _Watch) -> None:
+    def _execute(self, data: bytes, watch: _Watch):
         largest = _peak_bytes()
         watch.start()
         try:
@@ -210,7 +210,7 @@ class Fuzzer:
         taken = time.process_time() - watch.began
         self.tally.slowest_seconds = max(self.tally.slowest_seconds, taken)
 
-    def _count(self, kind: str, words: str, data: bytes) -> None:
+    def _count(self, kind: str, words: str, data: bytes):
         if kind:
             self.tally.rejected[kind] += 1
         else:
@@ -223,7 +223,7 @@ class Fuzzer:
             self.tally.messages += 1
             self._keep(self.novel, data)
 
-    def _keep(self, pool: list[bytes], data: bytes) -> None:
+    def _keep(self, pool: list[bytes], data: bytes):
         """Add an input to a pool, in the place of another one if it is full."""
         if len(data) > MOST_BYTES:
             return
@@ -232,7 +232,7 @@ class Fuzzer:
         else:
             pool[self.rng.randrange(POOL)] = data
 
-    def _failed(self, error: BaseException, data: bytes) -> None:
+    def _failed(self, error: BaseException, data: bytes):
         signature = signature_of(error)
         self.tally.failures[signature] += 1
         if signature not in self.failures:
@@ -276,7 +276,7 @@ def same_failure(grammar: Grammar, signature: str, data: bytes) -> bool:
     return False
 
 
-def minimised(data: bytes, holds: Any, budget: int = 400) -> bytes:
+def minimised(data: bytes, holds, budget: int = 400) -> bytes:
     """Cut parts out of an input for as long as `holds` of it: halves first, then less."""
     size = max(1, len(data) // 2)
     while size and budget > 0:

@@ -7,7 +7,6 @@ import struct
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from moecc.ir.text import print_graph
 from moecc.testing.generate import random_graph
@@ -153,7 +152,7 @@ def safetensors() -> tuple[bytes, ...]:
     types = {"BOOL": 1, "U8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
     found = []
     for count in (1, 3):
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries = {"__metadata__": {"format": "pt"}}
         at = 0
         for number, (kind, size) in enumerate(list(types.items())[: count * 3]):
             shape = [2, number + 1]
@@ -313,7 +312,7 @@ def adapters() -> tuple[bytes, ...]:
         "init_lora_weights": True, "use_dora": False, "target_modules": ["q_proj", "v_proj"],
     }  # fmt: skip
     shapes = {"q_proj": ((2, 16), (16, 2)), "v_proj": ((2, 16), (8, 2))}
-    header: dict[str, Any] = {"__metadata__": {"adapter": json.dumps(config)}}
+    header = {"__metadata__": {"adapter": json.dumps(config)}}
     size = 0
     for module, pair in shapes.items():
         for letter, shape in zip("AB", pair, strict=True):

@@ -1,12 +1,9 @@
 """The rig finds what it is for, and inputs that once broke something break nothing any more."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +13,6 @@ from moecc.errors import InputError, MoeccError
 
 from . import prove, rig
 from .grammars import GRAMMARS, Grammar
-from .mutate import Rng
 from .rig import Fuzzer, minimised, same_failure
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +45,7 @@ def test_seeds_are_valid_and_mutants_break_nothing(name):
     assert fuzzer.failures == {}
 
 
-def planted(data: bytes) -> None:
+def planted(data):
     if b"!!" in data:
         raise KeyError("planted")
     if data.startswith(b"loop"):
@@ -58,10 +54,10 @@ def planted(data: bytes) -> None:
     raise InputError("no")
 
 
-def fuzzer_of(inputs: Sequence[bytes]) -> Fuzzer:
+def fuzzer_of(inputs):
     left = list(inputs)
 
-    def mutate(rng: Rng, data: bytes, others: Sequence[bytes]) -> bytes:
+    def mutate(rng, data, others):
         return left.pop()
 
     return Fuzzer(Grammar("planted", lambda: [b"x"], mutate, planted), seed=0)
@@ -110,7 +106,7 @@ for kind in ("inspect .moe", "opt .moe", "run --inputs", "plan --rules", "inspec
 """
 
 
-def in_a_process(folder: Path, *words: str) -> None:
+def in_a_process(folder, *words):
     """Run Python apart: commands are forks, and this process may have the threads of jax."""
     places = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     done = subprocess.run(

@@ -89,7 +89,7 @@ class Case:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The keys of config.json, in the spelling of the version that wrote it."""
-        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        config = json.loads((self.folder / "config.json").read_text())
         if issubclass(CONFIGS[config["model_type"]], T5Config) and self._has_head():
             # As version 5 writes a config, it says that the matrices are tied; see T5Config.
             config["tie_word_embeddings"] = False
@@ -136,18 +136,18 @@ class Case:
 class DoublePrecision(TorchFunctionMode):
     """Gives float64 to code that asks for float32 by name."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:
             return args[0].double()
         named = {key: _widen(value) for key, value in (kwargs or {}).items()}
         return func(*map(_widen, args), **named)
 
 
-def _widen(value: Any) -> Any:
+def _widen(value):
     return torch.float64 if value is torch.float32 else value
 
 
-def write(names: list[str]) -> None:
+def write(names: list[str]):
     """Write the folders of the cases that belong to the running version."""
     manifest = _read_manifest()
     manifest["versions"][VERSION] = _versions()
@@ -158,7 +158,7 @@ def write(names: list[str]) -> None:
     _write_manifest(manifest)
 
 
-def compare(names: list[str]) -> None:
+def compare(names: list[str]):
     """Record how far the running version is from the golden logits."""
     manifest = _read_manifest()
     for case in _cases(manifest, names):
@@ -221,13 +221,13 @@ def _input(case: Case, key: str) -> np.ndarray[Any, Any]:
     return tokens
 
 
-def _auto(case: Case) -> Any:
+def _auto(case: Case):
     if case.decodes:
         return AutoModelForSpeechSeq2Seq if "features" in case.inputs else AutoModelForSeq2SeqLM
     return AutoModel if case.output == "hidden" else AutoModelForCausalLM
 
 
-def _save(case: Case, key: str) -> None:
+def _save(case: Case, key: str):
     # Parameters are rounded once, to the type of the file, from what is drawn.
     stated = ("dtype", "torch_dtype", "model_type", "architectures", "transformers_version")
     keys = {name: value for name, value in case.config.items() if name not in stated}
@@ -244,7 +244,7 @@ def _save(case: Case, key: str) -> None:
     model.save_pretrained(case.folder, max_shard_size=case.entry.get("shard_bytes", "1GB"))
 
 
-def _stored_buffers(model: Any) -> list[tuple[str, Any]]:
+def _stored_buffers(model) -> list[tuple[str, Any]]:
     """Return the buffers that are part of a checkpoint: biases of a choice, factors."""
     ends = ("e_score_correction_bias", "expert_bias", "layer_scalar")
     return [(n, b) for n, b in model.named_buffers() if n.endswith(ends)]
@@ -276,7 +276,7 @@ def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]
     return gain * drawn / np.sqrt(shape[-1])
 
 
-def _load(case: Case, config: Any = None) -> Any:
+def _load(case: Case, config=None):
     model, report = _auto(case).from_pretrained(
         case.folder,
         config=config,
@@ -307,7 +307,7 @@ ARGUMENTS = {
 """What transformers calls the inputs."""
 
 
-def _run(model: Any, case: Case, inputs: Inputs) -> Any:
+def _run(model, case: Case, inputs: Inputs):
     given = {ARGUMENTS[key]: torch.from_numpy(array) for key, array in inputs.items()}
     given = {k: t.to(model.dtype) if t.is_floating_point() else t for k, t in given.items()}
     if case.output == "hidden":
@@ -319,22 +319,20 @@ ROUTERS = (".gate", ".classifier", ".router", ".router.layer")
 """The ends of the names of modules that give a router's logits."""
 
 
-def _distance_from_the_border(logits: Any) -> float:
+def _distance_from_the_border(logits) -> float:
     """Return how near a logit comes to where SparseMixer stops to count it."""
     best = logits.topk(2, dim=-1).values
     near = [(b - logits) / logits.abs().clamp(min=b) - 0.02 for b in best.split(1, dim=-1)]
     return min(distance.abs().min().item() for distance in near)
 
 
-def _double_logits(
-    model: Any, case: Case, tokens: Inputs
-) -> tuple[np.ndarray[Any, Any], float | None]:
+def _double_logits(model, case: Case, tokens: Inputs) -> tuple[np.ndarray[Any, Any], float | None]:
     """Return logits in float64 and the smallest distance of a routing decision from a tie."""
     model = model.double()
     for module in model.modules():
         if hasattr(module, "per_layer_input_scale"):
             module.per_layer_input_scale = torch.tensor(0.5, dtype=torch.float64).sqrt()
-    gaps: list[float] = []
+    gaps = []
     chosen = getattr(model.config, "num_experts_per_tok", None)
     chosen = chosen or getattr(model.config, "top_k_experts", None) or 1
     if case.family == "switch_transformers":
@@ -342,7 +340,7 @@ def _double_logits(
             if hasattr(module, "ignore_padding_tokens"):
                 module.dtype = torch.float64
 
-    def note_gap(module: Any, inputs: Any, output: Any) -> None:
+    def note_gap(module, inputs, output):
         found = output[0] if isinstance(output, tuple) else output
         if case.family == "llama4_text":  # gates, and then logits
             found = output[1]
@@ -378,7 +376,7 @@ def _double_logits(
     return logits.numpy(), min(gaps, default=None)
 
 
-def _scores(module: Any, logits: Any) -> Any:
+def _scores(module, logits):
     """Return that by which experts are chosen: with a bias not their logits."""
     if hasattr(module, "e_score_correction_bias"):
         return logits.sigmoid() + module.e_score_correction_bias
@@ -387,7 +385,7 @@ def _scores(module: Any, logits: Any) -> Any:
     return logits
 
 
-def _open_scores(module: Any, scores: Any, gaps: list[float]) -> Any:
+def _open_scores(module, scores, gaps: list[float]):
     """Return the scores of experts in open groups, and record how near the choice is to a tie."""
     is_biased = hasattr(module, "e_score_correction_bias")
     by_group = scores.unflatten(-1, (module.num_group, -1))
@@ -400,7 +398,7 @@ def _open_scores(module: Any, scores: Any, gaps: list[float]) -> Any:
     return by_group.gather(-2, index).flatten(-2)
 
 
-def _widen_rotary(model: Any) -> None:
+def _widen_rotary(model):
     """Make the rotary tables again, under the default type of the moment."""
     for module in list(model.modules()):
         if getattr(module, "rotary_emb", None) is not None:
@@ -430,7 +428,7 @@ def _differences(case: Case) -> dict[str, float]:
     return {key: float(np.abs(logits - golden).max() / largest) for key, logits in found.items()}
 
 
-def _config(case: Case) -> Any:
+def _config(case: Case):
     """Return the config of a case as moecc spells it, which both versions understand."""
     written = parse_config(case.config).to_json()
     if case.family == "dinov2":
@@ -474,16 +472,15 @@ def _versions() -> dict[str, str]:
 
 def _read_manifest() -> dict[str, Any]:
     if MANIFEST.exists():
-        found: dict[str, Any] = json.loads(MANIFEST.read_text())
-        return found
+        return json.loads(MANIFEST.read_text())
     return {"schema": 1, "versions": {}, "cases": {}}
 
 
-def _write_manifest(manifest: dict[str, Any]) -> None:
+def _write_manifest(manifest: dict[str, Any]):
     MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def main() -> None:
+def main():
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description="Make or compare golden checkpoints.")
     parser.add_argument("action", choices=["write", "compare"])

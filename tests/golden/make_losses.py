@@ -43,7 +43,7 @@ def of_logits(arrays: dict[str, Any]) -> tuple[Losses, dict[str, np.ndarray[Any,
     logits = torch.from_numpy(arrays["logits"])
     mask = torch.from_numpy(arrays["mask"]).double()
     layers = tuple(logits.flatten(1, 2))
-    values: Losses = {}
+    values = {}
     for k in TOP_K:
         name = f"mixtral.top-{k}"
         values[name] = [_balance(mixtral, (x,), k) for x in layers]
@@ -65,22 +65,21 @@ def of_logits(arrays: dict[str, Any]) -> tuple[Losses, dict[str, np.ndarray[Any,
     return values, gradients
 
 
-def _balance(module: Any, layers: tuple[Any, ...], top_k: int, mask: Any = None) -> Any:
+def _balance(module, layers: tuple[Any, ...], top_k: int, mask=None):
     return module.load_balancing_loss_func(layers, layers[0].shape[-1], top_k, mask)
 
 
-def _switch_balance(logits: Any) -> Any:
+def _switch_balance(logits):
     return switch.load_balancing_loss_func(logits.softmax(-1), logits.argmax(-1))
 
 
-def _gradient(loss: Any, logits: Any) -> np.ndarray[Any, Any]:
+def _gradient(loss, logits) -> np.ndarray[Any, Any]:
     x = logits.clone().requires_grad_()
     loss(x).backward()
-    found: np.ndarray[Any, Any] = x.grad.numpy()
-    return found
+    return x.grad.numpy()
 
 
-def _plain(values: Any) -> Any:
+def _plain(values):
     """Return numbers for tensors, in dictionaries and lists."""
     if isinstance(values, dict):
         return {key: _plain(value) for key, value in values.items()}
@@ -89,7 +88,7 @@ def _plain(values: Any) -> Any:
     return float(values)
 
 
-def _numbers(values: Any) -> list[float]:
+def _numbers(values) -> list[float]:
     if isinstance(values, dict):
         return [n for key in sorted(values) for n in _numbers(values[key])]
     return [n for v in values for n in _numbers(v)] if isinstance(values, list) else [values]
@@ -103,7 +102,7 @@ def made() -> tuple[Losses, dict[str, np.ndarray[Any, Any]]]:
     return _plain({"logits": values}), {**arrays, **gradients}
 
 
-def main() -> None:
+def main():
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description="Make or compare golden auxiliary losses.")
     parser.add_argument("action", choices=["write", "compare"])

@@ -1,7 +1,5 @@
 """The golden files are what their manifest says, and every family has some."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
@@ -50,5 +48,5 @@ def test_tokens_and_logits_fit(name):
     assert logits.std() > 0.1
 
 
-def golden(name: str) -> tuple[np.ndarray, np.ndarray]:
+def golden(name):
     return np.load(HERE / name / "tokens.npy"), np.load(HERE / name / "logits.npy")

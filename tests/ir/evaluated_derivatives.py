@@ -168,7 +168,7 @@ def degrees(name: str) -> tuple[float | None, ...]:
 def _degree(f: Function, positions: Sequence[int]) -> float | None:
     if not has_one_float(f):
         return None
-    found: set[float] = set()
+    found = set()
     for seed, factor in ((0, 2.0), (1, 3.0), (2, 0.5)):
         arrays = f.draw(seed)
         scaled = [

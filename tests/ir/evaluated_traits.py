@@ -8,7 +8,6 @@ from functools import cache
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.ir.arrays import Data
 from moecc.ir.operation import OPS
 from moecc.ir.traits import CollectiveKind, Domain, Role, RowMove
 
@@ -63,7 +62,7 @@ def blocks_gradient(name: str) -> bool:
     run = function(node.graph)
     given = Function(node).inputs(0)
 
-    def total(x: Data) -> Data:
+    def total(x):
         return run({}, {**given, "x": x})["y"].sum()
 
     return not np.asarray(jax.grad(total)(np.float32(given["x"]))).any()
@@ -122,7 +121,7 @@ def domain(name: str) -> Domain:
         return Domain.REAL
     arrays = f.draw(0)
 
-    def finite(*values: float) -> bool:
+    def finite(*values):
         return all(
             np.isfinite(f.floats([replace(a, data=np.full_like(a.data, v)) for a in arrays])).all()
             for v in values

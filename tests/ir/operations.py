@@ -177,7 +177,7 @@ def applied(entry: OpDef, split: str = "", *, on_mesh: bool = False) -> Node:
     names, attrs = USES.get(entry.name, (" ".join(("x", "row")[: len(entry.operands)]), {}))
     if split or on_mesh:
         attrs = {**attrs, **ON_MESH.get(entry.name, {})}
-    values: dict[str, Value] = {}
+    values = {}
     wanted = set(names.split())
     wanted |= {"x", "chosen"} if wanted & {"slots", "rows", "ragged"} else set()
     wanted |= {"gates"} if "row_gates" in wanted else set()

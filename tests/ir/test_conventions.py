@@ -1,9 +1,5 @@
 """Gate conventions, ways to the experts and dispatch strategies: rows that hold, and meanings."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from moecc_passes.upcycle.rewrite import MEANINGS, GateLaw
@@ -15,31 +11,27 @@ from moecc.ir.conventions import (
     CONVENTIONS,
     DISPATCHES,
     GATES,
-    GateConvention,
 )
 from moecc.ir.ops import routing as reference
 from moecc.types import F64, tensor
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
 EXPERTS = 5
 
 
-def gates_of(row: GateConvention, logits: Array, top_k: int) -> Array:
+def gates_of(row, logits, top_k):
     """Return the gates that the reference makes of ``[tokens, expert]``."""
     graph = Graph("g")
     x = graph.input("x", tensor(F64, batch="B", expert=logits.shape[1]))
     _, gates = Builder(graph).route(x, top_k=top_k, gates=row.name)
     graph.set_output("y", gates)
-    found: Array = get_backend("reference").compile(graph).run({}, {"x": logits})["y"]
-    return found
+    return get_backend("reference").compile(graph).run({}, {"x": logits})["y"]
 
 
-def choices(row: GateConvention) -> range:
+def choices(row):
     return range(1, 1 + min(row.max_top_k or EXPERTS, EXPERTS))
 
 
-def drawn(tokens: int = 64) -> Array:
+def drawn(tokens=64):
     """Return logits far apart, and logits so near to one another that sparsemixer mixes them."""
     rng = np.random.default_rng(0)
     far = rng.normal(0, 2, (tokens, EXPERTS))
@@ -100,7 +92,7 @@ def test_a_bias_needs_a_score(row):
     bias = graph.param("bias", tensor(F64, expert=EXPERTS))
     build = Builder(graph)
 
-    def biased() -> object:
+    def biased():
         return build.route(x, bias, top_k=1, gates=row.name, using=("bias",))
 
     if row.score is None:

@@ -1,14 +1,12 @@
 """Editing a graph: what is refused, and what is kept in step."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.errors import InputError
 from moecc.ir import F32, Builder, Graph, tensor, verify
 
 
-def chain() -> tuple[Graph, Builder]:
+def chain():
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F32, batch="B"))

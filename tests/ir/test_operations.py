@@ -1,7 +1,5 @@
 """The declarations of operations: methods that build them, and typed attributes."""
 
-from __future__ import annotations
-
 from moecc.ir import OPS, Builder, Graph, tensor
 from moecc.ir.ops.slots import SlotsOp
 from moecc.types import I32

@@ -1,7 +1,5 @@
 """Whatever the text, the parser returns a graph or raises ParseError that points at the place."""
 
-from __future__ import annotations
-
 import re
 import time
 
@@ -9,13 +7,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moecc.ir import Graph, ParseError, parse, print_graph, verify
+from moecc.ir import ParseError, parse, print_graph, verify
 from moecc.testing import graphs
 
 PLACE = re.compile(r"^<text>:(\d+):(\d+)$")
 
 
-def check_error(error: ParseError, text: str) -> None:
+def check_error(error, text):
     """Check that each problem has a line, a column and a caret below that place."""
     assert error.problems
     lines = text.split("\n")
@@ -31,7 +29,7 @@ def check_error(error: ParseError, text: str) -> None:
         assert len(caret) <= len(excerpt) + 1
 
 
-def parse_or_check(text: str) -> Graph | None:
+def parse_or_check(text):
     """Return the graph, or check the error and how long it took to find."""
     start = time.perf_counter()
     try:
@@ -71,7 +69,7 @@ def test_mutated_text(graph, data):
         verify(again)
 
 
-def body(*lines: str) -> str:
+def body(*lines):
     head = ("moecc 1", "graph g {", "  input %x : f32[batch=B, embed=4]")
     return "\n".join((*head, *(f"  {line}" for line in lines), "}", ""))
 

@@ -1,7 +1,5 @@
 """Graphs that repeat a body: text and structure, what the verifier refuses, names with ranges."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest
@@ -50,7 +48,7 @@ graph g {
 """  # noqa: E501
 
 
-def body_of(graph: Graph) -> Graph:
+def body_of(graph):
     (found,) = (node.body for node in graph if node.body is not None)
     return found
 

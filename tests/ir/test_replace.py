@@ -1,7 +1,5 @@
 """Exchanging values, and the types that follow."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.errors import InputError
@@ -10,7 +8,6 @@ from moecc.ir import (
     F32,
     Builder,
     Graph,
-    Value,
     infer_again,
     replace_value,
     tensor,
@@ -18,7 +15,7 @@ from moecc.ir import (
 )
 
 
-def routed() -> tuple[Graph, Builder, Value, Value]:
+def routed():
     """Return a graph with two equal placements, of which the second is used."""
     graph = Graph()
     b = Builder(graph)

@@ -1,10 +1,7 @@
 """Text and graph say the same: parse(print(g)) == g, whatever the names, places and attributes."""
 
-from __future__ import annotations
-
 import math
 import string
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -44,7 +41,7 @@ IDENTIFIERS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 
 
 @st.composite
-def decorated(draw: Any) -> Graph:
+def decorated(draw):
     """Draw a graph with names, places, origins and attributes of every kind."""
     graph = draw(graphs(dead=True))
     graph.name = draw(ORIGINS)
@@ -86,7 +83,7 @@ SIZES = st.integers(0, 10**15) | IDENTIFIERS
 
 
 @st.composite
-def types(draw: Any) -> TensorType:
+def types(draw):
     names = draw(st.lists(IDENTIFIERS, max_size=4, unique=True))
     meshes = draw(st.lists(IDENTIFIERS, max_size=4, unique=True))
     axes = []

@@ -1,7 +1,5 @@
 """Where results lie on a mesh, and what the verifier says where operands cannot lie so."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -30,7 +28,7 @@ INPUTS = {
 }
 
 
-def inferred(line: str, mesh: str | None = None) -> str:
+def inferred(line, mesh=None):
     """Return the types that follow from the operands of an operation."""
     graph = Graph(attrs={"mesh": dict(parse_mesh(mesh or "data:4,model:2").axes)})
     text = "".join(f"  input %{n} : {t}\n" for n, t in INPUTS.items())
@@ -137,7 +135,7 @@ ROUTED = """  input %x : f32[b@data=8, s=4, d=6]
 """
 
 
-def routed(slots: str, kind: str) -> str:
+def routed(slots, kind):
     choices = "[b@data=8, s=4, k=2]"
     text = ROUTED.replace("CHOICES", f"i32{choices}, f32{choices}")
     return text.replace("SLOTS", slots).replace("slot=KIND", f"slot={kind}(%p)")

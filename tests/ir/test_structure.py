@@ -1,9 +1,5 @@
 """Equality and hash of graphs: up to the names of values, and nothing else."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +11,6 @@ from moecc.ir import (
     Axis,
     Builder,
     Graph,
-    Node,
     clone,
     equal,
     fingerprint,
@@ -27,7 +22,7 @@ from moecc.testing import graphs, random_graph
 from moecc.types import Extent
 
 
-def shuffled_names(graph: Graph) -> Graph:
+def shuffled_names(graph):
     """Return a copy whose results have other names."""
     copy = clone(graph)
     values = [v for n in copy for v in n.results]
@@ -53,7 +48,7 @@ def test_the_hash_tells_graphs_apart_as_equality_does(a, b):
     assert equal(a, b) == equal(b, a) == (fingerprint(a) == fingerprint(b))
 
 
-def changed_attribute(graph: Graph, node: Node) -> bool:
+def changed_attribute(graph, node):
     for name, spec in node.op.attrs.items():
         if spec.kind == "float":
             # Adding to the −∞ of a mask would change nothing.
@@ -66,7 +61,7 @@ def changed_attribute(graph: Graph, node: Node) -> bool:
     return False
 
 
-def changed_operation(graph: Graph, node: Node) -> bool:
+def changed_operation(graph, node):
     swap = {"relu": "silu", "silu": "relu", "add": "sub", "mul": "add", "mean": "sum"}
     if node.op.name not in swap:
         return False
@@ -74,7 +69,7 @@ def changed_operation(graph: Graph, node: Node) -> bool:
     return True
 
 
-def exchanged_operands(graph: Graph, node: Node) -> bool:
+def exchanged_operands(graph, node):
     if len(node.operands) < 2 or node.operands[0] is node.operands[1]:
         return False
     a, b = node.operands[:2]
@@ -98,7 +93,7 @@ def test_any_other_change_counts(graph, data):
         assert fingerprint(graph) != fingerprint(other)
 
 
-def small(**changes: Any) -> Graph:
+def small(**changes):
     """Return a small graph, one thing of which may be another."""
     was = {"attr": 1, "input": "x", "param": "w", "output": "y", "dtype": F32, "mesh": ()} | changes
     graph = Graph("g", {"layers": was["attr"]})

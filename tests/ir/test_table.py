@@ -1,9 +1,5 @@
 """The operation table: whatever the operands and attributes, a refusal or a type that holds."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +14,6 @@ from moecc.ir import (
     Axis,
     Builder,
     Graph,
-    OpDef,
     TensorType,
     tensor,
     verify,
@@ -33,14 +28,14 @@ KINDS = st.sampled_from(["f32", "i32", "pred", "bf16", "key"])
 
 
 @st.composite
-def types(draw: Any) -> TensorType:
+def types(draw):
     names = draw(st.lists(st.sampled_from(AXES[:3]), max_size=3, unique=True))
     dtype = DTYPES[draw(KINDS)]
     return TensorType(dtype, tuple(Axis(n, draw(SIZES)) for n in names))
 
 
 NAMES = st.sampled_from([*AXES[:3], "new"])
-ATTRS: dict[str, st.SearchStrategy[Any]] = {
+ATTRS = {
     "int": st.integers(-1, 5),
     "float": st.sampled_from([1.0, 0.0, -1.5, float("inf"), 0.5, 1e-6]),
     "bool": st.booleans(),
@@ -55,7 +50,7 @@ ATTRS: dict[str, st.SearchStrategy[Any]] = {
 
 
 @st.composite
-def bodies(draw: Any) -> Graph:
+def bodies(draw):
     """Draw a body that returns what it is given, or all but the last of it."""
     body = Graph("body")
     given = draw(st.lists(types(), min_size=1, max_size=3))
@@ -68,7 +63,7 @@ def bodies(draw: Any) -> Graph:
 
 
 @st.composite
-def attributes(draw: Any, entry: OpDef) -> dict[str, Any]:
+def attributes(draw, entry):
     found = {}
     for name, spec in entry.attrs.items():
         if spec.default is REQUIRED or draw(st.booleans()):
@@ -79,7 +74,7 @@ def attributes(draw: Any, entry: OpDef) -> dict[str, Any]:
     return found
 
 
-def routed(graph: Graph) -> None:
+def routed(graph):
     """Add inputs with one shared set of axes, and slots to `graph`, so that routing is reached."""
     b = Builder(graph)
     x = graph.input("tokens", tensor(F32, a=4, b=2))
@@ -147,7 +142,7 @@ def test_each_operation_checks_its_operands_and_attributes(name):
     with pytest.raises(InputError, match=f"{name} has no attribute 'nonsense'"):
         entry.complete({"nonsense": 1})
     for attr, spec in entry.attrs.items():
-        wrong: Any = 0.5 if spec.kind == "int" else 7 if spec.kind != "float" else "seven"
+        wrong = 0.5 if spec.kind == "int" else 7 if spec.kind != "float" else "seven"
         with pytest.raises(InputError, match=f"attribute '{attr}' of {name} is wrong"):
             entry.complete({attr: wrong})
 

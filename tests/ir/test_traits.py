@@ -3,9 +3,6 @@
 The second half changes every trait of every row, one at a time, and each change must be found.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import cache
 from math import prod
@@ -42,10 +39,8 @@ WRONG = (AssertionError, ValueError, IndexError, ZeroDivisionError, InputError)
 KNOWN = sorted(name for name, entry in OPS.items() if not entry.opaque)
 """Operations with a meaning that can be evaluated."""
 
-Check = Callable[[OpDef], None]
 
-
-def _mixes(entry: OpDef) -> None:
+def _mixes(entry):
     node = sample(entry.name)
     said = set(entry.mixes(node.operands, node.attrs))
     # A body may do anything, so a scan is taken to mix whatever axes come in.
@@ -54,28 +49,28 @@ def _mixes(entry: OpDef) -> None:
     assert found.mixed(entry.name) <= said
 
 
-def _elementwise(entry: OpDef) -> None:
+def _elementwise(entry):
     assert entry.elementwise == axes.is_elementwise(entry.name)
     assert entry.logical == axes.is_logical(entry.name)
 
 
-def _linear(entry: OpDef) -> None:
+def _linear(entry):
     assert (entry.linear, entry.jointly) == derivatives.linear(entry.name)
 
 
-def _alias(entry: OpDef) -> None:
+def _alias(entry):
     assert entry.alias == found.is_alias(entry.name)
     assert entry.blocks_gradient == found.blocks_gradient(entry.name)
 
 
-def _residual(entry: OpDef) -> None:
+def _residual(entry):
     of = entry.residual.of
     assert entry.residual == derivatives.residual(entry.name, of)
     # Operands without a gradient are said only where that makes a difference.
     assert not of or replace(entry.residual, of=()) != derivatives.residual(entry.name)
 
 
-def _homogeneous(entry: OpDef) -> None:
+def _homogeneous(entry):
     count, said = len(entry.operands), entry.homogeneity
     together = derivatives.alike(entry.name)
     if together is not None:
@@ -84,49 +79,49 @@ def _homogeneous(entry: OpDef) -> None:
         assert said == Homogeneity(derivatives.degrees(entry.name)[:count])
 
 
-def _normalises(entry: OpDef) -> None:
+def _normalises(entry):
     assert entry.normalises == found.normalises(entry.name)
 
 
-def _domain(entry: OpDef) -> None:
+def _domain(entry):
     assert entry.domain is found.domain(entry.name)
 
 
-def _commutative(entry: OpDef) -> None:
+def _commutative(entry):
     assert entry.commutative == found.commutes(entry.name)
 
 
-def _roles(entry: OpDef) -> None:
+def _roles(entry):
     assert entry.roles == found.roles(entry.name)
 
 
-def _moves(entry: OpDef) -> None:
+def _moves(entry):
     assert entry.moves is found.moves(entry.name)
 
 
-def _attends(entry: OpDef) -> None:
+def _attends(entry):
     assert entry.attends == found.attends(entry.name)
     assert entry.recurs == found.recurs(entry.name)
 
 
-def _collective(entry: OpDef) -> None:
+def _collective(entry):
     assert entry.collective is found.collective(entry.name)
     has_body = any(spec.kind == "region" for spec in entry.attrs.values())
     assert entry.places == (entry.collective is not None or has_body)
 
 
-def _routing(entry: OpDef) -> None:
+def _routing(entry):
     assert entry.chooses == found.chooses(entry.name)
     assert entry.assigns_slots == found.assigns_slots(entry.name)
 
 
-def _index(entry: OpDef) -> None:
+def _index(entry):
     node, index = sample(entry.name), entry.index
     said = None if index is None else (index.operand, index.below(node), index.strict)
     assert said == found.index(entry.name)
 
 
-def _sizes(entry: OpDef) -> None:
+def _sizes(entry):
     """Where elements are kept and axes not, sizes are products; where some go, it is a cut."""
     node = sample(entry.name)
     rule = None if entry.sizes is None else entry.sizes(node)
@@ -145,7 +140,7 @@ def _sizes(entry: OpDef) -> None:
         assert (rule.size, rule.ends[1] - rule.ends[0]) == (size, made)
 
 
-def _attributes(entry: OpDef) -> None:
+def _attributes(entry):
     """A smaller graph has what a size or an end within one says smaller, and as many experts."""
     node = sample(entry.name)
     for name, spec in entry.attrs.items():
@@ -169,7 +164,7 @@ _PINNING = {
 """What says how many layers or experts there are, and how many of these are chosen."""
 
 
-def _shares(entry: OpDef) -> None:
+def _shares(entry):
     """Devices that run the operation on shards give the shards of what it gives on the whole."""
     if entry.places:
         return
@@ -181,7 +176,7 @@ def _shares(entry: OpDef) -> None:
     assert needed <= taken
 
 
-def _summed(name: str) -> frozenset[str]:
+def _summed(name):
     """Return the axes that a sum runs over: shards of them give sums that are added later."""
     f = Function(sample(name))
     sums = derivatives.linear(name)[0] and not found.is_alias(name)
@@ -195,7 +190,7 @@ def _summed(name: str) -> frozenset[str]:
     return frozenset(n for n in gone if not any(n in t for t in others))
 
 
-def _is_right_on_shards(entry: OpDef, axis: str) -> bool:
+def _is_right_on_shards(entry, axis):
     try:
         node = applied(entry, split=axis)
     except InputError:
@@ -215,7 +210,7 @@ def _is_right_on_shards(entry: OpDef, axis: str) -> bool:
     return True
 
 
-CHECKS: tuple[Check, ...] = (
+CHECKS = (
     _mixes,
     _elementwise,
     _linear,
@@ -243,7 +238,7 @@ def test_what_a_row_says_is_what_the_meaning_does(name):
         check(OPS[name])
 
 
-def _flags(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+def _flags(entry):
     names = ("elementwise", "logical", "alias", "blocks_gradient", "normalises", "chooses",
              "assigns_slots", "attends", "recurs", "commutative", "places")  # fmt: skip
     for name in names:
@@ -252,7 +247,7 @@ def _flags(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
         yield "jointly", replace(entry, jointly=not entry.jointly)
 
 
-def _choices(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+def _choices(entry):
     for name, values in (
         ("domain", tuple(Domain)),
         ("collective", (None, *CollectiveKind)),
@@ -263,7 +258,7 @@ def _choices(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
                 yield f"{name}={value}", replace(entry, **{name: value})
 
 
-def _operands(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+def _operands(entry):
     """Yield rows that say something else of one operand."""
     kept, count = entry.residual, len(entry.operands)
     yield "residual result", replace(entry, residual=replace(kept, result=not kept.result))
@@ -280,24 +275,24 @@ def _operands(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
         yield "alike", replace(entry, homogeneous=replace(law, alike=not law.alike))
 
 
-def _toggled(of: tuple[int, ...], i: int) -> tuple[int, ...]:
+def _toggled(of, i):
     return tuple(sorted({*of} ^ {i}))
 
 
-def _other_roles(entry: OpDef, i: int) -> tuple[Role, ...]:
+def _other_roles(entry, i):
     given = [entry.role(n) for n in range(len(entry.operands))]
     given[i] = Role.GAIN if given[i] is not Role.GAIN else Role.BIAS
     return tuple(given)
 
 
-def _other_degree(entry: OpDef, i: int) -> Homogeneity:
+def _other_degree(entry, i):
     law = entry.homogeneity
     given = list(law.degrees)
     given[i] = 3.0 if given[i] is None else None
     return Homogeneity(tuple(given), law.alike)
 
 
-def _rules(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+def _rules(entry):
     """Yield rows that lack a rule, or have another one."""
     for name in ("local", "sizes", "index", "sharding"):
         if getattr(entry, name) is not None:
@@ -321,7 +316,7 @@ def _rules(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
 
 
 @cache
-def applies(entry: OpDef, axis: str) -> bool:
+def applies(entry, axis):
     """Whether a rule that lets everything lie split takes `axis` split, and has it wrong."""
     mutant = replace(entry, sharding=by_place)
     try:
@@ -334,13 +329,13 @@ def applies(entry: OpDef, axis: str) -> bool:
     return False
 
 
-def mutants(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
+def mutants(entry):
     """Yield rows that differ from `entry` in one trait."""
     for some in (_flags, _choices, _operands, _rules):
         yield from some(entry)
 
 
-def _is_found(mutant: OpDef) -> bool:
+def _is_found(mutant):
     try:
         for check in CHECKS:
             check(mutant)

@@ -38,7 +38,7 @@ def init(layers: int = 2, seed: int = 0) -> Params:
     }
 
 
-def swiglu(p: Any, x: jax.Array) -> jax.Array:
+def swiglu(p, x: jax.Array) -> jax.Array:
     """A gated block."""
     return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
 
@@ -48,7 +48,7 @@ def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * gain
 
 
-def attention(p: Any, x: jax.Array) -> jax.Array:
+def attention(p, x: jax.Array) -> jax.Array:
     """Causal attention with one head."""
     q, k, v = (x @ p[n] for n in "qkv")
     scores = q @ jnp.swapaxes(k, -1, -2) * EMBED**-0.5
@@ -56,7 +56,7 @@ def attention(p: Any, x: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(causal, scores, -1e9), -1) @ v @ p["o"]
 
 
-def layer(p: Any, x: jax.Array, ffn: Ffn) -> jax.Array:
+def layer(p, x: jax.Array, ffn: Ffn) -> jax.Array:
     """One layer."""
     x = x + attention(p["attention"], norm(x, p["norm1"]))
     return x + ffn(p["mlp"], norm(x, p["norm2"]))

@@ -13,7 +13,7 @@ Block = Callable[[Any, jax.Array], jax.Array]
 """A feed-forward block: its parameters and ``[…, embed]`` to ``[…, embed]``."""
 
 
-def mixture(block: Block, experts: Any, router: jax.Array, x: jax.Array, top_k: int) -> jax.Array:
+def mixture(block: Block, experts, router: jax.Array, x: jax.Array, top_k: int) -> jax.Array:
     """Return a mixture with renormalised softmax gates over `top_k` experts.
 
     Args:
@@ -31,11 +31,11 @@ def mixture(block: Block, experts: Any, router: jax.Array, x: jax.Array, top_k: 
     return jnp.einsum("e...d,...e->...d", every.astype(jnp.float32), weights).astype(every.dtype)
 
 
-def drawn(params: Any, seed: int = 0) -> Any:
+def drawn(params, seed: int = 0):
     """Return parameters of the same shapes, all drawn at random: no two experts are alike."""
     rng = np.random.default_rng(seed)
 
-    def draw(leaf: Any) -> Any:
+    def draw(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
         width = leaf.shape[-1] if leaf.ndim else 1
@@ -44,11 +44,11 @@ def drawn(params: Any, seed: int = 0) -> Any:
     return jax.tree.map(draw, params)
 
 
-def apart(a: Any, b: Any) -> float:
+def apart(a, b) -> float:
     """Return the largest difference of two trees, relative to their magnitude."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(_apart(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs)
 
 
-def _apart(x: Any, y: Any) -> float:
+def _apart(x, y) -> float:
     return float(np.max(np.abs(x - y)) / max(np.max(np.abs(y)), 1e-9))

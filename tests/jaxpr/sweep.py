@@ -46,7 +46,7 @@ Model = tuple[Callable[..., Any], Any, tuple[Any, ...]]
 Makers = Iterator[tuple[str, Callable[[], Model]]]
 
 
-def tokens(batch: int = 2, length: int = LENGTH) -> Any:
+def tokens(batch: int = 2, length: int = LENGTH):
     import jax
 
     return jax.random.randint(jax.random.key(1), (batch, length), 1, VOCAB - 1)
@@ -65,7 +65,7 @@ def levanter() -> Makers:
              "qwen.Qwen3Config", "gemma.GemmaConfig", "gemma.Gemma2Config", "gemma.Gemma3Config",
              "olmo.Olmo2Config", "mixtral.MixtralConfig"]  # fmt: skip
 
-    def make(name: str) -> Model:
+    def make(name):
         import equinox as eqx
         import haliax as hax
         import jax
@@ -78,7 +78,7 @@ def levanter() -> Makers:
         params, static = eqx.partition(model, eqx.is_array)
         position = getattr(config, "max_Pos", None) or config.Pos
 
-        def run(params: Any, ids: Any) -> Any:
+        def run(params, ids):
             named = hax.named(ids, (hax.Axis("batch", ids.shape[0]), position))
             mask = hax.nn.attention.causal_mask(position, position.alias("key_position"))
             result = eqx.combine(params, static)(named, mask)
@@ -143,7 +143,7 @@ def keras_hub() -> Makers:
         "XLNet",
     ]
 
-    def make(name: str) -> Model:
+    def make(name):
         import jax
         import keras
         import keras_hub as hub
@@ -155,7 +155,7 @@ def keras_hub() -> Makers:
         chosen = {k: v for k, v in sizes.items() if k in fields}
         model = cls(**chosen | ({"patch_size": patch} if "patch_size" in chosen else {}))
 
-        def example(key: str, spec: Any) -> Any:
+        def example(key, spec):
             shape = [2, *(n or LENGTH for n in spec.shape[1:])]
             if "float" in str(spec.dtype):
                 return jax.random.normal(jax.random.key(1), shape)
@@ -173,7 +173,7 @@ def keras_hub() -> Makers:
         )
         fixed = [v.value for v in model.non_trainable_variables]
 
-        def run(params: Any, inputs: Any) -> Any:
+        def run(params, inputs):
             return model.stateless_call(params, fixed, inputs, training=False)[0]
 
         return run, [v.value for v in model.trainable_variables], (inputs,)
@@ -230,7 +230,7 @@ def transformers() -> Makers:
         "XLMRoberta",
     ]
 
-    def make(name: str) -> Model:
+    def make(name):
         import jax
         import transformers
 
@@ -238,13 +238,13 @@ def transformers() -> Makers:
         config_class = model_class.config_class
         stated = {k: v for k, v in sizes.items() if hasattr(config_class(), k)}
         model = model_class(config_class(**stated), seed=0)
-        ids: dict[str, Any] = {"input_ids": tokens()}
+        ids = {"input_ids": tokens()}
         if name in ("Beit", "CLIPVision", "Dinov2", "ViT"):
             ids = {"pixel_values": jax.random.normal(jax.random.key(1), (2, 3, IMAGE, IMAGE))}
         elif getattr(model.config, "is_encoder_decoder", False):
             ids["decoder_input_ids"] = tokens(length=8)
 
-        def run(params: Any, inputs: Any) -> Any:
+        def run(params, inputs):
             return model(**inputs, params=params)[0]
 
         return run, model.params, (ids,)
@@ -256,7 +256,7 @@ def transformers() -> Makers:
 def tunix() -> Makers:
     """Models of tunix, in nnx, with and without rematerialisation."""
 
-    def make(name: str, remat: str | None) -> Model:
+    def make(name, remat):
         import jax
         import jax.numpy as jnp
         from flax import nnx
@@ -277,7 +277,7 @@ def tunix() -> Makers:
         model = model_class(module.ModelConfig(**chosen), rngs=nnx.Rngs(0))
         structure, state = nnx.split(model)
 
-        def run(state: Any, ids: Any) -> Any:
+        def run(state, ids):
             length = ids.shape[1]
             places = jnp.broadcast_to(jnp.arange(length), ids.shape)
             mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (2, length, length))
@@ -293,7 +293,7 @@ def tunix() -> Makers:
 def gemma() -> Makers:
     """Gemma of Google DeepMind, in Flax's linen."""
 
-    def make(name: str) -> Model:
+    def make(name):
         import dataclasses
 
         import jax
@@ -307,13 +307,13 @@ def gemma() -> Makers:
                inspect.signature(type(cls.config)).parameters else {}),
         )  # fmt: skip
 
-        class Small(cls):  # type: ignore[misc, valid-type]
+        class Small(cls):
             pass
 
         model = Small(config=config) if "config" in inspect.signature(cls).parameters else cls()
         params = model.init(jax.random.key(0), tokens())
 
-        def run(params: Any, ids: Any) -> Any:
+        def run(params, ids):
             return model.apply(params, ids).logits
 
         return run, params, (tokens(),)
@@ -325,12 +325,12 @@ def gemma() -> Makers:
 def penzai() -> Makers:
     """Transformers of penzai, whose parameters ``unbind_params`` takes out of the model."""
 
-    def make(name: str) -> Model:
+    def make(name):
         import jax
         from penzai import pz
         from penzai.models.transformer.variants import llamalike_common as common
 
-        options: dict[str, Any] = {
+        options = {
             "num_kv_heads": 2, "query_head_multiplier": 2, "embedding_dim": 32, "projection_dim": 8,
             "mlp_hidden_dim": 64, "num_decoder_blocks": 2, "vocab_size": VOCAB,
             "mlp_variant": "geglu_approx" if name == "gemma" else "swiglu",
@@ -347,7 +347,7 @@ def penzai() -> Makers:
         )
         slots, params = pz.unbind_params(model)
 
-        def run(params: Any, ids: Any) -> Any:
+        def run(params, ids):
             named = pz.nx.wrap(ids).tag("batch", "seq")
             places = pz.nx.wrap(jax.numpy.arange(ids.shape[1])).tag("seq")
             bound = pz.bind_variables(slots, params)
@@ -362,7 +362,7 @@ def penzai() -> Makers:
 def equimo() -> Makers:
     """A vision transformer of equimo, in equinox."""
 
-    def make() -> Model:
+    def make():
         import equinox as eqx
         import jax
         from equimo.models.vit import VisionTransformer
@@ -375,7 +375,7 @@ def equimo() -> Makers:
         model = VisionTransformer(**{k: v for k, v in sizes.items() if k in fields})
         params, static = eqx.partition(eqx.nn.inference_mode(model), eqx.is_array)
 
-        def run(params: Any, images: Any) -> Any:
+        def run(params, images):
             call = partial(eqx.combine(params, static), key=jax.random.key(0), inference=True)
             return jax.vmap(call)(images)
 
@@ -453,7 +453,7 @@ def judge(name: str, make: Callable[[], Model]) -> Verdict:
     return Verdict(name, outcome, *counts, float(f"{gap:.1e}"), is_trained, reason)
 
 
-def arrays(result: Any) -> list[Any]:
+def arrays(result) -> list[Any]:
     """Return the arrays of floating point of a result, in float64."""
     import jax
     import numpy as np
@@ -462,16 +462,16 @@ def arrays(result: Any) -> list[Any]:
     return [leaf.astype(np.float64) for leaf in leaves if leaf.dtype.kind not in "biuV"]
 
 
-def trains(moe: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+def trains(moe, run: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Return whether a step of gradient descent reaches the experts and stays finite."""
     import jax
     import jax.numpy as jnp
 
-    def loss(params: Any) -> Any:
+    def loss(params):
         floats = [x for x in jax.tree.leaves(moe(run)(params, *args)) if x.dtype.kind == "f"]
         return sum(jnp.mean(jnp.square(x - 0.5)) for x in floats)
 
-    def step(params: Any) -> tuple[Any, Any, Any]:
+    def step(params):
         value, gradients = jax.value_and_grad(loss, allow_int=True)(params)
         moved = jax.tree.map(
             lambda p, g: p - 1e-3 * g if jnp.issubdtype(p.dtype, jnp.floating) else p,
@@ -501,10 +501,10 @@ class OverTime(BaseException):
     """A model took more than its processor time."""
 
 
-def run_library(name: str, judged: Collection[str]) -> None:
+def run_library(name: str, judged: Collection[str]):
     """Print the verdicts on the models of a library that are not `judged`, a line of JSON each."""
 
-    def expire(number: int, frame: object) -> None:
+    def expire(number, frame):
         raise OverTime
 
     signal.signal(signal.SIGVTALRM, expire)
@@ -531,7 +531,7 @@ def read_verdicts(name: str, judged: Collection[str]) -> Iterator[dict[str, Any]
         yield from (json.loads(line) for line in process.stdout if line.startswith('{"model"'))
 
 
-def main() -> None:
+def main():
     """Judge the libraries, each in a process of its own, and write the record."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
@@ -541,8 +541,8 @@ def main() -> None:
     if options.library:
         run_library(options.library, options.names)
         return
-    record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    libraries: dict[str, Any] = record.get("libraries", {})
+    record = json.loads(options.out.read_text()) if options.out.exists() else {}
+    libraries = record.get("libraries", {})
     for name in options.names or LIBRARIES:
         try:
             stated = version(name)

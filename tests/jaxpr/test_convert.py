@@ -1,9 +1,5 @@
 """The main road: a function converted, equal to the dense one, to a mixture by hand, trained."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
 jax = pytest.importorskip("jax")
@@ -34,18 +30,18 @@ def value(moe):
     """The loss of converted parameters with gradients, a part of the routers' in it; compiled."""
     whole = moe(decoder.loss, losses=True, dispatch="gathered")
 
-    def weighted(params: Any, tokens: Any, weight: Any) -> Any:
+    def weighted(params, tokens, weight):
         total, found = whole(params, tokens)
         return found["loss.model"] + weight * found["loss.auxiliary"], (total, found)
 
     return jax.jit(jax.value_and_grad(weighted, has_aux=True))
 
 
-def by_hand(params: Any, tokens: Any) -> Any:
+def by_hand(params, tokens):
     """The decoder on converted parameters, its mixtures written by hand."""
     routers = iter(params["moe"][f"layers.{i}.mlp.router.weight"] for i in range(2))
 
-    def ffn(experts: Any, x: Any) -> Any:
+    def ffn(experts, x):
         return mixture(decoder.swiglu, experts, next(routers), x, 2)
 
     return decoder.loss(params["params"], tokens, ffn)
@@ -71,7 +67,7 @@ def test_a_few_steps_train(moe, value):
     optimizer = optax.adam(1e-2)
 
     @jax.jit
-    def update(params: Any, state: Any, gradients: Any) -> Any:
+    def update(params, state, gradients):
         changes, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, changes), state
 

@@ -1,9 +1,5 @@
 """Eight devices: the user's sharding kept, experts over a mesh, equal to one device."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
 jax = pytest.importorskip("jax")
@@ -22,8 +18,8 @@ UPCYCLE = "upcycle{experts=4 top-k=2}"
 SHARD = "annotate-sharding{mesh=data:2,expert:4 rules=expert-parallel}"
 
 
-def loss(params: Any, x: Any) -> Any:
-    def layer(x: Any, p: Any) -> Any:
+def loss(params, x):
+    def layer(x, p):
         return x + jax.nn.silu(jnp.tanh(x) @ p["w1"]) @ p["w2"], None
 
     x, _ = jax.lax.scan(layer, x, params["layers"])
@@ -31,7 +27,7 @@ def loss(params: Any, x: Any) -> Any:
     return jnp.sum(jnp.square(x @ params["out"]))
 
 
-def draw(*shape: int) -> Any:
+def draw(*shape):
     return jnp.asarray(np.random.default_rng(shape).normal(0, 0.3, shape), jnp.float32)
 
 
@@ -54,7 +50,7 @@ def alone():
     return moe, some, found
 
 
-def placed(mesh: Any) -> Any:
+def placed(mesh):
     specs = {"layers": {"w1": (None, None, "data"), "w2": (None, "data", None)}, "out": ()}
     shardings = jax.tree.map(
         lambda s: NamedSharding(mesh, PartitionSpec(*s)), specs, is_leaf=lambda s: type(s) is tuple
@@ -91,11 +87,11 @@ def test_inside_a_shard_map_of_the_user(mesh, alone):
     """Tokens and experts are those of each device; the collectives are those of the graph."""
     pipeline = f"{UPCYCLE},{SHARD},expert-parallel{{via=ragged}},lower-collectives"
     moe = mx.convert(loss, DENSE, X, pipeline)
-    params: Any = jax.tree.map(lambda _: PartitionSpec(), moe.params)
+    params = jax.tree.map(lambda _: PartitionSpec(), moe.params)
     params["params"]["layers"] = dict.fromkeys(("w1", "w2"), PartitionSpec(None, "expert"))
     tokens = PartitionSpec(("data", "expert"))
 
-    def one(some: Any, x: Any) -> Any:
+    def one(some, x):
         return jax.lax.psum(moe(loss)(some, x), ("data", "expert"))
 
     run = jax.shard_map(one, mesh=mesh, in_specs=(params, tokens), out_specs=PartitionSpec())

@@ -1,12 +1,8 @@
 """What is a block, what its operations are, and why something else is none: traced, never run."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 from pathlib import Path
 from sysconfig import get_paths
-from typing import Any
 
 import pytest
 
@@ -19,11 +15,9 @@ from moecc import jax as mx  # noqa: E402
 from moecc.errors import InputError  # noqa: E402
 
 E, F, B, S = 8, 12, 2, 3
-Shape = tuple[int, ...]
-Function = Callable[[Any, Any], Any]
 
 
-def shapes(**sizes: Shape) -> dict[str, Any]:
+def shapes(**sizes):
     return {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in sizes.items()}
 
 
@@ -33,46 +27,46 @@ GATED = {**PLAIN, "w3": (E, F)}
 BIASED = {**PLAIN, "b1": (F,), "b2": (E,)}
 
 
-def found(function: Function, params: dict[str, Shape], **options: Any) -> Any:
+def found(function, params, **options):
     options.setdefault("pipeline", "upcycle{experts=4}")
     return mx.convert(function, shapes(**params), X, **options)
 
 
-def act(function: Callable[[Any], Any]) -> Function:
+def act(function):
     return lambda p, x: function(x @ p["w1"]) @ p["w2"]
 
 
-def biased(p: Any, x: Any) -> Any:
+def biased(p, x):
     return jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
 
 
-def flat(p: Any, x: Any) -> Any:
+def flat(p, x):
     return (jax.nn.silu(x.reshape(-1, E) @ p["w1"]) @ p["w2"]).reshape(x.shape)
 
 
-def by_vector(p: Any, x: Any) -> Any:
-    def one(v: Any) -> Any:
+def by_vector(p, x):
+    def one(v):
         return p["w2"].T @ jax.nn.relu(p["w1"].T @ v + p["b1"]) + p["b2"]
 
     return jax.vmap(jax.vmap(one))(x)
 
 
-def clamped(p: Any, x: Any) -> Any:
+def clamped(p, x):
     gate, up = jnp.minimum(x @ p["w1"], 7.0), jnp.clip(x @ p["w3"], -7.0, 7.0)
     return (gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)) @ p["w2"]
 
 
-def prelu(p: Any, x: Any) -> Any:
+def prelu(p, x):
     h = x @ p["w1"]
     return (jnp.maximum(h, 0.0) + p["b1"] * jnp.minimum(h, 0.0)) @ p["w2"]
 
 
 @jax.checkpoint
-def passing(p: Any, x: Any) -> Any:
+def passing(p, x):
     return act(jax.nn.silu)(p, x), p
 
 
-BLOCKS: dict[str, tuple[Function, dict[str, Shape], str]] = {
+BLOCKS = {
     "silu": (act(jax.nn.silu), PLAIN, "contract silu contract"),
     "gelu": (act(lambda h: jax.nn.gelu(h, approximate=False)), PLAIN, "contract gelu contract"),
     "squared relu": (
@@ -135,7 +129,7 @@ def test_axes_of_equal_sizes_are_different_axes(name):
 
 
 @jax.custom_vjp
-def straight(h: Any) -> Any:
+def straight(h):
     return jax.nn.relu(h)
 
 
@@ -143,7 +137,7 @@ straight.defvjp(lambda h: (straight(h), None), lambda _, g: (g,))
 
 
 @jax.custom_jvp
-def through(h: Any) -> Any:
+def through(h):
     """ReLU with the derivative of the identity."""
     return jax.nn.relu(h)
 
@@ -151,72 +145,72 @@ def through(h: Any) -> Any:
 through.defjvp(lambda primals, tangents: (through(*primals), tangents[0]))
 
 
-def with_dropout(p: Any, x: Any) -> Any:
+def with_dropout(p, x):
     h = jax.nn.relu(x @ p["w1"])
     return jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, h.shape), h, 0.0) @ p["w2"]
 
 
-def with_norm(p: Any, x: Any) -> Any:
+def with_norm(p, x):
     h = jax.nn.silu(x @ p["w1"])
     return (h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True))) @ p["w2"]
 
 
-def on_the_host(p: Any, x: Any) -> Any:
+def on_the_host(p, x):
     made = jax.ShapeDtypeStruct((B, S, F), jnp.float32)
     return jax.pure_callback(lambda h: h, made, x @ p["w1"]) @ p["w2"]
 
 
-def decayed(p: Any, x: Any) -> Any:
+def decayed(p, x):
     return act(jax.nn.silu)(p, x).sum() + sum(jnp.sum(w**2) for w in p.values())
 
 
-def hidden_used(p: Any, x: Any) -> Any:
+def hidden_used(p, x):
     h = jax.nn.silu(x @ p["w1"])
     return h @ p["w2"], h.mean()
 
 
-def heads(p: Any, x: Any) -> Any:
+def heads(p, x):
     h = jax.nn.silu(jnp.einsum("bsgd,gdf->bsgf", x.reshape(B, S, 2, E // 2), p["w1"]))
     return jnp.einsum("bsgf,gfd->bsgd", h, p["w2"])
 
 
-def gradient(p: Any, x: Any) -> Any:
+def gradient(p, x):
     return jax.grad(lambda p: act(jax.nn.silu)(p, x).sum())(p)
 
 
-def two_ways(p: Any, x: Any) -> Any:
+def two_ways(p, x):
     return act(jax.nn.silu)(p, x) + act(jax.nn.relu)(p, x)
 
 
-def rounded(p: Any, x: Any) -> Any:
+def rounded(p, x):
     w1, w2 = (p[n].astype(jnp.float8_e4m3fn).astype(jnp.float32) for n in ("w1", "w2"))
     return jax.nn.silu(x @ w1) @ w2
 
 
-def fused_late(p: Any, x: Any) -> Any:
+def fused_late(p, x):
     gate, up = jnp.split(x @ jnp.concatenate([p["w1"], p["w3"]], 1), 2, -1)
     return (jax.nn.silu(gate) * up) @ p["w2"]
 
 
-def convolved(p: Any, x: Any) -> Any:
-    def conv(x: Any, kernel: Any) -> Any:
+def convolved(p, x):
+    def conv(x, kernel):
         order = ("NWC", "WIO", "NWC")
         return jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=order)
 
     return conv(jax.nn.silu(conv(x, p["w1"])), p["w2"])
 
 
-def picked(p: Any, x: Any) -> Any:
-    def step(i: Any, x: Any) -> Any:
+def picked(p, x):
+    def step(i, x):
         return x + jax.nn.silu(x @ p["w1"][i]) @ p["w2"][i]
 
     return jax.lax.fori_loop(0, 3, step, x)
 
 
-def pallas_inside(p: Any, x: Any) -> Any:
+def pallas_inside(p, x):
     from jax.experimental import pallas as pl
 
-    def kernel(h: Any, out: Any) -> None:
+    def kernel(h, out):
         out[...] = jax.nn.relu(h[...])
 
     h = x @ p["w1"]
@@ -225,7 +219,7 @@ def pallas_inside(p: Any, x: Any) -> Any:
 
 
 @jax.custom_vjp
-def whole_layer(p: Any, x: Any) -> Any:
+def whole_layer(p, x):
     return act(jax.nn.silu)(p, x)
 
 
@@ -234,7 +228,7 @@ whole_layer.defvjp(lambda p, x: (whole_layer(p, x), None), lambda _, g: (g, g))
 KERNELS = {"w1": (1, E, F), "w2": (1, F, E)}
 STACKS = {"w1": (3, E, F), "w2": (3, F, E)}
 
-MISSES: dict[str, tuple[Function, dict[str, Shape], str]] = {
+MISSES = {
     "dropout": (with_dropout, PLAIN, "dropout is inside it: trace the function without"),
     "a norm inside": (with_norm, PLAIN, "`reduce_sum` inside it mixes its hidden values"),
     "the host": (on_the_host, PLAIN, "a call of the host is inside it"),
@@ -292,10 +286,10 @@ def test_tokens_that_do_not_fit(tokens, problem):
 def test_a_use_whose_result_nothing_takes_is_none():
     """As haliax takes the first layer of a stack, to see its shape."""
 
-    def function(p: Any, x: Any) -> Any:
+    def function(p, x):
         jax.tree.map(lambda w: jnp.take(w, 0, axis=0), p)
 
-        def layer(x: Any, p: Any) -> tuple[Any, None]:
+        def layer(x, p):
             return x + jax.nn.silu(x @ p["w1"]) @ p["w2"], None
 
         return jax.lax.scan(layer, x, p)[0]
@@ -305,7 +299,7 @@ def test_a_use_whose_result_nothing_takes_is_none():
 
 
 def test_a_key_that_is_a_path_names_the_block():
-    def gemma(p: Any, x: Any) -> Any:
+    def gemma(p, x):
         return act(jax.nn.silu)(
             {"w1": p["layer_0/mlp/gate"]["w"], "w2": p["layer_0/mlp/~/out"]["w"]}, x
         )
@@ -318,7 +312,7 @@ def test_a_key_that_is_a_path_names_the_block():
 @pytest.mark.parametrize(("package", "line"), [("gemma", "net.py:1 in f"), ("flax", "")])
 def test_lines_are_of_models_and_not_of_frameworks(package, line):
     file = Path(get_paths()["purelib"], package, "net.py")
-    names: dict[str, Any] = {}
+    names = {}
     exec(compile("def f(x): return x + 1", str(file), "exec"), names)
     jaxpr = jax.make_jaxpr(names["f"])(1.0)
     here = user_line(jaxpr.eqns[0])
@@ -330,7 +324,7 @@ def test_a_deep_model_is_surveyed_in_one_pass():
     names = ("gate", "up", "down")
     square = dict.fromkeys((*"qkv", *names), (E, E))
 
-    def deep(p: Any, x: Any) -> Any:
+    def deep(p, x):
         for layer in p["layers"]:
             q, k, v = (x @ layer[n] for n in "qkv")
             x = x + jax.nn.softmax(q @ k.mT) @ v
@@ -350,7 +344,7 @@ def test_names_of_tokens_reach_the_graph():
     assert moe.graph.inputs["x.ffn"].type.names == ("batch", "patch", "embed")
 
 
-def mixer(p: Any, x: Any) -> Any:
+def mixer(p, x):
     y = x + jnp.swapaxes(jax.nn.gelu(jnp.swapaxes(x, 1, 2) @ p["t1"]) @ p["t2"], 1, 2)
     return y + jax.nn.gelu(y @ p["w1"]) @ p["w2"]
 

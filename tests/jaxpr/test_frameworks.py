@@ -21,14 +21,14 @@ from .mixtures import apart  # noqa: E402
 TOKENS = tokens()
 
 
-def check(model: Any, params: Any, locations: list[str]) -> None:
+def check(model, params, locations):
     """Convert `model`, whose functions among the leaves stay out of jit, and compare."""
     moe = mx.convert(model, params, TOKENS, "upcycle{experts=4 top-k=2},add-losses")
     assert [b.loc for b in moe.report.blocks] == locations
     leaves, tree = jax.tree.flatten(moe.params)
     arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape")}
 
-    def run(arrays: Any, ids: Any) -> Any:
+    def run(arrays, ids):
         filled = [arrays.get(i, x) for i, x in enumerate(leaves)]
         return moe(model, dispatch="gathered")(jax.tree.unflatten(tree, filled), ids)
 
@@ -41,14 +41,14 @@ def test_linen(scan):
 
     class Block(nn.Module):
         @nn.compact
-        def __call__(self, x: Any, _: Any = None) -> Any:
+        def __call__(self, x, _=None):
             x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
             hidden = nn.gelu(nn.Dense(MLP, name="up")(nn.LayerNorm()(x)))
             return x + nn.Dense(EMBED, name="down")(hidden), None
 
     class Model(nn.Module):
         @nn.compact
-        def __call__(self, ids: Any) -> Any:
+        def __call__(self, ids):
             x = nn.Embed(VOCAB, EMBED)(ids)
             if scan:
                 layers = nn.scan(
@@ -70,21 +70,21 @@ def test_linen(scan):
 def test_nnx(remat):
     nnx = pytest.importorskip("flax.nnx")
 
-    class Block(nnx.Module):  # type: ignore[misc,name-defined]
-        def __init__(self, rngs: Any) -> None:
+    class Block(nnx.Module):
+        def __init__(self, rngs):
             self.norm = nnx.RMSNorm(EMBED, rngs=rngs)
             self.up = nnx.Linear(EMBED, MLP, rngs=rngs)
             self.down = nnx.Linear(MLP, EMBED, rngs=rngs)
 
-        def __call__(self, x: Any) -> Any:
+        def __call__(self, x):
             return x + self.down(nnx.gelu(self.up(self.norm(x))))
 
-    class Model(nnx.Module):  # type: ignore[misc,name-defined]
-        def __init__(self, rngs: Any) -> None:
+    class Model(nnx.Module):
+        def __init__(self, rngs):
             self.embed = nnx.Embed(VOCAB, EMBED, rngs=rngs)
             self.block = Block(rngs)
 
-        def __call__(self, ids: Any) -> Any:
+        def __call__(self, ids):
             call = nnx.remat(Block.__call__) if remat else Block.__call__
             return call(self.block, self.embed(ids))
 
@@ -96,25 +96,25 @@ def test_equinox():
     """Layers made by vmap and run by scan, vectors by vmap; functions are leaves of the tree."""
     eqx = pytest.importorskip("equinox")
 
-    class Block(eqx.Module):  # type: ignore[misc,name-defined]
+    class Block(eqx.Module):
         mlp: Any
         norm: Any
 
-        def __init__(self, key: Any) -> None:
+        def __init__(self, key):
             self.mlp = eqx.nn.MLP(EMBED, EMBED, MLP, 1, activation=jax.nn.gelu, key=key)
             self.norm = eqx.nn.LayerNorm(EMBED)
 
-        def __call__(self, x: Any) -> Any:
+        def __call__(self, x):
             return x + self.mlp(self.norm(x))
 
     keys = jax.random.split(jax.random.key(0), 2)
     table = jax.random.normal(jax.random.key(1), (VOCAB, EMBED))
     params = {"layers": eqx.filter_vmap(Block)(keys), "table": table}
 
-    def model(params: Any, ids: Any) -> Any:
+    def model(params, ids):
         arrays, functions = eqx.partition(params["layers"], eqx.is_array)
 
-        def layer(x: Any, layer: Any) -> Any:
+        def layer(x, layer):
             return jax.vmap(jax.vmap(eqx.combine(layer, functions)))(x), None
 
         x, _ = jax.lax.scan(layer, params["table"][ids], arrays)
@@ -126,7 +126,7 @@ def test_equinox():
 def test_haiku():
     hk = pytest.importorskip("haiku")
 
-    def forward(ids: Any) -> Any:
+    def forward(ids):
         x = hk.Embed(VOCAB, EMBED)(ids)
         norm = hk.LayerNorm(-1, True, True)(x)
         return x + hk.nets.MLP([MLP, EMBED], activation=jax.nn.gelu)(norm)

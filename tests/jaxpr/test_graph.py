@@ -1,9 +1,5 @@
 """A function as a graph: blocks as operations, all else as regions of JAX, read by the commands."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -16,7 +12,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
 from moecc.cli.main import main  # noqa: E402
-from moecc.ir import Graph, parse, print_graph  # noqa: E402
+from moecc.ir import parse, print_graph  # noqa: E402
 from moecc.ir.verify import verify  # noqa: E402
 
 from . import decoder  # noqa: E402
@@ -24,11 +20,11 @@ from . import decoder  # noqa: E402
 BLOCK = ["contract", "silu", "contract", "mul", "contract"]
 
 
-def operations(graph: Graph) -> list[str]:
+def operations(graph):
     return [n.op.name for n in graph]
 
 
-def takes(graph: Graph) -> dict[str, list[str]]:
+def takes(graph):
     """Return what each region takes, by its result: arguments, and the locations of blocks."""
     return {
         n.result.name: [v.name if v.node is None else v.node.loc for v in n.operands]
@@ -59,11 +55,11 @@ def test_blocks_are_operations_and_the_rest_are_regions(graph):
     assert print_graph(parse(print_graph(graph))) == print_graph(graph)
 
 
-def ffn(p: Any, x: Any) -> Any:
+def ffn(p, x):
     return jax.nn.silu(x @ p["a"]) @ p["b"]
 
 
-def looped(p: Any, x: Any, y: Any) -> Any:
+def looped(p, x, y):
     """Blocks in a scan, in a branch, and in a loop of unknown length, and results of each kind."""
     made, each = jax.lax.scan(lambda x, q: (x + ffn(q, x), x.sum()), x, p["layers"], reverse=True)
     one = jax.lax.cond(y[0] > 0, lambda x: ffn(p["yes"], x), jnp.sin, x)

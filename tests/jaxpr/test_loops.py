@@ -1,9 +1,6 @@
 """Blocks in loops, branches and checkpoints: equal to mixtures by hand, the loops as they were."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -23,23 +20,21 @@ PIPELINE = "upcycle{experts=4 top-k=2},add-losses"
 TOKENS = decoder.tokens()
 
 
-def layer(p: Any, x: Any, ffn: Any) -> Any:
+def layer(p, x, ffn):
     """A layer without attention: the loops are what is tested."""
     return x + ffn(p["mlp"], decoder.norm(x, p["norm2"]))
 
 
-def stacked() -> Any:
+def stacked():
     params = decoder.init(LAYERS)
     layers = jax.tree.map(lambda *each: jnp.stack(each), *params["layers"])
     return {**params, "layers": layers}
 
 
-def scanned(
-    params: Any, tokens: Any, remat: bool = False, routers: Any = None, **options: Any
-) -> Any:
+def scanned(params, tokens, remat=False, routers=None, **options):
     """A decoder whose layers are one scan; with `routers`, its mixtures by hand."""
 
-    def step(x: Any, each: Any) -> Any:
+    def step(x, each):
         p, router = each
         return layer(p, x, partial(expert, router=router)), None
 
@@ -49,7 +44,7 @@ def scanned(
     return x @ params["head"]
 
 
-def expert(p: Any, x: Any, router: Any) -> Any:
+def expert(p, x, router):
     return decoder.swiglu(p, x) if router is None else mixture(decoder.swiglu, p, router, x, 2)
 
 
@@ -58,11 +53,11 @@ def moe():
     return mx.convert(scanned, stacked(), TOKENS, PIPELINE)
 
 
-def total(function: Any) -> Any:
+def total(function):
     return lambda params, tokens: jnp.sum(jnp.sin(function(params, tokens)))
 
 
-def by_hand(params: Any, tokens: Any) -> Any:
+def by_hand(params, tokens):
     routers = params["moe"][f"layers.{{0..{LAYERS - 1}}}.mlp.router.weight"]
     return scanned(params["params"], tokens, routers=routers)
 
@@ -89,9 +84,9 @@ def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe):
 
 
 def test_a_checkpoint_that_returns_its_weights_is_the_one_that_does_not():
-    def passing(params: Any, tokens: Any) -> Any:
+    def passing(params, tokens):
         @jax.checkpoint
-        def block(p: Any, x: Any) -> Any:
+        def block(p, x):
             return decoder.swiglu(p, x), p
 
         x, again = params["embed"][tokens], None
@@ -108,7 +103,7 @@ def test_a_checkpoint_that_returns_its_weights_is_the_one_that_does_not():
     assert apart(found, jax.jit(passing)(dense, TOKENS)) < 1e-5
 
 
-def halves(params: Any, tokens: Any) -> Any:
+def halves(params, tokens):
     """Two scans, one after the other, each over a part of the stack."""
     x = params["embed"][tokens]
     for part in (slice(0, 1), slice(1, LAYERS)):

@@ -4,11 +4,8 @@ A program takes its block as an argument, and parameters whose blocks are dictio
 and ``w2``; a mixture by hand finds its router there.
 """
 
-from __future__ import annotations
-
 import re
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -27,24 +24,24 @@ E, F = 8, 12
 rng = np.random.default_rng(0)
 
 
-def draw(*shape: int) -> Any:
+def draw(*shape):
     return jnp.asarray(rng.normal(0, max(shape) ** -0.5, shape), jnp.float32)
 
 
-def block(*stack: int) -> Any:
+def block(*stack):
     return {"w1": draw(*stack, E, F), "w2": draw(*stack, F, E)}
 
 
-def dense(p: Any, x: Any) -> Any:
+def dense(p, x):
     return jax.nn.silu(x @ p["w1"]) @ p["w2"]
 
 
-def by_hand(p: Any, x: Any) -> Any:
+def by_hand(p, x):
     return mixture(dense, {n: p[n] for n in ("w1", "w2")}, p["router"], x, 2) if "router" in p \
         else dense(p, x)  # fmt: skip
 
 
-def state_space(p: Any, x: Any, ffn: Any) -> Any:
+def state_space(p, x, ffn):
     """A causal convolution of each channel, and a diagonal recurrence by an associative scan."""
     u = jax.lax.conv_general_dilated(
         x, p["conv"], (1,), [(2, 0)], dimension_numbers=("NWC", "WIO", "NWC"),
@@ -56,19 +53,19 @@ def state_space(p: Any, x: Any, ffn: Any) -> Any:
     return x + ffn(p["mlp"], x)
 
 
-def encoder_decoder(p: Any, x: Any, ffn: Any) -> Any:
+def encoder_decoder(p, x, ffn):
     memory = x[:, :4] + ffn(p["encoder"], x[:, :4])
     x = x + jax.nn.softmax((x @ p["q"]) @ memory.mT) @ memory
     return x + ffn(p["decoder"], x)
 
 
-def pallas_attention(p: Any, x: Any, ffn: Any) -> Any:
+def pallas_attention(p, x, ffn):
     from jax.experimental import pallas as pl
 
-    def kernel(q: Any, out: Any) -> None:
+    def kernel(q, out):
         out[...] = jax.nn.softmax(q[...] @ q[...].T) @ q[...]
 
-    def attend(q: Any) -> Any:
+    def attend(q):
         shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
         return pl.pallas_call(kernel, out_shape=shape, interpret=True)(q)
 
@@ -77,7 +74,7 @@ def pallas_attention(p: Any, x: Any, ffn: Any) -> Any:
 
 
 @jax.custom_vjp
-def clipped(x: Any) -> Any:
+def clipped(x):
     """The identity, with a bounded gradient."""
     return x
 
@@ -85,30 +82,30 @@ def clipped(x: Any) -> Any:
 clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1e-3, 1e-3),))
 
 
-def shared_layers(p: Any, x: Any, ffn: Any) -> Any:
+def shared_layers(p, x, ffn):
     for _ in range(2):
         x = x + ffn(p["mlp"], x)
     return x
 
 
-def branches(p: Any, x: Any, ffn: Any) -> Any:
+def branches(p, x, ffn):
     yes, no = (partial(ffn, p[n]) for n in ("yes", "no"))
     return x + jax.lax.cond(x[0, 0, 0] > 0, yes, lambda x: -no(x), x)
 
 
-def dropout_behind(p: Any, x: Any, ffn: Any) -> Any:
+def dropout_behind(p, x, ffn):
     y = ffn(p["mlp"], x)
     return x + jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, y.shape), 2.0 * y, 0.0)
 
 
-def scan_of_scans(p: Any, x: Any, ffn: Any) -> Any:
-    def inner(x: Any, q: Any) -> Any:
+def scan_of_scans(p, x, ffn):
+    def inner(x, q):
         return x + ffn(q, x), None
 
     return jax.lax.scan(lambda x, q: jax.lax.scan(inner, x, q), x, p["layers"])[0]
 
 
-PROGRAMS: dict[str, tuple[Any, Any]] = {
+PROGRAMS = {
     "state space": (
         state_space, {"conv": draw(3, 1, E), "decay": draw(E), "out": draw(E, E), "mlp": block()},
     ),
@@ -125,7 +122,7 @@ PROGRAMS: dict[str, tuple[Any, Any]] = {
 X = draw(2, 5, E)
 
 
-def everything(p: Any, x: Any, ffn: Any) -> Any:
+def everything(p, x, ffn):
     """All programs, one after the other."""
     for name, (program, _) in PROGRAMS.items():
         if name in p:
@@ -133,7 +130,7 @@ def everything(p: Any, x: Any, ffn: Any) -> Any:
     return x
 
 
-def whole(params: Any) -> Any:
+def whole(params):
     """Return the tree with the router of each block in it; of scans of scans, experts as well."""
     tree = jax.tree.map(lambda a: a, params["params"], is_leaf=lambda a: a is None)
     for name, array in params["moe"].items():
@@ -172,7 +169,7 @@ def test_half_precision_copies_have_the_same_bits():
 def test_parameters_in_another_element_type_have_the_same_blocks(dtype):
     """Casts inside and rounded numbers differ from trace to trace; another function is none."""
 
-    def one(p: Any, x: Any, slope: float = 0.1) -> Any:
+    def one(p, x, slope=0.1):
         h = (x @ p["w1"]).astype(jnp.promote_types(x.dtype, jnp.float32))
         return jnp.where(h > 0, h, slope * h).astype(x.dtype) @ p["w2"]
 

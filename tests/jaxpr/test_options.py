@@ -5,11 +5,8 @@ float64, with experts and routers drawn at random: values, and the slope in a ra
 Options come from their declarations, so that a new one is tried, or refused, or fails here.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -32,7 +29,7 @@ E, F = 8, 12
 rng = np.random.default_rng(0)
 
 
-def draw(*shape: int) -> Any:
+def draw(*shape):
     return jnp.asarray(rng.normal(0, 0.4, shape), jnp.float32)
 
 
@@ -40,18 +37,18 @@ X = draw(2, 6, E)
 DENSE = {"layers": {"gu": draw(2, E, 2 * F), "c": draw(2, F), "w": draw(2, F, E)}}
 
 
-def block(p: Any, x: Any) -> Any:
+def block(p, x):
     """A gated block, both of whose first products are halves of one."""
     gate, up = jnp.split(x @ p["gu"], 2, -1)
     return (jax.nn.silu(gate + p["c"]) * up) @ p["w"]
 
 
-def function(p: Any, x: Any) -> Any:
+def function(p, x):
     """Both layers on the same tokens, in a scan."""
     return jax.lax.scan(lambda n, q: (n, block(q, x)), 0, p["layers"])[1]
 
 
-def reference(moe: Any, params: Any) -> Any:
+def reference(moe, params):
     """Return what the converted graph computes of its parameters, in float64."""
     storage = moe.state.storage
     given, slots = ConvertedParams.of(moe.state.tree, storage, params), storage.slots
@@ -64,7 +61,7 @@ def reference(moe: Any, params: Any) -> Any:
     return np.stack([found[f"y.layers.{i}"] for i in range(2)])
 
 
-def slope(moe: Any, params: Any, way: Any, step: float = 1e-6) -> Any:
+def slope(moe, params, way, step=1e-6):
     """Return the derivative of the reference in a direction, by differences."""
     ends = [
         reference(
@@ -75,7 +72,7 @@ def slope(moe: Any, params: Any, way: Any, step: float = 1e-6) -> Any:
     return (ends[0] - ends[1]) / (2 * step)
 
 
-def check(moe: Any, *, dispatch: str = "auto", gradient: bool = True) -> None:
+def check(moe, *, dispatch="auto", gradient=True):
     params, way = drawn(moe.params, 1), drawn(moe.params, 2)
     run = moe(function, dispatch=dispatch)
     value, push = jax.jit(lambda p, w: jax.value_and_grad(weighted(run), has_aux=True)(p))(
@@ -92,15 +89,15 @@ def check(moe: Any, *, dispatch: str = "auto", gradient: bool = True) -> None:
 WEIGHTS = draw(2, 2, 6, E)
 
 
-def weighted(run: Any) -> Any:
-    def total(params: Any) -> Any:
+def weighted(run):
+    def total(params):
         made = run(params, X)
         return jnp.sum(WEIGHTS * made), made
 
     return total
 
 
-def _values(name: str) -> tuple[object, ...]:
+def _values(name):
     """Return values to try of an option, by its declaration."""
     (kind, *_) = get_args(get_type_hints(UpcycleOptions, include_extras=True)[name])
     if get_origin(kind) is Literal:
@@ -140,14 +137,14 @@ ESTIMATED = ("gates=sparsemixer",)
 """Gates whose gradient is an estimate by design, and not that of the values."""
 
 
-def _settings() -> Iterator[str]:
+def _settings():
     for field in fields(UpcycleOptions):
         name = field.name.replace("_", "-")
         for value in VALUES.get(name, _values(field.name)):
             yield f"{name}={value}"
 
 
-def _pipeline(setting: str) -> str:
+def _pipeline(setting):
     name = setting.partition("=")[0]
     more = [WITH.get(name, ""), WITHOUT.get(setting, ""), "" if name == "experts" else "experts=4"]
     return f"upcycle{{{' '.join(filter(None, [setting, *more]))}}}"

@@ -1,12 +1,8 @@
 """A conversion saved and loaded: bit for bit, read by the commands, and by Orbax."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,10 +20,10 @@ X = jnp.ones((2, 3, 8), jnp.bfloat16)
 PIPELINE = "upcycle{experts=4 top-k=2},add-losses"
 
 
-def function(params: Any, x: Any) -> Any:
+def function(params, x):
     """A scan of blocks whose gate and up are one matrix, then one block more."""
 
-    def layer(x: Any, p: Any) -> Any:
+    def layer(x, p):
         gate, up = jnp.split(x @ p["in"], 2, -1)
         return x + (jax.nn.silu(gate) * up) @ p["out"], None
 
@@ -35,7 +31,7 @@ def function(params: Any, x: Any) -> Any:
     return x + jax.nn.relu(x @ params["last"][0]) @ params["last"][1] + params["bias"]
 
 
-def dense() -> Any:
+def dense():
     shapes = {"layers": {"in": (2, 8, 24), "out": (2, 12, 8)}, "last": ((8, 12), (12, 8)),
               "bias": (8,)}  # fmt: skip
     is_shape = lambda node: isinstance(node, tuple) and isinstance(node[0], int)  # noqa: E731
@@ -50,11 +46,10 @@ def moe():
 
 @pytest.fixture(scope="module")
 def folder(moe, tmp_path_factory):
-    found: Path = moe.save(tmp_path_factory.mktemp("saved") / "sparse")
-    return found
+    return moe.save(tmp_path_factory.mktemp("saved") / "sparse")
 
 
-def same_bits(a: Any, b: Any) -> bool:
+def same_bits(a, b):
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs
@@ -125,7 +120,7 @@ def test_orbax_keeps_every_bit(moe, tmp_path):
 
 
 def test_a_tree_of_other_containers_is_given_again(tmp_path):
-    class Layer(dict):  # type: ignore[type-arg]
+    class Layer(dict):
         """A container that no file holds."""
 
     jax.tree_util.register_pytree_node(

@@ -4,10 +4,7 @@ Blocks are replaced by one equation that no model has, in the converted function
 user's; then both have the same equations in the same order.
 """
 
-from __future__ import annotations
-
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -24,22 +21,22 @@ TOKENS = decoder.tokens()
 LAYERS = 3
 
 
-def marker(p: Any, x: Any) -> Any:
+def marker(p, x):
     return jax.lax.erf_inv(x)
 
 
-def unrolled(params: Any, tokens: Any, ffns: Any) -> Any:
+def unrolled(params, tokens, ffns):
     x = params["embed"][tokens]
     for p, ffn in zip(params["layers"], ffns, strict=True):
         x = decoder.layer(p, x, ffn)
     return x @ params["head"]
 
 
-def scanned(params: Any, tokens: Any, ffns: Any) -> Any:
+def scanned(params, tokens, ffns):
     policy = jax.checkpoint_policies.dots_saveable
 
     @partial(jax.checkpoint, policy=policy, prevent_cse=False)
-    def step(x: Any, p: Any) -> Any:
+    def step(x, p):
         return decoder.layer(p, x, ffns[0]), jnp.mean(x)
 
     x, means = jax.lax.scan(step, params["embed"][tokens], params["layers"], unroll=2)
@@ -47,9 +44,9 @@ def scanned(params: Any, tokens: Any, ffns: Any) -> Any:
     return y @ params["head"]
 
 
-def equations(jaxpr: Any) -> list[Any]:
+def equations(jaxpr):
     """Return the equations of a jaxpr as text, calls inlined, inner jaxprs as such lists."""
-    found: list[Any] = []
+    found = []
     for equation in jaxpr.eqns:
         inner = {n: _lists(v) for n, v in equation.params.items() if _jaxprs(v)}
         if equation.primitive.name in ("jit", "pjit", "closed_call"):
@@ -69,22 +66,20 @@ KEPT = (
 )  # fmt: skip
 
 
-def _jaxprs(value: Any) -> list[Any]:
+def _jaxprs(value):
     parts = value if isinstance(value, tuple | list) else [value]
     return [getattr(p, "jaxpr", p) for p in parts if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
 
 
-def _lists(value: Any) -> list[Any]:
+def _lists(value):
     return [equations(jaxpr) for jaxpr in _jaxprs(value)]
 
 
-def converted_and_by_hand(
-    model: Any, params: Any, pipeline: str, ffns: Any, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Any, Any]:
+def converted_and_by_hand(model, params, pipeline, ffns, monkeypatch):
     dense = partial(model, ffns=[decoder.swiglu] * LAYERS)
     moe = mx.convert(dense, params, TOKENS, pipeline)
 
-    def run(self: Any, part: Any, arrays: Any, dtype: Any, *, side: bool) -> Any:
+    def run(self, part, arrays, dtype, *, side):
         return marker(None, arrays[part.x]), ()
 
     monkeypatch.setattr(Execution, "run", run)

@@ -23,15 +23,15 @@ class CountingDisk(Disk):
       calls: how many there were.
     """
 
-    def __init__(self, at: int | None = None) -> None:
+    def __init__(self, at: int | None = None):
         self.at = at
         self.calls = 0
         self._lock = threading.RLock()
 
-    def happen(self) -> None:
+    def happen(self):
         """What happens at the call, before it."""
 
-    def after(self) -> None:
+    def after(self):
         """What happens at the call, after it."""
 
     @contextmanager
@@ -50,7 +50,7 @@ class CountingDisk(Disk):
         with self.call():
             return super().open(path, flags)
 
-    def truncate(self, descriptor: int, size_bytes: int) -> None:
+    def truncate(self, descriptor: int, size_bytes: int):
         with self.call():
             super().truncate(descriptor, size_bytes)
 
@@ -58,40 +58,40 @@ class CountingDisk(Disk):
         with self.call():
             return super().write(descriptor, data, offset)
 
-    def append(self, descriptor: int, data: bytes) -> None:
+    def append(self, descriptor: int, data: bytes):
         with self.call():
             super().append(descriptor, data)
 
-    def sync(self, descriptor: int) -> None:
+    def sync(self, descriptor: int):
         # A loss of power is simulated; waiting for the disk would only take time.
         with self.call():
             pass
 
-    def rename(self, source: Path, target: Path) -> None:
+    def rename(self, source: Path, target: Path):
         with self.call():
             super().rename(source, target)
 
-    def replace(self, source: Path, target: Path) -> None:
+    def replace(self, source: Path, target: Path):
         with self.call():
             super().replace(source, target)
 
-    def link(self, source: Path, target: Path) -> None:
+    def link(self, source: Path, target: Path):
         with self.call():
             super().link(source, target)
 
-    def mkdir(self, path: Path, mode: int = 0o777) -> None:
+    def mkdir(self, path: Path, mode: int = 0o777):
         with self.call():
             super().mkdir(path, mode)
 
-    def chmod(self, path: Path, mode: int) -> None:
+    def chmod(self, path: Path, mode: int):
         with self.call():
             super().chmod(path, mode)
 
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path: Path):
         with self.call():
             super().unlink(path)
 
-    def remove_tree(self, path: Path) -> None:
+    def remove_tree(self, path: Path):
         with self.call():
             super().remove_tree(path)
 
@@ -99,15 +99,15 @@ class CountingDisk(Disk):
 class SignalDisk(CountingDisk):
     """Sends this process a signal before a call, or after it."""
 
-    def __init__(self, at: int | None, number: int, late: bool) -> None:
+    def __init__(self, at: int | None, number: int, late: bool):
         super().__init__(at)
         self.number, self.late = number, late
 
-    def happen(self) -> None:
+    def happen(self):
         if not self.late:
             os.kill(os.getpid(), self.number)
 
-    def after(self) -> None:
+    def after(self):
         if self.late:
             os.kill(os.getpid(), self.number)
 
@@ -115,10 +115,10 @@ class SignalDisk(CountingDisk):
 class FullDisk(CountingDisk):
     """Has no room at a call; a folder that cannot be removed stays."""
 
-    def happen(self) -> None:
+    def happen(self):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def remove_tree(self, path: Path) -> None:
+    def remove_tree(self, path: Path):
         try:
             super().remove_tree(path)
         except OSError:
@@ -128,10 +128,10 @@ class FullDisk(CountingDisk):
 class KillingDisk(CountingDisk):
     """Kills the process at a call, with half of what it writes or removes done."""
 
-    def happen(self) -> None:
+    def happen(self):
         """Wait for `die`, where a call is cut in half."""
 
-    def die(self) -> None:
+    def die(self):
         """End the process as the system would."""
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
@@ -144,7 +144,7 @@ class KillingDisk(CountingDisk):
                 self.die()
             yield False
 
-    def _half(self, work: Callable[[], object]) -> None:
+    def _half(self, work: Callable[[], object]):
         """Do `work` and die if the next call is the one."""
         if self.calls == self.at:
             work()
@@ -154,18 +154,18 @@ class KillingDisk(CountingDisk):
             self._half(lambda: os.pwrite(descriptor, data[: len(data) // 2], offset))
             return super().write(descriptor, data, offset)
 
-    def append(self, descriptor: int, data: bytes) -> None:
+    def append(self, descriptor: int, data: bytes):
         with self._lock:
             self._half(lambda: os.write(descriptor, data[: len(data) // 2]))
             super().append(descriptor, data)
 
-    def remove_tree(self, path: Path) -> None:
+    def remove_tree(self, path: Path):
         with self._lock:
             self._half(lambda: remove_half(path))
             super().remove_tree(path)
 
 
-def remove_half(path: Path) -> None:
+def remove_half(path: Path):
     """Remove some of what is in a folder."""
     names = sorted(path.iterdir())
     for name in names[: len(names) // 2]:

@@ -46,18 +46,18 @@ class Memory:
                     return path
         return None
 
-    def named(self, path: Path, undo: Callable[[Path], None]) -> None:
+    def named(self, path: Path, undo: Callable[[Path], None]):
         """Note a name that was made, or moved here."""
         inode = path.lstat().st_ino
 
-        def act() -> None:
+        def act():
             now = self.find(inode)
             if now is not None:
                 undo(now)
 
         self.names.append(Name(path.parent.stat().st_ino, act))
 
-    def changed(self, descriptor: int) -> None:
+    def changed(self, descriptor: int):
         """Note that a file is about to change."""
         inode = os.fstat(descriptor).st_ino
         if inode not in self.contents:
@@ -66,13 +66,13 @@ class Memory:
             assert path is not None
             self.contents[inode] = path.read_bytes() if size else b""
 
-    def synced(self, descriptor: int) -> None:
+    def synced(self, descriptor: int):
         """Forget what is on the disk now."""
         inode = os.fstat(descriptor).st_ino
         self.contents.pop(inode, None)
         self.names = [name for name in self.names if name.parent != inode]
 
-    def lose(self, how: str, seed: int) -> None:
+    def lose(self, how: str, seed: int):
         """Lose ``all`` of it, the ``data`` alone, or ``some``, drawn by a seed."""
         draw = random.Random(seed)
         kept = {"all": 0, "data": len(self.names)}.get(how, draw.randint(0, len(self.names)))
@@ -92,13 +92,13 @@ class Memory:
 class ForgettingDisk(KillingDisk):
     """Kills the process at a call, after losing what was not synchronised."""
 
-    def __init__(self, root: Path, trash: Path, how: str, at: int | None) -> None:
+    def __init__(self, root: Path, trash: Path, how: str, at: int | None):
         super().__init__(at)
         self.memory = Memory(root)
         self.trash = trash
         self.how = how
 
-    def die(self) -> None:
+    def die(self):
         self.memory.lose(self.how, self.at or 0)
         super().die()
 
@@ -110,7 +110,7 @@ class ForgettingDisk(KillingDisk):
                 self.memory.named(path, lambda now: now.unlink())
             return made
 
-    def truncate(self, descriptor: int, size_bytes: int) -> None:
+    def truncate(self, descriptor: int, size_bytes: int):
         with self._lock:
             self.memory.changed(descriptor)
             super().truncate(descriptor, size_bytes)
@@ -120,62 +120,62 @@ class ForgettingDisk(KillingDisk):
             self.memory.changed(descriptor)
             return super().write(descriptor, data, offset)
 
-    def append(self, descriptor: int, data: bytes) -> None:
+    def append(self, descriptor: int, data: bytes):
         with self._lock:
             self.memory.changed(descriptor)
             super().append(descriptor, data)
 
-    def sync(self, descriptor: int) -> None:
+    def sync(self, descriptor: int):
         with self._lock:
             super().sync(descriptor)
             self.memory.synced(descriptor)
 
-    def rename(self, source: Path, target: Path) -> None:
+    def rename(self, source: Path, target: Path):
         with self._lock, self.call():
             self._move(source, target)
 
-    def replace(self, source: Path, target: Path) -> None:
+    def replace(self, source: Path, target: Path):
         with self._lock, self.call():
             kept = self._spare()
             if target.exists():
                 os.link(target, kept)
             os.replace(source, target)
 
-            def undo(now: Path) -> None:
+            def undo(now):
                 os.rename(now, source)
                 if kept.exists():
                     os.rename(kept, target)
 
             self.memory.named(target, undo)
 
-    def mkdir(self, path: Path, mode: int = 0o777) -> None:
+    def mkdir(self, path: Path, mode: int = 0o777):
         with self._lock:
             super().mkdir(path, mode)
             self.memory.named(path, shutil.rmtree)
 
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path: Path):
         with self._lock, self.call():
             self._discard(path)
 
-    def remove_tree(self, path: Path) -> None:
+    def remove_tree(self, path: Path):
         with self._lock, self.call():
             for child in sorted(path.iterdir()):
                 self._discard(child)
             self._discard(path)
 
-    def _move(self, source: Path, target: Path) -> None:
+    def _move(self, source: Path, target: Path):
         if target.is_dir():
             target.rmdir()
         os.rename(source, target)
         self.memory.named(target, lambda now: os.rename(now, source))
 
-    def _discard(self, path: Path) -> None:
+    def _discard(self, path: Path):
         """Remove something so that it can come back."""
         kept = self._spare()
         parent = path.parent.stat().st_ino
         os.rename(path, kept)
 
-        def undo() -> None:
+        def undo():
             if path.parent.is_dir() and not path.exists():
                 os.rename(kept, path)
 

@@ -71,7 +71,7 @@ def _alone(how: str, sample: int | None) -> Result:
     return Result(found["points"], found["failures"])
 
 
-def _run(how: str, base: Path, sample: int | None, result: Result) -> None:
+def _run(how: str, base: Path, sample: int | None, result: Result):
     if how == RACES:
         run_races(base, ROUNDS if sample is None else sample, result)
     elif how in KILLS:

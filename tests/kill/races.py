@@ -21,7 +21,7 @@ _FLAGS = ((), ("--force",), ("--resume",), ("--force", "--resume"))
 class SlowDisk(CountingDisk):
     """Waits before and after some of the calls."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int):
         super().__init__()
         self._draw = random.Random(seed)
 
@@ -32,7 +32,7 @@ class SlowDisk(CountingDisk):
         yield False
         self._wait()
 
-    def _wait(self) -> None:
+    def _wait(self):
         if self._draw.random() < 0.08:
             time.sleep(self._draw.random() * 0.02)
 
@@ -48,7 +48,7 @@ def start(rig: Rig, flags: tuple[str, ...], seed: int) -> int:
     os._exit(code)
 
 
-def race(rig: Rig, seed: int) -> None:
+def race(rig: Rig, seed: int):
     """Let writers loose on an output, perhaps an old one, perhaps with leftovers beside it."""
     draw = random.Random(seed)
     old = draw.random() < 0.5
@@ -66,13 +66,13 @@ def race(rig: Rig, seed: int) -> None:
         rig.fail(label, f"{sorted(found)} without a success")
 
 
-def run_races(base: Path, rounds: int, result: Result) -> None:
+def run_races(base: Path, rounds: int, result: Result):
     """Run `rounds` races for each kind of output."""
     for kind in (FOLDER, GGUF):
         _races_of(base, kind, rounds, result)
 
 
-def _races_of(base: Path, kind: Kind, rounds: int, result: Result) -> None:
+def _races_of(base: Path, kind: Kind, rounds: int, result: Result):
     rig = Rig(base, kind, "kill", result)
     for seed in range(rounds):
         race(rig, seed)

@@ -118,7 +118,7 @@ class Rig:
       result: receives what is found.
     """
 
-    def __init__(self, base: Path, kind: Kind, how: str, result: Result) -> None:
+    def __init__(self, base: Path, kind: Kind, how: str, result: Result):
         self.kind, self.how, self.result = kind, how, result
         self.source = base / "source"
         if not self.source.exists():
@@ -134,7 +134,7 @@ class Rig:
         made = [n for n in self.expected if n.endswith((".safetensors", ".gguf"))]
         assert len(made) == kind.weights, sorted(self.expected)
 
-    def convert(self, *extra: str) -> None:
+    def convert(self, *extra: str):
         """Carry out the conversion."""
         out = self.root / self.kind.out
         options = WriteOptions(self.kind.max_shard_bytes)
@@ -155,7 +155,7 @@ class Rig:
         """Return the old output."""
         return {name: b"old " + name.encode() for name in self.kind.old}
 
-    def fresh(self, old: bool = False) -> None:
+    def fresh(self, old: bool = False):
         """Make the folder for trials anew, with an old output if that is asked for."""
         for folder in (self.root, self.trash):
             shutil.rmtree(folder, ignore_errors=True)
@@ -178,7 +178,7 @@ class Rig:
     def run(self, *extra: str, at: int | None = None) -> int:
         """Run the conversion in a child, in which something happens at a call."""
 
-        def work() -> int:
+        def work():
             with injected(self.disk(at)):
                 return exit_code(lambda: self.convert(*extra))
 
@@ -188,7 +188,7 @@ class Rig:
         """Return how many calls the conversion makes."""
         reading, writing = os.pipe()
 
-        def work() -> int:
+        def work():
             with injected(CountingDisk()) as made:
                 code = exit_code(lambda: self.convert(*extra))
             assert isinstance(made, CountingDisk)
@@ -202,11 +202,11 @@ class Rig:
         assert code == 0, f"exit code {code} without being killed"
         return int(text)
 
-    def fail(self, label: str, what: str) -> None:
+    def fail(self, label: str, what: str):
         """Note a failure."""
         self.result.failures.append(f"{self.how}, {self.kind.out}, {label}: {what}")
 
-    def check(self, label: str, old: bool) -> None:
+    def check(self, label: str, old: bool):
         """Note a failure unless the output is absent, old or complete, and the old one is safe."""
         found, hidden = self.visible(), self.hidden()
         partial = f".{self.kind.out}.moecc-partial"
@@ -226,7 +226,7 @@ class Rig:
         if self.visible(twin) not in allowed or self.hidden(twin):
             self.fail(label, f"clean leaves {sorted(map(str, twin.rglob('*')))}")
 
-    def resume(self, label: str, *extra: str) -> None:
+    def resume(self, label: str, *extra: str):
         """Continue, and note a failure unless the output is then complete and alone."""
         if self.visible() == self.expected and not self.hidden() and "--force" not in extra:
             return  # nothing is left to do, and the command would say that the output exists
@@ -252,7 +252,7 @@ class Rig:
             self.resume(label, *extra)
         return count
 
-    def kill_resumes(self, sample: int | None, calls: int) -> None:
+    def kill_resumes(self, sample: int | None, calls: int):
         """Kill a continued conversion at each call, from three states, and continue it again."""
         for part in (0.3, 0.6, 0.9):
             first = int(calls * part)
@@ -269,7 +269,7 @@ class Rig:
                 self.check(f"{name} {at}", old=False)
                 self.resume(f"{name} {at}")
 
-    def end_everywhere(self, sample: int | None, old: bool, *extra: str) -> None:
+    def end_everywhere(self, sample: int | None, old: bool, *extra: str):
         """End a conversion at each call by what it cleans up after; it must leave nothing."""
         self.fresh(old)
         name = f"{self.kind.out} {' '.join(extra) or 'fresh'}"
@@ -287,14 +287,14 @@ class Rig:
                 self.fail(f"{name} {at}", f"left {sorted(self.hidden())}")
 
     def _points(self, name: str, count: int, sample: int | None) -> Sequence[int]:
-        points: Sequence[int] = range(count)
+        points = range(count)
         if sample is not None:
             points = sorted({(i + 1) * (count - 1) // sample for i in range(sample)})
         self.result.points[f"{self.how}: {name}"] = len(points)
         return points
 
 
-def run_kills(base: Path, how: str, sample: int | None, result: Result) -> None:
+def run_kills(base: Path, how: str, sample: int | None, result: Result):
     """Run the scenarios of what a process does not live to tell."""
     folder = Rig(base, FOLDER, how, result)
     calls = folder.kill_everywhere(sample, False)
@@ -305,7 +305,7 @@ def run_kills(base: Path, how: str, sample: int | None, result: Result) -> None:
     file.kill_everywhere(sample, True, "--force")
 
 
-def run_ends(base: Path, how: str, sample: int | None, result: Result) -> None:
+def run_ends(base: Path, how: str, sample: int | None, result: Result):
     """Run the scenarios of what a process cleans up after."""
     for kind in (FOLDER, GGUF):
         made = Rig(base, kind, how, result)

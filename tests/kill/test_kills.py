@@ -1,21 +1,18 @@
 """A conversion that is ended at any write, synchronisation or rename can be continued."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def prove(*options: str) -> Any:
+def prove(*options):
     done = subprocess.run(
         [sys.executable, "-m", "tests.kill.prove", *options],
         capture_output=True, text=True, timeout=3000, cwd=ROOT,

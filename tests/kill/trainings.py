@@ -60,7 +60,7 @@ class Spawner:
       folder: a folder for its files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path):
         library = folder / "storage_calls.so"
         source = Path(__file__).with_name("storage_calls.c")
         build = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
@@ -81,21 +81,21 @@ class Spawner:
         code, calls, text = self._read()
         return code, calls, text
 
-    def kill(self) -> None:
+    def kill(self):
         """Kill the command that runs."""
         os.kill(self.child, signal.SIGKILL)
 
-    def close(self) -> None:
+    def close(self):
         """End the process."""
         self._process.kill()
         self._process.wait()
 
-    def _read(self) -> Any:
+    def _read(self):
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
 
-def serve() -> None:
+def serve():
     """Run the commands of a `Spawner`, each in a child."""
     import jax  # noqa: F401
     import orbax.checkpoint  # noqa: F401
@@ -161,11 +161,11 @@ class LocalStorage:
       spawner: runs commands.
     """
 
-    def __init__(self, base: Path, spawner: Spawner) -> None:
+    def __init__(self, base: Path, spawner: Spawner):
         self._spawner, self._run = spawner, base / "local" / "run"
         self._words = ("train", base / "recipe.toml", "--out", self._run)
 
-    def fresh(self) -> None:
+    def fresh(self):
         """Remove the run, and what is left beside it."""
         shutil.rmtree(self._run.parent, ignore_errors=True)
         self._run.parent.mkdir()
@@ -192,14 +192,14 @@ class StoredStorage:
       proxy: the proxy before it.
     """
 
-    def __init__(self, base: Path, spawner: Spawner, system: Any, proxy: FaultProxy) -> None:
+    def __init__(self, base: Path, spawner: Spawner, system, proxy: FaultProxy):
         self._base, self._spawner, self._system, self._proxy = base, spawner, system, proxy
         self._words = ("train", base / "recipe.toml", "--out", "s3://bucket/run")
         self._variables = {
             **VARIABLES, "AWS_ENDPOINT_URL": proxy.url, "XDG_CACHE_HOME": str(base / "cache")
         }  # fmt: skip
 
-    def fresh(self) -> None:
+    def fresh(self):
         """Remove the run, and what the machine has of it."""
         self._system.invalidate_cache()
         if self._system.exists("bucket/run"):
@@ -236,7 +236,7 @@ class StoredStorage:
 
 def kill_chain(
     storage: LocalStorage | StoredStorage, whole: Path, points: list[int], result: Result
-) -> None:
+):
     """Kill a training, and those that continue it, at the next points; then let one end.
 
     Args:
@@ -302,7 +302,7 @@ def prove(names: Sequence[str], kills: int, seconds: float, out: Path | None) ->
     """
     start, results = time.monotonic(), {name: Result() for name in names}
 
-    def report() -> JsonDict:
+    def report():
         content = {
             "date": datetime.now(UTC).date().isoformat(),
             "moecc": __version__,
@@ -334,7 +334,7 @@ def prove(names: Sequence[str], kills: int, seconds: float, out: Path | None) ->
             "local": LocalStorage(base, spawner),
             "s3": StoredStorage(base, spawner, system, proxy),
         }
-        points: dict[str, list[int]] = {}
+        points = {}
         for name, result in results.items():
             storages[name].fresh()
             code, result.calls, text = storages[name].train(None)

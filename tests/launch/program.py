@@ -32,21 +32,21 @@ def model(config: str, pipeline: str) -> tuple[Any, dict[str, Any], dict[str, An
     return graph, {n: a.astype(np.float32) for n, a in params.items()}, inputs_for(graph, 1, sizes)
 
 
-def loss_of(graph: Any) -> Any:
+def loss_of(graph):
     """Return a scalar that mixes the whole batch."""
     import jax.numpy as jnp
     from moecc_backends.xla.backend import function
 
     run = function(graph)
 
-    def loss(params: Any, inputs: Any) -> Any:
+    def loss(params, inputs):
         logits = run(params, inputs)["logits"]
         return jnp.mean(jnp.tanh(logits / 4) ** 2) + jnp.std(logits)
 
     return loss
 
 
-def train(config: str, pipeline: str, out: str) -> None:
+def train(config: str, pipeline: str, out: str):
     from moecc.backend import get_backend
 
     graph, params, inputs = model(config, pipeline)
@@ -65,7 +65,7 @@ def train(config: str, pipeline: str, out: str) -> None:
         np.savez(out, counts=counts, loss=value, logits=outputs["logits"], **grads)
 
 
-def hang() -> None:
+def hang():
     """Add numbers up with the others, without end."""
     import jax.numpy as jnp
     from jax.experimental import multihost_utils

@@ -1,7 +1,5 @@
 """The environment says which process this one is, all of it or nothing."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.errors import UsageError

@@ -1,7 +1,5 @@
 """Several processes on loopback compute what one does, and end together."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -10,7 +8,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +21,7 @@ PROGRAM = HERE / "program.py"
 BOUND_SECONDS = 5
 
 
-def launched(
-    processes: int,
-    *command: str | Path,
-    env: dict[str, str] | None = None,
-    more: tuple[str, ...] = (),
-) -> subprocess.Popen[str]:
+def launched(processes, *command, env=None, more=()):
     words = [sys.executable, "-m", "moecc", "launch", "local", "-n", str(processes), *more, "--"]
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
@@ -41,7 +33,7 @@ def launched(
     )
 
 
-def one_process(config: Path, pipeline: str) -> dict[str, Any]:
+def one_process(config, pipeline):
     import jax
     from moecc_backends.xla.backend import function
 
@@ -76,7 +68,7 @@ def test_logits_and_gradients_are_those_of_one_process(processes, devices, pipel
     assert any(np.abs(expected[f"grad {n}"]).max() > 1e-3 for n in _experts(expected))
 
 
-def _experts(arrays: dict[str, Any]) -> list[str]:
+def _experts(arrays):
     return [n.removeprefix("grad ") for n in arrays if "experts" in n]
 
 
@@ -96,10 +88,10 @@ def test_moecc_run_in_two_processes_writes_what_one_writes(tmp_path):
     np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-5)
 
 
-def read_until(stream: Any, pattern: str, count: int) -> tuple[list[str], list[str]]:
+def read_until(stream, pattern, count):
     """Return what matched `count` times, and the lines up to there."""
-    found: list[str] = []
-    lines: list[str] = []
+    found = []
+    lines = []
     for line in stream:
         lines.append(line)
         found += re.findall(pattern, line)
@@ -116,7 +108,7 @@ def test_killing_one_ends_the_others_within_five_seconds(victim):
     try:
         assert run.stderr is not None
         going, _ = read_until(run.stderr, r"\[(\d)\] going (\d+)", 2)
-        pids = {int(number): int(pid) for number, pid in going}  # type: ignore[misc]
+        pids = {int(number): int(pid) for number, pid in going}
         start = time.monotonic()
         os.kill(pids[victim], signal.SIGKILL)
         _, errors = run.communicate(timeout=60)

@@ -1,14 +1,12 @@
 """Processes meet before JAX's client starts, whose C++ ends a process that waits in vain."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,14 @@ from moecc.launch.processes import JOIN, ProcessInfo, meet
 LLAMA = Path(__file__).parent.parent / "golden" / "llama_gqa"
 
 
-def started(places: list[ProcessInfo], seconds: float) -> list[Future[None]]:
+def started(places, seconds):
     threads = ThreadPoolExecutor(len(places))
     made = [threads.submit(meet, process, seconds) for process in places]
     threads.shutdown(wait=False)
     return made
 
 
-def problem_of(future: Future[None]) -> str:
+def problem_of(future):
     error = future.exception(timeout=30)
     assert isinstance(error, MachineError), error
     return str(error)
@@ -79,7 +77,7 @@ def test_one_that_came_and_went_is_waited_for():
     assert first.result(timeout=30) is None
 
 
-def connected(port: int) -> socket.socket:
+def connected(port):
     limit = time.monotonic() + 30
     while True:
         try:
@@ -123,7 +121,7 @@ def test_what_is_no_process_of_moecc_is_told():
         assert "that is not moecc answers" in problem_of(one)
 
 
-def _serve(server: socket.socket) -> None:
+def _serve(server):
     while True:
         try:
             connection, _ = server.accept()

@@ -1,7 +1,5 @@
 """The first process that fails, dies or hangs ends all, within a bound and with a message."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys
@@ -19,16 +17,14 @@ BOUND_SECONDS = 5
 ME = "import os, sys, time; me = int(os.environ['MOECC_PROCESS'])\n"
 
 
-def run(
-    code: str, processes: int = 3, *, stuck_seconds: float | None = None
-) -> tuple[Ended, list[str], Supervisor]:
-    said: list[str] = []
+def run(code, processes=3, *, stuck_seconds=None):
+    said = []
     command = [sys.executable, "-c", ME + textwrap.dedent(code)]
     supervisor = Supervisor(command, processes, stuck_seconds=stuck_seconds, say=said.append)
     return supervisor.run(), said, supervisor
 
 
-def all_gone(supervisor: Supervisor) -> bool:
+def all_gone(supervisor):
     return all(p.popen.poll() is not None for p in supervisor.processes)
 
 
@@ -140,11 +136,11 @@ def test_long_phases_have_limits_of_their_own():
 
 def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch):
     """It may come after a process is started, and before the supervisor knows of it."""
-    started: list[subprocess.Popen[bytes]] = []
+    started = []
 
-    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *args: object, **options: object) -> None:
-            super().__init__(*args, **options)  # type: ignore[call-overload]
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             started.append(self)
             if len(started) == 2:
                 signal.raise_signal(signal.SIGINT)

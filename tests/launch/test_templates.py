@@ -1,14 +1,9 @@
 """``moecc launch template``: what schedulers read is what moecc means."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -25,7 +20,7 @@ CLUSTER = ("--image", "registry/moecc:1", "--queue", "team", "--volume", "data")
 def printed(capsys):
     """Return what ``moecc launch template ARGS`` prints."""
 
-    def run(*words: str) -> str:
+    def run(*words):
         capsys.readouterr()
         assert main(["launch", "template", *words]) == 0
         return capsys.readouterr().out
@@ -33,12 +28,12 @@ def printed(capsys):
     return run
 
 
-def pods(jobset: Any) -> dict[str, Any]:
+def pods(jobset):
     """Return the jobs of a JobSet by name."""
     return {job["name"]: job["template"]["spec"] for job in jobset["spec"]["replicatedJobs"]}
 
 
-def with_stubs(folder: Path, script: str, **environment: str) -> dict[str, str]:
+def with_stubs(folder, script, **environment):
     """Run a script with commands that note their arguments and environment."""
     for name in ("moecc", "sbatch", "srun", "xpk"):
         stub = folder / name
@@ -53,11 +48,11 @@ def with_stubs(folder: Path, script: str, **environment: str) -> dict[str, str]:
     return {p.stem: p.read_text() for p in folder.glob("*.args")}
 
 
-def arguments(words: Sequence[str]) -> str:
+def arguments(words):
     return "".join(f"{word}\n" for word in words)
 
 
-def noted_process(folder: Path) -> ProcessInfo | None:
+def noted_process(folder):
     lines = (line.partition("=") for line in (folder / "env").read_text().splitlines())
     return process_info({name: value for name, _, value in lines})
 
@@ -228,7 +223,7 @@ def test_the_parser_of_the_scheduler_accepts_it(printed, tmp_path, variable):
     interpreter = os.environ.get(variable)
     if not interpreter:
         pytest.skip(f"{variable} names no interpreter with the scheduler's package")
-    subjects: list[Any] = []
+    subjects = []
     machine = ("--machine", "h100x16")
     if "KUBERNETES" in variable:
         for words in ((*machine, *CLUSTER, *TRAIN), ("--nodes", "8", *CLUSTER, *CONVERT),

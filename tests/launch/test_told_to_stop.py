@@ -1,7 +1,5 @@
 """Several processes of a training stop behind the same step where one of them is told to."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -24,15 +22,12 @@ LIMIT_SECONDS = 300
 ROOT = Path(__file__).parents[2]
 
 
-def free_port() -> int:
+def free_port():
     with socket.create_server(("localhost", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+        return server.getsockname()[1]
 
 
-def start(
-    folder: Path, port: int, number: int, count: int = 2, cwd: Path | None = None
-) -> subprocess.Popen[str]:
+def start(folder, port, number, count=2, cwd=None):
     """Start one of several processes; the folder of the run is in `cwd`, else beside the recipe."""
     names = {"COORDINATOR": f"localhost:{port}", "PROCESSES": count, "PROCESS": number}
     variables = {f"MOECC_{name}": str(value) for name, value in names.items()}
@@ -45,7 +40,7 @@ def start(
     )  # fmt: skip
 
 
-def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def end(processes):
     """Wait for processes; return the exit code and the messages of each."""
     try:
         texts = [process.communicate(timeout=LIMIT_SECONDS)[1] for process in processes]

@@ -104,10 +104,10 @@ def walk(node: ast.AST, function: str = "") -> Iterator[tuple[ast.AST, str]]:
 
 def draw(count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Yield mutants, the operators in turn; `nth` counts equal texts in a function."""
-    sites: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    sites = collections.defaultdict(list)
     for path in sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")):
         text = path.read_text()
-        nth: collections.Counter[tuple[str, ...]] = collections.Counter()
+        nth = collections.Counter()
         for node, function in walk(ast.parse(text)):
             for operator, old, new in changes(node):
                 site = (operator, function, ast.unparse(old))
@@ -149,25 +149,25 @@ def mutate(text: str, mutant: dict[str, Any]) -> tuple[str, range] | None:
 class Recorder:
     """The plug-in of pytest that tells coverage which test runs, and how much time each takes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path):
         self.folder = folder
         self.seconds: collections.Counter[str] = collections.Counter()
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
+    def pytest_runtest_logstart(self, nodeid: str):
         import coverage
 
         if (current := coverage.Coverage.current()) is not None:
             current.switch_context(nodeid)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+    def pytest_runtest_protocol(self, item) -> Iterator[None]:
         before = sum(os.times()[:4])
         try:
             return (yield)
         finally:
             self.seconds[item.nodeid] = sum(os.times()[:4]) - before
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self):
         import coverage
 
         if (current := coverage.Coverage.current()) is not None:
@@ -177,12 +177,12 @@ class Recorder:
         path.write_text(json.dumps(self.seconds))
 
 
-def pytest_configure(config: Any) -> None:
+def pytest_configure(config):
     """Register the recorder, also in the workers of xdist."""
     config.pluginmanager.register(Recorder(Path(os.environ["MOECC_COVERAGE"])))
 
 
-def record(folder: Path, arguments: list[str]) -> None:
+def record(folder: Path, arguments: list[str]):
     """Run the suite under coverage, child processes too."""
     shutil.rmtree(folder, ignore_errors=True)
     for package in PACKAGES:
@@ -204,7 +204,7 @@ def record(folder: Path, arguments: list[str]) -> None:
 class Coverage:
     """Which tests run a line, as `record` wrote it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path):
         from coverage.numbits import numbits_to_nums
 
         root = Path((folder / "root").read_text())
@@ -238,7 +238,7 @@ class Coverage:
         tests = set[str]().union(*(self.tests.get((file, line), ()) for line in lines))
         if not is_in_function:
             tests = self.by_file.get(file, set())
-        variants: collections.Counter[str] = collections.Counter()
+        variants = collections.Counter()
         ordered = []
         for test in sorted(tests, key=lambda t: (self.breadth[t] * (0.2 + self.seconds[t]), t)):
             function = test.split("[")[0]
@@ -311,8 +311,8 @@ def judge(mutants: list[dict[str, Any]], folder: Path, copied: Path,
     # Not hypothesis, whose plug-in pytest rewrites as it imports it.
     for module in ("pytest", "numpy", "jax", "jax.numpy"):
         __import__(module)
-    unfit: set[str] = set()
-    fit: set[str] = set()
+    unfit = set()
+    fit = set()
     index, total = map(int, part.split("/"))
     for number, mutant in enumerate(mutants):
         if number % total != index:
@@ -362,7 +362,7 @@ def judge(mutants: list[dict[str, Any]], folder: Path, copied: Path,
         yield {**mutant, "killer": killer, "tests": len(tests)}
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     drawing = commands.add_parser("draw")

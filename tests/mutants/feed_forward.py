@@ -93,7 +93,7 @@ def activate_a_product_for_all_its_users(node: Node) -> int:
 
 def merge_nodes_with_other_attributes(graph: Graph) -> int:
     """Common subexpressions, attributes not compared."""
-    seen: dict[object, Node] = {}
+    seen = {}
     merged = 0
     for node in graph:
         first = seen.setdefault((node.op, *map(id, node.operands)), node)

@@ -5,15 +5,14 @@ The global values stay: collectives are the identity there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir import OPS, Builder, Graph, Value
-from moecc.ir.mesh import Mesh, Rule, Space, mesh_of, set_mesh
-from moecc.ir.operand import Attrs, Operand, OperationRow
+from moecc.ir.mesh import Mesh, Rule, mesh_of, set_mesh
 from moecc.ir.ops import collectives
 from moecc.ir.structure import infer_again
 from moecc.ir.traits import LocalRule
@@ -56,7 +55,7 @@ def split_an_output_along_another_axis(graph: Graph) -> int:
             )
         except InputError:
             continue
-        if others[0].size % 2 == 0:  # type: ignore[operator]
+        if others[0].size % 2 == 0:
             graph.set_output(name, made)
             return 1
         made.node.erase()
@@ -130,7 +129,7 @@ MUTANTS = named(
 def free(rule: Rule) -> Rule:
     """Return a rule that needs nothing whole any more."""
 
-    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    def wrong(entry, operands, attrs):
         return replace(rule(entry, operands, attrs), unsharded=frozenset())
 
     return wrong
@@ -139,7 +138,7 @@ def free(rule: Rule) -> Rule:
 def unsummed(rule: Rule) -> Rule:
     """Return a rule that forgets that the operation sums."""
 
-    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    def wrong(entry, operands, attrs):
         return replace(rule(entry, operands, attrs), summed=frozenset())
 
     return wrong
@@ -148,7 +147,7 @@ def unsummed(rule: Rule) -> Rule:
 def exchanged(rule: Rule) -> Rule:
     """Return a rule by which two axes of the result lie as the other one does."""
 
-    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    def wrong(entry, operands, attrs):
         space = rule(entry, operands, attrs)
         names = [*space.result]
         turned = dict(zip(names[:2], reversed(names[:2]), strict=True))
@@ -160,7 +159,7 @@ def exchanged(rule: Rule) -> Rule:
 def outermost(rule: Rule) -> Rule:
     """Return a rule of ``merge`` by which the last part may be sharded, and not the first."""
 
-    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    def wrong(entry, operands, attrs):
         space = rule(entry, operands, attrs)
         *others, last = attrs["axes"]
         result = {**space.result, attrs["into"]: last}
@@ -172,7 +171,7 @@ def outermost(rule: Rule) -> Rule:
 def innermost(rule: Rule) -> Rule:
     """Return a rule of ``split`` by which the last of the new axes is sharded."""
 
-    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    def wrong(entry, operands, attrs):
         space, names = rule(entry, operands, attrs), [name for name, _ in attrs["into"]]
         result = {n: d for n, d in space.result.items() if n != names[0]}
         return replace(space, result={**result, names[-1]: attrs["axis"]})

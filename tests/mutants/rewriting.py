@@ -79,7 +79,7 @@ def set_attr(node: Node, name: str, value: object) -> int:
 def each(rewrite: Callable[[Node], int], *ops: str) -> Rewrite:
     """Return the rewrite that applies `rewrite` to every node of the operations `ops`."""
 
-    def apply(graph: Graph) -> int:
+    def apply(graph):
         return sum(rewrite(n) for n in nodes(graph, *ops) if n.alive)
 
     apply.__name__ = rewrite.__name__

@@ -17,7 +17,7 @@ from .rewriting import before, each, exchange, named, set_attr
 def without(word: str, reason: str) -> Callable[[Node], int]:
     """Return the rewrite that leaves out what ``assign_slots`` is given under `word`."""
 
-    def rewrite(node: Node) -> int:
+    def rewrite(node):
         given = operands_by_word(node.operands, node.attrs)
         if word not in given:
             return 0

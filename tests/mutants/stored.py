@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moecc.ir import BF16, F16, Graph
+from moecc.ir import BF16, F16
 from moecc.rewrite.passes import Pass
 from moecc.types import DType
 from moecc.weights.arithmetic import Cast
@@ -17,7 +17,7 @@ from .rewriting import EXACT, Rewrite, RewritePass
 def every_weight(change: Callable[[Expr], Expr]) -> Rewrite:
     """Return the rewrite that changes the expression of every parameter that has a float one."""
 
-    def apply(graph: Graph) -> int:
+    def apply(graph):
         changed = 0
         for param in graph.params.values():
             if param.weight is None or not param.weight.type.dtype.is_float:
@@ -53,7 +53,7 @@ def round_copies_to_bf16(weight: Expr) -> Expr:
 def read_sources_as_bf16(weight: Expr) -> Expr:
     """Sources are taken for what the checkpoint of another model holds."""
 
-    def change(part: Expr) -> Expr:
+    def change(part):
         if isinstance(part, Source) and part.type.dtype.is_float:
             return Source(part.name, part.type.with_dtype(BF16))
         return part

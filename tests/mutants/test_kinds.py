@@ -3,19 +3,14 @@
 Each is found within 200 examples.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from tiers import examples, few, some
 
-from moecc.ir import OPS, Graph, equal
+from moecc.ir import OPS, equal
 from moecc.rewrite import P
-from moecc.rewrite.passes import Pass
 from moecc.testing import graphs, laws
 
 from . import gradients, inner, meshes, stored
@@ -32,7 +27,7 @@ EXAMPLES = settings(
 
 MESH = "a:2,b:2"
 
-KINDS: dict[str, tuple[Pass, Callable[[], Any]]] = {
+KINDS = {
     **{n: (item, partial(graphs, like=gradients.LIKE)) for n, item in gradients.MUTANTS.items()},
     **{n: (item, graphs) for n, item in stored.MUTANTS.items()},
     **{n: (item, partial(graphs, like=inner.LIKE[n])) for n, item in inner.MUTANTS.items()},
@@ -52,7 +47,7 @@ def test_each_mutant_is_caught(name):
     @seed(0)
     @EXAMPLES
     @given(strategy())
-    def law(graph: Graph) -> None:
+    def law(graph):
         laws.check_pass(item, graph, idempotent=False, least=0)
 
     with pytest.raises(AssertionError, match="the pass promises"):
@@ -66,7 +61,7 @@ def test_a_row_that_splits_what_must_be_whole_is_caught(name):
     @seed(0)
     @EXAMPLES
     @given(graphs(mesh=MESH, like=operation))
-    def law(graph: Graph) -> None:
+    def law(graph):
         laws.check_sharded(graph)
 
     wrong = pytest.raises(AssertionError, match="devices compute something else")
@@ -88,7 +83,7 @@ def test_no_sound_rewrite_is_caught_on_a_mesh(name):
 
     @settings(EXAMPLES, max_examples=examples(25, 60))
     @given(graphs(mesh=MESH, like=LIKE.get(name, ())))
-    def law(graph: Graph) -> None:
+    def law(graph):
         nonlocal changed
         after, _ = laws.applied(SOUND[name], graph)
         changed += not equal(after, graph)

@@ -1,12 +1,9 @@
 """The methods of conversion as laws of a seed, against plain NumPy (``docs/exactness.md``)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +14,14 @@ from safetensors.numpy import save_file
 
 from moecc.formats import adapter
 from moecc.formats.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.model.initialise import BlockSums, ExpertSums
-from moecc.rewrite.passes import Context, Pass, Statistics
+from moecc.rewrite.passes import Context, Statistics
 from moecc.types import F64
 from moecc.weights.arithmetic import STATISTICS, name_in
 from moecc.weights.evaluate import evaluate
-from moecc.weights.expr import Expr, Source
-from tests.passes.dense_blocks import Array, Arrays, Dense, relative, run, tokens
+from moecc.weights.expr import Source
+from tests.passes.dense_blocks import Dense, relative, run, tokens
 from tests.support.tiers import examples
 
 EXACT = 1e-12
@@ -37,7 +33,7 @@ ROUTER = "layers.0.ffn.router.weight"
 # --- models and what passes make of them
 
 
-def drawn(graph: Graph, seed: int, *prefixes: str) -> Arrays:
+def drawn(graph, seed, *prefixes):
     """Return normal tensors for the parameters of a graph, of every model named."""
     tensors = {}
     for prefix in prefixes or ("",):
@@ -47,60 +43,60 @@ def drawn(graph: Graph, seed: int, *prefixes: str) -> Arrays:
     return tensors
 
 
-def made(graph: Graph, arrays: Arrays) -> Arrays:
+def made(graph, arrays):
     """Return the parameters as their expressions make them of tensors."""
 
-    def read(name: str, start: int = 0, stop: int | None = None) -> Array:
+    def read(name, start=0, stop=None):
         return arrays[name][start:stop] if arrays[name].ndim else arrays[name]
 
     return {n: evaluate(p.weight or Source(n, p.type), read, F64) for n, p in graph.params.items()}
 
 
-def output(graph: Graph, arrays: Arrays, x: Array) -> Array:
+def output(graph, arrays, x):
     return run(graph, made(graph, arrays), {"x": x})["y"]
 
 
-def after(item: Pass, graph: Graph, **context: Any) -> Graph:
+def after(item, graph, **context):
     assert item.validate() == []
     changed = clone(graph)
     item.apply(changed, Context(**context))
     return changed
 
 
-def mixture(gates: str, experts: int = 4, top_k: int = 2) -> Graph:
+def mixture(gates, experts=4, top_k=2):
     """Return a mixture whose experts have tensors of their own."""
-    item = upcycle.UpcyclePass(experts=experts, top_k=top_k, gates=gates)  # type: ignore[arg-type]
+    item = upcycle.UpcyclePass(experts=experts, top_k=top_k, gates=gates)
     graph = after(item, BLOCK.graph())
     for name, param in graph.params.items():
         param.weight = Source(name, param.type)
     return graph
 
 
-def inputs(seed: int) -> Array:
+def inputs(seed):
     return tokens(BLOCK, seed=seed)["x"]
 
 
 # --- the same in NumPy
 
 
-def hidden(x: Array, gate: Array, up: Array) -> Array:
+def hidden(x, gate, up):
     """Return ``[batch, seq, mlp]``."""
     inner = x @ gate.T
     return np.asarray(inner / (1 + np.exp(-inner)) * (x @ up.T))
 
 
-def dense(x: Array, arrays: Arrays, prefix: str = "") -> Array:
+def dense(x, arrays, prefix=""):
     gate, up, down = (arrays[f"{prefix}{PREFIX}.{n}"] for n in ("gate", "up", "down"))
     return hidden(x, gate, up) @ down.T
 
 
-def results(x: Array, arrays: Arrays) -> Array:
+def results(x, arrays):
     """Return what every expert makes of every token, ``[batch, seq, expert, embed]``."""
     parts = zip(*(arrays[f"{PREFIX}.{n}"] for n in ("gate", "up", "down")), strict=True)
     return np.stack([hidden(x, g, u) @ d.T for g, u, d in parts], 2)
 
 
-def weights(logits: Array, gates: str, top_k: int) -> Array:
+def weights(logits, gates, top_k):
     """Return the gate of every expert, ``[batch, seq, expert]``; 0 where it was not chosen."""
     order = np.argsort(np.argsort(-logits, axis=-1, kind="stable"), axis=-1, kind="stable")
     size = np.exp(logits) if gates == "renormalised" else 1 / (1 + np.exp(-logits))
@@ -108,23 +104,23 @@ def weights(logits: Array, gates: str, top_k: int) -> Array:
     return chosen / chosen.sum(-1, keepdims=True) if gates == "renormalised" else chosen
 
 
-def mixed(x: Array, arrays: Arrays, gates: str, top_k: int) -> Array:
+def mixed(x, arrays, gates, top_k):
     shares = weights(x @ arrays[ROUTER].T, gates, top_k)
     return np.einsum("bse,bsed->bsd", shares, results(x, arrays))
 
 
-def close(actual: Array, expected: Array) -> None:
+def close(actual, expected):
     assert relative(actual, expected) <= EXACT
 
 
-def gates_of(seed: int) -> str:
+def gates_of(seed):
     return ("renormalised", "sigmoid")[seed % 2]
 
 
 # --- laws
 
 
-def copies(seed: int, **options: Any) -> None:
+def copies(seed, **options):
     """The dense block comes back, whatever the router (L1, L2, L6, padding)."""
     block = replace(BLOCK, mlp=(8, 7)[seed % 2] if options.get("pad") else 8)
     graph, x = block.graph(), inputs(seed)
@@ -133,25 +129,25 @@ def copies(seed: int, **options: Any) -> None:
     close(output(after(item, graph, seed=seed), arrays, x), dense(x, arrays))
 
 
-def shared(seed: int) -> None:
+def shared(seed):
     copies(seed, shared=0.5)
 
 
-def virtual_groups(seed: int) -> None:
+def virtual_groups(seed):
     copies(seed, granularity=2)
 
 
-def padding(seed: int) -> None:
+def padding(seed):
     copies(2 * seed + 1, granularity=2, pad=3)
 
 
-def split(seed: int, how: str = "random", **context: Any) -> None:
+def split(seed, how="random", **context):
     """A token gets the parts that its router chooses, each neuron from one of them (L5)."""
     graph, x = BLOCK.graph(), inputs(seed)
     arrays = {**drawn(graph, seed), **context.pop("arrays", {})}
     item = upcycle.UpcyclePass(
         experts=4, top_k=2, gates="ones", router_std=1.0, split=how, **context.pop("options", {}),
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     split_graph = after(item, graph, seed=seed, **context)
     params = made(split_graph, arrays)
     parts = results(x, params)
@@ -161,11 +157,11 @@ def split(seed: int, how: str = "random", **context: Any) -> None:
     close(output(split_graph, arrays, x), expected)
 
 
-def index_split(seed: int) -> None:
+def index_split(seed):
     split(seed, "index")
 
 
-def together(seed: int) -> tuple[Arrays, Statistics]:
+def together(seed):
     """Return statistics in which neurons are active in pairs, in an order by the seed."""
     rng = np.random.default_rng(seed)
     sums = BlockSums(1, BLOCK.embed, BLOCK.mlp, 0.25)
@@ -178,7 +174,7 @@ def together(seed: int) -> tuple[Arrays, Statistics]:
     return {**statistics, "order": order}, Statistics(("text",))
 
 
-def activation_split(seed: int) -> None:
+def activation_split(seed):
     """Neurons that are active together are in one expert, and the split is one."""
     arrays, statistics = together(seed)
     options = {"router_init": "ridge"}
@@ -191,7 +187,7 @@ def activation_split(seed: int) -> None:
     assert pairs == {frozenset(map(int, p)) for p in arrays["order"].reshape(4, 2)}
 
 
-def fitted_router(seed: int, kind: str = "ridge") -> None:
+def fitted_router(seed, kind="ridge"):
     """Rows are the ridge regression of the targets, or their centroids, but for a common part."""
     rng = np.random.default_rng(seed)
     sums, parts = BlockSums(2, BLOCK.embed, BLOCK.mlp, 0.25), []
@@ -201,7 +197,7 @@ def fitted_router(seed: int, kind: str = "ridge") -> None:
         sums.add(text, x, rng.random((90, BLOCK.mlp)))
         parts.append(x)
     arrays = {name_in(STATISTICS, f"{LOC}.{n}"): a for n, a in sums.statistics().items()}
-    item = upcycle.UpcyclePass(experts=2, top_k=2, router_init=kind, router_std=0.5)  # type: ignore[arg-type]
+    item = upcycle.UpcyclePass(experts=2, top_k=2, router_init=kind, router_std=0.5)
     graph = after(item, BLOCK.graph(), statistics=Statistics(("a", "b")))
     rows = made(graph, {**drawn(BLOCK.graph(), seed), **arrays})[ROUTER]
     x = np.concatenate(parts)
@@ -217,11 +213,11 @@ def fitted_router(seed: int, kind: str = "ridge") -> None:
     assert direction @ wanted / np.linalg.norm(direction) / np.linalg.norm(wanted) > 0.9999
 
 
-def centroids(seed: int) -> None:
+def centroids(seed):
     fitted_router(seed, "centroids")
 
 
-def several_models(seed: int) -> None:
+def several_models(seed):
     """Expert e is model e's, the rest the mean of the models (L7)."""
     block = replace(BLOCK, residual=True)
     graph, x = block.graph(), inputs(seed)
@@ -242,7 +238,7 @@ def several_models(seed: int) -> None:
     assert relative(output(mixed_graph, arrays, x), expected) <= 1e-5  # the norm's epsilon
 
 
-def lora(seed: int) -> None:
+def lora(seed):
     """An adapter is the model W + α/r · B A (L7)."""
     rng, rank = np.random.default_rng(seed), 1 + seed % 3
     weight, first, second = (
@@ -259,17 +255,17 @@ def lora(seed: int) -> None:
     assert relative(matrix, weight + 6 / rank * second @ first) <= 1e-6
 
 
-def growth(seed: int) -> None:
+def growth(seed):
     """m copies each, and m·k chosen (L9)."""
     kept(resizing.GrowPass(times=2 + seed % 2), seed)
 
 
-def growth_by_bias(seed: int) -> None:
+def growth_by_bias(seed):
     """m copies each, and k chosen (L9)."""
     kept(resizing.GrowPass(times=2 + seed % 2, chosen="same"), seed)
 
 
-def zeros(seed: int) -> None:
+def zeros(seed):
     """Experts that add nothing are not chosen; and add nothing where they are (L9)."""
     kept(resizing.ZeroExpertsPass(count=1 + seed % 3), seed)
     graph, x = mixture("sigmoid"), inputs(seed)
@@ -282,13 +278,13 @@ def zeros(seed: int) -> None:
     close(run(added, params, {"x": x})["y"], expected)
 
 
-def kept(item: Pass, seed: int) -> None:
+def kept(item, seed):
     graph, x = mixture(gates_of(seed)), inputs(seed)
     arrays = drawn(graph, seed)
     close(output(after(item, graph), arrays, x), mixed(x, arrays, gates_of(seed), 2))
 
 
-def merging(seed: int) -> None:
+def merging(seed):
     """Neighbours become their mean, their rows too (L9)."""
     graph, x = mixture("renormalised"), inputs(seed)
     arrays = drawn(graph, seed)
@@ -296,7 +292,7 @@ def merging(seed: int) -> None:
     close(output(after(resizing.MergePass(), graph), arrays, x), mixed(x, means, "renormalised", 1))
 
 
-def merging_by_results(seed: int) -> None:
+def merging_by_results(seed):
     """Those whose mean results are near each other become one (L9)."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(4)
@@ -312,7 +308,7 @@ def merging_by_results(seed: int) -> None:
     close(output(reduced, arrays, x), mixed(x, means, "renormalised", 1))
 
 
-def pruning(seed: int) -> None:
+def pruning(seed):
     """The most salient experts stay, with their rows (L10, REAP)."""
     graph, x = mixture("renormalised"), inputs(seed)
     arrays = drawn(graph, seed)
@@ -329,7 +325,7 @@ def pruning(seed: int) -> None:
     saliency = norms.sum((0, 1)) / np.maximum((gates > 0).sum((0, 1)), 1)
     stay = np.sort(np.argsort(-saliency)[:3])
 
-    def read(expr: Expr) -> Array:
+    def read(expr):
         assert isinstance(expr, Source)
         return statistics[expr.name.partition(f"{LOC}.")[2]]
 
@@ -339,7 +335,7 @@ def pruning(seed: int) -> None:
     close(output(reduced, arrays, x), mixed(x, some, "renormalised", 2))
 
 
-def one_dense_block(seed: int) -> None:
+def one_dense_block(seed):
     """One expert, the mean, or the neurons of several side by side (L11)."""
     graph, x = mixture("renormalised"), inputs(seed)
     arrays = drawn(graph, seed)
@@ -347,7 +343,7 @@ def one_dense_block(seed: int) -> None:
     first, mean, both = (
         output(after(resizing.ToDensePass(how=how, experts=which), graph), arrays, x)
         for how, which in (("first", "2"), ("mean", ""), ("concat", "0,3"))
-    )  # type: ignore[arg-type]
+    )
     made_of = results(x, arrays)
     close(first, made_of[:, :, 2])
     gate, up, down = (a.mean(0) for a in experts.values())
@@ -355,7 +351,7 @@ def one_dense_block(seed: int) -> None:
     close(both, (made_of[:, :, 0] + made_of[:, :, 3]) / 2)
 
 
-def dropping(seed: int) -> None:
+def dropping(seed):
     """One set of neurons is drawn again in all matrices of an expert (L8)."""
     graph = BLOCK.graph()
     arrays = drawn(graph, seed)

@@ -7,13 +7,11 @@ examples those are hangs on the modules that are loaded, too, since Hypothesis d
 them.
 """
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from tiers import examples, some
 
-from moecc.ir import Graph, equal
+from moecc.ir import equal
 from moecc.testing import graphs, laws
 
 from . import axes, experts, feed_forward, promises, routing, upcycling
@@ -52,7 +50,7 @@ def test_each_mutant_is_caught(name):
 
     @EXAMPLES
     @given(graphs())
-    def law(graph: Graph) -> None:
+    def law(graph):
         is_idempotent = name in promises.CAUGHT_BY_IDEMPOTENCE
         laws.check_pass(item, graph, idempotent=is_idempotent, least=0)
 
@@ -71,7 +69,7 @@ def test_no_sound_rewrite_is_caught(name):
 
     @settings(EXAMPLES, max_examples=examples(30, 100))
     @given(graphs(like=LIKE.get(name, ())))
-    def law(graph: Graph) -> None:
+    def law(graph):
         nonlocal changed
         after, _ = laws.applied(item, graph)
         changed += not equal(after, graph)

@@ -1,7 +1,5 @@
 """The pages of a graph with its rewrite, and of a receipt: what they say, and a browser of them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

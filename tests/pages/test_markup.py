@@ -1,13 +1,9 @@
 """No string that reaches a page becomes markup, an attribute or a program of it."""
 
-from __future__ import annotations
-
 import json
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -39,11 +35,8 @@ HOSTILE = st.lists(
     st.sampled_from(PIECES) | st.text(min_size=1, max_size=5), min_size=1, max_size=4
 ).map("".join)
 
-Suffix = Callable[[str], str]
-"""Appends the hostile text to a string."""
 
-
-def replaced(value: Any, suffix: Suffix, *, keys: frozenset[str] = frozenset()) -> Any:
+def replaced(value, suffix, *, keys=frozenset()):
     """Return JSON values with a suffix on every string, and on the keys of tables named `keys`."""
     if isinstance(value, str):
         return suffix(value)
@@ -67,7 +60,7 @@ def short_plotly():
         yield
 
 
-RECEIPT: dict[str, Any] = {
+RECEIPT = {
     "promised": {"kind": "approximate", "reason": "a reason", "predicted_error": 1e-3},
     "checked": [
         {"pass": "upcycle", "promised": {"kind": "exact", "reason": "why"}, "measured_error": 1e-7}
@@ -85,7 +78,7 @@ RECEIPT: dict[str, Any] = {
 
 
 @cache
-def plans() -> tuple[Any, Any]:
+def plans():
     model = moecc.open(MIXTURE)
     step = {"batch_tokens": 4096, "sequence": 512}
     plan = model.upcycle(experts=4, top_k=2).plan("cpu:4", **step)
@@ -93,20 +86,20 @@ def plans() -> tuple[Any, Any]:
     return plan.report, sweep.report
 
 
-def plan_of(suffix: Suffix) -> str:
+def plan_of(suffix):
     report = plans()[0]
     hostile = replaced(report, suffix, keys=frozenset({"mesh", "collectives"}))
     return plan_page(hostile, [hostile["best"], *hostile["others"]], suffix("pipeline"))
 
 
-def sweep_of(suffix: Suffix) -> str:
+def sweep_of(suffix):
     report = plans()[1]
     return sweep_page(replaced(report, suffix, keys=frozenset({"mesh"})), suffix("pipeline"))
 
 
-def runs_of(suffix: Suffix) -> str:
+def runs_of(suffix):
     layer, text = suffix("layers.1.ffn"), suffix("held")
-    lines: list[dict[str, Any]] = [
+    lines = [
         {"step": s, "tokens": 8 * s, "loss": 1.0, f"metric.{layer}.loads": [1.0, 0.0],
          f"metric.{layer}.entropy": 1.0}
         for s in range(1, 200)
@@ -122,12 +115,12 @@ def runs_of(suffix: Suffix) -> str:
 
 
 @cache
-def opened() -> tuple[Any, list[tuple[str, str]]]:
+def opened():
     graph = moecc.open(DENSE).upcycle(experts=4, top_k=2).graph
     return graph, [(node.loc, node.origin or "") for node in graph.every_node()]
 
 
-def graph_of(suffix: Suffix) -> str:
+def graph_of(suffix):
     graph, places = opened()
     graph.name = suffix("graph")
     for node, (loc, origin) in zip(graph.every_node(), places, strict=True):
@@ -135,7 +128,7 @@ def graph_of(suffix: Suffix) -> str:
     return graph_page(graph, graph, suffix("pipeline"), [suffix("remark")])
 
 
-def same_tree(page: Callable[[Suffix], str], hostile: str) -> None:
+def same_tree(page, hostile):
     """Check that hostile strings leave the elements, attributes and programs of a page alone."""
     # As long, since boxes are as wide as their texts, and with its dots, which part paths.
     harmless = re.sub(r"[^.]", "x", hostile)

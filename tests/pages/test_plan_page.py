@@ -1,7 +1,5 @@
 """The page of a plan: what it shows, that it loads nothing, and that a browser shows it whole."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -63,14 +63,14 @@ def effective(stated: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def score_scale(config: Any) -> float:
+def score_scale(config) -> float:
     if hasattr(config, "attention_multiplier"):
         return float(config.attention_multiplier)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return float(getattr(config, "query_pre_attn_scalar", width) ** -0.5)
 
 
-def windows(config: Any) -> list[int | None]:
+def windows(config) -> list[int | None]:
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     if config.model_type in ("llama", "olmo2", "granite", "gemma"):
@@ -82,13 +82,13 @@ def windows(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
-def rope(config: Any) -> dict[str, Any]:
+def rope(config) -> dict[str, Any]:
     stated = config.rope_parameters if MAJOR > 4 else getattr(config, "rope_scaling", None)
     if config.model_type == "gemma3_text" and MAJOR > 4:
         local, stated = (stated[f"{kind}_attention"] for kind in ("sliding", "full"))
     kind = (stated or {}).get("rope_type") or (stated or {}).get("type", "default")
     theta = stated["rope_theta"] if MAJOR > 4 else config.rope_theta
-    values: dict[str, Any] = {"theta": theta, "rope_type": kind, "local_theta": None}
+    values = {"theta": theta, "rope_type": kind, "local_theta": None}
     if config.model_type == "gemma3_text":
         values["local_theta"] = local["rope_theta"] if MAJOR > 4 else config.rope_local_base_freq
     share = stated.get("partial_rotary_factor", 1) if MAJOR > 4 else 1
@@ -105,7 +105,7 @@ def rope(config: Any) -> dict[str, Any]:
     return values
 
 
-def sparse_layers(config: Any) -> list[bool]:
+def sparse_layers(config) -> list[bool]:
     step = getattr(config, "decoder_sparse_step", 1)
     dense = getattr(config, "mlp_only_layers", [])
     return [i not in dense and (i + 1) % step == 0 for i in range(config.num_hidden_layers)]

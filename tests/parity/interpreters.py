@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,14 +23,14 @@ def interpreters() -> list[str]:
     return [*listed, *beside]
 
 
-def in_each_interpreter(test: Any) -> Any:
+def in_each_interpreter(test):
     """Run `test` with the argument `python` of each interpreter, or skip it where there is none."""
     reason = "transformers is not installed here, and MOECC_PARITY_PYTHON names no other"
     skipped = pytest.mark.skipif(not interpreters(), reason=reason)
     return skipped(pytest.mark.parametrize("python", interpreters() or [sys.executable])(test))
 
 
-def ask(python: str, probe: str, question: Any) -> Any:
+def ask(python: str, probe: str, question):
     """Run the script `probe` of this folder: JSON goes to its input and comes from its output."""
     done = subprocess.run(
         [python, "-W", "ignore", str(Path(__file__).parent / probe)],
@@ -48,5 +47,5 @@ def ask(python: str, probe: str, question: Any) -> Any:
 
 def major_of(python: str) -> int:
     """Return the major version of transformers in an interpreter."""
-    answer: dict[str, str] = ask(python, "logits_of.py", [])
+    answer = ask(python, "logits_of.py", [])
     return int(answer["version"].split(".")[0])

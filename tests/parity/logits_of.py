@@ -24,7 +24,7 @@ MAJOR = int(transformers.__version__.split(".")[0])
 class DoublePrecision(TorchFunctionMode):
     """Gives float64 to code that asks for float32 by name, as norms and routers do."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:
             return args[0].double()
         if func is torch.Tensor.view:  # Bytes of a file (safetensors 0.8) keep their type.
@@ -33,7 +33,7 @@ class DoublePrecision(TorchFunctionMode):
         return func(*map(_widen, args), **named)
 
 
-def _widen(value: Any) -> Any:
+def _widen(value):
     return torch.float64 if value is torch.float32 else value
 
 
@@ -46,7 +46,7 @@ def load(folder: Path) -> tuple[Any, dict[str, list[str]]]:
     return model.eval(), {key: sorted(map(str, found)) for key, found in report.items() if found}
 
 
-def widen_rotary(model: Any) -> None:
+def widen_rotary(model):
     """Make the rotary tables again, which were made in float32."""
     for module in list(model.modules()):
         if getattr(module, "rotary_emb", None) is not None:
@@ -74,7 +74,7 @@ def run(folder: Path, tokens: torch.Tensor) -> dict[str, list[str]]:
     return report
 
 
-def main() -> None:
+def main():
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     jobs = json.load(sys.stdin)

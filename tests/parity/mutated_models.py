@@ -85,14 +85,14 @@ ANY = [True, False, 0, 1, 2, 3, 5, 0.5, 2.5, None]
 
 
 @cache
-def names_in(module: Any) -> set[str]:
+def names_in(module) -> set[str]:
     """Return the keys of a config that the code of a module reads."""
     code = inspect.getsource(module)
     read = set(re.findall(r"config\.([a-z]\w+)", code))
     return read | set(re.findall(r"attr\(\s*(?:\w+\.)*config,\s*\"(\w+)\"", code))
 
 
-def names_that_code_reads(config: Any, model: Any) -> list[str]:
+def names_that_code_reads(config, model) -> list[str]:
     """Return the keys that the code of a model, and that of all models' masks, reads."""
     modules = [sys.modules[type(model).__module__], masking_utils, modeling_rope_utils]
     read = set().union(*map(names_in, modules))
@@ -103,21 +103,21 @@ def names_that_code_reads(config: Any, model: Any) -> list[str]:
     return sorted(named - WITHOUT_FUNCTION - methods - plans)
 
 
-def of_another_type(rng: random.Random, value: Any) -> Any:
+def of_another_type(rng: random.Random, value):
     """Return a value that a writer of JSON may have put in place of `value`."""
-    values: list[Any] = [None, str(value), [value], {"value": value}, "", [], {}, True, False, -1]
+    values = [None, str(value), [value], {"value": value}, "", [], {}, True, False, -1]
     if isinstance(value, int | float) and math.isfinite(value):
         values += [float(value), int(value), -value, 1e30]
     return rng.choice(values)
 
 
-def draw_rope(rng: random.Random, config: Any) -> dict[str, Any]:
+def draw_rope(rng: random.Random, config) -> dict[str, Any]:
     """Return rotary parameters, a fifth of the time those of each kind of layer."""
     stated = config.to_dict()
     kinds = sorted(set(stated.get("layer_types") or KINDS[:2]))
     if rng.random() < 0.2:
         return {kind: rng.choice(ROPE) for kind in kinds}
-    parameters: dict[str, Any] = json.loads(json.dumps(rng.choice(ROPE)))
+    parameters = json.loads(json.dumps(rng.choice(ROPE)))
     sizes = [stated.get(name) for name in ("hidden_size", "num_attention_heads")]
     known = all(isinstance(size, int) and size > 0 for size in sizes)
     width = stated.get("head_dim") or (sizes[0] // sizes[1] if known else 16)
@@ -129,7 +129,7 @@ def draw_rope(rng: random.Random, config: Any) -> dict[str, Any]:
     return parameters
 
 
-def mutate(rng: random.Random, key: str, value: Any, config: Any, depth: int = 0) -> Any:
+def mutate(rng: random.Random, key: str, value, config, depth: int = 0):
     """Return another value of the same type."""
     if key in ("rope_parameters", "rope_scaling") and depth == 0 and rng.random() < 0.7:
         return draw_rope(rng, config)
@@ -165,7 +165,7 @@ def mutate(rng: random.Random, key: str, value: Any, config: Any, depth: int = 0
     return rng.choice([*ANY, *ACTIVATIONS[:3]] if value is None else ANY)
 
 
-def auto_class(source: Path) -> Any:
+def auto_class(source: Path):
     if (source / "hidden.npy").is_file():
         return AutoModel
     if (source / "features.npy").is_file():
@@ -174,7 +174,7 @@ def auto_class(source: Path) -> Any:
     return AutoModelForSeq2SeqLM if decodes else AutoModelForCausalLM
 
 
-def inputs_of(source: Path, config: Any) -> dict[str, np.ndarray]:
+def inputs_of(source: Path, config) -> dict[str, np.ndarray]:
     """Return the inputs of a source, in the sizes of `config`; padding is not among the tokens."""
     inputs = {}
     for name in ("tokens", "decoder_tokens", "features", "pixels", "audio"):
@@ -202,7 +202,7 @@ def inputs_of(source: Path, config: Any) -> dict[str, np.ndarray]:
     return inputs
 
 
-def fill(model: Any) -> None:
+def fill(model):
     """Draw all parameters by their names."""
     buffers = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
     with torch.no_grad():
@@ -217,7 +217,7 @@ def fill(model: Any) -> None:
             parameter.copy_(torch.from_numpy(values))
 
 
-def loaded(auto: Any, folder: Path) -> Any:
+def loaded(auto, folder: Path):
     kwargs = {"dtype": torch.float64, "attn_implementation": "eager"}
     model = auto.from_pretrained(folder, **kwargs)
     if hasattr(model, "set_experts_implementation"):
@@ -225,7 +225,7 @@ def loaded(auto: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def compute(auto: Any, folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def compute(auto, folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad(), DoublePrecision():
@@ -275,7 +275,7 @@ def draw(rng: random.Random, source: Path) -> tuple[dict[str, Any], dict[str, An
         names = names_that_code_reads(config, model)
         NAMES[source] = sorted({*names, *keys} - WITHOUT_FUNCTION), config
     names, config = NAMES[source]
-    changes: dict[str, Any] = {}
+    changes = {}
     number = 2 if rng.random() < 0.2 else 1
     elsewhere = [name for name in ANYWHERE if name not in WITHOUT_FUNCTION]
     for key in rng.sample(names if rng.random() < 0.75 else elsewhere, number):
@@ -299,7 +299,7 @@ def draw(rng: random.Random, source: Path) -> tuple[dict[str, Any], dict[str, An
     return changes, keys
 
 
-def is_large(config: type, key: str, stated: Any) -> bool:
+def is_large(config: type, key: str, stated) -> bool:
     """Whether a model that lacks a size has one that costs seconds."""
     try:
         default = getattr(config(), key, None)
@@ -314,7 +314,7 @@ ABSENT = "(absent)"
 NAMES: dict[Path, tuple[list[str], Any]] = {}
 
 
-def main() -> None:
+def main():
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)

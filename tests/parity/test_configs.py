@@ -1,12 +1,7 @@
 """transformers reads what `to_json` writes with the values that the config holds."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
-from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import decoders, parse_config
 from moecc.families.rope import attention_factor
@@ -25,7 +20,7 @@ NAMES = [
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
-VARIANTS: list[dict[str, Any]] = [
+VARIANTS = [
     *({"model_type": name} for name in NAMES),
     *({"model_type": name, "rope_theta": 5e5, "num_hidden_layers": 3} for name in NAMES),
     *(
@@ -139,14 +134,14 @@ def test_defaults_are_those_of_the_classes(python):
         assert found == {**expected(config), **close(config, found)}
 
 
-def expected(config: DecoderConfig) -> dict[str, Any]:
+def expected(config):
     names = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
         *("rms_norm_eps", "hidden_act", "tie_word_embeddings", "head_dim", "dtype"),
         *("qkv_bias", "output_bias", "mlp_bias"),
     )
-    values: dict[str, Any] = {name: getattr(config, name) for name in names}
+    values = {name: getattr(config, name) for name in names}
     values["sliding_windows"] = list(config.sliding_windows)
     if config.model_type in ("gemma2", "gemma3_text") and not any(values["sliding_windows"]):
         # The number is stated, and no layer has it.
@@ -169,7 +164,7 @@ def expected(config: DecoderConfig) -> dict[str, Any]:
     return values
 
 
-def close(config: DecoderConfig, found: dict[str, Any]) -> dict[str, Any]:
+def close(config, found):
     """Return the rotary table that was found, if it is ours up to float32's rounding."""
     if config.rope.type == "default":
         return {}

@@ -3,11 +3,7 @@
 With padding, and with experts that drop tokens.
 """
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +36,7 @@ SWITCH = {
     "num_sparse_decoder_layers": 1,
 }  # fmt: skip
 ROUTED = {"experts": 4, "top_k": 1, "gates": "switch", "router_std": 0.5}
-Case = tuple[dict[str, Any], str, dict[str, Any]]
-CASES: dict[str, Case] = {
+CASES = {
     "t5-t5": ({**T5, "model_type": "t5"}, "t5", {}),
     "t5-t5-untied": (
         {**T5, "model_type": "t5", "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
@@ -67,7 +62,7 @@ def folders(tmp_path_factory):
     return [write(place / name, *case) for name, case in CASES.items()]
 
 
-def write(folder: Path, keys: dict[str, Any], target: str, options: dict[str, Any]) -> Path:
+def write(folder, keys, target, options):
     """Write a model of random weights, padded inputs, and the output of its graph."""
     checkpoint = random_checkpoint(parse_config({"dtype": "float32", **keys}), seed=8)
     graph = import_checkpoint(checkpoint, padding=True)

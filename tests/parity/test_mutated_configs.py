@@ -4,13 +4,10 @@
 `MOECC_MUTATIONS_SEED` chooses them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +53,7 @@ def test_a_mutated_config_is_read_as_transformers_does_or_rejected(python, tmp_p
     assert not wrong, f"{len(wrong)} of {DRAWS}, {counts}:\n" + "\n".join(wrong)
 
 
-def sources_of(major: int) -> list[Path]:
+def sources_of(major):
     """Return the checkpoints whose config a version reads as the one that wrote it did."""
     key = "float64, config.json as it is"
     sources = []
@@ -71,7 +68,7 @@ def sources_of(major: int) -> list[Path]:
     return sources
 
 
-def outcome(case: dict[str, Any]) -> str:
+def outcome(case):
     """Return which of the outcomes a mutation has, or how far moecc is off."""
     if case["refused"]:
         return "not in transformers"

@@ -1,12 +1,8 @@
 """transformers computes of a written checkpoint what it computes of the source."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -45,12 +41,11 @@ SIGMOID = (
 )
 
 
-def family_of(source: str) -> str:
-    family: str = json.loads((GOLDEN / source / "config.json").read_text())["model_type"]
-    return family
+def family_of(source):
+    return json.loads((GOLDEN / source / "config.json").read_text())["model_type"]
 
 
-def sources(*, dense: bool) -> list[str]:
+def sources(*, dense):
     """Return the golden checkpoints of decoders, dense or not."""
     names = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
     families = {n: CONFIGS[family_of(n)] for n in names}
@@ -58,7 +53,7 @@ def sources(*, dense: bool) -> list[str]:
     return [n for n in decoders if issubclass(families[n], MoeConfig) != dense]
 
 
-def plans(target: str) -> Iterator[str]:
+def plans(target):
     """Yield the options of `upcycle` that must keep the function when `target` is written."""
     shared = " shared=0.5" if target == "qwen2_moe" else ""
     for std, slices in product((0, 0.02, 1), (1, 2)):
@@ -77,25 +72,24 @@ def plans(target: str) -> Iterator[str]:
 TARGETS = ["mixtral", "qwen2_moe", "qwen3_moe"]
 
 
-def convert(source: str, target: str, options: str, folder: Path, *, exact: bool = True) -> None:
+def convert(source, target, options, folder, *, exact=True):
     with open_model(str(GOLDEN / source)) as model:
         planned = plan(model, Pipeline.parse(f"upcycle{{{options}}}"), target, seed=1)
         assert planned.preserves.kind == ("reassociation" if exact else "approximate")
         write(planned, folder)
 
 
-def fits(source: str, target: str) -> bool:
+def fits(source, target):
     with open_model(str(GOLDEN / source)) as model:
         return any(fit.target == target and fit.fits for fit in fits_of(model.graph))
 
 
-def logits_of(python: str, jobs: list[dict[str, str]]) -> list[dict[str, Any]]:
+def logits_of(python, jobs):
     """Run the probe; return what it says of each job."""
-    reports: list[dict[str, Any]] = ask(python, "logits_of.py", jobs)["reports"]
-    return reports
+    return ask(python, "logits_of.py", jobs)["reports"]
 
 
-def check(python: str, cases: list[tuple[str, str]], jobs: list[dict[str, str]]) -> None:
+def check(python, cases, jobs):
     """Compare with the golden logits: each case is a source and what was done to it."""
     wrong = []
     for (source, done), job, report in zip(cases, jobs, logits_of(python, jobs), strict=True):
@@ -107,7 +101,7 @@ def check(python: str, cases: list[tuple[str, str]], jobs: list[dict[str, str]])
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
 
 
-def amplification(source: str) -> float:
+def amplification(source):
     """Return how far the logits of a source move if each operation is off by `UNIT`.
 
     That is the condition of the function: computed from its graph in float64, whoever runs it.
@@ -127,7 +121,7 @@ def amplification(source: str) -> float:
     return float(max(moved))
 
 
-def relative(found: Path, expected: Path) -> float:
+def relative(found, expected):
     a, b = np.load(found).astype(np.float64), np.load(expected).astype(np.float64)
     return float(np.abs(a - b).max() / np.abs(b).max())
 

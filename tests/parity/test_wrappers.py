@@ -1,7 +1,5 @@
 """transformers computes of a wrapper whose text model was converted what it did before."""
 
-from __future__ import annotations
-
 import pytest
 
 import moecc
@@ -16,7 +14,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow]
 def test_wrappers_with_a_converted_text_model(python, tmp_path):
     sources = tmp_path / "sources"
     version = ask(python, "wrappers.py", {"make": str(sources)})["version"]
-    folders: dict[str, str] = {}
+    folders = {}
     for name in (name for name in WRAPPERS if (sources / name).is_dir()):
         model = moecc.open(sources / name)
         model.save(tmp_path / f"{name}-same")

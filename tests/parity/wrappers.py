@@ -99,7 +99,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def logits_of(model: Any) -> Any:
+def logits_of(model):
     if model.config.model_type == "llama4":
         # transformers 5.24 asks the output of its text model for images.
         model = model.language_model

@@ -86,7 +86,7 @@ class Dense:
 class Tensors:
     """A checkpoint in memory: normal numbers by name; matrices keep the size of what they read."""
 
-    def __init__(self, graph: Graph, seed: int = 0, *, gain: float = 1.0) -> None:
+    def __init__(self, graph: Graph, seed: int = 0, *, gain: float = 1.0):
         self.arrays: Arrays = {}
         for param in graph.params.values():
             for source in sources(param.weight) if param.weight is not None else ():
@@ -103,7 +103,7 @@ class Tensors:
 
     def params(self, graph: Graph) -> Arrays:
         """Return the parameters of `graph` as their expressions make them, in float64."""
-        made: Arrays = {}
+        made = {}
         for name, param in graph.params.items():
             assert param.weight is not None
             made[name] = evaluate(param.weight, self.read, F64)
@@ -120,7 +120,7 @@ def run(graph: Graph, params: Mapping[str, Array], inputs: Mapping[str, Array]) 
     return get_backend("reference").compile(graph).run(params, inputs)
 
 
-def upcycled(graph: Graph, seed: int = 0, **options: Any) -> tuple[Graph, PassResult]:
+def upcycled(graph: Graph, seed: int = 0, **options) -> tuple[Graph, PassResult]:
     """Return a copy of `graph` after the pass, and what the pass says."""
     item = UpcyclePass(**options)
     assert item.validate() == []

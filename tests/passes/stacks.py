@@ -45,13 +45,13 @@ class _Stack:
     tied: Value
     losses: list[Value] = field(default_factory=list)
 
-    def layer(self, number: int, steps: tuple[str, ...]) -> None:
+    def layer(self, number: int, steps: tuple[str, ...]):
         """Add a layer that does `steps`."""
         b = Builder(self.graph, loc=f"layers.{number}.ffn")
         for at, step in enumerate(steps):
             self.step(b, step, f"layers.{number}.{step}{at}")
 
-    def step(self, b: Builder, step: str, name: str) -> None:
+    def step(self, b: Builder, step: str, name: str):
         h = self.state[0]
         if step == "norm":
             h = b.rms_norm(h, self.param(name, b.loc, embed=EMBED), axis="embed")
@@ -141,7 +141,7 @@ def stacks(draw: st.DrawFn) -> Graph:
 @st.composite
 def _layers(draw: st.DrawFn) -> list[tuple[str, ...]]:
     few = st.lists(st.sampled_from(STEPS), min_size=1, max_size=4)
-    steps: st.SearchStrategy[tuple[str, ...]] = few.map(tuple)
+    steps = few.map(tuple)
     odd = st.lists(steps, max_size=1)
     period = draw(st.lists(steps, min_size=1, max_size=3))
     return [*draw(odd), *(period * draw(st.integers(1, 4))), *draw(odd)]

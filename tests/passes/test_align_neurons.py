@@ -1,7 +1,5 @@
 """Neurons in the order of a reference: the order is found, the function stays, bad input."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from hashlib import sha256
@@ -18,13 +16,12 @@ from safetensors.numpy import load_file, save_file
 from moecc.cli.main import main
 from moecc.errors import InputError, MachineError
 from moecc.ir import clone
-from moecc.jobs.convert import Plan, plan, write
+from moecc.jobs.convert import plan, write
 from moecc.model.open import add_branches, open_model
 from moecc.rewrite.passes import Context, Statistics
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support import extras
-from moecc.types import Array
 from moecc.weights.fits import matched_order
 
 SOURCE = Path(__file__).parents[1] / "golden" / "llama_gqa"
@@ -32,7 +29,7 @@ KNOWN = Context(models=("a",))
 ALIGN = Pipeline.parse("align-neurons{to=a}")
 
 
-def tensors(folder: Path) -> dict[str, Array]:
+def tensors(folder):
     return dict(load_file(folder / "model.safetensors"))
 
 
@@ -51,7 +48,7 @@ def shuffled(tmp_path):
     return tmp_path / "shuffled"
 
 
-def planned(reference: Path) -> Plan:
+def planned(reference):
     model = open_model(str(SOURCE))
     add_branches(model, {"a": str(reference)})
     return plan(model, ALIGN, "llama")

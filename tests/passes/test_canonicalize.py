@@ -1,38 +1,32 @@
 """Each rule of ``canonicalize``: what it does, and what it leaves alone."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 from hypothesis import given
 from moecc_passes.cleanup import CanonicalizePass, order_operands
 
-from moecc.ir import F32, I32, Builder, Graph, Value, clone, equal, print_graph, tensor
-from moecc.rewrite.passes import Context, PassResult
+from moecc.ir import F32, I32, Builder, Graph, clone, equal, print_graph, tensor
+from moecc.rewrite.passes import Context
 from moecc.testing import graphs
 
 X = tensor(F32, batch="B", embed=12)
-Make = Callable[[Builder, Value], Value]
 
 
-def graph_of(make: Make) -> Graph:
+def graph_of(make):
     graph = Graph()
     b = Builder(graph, loc="here")
     graph.set_output("y", make(b, graph.input("x", X)))
     return graph
 
 
-def canonical(graph: Graph, exact: bool = False) -> PassResult:
+def canonical(graph, exact=False):
     return CanonicalizePass(exact=exact).apply(graph, Context())
 
 
-def heads(b: Builder, x: Value) -> Value:
-    value: Value = b.split(x, axis="embed", into=(("head", 3), ("dim", 4)))
-    return value
+def heads(b, x):
+    return b.split(x, axis="embed", into=(("head", 3), ("dim", 4)))
 
 
-CASES: dict[str, tuple[Make, Make]] = {
+CASES = {
     "double-neg": (lambda b, x: b.neg(b.neg(x)), lambda b, x: x),
     "scale-by-one": (lambda b, x: b.scale(x, by=1.0), lambda b, x: x),
     "scale-by-minus-one": (lambda b, x: b.scale(x, by=-1.0), lambda b, x: b.neg(x)),
@@ -103,7 +97,7 @@ def test_rule(name):
     assert all(not n.origin or n.origin.startswith("canonicalize/") for n in graph)
 
 
-LEFT: dict[str, Make] = {
+LEFT = {
     "another type": lambda b, x: b.cast(x, dtype="f64"),
     "part of an axis": lambda b, x: b.slice(x, axis="embed", start=0, stop=11),
     "slices of two axes": lambda b, x: b.slice(
@@ -149,7 +143,7 @@ def test_the_promise_is_exact_where_no_scale_was_merged():
     assert canonical(graph_of(CASES["scale-of-scale"][0])).preserves is None
 
 
-def glu(swapped: bool, names: tuple[str, str]) -> Graph:
+def glu(swapped, names):
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", X)

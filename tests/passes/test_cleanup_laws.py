@@ -1,16 +1,13 @@
 """The laws of the clean-up passes on random graphs."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from moecc_passes.cleanup import CanonicalizePass, CsePass, DcePass
 from tiers import examples
 
-from moecc.rewrite.passes import Pass
 from moecc.testing import graphs, laws
 
-PASSES: list[Pass] = [
+PASSES = [
     CanonicalizePass(),
     CanonicalizePass(exact=True),
     CsePass(),

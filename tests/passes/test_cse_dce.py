@@ -1,29 +1,27 @@
 """What ``cse`` merges and ``dce`` erases, and what they leave."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from moecc_passes.cleanup import CsePass, DcePass
 
-from moecc.ir import F32, Builder, Graph, Value, clone, equal, parse, print_graph, tensor, verify
-from moecc.rewrite.passes import Context, PassResult
+from moecc.ir import F32, Builder, Graph, clone, equal, parse, print_graph, tensor, verify
+from moecc.rewrite.passes import Context
 from moecc.testing import assert_same, graphs
 
 CONTEXT = Context()
 
 
-def start() -> tuple[Graph, Builder, Value]:
+def start():
     graph = Graph()
     return graph, Builder(graph), graph.input("x", tensor(F32, batch="B", embed=4))
 
 
-def cse(graph: Graph) -> PassResult:
+def cse(graph):
     result = CsePass().apply(graph, CONTEXT)
     verify(graph)
     return result
 
 
-def ops(graph: Graph) -> list[str]:
+def ops(graph):
     return [n.op.name for n in graph]
 
 
@@ -102,7 +100,7 @@ def test_doubling_a_graph_is_undone(graph):
     cse(graph)
     DcePass(keep_params=True).apply(graph, CONTEXT)
     before = clone(graph)
-    image: dict[Value, Value] = {}
+    image = {}
     for node in list(graph):
         operands = [image.get(v, v) for v in node.operands]
         made = graph.append(node.op, operands, node.attrs)

@@ -1,9 +1,6 @@
 """``decode``: tokens one by one, or several at a time, have the logits of the whole text."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ from tiers import examples, some
 
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.ir import Builder, Graph, parse
+from moecc.ir import Builder, parse
 from moecc.ir.conventions import LOGITS
 from moecc.ir.structure import clone
 from moecc.model.open import open_model
@@ -32,11 +29,11 @@ CASES = [path.parent.name for path in sorted(GOLDEN.glob("*/logits.npy"))]
 QUICK = [name for name in CASES if "window" in name or "drops" in name or "t5_square" in name]
 
 
-def inputs_of(graph: Graph, texts: int, length: int, seed: int = 0) -> dict[str, Any]:
+def inputs_of(graph, texts, length, seed=0):
     """Return random inputs, with texts of `length` tokens to continue."""
     rng = np.random.default_rng(seed)
     words = graph.outputs[LOGITS].type["vocab"].size
-    found: dict[str, Any] = {}
+    found = {}
     for name, value in graph.inputs.items():
         sizes = {"B": texts, "T": length, "S": 6 if "decoder_tokens" in graph.inputs else length}
         shape = [s if isinstance(s, int) else sizes.get(str(s), 6) for s in value.type.sizes]
@@ -93,7 +90,7 @@ def test_an_upcycled_model_in_steps(case):
 # --- what cannot be continued
 
 
-def rejected(graph: Graph, options: str = "") -> str:
+def rejected(graph, options=""):
     with pytest.raises(InputError) as caught:
         run_pipeline(graph, Pipeline.parse(f"decode{options}"))
     return str(caught.value)
@@ -130,7 +127,7 @@ PARTS = {
 }
 
 
-def attention(**parts: str) -> Graph:
+def attention(**parts):
     return parse(ATTENTION.format(**{**PARTS, **parts}))
 
 
@@ -152,7 +149,7 @@ def test_tokens_that_see_later_ones_are_rejected(parts, says):
     assert says in rejected(attention(**parts))
 
 
-def test_a_state_that_later_keys_change_is_rejected() -> None:
+def test_a_state_that_later_keys_change_is_rejected():
     with open_model(str(GOLDEN / "qwen3_5_text_square")) as model:
         graph = clone(model.graph)
     rule = next(n for n in graph if n.op.name == "delta_rule")

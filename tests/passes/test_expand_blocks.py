@@ -1,7 +1,5 @@
 """Layers that add nothing at first: the same bits, the deeper config, what cannot be copied."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

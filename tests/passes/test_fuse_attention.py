@@ -1,7 +1,5 @@
 """Attention as one operation: what is found, what is left and why, and that nothing changes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.fuse import FuseAttentionPass
 
-from moecc.ir import Builder, Graph, clone
+from moecc.ir import Builder, clone
 from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
@@ -25,14 +23,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 
 
-def fused(graph: Graph) -> tuple[Graph, list[str]]:
+def fused(graph):
     after = clone(graph)
     result = ITEM.apply(after, Context())
     laws.check_graph(after)
     return after, [str(remark) for remark in result.remarks]
 
 
-def attentions(graph: Graph) -> list:
+def attentions(graph):
     return [node for node in graph if node.op.attends]
 
 
@@ -64,7 +62,7 @@ def test_random_graphs_with_attention_obey_the_laws(seed):
     laws.check_pass(ITEM, graph)
 
 
-def left(graph: Graph) -> str:
+def left(graph):
     """Return why the one attention of `graph` is left as it is."""
     after, (remark,) = fused(graph)
     assert not attentions(after)

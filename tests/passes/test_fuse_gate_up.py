@@ -1,7 +1,5 @@
 """Gate and up as one product: where it is done, where it is left, and that nothing else changes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from moecc_passes.fuse import FuseGateUpPass, Fusion, find_siblings, fuse_siblings
 from tiers import examples
 
-from moecc.ir import Graph, clone, equal, parse
+from moecc.ir import clone, equal, parse
 from moecc.rewrite.passes import Context
 from moecc.testing import laws
 from moecc.testing.generate import random_graph
@@ -24,21 +22,21 @@ from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
 ITEM = FuseGateUpPass()
 
 
-def with_sources(graph: Graph) -> Graph:
+def with_sources(graph):
     """Give each parameter that has none an expression: what has none is not fused."""
     for name, value in graph.params.items():
         value.weight = value.weight or Source(name, value.type)
     return graph
 
 
-def fused(graph: Graph) -> Graph:
+def fused(graph):
     after = clone(graph)
     ITEM.apply(after, Context())
     laws.check_graph(after)
     return after
 
 
-def contractions(graph: Graph) -> list[str]:
+def contractions(graph):
     return [n.operands[1].name for n in graph if n.op.name == "contract"]
 
 

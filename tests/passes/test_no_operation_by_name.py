@@ -1,9 +1,6 @@
 """Passes recognise operations by patterns and traits, not by comparing their names."""
 
-from __future__ import annotations
-
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import moecc_passes
@@ -18,7 +15,7 @@ LAYOUT = "expert_parallel.py"
 FILES = sorted(p for p in FOLDER.rglob("*.py") if p.name != LAYOUT)
 
 
-def _is_op_name(node: ast.expr) -> bool:
+def _is_op_name(node):
     """Whether an expression is ``….op.name``."""
     return (
         isinstance(node, ast.Attribute)
@@ -28,7 +25,7 @@ def _is_op_name(node: ast.expr) -> bool:
     )
 
 
-def compared(tree: ast.AST) -> Iterator[int]:
+def compared(tree):
     """Yield the lines that compare the name of an operation, match it, or look at its letters."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
@@ -45,7 +42,7 @@ def compared(tree: ast.AST) -> Iterator[int]:
             yield getattr(node, "lineno", 0)
 
 
-def listed(tree: ast.AST) -> Iterator[int]:
+def listed(tree):
     """Yield the lines with a collection of two names of operations or more, and nothing else.
 
     The words of an option, in ``Literal[…]``, are no operations.

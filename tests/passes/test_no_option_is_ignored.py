@@ -1,14 +1,11 @@
 """Every option of the passes of ST-MoE changes what the pass makes of a model."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from moecc.ir import clone, fingerprint
-from moecc.ir.graph import Graph
 from moecc.model.open import open_model
 from moecc.rewrite.passes import Context, Statistics, options
 from moecc.rewrite.pipeline import Pipeline, installed
@@ -108,7 +105,7 @@ freeze     only=moe,norm              only=moe
 """
 """A pass, an option with a value that differs from the default, and what else it needs."""
 
-CHANGES: dict[tuple[str, str], tuple[str, str]] = {}
+CHANGES = {}
 for line in TABLE.split("\n")[1:-1]:
     name, changed, *needs = line.split()
     option, _, value = changed.partition("=")
@@ -122,14 +119,14 @@ CONTEXT = Context(models=("a",), statistics=Statistics(("one", "two")))
 
 
 @cache
-def dense() -> Graph:
+def dense():
     """A tiny T5: two layers of an encoder, three of a decoder."""
     with open_model(str(GOLDEN / "t5_gated_untied")) as model:
         return clone(model.graph)
 
 
 @cache
-def made(text: str) -> str:
+def made(text):
     """Return the fingerprint of what the passes make, the parts that only say so aside."""
     graph = clone(dense())
     run_pipeline(graph, Pipeline.parse(text), context=CONTEXT)
@@ -138,7 +135,7 @@ def made(text: str) -> str:
     return fingerprint(graph)
 
 
-def texts(name: str, option: str) -> tuple[str, str]:
+def texts(name, option):
     """Return the pipelines without and with the option."""
     value, needs = CHANGES[name, option]
     before = BEFORE.get(name, SPARSE)

@@ -1,7 +1,5 @@
 """``pack-segments``: a document of a packed row has the results that it has alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ from moecc_backends.reference import ReferenceBackend
 from moecc_passes.training import PackSegmentsPass
 
 from moecc.errors import InputError
-from moecc.ir import Graph, verify
+from moecc.ir import verify
 from moecc.ir.structure import clone, index_bound
 from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
@@ -28,7 +26,7 @@ DOCUMENTS = [[5, 3], [8], [2, 1, 4]]
 DECODER_DOCUMENTS = [[2, 4], [3], [1, 3, 2]]
 
 
-def imported(name: str, passes: str = "", *, padding: bool = False) -> Graph:
+def imported(name, passes="", *, padding=False):
     with open_model(str(GOLDEN / name), padding=padding) as model:
         graph = clone(model.graph)
     if passes:
@@ -36,20 +34,20 @@ def imported(name: str, passes: str = "", *, padding: bool = False) -> Graph:
     return graph
 
 
-def packed(graph: Graph) -> Graph:
+def packed(graph):
     made = clone(graph)
     PackSegmentsPass().apply(made, Context())
     verify(made)
     return made
 
 
-def documents(graph: Graph, seed: int = 0) -> list[list[RowSegment]]:
+def documents(graph, seed=0):
     """Return random documents of each row."""
     rng = np.random.default_rng(seed)
     vocab = index_bound(graph.inputs["tokens"])
     assert vocab is not None
 
-    def ids(size: int) -> np.ndarray:
+    def ids(size):
         return rng.integers(1, vocab, size).astype(np.int32)
 
     none = np.zeros(0, np.int32)
@@ -59,7 +57,7 @@ def documents(graph: Graph, seed: int = 0) -> list[list[RowSegment]]:
     return [[RowSegment(ids(n), none, ids(m)) for n, m in zip(*row, strict=True)] for row in both]
 
 
-def compare(graph: Graph) -> float:
+def compare(graph):
     """Return how far the results of packed documents are from those alone, relatively."""
     after = packed(graph)
     rows = documents(graph)

@@ -1,7 +1,5 @@
 """More experts, fewer, merged ones, one dense block: what stays the same function, and what not."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from moecc.model.open import add_branches, open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.types import F64, Array
+from moecc.types import F64
 from moecc.weights.evaluate import evaluate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -66,12 +64,12 @@ OTHER = [
 """Models, what changes their function, and by how much at least."""
 
 
-def changed(source: str, passes: str) -> tuple[str, float]:
+def changed(source, passes):
     """Return what was promised, and max |Δ logit| / max |logit| in float64."""
     with open_model(str(GOLDEN / source)) as model:
         tokens = {"tokens": np.load(GOLDEN / source / "tokens.npy")}
 
-        def logits() -> Array:
+        def logits():
             program = get_backend("reference").compile(model.graph)
             return program.run(model.params(dtype=F64), tokens)["logits"]
 
@@ -172,7 +170,7 @@ def test_a_budget_goes_to_the_layers_whose_experts_share_the_work():
     assert shared_out([even, np.zeros(4)], [2, 2], 8) == (4, 4)
 
 
-def _name(target: str, family: str) -> str:
+def _name(target, family):
     return "dense" if target == family else "sparse"
 
 
@@ -288,7 +286,7 @@ def test_a_model_of_another_family_is_a_gpt_oss_up_to_its_sinks():
     ("options", "up_to"),
     [("gates=sigmoid-renormalised", "a factor s / (s + 1e-06)"), ("gates=sigmoid", "")],
 )
-def test_an_lfm2_is_an_lfm2_moe_up_to_the_floor_of_its_gates(options: str, up_to: str) -> None:
+def test_an_lfm2_is_an_lfm2_moe_up_to_the_floor_of_its_gates(options, up_to):
     with open_model(str(GOLDEN / "lfm2_biases")) as model:
         passes = f"upcycle{{experts=4 router-init=zero {options}}}"
         planned = plan(model, Pipeline.parse(passes), "lfm2_moe")

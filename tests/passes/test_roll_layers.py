@@ -1,7 +1,5 @@
 """Rolled layers compute what the layers did; what is rolled, and why not; unrolling undoes it."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from moecc_passes.roll_layers import (
@@ -20,7 +18,6 @@ from moecc.ir import (
     F32,
     Builder,
     Graph,
-    Node,
     clone,
     equal,
     parse,
@@ -29,7 +26,7 @@ from moecc.ir import (
     verify,
 )
 from moecc.presets import preset_config
-from moecc.rewrite.passes import Context, PassResult, Remark
+from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import assert_same, laws
@@ -38,14 +35,14 @@ from moecc.types import KEY, TensorType
 from .stacks import stacks
 
 
-def roll(graph: Graph, **options: object) -> tuple[PassResult, list[str]]:
-    told: list[Remark] = []
-    result = RollLayersPass(**options).apply(graph, Context(remark=told.append))  # type: ignore[arg-type]
+def roll(graph, **options):
+    told = []
+    result = RollLayersPass(**options).apply(graph, Context(remark=told.append))
     verify(graph)
     return result, [str(r) for r in told]
 
 
-def scans(graph: Graph) -> list[Node]:
+def scans(graph):
     return [node for node in graph if node.body is not None]
 
 
@@ -75,7 +72,7 @@ def test_unrolling_is_the_inverse(graph):
     assert [p.loc for p in again.params.values()] == [p.loc for p in graph.params.values()]
 
 
-def chain(*kinds: str, weights: bool = False) -> Graph:
+def chain(*kinds, weights=False):
     """Return a graph with a layer for each of `kinds`, an operation on the stream of the last."""
     graph = Graph()
     h = graph.input("x", tensor(F32, batch="B"))

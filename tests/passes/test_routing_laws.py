@@ -4,11 +4,8 @@ Experts differ, for among copies most laws are vacuous.  Tokens and weights are 
 that nothing is a tie.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.specialize import SpecializePass
 
-from moecc.ir import I32, Graph, clone, tensor
+from moecc.ir import I32, clone, tensor
 from moecc.rewrite.passes import Context
 
-from .dense_blocks import Arrays, Dense, Tensors, relative, run, upcycled
+from .dense_blocks import Dense, Tensors, relative, run, upcycled
 
 EXACT = 1e-12
 SEEDS = st.integers(0, 2**32 - 1)
 EXPERTS = 6
 
-Options = dict[str, Any]
-TOKEN_CHOICE: dict[str, Options] = {
+TOKEN_CHOICE = {
     "renormalised": {},
     "softmax": {"gates": "softmax", "top_k": 3},
     "sigmoid": {"gates": "sigmoid", "top_k": 1},
@@ -39,12 +35,12 @@ TOKEN_CHOICE: dict[str, Options] = {
     "st-moe": {"expert_bias": "multiplicative", "extra_ffn": "after"},
     "shifted": {"expert_bias": "additive", "extra_ffn": "before"},
 }
-PROTOTYPES: dict[str, Options] = {"prototypes": {"routing": "prototypes"}}
-HASH: dict[str, Options] = {"hash": {"routing": "hash"}}
-EXPERT_CHOICE: dict[str, Options] = {
+PROTOTYPES = {"prototypes": {"routing": "prototypes"}}
+HASH = {"hash": {"routing": "hash"}}
+EXPERT_CHOICE = {
     "expert-choice": {"routing": "expert-choice", "capacity_factor": 0.75},
 }
-SOFT: dict[str, Options] = {"soft": {"routing": "soft", "soft_slots": 2, "shared": 0.25}}
+SOFT = {"soft": {"routing": "soft", "soft_slots": 2, "shared": 0.25}}
 PLACED = TOKEN_CHOICE | PROTOTYPES | HASH
 """The ways in which a token has choices that may be dropped."""
 
@@ -57,7 +53,7 @@ FEW = settings(max_examples=max(20, settings.default.max_examples // 5))
 
 
 @cache
-def converted(kind: str) -> tuple[Graph, Arrays]:
+def converted(kind):
     dense = DENSE.graph()
     dense.input("tokens", tensor(I32, batch="B", seq="S"))
     graph, _ = upcycled(dense, **{"experts": EXPERTS, "router_std": 0.5, **ALL[kind]})
@@ -65,7 +61,7 @@ def converted(kind: str) -> tuple[Graph, Arrays]:
 
 
 @cache
-def sparse(kind: str, **options: Any) -> Graph:
+def sparse(kind, **options):
     """Return a graph, specialised if there are options, that tells where choices went, too."""
     graph = clone(converted(kind)[0])
     if options:
@@ -75,13 +71,13 @@ def sparse(kind: str, **options: Any) -> Graph:
     return shown(graph)
 
 
-def different(kind: str, seed: int) -> Arrays:
+def different(kind, seed):
     """Return parameters whose experts are all different."""
     rng = np.random.default_rng(seed)
     return {n: a + rng.normal(0, 0.3, a.shape) for n, a in converted(kind)[1].items()}
 
 
-def shown(graph: Graph) -> Graph:
+def shown(graph):
     for node in list(graph):
         if node.op.name in ("assign_slots", "expert_choice"):
             experts = node.operands[0] if node.op.name == "assign_slots" else node.results[0]
@@ -90,24 +86,24 @@ def shown(graph: Graph) -> Graph:
     return graph
 
 
-def inputs_of(seed: int, count: int = 16) -> Arrays:
+def inputs_of(seed, count=16):
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 40, (2, count // 2)).astype(np.int32)
     return {"x": rng.normal(size=(2, count // 2, DENSE.embed)), "tokens": ids}
 
 
-def only(graph: Graph, inputs: Arrays) -> Arrays:
+def only(graph, inputs):
     return {n: a for n, a in inputs.items() if n in graph.inputs}
 
 
-def outputs(graph: Graph, params: Arrays, inputs: Arrays) -> Arrays:
+def outputs(graph, params, inputs):
     return run(graph, params, only(graph, inputs))
 
 
 # --- experts have no order
 
 
-def permuted(graph: Graph, params: Arrays, order: list[int]) -> Arrays:
+def permuted(graph, params, order):
     """Return the parameters with everything that has an axis ``expert`` in another order."""
     made = dict(params)
     for name, param in graph.params.items():
@@ -116,7 +112,7 @@ def permuted(graph: Graph, params: Arrays, order: list[int]) -> Arrays:
     return made
 
 
-def respecting_groups(kind: str, order: list[int]) -> list[int]:
+def respecting_groups(kind, order):
     """Return an order of the experts that the way of routing cannot see.
 
     Prototypes are groups of three: they are exchanged whole, and permuted within.
@@ -160,7 +156,7 @@ def test_a_larger_capacity_drops_nothing_that_a_smaller_one_keeps(
     kind, seed, order, priority, groups
 ):
     params = different(kind, seed)
-    options: Options = {"order": order, "groups": groups}
+    options = {"order": order, "groups": groups}
     if kind in TOKEN_CHOICE and kind != "ones":
         options["priority"] = priority
     inputs = inputs_of(seed)

@@ -1,9 +1,5 @@
 """Where a conversion is not exact, the error is the one that the pass predicts."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from moecc_passes.upcycle.upcycle import UpcyclePass
@@ -11,15 +7,14 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.ir.structure import clone
 from moecc.rewrite.passes import Context
 from moecc.weights.evaluate import evaluate
-from moecc.weights.expr import Expr
 
-from .dense_blocks import Array, Dense, Tensors, rms_error, run, tokens, upcycled
+from .dense_blocks import Dense, Tensors, rms_error, run, tokens, upcycled
 
 WITHIN = 1.15
 """Measured over predicted, on blocks of random normal weights, lies within this factor of 1."""
 
 
-def measured_over_predicted(dense: Dense, **options: Any) -> float:
+def measured_over_predicted(dense, **options):
     """Return the root mean square of the error over two models, relative to the prediction."""
     squares, predicted = [], set()
     for seed in (0, 1):
@@ -37,7 +32,7 @@ def measured_over_predicted(dense: Dense, **options: Any) -> float:
     return float(np.sqrt(np.mean(squares))) / prediction
 
 
-CASES: dict[str, dict[str, Any]] = {
+CASES = {
     "softmax": {"gates": "softmax"},
     "softmax, sure": {"gates": "softmax", "router_std": 1.0},
     "softmax, logits of std 0.5": {
@@ -83,7 +78,7 @@ def test_the_scale_of_the_norm_before_the_router_counts(gain):
     for name in [n for n in tensors.arrays if n.endswith("norm")]:
         tensors.arrays[name] = tensors.arrays[name] * gain
 
-    def read(weight: Expr) -> Array:
+    def read(weight):
         return evaluate(weight, tensors.read)
 
     after = clone(graph)

@@ -1,25 +1,22 @@
 """Copies that are made to differ: what is drawn, how much of it, and that the bytes are fixed."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from itertools import combinations
 from math import floor
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .dense_blocks import Array, Arrays, Dense, Tensors, upcycled
+from .dense_blocks import Dense, Tensors, upcycled
 
 PREFIX = "layers.0"
 MATRICES = {"gate": 1, "up": 1, "down": 2}
 """The position of the axis of neurons in the experts' matrices, ``[expert, …]``."""
 
 
-def made(dense: Dense, seed: int = 0, **options: Any) -> tuple[Arrays, Arrays]:
+def made(dense, seed=0, **options):
     """Return the dense tensors and the parameters after a conversion."""
     graph = dense.graph()
     tensors = Tensors(graph)
@@ -27,7 +24,7 @@ def made(dense: Dense, seed: int = 0, **options: Any) -> tuple[Arrays, Arrays]:
     return tensors.arrays, tensors.params(after)
 
 
-def changed_neurons(copies: Array, params: Arrays, name: str) -> Array:
+def changed_neurons(copies, params, name):
     """Return ``[expert, mlp]``: whether all weights, or none, of a neuron are drawn anew."""
     differs = copies != params[name]
     others = tuple(i for i in range(1, differs.ndim) if i != MATRICES.get(name.split(".")[2], 1))
@@ -64,7 +61,7 @@ def test_drop_draws_the_same_neurons_of_all_matrices(ratio, mlp, gated, slices, 
 def test_noise_has_its_mean_and_std_and_is_each_expert_s_own(relative_std, slices):
     dense = Dense(embed=48, mlp=96, bias_in=True)
     kind = "relative" if relative_std else "absolute"
-    options: dict[str, Any] = {"experts": 4, "granularity": slices, "top_k": 2}
+    options = {"experts": 4, "granularity": slices, "top_k": 2}
     arrays, copies = made(dense, **options)
     _, params = made(dense, **options, init="noise", noise_std=0.2, noise=kind)
     for name in ("gate", "up", "down"):
@@ -81,7 +78,7 @@ def test_noise_has_its_mean_and_std_and_is_each_expert_s_own(relative_std, slice
     assert abs(np.corrcoef(up.ravel(), gate.ravel())[0, 1]) < 5 / up.size**0.5
 
 
-RANDOM: list[dict[str, Any]] = [
+RANDOM = [
     {"init": "noise", "noise_std": 0.1, "noise": "absolute", "granularity": 2},
     {"init": "drop", "drop_ratio": 0.5},
     {"init": "drop", "drop_ratio": 0.5, "granularity": 2, "shared": 0.5},

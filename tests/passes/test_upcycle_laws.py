@@ -3,10 +3,7 @@
 Whether a conversion is exact is decided here apart from the pass, from the lemmas alone.
 """
 
-from __future__ import annotations
-
 from itertools import product
-from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -29,7 +26,7 @@ HOMOGENEOUS = ("relu", "relu2")
 STDS = (0.0, 0.02, 1.0)
 
 
-def sum_of_gates(options: dict[str, Any]) -> float:
+def sum_of_gates(options):
     """Return Σ w for a zero router, from the table of the lemmas."""
     n, k = options["experts"], options["top_k"]
     of_zero = {
@@ -44,7 +41,7 @@ def sum_of_gates(options: dict[str, Any]) -> float:
     return of_zero[options["gates"]] * options.get("gate_scale", 1.0)
 
 
-def is_exact(dense: Dense, options: dict[str, Any]) -> bool | None:
+def is_exact(dense, options):
     """Return whether the lemmas call the conversion exact; None where it must be refused."""
     scale = options.get("granularity", 1) / sum_of_gates(options)
     placement = options.get("scale_placement", "down")
@@ -57,7 +54,7 @@ def is_exact(dense: Dense, options: dict[str, Any]) -> bool | None:
     return options["gates"] in ANY_ROUTER or keeps_all or options.get("router_std") == 0
 
 
-def error(dense: Dense, options: dict[str, Any], count: int = 12) -> float:
+def error(dense, options, count=12):
     """Return how far the converted model is from the dense one, and check what the pass says."""
     graph = dense.graph()
     tensors = Tensors(graph)
@@ -76,7 +73,7 @@ def error(dense: Dense, options: dict[str, Any], count: int = 12) -> float:
     return off
 
 
-def check(dense: Dense, options: dict[str, Any], count: int = 12) -> None:
+def check(dense, options, count=12):
     expected = is_exact(dense, options)
     if expected is None:
         with pytest.raises(InputError, match="linear in none"):
@@ -109,7 +106,7 @@ def test_every_convention_is_exact_where_the_lemmas_say_so(gates, std):
 
 
 @st.composite
-def conversions(draw: st.DrawFn) -> tuple[Dense, dict[str, Any]]:
+def conversions(draw):
     """Draw a block and a plan that suits it; square shapes are frequent."""
     groups = draw(st.integers(1, 3))
     slices = draw(st.sampled_from([1, 1, 2, 3]))

@@ -1,7 +1,5 @@
 """The option ``layers``, in all its forms."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from pathlib import Path
@@ -13,7 +11,6 @@ from moecc_passes.upcycle.options import check_layers
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError
-from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
@@ -25,11 +22,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @cache
-def model(layers: int) -> Graph:
+def model(layers):
     return Dense(embed=2, mlp=2, layers=layers).graph()
 
 
-def converted(graph: Graph, layers: str) -> list[int]:
+def converted(graph, layers):
     """Return the numbers of the layers that become sparse, in order."""
     after = clone(graph)
     result = UpcyclePass(experts=2, top_k=1, layers=layers).apply(after, Context())
@@ -39,7 +36,7 @@ def converted(graph: Graph, layers: str) -> list[int]:
     return found
 
 
-def _layers(graph: Graph) -> set[str]:
+def _layers(graph):
     return {n.loc for n in graph}
 
 
@@ -97,7 +94,7 @@ def test_layers_that_are_sparse_already_still_count():
     assert error.value.problems[0].expected == "layers with a dense block: 0-5"
 
 
-def converted_anew(graph: Graph, layers: str) -> list[int]:
+def converted_anew(graph, layers):
     before = {n.loc for n in graph if n.op.name == "dispatch"}
     after = clone(graph)
     UpcyclePass(experts=2, top_k=1, layers=layers).apply(after, Context())

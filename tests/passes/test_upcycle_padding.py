@@ -1,7 +1,5 @@
 """Widths that do not divide: neurons that add nothing are added, and the function stays."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st

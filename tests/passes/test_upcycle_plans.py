@@ -1,9 +1,5 @@
 """Plans that cannot be, blocks that are left alone, and graphs that stay well-formed."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -14,7 +10,6 @@ from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError
 from moecc.ir import Graph, parse, print_graph
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Value
 from moecc.ir.structure import clone, equal
 from moecc.rewrite.passes import Context
 from moecc.testing import graphs, laws
@@ -24,7 +19,7 @@ from moecc.weights.expr import Source
 
 from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
 
-REFUSED: list[tuple[dict[str, Any], str, str]] = [  # options, where, a part of the message
+REFUSED = [  # options, where, a part of the message
     ({"top_k": 9}, "top-k", "store more experts: experts=9"),
     ({"top_k": 0}, "top-k", "1 <= top-k <= experts=8"),
     ({"experts": 1, "top_k": 1}, "experts", "at least two"),
@@ -97,7 +92,7 @@ def test_neurons_that_do_not_divide_are_refused(options, says):
 # --- odd blocks
 
 
-def _weights(graph: Graph, dtype: Any = F64, **axes: tuple[str, ...]) -> dict[str, Value]:
+def _weights(graph, dtype=F64, **axes):
     sizes = {"embed": 4, "mlp": 6, "head": 2, "wide": 4}
     found = {}
     for name, names in axes.items():
@@ -106,7 +101,7 @@ def _weights(graph: Graph, dtype: Any = F64, **axes: tuple[str, ...]) -> dict[st
     return found
 
 
-def odd(build: Any, *, dtype: Any = F64, **axes: tuple[str, ...]) -> Graph:
+def odd(build, *, dtype=F64, **axes):
     """Return a graph in which `build` makes ``y`` of ``x`` with weights of the given axes."""
     graph = Graph("odd")
     builder = Builder(graph, loc="layers.0.ffn")
@@ -115,7 +110,7 @@ def odd(build: Any, *, dtype: Any = F64, **axes: tuple[str, ...]) -> Graph:
     return graph
 
 
-def same(graph: Graph, **options: Any) -> bool:
+def same(graph, **options):
     """Return whether the converted `graph` computes the same, with a wild router."""
     tensors = Tensors(graph)
     inputs = tokens(Dense(embed=4))
@@ -129,7 +124,7 @@ OUT_IN, IN_OUT = ("mlp", "embed"), ("embed", "mlp")
 
 
 def test_a_weight_that_is_used_twice_before_the_activation_cannot_take_half_the_factor():
-    def tied(b: Builder, x: Value, w: Value, down: Value) -> Value:
+    def tied(b, x, w, down):
         gate, up = (b.contract(x, w, over="embed") for _ in range(2))
         return b.contract(b.mul(b.silu(gate), up), down, over="mlp")
 
@@ -141,7 +136,7 @@ def test_a_weight_that_is_used_twice_before_the_activation_cannot_take_half_the_
 
 
 def test_two_biases_of_one_product_are_both_scaled():
-    def doubled(b: Builder, x: Value, g: Value, u: Value, p: Value, q: Value, d: Value) -> Value:
+    def doubled(b, x, g, u, p, q, d):
         up = b.contract(x, u, over="embed")
         up = b.mul(b.add(up, p), b.relu(b.add(up, q)))
         return b.contract(b.mul(b.silu(b.contract(x, g, over="embed")), up), d, over="mlp")
@@ -154,7 +149,7 @@ def test_two_biases_of_one_product_are_both_scaled():
 
 
 def test_a_multiplicative_bias_and_constants_go_along():
-    def built(b: Builder, x: Value, g: Value, u: Value, m: Value, d: Value) -> Value:
+    def built(b, x, g, u, m, d):
         gate = b.contract(x, g, over="embed")
         half = b.constant(value=0.5, dtype="f64")
         gate = b.minimum(b.silu(gate), b.constant(value=0.7, dtype="f64"))
@@ -169,7 +164,7 @@ def test_a_multiplicative_bias_and_constants_go_along():
 
 
 def test_a_weight_that_another_part_of_the_model_uses_stays():
-    def built(b: Builder, x: Value, up: Value, down: Value) -> Value:
+    def built(b, x, up, down):
         y = b.contract(b.silu(b.contract(x, up, over="embed")), down, over="mlp")
         with b.at("layers.1.ffn"):
             again = b.contract(b.silu(b.contract(y, up, over="embed")), down, over="mlp")
@@ -188,7 +183,7 @@ def test_a_weight_that_another_part_of_the_model_uses_stays():
 # --- what is left alone, and why
 
 
-def refusals(graph: Graph, **options: Any) -> list[str]:
+def refusals(graph, **options):
     before = clone(graph)
     after, result = upcycled(graph, **options)
     assert result.matched == 0
@@ -240,7 +235,7 @@ def test_random_graphs_keep_what_is_promised(graph, seed, scaled):
     laws.check_preserves(item, graph)
 
 
-def _has_weights_to_scale_apart(graph: Graph) -> bool:
+def _has_weights_to_scale_apart(graph):
     blocks = find_ffn_blocks(graph).blocks
     downs = {b.down.operands[1] for b in blocks}
     return any(up.operands[1] in downs for b in blocks for up in b.ups)

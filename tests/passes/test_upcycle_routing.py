@@ -1,9 +1,6 @@
 """The ways of routing of ``upcycle``: prototypes, hashes, soft mixtures; a bias of the choice."""
 
-from __future__ import annotations
-
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +15,12 @@ from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.testing import laws
 
-from .dense_blocks import Arrays, Dense, Tensors, relative, run, tokens, upcycled
+from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
 
 EXACT = 1e-12
 
 
-def with_ids(dense: Dense, *names: str) -> Graph:
+def with_ids(dense, *names):
     """Return the graph of `dense` with inputs of token ids."""
     graph = dense.graph()
     for name in names:
@@ -31,7 +28,7 @@ def with_ids(dense: Dense, *names: str) -> Graph:
     return graph
 
 
-def shown(graph: Graph, *ops: str) -> Graph:
+def shown(graph, *ops):
     """Let `graph` return the results of the operations `ops` of its last layer, too."""
     for node in list(graph):
         if node.op.name in ops:
@@ -40,7 +37,7 @@ def shown(graph: Graph, *ops: str) -> Graph:
     return graph
 
 
-def same_function(dense: Dense, graph: Graph, more: Arrays, **options: Any) -> tuple[Graph, Arrays]:
+def same_function(dense, graph, more, **options):
     tensors = Tensors(graph)
     after, result = upcycled(graph, **options)
     laws.check_graph(after)

@@ -1,10 +1,7 @@
 """Experts of several models: which tensor comes from which, and when the function is one's."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +12,18 @@ from safetensors.numpy import load_file, save_file
 
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
-from moecc.jobs.convert import Plan, plan, write
+from moecc.jobs.convert import plan, write
 from moecc.model.open import add_branches, open_model
 from moecc.rewrite.pipeline import Pipeline
-from moecc.types import F64, Array
+from moecc.types import F64
 from moecc.weights.evaluate import evaluate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SOURCE = GOLDEN / "llama_gqa"
 MATRICES = {"w1": "gate", "w3": "up", "w2": "down"}
 
-Change = Callable[[str, Array], Array]
 
-
-def model_like(folder: Path, seed: int, changes: Change | None = None) -> Path:
+def model_like(folder, seed, changes=None):
     """Write a model of the architecture of `SOURCE` with other weights."""
     shutil.copytree(SOURCE, folder)
     rng = np.random.default_rng(seed)
@@ -39,7 +34,7 @@ def model_like(folder: Path, seed: int, changes: Change | None = None) -> Path:
     return folder
 
 
-def tensors(folder: Path) -> dict[str, Array]:
+def tensors(folder):
     return dict(load_file(folder / "model.safetensors"))
 
 
@@ -49,7 +44,7 @@ def models(tmp_path_factory):
     return {name: model_like(folder / name, ord(name)) for name in "ab"}
 
 
-def planned(models: dict[str, Path], options: str) -> Plan:
+def planned(models, options):
     model = open_model(str(SOURCE))
     named = options.partition("sources=")[2].partition(" ")[0].split(",")
     add_branches(model, {name: str(path) for name, path in models.items() if name in named})
@@ -79,7 +74,7 @@ def test_each_expert_is_its_models_and_the_rest_is_the_mean(models, names, rest)
     done.model.checkpoint.close()
 
 
-def logits(place: Path) -> Array:
+def logits(place):
     with open_model(str(place)) as model:
         program = get_backend("reference").compile(model.graph)
         tokens = np.load(SOURCE / "tokens.npy")

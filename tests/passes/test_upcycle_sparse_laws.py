@@ -1,15 +1,9 @@
 """Laws of the sparse block itself, with experts that differ: among copies they would be vacuous."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
-from moecc.ir import Graph
-
-from .dense_blocks import Array, Arrays, Dense, Tensors, relative, run, tokens, upcycled
+from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
 
 EXACT = 1e-12
 PREFIX = "layers.0"
@@ -17,24 +11,24 @@ ROUTER = "layers.0.ffn.router.weight"
 GATES = ["renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "ones"]
 
 
-def perturbed(params: Arrays, seed: int = 0) -> Arrays:
+def perturbed(params, seed=0):
     """Return parameters whose experts are all different."""
     rng = np.random.default_rng(seed)
     return {n: a + rng.normal(0, 0.3, a.shape) for n, a in params.items()}
 
 
-def sparse(dense: Dense, seed: int = 0, **options: Any) -> tuple[Graph, Arrays]:
+def sparse(dense, seed=0, **options):
     """Return a converted graph and perturbed parameters of it."""
     graph = dense.graph()
     after, _ = upcycled(graph, **{"router_std": 0.5, **options})
     return after, perturbed(Tensors(graph).params(after), seed)
 
 
-def silu(x: Array) -> Array:
+def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def expert_outputs(x: Array, params: Arrays) -> Array:
+def expert_outputs(x, params):
     """Return ``[batch, seq, expert, embed]``: every expert of a gated block with biases on all."""
     gate, up, down = (params[f"{PREFIX}.{n}"] for n in ("gate", "up", "down"))
     a = np.einsum("bsd,efd->bsef", x, gate) + params[f"{PREFIX}.gate.bias"]
@@ -65,7 +59,7 @@ def test_with_all_experts_chosen_the_block_is_their_weighted_sum(gates):
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("gates", GATES)
 def test_the_error_under_a_capacity_is_what_was_dropped(gates, groups):
-    options: dict[str, Any] = {"experts": 3, "top_k": 2, "gates": gates}
+    options = {"experts": 3, "top_k": 2, "gates": gates}
     whole, params = sparse(BIASED, **options)
     bound = {"slots": "capacity", "capacity_factor": 1.5, "groups": groups}
     limited, _ = sparse(BIASED, **options, **bound)

@@ -1,9 +1,5 @@
 """The sparse block of ST-MoE: an extra dense sublayer, a bias in the experts, and where they go."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +11,7 @@ from moecc.ir.structure import clone
 from moecc.rewrite.passes import Context
 from moecc.testing import laws
 
-from .dense_blocks import Arrays, Dense, Tensors, relative, run, tokens, upcycled
+from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
 
 EXACT = 1e-12
 WHERE = st.sampled_from(["before", "after"])
@@ -29,7 +25,7 @@ SHAPES = [
 ]
 
 
-def same_function(graph: Graph, **options: Any) -> tuple[Graph, Arrays, Tensors]:
+def same_function(graph, **options):
     """Check that a conversion changes nothing; return its graph and parameters."""
     tensors = Tensors(graph)
     after, result = upcycled(graph, **options)
@@ -54,7 +50,7 @@ def test_extra_sublayer_and_bias_change_nothing_at_first(dense, where, bias):
     }
 
 
-def dense_names(dense: Dense) -> list[str]:
+def dense_names(dense):
     """Return the parameters of one layer of `dense`."""
     return [n for n in dense.graph().params if n.startswith("layers.0.")]
 
@@ -81,7 +77,7 @@ def test_a_trained_bias_acts_on_the_hidden_value_of_its_expert(bias):
 # --- placement
 
 
-def converted(graph: Graph, **options: Any) -> list[str]:
+def converted(graph, **options):
     after = clone(graph)
     UpcyclePass(**options).apply(after, Context(allow_unmatched=True))
     return [n.loc for n in after if n.op.name == "dispatch"]
@@ -103,7 +99,7 @@ def test_layouts_of_flaxformer(total, spec, expected):
     assert converted(graph, layers=spec) == [f"layers.{i}.ffn" for i in expected]
 
 
-def two_stacks() -> Graph:
+def two_stacks():
     graph = Graph("two")
     b = Builder(graph)
     dense = Dense(embed=2, mlp=2)

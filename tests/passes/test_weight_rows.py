@@ -1,7 +1,5 @@
 """Rows weighted before the last product of their experts: where, and that nothing else changes."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +7,7 @@ from moecc_passes.routed import WeightRowsPass, routed_layers
 from tiers import examples
 
 from moecc.errors import InputError
-from moecc.ir import Graph, clone, equal, parse, print_graph
+from moecc.ir import clone, equal, parse, print_graph
 from moecc.rewrite.passes import Context
 from moecc.testing import laws
 from moecc.testing.generate import random_graph
@@ -20,14 +18,14 @@ from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
 ITEM = WeightRowsPass()
 
 
-def weighted(graph: Graph) -> Graph:
+def weighted(graph):
     after = clone(graph)
     ITEM.apply(after, Context())
     laws.check_graph(after)
     return after
 
 
-def operations(graph: Graph) -> list[str]:
+def operations(graph):
     """The operations from the last product on."""
     names = [n.op.name for n in graph]
     first = names.index("dispatch_gates")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
-from moecc.ir import F32, Builder, Graph, Value, tensor
+from moecc.ir import F32, Builder, Graph, tensor
 from moecc.rewrite import NearMiss, P, Rule, rewrite
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.pipeline import Registry
@@ -148,7 +148,7 @@ def negations(count: int = 4) -> Graph:
     """Return a graph that negates its input `count` times, after a silu."""
     graph = Graph("negations")
     b = Builder(graph, loc="layers.0")
-    value: Value = b.silu(graph.input("x", tensor(F32, batch="B", embed=4)))
+    value = b.silu(graph.input("x", tensor(F32, batch="B", embed=4)))
     for _ in range(count):
         value = b.neg(value)
     graph.set_output("y", value)

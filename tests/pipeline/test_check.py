@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
@@ -12,7 +12,7 @@ from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import F32, Builder, Graph, clone, print_graph, tensor, verify
 from moecc.jobs.checks import broken_promise, check_pipeline, reduced
-from moecc.rewrite.passes import EXACT, Context, Pass, PassResult
+from moecc.rewrite.passes import EXACT, Pass, PassResult
 from moecc.rewrite.pipeline import Pipeline
 from moecc.testing.oracle import measure
 
@@ -32,15 +32,15 @@ LLAMA = {
 }
 
 
-def llama() -> Graph:
+def llama():
     return build(parse_config(LLAMA, "config"))
 
 
-def parse(text: str) -> Pipeline:
+def parse(text):
     return Pipeline.parse(text, REGISTRY)
 
 
-def check(text: str, graph: Graph | None = None) -> list[Any]:
+def check(text, graph=None):
     return check_pipeline(negations() if graph is None else graph, parse(text))
 
 
@@ -72,7 +72,7 @@ class ThroughPass(Pass):
     summary: ClassVar[str] = "remove every stop_gradient"
     preserves = EXACT
 
-    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+    def apply(self, graph, ctx):
         stops = [n for n in graph if n.op.blocks_gradient]
         for node in stops:
             node.replace_by(node.operands[0])
@@ -95,7 +95,7 @@ def test_exact_is_stricter_than_reassociation():
     x = graph.input("x", tensor(F32, batch="B", embed=64))
     graph.set_output("y", b.scale(b.scale(x, by=0.1), by=0.3))
 
-    def checked(text: str) -> str:
+    def checked(text):
         return str(check_pipeline(graph, Pipeline.parse(text))[0].promise)
 
     assert checked("canonicalize{exact}") == "exact"
@@ -118,7 +118,7 @@ class AddOutputPass(Pass):
     preserves = EXACT
     drop: bool = False
 
-    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+    def apply(self, graph, ctx):
         """Add an output, and drop the old one if asked to."""
         graph.set_output("more", graph.inputs["x"])
         if self.drop:
@@ -148,7 +148,7 @@ def test_a_rewritten_graph_is_reduced_by_its_sizes():
         assert value.weight is not None
 
 
-def fused(cuts: tuple[tuple[int, int], ...], size: int) -> Graph:
+def fused(cuts, size):
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F32, batch="B", embed=512))

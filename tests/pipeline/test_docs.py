@@ -1,7 +1,5 @@
 """What the docstrings of passes show is true."""
 
-from __future__ import annotations
-
 import inspect
 import re
 
@@ -12,7 +10,7 @@ from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import installed
 
 
-def graph_text(lines: str) -> str:
+def graph_text(lines):
     """Return a graph of the lines that a docstring shows, its loose ends declared."""
     defined = re.findall(r"^(?:param )?(%\w+)", lines, re.M)
     used = re.findall(r"%\w+", re.sub(r"(?m)^(?:param )?%\w+ [:=]", "", lines))

@@ -1,11 +1,7 @@
 """What the instruments show."""
 
-from __future__ import annotations
-
 import io
 import re
-from collections.abc import Callable
-from typing import TextIO
 
 import pytest
 
@@ -15,7 +11,6 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import (
     DiffAfter,
     DumpFolder,
-    Instrument,
     PrintAfter,
     Remarks,
     StatisticsTable,
@@ -26,7 +21,7 @@ from moecc.rewrite.runner import (
 from .samples import REGISTRY, negations
 
 
-def shown(make: Callable[[TextIO], Instrument], text: str, negated: int = 4) -> str:
+def shown(make, text, negated=4):
     stream = io.StringIO()
     pipeline = Pipeline.parse(text, REGISTRY)
     context = Context(allow_unmatched=True)

@@ -1,9 +1,5 @@
 """Where passes come from: installed packages and files of the user's own."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from moecc.errors import UsageError
@@ -34,7 +30,7 @@ class MinePass(Pass):
 '''
 
 
-def own(folder: Path, name: str = "mine", more: str = "") -> Path:
+def own(folder, name="mine", more=""):
     path = folder / f"own_{name}.py"
     path.write_text(OWN.format(name=name) + more, encoding="utf-8")
     return path
@@ -70,7 +66,7 @@ def test_unknown_names():
         REGISTRY.get("qqqqqq")
 
 
-def refused(path: Path, expected: str) -> None:
+def refused(path, expected):
     with pytest.raises(UsageError, match=expected):
         REGISTRY.with_file(path)
 

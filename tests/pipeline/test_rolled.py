@@ -1,20 +1,18 @@
 """Every pass on a graph that repeats its layers: it works, or says how to go on."""
 
-from __future__ import annotations
-
 import pytest
 from moecc_passes import REGISTRY
 
 from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.ir import Graph, clone, equal, verify
+from moecc.ir import clone, equal, verify
 from moecc.ir.unroll import is_rolled
 from moecc.jobs.checks import check_pipeline
 from moecc.presets import preset_config
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline, installed
-from moecc.rewrite.runner import PipelineReport, run_pass, run_pipeline
+from moecc.rewrite.runner import run_pass, run_pipeline
 from moecc.testing import assert_same
 
 SMALL = {
@@ -25,15 +23,15 @@ SMALL = {
 WORKING = ("canonicalize", "cse", "dce", "freeze{groups=attention}")
 
 
-def dense() -> Graph:
+def dense():
     return build(parse_config({**preset_config("smollm2-135m"), **SMALL}))
 
 
-def then(graph: Graph, text: str) -> PipelineReport:
+def then(graph, text):
     return run_pipeline(graph, Pipeline.parse(text))
 
 
-def rolled(before: str = "upcycle{experts=4 layers=every:2},add-losses") -> Graph:
+def rolled(before="upcycle{experts=4 layers=every:2},add-losses"):
     graph = dense()
     then(graph, f"{before},roll-layers" if before else "roll-layers")
     return graph

@@ -8,31 +8,31 @@ import json
 import pytest
 
 from moecc.errors import CheckError, InputError, MoeccError
-from moecc.ir import Graph, equal, parse
+from moecc.ir import equal, parse
 from moecc.rewrite.passes import EXACT, Context, PassCrash, Preserves, weakest
 from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import Instrument, PassRun, PipelineReport, run_pipeline
+from moecc.rewrite.runner import Instrument, run_pipeline
 
 from .samples import REGISTRY, BadPass, negations
 
 
-def run(graph: Graph, text: str, **more: object) -> PipelineReport:
-    return run_pipeline(graph, Pipeline.parse(text, REGISTRY), **more)  # type: ignore[arg-type]
+def run(graph, text, **more):
+    return run_pipeline(graph, Pipeline.parse(text, REGISTRY), **more)
 
 
 class Watching(Instrument):
     """Writes down what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.seen: list[str] = []
 
-    def start(self, graph: Graph, pipeline: Pipeline) -> None:
+    def start(self, graph, pipeline):
         self.seen.append(f"start {pipeline} {len(graph)}")
 
-    def after(self, run: PassRun, graph: Graph) -> None:
+    def after(self, run, graph):
         self.seen.append(f"{run.title} {len(graph)}")
 
-    def finish(self, report: PipelineReport) -> None:
+    def finish(self, report):
         self.seen.append(f"finish {report.changed}")
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 
 from moecc.errors import InputError, Problem, UsageError
-from moecc.ir import Graph, parse
+from moecc.ir import parse
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, options
 from moecc.rewrite.pattern import NearMiss
 from moecc.rewrite.pipeline import (
     Pipeline,
     PipelineTemplate,
-    Registry,
     TemplateOption,
     TemplateStep,
     installed,
@@ -37,19 +35,19 @@ class NotePass(Pass):
     kind: Annotated[Literal["exact", "approximate"], "the promise"] = "exact"
 
     @property
-    def preserves(self) -> Preserves:
+    def preserves(self):
         """As the option says."""
         return Preserves("approximate", self.word) if self.kind == "approximate" else EXACT
 
-    def validate(self) -> list[Problem]:
+    def validate(self):
         """Refuse to write nothing."""
         return [Problem("too few", "times", found=str(self.times))] if self.times < 1 else []
 
-    def warnings(self) -> list[Problem]:
+    def warnings(self):
         """Warn of many."""
         return [Problem("many", "times")] if self.times > 5 else []
 
-    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+    def apply(self, graph, ctx):
         """Write."""
         graph.attrs["notes"] = [*graph.attrs.get("notes", []), *[self.word] * self.times]
         return PassResult(True, self.times, {"words": self.times, self.word: 1})
@@ -66,13 +64,13 @@ class PickyPass(Pass):
 
     found: bool = True
 
-    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+    def apply(self, graph, ctx):
         """Match or miss."""
         misses = [] if self.found else [NearMiss("picky", "here", "was told so")]
         return PassResult(self.found, int(self.found), near_misses=misses)
 
 
-def _not_both(item: Any) -> Iterator[Problem]:
+def _not_both(item):
     if item.word == "both":
         yield Problem("not both", "word")
 
@@ -94,16 +92,16 @@ TWICE = PipelineTemplate(
 )
 
 
-def registry(*templates: PipelineTemplate) -> Registry:
+def registry(*templates):
     made = {t.name: (lambda t=t: t) for t in templates}
     return REGISTRY.extended(made, "the tests")
 
 
-def graph() -> Graph:
+def graph():
     return parse("moecc 1\ngraph g {\n input %x : f32[a=2]\n output y = %x\n}\n")
 
 
-def run(text: str, template: PipelineTemplate = TWICE, **context: Any) -> tuple[Graph, Any]:
+def run(text, template=TWICE, **context):
     made = graph()
     pipeline = Pipeline.parse(text, registry(template))
     return made, run_pipeline(made, pipeline, context=Context(**context))

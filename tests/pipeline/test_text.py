@@ -1,7 +1,5 @@
 """Pipeline strings: what they mean, how they print, and what is said of faulty ones."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,11 +38,11 @@ passes = every_kind | st.builds(TopPass) | st.builds(UnNegPass)
 pipelines = st.lists(passes, max_size=3).map(lambda p: Pipeline(tuple(p)))
 
 
-def parse(source: str) -> Pipeline:
+def parse(source):
     return Pipeline.parse(source, REGISTRY)
 
 
-def every(options: str) -> EveryKindPass:
+def every(options):
     (item,) = parse(f"every-kind{{{options}}}")
     assert isinstance(item, EveryKindPass)
     return item
@@ -103,7 +101,7 @@ def test_values(options, field, value):
     assert type(found) is type(value)
 
 
-def problems(source: str) -> list[str]:
+def problems(source):
     with pytest.raises(UsageError) as caught:
         parse(source)
     return [str(p) for p in caught.value.problems]

@@ -1,7 +1,5 @@
 """Bytes and times of collectives against a simulation that passes the messages."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np
@@ -13,23 +11,21 @@ from moecc.plan.collectives import sent_bytes
 from moecc.plan.machines import parse_machine
 from moecc.plan.networks import Dim, TorusRoute
 
-Array = np.ndarray
-
 
 class Devices:
     """Devices that count what they send."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count):
         self.count = count
         self.sent = [0] * count
 
-    def send(self, source: int, target: int, data: Array) -> Array:
+    def send(self, source, target, data):
         if source != target:
             self.sent[source] += data.nbytes
         return data.copy()
 
 
-def ring_all_gather(devices: Devices, parts: list[Array]) -> list[Array]:
+def ring_all_gather(devices, parts):
     """Each device passes on what it received last, n − 1 times."""
     n = devices.count
     held = [{i: parts[i]} for i in range(n)]
@@ -40,7 +36,7 @@ def ring_all_gather(devices: Devices, parts: list[Array]) -> list[Array]:
     return [np.concatenate([h[i] for i in range(n)]) for h in held]
 
 
-def ring_reduce_scatter(devices: Devices, values: list[Array]) -> list[Array]:
+def ring_reduce_scatter(devices, values):
     """Sums travel once round, each device adding its own part."""
     n = devices.count
     parts = [list(np.split(v, n)) for v in values]
@@ -52,7 +48,7 @@ def ring_reduce_scatter(devices: Devices, values: list[Array]) -> list[Array]:
     return [parts[i][i] for i in range(n)]
 
 
-def exchange(devices: Devices, values: list[Array]) -> list[Array]:
+def exchange(devices, values):
     n = devices.count
     parts = [np.split(v, n) for v in values]
     return [np.concatenate([devices.send(j, i, parts[j][i]) for j in range(n)]) for i in range(n)]
@@ -85,9 +81,9 @@ def test_what_a_device_sends_is_what_is_counted(n, each, seed):
         assert sorted(np.concatenate(exchanged)) == sorted(np.concatenate(values))
 
 
-def busiest_link(n: int, wrap: bool, local_bytes: float) -> float:
+def busiest_link(n, wrap, local_bytes):
     """Return the bytes over the busiest link of a row in an all-to-all by shortest ways."""
-    load: dict[tuple[int, int], float] = {}
+    load = {}
     for source in range(n):
         for target in range(n):
             for way, share in ways(source, target, n, wrap):
@@ -96,7 +92,7 @@ def busiest_link(n: int, wrap: bool, local_bytes: float) -> float:
     return max(load.values(), default=0.0)
 
 
-def ways(source: int, target: int, n: int, wrap: bool) -> list[tuple[list[int], float]]:
+def ways(source, target, n, wrap):
     step = 1 if target > source else -1
     straight = list(range(source, target + step, step))
     if not wrap or source == target:

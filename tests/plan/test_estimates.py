@@ -1,7 +1,5 @@
 """Laws of an estimate: nothing is lost between devices, more work is never cheaper."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -19,8 +17,8 @@ from moecc.plan.machines import parse_machine
 from moecc.plan.memory import Sharding
 from moecc.plan.search import layouts, legal_vias, meshes
 from moecc.plan.step import REMATS, StepConfig, Strategy, plan_mesh
-from moecc.plan.time import Estimate, Estimator
-from moecc.plan.workload import Batch, Workload, make_batch, workload
+from moecc.plan.time import Estimator
+from moecc.plan.workload import Batch, make_batch, workload
 from moecc.sharding.layout import Layout
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")
@@ -28,7 +26,7 @@ MACHINES = ("tpu:v5p:2x2x4", "tpu:v4:2x2x2", "tpu:v6e:4x4", "gpu:h100:16")
 
 
 @cache
-def work_of(model: str, sequences: int = 64) -> Workload:
+def work_of(model, sequences=64):
     graph = open_model(f"preset:{model}").graph
     lengths = (64,) if model in ("mixtral-8x7b", "smollm2-135m") else (64, 32)
     each = sum(lengths)
@@ -36,7 +34,7 @@ def work_of(model: str, sequences: int = 64) -> Workload:
 
 
 @cache
-def legal_strategies(model: str) -> tuple[Strategy, ...]:
+def legal_strategies(model):
     """Return all on 16 devices."""
     work, found = work_of(model), []
     for layout in (found for mesh in meshes(16) for found in layouts(mesh, work)):
@@ -46,18 +44,18 @@ def legal_strategies(model: str) -> tuple[Strategy, ...]:
     return tuple(found)
 
 
-def strategies(model: str) -> st.SearchStrategy[Strategy]:
+def strategies(model):
     # Drawn by number: a counterexample prints short.
     every = legal_strategies(model)
     return st.integers(0, len(every) - 1).map(every.__getitem__)
 
 
-def estimate(work: Workload, strategy: Strategy, machine: str, **setting: object) -> Estimate:
-    given = StepConfig(**setting)  # type: ignore[arg-type]
+def estimate(work, strategy, machine, **setting):
+    given = StepConfig(**setting)
     return Estimator(work, parse_machine(machine), given).estimate(strategy)
 
 
-def with_batch(work: Workload, model: str, factor: int) -> Workload:
+def with_batch(work, model, factor):
     return work_of(model, work.batch.sequences * factor)
 
 
@@ -162,7 +160,7 @@ def test_adafactor_keeps_less_than_adamw_and_both_less_than_all_copies(model, da
     assert narrow.activations == pytest.approx(2 * adamw.activations)
 
 
-def census(model: str, mesh: str, via: str, remat: str, step: str) -> dict[str, float]:
+def census(model, mesh, via, remat, step):
     work = work_of(model)
     layout = Layout(plan_mesh(mesh), work.experts, "whole", via == "replicated")
     strategy = Strategy(layout, via, "index", remat)

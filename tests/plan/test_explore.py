@@ -1,10 +1,7 @@
 """What one would try beside the best plan: prices worked out by hand, and why the rest is none."""
 
-from __future__ import annotations
-
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,7 +19,7 @@ from moecc.plan.explore import (
 from moecc.plan.machines import efficiency, parse_machine
 from moecc.plan.networks import HOP_SECONDS, Switch
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
-from moecc.plan.workload import Batch, Workload, planned_graph, workload
+from moecc.plan.workload import Batch, planned_graph, workload
 from moecc.sharding.layout import Layout
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -30,7 +27,7 @@ CPU = parse_machine("cpu:8")
 
 
 @cache
-def work_of(name: str, batch: Batch) -> Workload:
+def work_of(name, batch):
     return workload(planned_graph(open_model(str(GOLDEN / name)).graph, True), batch)
 
 
@@ -38,11 +35,11 @@ mixtral = partial(work_of, "mixtral_gqa")
 MIXTRAL = Batch(32, (("S", 64),))
 
 
-def strategy(work: Workload, mesh: str, remat: str = "none") -> Strategy:
+def strategy(work, mesh, remat="none"):
     return Strategy(Layout(plan_mesh(mesh), work.experts), "local", "grouped", remat)
 
 
-def total(work: Workload) -> float:
+def total(work):
     return sum(p.count * s.flops for p in work.parts for s in p.steps)
 
 
@@ -108,7 +105,7 @@ def test_parts_of_sequences_do_the_same_products_and_gather_keys(parts):
 
 # --- the report ----------------------------------------------------------------------------
 
-STEP: dict[str, Any] = {"batch_tokens": 2048, "sequence": "32", "dtype": "f32"}
+STEP = {"batch_tokens": 2048, "sequence": "32", "dtype": "f32"}
 
 
 def test_ideas_are_ranked_and_the_lowered_ones_are_plans():
@@ -131,9 +128,7 @@ def test_ideas_are_ranked_and_the_lowered_ones_are_plans():
     asked = 0
     for idea in (i for i in ideas if i["options"].startswith("--") and i["seconds"] is not None):
         words = idea["options"].split()
-        given: dict[str, Any] = dict(
-            zip((w[2:].replace("-", "_") for w in words[::2]), words[1::2], strict=True)
-        )
+        given = dict(zip((w[2:].replace("-", "_") for w in words[::2]), words[1::2], strict=True))
         if "micro_batches" in given:
             given["micro_batches"] = int(given["micro_batches"])
             given["mesh"] = ",".join(f"{n}={s}" for n, s in plan.best["mesh"].items())

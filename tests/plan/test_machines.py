@@ -1,7 +1,5 @@
 """Machines are found by name; what is none is told with the list of those that are."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.errors import InputError, UsageError

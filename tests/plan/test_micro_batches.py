@@ -1,7 +1,5 @@
 """What accumulation and a wider reduction change in a plan, and what they must not."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -12,8 +10,8 @@ from moecc.errors import InputError
 from moecc.model.open import open_model
 from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
-from moecc.plan.time import Estimate, Estimator
-from moecc.plan.workload import Workload, make_batch, workload
+from moecc.plan.time import Estimator
+from moecc.plan.workload import make_batch, workload
 from moecc.sharding.layout import Layout
 
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
@@ -21,20 +19,20 @@ TOKENS = 4096
 
 
 @cache
-def work_of(parts: int) -> Workload:
+def work_of(parts):
     graph = open_model(str(MODEL)).graph
     return workload(graph, make_batch(graph, 8, TOKENS, (64,), parts))
 
 
-def planned(mesh: str, config: StepConfig) -> Estimate:
+def planned(mesh, config):
     work = work_of(config.micro_batches)
     strategy = Strategy(Layout(plan_mesh(mesh), work.experts), "capacity", "index", "full")
     return Estimator(work, parse_machine("cpu:8"), config).estimate(strategy)
 
 
-def sent(estimate: Estimate) -> Counter[str]:
+def sent(estimate):
     """Return bytes of full tensors by operation, those of gradients and of tables apart."""
-    found: Counter[str] = Counter()
+    found = Counter()
     for part in estimate.parts:
         of = " of tables" if part.name in ("embed", "head") else ""
         for t in part.collectives:

@@ -1,32 +1,27 @@
 """Plans of models that passes made: with losses, with soft mixtures."""
 
-from __future__ import annotations
-
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moecc.analysis import parameter_groups
-from moecc.ir.graph import Graph
 from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
 from moecc.plan.step import StepConfig
-from moecc.support.untyped import JsonDict
 from moecc.train.graphs import run_passes
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-def made(name: str, passes: str) -> Graph:
+def made(name, passes):
     with open_model(str(GOLDEN / name)) as model:
         graph = model.graph
     run_passes(graph, passes)
     return graph
 
 
-def plan(name: str, passes: str, machine: str = "cpu:4", **options: Any) -> JsonDict:
+def plan(name, passes, machine="cpu:4", **options):
     return plan_step(made(name, passes), name, machine, StepConfig(**options))[0]
 
 

@@ -1,7 +1,5 @@
 """What a plan says of overlap: parameters of layers beside products, where compilers do so."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from moecc.model.open import open_model
 from moecc.plan.machines import parse_machine
 from moecc.plan.schedule import Task, hide
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
-from moecc.plan.time import Estimate, Estimator
+from moecc.plan.time import Estimator
 from moecc.plan.workload import make_batch, workload
 from moecc.sharding.layout import Layout
 from tests.proof.exposed import BOUND, predicted
@@ -20,9 +18,7 @@ from tests.proof.exposed import BOUND, predicted
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
 
 
-def planned(
-    machine: str, chunks: int = 1, via: str = "capacity", train: bool = True, asked: bool = True
-) -> Estimate:
+def planned(machine, chunks=1, via="capacity", train=True, asked=True):
     graph = open_model(str(MODEL)).graph
     work = workload(graph, make_batch(graph, 8, 4096, (64,), 1))
     layout = Layout(plan_mesh("fsdp=4,expert=2"), work.experts)

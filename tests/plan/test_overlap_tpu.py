@@ -1,10 +1,5 @@
 """Which collectives of a layer that gathers tokens are beside products on a TPU."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from typing import Any
-
 import pytest
 
 from moecc.plan.collectives import Collective, Kernel, PartCost, WeightProduct
@@ -15,7 +10,7 @@ SIZES = {"query": 3.0, "output": 3.0, "router": 1.0, "up": 9.0, "down": 9.0}
 """The bytes of each parameter."""
 
 
-def moved(op: str, size: float, times: int, why: str, **more: Any) -> Collective:
+def moved(op, size, times, why, **more):
     """Return a collective on links of which a plan counts on a byte a second."""
     each = size / efficiency("network")
     return Collective(
@@ -23,13 +18,13 @@ def moved(op: str, size: float, times: int, why: str, **more: Any) -> Collective
     )
 
 
-def of_parameters(names: Sequence[str]) -> Iterator[Collective]:
+def of_parameters(names):
     for name in names:
         yield moved("all_gather", SIZES[name], 2, "parameters", weight=name)
         yield moved("reduce_scatter", SIZES[name], 1, "gradients", weight=name)
 
 
-def part(names: Sequence[str], products: Sequence[WeightProduct], tokens: float = 0.0) -> PartCost:
+def part(names, products, tokens=0.0):
     ring = (
         moved("all_gather", tokens, 2, "tokens"),
         moved("all_gather", tokens, 1, "tokens", leaves_work=True),
@@ -41,7 +36,7 @@ def part(names: Sequence[str], products: Sequence[WeightProduct], tokens: float 
     )
 
 
-def layer(tokens: float, experts: int) -> list[PartCost]:
+def layer(tokens, experts):
     kernel = Kernel(in_rounds=False, experts=experts)
     attention = [WeightProduct("query", 9.0, True), WeightProduct("output", 9.0, False)]
     ffn = [WeightProduct("router", 1.0, True)]
@@ -50,9 +45,9 @@ def layer(tokens: float, experts: int) -> list[PartCost]:
     return [part(["query", "output"], attention), part(names, ffn, tokens)]
 
 
-def shares(parts: Sequence[PartCost], op: str) -> dict[str, list[float]]:
+def shares(parts, op):
     """Return for each parameter, or for what else is moved, the shares beside products."""
-    found: dict[str, list[float]] = {}
+    found = {}
     for one, beside in zip(parts, shares_on_tpu(parts), strict=True):
         for transfer, share in zip(one.collectives, beside, strict=True):
             if transfer.op == op:
@@ -60,7 +55,7 @@ def shares(parts: Sequence[PartCost], op: str) -> dict[str, list[float]]:
     return found
 
 
-def exposed(parts: Sequence[PartCost], op: str) -> set[str]:
+def exposed(parts, op):
     return {name for name, each in shares(parts, op).items() if 0.0 in each}
 
 

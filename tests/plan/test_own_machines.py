@@ -1,7 +1,5 @@
 """Machines that users describe in a file: what is read, what is rejected, who takes them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -29,7 +27,7 @@ bf16 = 300e12
 """
 
 
-def written(folder: Path, text: str) -> str:
+def written(folder, text):
     path = folder / "ours.toml"
     path.write_text(text)
     return str(path)

@@ -1,7 +1,5 @@
 """``moecc plan`` through the command line: the plan, its picture, and what bad input gets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Models whose positions are a learned table: no sequence is longer, by default or by request."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

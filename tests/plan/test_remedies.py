@@ -1,7 +1,5 @@
 """What does not fit names what would: every option that is named fits when it is asked for."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -21,13 +19,13 @@ CASES = {
 }  # fmt: skip
 
 
-def hint_of(capsys: pytest.CaptureFixture[str], line: str) -> str:
+def hint_of(capsys, line):
     assert main(["plan", *line.split()]) == 1
     (hint,) = re.findall(r"^  hint: (.*)$", capsys.readouterr().err, re.MULTILINE)
     return str(hint)
 
 
-def options_of(hint: str) -> list[str]:
+def options_of(hint):
     alone, _, _ = hint.rpartition(" would; ")
     return alone.split(" or ") if alone else []
 

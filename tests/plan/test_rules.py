@@ -1,10 +1,7 @@
 """The rules that stand for a layout of the plan place as many bytes as the plan says."""
 
-from __future__ import annotations
-
 from functools import cache
 from math import prod
-from typing import Any
 
 import pytest
 from tiers import some
@@ -12,12 +9,11 @@ from tiers import some
 from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.ir import Graph
 from moecc.ir.mesh import mesh_of, parse_mesh
 from moecc.ir.structure import clone, local_size
 from moecc.plan.memory import Sharding
 from moecc.plan.search import layouts, meshes
-from moecc.plan.workload import Workload, make_batch, workload
+from moecc.plan.workload import make_batch, workload
 from moecc.presets import preset_config
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -26,7 +22,7 @@ from moecc.sharding.rules import read_layout
 from tests.support.layouts import layout_text
 
 DEVICES = 16
-FEW: dict[str, dict[str, Any]] = {
+FEW = {
     "mixtral-8x7b": {"num_hidden_layers": 1},
     "llama-3.1-8b": {"num_hidden_layers": 1},
     "st-moe-l": {
@@ -37,13 +33,13 @@ FEW: dict[str, dict[str, Any]] = {
 
 
 @cache
-def known(model: str) -> tuple[Graph, Workload]:
+def known(model):
     graph = build(parse_config({**preset_config(model), **FEW[model]}))
     lengths = (64, 32) if model.startswith("st-moe") else (64,)
     return graph, workload(graph, make_batch(graph, DEVICES, 64 * sum(lengths), lengths))
 
 
-def held(model: str, layout: Layout) -> tuple[int, int]:
+def held(model, layout):
     """Return the elements that a device holds of the laid graph: of matrices, of vectors."""
     graph = clone(known(model)[0])
     groups = layout.mesh.size(layout.batch_axes)

@@ -1,14 +1,10 @@
 """A plan in a file: what is written, and what `compile` and `train` take from it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moecc.ahead.request import Request
 from moecc.ahead.worker import prepare
 from moecc.cli.main import main
 from moecc.errors import InputError
@@ -21,7 +17,7 @@ MODEL = str(GOLDEN / "llama_gqa")
 PIPELINE = "upcycle{experts=4 top-k=2}"
 
 
-def saved(folder: Path, *more: str, model: str = MODEL) -> Path:
+def saved(folder, *more, model=MODEL):
     path = folder / "plan.json"
     command = ["plan", model, "--machine", "cpu:8", "--sequence", "64"]
     passes = () if "-p" in more else ("-p", PIPELINE)
@@ -43,20 +39,20 @@ def test_what_is_saved_is_the_report_and_the_request(tmp_path, capsys):
     assert "--force" in capsys.readouterr().err
 
 
-def saved_again(path: Path) -> int:
+def saved_again(path):
     return main(["plan", MODEL, "--machine", "cpu:8", "--save", str(path)])
 
 
 @pytest.fixture
 def requested(monkeypatch):
     """Return a function that returns the request to the compiling process."""
-    requests: list[Request] = []
+    requests = []
 
-    def compile_in_subprocess(request: Request, seconds: float) -> CompileOutcome:
+    def compile_in_subprocess(request, seconds):
         requests.append(request)
-        return CompileOutcome({"remarks": [], "fits": True})  # type: ignore[typeddict-item]
+        return CompileOutcome({"remarks": [], "fits": True})
 
-    def run(**options: Any) -> Request:
+    def run(**options):
         compile(MODEL, **options)
         return requests[-1]
 
@@ -111,7 +107,7 @@ def test_a_recipe_gets_mesh_and_remat(tmp_path):
     assert "run.remat=full" not in found.recipe_values(is_new=False)
 
 
-OTHERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+OTHERS = {
     "more experts": (
         ("-p", "upcycle{experts=8 top-k=2}"),
         ("other passes", f"expected: {PIPELINE}, as model.pipeline is",
@@ -147,7 +143,7 @@ def test_a_run_rejects_the_plan_of_another_model(tmp_path, recipe, case, capsys)
     assert not run.exists()
 
 
-def written_recipe(folder: Path, batch: int = 8, pipeline: str = PIPELINE) -> Path:
+def written_recipe(folder, batch=8, pipeline=PIPELINE):
     draw_weights(make_model(folder / "model"))
     make_corpus(folder / "tokens")
     path = folder / "recipe.toml"

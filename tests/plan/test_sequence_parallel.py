@@ -1,9 +1,6 @@
 """Sequences sharded between products, rows in chunks: what a plan prices is what is compiled."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,14 +12,14 @@ TENSOR = "data-parallel,tensor-parallel"
 RULES = f"{TENSOR},sequence-parallel"
 
 
-def best(rules: str, remat: str) -> dict[str, Any]:
-    given: dict[str, Any] = {"batch_tokens": 2048, "sequence": "64", "dtype": "f32"}
+def best(rules, remat):
+    given = {"batch_tokens": 2048, "sequence": "64", "dtype": "f32"}
     model = moecc.open(LLAMA)
     plan = model.plan("cpu:8", mesh="data=4,model=2", rules=rules, remat=remat, **given)
     return dict(plan.best)
 
 
-def sent(plan: dict[str, Any]) -> float:
+def sent(plan):
     return sum(float(row["sent_bytes"]) for row in plan["collectives"].values())
 
 

@@ -1,7 +1,5 @@
 """Several slices of TPUs: the same within one, and the data center's network between them."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.errors import UsageError

@@ -1,7 +1,5 @@
 """Sweeps: every point is the plan of that model, and the frontier is what nothing beats."""
 
-from __future__ import annotations
-
 from math import inf
 from pathlib import Path
 
@@ -50,7 +48,7 @@ def test_nothing_on_the_frontier_is_beaten_and_the_rest_is(rows):
     assert any(marks)
     kept = [merit for merit, mark in zip(merits, marks, strict=True) if mark]
 
-    def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    def beats(a, b):
         return a != b and all(x >= y for x, y in zip(a, b, strict=True))
 
     for merit, mark in zip(merits, marks, strict=True):

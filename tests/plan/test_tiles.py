@@ -1,7 +1,5 @@
 """The room of an array on a TPU, against the tiles of every order of its axes, counted."""
 
-from __future__ import annotations
-
 from itertools import permutations
 
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from moecc.plan.machines import padded
 
 
-def rooms(sizes: list[int]) -> list[int]:
+def rooms(sizes):
     """Return the entries in the tiles that each order of the axes touches."""
     found = []
     for *outer, rows, columns in permutations(sizes):

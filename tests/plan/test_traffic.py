@@ -1,11 +1,8 @@
 """The collectives that a plan prices are those that the passes write into the graph."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache
 from math import prod
-from typing import Any
 
 import pytest
 from sharding_cases import SPREAD, cases, layer
@@ -14,9 +11,8 @@ from tiers import few
 from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.ir import Graph, clone
-from moecc.ir.graph import Node
-from moecc.ir.mesh import Mesh, mesh_of, parse_mesh
+from moecc.ir import clone
+from moecc.ir.mesh import mesh_of, parse_mesh
 from moecc.ir.ops.slots import assigner, capacity
 from moecc.ir.traits import CollectiveKind
 from moecc.plan.machines import parse_machine
@@ -28,15 +24,12 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import LOCAL
-from moecc.types import F32, Axis, Extent, TensorType
+from moecc.types import F32, Extent
 
 SIZES = {"B": 64, "S": 16, "T": 32}
 
-Sends = Counter[tuple[str, tuple[str, ...], float]]
-"""How often a collective runs, by its name, its mesh axes, and the bytes of its larger side."""
 
-
-def size_of(axis: Axis, type: TensorType) -> float:
+def size_of(axis, type):
     """Return the global size of an axis; of ragged slots the mean."""
     if not isinstance(axis.size, Extent):
         return float(SIZES[axis.size] if isinstance(axis.size, str) else axis.size)
@@ -49,16 +42,16 @@ def size_of(axis: Axis, type: TensorType) -> float:
     return float(capacity(attrs, tokens, choices))
 
 
-def bytes_of(type: TensorType, mesh: Mesh) -> float:
+def bytes_of(type, mesh):
     elements = prod(size_of(a, type) / mesh.size(a.mesh) for a in type)
     return elements * F32.itemsize_bytes
 
 
-def written(graph: Graph) -> Sends:
+def written(graph):
     """Return the collectives of a graph."""
     mesh = mesh_of(graph)
     assert mesh is not None
-    found: Sends = Counter()
+    found = Counter()
     for node in graph:
         if node.op.collective not in (None, CollectiveKind.LOCAL):
             axes = tuple(n for n in mesh.names if n in node.attrs["mesh"])
@@ -66,11 +59,11 @@ def written(graph: Graph) -> Sends:
     return found
 
 
-def larger(node: Node, mesh: Mesh) -> float:
+def larger(node, mesh):
     return max(bytes_of(v.type, mesh) for v in (*node.operands, *node.results))
 
 
-def planned(graph: Graph, mesh: Mesh, rules: tuple[str, ...], via: str, sliced: bool) -> Sends:
+def planned(graph, mesh, rules, via, sliced):
     """Return the collectives of a forward pass that the plan prices."""
     sizes = tuple((n, s) for n, s in SIZES.items() if n != "B")
     work = workload(graph, Batch(SIZES["B"], sizes))
@@ -78,14 +71,14 @@ def planned(graph: Graph, mesh: Mesh, rules: tuple[str, ...], via: str, sliced: 
     estimator = Estimator(
         work, parse_machine(f"cpu:{mesh.devices}"), StepConfig("forward", dtype="f32")
     )
-    found: Sends = Counter()
+    found = Counter()
     for part in estimator.estimate(Strategy(layout, via, "index", "none", sliced)).parts:
         for one in part.collectives:
             found[one.op, one.axes, round(one.tensor_bytes)] += int(part.count * one.times)
     return found
 
 
-def through(graph: Graph, pipeline: str) -> Sends | None:
+def through(graph, pipeline):
     """Return what passes write into a copy of `graph`, or None where they refuse it."""
     copy = clone(graph)
     try:
@@ -116,7 +109,7 @@ def test_a_plan_prices_what_passes_write_into_a_sparse_layer(weighted, slots, me
     assert compared
 
 
-FEW: dict[str, dict[str, Any]] = {
+FEW = {
     "mixtral-8x7b": {"num_hidden_layers": 3},
     "llama-3.1-8b": {"num_hidden_layers": 3},
     "smollm2-135m": {"num_hidden_layers": 3},
@@ -128,7 +121,7 @@ FEW: dict[str, dict[str, Any]] = {
 
 
 @cache
-def model(name: str) -> Graph:
+def model(name):
     graph = build(parse_config({**preset_config(name), **FEW[name]}))
     if name == "st-moe-l":
         run_pipeline(graph, Pipeline.parse("specialize{groups=8}"))

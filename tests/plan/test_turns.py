@@ -1,7 +1,5 @@
 """Which gathers and reductions of a turn of a loop over layers find a product on a TPU."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.plan.collectives import Kernel, WeightProduct
@@ -18,7 +16,7 @@ CAPACITY = (*DENSE, *(WeightProduct(name, 32.0, False) for name in EXPERTS))
 NAMES = [p.weight for p in CAPACITY]
 
 
-def with_kernels(experts: int = 1, *, in_rounds: bool = False) -> tuple[WeightProduct, ...]:
+def with_kernels(experts=1, *, in_rounds=False):
     kernel = Kernel(in_rounds, experts)
     return (*DENSE, *(WeightProduct(name, 32.0, False, kernel) for name in EXPERTS))
 
@@ -26,7 +24,7 @@ def with_kernels(experts: int = 1, *, in_rounds: bool = False) -> tuple[WeightPr
 KERNELS, ROUNDS = with_kernels(), with_kernels(in_rounds=True)
 
 
-def reduced(of_experts: float) -> dict[str, float]:
+def reduced(of_experts):
     """Return the seconds of each reduction, of the longest first."""
     return {**dict.fromkeys(EXPERTS, of_experts), "q": 0.5, "o": 0.5, "k": 0.1, "v": 0.1}
 

@@ -1,18 +1,16 @@
 """Layers as a plan reads them, of every family."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
 from moecc.model.open import open_model
-from moecc.plan.workload import Workload, make_batch, workload
+from moecc.plan.workload import make_batch, workload
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-def work_of(name: str) -> Workload:
+def work_of(name):
     with open_model(str(GOLDEN / name)) as model:
         return workload(model.graph, make_batch(model.graph, 1))
 

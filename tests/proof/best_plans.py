@@ -84,7 +84,7 @@ def compiled(request: Request) -> Row:
     }
 
 
-def write(cells: dict[str, list[Row]], path: Path) -> None:
+def write(cells: dict[str, list[Row]], path: Path):
     """Write the record with its totals: of the best plans, and of all that were compiled."""
     judged = [(rank, plan["compiled"]) for plans in cells.values()
               for rank, plan in enumerate(plans) if "compiled" in plan]  # fmt: skip
@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RECORD)
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
-    cells: dict[str, list[Row]] = {}
+    cells = {}
     if options.out.exists():
         cells = json.loads(options.out.read_text())["cells"]
     pairs = [(model, name) for name in MACHINES if options.machine in (None, name)

@@ -60,8 +60,7 @@ class Chain:
     def transformers(self, python: str, asked: dict[str, Any]) -> dict[str, Any]:
         """Return what transformers makes of the export."""
         text = self._run([python, str(PROBE), json.dumps(asked)], "transformers")
-        found: dict[str, Any] = json.loads(text.splitlines()[-1])
-        return found
+        return json.loads(text.splitlines()[-1])
 
     def _run(self, words: list[str], shown: str) -> str:
         print(f"$ {shown}", file=sys.stderr)

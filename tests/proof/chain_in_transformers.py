@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ def pieces(texts: list[np.ndarray], end: int, seq: int) -> Iterator[tuple[np.nda
             filled, start = (filled + stop - start) % seq, stop
 
 
-def loss_of(model: Any, folder: Path, end: int, seq: int) -> tuple[float, int]:
+def loss_of(model, folder: Path, end: int, seq: int) -> tuple[float, int]:
     """Return the mean loss of a token in nats, and how many there are."""
     total, count = 0.0, 0
     for tokens, following in pieces(documents(folder), end, seq):
@@ -52,7 +51,7 @@ def loss_of(model: Any, folder: Path, end: int, seq: int) -> tuple[float, int]:
     return total / count, count
 
 
-def main() -> None:
+def main():
     asked = json.loads(sys.argv[1])
     transformers.utils.logging.disable_progress_bar()
     # Threads that wait for one another cost more than they bring, where other work is done.

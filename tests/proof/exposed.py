@@ -234,7 +234,7 @@ def machine() -> Row:
     return {"python": platform.python_version(), **packages}
 
 
-def write(rows: dict[str, Row], path: Path) -> None:
+def write(rows: dict[str, Row], path: Path):
     """Write the record, with how many programs are within the bound, published steps aside."""
     errors = {n: d for n, row in rows.items() if (d := off(row)) is not None}
     for name, distance in errors.items():
@@ -261,7 +261,7 @@ def main() -> int:
     parser.add_argument("--predict", action="store_true", help="predict, and compile nothing")
     parser.add_argument("--out", type=Path, default=RECORD)
     options = parser.parse_args()
-    rows: dict[str, Row] = {}
+    rows = {}
     if options.out.exists():
         rows = json.loads(options.out.read_text())["programs"]
     for name in options.names or PROGRAMS:

@@ -42,7 +42,7 @@ def clone(work: Path) -> tuple[Path, float]:
 def jobs(page: Path) -> dict[str, list[Block]]:
     """Return the blocks of a page by the heading that they stand under."""
     text = page.read_text("utf-8").splitlines()
-    found: dict[str, list[Block]] = {}
+    found = {}
     for block in blocks_of(page):
         above = [line[3:] for line in text[: block.line] if re.match("## ", line)]
         found.setdefault(above[-1] if above else "before", []).append(block)

@@ -67,7 +67,7 @@ Cells = dict[str, dict[str, dict[str, str]]]
 """By source, target and method: the sign of a result, and the reason of a rejection."""
 
 
-def main() -> None:
+def main():
     """Run cells unless ``--page`` or ``--programs`` is given, and write the page."""
     record = json.loads(RECORD.read_text())
     match sys.argv[1:]:
@@ -89,7 +89,7 @@ def _programs(results: Cells, file: Path) -> dict[str, object]:
     """Return the signs of the pairs that torch finds right, and how many it judged itself."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     right = [row for row in rows if "refused" not in row and is_proved(row)]
-    signs: dict[str, dict[str, str]] = {row["source"]: {} for row in rows}
+    signs = {row["source"]: {} for row in rows}
     for row in right:
         by_target = results[row["source"]]
         cells = (
@@ -104,7 +104,7 @@ def _programs(results: Cells, file: Path) -> dict[str, object]:
 
 
 def _run(sources: Sequence[str], earlier: Cells) -> dict[str, object]:
-    results: Cells = {s: rows for s, rows in earlier.items() if s not in sources}
+    results = {s: rows for s, rows in earlier.items() if s not in sources}
     largest_error = 0.0
     for number, cell in enumerate((cell for cell in cells() if cell.source in sources), 1):
         result = run(cell)
@@ -157,7 +157,7 @@ def _with_proofs(results: Cells) -> Cells:
     """Return the cells with a sign of their own where the proofs say more than equal outputs."""
     proofs = json.loads(PROOFS.read_text("utf-8"))
 
-    def sign(text: str, *cell: str) -> str:
+    def sign(text, *cell):
         key = " | ".join(("cell", *cell))
         if text != "=":
             return text
@@ -176,7 +176,7 @@ def _table(
     rows: Iterable[tuple[str, str, Mapping[str, str]]], methods: Sequence[str]
 ) -> Iterable[str]:
     """Yield a table of targets, sources and signs; sources with the same signs share a row."""
-    groups: dict[tuple[str, ...], list[str]] = {}
+    groups = {}
     for target, source, row in rows:
         signs = [row[m][0] for m in methods]
         if any(sign in "∎=ε≈" for sign in signs):

@@ -49,7 +49,7 @@ def write_headers(folder: Path) -> Places:
     params = build(parse_config(config)).params.values()
     shapes = {leaf.name: [a.size for a in leaf.type] for p in params if p.weight is not None
               for leaf in sources(p.weight)}  # fmt: skip
-    shards: list[dict[str, Any]] = [{}]
+    shards = [{}]
     end = 0
     for name, shape in sorted(shapes.items()):
         size = 2 * int(np.prod(shape, dtype=np.int64))
@@ -59,7 +59,7 @@ def write_headers(folder: Path) -> Places:
         entry = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
         shards[-1][name] = entry
         end += size
-    places: Places = {}
+    places = {}
     for number, header in enumerate(shards, 1):
         path = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
         text = json.dumps(header).encode()
@@ -79,7 +79,7 @@ def write_headers(folder: Path) -> Places:
     return places
 
 
-def fill(place: tuple[Path, int, int], rng: np.random.Generator) -> None:
+def fill(place: tuple[Path, int, int], rng: np.random.Generator):
     """Write random bf16 values between 2^-7 and 2^-6 where a tensor is."""
     path, first, last = place
     with path.open("r+b") as file:

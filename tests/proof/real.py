@@ -56,7 +56,7 @@ def cells(targets: list[str], *, captured: bool) -> Iterator[tuple[list[str], st
             yield targets, method
 
 
-def capture(checkpoint: str, text: Path | None, out: Path) -> None:
+def capture(checkpoint: str, text: Path | None, out: Path):
     """Take statistics of a model, if there is a text to take them of."""
     if text is None:
         return
@@ -83,7 +83,7 @@ def judged(python: str, checkpoint: str, work: Path) -> dict[str, Any]:
     there = dict(np.load(work / "there.npz"))
     expected = {name: there.pop(name) for name in ("float32", "float64")}
     np.savez(work / "inputs.npz", **there)
-    made: dict[str, Any] = {"target": "transformers", "method": "the source itself"}
+    made = {"target": "transformers", "method": "the source itself"}
     for dtype, name in (("f32", "float32"), ("f64", "float64")):
         out = work / f"{dtype}.npy"
         words = ["--inputs", str(work / "inputs.npz"), "--outputs", str(out), "--dtype", dtype]
@@ -104,7 +104,7 @@ def run(checkpoint: str, target: str, method: str, work: Path) -> dict[str, Any]
     out, passes = work / "out", passes_for(METHODS[method], target)
     words = ["convert", checkpoint, str(out), "-p", passes, "--to", target, "--verify"]
     done = moecc(*words, *(["--capture", str(work / "captured")] * (method == CAPTURED)))
-    cell: dict[str, Any] = {"target": target, "method": method, "passes": passes}
+    cell = {"target": target, "method": method, "passes": passes}
     if done.returncode:
         line = next(l for l in done.stderr.splitlines() if l.startswith("error:"))
         return {**cell, "exit": done.returncode, "reason": line.removeprefix("error: ")}
@@ -128,13 +128,13 @@ def first(checkpoint: str, targets: list[str], method: str, work: Path) -> dict[
     return cell
 
 
-def note(out: Path, name: str, done: dict[str, list[dict[str, Any]]]) -> None:
+def note(out: Path, name: str, done: dict[str, list[dict[str, Any]]]):
     """Write what was found so far, and print the last."""
     print(name, done[name][-1], file=sys.stderr, flush=True)
     out.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
 
 
-def main() -> None:
+def main():
     """Run every cell of every checkpoint, and write the results as they come."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--judge", metavar="PYTHON", help="an interpreter with transformers")
     parser.add_argument("--text", type=Path, help="a text to take statistics of")
     options = parser.parse_args()
-    done: dict[str, list[dict[str, Any]]] = {}
+    done = {}
     if options.out.exists():
         done = json.loads(options.out.read_text("utf-8"))
     for name, _, checkpoint in (text.partition("=") for text in options.checkpoints):

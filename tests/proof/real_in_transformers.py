@@ -30,7 +30,7 @@ NAMES = {
 KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
-def inputs(config: Any) -> dict[str, np.ndarray]:
+def inputs(config) -> dict[str, np.ndarray]:
     """Draw inputs of a model, by moecc's names."""
     rng = np.random.default_rng(0)
     if hasattr(config, "num_mel_bins"):
@@ -62,15 +62,14 @@ def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
     return model.eval(), report
 
 
-def output(model: Any, given: dict[str, torch.Tensor]) -> np.ndarray:
+def output(model, given: dict[str, torch.Tensor]) -> np.ndarray:
     """Return logits, or hidden states where the model has no head."""
     with torch.no_grad():
         made = model(**given)
-    found: np.ndarray = (made.logits if hasattr(made, "logits") else made.last_hidden_state).numpy()
-    return found
+    return (made.logits if hasattr(made, "logits") else made.last_hidden_state).numpy()
 
 
-def main() -> None:
+def main():
     """Compute, and write what was computed and what was given."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -172,7 +172,7 @@ def run(name: str) -> dict[str, Any]:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         return {"case": name, "exit_code": done.returncode, "said": lines[-8:]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
     return {"case": name, **found}
 
 

@@ -94,8 +94,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="file of JSON to write")
     options = parser.parse_args()
-    accepted: dict[str, list[str]] = {}
-    rejected: dict[str, str] = {}
+    accepted = {}
+    rejected = {}
     for name, words in TEMPLATES.items():
         text = io.StringIO()
         with contextlib.redirect_stdout(text):

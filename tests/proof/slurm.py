@@ -93,7 +93,7 @@ class Cluster:
         """The variables with which Slurm's commands find this cluster."""
         return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def start(self) -> None:
+    def start(self):
         """Write the configuration, start all daemons, and wait for the nodes."""
         port, first, second = free_ports(3)
         text = CONFIG.format(folder=self.folder, port=port, first=first, second=second)
@@ -108,11 +108,11 @@ class Cluster:
             self.start_node(node)
         wait_for(lambda: self.run("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"], 600)
 
-    def start_node(self, node: str) -> None:
+    def start_node(self, node: str):
         """Start the daemon of a node."""
         self._start(node, "slurmd", "-D", "-N", node)
 
-    def _start(self, name: str, *command: str) -> None:
+    def _start(self, name: str, *command: str):
         self.daemons[name] = subprocess.Popen(
             command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -143,13 +143,13 @@ class Cluster:
         facts = self.run("scontrol", "show", "job", job, "--oneliner").split()
         return next(fact.split("=", 1)[1] for fact in facts if fact.startswith(f"{name}="))
 
-    def lose_node(self, node: str) -> None:
+    def lose_node(self, node: str):
         """Kill everything on a node: its daemon, and the processes of its jobs."""
         daemon = self.daemons[node]
         daemon.kill()
         daemon.wait()
-        members: list[int] = []
-        steps: set[int] = set()
+        members = []
+        steps = set()
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 variables = (process / "environ").read_bytes().split(b"\0")
@@ -164,7 +164,7 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
 
-    def stop(self) -> None:
+    def stop(self):
         """End all daemons."""
         for daemon in self.daemons.values():
             daemon.kill()
@@ -192,7 +192,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = LIMIT_SECONDS):
     """Wait until a condition holds."""
     limit = time.monotonic() + seconds
     while not condition():
@@ -238,7 +238,7 @@ _SHAPES = {"q": (256, 256), "k": (256, 256), "v": (256, 256), "o": (256, 256)}
 _DENSE = {"gate": (1024, 256), "up": (1024, 256), "down": (256, 1024)}
 
 
-def make_source(folder: Path, layers: int = 24) -> None:
+def make_source(folder: Path, layers: int = 24):
     """Write a llama of random weights, 26 million of them."""
     folder.mkdir()
     config = {
@@ -248,7 +248,7 @@ def make_source(folder: Path, layers: int = 24) -> None:
         "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (512, 256), "norm": (256,)}
+    shapes = {"embed_tokens": (512, 256), "norm": (256,)}
     for layer in range(layers):
         at = f"layers.{layer}"
         shapes |= {f"{at}.self_attn.{name}_proj": shape for name, shape in _SHAPES.items()}
@@ -273,11 +273,11 @@ def convert(nodes: Cluster, folder: Path) -> dict[str, object]:
     job = nodes.submit(printed_script(folder, "parts", PARTS, *words), "--cpus-per-task=32")
     parts = folder / ".out.moecc-parts"
 
-    def parts_on(node: str) -> list[int]:
+    def parts_on(node):
         listed = nodes.run("squeue", "-h", "-t", "R", "-w", node, "-j", job, "-o", "%K")
         return [int(number) for number in listed.split()]
 
-    def are_two_written() -> bool:
+    def are_two_written():
         partial = [parts / f".{n:05d}-of-{PARTS:05d}.moecc-partial" for n in parts_on("n2")]
         return len(partial) == 2 and all(path.is_dir() for path in partial)
 
@@ -306,12 +306,12 @@ def train_three(nodes: Cluster, folder: Path, steps: int) -> dict[str, object]:
     with (folder / "recipe.toml").open("a") as recipe:
         recipe.write('\n[mesh]\nmesh = "data=2"\n')
 
-    def lose_node(job: str) -> None:
+    def lose_node(job):
         nodes.lose_node("n2")
         wait_for(lambda: nodes.state(job) != "RUNNING")
         nodes.start_node("n2")
 
-    def end_of_time(job: str) -> None:
+    def end_of_time(job):
         nodes.run("scancel", "--signal=TERM", job)
 
     disturbances = {"undisturbed": None, "lost": lose_node, "told": end_of_time}

@@ -48,11 +48,10 @@ def moecc(*words: object) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{command}\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
-def make_texts(model: str, work: Path) -> None:
+def make_texts(model: str, work: Path):
     """Write the token folders ``captured-text`` and ``held``."""
     pieces = help_topics().pieces
     for name, part in (("captured-text", pieces[::2]), ("held", pieces[1::2])):
@@ -68,7 +67,7 @@ def compared(models: list[Path | str], work: Path, batches: int) -> list[dict[st
     return [next(iter(one["sets"].values())) for one in found]
 
 
-def main() -> None:
+def main():
     """Capture, convert, evaluate, and write what was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?")
@@ -76,7 +75,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="sequences of 512 held-out tokens")
     options = parser.parse_args()
     options.model = options.model or str(smollm2())
-    done: dict[str, Any] = {
+    done = {
         **about(),
         "text": help_topics().name,
         "model": Path(options.model).name,

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import cos, pi
 from pathlib import Path
-from typing import Any
 
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -100,7 +99,7 @@ def rate_of(step: int) -> float:
     return 1e-2 * min((step + 1) / 4, 0.1 + 0.9 * (1 + cos(pi * share)) / 2)
 
 
-def run(case: Case, folder: Path) -> None:
+def run(case: Case, folder: Path):
     """Train a case, and write what torch needs to do the same, and to compare."""
     config = parse_config({
         "model_type": "llama", "num_hidden_layers": 2, "hidden_act": "silu", "rms_norm_eps": 1e-5,
@@ -111,7 +110,7 @@ def run(case: Case, folder: Path) -> None:
     run_pipeline(graph, Pipeline.parse(case.pipeline), context=Context(seed=1))
     initialise(graph, seed=1)
     before = OpenedModel(graph, "drawn").params(dtype=F64)
-    losses: dict[str, Any] = {"parts": case.micro_batches, "balance-coef": BALANCE, "z-coef": Z}
+    losses = {"parts": case.micro_batches, "balance-coef": BALANCE, "z-coef": Z}
     # A sequence is a token group.
     groups = BATCH // case.micro_batches if case.pipeline else None
     passes = StepPasses(
@@ -166,7 +165,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     cases = {name: case for name, case in CASES.items() if options.only in name}
-    results: dict[str, Any] = {}
+    results = {}
     with tempfile.TemporaryDirectory() as root:
         folders = [Path(root, str(number)) for number in range(len(cases))]
         for folder, (name, case) in zip(folders, cases.items(), strict=True):

@@ -94,7 +94,7 @@ def loss_of(p: Tensors, batch: Tensors, c: dict[str, Any]) -> torch.Tensor:
 class AdamW:
     """Adam with bias correction (Kingma and Ba 2015); decay is the loop's."""
 
-    def __init__(self, c: dict[str, Any]) -> None:
+    def __init__(self, c: dict[str, Any]):
         self.c, self.m, self.v, self.count = c, {}, {}, 0
 
     def __call__(self, slopes: Tensors, params: Tensors) -> Tensors:
@@ -113,7 +113,7 @@ class AdamW:
 class Adafactor:
     """Adafactor without momentum (Shazeer and Stern 2018), of vectors and matrices."""
 
-    def __init__(self, c: dict[str, Any]) -> None:
+    def __init__(self, c: dict[str, Any]):
         self.rows, self.columns, self.whole, self.count = {}, {}, {}, 0
 
     def __call__(self, slopes: Tensors, params: Tensors) -> Tensors:

@@ -92,7 +92,7 @@ class World:
         names = self.store.find(path)
         return {name.removeprefix(f"{path}/"): self.store.cat_file(name) for name in names}
 
-    def reset(self) -> None:
+    def reset(self):
         """Remove what the last trial wrote."""
         self.store.invalidate_cache()
         if self.store.exists(TRIAL):
@@ -150,14 +150,14 @@ def commands(world: World) -> Iterator[Command]:
     moe, recipe = world.folder / "moe", world.folder / "recipe.toml"
     expected = {path.name: path.read_bytes() for path in moe.iterdir()}
 
-    def model_visible() -> str:
+    def model_visible():
         files = world.contents()
         claim = files.pop(CLAIM_NAME, b"").decode()
         if claim.startswith(UPLOADING) or files in ({}, expected, old):
             return ""
         return f"{len(files)} files, claim {claim!r}"
 
-    old: dict[str, bytes] = {}
+    old = {}
     model = (lambda: world.contents() == expected, model_visible)
     yield Command("convert", convert, lambda: None, *model, ("--resume",))
     yield Command("push", ("push", moe, ADDRESS), lambda: None, *model, ("--resume",))
@@ -170,13 +170,13 @@ def commands(world: World) -> Iterator[Command]:
     unchanged = (lambda: not world.contents(), lambda: "")
     yield Command("verify", ("verify", "s3://bucket/moe"), lambda: None, *unchanged, writes=False)
 
-    def copied() -> Path:
+    def copied():
         shutil.rmtree(world.folder / "copy", ignore_errors=True)
         world.store.invalidate_cache()
         world.store.get(TRIAL, str(world.folder / "copy"), recursive=True)
         return world.folder / "copy"
 
-    def run_visible() -> str:
+    def run_visible():
         files = world.contents()
         if "lineage.json" not in files:
             return ""
@@ -187,7 +187,7 @@ def commands(world: World) -> Iterator[Command]:
                     return f"step {match[1]}: {text}"
         return ""
 
-    def run_whole() -> bool:
+    def run_whole():
         if not {"lineage.json", "steps/4/step.json"} <= world.contents().keys():
             return False
         run = copied()
@@ -214,7 +214,7 @@ def places(count: int, wanted: int, share: float) -> list[int]:
     return [1 + int((n + share) * count / wanted) for n in range(min(wanted, count))]
 
 
-def judge(world: World, command: Command, sample: int, record: Record, chosen: list[str]) -> None:
+def judge(world: World, command: Command, sample: int, record: Record, chosen: list[str]):
     """Run a command with each fault, or each that is chosen, at some of its requests."""
     world.reset()
     command.prepare()
@@ -245,13 +245,13 @@ def judge(world: World, command: Command, sample: int, record: Record, chosen: l
 
 def _trial(
     world: World, command: Command, kind: str, fault: Fault, where: str, output: str,
-    record: Record,
-) -> None:  # fmt: skip
+    record: Record
+):  # fmt: skip
     wait_seconds = TIMEOUT_SECONDS
-    seconds: list[tuple[int, str]] = []
+    seconds = []
     words = [sys.executable, "-m", "moecc", *map(str, command.words)]
     if kind == KILL:
-        process: list[subprocess.Popen[str]] = []
+        process = []
         kill = Fault("reset", fault.at, False, lambda: process[0].send_signal(signal.SIGKILL))
         world.proxy.expect(kill)
         process.append(subprocess.Popen(words, stderr=subprocess.PIPE, text=True))
@@ -259,7 +259,7 @@ def _trial(
     else:
         if kind == WRITER:
 
-            def write() -> None:
+            def write():
                 done = subprocess.run(words, capture_output=True, text=True)
                 seconds.append((done.returncode, done.stdout + done.stderr))
 
@@ -287,7 +287,7 @@ def _trial(
         _continue(world, command, text, where, record)
 
 
-def _continue(world: World, command: Command, text: str, where: str, record: Record) -> None:
+def _continue(world: World, command: Command, text: str, where: str, record: Record):
     """Do what the message of a failure, or of the next attempt, names."""
     code, text = run_moecc(*command.words, *command.resume)
     if code and "The same command may succeed later" in text:  # a machine that is busy for a second
@@ -333,7 +333,7 @@ def prove(sample: int, names: list[str], kinds: list[str], out: Path | None) -> 
     from moto.server import ThreadedMotoServer
 
     has_record = out is not None and out.is_file()
-    report: dict[str, Any] = json.loads(out.read_text()) if out and has_record else {}
+    report = json.loads(out.read_text()) if out and has_record else {}
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -370,7 +370,7 @@ def prove(sample: int, names: list[str], kinds: list[str], out: Path | None) -> 
     return report
 
 
-def _fill(world: World) -> None:
+def _fill(world: World):
     """Write the models, tokens and the run that commands read."""
     store, folder = world.store, world.folder
     store.mkdir(BUCKET)

@@ -1,27 +1,24 @@
 """Eighteen cells of the table of sources, targets and methods; ``make proof-table`` runs all."""
 
-from __future__ import annotations
-
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .cells import Cell, cells, run
+from .cells import cells, run
 
 RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "table.json"
 
 
-def stated() -> Iterator[tuple[Cell, str]]:
+def stated():
     """Yield every cell with its sign in the record."""
     results = json.loads(RECORD.read_text())["cells"]
     for cell in cells():
         yield cell, results[cell.source][cell.target][cell.method][0]
 
 
-def drawn() -> list[tuple[Cell, str]]:
+def drawn():
     """Return eighteen cells, six of each sign."""
     chance, stated_cells = random.Random(20), list(stated())
     return [

@@ -1,7 +1,5 @@
 """The chain on a real model: run where transformers is, and quoted by the page on training."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

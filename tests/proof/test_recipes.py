@@ -1,7 +1,5 @@
 """The recipes that are shipped, as steps for machines that are not here."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,3 @@
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -18,7 +14,7 @@ def evaluate():
     An operand is a pair of an array and its axes, ``(array, "batch seq")``.
     """
 
-    def run(op: str, *operands: Any, **attrs: Any) -> Any:
+    def run(op, *operands, **attrs):
         graph, arrays = Graph(), {}
         for number, (data, axes) in enumerate(operands):
             data = np.asarray(data)

@@ -1,9 +1,6 @@
 """Rotary tables and buckets against transformers' numbers, masks against their definition."""
 
-from __future__ import annotations
-
 import cmath
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ ROPE = {"axis": "head_dim", "size": 8, "theta": 100.0}
 # transformers 5.24.0, LlamaRotaryEmbedding, head_dim 8, rope_theta 100, max_position_embeddings 32
 # (original_max_position_embeddings of llama3 and yarn likewise): the first half of the cosines at
 # positions 0, 1, 5, 40, and the sines at 40; frequencies there are float32.
-GOLDEN: dict[str, tuple[dict[str, Any], list[list[float]], list[float]]] = {
+GOLDEN = {
     "default": (
         {},
         [
@@ -159,7 +156,7 @@ DISTANCES = [
     -1000, -130, -128, -127, -65, -64, -63, -33, -32, -31, -17, -16, -15, -9, -8, -7, -1, 0,
     1, 7, 8, 9, 12, 15, 16, 23, 31, 32, 33, 63, 64, 90, 91, 127, 128, 129, 1000,
 ]  # fmt: skip
-BUCKETS: dict[tuple[bool, int, int], list[int]] = {
+BUCKETS = {
     (True, 32, 128): [
         15, 15, 15, 15, 14, 14, 13, 12, 12, 11, 10, 10, 9, 8, 8, 7, 1, 0,
         17, 23, 24, 24, 25, 25, 26, 27, 27, 28, 28, 29, 30, 30, 31, 31, 31, 31, 31,
@@ -211,9 +208,7 @@ def test_alibi_has_the_slopes_of_the_paper(heads, exponents, evaluate):
     ("furthest", "expected"),
     [(0, [7, 7, 7, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0]), (6, [7, 7, 7, 7, 6, 5, 4, 3, 2, 1, 1, 1, 0])],
 )
-def test_signed_buckets_are_those_of_deberta(
-    furthest: int, expected: list[int], evaluate: Any
-) -> None:
+def test_signed_buckets_are_those_of_deberta(furthest, expected, evaluate):
     keys = np.arange(-6, 7) + 1000
     operands = (np.array([1000]), "seq"), (keys, "kv_seq")
     found = evaluate("signed_buckets", *operands, buckets=8, max_distance=furthest)

@@ -1,7 +1,5 @@
 """The meaning and the lowering of convolutions, against sums written out and against torch's."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -12,7 +10,7 @@ from moecc.ir import F32, Builder, Graph, tensor, verify
 RNG = np.random.default_rng(0)
 
 
-def patches(stride: int = 2, padding: int = 1) -> Graph:
+def patches(stride=2, padding=1):
     """Return a convolution of images whose axes are in another order than torch's."""
     graph = Graph("patches")
     x = graph.input("x", tensor(F32, batch="B", height=5, channel=3, width=7))
@@ -26,7 +24,7 @@ def patches(stride: int = 2, padding: int = 1) -> Graph:
     return graph
 
 
-def by_hand(x: np.ndarray, w: np.ndarray, stride: int, padding: int) -> np.ndarray:
+def by_hand(x, w, stride, padding):
     """Return ``[batch, height, width, embed]``, one sum at a time."""
     x = np.pad(x, ((0, 0), (padding, padding), (0, 0), (padding, padding)))
     height = (x.shape[1] - w.shape[2]) // stride + 1

@@ -1,9 +1,5 @@
 """The interpreter: what it asks of arrays, what it returns, and what lies beyond ragged extents."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,12 +9,12 @@ from moecc_backends.reference import ReferenceBackend
 
 from moecc.backend import get_backend
 from moecc.errors import InputError
-from moecc.ir import BF16, F32, I32, PRED, Builder, Graph, OpDef, Value, tensor
+from moecc.ir import BF16, F32, I32, PRED, Builder, Graph, OpDef, tensor
 from moecc.testing import graphs, inputs_for, params_for, run_reference, sizes_for
 from moecc.testing.data import shape_of
 
 
-def mixture(slots: str = "ragged", **attrs: Any) -> Graph:
+def mixture(slots="ragged", **attrs):
     """Return a mixture of three experts whose rows, activations and result are outputs."""
     graph = Graph()
     b = Builder(graph)
@@ -134,7 +130,7 @@ def test_mixing_the_rows_of_a_ragged_axis_is_a_type_error():
 def test_every_array_has_the_axes_and_sizes_of_its_type(graph, seed):
     sizes = sizes_for(graph, seed)
     program = ReferenceBackend().compile(graph)
-    seen: dict[Value, Any] = {}
+    seen = {}
     for value, array in program.trace(
         params_for(graph, seed, sizes), inputs_for(graph, seed, sizes)
     ):

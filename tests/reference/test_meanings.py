@@ -1,11 +1,8 @@
 """Each operation against a formula written differently: element by element, in plain Python."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from statistics import NormalDist
-from typing import Any
 
 import moecc_backends.reference  # noqa: F401 (fills the table of meanings)
 import numpy as np
@@ -117,17 +114,16 @@ def test_scale_and_constant(evaluate):
             Builder(graph).constant(value=value, dtype=dtype)
 
 
-def cast_graph(old: Any, new: Any) -> Graph:
+def cast_graph(old, new):
     graph = Graph()
     x = graph.input("x", tensor(old, a="A"))
     graph.set_output("y", Builder(graph).cast(x, dtype=new.name))
     return graph
 
 
-def cast(values: list[Any], old: Any, new: Any) -> list[Any]:
+def cast(values, old, new):
     data = np.array(values).astype(old.numpy if old.kind != "float" else np.float64)
-    found: list[Any] = run_reference(cast_graph(old, new), inputs={"x": data})["y"].tolist()
-    return found
+    return run_reference(cast_graph(old, new), inputs={"x": data})["y"].tolist()
 
 
 def test_a_cast_to_a_narrower_float_rounds_to_nearest_even():

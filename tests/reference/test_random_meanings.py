@@ -1,9 +1,6 @@
 """Random numbers: the published vectors of Threefry, places, and distributions."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +30,7 @@ def test_the_vectors_of_random123(key, count, expected):
     assert int(found) == expected
 
 
-def drawn(op: str, key: int, axes: tuple[Axis, ...], **attrs: Any) -> Any:
+def drawn(op, key, axes, **attrs):
     graph = Graph()
     like = graph.input("like", TensorType(F64, axes))
     numbers = getattr(Builder(graph), op)(graph.input("key", TensorType(KEY)), like, **attrs)

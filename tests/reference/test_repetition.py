@@ -1,7 +1,5 @@
 """What repeating a body means, against a loop written out."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

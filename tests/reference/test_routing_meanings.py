@@ -3,10 +3,7 @@
 Section numbers are those of the ST-MoE paper (Zoph et al. 2022) where none is given.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +14,8 @@ from moecc.ir import F64, I32, Builder, Graph, tensor
 from moecc.ir.ops.slots import capacity
 from moecc.testing import run_reference
 
-Data = np.ndarray[Any, Any]
 
-
-def route(logits: Any, evaluate: Any, **attrs: Any) -> tuple[Any, Any]:
+def route(logits, evaluate, **attrs):
     experts, gates = evaluate("route", (np.asarray(logits, float), "token expert"), **attrs)
     return experts, gates
 
@@ -79,7 +74,7 @@ def test_sparsemixer_gives_the_numbers_of_phimoe(evaluate):
 # --- capacity
 
 
-def slots_of(factor: float, tokens: int, experts: int, top_k: int = 1, **attrs: Any) -> int:
+def slots_of(factor, tokens, experts, top_k=1, **attrs):
     defaults = {
         "convention": "tokens",
         "rounding": "floor",
@@ -129,7 +124,7 @@ def test_capacity_rounding_convention_and_bounds():
 # --- places
 
 
-def slots(choices: Any, evaluate: Any, experts: int, **attrs: Any) -> Any:
+def slots(choices, evaluate, experts, **attrs):
     return evaluate(
         "assign_slots",
         (np.asarray(choices), "token choice"),
@@ -185,7 +180,7 @@ def test_tokens_are_numbered_in_the_order_of_the_token_axes(evaluate):
 
 
 @st.composite
-def routings(draw: Any, max_tokens: int = 24) -> tuple[Data, int]:
+def routings(draw, max_tokens=24):
     """Draw choices `[token, choice]` of distinct experts, and the number of experts."""
     experts = draw(st.integers(1, 6))
     top_k = draw(st.integers(1, min(3, experts)))
@@ -195,7 +190,7 @@ def routings(draw: Any, max_tokens: int = 24) -> tuple[Data, int]:
     return np.argsort(-scores, axis=1)[:, :top_k], experts
 
 
-def run_assign_slots(choices: Data, experts: int, **attrs: Any) -> Data:
+def run_assign_slots(choices, experts, **attrs):
     graph = Graph()
     e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
     graph.set_output("p", Builder(graph).assign_slots(e, tokens="token", experts=experts, **attrs))
@@ -238,7 +233,7 @@ def test_filling_by_token_is_strictly_causal_and_first_choices_always_are(routin
 # --- dispatch and combine
 
 
-def exchange(choices: Data, experts: int, x: Data, gates: Data, **attrs: Any) -> dict[str, Data]:
+def exchange(choices, experts, x, gates, **attrs):
     """Return what dispatch gives for `x` and what combine makes of it at once."""
     graph = Graph()
     b = Builder(graph)

@@ -1,9 +1,5 @@
 """Slots under policies, priorities, masks and groups of a size; experts that choose tokens."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,11 +9,10 @@ from moecc.errors import InputError
 from moecc.ir import F64, I32, PRED, Builder, Graph, equal, parse, print_graph, tensor
 from moecc.testing import run_reference
 
-Data = np.ndarray[Any, Any]
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def placed(choices: Data, experts: int, more: dict[str, Data] | None = None, **attrs: Any) -> Data:
+def placed(choices, experts, more=None, **attrs):
     """Return the slots of `choices`, `[token, choice]`, given `more`."""
     graph, more = Graph(), more or {}
     e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
@@ -35,7 +30,7 @@ def placed(choices: Data, experts: int, more: dict[str, Data] | None = None, **a
     return run_reference(graph, inputs={"e": choices, **more})["p"]
 
 
-def choices_of(rng: Any, tokens: int, experts: int, top_k: int) -> Data:
+def choices_of(rng, tokens, experts, top_k):
     return np.argsort(-rng.normal(size=(tokens, experts)), axis=1)[:, :top_k]
 
 
@@ -114,7 +109,7 @@ def test_the_number_of_groups_of_a_size_is_known_at_run_time():
 # --- policies
 
 
-def kept(gates: Any, uniform: Any = None, **attrs: Any) -> Data:
+def kept(gates, uniform=None, **attrs):
     graph = Graph()
     gates = np.asarray(gates, float)
     operands = [graph.input("g", tensor(F64, token="T", choice=gates.shape[1]))]
@@ -141,7 +136,7 @@ def test_policies():
 # --- experts choose
 
 
-def chosen(scores: Data, factor: float, mask: Data | None = None, **attrs: Any) -> dict[str, Data]:
+def chosen(scores, factor, mask=None, **attrs):
     graph = Graph()
     b = Builder(graph)
     s = graph.input("s", tensor(F64, token="T", expert=scores.shape[1]))
@@ -241,7 +236,7 @@ def test_a_bias_chooses_and_does_not_weigh(seed, gates):
 # --- what is refused
 
 
-def build(make: Any) -> None:
+def build(make):
     graph = Graph()
     b = Builder(graph)
     types = {
@@ -256,7 +251,7 @@ def build(make: Any) -> None:
     make(b, **{n: graph.input(n, t) for n, t in types.items()})
 
 
-REFUSED: dict[str, tuple[Any, str]] = {
+REFUSED = {
     "operand": (
         lambda b, e, keep, **_: b.assign_slots(e, keep, tokens="token", experts=4),
         "its word",

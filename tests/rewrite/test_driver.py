@@ -1,26 +1,24 @@
 """The driver: fixpoint, order, what new nodes are called, and what stops it."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 
 from moecc.errors import InputError
-from moecc.ir import F32, Builder, Graph, Value, tensor, verify
-from moecc.rewrite import Match, P, RewriteLimitError, Rule, find, rewrite
+from moecc.ir import F32, Builder, Graph, tensor, verify
+from moecc.rewrite import P, RewriteLimitError, Rule, find, rewrite
 from moecc.testing import graphs, laws
 
 X = P.any("x")
 
 
-def operand(match: Match, b: Builder) -> Value:
+def operand(match, b):
     return match.value("x")
 
 
 DOUBLE_NEG = Rule("double-neg", P.neg(P.neg(X)), operand)
 
 
-def chain(*ops: str, loc: str = "here") -> tuple[Graph, Value]:
+def chain(*ops, loc="here"):
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B"))
     b = Builder(graph, loc=loc)
@@ -31,7 +29,7 @@ def chain(*ops: str, loc: str = "here") -> tuple[Graph, Value]:
     return graph, x
 
 
-def ops(graph: Graph) -> list[str]:
+def ops(graph):
     return [n.op.name for n in graph]
 
 
@@ -72,7 +70,7 @@ def test_new_nodes_say_where_they_come_from_and_keep_the_name():
 
 
 def test_what_build_makes_and_does_not_return_is_erased():
-    def wasteful(match: Match, b: Builder) -> Value:
+    def wasteful(match, b):
         b.exp(b.exp(match.value("x")))
         return match.value("x")
 
@@ -134,7 +132,7 @@ def test_a_result_that_nothing_uses_is_replaced_too():
     cos, _ = b.rope(positions, axis="dim", size=4)
     graph.set_output("cos", cos)
 
-    def parts(match: Match, b: Builder) -> tuple[Value, ...]:
+    def parts(match, b):
         one, other = (b.rope(match.value("x"), axis="dim", size=4, theta=t) for t in (2.0, 3.0))
         return one[0], other[1]
 

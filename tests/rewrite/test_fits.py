@@ -1,12 +1,10 @@
 """Recognising a node by a pattern, where nothing is rewritten."""
 
-from __future__ import annotations
-
 from moecc.ir import F32, Builder, Graph, tensor
 from moecc.rewrite import P, fits
 
 
-def graph() -> Graph:
+def graph():
     made = Graph("g")
     x = made.input("x", tensor(F32, batch="B"))
     b = Builder(made)

@@ -1,14 +1,12 @@
 """What patterns match, what they capture, and what they say when they do not."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError, UsageError
-from moecc.ir import F32, Builder, Graph, Node, Value, tensor
-from moecc.rewrite import Match, Misses, P, Pattern, match
+from moecc.ir import F32, Builder, Graph, tensor
+from moecc.rewrite import Misses, P, match
 from moecc.rewrite.pattern import LeafPattern, OpPattern, roots
 from moecc.testing import graphs
 
@@ -16,7 +14,7 @@ from moecc.testing import graphs
 class Ffn:
     """A gated block whose product has the operands as the text says."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.graph = Graph()
         self.x = self.graph.input("x", tensor(F32, batch="B", embed=4))
         self.gate = self.graph.param("gate", tensor(F32, mlp=8, embed=4))
@@ -37,7 +35,7 @@ GLU = P.mul(
 )
 
 
-def reason(pattern: OpPattern, root: Value) -> str:
+def reason(pattern, root):
     """Return why `pattern` does not match at `root`."""
     misses = Misses()
     assert root.node is not None
@@ -45,7 +43,7 @@ def reason(pattern: OpPattern, root: Value) -> str:
     return misses.best["rule"].reason
 
 
-def matched(pattern: OpPattern, root: Value) -> bool:
+def matched(pattern, root):
     assert root.node is not None
     return match(pattern, root.node) is not None
 
@@ -154,7 +152,7 @@ def test_what_is_there_matches(graph, data):
     nodes = list(graph)
     assume(nodes)
     root = nodes[data.draw(st.integers(0, len(nodes) - 1))]
-    names: dict[Value, str] = {}
+    names = {}
     index = data.draw(st.integers(0, len(root.results) - 1))
     pattern = _pattern_of(root, index, 3, data, names)
     assert isinstance(pattern, OpPattern)
@@ -163,7 +161,7 @@ def test_what_is_there_matches(graph, data):
     assert _fits(pattern, root.results[index], found)
 
 
-def _fits(pattern: Pattern, value: Value, found: Match) -> bool:
+def _fits(pattern, value, found):
     """Whether what a match says holds, by the plainest reading of the pattern."""
     if isinstance(pattern, LeafPattern):
         return pattern.name is None or found.value(pattern.name) is value
@@ -178,9 +176,7 @@ def _fits(pattern: Pattern, value: Value, found: Match) -> bool:
     )
 
 
-def _pattern_of(
-    node: Node, index: int, depth: int, data: st.DataObject, names: dict[Value, str]
-) -> Pattern:
+def _pattern_of(node, index, depth, data, names):
     operands = []
     for value in node.operands:
         if value.node is not None and depth and data.draw(st.booleans()):

@@ -30,7 +30,7 @@ def run(graph: Graph, pipeline: str, told: list[Remark] | None = None) -> Pipeli
 
 def census(graph: Graph) -> dict[str, int]:
     """Return how often each collective stands in `graph`."""
-    found: dict[str, int] = {}
+    found = {}
     for node in graph:
         if node.op.places:
             found[node.op.name] = found.get(node.op.name, 0) + 1

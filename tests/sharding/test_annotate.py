@@ -1,7 +1,5 @@
 """Laying graphs on meshes: what follows from a layout, and what is told."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,10 +1,7 @@
 """Bounded receive buffers: what is dropped, counted by hand."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from math import ceil
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +15,6 @@ from moecc.testing import laws, run_reference
 from .meshes import run
 from .test_devices import check_every_value, data_for, largest_difference
 
-Slots = np.ndarray[Any, np.dtype[Any]]
-
 WAYS = [
     # mesh, rules, way, devices that share the experts, blocks of them
     ("data:8", "st-moe", "via=ragged", 8, 1),
@@ -32,7 +27,7 @@ WAYS = [
 ]
 
 
-def kept_by_hand(experts: Slots, parts: int, blocks: int, factor: float) -> Slots:
+def kept_by_hand(experts, parts, blocks, factor):
     """Return which choices `[group, token, choice]` find room, row by row in order of arrival."""
     groups, tokens, choices = experts.shape
     keep = np.ones(experts.shape, bool)
@@ -76,7 +71,7 @@ def test_what_has_no_room_is_dropped_and_counted(mesh, rules, way, parts, blocks
     assert largest_difference(expected, run_reference(graph, params=params, inputs=inputs)) == 0
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
+WRONG = {
     "parts": ({"parts": 3}, "parts do not divide the axis 'expert'"),
     "blocks": ({"blocks": 0}, "blocks do not divide the axis 'group'"),
     "factor": ({"factor": 0.0}, "a positive factor"),

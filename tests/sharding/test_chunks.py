@@ -1,9 +1,5 @@
 """Chunks: cut, exchanged in turn, joined."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,7 +30,7 @@ def test_joined_chunks_are_the_whole(parts, of, each):
     assert np.array_equal(found["first"], runs[:, :, :each].reshape(2, -1))
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
+WRONG = {
     "at": ({"at": 2}, "there is no such chunk"),
     "of": ({"of": 3}, "cannot be cut into these chunks"),
     "parts": ({"parts": 0}, "there is no such chunk"),

@@ -1,10 +1,5 @@
 """The law of sharding: what devices compute together is what the graph means on global values."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -12,8 +7,8 @@ from hypothesis import strategies as st
 from moecc_passes.annotate import LowerCollectivesPass, lay
 
 from moecc.errors import InputError
-from moecc.ir import Graph, clone, equal, parse, verify
-from moecc.ir.devices import Run, assembled, simulate
+from moecc.ir import clone, equal, parse, verify
+from moecc.ir.devices import assembled, simulate
 from moecc.ir.interpreter import ReferenceProgram
 from moecc.ir.mesh import parse_mesh
 from moecc.rewrite.passes import Context
@@ -23,16 +18,14 @@ from moecc.testing.oracle import EDGE, amplified, rerun_of
 
 from .meshes import model, run
 
-Arrays = dict[str, np.ndarray[Any, Any]]
 
-
-def data_for(graph: Graph, batch: int, seed: int = 1) -> tuple[Arrays, Arrays]:
+def data_for(graph, batch, seed=1):
     """Return parameters and inputs, with `batch` sequences of six tokens."""
     sizes = dict.fromkeys(sizes_for(graph, 0), 6) | {"B": batch}
     return params_for(graph, seed, sizes), inputs_for(graph, seed, sizes)
 
 
-def largest_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> float:
+def largest_difference(expected, found):
     """Return the largest difference of outputs, relative to their largest number, at least 1."""
     worst = 0.0
     for name, a in expected.items():
@@ -75,7 +68,7 @@ def test_models_compute_the_same_on_a_mesh(case, before, mesh, rules):
     check_every_value(graph, params, inputs, found)
 
 
-def check_every_value(graph: Graph, params: Arrays, inputs: Arrays, found: Run) -> None:
+def check_every_value(graph, params, inputs, found):
     """Check that what devices hold of each value, put together, is the value."""
     held = {v for v in found.held if v.type.ragged is None}
     for value, array in ReferenceProgram(graph).trace(params, inputs):
@@ -87,7 +80,7 @@ def check_every_value(graph: Graph, params: Arrays, inputs: Arrays, found: Run) 
 
 
 @st.composite
-def layouts(draw: Any, graph: Graph) -> list[LayoutRule]:
+def layouts(draw, graph):
     """Draw rules for the axes of a graph, each optional, over the mesh axes a and b."""
     values = [*graph.inputs.values(), *graph.params.values()]
     values += [v for n in graph for v in n.results]

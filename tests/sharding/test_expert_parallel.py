@@ -1,9 +1,5 @@
 """Every legal way to bring rows to their experts computes what one device does."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from sharding_cases import SPREAD, Case, layer, legal_cases
@@ -49,7 +45,7 @@ def test_drops_are_those_of_one_device():
     assert (expected < 0).sum() > 0
 
 
-CENSUS: dict[tuple[str, str], dict[str, int]] = {
+CENSUS = {
     # two layers each
     ("via=capacity", "data:4"): {"all_to_all": 4},
     ("via=ring", "data:4"): {"all_gather": 2, "reduce_scatter": 2, "shard": 2},
@@ -77,7 +73,7 @@ def test_the_collectives_of_a_model(way, mesh):
     assert equal(plain, whole)
 
 
-REFUSED: dict[tuple[str, str, str, str], str] = {
+REFUSED = {
     ("ragged", "data:8", "st-moe", "via=capacity"): "have no fixed room",
     ("capacity", "data:8", "st-moe", "via=ragged"): "are not ragged",
     ("capacity", "data:8", "st-moe", "via=hierarchical"): "crosses mesh axes one by one",
@@ -98,7 +94,7 @@ def test_what_is_refused(options):
 def test_options_and_graphs_that_do_not_suit():
     with pytest.raises(UsageError, match="sliced where they are exchanged"):
         Pipeline.parse("expert-parallel{via=ring slice=model}")
-    graph: Any = layer("capacity")
+    graph = layer("capacity")
     with pytest.raises(InputError, match="has no mesh"):
         run(graph, "expert-parallel{via=ring}")
     dense = model("llama_gqa")

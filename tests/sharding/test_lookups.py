@@ -1,7 +1,5 @@
 """Tables that are looked up where their columns are stored, and which are not."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.ir import Graph
@@ -9,7 +7,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.mesh import parse_mesh
 from moecc.sharding.assign import Assigner, sites_of
 from moecc.sharding.collectives import dependence, gradients, steps
-from moecc.sharding.propagate import Propagation, propagate
+from moecc.sharding.propagate import propagate
 from moecc.sharding.rules import parse_layout
 from moecc.types import F32, I32, tensor
 from tests.support.layouts import layout_text
@@ -17,7 +15,7 @@ from tests.support.layouts import layout_text
 VOCAB, EMBED = 48, 16
 
 
-def looking_up(vocab: int = VOCAB, *, tied: bool = False) -> Graph:
+def looking_up(vocab=VOCAB, *, tied=False):
     graph = Graph("looking_up")
     b = Builder(graph, loc="embed")
     ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
@@ -30,12 +28,12 @@ def looking_up(vocab: int = VOCAB, *, tied: bool = False) -> Graph:
     return graph
 
 
-def found_in(graph: Graph, mesh: str, lines: str) -> Propagation:
+def found_in(graph, mesh, lines):
     by = Assigner(parse_mesh(mesh), parse_layout(layout_text(*lines.split(";")), "test"))
     return propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), by)
 
 
-def done(graph: Graph, found: Propagation) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+def done(graph, found):
     """Return the collectives that each value goes through, and their mesh axes."""
     return {
         r.value.name: [(op, attrs["mesh"]) for op, attrs in steps(r.source, r.target)]

@@ -1,9 +1,5 @@
 """From one placement to another by collectives."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,14 +12,14 @@ from moecc.sharding.collectives import steps
 MESHES = ("a", "b", "c")
 
 
-def laid(text: str, unreduced: tuple[str, ...] = ()) -> TensorType:
+def laid(text, unreduced=()):
     placement = parse_sharding(text)
     axes = tuple(Axis(n, 8, placement.get(n, ())) for n in ("x", "y", "z"))
     return TensorType(F32, axes, unreduced)
 
 
 @st.composite
-def types(draw: Any, sums: bool = False) -> TensorType:
+def types(draw, sums=False):
     left, axes = draw(st.permutations(MESHES)), []
     for name in ("x", "y", "z"):
         count = draw(st.integers(0, len(left)))

@@ -1,10 +1,7 @@
 """The one propagation: what it finds, that it changes nothing, and what reads it."""
 
-from __future__ import annotations
-
 from functools import cache
 from math import prod
-from typing import Any
 
 import pytest
 from moecc_passes.annotate import lay
@@ -22,13 +19,13 @@ from moecc.plan.workload import make_batch, workload
 from moecc.presets import preset_config
 from moecc.sharding.assign import Assigner, cuts_of, sites_of
 from moecc.sharding.collectives import dependence, gradients, sent, steps
-from moecc.sharding.propagate import Propagation, Reshard, propagate
+from moecc.sharding.propagate import Reshard, propagate
 from moecc.sharding.rules import parse_layout, read_layouts
 from moecc.types import F32, tensor
 from tests.support.layouts import layout_text
 
 MEGATRON = ("batch = data", "mlp = model", "kv_head = model ?", "q = model ?")
-FEW: dict[str, dict[str, Any]] = {
+FEW = {
     "mixtral-8x7b": {"num_hidden_layers": 2},
     "st-moe-l": {
         "num_layers": 2, "num_decoder_layers": 2,
@@ -38,19 +35,19 @@ FEW: dict[str, dict[str, Any]] = {
 
 
 @cache
-def model(name: str) -> Graph:
+def model(name):
     return build(parse_config({**preset_config(name), **FEW[name]}))
 
 
-def assigner(mesh: str, *lines: str) -> Assigner:
+def assigner(mesh, *lines):
     return Assigner(parse_mesh(mesh), parse_layout(layout_text(*lines), "test"))
 
 
-def found_in(graph: Graph, by: Assigner) -> Propagation:
+def found_in(graph, by):
     return propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), by)
 
 
-def block() -> Graph:
+def block():
     """Return a feed-forward block behind a norm, with its residual."""
     graph = Graph("block")
     b = Builder(graph, loc="layers.0.ffn")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moecc.ir import F64, I32, PRED, Builder, Graph, Value, tensor
+from moecc.ir import F64, I32, PRED, Builder, Graph, tensor
 from moecc.rewrite.passes import Context, Pass, PassResult
 from moecc.testing import run_reference
 from moecc.weights.expr import Source
@@ -16,15 +16,13 @@ TOKENS = ("batch", "seq")
 EMBED, MLP, VOCAB = 4, 6, 11
 
 
-def router(
-    experts: int, top_k: int = 1, *, mask: bool = False, layers: int = 1, **attrs: Any
-) -> Graph:
+def router(experts: int, top_k: int = 1, *, mask: bool = False, layers: int = 1, **attrs) -> Graph:
     """Return a graph whose input is the logits of each layer; the experts are identities."""
     placement = {n: attrs.pop(n) for n in list(attrs) if n not in ("gates", "scale")}
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F64, batch="B", seq="S", embed=2))
-    given: list[Value] = []
+    given = []
     if mask:
         given = [graph.input("mask", tensor(PRED, batch="B", seq="S"))]
     for layer in range(layers):
@@ -47,7 +45,7 @@ def transformer(layers: int = 8, *, causal: bool = True) -> Graph:
     b = Builder(graph)
     ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
 
-    def param(name: str, **sizes: int) -> Value:
+    def param(name, **sizes):
         type = tensor(F64, **sizes)
         return graph.param(name, type, Source(name, type), loc=b.loc)
 
@@ -102,5 +100,4 @@ def evaluated(graph: Graph, **inputs: Data) -> dict[str, Data]:
 
 def softmax(x: Data, axis: int = -1) -> Data:
     e = np.exp(x - x.max(axis, keepdims=True))
-    made: Data = e / e.sum(axis, keepdims=True)
-    return made
+    return e / e.sum(axis, keepdims=True)

@@ -1,7 +1,5 @@
 """``add-losses``: which outputs a graph gets, and what it rejects."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from moecc_passes.add_losses import AddLossesPass

@@ -5,10 +5,7 @@ Switch, Appendix); here it is ``route``, ``keep_choices``, ``assign_slots`` and 
 ``combine``. What is compared is the tensor of combine weights, ``[group, token, expert, slot]``.
 """
 
-from __future__ import annotations
-
 from functools import cache
-from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -18,7 +15,7 @@ from moecc.ir import F64, PRED, Builder, Graph, tensor
 from moecc.ir.moe import emit_priority
 from moecc.testing import run_reference
 
-from .layers import Data, softmax
+from .layers import softmax
 
 SEEDS = st.integers(0, 2**32 - 1)
 GROUPS, SIZE, EXPERTS = 2, 12, 4
@@ -26,9 +23,9 @@ GROUPS, SIZE, EXPERTS = 2, 12, 4
 
 @cache
 def gating(
-    top_k: int, gates: str, policy: str = "all", *, mask: bool = False, priority: bool = False,
-    **placement: Any,
-) -> Graph:  # fmt: skip
+    top_k, gates, policy = "all", *, mask = False, priority = False,
+    **placement
+):  # fmt: skip
     """Return a graph from logits ``[token, expert]`` to experts, gates and slots."""
     graph = Graph()
     b = Builder(graph)
@@ -51,7 +48,7 @@ def gating(
     return graph
 
 
-def combine_weights(graph: Graph, slots: int, **inputs: Data) -> Data:
+def combine_weights(graph, slots, **inputs):
     """Return the combine weights that the graph gives."""
     found = run_reference(graph, inputs=inputs)
     made = np.zeros((GROUPS, SIZE, EXPERTS, slots))
@@ -62,16 +59,16 @@ def combine_weights(graph: Graph, slots: int, **inputs: Data) -> Data:
     return made
 
 
-def one_hot(index: Data, size: int) -> Data:
+def one_hot(index, size):
     return (index[..., None] == np.arange(size)).astype(float)
 
 
-def before(counted: Data) -> Data:
+def before(counted):
     """Return for each token how many of those before it there are, ``[group, token, expert]``."""
     return np.cumsum(counted, 1) - counted
 
 
-def filled(mine: Data, position: Data, gate: Data, slots: int) -> Data:
+def filled(mine, position, gate, slots):
     """Return the combine weights of one choice; beyond the last slot there is none."""
     return gate[..., None, None] * mine[..., None] * one_hot(position.astype(int), slots)
 
@@ -79,7 +76,7 @@ def filled(mine: Data, position: Data, gate: Data, slots: int) -> Data:
 # --- mesh-tensorflow: two choices, normalised, with a policy for the second
 
 
-def as_mesh_tensorflow(logits: Data, slots: int, policy: str, mask: Data) -> Data:
+def as_mesh_tensorflow(logits, slots, policy, mask):
     p = softmax(logits)
     first = one_hot(p.argmax(-1), EXPERTS)
     second = one_hot((p * (1 - first)).argmax(-1), EXPERTS)
@@ -120,7 +117,7 @@ def test_the_gating_of_mesh_tensorflow(seed, factor, policy, mask):
 # --- flaxformer: any number of choices, not normalised, by priority
 
 
-def as_flaxformer(logits: Data, top_k: int, slots: int, prioritised: bool) -> Data:
+def as_flaxformer(logits, top_k, slots, prioritised):
     p = softmax(logits)
     turns = np.tile(np.arange(SIZE), (GROUPS, 1))
     if prioritised:

@@ -6,11 +6,8 @@ f · P, as in the paper, and losses are summed or averaged over layers.  So a la
 same loss in both, and the joint loss is that of one layer with all the tokens.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,26 +15,26 @@ from moecc_passes.add_losses import AddLossesPass
 
 from moecc.ir import F64
 
-from .layers import Data, applied, evaluated, router
+from .layers import applied, evaluated, router
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VALUES = json.loads((GOLDEN / "losses.json").read_text())
 ARRAYS = np.load(GOLDEN / "losses.npz")
 LOGITS, MASK = ARRAYS["logits"], ARRAYS["mask"]
 
-MIXTRAL: dict[str, Any] = {"balance": "k-hot", "over": "global"}
-SWITCH: dict[str, Any] = {"balance": "top-1", "over": "sequence"}
+MIXTRAL = {"balance": "k-hot", "over": "global"}
+SWITCH = {"balance": "top-1", "over": "sequence"}
 EXACT = 1e-13
 
 
-def losses(logits: Data, top_k: int = 1, mask: Data | None = None, **options: Any) -> dict:
+def losses(logits, top_k=1, mask=None, **options):
     """Return the losses of one layer with these logits, ``[batch, seq, expert]``."""
     graph = router(logits.shape[-1], top_k, mask=mask is not None)
     applied(AddLossesPass(metrics=False, **options), graph)
     return evaluated(graph, logits=logits, **({} if mask is None else {"mask": mask}))
 
 
-def joint(logits: list[Data], axis: int) -> Data:
+def joint(logits, axis):
     """Return the logits of all layers as those of one, along the batch or the sequence."""
     return np.concatenate(logits, axis)
 

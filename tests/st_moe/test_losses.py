@@ -1,9 +1,6 @@
 """Losses and metrics: the values of ST-MoE and of the code bases, by hand and by law."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +13,12 @@ from moecc.ir.devices import simulate
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 
-from .layers import Data, applied, evaluated, router, softmax
+from .layers import applied, evaluated, router, softmax
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def losses(
-    logits: Data, top_k: int = 1, mask: Data | None = None, **options: Any
-) -> dict[str, Data]:
+def losses(logits, top_k=1, mask=None, **options):
     """Return losses and metrics of one layer with these logits, `[batch, seq, expert]`."""
     placement = options.pop("placement", {})
     graph = router(logits.shape[-1], top_k, mask=mask is not None, **placement)
@@ -65,7 +60,7 @@ def test_balance_by_its_formula(seed, experts, top_k):
 def test_balance_over_groups_sequences_and_the_batch(seed):
     logits = np.random.default_rng(seed).normal(size=(2, 6, 4))
 
-    def of(part: Data) -> float:
+    def of(part):
         f = np.bincount(part.argmax(-1).ravel(), minlength=4) / (part.size / 4)
         return float(4 * (f * softmax(part).reshape(-1, 4).mean(0)).sum())
 
@@ -88,7 +83,7 @@ def test_padding_counts_nowhere(seed, over):
     logits = rng.normal(size=(2, 6, 4))
     mask = np.stack([rng.permutation(6) < 4 for _ in range(2)])
     short = logits[mask].reshape(2, 4, 4)
-    options: dict[str, Any] = {
+    options = {
         "over": over, "importance_coef": 1.0, "load_coef": 1.0, "placement": {"groups": 2}
     }  # fmt: skip
     padded, plain = losses(logits, 2, mask, **options), losses(short, 2, **options)
@@ -100,7 +95,7 @@ def test_padding_counts_nowhere(seed, over):
 @pytest.mark.parametrize("over", ["group", "sequence", "global"])
 def test_losses_of_nothing_but_padding_are_zero(over):
     logits = np.random.default_rng(0).normal(size=(2, 3, 4))
-    options: dict[str, Any] = {"importance_coef": 1.0, "load_coef": 1.0}
+    options = {"importance_coef": 1.0, "load_coef": 1.0}
     found = losses(logits, 2, np.zeros((2, 3), bool), over=over, placement={"groups": 2}, **options)
     for name, value in found.items():
         assert np.isfinite(value).all(), name

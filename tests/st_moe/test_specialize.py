@@ -1,9 +1,5 @@
 """The modes of a model: what training and evaluation see, and that either can be had again."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,13 +14,10 @@ from moecc.ir.moe import emit_expert_choice, emit_routing
 from moecc.rewrite.passes import Context
 from moecc.testing import laws, params_for, run_reference
 
-Data = np.ndarray[Any, Any]
 EMBED, MLP = 4, 6
 
 
-def model(
-    experts: int = 4, top_k: int = 2, *, layers: int = 2, causal: bool = False, **routing: Any
-) -> Graph:
+def model(experts=4, top_k=2, *, layers=2, causal=False, **routing):
     """Return layers of experts with residuals; `causal` puts attention under a mask before."""
     graph = Graph("sparse")
     b = Builder(graph)
@@ -46,7 +39,7 @@ def model(
     return graph
 
 
-def attention(b: Builder, x: Any) -> Any:
+def attention(b, x):
     """Attend from every token to itself and those before it."""
     keys = b.rename(x, axis="seq", to="kv_seq")
     here = b.positions(x, axis="seq")
@@ -55,7 +48,7 @@ def attention(b: Builder, x: Any) -> Any:
     return b.contract(b.softmax(scores, axis="kv_seq"), keys, over="kv_seq")
 
 
-def specialised(graph: Graph, **options: Any) -> Graph:
+def specialised(graph, **options):
     """Return a copy of `graph` after the pass, which must be well-formed and its own text."""
     item = SpecializePass(**options)
     assert item.validate() == []
@@ -65,7 +58,7 @@ def specialised(graph: Graph, **options: Any) -> Graph:
     return after
 
 
-def traced(graph: Graph, inputs: dict[str, Data], seed: int = 0) -> dict[str, Data]:
+def traced(graph, inputs, seed=0):
     """Return the output and the slots, gates and what is kept of every layer."""
     seen = clone(graph)
     for node in list(seen):
@@ -75,12 +68,12 @@ def traced(graph: Graph, inputs: dict[str, Data], seed: int = 0) -> dict[str, Da
     return run_reference(seen, inputs=inputs, seed=seed)
 
 
-def tokens(count: int = 16, seed: int = 0) -> dict[str, Data]:
+def tokens(count=16, seed=0):
     rng = np.random.default_rng(seed)
     return {"x": rng.normal(size=(2, count // 2, EMBED)), "key": np.uint64(rng.integers(2**63))}
 
 
-def given_inputs(graph: Graph, inputs: dict[str, Data]) -> dict[str, Data]:
+def given_inputs(graph, inputs):
     return {n: inputs[n] for n in graph.inputs}
 
 
@@ -159,7 +152,7 @@ def test_noise_of_training(options, changes_choice):
     assert "key" not in equal_back.inputs
 
 
-def noisy_without_outputs(graph: Graph) -> Graph:
+def noisy_without_outputs(graph):
     for name in [n for n in graph.output_names if n != "y"]:
         graph.drop_output(name)
     return graph
@@ -181,7 +174,7 @@ def test_priority_is_the_probability_of_the_first_choice():
         assert not lost.size or kept.min() > lost.max()
 
 
-def params(graph: Graph) -> dict[str, Data]:
+def params(graph):
     return params_for(graph, 0)
 
 

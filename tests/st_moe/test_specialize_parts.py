@@ -1,28 +1,25 @@
 """What a mode does beside capacity and policy: dropout, padding, and routing of other kinds."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from moecc.errors import InputError
-from moecc.ir import Graph, clone, equal
+from moecc.ir import clone, equal
 from moecc.ir.ops.slots import capacity
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws, run_reference
 
-from .layers import MLP, Data, transformer
+from .layers import MLP, transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def made(text: str, layers: int = 2, *, causal: bool = False) -> Graph:
+def made(text, layers=2, *, causal=False):
     """Return a small model after the passes of `text`."""
     graph = transformer(layers, causal=causal)
     run_pipeline(graph, Pipeline.parse(text))
@@ -30,20 +27,20 @@ def made(text: str, layers: int = 2, *, causal: bool = False) -> Graph:
     return graph
 
 
-def then(graph: Graph, text: str) -> Graph:
+def then(graph, text):
     after = clone(graph)
     run_pipeline(after, Pipeline.parse(text))
     laws.check_graph(after)
     return after
 
 
-def outputs(graph: Graph, key: int = 0, **more: Data) -> dict[str, Data]:
+def outputs(graph, key=0, **more):
     rng = np.random.default_rng(0)
     given = {"ids": rng.integers(0, 11, (2, 8)).astype(np.int32), "key": np.uint64(key), **more}
     return run_reference(graph, inputs={n: given[n] for n in graph.inputs})
 
 
-def drawn(graph: Graph) -> list[str]:
+def drawn(graph):
     """Return where dropout is, by the axes of its numbers."""
     values = [n.results[0] for n in graph if n.op.name == "random_uniform"]
     return ["/".join((v.node.loc, *v.type.names)) for v in values if v.node is not None]
@@ -159,14 +156,14 @@ def test_every_router_can_be_perturbed(routing, noise):
 # --- some layers alone
 
 
-def encoder_decoder(text: str) -> Graph:
+def encoder_decoder(text):
     with open_model(str(GOLDEN / "t5_gated_untied")) as model:
         graph = clone(model.graph)
     run_pipeline(graph, Pipeline.parse(text))
     return graph
 
 
-def placed(graph: Graph) -> dict[str, Any]:
+def placed(graph):
     return {n.loc: n for n in graph if n.op.name == "assign_slots"}
 
 

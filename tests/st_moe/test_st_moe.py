@@ -1,15 +1,11 @@
 """The paper's conversion as one pass, and the groups of its fine-tuning study."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
 from moecc.analysis import GROUPS, parameter_groups, trainable
 from moecc.errors import InputError
-from moecc.ir import Graph, clone, equal, parse, print_graph
+from moecc.ir import clone, equal, parse, print_graph
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import inputs_for, laws, params_for, run_reference
@@ -17,7 +13,7 @@ from moecc.testing import inputs_for, laws, params_for, run_reference
 from .layers import transformer
 
 
-def converted(text: str = "st-moe{experts=4}", layers: int = 8) -> tuple[Graph, Graph, Any]:
+def converted(text="st-moe{experts=4}", layers=8):
     before = transformer(layers)
     after = clone(before)
     report = run_pipeline(after, Pipeline.parse(text))
@@ -25,7 +21,7 @@ def converted(text: str = "st-moe{experts=4}", layers: int = 8) -> tuple[Graph, 
     return before, after, report
 
 
-def same_logits(before: Graph, after: Graph, seed: int = 0) -> float:
+def same_logits(before, after, seed=0):
     sizes = {"B": 2, "S": 6}
     inputs = inputs_for(before, seed, sizes)
     first, second = (

@@ -1,7 +1,5 @@
 """The random graphs: valid, varied, quick to make, and still valid when cut to pieces."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +9,7 @@ from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 from tiers import few
 
-from moecc.ir import OPS, Graph, clone, print_graph, verify
+from moecc.ir import OPS, clone, print_graph, verify
 from moecc.testing import graphs, laws, random_graph, run_reference
 from moecc.testing.generate import keep_only
 from moecc.testing.steps import BLOCKS, SIMPLE, split
@@ -65,7 +63,7 @@ def test_a_graph_cut_to_pieces_is_valid_and_runs(graph, kept):
     assert all(v.users for v in [*graph.inputs.values(), *graph.params.values()])
 
 
-def has(graph: Graph, *ops: str) -> bool:
+def has(graph, *ops):
     return set(ops) <= {n.op.name for n in graph}
 
 

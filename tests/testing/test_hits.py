@@ -8,9 +8,8 @@ from typing import ClassVar
 import pytest
 from hypothesis import Phase, given, settings
 
-from moecc.ir import Graph
 from moecc.rewrite import P, Rule, rewrite
-from moecc.rewrite.passes import EXACT, Context, Pass, PassResult
+from moecc.rewrite.passes import EXACT, Pass, PassResult
 from moecc.testing import graphs, laws, random_graph
 
 _x = P.any("x")
@@ -27,7 +26,7 @@ class RarePass(Pass):
     preserves = EXACT
     salt: int = 0
 
-    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+    def apply(self, graph, ctx):
         return PassResult.of(rewrite(graph, [RARE], origin=self.name))
 
 
@@ -35,7 +34,7 @@ def test_a_pass_that_never_matches_fails():
     # There is no smaller example of a rule that nothing matches.
     @settings(phases=[Phase.generate])
     @given(graphs())
-    def law(graph: Graph) -> None:
+    def law(graph):
         laws.check_pass(RarePass(), graph)
 
     with pytest.raises(AssertionError, match=r"(?s)rare matched on 0 of 50 graphs.*like=RULE"):
@@ -49,7 +48,7 @@ def test_planted_graphs_are_enough(graph):
 
 
 def test_a_share_can_be_asked_for():
-    def check(seed: int) -> None:
+    def check(seed):
         like = [RARE] if seed % 4 == 0 else []
         laws.check_pass(RarePass(salt=5), random_graph(seed, like=like), least=0.5)
 

@@ -1,15 +1,11 @@
 """The oracle: the same data for the same names, and differences that rounding cannot explain."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
-from moecc.ir import BF16, F32, F64, I32, Builder, Graph, Value, parse, tensor
+from moecc.ir import BF16, F32, F64, I32, Builder, Graph, parse, tensor
 from moecc.ir.structure import replace_value
-from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves
+from moecc.rewrite.passes import EXACT, Pass, PassResult, Preserves
 from moecc.testing import (
     assert_same,
     differences,
@@ -23,7 +19,7 @@ from moecc.weights.expr import Source
 from moecc.weights.movement import Index, Tile
 
 
-def graph_of(make: Any, **sizes: Any) -> Graph:
+def graph_of(make, **sizes):
     """Return the graph of a function of the builder and an input `x`."""
     graph = Graph()
     x = graph.input("x", tensor(F64, **(sizes or {"batch": "B", "embed": 4})))
@@ -67,7 +63,7 @@ def test_indices_stay_within_all_that_they_index():
     del free
 
 
-def weighted(weight: Any, type: Any) -> Graph:
+def weighted(weight, type):
     graph = Graph()
     graph.set_output("w", graph.param("w", type, weight))
     return graph
@@ -116,7 +112,7 @@ def test_exact_means_every_bit():
 def test_what_rounding_does_is_no_difference():
     """(x + big) − big loses half of the digits, differently in another order."""
 
-    def lossy(b: Builder, x: Value, is_swapped: bool) -> Value:
+    def lossy(b, x, is_swapped):
         big, y = b.scale(b.exp(x), by=1e8), b.square(x)
         total = b.add(b.add(x, big), y) if is_swapped else b.add(b.add(x, y), big)
         return b.sub(total, big)
@@ -172,29 +168,28 @@ class Named(Pass):
     name = "named"
     summary = "do what the test says"
 
-    def __init__(self, does: Any, promise: Preserves = EXACT, changed: bool = True) -> None:
+    def __init__(self, does, promise=EXACT, changed=True):
         object.__setattr__(self, "does", does)
         object.__setattr__(self, "promise", promise)
         object.__setattr__(self, "changed", changed)
 
     @property
-    def preserves(self) -> Preserves:
-        promise: Preserves = self.promise  # type: ignore[attr-defined]
-        return promise
+    def preserves(self):
+        return self.promise
 
-    def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        self.does(graph)  # type: ignore[attr-defined]
-        return PassResult(self.changed)  # type: ignore[attr-defined]
+    def apply(self, graph, ctx):
+        self.does(graph)
+        return PassResult(self.changed)
 
 
-def scaled(by: float) -> Any:
-    def does(graph: Graph) -> None:
+def scaled(by):
+    def does(graph):
         graph.set_output("y", Builder(graph).scale(graph.outputs["y"], by=by))
 
     return does
 
 
-def nothing(graph: Graph) -> None:
+def nothing(graph):
     """Leave the graph as it is."""
 
 

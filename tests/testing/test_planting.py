@@ -1,18 +1,16 @@
 """Planting: what a pattern describes is there, whatever it describes; and nothing else is lost."""
 
-from __future__ import annotations
-
 import pytest
 from moecc_passes.cleanup import AXIS_RULES as AXES
 from moecc_passes.cleanup import ELEMENTWISE_RULES as ELEMENTWISE
 
 from moecc.ir import verify
-from moecc.rewrite import P, Pattern, Rule, find
+from moecc.rewrite import P, Rule, find
 from moecc.testing import random_graph
 
 _x = P.any("x")
 
-PATTERNS: dict[str, Pattern] = {
+PATTERNS = {
     "a block": P.contract(
         P.mul(
             P.silu(P.contract(_x, P.param("g"), over="embed")).only_used_here(),

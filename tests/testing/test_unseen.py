@@ -1,9 +1,5 @@
 """What values do not show: gradients, stored weights, devices; and what is no difference."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 from moecc_passes.roll_layers import RollLayersPass
 
@@ -16,7 +12,7 @@ from moecc.weights.expr import Source
 # --- gradients
 
 
-def of(make: Any) -> Graph:
+def of(make):
     """Return the graph of a function of a builder, an input and a parameter."""
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", embed=4))
@@ -50,7 +46,7 @@ def test_the_straight_through_estimator_is_not_what_it_estimates():
 
 
 def test_a_gradient_that_is_stopped_in_repeated_layers_counts():
-    def layers(stops: bool) -> Graph:
+    def layers(stops):
         graph = Graph()
         h = graph.input("x", tensor(F32, batch="B", embed=4))
         for number in range(3):
@@ -71,7 +67,7 @@ def test_a_gradient_that_is_stopped_in_repeated_layers_counts():
 # --- weights as they are stored
 
 
-def weighted(weight: Any) -> Graph:
+def weighted(weight):
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", embed=64))
     w = graph.param("w", weight.type.with_dtype(F32), weight)

@@ -6,8 +6,6 @@ a block that the search of dataflow misses is missed by no one.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 FORMS: tuple[tuple[str, ...], ...] = (
@@ -55,10 +53,10 @@ FORMS: tuple[tuple[str, ...], ...] = (
 """The products of a block by their names in a module: those of its input, and the last one."""
 
 
-def expected_blocks(model: Any) -> dict[str, tuple[str, ...]]:
+def expected_blocks(model) -> dict[str, tuple[str, ...]]:
     """Return the modules of the products of each block, by the module of the last one."""
     modules = dict(model.named_modules())
-    blocks: dict[str, tuple[str, ...]] = {}
+    blocks = {}
     for path, parent in modules.items():
         for form in FORMS:
             if (form[0].isdigit() and not isinstance(parent, nn.Sequential)) or _mixes(
@@ -71,7 +69,7 @@ def expected_blocks(model: Any) -> dict[str, tuple[str, ...]]:
     return blocks
 
 
-def _mixes(module: Any, first: str) -> bool:
+def _mixes(module, first: str) -> bool:
     """Whether a convolution, or a norm of hidden values, stands behind the first product."""
     children = dict(module.named_children())
     names = list(children)
@@ -83,6 +81,6 @@ def _mixes(module: Any, first: str) -> bool:
     )
 
 
-def _is_product(module: Any) -> bool:
+def _is_product(module) -> bool:
     weight = getattr(module, "weight", None)
     return weight is not None and weight.dim() == 2

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moecc.support.untyped import JsonDict
-
 RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "torch-models.json"
 STAGES = {
     "no block": "have no block that can be converted, many of them mixtures already",
@@ -25,7 +23,7 @@ def render() -> str:
     """Return the counts, and the architectures that are right, as Markdown."""
     document = json.loads(RECORD.read_text("utf-8"))
     rows, versions = document["rows"], document["versions"]
-    named: dict[str, list[str]] = {stage: [] for stage in (*STAGES, "right")}
+    named = {stage: [] for stage in (*STAGES, "right")}
     for row in rows:
         named[row["stage"]].append(row["type"])
     others = [
@@ -34,7 +32,7 @@ def render() -> str:
     ]
     right = [row for row in rows if row["stage"] == "right"]
     spread = ", ".join(row["type"] for row in right if "spread" in row)
-    forms: dict[str, list[JsonDict]] = {}
+    forms = {}
     for row in right:
         forms.setdefault(row["operations"][0], []).append(row)
     lines = [

@@ -25,13 +25,13 @@ PIPELINE = "upcycle{experts=4 top-k=2}"
 PRODUCTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def first_output(model: Any, inputs: dict[str, Any]) -> Any:
+def first_output(model, inputs: dict[str, Any]):
     """Return the logits, or the hidden states."""
     with torch.no_grad():
         return model(**inputs)[0].float()
 
 
-def difference(a: Any, b: Any) -> float:
+def difference(a, b) -> float:
     """Return the largest difference beside the largest value."""
     return ((a - b).abs().max() / b.abs().max()).item()
 
@@ -40,7 +40,7 @@ def judge(source: str, family: str, work: Path) -> dict[str, Any]:
     """Convert a folder, and return what the results have in common."""
     sparse, by_family = work / "sparse", work / "family"
     words = ["-p", PIPELINE, "--force"]
-    row: dict[str, Any] = {
+    row = {
         "name": Path(source).name,
         "convert": moecc(["convert", source, str(sparse), "--via", "torch", *words]),
         "prove": moecc(["prove", source, str(sparse)]),
@@ -79,7 +79,7 @@ def judge(source: str, family: str, work: Path) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
+def main():
     """Judge the folders that are named, each with a family to compare with or none."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)

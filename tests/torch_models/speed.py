@@ -11,7 +11,6 @@ import time
 from copy import deepcopy
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import transformers
@@ -29,14 +28,14 @@ SIZES = {
 class HandWritten(nn.Module):
     """A mixture as transformers wrote Mixtral: a loop over the experts that tokens chose."""
 
-    def __init__(self, mixture: Any) -> None:
+    def __init__(self, mixture):
         super().__init__()
         experts = mixture.experts
         self.router = mixture.router.weight
         self.gate, self.up = experts.gate_proj.weight, experts.up_proj.weight
         self.down = experts.down_proj.weight
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])
         best, index = nn.functional.linear(rows, self.router).topk(TOP_K, dim=-1)
         gates, result = best.softmax(-1), torch.zeros_like(rows)
@@ -49,7 +48,7 @@ class HandWritten(nn.Module):
         return result.reshape(x.shape)
 
 
-def seconds(model: Any, ids: Any, *, trains: bool) -> float:
+def seconds(model, ids, *, trains: bool) -> float:
     """Return the time of the processor that a forward pass or a training step takes."""
     start = time.process_time()
     with torch.set_grad_enabled(trains):
@@ -60,7 +59,7 @@ def seconds(model: Any, ids: Any, *, trains: bool) -> float:
     return time.process_time() - start
 
 
-def main() -> None:
+def main():
     """Time both models in turn, and write the medians and their ratio."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -72,12 +71,12 @@ def main() -> None:
     for layer in by_hand.model.layers:
         layer.mlp = HandWritten(layer.mlp)
     torch.testing.assert_close(converted(ids).logits, by_hand(ids).logits)
-    document: dict[str, Any] = {
+    document = {
         "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": 1,
         "experts": EXPERTS, "top_k": TOP_K, "tokens": ids.numel(), **SIZES,
     }  # fmt: skip
     for name, trains in (("forward", False), ("step", True)):
-        times: list[tuple[float, float]] = []
+        times = []
         for _ in range(RUNS + 2):  # the first two warm up
             times.append((seconds(converted, ids, trains=trains),
                           seconds(by_hand, ids, trains=trains)))  # fmt: skip

@@ -67,12 +67,12 @@ class Undecided(Exception):
     """The dense model itself does not do what the converted one would be held to."""
 
 
-def outputs(model: Any, inputs: Mapping[str, Any]) -> list[Any]:
+def outputs(model, inputs: Mapping[str, Any]) -> list[Any]:
     """Return the tensors of floating point that a model returns."""
     torch.manual_seed(0)  # some draw what they mask
     result = model(**inputs)
     values = result.values() if hasattr(result, "values") else result
-    flat: list[Any] = []
+    flat = []
     stack = list(values)
     while stack:
         value = stack.pop(0)
@@ -108,7 +108,7 @@ def compare(
 
 def judge(kind: str, name: str) -> dict[str, object]:
     """Return what was found of an architecture."""
-    row: dict[str, object] = {"type": kind, "class": name}
+    row = {"type": kind, "class": name}
     started = time.process_time()
     torch.set_default_dtype(torch.float64)  # tables of positions, too
     errors = []
@@ -149,7 +149,7 @@ def judge(kind: str, name: str) -> dict[str, object]:
     return row | verdict | {"seconds": round(time.process_time() - started, 1)}
 
 
-def perturbed(model: Any, size: float, seed: int, *, relative: bool) -> Any:
+def perturbed(model, size: float, seed: int, *, relative: bool):
     """Return a copy of a model with normal noise of a size on its parameters."""
     model, generator = deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def perturbed(model: Any, size: float, seed: int, *, relative: bool) -> Any:
     return model
 
 
-def sensitivity(model: Any, inputs: dict[str, Any]) -> float:
+def sensitivity(model, inputs: dict[str, Any]) -> float:
     """Return how far weights that differ by rounding change a dense model, in four draws."""
     with torch.no_grad():
         before = outputs(model, inputs)
@@ -167,9 +167,9 @@ def sensitivity(model: Any, inputs: dict[str, Any]) -> float:
         return max(compare(before, outputs(c, inputs), math.inf, "perturbed") for c in copies)
 
 
-def judge_conversion(model: Any, inputs: dict[str, Any], before: list[Any]) -> dict[str, object]:
+def judge_conversion(model, inputs: dict[str, Any], before: list[Any]) -> dict[str, object]:
     """Return what was found of a model, whose results are known."""
-    row: dict[str, object] = {}
+    row = {}
     try:
         exported = exported_module(model, (), inputs)
         surveyed = survey_model(model, exported)
@@ -209,7 +209,7 @@ def judge_conversion(model: Any, inputs: dict[str, Any], before: list[Any]) -> d
     return row
 
 
-def counted(model: Any, exported: Any, downs: Mapping[str, str], misses: str) -> int:
+def counted(model, exported, downs: Mapping[str, str], misses: str) -> int:
     """Return how many blocks a model runs, by the names of its layers.
 
     Raises Wrong where one is neither converted nor a near miss, or another was converted.
@@ -230,12 +230,10 @@ def counted(model: Any, exported: Any, downs: Mapping[str, str], misses: str) ->
     return len(expected)
 
 
-def checks(surveyed: Any, moe: Any, inputs: dict[str, Any], before: list[Any]) -> dict[str, object]:
+def checks(surveyed, moe, inputs: dict[str, Any], before: list[Any]) -> dict[str, object]:
     """Hold a converted model to the dense one, and to mixtures written by hand."""
     with torch.no_grad():
-        row: dict[str, object] = {
-            "logits": compare(before, outputs(moe, inputs), TOLERANCE, "logits")
-        }
+        row = {"logits": compare(before, outputs(moe, inputs), TOLERANCE, "logits")}
     row |= against_hand(surveyed, moe, inputs)
     with tempfile.TemporaryDirectory() as folder:
         moe.save_pretrained(folder)
@@ -265,18 +263,18 @@ def checks(surveyed: Any, moe: Any, inputs: dict[str, Any], before: list[Any]) -
     return row
 
 
-def against_hand(surveyed: Any, moe: Any, inputs: dict[str, Any]) -> dict[str, object]:
+def against_hand(surveyed, moe, inputs: dict[str, Any]) -> dict[str, object]:
     """Perturb the experts, and compare results and gradients with a mixture written by hand."""
     exported, survey = surveyed.exported, surveyed.survey
     instances = survey.instances()
-    regions: dict[str, list[tuple[BlockRegion, Any]]] = {}
+    regions = {}
     for site in survey.sites:
         region = BlockRegion.of(site.slice, exported.nodes), site.slice
         regions.setdefault(instances[site.keys[0]].loc, []).append(region)
     changed, by_hand = deepcopy(moe), deepcopy(moe)
     graph, names = moe.conversion.graph, moe.conversion.emitted.names
     generator = np.random.default_rng(0)
-    every: list[tuple[Any, Any, Any]] = []
+    every = []
     for mixture in mixtures(by_hand):
         loc = next(p.loc for p in moe.conversion.places if p.path == mixture.path)
         params = [p for p in graph.params.values() if p.loc == loc]
@@ -302,7 +300,7 @@ def against_hand(surveyed: Any, moe: Any, inputs: dict[str, Any]) -> dict[str, o
         ]
         mixture.forward = lambda x, runs=dict(runs): runs[x.numel()](x)
     a, b = outputs(changed, inputs), outputs(by_hand, inputs)
-    row: dict[str, object] = {"experts": compare(a, b, 1e-9, "experts")}
+    row = {"experts": compare(a, b, 1e-9, "experts")}
     draws = torch.Generator().manual_seed(3)
     weights = [torch.randn(x.shape, generator=draws, dtype=x.dtype) for x in a]
     for results in (a, b):
@@ -319,14 +317,12 @@ def against_hand(surveyed: Any, moe: Any, inputs: dict[str, Any]) -> dict[str, o
     return row
 
 
-def mixtures(model: Any) -> list[Any]:
+def mixtures(model) -> list[Any]:
     """Return the mixtures of a model."""
     return [m for m in model.modules() if type(m).__mro__[1].__name__ == "MixtureBlock"]
 
 
-def _by_hand(
-    exported: Any, region: BlockRegion, block: Any, experts: Any, router: Any
-) -> tuple[int, Any]:
+def _by_hand(exported, region: BlockRegion, block, experts, router) -> tuple[int, Any]:
     """Return a mixture of the nodes of a block, after the number of elements that it takes."""
     nodes = list(exported.graph.nodes)
     named = exported.nodes
@@ -345,7 +341,7 @@ def _by_hand(
     inputs = {n for up in region.ups for n in up.all_input_nodes if n not in region.nodes}
     same = [n for n in inputs if not exported.traced[n].is_weight]
 
-    def forward(x: Any) -> Any:
+    def forward(x):
         logits = x @ router.T
         best, index = (x[..., :2] for x in logits.sort(dim=-1, descending=True, stable=True))
         gates = best.softmax(-1)
@@ -375,7 +371,7 @@ def _runnable(nodes: list[Any], values: Mapping[Any, Any]) -> list[Any]:
     return order
 
 
-def run_nodes(nodes: Sequence[Any], values: dict[Any, Any], result: Any) -> Any:
+def run_nodes(nodes: Sequence[Any], values: dict[Any, Any], result):
     """Run nodes of torch.fx on values of the nodes that they read."""
     for node in nodes:
         if node not in values:
@@ -384,13 +380,13 @@ def run_nodes(nodes: Sequence[Any], values: dict[Any, Any], result: Any) -> Any:
     return values[result]
 
 
-def exported_weight(exported: Any, node: Any) -> bool:
+def exported_weight(exported, node) -> bool:
     """Whether a node is a view of a parameter."""
     value = exported.traced.get(node)
     return bool(getattr(value, "is_weight", False)) and node.op == "call_function"
 
 
-def learning_rate(model: Any, inputs: dict[str, Any]) -> float:
+def learning_rate(model, inputs: dict[str, Any]) -> float:
     """Return a rate at which the loss of a dense model falls. Raises Undecided for none."""
     for rate in RATES:
         values, _ = trained(deepcopy(model), inputs, rate)
@@ -399,9 +395,7 @@ def learning_rate(model: Any, inputs: dict[str, Any]) -> float:
     raise Undecided(f"training: no rate of {RATES} lowers the loss of the dense model")
 
 
-def trained(
-    model: Any, inputs: dict[str, Any], rate: float
-) -> tuple[list[float], dict[str, float]]:
+def trained(model, inputs: dict[str, Any], rate: float) -> tuple[list[float], dict[str, float]]:
     """Train five steps. Returns the loss before each and at the end, and those of mixtures."""
     torch.manual_seed(0)
     target = torch.randn_like(outputs(model, inputs)[0])
@@ -445,8 +439,7 @@ def in_child(kind: str, name: str) -> dict[str, object]:
         text = stream.read()
     _, status = os.waitpid(child, 0)
     if text:
-        result: dict[str, object] = json.loads(text)
-        return result
+        return json.loads(text)
     reason = (
         f"not done in {PROCESSOR_SECONDS} s of the processor" if status else "the process ended"
     )

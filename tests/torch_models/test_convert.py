@@ -1,11 +1,8 @@
 """Modules of PyTorch with mixtures in place of their blocks."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from copy import deepcopy
-from typing import Any
 
 import pytest
 
@@ -24,14 +21,14 @@ PIPELINE = "upcycle{experts=4 top-k=2},add-losses{metrics=false}"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-def converted(*layers: Any, pipeline: str = PIPELINE) -> tuple[Any, Any]:
+def converted(*layers, pipeline=PIPELINE):
     """Return a dense model in float64 and what became of it."""
     torch.manual_seed(0)
     model = Language(*layers).double().eval()
     return model, mt.convert(model, tokens(), pipeline)
 
 
-def rejection(*layers: Any) -> str:
+def rejection(*layers):
     """Return why nothing is converted."""
     torch.manual_seed(0)
     with pytest.raises(InputError) as error:
@@ -39,7 +36,7 @@ def rejection(*layers: Any) -> str:
     return str(error.value)
 
 
-def close(a: Any, b: Any) -> bool:
+def close(a, b):
     return bool(torch.allclose(a, b, rtol=0, atol=1e-12))
 
 
@@ -63,11 +60,11 @@ def test_a_block_between_two_products_has_a_pair_of_modules():
 class Chunked(Block):
     """Both factors of the hidden values are halves of one product."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.up = nn.Linear(WIDTH, 2 * HIDDEN)
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         gate, value = self.up(x).chunk(2, dim=-1)
         return F.gelu(gate) * value
 
@@ -75,7 +72,7 @@ class Chunked(Block):
 class Clamped(Block):
     """Hidden values have a largest one, and a smallest one on another way."""
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         hidden = self.up(x)
         return F.silu(hidden.clamp(max=0.1)) * hidden.clamp(min=-0.1, max=0.2)
 
@@ -83,7 +80,7 @@ class Clamped(Block):
 class InPlace(Block):
     """What is read last is what the operations in place left, of another node of the graph."""
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         hidden = self.up(x)
         hidden.add_(1).mul_(2)
         return hidden.relu_()
@@ -92,7 +89,7 @@ class InPlace(Block):
 class Flat(Whole):
     """The block is a module that has the tokens of all rows, as experts of mixtures are."""
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x):
         return x + self.mlp(self.norm(x).view(-1, WIDTH)).view(x.shape)
 
 
@@ -155,11 +152,11 @@ def test_losses_of_the_last_run_have_gradients():
 
 def test_a_layer_that_runs_twice_is_one_mixture():
     class Twice(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.layer = Whole()
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x):
             return self.layer(self.layer(x))
 
     model, moe = converted(Twice())
@@ -182,7 +179,7 @@ def test_dropout_before_the_last_product_stays():
 
 def test_a_dropout_that_only_training_has_stays():
     class Dropping(Block):
-        def hidden(self, x: Any) -> Any:
+        def hidden(self, x):
             hidden = F.gelu(self.up(x))
             return F.dropout(hidden, 0.5) if self.training else hidden
 
@@ -192,7 +189,7 @@ def test_a_dropout_that_only_training_has_stays():
 
 def test_gradients_that_are_off_around_a_block_are_no_part_of_it():
     class Frozen(Whole):
-        def forward(self, x: Any) -> Any:
+        def forward(self, x):
             with torch.no_grad():
                 return super().forward(x)
 
@@ -203,11 +200,11 @@ def test_gradients_that_are_off_around_a_block_are_no_part_of_it():
 
 def test_sizes_that_a_model_is_bound_to_are_remarked():
     class Bound(Block):
-        def forward(self, x: Any) -> Any:
+        def forward(self, x):
             return super().forward(x.view(-1, 5, WIDTH))
 
     class Sized(Block):
-        def forward(self, x: Any) -> Any:
+        def forward(self, x):
             return super().forward(x.view(2, 5, WIDTH))
 
     for layer, axes in ((Bound(), ["second axis"]), (Sized(), ["batch", "second axis"])):
@@ -243,11 +240,11 @@ def test_the_weights_of_a_replaced_product_are_scaled_by_its_name():
 def test_a_block_whose_result_the_model_drops_keeps_its_bias():
     # The head of SigLIP runs in its classifier, which has no use for it.
     class Idle(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.head = Block()
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x):
             self.head(x)
             return x
 
@@ -310,49 +307,49 @@ def test_a_folder_is_loaded_bit_for_bit_and_known_to_the_commands(tmp_path):
 
 
 class UsedElsewhere(Block):
-    def forward(self, x: Any) -> Any:
+    def forward(self, x):
         hidden = self.hidden(self.norm(x))
         return x + self.down(hidden) + hidden.mean(-1, keepdim=True)
 
 
 class Functional(Block):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(WIDTH))
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x):
         x = self.norm(x)
         hidden = F.gelu(F.linear(x, self.up.weight, self.up.bias))
         return x * self.scale + F.linear(hidden, self.down.weight, self.down.bias)
 
 
 class Mixing(Block):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.up, self.down = nn.Linear(5, HIDDEN), nn.Linear(HIDDEN, 5)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x):
         return x + self.down(self.hidden(self.norm(x).mT)).mT
 
 
 class Viewed(Block):
     """An operation in place changes a part of the hidden values."""
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         hidden = self.up(x)
         hidden[..., 0] = 0
         return F.gelu(hidden)
 
 
 class Twice(Block):
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(self.up(x)) + self.up(x)
 
 
 class Sparsified(Block):
     """Hidden values below a bound of their own statistics are zero, as in Gemma 3n."""
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         hidden = self.up(x)
         share = torch.distributions.Normal(0, 1).icdf(torch.tensor(0.8)).to(x.dtype)
         bound = hidden.mean(-1, keepdim=True) + hidden.std(-1, keepdim=True) * share
@@ -362,69 +359,69 @@ class Sparsified(Block):
 class Adapted(Block):
     """An adapter beside the first product."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, HIDDEN, bias=False)
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(self.up(x) + self.b(self.a(x)))
 
 
 class Rounded(Block):
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(self.up(x).half()).to(x.dtype)
 
 
 class EarlyDropout(Block):
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(F.dropout(self.up(x), 0.5, self.training))
 
 
 class Quantised(Block):
     """Weights of the first product are whole numbers in a buffer, with a scale."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         numbers = torch.randint(-127, 127, (HIDDEN, WIDTH), dtype=torch.int8)
         self.register_buffer("numbers", numbers)
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(F.linear(x, self.numbers.to(x.dtype) * 0.01))
 
 
 class Scaled(nn.Linear):
-    def forward(self, x: Any, scale: float = 1) -> Any:  # type: ignore[override]
+    def forward(self, x, scale=1):
         return super().forward(x) * scale
 
 
 class FurtherArguments(Block):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.up = Scaled(WIDTH, HIDDEN)
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(self.up(x, 1))
 
 
 class Averaged(Block):
     """A number of tokens, which the trace has as a number."""
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(self.up(x)) / x.shape[1]
 
 
 class LengthDependent(Block):
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(self.up(x)) if x.shape[1] < 6 else F.relu(self.up(x))
 
 
 class ModeDependent(Block):
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(self.up(x)) if self.training else F.relu(self.up(x))
 
 
 class Detached(Block):
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         with torch.no_grad():
             hidden = self.up(x)
         return F.gelu(hidden)
@@ -432,39 +429,39 @@ class Detached(Block):
 
 class Ungraded(nn.Linear):
     @torch.no_grad()
-    def forward(self, x: Any) -> Any:
+    def forward(self, x):
         return super().forward(x)
 
 
-def with_ungraded_product() -> Any:
+def with_ungraded_product():
     layer = Block()
     layer.down = Ungraded(HIDDEN, WIDTH)
     return layer
 
 
 @torch.library.custom_op("moecc_tests::up", mutates_args=())
-def kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def kernel(x, weight):
     """A product in a kernel of its own."""
     return x @ weight.T
 
 
 @kernel.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _(x, weight):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class Kernel(Block):
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x):
         return F.gelu(kernel(x, self.up.weight))
 
 
-def normed() -> Any:
+def normed():
     layer = Block()
     layer.up = nn.utils.parametrizations.weight_norm(layer.up)
     return layer
 
 
-def shared() -> tuple[Any, Any]:
+def shared():
     first, second = Block(), Block()
     second.up.weight = first.up.weight
     return first, second
@@ -502,18 +499,18 @@ def test_what_is_no_block_is_said_with_its_reason(layers, words):
 def test_names_in_another_order_do_not_swap_weights():
     # A ParameterDict of a dict sorts its keys: bias comes before weight.
     class Dictionary(Block):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             weights = {"w": self.up.weight.data, "b": self.up.bias.data}
             self.inner = nn.ParameterDict({n: nn.Parameter(t) for n, t in weights.items()})
             self.up = Product(self.inner)
 
     class Product(nn.Module):
-        def __init__(self, weights: Any) -> None:
+        def __init__(self, weights):
             super().__init__()
             self.weights = weights
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x):
             return F.linear(x, self.weights["w"], self.weights["b"])
 
     model, moe = converted(Dictionary())
@@ -522,7 +519,7 @@ def test_names_in_another_order_do_not_swap_weights():
 
 def test_a_type_taken_from_another_value_is_none_from_outside():
     class Typed(Block):
-        def hidden(self, x: Any) -> Any:
+        def hidden(self, x):
             return F.gelu(self.up(x)).type_as(x)
 
     model, moe = converted(Typed())
@@ -537,14 +534,14 @@ def test_bad_input():
         mt.convert(model, {"wrong": tokens()}, PIPELINE)
 
     class Branching(Block):
-        def forward(self, x: Any) -> Any:
+        def forward(self, x):
             return super().forward(x) if x.sum() > 0 else x
 
     with pytest.raises(InputError, match=r"torch\.export cannot read"):
         mt.convert(Language(Branching()), tokens(), PIPELINE)
 
     class Selecting(Block):
-        def forward(self, x: Any) -> Any:
+        def forward(self, x):
             return x + super().forward(x[x.sum(-1) > 0]).sum()
 
     with pytest.raises(InputError, match="sizes of a value, which depend on other values"):

@@ -1,7 +1,5 @@
 """``moecc convert --via torch``: folders of transformers of any class, from the command line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -110,12 +108,12 @@ def test_another_element_type_and_the_log_of_the_proof(dense, tmp_path, capsys):
     assert main(["prove", str(dense), str(out)]) == 0
 
 
-def change_config(folder: Path, **values: object) -> None:
+def change_config(folder, **values):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def without_weight(folder: Path) -> None:
+def without_weight(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.mlp.c_fc.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

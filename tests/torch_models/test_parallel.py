@@ -1,10 +1,7 @@
 """Converted models on two processes: DistributedDataParallel and FSDP2, over gloo on the CPU."""
 
-from __future__ import annotations
-
 import socket
 from copy import deepcopy
-from typing import Any
 
 import pytest
 
@@ -21,16 +18,16 @@ PIPELINE = "upcycle{experts=4 top-k=2}"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def batch() -> Any:
+def batch():
     """Return two sequences, of which each process has one."""
     return torch.cat([tokens()[:1], tokens()[1:]])
 
 
-def loss_of(model: Any, ids: Any) -> Any:
+def loss_of(model, ids):
     return model(ids).square().mean()
 
 
-def model_by(seed: int = 0) -> Any:
+def model_by(seed=0):
     """Return a converted model whose experts differ."""
     torch.manual_seed(seed)
     moe = mt.convert(Language(Whole(), Block()).double().eval(), tokens(), PIPELINE)
@@ -40,7 +37,7 @@ def model_by(seed: int = 0) -> Any:
     return moe
 
 
-def train_on(rank: int, port: int, moe: Any, results: Any) -> None:
+def train_on(rank, port, moe, results):
     """Compute gradients of a rank's sequence by both ways, and return those of all."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"

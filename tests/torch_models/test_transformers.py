@@ -1,11 +1,8 @@
 """Models of transformers: saved, loaded where moecc is not, generating, trained as ever."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from copy import deepcopy
-from typing import Any
 
 import pytest
 
@@ -25,7 +22,7 @@ SIZES = {
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def llama() -> tuple[Any, Any, Any]:
+def llama():
     """Return a dense model, its conversion with experts that differ, and tokens."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
@@ -41,7 +38,7 @@ def llama() -> tuple[Any, Any, Any]:
 
 def test_a_model_generates_trains_and_is_loaded(tmp_path):
     model, moe, ids = llama()
-    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    options = {"max_new_tokens": 5, "do_sample": False}
     cached = moe.generate(ids, use_cache=True, **options)
     assert torch.equal(cached, moe.generate(ids, use_cache=False, **options))
 
@@ -98,7 +95,7 @@ def test_adapters_of_attention_and_compiled_graphs():
 def test_the_sweep_sees_a_fault_where_rounding_decides_too(kind, name, monkeypatch):
     convert = sweep.conversions.convert_surveyed
 
-    def convert_with_a_fault(*args: Any, **kwargs: Any) -> Any:
+    def convert_with_a_fault(*args, **kwargs):
         moe = convert(*args, **kwargs)
         (*_, last) = sweep.mixtures(moe)[0].experts.parameters()
         last.data *= 1 + 1e-6

@@ -93,7 +93,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 """What an architecture needs besides, by its type and the names of attributes."""
 
 
-def _small(name: str, value: Any, layers: int, *, lists: bool, sizes: bool) -> Any:
+def _small(name: str, value, layers: int, *, lists: bool, sizes: bool):
     """Return a small value for an attribute of a config, or the value itself."""
     is_list = isinstance(value, list | tuple) and len(value) > 0
     if isinstance(value, bool) or name.startswith("_"):
@@ -114,7 +114,7 @@ def _small(name: str, value: Any, layers: int, *, lists: bool, sizes: bool) -> A
     return value
 
 
-def shrink(config: Any, *, lists: bool, sizes: bool) -> Any:
+def shrink(config, *, lists: bool, sizes: bool):
     """Make the sizes of a config small; those that its own class has lists for, too, if asked."""
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PretrainedConfig):
@@ -127,11 +127,11 @@ def shrink(config: Any, *, lists: bool, sizes: bool) -> Any:
     return config
 
 
-def construct(kind: Any, *, lists: bool, sizes: bool) -> Any:
+def construct(kind, *, lists: bool, sizes: bool):
     """Return a config made of small sizes, from which its class derives all else."""
     config = kind()
     layers = SIZES["num_hidden_layers"] if sizes else _layers(config)
-    values: dict[str, Any] = {}
+    values = {}
     for name, value in vars(config).items():
         if isinstance(value, transformers.PretrainedConfig):
             values[name] = construct(type(value), lists=lists, sizes=sizes)
@@ -146,11 +146,11 @@ def construct(kind: Any, *, lists: bool, sizes: bool) -> Any:
     return config
 
 
-def _layers(config: Any) -> int:
+def _layers(config) -> int:
     return int(getattr(config, "num_hidden_layers", None) or 2)
 
 
-def _finish(config: Any) -> None:
+def _finish(config):
     if hasattr(config, "kv_lora_rank"):  # latent attention has as many keys as queries
         _set(config, "num_key_value_heads", 4)
     if not hasattr(config, "pad_token_id"):
@@ -166,7 +166,7 @@ def _short(kinds: list[Any], count: int) -> list[Any]:
     return [*different, *kinds][:count] if len(kinds) >= count else kinds
 
 
-def _set(config: Any, name: str, value: object) -> None:
+def _set(config, name: str, value: object):
     with suppress(TypeError, ValueError, NotImplementedError, AttributeError):
         setattr(config, name, value)
 
@@ -180,7 +180,7 @@ FAMILIES = (
 
 def architectures() -> dict[str, str]:
     """Return the class of a model for each model type, those that write text first."""
-    classes: dict[str, str] = {}
+    classes = {}
     for family in FAMILIES:
         for kind, name in getattr(modeling_auto, family).items():
             classes.setdefault(kind, name if isinstance(name, str) else name[0])
@@ -195,7 +195,7 @@ def builds(kind: str, name: str) -> Iterator[Any]:
 
     Raises: as the last way to build one, where none succeeds.
     """
-    error: Exception = ValueError("too large")
+    error = ValueError("too large")
     is_built = False
     ways = [(True, True), (False, True), (False, False)]
     for is_constructed, (lists, sizes) in product((True, False), ways):
@@ -236,7 +236,7 @@ def builds(kind: str, name: str) -> Iterator[Any]:
         raise error
 
 
-def inputs(model: Any) -> Iterator[dict[str, Any]]:
+def inputs(model) -> Iterator[dict[str, Any]]:
     """Yield inputs that the model may take."""
     config, generator = model.config, torch.Generator().manual_seed(1)
     names = inspect.signature(model.forward).parameters
@@ -245,7 +245,7 @@ def inputs(model: Any) -> Iterator[dict[str, Any]]:
     vocab = getattr(text, "vocab_size", None) or 90
     ids = torch.randint(3, max(min(vocab, 90), 4), (2, 7), generator=generator)
 
-    def draw(*shape: int) -> Any:
+    def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     size = getattr(vision, "image_size", 32)

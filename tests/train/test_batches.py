@@ -1,17 +1,13 @@
 """Batches: what is in them, the same on any hosts and in any process, what is rejected."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from moecc.errors import InputError
-from moecc.train.batches import Batches, open_batches
+from moecc.train.batches import open_batches
 from moecc.train.recipe import Corpus, DataSection, Objective
 from moecc.train.rows import ModelFacts
 from moecc.train.tokens.documents import DocumentFormat
@@ -27,7 +23,7 @@ DECODER = ModelFacts("decoder", 384, PACKED)
 BOTH = ModelFacts("both", 384, (*PACKED, *(f"decoder_{n}" for n in PACKED)), decoder_start=0)
 
 
-def write(place: Path, *records: dict[str, str], kind: str = "documents") -> str:
+def write(place, *records, kind="documents"):
     source = place.with_suffix(".jsonl")
     source.write_text("".join(json.dumps(r) + "\n" for r in records))
     form = DocumentFormat(kind, completion="{label}" if kind == "labelled" else "{completion}")
@@ -53,12 +49,12 @@ def examples(tmp_path_factory):
     return write(tmp_path_factory.mktemp("examples") / "e", *records, kind="examples")
 
 
-def opened(texts: str, model: ModelFacts = DECODER, **options: Any) -> Batches:
+def opened(texts, model=DECODER, **options):
     options = {"batch": 4, "seq": 64, "evaluate": (Corpus(texts),), **options}
     return open_batches(DataSection((Corpus(texts),), **options), model)
 
 
-def segments(batch: dict[str, np.ndarray], prefix: str = "") -> list[tuple[int, int, list[int]]]:
+def segments(batch, prefix=""):
     """Return row, number and tokens of each document of a batch; check what goes with them."""
     found = []
     for row, (numbers, tokens, positions, mask) in enumerate(
@@ -208,7 +204,7 @@ def test_a_corpus_may_be_called_order(tmp_path):
 def test_spans_that_are_rounded_are_reported(tmp_path):
     """Five letters hide 1 token, not 0.75; 400 need 20 spans of 3, and 101 sentinels are enough."""
     short, long = (write(tmp_path / n, {"text": n * size}) for n, size in (("s", 5), ("l", 400)))
-    options: dict[str, Any] = {"objective": Objective.SPANS, "seq": 512, "evaluate": ()}
+    options = {"objective": Objective.SPANS, "seq": 512, "evaluate": ()}
     assert opened(long, BOTH, **options).remarks == ()
     assert opened(short, BOTH, **options).remarks == (
         "s: noise_density is 0.2 in whole tokens and spans, not 0.15",

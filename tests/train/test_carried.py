@@ -1,9 +1,6 @@
 """A run that begins with the moments of another: which follow, and what it changes."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +41,7 @@ def test_every_moment_of_an_upcycled_model_follows_but_routers(init, optimizer):
     assert {name.split(".", 2)[2] for name in found} == set(made.params)
 
 
-def write_optimizer(folder: Path, names: list[str], shapes: list[tuple[int, ...]]) -> dict:
+def write_optimizer(folder, names, shapes):
     """Write the state of torch's Adam by name, and return it."""
     rng, state = np.random.default_rng(0), {}
     for name, shape in zip(names, shapes, strict=True):
@@ -95,14 +92,14 @@ def dense(tmp_path_factory):
     return folder
 
 
-def trained_on(folder: Path, moments: str, *sets: str) -> list[str]:
+def trained_on(folder, moments, *sets):
     given = [f"model.source={folder / 'dense'}", "model.start=source", "run.steps=8",
              "run.save_steps=1", "run.keep=9", f"model.moments={moments}", *sets]  # fmt: skip
     words = [word for one in given for word in ("--set", one)]
     return ["train", str(folder / "recipe.toml"), "--out", str(folder / moments), *words]
 
 
-def moved(run: Path, step: int) -> float:
+def moved(run, step):
     """How far the head moved in a step of a run, and before that from its source."""
     name, source = "params.lm_head.weight", run.parent / "dense"
     before = state_reader(saved_steps(source)[-1].state).read(name)

@@ -1,9 +1,6 @@
 """Conversations: chat templates in their sandbox, and the loss on answers alone."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +32,7 @@ CHAT = [
 ]
 
 
-def tokenizer(folder: Path, template: str = CHATML) -> Path:
+def tokenizer(folder, template=CHATML):
     """Write a tokenizer of bytes with a chat template."""
     pytest.importorskip("tokenizers")
     folder.mkdir(exist_ok=True)
@@ -45,7 +42,7 @@ def tokenizer(folder: Path, template: str = CHATML) -> Path:
     return folder
 
 
-def texts(out: Path) -> list[tuple[str, str]]:
+def texts(out):
     """Return what each row of a folder shows, and what of it is learned."""
     folder = open_tokens(out)
     assert isinstance(folder.completions, np.ndarray)

@@ -1,7 +1,5 @@
 """Hidden spans can be put back exactly; as much is hidden as asked."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +13,7 @@ SENTINELS = tuple(range(1000, 1100))
 
 
 @st.composite
-def corruptions(draw: st.DrawFn) -> tuple[Spans, np.ndarray, int]:
+def corruptions(draw):
     spans = Spans(
         draw(st.floats(0.02, 0.9)),
         draw(st.floats(1, 9)),

@@ -1,10 +1,7 @@
 """Runs that are distilled from their source: where they begin, and go on after a kill."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -46,7 +43,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def steps_of(run: Path) -> list[dict[str, float]]:
+def steps_of(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss.distill" in line]
 

@@ -1,16 +1,12 @@
 """What a dry run says: counts that are right, and what a plan predicts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moecc.errors import InputError
 from moecc.families.describe import describe, sequence_flops
-from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.jobs.train import dry_run_facts, dry_run_text
 from moecc.model.open import open_model
@@ -43,9 +39,9 @@ def tokens(tmp_path):
     return tmp_path
 
 
-def told(tokens: Path, name: str, passes: str, *sets: str, machine: str = "") -> dict[str, Any]:
+def told(tokens, name, passes, *sets, machine=""):
     with open_model(str(GOLDEN / name)) as model:
-        graph: Graph = clone(model.graph)
+        graph = clone(model.graph)
     run_pipeline(graph, Pipeline.parse(passes))
     recipe = parse_recipe(RECIPE, "r", folder=tokens, sets=sets)
     batches = open_batches(recipe.data, ModelFacts("m", 384, tuple(graph.inputs)))

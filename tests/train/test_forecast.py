@@ -1,13 +1,9 @@
 """Forecasts: crossings of curves that are known, and the answers of the command."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 from math import inf
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +17,7 @@ BEHIND, STEPS, WARMUP = 400, 300, 10
 PIPELINE = "upcycle{experts=2 top-k=2 layers=every:2}"
 
 
-def pilots(start: float, slope: float, fall: float = 0.25, seeds: int = 3) -> list[Pilot]:
+def pilots(start, slope, fall=0.25, seeds=3):
     """Return curves whose gain is a line; the noise of batches is in both arms."""
     curves = []
     for seed in range(seeds):
@@ -81,9 +77,9 @@ def arms(tmp_path_factory):
     return folder
 
 
-def write_losses(folder: Path, start: float, slope: float) -> list[str]:
+def write_losses(folder, start, slope):
     """Write the losses of `pilots` into the journals, and return the runs as options."""
-    options: list[str] = []
+    options = []
     for seed, pilot in enumerate(pilots(start, slope, seeds=2)):
         for arm, losses in (("dense", pilot.dense), ("sparse", pilot.sparse)):
             run = folder / f"{arm}-{seed}"
@@ -96,9 +92,7 @@ def write_losses(folder: Path, start: float, slope: float) -> list[str]:
     return options
 
 
-def answer(
-    folder: Path, capsys: pytest.CaptureFixture[str], *options: str
-) -> tuple[bool, dict[str, Any], str]:
+def answer(folder, capsys, *options):
     words = ["forecast", str(folder / "model"), "--tokens", str(400 * 128),
              "-p", PIPELINE, *options]  # fmt: skip
     capsys.readouterr()

@@ -1,9 +1,6 @@
 """The journal holds the same bytes however often a run was resumed."""
 
-from __future__ import annotations
-
 from math import inf, nan
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +8,6 @@ from moecc.errors import InputError
 from moecc.jobs.train import TrainProgress
 from moecc.train.events import (
     Evaluated,
-    Event,
     Skipped,
     Stepped,
     guard_faults,
@@ -19,11 +15,11 @@ from moecc.train.events import (
 from moecc.train.run import Journal, Position, batch_of, cut_back, read_journal
 
 
-def stepped(step: int) -> Stepped:
+def stepped(step):
     return Stepped(step, {"loss": 1.0 / step, "load": [0.5, 0.5]}, 10 * step, 0.1 * step)
 
 
-def record(path: Path, events: list[Event]) -> None:
+def record(path, events):
     with Journal(path) as journal:
         for event in events:
             journal.record(event)
@@ -32,7 +28,7 @@ def record(path: Path, events: list[Event]) -> None:
 @pytest.mark.parametrize("rest", [b"", b'{"step":3,"lo', b"\xff", b'{"step":2}'])
 def test_a_resumed_run_has_the_bytes_of_one_that_was_not_killed(tmp_path, rest):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    events: list[Event] = [stepped(1), stepped(2), Evaluated(2, {"a": 1.0}), stepped(3)]
+    events = [stepped(1), stepped(2), Evaluated(2, {"a": 1.0}), stepped(3)]
     record(whole, events)
     record(killed, events)
     with killed.open("ab") as file:
@@ -62,10 +58,10 @@ def test_a_damaged_line_takes_no_later_one_with_it(tmp_path):
 
 
 def test_a_return_is_told_once_whether_or_not_it_was_interrupted(tmp_path):
-    streak: list[Event] = [Skipped(4, {"loss": 9.0}, 3), Skipped(5, {"loss": 9.0}, 4)]
+    streak = [Skipped(4, {"loss": 9.0}, 3), Skipped(5, {"loss": 9.0}, 4)]
     back = Skipped(3, {}, 4, 3, (3, 4))
     once, twice = tmp_path / "once", tmp_path / "twice"
-    first: list[Event] = [stepped(1), stepped(2), stepped(3)]
+    first = [stepped(1), stepped(2), stepped(3)]
     record(once, [*first, *streak, back, stepped(4)])
     record(twice, [*first, *streak, back])
     cut_back(twice, 3)

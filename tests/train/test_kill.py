@@ -1,7 +1,5 @@
 """Runs that are killed, terminated or out of disk go on as if nothing had been."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -10,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -31,11 +27,11 @@ ONE = ("XLA_FLAGS", "")
 """One device, whatever the tests have."""
 
 
-def command(*words: object) -> list[str]:
+def command(*words):
     return [sys.executable, "-m", "moecc", *map(str, words)]
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
+def start(words):
     environment = {**os.environ, ONE[0]: ONE[1]}
     return subprocess.Popen(
         words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -43,7 +39,7 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(words: list[str], code: int = 0) -> str:
+def finish(words, code=0):
     process = start(words)
     _, err = process.communicate(timeout=600)
     assert process.returncode == code, err
@@ -51,7 +47,7 @@ def finish(words: list[str], code: int = 0) -> str:
     return err
 
 
-def killed_after(words: list[str], seconds: float) -> bool:
+def killed_after(words, seconds):
     """Run a command and kill it with all of its processes; return whether it was still running."""
     process = start(words)
     try:
@@ -80,9 +76,7 @@ def seconds(folder):
     return time.monotonic() - started
 
 
-def killed_runs(
-    base: Path, seconds: float, begin: tuple[object, ...], resume: tuple[object, ...]
-) -> Iterator[Path]:
+def killed_runs(base, seconds, begin, resume):
     """Yield runs that were killed at random moments, `KILLS` times together, and then ended.
 
     Args:

@@ -45,7 +45,7 @@ def harness(folder):
         yield HarnessModel(model, tokenizer, batch=4)
 
 
-def log_p(harness: HarnessModel, ids: list[int]) -> np.ndarray:
+def log_p(harness, ids):
     """Return the log probability of each token of `ids` but the first."""
     model, width = harness.model, harness.longest
     tokens = np.zeros((1, width), np.int32)

@@ -1,10 +1,6 @@
 """A run that goes from mesh to mesh is the run that stays on one device."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,15 +22,15 @@ MESHES = ("data=2,expert=4", "data=8", "data=4,model=2", "")
 """Two by four, eight, four by two, and one device again."""
 
 
-def words(*sets: str) -> list[str]:
+def words(*sets):
     return [word for one in sets for word in ("--set", one)]
 
 
-def journal(run: Path) -> list[dict[str, Any]]:
+def journal(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def forget(run: Path, step: int) -> None:
+def forget(run, step):
     """Make the checkpoints after `step` incomplete, as a kill would."""
     for saved in saved_steps(run):
         if saved.number > step:

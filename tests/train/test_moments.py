@@ -1,9 +1,5 @@
 """Moments of copies: what training on copies would have left, on a quadratic."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -12,7 +8,7 @@ from moecc.ir.graph import Graph
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.train.state import CarriedMoments
-from moecc.types import F32, I32, TensorType, tensor
+from moecc.types import F32, I32, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Full, Source
 
@@ -20,13 +16,13 @@ EXPERTS, TOP_K = 4, 2
 B1, B2, STEPS, TOKENS = 0.9, 0.95, 80, 48
 
 
-def dense(mlp: int = 16, embed: int = 8) -> Graph:
+def dense(mlp=16, embed=8):
     """Return a model of one feed-forward block, whose weights are tensors of their own names."""
     graph = Graph("dense")
     b = Builder(graph)
     tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
 
-    def param(name: str, loc: str, **axes: int) -> Any:
+    def param(name, loc, **axes):
         type = tensor(F32, **axes)
         return graph.param(name, type, Source(name, type), loc=loc)
 
@@ -44,17 +40,17 @@ def dense(mlp: int = 16, embed: int = 8) -> Graph:
     return graph
 
 
-def upcycled(graph: Graph, options: str) -> Graph:
+def upcycled(graph, options):
     run_pipeline(graph, Pipeline.parse(f"upcycle{{{options}}}"))
     return graph
 
 
-def types_of(graph: Graph, *kinds: str) -> dict[str, dict[str, TensorType]]:
+def types_of(graph, *kinds):
     return {kind: {n: p.type for n, p in graph.params.items()} for kind in kinds}
 
 
-def read(arrays: dict[str, Any]) -> Any:
-    def rows(name: str, start: int = 0, stop: int | None = None) -> Any:
+def read(arrays):
+    def rows(name, start=0, stop=None):
         return arrays[name][start:stop]
 
     return rows
@@ -94,12 +90,12 @@ def test_what_training_on_copies_would_have_left(mean, noise):
     assert found["v"].mean() == pytest.approx(copies_v.mean(), rel=0.08)
 
 
-def moment(graph: Graph, known: Any, arrays: dict[str, Any], name: str, kind: str) -> Any:
+def moment(graph, known, arrays, name, kind):
     carried = CarriedMoments(graph, known, 10, B1, B2)
     return evaluate(carried.moment(name, kind, graph.params[name].type), read(arrays))
 
 
-def random_moments(graph: Graph, seed: int = 0) -> dict[str, Any]:
+def random_moments(graph, seed=0):
     rng = np.random.default_rng(seed)
     made = {}
     for name, param in graph.params.items():
@@ -137,7 +133,7 @@ def test_slices_and_scaled_weights_have_the_moments_of_their_parts():
     np.testing.assert_allclose(second[0], saved["moments.v.down"][:, :8] / 4 / factor**2, rtol=1e-5)
 
 
-def _scales(graph: Graph) -> Any:
+def _scales(graph):
     from moecc.weights.arithmetic import Scale
     from moecc.weights.expr import walk
 

@@ -1,7 +1,5 @@
 """The order of a mixture: each row once in an epoch, shares as asked, nothing but arguments."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st

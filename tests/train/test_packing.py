@@ -1,9 +1,6 @@
 """Documents of a packed row: apart from each other, or refused."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +19,7 @@ MODELS = sorted(path.parent.name for path in GOLDEN.glob("*/tokens.npy"))
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in COUNTED])
-def test_documents_are_kept_apart_or_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_kept_apart_or_refused(name, monkeypatch):
     """By what packed documents compute beside documents alone, in every family of texts."""
     graph = imported(name)
     monkeypatch.setattr("moecc_passes.training.document_mixtures", lambda *_, **__: ())
@@ -30,7 +27,7 @@ def test_documents_are_kept_apart_or_refused(name: str, monkeypatch: pytest.Monk
     assert any(document_mixtures(graph, 10)) == meet
 
 
-def test_what_is_refused_is_evaluated_a_document_in_a_row(tmp_path: Path) -> None:
+def test_what_is_refused_is_evaluated_a_document_in_a_row(tmp_path):
     (tmp_path / "text.txt").write_text("a text")
     make_tokens(Making((str(tmp_path / "text.txt"),), "bytes"), tmp_path / "tokens")
     folder, spec = open_tokens(tmp_path / "tokens"), EvaluationSpec(seq=8)

@@ -1,11 +1,8 @@
 """Routers are trained first: until a group begins it has no gradient, no moments and no update."""
 
-from __future__ import annotations
-
 import ast
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,14 +48,14 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def names(run: Path, step: int, kind: str) -> set[str]:
+def names(run, step, kind):
     saved = next(s for s in saved_steps(run) if s.number == step)
     keys = json.loads((saved.state / "_METADATA").read_text())["tree_metadata"]
     found = {".".join(ast.literal_eval(key)) for key in keys}
     return {name.removeprefix(f"{kind}.") for name in found if name.startswith(f"{kind}.")}
 
 
-def tensor(run: Path, step: int, name: str) -> np.ndarray:
+def tensor(run, step, name):
     saved = next(s for s in saved_steps(run) if s.number == step)
     return state_reader(saved.state).read(name)
 

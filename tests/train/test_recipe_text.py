@@ -1,18 +1,15 @@
 """Recipes: read strictly, written whole, compared by what decides the function."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 
-from moecc.errors import InputError, MoeccError, UsageError
+from moecc.errors import InputError, UsageError
 from moecc.support.documents import toml_lines
 from moecc.train.recipe import (
     Corpus,
     MeshSection,
     ModelSection,
-    Recipe,
 )
 from moecc.train.recipe_text import (
     load_recipe,
@@ -27,11 +24,11 @@ from moecc.train.recipe_text import (
 SMALL = '[model]\nsource = "m"\n[data]\ntrain = [{tokens = "t"}]\n[run]\nsteps = 10\n'
 
 
-def small(*sets: str) -> Recipe:
+def small(*sets):
     return parse_recipe(SMALL, "small.toml", sets=sets)
 
 
-def problems(text: str, *sets: str, error: type[MoeccError] = InputError) -> list[str]:
+def problems(text, *sets, error=InputError):
     with pytest.raises(error) as caught:
         parse_recipe(text, "r.toml", sets=sets)
     return [str(p) for p in caught.value.problems]
@@ -226,7 +223,7 @@ x = 3
 
 def test_every_value_has_its_line():
     places = toml_lines(TOML)
-    found: dict[str, int] = {"/".join(map(str, path)): line for path, line in places.items()}
+    found = {"/".join(map(str, path)): line for path, line in places.items()}
     assert found == {
         "top": 2, "quo.ted": 3, "a": 6, "a/b": 7, "a/b/c": 7, "a/b/c/d": 7, "a/b/c/e f": 7,
         "a/b/c/e f/0": 7, "a/b/c/e f/0/g": 7, "a/list": 8, "a/list/0": 9, "a/list/1": 9,

@@ -1,7 +1,5 @@
 """Rows: every piece once, none too full, and nearly full ones."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +9,7 @@ from moecc.train.rows import PackedPlan, StreamPlan, pack
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).map(lambda x: np.array(x, np.int64))
 
 
-def tokens(plan: StreamPlan | PackedPlan) -> list[list[tuple[int, int]]]:
+def tokens(plan):
     """Return the tokens of each row, as numbers of documents and places in them."""
     return [
         [(p.document, at) for p in plan.pieces(row) for at in range(p.start, p.stop)]
@@ -19,7 +17,7 @@ def tokens(plan: StreamPlan | PackedPlan) -> list[list[tuple[int, int]]]:
     ]
 
 
-def all_tokens(lengths: np.ndarray) -> list[tuple[int, int]]:
+def all_tokens(lengths):
     return [(n, at) for n, length in enumerate(lengths.tolist()) for at in range(length)]
 
 

@@ -1,12 +1,9 @@
 """Run folders: whole or absent, steps complete or none, and models to every command."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -23,7 +20,6 @@ from moecc.formats.run import (
 )
 from moecc.formats.writer import JOURNAL_NAME
 from moecc.jobs.training import exported
-from moecc.train.events import TrainJob
 from moecc.train.recipe import RunSection
 from moecc.train.run import (
     begin_step,
@@ -47,7 +43,7 @@ def run(tmp_path):
 
 
 def test_only_the_beginning_of_a_run_is_removed_unasked(tmp_path):
-    def create() -> None:
+    def create():
         create_run(
             tmp_path / "run", recipe="[model]\n", graph="moe 1\n", lineage={}, source={}
         )  # fmt: skip
@@ -66,7 +62,7 @@ def test_only_the_beginning_of_a_run_is_removed_unasked(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def save(run: Path, step: int, loss: float | None = None) -> None:
+def save(run, step, loss=None):
     state = begin_step(run, step)
     state.mkdir()
     (state / "data").write_bytes(b"array")
@@ -84,7 +80,7 @@ def test_each_process_hashes_what_it_wrote(run, monkeypatch):
         write_part(run, 1, process)
     file_records, hashed = module.file_records, []
 
-    def noted(files: dict[str, Path]) -> Any:
+    def noted(files):
         hashed.extend(files)
         return file_records(files)
 
@@ -97,7 +93,7 @@ def test_each_process_hashes_what_it_wrote(run, monkeypatch):
     check_step(run, step)
 
 
-def numbers(run: Path) -> list[int]:
+def numbers(run):
     return [s.number for s in saved_steps(run)]
 
 
@@ -160,7 +156,7 @@ def test_a_changed_digest_and_a_missing_file_are_found(run):
         check_step(run, saved_steps(run)[0])
 
 
-FORMS: dict[str, Any] = {
+FORMS = {
     "tokens": "8",
     "left_out": [1, "2"],
     "loss": [1.0],
@@ -184,7 +180,7 @@ def test_a_stranger_s_step_is_a_message(run, key, value):
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../../outside"])
 def test_no_file_outside_of_the_run_is_hashed(run, monkeypatch, name):
     save(run, 1)
-    hashed: list[Path] = []
+    hashed = []
     monkeypatch.setattr(
         "moecc.formats.run.file_records",
         lambda files: hashed.extend(files.values()) or {},
@@ -210,7 +206,7 @@ def test_a_link_out_of_the_run_is_refused(run, part):
             read()
 
 
-def rewrite(run: Path, **changes: object) -> None:
+def rewrite(run, **changes):
     """Replace values of step.json, as a stranger could, the seal included."""
     path = run / "steps/1/step.json"
     facts = {**json.loads(path.read_text()), **changes}
@@ -259,7 +255,7 @@ def test_an_export_that_a_kill_prevented_is_made_up_for(tmp_path, monkeypatch, s
     (tmp_path / "lineage.json").write_text(json.dumps(lineage))
     exports = tmp_path / "exports"
 
-    def export(job: TrainJob, step: int) -> Path:
+    def export(job, step):
         (exports / str(step)).mkdir(parents=True)
         return exports / str(step)
 

@@ -1,7 +1,5 @@
 """Paired differences, F1, and the labels of examples."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
@@ -29,7 +27,7 @@ from moecc.train.tokens.make import Making, make_tokens
 from .tiny import draw_weights, make_model
 
 
-def rows(losses: np.ndarray, tokens: np.ndarray) -> UnitScores:
+def rows(losses, tokens):
     return UnitScores(losses, tokens, np.zeros_like(tokens))
 
 
@@ -89,10 +87,10 @@ def test_each_example_is_repeated_with_each_label():
         completions = np.array([2, 1])
         labels = np.array([0, 1])
 
-        def ids(self, start: int, stop: int) -> np.ndarray:
+        def ids(self, start, stop):
             return np.array([1, 2, 9, 3, 7], np.int32)[start:stop]
 
-    choices = LabelChoices(Folder(), np.array([0, 1]))  # type: ignore[arg-type]
+    choices = LabelChoices(Folder(), np.array([0, 1]))
     documents = [
         choices.ids(a, b).tolist()
         for a, b in zip(choices.starts[:-1], choices.starts[1:], strict=True)
@@ -106,7 +104,7 @@ class SaysNo:
     """A backend to whose models every letter of ``yes`` costs a nat, and nothing else."""
 
     def scorer(self, graph, params, *, dtype):
-        def score(batch: dict[str, np.ndarray]) -> TokenScores:
+        def score(batch):
             targets = batch["targets"]
             counted = targets != IGNORED
             return TokenScores(np.isin(targets, list(b"yes")) * 1.0, counted, counted)

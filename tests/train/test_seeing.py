@@ -1,11 +1,8 @@
 """Alarms, series of a journal, the page of a report, and what trackers are given."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +23,7 @@ from moecc.train.run import MOST_POINTS, create_run, read_run
 LAYER = "metric.layers.1.ffn"
 
 
-def metrics(step: int, loads: list[float], entropy: float = 1.3) -> dict[str, Any]:
+def metrics(step, loads, entropy=1.3):
     return {"loss": 4.0 / step, f"{LAYER}.loads": loads, f"{LAYER}.entropy": entropy}
 
 
@@ -71,7 +68,7 @@ def test_series_of_a_journal(run):
     assert loads is not None
     assert loads.values.shape == (MOST_POINTS, 2)
     assert found.held_out["b"].values.tolist() == [3.0]
-    assert found.spread("layers.1.ffn").values.tolist() == [[1.0, 2.0]]  # type: ignore[union-attr]
+    assert found.spread("layers.1.ffn").values.tolist() == [[1.0, 2.0]]
     assert found.scalar("nothing") is None
     assert [a.step for a in found.alarms()] == [900 + DEAD_STEPS]
 
@@ -126,7 +123,7 @@ def test_runs_of_one_name_are_told_apart(run, tmp_path, capsys):
     assert tuple(json.loads(capsys.readouterr().out)["runs"]) == paths
 
 
-JOURNALS: dict[str, Any] = {
+JOURNALS = {
     "step": {"step": "1", "loss": 1.0},
     "tokens": {"step": 1, "loss": 1.0, "tokens": []},
     "loss": {"step": 1, "loss": {"a": 1}},

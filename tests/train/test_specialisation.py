@@ -1,11 +1,8 @@
 """Where tokens went: the counts, the shares, and what an untrained router explains."""
 
-from __future__ import annotations
-
 import json
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ from moecc.train.tokens.make import Making, make_tokens
 from .tiny import draw_weights, make_model
 
 
-def routed(tokens: list[int], experts: list[int], size: int = 4) -> RoutedTokens:
+def routed(tokens, experts, size=4):
     return RoutedTokens("layers.0.ffn", size, np.array(tokens), np.array(experts))
 
 
@@ -39,7 +36,7 @@ def test_information_by_hand():
     assert layer.typical(1) == [(1, 1.0)]
 
 
-def specialise(model: Path, data: Path, *more: str, capsys: pytest.CaptureFixture[str]) -> list:
+def specialise(model, data, *more, capsys):
     small = ["--sequence", "24", "--batch", "4", "--batches", "2", "--format", "json"]
     assert main(["specialise", str(model), "--data", str(data), *small, *more]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -1,11 +1,9 @@
 """States have the names of the model, whatever passes made of its graph."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
-from moecc.ir import Graph, clone
+from moecc.ir import clone
 from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
@@ -17,7 +15,7 @@ ROLLED = "cse,roll-layers"
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
-def run(graph: Graph, passes: str) -> Graph:
+def run(graph, passes):
     run_pipeline(graph, Pipeline.parse(passes), context=Context(allow_unmatched=True))
     return graph
 

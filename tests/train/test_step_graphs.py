@@ -1,7 +1,5 @@
 """The graphs of a step take the inputs that batches give."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 from moecc_backends.reference import ReferenceBackend
 
 from moecc.errors import InputError
-from moecc.ir import Graph, parse
+from moecc.ir import parse
 from moecc.ir.structure import clone, equal
 from moecc.ir.unroll import unrolled
 from moecc.model.open import open_model
@@ -34,7 +32,7 @@ from moecc.train.tokens.make import Making, make_tokens
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-def imported(name: str, passes: str) -> Graph:
+def imported(name, passes):
     with open_model(str(GOLDEN / name)) as model:
         graph = clone(model.graph)
     run_pipeline(graph, Pipeline.parse(passes))
@@ -102,7 +100,7 @@ def test_a_tied_head_is_the_embedding():
                      Pipeline.parse("tie-head"))  # fmt: skip
 
 
-def noisy(**routing: float) -> Recipe:
+def noisy(**routing):
     data = DataSection((Corpus("x"),), batch=4, seq=32)
     bounded = RoutingSection(capacity_factor=1.25, **routing)
     return Recipe(ModelSection("m"), data, RunSection(1), bounded)
@@ -131,12 +129,12 @@ def test_dropout_in_dropless_experts_names_the_keys_of_the_recipe():
 def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for():
     graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
 
-    def asked(**routing: str) -> Recipe:
+    def asked(**routing):
         recipe = noisy()
         run = replace(recipe.run, dtype="bfloat16")
         return replace(recipe, run=run, routing=replace(recipe.routing, **routing))
 
-    def precise(made: Graph) -> set[str]:
+    def precise(made):
         return {
             node.op.name for node in unrolled(made) if node.attrs.get("precision") == "f32"
         }  # fmt: skip

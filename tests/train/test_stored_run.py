@@ -1,7 +1,5 @@
 """Runs and token folders in an S3 server on this machine: trained, lost, continued, read."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
@@ -9,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -51,7 +48,7 @@ def recipe(store, tmp_path_factory):
     return recipe
 
 
-def download(store: Any, name: str, folder: Path) -> Path:
+def download(store, name, folder):
     """Return a copy of a run of the store."""
     store.invalidate_cache()
     store.get(f"bucket/{name}", str(folder), recursive=True)
@@ -94,8 +91,8 @@ def test_a_run_survives_the_loss_of_its_machine_at_every_upload(
     system, address = fsspec.filesystem("s3"), "s3://bucket/lost"
     calls, at = 0, 0
 
-    def ending(call: Any) -> Any:
-        def run(*words: Any, **options: Any) -> Any:
+    def ending(call):
+        def run(*words, **options):
             nonlocal calls
             calls += 1
             if calls == at:
@@ -149,7 +146,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_where_the_run_goes_on(
 MESH = 'mesh.mesh="fsdp=2"'
 
 
-def processes(store: Any, base: Path, count: int, *words: object) -> list[subprocess.Popen[str]]:
+def processes(store, base, count, *words):
     """Start processes of one run, each with a home, a cache and a folder of its own."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -170,14 +167,14 @@ def processes(store: Any, base: Path, count: int, *words: object) -> list[subpro
     return started
 
 
-def ended(started: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def ended(started):
     """Wait for processes; return the exit code and the messages of each."""
     texts = [process.communicate(timeout=300)[1] for process in started]
     return [(process.returncode, text) for process, text in zip(started, texts, strict=True)]
 
 
 def test_machines_that_share_no_folder_train_one_run(store, recipe, tmp_path, capsys):
-    def words(name: str) -> tuple[object, ...]:
+    def words(name):
         return ("train", recipe, "--out", f"s3://bucket/{name}", "--set", MESH,
                 "--set", 'mesh.rules=["fsdp"]', "--set", "run.export_steps=6",
                 "--set", "run.export_to=auto")  # fmt: skip

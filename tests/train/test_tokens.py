@@ -1,7 +1,5 @@
 """Token folders: what is read, what is written, what is rejected, what is held out."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os
@@ -9,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,26 +17,26 @@ from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.train.tokens import documents, encoders
 from moecc.train.tokens.documents import DocumentFormat
-from moecc.train.tokens.folder import TokenFacts, TokenFolder, open_tokens
+from moecc.train.tokens.folder import open_tokens
 from moecc.train.tokens.make import Making, make_tokens
 
 
-def make(out: Path, *texts: Path, **options: Any) -> dict[str, TokenFacts]:
+def make(out, *texts, **options):
     options.setdefault("tokenizer", "bytes")
     return make_tokens(Making(tuple(map(str, texts)), **options), out)
 
 
-def texts_of(folder: TokenFolder) -> list[str]:
+def texts_of(folder):
     pairs = zip(folder.starts[:-1], folder.starts[1:], strict=True)
     return [bytes(folder.ids(a, b).astype(np.uint8)).decode() for a, b in pairs]
 
 
-def lines(path: Path, *records: object) -> Path:
+def lines(path, *records):
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
 
 
-def problems(error: pytest.ExceptionInfo[Any]) -> list[str]:
+def problems(error):
     return [str(p) for p in error.value.problems]
 
 

@@ -1,10 +1,7 @@
 """``moecc train`` from recipe to run, and what other commands make of a run."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +14,6 @@ from moecc.train.run import read_run
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
-from tests.support.commands import Moecc
 
 from .tiny import make_model, make_recipe
 
@@ -25,7 +21,7 @@ RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 9"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A folder with a recipe, and a run of it that went to its end."""
     folder = tmp_path_factory.mktemp("train")
     recipe = make_recipe(folder, RUN)
@@ -40,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_measures_its_speed_and_is_traced(folder: Path) -> None:
+def test_a_run_measures_its_speed_and_is_traced(folder):
     run = folder / "run"
     lines = [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "seconds" in line]
@@ -54,7 +50,7 @@ def test_a_run_measures_its_speed_and_is_traced(folder: Path) -> None:
     assert trace.stat().st_size
 
 
-def test_a_negative_number_of_traced_steps_is_rejected(moecc: Moecc, tmp_path: Path) -> None:
+def test_a_negative_number_of_traced_steps_is_rejected(moecc, tmp_path):
     run = tmp_path / "run"
     code, _, err = moecc("train", "recipe:upcycle", "--out", run, "--profile", "-1")
     assert code == 2
@@ -62,7 +58,7 @@ def test_a_negative_number_of_traced_steps_is_rejected(moecc: Moecc, tmp_path: P
     assert not run.exists()
 
 
-def killed(folder: Path, step: int, name: str) -> Path:
+def killed(folder, step, name):
     """Return a copy of the run as a kill after `step` may leave it."""
     run = folder / name
     shutil.copytree(folder / "run", run)
@@ -74,7 +70,7 @@ def killed(folder: Path, step: int, name: str) -> Path:
     return run
 
 
-def test_a_run_has_what_its_layout_says(folder: Path) -> None:
+def test_a_run_has_what_its_layout_says(folder):
     run = folder / "run"
     assert {p.name for p in run.iterdir()} == {
         "recipe.toml", "lineage.json", "graph.moe", "source", "metrics.jsonl", "speed.jsonl",
@@ -96,9 +92,7 @@ def test_a_run_has_what_its_layout_says(folder: Path) -> None:
         (4, "--out"),
     ],
 )
-def test_a_resumed_run_is_the_run_that_was_not_killed(
-    folder: Path, moecc: Moecc, step: int, option: str
-) -> None:
+def test_a_resumed_run_is_the_run_that_was_not_killed(folder, moecc, step, option):
     whole, run = folder / "run", killed(folder, step, f"killed{step}{option}")
     recipe = [folder / "recipe.toml"] if option == "--out" else []
     code, _, err = moecc("train", *recipe, option, run)
@@ -111,7 +105,7 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(
     assert moecc("verify", run)[0] == 0
 
 
-def test_a_run_is_a_model(folder: Path, moecc: Moecc, tmp_path: Path) -> None:
+def test_a_run_is_a_model(folder, moecc, tmp_path):
     run, out = folder / "run", tmp_path / "out"
     code, text, _ = moecc("inspect", f"{run}@4", "--format", "json")
     assert code == 0
@@ -134,14 +128,14 @@ def test_a_run_is_a_model(folder: Path, moecc: Moecc, tmp_path: Path) -> None:
     assert "up to step 6: " in (tmp_path / "again" / "README.md").read_text()
 
 
-def flip(path: Path, at: float) -> None:
+def flip(path, at):
     """Flip a bit of a file, at a share of its length."""
     data = bytearray(path.read_bytes())
     data[int(at * (len(data) - 1))] ^= 1
     path.write_bytes(data)
 
 
-def test_a_flipped_bit_of_a_checkpoint_is_told(folder: Path, moecc: Moecc, tmp_path: Path) -> None:
+def test_a_flipped_bit_of_a_checkpoint_is_told(folder, moecc, tmp_path):
     """Of arrays, of what step.json says, and of what the run has for all its steps."""
     run, out = killed(folder, 6, "flipped"), tmp_path / "out"
     step, data = run / "steps" / "6", ["--data", folder / "tokens" / "heldout", "--batches", "1"]
@@ -173,7 +167,7 @@ def test_a_flipped_bit_of_a_checkpoint_is_told(folder: Path, moecc: Moecc, tmp_p
     assert moecc("verify", run)[0] == 3
 
 
-def test_models_are_evaluated_on_held_out_text(folder: Path, moecc: Moecc) -> None:
+def test_models_are_evaluated_on_held_out_text(folder, moecc):
     run, data = folder / "run", folder / "tokens" / "heldout"
     code, out, _ = moecc("evaluate", f"{run}@3", run, "--data", data, "--sequence", "8", "--batch",
                         "4", "--batches", "1", "--format", "json")  # fmt: skip
@@ -188,9 +182,7 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, moecc: Moecc) -> No
     assert (code, "heldout" in out) == (0, True)
 
 
-def test_all_models_are_opened_before_the_first_is_evaluated(
-    folder: Path, moecc: Moecc, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_models_are_opened_before_the_first_is_evaluated(folder, moecc, monkeypatch):
     monkeypatch.setattr("moecc.jobs.evaluate.score_of", lambda *_: pytest.fail("it was run"))
     data = folder / "tokens" / "heldout"
     code, _, err = moecc("evaluate", folder / "run", folder / "nowhere", "--data", data)
@@ -198,10 +190,8 @@ def test_all_models_are_opened_before_the_first_is_evaluated(
     assert "nowhere: there is no such file or folder" in err
 
 
-def test_slow_batches_are_announced_before_the_first_is_scored(
-    folder: Path, moecc: Moecc, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object) -> None:
+def test_slow_batches_are_announced_before_the_first_is_scored(folder, moecc, monkeypatch):
+    def stop(*_):
         raise InputError("stopped")
 
     monkeypatch.setattr("moecc.jobs.evaluate.SLOW_BATCH_FLOPS", 1e5)
@@ -213,16 +203,14 @@ def test_slow_batches_are_announced_before_the_first_is_scored(
     assert "of them attention's" in err
 
 
-def test_a_run_may_be_named_relative_to_a_folder_beside_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_may_be_named_relative_to_a_folder_beside_it(folder, monkeypatch):
     monkeypatch.chdir(folder / "tokens")
     params = open_model("../run").params()
     name = next(iter(params))
     assert params[name].shape == open_model(folder / "run").params()[name].shape
 
 
-def test_another_recipe_is_rejected_with_what_may_differ(folder: Path, moecc: Moecc) -> None:
+def test_another_recipe_is_rejected_with_what_may_differ(folder, moecc):
     text = (folder / "recipe.toml").read_text().replace("steps = 6", "steps = 7", 1)
     (folder / "seven.toml").write_text(text.replace('"model"', '"small"'))
     code, _, err = moecc("train", folder / "seven.toml", "--out", folder / "run")
@@ -232,7 +220,7 @@ def test_another_recipe_is_rejected_with_what_may_differ(folder: Path, moecc: Mo
 
 
 @pytest.mark.slow
-def test_a_fork_goes_on_under_another_recipe(folder: Path, moecc: Moecc) -> None:
+def test_a_fork_goes_on_under_another_recipe(folder, moecc):
     run, fork = folder / "run", folder / "fork"
     code, _, err = moecc(
         "train", folder / "recipe.toml", "--fork", f"{run}@4", "--out", fork, "--set",
@@ -258,9 +246,7 @@ def test_a_fork_goes_on_under_another_recipe(folder: Path, moecc: Moecc) -> None
         ("model.pipeline=''", "the model of a fork is that of the run"),
     ],
 )
-def test_a_fork_has_the_model_and_the_moments_of_the_run(
-    folder: Path, moecc: Moecc, changed: str, says: str
-) -> None:
+def test_a_fork_has_the_model_and_the_moments_of_the_run(folder, moecc, changed, says):
     """Of updates that begin at another step, nothing was counted."""
     code, _, err = moecc(
         "train", folder / "recipe.toml", "--fork", folder / "run@4", "--out", folder / "none",
@@ -270,7 +256,7 @@ def test_a_fork_has_the_model_and_the_moments_of_the_run(
     assert not (folder / "none").exists()
 
 
-def test_a_run_that_diverged_is_a_run(folder: Path, moecc: Moecc) -> None:
+def test_a_run_that_diverged_is_a_run(folder, moecc):
     """A held-out loss that is not a number is none, and no step the best."""
     out = folder / "diverged"
     sets = ("run.steps=3", "optimizer.rate=1e30", "run.save_steps=0", "run.evaluate_steps=0")
@@ -280,7 +266,7 @@ def test_a_run_that_diverged_is_a_run(folder: Path, moecc: Moecc) -> None:
     assert [step.loss for step in saved_steps(out)] == [None]
 
 
-def test_another_recipe_is_refused_with_the_keys_that_differ(folder: Path, moecc: Moecc) -> None:
+def test_another_recipe_is_refused_with_the_keys_that_differ(folder, moecc):
     run = killed(folder, 4, "edited")
     text = (run / "recipe.toml").read_text()
     (run / "recipe.toml").write_text(text.replace("rate = 0.003", "rate = 0.3"))
@@ -299,7 +285,7 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(folder: Path, moecc
     assert "run.steps: 6 → 9" in err
 
 
-def test_data_that_changed_are_refused(folder: Path, moecc: Moecc, tmp_path: Path) -> None:
+def test_data_that_changed_are_refused(folder, moecc, tmp_path):
     run = killed(folder, 4, "moved")
     tokens = tmp_path / "train"
     shutil.copytree(folder / "tokens" / "heldout", tokens)
@@ -351,14 +337,7 @@ FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
         ([*FROZEN, "optimizer.groups=[{match='mo'}]"], 1, "did you mean 'moe'"),
     ],
 )
-def test_what_cannot_be_is_one_message(
-    folder: Path,
-    moecc: Moecc,
-    monkeypatch: pytest.MonkeyPatch,
-    words: list[str],
-    code: int,
-    said: str,
-) -> None:
+def test_what_cannot_be_is_one_message(folder, moecc, monkeypatch, words, code, said):
     monkeypatch.chdir(folder)
     found, _, err = moecc("train", *words)
     assert (found, said in err) == (code, True), err
@@ -366,9 +345,7 @@ def test_what_cannot_be_is_one_message(
 
 
 @pytest.mark.slow
-def test_doubles_are_trained_and_evaluated_as_doubles(
-    folder: Path, moecc: Moecc, tmp_path: Path
-) -> None:
+def test_doubles_are_trained_and_evaluated_as_doubles(folder, moecc, tmp_path):
     run, data = tmp_path / "run", folder / "tokens" / "heldout"
     wide = ["run.dtype=f64", "run.weight_dtype=f64", "run.steps=1", "run.evaluate_steps=1"]
     sets = [word for one in wide for word in ("--set", one)]

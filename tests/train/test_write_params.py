@@ -1,7 +1,5 @@
 """Parameters of a loop of one's own become a checkpoint that says so."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

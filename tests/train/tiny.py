@@ -100,14 +100,14 @@ def restored(
     encoder: np.ndarray, decoder: np.ndarray, sentinels: tuple[int, ...], end: int | None
 ) -> np.ndarray:
     """Return the sequence that spans were hidden of: the inverse of `Spans.apply`."""
-    spans: dict[int, list[int]] = {}
-    current: list[int] = []
+    spans = {}
+    current = []
     for token in decoder.tolist():
         if token in sentinels:
             current = spans.setdefault(token, [])
         elif token != end:
             current.append(token)
-    ids: list[int] = []
+    ids = []
     for token in encoder.tolist():
         if token != end:
             ids += spans.get(token, [token] if token not in sentinels else [])

@@ -1,10 +1,7 @@
 """Random numbers: their distributions, and that a key and a place decide them."""
 
-from __future__ import annotations
-
 import hashlib
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,17 +18,16 @@ from moecc.weights.draws import (
     stream,
 )
 from moecc.weights.evaluate import evaluate
-from moecc.weights.expr import Expr
 from moecc.weights.movement import Slice
 
 KEY = 0x0123456789ABCDEF0123456789ABCDEF
 
 
-def nothing(name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+def nothing(name, start=0, stop=None):
     raise AssertionError("a draw reads nothing")
 
 
-def drawn(e: Expr) -> np.ndarray[Any, Any]:
+def drawn(e):
     return evaluate(e, nothing)
 
 

@@ -1,8 +1,5 @@
 """The evaluator beyond what random expressions show: errors, memory, what is read."""
 
-from __future__ import annotations
-
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -31,18 +28,18 @@ E8M4 = Source("w", tensor(F32, expert=8, mlp=4))
 class Reader:
     """Holds arrays, and counts the elements that are read."""
 
-    def __init__(self, **arrays: np.ndarray[Any, Any]) -> None:
+    def __init__(self, **arrays):
         self.arrays = arrays
         self.read = 0
 
-    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Any:
+    def __call__(self, name, start=0, stop=None):
         values = self.arrays[name]
         got = values[start:stop] if values.ndim else values
         self.read += got.size
         return got
 
 
-def ramp(*shape: int, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+def ramp(*shape, dtype=np.float32):
     return np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
 
 

@@ -1,14 +1,12 @@
 """Weight expressions: types, errors, limits, interning."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.errors import InputError
 from moecc.types import BF16, F16, F32, KEY, PRED, Axis, TensorType, tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Scale, Select
 from moecc.weights.draws import Normal, Subset, Uniform, derive_key
-from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
+from moecc.weights.expr import MAX_DEPTH, Full, Source
 from moecc.weights.movement import (
     Concat,
     Index,
@@ -68,7 +66,7 @@ MASK = Source("i", tensor(PRED, mlp=6))
 )
 def test_what_does_not_fit_is_refused_by_name(make, message):
     with pytest.raises(InputError, match=message) as caught:
-        make()  # type: ignore[operator]
+        make()
     assert "weight expression" in str(caught.value)
 
 
@@ -77,14 +75,14 @@ def test_equal_expressions_are_one_object():
     assert Tile(W, "expert", 8) is not Tile(V, "expert", 8)
     assert Source("w", tensor(BF16, mlp=6, embed=4)) is W
     assert Scale(W, 2) is Scale(W, 2.0)
-    assert Stack([W, V], "expert") is Stack((W, V), "expert")  # type: ignore[arg-type]
+    assert Stack([W, V], "expert") is Stack((W, V), "expert")
     assert Full(0.0, tensor(F32)) is not Full(-0.0, tensor(F32))
     assert Moment("mean", W, None, ("embed", "mlp")) is Moment("mean", W, None, ("mlp", "embed"))
     assert Source("w", tensor(F16, mlp=6, embed=4)) is not W
 
 
 def test_depth_has_a_limit():
-    e: Expr = W
+    e = W
     for _ in range(MAX_DEPTH - 1):
         e = Scale(e, 3.0)
     assert e.depth == MAX_DEPTH

@@ -1,7 +1,5 @@
 """Orders, what is taken in them, and fitted routers."""
 
-from __future__ import annotations
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.types import Array
 from moecc.weights.fits import cluster_order, fitted_rows
 from moecc.weights.text import parse_expr
 
@@ -60,7 +57,7 @@ def test_wrong_types_are_reported(text, words):
 # --- clusters
 
 
-def planted(rng: np.random.Generator, groups: int, size: int, tokens: int) -> Array:
+def planted(rng, groups, size, tokens):
     """Return the counts of pairs of shuffled neurons of which those of a group go together."""
     of_group = rng.random((groups, tokens)) < 0.3
     noise = rng.random((groups * size, tokens)) < 0.02

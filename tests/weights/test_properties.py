@@ -1,10 +1,7 @@
 """Random expressions: what every one of them obeys."""
 
-from __future__ import annotations
-
 import zlib
 from math import prod
-from typing import Any
 
 import numpy as np
 from hypothesis import assume, given
@@ -12,11 +9,11 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.testing.weights import whole_naively
-from moecc.types import BF16, DTYPES, F16, F32, F64, PRED, Axis, DType, TensorType
+from moecc.types import BF16, DTYPES, F16, F32, F64, PRED, Axis, TensorType
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.evaluate import Evaluator, evaluate
-from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.expr import Full, Source
 from moecc.weights.movement import (
     I32,
     Concat,
@@ -39,7 +36,7 @@ FLOATS = (BF16, F16, F32, F64, DTYPES["f8e5m2"])
 FACTORS = (1.0, 2.0, 0.5, -4.0, 3.0, 2.0**0.5, 0.0)
 
 
-def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+def read(name, start=0, stop=None):
     """Read a source whose name spells its type; the values include zeros and subnormals."""
     dtype, *sizes = name.split(",")
     shape = tuple(map(int, sizes[:-1]))
@@ -50,19 +47,19 @@ def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, 
     return made[start:stop] if shape else made
 
 
-def source(type: TensorType, salt: int) -> Source:
+def source(type, salt):
     return Source(",".join([type.dtype.name, *map(str, type.shape), f"s{salt}"]), type)
 
 
 @st.composite
-def types(draw: st.DrawFn, dtypes: tuple[DType, ...] = FLOATS, most: int = 3) -> TensorType:
+def types(draw, dtypes=FLOATS, most=3):
     names = draw(st.permutations(NAMES))[: draw(st.integers(0, most))]
     axes = tuple(Axis(n, draw(st.integers(1, 4))) for n in names)
     return TensorType(draw(st.sampled_from(dtypes)), axes)
 
 
 @st.composite
-def leaves(draw: st.DrawFn, type: TensorType) -> Expr:
+def leaves(draw, type):
     """Draw a leaf of `type`, cast where that takes it."""
     key = draw(st.integers(0, 2)) << 100
     if type.dtype is PRED:
@@ -72,7 +69,7 @@ def leaves(draw: st.DrawFn, type: TensorType) -> Expr:
         return Subset(type, axis.name, draw(st.integers(0, int(str(axis.size)))), key)
     kind = draw(st.integers(0, 7))
     f32 = type.with_dtype(F32)
-    drawn: Expr = source(type, kind)
+    drawn = source(type, kind)
     if kind == 4:
         return Full(draw(st.sampled_from((0.0, -0.0, 1.0, 1 + 2**-9, -2.0))), type)
     if kind == 5:
@@ -84,18 +81,18 @@ def leaves(draw: st.DrawFn, type: TensorType) -> Expr:
     return drawn if drawn.type == type else Cast(drawn, type.dtype)
 
 
-def fresh(draw: st.DrawFn, x: Expr) -> str:
+def fresh(draw, x):
     return draw(st.sampled_from([n for n in (*NAMES, "e", "f", "g", "h") if n not in x.type]))
 
 
-def part_of(draw: st.DrawFn, type: TensorType) -> TensorType:
+def part_of(draw, type):
     """Draw a type with some of the axes of `type`, in another order."""
     axes = draw(st.permutations(type.axes))
     return type.with_axes(axes[: draw(st.integers(0, len(axes)))])
 
 
 @st.composite
-def grown(draw: st.DrawFn, x: Expr) -> Expr:
+def grown(draw, x):
     """Draw one node on top of `x`."""
     options = ["tile", "stack", "scale", "cast", "add", "mul", "minimum", "select"]
     if x.type.axes:
@@ -131,7 +128,7 @@ def grown(draw: st.DrawFn, x: Expr) -> Expr:
 
 
 @st.composite
-def combined(draw: st.DrawFn, x: Expr, kind: str) -> Expr:
+def combined(draw, x, kind):
     y = draw(leaves(part_of(draw, x.type).with_dtype(draw(st.sampled_from(FLOATS)))))
     if kind == "select":
         mask = draw(leaves(part_of(draw, x.type).with_dtype(PRED)))
@@ -141,7 +138,7 @@ def combined(draw: st.DrawFn, x: Expr, kind: str) -> Expr:
 
 
 @st.composite
-def moved(draw: st.DrawFn, x: Expr, kind: str) -> Expr:
+def moved(draw, x, kind):
     axis = draw(st.sampled_from(x.type.axes))
     name, size = axis.name, int(str(axis.size))
     if kind == "index":
@@ -150,7 +147,7 @@ def moved(draw: st.DrawFn, x: Expr, kind: str) -> Expr:
         start = draw(st.integers(0, size - 1))
         return Slice(x, name, start, draw(st.integers(start + 1, size)))
     if kind == "take":
-        order: Expr = Permutation(TensorType(I32, (axis,)), draw(st.integers(0, 3)))
+        order = Permutation(TensorType(I32, (axis,)), draw(st.integers(0, 3)))
         start = draw(st.integers(0, size - 1))
         return Take(x, name, Slice(order, name, start, draw(st.integers(start + 1, size))))
     if kind == "concat":
@@ -171,8 +168,8 @@ def moved(draw: st.DrawFn, x: Expr, kind: str) -> Expr:
 
 
 @st.composite
-def exprs(draw: st.DrawFn, most: int = 7) -> Expr:
-    x: Expr = draw(leaves(draw(types())))
+def exprs(draw, most=7):
+    x = draw(leaves(draw(types())))
     for _ in range(draw(st.integers(0, most))):
         y = draw(grown(x))
         if prod(y.type.shape) <= 400 and y.type.rank <= 6:
@@ -181,11 +178,11 @@ def exprs(draw: st.DrawFn, most: int = 7) -> Expr:
 
 
 @st.composite
-def movements(draw: st.DrawFn) -> Expr:
+def movements(draw):
     """Draw a long chain of nodes that only move, over a source."""
     names = draw(st.permutations(NAMES))[: draw(st.integers(1, 3))]
     sizes = st.sampled_from((2, 3, 4, 6))
-    x: Expr = source(TensorType(BF16, tuple(Axis(n, draw(sizes)) for n in names)), 0)
+    x = source(TensorType(BF16, tuple(Axis(n, draw(sizes)) for n in names)), 0)
     kinds = (
         "index", "slice", "split", "merge", "permute", "rename", "tile", "restack", "undo", "take"
     )  # fmt: skip
@@ -210,19 +207,19 @@ def movements(draw: st.DrawFn) -> Expr:
     return x
 
 
-def undone(x: Split | Merge) -> Expr:
+def undone(x):
     if isinstance(x, Split):
         return Merge(x, tuple(name for name, _ in x.into), x.axis)
     sizes = ((name, int(str(x.x.type[name].size))) for name in x.axes)
     return Split(x, x.into, tuple((f"u{i}", size) for i, (_, size) in enumerate(sizes)))
 
 
-def naive(e: Expr) -> np.ndarray[Any, Any]:
+def naive(e):
     """Evaluate as the oracle does."""
     return whole_naively(e, read)
 
 
-def whole(e: Expr) -> np.ndarray[Any, Any]:
+def whole(e):
     """Evaluate as it stands; what overflows is no case."""
     try:
         return Evaluator(read).block(e, tuple((0, n) for n in e.type.shape))
@@ -231,7 +228,7 @@ def whole(e: Expr) -> np.ndarray[Any, Any]:
         raise
 
 
-def same(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+def same(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 

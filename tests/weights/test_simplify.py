@@ -1,7 +1,5 @@
 """Simplifications that conversions count on, in the form that they take."""
 
-from __future__ import annotations
-
 from itertools import permutations
 
 import pytest
@@ -9,7 +7,7 @@ import pytest
 from moecc.types import BF16, F16, F32, F64, PRED, tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal
-from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.expr import Full, Source
 from moecc.weights.movement import (
     Concat,
     Index,
@@ -28,7 +26,7 @@ V = Source("v", tensor(BF16, mlp=6, embed=4))
 ROUTER = Normal(tensor(F32, expert=4, embed=4), 0.02, 7)
 
 
-def virtual_groups(w: Expr, groups: int, parts: int) -> Expr:
+def virtual_groups(w, groups, parts):
     """Give expert i the slice i mod `parts` of `w`."""
     size = w.type.shape[w.type.names.index("mlp")] // parts
     cut = Split(w, "mlp", (("part", parts), ("mlp", size)))

@@ -1,14 +1,12 @@
 """The text of weight expressions, and what is said about text that is not one."""
 
-from __future__ import annotations
-
 import pytest
 
 from moecc.support.scan import ParseError
 from moecc.types import BF16, F32, tensor
 from moecc.weights.arithmetic import Cast, Moment, Scale
 from moecc.weights.draws import Normal, Uniform
-from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
+from moecc.weights.expr import MAX_DEPTH, Full, Source
 from moecc.weights.movement import (
     Permute,
     Split,
@@ -21,7 +19,7 @@ W = Source("model.up.weight", tensor(BF16, mlp=6, embed=4))
 TEXT = 'source("model.up.weight" : bf16[mlp=6, embed=4])'
 F = tensor(F32, expert=2)
 
-EXAMPLES: list[tuple[Expr, str]] = [
+EXAMPLES = [
     (W, TEXT),
     (Tile(W, "expert", 8, 1), f"tile({TEXT}, expert=8, position=1)"),
     (Tile(W, "position", 8, 1), f"tile({TEXT}, position=8, position=1)"),

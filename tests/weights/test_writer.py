@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from moecc.errors import InputError, MachineError
 from moecc.formats import writer
 from moecc.formats.safetensors import Entry, natural, plan_shards, read_header
-from moecc.formats.writer import OutputTensor, WriteOptions, WriteReport, write_checkpoint
+from moecc.formats.writer import OutputTensor, WriteOptions, write_checkpoint
 from moecc.types import BF16, DTYPES, F16, F32, I64, PRED, tensor
 from moecc.weights.arithmetic import Add, Scale
 from moecc.weights.draws import Normal
@@ -36,7 +35,7 @@ EMPTY = Source("e", tensor(F32, token=0, embed=4))
 class Reader:
     """Holds arrays, and counts how often each row is read."""
 
-    def __init__(self, **more: np.ndarray[Any, Any]) -> None:
+    def __init__(self, **more):
         rng = np.random.default_rng(0)
         self.arrays: dict[str, np.ndarray[Any, Any]] = {
             "w": rng.standard_normal((48, 40)).astype(np.float32).astype(BF16.numpy),
@@ -50,7 +49,7 @@ class Reader:
         self.rows: dict[str, int] = {}
         self.lock = threading.Lock()
 
-    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Any:
+    def __call__(self, name, start=0, stop=None):
         values = self.arrays[name]
         got = values[start:stop] if values.ndim else values
         with self.lock:
@@ -58,7 +57,7 @@ class Reader:
         return got
 
 
-def experts(source: Source, count: int = 8) -> list[OutputTensor]:
+def experts(source, count=8):
     """Return copies, one tensor each, as an export asks for them."""
     tiled = Tile(source, "expert", count)
     return [
@@ -67,7 +66,7 @@ def experts(source: Source, count: int = 8) -> list[OutputTensor]:
     ]
 
 
-def everything() -> list[OutputTensor]:
+def everything():
     fused = Permute(Tile(V, "expert", 3, 1), ("expert", "embed", "mlp"))
     return [
         *experts(W),
@@ -82,13 +81,13 @@ def everything() -> list[OutputTensor]:
     ]
 
 
-def written(folder: Path, tensors: list[OutputTensor], **more: Any) -> WriteReport:
+def written(folder, tensors, **more):
     folder.mkdir()
     reader, metadata = more.pop("reader", Reader()), more.pop("metadata", None)
     return write_checkpoint(folder, tensors, reader, WriteOptions(**more), metadata=metadata)
 
 
-def tensor_bytes(folder: Path, report: WriteReport) -> dict[str, bytes]:
+def tensor_bytes(folder, report):
     """Return the bytes of each tensor, as our own strict header reader finds them."""
     found = {}
     for name in {t.file for t in report.tensors.values()}:
@@ -146,7 +145,7 @@ def test_threads_blocks_and_order_change_no_byte(tmp_path, limit, monkeypatch):
     assert all(other == seen[0] for other in seen[1:])
 
 
-def broken() -> Reader:
+def broken():
     w = Reader().arrays["w"].copy()
     w[30, 7] = np.nan
     w[30, 8] = np.inf
@@ -231,7 +230,7 @@ def test_a_file_in_the_way_is_not_overwritten(tmp_path):
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     whole = written(tmp_path / "whole", everything())
 
-    def pwrite(descriptor: int, data: Any, at: int, real: Any = os.pwrite) -> int:
+    def pwrite(descriptor, data, at, real=os.pwrite):
         return int(real(descriptor, data[:777], at))
 
     monkeypatch.setattr(os, "pwrite", pwrite)

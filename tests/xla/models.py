@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]
 
 
-def decoder(case: str, seq: int = 6, **upcycle: Any) -> tuple[Graph, Arrays, Arrays]:
+def decoder(case: str, seq: int = 6, **upcycle) -> tuple[Graph, Arrays, Arrays]:
     """Return the graph of a golden config, converted where options are given, and small data.
 
     Parameters are random, so experts differ: among copies much would be vacuous.
@@ -49,7 +49,7 @@ def random_data(graph: Graph, seed: int) -> tuple[Arrays, Arrays]:
 
 def assert_close(
     graph: Graph, params: Arrays, inputs: Arrays, found: Mapping[str, Any], tolerance: float
-) -> None:
+):
     """Check outputs against the reference: within `tolerance` of the largest finite number.
 
     A graph that amplifies a change of its data in the tenth digit may differ by as much.
@@ -69,7 +69,7 @@ def _largest(a: Array) -> float:
     return float(finite.max(initial=0))
 
 
-def _apart(expected: Array, found: Any) -> Array:
+def _apart(expected: Array, found) -> Array:
     a, b = expected.astype(float), np.asarray(found).astype(float)
     with np.errstate(all="ignore"):
         # What is not a number in the reference may be anything.
@@ -84,10 +84,10 @@ def _nudged(arrays: Arrays) -> Arrays:
     }
 
 
-def relative(found: Any, expected: Array) -> float:
+def relative(found, expected: Array) -> float:
     """Return the largest difference, relative to the largest number expected."""
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
 
-def compiled(graph: Graph, dtype: Any, **options: Any) -> Any:
+def compiled(graph: Graph, dtype, **options):
     return get_backend("xla").compile(graph, dtype=dtype, **options)

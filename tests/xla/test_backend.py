@@ -1,9 +1,5 @@
 """The xla backend gives what the reference gives: random graphs, and models of every family."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -31,11 +27,11 @@ EXACT = 1e-9
 # --- random graphs
 
 
-def is_ragged(graph: Graph) -> bool:
+def is_ragged(graph):
     return any(v.type.ragged for v in graph.outputs.values())
 
 
-def check_both_ways(graph: Graph, seed: int = 0) -> None:
+def check_both_ways(graph, seed=0):
     """Check the graph as one function, and cut into segments, against the reference."""
     params, inputs = random_data(graph, seed)
     program = compiled(graph, F64)
@@ -55,7 +51,7 @@ def test_random_graphs(graph):
 
 # --- whole models
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+MODELS = {
     "biases": ("llama_biases_head_dim", {}),
     "window and sparse": ("mixtral_window_tied", {}),
     "shared expert": ("qwen2_moe_plain", {}),

@@ -1,9 +1,6 @@
 """The lowering of the gated delta rule against the reference, its two ways and its gradients."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +12,7 @@ from moecc_backends.xla.lower import scan
 from moecc.backend import get_backend
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.ir import F32, F64, PRED, Builder, Graph, Value, tensor
+from moecc.ir import F32, F64, PRED, Builder, Graph, tensor
 from moecc.ir.ops.recurrence import reads_as_it_goes
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
@@ -24,7 +21,7 @@ from moecc.testing.data import inputs_for, params_for
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-FLOATS: dict[str, dict[str, int | str]] = {
+FLOATS = {
     "query": {"batch": "B", "seq": "S", "head": 2, "head_dim": 3},
     "key": {"batch": "B", "kv_seq": "S", "head": 2, "head_dim": 3},
     "value": {"batch": "B", "kv_seq": "S", "head": 2, "group": 2, "value_dim": 4},
@@ -34,10 +31,10 @@ FLOATS: dict[str, dict[str, int | str]] = {
 TEXTS, TOKENS = 2, 5
 
 
-def rule_graph(*, is_causal: bool) -> Graph:
+def rule_graph(*, is_causal):
     """Return a graph of the rule, whose queries see the keys up to their own, or what is given."""
     graph = Graph("rule")
-    values: list[Value] = [graph.input(n, tensor(F32, **axes)) for n, axes in FLOATS.items()]
+    values = [graph.input(n, tensor(F32, **axes)) for n, axes in FLOATS.items()]
     builder = Builder(graph)
     if is_causal:
         positions = builder.positions(values[0], axis="seq")
@@ -50,9 +47,9 @@ def rule_graph(*, is_causal: bool) -> Graph:
     return graph
 
 
-def drawn() -> dict[str, Any]:
+def drawn():
     rng, sizes = np.random.default_rng(3), {"B": TEXTS, "S": TOKENS}
-    arrays: dict[str, Any] = {}
+    arrays = {}
     for name, axes in FLOATS.items():
         shape = [sizes[s] if isinstance(s, str) else s for s in axes.values()]
         is_share = name in ("decay", "rate")
@@ -81,7 +78,7 @@ def test_either_way_has_the_values_of_the_reference():
 def test_layers_of_a_loop_have_one_state(monkeypatch):
     ways = []
 
-    def spied(seen: Value, along: str) -> str | None:
+    def spied(seen, along):
         ways.append(reads_as_it_goes(seen, along))
         return ways[-1]
 

@@ -1,7 +1,5 @@
 """Arrays that no device can hold, and processes that are gone: errors of the machine."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

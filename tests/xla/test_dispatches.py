@@ -1,11 +1,7 @@
 """Every dispatch lowering is the dense one, in values and gradients, and reads nothing unused."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +10,10 @@ from hypothesis import strategies as st
 from tiers import examples
 
 from moecc.errors import InputError
-from moecc.ir import BF16, F32, F64, I32, PRED, Builder, Graph, Value, tensor
+from moecc.ir import BF16, F32, F64, I32, PRED, Builder, Graph, tensor
 from moecc.testing import run_reference
 
-from .models import Array, Arrays, compiled
+from .models import compiled
 
 jax = pytest.importorskip("jax")
 
@@ -36,17 +32,17 @@ CLOSE = {F32: 1e-5, F64: 1e-12}
 class Layer:
     """A layer of gated experts with biases and a norm, routed in some way."""
 
-    def __init__(self, groups: int = 1) -> None:
+    def __init__(self, groups=1):
         self.graph = Graph("layer")
         self.b = Builder(self.graph, loc="layers.0.ffn")
         self.x = self.graph.input("x", tensor(F32, batch=BATCH, seq=SEQ, embed=EMBED))
         self.groups = groups
 
-    def logits(self) -> Value:
+    def logits(self):
         router = self.graph.param("router", tensor(F32, expert=EXPERTS, embed=EMBED))
         return self.b.contract(self.x, router, over="embed")
 
-    def finish(self, experts: Value, place: Value, gates: Value) -> Graph:
+    def finish(self, experts, place, gates):
         """Put the experts between dispatch and combine."""
         b, p = self.b, self._param
         rows = b.rms_norm(b.dispatch(self.x, experts, place), p("norm", embed=EMBED), axis="embed")
@@ -61,11 +57,11 @@ class Layer:
         self.graph.set_output("y", b.combine(out, experts, place, gates))
         return self.graph
 
-    def _param(self, name: str, **axes: Any) -> Value:
+    def _param(self, name, **axes):
         return self.graph.param(name, tensor(F32, **axes))
 
 
-def chosen(top_k: int, slots: str, **attrs: Any) -> Graph:
+def chosen(top_k, slots, **attrs):
     """Tokens choose; a mask leaves some out."""
     groups = attrs.get("groups", 1)
     layer = Layer(groups)
@@ -78,7 +74,7 @@ def chosen(top_k: int, slots: str, **attrs: Any) -> Graph:
     return layer.finish(experts, place, gates)
 
 
-def unmasked(top_k: int) -> Graph:
+def unmasked(top_k):
     """Tokens choose, and nothing is ever dropped."""
     layer = Layer()
     experts, gates = layer.b.route(layer.logits(), top_k=top_k)
@@ -86,7 +82,7 @@ def unmasked(top_k: int) -> Graph:
     return layer.finish(experts, place, gates)
 
 
-def expert_choice() -> Graph:
+def expert_choice():
     """Experts choose."""
     layer = Layer(2)
     scores = layer.b.softmax(layer.logits(), axis="expert")
@@ -96,7 +92,7 @@ def expert_choice() -> Graph:
     return layer.finish(experts, place, gates)
 
 
-def hashed() -> Graph:
+def hashed():
     """A hash of token ids chooses."""
     layer = Layer()
     ids = layer.graph.input("ids", tensor(I32, batch=BATCH, seq=SEQ))
@@ -110,7 +106,7 @@ def hashed() -> Graph:
 
 
 BOUND = {"capacity_factor": 0.8, "minimum": 1, "convention": "assignments"}
-ROUTINGS: dict[str, Callable[[], Graph]] = {
+ROUTINGS = {
     "dropless": lambda: unmasked(2),
     "dropless, masked, top-1": lambda: chosen(1, "ragged"),
     "capacity, top-2, groups": lambda: chosen(2, "capacity", groups=2, **BOUND),
@@ -121,21 +117,21 @@ ROUTINGS: dict[str, Callable[[], Graph]] = {
 QUICK = ("capacity, top-2, groups",)
 
 
-def legal(graph: Graph) -> list[str]:
+def legal(graph):
     return [n for n in LAYOUTS if all(why_not(n, p) is None for p in _places(graph))]
 
 
-def _places(graph: Graph) -> list[Value]:
+def _places(graph):
     return [n.results[-1] for n in graph if n.op.name in ("assign_slots", "expert_choice")]
 
 
-def draw(graph: Graph, seed: int, skew: float) -> tuple[Arrays, Arrays]:
+def draw(graph, seed, skew):
     """Draw experts that differ, tokens, and a mask; `skew` sends more and more to one expert."""
     rng = np.random.default_rng(seed)
     params = {n: rng.normal(size=p.type.shape) for n, p in graph.params.items()}
     if "router" in params:
         params["router"][0] *= skew
-    inputs: Arrays = {}
+    inputs = {}
     for name, value in graph.inputs.items():
         shape, kind = value.type.shape, value.type.dtype.kind
         inputs[name] = {
@@ -147,12 +143,12 @@ def draw(graph: Graph, seed: int, skew: float) -> tuple[Arrays, Arrays]:
 
 
 @cache
-def step(name: str, dispatch: str, dtype: Any, poison: bool) -> Any:
+def step(name, dispatch, dtype, poison):
     """Compile values and gradients of a routing, lowered in one way."""
     graph = ROUTINGS[name]()
     run = function(graph, dtype=dtype, options=Options(dispatch, poison=poison))
 
-    def loss(params: Any, floats: Any, rest: Any, weights: Any) -> Any:
+    def loss(params, floats, rest, weights):
         y = run(params, {**floats, **rest})["y"]
         return (y * weights).sum(), y
 
@@ -160,9 +156,7 @@ def step(name: str, dispatch: str, dtype: Any, poison: bool) -> Any:
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
 
-def results(
-    name: str, dispatch: str, dtype: Any, data: tuple[Arrays, Arrays], *, poison: bool
-) -> tuple[Array, dict[str, Array]]:
+def results(name, dispatch, dtype, data, *, poison):
     """Return the values, and the gradients by name."""
     params, inputs = data
     floats = {n: a for n, a in inputs.items() if a.dtype.kind == "f"}
@@ -175,7 +169,7 @@ def results(
     return np.asarray(y), {n: np.asarray(a) for n, a in (d_params | d_inputs).items()}
 
 
-def assert_near(found: Array, expected: Array, dtype: Any, name: str) -> None:
+def assert_near(found, expected, dtype, name):
     size = max(1.0, float(np.abs(expected).max()))
     assert np.abs(found - expected).max() <= CLOSE[dtype] * size, name
 
@@ -206,7 +200,7 @@ def test_every_lowering_is_the_dense_one(name, dtype, seed, skew):
 # --- what is chosen, and refused
 
 
-def routing(tokens: int, experts: int, capacity: int | None) -> Routing:
+def routing(tokens, experts, capacity):
     names = jnp.zeros((tokens, 2), jnp.int32)
     return Routing(names, names, None, experts, 1, capacity, ("token",), (tokens,))
 
@@ -238,7 +232,7 @@ def test_the_choice_by_platform_and_shape():
         assert found == expected, "experts are read in place"
 
 
-def ragged_products(platform: str) -> list[str]:
+def ragged_products(platform):
     """The types that ragged products are asked for in, forward and backward."""
     graph = unmasked(2)
     run = function(graph, dtype=BF16, options=Options("ragged_dot", platform=platform))

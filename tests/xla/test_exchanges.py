@@ -1,16 +1,12 @@
 """Every way to bring rows to experts, on eight devices: values, gradients, drops, collectives."""
 
-from __future__ import annotations
-
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 from sharding_cases import MESHES, Case, layer, legal_cases, outcome
 from tiers import few
 
-from moecc.ir import Graph
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import run_reference
@@ -29,7 +25,7 @@ from .test_shard_map import census  # noqa: E402
 
 
 @cache
-def data(slots: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def data(slots):
     """Parameters, experts that differ among them, and tokens."""
     rng = np.random.default_rng(0)
     drawn = {n: rng.normal(size=v.type.shape) for n, v in layer(slots).params.items()}
@@ -37,10 +33,10 @@ def data(slots: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return params, {"x": jax.numpy.asarray(rng.normal(size=(8, 8, 8)), "float32")}
 
 
-def compiled(run: Any, params: dict[str, Any], inputs: dict[str, Any]) -> Any:
+def compiled(run, params, inputs):
     """Return the values and the gradients, by parameters and tokens, as one program."""
 
-    def loss(params: Any, inputs: Any) -> tuple[Any, Any]:
+    def loss(params, inputs):
         outputs = run(params, inputs)
         weights = np.random.default_rng(5).normal(size=outputs["y"].shape).astype("f")
         return (outputs["y"] * weights).mean(), outputs
@@ -50,26 +46,26 @@ def compiled(run: Any, params: dict[str, Any], inputs: dict[str, Any]) -> Any:
 
 
 @cache
-def expected(slots: str) -> tuple[Any, Any]:
+def expected(slots):
     results = compiled(function(layer(slots)), *data(slots))(*data(slots))
     (_, outputs), slopes = jax.tree.map(np.asarray, results)
     assert all(np.abs(a).max() > 0 for a in jax.tree.leaves(slopes)), "every gradient counts"
     return outputs, slopes
 
 
-def on_mesh(graph: Graph, slots: str, options: Options = DEFAULTS) -> tuple[Any, Any, str]:
+def on_mesh(graph, slots, options=DEFAULTS):
     operands = data(slots)
     program = compiled(sharded_function(graph, device_mesh(graph), options=options), *operands)
     (_, outputs), slopes = program(*operands)
     return outputs, slopes, program.as_text()
 
 
-def assert_near(expected: Any, found: Any) -> None:
+def assert_near(expected, found):
     for a, b in zip(*(map(np.asarray, jax.tree.leaves(t)) for t in (expected, found)), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
 
 
-def assert_is_the_layer_on_one_device(case: Case) -> str:
+def assert_is_the_layer_on_one_device(case):
     """Compare, and return the program."""
     graph, _ = outcome(case)
     assert graph is not None
@@ -107,7 +103,7 @@ def test_every_legal_way_is_the_layer_on_one_device(mesh, rules):
         assert_is_the_layer_on_one_device(case)
 
 
-def laid(slots: str, text: str) -> Graph:
+def laid(slots, text):
     graph = layer(slots)
     run_pipeline(graph, Pipeline.parse(text))
     return graph

@@ -1,9 +1,6 @@
 """Blocks that cover an expert's rows, and layers whose rows are never arrays of all rows."""
 
-from __future__ import annotations
-
 from functools import cache
-from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -13,7 +10,6 @@ from tiers import examples
 
 from moecc.ir import F64, parse, print_graph
 from moecc.testing import run_reference
-from moecc.types import DType
 
 from .test_parts import draw, layer
 
@@ -34,15 +30,15 @@ SHAPES = ((5, 3), (100, 2), (900, 4), (2000, 4))
 
 
 @cache
-def walked(num_rows: int, num_experts: int) -> Any:
+def walked(num_rows, num_experts):
     """Return a function of group sizes: who wrote each row last, and how many blocks there were."""
     sizes = cover_sizes(num_rows, num_experts)
 
-    def run(group_sizes: Any) -> tuple[Any, Any]:
+    def run(group_sizes):
         starts = jnp.cumsum(group_sizes) - group_sizes
 
-        def expert_body(expert: Any, carry: Any) -> Any:
-            def step(first: Any, size: int, carry: Any) -> Any:
+        def expert_body(expert, carry):
+            def step(first, size, carry):
                 owner, blocks = carry
                 mine = jnp.full(size, expert, jnp.int32)
                 return jax.lax.dynamic_update_slice(owner, mine, (first,)), blocks + 1
@@ -81,7 +77,7 @@ def test_a_layer_of_many_rows_is_the_reference(dispatch):
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def slopes(dispatch: str, dtype: DType, remat: bool = False) -> tuple[Any, Any]:
+def slopes(dispatch, dtype, remat=False):
     """The gradients of half the square of the results, in parameters and tokens."""
     graph = layer()
     params, inputs = draw(graph)
@@ -89,11 +85,10 @@ def slopes(dispatch: str, dtype: DType, remat: bool = False) -> tuple[Any, Any]:
     run = function(graph, dtype=dtype, options=Options(dispatch, platform="cpu"))
     forward = jax.checkpoint(run) if remat else run
 
-    def loss(params: Any, x: Any) -> Any:
+    def loss(params, x):
         return jnp.sum(jnp.square(forward(params, {**inputs, "x": x})["y"])) / 2
 
-    found: tuple[Any, Any] = jax.jit(jax.grad(loss, (0, 1)))(params, inputs["x"])
-    return found
+    return jax.jit(jax.grad(loss, (0, 1)))(params, inputs["x"])
 
 
 @pytest.mark.slow
@@ -116,7 +111,7 @@ def test_no_array_of_all_rows_is_made_but_their_results():
         "wanted": jax.ShapeDtypeStruct((tokens,), np.bool_),
     }
 
-    def temporaries(dispatch: str) -> int:
+    def temporaries(dispatch):
         run = function(graph, options=Options(dispatch, platform="cpu"))
         compiled = jax.jit(run).lower(shapes, inputs).compile()
         return int(compiled.memory_analysis().temp_size_in_bytes)

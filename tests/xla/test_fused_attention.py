@@ -1,12 +1,8 @@
 """Attention as one operation, lowered: values and gradients of every form, block by block."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +22,8 @@ from moecc_backends.xla.trace.context import Options
 from moecc_passes.fuse import FuseAttentionPass
 
 from moecc.errors import InputError, UsageError
-from moecc.ir import Graph, clone
 from moecc.ir import attention as attention_blocks
+from moecc.ir import clone
 from moecc.ir.attention import AttentionFacts, choose_attention
 from moecc.rewrite.passes import Context
 from moecc.testing.data import inputs_for
@@ -38,20 +34,20 @@ from tests.support.tiers import few, some
 FLOATS = ("q", "k", "v", "bias", "sinks")
 
 
-def fused(graph: Graph) -> Graph:
+def fused(graph):
     after = clone(graph)
     FuseAttentionPass().apply(after, Context())
     assert any(node.op.attends for node in after)
     return after
 
 
-def values_and_gradients(graph: Graph, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+def values_and_gradients(graph, inputs):
     """Return the output, and the gradient of a sum of it that weighs every element."""
     run = function(graph, dtype=F64)
     floats = {n: inputs[n] for n in FLOATS if n in inputs}
     rest = {n: inputs[n] for n in inputs if n not in floats}
 
-    def total(floats: dict[str, Any]) -> tuple[Any, Any]:
+    def total(floats):
         y = run({}, {**floats, **rest})["y"]
         weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
         return jnp.sum(y * weight), y
@@ -130,14 +126,13 @@ KERNEL_FORMS = {
     "window, soft cap and sinks": (AttentionRule(0.2, 3.0, causal=True, window=40), True),
     "full": (AttentionRule(0.2), False),
 }
-Kernel = Callable[[AttentionRule, AttentionArrays], jax.Array]
 
 
-def drawn(shape: tuple[int, ...], seed: int) -> jax.Array:
+def drawn(shape, seed):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def arrays_of(seq: int, *, sinks: bool = False, bias: bool = False) -> AttentionArrays:
+def arrays_of(seq, *, sinks=False, bias=False):
     """Return operands with two key heads, which two query heads share each."""
     return AttentionArrays(
         drawn((2, 2, 2, seq, 16), 0),
@@ -148,11 +143,11 @@ def arrays_of(seq: int, *, sinks: bool = False, bias: bool = False) -> Attention
     )
 
 
-def check_kernel(kernel: Kernel, rule: AttentionRule, arrays: AttentionArrays) -> None:
+def check_kernel(kernel, rule, arrays):
     """Check values and gradients against blocks of queries, which are held to the reference."""
 
-    def run(with_kernel: Kernel) -> tuple[jax.Array, AttentionArrays]:
-        def total(arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
+    def run(with_kernel):
+        def total(arrays):
             y = with_kernel(rule, arrays)
             return jnp.sum(jnp.sin(y)), y
 
@@ -206,7 +201,7 @@ def test_gradients_of_keys_that_all_queries_of_a_mesh_share_are_added_up(monkeyp
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90800)
     rule, split = AttentionRule(1.0, causal=True), jax.sharding.PartitionSpec("data")
 
-    def total(query: jax.Array, key: jax.Array) -> jax.Array:
+    def total(query, key):
         mixed = cudnn_attention(rule, AttentionArrays(query, key, key))
         return jax.lax.psum(jnp.sum(mixed.astype(jnp.float32)), "data")
 

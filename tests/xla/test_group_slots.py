@@ -1,9 +1,5 @@
 """XLA's partitioner gets the same routing as one device, and exchanges slots group by group."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from sharding_cases import layer
@@ -14,28 +10,27 @@ jax = pytest.importorskip("jax")
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.census import census  # noqa: E402
 from moecc_backends.xla.lower.function import GspmdLowering  # noqa: E402
-from moecc_backends.xla.trace.context import DIRECT, Interceptor  # noqa: E402
+from moecc_backends.xla.trace.context import DIRECT  # noqa: E402
 
-from moecc.ir import Graph  # noqa: E402
 from moecc.plan.step import plan_mesh  # noqa: E402
 from moecc.sharding.layout import Layout  # noqa: E402
 
 EXPERTS = 8
 
 
-def arrays(graph: Graph) -> tuple[dict[str, Any], dict[str, Any]]:
+def arrays(graph):
     """Parameters, experts that differ among them, and tokens."""
     rng = np.random.default_rng(0)
     params = {n: rng.normal(size=v.type.shape).astype("f") for n, v in graph.params.items()}
     return params, {"x": rng.normal(size=(16, 4, 8)).astype("f")}
 
 
-def compiled(graph: Graph, interceptor: Interceptor = DIRECT) -> Any:
+def compiled(graph, interceptor=DIRECT):
     """Return values and gradients as one program."""
     run = function(graph, interceptor=interceptor)
     weights = np.random.default_rng(1).normal(size=(16, 4, 8)).astype("f")
 
-    def loss(params: Any, inputs: Any) -> tuple[Any, Any]:
+    def loss(params, inputs):
         y = run(params, inputs)["y"]
         return (y * weights).mean(), y
 

@@ -1,9 +1,6 @@
 """A training step on a mesh that XLA's partitioner lays out is the step on one device."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +42,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(mesh, dense_weights):
     layout = Layout(plan_mesh(mesh), CONFIG["num_experts"], dense_weights)
     rng = np.random.default_rng(0)
 
-    def draw(leaf: Any) -> Any:
+    def draw(leaf):
         if np.issubdtype(leaf.dtype, np.integer):
             return rng.integers(0, CONFIG["vocab_size"], leaf.shape).astype(np.int32)
         return ((0.2 if leaf.ndim > 1 else 1.0) * rng.normal(size=leaf.shape)).astype(np.float32)

@@ -1,7 +1,5 @@
 """Plug-ins for accelerators that are not here do not speak, and nothing else is held back."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -1,9 +1,5 @@
 """Equal layers of a block that repeats: found, lowered once, and worth the same as written out."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +8,12 @@ from jax.extend.core import jaxprs_in_params
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.lower.scan import LayerLoop, pieces_of
 
-from moecc.ir import F32, Builder, Graph, Value, tensor
+from moecc.ir import F32, Builder, Graph, tensor
 
 RUNS, SIZE = 2, 4
 
 
-def block(kinds: str, skip: bool = False) -> Graph:
+def block(kinds, skip=False):
     """Return a body of layers, one for each letter: equal letters are equal layers.
 
     Args:
@@ -29,7 +25,7 @@ def block(kinds: str, skip: bool = False) -> Graph:
     start = h
     weights = [body.input(f"w{i}", tensor(F32, out=SIZE, embed=SIZE)) for i in range(len(kinds))]
     shared = body.input("shared", tensor(F32, embed=SIZE))
-    metrics: list[Value] = []
+    metrics = []
     for number, (kind, weight) in enumerate(zip(kinds, weights, strict=True)):
         b = Builder(body, loc=f"layers.{{{number}..{number + len(kinds)}..{len(kinds)}}}.ffn")
         made = b.rename(b.contract(h, weight, over="embed"), axis="out", to="embed")
@@ -42,7 +38,7 @@ def block(kinds: str, skip: bool = False) -> Graph:
     return body
 
 
-def repeated(kinds: str, remat: str, skip: bool = False) -> Graph:
+def repeated(kinds, remat, skip=False):
     """Return a graph that runs the block twice."""
     body, graph = block(kinds, skip), Graph()
     h, shared = (graph.input(n, body.inputs[n].type) for n in ("h", "shared"))
@@ -90,9 +86,9 @@ def test_layers_that_hang_together_otherwise_are_no_loop():
     assert all(not isinstance(p, LayerLoop) for p in pieces_of(body))
 
 
-def scans(jaxpr: Any) -> list[int]:
+def scans(jaxpr):
     """Return how often each loop of `jaxpr` runs, those within first."""
-    found: list[int] = []
+    found = []
     for equation in jaxpr.eqns:
         for inner in jaxprs_in_params(equation.params):
             found += scans(inner)
@@ -106,13 +102,13 @@ OPTIMISED = {"xla_backend_optimization_level": 3}
 about 20 differ by 1.3e-5."""
 
 
-def value_and_slopes(graph: Graph) -> tuple[Any, Any, list[int]]:
+def value_and_slopes(graph):
     rng = np.random.default_rng(0)
     params = {n: rng.normal(size=v.type.shape).astype("f4") / 2 for n, v in graph.params.items()}
     inputs = {"h": rng.normal(size=(3, SIZE)).astype("f4"), "shared": np.ones(SIZE, "f4") * 0.7}
     run = function(graph)
 
-    def loss(params: Any) -> Any:
+    def loss(params):
         made = run(params, inputs)
         return jnp.sum(jnp.square(made["y"])) + sum(
             made[n] * (2 + i) for i, n in enumerate(made) if n != "y"

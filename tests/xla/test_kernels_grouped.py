@@ -1,9 +1,6 @@
 """Grouped products against a float64 loop over the rows: values, gradients, masks and cost."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import Any
 
 import hypothesis.strategies as st
 import ml_dtypes
@@ -27,14 +24,14 @@ WIDTHS = (6, 10)
 
 
 @st.composite
-def grouped_rows(draw: st.DrawFn) -> tuple[int, np.ndarray]:
+def grouped_rows(draw):
     """Draw a number of rows, and group sizes that may leave rows and experts without any."""
     num_rows, num_experts = draw(st.sampled_from(SHAPES))
     cuts = draw(st.lists(st.integers(0, num_rows), min_size=num_experts, max_size=num_experts))
     return num_rows, np.diff(sorted(cuts), prepend=0).astype(np.int32)
 
 
-def _arrays(num_rows: int, num_experts: int, axis: int, seed: int = 0) -> list[np.ndarray]:
+def _arrays(num_rows, num_experts, axis, seed=0):
     a, b = WIDTHS
     rng = np.random.default_rng(seed)
     shape = (num_experts, a, b) if axis == 1 else (num_experts, b, a)
@@ -42,14 +39,12 @@ def _arrays(num_rows: int, num_experts: int, axis: int, seed: int = 0) -> list[n
     return [rng.standard_normal(s) for s in shapes]
 
 
-def _expert_of_row(num_rows: int, sizes: np.ndarray) -> np.ndarray:
+def _expert_of_row(num_rows, sizes):
     expert = np.repeat(np.arange(sizes.size), sizes)
     return np.pad(expert, (0, num_rows - expert.size), constant_values=-1)
 
 
-def _oracle(
-    rows: np.ndarray, weight: np.ndarray, d_product: np.ndarray, sizes: np.ndarray, axis: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _oracle(rows, weight, d_product, sizes, axis):
     """Return the product and the gradients of rows and weight, one row after the other."""
     product, d_rows, d_weight = np.zeros_like(d_product), np.zeros_like(rows), np.zeros_like(weight)
     for r, e in enumerate(_expert_of_row(len(rows), sizes)):
@@ -63,7 +58,7 @@ def _oracle(
 
 
 @partial(jax.jit, static_argnums=3)
-def _with_gradients(rows: Any, weights: Any, sizes: Any, axis: int, cotangent: Any) -> Any:
+def _with_gradients(rows, weights, sizes, axis, cotangent):
     call = partial(grouped_matmul, group_sizes=sizes, contracting_axis=axis)
     product, pull = jax.vjp(lambda r, w: call(r, w), rows, weights)
     return product, *pull(cotangent)

@@ -1,9 +1,6 @@
 """Gradients of the losses under jax, and the precision that they are computed in."""
 
-from __future__ import annotations
-
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +19,7 @@ from moecc.testing import run_reference  # noqa: E402
 EXPERTS = 8
 
 
-def routed(embed: int = 0, *using: str) -> Graph:
+def routed(embed=0, *using):
     """Return a graph with all losses, whose logits are an input, or a product over `embed`."""
     graph = Graph()
     b = Builder(graph, loc="layers.0.ffn")
@@ -57,7 +54,7 @@ LOSSES = ("router_z", "balance", "importance", "load")
 LOGITS = np.random.default_rng(0).normal(size=(2, 12, EXPERTS))
 
 
-def of_sequences(over: Any, masked: bool) -> Graph:
+def of_sequences(over, masked):
     """Return a graph of top-2 routers over ``[batch, seq]``, in two groups, with all losses."""
     graph = Graph()
     b = Builder(graph, loc="layers.0.ffn")
@@ -79,16 +76,15 @@ def of_sequences(over: Any, masked: bool) -> Graph:
 
 
 @cache
-def _gradients_of_one() -> list[jax.Array]:
+def _gradients_of_one():
     """Return the gradient of each loss of the sequence that has no padding."""
     run = function(of_sequences("global", masked=False), dtype=F64)
 
-    def values(given: jax.Array) -> list[jax.Array]:
+    def values(given):
         found = run({}, {"x": np.zeros((2, 6, 1)), "logits": given})
         return [found[f"loss.{n}"] for n in (*LOSSES, "auxiliary")]
 
-    gradients: list[jax.Array] = jax.jit(jax.jacrev(values))(LOGITS[0].reshape(2, 6, EXPERTS))
-    return gradients
+    return jax.jit(jax.jacrev(values))(LOGITS[0].reshape(2, 6, EXPERTS))
 
 
 @pytest.mark.parametrize("over", few(["group", "sequence", "global"]))
@@ -102,7 +98,7 @@ def test_gradients_are_finite_where_a_sequence_is_padding(over, empty):
     with jax.enable_x64(True):
         run = function(graph, dtype=F64)
 
-        def values(given: jax.Array) -> list[jax.Array]:
+        def values(given):
             found = run({}, {"x": x, "logits": given, "mask": mask})
             return [found[f"loss.{n}"] for n in (*LOSSES, "auxiliary")]
 

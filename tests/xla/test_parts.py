@@ -1,13 +1,9 @@
 """Experts that are done part by part: the same results and gradients, and what cannot be cut."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
-from moecc.ir import BF16, F32, F64, Graph, parse, print_graph
+from moecc.ir import BF16, F32, F64, parse, print_graph
 from moecc.testing import run_reference
 
 jax = pytest.importorskip("jax")
@@ -36,7 +32,7 @@ NORMED = (
 )
 
 
-def layer(before: str = GATED, last: str = "m", after: str = "", out: str = "o") -> Graph:
+def layer(before=GATED, last="m", after="", out="o"):
     """A layer of experts; the first is wanted by nearly all, the second by none."""
     rows = f"group=1, expert={EXPERTS}, slot=ragged(%slots)"
     return parse(f"""moecc 1
@@ -61,7 +57,7 @@ graph layer {{
 """)  # noqa: E501
 
 
-def draw(graph: Graph) -> tuple[dict[str, Any], dict[str, Any]]:
+def draw(graph):
     rng = np.random.default_rng(0)
     params = {n: rng.standard_normal(v.type.shape) for n, v in graph.params.items()}
     params["router"] = np.array([[9.0] * 4, [-9.0] * 4, [1, -1, 1, -1], [-1, 1, -1, 1]])
@@ -73,9 +69,9 @@ def draw(graph: Graph) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.fixture
 def chosen(monkeypatch):
     """Let every matrix be too large, and tell how experts are cut."""
-    found: list[ExpertParts] = []
+    found = []
 
-    def told(*given: Any) -> ExpertParts:
+    def told(*given):
         found.append(parts_of(*given))
         return found[-1]
 

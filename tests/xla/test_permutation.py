@@ -1,7 +1,5 @@
 """Sorting choices by expert."""
 
-from __future__ import annotations
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ permuted = jax.jit(perm.sorted_permutation)
 
 
 @st.composite
-def routings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+def routings(draw):
     """Draw experts and a placed mask ``[tokens, choice]``: skewed, constant or uniform."""
     shape = draw(st.sampled_from(SHAPES))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

@@ -1,10 +1,5 @@
 """In which type what is computed, and with which operations."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,7 +16,7 @@ jax = pytest.importorskip("jax")
 from moecc_backends.xla.backend import function  # noqa: E402
 
 
-def products(jaxpr: Any) -> Iterator[Any]:
+def products(jaxpr):
     """Yield the equations of a jaxpr and of all that it calls."""
     for equation in jaxpr.eqns:
         yield equation

@@ -1,36 +1,26 @@
 """What experts compute on ragged rows, beyond what a feed-forward block needs."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 from tiers import few
 
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Value
 from moecc.testing import run_reference
 from moecc.types import F32, F64, I32, tensor
 
-from .models import Arrays, compiled, relative
+from .models import compiled, relative
 
 jax = pytest.importorskip("jax")
 
 
-SIZES: dict[str, Any] = {
+SIZES = {
     "batch": 2, "seq": 6, "embed": 4, "mlp": 6, "wide": 10, "expert": 3, "group": 2, "head": 2,
     "vocab": 5,
 }  # fmt: skip
 
-Body = Callable[..., Value]
 
-
-def route_tokens(
-    graph: Graph, groups: int, slots: str = "ragged"
-) -> Callable[[Body, dict[str, str], str], Value]:
+def route_tokens(graph, groups, slots="ragged"):
     """Route an input ``x``; return what combines what a body makes of the rows.
 
     The function takes the body, the axes of its parameters, and a prefix of their names.  With
@@ -46,18 +36,17 @@ def route_tokens(
     rows = b.dispatch(x, chosen, place)
     graph.set_output("assign_slots", place)
 
-    def combined(body: Body, axes: dict[str, str], prefix: str) -> Value:
+    def combined(body, axes, prefix):
         params = {
             n: graph.param(prefix + n, tensor(F32, **{a: SIZES[a] for a in names.split()}))
             for n, names in axes.items()
         }
-        y: Value = b.combine(body(b, rows, **params), chosen, place, gates)
-        return y
+        return b.combine(body(b, rows, **params), chosen, place, gates)
 
     return combined
 
 
-def data(graph: Graph, seed: int = 0) -> tuple[Arrays, Arrays]:
+def data(graph, seed=0):
     rng = np.random.default_rng(seed)
     params = {n: rng.normal(size=p.type.shape) for n, p in graph.params.items()}
     experts = np.argsort(rng.random((2, 6, 3)), -1)[..., :2].astype(np.int32)
@@ -65,7 +54,7 @@ def data(graph: Graph, seed: int = 0) -> tuple[Arrays, Arrays]:
     return params, {"x": x, "chosen": experts, "gates": gates}
 
 
-BODIES: dict[str, tuple[Body, dict[str, str]]] = {
+BODIES = {
     "a value for each row": (lambda b, x: b.square(x), {}),
     "norms": (
         lambda b, x, g, c: b.layer_norm(b.rms_norm(x, g, axis="embed"), g, c, axis="embed"),

@@ -1,7 +1,5 @@
 """The lowerings of biases by distance against the reference: of buckets, and of slopes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -11,7 +9,7 @@ from moecc.ir import F32, I32, Builder, Graph, tensor
 CASES = [(True, 32, 128), (False, 32, 128), (True, 8, 20), (False, 6, 11), (False, 3, 40)]
 
 
-def bias_graph(bidirectional: bool, buckets: int, furthest: int) -> Graph:
+def bias_graph(bidirectional, buckets, furthest):
     """Return the graph of a bias ``[seq, kv_seq, head]`` over queries and keys of other lengths."""
     graph = Graph("bias")
     queries = graph.input("queries", tensor(I32, seq="T"))

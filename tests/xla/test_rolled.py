@@ -1,10 +1,6 @@
 """Rolled layers: outputs, losses, metrics and gradients are those of the layers written out."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
 
 from moecc.families import build  # noqa: E402
 from moecc.families.registry import parse_config  # noqa: E402
-from moecc.ir import Graph, clone  # noqa: E402
+from moecc.ir import clone  # noqa: E402
 from moecc.presets import preset_config  # noqa: E402
 from moecc.rewrite.pipeline import Pipeline  # noqa: E402
 from moecc.rewrite.runner import run_pipeline  # noqa: E402
@@ -44,7 +40,7 @@ SIZES = {"B": 2, "S": 4, "T": 3}
 
 
 @cache
-def written_out(model: str, metrics: str = "false") -> Graph:
+def written_out(model, metrics="false"):
     preset, pipeline, _ = MODELS[model]
     graph = build(parse_config({**preset_config(preset), **SMALL[preset]}))
     run_pipeline(graph, Pipeline.parse(f"{pipeline}{{metrics={metrics}}}"))
@@ -52,7 +48,7 @@ def written_out(model: str, metrics: str = "false") -> Graph:
 
 
 @cache
-def rolled(model: str, remat: str = "none", metrics: str = "false") -> Graph:
+def rolled(model, remat="none", metrics="false"):
     graph = clone(written_out(model, metrics))
     run_pipeline(graph, Pipeline.parse(f"roll-layers{{remat={remat}}}"))
     runs = [node.attrs["over"][0][1] for node in graph if node.body is not None]
@@ -60,7 +56,7 @@ def rolled(model: str, remat: str = "none", metrics: str = "false") -> Graph:
     return graph
 
 
-def data(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def data(model):
     """Return parameters, of experts that differ, and inputs."""
     graph = written_out(model)
     rng = np.random.default_rng(0)
@@ -71,7 +67,7 @@ def data(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return params, inputs_for(graph, 0, SIZES)
 
 
-def stacked(graph: Graph, params: Mapping[str, Any]) -> dict[str, Any]:
+def stacked(graph, params):
     """Return the parameters of a rolled graph, made of those of its layers."""
     found = {}
     for name in graph.params:
@@ -93,12 +89,12 @@ def test_the_reference_computes_the_same_bits(model):
         np.testing.assert_array_equal(after[name], array, err_msg=name)
 
 
-def outcome(graph: Graph, params: Any, inputs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def outcome(graph, params, inputs):
     """Return the outputs and the gradients of a training loss."""
     run = function(graph)
     given = jax_inputs(graph, inputs)
 
-    def loss(params: Any) -> Any:
+    def loss(params):
         outputs = run(params, given)
         logits = jnp.sum(jnp.square(outputs["logits"]))
         return logits + outputs["loss.auxiliary"], outputs
@@ -109,7 +105,7 @@ def outcome(graph: Graph, params: Any, inputs: Any) -> tuple[dict[str, Any], dic
 
 
 @cache
-def expected(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def expected(model):
     return outcome(written_out(model), *data(model))
 
 
@@ -131,6 +127,6 @@ def test_values_and_gradients(model, remat):
         check_close(slopes[name], array, name)
 
 
-def check_close(found: Any, array: Any, name: str) -> None:
+def check_close(found, array, name):
     scale = max(float(np.abs(array).max()), 1e-3)
     np.testing.assert_allclose(found, array, rtol=0, atol=1e-5 * scale, err_msg=name)

@@ -1,7 +1,5 @@
 """Rotary positions of part of a head, by divisors that depend on the length of the sequence."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,7 @@ from moecc.backend import get_backend
 from moecc.ir import F32, Builder, Graph, tensor, verify
 
 
-def rotated() -> Graph:
+def rotated():
     """Return a graph that rotates four of six entries, by other divisors beyond four positions."""
     graph = Graph("rotated")
     x = graph.input("x", tensor(F32, seq="S", head_dim=6))

@@ -1,16 +1,12 @@
 """Dropless rows exchanged in rounds: no row is lost, and as many rounds are done as rows need."""
 
-from __future__ import annotations
-
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 from sharding_cases import layer
 from tiers import some
 
-from moecc.ir import Graph
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import run_reference
@@ -33,11 +29,11 @@ FAVOURED = {"balanced": 0, "half to three": 3, "all to two": 2}
 """How many experts the routers of a case favour; 0: tokens take experts in turn."""
 
 
-def mixture(experts: int) -> Graph:
+def mixture(experts):
     return layer("ragged", embed=experts, experts=experts)
 
 
-def tokens(case: str, experts: int = EXPERTS) -> tuple[dict[str, Any], dict[str, Any]]:
+def tokens(case, experts=EXPERTS):
     """Parameters and tokens: the elements of ``x`` choose the experts of each token."""
     rng = np.random.default_rng(1)
     graph = mixture(experts)
@@ -56,13 +52,13 @@ def tokens(case: str, experts: int = EXPERTS) -> tuple[dict[str, Any], dict[str,
 
 
 @cache
-def expected(case: str, experts: int = EXPERTS) -> Any:
+def expected(case, experts=EXPERTS):
     operands = tokens(case, experts)
     (_, outputs), slopes = compiled(function(mixture(experts)), *operands)(*operands)
     return outputs, slopes
 
 
-def on_mesh(pipeline: str, case: str, poison: bool = True, experts: int = EXPERTS) -> Any:
+def on_mesh(pipeline, case, poison=True, experts=EXPERTS):
     graph, operands = mixture(experts), tokens(case, experts)
     run_pipeline(graph, Pipeline.parse(pipeline))
     run = sharded_function(graph, device_mesh(graph), options=Options(poison=poison))

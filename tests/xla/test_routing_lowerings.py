@@ -1,9 +1,5 @@
 """Policies, priorities, masks, groups, expert choice and random numbers: xla against the oracle."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +10,7 @@ jax = pytest.importorskip("jax")
 from moecc_backends.xla.backend import function  # noqa: E402
 
 from moecc.backend import get_backend  # noqa: E402
-from moecc.ir import F32, F64, I32, PRED, Builder, Graph, Value, tensor  # noqa: E402
+from moecc.ir import F32, F64, I32, PRED, Builder, Graph, tensor  # noqa: E402
 from moecc.ir.moe import (  # noqa: E402
     emit_dropout,
     emit_expert_choice,
@@ -27,7 +23,6 @@ from moecc.ir.moe import (  # noqa: E402
 )
 from moecc.types import KEY  # noqa: E402
 
-Data = np.ndarray[Any, Any]
 TOKENS = ("batch", "seq")
 SEEDS = st.integers(0, 2**32 - 1)
 EXPERTS, EMBED, MLP = 4, 6, 5
@@ -36,7 +31,7 @@ EXPERTS, EMBED, MLP = 4, 6, 5
 class Layer:
     """A layer to be built: its inputs, and a gated block that is lifted over ``expert``."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.graph = Graph()
         self.b = Builder(self.graph)
         self.x = self.graph.input("x", tensor(F32, batch="B", seq="S", embed=EMBED))
@@ -52,25 +47,23 @@ class Layer:
         }
         self.w = {n: self.graph.param(n, tensor(F32, **s)) for n, s in shapes.items()}
 
-    def logits(self, x: Value) -> Value:
-        logits: Value = self.b.contract(x, self.w["router"], over="embed")
-        return logits
+    def logits(self, x):
+        return self.b.contract(x, self.w["router"], over="embed")
 
-    def block(self, rows: Value) -> Value:
+    def block(self, rows):
         hidden = self.b.silu(self.b.contract(rows, self.w["up"], over="embed"))
-        out: Value = self.b.contract(hidden, self.w["down"], over="mlp")
-        return out
+        return self.b.contract(hidden, self.w["down"], over="mlp")
 
-    def mixture(self, experts: Value, gates: Value, place: Value) -> None:
+    def mixture(self, experts, gates, place):
         out = self.block(self.b.dispatch(self.x, experts, place))
         self.returns(y=self.b.combine(out, experts, place, gates), gates=gates, place=place)
 
-    def returns(self, **outputs: Value) -> None:
+    def returns(self, **outputs):
         for name, value in outputs.items():
             self.graph.set_output(name, value)
 
 
-def policy(layer: Layer, slots: dict[str, Any]) -> None:
+def policy(layer, slots):
     b = layer.b
     experts, gates = b.route(layer.logits(layer.x), top_k=2)
     keep = b.keep_choices(gates, b.random_uniform(layer.key, gates), threshold=0.4)
@@ -78,7 +71,7 @@ def policy(layer: Layer, slots: dict[str, Any]) -> None:
     layer.mixture(experts, emit_rescaled(b, gates, place), place)
 
 
-def prioritised(layer: Layer, slots: dict[str, Any]) -> None:
+def prioritised(layer, slots):
     b = layer.b
     logits = layer.logits(layer.x)
     experts, gates = b.route(logits, top_k=2, gates="softmax")
@@ -88,7 +81,7 @@ def prioritised(layer: Layer, slots: dict[str, Any]) -> None:
     layer.mixture(experts, gates, place)
 
 
-def biased(layer: Layer, slots: dict[str, Any]) -> None:
+def biased(layer, slots):
     b = layer.b
     noisy = emit_noise(b, layer.logits(emit_jitter(b, layer.x, layer.key, 0.1)), layer.key, 0.5)
     experts, gates = b.route(
@@ -98,7 +91,7 @@ def biased(layer: Layer, slots: dict[str, Any]) -> None:
     layer.mixture(experts, gates, place)
 
 
-def prototypes(layer: Layer, slots: dict[str, Any]) -> None:
+def prototypes(layer, slots):
     b = layer.b
     experts, gates = emit_prototypes(b, layer.logits(emit_dropout(b, layer.x, layer.key, 0.3)), 2)
     place = b.assign_slots(
@@ -107,7 +100,7 @@ def prototypes(layer: Layer, slots: dict[str, Any]) -> None:
     layer.mixture(experts, gates, place)
 
 
-def hashed(layer: Layer, slots: dict[str, Any]) -> None:
+def hashed(layer, slots):
     b = layer.b
     experts = b.hash_experts(layer.ids, experts=EXPERTS, top_k=2, seed=5)
     gates = b.broadcast(b.constant(value=0.5), experts)
@@ -115,18 +108,18 @@ def hashed(layer: Layer, slots: dict[str, Any]) -> None:
     layer.mixture(experts, gates, place)
 
 
-def chosen(layer: Layer, slots: dict[str, Any]) -> None:
+def chosen(layer, slots):
     attrs = {n: v for n, v in slots.items() if n not in ("slots", "order")}
     attrs = {"capacity_factor": 1.5, "minimum": 1, **attrs}
     layer.mixture(*emit_expert_choice(layer.b, layer.x, layer.w["router"], tokens=TOKENS, **attrs))
 
 
-def soft(layer: Layer, slots: dict[str, Any]) -> None:
+def soft(layer, slots):
     rows, weights = emit_soft_slots(layer.b, layer.x, layer.w["phi"])
     layer.returns(y=layer.b.contract(weights, layer.block(rows), over=("expert", "slot")))
 
 
-SLOTS: tuple[dict[str, Any], ...] = (
+SLOTS = (
     {},
     {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1},
     {
@@ -140,7 +133,7 @@ SLOTS: tuple[dict[str, Any], ...] = (
 )
 
 
-def arrays(layer: Layer, seed: int) -> tuple[dict[str, Data], dict[str, Data]]:
+def arrays(layer, seed):
     rng = np.random.default_rng(seed)
     params = {
         n: rng.normal(size=v.type.shape).astype(np.float32) for n, v in layer.graph.params.items()
@@ -166,10 +159,10 @@ CASES = (
 )
 """Each routing with some kind of slots: every program has to be compiled."""
 
-PROGRAMS: dict[int, Any] = {}
+PROGRAMS = {}
 
 
-def programs(case: int) -> tuple[Layer, Any, Any]:
+def programs(case):
     """Return a layer and its programs, made once."""
     if case not in PROGRAMS:
         layer = Layer()
@@ -177,8 +170,7 @@ def programs(case: int) -> tuple[Layer, Any, Any]:
         build(layer, SLOTS[slots])
         oracle = get_backend("reference").compile(layer.graph)
         PROGRAMS[case] = layer, oracle, get_backend("xla").compile(layer.graph, dtype=F64)
-    made: tuple[Layer, Any, Any] = PROGRAMS[case]
-    return made
+    return PROGRAMS[case]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
@@ -208,7 +200,7 @@ def test_gradients_are_those_of_finite_differences(build, slots):
         key = jax.random.key(9)
         weights = rng.normal(size=inputs["x"].shape)
 
-        def loss(values: dict[str, Any]) -> Any:
+        def loss(values):
             given = {**inputs, "key": key, "x": values["x"]}
             outputs = run({n: values[n] for n in params}, given)
             return (outputs["y"] * weights).sum()

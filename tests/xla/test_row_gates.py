@@ -1,14 +1,11 @@
 """Rows weighted at their experts: the same layer, by every strategy and on every way."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest
-from sharding_cases import Bound, Case, layer
+from sharding_cases import Case, layer
 from tiers import few
 
-from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -31,14 +28,14 @@ CASES = [
 
 
 @cache
-def weighted(slots: Bound) -> Graph:
+def weighted(slots):
     """Return the layer with its rows weighted; everybody's, so clone it before you change it."""
     graph = layer(slots)
     run_pipeline(graph, Pipeline.parse("weight-rows"))
     return graph
 
 
-def laid(case: Case) -> Graph:
+def laid(case):
     graph = clone(weighted(case.slots))
     run_pipeline(graph, Pipeline.parse(case.pipeline))
     return graph

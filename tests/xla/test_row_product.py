@@ -1,7 +1,5 @@
 """Rows times a matrix on a CPU: the product, its gradients, and what a step does with memory."""
 
-from __future__ import annotations
-
 import jax
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ def test_product_and_gradients_are_those_of_jax(widths, at):
     rows, slope = rng.normal(size=(5, a)), rng.normal(size=(5, b))
     matrix = rng.normal(size=(a, b) if at == 0 else (b, a))
 
-    def plain(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    def plain(rows, matrix):
         return rows @ (matrix if at == 0 else matrix.T)
 
     with jax.enable_x64():

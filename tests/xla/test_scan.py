@@ -1,9 +1,6 @@
 """Repetition through XLA: the values and gradients of the reference's loop, whatever is kept."""
 
-from __future__ import annotations
-
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +11,13 @@ from moecc_backends.xla.lower.contract import softmax
 from tiers import few
 
 from moecc.backend import get_backend
-from moecc.ir import BF16, F32, Builder, Graph, Value, tensor
+from moecc.ir import BF16, F32, Builder, Graph, tensor
 from moecc.types import KEY, TensorType
 
 RUNS = 3
 
 
-def sparse_body(runs: int = RUNS, embed: int = 6, mlp: int = 8) -> Graph:
+def sparse_body(runs=RUNS, embed=6, mlp=8):
     """Return a body with attention and a mixture of experts, and a loss beside its carry."""
     body = Graph("body")
     h = body.input("h", tensor(F32, batch="B", seq="S", embed=embed))
@@ -50,10 +47,10 @@ def sparse_body(runs: int = RUNS, embed: int = 6, mlp: int = 8) -> Graph:
     return body
 
 
-def scanned(remat: str = "none", save: tuple[str, ...] = ()) -> Graph:
+def scanned(remat="none", save=()):
     """Return a graph that repeats the body, with stacked parameters of all its weights."""
     body, graph = sparse_body(), Graph()
-    given: list[Value] = []
+    given = []
     for name, value in body.inputs.items():
         if not given:
             given.append(graph.input(name, value.type))
@@ -69,7 +66,7 @@ def scanned(remat: str = "none", save: tuple[str, ...] = ()) -> Graph:
     return graph
 
 
-def data(graph: Graph, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+def data(graph, seed=0):
     rng = np.random.default_rng(seed)
     sizes = {"B": 2, "S": 5}
     shapes = {
@@ -94,12 +91,12 @@ def test_values_are_those_of_the_reference(remat, save):
 
 
 @cache
-def gradients(remat: str, save: tuple[str, ...]) -> dict[str, np.ndarray]:
+def gradients(remat, save):
     graph = scanned(remat, save)
     params, inputs = data(graph)
     run = function(graph)
 
-    def loss(params: dict[str, jax.Array]) -> jax.Array:
+    def loss(params):
         outputs = run(params, inputs)
         return jnp.sum(jnp.square(outputs["y"])) + outputs["loss"]
 

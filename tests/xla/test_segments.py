@@ -1,9 +1,5 @@
 """A program is cut into segments: equal layers are compiled once, parameters fetched as needed."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -40,15 +36,15 @@ def test_equal_layers_are_compiled_once(case, options, distinct):
 def test_the_parameters_of_a_model_are_made_one_at_a_time():
     """Asking whether a parameter is there makes none."""
     with open_model(str(GOLDEN / "llama_gqa")) as model:
-        reads: list[str] = []
+        reads = []
         assert model.checkpoint is not None
         original = model.checkpoint.read
 
-        def read(name: str, *rows: Any, **more: Any) -> Any:
+        def read(name, *rows, **more):
             reads.append(name)
             return original(name, *rows, **more)
 
-        model.checkpoint.read = read  # type: ignore[method-assign]
+        model.checkpoint.read = read
         params = model.params()
         assert "model.norm.weight" in params
         assert "model.norm" not in params

@@ -1,8 +1,5 @@
 """Texts that are continued with caches have the tokens that the whole graph gives them."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +12,14 @@ from tiers import few, some
 from moecc.backend import get_backend
 from moecc.decoding import DecodeGraphs, DecodingBatch, Sampling
 from moecc.jobs.generate import Continuer, Continuing
-from moecc.model.open import OpenedModel, open_model
+from moecc.model.open import open_model
 from moecc.types import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPTS = ([5, 3, 11], [7], [1, 2, 3, 4, 5, 6])
 
 
-def expected(model: OpenedModel, how: Continuing) -> list[list[int]]:
+def expected(model, how):
     """Return how the whole graph continues the prompts: each token from all before it, at once."""
     program, params = get_backend("xla").compile(model.graph), dict(model.params())
     rngs, lines = how.sampling.generators(len(PROMPTS)), [list(prompt) for prompt in PROMPTS]
@@ -35,9 +32,7 @@ def expected(model: OpenedModel, how: Continuing) -> list[list[int]]:
     return [line[len(text) :] for line, text in zip(lines, PROMPTS, strict=True)]
 
 
-def continued(
-    model: OpenedModel, prompts: Sequence[Sequence[int]], how: Continuing
-) -> list[list[int]]:
+def continued(model, prompts, how):
     steps = list(Continuer(model).texts(prompts, how))
     return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
 
@@ -86,7 +81,7 @@ def test_steps_that_are_announced_compile_one_shape():
         continuer = Continuer(model)
         assert len(list(continuer.texts([[5]], Continuing(80)))) == 80
         (batch,) = continuer._readers.values()
-    programs = batch._session._compiled  # type: ignore[union-attr]
+    programs = batch._session._compiled
     assert {program._cache_size() for program in programs.values()} == {1}
 
 
@@ -99,7 +94,7 @@ def test_caches_are_updated_in_place():
         )
         batch.begin([[1, 2]])
         session = batch._session
-        before = dict(session._values)  # type: ignore[attr-defined]
+        before = dict(session._values)
         batch.step([3])
     assert before
     assert all(array.is_deleted() for array in before.values())

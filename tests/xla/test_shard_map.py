@@ -1,11 +1,7 @@
 """A graph on a mesh of eight devices computes what the graph on one does, gradients included."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +17,7 @@ from moecc.presets import preset_config
 from moecc.rewrite.pipeline import Pipeline, installed
 from moecc.rewrite.runner import run_pipeline
 
-from .models import Arrays, decoder
+from .models import decoder
 
 jax = pytest.importorskip("jax")
 
@@ -32,7 +28,7 @@ from moecc_backends.xla.lower.function import (  # noqa: E402
 )
 
 DENSE = "llama_biases_head_dim"
-SPARSE: dict[str, Any] = {
+SPARSE = {
     "experts": 8, "top_k": 2, "layers": "0", "router_std": 0.5,
     "slots": "capacity", "capacity_factor": 0.75, "groups": 8,
 }  # fmt: skip
@@ -60,17 +56,14 @@ EXPERTS = {
 }
 
 
-Run = Callable[..., dict[str, Any]]
-
-
-def laid(graph: Graph, layout: str) -> Graph:
+def laid(graph, layout):
     copy = clone(graph)
     text = f"annotate-sharding{{rules={layout}}},lower-collectives"
     run_pipeline(copy, Pipeline.parse(text, installed()))
     return copy
 
 
-def data_for(graph: Graph, inputs: Arrays, batch: int = 8, seq: int = 8) -> dict[str, Any]:
+def data_for(graph, inputs, batch=8, seq=8):
     vocabulary = next(
         a.size for v in graph.params.values() for a in v.type.axes if a.name == "vocab"
     )
@@ -78,10 +71,10 @@ def data_for(graph: Graph, inputs: Arrays, batch: int = 8, seq: int = 8) -> dict
     return jax_inputs(graph, {n: tokens if n == "tokens" else 3 for n in graph.inputs})
 
 
-def of(run: Run, params: Any, inputs: dict[str, Any]) -> tuple[Any, Any, str]:
+def of(run, params, inputs):
     """Return the outputs, the gradients of a loss of all of them, and the program."""
 
-    def loss(params: Any) -> tuple[Any, Any]:
+    def loss(params):
         outputs = run(params, inputs)
         parts = [
             (out * np.random.default_rng(5).normal(size=out.shape).astype("f")).mean()
@@ -95,7 +88,7 @@ def of(run: Run, params: Any, inputs: dict[str, Any]) -> tuple[Any, Any, str]:
     return outputs, gradients, compiled.as_text()
 
 
-def assert_same(graph: Graph, params: Arrays, inputs: Arrays, layout: str) -> str:
+def assert_same(graph, params, inputs, layout):
     """Compare values and gradients within 1e-5, and return the program on the mesh."""
     weights = {n: jax.numpy.asarray(a, "float32") for n, a in params.items()}
     given = data_for(graph, inputs)
@@ -111,22 +104,22 @@ def assert_same(graph: Graph, params: Arrays, inputs: Arrays, layout: str) -> st
     return program
 
 
-_KNOWN: dict[str, tuple[Any, Any]] = {}
+_KNOWN = {}
 
 
-def _on_one_device(text: str, graph: Graph, weights: Any, given: Any) -> tuple[Any, Any]:
+def _on_one_device(text, graph, weights, given):
     # Several layouts ask for the same graph with the same data.
     if text not in _KNOWN:
         _KNOWN[text] = of(function(graph), weights, given)[:2]
     return _KNOWN[text]
 
 
-def assert_near(expected: Any, found: Any, name: str) -> None:
+def assert_near(expected, found, name):
     a, b = np.asarray(expected, float), np.asarray(found, float)
     assert np.abs(a - b).max(initial=0) <= 1e-5 * max(np.abs(a).max(initial=0), 1e-3), name
 
 
-def census(program: str) -> Counter[str]:
+def census(program):
     kinds = r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\("
     return Counter(re.findall(kinds, program))
 

@@ -1,12 +1,8 @@
 """Checkpoints by Orbax: saved by one program, restored by another on another mesh."""
 
-from __future__ import annotations
-
 import errno
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +18,7 @@ from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe import OptimizerSection
 from moecc.train.run import Position, create_run
 from moecc.train.settings import StepSpec
-from moecc.train.state import Canonical, canonical
+from moecc.train.state import canonical
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
@@ -62,9 +58,7 @@ def made(model):
     return canonical(model.graph)
 
 
-def checkpoints(
-    run: Path, made: Canonical, model: Any, passes: str, update: str, beside: bool = True
-) -> Any:
+def checkpoints(run, made, model, passes, update, beside=True):
     graph = clone(made.graph)
     run_pipeline(graph, Pipeline.parse(passes), context=Context(allow_unmatched=True))
     devices = jax.devices()[: 8 if "mesh=" in passes else 1]
@@ -75,7 +69,7 @@ def checkpoints(
     )
     params = step.abstract_state["params"]
 
-    def start() -> Any:
+    def start():
         state = step.init(load(graph, made.weights, model.checkpoint.read, params))
         moved = jax.tree.map(lambda x: x + jnp.asarray(0.5, x.dtype), state)
         return moved, Position()
@@ -84,11 +78,11 @@ def checkpoints(
     return RunCheckpoints(run, graph, lambda _: step.abstract_state, start, saver, "sha256:0")
 
 
-def raised(error: Exception) -> None:
+def raised(error):
     raise error
 
 
-def canonical_arrays(store: Any, state: Any) -> dict[str, np.ndarray]:
+def canonical_arrays(store, state):
     return {key: np.asarray(array) for key, array in store._tensors(state, 0).items()}
 
 

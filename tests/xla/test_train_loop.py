@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -12,10 +12,8 @@ import pytest
 from moecc.errors import MachineError
 from moecc.train.events import (
     Evaluated,
-    Event,
     GuardFault,
     Reason,
-    Saved,
     Skipped,
     Stepped,
     Stopped,
@@ -35,7 +33,7 @@ class Counting:
 
     bad: frozenset[int] = frozenset()
 
-    def step(self, state: Any, batch: Any, key: Any, rate: float) -> Any:
+    def step(self, state, batch, key, rate):
         number = int(batch["number"])
         is_bad = number in self.bad
         metrics = {
@@ -44,13 +42,13 @@ class Counting:
         }  # fmt: skip
         return state if is_bad else (*state, number), metrics
 
-    def entered(self, state: Any, done: int) -> Any:
+    def entered(self, state, done):
         return state
 
-    def model_params(self, state: Any) -> Any:
+    def model_params(self, state):
         return state
 
-    def evaluate(self, state: Any, batch: Any) -> Any:
+    def evaluate(self, state, batch):
         return {"loss.sum": jnp.float32(100 - len(state)), "tokens": jnp.float32(10)}
 
 
@@ -58,10 +56,10 @@ class Counting:
 class Numbers:
     held_out: Mapping[str, int] = field(default_factory=dict)
 
-    def train(self, number: int) -> Any:
+    def train(self, number):
         return {"number": number}
 
-    def evaluate(self, name: str, number: int) -> Any:
+    def evaluate(self, name, number):
         return {}
 
 
@@ -70,46 +68,44 @@ class InMemory:
     kept: list[tuple[Any, Position, float | None]] = field(default_factory=list)
     is_unevaluated: bool = False
 
-    def begin(self) -> Any:
+    def begin(self):
         losses = [loss for _, _, loss in self.kept if loss is not None]
         state, at, _ = self.kept[-1] if self.kept else ((), Position(), None)
         return state, at, min(losses, default=None), self.is_unevaluated
 
-    def record_loss(self, step: int, loss: float | None) -> None:
+    def record_loss(self, step, loss):
         state, at, _ = self.kept[-1]
         assert at.step == step
         self.kept[-1], self.is_unevaluated = (state, at, loss), False
 
-    def save(
-        self, state: Any, at: Position, loss: float | None, is_unevaluated: bool
-    ) -> list[Saved]:
+    def save(self, state, at, loss, is_unevaluated):
         self.kept.append((state, at, loss))
         self.is_unevaluated = is_unevaluated
         return []
 
-    def finished(self) -> list[Saved]:
+    def finished(self):
         return []
 
     wait = finished
 
     @property
-    def steps(self) -> list[int]:
+    def steps(self):
         return [at.step for _, at, _ in self.kept]
 
 
 def loop(
-    run: RunSection,
-    program: Any = Counting(),  # noqa: B008
-    feed: Any = Numbers(),  # noqa: B008
-    checkpoints: InMemory | None = None,
-    stop: Callable[[], Reason | None] = lambda: None,
-    clock: Callable[[], float] = lambda: 0.0,
-) -> tuple[list[Event], InMemory]:
+    run,
+    program=Counting(),  # noqa: B008
+    feed=Numbers(),  # noqa: B008
+    checkpoints=None,
+    stop=lambda: None,
+    clock=lambda: 0.0,
+):
     store = InMemory() if checkpoints is None else checkpoints
     return list(Loop(program, feed, store, run, lambda s: 0.1, stop, clock).events()), store
 
 
-def kinds(events: list[Event]) -> str:
+def kinds(events):
     return "".join(type(e).__name__[:2] for e in events)
 
 
@@ -217,9 +213,7 @@ def test_a_request_to_stop_is_saved_before_the_evaluation_that_is_due(asked, ste
 
 def test_a_failed_save_reaches_the_reader_of_the_events(tmp_path):
     class Full(InMemory):
-        def save(
-            self, state: Any, at: Position, loss: float | None, is_unevaluated: bool
-        ) -> list[Saved]:
+        def save(self, state, at, loss, is_unevaluated):
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
@@ -230,7 +224,7 @@ def test_a_failed_save_reaches_the_reader_of_the_events(tmp_path):
 class TooLarge(Counting):
     """A step that no device has the memory for."""
 
-    def step(self, state: Any, batch: Any, key: Any, rate: float) -> Any:
+    def step(self, state, batch, key, rate):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
 

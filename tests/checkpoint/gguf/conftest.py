@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +26,7 @@ CODES = {s.name: (s.code, s.block, s.block_bytes) for s in STORAGES.values()}
 CODES["Q8_K"] = (15, 256, 292)
 
 
-def text(value: str | bytes) -> bytes:
+def text(value):
     raw = value if isinstance(value, bytes) else value.encode()
     return struct.pack("<Q", len(raw)) + raw
 
@@ -37,19 +34,19 @@ def text(value: str | bytes) -> bytes:
 class GgufBuilder:
     """Collects keys and tensors; `build` puts the bytes together."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.keys: list[bytes] = []
         self.infos: list[bytes] = []
         self.data = b""
         self.alignment = 32
 
-    def key(self, name: str | bytes, kind: str, value: Any) -> GgufBuilder:
+    def key(self, name, kind, value):
         if kind == "string":
             return self.raw_key(name, 8, text(value))
         code, letter = SCALARS[kind]
         return self.raw_key(name, code, struct.pack(f"<{letter}", value))
 
-    def array(self, name: str, kind: str, values: Sequence[Any]) -> GgufBuilder:
+    def array(self, name, kind, values):
         if kind == "string":
             code, body = 8, b"".join(map(text, values))
         else:
@@ -57,23 +54,15 @@ class GgufBuilder:
             body = struct.pack(f"<{len(values)}{letter}", *values)
         return self.raw_key(name, 9, struct.pack("<IQ", code, len(values)) + body)
 
-    def raw_key(self, name: str | bytes, code: int, body: bytes) -> GgufBuilder:
+    def raw_key(self, name, code, body):
         self.keys.append(text(name) + struct.pack("<I", code) + body)
         return self
 
-    def drop(self, name: str) -> GgufBuilder:
+    def drop(self, name):
         self.keys = [key for key in self.keys if not key.startswith(text(name))]
         return self
 
-    def tensor(
-        self,
-        name: str | bytes,
-        shape: Sequence[int],
-        kind: str | int = "F32",
-        data: bytes | None = None,
-        *,
-        offset: int | None = None,
-    ) -> GgufBuilder:
+    def tensor(self, name, shape, kind="F32", data=None, *, offset=None):
         """Add a tensor; `shape` is outermost first, zeros where no data is given."""
         code, block, block_bytes = CODES[kind] if isinstance(kind, str) else (kind, 1, 4)
         if data is None:
@@ -86,9 +75,7 @@ class GgufBuilder:
         self.infos.append(text(name) + info)
         return self
 
-    def build(
-        self, *, version: int = 3, tensor_count: int | None = None, key_count: int | None = None
-    ) -> bytes:
+    def build(self, *, version=3, tensor_count=None, key_count=None):
         counts = (
             len(self.infos) if tensor_count is None else tensor_count,
             len(self.keys) if key_count is None else key_count,
@@ -97,27 +84,27 @@ class GgufBuilder:
         head += b"".join(self.keys) + b"".join(self.infos)
         return head + bytes(-len(head) % self.alignment) + self.data
 
-    def write(self, path: Path, **counts: int) -> Path:
+    def write(self, path, **counts):
         path.write_bytes(self.build(**counts))
         return path
 
 
 def add_model(
-    builder: GgufBuilder,
-    architecture: str = "llama",
+    builder,
+    architecture="llama",
     *,
-    layers: int = 2,
-    heads: int = 4,
-    groups: int = 2,
-    head_dim: int = 8,
-    hidden: int = 32,
-    mlp: int = 64,
-    vocab: int = 48,
-    kind: str = "F32",
-    tied: bool = True,
-    biases: Sequence[str] = (),
-    make: Callable[[str, Sequence[int]], bytes] | None = None,
-) -> GgufBuilder:
+    layers=2,
+    heads=4,
+    groups=2,
+    head_dim=8,
+    hidden=32,
+    mlp=64,
+    vocab=48,
+    kind="F32",
+    tied=True,
+    biases=(),
+    make=None,
+):
     """Add the keys and tensors of a small decoder; `make` gives the bytes of a matrix or bias."""
     builder.key("general.architecture", "string", architecture)
     sizes = {
@@ -136,7 +123,7 @@ def add_model(
     builder.key(f"{architecture}.attention.layer_norm_rms_epsilon", "f32", 1e-5)
     builder.key(f"{architecture}.rope.freq_base", "f32", 100_000.0)
 
-    def add(name: str, shape: Sequence[int], storage: str) -> None:
+    def add(name, shape, storage):
         builder.tensor(name, shape, storage, make(name, shape) if make else None)
 
     wide, narrow = heads * head_dim, groups * head_dim

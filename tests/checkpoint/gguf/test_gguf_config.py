@@ -1,33 +1,27 @@
 """The config.json that a GGUF file stands for, and the files that are refused instead."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
 from moecc.errors import InputError
-from moecc.families.decoder import DecoderConfig
 from moecc.families.registry import parse_config
 from moecc.families.rope import RopeConfig
-from moecc.formats.gguf.reader import GgufFile, open_gguf
+from moecc.formats.gguf.reader import open_gguf
 from moecc.translate.importing import import_checkpoint
 from tests.support.rotary_tables import rotary_frequencies
 
 
-def opened(builder: Any, path: Path) -> GgufFile:
+def opened(builder, path):
     return open_gguf(builder.write(path / "x.gguf"))
 
 
-def refusal(builder: Any, path: Path) -> str:
+def refusal(builder, path):
     with pytest.raises(InputError) as caught:
         opened(builder, path)
     return str(caught.value)
 
 
-def typed(checkpoint: GgufFile) -> DecoderConfig:
+def typed(checkpoint):
     return parse_config(checkpoint.config, "x.gguf")
 
 
@@ -130,7 +124,7 @@ def test_a_tensor_that_a_llama_has_not(name, hint, small_model, tmp_path):
     assert hint in text
 
 
-def scaling(name: str, kind: str, value: Any) -> tuple[str, str, Any]:
+def scaling(name, kind, value):
     return f"llama.rope.scaling.{name}", kind, value
 
 
@@ -165,7 +159,7 @@ def test_rope_scaling(keys, expected, small_model, tmp_path):
     assert typed(opened(builder, tmp_path)).rope == RopeConfig(theta=100_000.0, **expected)
 
 
-def divisors(rope: RopeConfig, head_dim: int) -> bytes:
+def divisors(rope, head_dim):
     """Return what a converter stores for a scaling: by what each frequency is divided."""
     sizes = {"max_position_embeddings": 1 << 17, "length": 1}
     plain = rotary_frequencies(RopeConfig(theta=rope.theta), head_dim, **sizes)

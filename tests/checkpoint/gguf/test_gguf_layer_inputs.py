@@ -1,7 +1,5 @@
 """GGUF files of gemma3n and gemma4, whose layers read embeddings of their own."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,10 +12,10 @@ from moecc.errors import InputError
 from moecc.formats.gguf import layer_inputs
 from moecc.formats.gguf.families import layer_input_architectures
 from moecc.formats.gguf.header import read_gguf_header
-from moecc.jobs.convert import Plan, plan, write
+from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
-from moecc.types import F64, Array
+from moecc.types import F64
 from tests.engines.sources import write_source
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -30,21 +28,21 @@ needs_package = pytest.mark.skipif(
 )
 
 
-def convert(source: Path, architecture: str, file: Path) -> Plan:
+def convert(source, architecture, file):
     with open_model(str(source)) as model:
         planned = plan(model, Pipeline.parse(""), f"gguf:{architecture}")
         write(planned, file)
     return planned
 
 
-def logits(path: Path, tokens: Array) -> Array:
+def logits(path, tokens):
     with open_model(str(path)) as model:
         program = get_backend("reference").compile(model.graph)
         return program.run(model.params(dtype=F64), {"tokens": tokens})["logits"]
 
 
 @pytest.mark.parametrize("source", ["gemma4_inputs", "gemma4_experts"])
-def test_a_gemma4_that_is_read_back_computes_the_source(source: str, tmp_path: Path) -> None:
+def test_a_gemma4_that_is_read_back_computes_the_source(source, tmp_path):
     """One shares keys and has more rows of inputs than tokens, the other has experts."""
     planned = convert(GOLDEN / source, "gemma4", tmp_path / "m.gguf")
     assert planned.proved == "the same function as the source"
@@ -54,7 +52,7 @@ def test_a_gemma4_that_is_read_back_computes_the_source(source: str, tmp_path: P
 
 
 @needs_package
-def test_a_gemma3n_computes_what_its_file_was_made_of(tmp_path: Path) -> None:
+def test_a_gemma3n_computes_what_its_file_was_made_of(tmp_path):
     """Its last layer shares keys and values, and the file has matrices of its own for them."""
     source = write_source(tmp_path / "source", "gemma3n_text", **GEMMA3N)
     write_gemma3n(source, tmp_path / "m.gguf")
@@ -63,7 +61,7 @@ def test_a_gemma3n_computes_what_its_file_was_made_of(tmp_path: Path) -> None:
 
 
 @needs_package
-def test_a_gemma3n_that_llama_cpp_computes_otherwise(tmp_path: Path) -> None:
+def test_a_gemma3n_that_llama_cpp_computes_otherwise(tmp_path):
     source = write_source(tmp_path / "source", "gemma3n_text", **GEMMA3N)
     changes = {
         "activation_sparsity_scale": [1.0] * 21,
@@ -83,7 +81,7 @@ def test_a_gemma3n_that_llama_cpp_computes_otherwise(tmp_path: Path) -> None:
         open_model(str(tmp_path / "m.gguf"))
 
 
-def test_a_gemma4_without_a_cap_says_so(tmp_path: Path) -> None:
+def test_a_gemma4_without_a_cap_says_so(tmp_path):
     """llama.cpp caps logits at 30 where no key says otherwise; measured with b11739."""
     convert(GOLDEN / "gemma4_experts", "gemma4", tmp_path / "m.gguf")
     assert read_gguf_header(tmp_path / "m.gguf").metadata["gemma4.final_logit_softcapping"] == 0
@@ -91,7 +89,7 @@ def test_a_gemma4_without_a_cap_says_so(tmp_path: Path) -> None:
 
 @needs_package
 @pytest.mark.parametrize("architecture", ["gemma3n", "gemma4"])
-def test_names_are_those_of_the_package(architecture: str) -> None:
+def test_names_are_those_of_the_package(architecture):
     import gguf as package
 
     arch = {name: key for key, name in package.MODEL_ARCH_NAMES.items()}[architecture]

@@ -1,9 +1,5 @@
 """Models in several files, as the `gguf` package writes them."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -13,7 +9,7 @@ from moecc.formats.gguf.reader import open_gguf
 gguf = pytest.importorskip("gguf")
 
 
-def split(whole: Path, target: Path, *, small_first: bool = False) -> list[Path]:
+def split(whole, target, *, small_first=False):
     """Write the file again in parts of four tensors."""
     stored = gguf.GGUFReader(whole)
     architecture = stored.fields["general.architecture"].contents()

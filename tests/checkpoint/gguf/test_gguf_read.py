@@ -1,34 +1,28 @@
 """Reading weights: every storage type, any rows, and the rotary order of Hugging Face."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from moecc.errors import InputError, MachineError
-from moecc.formats.gguf.reader import GgufFile, open_gguf
-from moecc.formats.gguf.storage import STORAGES, Storage
+from moecc.formats.gguf.reader import open_gguf
+from moecc.formats.gguf.storage import STORAGES
 
 QUANTISED = [storage for storage in STORAGES.values() if storage.is_quantised]
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
-Array = np.ndarray[Any, np.dtype[Any]]
 
 needs_package = pytest.mark.skipif(
     find_spec("gguf") is None, reason="the gguf package is not installed: moecc[gguf]"
 )
 
 
-def random_bytes(storage: Storage) -> Callable[[str, Sequence[int]], bytes]:
+def random_bytes(storage):
     """Return a maker of tensors: random blocks with small finite scales, different for each."""
     random = np.random.default_rng(storage.code)
 
-    def make(name: str, shape: Sequence[int]) -> bytes:
+    def make(name, shape):
         elements = int(np.prod(shape))
         if len(shape) == 1 or storage.name == "F32":
             return random.standard_normal(elements).astype("<f4").tobytes()
@@ -47,7 +41,7 @@ SCALES = {
 }  # fmt: skip
 
 
-def random_blocks(storage: Storage, elements: int, random: np.random.Generator) -> Array:
+def random_blocks(storage, elements, random):
     blocks = random.integers(
         0, 256, (elements // storage.block, storage.block_bytes), dtype=np.uint8
     )
@@ -57,7 +51,7 @@ def random_blocks(storage: Storage, elements: int, random: np.random.Generator) 
     return blocks
 
 
-def model(small_model: Any, path: Path, storage: Storage, **options: Any) -> tuple[GgufFile, Any]:
+def model(small_model, path, storage, **options):
     """Write a model in one storage type, with rows of whole blocks, and open it."""
     width = max(storage.block, 32)
     sizes = {"hidden": width, "mlp": 2 * width, "head_dim": width // 4, **options}

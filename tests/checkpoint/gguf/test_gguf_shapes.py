@@ -1,7 +1,5 @@
 """gpt2, gptneox and bert in GGUF, written by the `gguf` package as llama.cpp's converter does."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file

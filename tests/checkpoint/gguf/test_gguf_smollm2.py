@@ -3,8 +3,6 @@
 Its tokens are those of transformers 5.24 from the same file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -26,7 +24,7 @@ TOKENS = [1589, 314, 253, 4569, 21902, 14494, 28, 338, 253, 2244, 555, 281, 1393
 TOKENS += [282, 253, 1123, 18598, 28, 1251, 325, 281, 1277, 282, 253, 6221, 30]
 
 
-def cached_file() -> Path | None:
+def cached_file():
     cache = Path(os.environ.get("MOECC_CACHE", Path.home() / ".cache" / "moecc"))
     return next(iter(sorted(cache.rglob(FILE))), None) if cache.is_dir() else None
 

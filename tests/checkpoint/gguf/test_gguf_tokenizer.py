@@ -1,15 +1,10 @@
 """The tokenizer files that are made of a GGUF file's vocabulary."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moecc.formats.gguf.reader import GgufFile, open_gguf
+from moecc.formats.gguf.reader import open_gguf
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -17,7 +12,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u2581"
 
 
-def byte_alphabet() -> list[str]:
+def byte_alphabet():
     """Return GPT-2's character for each byte: itself where it is visible, else from 256 on."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -30,13 +25,13 @@ MERGES = ["Ġ t", "h e", "Ġt he", "1 2", "12 3", "Ċ Ċ", "Ġ Ġ", "Ã ©"]
 
 
 def byte_level(
-    small_model: Any,
-    pre: str = "smollm",
+    small_model,
+    pre="smollm",
     *,
-    merges: Sequence[str] = MERGES,
-    extra: Sequence[tuple[str, int]] = (("<|end|>", CONTROL), ("<think>", USER_DEFINED)),
-    rows: int = 512,
-) -> Any:
+    merges=MERGES,
+    extra=(("<|end|>", CONTROL), ("<think>", USER_DEFINED)),
+    rows=512,
+):
     """Return a model with the 256 bytes, the products of the merges, and added tokens."""
     tokens = byte_alphabet() + [merge.replace(" ", "") for merge in merges]
     kinds = [NORMAL] * len(tokens) + [kind for _, kind in extra]
@@ -50,9 +45,7 @@ def byte_level(
     return builder
 
 
-def sentence_piece(
-    small_model: Any, pieces: Sequence[tuple[str, float]], *, bytes_too: bool = True
-) -> Any:
+def sentence_piece(small_model, pieces, *, bytes_too=True):
     tokens = ["<unk>", "<s>", "</s>"]
     kinds = [UNKNOWN, CONTROL, CONTROL]
     if bytes_too:
@@ -68,24 +61,24 @@ def sentence_piece(
     return builder.array("tokenizer.ggml.scores", "f32", scores)
 
 
-def opened(builder: Any, path: Path) -> GgufFile:
+def opened(builder, path):
     return open_gguf(builder.write(path / "x.gguf"))
 
 
-def content(checkpoint: GgufFile, name: str) -> Any:
+def content(checkpoint, name):
     data = checkpoint.companions()[name]
     assert isinstance(data, bytes)
     return json.loads(data)
 
 
-def turned(builder: Any, path: Path) -> Any:
+def turned(builder, path):
     """Return the tokenizer, as the library reads it."""
     data = opened(builder, path).companions()["tokenizer.json"]
     assert isinstance(data, bytes)
     return tokenizers.Tokenizer.from_str(data.decode())
 
 
-def reason(builder: Any, path: Path) -> str:
+def reason(builder, path):
     """Return why there is no tokenizer."""
     checkpoint = opened(builder, path)
     assert checkpoint.companions() == {}
@@ -109,7 +102,7 @@ def smollm(small_model, tmp_path):
     return turned(byte_level(small_model), tmp_path)
 
 
-def special(builder: Any, **ids: int) -> Any:
+def special(builder, **ids):
     for name, number in ids.items():
         builder.key(f"tokenizer.ggml.{name}_token_id", "u32", number)
     return builder

@@ -1,13 +1,9 @@
 """GGUF files that moecc writes: read back, verified, and what cannot be written."""
 
-from __future__ import annotations
-
 import json
 import re
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +27,7 @@ from moecc.formats.gguf.tokenizer import tokenizer_keys
 from moecc.formats.manifest import verify_manifest
 from moecc.formats.open import open_checkpoint
 from moecc.formats.safetensors import Entry
-from moecc.jobs.convert import Plan, plan, write
+from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.translate.gguf import export_gguf
@@ -85,7 +81,7 @@ SAME = [
 """Golden checkpoints that a file of the architecture holds as they are."""
 
 
-def convert(source: str, target: str, out: Path, passes: str = "", **options: Any) -> Plan:
+def convert(source, target, out, passes="", **options):
     path = source if "/" in source else str(GOLDEN / source)
     with open_model(path) as model:
         planned = plan(model, Pipeline.parse(passes), target, **options)
@@ -93,16 +89,14 @@ def convert(source: str, target: str, out: Path, passes: str = "", **options: An
     return planned
 
 
-def refusal(source: str, target: str, passes: str = "", **options: Any) -> str:
+def refusal(source, target, passes="", **options):
     with open_model(str(GOLDEN / source)) as model, pytest.raises(MoeccError) as raised:
         plan(model, Pipeline.parse(passes), target, **options)
     return str(raised.value)
 
 
 @pytest.mark.parametrize(("source", "architecture"), SAME)
-def test_what_is_read_back_is_what_was_written(
-    source: str, architecture: str, tmp_path: Path
-) -> None:
+def test_what_is_read_back_is_what_was_written(source, architecture, tmp_path):
     place = derive(source, tmp_path / "in") if source in DERIVED else GOLDEN / source
     convert(str(place), f"gguf:{architecture}", tmp_path / "m.gguf")
     # The norms of gemma and of models with delta rules are stored as 1 + w, rates as −exp(A_log).
@@ -130,22 +124,22 @@ def test_what_is_read_back_is_what_was_written(
         ("gpt_oss_limits", "gpt-oss"),
     ],
 )
-def test_parts_are_joined_to_what_was_cut(source: str, architecture: str) -> None:
+def test_parts_are_joined_to_what_was_cut(source, architecture):
     with open_model(str(GOLDEN / source)) as model:
         config = parse_config(model.graph.attrs["config"])
         family = mixture_architectures()[architecture]
-        tensors = model.checkpoint.tensors  # type: ignore[union-attr]
+        tensors = model.checkpoint.tensors
         for whole in family.rearranged():
             info = next(info for name, info in tensors.items() if name.endswith(whole))
             axes = {f"axis{at}": size for at, size in enumerate(info.shape)}
             expr = Source(info.name, tensor(info.dtype, **axes))
             parts = cut(whole, expr, config)
-            joined, read = join(whole, parts, config), model.checkpoint.read  # type: ignore[union-attr]
+            joined, read = join(whole, parts, config), model.checkpoint.read
             np.testing.assert_array_equal(evaluate(joined, read), read(info.name), whole)
             assert any(not np.array_equal(evaluate(part, read), read(info.name)) for part in parts)
 
 
-def test_the_first_files_of_qwen3next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_files_of_qwen3next(tmp_path, monkeypatch):
     """They hold the projections of the delta rule as one matrix, which llama.cpp reads, too."""
     with monkeypatch.context() as patch:
         patch.setattr(GgufFamily, "rearranged", lambda self: {})
@@ -159,12 +153,12 @@ def test_the_first_files_of_qwen3next(tmp_path: Path, monkeypatch: pytest.Monkey
         np.testing.assert_array_equal(file.read(name), expected)
 
 
-def _untied(name: str, params: Any) -> str:
+def _untied(name, params):
     """Return the embedding for an output matrix that the source does not have."""
     return name if name in params else "model.embed_tokens.weight"
 
 
-def test_a_mixture_of_a_dense_model(tmp_path: Path) -> None:
+def test_a_mixture_of_a_dense_model(tmp_path):
     passes = "upcycle{experts=6 top-k=2 granularity=2 router-std=1}"
     planned = convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf", passes)
     header = read_gguf_header(tmp_path / "m.gguf")
@@ -181,10 +175,10 @@ def test_a_mixture_of_a_dense_model(tmp_path: Path) -> None:
 
 
 @needs_package
-def test_q8_0(small_model: Any, tmp_path: Path) -> None:
+def test_q8_0(small_model, tmp_path):
     rng = np.random.default_rng(0)
 
-    def make(name: str, shape: Any) -> bytes:
+    def make(name, shape):
         return rng.standard_normal(shape).astype("<f4").tobytes()
 
     small_model(hidden=32, mlp=48, make=make).write(tmp_path / "x.gguf")
@@ -207,7 +201,7 @@ def test_q8_0(small_model: Any, tmp_path: Path) -> None:
     assert (made == made[0]).all()
 
 
-def test_the_gate_of_a_shared_expert_is_never_zero(tmp_path: Path) -> None:
+def test_the_gate_of_a_shared_expert_is_never_zero(tmp_path):
     """llama.cpp computes silu(x) / x, which is NaN for zero."""
     passes = "upcycle{experts=2 top-k=2 shared=0.5}"
     convert("qwen2_gqa_tied", "gguf:qwen2moe", tmp_path / "m.gguf", passes)
@@ -219,7 +213,7 @@ def test_the_gate_of_a_shared_expert_is_never_zero(tmp_path: Path) -> None:
     assert (gate == np.float32(1e-20)).all()
 
 
-def test_the_file_has_its_manifest_beside_it(tmp_path: Path) -> None:
+def test_the_file_has_its_manifest_beside_it(tmp_path):
     convert("llama_gqa", "gguf:llama", tmp_path / "a.gguf")
     convert("llama_gqa", "gguf:llama", tmp_path / "b.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -236,7 +230,7 @@ def test_the_file_has_its_manifest_beside_it(tmp_path: Path) -> None:
     assert "the data of the tensor 'output.weight' differ" in problem.message
 
 
-def test_an_existing_file_is_kept(tmp_path: Path) -> None:
+def test_an_existing_file_is_kept(tmp_path):
     out = tmp_path / "m.gguf"
     out.write_bytes(b"mine")
     with pytest.raises(InputError, match="the output file exists"):
@@ -281,9 +275,7 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
         ("gemma3n_square", "gguf:gemma3n_text", "", "--to gemma3n_text writes a folder"),
     ],
 )
-def test_what_llama_cpp_would_not_compute(
-    source: str, target: str, passes: str, reason: str
-) -> None:
+def test_what_llama_cpp_would_not_compute(source, target, passes, reason):
     assert reason in refusal(source, target, passes)
 
 
@@ -315,9 +307,7 @@ LLAMA3 = {
         ("lfm2_moe", NARROW | CONVOLVED, "lfm2moe", "together have the model's width"),
     ],
 )
-def test_positions_and_heads_that_llama_cpp_reads_otherwise(
-    family: str, keys: dict[str, Any], architecture: str, reason: str
-) -> None:
+def test_positions_and_heads_that_llama_cpp_reads_otherwise(family, keys, architecture, reason):
     config = parse_config({"model_type": family, "num_hidden_layers": 2, **keys})
     with pytest.raises(InputError, match=reason):
         export_gguf(build(config), architecture)
@@ -326,7 +316,7 @@ def test_positions_and_heads_that_llama_cpp_reads_otherwise(
 # --- the tokenizer
 
 
-def folder_of(file: Path, folder: Path) -> Path:
+def folder_of(file, folder):
     """Write the tokenizer files of a GGUF file into a folder that is a checkpoint."""
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_bytes((GOLDEN / "llama_gqa" / name).read_bytes())
@@ -337,7 +327,7 @@ def folder_of(file: Path, folder: Path) -> Path:
     return folder
 
 
-def written_again(builder: Any, tmp_path: Path, rows: int) -> tuple[Any, Any]:
+def written_again(builder, tmp_path, rows):
     """Return tokenizer.json of a file, and that of a file made of it."""
     file = builder.write(tmp_path / "x.gguf")
     tmp_path.joinpath("f").mkdir()
@@ -365,7 +355,7 @@ def written_again(builder: Any, tmp_path: Path, rows: int) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     "pre", ["smollm", "gpt-2", "llama-bpe", "qwen2", "qwen35", "deepseek-v3", "tekken"]
 )
-def test_byte_level_bpe(pre: str, small_model: Any, tmp_path: Path) -> None:
+def test_byte_level_bpe(pre, small_model, tmp_path):
     builder = byte_level(small_model, pre)
     builder.key("tokenizer.ggml.bos_token_id", "u32", 264)
     builder.key("tokenizer.ggml.eos_token_id", "u32", 264)
@@ -374,13 +364,13 @@ def test_byte_level_bpe(pre: str, small_model: Any, tmp_path: Path) -> None:
     assert_same_tokenizer(*written_again(builder, tmp_path, 512))
 
 
-def test_sentence_piece_bpe(small_model: Any, tmp_path: Path) -> None:
+def test_sentence_piece_bpe(small_model, tmp_path):
     pieces = [("\u2581", -1.0), ("a", -2.0), ("b", -3.0), ("ab", -1.5), ("\u2581ab", -0.5)]
     builder = sentence_piece(small_model, pieces)
     assert_same_tokenizer(*written_again(builder, tmp_path, 264))
 
 
-def assert_same_tokenizer(first: Any, second: Any) -> None:
+def assert_same_tokenizer(first, second):
     assert first.keys() == second.keys()
     for name in first:
         ours, theirs = json.loads(first[name]), json.loads(second[name])
@@ -391,7 +381,7 @@ def assert_same_tokenizer(first: Any, second: Any) -> None:
         assert ours == theirs, name
 
 
-def test_keys_of_a_gguf_source_are_kept(small_model: Any, tmp_path: Path) -> None:
+def test_keys_of_a_gguf_source_are_kept(small_model, tmp_path):
     builder = byte_level(small_model, "smollm").key("tokenizer.ggml.odd", "i64", -3)
     origin = {"name": "Small 1B", "basename": "Small", "organization": "Makers", "license": "mit"}
     for key, value in origin.items():
@@ -419,9 +409,7 @@ def test_keys_of_a_gguf_source_are_kept(small_model: Any, tmp_path: Path) -> Non
         (lambda t: t.update(normalizer={"type": "NFKC"}), "no name for the way"),
     ],
 )
-def test_a_tokenizer_without_a_form(
-    change: Callable[[Any], None], reason: str, small_model: Any, tmp_path: Path
-) -> None:
+def test_a_tokenizer_without_a_form(change, reason, small_model, tmp_path):
     file = byte_level(small_model).write(tmp_path / "x.gguf")
     tmp_path.joinpath("f").mkdir()
     folder = folder_of(file, tmp_path / "f")
@@ -437,7 +425,7 @@ def test_a_tokenizer_without_a_form(
 
 @needs_package
 @pytest.mark.parametrize("architecture", [*dense_architectures(), *mixture_architectures()])
-def test_names_are_those_of_the_package(architecture: str) -> None:
+def test_names_are_those_of_the_package(architecture):
     import gguf
 
     for table in (dense_architectures(), mixture_architectures()):
@@ -455,7 +443,7 @@ def test_names_are_those_of_the_package(architecture: str) -> None:
             assert hugging_face_name(f"blk.2.{old}.weight", family) == f"{full}.weight"
 
 
-def test_types_that_a_file_cannot_have() -> None:
+def test_types_that_a_file_cannot_have():
     with open_model(str(GOLDEN / "llama_gqa")) as model:
         with pytest.raises(UsageError, match="no such element type"):
             plan(model, Pipeline.parse(""), "gguf:llama", dtype=F64)
@@ -463,7 +451,7 @@ def test_types_that_a_file_cannot_have() -> None:
             plan(model, Pipeline.parse(""), "llama", dtype=Q8_0)
 
 
-def test_a_folder_with_a_file(tmp_path: Path) -> None:
+def test_a_folder_with_a_file(tmp_path):
     convert("qwen3_square", "gguf:qwen3moe", tmp_path / "out", "upcycle{experts=2 top-k=2}")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"model.gguf", "README.md", "moecc_manifest.json", "moecc_receipt.json"}

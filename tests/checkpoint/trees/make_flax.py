@@ -27,7 +27,7 @@ def tree() -> dict:
     }  # fmt: skip
 
 
-def main() -> None:
+def main():
     """Write ``flax.msgpack``, and the arrays as NumPy has them."""
     serialization.MAX_CHUNK_SIZE = 32
     (HERE / "flax.msgpack").write_bytes(serialization.msgpack_serialize(tree()))

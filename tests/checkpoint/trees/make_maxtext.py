@@ -54,7 +54,7 @@ def convert(name: str, module, table: str, scanned: bool) -> dict[str, np.ndarra
     mapping = getattr(module, f"{table}_MAXTEXT_TO_HF_PARAM_MAPPING")(*arguments)
     hooks = getattr(module, f"{table}_MAXTEXT_TO_HF_PARAM_HOOK_FN")(*arguments)
 
-    def one(key: str, source: str) -> np.ndarray:
+    def one(key, source):
         value, functions = tensors[source], hooks.get(key, [])
         shape = slice_shape(key, config) or value.shape[::-1]
         for function in functions if isinstance(functions, list) else [functions]:
@@ -77,7 +77,7 @@ def convert(name: str, module, table: str, scanned: bool) -> dict[str, np.ndarra
     return made
 
 
-def main() -> None:
+def main():
     """Write a file for each case."""
     spec = importlib.util.spec_from_file_location("param_mapping", Path(sys.argv[1]) / MODULE)
     module = importlib.util.module_from_spec(spec)

@@ -1,10 +1,6 @@
 """Moments of optimisers, as optax and T5X have them, read by the names of the model's tensors."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +9,6 @@ from tiers import few
 
 from moecc.formats.open import open_checkpoint
 from moecc.formats.trees import TreeCheckpoint
-from moecc.types import Array
 
 from .test_orbax import GOLDEN, HERE, nested
 from .test_t5x import arrays_of, packed, put, scanned, stored, write
@@ -23,13 +18,13 @@ optax = pytest.importorskip("optax")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def opened(place: Path) -> TreeCheckpoint:
+def opened(place):
     checkpoint = open_checkpoint(place)
     assert isinstance(checkpoint, TreeCheckpoint)
     return checkpoint
 
 
-def trained(arrays: dict[str, Array], optimizer: Any, steps: int = 2) -> dict[str, Any]:
+def trained(arrays, optimizer, steps=2):
     """Return a training state after some steps on drawn gradients: all of it is optax's."""
     import jax.numpy as jnp
 
@@ -70,7 +65,7 @@ def test_adam_of_maxtext(case, tmp_path):
                     np.testing.assert_array_equal(part, read[1:3])
 
 
-def adafactor_of_t5x(arrays: dict[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
+def adafactor_of_t5x(arrays):
     """Return the state that ``adafactor.py`` of t5x keeps of drawn squares of gradients.
 
     Of two axes the row factor is the mean over the larger, the second of equal ones; of more, the
@@ -94,7 +89,7 @@ def adafactor_of_t5x(arrays: dict[tuple[str, ...], Array]) -> dict[tuple[str, ..
     return made
 
 
-def _is_batch(axis: int, path: tuple[str, ...]) -> bool:
+def _is_batch(axis, path):
     return (axis == 0 and "expert" in path) or (axis == 1 and path[0] == path[1])
 
 
@@ -106,7 +101,7 @@ def test_adafactor_of_t5x(tmp_path):
     for stack, size in scan.items():
         arrays = scanned(arrays, stack, size)
     kept = adafactor_of_t5x(arrays)
-    state: dict[str, Any] = {"step": packed(np.asarray(7, np.int32))}
+    state = {"step": packed(np.asarray(7, np.int32))}
     for path, array in kept.items():
         if path[-1] != "squares":
             place = ("state", "param_states", *path)
@@ -134,7 +129,7 @@ def test_adafactor_of_t5x(tmp_path):
             assert both == {0, 1}
 
 
-def piece_of(checkpoint: TreeCheckpoint, kept: dict[tuple[str, ...], Array], name: str) -> Array:
+def piece_of(checkpoint, kept, name):
     """Return the squares of the gradient of a tensor, as the tensor is cut from its array."""
     piece = checkpoint._pieces[name]
     squares = kept[*piece.key.split(".")[1:], "squares"]

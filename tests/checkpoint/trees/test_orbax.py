@@ -3,12 +3,9 @@
 The arrays are made by ``make_maxtext.py`` from golden models, which must come out again.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +25,9 @@ CASES = sorted(path.stem for path in HERE.glob("*.safetensors"))
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def nested(arrays: dict[str, Any]) -> dict[str, Any]:
+def nested(arrays):
     """Return arrays with keys like ``params-decoder-layers`` as a tree."""
-    tree: dict[str, Any] = {}
+    tree = {}
     for key, array in arrays.items():
         *outer, last = key.split("-")
         place = tree
@@ -40,9 +37,7 @@ def nested(arrays: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def write(
-    case: str, folder: Path, *, database: bool = True, zarr3: bool = False, nnx: bool = False
-) -> None:
+def write(case, folder, *, database=True, zarr3=False, nnx=False):
     """Write a whole training state, whose moments have the names of the parameters.
 
     Programs on NNX keep each array below its variable, as ``value``.
@@ -179,7 +174,7 @@ def test_the_arrays_of_maxtext_are_those_of_its_own_conversion(case, tmp_path):
     assert main(again) == 0
 
 
-def assert_same_tree(tree: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same_tree(tree, expected):
     assert tree.keys() == expected.keys()
     for key, value in expected.items():
         if isinstance(value, dict):

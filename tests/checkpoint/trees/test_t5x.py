@@ -4,12 +4,9 @@ T5X itself runs with no jax of today; the test writes what its ``checkpoints.py`
 msgpack and tensorstore, and ``flax.msgpack`` is flax's own (``make_flax.py``).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from moecc.formats.open import open_checkpoint
 from moecc.formats.safetensors import natural
 from moecc.ir import print_graph
 from moecc.translate.importing import import_checkpoint
-from moecc.types import Array
 
 ts = pytest.importorskip("tensorstore")
 msgpack = pytest.importorskip("msgpack")
@@ -36,7 +32,7 @@ NORMS = {
 }  # fmt: skip
 
 
-def path_of(name: str) -> tuple[str, ...]:
+def path_of(name):
     """Return the path in T5X of a tensor of Hugging Face; experts of one matrix share one."""
     words = name.split(".")
     if words[0] == "shared":
@@ -61,9 +57,9 @@ def path_of(name: str) -> tuple[str, ...]:
     return (stack, layer, "mlp", words[6], "kernel")
 
 
-def arrays_of(golden: dict[str, Array]) -> dict[tuple[str, ...], Array]:
+def arrays_of(golden):
     """Return the arrays of T5X of a golden model: kernels are turned, experts along axis 0."""
-    found: dict[tuple[str, ...], list[Array]] = {}
+    found = {}
     for name, tensor in golden.items():
         path = path_of(name)
         matrix = path[-1] in ("kernel", "rel_embedding")
@@ -71,12 +67,10 @@ def arrays_of(golden: dict[str, Array]) -> dict[tuple[str, ...], Array]:
     return {p: np.stack(a) if "expert" in p else a[0] for p, a in found.items()}
 
 
-def scanned(arrays: dict[tuple[str, ...], Array], stack: str, size: int) -> (
-    dict[tuple[str, ...], Array]
-):  # fmt: skip
+def scanned(arrays, stack, size):
     """Return the arrays with the layers of a stack along axis 1, in blocks of `size`."""
-    made: dict[tuple[str, ...], Array] = {}
-    layers: dict[tuple[str, ...], dict[int, Array]] = {}
+    made = {}
+    layers = {}
     for path, array in arrays.items():
         if path[0] != stack or not path[1].startswith("layers_"):
             made[path] = array
@@ -87,20 +81,13 @@ def scanned(arrays: dict[tuple[str, ...], Array], stack: str, size: int) -> (
     return made | {p: np.stack([a for _, a in sorted(of.items())], 1) for p, of in layers.items()}
 
 
-def packed(array: Array) -> Any:
+def packed(array):
     """Return an array as flax packs it."""
     content = (array.shape, array.dtype.name, array.tobytes())
     return msgpack.ExtType(1, msgpack.packb(content, use_bin_type=True))
 
 
-def write(
-    case: str,
-    folder: Path,
-    *,
-    version: int = 3,
-    scan: dict[str, int] | None = None,
-    state: dict[str, Any] | None = None,
-) -> dict[str, Array]:
+def write(case, folder, *, version=3, scan=None, state=None):
     """Write a golden model as a step of T5X, and return its tensors."""
     golden = load_file(GOLDEN / case / "model.safetensors")
     copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
@@ -111,7 +98,7 @@ def write(
     arrays = arrays_of(golden)
     for stack, size in (scan or {}).items():
         arrays = scanned(arrays, stack, size)
-    target: dict[str, Any] = {}
+    target = {}
     for path, array in arrays.items():
         put(target, path, stored(folder, ("target", *path), array, version))
     state = state or {"step": 3, "param_states": {"encoder": {"encoder_norm": {"scale": {"v": 0}}}}}
@@ -120,13 +107,13 @@ def write(
     return golden
 
 
-def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def put(tree, path, value):
     for word in path[:-1]:
         tree = tree.setdefault(word, {})
     tree[path[-1]] = value
 
 
-def stored(folder: Path, path: tuple[str, ...], array: Array, version: int) -> Any:
+def stored(folder, path, array, version):
     """Return what the file has of an array: itself, or where it is."""
     if array.ndim < 2:
         return packed(array)

@@ -9,7 +9,7 @@ from transformers import BioGptConfig, BioGptForCausalLM
 HERE = Path(__file__).parent
 
 
-def main() -> None:
+def main():
     """Write the folder, tokens, and logits in float64."""
     torch.manual_seed(0)
     config = BioGptConfig(

@@ -1,9 +1,5 @@
 """Reading HLO: types, loops, collectives and products, from texts and from compiled programs."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
 jax = pytest.importorskip("jax")
@@ -17,12 +13,12 @@ from moecc_backends.xla.census import (  # noqa: E402
 )
 
 
-def program(body: str, *, more: str = "") -> str:
+def program(body, *, more=""):
     entry = f"ENTRY %main (p: f32[8,4]) -> f32[8,4] {{\n{body}\n}}\n"
     return f"HloModule m, num_partitions=8\n\n{more}\n{entry}"
 
 
-def loop(condition: str, start: str = "%c0 = s32[] constant(0)") -> str:
+def loop(condition, start="%c0 = s32[] constant(0)"):
     more = f"""%body (b: (s32[], f32[8,4], s32[])) -> (s32[], f32[8,4], s32[]) {{
   %b = (s32[]{{:T(128)}}, f32[8,4]{{1,0:T(8,128)}}, s32[]) parameter(0)
   %i = s32[]{{:T(128)}} get-tuple-element(%b), index=0
@@ -153,7 +149,7 @@ def test_a_fusion_that_keeps_a_slice_of_a_sum_is_a_reduce_scatter():
 def test_a_collective_that_is_written_in_parts_counts_once():
     """A TPU begins a gather in one fusion and ends it in another; each has all of it."""
 
-    def part(name: str, chain: int, channel: int) -> str:
+    def part(name, chain, channel):
         gather = (
             f"all-gather(%i), channel_id={channel}, replica_groups=[2,4]<=[8], dimensions={{0}}"
         )
@@ -232,13 +228,13 @@ def test_types_with_layouts_tuples_and_long_constants():
 # --- compiled here
 
 
-def compiled_flops(function: Any, *shapes: tuple[int, ...]) -> int:
+def compiled_flops(function, *shapes):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return census(jax.jit(function).lower(*arguments).compile().as_text()).flops
 
 
 def test_dots_of_a_compiled_loop():
-    def run(x: Any, w: Any) -> Any:
+    def run(x, w):
         return lax.scan(lambda h, m: (jnp.tanh(h @ m), None), x, w)[0]
 
     assert compiled_flops(run, (64, 48), (7, 48, 48)) == 7 * 2 * 64 * 48 * 48
@@ -259,7 +255,7 @@ def test_a_convolution_multiplies_as_often_as_ones_add_up(options):
     features = 6 // options.get("feature_group_count", 1)
     shapes = (4, 6, 11), (8, features, 5)
 
-    def run(x: Any, w: Any) -> Any:
+    def run(x, w):
         return lax.conv_general_dilated(x, w, **options)
 
     lowered = jax.jit(run).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))

@@ -1,7 +1,5 @@
 """Collectives beside products: read from the order of a schedule, in short programs."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("jax")
@@ -53,7 +51,7 @@ SPARSE = "%s = (f32[4,4], f32[8,4]) call-start(%p), to_apply=%scattered"
 FUSED = "%d = f32[8,8] fusion(%p), kind=kOutput, calls=%multiplies"
 
 
-def program(*lines: str) -> str:
+def program(*lines):
     body = "\n".join(f"  {line}" for line in lines)
     return (
         f"HloModule m, is_scheduled=true, num_partitions=2\n\n{CALLED}\n"

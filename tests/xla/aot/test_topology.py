@@ -1,7 +1,5 @@
 """What has to be there, and set, to compile for a machine."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

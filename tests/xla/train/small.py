@@ -68,7 +68,7 @@ def sparse(routing: str = "top-2", *, padded: bool | str = False, bias: bool = F
     return graph
 
 
-def _param(graph: Graph, name: str, **axes: int) -> Any:
+def _param(graph: Graph, name: str, **axes: int):
     return graph.param(name, tensor(F32, **axes), loc="layers.0.ffn")
 
 

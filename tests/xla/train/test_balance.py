@@ -1,9 +1,5 @@
 """The balance bias of a step, and experts in turn."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -46,7 +42,7 @@ def test_experts_in_turn_have_equal_loads():
     spec = StepSpec(SIZES, StepConfig(dtype="f32"), OptimizerSection("sgd"))
     step = make_train_step(graph, spec, jax.devices()[:1])
     params, batch = params_of(sparse()), batch_of(sparse(), 0)
-    fixed: dict[str, Any] = {}
+    fixed = {}
     slopes, sums = jax.jit(step.gradients)(params, fixed, batch, jax.random.key(0))
     rows = np.asarray(sums["metric.layers.0.ffn.rows"])
     assert (rows == 2 * BATCH * SEQ / EXPERTS).all()

@@ -1,9 +1,5 @@
 """The divergence from a teacher: loss and gradients against NumPy."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 from tiers import few
@@ -15,7 +11,7 @@ from moecc.train.batches import TARGETS, TEACHER
 from moecc.train.objectives import IGNORED
 from moecc.train.recipe import LossSection, OptimizerSection
 from moecc.train.settings import StepSpec
-from moecc.types import F64, I32, Array, tensor
+from moecc.types import F64, I32, tensor
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
@@ -28,7 +24,7 @@ VOCAB, EMBED, BATCH, SEQ = 11, 5, 4, 6
 WEIGHT = 0.75
 
 
-def bigram() -> Graph:
+def bigram():
     graph = Graph("bigram")
     tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
     table = graph.param("table", tensor(F64, vocab=VOCAB, embed=EMBED))
@@ -38,12 +34,12 @@ def bigram() -> Graph:
     return graph
 
 
-def log_softmax(logits: Array) -> Array:
+def log_softmax(logits):
     shifted = logits - logits.max(-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
-def by_hand(params: dict[str, Array], batch: dict[str, Array]) -> tuple[float, dict[str, Array]]:
+def by_hand(params, batch):
     """Return Σ KL(teacher ‖ model) over targets, and the gradients of the mean loss."""
     hidden = params["table"][batch["tokens"]]
     own = log_softmax(hidden @ params["head"].T)
@@ -65,7 +61,7 @@ def by_hand(params: dict[str, Array], batch: dict[str, Array]) -> tuple[float, d
 def test_loss_and_gradients_are_those_of_the_formula(micro_batches, chunk_bytes):
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=(VOCAB, EMBED)) for name in ("table", "head")}
-    batch: dict[str, Any] = {
+    batch = {
         "tokens": rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32),
         TARGETS: rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32),
         TEACHER: rng.normal(0, 2, (BATCH, SEQ, VOCAB)),

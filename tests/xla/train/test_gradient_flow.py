@@ -1,15 +1,11 @@
 """Every parameter that is trained gets a gradient, in every family; a frozen one gets none."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from moecc.ir.conventions import LOGITS
-from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.model.inputs import default_inputs
 from moecc.model.open import open_model
@@ -24,16 +20,16 @@ from tests.support.tiers import few
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 
-from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
+from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = ("mixtral_square", "glm4_moe_square", "t5_gated_untied", "bert_square")
 BATCH, SEQ = 4, 8
 
 
-def step_of(graph: Graph, groups: tuple[ParameterGroup, ...] = ()) -> TrainStep:
+def step_of(graph, groups=()):
     routed = any(node.op.assigns_slots for node in graph)
-    losses: dict[str, object] | None = {"parts": 1, "replace": True} if routed else None
+    losses = {"parts": 1, "replace": True} if routed else None
     # An encoder that is stored without a head makes its logits by its embedding.
     passes = StepPasses(tied=LOGITS not in graph.output_names, routed=routed,
                         groups=BATCH if routed else None, losses=losses, rolled=False)  # fmt: skip
@@ -48,7 +44,7 @@ def step_of(graph: Graph, groups: tuple[ParameterGroup, ...] = ()) -> TrainStep:
     return make_train_step(made, spec, jax.devices()[:1])
 
 
-def gradients_of(step: TrainStep, graph: Graph) -> dict[str, Any]:
+def gradients_of(step, graph):
     """Return gradients at random parameters, so that experts differ."""
     rng = np.random.default_rng(3)
     params = {
@@ -64,7 +60,7 @@ def gradients_of(step: TrainStep, graph: Graph) -> dict[str, Any]:
     return {n: np.asarray(a) for n, a in slopes.items()}
 
 
-def assert_all_flow(graph: Graph) -> None:
+def assert_all_flow(graph):
     step = step_of(graph)
     slopes = gradients_of(step, graph)
     used = {n for n, p in graph.params.items() if p.users}
@@ -76,7 +72,7 @@ def assert_all_flow(graph: Graph) -> None:
     assert still == {n for n in slopes if _only_chooses(graph.params[n])}
 
 
-def _only_chooses(param: Value) -> bool:
+def _only_chooses(param):
     return all(node.op.chooses and node.operands[0] is not param for node in param.users)
 
 

@@ -1,10 +1,7 @@
 """Parameters of a loop's layers are cast a layer at a time, which changes no gradient."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +20,7 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 from moecc_backends.xla.train import gradients  # noqa: E402
-from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
+from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 
 BATCH, SEQ = 16, 8
 MESHES = {
@@ -33,9 +30,7 @@ MESHES = {
 }
 
 
-def step_of(
-    mesh: str = "one device", dtype: str = "bf16", remat: str = "full", **settings: Any
-) -> TrainStep:
+def step_of(mesh="one device", dtype="bf16", remat="full", **settings):
     passes = StepPasses(
         bound=None if mesh == "dropless" else Bound(1.25), groups=8, losses=None,
         mesh=MESHES[mesh], remat=remat, weighted=True,
@@ -47,7 +42,7 @@ def step_of(
     return make_train_step(graph, made, jax.devices()[: 1 if passes.mesh is None else 8])
 
 
-def run(step: TrainStep) -> tuple[dict[str, Any], dict[str, Any]]:
+def run(step):
     rng = np.random.default_rng(0)
     drawn = params_for(step.graph, 0)
     params = {n: np.float32(drawn[n]) for n in step.trained}
@@ -79,10 +74,10 @@ def test_no_run_of_a_loop_keeps_a_cast_parameter():
     from moecc_backends.xla.lower.scan import _worth_keeping
     from moecc_backends.xla.trace.host_arrays import Master
 
-    def run(x: Any, weight: Master) -> tuple[Any, tuple[()]]:
+    def run(x, weight):
         return jax.numpy.tanh(x @ weight.cast()), ()
 
-    def loss(slope: Any, stored: Any, x: Any) -> Any:
+    def loss(slope, stored, x):
         step = jax.checkpoint(run, policy=_worth_keeping, prevent_cse=False)
         return jax.lax.scan(step, x, Master(stored, slope))[0].sum()
 

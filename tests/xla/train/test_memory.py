@@ -1,9 +1,6 @@
 """What a step holds in memory: a chunk of logits, one state, gradients of the type asked for."""
 
-from __future__ import annotations
-
 import re
-from typing import Any
 
 import pytest
 
@@ -18,13 +15,13 @@ from moecc.types import F32, I32, tensor
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 
-from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
+from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 
 VOCAB, EMBED, BATCH, SEQ = 4096, 16, 8, 64
 LOGITS_BYTES = 4 * BATCH * SEQ * VOCAB
 
 
-def model() -> Graph:
+def model():
     graph = Graph("wide")
     tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
     table = graph.param("table", tensor(F32, vocab=VOCAB, embed=EMBED))
@@ -34,7 +31,7 @@ def model() -> Graph:
     return graph
 
 
-def step_of(chunk_bytes: int, name: str = "adamw", **options: Any) -> TrainStep:
+def step_of(chunk_bytes, name="adamw", **options):
     passes = StepPasses(routed=False, losses=None, rolled=False, mesh=options.pop("mesh", None))
     sizes = {"B": BATCH, "S": options.pop("length", SEQ)}
     config = StepConfig(**{"dtype": "f32", **options})
@@ -43,7 +40,7 @@ def step_of(chunk_bytes: int, name: str = "adamw", **options: Any) -> TrainStep:
     return make_train_step(step_graph(model(), passes), spec, jax.devices()[:count])
 
 
-def compiled(step: TrainStep) -> Any:
+def compiled(step):
     return step.function.lower(*step.arguments).compile()
 
 
@@ -61,7 +58,7 @@ def test_logits_never_are_in_memory_whole():
 ALL_REDUCE = re.compile(r'"stablehlo.all_reduce"\(.*?\}\) : \(tensor<(\w+)>\)', re.DOTALL)
 
 
-def reductions(step: TrainStep) -> list[str]:
+def reductions(step):
     """Return the types in which devices add arrays as large as the table, one for each time."""
     text = step.function.lower(*step.arguments).as_text()
     sizes = ALL_REDUCE.findall(text)

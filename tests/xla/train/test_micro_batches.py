@@ -1,10 +1,6 @@
 """Micro-batches and meshes change neither a loss nor a gradient, those of routers included."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +10,14 @@ from moecc.plan.step import StepConfig
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec
-from moecc.types import F64, DType
+from moecc.types import F64
 
 from .small import SIZES, VOCAB, batch_of, params_of, sparse
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 
-from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
+from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 
 ALL_LOSSES = {"importance-coef": 0.3, "load-coef": 0.2, "balance-coef": 0.5, "z-coef": 0.4}
 MESHES = {
@@ -35,14 +31,12 @@ MESHES = {
 CHUNK_BYTES = 4 * VOCAB * 10
 """Logits of ten tokens: the last chunk of a micro-batch is not full."""
 
-Case = tuple[str, bool | str, float | None, str]
-"""Routing, whether there is padding, a capacity factor, and what a balance loss is over."""
-
 
 @cache
-def step_of(case: Case, parts: int, mesh: str, dtype: DType, chunk_bytes: int) -> TrainStep:
+def step_of(case, parts, mesh, dtype, chunk_bytes):
+    """Return the step of a case: routing, padding, capacity factor, and what a balance is over."""
     routing, padded, factor, over = case
-    losses: dict[str, object] = {"parts": parts, "over": over, **ALL_LOSSES}
+    losses = {"parts": parts, "over": over, **ALL_LOSSES}
     passes = StepPasses(
         bound=None if factor is None else Bound(factor),
         groups=8 // parts,
@@ -60,13 +54,12 @@ def step_of(case: Case, parts: int, mesh: str, dtype: DType, chunk_bytes: int) -
 
 
 @cache
-def gradients_of(*case: Any) -> Callable[..., Any]:
+def gradients_of(*case):
     step = step_of(*case)
-    compiled: Callable[..., Any] = jax.jit(partial(step.gradients, key=jax.random.key(0)))
-    return compiled
+    return jax.jit(partial(step.gradients, key=jax.random.key(0)))
 
 
-def both(case: Case, parts: int, mesh: str, dtype: DType, seed: int) -> tuple[Any, Any]:
+def both(case, parts, mesh, dtype, seed):
     graph = sparse(case[0], padded=case[1])
     params = {n: a.astype(dtype.numpy) for n, a in params_of(graph, seed).items()}
     batch = batch_of(graph, seed)
@@ -75,7 +68,7 @@ def both(case: Case, parts: int, mesh: str, dtype: DType, seed: int) -> tuple[An
     return jax.tree.map(np.asarray, (whole, apart))
 
 
-def assert_same(whole: Any, apart: Any, tolerance: float) -> None:
+def assert_same(whole, apart, tolerance):
     (slopes, sums), (other_slopes, other_sums) = whole, apart
     assert slopes.keys() == other_slopes.keys()
     for name, slope in slopes.items():
@@ -87,11 +80,11 @@ def assert_same(whole: Any, apart: Any, tolerance: float) -> None:
         assert np.abs(value - other_sums[name]).max() <= tolerance * scale, name
 
 
-QUICK: list[tuple[Case, int, str]] = [
+QUICK = [
     (("top-2", True, 0.75, "group"), 2, "one device"),
     (("top-2", True, 0.75, "group"), 1, "stream in shards"),
 ]
-SLOW: list[tuple[Case, int, str]] = [
+SLOW = [
     *(((r, p, f, o), m, "one device") for r, p, f, o in [
         ("top-1", True, None, "sequence"), ("top-1", False, 1.0, "group"),
         ("top-2", False, None, "group"), ("top-2", True, None, "sequence"),
@@ -116,7 +109,7 @@ def test_parts_and_meshes_change_no_loss_and_no_gradient(case, parts, mesh):
 
 
 def test_a_batch_without_any_token_has_no_loss_and_finite_gradients():
-    case: Case = ("top-2", True, 0.75, "group")
+    case = ("top-2", True, 0.75, "group")
     graph = sparse("top-2", padded=True)
     batch = batch_of(graph, 0)
     batch = {**batch, "mask": np.zeros_like(batch["mask"]), "targets": batch["targets"] * 0 - 1}

@@ -1,9 +1,5 @@
 """The loss of a training step, the optimisers, and where their state lies."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -24,11 +20,11 @@ import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.trace.context import DeviceView  # noqa: E402
 from moecc_backends.xla.train.gradients import token_losses  # noqa: E402
 from moecc_backends.xla.train.optimizer import DIRECTIONS  # noqa: E402
-from moecc_backends.xla.train.step import TrainStep, make_train_step, shared_step  # noqa: E402
+from moecc_backends.xla.train.step import make_train_step, shared_step  # noqa: E402
 
 
 @jax.jit
-def cross_entropy(logits: Any, targets: Any) -> Any:
+def cross_entropy(logits, targets):
     nll = token_losses(logits, targets, (), DeviceView())["loss.sum"]
     return jnp.sum(jnp.where(targets != IGNORED, nll, 0))
 
@@ -70,7 +66,7 @@ def test_of_equal_logits_argmax_says_which_target_is_hit(shards):
     assert (jnp.argmax(logits, axis=-1) == targets).tolist() == hits.astype(bool).tolist()
 
 
-def bigram(vocab: int = 11, embed: int = 8) -> Graph:
+def bigram(vocab=11, embed=8):
     """Return a graph that makes logits of the token alone."""
     graph = Graph("bigram")
     tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
@@ -82,19 +78,19 @@ def bigram(vocab: int = 11, embed: int = 8) -> Graph:
     return graph
 
 
-def bigram_step(graph: Graph, name: str, **options: Any) -> TrainStep:
+def bigram_step(graph, name, **options):
     section = OptimizerSection(name, **options.pop("section", {}))
     config = StepConfig(dtype=options.pop("dtype", "f32"))
     spec = StepSpec({"B": 4, "S": 16}, config, section, **options)
     return make_train_step(graph, spec, jax.devices()[:1])
 
 
-def bigram_batch() -> dict[str, Any]:
+def bigram_batch():
     tokens = np.random.default_rng(1).integers(0, 11, (4, 16)).astype(np.int32)
     return {"tokens": tokens, TARGETS: (tokens * 3 + 1) % 11}
 
 
-def bigram_params(graph: Graph) -> dict[str, Any]:
+def bigram_params(graph):
     rng = np.random.default_rng(1)
     return {n: rng.normal(size=p.type.shape).astype("f") for n, p in graph.params.items()}
 
@@ -188,7 +184,7 @@ def test_a_step_that_is_not_finite_leaves_every_optimizer_s_moments(name):
 def test_a_sweep_of_rates_is_traced_once():
     graph = bigram()
 
-    def step(**section: Any) -> Any:
+    def step(**section):
         spec = StepSpec({"B": 4, "S": 16}, StepConfig(dtype="f32"), OptimizerSection(**section))
         return shared_step(graph, spec, jax.devices()[:1], graph)
 
