@@ -34,6 +34,26 @@ def test_the_site_reads_every_fence_as_one(page):
         assert closing == "```"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_list_follows_a_blank_line(page):
+    """Without it the site shows text, and GitHub a list where a sentence begins a line by `1.`."""
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    item = r"(?:[*+-]|[0-9]+\.) "
+    assert re.findall(rf"^(?! |#|{item}).+\n{item}.*", text, re.MULTILINE) == []
+
+
+def test_a_page_keeps_its_text_on_narrow_screens():
+    hooks = runpy.run_path(str(ROOT / "docs" / "site" / "hooks.py"))
+    cell = f"<td><code>moecc.families.reader.Reader</code> {'word ' * 30}</td>"
+    article = f"<article><pre>--a</pre><p>with --quiet</p><table><td>1</td>{cell}</table></article>"
+    page = hooks["on_post_page"](f"<p>--b</p>{article}<p>--c</p>")
+    assert re.sub("<[^>]+>", "", page) == re.sub("<[^>]+>", "", f"--b{article}--c")
+    assert page.count('<span class="word">') == 1
+    assert "<pre>--a</pre>" in page
+    assert "<td>1</td><td class=long><code>moecc.<wbr>families.<wbr>reader.<wbr>Reader" in page
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Build the site, strictly: a link to a page, or to a place in one, that is not there fails."""
