@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from moecc.cli.main import COMMANDS, main
+from tests.reports import machine
 
 from . import seeds
 from .grammars import GRAMMARS
 from .mutate import Rng, mutate_bytes, mutate_json, mutate_text
-from .rig import HANG_SECONDS, MEMORY_BYTES, machine
+from .rig import HANG_SECONDS, MEMORY_BYTES
 
 MODEL = seeds.GOLDEN / "llama_gqa"
 UPCYCLE = "upcycle{experts=4 top-k=2}"

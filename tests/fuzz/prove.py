@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,14 +19,13 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moecc.version import __version__
+from tests.reports import about, deliver
 
 from .grammars import GRAMMARS
-from .rig import HANG_SECONDS, machine
+from .rig import HANG_SECONDS
 
 PARTS = 5
 EXECUTIONS = 66_700
@@ -96,10 +94,7 @@ def summary(found: Iterable[tuple[Part, dict[str, Any]]]) -> dict[str, Any]:
         _add(grammars.setdefault(part.grammar, {}), part.seed, counts, tally)
         failures += [f"{part.grammar}: {s} ({n} times)" for s, n in tally["failures"].items()]
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "moecc": __version__,
-        "python": platform.python_version(),
-        "machine": machine(),
+        **about(),
         "hours": round(seconds / 3600, 2),
         "hang_seconds": HANG_SECONDS,
         "executions": sum(g["executions"] for g in grammars.values()),
@@ -150,11 +145,7 @@ def main() -> int:
     with ThreadPoolExecutor(asked.jobs) as threads:
         each = list(threads.map(lambda part: run_part(part, work), planned))
     found = summary(zip(planned, each, strict=True))
-    text = json.dumps(found, indent=1)
-    if asked.out is not None:
-        asked.out.write_text(f"{text}\n", "utf-8")
-    print(text)
-    return 1 if found["failures"] else 0
+    return deliver(found, asked.out)
 
 
 if __name__ == "__main__":

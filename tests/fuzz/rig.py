@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
-import os
 import platform
 import random
 import re
@@ -22,6 +21,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from moecc.errors import MoeccError
+from tests.reports import machine
 
 from .grammars import Grammar
 from .mutate import MOST_BYTES, bombs
@@ -320,8 +320,3 @@ def report(
         "grammars": tallies,
         **(extra or {}),
     }
-
-
-def machine() -> str:
-    """Return what kind of machine this is."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"

@@ -11,16 +11,14 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 
-from moecc.version import __version__
+from tests.reports import about, deliver
 
 from .races import run_races
 from .rig import ENDS, KILLS, Result, run_ends, run_kills
@@ -42,10 +40,7 @@ def prove(ways: list[str], sample: int | None) -> dict[str, object]:
     for how, result in zip(ways, each, strict=True):
         counts[_way(how)] += sum(result.points.values())
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "moecc": __version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        **about(),
         "seconds": round(time.monotonic() - start),
         **counts,
         "points": {name: n for result in each for name, n in result.points.items()},
@@ -98,11 +93,7 @@ def main() -> int:
     asked = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):
         found = prove(asked.how, asked.sample)
-    text = json.dumps(found, indent=1)
-    if asked.out is not None:
-        asked.out.write_text(f"{text}\n")
-    print(text)
-    return 1 if found["failures"] else 0
+    return deliver(found, asked.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import ctypes
 import json
 import logging
 import os
-import platform
 import random
 import shutil
 import signal
@@ -27,7 +26,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
@@ -39,7 +37,7 @@ from fault_proxy import Fault, FaultProxy
 from moecc.errors import MoeccError
 from moecc.formats.run import check_step, is_run, saved_steps
 from moecc.support.untyped import JsonDict
-from moecc.version import __version__
+from tests.reports import about
 from tests.train.tiny import make_recipe, same_runs
 
 RUN = "steps = 4\nsave_steps = 2\nkeep = 1"
@@ -304,10 +302,7 @@ def prove(names: Sequence[str], kills: int, seconds: float, out: Path | None) ->
 
     def report():
         content = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "moecc": __version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            **about(),
             "server": f"moto {version('moto')}",
             "seconds": round(time.monotonic() - start),
             "storages": {

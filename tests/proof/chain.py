@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moecc.version import __version__
+from tests.reports import about, deliver, work_folder
 
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("chain_in_transformers.py")
@@ -153,16 +150,6 @@ def _trained_tokens(run: Path) -> int:
     return max(int(line.get("tokens", 0)) for line in lines)
 
 
-def about() -> dict[str, Any]:
-    """Return when and where the proof is made."""
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "moecc": __version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
-
-
 def interpreter() -> str:
     """Return the interpreter with transformers: the first that the parity tests are told."""
     listed = os.environ.get("MOECC_PARITY_PYTHON", "").split(os.pathsep)
@@ -185,19 +172,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="the folder to work in, which is kept")
     parser.add_argument("--out", type=Path, help="the file for the JSON object")
     asked = parser.parse_args()
-    work = asked.work or Path(tempfile.mkdtemp(prefix="moecc-chain-"))
-    work.mkdir(parents=True, exist_ok=True)
-    try:
+    with work_folder(asked.work, "moecc-chain-") as work:
         found = {**about(), **prove(smollm2(), asked.python, work)}
-    finally:
-        if asked.work is None:
-            shutil.rmtree(work)
-    found["failures"] = failures(found)
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    if asked.out is not None:
-        asked.out.write_text(f"{text}\n", "utf-8")
-    print(text)
-    return 1 if found["failures"] else 0
+    return deliver({**found, "failures": failures(found)}, asked.out)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ the commands, and the lines that a reader writes by hand.
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +20,7 @@ from typing import Any
 
 from tests.docs.pages import ROOT, Block, blocks_of
 from tests.docs.sessions import AS, commands, environment, run_block
-from tests.proof.chain import about
+from tests.reports import about, deliver, work_folder
 
 PAGE = Path("docs") / "jobs.md"
 MOST_LINES = 30
@@ -94,20 +91,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="the folder to clone into, which is kept")
     parser.add_argument("--out", type=Path, help="the file for the JSON object")
     asked = parser.parse_args()
-    work = asked.work or Path(tempfile.mkdtemp(prefix="moecc-jobs-"))
-    work.mkdir(parents=True, exist_ok=True)
-    try:
+    with work_folder(asked.work, "moecc-jobs-") as work:
         made, minutes = clone(work)
         found = {**about(), "install_minutes": round(minutes, 2), "jobs": prove(made)}
-    finally:
-        if asked.work is None:
-            shutil.rmtree(work)
-    found["failures"] = failures(found["jobs"])
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    if asked.out is not None:
-        asked.out.write_text(f"{text}\n", "utf-8")
-    print(text)
-    return 1 if found["failures"] else 0
+    return deliver({**found, "failures": failures(found["jobs"])}, asked.out)
 
 
 if __name__ == "__main__":

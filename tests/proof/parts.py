@@ -30,7 +30,7 @@ from hub_server import HubServer
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.weights.expr import sources
-from tests.fuzz.rig import machine
+from tests.reports import machine
 
 CONFIGS = Path(__file__).parents[1] / "families" / "published.json"
 MODEL, PARTS, CHOSEN = "DeepSeek-V3", 1000, (1, 500)

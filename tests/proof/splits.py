@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from texts import help_topics
 
-from .chain import about, smollm2
+from tests.reports import about
+
+from .chain import smollm2
 
 SPLIT = "experts=6 top-k=2 shared=0.25"
 WAYS = {

@@ -38,7 +38,7 @@ from moecc.formats import store as store_module
 from moecc.formats.run import saved_steps
 from moecc.formats.store import CLAIM_NAME, UPLOADING
 from moecc.version import __version__
-from tests.fuzz.rig import machine
+from tests.reports import machine
 from tests.train.tiny import GOLDEN, make_recipe, same_runs
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "AKIA-of-a-proof", "AWS_SECRET_ACCESS_KEY": "secret-of-a-proof"}
