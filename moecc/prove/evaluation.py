@@ -299,7 +299,7 @@ class Evaluation:
         return results
 
 
-_OF_INFINITE = frozenset({"softmax", "max", "logsumexp", "mask", "route"})
+_OF_INFINITE = frozenset({"cast", "softmax", "max", "logsumexp", "mask", "route"})
 """Operations whose meaning holds for infinite elements, too."""
 
 

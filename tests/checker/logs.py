@@ -84,6 +84,20 @@ graph g {{
 }}
 """
 
+CAST = """moecc 1
+graph g {{
+  input %x : f32[a=2, b=3]
+  input %k : pred[a=2, b=3]
+  %v = mul %x, %x : f32[a=2, b=3]
+{}
+  %y = cast %m {{dtype=f32}} : f32[a=2, b=3]
+  output y = %y
+}}
+"""
+NARROW = "  %m = mask %v, %k {fill=-inf} : f32[a=2, b=3]"
+WIDE = """  %d = cast %v {dtype=f64} : f64[a=2, b=3]
+  %m = mask %d, %k {fill=-inf} : f64[a=2, b=3]"""
+
 PROOFS = [
     log_of(BEFORE, AFTER),
     log_of(BEFORE, AFTER, CUT),
@@ -189,6 +203,7 @@ def wrong_logs() -> Iterator[tuple[str, Proof]]:
     yield "shares of queries", log_of(WINDOW.format(**BY_KEY), WINDOW.format(**keys))
     joined = JOINED.format("%x"), JOINED.format("%z")
     yield "a join of chunks of two sizes", log_of(*joined)
+    yield "a cast from another type", log_of(CAST.format(NARROW), CAST.format(WIDE))
     summand = TEXT.format("  %y = scale %x {by=2.0} : f32[a=2, b=3] unreduced(m)")
     yield "a summand on no mesh", log_of(summand, summand)
     for name, text in unlike_moecc().items():

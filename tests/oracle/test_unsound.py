@@ -358,3 +358,15 @@ def test_shares_of_nothing_do_not_add_up():
     one = "%c = constant {value=1.0} : f32[]", "%y = broadcast %c, %t : f32[b=3]"
     before, after = (graph(*inputs, *lines, "output y = %y") for lines in (shares, one))
     assert prove(before, after).status == "unknown"
+
+
+def test_a_cast_of_what_may_be_infinite_rounds_what_its_type_does_not_hold():
+    """A lossless cast keeps the term of an operand; what a cast back does is another function."""
+    inputs = (
+        "input %x : f32[a=3]", "input %k : pred[a=3]", "param %w : f32[a=3]",
+        "%v = mul %x, %w : f32[a=3]",
+    )  # fmt: skip
+    end = "%y = cast %m {dtype=f32} : f32[a=3]", "output y = %y"
+    narrow = "%m = mask %v, %k {fill=-inf} : f32[a=3]"
+    wide = "%d = cast %v {dtype=f64} : f64[a=3]", "%m = mask %d, %k {fill=-inf} : f64[a=3]"
+    assert is_told_apart(graph(*inputs, narrow, *end), graph(*inputs, *wide, *end))
