@@ -16,24 +16,16 @@ from moecc.ir import BF16, F32, F64, PRED, Builder, Graph, tensor  # noqa: E402
 from moecc.rewrite.passes import Context  # noqa: E402
 from moecc.testing import run_reference  # noqa: E402
 
-EXPERTS = 8
+EXPERTS, WIDTH = 8, 16
 
 
-def routed(embed=0, *using):
-    """Return a graph with all losses, whose logits are an input, or a product over `embed`."""
+def routed(*using):
+    """Return a graph with all losses, whose logits are a product over ``embed``."""
     graph = Graph()
     b = Builder(graph, loc="layers.0.ffn")
-    if embed:
-        x = graph.input("x", tensor(F32, token="T", embed=embed))
-        logits = b.contract(
-            x,
-            graph.param("w", tensor(F32, expert=EXPERTS, embed=embed)),
-            over="embed",
-            precision="f32",
-        )
-    else:
-        x = graph.input("x", tensor(F32, token="T", embed=1))
-        logits = graph.input("logits", tensor(F32, token="T", expert=EXPERTS))
+    x = graph.input("x", tensor(F32, token="T", embed=WIDTH))
+    router = graph.param("w", tensor(F32, expert=EXPERTS, embed=WIDTH))
+    logits = b.contract(x, router, over="embed", precision="f32")
     experts, gates = b.route(logits, top_k=2)
     place = b.assign_slots(
         experts,
@@ -116,11 +108,11 @@ def test_gradients_are_finite_where_a_sequence_is_padding(over, empty):
 @pytest.mark.parametrize("using", [(), ("mask",)])
 def test_in_bfloat16_the_losses_are_those_of_float32(using):
     """Router and losses compute in float32 on the rounded tokens and weights (ST-MoE §3.4)."""
-    graph = routed(16, *using)
+    graph = routed(*using)
     rng = np.random.default_rng(1)
     x, w = (
         np.asarray(rng.normal(size=shape), BF16.numpy).astype(np.float32)
-        for shape in ((1000, 16), (EXPERTS, 16))
+        for shape in ((1000, WIDTH), (EXPERTS, WIDTH))
     )
     # More tokens than bfloat16 can count.
     inputs = {"x": x, **{word: np.arange(1000) < 717 for word in using}}
