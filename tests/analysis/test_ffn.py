@@ -85,7 +85,6 @@ def test_biases_belong_to_the_block():
     block = only_block(graph)
     assert block.output_bias is graph.params["q"]
     assert block.biases_of(block.ups[0]) == (graph.params["p"],)
-    assert block.output.node is not None
     assert block.output.node.op.name == "add"
     assert len(block.nodes) == 5
 

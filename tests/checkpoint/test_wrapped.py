@@ -49,7 +49,6 @@ def test_mixture_is_put_back_with_the_rest_untouched(tmp_path, named):
     source = wrap(tmp_path / "llava", "llama_gqa", "llava", named)
     with open_model(str(source)) as model:
         planned = plan(model, Pipeline.parse("upcycle{experts=4}"), "auto")
-        assert planned.proof is not None
         assert planned.proof.verdict.status == "proved"
         write(planned, tmp_path / "out")
     before, after = (load_file(f / "model.safetensors") for f in (source, tmp_path / "out"))

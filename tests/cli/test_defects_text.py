@@ -87,7 +87,6 @@ def test_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
     assert "bug in moecc" not in done.err
     assert os.listdir() == []
     found = re.search(r"moecc replay (\S+\.moe) --load (\S+\.py) repeats it", done.err)
-    assert found is not None
     boom.unlink()
     again = moecc("replay", found[1], "--load", found[2])
     assert again.code == 1
@@ -110,7 +109,6 @@ def test_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(moecc, dense, tmp
     done = moecc("convert", dense, tmp_path / "out", "-p", "dce", "--to", "llama")
     assert done.code == 70
     found = re.search(r"moecc replay (\S+\.moe)", done.err)
-    assert found is not None
     assert moecc("replay", found[1]).code == 70
     monkeypatch.undo()
     assert moecc("replay", found[1]).code == 0

@@ -32,7 +32,6 @@ def reduced(moecc, *args):
     done = moecc("reduce", *args)
     assert done.code == 0, done.err
     found = re.search(r"nodes became (\d+), .* in ([0-9.]+) s", done.err)
-    assert found is not None
     assert float(found[2]) < MOST_SECONDS, done.err
     graph = parse(done.out)
     assert len(graph) <= MOST_NODES, done.err

@@ -61,7 +61,6 @@ def stopped_midway(dense, out, number):
     )
     command = [sys.executable, "-c", code, "convert", str(dense), str(out), *PASSES]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.send_signal(number)
     return process

@@ -339,7 +339,6 @@ def render_lemmas() -> str:
 
 def _lemma(name: str, lemma: Lemma) -> str:
     statement = inspect.getdoc(lemma.apply)
-    assert statement is not None, name
     return f"*{name}*: {_cell(' '.join(statement.partition(chr(10) * 2)[0].split()))}"
 
 

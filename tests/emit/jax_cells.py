@@ -28,8 +28,6 @@ FILE = "jax_st_moe.py"
 def program_of(folder: Path) -> ModuleType:
     """Return the emitted file as a module."""
     spec = importlib.util.spec_from_file_location("jax_st_moe", folder / FILE)
-    assert spec is not None, "the path of a file"
-    assert spec.loader is not None, "the path of a file"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -64,7 +64,6 @@ class Judge:
 
     def ask(self, folder: Path, reference: Path):
         """Begin to judge a folder."""
-        assert self._process.stdin is not None, "a pipe"
         self._process.stdin.write(f"{folder}\t{reference}\n")
         self._process.stdin.flush()
 
@@ -76,7 +75,6 @@ class Judge:
         }
 
     def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None, "a pipe"
         line = next(line for line in self._process.stdout if line.startswith("{"))
         return json.loads(line)
 

@@ -526,7 +526,6 @@ def read_verdicts(name: str, judged: Collection[str]) -> Iterator[dict[str, Any]
     """Yield the verdicts on the models of a library, judged in a process of its own."""
     command = [sys.executable, "-P", "-W", "ignore", __file__, "--library", name, *judged]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         # Some libraries print lines of their own.
         yield from (json.loads(line) for line in process.stdout if line.startswith('{"model"'))
 

@@ -63,7 +63,6 @@ class Memory:
         if inode not in self.contents:
             size = os.fstat(descriptor).st_size
             path = self.find(inode)
-            assert path is not None
             self.contents[inode] = path.read_bytes() if size else b""
 
     def synced(self, descriptor: int):

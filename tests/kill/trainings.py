@@ -72,7 +72,6 @@ class Spawner:
 
     def run(self, *words: object, **variables: str) -> tuple[int, int, str]:
         """Return exit code, or minus the signal, the number of calls, and the output."""
-        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([[*map(str, words)], variables]) + "\n")
         self._process.stdin.flush()
         self.child = self._read()
@@ -89,7 +88,6 @@ class Spawner:
         self._process.wait()
 
     def _read(self):
-        assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
 

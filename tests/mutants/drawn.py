@@ -135,7 +135,6 @@ def mutate(text: str, mutant: dict[str, Any]) -> tuple[str, range] | None:
                 continue
             if nth == mutant["nth"]:
                 lines = text.encode().splitlines(keepends=True)
-                assert old.end_lineno is not None
                 head = b"".join(lines[: old.lineno - 1])
                 head += lines[old.lineno - 1][: old.col_offset]
                 tail = lines[old.end_lineno - 1][old.end_col_offset :]

@@ -154,7 +154,6 @@ def test_a_state_that_later_keys_change_is_rejected():
         graph = clone(model.graph)
     rule = next(n for n in graph if n.op.name == "delta_rule")
     causal = rule.operands[5].node
-    assert causal is not None
     rule.set_operand(5, Builder(graph, before=rule).causal(*reversed(causal.operands)))
     assert "a token would depend on those after it" in rejected(graph)
 

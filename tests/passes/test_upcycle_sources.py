@@ -58,7 +58,6 @@ def planned(models, options):
 @settings(max_examples=10)
 def test_each_expert_is_its_models_and_the_rest_is_the_mean(models, names, rest):
     done = planned(models, f"experts={len(names)} sources={','.join(names)} rest={rest}")
-    assert done.model.checkpoint is not None
     read = {"base": tensors(SOURCE)} | {name: tensors(path) for name, path in models.items()}
     counted = names if rest == "mean" else ["base"]
     for tensor in done.tensors:

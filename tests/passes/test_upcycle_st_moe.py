@@ -33,7 +33,6 @@ def same_function(graph, **options):
     expected = run(graph, tensors.params(graph), inputs)["y"]
     params = tensors.params(after)
     assert relative(run(after, params, inputs)["y"], expected) <= EXACT
-    assert result.preserves is not None
     assert result.preserves.kind == "reassociation"
     laws.check_graph(after)
     return after, params, tensors
@@ -133,7 +132,6 @@ def test_experts_that_choose_tokens_keep_the_function_of_those_they_take():
     tensors = Tensors(graph)
     after, result = upcycled(graph, routing="expert-choice", capacity_factor=0.75)
     laws.check_graph(after)
-    assert result.preserves is not None
     assert result.preserves.kind == "approximate"
     (slots,) = (n.results[-1] for n in after if n.op.name == "expert_choice")
     after.set_output("assign_slots", slots)

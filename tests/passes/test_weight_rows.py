@@ -67,13 +67,10 @@ def test_passes_on_routing_need_gates():
     made = weighted(sparse)
     (layer,) = routed_layers(made)
     product = layer.combine.operands[0].node
-    assert product is not None
     row = product.operands[0].node
-    assert row is not None
     product.set_operand(0, row.operands[0])
     row.erase()
     sent = layer.gate_dispatch
-    assert sent is not None
     sent.erase()
     with pytest.raises(InputError, match="a routed layer has no gates"):
         _ = layer.gates

@@ -50,7 +50,6 @@ def bytes_of(type, mesh):
 def written(graph):
     """Return the collectives of a graph."""
     mesh = mesh_of(graph)
-    assert mesh is not None
     found = Counter()
     for node in graph:
         if node.op.collective not in (None, CollectiveKind.LOCAL):

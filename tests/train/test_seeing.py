@@ -61,11 +61,9 @@ def test_series_of_a_journal(run):
     found = read_run(run)
     assert found.layers == ["layers.1.ffn"]
     loss = found.scalar("loss")
-    assert loss is not None
     assert len(loss.steps) == MOST_POINTS
     assert loss.values[0] == pytest.approx(3.0)  # of steps 1 and 2
     loads = found.of_layer("layers.1.ffn", "loads")
-    assert loads is not None
     assert loads.values.shape == (MOST_POINTS, 2)
     assert found.held_out["b"].values.tolist() == [3.0]
     assert found.spread("layers.1.ffn").values.tolist() == [[1.0, 2.0]]

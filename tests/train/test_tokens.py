@@ -278,7 +278,6 @@ def test_a_killed_writer_leaves_no_folder(tmp_path, end):
     child = subprocess.Popen(
         [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-    assert child.stdout is not None
     child.stdout.readline()
     child.send_signal(end)
     child.wait(20)

@@ -46,7 +46,6 @@ def test_adam_of_maxtext(case, tmp_path):
     adam = state["opt_state"][0]
     with opened(tmp_path) as checkpoint:
         found = checkpoint.moments
-        assert found is not None
         assert (found.optimizer, found.count) == ("adamw", 2)
         for kind, tree, power in (("m", adam.mu, 1), ("v", adam.nu, 2)):
             assert found.of[kind].keys() == checkpoint.tensors.keys()
@@ -113,7 +112,6 @@ def test_adafactor_of_t5x(tmp_path):
         shutil.move(folder, target / folder.name)
     with opened(target) as checkpoint:
         found = checkpoint.moments
-        assert found is not None
         assert (found.optimizer, found.count) == ("adafactor", 7)
         factored = {n for n, t in golden.items() if t.ndim == 2 and "relative" not in n}
         assert found.of["v_row"].keys() == found.of["v_col"].keys() == factored
