@@ -134,7 +134,7 @@ class _Side:
             if last is None or last["step"] != step:
                 places = dict.fromkeys(".".join(_STEP.findall(p)[:at]) for p in group.places)
                 parent["groups"].append({
-                    "step": step, "title": _range(list(places)), "anchor": "", "groups": [],
+                    "step": step, "title": _range([*places]), "anchor": "", "groups": [],
                     "nodes": [], "made": False, "drawing": None,
                 })  # fmt: skip
             parent = parent["groups"][-1]
@@ -150,7 +150,7 @@ class _Side:
             if (maker := self._maker(value)) is not None and maker[0] == number and maker[1] < at
         ]
         return {
-            "step": None, "title": _range(group.places), "anchor": self._anchor(number),
+            "step": None, "title": _alike_text(group.places), "anchor": self._anchor(number),
             "made": any(node.origin for node in group.nodes), "groups": [],
             "nodes": [self._node(number, at, node) for at, node in enumerate(group.nodes)],
             "drawing": _drawing(labels, edges) if edges else None,
@@ -197,8 +197,12 @@ def _alike(node: Node) -> str:
 
 
 def _range(places: Sequence[str]) -> str:
-    first, last, number = places[0], places[-1], len(places)
-    return (first or "of no layer") + (f" … {last}, {number} alike" if number > 1 else "")
+    first, last = places[0], places[-1]
+    return (first or "of no layer") + (f" … {last}" if len(places) > 1 else "")
+
+
+def _alike_text(places: Sequence[str]) -> str:
+    return _range(places) + (f", {len(places)} alike" if len(places) > 1 else "")
 
 
 _LINE, _GAP, _LETTER = 44, 14, 8

@@ -435,8 +435,9 @@ def _times(data: JsonDict) -> JsonDict:
     best = data["best"]
     parts = [p for p in best["parts"] if p["seconds"]["total"] >= best["seconds"] * SHOWN_SHARE]
     names = [f"{p['name']} × {p['count']}" if p["count"] > 1 else p["name"] for p in parts]
+    unit, scale = _unit(best["seconds"])
     bars = [
-        _bar(names, [value * 1e3 for value in values], kind,
+        _bar(names, [value * scale for value in values], kind,
              [_says(part, kind, value) for part, value in zip(parts, values, strict=True)])
         for kind, values in _kinds(parts)
     ]  # fmt: skip
@@ -444,7 +445,12 @@ def _times(data: JsonDict) -> JsonDict:
     figure.update_layout(barmode="stack", legend=_BELOW | {"y": -0.45})
     figure.update_yaxes(autorange="reversed", automargin=True)
     title = f"{seconds_text(best['seconds'])}, {best['mfu']:.1%} of the peak"
-    return drawing(figure, title, 200 + 26 * len(parts), "ms")
+    return drawing(figure, title, 200 + 26 * len(parts), unit)
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    """Return the unit in which a time is drawn, and how many of it a second is."""
+    return ("s", 1.0) if seconds >= 1 else ("ms", 1e3)
 
 
 def _kinds(parts: Sequence[JsonDict]) -> Iterator[tuple[str, list[float]]]:
@@ -473,26 +479,29 @@ def _quantity(key: str, value: float) -> str:
 def _search(data: JsonDict, searched: Sequence[JsonDict]) -> JsonDict:
     vias = dict.fromkeys(plan["via"] for plan in searched)
     routed = data["experts"] > 0
-    clouds = [
-        _cloud(via, [plan for plan in searched if plan["via"] == via], routed) for via in vias
-    ]
     best = data["best"]
+    unit, scale = _unit(best["seconds"])
+    clouds = [
+        _cloud(via, [plan for plan in searched if plan["via"] == via], routed, scale)
+        for via in vias
+    ]
     star = graph_objects.Scatter(
-        x=[best["total_bytes"] / _GB], y=[best["seconds"] * 1e3], mode="markers", name="the plan",
+        x=[best["total_bytes"] / _GB], y=[best["seconds"] * scale], mode="markers", name="the plan",
         marker={"symbol": "star", "size": 16, "color": "#d62728"},
         hovertext=[_strategy(best, routed)], hoverinfo="text",
     )  # fmt: skip
     figure = graph_objects.Figure([*clouds, star])
-    figure.update_yaxes(title="ms a step", type="log")
+    figure.update_yaxes(title=f"{unit} a step", type="log")
     figure.add_vline(x=data["machine"]["usable_bytes"] / _GB, line_dash="dash", line_color=_GREY)
     figure.update_layout(legend=_BELOW)
     title = f"{data['fitting']:,} of {data['tried']:,} strategies fit"
     return drawing(figure, title, 420, "GB of a device")
 
 
-def _cloud(via: str, some: Sequence[JsonDict], routed: bool) -> Scatter:
+def _cloud(via: str, some: Sequence[JsonDict], routed: bool, scale: float) -> Scatter:
     return graph_objects.Scatter(
-        x=[plan["total_bytes"] / _GB for plan in some], y=[plan["seconds"] * 1e3 for plan in some],
+        x=[plan["total_bytes"] / _GB for plan in some],
+        y=[plan["seconds"] * scale for plan in some],
         mode="markers", name=f"experts via {via}" if routed else "others",
         marker={"size": 6, "opacity": 0.85},
         hovertext=[_strategy(plan, routed) for plan in some], hoverinfo="text",
@@ -544,18 +553,23 @@ def _sweep_times(data: JsonDict) -> JsonDict:
             value = texts[axis]
             texts[axis] = UNSAID
             lines.setdefault(_settings(texts), []).append((value, point["best"], point))
-    figure = graph_objects.Figure([_sweep_line(name, points) for name, points in lines.items()])
+    every = (best["seconds"] for points in lines.values() for _, best, _ in points)
+    unit, scale = _unit(max(every, default=0.0))
+    curves = [_sweep_line(name, points, scale) for name, points in lines.items()]
+    figure = graph_objects.Figure(curves)
     order = [value_text(value) for value in data["axes"][SWEPT[axis]]]
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=order)
-    figure.update_yaxes(title="ms a step", rangemode="tozero")
+    figure.update_yaxes(title=f"{unit} a step", rangemode="tozero")
     figure.update_layout(legend=_BELOW)
     return drawing(figure, "Time of a step", 420, AXES[axis])
 
 
-def _sweep_line(name: str, points: Sequence[tuple[str, JsonDict, JsonDict]]) -> Scatter:
+def _sweep_line(
+    name: str, points: Sequence[tuple[str, JsonDict, JsonDict]], scale: float
+) -> Scatter:
     symbols = ["circle" if point["frontier"] else "circle-open" for _, _, point in points]
     return graph_objects.Scatter(
-        x=[value for value, _, _ in points], y=[best["seconds"] * 1e3 for _, best, _ in points],
+        x=[value for value, _, _ in points], y=[best["seconds"] * scale for _, best, _ in points],
         name=name, mode="lines+markers", showlegend=True, hoverinfo="text",
         marker={"size": 9, "line": {"width": 1.5}, "symbol": symbols},
         hovertext=[

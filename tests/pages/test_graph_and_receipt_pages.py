@@ -61,7 +61,8 @@ def test_edges_lead_to_nodes_and_layers_are_nested(graph_page):
     makers = [re.search(f'id="{a}"><summary><code>.*? = (\\w+) ', after) for a in anchors]
     assert [maker and maker[1] for maker in makers] == ["rms_norm", "route", "assign_slots"]
     assert used_by.count("<a ") == 2
-    layer = after.index("<code>layers.0 … layers.2, 3 alike</code>")
+    # Of layers only the parts that are alike are said to be.
+    layer = after.index("<code>layers.0 … layers.2</code>")
     assert layer < after.index("<code>layers.0.ffn … layers.2.ffn, 3 alike</code>")
     # The dataflow is drawn: a box for each place, and a dashed line from a layer to the next.
     assert ">layers.0.ffn × 3</text>" in before
