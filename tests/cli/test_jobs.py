@@ -1,13 +1,17 @@
 """A command is a plain function, from which the command line is derived."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import pytest
 
 import moecc as package
 from moecc.cli.commands import make_command
 from moecc.errors import CheckError
-from moecc.jobs.command import Report
+from moecc.jobs.command import Report, Spelling
 from moecc.jobs.compile import CompileOutcome
 from moecc.plan.step import ProgramConfig
 
@@ -25,9 +29,9 @@ def test_a_checkpoint_is_converted_and_verified_without_a_command_line(dense, tm
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_an_exit_code_becomes_that_of_the_process(fits, moecc, monkeypatch):
-    asked = []
+    asked: list[Any] = []
 
-    def compile_in_subprocess(request, seconds):
+    def compile_in_subprocess(request: Any, seconds: float) -> CompileOutcome:
         asked.append((request, seconds))
         return CompileOutcome({"remarks": [], "fits": fits}, program="module")
 
@@ -46,7 +50,16 @@ def test_an_exit_code_becomes_that_of_the_process(fits, moecc, monkeypatch):
     assert (limit, seconds) == (3600.0, 5.0)
 
 
-def count(what, places=(), *, least=3, kind=None, tags=(), share=0.5, is_loud=False):
+def count(
+    what: Annotated[str, Spelling("WHAT|-")],
+    places: Sequence[str] = (),
+    *,
+    least: Annotated[int, Spelling("N", "n", low=1)] = 3,
+    kind: Literal["sheep", "goats"] | None = None,
+    tags: Annotated[Sequence[str], Spelling(help="Tag; may be repeated.")] = (),
+    share: float = 0.5,
+    is_loud: bool = False,
+) -> Report:
     """Count animals.
 
     The long description.
