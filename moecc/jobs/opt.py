@@ -134,7 +134,7 @@ class _Side:
             if last is None or last["step"] != step:
                 places = dict.fromkeys(".".join(_STEP.findall(p)[:at]) for p in group.places)
                 parent["groups"].append({
-                    "step": step, "title": _range([*places]), "anchor": "", "groups": [],
+                    "step": step, "title": _range(list(places)), "anchor": "", "groups": [],
                     "nodes": [], "made": False, "drawing": None,
                 })  # fmt: skip
             parent = parent["groups"][-1]
