@@ -556,11 +556,12 @@ class WeightProduct:
 
     Attributes:
       weight: the parameter.
-      seconds: of the product; the gradients of both operands take as long each.
+      seconds: of its arithmetic; the gradients of both operands take as long each.
       is_first: whether no other product of its part is before it.
       kernel: the kernel that computes it, if one does.
       of_experts: whether the parameter is one of experts.
       result_seconds: to move its result through memory once.
+      hbm_seconds: to read both operands and write the result.
     """
 
     weight: str
@@ -569,6 +570,12 @@ class WeightProduct:
     kernel: Kernel | None = None
     of_experts: bool = False
     result_seconds: float = 0.0
+    hbm_seconds: float = 0.0
+
+    @property
+    def lasts(self) -> float:
+        """How long it takes: of arithmetic and memory the slower."""
+        return max(self.seconds, self.hbm_seconds)
 
 
 @dataclass(frozen=True)

@@ -280,10 +280,12 @@ class Estimator:
             if weight is not None and step.cost is Cost.PRODUCT:
                 is_behind, is_first = True, not is_behind
                 time = _flops(step, values) / self._rates[0]
-                moved = sum(map(values.elements, step.results)) * width / self._rates[1]
-                of_experts = weight.of_experts
-                product_kernel = kernel if of_experts else None
-                yield WeightProduct(weight.name, time, is_first, product_kernel, of_experts, moved)
+                written = sum(map(values.elements, step.results)) * width / self._rates[1]
+                moved = _elements(step, values) * width / self._rates[1]
+                yield WeightProduct(
+                    weight.name, time, is_first, kernel if weight.of_experts else None,
+                    weight.of_experts, written, moved,
+                )  # fmt: skip
             if is_behind:
                 behind.update(node.results)
 
