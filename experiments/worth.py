@@ -70,6 +70,9 @@ ARMS = {
     "half redrawn": (_UPCYCLE.format(16, 2, f"{_ROUTER} init=drop drop-ratio=0.5"),),
     "noise on copies": (_UPCYCLE.format(16, 2, f"{_ROUTER} init=noise noise-std=0.02"),),
     "no balance loss": (_UPCYCLE.format(16, 2, _ROUTER), "routing.balance=0.0"),
+    "no z-loss": (_UPCYCLE.format(16, 2, _ROUTER), "routing.z_loss=0.0"),
+    "capacity of 1.25": (_UPCYCLE.format(16, 2, _ROUTER), "routing.capacity_factor=1.25"),
+    "experts in the last layer alone": (_UPCYCLE.format(16, 2, f"{_ROUTER} layers=last:1"),),
     "distilled": (_UPCYCLE.format(16, 2, _ROUTER), "loss.distill=0.5"),
     "whole experts": (_UPCYCLE.format(8, 1, _ROUTER),),
     "experts frozen": (
