@@ -19,7 +19,7 @@ from declared import HERE
 from worth import ARMS, DENSE, SEEDS, SPARSE, TEXTS, WORK, Setting
 
 from moecc.formats.run import METRICS, RECIPE
-from moecc.jobs.forecast import BLOCK_STEPS, Pilot, crossing_of, refusals
+from moecc.jobs.forecast import BLOCK_STEPS, Crossing, Pilot, crossing_of, refusals
 
 CURVES = HERE / "worth_curves.jsonl"
 RATIOS = (1.02, 1.2, 1.4, 1.6, 1.75, 2.0, 3.0, 4.0)
@@ -106,14 +106,14 @@ class Pair:
     Attributes:
       name: text, base and seeds.
       ratio: the compute of a sparse step over that of a dense one.
-      forecast: the crossing that the first steps say.
+      forecast: what the first steps say.
       crossing: where whole curves cross; infinite where they do not.
       no: why `moecc forecast` says no where the steps that were measured are the budget, or None.
     """
 
     name: str
     ratio: float
-    forecast: float
+    forecast: Crossing
     crossing: float
     no: str | None
 
@@ -122,14 +122,20 @@ class Pair:
         """Whether the crossing is near the forecast, or the answer no where nothing crosses."""
         if self.crossing == inf:
             return self.no is not None
-        are_early = max(self.forecast, self.crossing) <= EARLY_STEPS
-        return are_early or 1 / NEAR <= self.forecast / self.crossing <= NEAR
+        said = self.forecast.steps
+        are_early = max(said, self.crossing) <= EARLY_STEPS
+        return are_early or 1 / NEAR <= said / self.crossing <= NEAR
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the crossing is in the interval of the forecast."""
+        return self.forecast.low <= self.crossing <= self.forecast.high
 
     @property
     def cell(self) -> str:
         """The crossing as forecast, or no where nothing crosses, and as measured."""
         if self.crossing < inf:
-            return f"{self.forecast:.0f} / {self.crossing:.0f}"
+            return f"{self.forecast.steps:.0f} / {self.crossing:.0f}"
         return f"{'yes' if self.no is None else 'no'} / never"
 
 
@@ -146,7 +152,7 @@ def pairs(arm: str, ratios: Sequence[float] = RATIOS) -> Iterator[list[Pair]]:
                 budget = min(min(len(c.sparse), len(c.dense) / ratio) for c in some)
                 no, _ = next(refusals(said, PILOT_STEPS, len(some), budget, inf), (None, ""))
                 crossing = measured(some, ratio, base_steps)
-                row.append(Pair(name, ratio, said.steps, crossing, no))
+                row.append(Pair(name, ratio, said, crossing, no))
             yield row
 
 
@@ -160,11 +166,14 @@ def main() -> None:
         for row in of_arm:
             print(f"| {arm}: {row[0].name} | {' | '.join(pair.cell for pair in row)} |")
     for title, arms in (("the recipe", [SPARSE]), ("all arms", [*ARMS])):
-        for kind, crosses in (("crossings forecast", True), ("no where nothing crosses", False)):
-            columns = zip(*(row for arm in arms for row in rows[arm]), strict=True)
-            asked = ([x.is_right for x in column if (x.crossing < inf) is crosses]
-                     for column in columns)  # fmt: skip
-            cells = " | ".join(f"{sum(right)} of {len(right)}" for right in asked)
+        columns = list(zip(*(row for arm in arms for row in rows[arm]), strict=True))
+        crossing = [[x for x in column if x.crossing < inf] for column in columns]
+        never = [[x.is_right for x in column if x.crossing == inf] for column in columns]
+        near = [[x.is_right for x in some] for some in crossing]
+        inside = [[x.is_inside for x in some] for some in crossing]
+        kinds = {"crossings near": near, "in the interval": inside, "no to never": never}
+        for kind, found in kinds.items():
+            cells = " | ".join(f"{sum(right)} of {len(right)}" for right in found)
             print(f"| {title}: {kind} | {cells} |")
 
 

@@ -512,7 +512,7 @@ BLOCK_STEPS = 10
 """Steps whose mean is one observation: differences of neighbouring steps are hardly related."""
 
 FARTHEST = 8
-"""Times the steps of the pilot up to which its line was seen to hold (docs/worth.md)."""
+"""Times the steps of the pilot beyond which no crossing was ever measured (docs/worth.md)."""
 
 _EARLY = 1 / 6
 """The part of a pilot, after its warm-up, of whose gain the line is not: an arm that drops tokens
