@@ -25,6 +25,7 @@ pytest.importorskip("orbax.checkpoint")
 
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.train.checkpoints import (  # noqa: E402
+    _failed,
     RunCheckpoints,
     Saver,
     load,
@@ -160,6 +161,17 @@ def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
     store.save(state, Position(3), None, False)
     assert [saved.step for saved in store.wait()] == [3]
     store.saver.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Failed to write 313089 bytes to file 6: File too large [os_error_code='27']",
+        "file 4: File too large [spec='{transform: {min: [0,0]}}'] [os_error_code='27']",
+    ],
+)
+def test_what_the_system_says_is_found_in_what_tensorstore_says(said, tmp_path):
+    assert _failed(ValueError(said), tmp_path).problems[0].found == "File too large"
 
 
 def test_arrays_that_cannot_be_written_are_one_error_without_tracebacks(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -51,8 +52,8 @@ from moecc_backends.xla.lower.function import sharded_array
 from moecc_backends.xla.program import is_first, meet_processes
 from moecc_backends.xla.trace.values import PyTree, dtype_of
 
-_SYSTEM = re.compile(r"([^:]+) \[os_error_code=")
-"""The system's own words at the end of what tensorstore says."""
+_SYSTEM = re.compile(r"\[os_error_code='(\d+)'\]")
+"""The number of the system's error, at the end of what tensorstore says."""
 
 _LONGEST_SAVE_SECONDS = 24 * 3600
 """How long a save waits for other processes, which the watchdog ends before."""
@@ -232,7 +233,7 @@ def _failed(error: BaseException, folder: Path) -> MoeccError:
     return MachineError(
         "a checkpoint cannot be written",
         where=str(folder),
-        found=match[1].strip() if match else text[:200],
+        found=os.strerror(int(match[1])) if match else text[:200],
         hint="free some space; moecc train --resume goes on from the last complete checkpoint",
     )
 
