@@ -25,9 +25,9 @@ pytest.importorskip("orbax.checkpoint")
 
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.train.checkpoints import (  # noqa: E402
-    _failed,
     RunCheckpoints,
     Saver,
+    _failed,
     load,
 )
 from moecc_backends.xla.train.step import make_train_step  # noqa: E402
