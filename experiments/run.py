@@ -199,7 +199,7 @@ class Lab:
 def data_digest(run: Path) -> str:
     """Return the digest of the training data of a run."""
     stages = json.loads((run / "lineage.json").read_text("utf-8"))["stages"]
-    return str(stages[-1]["data"]["train"])
+    return str(stages[-1]["data"]["train/train"])
 
 
 def step_seconds(run: Path) -> float:

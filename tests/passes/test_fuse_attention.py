@@ -48,10 +48,13 @@ def test_golden_models_mean_the_same(case):
     with open_model(str(GOLDEN / case)) as model:
         before = clone(model.graph)
     after, remarks = fused(before)
-    assert remarks == []
+    # The masks of shifted windows are added to logits whose rows have been split.
+    is_shifted = case in ("swin_square_v4", "swin_windows")
+    assert all("is no sum of products and a bias" in remark for remark in remarks)
+    assert bool(remarks) == is_shifted
     softmaxes = [n for n in before if n.op.is_distribution and not n.op.routes]
     inside = [n for n in softmaxes if "attention" in n.loc]
-    assert len(attentions(after)) == len(inside) > 0
+    assert len(attentions(after)) == len(inside) - len(remarks) > 0
     assert_same(before, after)
 
 
