@@ -172,8 +172,8 @@ def main() -> None:
         near = [[x.is_right for x in some] for some in crossing]
         inside = [[x.is_inside for x in some] for some in crossing]
         kinds = {"crossings near": near, "in the interval": inside, "no to never": never}
-        for kind, found in kinds.items():
-            cells = " | ".join(f"{sum(right)} of {len(right)}" for right in found)
+        for kind, answers in kinds.items():
+            cells = " | ".join(f"{sum(right)} of {len(right)}" for right in answers)
             print(f"| {title}: {kind} | {cells} |")
 
 

@@ -505,8 +505,8 @@ def _drawing(line: Crossing, runs: PilotRuns, behind: float, ratio: float) -> Js
 # is in both and leaves their difference.  The gain of the sparse arm begins below zero, as routers
 # and balance losses are new, and is soon made up in part; after that it grows about linearly in
 # steps within some times the pilot.  The dense arm's loss falls with the logarithm of all its
-# tokens.  At equal compute the dense arm is
-# allowed more steps: the models cross where the gain is what those steps are worth.
+# tokens.  At equal compute the dense arm is allowed more steps: the models cross where the gain is
+# what those steps are worth.
 
 BLOCK_STEPS = 10
 """Steps whose mean is one observation: differences of neighbouring steps are hardly related."""
@@ -598,8 +598,7 @@ def crossing_of(
 
 def _drawn(numbers: Array, rng: np.random.Generator) -> Array:
     """Return the numbers, then as many drawn from them, a row a draw."""
-    draws = (rng.choice(numbers, len(numbers)) for _ in range(_DRAWS))
-    return np.stack([numbers, *draws])
+    return np.vstack([numbers, rng.choice(numbers, (_DRAWS, len(numbers)))])
 
 
 def _blocks(values: Doubles, warmup: int) -> Doubles:

@@ -573,8 +573,8 @@ class WeightProduct:
     hbm_seconds: float = 0.0
 
     @property
-    def lasts(self) -> float:
-        """How long it takes: of arithmetic and memory the slower."""
+    def duration(self) -> float:
+        """How many seconds it takes: of arithmetic and memory the slower."""
         return max(self.seconds, self.hbm_seconds)
 
 

@@ -426,7 +426,7 @@ class LayerSchedule:
         if any(p.kernel is not None and p.kernel.in_rounds for p in group):
             counts = turn.add(Task(latency=COUNTS_SECONDS, waits_for=values))
             waits = [counts, *(task for each in gathers for task in each)]
-            return [turn.add(Task(0.0, sum(p.lasts for p in group), waits_for=waits))]
+            return [turn.add(Task(0.0, sum(p.duration for p in group), waits_for=waits))]
         return [
             turn.add(_product(product, [*values, *each]))
             for product, each in zip(group, gathers, strict=True)
@@ -505,7 +505,7 @@ def _combined(
 
 def _product(product: WeightProduct, waits_for: list[Task]) -> Task:
     cost = 0.0 if product.kernel is not None else product.seconds
-    return Task(cost, product.lasts, waits_for=waits_for)
+    return Task(cost, product.duration, waits_for=waits_for)
 
 
 def _between(group: Sequence[WeightProduct], waits_for: list[Task], times: float) -> Task:

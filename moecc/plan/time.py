@@ -279,13 +279,16 @@ class Estimator:
             weight = next(filter(None, step.weights), None)
             if weight is not None and step.cost is Cost.PRODUCT:
                 is_behind, is_first = True, not is_behind
-                time = _flops(step, values) / self._rates[0]
-                written = sum(map(values.elements, step.results)) * width / self._rates[1]
-                moved = _elements(step, values) * width / self._rates[1]
+                written = sum(map(values.elements, step.results))
                 yield WeightProduct(
-                    weight.name, time, is_first, kernel if weight.of_experts else None,
-                    weight.of_experts, written, moved,
-                )  # fmt: skip
+                    weight.name,
+                    _flops(step, values) / self._rates[0],
+                    is_first,
+                    kernel=kernel if weight.of_experts else None,
+                    of_experts=weight.of_experts,
+                    result_seconds=written * width / self._rates[1],
+                    hbm_seconds=_elements(step, values) * width / self._rates[1],
+                )
             if is_behind:
                 behind.update(node.results)
 

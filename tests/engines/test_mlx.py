@@ -14,12 +14,12 @@ from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 
 from .engine import ask, interpreter, needs
+from .verdict_matrix import COPIES
 
 VARIABLE, MODULE, PROBE = "MOECC_MLX_PYTHON", "mlx_lm", "logits_of_mlx.py"
 GOLDEN = Path(__file__).parents[1] / "golden"
 SINGLE = 1e-6
 
-COPIES = "upcycle{experts=4 router-std=1}"
 SHARED = "upcycle{experts=4 shared=0.5 gates=softmax router-init=zero}"
 SIGMOID = "upcycle{experts=4 gates=sigmoid-renormalised shared=0.5 shared-gate=none router-std=1}"
 CASES = [

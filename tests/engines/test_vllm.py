@@ -14,11 +14,11 @@ from moecc.rewrite.pipeline import Pipeline
 
 from .engine import ask, interpreter, needs
 from .sources import write_source
+from .verdict_matrix import COPIES
 
 VARIABLE, MODULE, PROBE = "MOECC_VLLM_PYTHON", "vllm", "logits_of_vllm.py"
 SINGLE = 2e-6
 
-COPIES = "upcycle{experts=4 router-std=1}"
 SHARED = "upcycle{experts=4 shared=0.5 router-std=1}"
 CASES = [
     ("llama", {}, "mixtral", COPIES),

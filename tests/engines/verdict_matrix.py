@@ -8,10 +8,10 @@ anything else an error of the engine.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from moecc.errors import InputError
 from moecc.families.registry import mixtures, parse_config
@@ -52,6 +52,11 @@ USUAL = {
     "qwen3_next": FAMILIES["qwen3_next"][0] | EVERY_FOURTH,
 }
 COPIES = "upcycle{experts=4 router-std=1}"
+BOUND = 1e-5
+"""Of the largest output; farther off is another function."""
+
+
+Off: TypeAlias = Callable[[Path, Path], float]
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,11 @@ class Case:
         """What a probe is asked."""
         return {"folder": str(self.folder), "tokens": str(self.source / "tokens.npy")}
 
-    def complaint(self, report: Mapping[str, Any], off: Callable[..., float], bound: float) -> str:
-        """Return why the verdict is wrong, or nothing."""
-        measured = report.get("refused") or off(self.folder, self.source)
-        is_number = isinstance(measured, float)
-        found = (is_number and measured <= bound, is_number and measured > bound)
-        if found == (self.verdict.runs, self.verdict.silent):
-            return ""
-        return f"{self.name}: {self.verdict}, but {measured}"
+    def is_true(self, measured: float | str) -> bool:
+        """Whether the verdict is what the engine does: how far off it is, or why it refuses."""
+        runs = isinstance(measured, float) and measured <= BOUND
+        is_silent = isinstance(measured, float) and measured > BOUND
+        return (runs, is_silent) == (self.verdict.runs, self.verdict.silent)
 
 
 def examined(engine: str) -> list[tuple[str, dict[str, Any], str, str]]:
@@ -118,3 +120,19 @@ def write_cases(
             write(planned, out)
         verdict = next(v for v in planned.engines if v.engine == engine)
         yield Case(name, verdict, source, out)
+
+
+def check(cases: Sequence[Case], reports: Sequence[Mapping[str, str]], off: Off) -> None:
+    """Fail with every verdict that is not what the engine reports of its folder.
+
+    Args:
+      cases: what was asked.
+      reports: why a folder was refused, if it was.
+      off: how far what the engine made of a folder is from the logits of a source.
+    """
+    false = []
+    for case, report in zip(cases, reports, strict=True):
+        measured = report.get("refused") or off(case.folder, case.source)
+        if not case.is_true(measured):
+            false.append(f"{case.name}: {case.verdict}, but {measured}")
+    assert not false, "\n".join([f"{len(false)} of {len(cases)}", *false])

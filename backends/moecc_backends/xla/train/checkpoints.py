@@ -52,7 +52,7 @@ from moecc_backends.xla.lower.function import sharded_array
 from moecc_backends.xla.program import is_first, meet_processes
 from moecc_backends.xla.trace.values import PyTree, dtype_of
 
-_SYSTEM = re.compile(r"\[os_error_code='(\d+)'\]")
+_SYSTEM = re.compile(r"\[os_error_code='(\d{1,4})'\]")
 """The number of the system's error, at the end of what tensorstore says."""
 
 _LONGEST_SAVE_SECONDS = 24 * 3600
