@@ -8,8 +8,7 @@ import pytest
 import moecc
 from moecc.ir import print_graph
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-DENSE = GOLDEN / "llama_gqa"
+DENSE = Path(__file__).parents[1] / "golden" / "llama_gqa"
 
 
 @pytest.fixture
@@ -17,8 +16,12 @@ def dense():
     return moecc.open(DENSE)
 
 
-def test_a_model_is_upcycled_saved_and_verified(dense, tmp_path):
-    sparse = dense.upcycle(experts=4, top_k=2)
+@pytest.fixture
+def sparse(dense):
+    return dense.upcycle(experts=4, top_k=2)
+
+
+def test_a_model_is_upcycled_saved_and_verified(sparse, tmp_path):
     saved = sparse.save(tmp_path / "sparse", to="mixtral")
     assert saved.facts.family == "mixtral"
     assert saved.verify(against=DENSE).passed
@@ -35,9 +38,8 @@ def test_nothing_is_rewritten_in_place(dense):
     assert print_graph(dense.graph) == before
 
 
-def test_a_function_is_what_a_run_computes(dense):
+def test_a_function_is_what_a_run_computes(sparse):
     jax = pytest.importorskip("jax")
-    sparse = dense.upcycle(experts=4, top_k=2)
     tokens = {"tokens": np.arange(6, dtype=np.int32).reshape(1, 6)}
     found = jax.jit(sparse.function())(dict(sparse.params()), tokens)["logits"]
     expected = sparse.run(tokens)["logits"]

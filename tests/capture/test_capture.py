@@ -23,6 +23,8 @@ from .rounding import UNIT, assert_within, bounds_of_block
 
 TEXTS = {"tour": DOCS / "tour.md", "routing": DOCS / "routing.md"}
 SMALL = ("--sequence", "24", "--batch", "4", "--batches", "2")
+UP = "model.layers.1.mlp.up_proj.weight"
+SPLIT = "upcycle{split=activation experts=4}"
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +54,30 @@ def test_a_run_over_bytes_encodes_texts_as_bytes(tmp_path):
     assert whole.ids(0, whole.facts.tokens).tolist() == list(TEXTS["tour"].read_bytes())
 
 
-def converted(model, out, passes, *more):
-    return main(["convert", str(model), str(out), "-p", passes, "--to", "st_moe", *more])
+def convert(model, out, passes, statistics=None, *more, code=0):
+    """Convert a model, by statistics if there are any; return where it is written."""
+    command = ["convert", str(model), str(out), "-p", passes, "--to", "st_moe", *more]
+    capture = ["--capture", str(statistics)] if statistics else []
+    assert main([*command, *capture]) == code
+    return out
 
 
 def tensors(folder):
-    return dict(load_file(folder / "model.safetensors"))
+    return load_file(folder / "model.safetensors")
+
+
+def read_receipt(folder):
+    return json.loads((folder / "moecc_receipt.json").read_text())
+
+
+def of_experts(folder, name, layer=1):
+    """Return a statistic of the experts of a layer."""
+    return open_capture(folder)[0].read(f"layers.{layer}.ffn.experts.{name}").astype(float)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
 
 
 def test_a_text_that_does_not_suit_a_model_without_a_tokenizer_is_named(tmp_path, capsys):
@@ -66,14 +86,13 @@ def test_a_text_that_does_not_suit_a_model_without_a_tokenizer_is_named(tmp_path
     assert capsys.readouterr().err.startswith("error: text 'tour', as bytes: there are ids beyond")
 
 
-def test_the_statistics_are_those_of_the_values(model, tmp_path):
+def test_the_statistics_are_those_of_the_values(model, tmp_path, out):
     """The values of the reference interpreter on the same tokens, put through the same sums."""
     tokens, text = tmp_path / "tokens", tmp_path / "text.txt"
     text.write_text(TEXTS["tour"].read_text()[:150])
     assert main(["tokens", str(text), "--tokenizer", "bytes", "--out", str(tokens)]) == 0
-    out = tmp_path / "captured"
-    one = ["--text", str(tokens), "--sequence", "180", "--batch", "1", "--active", "0.2"]
-    assert main(["capture", str(model), *one, "--out", str(out), "--at", "layers.1.*"]) == 0
+    how = ["--text", str(tokens), "--sequence", "180", "--batch", "1", "--active", "0.2"]
+    assert main(["capture", str(model), *how, "--out", str(out), "--at", "layers.1.*"]) == 0
     found, facts = open_capture(out)
     assert {name.split(".ffn")[0] for name in found.tensors} == {"layers.1"}
     x, hidden = values(model, open_tokens(str(tokens)))
@@ -105,28 +124,25 @@ def values(model, folder):
 
 
 THIRD = "0.3333333333333333"
-SPLITS = (
-    ("index", "normal", "0"), ("random", "centroids", THIRD), ("activation", "ridge", THIRD),
-)  # fmt: skip
 
 
-@pytest.mark.parametrize(("split", "init", "shared"), SPLITS)
-def test_all_parts_of_a_split_are_the_block(model, tmp_path, statistics, split, init, shared):
+@pytest.mark.parametrize(
+    ("split", "init", "shared"),
+    [("index", "normal", "0"), ("random", "centroids", THIRD), ("activation", "ridge", THIRD)],
+)
+def test_all_parts_of_a_split_are_the_block(model, out, statistics, split, init, shared):
     """With every part and gates of one, nothing is lost: the conversion verifies itself."""
     passes = f"upcycle{{experts=4 top-k=4 shared={shared} gates=ones "
     passes += f"split={split} router-init={init}}}"
-    more = ("--capture", str(statistics), "--verify")
-    assert converted(model, tmp_path / "out", passes, *more) == 0
-    receipt = json.loads((tmp_path / "out" / "moecc_receipt.json").read_text())
-    assert receipt["promised"]["kind"] == "reassociation"
-    assert main(["verify", str(tmp_path / "out")]) == 0
+    convert(model, out, passes, statistics, "--verify")
+    assert read_receipt(out)["promised"]["kind"] == "reassociation"
+    assert main(["verify", str(out)]) == 0
 
 
-def test_a_split_stores_each_neuron_once(model, tmp_path, statistics):
+def test_a_split_stores_each_neuron_once(model, out, statistics):
     """The rows of the experts are those of the dense block, in one order for all three."""
     passes = "upcycle{experts=4 top-k=2 gates=ones split=activation}"
-    assert converted(model, tmp_path / "out", passes, "--capture", str(statistics)) == 0
-    dense, sparse = tensors(model), tensors(tmp_path / "out")
+    dense, sparse = tensors(model), tensors(convert(model, out, passes, statistics))
     orders = []
     for word in ("gate", "up", "down"):
         name = f"model.layers.1.mlp.{word}_proj.weight"
@@ -142,21 +158,17 @@ def test_a_split_stores_each_neuron_once(model, tmp_path, statistics):
 
 def test_the_same_bytes_again_and_killed(model, tmp_path, statistics):
     passes = "upcycle{experts=4 top-k=2 split=activation router-init=ridge}"
-    for name in ("one", "two"):
-        assert converted(model, tmp_path / name, passes, "--capture", str(statistics)) == 0
+    first, second = (convert(model, tmp_path / name, passes, statistics) for name in ("a", "b"))
     for file in ("model.safetensors", "config.json", "moecc_receipt.json", "README.md"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    assert "--capture STATISTICS" in (tmp_path / "one" / "README.md").read_text()
-    manifest = json.loads((tmp_path / "one" / "moecc_manifest.json").read_text())
-    assert "capture/model.safetensors" in json.dumps(manifest)
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    assert "--capture STATISTICS" in (first / "README.md").read_text()
+    assert "capture/model.safetensors" in (first / "moecc_manifest.json").read_text()
 
 
 @pytest.fixture(scope="module")
 def mixture(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("mixture") / "mixture"
-    passes = "upcycle{experts=4 top-k=2 init=noise noise-std=0.5 router-std=1.0}"
-    assert converted(model, out, passes) == 0
-    return out
+    return convert(model, out, "upcycle{experts=4 top-k=2 init=noise noise-std=0.5 router-std=1.0}")
 
 
 @pytest.fixture(scope="module")
@@ -164,50 +176,44 @@ def seen(mixture, tmp_path_factory):
     return captured(mixture, tmp_path_factory.mktemp("mixture") / "seen")
 
 
+def largest(values, count):
+    """Return the positions of the largest values, in order."""
+    return sorted(np.argsort(-values, kind="stable")[:count].tolist())
+
+
 @pytest.mark.parametrize("by", few(["saliency", "share"]))
-def test_the_most_important_experts_stay(mixture, seen, tmp_path, by):
-    assert converted(mixture, tmp_path / "out", f"prune{{keep=2 by={by}}}",
-                     "--capture", str(seen)) == 0  # fmt: skip
-    values = open_capture(seen)[0].read(f"layers.1.ffn.experts.{by}")
-    kept = sorted(np.argsort(-values, kind="stable")[:2].tolist())
-    name = "model.layers.1.mlp.up_proj.weight"
-    assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
+def test_the_most_important_experts_stay(mixture, seen, out, by):
+    pruned = tensors(convert(mixture, out, f"prune{{keep=2 by={by}}}", seen))
+    kept = largest(of_experts(seen, by), 2)
+    assert np.array_equal(pruned[UP], tensors(mixture)[UP][kept])
 
 
-def test_a_budget_of_the_model_is_shared_out(mixture, seen, tmp_path):
-    passes = "prune{keep=3 by=share budget=model}"
-    assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
-    shares = [open_capture(seen)[0].read(f"layers.{n}.ffn.experts.share") for n in (0, 1)]
-    counts = shared_out([share.astype(float) for share in shares], [2, 2], 6)
-    for number, (share, count) in enumerate(zip(shares, counts, strict=True)):
-        kept = sorted(np.argsort(-share, kind="stable")[:count].tolist())
-        name = f"model.layers.{number}.mlp.up_proj.weight"
-        assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
+def test_a_budget_of_the_model_is_shared_out(mixture, seen, out):
+    pruned = tensors(convert(mixture, out, "prune{keep=3 by=share budget=model}", seen))
+    shares = [of_experts(seen, "share", layer) for layer in (0, 1)]
+    counts = shared_out(shares, [2, 2], 6)
+    for layer, (share, count) in enumerate(zip(shares, counts, strict=True)):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        assert np.array_equal(pruned[name], tensors(mixture)[name][largest(share, count)])
 
 
-def test_the_most_useful_experts_are_copied(mixture, seen, tmp_path):
-    passes = "append-expert{count=5 by=share}"
-    assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
-    share = open_capture(seen)[0].read("layers.1.ffn.experts.share").astype(float)
-    name = "model.layers.1.mlp.up_proj.weight"
-    new, old = tensors(tmp_path / "out")[name][4:], tensors(mixture)[name]
+def test_the_most_useful_experts_are_copied(mixture, seen, out):
+    convert(mixture, out, "append-expert{count=5 by=share}", seen)
+    share = of_experts(seen, "share")
+    new, old = tensors(out)[UP][4:], tensors(mixture)[UP]
     numbers = [next(n for n in range(4) if np.array_equal(row, old[n])) for row in new]
     counts = np.bincount(numbers, minlength=4)
     # No copy is worth more at an expert that was not copied again.
     assert (share / (counts + 1)).max() <= (share / np.maximum(counts, 1))[counts > 0].min()
-    receipt = json.loads((tmp_path / "out" / "moecc_receipt.json").read_text())
-    assert receipt["proof"]["verdict"] == "proved"
+    assert read_receipt(out)["proof"]["verdict"] == "proved"
 
 
-def test_experts_of_like_results_become_one(mixture, seen, tmp_path):
-    passes = "merge{size=2 by=result}"
-    assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
-    groups = alike(open_capture(seen)[0].read("layers.1.ffn.experts.result").astype(float), 2)
-    name = "model.layers.1.mlp.up_proj.weight"
-    old, new = tensors(mixture)[name], tensors(tmp_path / "out")[name]
-    means = np.stack([old[list(group)].mean(0) for group in groups])
+def test_experts_of_like_results_become_one(mixture, seen, out):
+    merged = tensors(convert(mixture, out, "merge{size=2 by=result}", seen))
+    groups = alike(of_experts(seen, "result"), 2)
+    means = np.stack([tensors(mixture)[UP][list(group)].mean(0) for group in groups])
     # The mean of two: the sum is rounded, and halving it is exact.
-    np.testing.assert_allclose(new, means, rtol=UNIT)
+    np.testing.assert_allclose(merged[UP], means, rtol=UNIT)
 
 
 def test_groups_of_like_results():
@@ -220,27 +226,33 @@ def test_groups_of_like_results():
 # --- bad input
 
 
-def refused(model, tmp_path, passes, folder, capsys):
-    assert converted(model, tmp_path / "out", passes, "--capture", str(folder)) == 1
-    assert not (tmp_path / "out").exists()
-    return capsys.readouterr().err
+@pytest.fixture
+def refused(out, capsys):
+    """Return what is said of a conversion that is refused."""
+
+    def run(model, statistics, passes=SPLIT):
+        convert(model, out, passes, statistics, code=1)
+        assert not out.exists()
+        return capsys.readouterr().err
+
+    return run
 
 
-def test_changed_and_missing_statistics(model, tmp_path, statistics, capsys):
-    passes, own = "upcycle{split=activation experts=4}", tmp_path / "own"
-    shutil.copytree(statistics, own)
+def test_changed_and_missing_statistics(model, tmp_path, statistics, refused):
+    own = shutil.copytree(statistics, tmp_path / "own")
     data = bytearray((own / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (own / "model.safetensors").write_bytes(data)
-    assert "changed after they were written" in refused(model, tmp_path, passes, own, capsys)
-    (own / "capture.json").write_text("{}")
-    assert "moecc.capture/1" in refused(model, tmp_path, passes, own, capsys)
-    (own / "capture.json").unlink()
-    assert "not a folder of statistics" in refused(model, tmp_path, passes, own, capsys)
-    facts = json.loads((statistics / "capture.json").read_text())
+    assert "changed after they were written" in refused(model, own)
+    facts = own / "capture.json"
+    recorded = json.loads(facts.read_text())
+    facts.write_text("{}")
+    assert "moecc.capture/1" in refused(model, own)
+    facts.unlink()
+    assert "not a folder of statistics" in refused(model, own)
     for key in ("texts", "tokens", "active"):
-        (own / "capture.json").write_text(json.dumps(facts | {key: "x"}))
-        assert f"capture.json: {key}" in refused(model, tmp_path, passes, own, capsys)
+        facts.write_text(json.dumps(recorded | {key: "x"}))
+        assert f"capture.json: {key}" in refused(model, own)
 
 
 @pytest.mark.parametrize(
@@ -253,31 +265,25 @@ def test_changed_and_missing_statistics(model, tmp_path, statistics, capsys):
         (["-p", "upcycel"], 2, "upcycel"),
     ],
 )
-def test_bad_input(
-    model, tmp_path, more, code, words,
-    capsys,
-):  # fmt: skip
-    out = tmp_path / "out"
+def test_bad_input(model, out, more, code, words, capsys):
     command = ["capture", str(model), "--text", f"tour={TEXTS['tour']}", "--out", str(out)]
     assert main([*command, *SMALL, *more]) == code
     assert words in capsys.readouterr().err
     assert not out.exists()
 
 
-def test_statistics_of_other_layers_and_texts(model, tmp_path, statistics, capsys):
-    one = captured(model, tmp_path / "one", "--at", "layers.0.*")
-    said = refused(model, tmp_path, "upcycle{split=activation experts=4}", one, capsys)
-    assert "layers.1.ffn: the statistics have no hidden.pairs of this location" in said
-    said = refused(model, tmp_path, "upcycle{router-init=ridge experts=4}", statistics, capsys)
+def test_statistics_of_other_layers_and_texts(model, tmp_path, statistics, refused):
+    first = captured(model, tmp_path / "first", "--at", "layers.0.*")
+    missing = "layers.1.ffn: the statistics have no hidden.pairs of this location"
+    assert missing in refused(model, first)
+    said = refused(model, statistics, "upcycle{router-init=ridge experts=4}")
     assert "each copy has a text" in said
     assert "tour, routing" in said
 
 
-def test_statistics_of_another_model(model, tmp_path, statistics, capsys):
-    other = tmp_path / "other"
-    shutil.copytree(model, other)
+def test_statistics_of_another_model(model, tmp_path, statistics, refused):
+    other = shutil.copytree(model, tmp_path / "other")
     changed = tensors(other)
-    changed["model.layers.1.mlp.up_proj.weight"] += np.float32(1)
+    changed[UP] += np.float32(1)
     save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
-    said = refused(other, tmp_path, "upcycle{split=activation experts=4}", statistics, capsys)
-    assert "of another model" in said
+    assert "of another model" in refused(other, statistics)

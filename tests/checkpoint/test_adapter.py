@@ -1,30 +1,19 @@
 """LoRA adapters of PEFT are read as the model that they are merged into."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from moecc.errors import InputError
 from moecc.formats.adapter import AdaptedCheckpoint, is_adapter
 from moecc.formats.open import open_checkpoint
 
-SOURCE = Path(__file__).parents[1] / "golden" / "llama_gqa"
+from .folders import GOLDEN, write_adapter
+
+SOURCE = GOLDEN / "llama_gqa"
 GATE = "model.layers.1.mlp.gate_proj"
 EMBEDDING = "model.embed_tokens"
 NORM = "model.norm.weight"
 QUERY = "model.layers.1.self_attn.q_proj"
-
-
-def adapter(folder, tensors, **settings):
-    folder.mkdir()
-    named = {f"base_model.model.{name}": np.asarray(a, "f") for name, a in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, **settings}
-    (folder / "adapter_config.json").write_text(json.dumps(stated))
-    return folder
 
 
 def pair(module, out, into, rank=2, table=False):
@@ -38,7 +27,7 @@ def pair(module, out, into, rank=2, table=False):
 
 @pytest.fixture
 def base():
-    with open_checkpoint(str(SOURCE)) as opened:
+    with open_checkpoint(SOURCE) as opened:
         yield opened
 
 
@@ -56,7 +45,7 @@ def base():
 )
 def test_a_matrix_is_merged(base, tmp_path, settings, scale):
     made = pair(GATE, 24, 16)
-    folder = adapter(tmp_path / "a", made, **settings)
+    folder = write_adapter(tmp_path / "a", made, **settings)
     assert is_adapter(folder)
     assert not is_adapter(SOURCE)
     first, second = made.values()
@@ -75,9 +64,9 @@ def test_matrices_of_gpt2_have_their_inputs_first(tmp_path, turned):
     module = "transformer.h.1.attn.c_proj"
     made = pair(module, 12, 12) | pair(f"{module[:-6]}c_attn", 36, 12)
     first, second, *_ = made.values()
-    folder = adapter(tmp_path / "a", made, fan_in_fan_out=turned)
+    folder = write_adapter(tmp_path / "a", made, fan_in_fan_out=turned)
     with (
-        open_checkpoint(str(SOURCE.parent / "gpt2_plain")) as base,
+        open_checkpoint(GOLDEN / "gpt2_plain") as base,
         AdaptedCheckpoint(base, folder) as merged,
     ):
         expected = base.read(f"{module}.weight") + 3 * (second @ first).T
@@ -88,7 +77,7 @@ def test_matrices_of_gpt2_have_their_inputs_first(tmp_path, turned):
 def test_tables_and_whole_tensors(base, tmp_path):
     made = pair(EMBEDDING, 16, 37, table=True)
     whole = {"model.norm.modules_to_save.weight": np.arange(16.0)}
-    folder = adapter(tmp_path / "a", made | whole)
+    folder = write_adapter(tmp_path / "a", made | whole)
     first, second = made.values()
     with AdaptedCheckpoint(base, folder) as merged:
         expected = base.read(f"{EMBEDDING}.weight") + 3 * (second @ first).T
@@ -124,15 +113,9 @@ def test_tables_and_whole_tensors(base, tmp_path):
         (pair(QUERY, 16, 16), {"fan_in_fan_out": True}, "the matrix is square"),
     ],
 )
-def test_adapters_that_do_not_suit(
-    base,
-    tmp_path,
-    tensors,
-    settings,
-    message,
-):
+def test_adapters_that_do_not_suit(base, tmp_path, tensors, settings, message):
     with pytest.raises(InputError, match=message):
-        AdaptedCheckpoint(base, adapter(tmp_path / "a", tensors, **settings))
+        AdaptedCheckpoint(base, write_adapter(tmp_path / "a", tensors, **settings))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +132,7 @@ def test_adapters_that_do_not_suit(
 )
 def test_an_adapter_that_names_another_model(base, tmp_path, of, other):
     """Its shapes fit all the same: it is merged if the user says that the model was renamed."""
-    folder = adapter(tmp_path / "a", pair(GATE, 24, 16), base_model_name_or_path=of)
+    folder = write_adapter(tmp_path / "a", pair(GATE, 24, 16), base_model_name_or_path=of)
     with AdaptedCheckpoint(base, folder, allow_other_base=True) as adapted:
         assert adapted.other_base() == (of if other else None)
     if other is None:

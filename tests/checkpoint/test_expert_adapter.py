@@ -3,32 +3,25 @@
 The products are those of its `ParamWrapper.get_delta_weight`, in einsum.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from moecc.errors import InputError, UsageError
 from moecc.formats.adapter import AdaptedCheckpoint
 from moecc.formats.open import open_checkpoint
 from moecc.jobs.convert import plan, write
-from moecc.model.open import add_branches, open_model
+from moecc.model.open import add_branches
 from moecc.rewrite.pipeline import Pipeline
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+from .folders import GOLDEN, WEIGHTS, opened_model, read_json, write_adapter
+
 MODULE = "model.layers.1.mlp.experts"
 RANK = 2
 
 
-def adapter(folder, **tensors):
-    folder.mkdir()
-    named = {f"base_model.model.{name}": array.astype("f") for name, array in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "target_parameters": ["mlp.experts"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+def adapter(folder, tensors):
+    return write_adapter(folder, tensors, target_parameters=["mlp.experts"])
 
 
 def pair(module, experts, out, into):
@@ -53,8 +46,8 @@ def test_matrices_of_every_expert_are_merged(tmp_path):
     up = delta(tensors, f"{MODULE}.base_layer", 4, "eoi")
     parts = {"w1": up[:, :20], "w3": up[:, 20:], "w2": delta(tensors, MODULE, 4, "eoi")}
     with (
-        open_checkpoint(str(GOLDEN / "mixtral_gqa")) as base,
-        AdaptedCheckpoint(base, adapter(tmp_path / "a", **tensors)) as merged,
+        open_checkpoint(GOLDEN / "mixtral_gqa") as base,
+        AdaptedCheckpoint(base, adapter(tmp_path / "a", tensors)) as merged,
     ):
         for name in base.tensors:
             expected = base.read(name).astype(float)
@@ -72,8 +65,8 @@ def test_a_parameter_of_all_experts_is_merged(tmp_path):
     tensors = pair(f"{MODULE}.base_layer", 8, 8, 8)
     name = f"{MODULE}.gate_up_proj"
     with (
-        open_checkpoint(str(GOLDEN / "gpt_oss_square_v4")) as base,
-        AdaptedCheckpoint(base, adapter(tmp_path / "a", **tensors)) as merged,
+        open_checkpoint(GOLDEN / "gpt_oss_square_v4") as base,
+        AdaptedCheckpoint(base, adapter(tmp_path / "a", tensors)) as merged,
     ):
         expected = base.read(name) + delta(tensors, f"{MODULE}.base_layer", 8, "eio")
         np.testing.assert_allclose(merged.read(name), expected, rtol=1e-6, atol=1e-6)
@@ -91,9 +84,9 @@ def test_a_parameter_of_all_experts_is_merged(tmp_path):
     ],
 )
 def test_adapters_that_do_not_suit(source, tensors, message, tmp_path):
-    folder = adapter(tmp_path / "a", **tensors)
+    folder = adapter(tmp_path / "a", tensors)
     with (
-        open_checkpoint(str(GOLDEN / source)) as base,
+        open_checkpoint(GOLDEN / source) as base,
         pytest.raises(InputError, match=message),
     ):
         AdaptedCheckpoint(base, folder)
@@ -101,15 +94,15 @@ def test_adapters_that_do_not_suit(source, tensors, message, tmp_path):
 
 def test_the_adapter_is_in_the_receipt_of_the_merged_model(tmp_path):
     tensors = pair(MODULE, 4, 16, 20)
-    folder = adapter(tmp_path / "a", **tensors)
-    with open_model(str(GOLDEN / "mixtral_gqa")) as model:
+    folder = adapter(tmp_path / "a", tensors)
+    with opened_model("mixtral_gqa") as model:
         add_branches(model, {"a": str(folder)})
         planned = plan(model, Pipeline.parse("merge-adapter{source=a}"), "mixtral")
         write(planned, tmp_path / "out")
-    manifest = json.loads((tmp_path / "out" / "moecc_manifest.json").read_text())
+    manifest = read_json(tmp_path / "out" / "moecc_manifest.json")
     assert "a/adapter_model.safetensors" in manifest["source_files"]
-    before = load_file(GOLDEN / "mixtral_gqa" / "model.safetensors")
-    after = load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(GOLDEN / "mixtral_gqa" / WEIGHTS)
+    after = load_file(tmp_path / "out" / WEIGHTS)
     added = delta(tensors, MODULE, 4, "eoi")
     for name, array in after.items():
         expected = before[name].astype(float)
@@ -122,7 +115,7 @@ def test_a_model_is_no_adapter_of_itself():
     with pytest.raises(UsageError, match="its own weights"):
         Pipeline.parse("merge-adapter{source=base}")
     with (
-        open_model(str(GOLDEN / "mixtral_gqa")) as model,
+        opened_model("mixtral_gqa") as model,
         pytest.raises(InputError, match="no model of this name"),
     ):
         plan(model, Pipeline.parse("merge-adapter{source=a}"), "mixtral")

@@ -1,8 +1,7 @@
 """A folder of safetensors is read as one checkpoint; what an export copies from it."""
 
-import json
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from moecc.errors import InputError
 from moecc.formats.open import open_checkpoint
 from moecc.types import BY_SAFETENSORS
 
-from .folders import INDEX, ONE, TWO, index_of, problems
+from .folders import ONE, TWO, WEIGHTS, problem, write_json, write_tensors
 
 
 @pytest.mark.parametrize("dtype", BY_SAFETENSORS.values(), ids=str)
@@ -21,8 +20,8 @@ def test_every_element_type_is_read_bit_by_bit(tmp_path, dtype):
     data = np.random.default_rng(0).integers(0, limit, (5, 3 * dtype.itemsize_bytes), np.uint8)
     array = data.view(dtype.numpy)
     scalar = array[2, 1:2].reshape(())
-    save_file({"x": array, "scalar": scalar}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
+    save_file({"x": array, "scalar": scalar}, tmp_path / WEIGHTS)
+    write_json(tmp_path / "config.json", {})
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.tensors["x"].dtype == dtype
         read = checkpoint.read("x", 1, 4)
@@ -36,32 +35,25 @@ def test_every_element_type_is_read_bit_by_bit(tmp_path, dtype):
 
 def test_threads_read_at_the_same_time(make_folder):
     shards = {f"model-{i:05}-of-00040.safetensors": {f"t{i}": 100 + i} for i in range(1, 41)}
-    wrong = []
 
-    def work(checkpoint, offset):
+    def read_all(offset):
         for step in range(200):
             i = (offset + step * 7) % 40 + 1
-            if not np.array_equal(checkpoint.read(f"t{i}", 5), np.arange(5, 100 + i)):
-                wrong.append(i)
+            np.testing.assert_array_equal(checkpoint.read(f"t{i}", 5), np.arange(5, 100 + i))
 
-    with open_checkpoint(make_folder(shards)) as checkpoint:
-        threads = [threading.Thread(target=work, args=(checkpoint, n)) for n in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert wrong == []
+    with open_checkpoint(make_folder(shards)) as checkpoint, ThreadPoolExecutor(8) as threads:
+        list(threads.map(read_all, range(8)))
 
 
 # What changes under a reader
 
 
-def test_a_file_replaced_after_opening_is_an_input_error(make_folder, write_tensors):
-    folder = make_folder({"model.safetensors": {"a": 1000}})
+def test_a_file_replaced_after_opening_is_an_input_error(make_folder):
+    folder = make_folder({WEIGHTS: {"a": 1000}})
     with open_checkpoint(folder) as checkpoint:
         checkpoint.read("a")
         write_tensors(folder / "new", {"a": 1000})
-        os.replace(folder / "new", folder / "model.safetensors")
+        os.replace(folder / "new", folder / WEIGHTS)
         with pytest.raises(InputError, match=r"model\.safetensors: the file changed"):
             checkpoint.read("a")
 
@@ -70,7 +62,7 @@ def test_a_file_replaced_after_opening_is_an_input_error(make_folder, write_tens
 
 
 def test_companions_are_tokenizer_and_licence_never_code_or_pickles(make_folder):
-    folder = make_folder({"model.safetensors": {"a": 3}})
+    folder = make_folder({WEIGHTS: {"a": 3}})
     copied = [
         "LICENSE",
         "LICENSE.txt",
@@ -107,20 +99,17 @@ def test_companions_are_tokenizer_and_licence_never_code_or_pickles(make_folder)
 
 
 def test_a_pickle_that_calls_itself_a_tokenizer_is_refused(make_folder):
-    folder = make_folder({"model.safetensors": {"a": 3}})
+    folder = make_folder({WEIGHTS: {"a": 3}})
     (folder / "tokenizer.model").write_bytes(b"\x80\x04\x95" + bytes(20))
-    [problem] = problems(folder)
-    assert "tokenizer.model" in problem
-    assert "found: a Python pickle" in problem
+    text = problem(folder)
+    assert "tokenizer.model" in text
+    assert "found: a Python pickle" in text
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_an_adapter_beside_the_weights_is_not_left_out_silently(make_folder, sharded):
-    files = {ONE: {"a": 6}, TWO: {"b": 6}} if sharded else {"model.safetensors": {"a": 6}}
-    folder = make_folder(files)
-    if sharded:
-        (folder / INDEX).write_text(json.dumps(index_of({"a": ONE, "b": TWO})))
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (problem,) = problems(folder)
-    assert "a model and an adapter" in problem
-    assert "move adapter_config.json out" in problem
+@pytest.mark.parametrize("shards", [{WEIGHTS: {"a": 6}}, {ONE: {"a": 6}, TWO: {"b": 6}}])
+def test_an_adapter_beside_the_weights_is_not_left_out_silently(make_folder, shards):
+    folder = make_folder(shards)
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+    text = problem(folder)
+    assert "a model and an adapter" in text
+    assert "move adapter_config.json out" in text

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,7 +10,9 @@ from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.formats.open import is_model_id, open_checkpoint
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llama_gqa"
+from .folders import GOLDEN, ONE
+
+SOURCE = GOLDEN / "llama_gqa"
 
 
 class Hub(ModuleType):
@@ -35,12 +36,12 @@ def put(monkeypatch, hub):
 
 def test_a_plain_name_is_looked_up_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    hub = Hub(GOLDEN)
+    hub = Hub(SOURCE)
     put(monkeypatch, hub)
     with open_checkpoint("some-org/model") as checkpoint:
-        assert checkpoint.path == GOLDEN
+        assert checkpoint.path == SOURCE
     assert hub.asked == [("some-org/model", {"local_files_only": True})]
-    for absent in (Hub(GOLDEN, cached=False), None):
+    for absent in (Hub(SOURCE, cached=False), None):
         put(monkeypatch, absent)
         with pytest.raises(InputError, match="hf://some-org/model is the model of that name"):
             open_checkpoint("some-org/model")
@@ -48,7 +49,7 @@ def test_a_plain_name_is_looked_up_in_the_cache(monkeypatch, tmp_path):
 
 
 def test_a_config_alone_is_enough_where_no_weight_is_read(tmp_path, capsys):
-    shutil.copy(GOLDEN / "config.json", tmp_path)
+    shutil.copy(SOURCE / "config.json", tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
     assert "llama" in capsys.readouterr().out
     assert main(["plan", str(tmp_path), "--machine", "cpu:2"]) == 0
@@ -56,5 +57,5 @@ def test_a_config_alone_is_enough_where_no_weight_is_read(tmp_path, capsys):
         assert main([command[0], str(tmp_path), *command[1:]]) == 1
         assert "no weights" in capsys.readouterr().err
     # A folder whose weights are incomplete is no config.
-    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / ONE).touch()
     assert main(["inspect", str(tmp_path)]) == 1

@@ -25,7 +25,9 @@ from moecc.formats.manifest import (
     weight_file_record,
 )
 
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+from .folders import ONE, TWO, WEIGHTS, write_json
+
+SHARDS = (ONE, TWO)
 DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
 WORDS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8)
 PLAIN = st.from_regex(r"[a-z][a-z0-9_.]{0,8}", fullmatch=True).filter(lambda n: ".." not in n)
@@ -74,7 +76,7 @@ def written(tmp_path):
         for tensor, array in arrays.items():
             digest = hashlib.sha256(array.tobytes()).hexdigest()
             tensors[tensor] = TensorRecord(digest, "f16", (3, 4), name)
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    write_json(tmp_path / "config.json", {"model_type": "mixtral"})
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}")
     names = ("config.json", "additional_chat_templates/tool.jinja")
@@ -193,9 +195,8 @@ def test_a_forged_manifest_is_still_read_strictly(written, change, what):
 
 
 def test_a_link_out_of_the_folder_is_not_followed(written, tmp_path_factory):
-    outside = tmp_path_factory.mktemp("outside") / "config.json"
-    (written / "config.json").rename(outside)
-    (written / "config.json").symlink_to(outside)
+    config = written / "config.json"
+    config.symlink_to(config.rename(tmp_path_factory.mktemp("outside") / "config.json"))
     [problem] = found(written)
     assert "leaves its folder" in problem
 
@@ -203,7 +204,7 @@ def test_a_link_out_of_the_folder_is_not_followed(written, tmp_path_factory):
 def test_missing_and_extra_files_are_named(written):
     (written / SHARDS[0]).unlink()
     (written / "config.json").unlink()
-    (written / "model.safetensors").write_bytes(b"")
+    (written / WEIGHTS).write_bytes(b"")
     text = "\n".join(found(written))
     assert f"the file '{SHARDS[0]}' is missing" in text
     assert "the file 'config.json' is missing" in text

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from moecc.errors import MachineError
 from moecc.formats.open import open_checkpoint
 
-from .folders import INDEX, ONE, TWO, problems
+from .folders import INDEX, ONE, TWO, WEIGHTS, problem, problems
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX, TWO, "tokenizer.json"])
@@ -20,25 +21,20 @@ def test_a_fifo_in_any_place_never_blocks(make_folder, name):
     assert f"{name}: this is not a regular file" in problems(folder)[0]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
 def test_a_link_out_of_the_folder_is_refused(make_folder, tmp_path, name):
-    folder = make_folder({"model.safetensors": {"a": 3}})
+    folder = make_folder({WEIGHTS: {"a": 3}})
     (folder / "tokenizer.json").write_text("{}")
-    os.rename(folder / name, tmp_path / "elsewhere")
-    (folder / name).symlink_to(tmp_path / "elsewhere")
-    [problem] = problems(folder)
-    assert "a symbolic link that leaves its folder" in problem
+    (folder / name).symlink_to((folder / name).rename(tmp_path / "elsewhere"))
+    assert "a symbolic link that leaves its folder" in problem(folder)
 
 
 def in_cache(make_folder, tmp_path, target):
     """A snapshot whose weights are a link to `target`, which is moved there."""
-    made = make_folder({"model.safetensors": {"a": 3}})
     snapshot = tmp_path / "models--me--tiny" / "snapshots" / "0123abcd"
-    snapshot.parent.mkdir(parents=True)
-    os.rename(made, snapshot)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(snapshot / "model.safetensors", target)
-    (snapshot / "model.safetensors").symlink_to(os.path.relpath(target, snapshot))
+    os.renames(make_folder({WEIGHTS: {"a": 3}}), snapshot)
+    os.renames(snapshot / WEIGHTS, target)
+    (snapshot / WEIGHTS).symlink_to(os.path.relpath(target, snapshot))
     return snapshot
 
 
@@ -56,8 +52,7 @@ def test_a_snapshot_of_the_hub_cache_links_to_its_own_blobs(make_folder, tmp_pat
 @pytest.mark.parametrize("place", ["models--you--other/blobs", "blobs", "models--me--tiny/refs"])
 def test_a_snapshot_may_not_link_elsewhere(make_folder, tmp_path, place):
     snapshot = in_cache(make_folder, tmp_path, tmp_path / place / "53aa")
-    [problem] = problems(snapshot)
-    assert "leaves its folder" in problem
+    assert "leaves its folder" in problem(snapshot)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +63,8 @@ def test_a_snapshot_may_not_link_elsewhere(make_folder, tmp_path, place):
     ],
 )  # fmt: skip
 def test_what_the_system_refuses_is_the_machines_fault(make_folder, monkeypatch, call, code):
-    folder = make_folder({"model.safetensors": {"a": 3}})
-
-    def refuse(*arguments, **options):
-        raise OSError(code, os.strerror(code))
-
+    folder = make_folder({WEIGHTS: {"a": 3}})
+    refuse = Mock(side_effect=OSError(code, os.strerror(code)))
     with monkeypatch.context() as patch:
         patch.setattr(os, call, refuse)
         with pytest.raises(MachineError) as caught:

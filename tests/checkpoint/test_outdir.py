@@ -74,8 +74,7 @@ def test_nothing_stays_after_a_failure(tmp_path, error):
 
 def test_force_replaces_a_folder_only_when_the_new_one_is_complete(tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
+    fill(out, "old")
     with pytest.raises(RuntimeError):
         fill(out, "new", RuntimeError, force=True)
     assert os.listdir(out) == ["old"]
@@ -112,8 +111,7 @@ def test_a_link_as_output_stays_a_link(tmp_path):
 
 def test_the_old_folder_comes_back_when_the_new_one_cannot_be_put_in_place(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
+    fill(out, "old")
     rename = os.rename
 
     def fail(source, target):

@@ -5,15 +5,7 @@ import sys
 
 import pytest
 
-from moecc.errors import InputError
-from moecc.formats.open import open_checkpoint
-
-
-def refused(path):
-    with pytest.raises(InputError) as caught:
-        open_checkpoint(path)
-    [problem] = caught.value.problems
-    return str(problem)
+from .folders import problem
 
 
 @pytest.mark.parametrize(
@@ -34,33 +26,29 @@ def refused(path):
 )
 def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(tmp_path, name, content, parts):
     (tmp_path / name).write_bytes(content)
-    message = refused(tmp_path / name)
+    message = problem(tmp_path / name)
     assert [part for part in parts if part not in message] == []
 
 
 def test_odd_paths_are_refused(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
-    assert "a symbolic link to nothing" in refused(tmp_path / "link")
+    assert "a symbolic link to nothing" in problem(tmp_path / "link")
     (tmp_path / "loop").symlink_to("loop")
-    assert "loop" in refused(tmp_path / "loop")
-    assert "not usable" in refused(f"{tmp_path}/a\0b")
-    assert "File name too long" in refused(tmp_path / ("x" * 5000))
-    assert "Not a directory" in refused(_file(tmp_path) / "below")
-
-
-def _file(tmp_path):
-    (tmp_path / "file").write_text("")
-    return tmp_path / "file"
+    assert "loop" in problem(tmp_path / "loop")
+    assert "not usable" in problem(f"{tmp_path}/a\0b")
+    assert "File name too long" in problem(tmp_path / ("x" * 5000))
+    (tmp_path / "file").touch()
+    assert "Not a directory" in problem(tmp_path / "file" / "below")
 
 
 def test_fifos_devices_and_sockets_never_block(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "x.gguf")
-    assert "found: a FIFO" in refused(tmp_path / "x.gguf")
-    assert "found: a device" in refused("/dev/zero")
+    assert "found: a FIFO" in problem(tmp_path / "x.gguf")
+    assert "found: a device" in problem("/dev/zero")
     monkeypatch.chdir(tmp_path)  # the path of a socket may have 107 characters at most
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("s")
-        assert "found: a socket" in refused(tmp_path / "s")
+        assert "found: a socket" in problem(tmp_path / "s")
 
 
 def test_refusing_pickles_imports_no_torch_and_opening_no_jax(tmp_path):

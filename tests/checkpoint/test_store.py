@@ -3,9 +3,9 @@
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ from stores import GOLDEN, SECRETS, UPCYCLE, hub, said, store
 from moecc.errors import InputError
 from moecc.formats import store as store_module
 from moecc.formats.open import open_checkpoint
+
+from .folders import INDEX, WEIGHTS, index_of, read_json, write_json, write_raw
 
 __all__ = ["hub", "store"]  # fixtures
 
@@ -25,10 +27,9 @@ def test_a_conversion_of_a_store_has_the_bytes_of_one_of_a_folder(
     near, far = tmp_path / "near", tmp_path / "far"
     assert said(capsys, "convert", str(GOLDEN / "llama_gqa"), near, *UPCYCLE)[0] == 0
     assert said(capsys, "convert", address, far, *UPCYCLE)[0] == 0
-    name = "model.safetensors"
-    assert (near / name).read_bytes() == (far / name).read_bytes()
-    manifests = [json.loads((f / "moecc_manifest.json").read_text()) for f in (near, far)]
-    assert manifests[0]["source_files"] == manifests[1]["source_files"]
+    assert (near / WEIGHTS).read_bytes() == (far / WEIGHTS).read_bytes()
+    ours, theirs = (read_json(folder / "moecc_manifest.json") for folder in (near, far))
+    assert ours["source_files"] == theirs["source_files"]
     for path in far.iterdir():
         assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
 
@@ -70,17 +71,15 @@ def sparse_model(folder, shards, shard_bytes):
             start, end = end, end + 2 * int(np.prod(shapes[name]))
             header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [start, end]}
             weight_map[name] = file
-        text = json.dumps(header).encode()
-        (folder / file).write_bytes(struct.pack("<Q", len(text)) + text)
-        os.truncate(folder / file, 8 + len(text) + end)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text()) | {
+        path = write_raw(folder / file, header)
+        os.truncate(path, path.stat().st_size + end)
+    write_json(folder / INDEX, index_of(weight_map))
+    config = read_json(GOLDEN / "llama_gqa" / "config.json") | {
         "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
         "vocab_size": vocabulary, "tie_word_embeddings": True,
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
 
 
 def test_inspection_moves_headers_alone(hub, capsys):
@@ -179,20 +178,13 @@ def test_a_store_that_denies_or_does_not_answer(store, capsys, monkeypatch):
         (TimeoutError("http://u:pw@h/x?X-Amz-Signature=hf_sig"), 4, "is the store reachable"),
         (FileNotFoundError("bucket/tiny"), 1, "no such folder"),
     ):
-        monkeypatch.setattr(fs, "ls", raising(error))
+        monkeypatch.setattr(fs, "ls", Mock(side_effect=error))
         actual, text = said(capsys, "inspect", "s3://bucket/tiny")
         assert actual == code
         assert words in text
         assert "hf_sig" not in text
         assert "u:pw" not in text
         assert text.count("error:") == 1
-
-
-def raising(error):
-    def call(*words, **options):
-        raise error
-
-    return call
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from moecc.formats.upload import StoreOutput
 from tests.support.commands import files_of
 
 __all__ = ["hub", "store"]  # fixtures
+SOURCE = str(GOLDEN / "llama_gqa")
 SHARDS = ("--max-shard-bytes", "20000")
 
 
@@ -28,7 +29,7 @@ def converted(tmp_path_factory):
     from moecc.cli.main import main
 
     folder = tmp_path_factory.mktemp("converted") / "moe"
-    assert main(["convert", str(GOLDEN / "llama_gqa"), str(folder), *UPCYCLE, *SHARDS]) == 0
+    assert main(["convert", SOURCE, str(folder), *UPCYCLE, *SHARDS]) == 0
     return folder
 
 
@@ -108,7 +109,7 @@ def test_an_upload_that_is_killed_anywhere_is_continued(folder_store, converted,
         if store.exists("bucket/kill"):
             store.rm("bucket/kill", recursive=True)
         if replaces:
-            store.put(str(GOLDEN / "llama_gqa"), "bucket/kill", recursive=True)
+            store.put(SOURCE, "bucket/kill", recursive=True)
         old = contents(store, "bucket/kill")
         output = StoreOutput("s3://bucket/kill", force=replaces)
         count = ending_at(output._system, number, Killed())
@@ -147,13 +148,13 @@ def test_an_interrupted_upload_names_how_it_goes_on(
         put(path, target, **options)
 
     monkeypatch.setattr(system, "put_file", failing)
-    source, target = str(GOLDEN / "llama_gqa"), "s3://bucket/cut"
-    code, text = said(capsys, "convert", source, target, *UPCYCLE, *SHARDS)
+    target = "s3://bucket/cut"
+    code, text = said(capsys, "convert", SOURCE, target, *UPCYCLE, *SHARDS)
     assert code == 4
     assert text.count("error:") == 1
     stage = cache / "moecc" / "uploads" / "s3" / "bucket" / "cut"
     assert f"moecc push {stage} {target} --resume" in text
-    code, text = said(capsys, "convert", source, target, *UPCYCLE, *SHARDS)
+    code, text = said(capsys, "convert", SOURCE, target, *UPCYCLE, *SHARDS)
     assert code == 1
     assert f"moecc push {stage} {target} --resume continues the upload" in text
     monkeypatch.setattr(system, "put_file", put)
@@ -161,7 +162,7 @@ def test_an_interrupted_upload_names_how_it_goes_on(
     assert verify_manifest(mirror(target)) == []
     # Given up instead.
     monkeypatch.setattr(system, "put_file", failing)
-    assert said(capsys, "convert", source, target, *UPCYCLE, "--force")[0] == 4
+    assert said(capsys, "convert", SOURCE, target, *UPCYCLE, "--force")[0] == 4
     assert said(capsys, "clean", target)[0] == 0
     assert contents(store, "bucket/cut") == {}
     assert not stage.exists()
@@ -228,13 +229,13 @@ def test_a_push_to_the_hub_is_one_commit(hub, converted, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "problem"),
     [
-        (("convert", str(GOLDEN / "llama_gqa"), "hf://org/x"), 2, "moecc push FOLDER hf://org/x"),
-        (("convert", str(GOLDEN / "llama_gqa"), "s3://bucket"), 2, "not a folder in a store"),
-        (("convert", str(GOLDEN / "llama_gqa"), "gs://bucket/a?b"), 2, "not an address"),
-        (("push", str(GOLDEN / "llama_gqa"), "elsewhere"), 2, "not an address in a store"),
-        (("convert", str(GOLDEN / "llama_gqa"), "az://bucket/a"), 2, "found: az:/"),
+        (("convert", SOURCE, "hf://org/x"), 2, "moecc push FOLDER hf://org/x"),
+        (("convert", SOURCE, "s3://bucket"), 2, "not a folder in a store"),
+        (("convert", SOURCE, "gs://bucket/a?b"), 2, "not an address"),
+        (("push", SOURCE, "elsewhere"), 2, "not an address in a store"),
+        (("convert", SOURCE, "az://bucket/a"), 2, "found: az:/"),
         (("inspect", "S3:/bucket/a"), 2, "found: S3:/"),
-        (("push", str(GOLDEN / "llama_gqa"), "s3://bucket/x"), 1, "no moecc_manifest.json"),
+        (("push", SOURCE, "s3://bucket/x"), 1, "no moecc_manifest.json"),
         (("push", "nowhere", "s3://bucket/x"), 1, "there is no such file or folder"),
     ],
 )

@@ -1,12 +1,13 @@
 """What a user can do wrong gets one clear message, an exit code, and leaves nothing behind."""
 
-import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,56 +15,49 @@ import pytest
 from moecc.cli import entry
 from moecc.support.process import Terminated
 
-UPCYCLE = "upcycle{experts=4 top-k=2}"
-
-
-def convert(moecc, source, out, *more):
-    return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral", *more)
+from .conftest import edited_tensors, read_json
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite(moecc, dense, tmp_path, edit_tensors, value):
+def test_values_that_are_not_finite(cli, dense, tmp_path, out, value):
     name = "model.layers.1.mlp.down_proj.weight"
-
-    def change(tensors):
-        tensors[name] = tensors[name].copy()
+    with edited_tensors(dense) as tensors:
         tensors[name][1, 2] = value
-
-    edit_tensors(change)
     start = time.process_time()
-    done = convert(moecc, dense, tmp_path / "out")
+    done = cli.convert(dense, out, code=1, says=(name, "1, 2", "--allow-nonfinite"))
     assert time.process_time() - start < 5
-    assert (done.code, done.out) == (1, "")
+    assert done.out == ""
     assert os.listdir(tmp_path) == ["dense"]
-    for words in (name, "1, 2", "--allow-nonfinite"):
-        assert words in done.err
-    assert convert(moecc, dense, tmp_path / "out", "--allow-nonfinite").code == 0
-    manifest = json.loads((tmp_path / "out" / "moecc_manifest.json").read_text())
-    assert any(name in note for note in manifest["notes"])
+    cli.convert(dense, out, "--allow-nonfinite")
+    assert any(name in note for note in read_json(out / "moecc_manifest.json")["notes"])
 
 
-def test_output_that_may_not_be_written(moecc, dense, tmp_path):
+def test_output_that_may_not_be_written(cli, dense, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "precious").write_text("x")
     for out in (full, dense, dense / "inside", tmp_path / "no" / "such" / "parent"):
-        done = convert(moecc, dense, out)
-        assert done.code == 1, out
+        cli.convert(dense, out, code=1)
     assert (full / "precious").read_text() == "x"
     assert not (dense / "inside").exists()
-    assert convert(moecc, dense, full, "--force").code == 0
+    cli.convert(dense, full, "--force")
     assert not (full / "precious").exists()
 
 
-def test_token_files(moecc, dense, tmp_path):
+def test_token_files(cli, dense, tmp_path):
     path = tmp_path / "tokens.npy"
+    command = ("run", dense, "--inputs", path, "--outputs", tmp_path / "l.npy")
     for bad in (np.zeros((2, 3)), np.array([[10**6]]), np.array([[-1]]), np.zeros((0, 4), int)):
         np.save(path, bad)
-        done = moecc("run", dense, "--inputs", path, "--outputs", tmp_path / "l.npy")
-        assert done.code == 1, bad
-        assert "tokens.npy" in done.err
+        cli(*command, code=1, says="tokens.npy")
     path.write_bytes(b"\x80\x04 pickle")
-    assert moecc("run", dense, "--inputs", path, "--outputs", tmp_path / "l.npy").code == 1
+    cli(*command, code=1)
+
+
+@pytest.fixture
+def replace_opening(monkeypatch):
+    """Let a function stand for the one that opens models."""
+    return partial(monkeypatch.setattr, "moecc.model.open.open_model")
 
 
 @pytest.mark.parametrize(
@@ -74,13 +68,10 @@ def test_token_files(moecc, dense, tmp_path):
         ImportError("libjax_common.so: failed to map segment from shared object"),
     ],
 )
-def test_refused_memory_is_the_machine_s_fault(error, moecc, dense, monkeypatch):
-    def failing(*args, **more):
-        raise error
-
-    monkeypatch.setattr("moecc.model.open.open_model", failing)
-    done = moecc("inspect", dense)
-    assert (done.code, done.err) == (4, "error: the machine has not enough memory for this\n")
+def test_refused_memory_is_the_machine_s_fault(error, cli, dense, replace_opening):
+    replace_opening(Mock(side_effect=error))
+    done = cli("inspect", dense, code=4)
+    assert done.err == "error: the machine has not enough memory for this\n"
 
 
 @pytest.mark.parametrize(
@@ -90,29 +81,21 @@ def test_refused_memory_is_the_machine_s_fault(error, moecc, dense, monkeypatch)
         (Terminated(15), 143, "terminated by SIGTERM\n"),
     ],
 )
-def test_a_signal_amid_a_lock_ends_as_the_signal(
-    raised, code, said,
-    moecc, dense, monkeypatch,
-):  # fmt: skip
+def test_a_signal_amid_a_lock_ends_as_the_signal(raised, code, said, cli, dense, replace_opening):
     def broken(*args, **more):
         try:
             raise raised
         finally:
             Lock().release()  # as the standard library does on its way out
 
-    monkeypatch.setattr("moecc.model.open.open_model", broken)
-    done = moecc("inspect", dense)
-    assert (done.code, done.err) == (code, said)
+    replace_opening(broken)
+    assert cli("inspect", dense, code=code).err == said
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, EOFError])  # which click takes for Ctrl-D
-def test_a_bug_says_where_its_reproducer_is(kind, moecc, dense, monkeypatch):
-    def broken(*args, **more):
-        raise kind("not meant to happen")
-
-    monkeypatch.setattr("moecc.model.open.open_model", broken)
-    done = moecc("inspect", dense)
-    assert done.code == 70
+def test_a_bug_says_where_its_reproducer_is(kind, cli, dense, replace_opening):
+    replace_opening(Mock(side_effect=kind("not meant to happen")))
+    done = cli("inspect", dense, code=70)
     path = Path(done.err.rpartition(" ")[2].strip())
     assert "not meant to happen" in path.read_text()
     path.unlink()
@@ -128,11 +111,10 @@ def test_a_bug_says_where_its_reproducer_is(kind, moecc, dense, monkeypatch):
         b"  output y = %b\n}\n",
     ],
 )
-def test_graphs_that_are_none(moecc, tmp_path, text):
+def test_graphs_that_are_none(cli, tmp_path, text):
     path = tmp_path / "bad.moe"
     path.write_bytes(text)
-    done = moecc("opt", path, "-p", "canonicalize")
-    assert done.code == 1
+    done = cli("opt", path, "-p", "canonicalize", code=1)
     assert "bad.moe" in done.err or "no output" in done.err
     assert done.out == ""
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import click
@@ -14,25 +13,15 @@ from moecc.ir.text import parse
 from moecc.jobs import COMMANDS
 from moecc.jobs.command import Report
 
-from .conftest import GOLDEN
-
-UPCYCLE = "upcycle{experts=4 top-k=2}"
+from .conftest import GOLDEN, LLAMA, UPCYCLE, read_json, run_process, run_shell
 
 
-def convert(moecc, source, out, *more):
-    return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral", *more)
-
-
-def test_inspect_counts_and_judges_targets(moecc, dense):
-    data = moecc("inspect", dense, "--format", "json").json()
+def test_inspect_counts_and_judges_targets(cli, dense):
+    data = cli.json("inspect", dense)
     assert data["schema"] == "moecc.inspect/1"
-    config = json.loads((dense / "config.json").read_text())
-    assert data["layers"] == config["num_hidden_layers"]
-    assert data["ffn_blocks"] == {
-        "found": data["layers"],
-        "convertible": data["layers"],
-        "refused": [],
-    }
+    layers = read_json(dense / "config.json")["num_hidden_layers"]
+    assert data["layers"] == layers
+    assert data["ffn_blocks"] == {"found": layers, "convertible": layers, "refused": []}
     assert data["targets"]["mixtral"]["fits"]
     assert not data["targets"]["qwen3_moe"]["fits"]
     assert "norms of the queries" in data["targets"]["qwen3_moe"]["reasons"][0]
@@ -40,72 +29,58 @@ def test_inspect_counts_and_judges_targets(moecc, dense):
     # Those of the paper overlap, and have capital letters.
     assert data["parameters"]["total"] == groups["All"]
     assert data["parameters"]["total"] == sum(n for name, n in groups.items() if name.islower())
-    human = moecc("inspect", dense)
+    human = cli("inspect", dense)
     assert "can be upcycled" in human.out
     assert human.err == ""
 
 
-def test_stdout_carries_the_graph_alone(moecc, dense, tmp_path):
-    graph = tmp_path / "a.moe"
-    moecc("import", dense, "-o", graph)
-    done = moecc("opt", graph, "-p", UPCYCLE, "--remarks", "--timing")
+def test_stdout_carries_the_graph_alone(cli, dense_graph):
+    done = cli("opt", dense_graph, "-p", UPCYCLE, "--remarks", "--timing")
     parse(done.out)
     assert "remark: upcycle" in done.err
 
 
-def test_convert_verify_run_and_read_again(moecc, dense, tmp_path):
-    out = tmp_path / "sparse"
-    done = convert(moecc, dense, out)
-    assert done.code == 0, done.err
-    assert "preserves   reassociation" in done.out
-    assert moecc("verify", out).code == 0
-    verdict = moecc("verify", out, "--against", dense, "--format", "json")
-    assert verdict.code == 0
-    assert verdict.json()["difference"]["max_relative"] <= 1e-6
-    assert moecc("inspect", out, "--format", "json").json()["family"] == "mixtral"
+def test_convert_verify_run_and_read_again(cli, dense, out):
+    assert "preserves   reassociation" in cli.convert(dense, out).out
+    cli("verify", out)
+    verdict = cli.json("verify", out, "--against", dense)
+    assert verdict["difference"]["max_relative"] <= 1e-6
+    assert cli.json("inspect", out)["family"] == "mixtral"
     assert (out / "README.md").read_text().startswith("---\n")
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"]
     assert config["num_local_experts"] == config["num_experts"] == 4
 
 
-def test_the_same_bytes_again(moecc, dense, tmp_path):
-    for name in ("one", "two"):
-        assert convert(moecc, dense, tmp_path / name, "--seed", "3").code == 0
-    assert convert(moecc, dense, tmp_path / "other", "--seed", "4").code == 0
-    files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two", "other")]
-    assert files[0] == files[1] != files[2]
+def test_the_same_bytes_again(cli, dense, tmp_path):
+    weights = []
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        cli.convert(dense, tmp_path / name, "--seed", seed)
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
 
 
-def test_dry_run_writes_nothing(moecc, dense, tmp_path):
-    done = convert(moecc, dense, tmp_path / "out", "--dry-run", "--format", "json")
-    data = done.json()
+def test_dry_run_writes_nothing(cli, dense, tmp_path, out):
+    data = cli.dry_run(dense, out)
     assert data["dry_run"]
     assert data["parameters"]["active"] < data["parameters"]["total"]
     assert list(tmp_path.iterdir()) == [dense]
 
 
-def test_shards_and_types(moecc, dense, tmp_path):
-    out = tmp_path / "out"
-    done = convert(moecc, dense, out, "--dtype", "bf16", "--max-shard-bytes", "20kB")
-    assert done.code == 0, done.err
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    shards = set(index["weight_map"].values())
-    assert len(shards) > 1
+def test_shards_and_types(cli, dense, out):
+    cli.convert(dense, out, "--dtype", "bf16", "--max-shard-bytes", "20kB")
+    index = read_json(out / "model.safetensors.index.json")
+    assert len(set(index["weight_map"].values())) > 1
     assert index["metadata"]["total_size"] > 0
-    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    verdict = moecc("verify", out, "--against", dense, "--format", "json").json()
+    assert read_json(out / "config.json")["torch_dtype"] == "bfloat16"
+    verdict = cli.json("verify", out, "--against", dense)
     assert verdict["passed"]
     assert verdict["rounding"]["max_relative"] > verdict["difference"]["max_relative"]
 
 
-def test_another_output_is_found_by_verify(moecc, dense, tmp_path):
-    out = tmp_path / "out"
-    noisy = "upcycle{experts=4 init=noise noise-std=0.5}"
-    assert moecc("convert", dense, out, "-p", noisy, "--to", "mixtral").code == 0
-    done = moecc("verify", out, "--against", dense)
-    assert done.code == 3
-    assert "differ by more than the tolerance" in done.err
+def test_another_output_is_found_by_verify(cli, dense, out):
+    cli.convert(dense, out, pipeline="upcycle{experts=4 init=noise noise-std=0.5}")
+    cli("verify", out, "--against", dense, code=3, says="differ by more than the tolerance")
 
 
 def test_numbers_that_are_not_finite_are_null(capsys):
@@ -116,37 +91,30 @@ def test_numbers_that_are_not_finite_are_null(capsys):
 
 
 def test_a_closed_pipe_is_quiet(dense):
-    command = f"{sys.executable} -m moecc import {dense} | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert done.stdout == "moecc 1\n"
-    assert done.stderr == ""
+    done = run_shell(f"moecc import {dense} | head -n 1")
+    assert (done.stdout, done.stderr) == ("moecc 1\n", "")
 
 
-def test_a_reader_that_is_gone_is_no_failure(dense, tmp_path):
-    words = f"convert {dense} {tmp_path / 'out'} -p upcycle --to mixtral --quiet"
-    command = f"{sys.executable} -m moecc {words} | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_reader_that_is_gone_is_no_failure(dense, out):
+    line = f"moecc convert {dense} {out} -p upcycle --to mixtral --quiet"
+    assert run_shell(line + " | true; exit ${PIPESTATUS[0]}").stderr == ""
 
 
 @pytest.mark.parametrize(
     ("command", "heavy"),
     [
         (["--help"], {"numpy", "moecc.jobs.inspect"}),
-        (["inspect", "DENSE"], {"jax", "moecc.families.graphs.encdec"}),
+        (["inspect", str(LLAMA)], {"jax", "moecc.families.graphs.encdec"}),
         (["opt", "GRAPH"], {"jax"}),
     ],
 )
-def test_nothing_heavy_is_imported_at_the_start(moecc, dense, tmp_path, command, heavy):
-    graph = tmp_path / "a.moe"
-    moecc("import", dense, "-o", graph)
-    args = [{"DENSE": str(dense), "GRAPH": str(graph)}.get(a, a) for a in command]
+def test_nothing_heavy_is_imported_at_the_start(dense_graph, command, heavy):
+    args = [str(dense_graph) if word == "GRAPH" else word for word in command]
     code = (
         f"import sys; from moecc.cli.main import main; code = main({args!r}); "
         f"print('\\nheavy' if {heavy!r} & sys.modules.keys() else '\\nclean'); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("\nclean\n")
+    assert run_process(sys.executable, "-c", code).stdout.endswith("\nclean\n")
 
 
 def test_no_help_names_a_bound_that_is_none():
@@ -155,21 +123,19 @@ def test_no_help_names_a_bound_that_is_none():
             assert "None" not in context.get_help(), name
 
 
-def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc):
-    done = moecc("--help")
-    assert done.code == 0
+def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(cli):
+    done = cli("--help")
     listed = done.out[done.out.index("Commands:\n") : done.out.index("  Exit codes")]
     lines = [f"  {name:10}  {summary}" for name, summary in COMMANDS.items()]
     assert listed.splitlines() == ["Commands:", *lines, ""]
     assert "130 interrupted" in done.out
 
 
-def test_a_router_computes_in_float32_or_in_the_type_of_the_run(moecc, tmp_path):
+def test_a_router_computes_in_float32_or_in_the_type_of_the_run(cli, tmp_path):
     logits = []
     for more in ((), ("--router-dtype", "bf16")):
         out = tmp_path / f"{len(logits)}.npy"
-        done = moecc("run", GOLDEN / "mixtral_gqa", "--outputs", out, "--dtype", "bf16", *more)
-        assert done.code == 0, done.err
+        cli("run", GOLDEN / "mixtral_gqa", "--outputs", out, "--dtype", "bf16", *more)
         logits.append(np.load(out))
     wide, narrow = logits
     assert 0 < np.abs(narrow - wide).max() < 0.2 * np.abs(wide).max()

@@ -1,70 +1,52 @@
 """`moecc generate` with several prompts, draws, tokens that stop a text, and wrong input."""
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("jax")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
-import moecc as api  # noqa: E402
-from moecc.errors import UsageError  # noqa: E402
+import moecc as api
+from moecc.errors import UsageError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-SIZE = 37
-"""The vocabulary of most golden models."""
-
-
-def words(size=SIZE):
-    """Return a tokenizer.json of `size` words, w0, w1 …"""
-    vocabulary = {f"w{n}": n for n in range(size)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return made.to_str()
+from .conftest import GOLDEN, edit_json, read_json, word_tokenizer
 
 
 @pytest.fixture
 def model(tmp_path):
     """Copy a golden model, with a tokenizer beside it and without a token that ends texts."""
 
-    def copy(case, size=SIZE):
-        folder = tmp_path / case
-        shutil.copytree(GOLDEN / case, folder)
-        (folder / "tokenizer.json").write_text(words(size))
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    def copy(case):
+        folder = shutil.copytree(GOLDEN / case, tmp_path / case)
+        # Most golden models have a vocabulary of 37.
+        (folder / "tokenizer.json").write_text(word_tokenizer([f"w{n}" for n in range(37)]))
+        edit_json(folder / "config.json", eos_token_id=None)
         return folder
 
     return copy
 
 
-def made(done):
-    assert done.code == 0, done.err
-    return [text["tokens"] for text in done.json()["texts"]]
+def tokens_of(report):
+    return [text["tokens"] for text in report["texts"]]
 
 
-def test_a_token_that_stops_a_text(moecc, model):
-    folder = model("llama_gqa")
-    args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "6", "--format", "json")
-    (free,) = made(moecc(*args))
-    done = moecc(*args, "--stop", f"w{free[2]}")
-    assert made(done) == [free[: free.index(free[2])]]
-    assert done.json()["texts"][0]["stopped"] is True
-    assert done.json()["schema"] == "moecc.generate/1"
+def test_a_token_that_stops_a_text(cli, model):
+    args = ("generate", model("llama_gqa"), "--prompt", "w5 w6", "--tokens", "6")
+    (free,) = tokens_of(cli.json(*args))
+    report = cli.json(*args, "--stop", f"w{free[2]}")
+    assert tokens_of(report) == [free[: free.index(free[2])]]
+    assert report["texts"][0]["stopped"] is True
+    assert report["schema"] == "moecc.generate/1"
 
 
-def test_an_encoder_decoder_makes_texts_of_texts(moecc, model):
+def test_an_encoder_decoder_makes_texts_of_texts(cli, model):
     """Padding of a shorter text changes nothing, and what is printed is the decoder's text."""
-    folder = model("t5_relu_tied")
-    how = ("--tokens", "4", "--format", "json")
-    one, other = ("--prompt", "w5 w6 w7 w8 w9"), ("--prompt", "w3 w4")
-    both = made(moecc("generate", folder, *one, *other, *how))
-    alone = [made(moecc("generate", folder, *prompt, *how))[0] for prompt in (one, other)]
-    assert both == alone
-    text = moecc("generate", folder, *one, "--tokens", "4").out
-    assert text.split() == [f"w{token}" for token in both[0]]
+    args = ("generate", model("t5_relu_tied"), "--tokens", "4")
+    prompts = [("--prompt", "w5 w6 w7 w8 w9"), ("--prompt", "w3 w4")]
+    both = tokens_of(cli.json(*args, *prompts[0], *prompts[1]))
+    assert both == [tokens_of(cli.json(*args, *prompt))[0] for prompt in prompts]
+    assert cli(*args, *prompts[0]).out.split() == [f"w{token}" for token in both[0]]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +59,9 @@ def test_an_encoder_decoder_makes_texts_of_texts(moecc, model):
         (["--dtype", "f16x"], "f16x", 2),
     ],
 )
-def test_what_cannot_be(moecc, model, more, says, code):
-    done = moecc("generate", model("llama_gqa"), "--prompt", "w5", *more)
-    assert (done.code, done.out) == (code, "")
-    assert says in done.err
+def test_what_cannot_be(cli, model, more, says, code):
+    done = cli("generate", model("llama_gqa"), "--prompt", "w5", *more, code=code, says=says)
+    assert done.out == ""
 
 
 @pytest.mark.parametrize(
@@ -98,31 +79,26 @@ def test_arguments_that_cannot_be(model, arguments):
         api.open(model("llama_gqa")).generate(**arguments)
 
 
-def test_the_likeliest_of_one_is_the_likeliest(moecc, model):
-    folder = model("llama_gqa")
-    args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "3", "--format", "json")
-    greedy = made(moecc(*args))
-    assert made(moecc(*args, "--temperature", "3", "--top-k", "1")) == greedy
-    assert made(moecc(*args, "--temperature", "3", "--top-p", "1e-9")) == greedy
+def test_the_likeliest_of_one_is_the_likeliest(cli, model):
+    args = ("generate", model("llama_gqa"), "--prompt", "w5 w6", "--tokens", "3")
+    greedy = tokens_of(cli.json(*args))
+    for bound in (("--top-k", "1"), ("--top-p", "1e-9")):
+        assert tokens_of(cli.json(*args, "--temperature", "3", *bound)) == greedy
 
 
 @pytest.mark.parametrize(
     ("case", "key"), [("gpt2_plain", "n_positions"), ("opt_plain", "max_position_embeddings")]
 )
-def test_a_text_longer_than_the_positions_of_the_model(moecc, model, case, key):
+def test_a_text_longer_than_the_positions_of_the_model(cli, model, case, key):
     folder = model(case)
     args = ("generate", folder, "--prompt", "w5 w6 w7", "--tokens")
-    positions = json.loads((folder / "config.json").read_text())[key]
-    done = moecc(*args, str(positions))
-    assert done.code == 1
-    assert "longer than the model has positions" in done.err
-    assert f"found: {positions + 3}" in done.err
-    assert moecc(*args, str(positions - 2)).code == 0
+    positions = read_json(folder / "config.json")[key]
+    says = ("longer than the model has positions", f"found: {positions + 3}")
+    cli(*args, positions, code=1, says=says)
+    cli(*args, positions - 2)
 
 
-def test_a_text_longer_than_the_positions_of_the_encoder(moecc, model):
+def test_a_text_longer_than_the_positions_of_the_encoder(cli, model):
     args = ("generate", model("bart_square"), "--tokens", "2", "--prompt")
-    done = moecc(*args, "w5 " * 17)
-    assert done.code == 1
-    assert "longer than the model has positions" in done.err
-    assert moecc(*args, "w5 " * 16).code == 0
+    cli(*args, "w5 " * 17, code=1, says="longer than the model has positions")
+    cli(*args, "w5 " * 16)

@@ -3,33 +3,22 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from moecc.formats.manifest import MANIFEST_NAME, load, seal
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-UPCYCLE = "upcycle{experts=4 top-k=2}"
-
-
-def convert(moecc, source, out):
-    return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral")
-
+from .conftest import GOLDEN, LLAMA, MOECC, UPCYCLE, edit_json, run_process
 
 # --- companions in a folder of their own
 
 
 @pytest.mark.parametrize("name", ["LICENSE\n", "LICENSE\x1b[31m", "NOTICE\\x", "LICENSE\udcff"])
-def test_what_a_manifest_cannot_name_is_refused(moecc, dense, tmp_path, name):
+def test_what_a_manifest_cannot_name_is_refused(cli, dense, out, name):
     (dense / name).write_text("mine")
-    done = convert(moecc, dense, tmp_path / "out")
-    assert done.code == 1
-    assert "whose name no manifest allows" in done.err
+    done = cli.convert(dense, out, code=1, says="whose name no manifest allows")
     assert "\x1b" not in done.err
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 # --- JSON
@@ -53,33 +42,30 @@ JSON = {
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_hostile_json_is_refused(moecc, tmp_path, command, name, frame, text):
-    folder = tmp_path / "model"
+def test_hostile_json_is_refused(cli, tmp_path, command, name, frame, text):
     source = "llama_sharded" if name.endswith("index.json") else "llama_gqa"
-    shutil.copytree(GOLDEN / source, folder)
+    folder = shutil.copytree(GOLDEN / source, tmp_path / "model")
     (folder / name).write_bytes(frame(text.encode()))
-    done = moecc(command, folder)
-    assert done.code == 1, done.err
-    assert name in done.err
+    cli(command, folder, code=1, says=name)
 
 
-def test_what_is_only_copied_is_copied_whatever_it_is(moecc, dense, tmp_path):
+def test_what_is_only_copied_is_copied_whatever_it_is(cli, dense, out):
     text = JSON["half a surrogate"]
     (dense / "generation_config.json").write_text(text)
-    assert convert(moecc, dense, tmp_path / "out").code == 0
-    assert (tmp_path / "out" / "generation_config.json").read_text() == text
+    cli.convert(dense, out)
+    assert (out / "generation_config.json").read_text() == text
 
 
 # --- graphs
 
 
-def test_locations_of_thousands_of_digits(moecc, tmp_path):
+def test_locations_of_thousands_of_digits(cli, tmp_path):
     graph = tmp_path / "graph.moe"
-    assert moecc("import", GOLDEN / "mixtral_gqa", "-o", graph).code == 0
+    cli("import", GOLDEN / "mixtral_gqa", "-o", graph)
     graph.write_text(graph.read_text().replace("layers.1.", f"layers.{LONG}."))
-    assert moecc("inspect", graph).code in (0, 1)
+    cli("inspect", graph, code=(0, 1))
     for pipeline in ("roll-layers", "st-moe{experts=4}", "add-losses"):
-        assert moecc("opt", graph, "-p", pipeline).code in (0, 1)
+        cli("opt", graph, "-p", pipeline, code=(0, 1))
 
 
 # --- what is not UTF-8
@@ -92,15 +78,8 @@ LOCALES = {
 }
 
 
-def in_locale(locale, *args):
-    done = subprocess.run(
-        [sys.executable, "-m", "moecc", *args],
-        env={**os.environ, **LOCALES[locale]},
-        capture_output=True,
-        timeout=120,
-    )
-    assert b"Traceback" not in done.stderr
-    return done
+def in_locale(locale, *args, code=0):
+    return run_process(*MOECC, *args, code=code, **LOCALES[locale])
 
 
 @pytest.mark.parametrize(
@@ -112,37 +91,28 @@ def in_locale(locale, *args):
     ],
 )
 def test_arguments_that_are_not_utf8_are_refused(locale, args):
-    done = in_locale(locale, *args)
-    assert done.returncode == 2
-    assert b"error: an argument is not UTF-8" in done.stderr
-    assert b"caf\\udce9" in done.stderr
-    assert done.stdout == b""
+    done = in_locale(locale, *args, code=2)
+    assert "error: an argument is not UTF-8" in done.stderr
+    assert "caf\\udce9" in done.stderr
+    assert done.stdout == ""
 
 
 def test_artefacts_are_utf8_in_every_locale(tmp_path):
     locale = "output in ASCII"
-    source, out = tmp_path / "caf\u00e9", tmp_path / "\u00fc \U0001f600"
-    shutil.copytree(GOLDEN / "llama_gqa", source)
-    found = in_locale(locale, "inspect", source, "--format", "json")
-    assert found.returncode == 0
-    assert json.loads(found.stdout.decode())["source"] == str(source)
-    graph = in_locale(locale, "import", source)
-    assert graph.returncode == 0
-    assert graph.stdout.decode() == in_locale("UTF-8", "import", source).stdout.decode()
-    done = in_locale(locale, "convert", source, out, "-p", UPCYCLE, "--to", "mixtral")
-    assert done.returncode == 0, done.stderr
+    out = tmp_path / "\u00fc \U0001f600"
+    source = shutil.copytree(LLAMA, tmp_path / "caf\u00e9")
+    report = in_locale(locale, "inspect", source, "--format", "json").stdout
+    assert json.loads(report)["source"] == str(source)
+    graph = in_locale(locale, "import", source).stdout
+    assert graph == in_locale("UTF-8", "import", source).stdout
+    in_locale(locale, "convert", source, out, "-p", UPCYCLE, "--to", "mixtral")
     assert load(out).source == source.name
     for words in (("--help",), ("passes", "upcycle"), ("inspect", source)):
-        assert in_locale(locale, *words).returncode == 0
+        in_locale(locale, *words)
 
 
-def test_names_that_utf8_cannot_say_are_written_as_escapes(tmp_path):
+def test_names_that_utf8_cannot_say_are_written_as_escapes(dense):
     """A name that was read from a file need not be text, either."""
-    source = tmp_path / "model"
-    shutil.copytree(GOLDEN / "llama_gqa", source)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "note": "\ud800"}))
-    for words in (("inspect", source, "--format", "json"), ("import", source)):
-        done = in_locale("UTF-8", *words)
-        assert done.returncode == 0, done.stderr
-        done.stdout.decode()
+    edit_json(dense / "config.json", note="\ud800")
+    for words in (("inspect", dense, "--format", "json"), ("import", dense)):
+        in_locale("UTF-8", *words)

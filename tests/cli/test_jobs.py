@@ -28,7 +28,7 @@ def test_a_checkpoint_is_converted_and_verified_without_a_command_line(dense, tm
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_an_exit_code_becomes_that_of_the_process(fits, moecc, monkeypatch):
+def test_an_exit_code_becomes_that_of_the_process(fits, cli, monkeypatch):
     asked: list[Any] = []
 
     def compile_in_subprocess(request: Any, seconds: float) -> CompileOutcome:
@@ -36,13 +36,13 @@ def test_an_exit_code_becomes_that_of_the_process(fits, moecc, monkeypatch):
         return CompileOutcome({"remarks": [], "fits": fits}, program="module")
 
     monkeypatch.setattr("moecc.jobs.compile.compile_in_subprocess", compile_in_subprocess)
+    code = 0 if fits else 1
     by_function = package.compile(
         "preset:st-moe-base", machine="cpu:8", emit="hlo", config=ProgramConfig(via="ring")
     )
-    assert by_function.exit_code == (0 if fits else 1)
+    assert by_function.exit_code == code
     words = ("--emit", "hlo", "--via", "ring", "--time-limit", "5")
-    done = moecc("compile", "preset:st-moe-base", "--machine", "cpu:8", *words)
-    assert done.code == (0 if fits else 1)
+    done = cli("compile", "preset:st-moe-base", "--machine", "cpu:8", *words, code=code)
     assert done.out == "module\n"
     (request, limit), (by_words, seconds) = asked
     assert request == by_words

@@ -1,17 +1,8 @@
 """`moecc lint`: what the paper advises against, with its section; nothing on its own choices."""
 
 import re
-from pathlib import Path
 
 import pytest
-
-from moecc.ir import print_graph
-from moecc.ir.structure import clone
-from moecc.model.open import open_model
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 PIPELINES = [
     ("upcycle{experts=512}", "more experts than help", "section 5.1"),
@@ -39,11 +30,10 @@ PIPELINES = [
 
 
 @pytest.mark.parametrize(("pipeline", "says", "section"), PIPELINES)
-def test_what_the_paper_advises_against(moecc, pipeline, says, section):
-    done = moecc("lint", pipeline)
-    assert done.code == 0, done.err
+def test_what_the_paper_advises_against(cli, pipeline, says, section):
+    done = cli("lint", pipeline)
     assert re.search(f"{says}[^!]*?ST-MoE, {section}", done.out), done.out
-    assert moecc("lint", pipeline, "--warnings", "error").code == 1
+    cli("lint", pipeline, "--warnings", "error", code=1)
 
 
 @pytest.mark.parametrize(
@@ -54,19 +44,9 @@ def test_what_the_paper_advises_against(moecc, pipeline, says, section):
         "specialize{mode=eval dropless=true}",
     ],
 )  # fmt: skip
-def test_the_choices_of_the_paper_are_passed_over(moecc, pipeline):
-    done = moecc("lint", pipeline, "--warnings", "error")
-    assert (done.code, done.out) == (0, "nothing to say against this pipeline\n")
-
-
-def graph_after(case, pipeline, tmp_path):
-    with open_model(str(GOLDEN / case)) as model:
-        graph = clone(model.graph)
-    run_pipeline(graph, Pipeline.parse(pipeline))
-    graph.attrs["checkpoint"] = str(GOLDEN / case)
-    path = tmp_path / "model.moe"
-    path.write_text(print_graph(graph))
-    return path
+def test_the_choices_of_the_paper_are_passed_over(cli, pipeline):
+    done = cli("lint", pipeline, "--warnings", "error")
+    assert done.out == "nothing to say against this pipeline\n"
 
 
 @pytest.mark.parametrize(
@@ -78,8 +58,9 @@ def graph_after(case, pipeline, tmp_path):
         ("upcycle{experts=4},freeze{groups=router}", "router is frozen", "appendix A"),
     ],
 )
-def test_of_a_model(moecc, tmp_path, pipeline, says, section):
-    path = graph_after("llama_gqa", pipeline, tmp_path)
-    found = moecc("lint", path, "--format", "json").json()["findings"]
-    texts = [" ".join(str(v) for v in row.values()) for row in found]
+def test_of_a_model(cli, dense_graph, tmp_path, pipeline, says, section):
+    sparse = tmp_path / "sparse.moe"
+    cli("opt", dense_graph, "-p", pipeline, "-o", sparse)
+    findings = cli.json("lint", sparse)["findings"]
+    texts = [" ".join(map(str, finding.values())) for finding in findings]
     assert any(says in text and f"ST-MoE, {section}" in text for text in texts), texts

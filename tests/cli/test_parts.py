@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import signal
+from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,9 +17,9 @@ from tests.support.commands import files_of
 
 from ..kill.disks import CountingDisk, KillingDisk  # noqa: TID252
 from ..kill.rig import in_child  # noqa: TID252
-from .conftest import GOLDEN
+from .conftest import LLAMA, UPCYCLE, edited_tensors
 
-PASSES = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral", "--no-check", "--allow-nonfinite",
+PASSES = ("-p", UPCYCLE, "--to", "mixtral", "--no-check", "--allow-nonfinite",
           "--max-shard-bytes", "8000")  # fmt: skip
 N = 5
 PARTS = ".out.moecc-parts"
@@ -26,15 +28,11 @@ PARTS = ".out.moecc-parts"
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A checkpoint with NaN and a matrix of zeros, in two files, and a licence."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("parts") / "dense"
-    shutil.copytree(GOLDEN / "llama_gqa", folder)
+    folder = shutil.copytree(LLAMA, tmp_path_factory.mktemp("parts") / "dense")
     (folder / "LICENSE").write_text("mine")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][1, 2] = np.nan
-    tensors["model.layers.1.mlp.down_proj.weight"][:] = 0
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with edited_tensors(folder) as tensors:
+        tensors["model.layers.2.mlp.up_proj.weight"][1, 2] = np.nan
+        tensors["model.layers.1.mlp.down_proj.weight"][:] = 0
     return folder
 
 
@@ -56,41 +54,52 @@ def out(written, tmp_path):
     return tmp_path / "out"
 
 
+@pytest.fixture
+def expected(written):
+    return files_of(written / "one")
+
+
+@pytest.fixture
+def convert(cli, source, out):
+    """Convert the source into the output."""
+    return partial(cli, "convert", source, out, *PASSES)
+
+
 def part_of(out, number):
     return out.parent / PARTS / f"{number:05d}-of-{N:05d}"
 
 
-def test_joined_parts_are_the_bytes_of_one_process(moecc, source, written, out):
-    assert len(list((written / "one").glob("*.safetensors"))) > N + 2
-    done = moecc("convert", source, out, *PASSES, "--join")
-    assert done.code == 0, done.err
-    assert files_of(out) == files_of(written / "one")
+def partial_of(part):
+    return part.with_name(f".{part.name}.moecc-partial")
+
+
+def shard_of(part):
+    return next(part.glob("*.safetensors"))
+
+
+def test_joined_parts_are_the_bytes_of_one_process(cli, convert, expected, out):
+    assert sum(name.endswith(".safetensors") for name in expected) > N + 2
+    convert("--join")
+    assert files_of(out) == expected
     assert os.listdir(out.parent) == ["out"]
-    assert moecc("verify", out).code == 0
+    cli("verify", out)
 
 
-def test_a_part_that_was_killed_goes_on_and_one_that_is_complete_stays(moecc, source, written, out):
+def test_a_part_that_was_killed_goes_on_and_one_that_is_complete_stays(convert, expected, out):
     part = part_of(out, 2)
-    killed = part.with_name(f".{part.name}.moecc-partial")
-    part.rename(killed)
+    killed = part.rename(partial_of(part))
     (killed / "moecc_part.json").unlink()
     journal = (killed / "moecc_journal.jsonl").read_bytes().splitlines(keepends=True)
     (killed / "moecc_journal.jsonl").write_bytes(b"".join(journal[:3]) + b'{"torn')
-    command = ("convert", source, out, *PASSES)
-    done = moecc(*command, "--join")
-    assert done.code == 1
-    assert f"part 2/{N} was killed" in done.err
-    done = moecc(*command, "--part", f"2/{N}", "--resume")
-    assert done.code == 0, done.err
-    done = moecc(*command, "--part", f"3/{N}", "--resume")
-    assert done.code == 0
-    assert f"part 3/{N} was complete" in done.err
-    assert moecc(*command, "--join").code == 0
-    assert files_of(out) == files_of(written / "one")
+    convert("--join", code=1, says=f"part 2/{N} was killed")
+    convert("--part", f"2/{N}", "--resume")
+    convert("--part", f"3/{N}", "--resume", says=f"part 3/{N} was complete")
+    convert("--join")
+    assert files_of(out) == expected
 
 
 def spoil_bytes(out):
-    file = next(part_of(out, 1).glob("*.safetensors"))
+    file = shard_of(part_of(out, 1))
     file.write_bytes(file.read_bytes()[:-1] + b"\x55")
 
 
@@ -101,7 +110,7 @@ def exchange_parts(out):
 
 
 def truncate_shard(out):
-    os.truncate(next(part_of(out, 1).glob("*.safetensors")), 100)
+    os.truncate(shard_of(part_of(out, 1)), 100)
 
 
 def change_record(out):
@@ -132,38 +141,25 @@ def add_division(out):
         (add_division, "the parts are of several divisions", 1),
     ],
 )
-def test_a_part_that_is_wrong_is_told_and_all_stay(
-    moecc,
-    source,
-    out,
-    spoil,
-    words,
-    problems,
-):
+def test_a_part_that_is_wrong_is_told_and_all_stay(convert, out, spoil, words, problems):
     spoil(out)
-    before = sorted(path.relative_to(out.parent) for path in out.parent.rglob("*"))
-    done = moecc("convert", source, out, *PASSES, "--join")
-    assert done.code == 1
+    before = set(out.parent.rglob("*"))
+    done = convert("--join", code=1)
     assert done.err.count(words) == problems == done.err.count("hint:"), done.err
-    assert sorted(path.relative_to(out.parent) for path in out.parent.rglob("*")) == before
+    assert set(out.parent.rglob("*")) == before
 
 
 @pytest.mark.parametrize("option", [("--seed", "1"), ("--max-shard-bytes", "8001")])
-def test_a_part_of_another_conversion_is_told(moecc, source, out, option):
-    command = ("convert", source, out, *PASSES, *option)
-    done = moecc(*command, "--part", f"2/{N}")
-    assert done.code == 1
-    assert f"part 2/{N} is of another conversion" in done.err
-    assert moecc(*command, "--part", f"2/{N}", "--force").code == 0
-    done = moecc("convert", source, out, *PASSES, "--join")
-    assert done.code == 1
-    assert f"part 2/{N} is of another conversion" in done.err
+def test_a_part_of_another_conversion_is_told(convert, option):
+    part, says = ("--part", f"2/{N}"), f"part 2/{N} is of another conversion"
+    convert(*option, *part, code=1, says=says)
+    convert(*option, *part, "--force")
+    convert("--join", code=1, says=says)
 
 
-def test_parts_of_a_source_that_was_changed_are_told(moecc, source, out, tmp_path):
-    shutil.copytree(source, tmp_path / "dense")
-    done = moecc("convert", tmp_path / "dense", out, *PASSES, "--join")
-    assert done.code == 1
+def test_parts_of_a_source_that_was_changed_are_told(cli, source, out, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "dense")
+    done = cli("convert", copy, out, *PASSES, "--join", code=1)
     assert done.err.count("source model.safetensors differs") == N
 
 
@@ -181,54 +177,43 @@ def test_parts_of_a_source_that_was_changed_are_told(moecc, source, out, tmp_pat
         (("--threads", "0"), "threads"),
     ],
 )
-def test_options_that_name_no_part(moecc, source, tmp_path, options, words):
-    done = moecc("convert", source, tmp_path / "out", *PASSES, *options)
-    assert done.code == 2, done.err
-    assert words in done.err
+def test_options_that_name_no_part(cli, source, tmp_path, options, words):
+    cli("convert", source, tmp_path / "out", *PASSES, *options, code=2, says=words)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_part_that_is_being_written_is_left_alone(moecc, source, out):
+def test_a_part_that_is_being_written_is_left_alone(cli, convert, out):
     part = part_of(out, 2)
-    with claimed(part.with_name(f".{part.name}.moecc-partial"), take_over=False):
-        done = moecc("convert", source, out, *PASSES, "--join")
-        assert done.code == 1
-        assert f"part 2/{N} is being written" in done.err
-        done = moecc("clean", out)
-        assert done.code == 1
+    with claimed(partial_of(part), take_over=False):
+        convert("--join", code=1, says=f"part 2/{N} is being written")
+        cli("clean", out, code=1)
         assert part.is_dir()
-    done = moecc("clean", out)
-    assert done.code == 0
+    cli("clean", out)
     assert os.listdir(out.parent) == []
 
 
-def test_shards_are_copied_where_a_file_has_one_name(moecc, source, written, out):
-    class Linkless(Disk):
-        def link(self, source, target):
-            raise OSError(errno.EPERM, "Operation not permitted")
-
-    with injected(Linkless()):
-        done = moecc("convert", source, out, *PASSES, "--join")
-    assert done.code == 0, done.err
-    assert files_of(out) == files_of(written / "one")
+def test_shards_are_copied_where_a_file_has_one_name(convert, expected, out):
+    linkless = Disk()
+    linkless.link = Mock(side_effect=OSError(errno.EPERM, "Operation not permitted"))
+    with injected(linkless):
+        convert("--join")
+    assert linkless.link.called
+    assert files_of(out) == expected
 
 
-def test_a_join_that_was_killed_begins_again(moecc, source, written, out):
-    partial = out.parent / ".out.moecc-partial"
-    partial.mkdir()
-    os.link(next(part_of(out, 1).glob("*.safetensors")), partial / "model.safetensors")
-    command = ("convert", source, out, *PASSES, "--join")
-    done = moecc(*command)
-    assert done.code == 1
-    assert "an earlier conversion was killed" in done.err
-    assert moecc(*command, "--resume").code == 0
-    assert files_of(out) == files_of(written / "one")
+def test_a_join_that_was_killed_begins_again(convert, expected, out):
+    killed = partial_of(out)
+    killed.mkdir()
+    os.link(shard_of(part_of(out, 1)), killed / "model.safetensors")
+    convert("--join", code=1, says="an earlier conversion was killed")
+    convert("--join", "--resume")
+    assert files_of(out) == expected
 
 
-def test_the_plan_of_a_part_counts_its_bytes(moecc, source, tmp_path):
-    command = ("convert", source, tmp_path / "out", *PASSES, "--dry-run", "--format", "json")
-    shares = [moecc(*command, "--part", f"{n}/{N}").json()["work"] for n in range(1, N + 1)]
-    total = moecc(*command).json()["work"]
+def test_the_plan_of_a_part_counts_its_bytes(cli, source, tmp_path):
+    command = ("convert", source, tmp_path / "out", *PASSES, "--dry-run")
+    shares = [cli.json(*command, "--part", f"{n}/{N}")["work"] for n in range(1, N + 1)]
+    total = cli.json(*command)["work"]
     for key in ("shards", "written_bytes"):
         assert sum(share[key] for share in shares) == total[key]
     assert max(share["read_bytes"] for share in shares) < total["read_bytes"]
@@ -237,8 +222,9 @@ def test_the_plan_of_a_part_counts_its_bytes(moecc, source, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # where another test imported jax
-def test_a_join_that_is_killed_at_any_call_loses_nothing(moecc, source, written, tmp_path):
-    expected = files_of(written / "one")
+def test_a_join_that_is_killed_at_any_call_loses_nothing(
+    moecc, source, written, expected, tmp_path
+):
     command = ["convert", str(source), str(tmp_path / "out"), *PASSES, "--join"]
 
     def renew():
@@ -257,7 +243,7 @@ def test_a_join_that_is_killed_at_any_call_loses_nothing(moecc, source, written,
         renew()
         assert in_child(lambda at=at: join_on(KillingDisk(at))) == -signal.SIGKILL, at
         if (tmp_path / "out").exists():
-            assert moecc("clean", tmp_path / "out").code == 0
+            assert moecc("clean", tmp_path / "out").code == 0, at
         else:
             assert moecc(*command, "--resume").code == 0, at
         assert files_of(tmp_path / "out") == expected, at

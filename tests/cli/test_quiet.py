@@ -2,13 +2,11 @@
 
 import io
 import threading
-from pathlib import Path
 
 from moecc.cli import commands
-from moecc.cli.main import main
 from moecc.support.console import PROGRESS
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+from .conftest import LLAMA
 
 
 class Terminal(io.StringIO):
@@ -26,24 +24,17 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
-def beat(monkeypatch, watched):
+def open_terminal(monkeypatch, watched):
+    """Let a stream stand for standard error, with signs of life."""
     stream = Terminal(watched)
     monkeypatch.delenv(commands.VARIABLE, raising=False)
     monkeypatch.setattr("sys.stderr", stream)
-    monkeypatch.setattr(commands, "FIRST_SECONDS", 0.01)
-    monkeypatch.setattr(commands, "LINE_SECONDS", (0.01, 60.0))
-    with commands.heartbeat("compile", quiet=False):
-        assert stream.written.wait(60)
-    return stream.getvalue()
+    return stream
 
 
-def test_quiet_and_commands_that_show_it_themselves_have_none(
-    monkeypatch,
-):
+def test_quiet_and_commands_that_show_it_themselves_have_none(monkeypatch):
+    stream = open_terminal(monkeypatch, watched=False)
     monkeypatch.setattr(commands, "LINE_SECONDS", (0.05, 60.0))
-    monkeypatch.delenv(commands.VARIABLE, raising=False)
-    stream = Terminal(watched=False)
-    monkeypatch.setattr("sys.stderr", stream)
     with commands.heartbeat("x", quiet=False):
         PROGRESS.set()
     monkeypatch.setattr(commands, "LINE_SECONDS", (0.0, 60.0))
@@ -54,24 +45,23 @@ def test_quiet_and_commands_that_show_it_themselves_have_none(
         assert not stream.written.wait(0.05)
 
 
-def test_quiet_leaves_warnings_and_errors(tmp_path, capsys):
-    source, plan = str(GOLDEN / "llama_gqa"), str(tmp_path / "plan.json")
-    command = ["plan", source, "--machine", "cpu:8", "--sequence", "64", "--save", plan]
-    assert main([*command, "--quiet"]) == 0
-    said = capsys.readouterr()
-    assert "cpu:8" in said.out
-    assert said.err == ""
-    assert main([*command, "--force"]) == 0
-    assert "the plan is in" in capsys.readouterr().err
-    assert main([*command, "--quiet"]) == 1
-    assert "--force" in capsys.readouterr().err
-    warned = ["convert", source, str(tmp_path / "x"), "-p", "upcycle{experts=300}"]
-    assert main([*warned, "--to", "mixtral", "--dry-run", "--quiet"]) == 0
-    found = capsys.readouterr().err
-    assert found.startswith("warning: ")
+def test_quiet_leaves_warnings_and_errors(tmp_path, cli):
+    plan = tmp_path / "plan.json"
+    command = ("plan", LLAMA, "--machine", "cpu:8", "--sequence", "64", "--save", plan)
+    done = cli(*command, "--quiet")
+    assert "cpu:8" in done.out
+    assert done.err == ""
+    cli(*command, "--force", says="the plan is in")
+    cli(*command, "--quiet", code=1, says="--force")
+    more = ("--dry-run", "--quiet")
+    done = cli.convert(LLAMA, tmp_path / "x", *more, pipeline="upcycle{experts=300}")
+    assert done.err.startswith("warning: ")
 
 
 def test_a_terminal_has_a_line_that_goes(monkeypatch):
-    shown = beat(monkeypatch, watched=True)
-    assert shown.startswith("\r\033[Kcompile: 0 s so far\r")
-    assert shown.endswith("\r\033[K")
+    stream = open_terminal(monkeypatch, watched=True)
+    monkeypatch.setattr(commands, "FIRST_SECONDS", 0.01)
+    with commands.heartbeat("compile", quiet=False):
+        assert stream.written.wait(60)
+    assert stream.getvalue().startswith("\r\033[Kcompile: 0 s so far\r")
+    assert stream.getvalue().endswith("\r\033[K")

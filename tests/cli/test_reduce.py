@@ -3,9 +3,9 @@
 import re
 from dataclasses import replace
 
-import moecc_passes.cleanup as canonicalize
 import numpy as np
 import pytest
+from moecc_passes import cleanup
 
 from moecc.formats import writer
 from moecc.ir import Graph, parse
@@ -16,32 +16,18 @@ from moecc.weights import simplify as simplifier
 from moecc.weights.arithmetic import Scale
 from moecc.weights.expr import Source
 
-from .conftest import GOLDEN
+from .conftest import UPCYCLE
 
 MOST_NODES, MOST_SECONDS = 8, 60
 
 
-@pytest.fixture
-def model(moecc, tmp_path):
-    """A dense model of three layers."""
-    assert moecc("import", GOLDEN / "llama_gqa", "-o", tmp_path / "dense.moe").code == 0
-    return tmp_path / "dense.moe"
-
-
-def reduced(moecc, *args):
-    done = moecc("reduce", *args)
-    assert done.code == 0, done.err
-    found = re.search(r"nodes became (\d+), .* in ([0-9.]+) s", done.err)
-    assert float(found[2]) < MOST_SECONDS, done.err
+def reduced(cli, *args):
+    done = cli("reduce", *args)
+    seconds = re.search(r"nodes became \d+, .* in ([0-9.]+) s", done.err)[1]
+    assert float(seconds) < MOST_SECONDS, done.err
     graph = parse(done.out)
     assert len(graph) <= MOST_NODES, done.err
     return graph
-
-
-def bisected(moecc, *args):
-    done = moecc("bisect", *args, "--format", "json")
-    assert done.code == 0, done.err
-    return done.json()
 
 
 # --- in a pass that rewrites by rules
@@ -54,52 +40,46 @@ def wrong_rule(monkeypatch):
     def added(match, b):
         return b.scale(match.value("x"), by=match.attr("a") + match.attr("b"))
 
-    rules = [
-        replace(r, build=added) if r.name == "scale-of-scale" else r for r in canonicalize.RULES
-    ]
-    monkeypatch.setattr(canonicalize, "RULES", tuple(rules))
+    rules = tuple(
+        replace(rule, build=added) if rule.name == "scale-of-scale" else rule
+        for rule in cleanup.RULES
+    )
+    monkeypatch.setattr(cleanup, "RULES", rules)
 
 
 @pytest.fixture
-def scaled(model):
+def scaled(dense_graph):
     """The model with chains of scales, of which one pair does not merge to the same number."""
-    text = model.read_text()
-    lines, number = [], 0
-    for line in text.splitlines():
-        found = re.match(r"  (%\S+) = (silu %\S+) : (\S+\[.*?\]) @layers.(\d)", line)
-        if found is None:
-            lines.append(line)
-            continue
-        name, operation, type, layer = found.groups()
-        a, b = (2.0, 2.0) if layer != "1" else (2.0, 0.25)
-        place = f": {type} @layers.{layer}.ffn"
-        lines += [
-            f"  %s{number}a = {operation} {place}",
-            f"  %s{number}b = scale %s{number}a {{by={a}}} {place}",
-            f"  {name} = scale %s{number}b {{by={b}}} {place}",
-        ]
-        number += 1
-    model.write_text("\n".join(lines) + "\n")
-    return model
+
+    def scale_twice(match):
+        name, operation, type, layer = match.groups()
+        factor, place = 0.25 if layer == "1" else 2.0, f": {type} @layers.{layer}.ffn"
+        return (
+            f"  %s{layer}a = {operation} {place}\n"
+            f"  %s{layer}b = scale %s{layer}a {{by=2.0}} {place}\n"
+            f"  {name} = scale %s{layer}b {{by={factor}}} {place}"
+        )
+
+    activation = r"(?m)^  (%\S+) = (silu %\S+) : (\S+\[.*?\]) @layers.(\d).*$"
+    dense_graph.write_text(re.sub(activation, scale_twice, dense_graph.read_text()))
+    return dense_graph
 
 
-def test_a_wrong_rule_is_reduced_and_found(moecc, scaled, wrong_rule):
+def test_a_wrong_rule_is_reduced_and_found(cli, scaled, wrong_rule):
     passes = ("-p", "cse,canonicalize,dce")
-    graph = reduced(moecc, scaled, *passes)
+    graph = reduced(cli, scaled, *passes)
     assert [node.op.name for node in graph] == ["scale", "scale"]
-    found = bisected(moecc, scaled, *passes)
-    assert found["step"] == "pass"
-    assert found["pass"] == {"number": 2, "text": "canonicalize"}
-    assert found["rewrite"]["text"].startswith("canonicalize/scale-of-scale at %")
-    assert "{by=0.25}" in found["rewrite"]["text"]
-    assert "scale" in found["value"]["where"]
-    assert "{by=2.25}" in found["value"]["where"]
+    report = cli.json("bisect", scaled, *passes)
+    assert report["step"] == "pass"
+    assert report["pass"] == {"number": 2, "text": "canonicalize"}
+    assert re.match(r"canonicalize/scale-of-scale at %.*\{by=0\.25\}", report["rewrite"]["text"])
+    assert re.search(r"scale.*\{by=2\.25\}", report["value"]["where"])
 
 
 # --- in the writer
 
 
-def test_a_wrong_writer_is_reduced_and_found(moecc, model, monkeypatch):
+def test_a_wrong_writer_is_reduced_and_found(cli, dense_graph, monkeypatch):
     """Square matrices are written transposed."""
     right = writer._bytes_of
 
@@ -108,11 +88,12 @@ def test_a_wrong_writer_is_reduced_and_found(moecc, model, monkeypatch):
         return right(values.T if square else values)
 
     monkeypatch.setattr(writer, "_bytes_of", wrong)
-    passes = ("-p", "upcycle{experts=4 top-k=2}", "--compare", "weights")
-    found = bisected(moecc, model, *passes)
-    assert (found["step"], found["pass"], found["rewrite"]) == ("evaluator or writer", None, None)
-    assert "%model.layers.0.self_attn.q_proj.weight" in found["value"]["where"]
-    graph = reduced(moecc, model, *passes)
+    passes = ("-p", UPCYCLE, "--compare", "weights")
+    report = cli.json("bisect", dense_graph, *passes)
+    assert report["step"] == "evaluator or writer"
+    assert (report["pass"], report["rewrite"]) == (None, None)
+    assert "%model.layers.0.self_attn.q_proj.weight" in report["value"]["where"]
+    graph = reduced(cli, dense_graph, *passes)
     assert len(graph) == 0
     (value,) = graph.params.values()
     assert isinstance(value.weight, Source)
@@ -140,29 +121,22 @@ class FragilePass(Pass):
 '''
 
 
-def test_a_crash_of_an_own_pass_is_reduced_and_replayed(moecc, model, tmp_path):
+def test_a_crash_of_an_own_pass_is_reduced_and_replayed(cli, dense_graph, tmp_path):
     own = tmp_path / "fragile.py"
     own.write_text(CRASH)
     small = tmp_path / "small.moe"
-    done = moecc("reduce", model, "-p", "cse,fragile,dce", "--load", own, "-o", small)
-    assert done.code == 0, done.err
-    assert "crash: fragile: AttributeError" in done.err
+    command = ("reduce", dense_graph, "-p", "cse,fragile,dce", "--load", own, "-o", small)
+    done = cli(*command, says=("crash: fragile: AttributeError", "3 passes 1"))
     assert done.err.count("AttributeError") == 1
-    assert "3 passes 1" in done.err
     assert len(parse(small.read_text())) == 2
-    again = moecc("replay", small, "--load", own)
-    assert again.code == 1
-    assert f"{own}:15: the pass 1, fragile, crashed: AttributeError" in again.err
-    done = moecc("reduce", small, "--load", own)
-    assert done.code == 0, done.err
+    says = f"{own}:15: the pass 1, fragile, crashed: AttributeError"
+    cli("replay", small, "--load", own, code=1, says=says)
+    cli("reduce", small, "--load", own)
 
 
-def test_what_does_not_fail_is_not_reduced(moecc, model):
-    done = moecc("reduce", model, "-p", "canonicalize")
-    assert done.code == 1
-    assert "nothing fails here" in done.err
-    done = moecc("bisect", model, "-p", "canonicalize")
-    assert done.code == 1
+def test_what_does_not_fail_is_not_reduced(cli, dense_graph):
+    cli("reduce", dense_graph, "-p", "canonicalize", code=1, says="nothing fails here")
+    cli("bisect", dense_graph, "-p", "canonicalize", code=1)
 
 
 # --- looking inside
@@ -180,18 +154,16 @@ def test_options_that_are_required_are_not_cut():
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
-def test_values_are_described_while_a_model_runs(moecc, model, tmp_path, backend):
+def test_values_are_described_while_a_model_runs(cli, dense_graph, tmp_path, backend):
     out = tmp_path / "o.npy"
-    done = moecc("run", model, "--outputs", out, "--backend", backend,
-                 "--print-values", "layers.1.ffn")  # fmt: skip
-    assert done.code == 0, done.err
-    assert re.search(r"%up1 : f32\[batch=B, seq=S, mlp=24\] @layers.1.ffn: \[2, 128, 24\] mean",
-                     done.err)  # fmt: skip
+    command = ("run", dense_graph, "--outputs", out, "--backend", backend, "--force")
+    value = "%up1 : f32[batch=B, seq=S, mlp=24] @layers.1.ffn: [2, 128, 24] mean"
+    cli(*command, "--print-values", "layers.1.ffn", says=value)
     assert np.load(out).shape == (2, 128, 37)
-    assert moecc("run", model, "--outputs", out, "--force", "--print-values", "nothing").code == 2
+    cli(*command, "--print-values", "nothing", code=2)
 
 
-def test_a_wrong_weight_rule_is_reduced_and_found(moecc, model, monkeypatch):
+def test_a_wrong_weight_rule_is_reduced_and_found(cli, dense_graph, monkeypatch):
     """A scale by 2 is dropped."""
 
     def dropped(e):
@@ -199,12 +171,12 @@ def test_a_wrong_weight_rule_is_reduced_and_found(moecc, model, monkeypatch):
 
     monkeypatch.setitem(simplifier.RULES, Scale, (dropped,))
     passes = ("-p", "upcycle{experts=4 top-k=4 granularity=2},dce", "--compare", "weights")
-    found = bisected(moecc, model, *passes)
-    assert found["step"] == "simplifier"
-    assert found["pass"] == {"number": 1, "text": "upcycle{experts=4 top-k=4 granularity=2}"}
-    assert re.match(r"dropped at scale\(.*, 2\.0\)$", found["rewrite"]["text"])
-    assert re.match(r"%model.layers.0.mlp.(up|down|gate)_proj.weight", found["value"]["where"])
-    graph = reduced(moecc, model, *passes)
+    report = cli.json("bisect", dense_graph, *passes)
+    assert report["step"] == "simplifier"
+    assert report["pass"] == {"number": 1, "text": "upcycle{experts=4 top-k=4 granularity=2}"}
+    assert re.match(r"dropped at scale\(.*, 2\.0\)$", report["rewrite"]["text"])
+    assert re.match(r"%model.layers.0.mlp.(up|down|gate)_proj.weight", report["value"]["where"])
+    graph = reduced(cli, dense_graph, *passes)
     assert len(graph) == 0
     (value,) = graph.params.values()
     assert isinstance(value.weight, Scale)
@@ -219,22 +191,19 @@ def test_a_wrong_weight_rule_is_reduced_and_found(moecc, model, monkeypatch):
         ("grep -q relu", "the command reads neither graph nor pipeline"),
     ],
 )
-def test_a_command_that_is_none_is_a_message(moecc, model, test, says):
-    done = moecc("reduce", model, "--test", test)
-    assert done.code == 2, done.err
-    assert f"--test: {says}" in done.err
+def test_a_command_that_is_none_is_a_message(cli, dense_graph, test, says):
+    cli("reduce", dense_graph, "--test", test, code=2, says=f"--test: {says}")
 
 
-def test_graphs_are_printed_before_passes(moecc, model):
-    done = moecc("opt", model, "-p", "canonicalize,dce", "--print-before", "dce")
+def test_graphs_are_printed_before_passes(cli, dense_graph):
+    done = cli("opt", dense_graph, "-p", "canonicalize,dce", "--print-before", "dce")
     assert done.err.count("# before pass 2 dce") == 1
     assert parse(done.err)
-    assert moecc("opt", model, "-p", "dce", "--print-before", "cse").code == 2
+    cli("opt", dense_graph, "-p", "dce", "--print-before", "cse", code=2)
 
 
-def test_a_command_says_what_fails(moecc, model, tmp_path):
+def test_a_command_says_what_fails(cli, dense_graph, tmp_path):
     test = tmp_path / "test.sh"
     test.write_text('grep -q " = silu " "$1" && exit 7 || exit 0\n')
-    done = moecc("reduce", model, "--test", f"sh {test} {{}}")
-    assert done.code == 0, done.err
+    done = cli("reduce", dense_graph, "--test", f"sh {test} {{}}")
     assert [node.op.name for node in parse(done.out)] == ["silu"]

@@ -2,13 +2,13 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 
-PASSES = ("-p", "upcycle{experts=16 top-k=2}", "--to", "mixtral")
+PIPELINE = "upcycle{experts=16 top-k=2}"
 
 
 def events_of(monkeypatch):
@@ -30,13 +30,11 @@ def events_of(monkeypatch):
 
 
 def test_every_file_is_synchronised_before_the_rename_and_the_folder_after(
-    moecc, dense, tmp_path, monkeypatch
+    cli, dense, tmp_path, out, monkeypatch
 ):
     (dense / "tokenizer.json").write_text("{}")
     events = events_of(monkeypatch)
-    out = tmp_path / "out"
-    done = moecc("convert", dense, out, *PASSES, "--max-shard-bytes", "100000")
-    assert done.code == 0, done.err
+    cli.convert(dense, out, "--max-shard-bytes", "100000", pipeline=PIPELINE)
     renamed = next(i for i, (what, _) in enumerate(events) if what == "rename")
     temporary = Path(events[renamed][1])
     before = {path for what, path in events[:renamed] if what == "fsync"}
@@ -45,25 +43,18 @@ def test_every_file_is_synchronised_before_the_rename_and_the_folder_after(
     assert ("fsync", str(tmp_path)) in events[renamed:]
 
 
-def stopped_midway(dense, out, number):
-    """Start a conversion, and signal it while its temporary folder has weights."""
-    code = (
-        "import os, sys, time\n"
-        "from moecc.formats import writer\n"
-        "from moecc.cli.main import main\n"
-        "blocks = writer.row_blocks\n"
-        "def slow(*args):\n"
-        "    os.write(1, b'writing\\n')\n"  # one call: several threads write
-        "    time.sleep(0.2)\n"
-        "    return blocks(*args)\n"
-        "writer.row_blocks = slow\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-c", code, "convert", str(dense), str(out), *PASSES]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(number)
-    return process
+SLOW = r"""
+import os, sys, time
+from moecc.formats import writer
+from moecc.cli.main import main
+blocks = writer.row_blocks
+def slow(*args):
+    os.write(1, b'writing\n')  # one call: several threads write
+    time.sleep(0.2)
+    return blocks(*args)
+writer.row_blocks = slow
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.parametrize(
@@ -71,8 +62,13 @@ def stopped_midway(dense, out, number):
     [(signal.SIGTERM, 143), (signal.SIGINT, 130)],
     ids=["SIGTERM", "SIGINT"],
 )
-def test_a_signal_leaves_nothing(dense, tmp_path, number, code):
-    _, err = (process := stopped_midway(dense, tmp_path / "out", number)).communicate(timeout=60)
+def test_a_signal_leaves_nothing(dense, tmp_path, out, number, code):
+    """The signal comes while the temporary folder of the conversion has weights."""
+    words = ("convert", dense, out, "-p", PIPELINE, "--to", "mixtral")
+    process = Popen([sys.executable, "-c", SLOW, *words], stdout=PIPE, stderr=PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == ["dense"]

@@ -44,12 +44,7 @@ def remove_the_licence(dense):
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_change_after_the_last_weight_was_read_is_noticed(
-    moecc,
-    dense,
-    tmp_path,
-    monkeypatch,
-    change,
-    name,
+    cli, dense, out, monkeypatch, change, name
 ):
     (dense / "tokenizer.json").write_text("{}")
     (dense / "LICENSE").write_text("of its own")
@@ -59,18 +54,13 @@ def test_a_change_after_the_last_weight_was_read_is_noticed(
             change(dense)
 
     monkeypatch.setattr(Bar, "__call__", at_the_end)
-    done = moecc("convert", dense, tmp_path / "out", "-p", "upcycle", "--to", "mixtral")
-    assert done.code == 1, done.err
-    assert f"{name}: " in done.err
-    assert not (tmp_path / "out").exists()
+    cli.convert(dense, out, code=1, says=f"{name}: ")
+    assert not out.exists()
 
 
-def test_a_model_that_no_pass_reads_is_rejected(moecc, dense, tmp_path):
+def test_a_model_that_no_pass_reads_is_rejected(cli, dense, out):
     """It would be named as a source of what it has no part in."""
-    how = ("--experts", f"b={dense}", "--to", "mixtral")
-    done = moecc("convert", dense, tmp_path / "out", "-p", "upcycle{experts=2}", *how)
-    assert done.code == 2
-    assert "--experts b: no pass reads this model" in done.err
-    assert not (tmp_path / "out").exists()
-    read = "upcycle{experts=2 sources=base,b}"
-    assert moecc("convert", dense, tmp_path / "out", "-p", read, *how).code == 0
+    more = ("--experts", f"b={dense}")
+    cli.convert(dense, out, *more, code=2, says="--experts b: no pass reads this model")
+    assert not out.exists()
+    cli.convert(dense, out, *more, pipeline="upcycle{experts=2 sources=base,b}")

@@ -27,7 +27,7 @@ def configs(draw):
 
 
 @given(configs())
-@settings(max_examples=examples(100, 300), deadline=None)
+@settings(max_examples=examples(100, 300))
 def test_reading_what_was_written_gives_the_same_config(config):
     written = json.loads(json.dumps(config.to_json(), allow_nan=False))
     assert parse_config(written) == config
@@ -35,7 +35,7 @@ def test_reading_what_was_written_gives_the_same_config(config):
 
 
 @given(configs())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_either_half_of_what_was_written_suffices(config):
     written = config.to_json()
     four = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
@@ -51,7 +51,7 @@ def test_either_half_of_what_was_written_suffices(config):
 
 
 @given(configs())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rotary_tables_are_positive_and_finite(config):
     length = config.max_position_embeddings
     found = rotary_frequencies(

@@ -1,9 +1,7 @@
 """What `moecc inspect` says of deep models, which it reads of a few of their layers."""
 
-import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from moecc_passes.roll_layers import RollLayersPass
@@ -17,12 +15,18 @@ from moecc.plan.workload import make_batch, workload
 from moecc.rewrite.passes import Context
 from moecc.support.process import gc_paused
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-MANY, DEPTH = 32, 35
+from .small_config import golden_config
+
+DEPTH = 35
+
+
+@pytest.fixture(autouse=True)
+def many_layers(monkeypatch):
+    monkeypatch.setattr(inspect, "MANY_LAYERS", 32)
 
 
 def deep_config(name):
-    stated = json.loads((GOLDEN / name / "config.json").read_text())
+    stated = golden_config(name)
     layers = {"num_hidden_layers": DEPTH, "num_layers": DEPTH, "num_decoder_layers": DEPTH + 2}
     stated |= {key: depth for key, depth in layers.items() if key in stated}
     if "layer_types" in stated:
@@ -33,15 +37,13 @@ def deep_config(name):
 @pytest.mark.parametrize(
     "name", ["mixtral_gqa", "gemma3_local", "glm4_moe_dense_first", "t5_gated_untied"]
 )
-def test_a_deep_model_is_inspected_as_if_all_its_layers_were_built(name, monkeypatch):
-    monkeypatch.setattr(inspect, "MANY_LAYERS", MANY)
+def test_a_deep_model_is_inspected_as_if_all_its_layers_were_built(name):
     config = deep_config(name)
     assert deep_inspection(config, "deep") == inspection(OpenedModel(build(config), "deep"))
 
 
 @pytest.mark.parametrize("dense", [(0, 1, 20), (34,)])
-def test_a_model_with_another_layer_far_down_is_built(dense, monkeypatch):
-    monkeypatch.setattr(inspect, "MANY_LAYERS", MANY)
+def test_a_model_with_another_layer_far_down_is_built(dense):
     config = replace(deep_config("qwen2_moe_plain"), mlp_only_layers=dense)
     assert deep_inspection(config, "deep") is None
 
@@ -69,8 +71,7 @@ def lines_run(function):
 
 
 def of_depth(layers):
-    stated = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())
-    return build(parse_config(stated | {"num_hidden_layers": layers}))
+    return build(parse_config(golden_config("llama_gqa", num_hidden_layers=layers)))
 
 
 @pytest.mark.parametrize("task", ["plan", "roll"])

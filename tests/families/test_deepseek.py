@@ -17,27 +17,30 @@ from moecc.model.open import open_model
 from moecc.translate.propose import propose
 from moecc.types import F32, F64
 
-from .small_config import GOLDEN
+from .small_config import GOLDEN, golden_arrays, golden_config, relative_error
 
-GROUPS = GOLDEN / "deepseek_v3_groups"
+GROUPS = "deepseek_v3_groups"
 EIGHT_BITS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
-def changed(source, folder, tensors, **keys):
-    """Write a checkpoint with further tensors and other keys in its config."""
-    shutil.copytree(source, folder)
-    config = json.loads((source / "config.json").read_text()) | keys
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({**load_file(source / "model.safetensors"), **tensors}, folder / "model.safetensors")
+def tensors_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def changed(case, folder, tensors, **keys):
+    """Write a golden checkpoint with further tensors and other keys in its config."""
+    shutil.copytree(GOLDEN / case, folder)
+    (folder / "config.json").write_text(json.dumps(golden_config(case, **keys)))
+    save_file({**tensors_of(folder), **tensors}, folder / "model.safetensors")
     return folder
 
 
-def logits(folder):
-    """Return the logits of the golden tokens in float64."""
+def logits(folder, case=GROUPS, backend="reference", dtype=F64):
+    """Return the logits of the tokens of a golden checkpoint."""
     with open_model(str(folder)) as model:
-        run = get_backend("reference").compile(model.graph).run
-        inputs = {"tokens": np.load(GROUPS / "tokens.npy")}
-        return np.asarray(run(dict(model.params(dtype=F64)), inputs)["logits"])
+        program = get_backend(backend).compile(model.graph)
+        tokens = golden_arrays(case, "tokens")
+        return np.asarray(program.run(dict(model.params(dtype=dtype)), tokens)["logits"])
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
@@ -47,43 +50,37 @@ def logits(folder):
 )
 def test_logits_are_those_of_transformers(name, backend):
     dtype, bound = (F64, 1e-7) if backend == "reference" else (F32, 1e-5)
-    with open_model(str(GOLDEN / name)) as model:
-        run = get_backend(backend).compile(model.graph).run
-        tokens = np.load(GOLDEN / name / "tokens.npy")
-        found = np.asarray(run(dict(model.params(dtype=dtype)), {"tokens": tokens})["logits"])
-    expected = np.load(GOLDEN / name / "logits.npy")
-    assert np.abs(found - expected).max() <= bound * np.abs(expected).max()
+    found = logits(GOLDEN / name, name, backend, dtype)
+    assert relative_error(found, np.load(GOLDEN / name / "logits.npy")) <= bound
 
 
 def test_a_kimi_k2_is_a_deepseek_v3_by_another_name(tmp_path):
     kimi = changed(GROUPS, tmp_path / "kimi", {}, model_type="kimi_k2")
-    np.testing.assert_array_equal(logits(kimi), logits(GROUPS))
+    np.testing.assert_array_equal(logits(kimi), logits(GOLDEN / GROUPS))
     moecc.convert(str(kimi), str(tmp_path / "back"), to="deepseek_v3")
     written = json.loads((tmp_path / "back" / "config.json").read_text())
-    expected = parse_config(json.loads((GROUPS / "config.json").read_text())).to_json()
-    assert written == expected
-    before, after = (load_file(f / "model.safetensors") for f in (GROUPS, tmp_path / "back"))
+    assert written == parse_config(golden_config(GROUPS)).to_json()
+    before, after = tensors_of(GOLDEN / GROUPS), tensors_of(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all((before[name] == after[name]).all() for name in before)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3_groups", "glm4_moe_square"])
 def test_a_layer_that_predicts_further_tokens_is_left_out_and_no_other(name, tmp_path):
-    ones, source = np.ones((16, 32), np.float32), GOLDEN / name
+    ones = np.ones((16, 32), np.float32)
     further = {f"model.layers.2.{part}.weight": ones for part in ("eh_proj", "self_attn.q_proj")}
-    folder = changed(source, tmp_path / "further", further)
+    folder = changed(name, tmp_path / "further", further)
     with open_model(str(folder)) as model:
-        assert len(model.graph.params) == len(open_model(str(source)).graph.params)
+        assert len(model.graph.params) == len(open_model(str(GOLDEN / name)).graph.params)
         assert any("eh_proj" in remark for remark in model.remarks()), "what is left out is told"
     del further["model.layers.2.eh_proj.weight"]
     with pytest.raises(InputError, match="tensors of the layers 2"):
-        open_model(str(changed(source, tmp_path / "more", further)))
+        open_model(str(changed(name, tmp_path / "more", further)))
 
 
 def test_weights_in_blocks_of_eight_bits_are_read(tmp_path):
-    tensors = load_file(GROUPS / "model.safetensors")
     rounded, stored = {}, {}
-    for name, value in tensors.items():
+    for name, value in tensors_of(GOLDEN / GROUPS).items():
         if not name.endswith("_proj.weight"):
             continue
         scale = np.full((1, 1), np.abs(value).max() / 448, np.float32)
@@ -98,18 +95,18 @@ def test_weights_in_blocks_of_eight_bits_are_read(tmp_path):
 
 def test_a_change_of_the_experts_of_groups_is_rejected(tmp_path):
     with pytest.raises(InputError, match="in some groups alone"):
-        moecc.convert(str(GROUPS), str(tmp_path / "grown"), pipeline="grow")
+        moecc.convert(str(GOLDEN / GROUPS), str(tmp_path / "grown"), pipeline="grow")
 
 
 def test_groups_are_of_the_graph_and_no_other_family_has_them():
-    config = parse_config(json.loads((GROUPS / "config.json").read_text()))
+    config = parse_config(golden_config(GROUPS))
     graph = build(config)
     assert propose(graph, "deepseek_v3") == config
     assert propose(graph, "kimi_k2").expert_groups == 2
-    problems = propose(graph, "glm4_moe")
-    assert "does not restrict a token to some groups" in " ".join(p.message for p in problems)
-    assert "latent attention" in " ".join(p.message for p in problems)
-    llama = build(parse_config(json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())))
+    problems = "\n".join(map(str, propose(graph, "glm4_moe")))
+    assert "does not restrict a token to some groups" in problems
+    assert "latent attention" in problems
+    llama = build(parse_config(golden_config("llama_gqa")))
     problems = propose(llama, "deepseek_v3")
     assert "no other model becomes a deepseek_v3" in problems[-1].message
 
@@ -129,6 +126,5 @@ def test_groups_are_of_the_graph_and_no_other_family_has_them():
     ],
 )  # fmt: skip
 def test_what_the_family_cannot_compute_is_rejected_by_key(keys, words):
-    config = json.loads((GROUPS / "config.json").read_text())
     with pytest.raises(InputError, match=words):
-        parse_config(config | keys)
+        parse_config(golden_config(GROUPS, **keys))

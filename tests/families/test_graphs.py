@@ -14,7 +14,7 @@ from moecc.ir import equal, parse, print_graph, verify
 from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import evaluate
 
-from .small_config import CASES, GOLDEN, OF_EACH_FAMILY, small
+from .small_config import CASES, GOLDEN, OF_EACH_FAMILY, golden_arrays, relative_error, small
 
 QUICK = {*OF_EACH_FAMILY.values(), *CASES[::3]}
 
@@ -25,17 +25,17 @@ def test_the_imported_graph_gives_the_golden_logits(case):
         graph = import_checkpoint(checkpoint)
         verify(graph)
         (output,) = graph.outputs
-        inputs = {name: np.load(GOLDEN / case / f"{name}.npy") for name in graph.inputs}
+        inputs = golden_arrays(case, *graph.inputs)
         params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
     golden = np.load(GOLDEN / case / f"{output}.npy")
     found = get_backend("reference").compile(graph).run(params, inputs)[output]
     # The file holds float32, rounded once; the reference computes in float64.
-    assert np.abs(found - golden).max() <= 2.0**-24 * np.abs(golden).max() * 1.01
+    assert relative_error(found, golden) <= 2.0**-24 * 1.01
     if not case.startswith(("t5", "switch", "bert", "vit_plain", "whisper_plain", "mpnet_gelu")):
         return
     # The decoders run through xla in other tests.
     single = get_backend("xla").compile(graph).run(params, inputs)[output]
-    assert np.abs(single - golden).max() <= 2e-6 * np.abs(golden).max()
+    assert relative_error(single, golden) <= 2e-6
 
 
 @given(small_configs())
@@ -81,41 +81,34 @@ def test_parameters_are_named_after_tensors_with_axes_as_on_disk():
 def test_fused_experts_are_the_same_model(config):
     apart = random_checkpoint(config, seed=3)
     fused = MemoryCheckpoint(apart.config, _fused(apart.arrays))
-    tokens = np.arange(6).reshape(2, 3) % config.vocab_size
-    graphs = [import_checkpoint(c) for c in (apart, fused)]
-    outputs = [
-        run_checkpoint(g, c, {"tokens": tokens})
-        for g, c in zip(graphs, (apart, fused), strict=True)
-    ]
+    tokens = {"tokens": np.arange(6).reshape(2, 3) % config.vocab_size}
+    outputs, texts = [], []
+    for checkpoint in (apart, fused):
+        graph = import_checkpoint(checkpoint)
+        outputs.append(run_checkpoint(graph, checkpoint, tokens))
+        for value in graph.params.values():
+            value.weight = None
+        texts.append(print_graph(graph))
     np.testing.assert_array_equal(*outputs)
-    text = [print_graph(_without_weights(graph)) for graph in graphs]
-    assert text[0] == text[1]
-
-
-def _without_weights(graph):
-    for value in graph.params.values():
-        value.weight = None
-    return graph
+    assert texts[0] == texts[1]
 
 
 def _fused(arrays):
     """Return `arrays` as transformers 5 holds them: written here from its documentation."""
-    made = {}
+    fused, experts = {}, {}
     for name, array in arrays.items():
-        if ".experts." not in name:
-            made[name.replace("block_sparse_moe.gate", "mlp.gate")] = array
-    words = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
-    groups = {n.split(".experts.")[0] for n in arrays if ".experts." in n}
-    for prefix in groups:
-        matrices = {}
-        for matrix, names in words.items():
-            found = {
-                int(n.split(".experts.")[1].split(".")[0]): a
-                for n, a in arrays.items()
-                if n.startswith(f"{prefix}.experts.") and n.split(".")[-2] in names
-            }
-            matrices[matrix] = np.stack([found[e] for e in sorted(found)])
-        fused = prefix.replace("block_sparse_moe", "mlp") + ".experts."
-        both = np.concatenate([matrices["gate"], matrices["up"]], axis=1)
-        made |= {f"{fused}gate_up_proj": both, f"{fused}down_proj": matrices["down"]}
-    return made
+        prefix, is_expert, rest = name.replace("block_sparse_moe", "mlp").partition(".experts.")
+        if is_expert:
+            number, matrix, _ = rest.split(".")
+            experts.setdefault((prefix, matrix), {})[int(number)] = array
+        else:
+            fused[prefix] = array
+    stacks = {key: np.stack([rows[n] for n in sorted(rows)]) for key, rows in experts.items()}
+    for prefix in {prefix for prefix, _ in stacks}:
+        gate, up, down = (
+            next(stacks[prefix, name] for name in names if (prefix, name) in stacks)
+            for names in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+        )
+        both = np.concatenate([gate, up], axis=1)
+        fused |= {f"{prefix}.experts.gate_up_proj": both, f"{prefix}.experts.down_proj": down}
+    return fused

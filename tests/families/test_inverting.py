@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from family_configs import MemoryCheckpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,38 +10,26 @@ from moecc.ir import F32, tensor
 from moecc.translate.export import tensors_of
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source, transform
-from moecc.weights.movement import (
-    Concat,
-    Index,
-    Merge,
-    Permute,
-    Rename,
-    Slice,
-    Split,
-    Stack,
-    Tile,
-)
+from moecc.weights.movement import Concat, Index, Merge, Permute, Rename, Slice, Split, Stack, Tile
 from moecc.weights.simplify import simplify
 
 
 @st.composite
-def readings(draw, depth=3):
+def readings(draw):
     """Draw an expression made of movements that can be undone, over sources of different names."""
     sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     type = tensor(F32, **{f"a{i}": 2 * size for i, size in enumerate(sizes)})
     counter = iter(range(1000))
     expr = Source(f"t{next(counter)}", type)
-    for level in range(draw(st.integers(0, depth))):
+    for level in range(draw(st.integers(0, 3))):
         kind = draw(st.sampled_from(["stack", "concat", "permute", "rename", "split", "merge"]))
         axis = draw(st.sampled_from(expr.type.names))
         if kind in ("stack", "concat"):
-            count = draw(st.integers(1, 3))
-            parts = tuple(_fresh(expr, counter) for _ in range(count))
-            expr = (
-                Stack(parts, f"s{level}", draw(st.integers(0, expr.type.rank)))
-                if kind == "stack"
-                else Concat(parts, axis)
-            )
+            parts = tuple(_fresh(expr, counter) for _ in range(draw(st.integers(1, 3))))
+        if kind == "stack":
+            expr = Stack(parts, f"s{level}", draw(st.integers(0, expr.type.rank)))
+        elif kind == "concat":
+            expr = Concat(parts, axis)
         elif kind == "permute":
             expr = Permute(expr, tuple(draw(st.permutations(expr.type.names))))
         elif kind == "rename":
@@ -63,26 +52,20 @@ def _fresh(expr, counter):
 def test_reading_the_tensors_gives_the_parameter(read):
     made = Source("parameter", read.type)
     parameter = np.arange(np.prod(read.type.shape), dtype=np.float32).reshape(read.type.shape)
-
-    def whole(name, start=0, stop=None):
-        assert name == "parameter"
-        return parameter[start:stop]
-
-    tensors = dict(tensors_of([(read, made)]))
-    arrays = {name: evaluate(expr, whole) for name, expr in tensors.items()}
-    again = evaluate(read, lambda name, start=0, stop=None: arrays[name][start:stop])
+    before = MemoryCheckpoint({}, {"parameter": parameter})
+    arrays = {n: evaluate(expr, before.read) for n, expr in tensors_of([(read, made)])}
+    again = evaluate(read, MemoryCheckpoint({}, arrays).read)
     np.testing.assert_array_equal(again, parameter)
 
 
 def test_an_axis_of_one_entry_comes_back():
     source = Source("gate", tensor(F32, shared=1, embed=3))
     made = Source("vector", tensor(F32, embed=3))
-    ((name, expr),) = tensors_of([(Index(source, "shared", 0), made)])
+    read = Index(source, "shared", 0)
+    ((name, expr),) = tensors_of([(read, made)])
     assert name == "gate"
     assert expr is simplify(Tile(made, "shared", 1))
-    assert tensors_of([(Index(source, "shared", 0), Index(source, "shared", 0))]) == [
-        ("gate", source)
-    ]
+    assert tensors_of([(read, read)]) == [("gate", source)]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from moecc.families.registry import parse_config
 from moecc.rewrite.passes import Context
 from moecc.translate.propose import propose
 
-from .small_config import SMALL as SIZES
+from .small_config import small
 
 
 def graph_of(family, options=None, **keys):
-    graph = build(parse_config({"model_type": family, **SIZES, **keys}))
+    graph = build(parse_config(small(family, **keys)))
     if options is not None:
         UpcyclePass(**{"experts": 4, "top_k": 2, **options}).apply(graph, Context())
     return graph

@@ -17,8 +17,8 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.translate.engines import verdicts
 from moecc.translate.export import export_graph
 
-from .small_config import GOLDEN, OF_EACH_FAMILY
-from .test_propose import SIZES, graph_of
+from .small_config import GOLDEN, OF_EACH_FAMILY, small
+from .test_propose import graph_of
 
 
 def fitting(graph):
@@ -94,15 +94,13 @@ def test_auto_explains(tmp_path):
 
 
 def config(family, **keys):
-    base = {"model_type": family, **SIZES, "num_local_experts": 4, "num_experts": 4}
-    found = parse_config({**base, "num_experts_per_tok": 2, **keys})
-    assert isinstance(found, MoeConfig)
-    return found
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    return parse_config(small(family, **experts, **keys))
 
 
-def verdict(found, engine):
-    (one,) = (v for v in verdicts(found) if v.engine == engine)
-    return one
+def verdict(config, engine):
+    (verdict_of_engine,) = (v for v in verdicts(config) if v.engine == engine)
+    return verdict_of_engine
 
 
 def test_known_misreadings():
@@ -123,9 +121,8 @@ def test_known_misreadings():
     assert verdict(qwen, "vLLM").reasons == ("queries, keys and values without biases",)
     assert verdict(qwen, "vLLM").silent
     assert "renormalised gates" in verdict(qwen, "llama.cpp").reasons
-    assert (
-        verdict(config("qwen2_moe", norm_topk_prob=False), "llama.cpp").note == "as gguf:qwen2moe"
-    )
+    plain = config("qwen2_moe", norm_topk_prob=False)
+    assert verdict(plain, "llama.cpp").note == "as gguf:qwen2moe"
     partial = config("qwen3_moe", norm_topk_prob=True, decoder_sparse_step=2, head_dim=4)
     assert str(verdict(partial, "llama.cpp")).startswith(
         "llama.cpp ✗ (dense layers among sparse ones"

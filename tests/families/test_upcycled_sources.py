@@ -1,9 +1,7 @@
 """Every dense family upcycles: all blocks are found, and copies compute the golden outputs."""
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 from family_configs import MemoryCheckpoint, run_checkpoint
 from moecc_passes.upcycle.upcycle import UpcyclePass
@@ -17,7 +15,8 @@ from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import evaluate
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+from .small_config import GOLDEN, golden_arrays, relative_error
+
 CASES = (
     "olmo2_square_tied",
     "phi3_square",
@@ -61,11 +60,9 @@ def test_copies_written_as_st_moe_compute_the_golden_outputs(case):
     config = json.loads(json.dumps(made.config_json))
     written = MemoryCheckpoint(config, arrays)
     again = import_checkpoint(written)
-    inputs = {name: np.load(GOLDEN / case / f"{name}.npy") for name in again.inputs}
-    (output,) = again.outputs
-    golden = np.load(GOLDEN / case / f"{output}.npy")
-    found = run_checkpoint(again, written, inputs)
-    assert np.abs(found - golden).max() <= 1e-7 * np.abs(golden).max()
+    found = run_checkpoint(again, written, golden_arrays(case, *again.inputs))
+    (expected,) = golden_arrays(case, *again.outputs).values()
+    assert relative_error(found, expected) <= 1e-7
 
 
 @pytest.mark.parametrize("options", [{}, {"init": "noise", "noise_std": 0.1}, {"shared": 0.5}])

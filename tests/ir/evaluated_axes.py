@@ -10,7 +10,7 @@ import numpy as np
 
 from moecc.ir.arrays import Array, Data
 
-from .operations import Function, sample
+from .operations import Function
 
 TOLERANCE = 1e-9
 STEP = 1e-4
@@ -45,11 +45,10 @@ def other_data(f: Function, at: int, array: Array, seed: int) -> Data:
 
 
 @cache
-def is_elementwise(name: str) -> bool:
+def is_elementwise(f: Function) -> bool:
     """Whether a result is one function of one element of each operand, everywhere."""
-    f = Function(sample(name))
     kinds = {t.dtype.kind for t in f.types}
-    if not f.types or "key" in kinds or len(f.node.results) > 1 or is_identity_on_mesh(name):
+    if not f.types or "key" in kinds or len(f.node.results) > 1 or is_identity_on_mesh(f):
         return False
     wide = max(f.types, key=len)
     if f.node.result.type.names != wide.names or f.node.result.type.sizes != wide.sizes:
@@ -60,8 +59,7 @@ def is_elementwise(name: str) -> bool:
     return depends and not any(crosses(f, n) for n in wide.names)
 
 
-def is_identity_on_mesh(name: str) -> bool:
-    f = Function(sample(name))
+def is_identity_on_mesh(f: Function) -> bool:
     one = f.draw(0)
     type = f.node.results[0].type
     changes = len(f.types) == 1 and str(type) != str(f.types[0]) and type.bare == f.types[0].bare
@@ -122,8 +120,7 @@ def _spreads(f: Function, axis: str, at: int, seed: int) -> bool:
 
 
 @cache
-def is_logical(name: str) -> bool:
+def is_logical(f: Function) -> bool:
     """Whether truth values go in or out of an elementwise operation."""
-    f = Function(sample(name))
     kinds = [t.dtype.kind for t in (*f.types, *(v.type for v in f.node.results))]
-    return is_elementwise(name) and "bool" in kinds
+    return is_elementwise(f) and "bool" in kinds

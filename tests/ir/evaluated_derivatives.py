@@ -10,7 +10,6 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from moecc.ir.arrays import Array, Data
-from moecc.ir.operation import OPS
 from moecc.ir.traits import Residual
 
 from .evaluated_axes import (
@@ -23,20 +22,17 @@ from .evaluated_axes import (
     same,
     with_data,
 )
-from .operations import Function, sample
+from .operations import Function
 
 
 def jacobian(f: Function, arrays: Sequence[Array], at: int) -> Data:
     """Return the derivative of the floating-point results in operand `at`, by differences."""
-    flat = arrays[at].data.ravel()
-    columns = []
-    for i in range(flat.size):
-        ends = []
-        for sign in (1, -1):
-            moved = flat.copy()
-            moved[i] += sign * STEP
-            ends.append(f.floats(with_data(arrays, at, moved.reshape(arrays[at].data.shape))))
-        columns.append((ends[0] - ends[1]) / (2 * STEP))
+    data, columns = arrays[at].data, []
+    for place in np.ndindex(data.shape):
+        step = np.zeros_like(data)
+        step[place] = STEP
+        above, below = (f.floats(with_data(arrays, at, data + d)) for d in (step, -step))
+        columns.append((above - below) / (2 * STEP))
     return np.stack(columns, axis=-1) if columns else np.zeros((0, 0))
 
 
@@ -109,12 +105,10 @@ def _spares_a_reduction(f: Function) -> bool:
 
 
 @cache
-def residual(name: str, of: tuple[int, ...] = ()) -> Residual:
+def residual(f: Function, of: tuple[int, ...] = ()) -> Residual:
     """Return what the derivative reads, in the operands `of` or in all of them."""
-    f = Function(sample(name))
     asked = of or tuple(floats_of(f))
-    entry = OPS[name]
-    if f.node.body is not None or entry.collective is not None or not f.floats(f.draw(0)).size:
+    if f.node.body is not None or f.op.collective is not None or not f.floats(f.draw(0)).size:
         # What a body reads is said by its own operations.
         return Residual()
     read = _read(f, asked)
@@ -145,23 +139,20 @@ def _linear_in(f: Function, positions: Sequence[int]) -> bool:
 
 
 @cache
-def linear(name: str) -> tuple[tuple[int, ...], bool]:
+def linear(f: Function) -> tuple[tuple[int, ...], bool]:
     """Return the operands in which an operation is linear, and whether only in all together."""
-    f = Function(sample(name))
-    entry = OPS[name]
     found = tuple(i for i in floats_of(f) if _linear_in(f, (i,)))
     # Of operations on any number of like operands nothing is said of a single one.
-    many = entry.variadic and len(entry.operands) == 1
-    if found or entry.variadic or is_logical(name):
+    many = f.op.variadic and len(f.op.operands) == 1
+    if found or f.op.variadic or is_logical(f):
         return (() if many else found), False
     together = tuple(floats_of(f))
     return (together, True) if len(together) > 1 and _linear_in(f, together) else ((), False)
 
 
 @cache
-def degrees(name: str) -> tuple[float | None, ...]:
+def degrees(f: Function) -> tuple[float | None, ...]:
     """Return by operand the power at which a factor on it alone comes out, or None."""
-    f = Function(sample(name))
     return tuple(_degree(f, (i,)) if i in floats_of(f) else None for i in range(len(f.types)))
 
 
@@ -187,11 +178,10 @@ def _degree(f: Function, positions: Sequence[int]) -> float | None:
 
 
 @cache
-def alike(name: str) -> tuple[float | None, ...] | None:
+def alike(f: Function) -> tuple[float | None, ...] | None:
     """Return that a common factor on all numbers comes out, where none on one of them does."""
-    f = Function(sample(name))
     numbers = floats_of(f)
-    if len(numbers) < 2 or any(degrees(name)) or not is_elementwise(name):
+    if len(numbers) < 2 or any(degrees(f)) or not is_elementwise(f):
         return None
     if _degree(f, numbers) != 1.0:
         return None

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.ir.operation import OPS
+from moecc.ir.arrays import Array, Data
 from moecc.ir.traits import CollectiveKind, Domain, Role, RowMove
 
 from .evaluated_axes import (
@@ -23,33 +23,36 @@ from .evaluated_axes import (
     with_data,
 )
 from .evaluated_derivatives import close, jacobian, linear
-from .operations import Function, applied, sample
+from .operations import Function, applied
 
 PIECES = ("index", "chunk")
 """Parts of a value whose other parts may be gone when they are used: they are kept themselves."""
 
 
 @cache
-def is_alias(name: str) -> bool:
+def is_alias(f: Function) -> bool:
     """Whether each element of the result is a number times one element of the first operand."""
-    f = Function(sample(name))
-    if not has_one_float(f) or 0 not in floats_of(f) or OPS[name].variadic or name in PIECES:
+    if not has_one_float(f) or 0 not in floats_of(f) or f.op.variadic or f.op.name in PIECES:
         return False
-    if is_identity_on_mesh(name) or blocks_gradient(name):
+    if is_identity_on_mesh(f) or blocks_gradient(f):
         return False
     changes = [jacobian(f, f.draw(seed), 0) for seed in (0, 1)]
-    once = bool(((np.abs(changes[0]) > 1e-9).sum(axis=1) == 1).all())
+    once = bool((_dependencies(changes[0]) == 1).all())
     constant = close(*changes) and same(
         f.floats(f.draw(0)), changes[0] @ f.draw(0)[0].data.ravel(), 1e-6
     )
     return once and constant and not any(reaches(f, i) for i in range(1, len(f.types)))
 
 
+def _dependencies(changes: Data) -> Data:
+    """Return how many elements of the operand each element of the result depends on."""
+    return (np.abs(changes) > 1e-9).sum(axis=1)
+
+
 @cache
-def blocks_gradient(name: str) -> bool:
+def blocks_gradient(f: Function) -> bool:
     """Whether no gradient flows through the lowering of an operation that is the identity."""
-    f = Function(sample(name))
-    if not is_elementwise(name) or len(f.types) != 1 or not has_one_float(f):
+    if not is_elementwise(f) or len(f.types) != 1 or not has_one_float(f):
         return False
     arrays = f.draw(0)
     if not same(f.floats(arrays), arrays[0].data.ravel()):
@@ -57,7 +60,7 @@ def blocks_gradient(name: str) -> bool:
     import jax
     from moecc_backends.xla.backend import function
 
-    node = applied(OPS[name])
+    node = applied(f.op)
     node.graph.set_output("y", node.result)
     run = function(node.graph)
     given = Function(node).inputs(0)
@@ -69,22 +72,21 @@ def blocks_gradient(name: str) -> bool:
 
 
 @cache
-def mixed(name: str) -> frozenset[str]:
+def mixed(f: Function) -> frozenset[str]:
     """Return the axes along which an element of a result needs several elements, or its place."""
-    f = Function(sample(name))
     found = set()
-    if not f.types or OPS[name].collective is not None:
+    if not f.types or f.op.collective is not None:
         return frozenset()
     given = {n for t in f.types for n in t.names}
     made = {n for v in f.node.results for n in v.type.names}
     # The axes of values that are averaged or written into a state count as those of the first.
-    first = (0, 2) if attends(name) or recurs(name) else (0,)
+    first = (0, 2) if attends(f) or recurs(f) else (0,)
     own = {n for at in first if reaches(f, at) for n in f.types[at].names}
     for axis in own | (given & made):
         sizes = [t[axis].size for t in f.types if axis in t]
         there = [v.type[axis].size for v in f.node.results if axis in v.type]
         if not there:
-            moved = is_alias(name) and _keeps_all(f)
+            moved = is_alias(f) and _keeps_all(f)
             if not moved:
                 found.add(axis)
         elif any(s != sizes[0] for s in there) or crosses(f, axis):
@@ -99,10 +101,9 @@ def _keeps_all(f: Function) -> bool:
 
 
 @cache
-def normalises(name: str) -> bool:
+def normalises(f: Function) -> bool:
     """Whether a shift or a factor of the first operand leaves a result of its type as it is."""
-    f = Function(sample(name))
-    if not mixed(name) or 0 not in floats_of(f) or not has_one_float(f):
+    if not mixed(f) or 0 not in floats_of(f) or not has_one_float(f):
         return False
     if f.node.result.type != f.types[0]:
         return False
@@ -114,10 +115,9 @@ def normalises(name: str) -> bool:
 
 
 @cache
-def domain(name: str) -> Domain:
+def domain(f: Function) -> Domain:
     """Return where an elementwise operation is defined."""
-    f = Function(sample(name))
-    if not is_elementwise(name) or not has_one_float(f):
+    if not is_elementwise(f) or not has_one_float(f):
         return Domain.REAL
     arrays = f.draw(0)
 
@@ -134,11 +134,10 @@ def domain(name: str) -> Domain:
 
 
 @cache
-def commutes(name: str) -> bool:
+def commutes(f: Function) -> bool:
     """Whether two operands may be exchanged."""
-    f = Function(sample(name))
     arrays = f.draw(0)
-    if len(arrays) != 2 or OPS[name].variadic or {t.dtype for t in f.types} != {f.types[0].dtype}:
+    if len(arrays) != 2 or f.op.variadic or {t.dtype for t in f.types} != {f.types[0].dtype}:
         return False
     try:
         one, other = f(arrays)[0], f(arrays[::-1])[0]
@@ -148,9 +147,8 @@ def commutes(name: str) -> bool:
 
 
 @cache
-def roles(name: str) -> tuple[Role, ...]:
+def roles(f: Function) -> tuple[Role, ...]:
     """Return what a parameter is in each operand; the last ones are said if they are something."""
-    f = Function(sample(name))
     found = [_role(f, i) for i in range(len(f.types))]
     while found and found[-1] is Role.VALUE:
         found.pop()
@@ -158,16 +156,15 @@ def roles(name: str) -> tuple[Role, ...]:
 
 
 def _role(f: Function, at: int) -> Role:
-    name = f.node.op.name
     if at not in floats_of(f) or not has_one_float(f):
         return Role.VALUE
-    if len(f.types) == 2 and linear(name) == ((0, 1), False) and mixed(name):
+    if len(f.types) == 2 and linear(f) == ((0, 1), False) and mixed(f):
         return Role.MATRIX
-    if linear(name)[0] == (at,) and len(f.types) == 2 and f.types[1].dtype.kind == "int":
+    if linear(f)[0] == (at,) and len(f.types) == 2 and f.types[1].dtype.kind == "int":
         return Role.TABLE if not f.node.results[0].type.extents and _picks(f) else Role.VALUE
-    summed = len(f.types) == 2 and linear(name) == ((0, 1), True)
-    among = commutes(name) or summed or (normalises(name) and at > 0)
-    if not among or not (is_elementwise(name) or normalises(name)):
+    summed = len(f.types) == 2 and linear(f) == ((0, 1), True)
+    among = commutes(f) or summed or (normalises(f) and at > 0)
+    if not among or not (is_elementwise(f) or normalises(f)):
         return Role.VALUE
     arrays = f.draw(0)
     made = f.floats(arrays)
@@ -181,15 +178,13 @@ def _role(f: Function, at: int) -> Role:
 
 def _picks(f: Function) -> bool:
     """Whether the second operand picks elements of the first: more rows need no more of it."""
-    changes = jacobian(f, f.draw(0), 0)
-    return bool(((np.abs(changes) > 1e-9).sum(axis=1) == 1).all()) and reaches(f, 1)
+    return bool((_dependencies(jacobian(f, f.draw(0), 0)) == 1).all()) and reaches(f, 1)
 
 
 @cache
-def moves(name: str) -> RowMove | None:
+def moves(f: Function) -> RowMove | None:
     """Return whether tokens or gates go to slots, or rows come back, by the axes of all."""
-    f = Function(sample(name))
-    if name == "ragged_all_to_all" or not f.node.results:
+    if f.op.name == "ragged_all_to_all" or not f.node.results:
         return None
     slot = "slot" in f.node.results[0].type, any("slot" in t for t in f.types)
     of_choices = len(f.types) == 3 and f.types[0].names == f.types[2].names
@@ -198,31 +193,25 @@ def moves(name: str) -> RowMove | None:
 
 
 @cache
-def collective(name: str) -> CollectiveKind | None:
+def collective(f: Function) -> CollectiveKind | None:
     """Return what a collective does, by where its operand and its result lie."""
-    f = Function(sample(name))
-    if len(f.types) != 1 or (not is_identity_on_mesh(name) and "mesh" not in OPS[name].attrs):
-        return (
-            CollectiveKind.ANY
-            if "to" in OPS[name].attrs and len(f.types) == 1 and name == "reshard"
-            else None
-        )
-    if "mesh" not in OPS[name].attrs:
-        return CollectiveKind.ANY
+    if len(f.types) != 1:
+        return None
+    if "mesh" not in f.op.attrs:
+        is_any = f.op.name == "reshard" or is_identity_on_mesh(f)
+        return CollectiveKind.ANY if is_any else None
     before, after = f.types[0], f.node.result.type
-    lies = {a.name: a.mesh for a in before}, {a.name: a.mesh for a in after}
-    gained = any(len(lies[1][n]) > len(lies[0][n]) for n in lies[0])
-    lost = any(len(lies[1][n]) < len(lies[0][n]) for n in lies[0])
+    gained = any(len(after[a.name].mesh) > len(a.mesh) for a in before)
+    lost = any(len(after[a.name].mesh) < len(a.mesh) for a in before)
     if before.unreduced != after.unreduced or (lost and not gained):
         return CollectiveKind.BRINGS
     return CollectiveKind.EXCHANGES if lost else CollectiveKind.LOCAL
 
 
 @cache
-def attends(name: str) -> bool:
+def attends(f: Function) -> bool:
     """Whether rows of the third operand are averaged, by weights that the first two decide."""
-    f = Function(sample(name))
-    if linear(name)[0] != (2,) or not (reaches(f, 0) and reaches(f, 1)):
+    if linear(f)[0] != (2,) or not (reaches(f, 0) and reaches(f, 1)):
         return False
     arrays = f.draw(0)
     made = f.floats(with_data(arrays, 2, np.ones_like(arrays[2].data)))
@@ -230,15 +219,14 @@ def attends(name: str) -> bool:
 
 
 @cache
-def recurs(name: str) -> bool:
+def recurs(f: Function) -> bool:
     """Whether the order counts along an axis that the third operand has and no result has."""
-    f = Function(sample(name))
-    if linear(name)[0] != (0, 2):
+    if linear(f)[0] != (0, 2):
         return False
     arrays, results = f.draw(0), f.node.results
     gone = [n for n in f.types[2].names if all(n not in v.type for v in results)]
     for axis in gone:
-        order = range(int(str(f.types[2][axis].size)) - 1, -1, -1)
+        order = range(arrays[2].size(axis))[::-1]
         turned = f.floats([taken(a, axis, order) for a in arrays])
         if not same(turned, f.floats(arrays)):
             return True
@@ -246,26 +234,23 @@ def recurs(name: str) -> bool:
 
 
 @cache
-def chooses(name: str) -> bool:
+def chooses(f: Function) -> bool:
     """Whether scores in the first operand decide whole numbers."""
-    f = Function(sample(name))
     decided = bool(f.types) and f.types[0].dtype.is_float
     return decided and f.node.results[0].type.dtype.kind == "int" and reaches(f, 0)
 
 
 @cache
-def assigns_slots(name: str) -> bool:
+def assigns_slots(f: Function) -> bool:
     """Whether the last result says where rows go."""
-    f = Function(sample(name))
     return f(f.draw(0))[-1].assignment is not None
 
 
 @cache
-def index(name: str) -> tuple[int, int, bool] | None:
+def index(f: Function) -> tuple[int, int, bool] | None:
     """Return the operand whose integers pick something, what they stay below, and if they must."""
-    f = Function(sample(name))
     arrays = f.draw(0)
-    if OPS[name].elementwise or any(a.assignment is not None for a in arrays):
+    if f.op.elementwise or any(a.assignment is not None for a in arrays):
         return None
     for at, type in enumerate(f.types):
         if type.dtype.kind != "int" or not (_is_nothing(f, at, 10**6) and _is_nothing(f, at, -1)):
@@ -275,10 +260,15 @@ def index(name: str) -> tuple[int, int, bool] | None:
     return None
 
 
-def _fails(f: Function, at: int, number: int) -> bool:
+def _filled(f: Function, at: int, number: int) -> list[Array]:
+    """Return the results where an operand is `number` everywhere."""
     arrays = f.draw(0)
+    return f(with_data(arrays, at, np.full_like(arrays[at].data, number)))
+
+
+def _fails(f: Function, at: int, number: int) -> bool:
     try:
-        f(with_data(arrays, at, np.full_like(arrays[at].data, number)))
+        _filled(f, at, number)
     except (InputError, IndexError):
         return True
     return False
@@ -288,11 +278,10 @@ def _is_nothing(f: Function, at: int, number: int) -> bool:
     """Whether an operand that is `number` everywhere is refused, or gives nothing but a default."""
     if _fails(f, at, number):
         return True
-    arrays = f.draw(0)
-    made = f(with_data(arrays, at, np.full_like(arrays[at].data, number)))[0].data
+    made = _filled(f, at, number)[0].data
     return bool((made == -1).all() or (made.dtype == np.float64 and not made.any()))
 
 
 def adds_up(f: Function) -> bool:
     """Whether an element of the result is a sum over several of the first operand."""
-    return bool(((np.abs(jacobian(f, f.draw(0), 0)) > 1e-9).sum(axis=1) > 1).any())
+    return bool((_dependencies(jacobian(f, f.draw(0), 0)) > 1).any())

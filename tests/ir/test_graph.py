@@ -16,9 +16,8 @@ def chain():
 
 def test_a_used_node_is_not_erased():
     graph, _ = chain()
-    node = graph.value("r").node
     with pytest.raises(ValueError, match="still has users"):
-        node.erase()
+        graph.value("r").node.erase()
     verify(graph)
 
 
@@ -56,12 +55,12 @@ def test_a_failed_rename_changes_nothing():
 
 def test_replacing_a_value_reaches_operands_and_outputs():
     graph, b = chain()
-    r = graph.value("r")
+    r, x = graph.value("r"), graph.inputs["x"]
     twice = b.add(r, r)
     graph.set_output("r", r)
-    graph.value("r").replace_by(graph.inputs["x"])
-    assert twice.node.operands == [graph.inputs["x"]] * 2
-    assert graph.outputs["r"] is graph.inputs["x"]
+    r.replace_by(x)
+    assert twice.node.operands == [x, x]
+    assert graph.outputs["r"] is x
     assert r.users == {}
     verify(graph)
 

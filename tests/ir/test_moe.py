@@ -8,22 +8,22 @@ from moecc.ir.moe import emit_routing, emit_shared_gate
 
 
 def start(**router):
+    """Return a builder, tokens and a router."""
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", seq="S", embed=8))
-    return graph, Builder(graph, loc="layers.0.ffn"), (x, graph.param("r", tensor(F32, **router)))
+    return Builder(graph, loc="layers.0.ffn"), x, graph.param("r", tensor(F32, **router))
 
 
 @pytest.mark.parametrize("axes", [{"expert": 5, "embed": 8}, {"head": 4, "embed": 8}])
 def test_a_router_of_another_size_is_refused(axes):
-    _, b, (x, router) = start(**axes)
     with pytest.raises(InputError, match="one row per expert"):
-        emit_routing(b, x, router, experts=4, top_k=2)
+        emit_routing(*start(**axes), experts=4, top_k=2)
 
 
 def test_the_gate_of_a_shared_expert_multiplies_tokens():
-    graph, b, (x, gate) = start(embed=8)
+    b, x, gate = start(embed=8)
     y = emit_shared_gate(b, x, gate, x)
-    graph.set_output("y", y)
-    verify(graph)
+    b.graph.set_output("y", y)
+    verify(b.graph)
     assert y.type == x.type
-    assert [n.op.name for n in graph] == ["contract", "sigmoid", "mul"]
+    assert [n.op.name for n in b.graph] == ["contract", "sigmoid", "mul"]

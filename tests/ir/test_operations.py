@@ -1,8 +1,7 @@
 """The declarations of operations: methods that build them, and typed attributes."""
 
-from moecc.ir import OPS, Builder, Graph, tensor
+from moecc.ir import I32, OPS, Builder, Graph, tensor
 from moecc.ir.ops.slots import SlotsOp
-from moecc.types import I32
 
 
 def test_a_common_class_reads_every_operation_with_the_trait():

@@ -116,8 +116,8 @@ def test_every_float_attribute_round_trips(value):
     x = graph.input("x", tensor(F32, batch="B"))
     graph.set_output("y", b.scale(x, by=value))
     laws.check_round_trip(graph)
-    found = next(iter(parse(print_graph(graph)))).attrs["by"]
-    assert found == value
+    (node,) = parse(print_graph(graph))
+    assert node.attrs["by"] == value
 
 
 @pytest.mark.parametrize("name", ["é", "a b", "a-b", "", "1a", "a\n"])

@@ -11,15 +11,20 @@ from moecc.ir import (
     Axis,
     Builder,
     Graph,
+    TensorType,
     clone,
     equal,
     fingerprint,
     parse,
     print_graph,
-    tensor,
 )
 from moecc.testing import graphs, random_graph
-from moecc.types import Extent
+
+
+def alike(a, b):
+    """Return whether two graphs are equal, and check that their hashes say the same."""
+    assert equal(a, b) == equal(b, a) == (fingerprint(a) == fingerprint(b))
+    return equal(a, b)
 
 
 def shuffled_names(graph):
@@ -38,17 +43,16 @@ def test_names_of_results_and_places_do_not_count(graph):
     other = shuffled_names(graph)
     for node in other:
         node.loc, node.origin = "elsewhere", "other/rule"
-    assert equal(graph, other)
-    assert fingerprint(graph) == fingerprint(other)
+    assert alike(graph, other)
     assert equal(parse(print_graph(other)), graph)
 
 
 @given(graphs(), graphs())
 def test_the_hash_tells_graphs_apart_as_equality_does(a, b):
-    assert equal(a, b) == equal(b, a) == (fingerprint(a) == fingerprint(b))
+    alike(a, b)
 
 
-def changed_attribute(graph, node):
+def changed_attribute(node):
     for name, spec in node.op.attrs.items():
         if spec.kind == "float":
             # Adding to the −∞ of a mask would change nothing.
@@ -61,7 +65,7 @@ def changed_attribute(graph, node):
     return False
 
 
-def changed_operation(graph, node):
+def changed_operation(node):
     swap = {"relu": "silu", "silu": "relu", "add": "sub", "mul": "add", "mean": "sum"}
     if node.op.name not in swap:
         return False
@@ -69,7 +73,7 @@ def changed_operation(graph, node):
     return True
 
 
-def exchanged_operands(graph, node):
+def exchanged_operands(node):
     if len(node.operands) < 2 or node.operands[0] is node.operands[1]:
         return False
     a, b = node.operands[:2]
@@ -88,20 +92,17 @@ def test_any_other_change_counts(graph, data):
     change = data.draw(
         st.sampled_from([changed_attribute, changed_operation, exchanged_operands]), label="change"
     )
-    if change(other, list(other)[index]):
-        assert not equal(graph, other)
-        assert fingerprint(graph) != fingerprint(other)
+    if change(list(other)[index]):
+        assert not alike(graph, other)
 
 
-def small(**changes):
+def small(attr=1, input="x", param="w", output="y", dtype=F32, mesh=()):
     """Return a small graph, one thing of which may be another."""
-    was = {"attr": 1, "input": "x", "param": "w", "output": "y", "dtype": F32, "mesh": ()} | changes
-    graph = Graph("g", {"layers": was["attr"]})
-    type = tensor(was["dtype"], batch="B", embed=4)
-    axis = Axis("embed", 4, was["mesh"])
-    x = graph.input(was["input"], type.with_axes((type.axes[0], axis)))
-    w = graph.param(was["param"], type.with_axes((axis,)))
-    graph.set_output(was["output"], Builder(graph).mul(x, w))
+    graph = Graph("g", {"layers": attr})
+    batch, embed = Axis("batch", "B"), Axis("embed", 4, mesh)
+    x = graph.input(input, TensorType(dtype, (batch, embed)))
+    w = graph.param(param, TensorType(dtype, (embed,)))
+    graph.set_output(output, Builder(graph).mul(x, w))
     return graph
 
 
@@ -118,9 +119,8 @@ def small(**changes):
     ids=str,
 )
 def test_names_of_inputs_parameters_and_outputs_count(change):
-    assert equal(small(), small())
-    assert not equal(small(), small(**change))
-    assert fingerprint(small()) != fingerprint(small(**change))
+    assert alike(small(), small())
+    assert not alike(small(), small(**change))
 
 
 def test_extents_are_compared_up_to_renaming():
@@ -136,10 +136,8 @@ def test_extents_are_compared_up_to_renaming():
     graph = parse(text)
     renamed = parse(text.replace("%p", "%slots").replace("%q", "%p"))
     other = parse(text.replace("%x, %e, %p", "%x, %e, %q").replace("ragged(%p)", "ragged(%q)"))
-    assert equal(graph, renamed)
-    assert fingerprint(graph) == fingerprint(renamed)
-    assert not equal(graph, other)
-    assert fingerprint(graph) != fingerprint(other)
+    assert alike(graph, renamed)
+    assert not alike(graph, other)
 
 
 def test_a_copy_refers_to_its_own_values():
@@ -147,6 +145,4 @@ def test_a_copy_refers_to_its_own_values():
     copy = clone(graph)
     mine = {v for n in copy for v in n.results} | {*copy.inputs.values(), *copy.params.values()}
     assert all(v in mine for n in copy for v in n.operands)
-    for node in copy:
-        for value in node.results:
-            assert all(isinstance(e, Extent) and e.value in mine for e in value.type.extents)
+    assert all(extent.value in mine for v in mine for extent in v.type.extents)

@@ -18,15 +18,13 @@ import numpy as np
 def model(config: str, pipeline: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Return the graph of a golden config after a pipeline, parameters and inputs."""
     from moecc.families import build
-    from moecc.rewrite.passes import Context
     from moecc.rewrite.pipeline import Pipeline
     from moecc.rewrite.runner import run_pipeline
     from moecc.testing import inputs_for, params_for, sizes_for
     from tests.support.family_configs import read_config
 
     graph = build(read_config(Path(config)))
-    if pipeline:
-        run_pipeline(graph, Pipeline.parse(pipeline), context=Context())
+    run_pipeline(graph, Pipeline.parse(pipeline))
     sizes = dict.fromkeys(sizes_for(graph, 0), 6) | {"B": 8}
     params = params_for(graph, 1, sizes)
     return graph, {n: a.astype(np.float32) for n, a in params.items()}, inputs_for(graph, 1, sizes)

@@ -5,11 +5,7 @@ import pytest
 from moecc.errors import UsageError
 from moecc.launch.processes import ProcessInfo, cluster_process, process_info
 
-WHOLE = {
-    "MOECC_COORDINATOR": "127.0.0.1:8476",
-    "MOECC_PROCESSES": "4",
-    "MOECC_PROCESS": "3",
-}
+WHOLE = {"MOECC_COORDINATOR": "127.0.0.1:8476", "MOECC_PROCESSES": "4", "MOECC_PROCESS": "3"}
 
 
 def test_a_place_is_read_as_it_is_written():
@@ -32,9 +28,8 @@ def test_a_place_is_read_as_it_is_written():
     ],
 )
 def test_what_is_no_place_is_told(change, says):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(UsageError, match=says):
         process_info({**WHOLE, **change})
-    assert says in str(error.value)
 
 
 SLURM = {

@@ -3,15 +3,17 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import numpy as np
 import pytest
 from tiers import few
+
+from moecc.cli.main import main
 
 pytest.importorskip("jax")
 
@@ -21,16 +23,19 @@ PROGRAM = HERE / "program.py"
 BOUND_SECONDS = 5
 
 
-def launched(processes, *command, env=None, more=()):
-    words = [sys.executable, "-m", "moecc", "launch", "local", "-n", str(processes), *more, "--"]
-    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return subprocess.Popen(
-        [*words, *map(str, command)],
-        env={**clean, "JAX_PLATFORMS": "cpu", **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def launched(processes, *command, flags=""):
+    launch = (sys.executable, "-m", "moecc", "launch", "local", "-n", str(processes), "--")
+    return Popen(
+        [*launch, *command], env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        stdout=PIPE, stderr=PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(run):
+    """Wait for processes, which must print nothing; return what they say."""
+    printed, said = run.communicate(timeout=300)
+    assert (run.returncode, printed) == (0, ""), said
+    return said
 
 
 def one_process(config, pipeline):
@@ -41,8 +46,8 @@ def one_process(config, pipeline):
 
     graph, params, inputs = model(str(config), pipeline)
     value, gradients = jax.value_and_grad(loss_of(graph))(params, inputs)
-    found = {f"grad {n}": np.asarray(g) for n, g in gradients.items()}
-    return {"loss": value, "logits": function(graph)(params, inputs)["logits"], **found}
+    arrays = {f"grad {name}": np.asarray(gradient) for name, gradient in gradients.items()}
+    return {"loss": value, "logits": function(graph)(params, inputs)["logits"], **arrays}
 
 
 CAPACITY = "specialize{mode=train capacity-factor=0.75 groups=1}"
@@ -53,51 +58,25 @@ CAPACITY = "specialize{mode=train capacity-factor=0.75 groups=1}"
 @pytest.mark.parametrize(("processes", "devices", "pipeline"), [(2, 2, CAPACITY), (4, 1, "")])
 def test_logits_and_gradients_are_those_of_one_process(processes, devices, pipeline, tmp_path):
     config, out = GOLDEN / "mixtral_gqa", tmp_path / "out.npz"
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    run = launched(processes, "python", PROGRAM, "train", config, pipeline, out, env=flags)
-    printed, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, errors
-    assert printed == ""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    wait_for(launched(processes, "python", PROGRAM, "train", config, pipeline, out, flags=flags))
     expected = one_process(config, pipeline)
-    with np.load(out) as found:
-        assert found["counts"].tolist() == [processes, processes * devices]
-        assert set(found) == {"counts", *expected}
+    with np.load(out) as arrays:
+        assert arrays["counts"].tolist() == [processes, processes * devices]
+        assert set(arrays) == {"counts", *expected}
         for name, array in expected.items():
             scale = max(1.0, float(np.abs(array).max(initial=0)))
-            np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)
-    assert any(np.abs(expected[f"grad {n}"]).max() > 1e-3 for n in _experts(expected))
-
-
-def _experts(arrays):
-    return [n.removeprefix("grad ") for n in arrays if "experts" in n]
+            np.testing.assert_allclose(arrays[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)
+    assert any(np.abs(a).max() > 1e-3 for name, a in expected.items() if "experts" in name)
 
 
 def test_moecc_run_in_two_processes_writes_what_one_writes(tmp_path):
-    tokens = tmp_path / "tokens.npy"
+    tokens, one, two = (str(tmp_path / f"{name}.npy") for name in ("tokens", "one", "two"))
     np.save(tokens, np.random.default_rng(0).integers(0, 37, (4, 6)).astype(np.int32))
-    args = ["run", str(GOLDEN / "llama_gqa"), "--inputs", str(tokens), "--outputs"]
-    run = launched(2, *args, tmp_path / "two.npy")
-    printed, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, errors
-    assert printed == ""
-    assert errors.count("written to") == 1
-    from moecc.cli.main import main
-
-    assert main([*args, str(tmp_path / "one.npy")]) == 0
-    one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
-    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-5)
-
-
-def read_until(stream, pattern, count):
-    """Return what matched `count` times, and the lines up to there."""
-    found = []
-    lines = []
-    for line in stream:
-        lines.append(line)
-        found += re.findall(pattern, line)
-        if len(found) == count:
-            return found, lines
-    raise AssertionError(f"it ended: {''.join(lines)}")
+    command = ["run", str(GOLDEN / "llama_gqa"), "--inputs", tokens, "--outputs"]
+    assert wait_for(launched(2, *command, two)).count("written to") == 1
+    assert main([*command, one]) == 0
+    np.testing.assert_allclose(np.load(two), np.load(one), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("victim", few([0, 1]))
@@ -106,9 +85,12 @@ def test_killing_one_ends_the_others_within_five_seconds(victim):
     guard = threading.Timer(120, run.kill)
     guard.start()
     try:
-        assert run.stderr is not None
-        going, _ = read_until(run.stderr, r"\[(\d)\] going (\d+)", 2)
-        pids = {int(number): int(pid) for number, pid in going}
+        pids, lines = {}, []
+        while len(pids) < 2:
+            lines.append(run.stderr.readline())
+            assert lines[-1], f"it ended: {''.join(lines)}"
+            if going := re.search(r"\[(\d)\] going (\d+)", lines[-1]):
+                pids[int(going[1])] = int(going[2])
         start = time.monotonic()
         os.kill(pids[victim], signal.SIGKILL)
         _, errors = run.communicate(timeout=60)
@@ -117,7 +99,7 @@ def test_killing_one_ends_the_others_within_five_seconds(victim):
         guard.cancel()
     assert run.returncode == 4
     # The message names the one that died, whatever the other made of it.
-    assert re.search(rf"error: process {victim} of 2 was ended by SIGKILL", errors)
+    assert f"error: process {victim} of 2 was ended by SIGKILL" in errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
     assert took < BOUND_SECONDS
 
@@ -128,8 +110,7 @@ def test_differences_name_the_process_and_what():
     same = [("dtype", "bf16"), ("jax", "0.10.2")]
     assert list(differences([same, same, same])) == []
     other = [("dtype", "f32"), ("jax", "0.12.0")]
-    found = list(differences([same, same, other]))
-    assert [p.message for p in found] == [
+    assert [problem.message for problem in differences([same, same, other])] == [
         "process 2 has another dtype than process 0",
         "process 2 has another jax than process 0",
     ]

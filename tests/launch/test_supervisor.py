@@ -17,21 +17,19 @@ BOUND_SECONDS = 5
 ME = "import os, sys, time; me = int(os.environ['MOECC_PROCESS'])\n"
 
 
-def run(code, processes=3, *, stuck_seconds=None):
+def run(code, processes=3, **options):
+    """Run a program; return how it ended, what was said, and exit codes, which all must have."""
     said = []
     command = [sys.executable, "-c", ME + textwrap.dedent(code)]
-    supervisor = Supervisor(command, processes, stuck_seconds=stuck_seconds, say=said.append)
-    return supervisor.run(), said, supervisor
+    supervisor = Supervisor(command, processes, say=said.append, **options)
+    ended = supervisor.run()
+    codes = [process.popen.poll() for process in supervisor.processes]
+    assert None not in codes
+    return ended, said, codes
 
 
-def all_gone(supervisor):
-    return all(p.popen.poll() is not None for p in supervisor.processes)
-
-
-def test_processes_know_their_places_and_the_first_has_the_output(
-    capfdbinary,
-):
-    ended, said, supervisor = run(
+def test_processes_know_their_places_and_the_first_has_the_output(capfdbinary):
+    ended, said, _ = run(
         """
         print("output of", me, os.environ["MOECC_PROCESSES"])
         print("[Gloo] Rank [Gloo] Rank 1 is connected to 3 peer ranks. Expected number: 3")
@@ -42,27 +40,24 @@ def test_processes_know_their_places_and_the_first_has_the_output(
     assert ended == Ended(0)
     assert sorted(said) == [f"[{i}] line of {i}" for i in range(3)]
     assert capfdbinary.readouterr().out == b"output of 0 3\n"
-    assert all_gone(supervisor)
 
 
 def test_one_that_fails_ends_the_others_with_its_code():
     start = time.monotonic()
-    ended, said, supervisor = run("sys.exit(3) if me == 1 else time.sleep(60)")
+    ended, said, _ = run("sys.exit(3) if me == 1 else time.sleep(60)")
     assert time.monotonic() - start < BOUND_SECONDS + 5
     assert ended.exit_code == 3
     assert said[-1] == "error: process 1 of 3 failed with exit code 3; the others were ended"
-    assert all_gone(supervisor)
 
 
 def test_one_that_is_killed_ends_the_others():
-    ended, said, supervisor = run("os.kill(os.getpid(), 9) if me == 2 else time.sleep(60)")
+    ended, said, _ = run("os.kill(os.getpid(), 9) if me == 2 else time.sleep(60)")
     assert ended.exit_code == 4
     assert "process 2 of 3 was ended by SIGKILL" in said[-1]
-    assert all_gone(supervisor)
 
 
 def test_one_that_refuses_to_end_is_killed(tmp_path):
-    ended, _, supervisor = run(
+    ended, _, codes = run(
         f"""
         import signal
         here = {str(tmp_path)!r}
@@ -77,14 +72,13 @@ def test_one_that_refuses_to_end_is_killed(tmp_path):
         processes=2,
     )
     assert ended.exit_code == 1
-    assert all_gone(supervisor)
-    assert supervisor.processes[1].popen.returncode == -signal.SIGKILL
+    assert codes[1] == -signal.SIGKILL
 
 
 @pytest.mark.slow
 def test_one_that_makes_no_step_ends_all():
     """A stopped process neither fails nor finishes; the others go on reporting steps."""
-    ended, said, supervisor = run(
+    ended, said, _ = run(
         """
         from moecc.launch.processes import Watchdog
         watchdog = Watchdog({})
@@ -99,7 +93,6 @@ def test_one_that_makes_no_step_ends_all():
     )
     assert ended.exit_code == 4
     assert "process 1 of 3 made no step for 3 s" in said[-1]
-    assert all_gone(supervisor)
 
 
 @pytest.mark.parametrize("phase", ["start", "step", "evaluation", "save"])
@@ -149,8 +142,8 @@ def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch):
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     try:
         with pytest.raises(KeyboardInterrupt):
-            Supervisor(sleeping, 2, say=lambda line: None).run()
-        assert [p.pid for p in started if is_running(p.pid)] == []
+            Supervisor(sleeping, 2, say=print).run()
+        assert not any(is_running(process.pid) for process in started)
     finally:
         for process in started:
             process.kill()

@@ -8,29 +8,44 @@ import subprocess
 import pytest
 import yaml
 
-from moecc.cli.main import main
 from moecc.launch.processes import ProcessInfo, process_info
 
 TRAIN = ("--", "train", "recipe:upcycle", "--out", "run", "--set", 'a="b c"')
 CONVERT = ("--", "convert", "source", "out dir", "-p", "upcycle{experts=8 top-k=2}")
+JOIN = (*CONVERT[1:], "--join", "--threads", "8", "--resume")
 CLUSTER = ("--image", "registry/moecc:1", "--queue", "team", "--volume", "data")
 
 
 @pytest.fixture
-def printed(capsys):
+def printed(moecc):
     """Return what ``moecc launch template ARGS`` prints."""
 
     def run(*words):
-        capsys.readouterr()
-        assert main(["launch", "template", *words]) == 0
-        return capsys.readouterr().out
+        done = moecc("launch", "template", *words)
+        assert done.code == 0, done.err
+        return done.out
 
     return run
 
 
-def pods(jobset):
+@pytest.fixture
+def loaded(printed):
+    """Return the YAML that a template prints."""
+    return lambda *words: yaml.safe_load(printed(*words))
+
+
+def jobs_of(jobset):
     """Return the jobs of a JobSet by name."""
     return {job["name"]: job["template"]["spec"] for job in jobset["spec"]["replicatedJobs"]}
+
+
+def container_of(job):
+    return job["template"]["spec"]["containers"][0]
+
+
+def script_of(task):
+    """Return what a task of SkyPilot runs, where it stands."""
+    return task["run"].replace("cd /work\n", "")
 
 
 def with_stubs(folder, script, **environment):
@@ -57,12 +72,12 @@ def noted_process(folder):
     return process_info({name: value for name, _, value in lines})
 
 
-def test_a_jobset_tells_each_host_its_process(printed):
-    jobset = yaml.safe_load(printed("jobset", "--machine", "h100x16", *CLUSTER, *TRAIN))
+def test_a_jobset_tells_each_host_its_process(loaded):
+    jobset = loaded("jobset", "--machine", "h100x16", *CLUSTER, *TRAIN)
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
-    job = pods(jobset)["workers"]
-    container = job["template"]["spec"]["containers"][0]
+    job = jobs_of(jobset)["workers"]
+    container = container_of(job)
     assert container["command"] == ["moecc", *TRAIN[1:]]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     variables = {v["name"]: v.get("value", "1") for v in container["env"]}
@@ -71,42 +86,42 @@ def test_a_jobset_tells_each_host_its_process(printed):
     assert job["completions"] == job["parallelism"] == 2
 
 
-def test_a_jobset_asks_for_slices_of_tpus(printed):
-    text = printed("jobset", "--machine", "tpu:v5p:4x4x4:2", *CLUSTER, *TRAIN)
-    jobs = yaml.safe_load(text)["spec"]["replicatedJobs"]
-    pod = jobs[0]["template"]["spec"]["template"]["spec"]
-    assert (jobs[0]["replicas"], jobs[0]["template"]["spec"]["completions"]) == (2, 16)
-    assert set(pod["nodeSelector"].values()) == {"tpu-v5p-slice", "4x4x4"}
-    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+def test_a_jobset_asks_for_slices_of_tpus(loaded):
+    jobset = loaded("jobset", "--machine", "tpu:v5p:4x4x4:2", *CLUSTER, *TRAIN)
+    replicated = jobset["spec"]["replicatedJobs"][0]
+    job = replicated["template"]["spec"]
+    assert (replicated["replicas"], job["completions"]) == (2, 16)
+    selector = job["template"]["spec"]["nodeSelector"]
+    assert set(selector.values()) == {"tpu-v5p-slice", "4x4x4"}
+    assert container_of(job)["resources"]["limits"] == {"google.com/tpu": 4}
 
 
-def test_a_saved_plan_names_the_machine(printed, tmp_path):
-    plan = str(tmp_path / "plan.json")
-    words = ["plan", "preset:smollm2-135m", "--machine", "h100x32", "--save", plan]
-    assert main(words) == 0
-    text = printed("skypilot", *CLUSTER, *TRAIN, "--plan", plan)
-    task = yaml.safe_load(text)
+def test_a_saved_plan_names_the_machine(moecc, printed, loaded, tmp_path):
+    plan = tmp_path / "plan.json"
+    done = moecc("plan", "preset:smollm2-135m", "--machine", "h100x32", "--save", plan)
+    assert done.code == 0, done.err
+    task = loaded("skypilot", *CLUSTER, *TRAIN, "--plan", plan)
     assert (task["num_nodes"], task["resources"]["accelerators"]) == (4, "H100:8")
     assert "--nodes=4" in printed("slurm", *TRAIN, f"--plan={plan}")
 
 
-def test_words_of_any_characters_reach_the_command(printed):
+def test_words_of_any_characters_reach_the_command(loaded):
     odd = "a 'b' \"c\" \U0001f600 é $(HOME) $$ `id` \\ud83d # : - {"
     words = ["train", "r", "--out", odd, "--set", f"{odd}\n{odd}"]
     options = ("--image", "i", "--machine", "h100x16", "--")
-    (job,) = pods(yaml.safe_load(printed("jobset", *options, *words))).values()
-    command = job["template"]["spec"]["containers"][0]["command"]
+    (job,) = jobs_of(loaded("jobset", *options, *words)).values()
+    command = container_of(job)["command"]
     assert [word.replace("$$", "$") for word in command] == ["moecc", *words]
     for more in ([], ["\t\r\x85\u2028"]):
-        task = yaml.safe_load(printed("skypilot", *options, *words, *more))
+        task = loaded("skypilot", *options, *words, *more)
         assert shlex.split(task["run"].split("\n", 2)[2]) == ["moecc", *words, *more]
 
 
-def test_a_task_of_skypilot_runs_the_command(printed, tmp_path):
-    task = yaml.safe_load(printed("skypilot", "--machine", "a100x16", *CLUSTER, *TRAIN))
+def test_a_task_of_skypilot_runs_the_command(loaded, tmp_path):
+    task = loaded("skypilot", "--machine", "a100x16", *CLUSTER, *TRAIN)
     assert task["resources"]["accelerators"] == "A100-80GB:8"
     ran = with_stubs(
-        tmp_path, task["run"].replace("cd /work\n", ""), SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
+        tmp_path, script_of(task), SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
         SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1",
     )  # fmt: skip
     assert ran["moecc"] == arguments(TRAIN[1:])
@@ -118,28 +133,19 @@ def test_a_conversion_becomes_parts_and_a_join(printed, tmp_path):
         printed("skypilot", "--nodes", "8", "--name", "big", *CLUSTER, *CONVERT)
     )
     assert (first, parts["num_nodes"], join["num_nodes"]) == ({"name": "big"}, 8, 1)
-    jobs = pods(yaml.safe_load(printed("jobset", "--nodes", "8", *CLUSTER, *CONVERT)))
+    jobs = jobs_of(yaml.safe_load(printed("jobset", "--nodes", "8", *CLUSTER, *CONVERT)))
     assert jobs["parts"]["completions"] == 8
-    scripts = {
-        "sky": parts["run"].replace("cd /work\n", ""),
-        "kubernetes": jobs["parts"]["template"]["spec"]["containers"][0]["command"][2].replace(
-            "$$", "$"
-        ),
-        "slurm": printed("slurm", "--nodes", "8", *CONVERT),
-    }
-    variables = {
-        "sky": {"SKYPILOT_NODE_RANK": "2"},
-        "kubernetes": {"JOB_COMPLETION_INDEX": "2"},
-        "slurm": {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"},
-    }
     expected = arguments([*CONVERT[1:], "--part", "3/8", "--threads", "8", "--resume"])
-    for kind, script in scripts.items():
-        assert with_stubs(tmp_path, script, **variables[kind]) == {"moecc": expected}, kind
-    joins = [join["run"].replace("cd /work\n", ""),
-             jobs["join"]["template"]["spec"]["containers"][0]["command"][2]]  # fmt: skip
-    assert joins[0].strip() == joins[1]
-    joined = [*CONVERT[1:], "--join", "--threads", "8", "--resume"]
-    assert with_stubs(tmp_path, joins[0])["moecc"] == arguments(joined)
+    in_kubernetes = container_of(jobs["parts"])["command"][2].replace("$$", "$")
+    for script, variables in (
+        (script_of(parts), {"SKYPILOT_NODE_RANK": "2"}),
+        (in_kubernetes, {"JOB_COMPLETION_INDEX": "2"}),
+        (printed("slurm", "--nodes", "8", *CONVERT),
+         {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7"}),
+    ):  # fmt: skip
+        assert with_stubs(tmp_path, script, **variables) == {"moecc": expected}, variables
+    assert script_of(join).strip() == container_of(jobs["join"])["command"][2]
+    assert with_stubs(tmp_path, script_of(join))["moecc"] == arguments(JOIN)
 
 
 def test_the_first_part_on_slurm_submits_the_join_once(printed, tmp_path):
@@ -152,8 +158,7 @@ def test_the_first_part_on_slurm_submits_the_join_once(printed, tmp_path):
     submitted = with_stubs(tmp_path, script, **first)["sbatch"].splitlines()
     assert "--dependency=afterok:7" in submitted
     wrapped = next(word for word in submitted if word.startswith("--wrap="))
-    joined = ["moecc", *CONVERT[1:], "--join", "--threads", "8", "--resume"]
-    assert shlex.split(wrapped.removeprefix("--wrap=")) == joined
+    assert shlex.split(wrapped.removeprefix("--wrap=")) == ["moecc", *JOIN]
 
 
 def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):
@@ -185,11 +190,10 @@ def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):
         ("slurm --machine h100x16 -- train r --set run.steps=5", "train RECIPE --out RUN"),
     ],
 )
-def test_a_template_that_cannot_be_written(capsys, words, told):
-    assert main(["launch", "template", *shlex.split(words)]) == 2
-    captured = capsys.readouterr()
-    assert told in captured.err
-    assert captured.out == ""
+def test_a_template_that_cannot_be_written(moecc, words, told):
+    done = moecc("launch", "template", *shlex.split(words))
+    assert (done.code, done.out) == (2, "")
+    assert told in done.err
 
 
 JUDGES = {
@@ -228,7 +232,7 @@ def test_the_parser_of_the_scheduler_accepts_it(printed, tmp_path, variable):
     if "KUBERNETES" in variable:
         for words in ((*machine, *CLUSTER, *TRAIN), ("--nodes", "8", *CLUSTER, *CONVERT),
                       ("--machine", "v5e-16", "--image", "i", *TRAIN)):  # fmt: skip
-            jobs = pods(yaml.safe_load(printed("jobset", *words)))
+            jobs = jobs_of(yaml.safe_load(printed("jobset", *words)))
             subjects += [{"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name},
                           "spec": spec} for name, spec in jobs.items()]  # fmt: skip
     elif "SKYPILOT" in variable:

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from moecc.formats.run import saved_steps
+from moecc.jobs.launch import free_port
+from moecc.launch.processes import ProcessInfo
 
 from ..train.tiny import make_model, make_recipe  # noqa: TID252
 
@@ -22,19 +23,13 @@ LIMIT_SECONDS = 300
 ROOT = Path(__file__).parents[2]
 
 
-def free_port():
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
-
-
 def start(folder, port, number, count=2, cwd=None):
     """Start one of several processes; the folder of the run is in `cwd`, else beside the recipe."""
-    names = {"COORDINATOR": f"localhost:{port}", "PROCESSES": count, "PROCESS": number}
-    variables = {f"MOECC_{name}": str(value) for name, value in names.items()}
+    process = ProcessInfo(f"localhost:{port}", count, number)
     command = ["train", str(folder / "recipe.toml"), "--out", "run"]
     return subprocess.Popen(
         [sys.executable, "-m", "moecc", *command],
-        env={**os.environ, **variables, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+        env={**os.environ, **process.environment(), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
              "PYTHONPATH": str(ROOT)},
         cwd=cwd or folder, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -51,10 +46,9 @@ def end(processes):
 
 
 def test_no_process_of_four_hashes_a_third_of_a_step(tmp_path):
-    recipe = make_recipe(tmp_path, "steps = 1\nsave_steps = 1")
+    recipe = make_recipe(tmp_path, 'steps = 1\nsave_steps = 1\n[mesh]\nmesh = "data=4"')
     make_model(tmp_path / "wide", hidden_size=256, intermediate_size=1024)
-    text = recipe.read_text().replace('source = "model"', 'source = "wide"')
-    recipe.write_text(text + '\n[mesh]\nmesh = "data=4"\n')
+    recipe.write_text(recipe.read_text().replace('source = "model"', 'source = "wide"'))
     port = free_port()
     for code, text in end([start(tmp_path, port, number, 4) for number in range(4)]):
         assert code == 0, text
@@ -67,11 +61,8 @@ def test_no_process_of_four_hashes_a_third_of_a_step(tmp_path):
     assert max(sizes) <= 0.3 * sum(sizes), sizes
 
 
-def test_a_folder_that_is_not_shared_is_rejected_though_an_old_one_is_there(
-    tmp_path,
-):
-    recipe = make_recipe(tmp_path, "steps = 1\nsave_steps = 1")
-    recipe.write_text(recipe.read_text() + '\n[mesh]\nmesh = "data=2"\n')
+def test_a_folder_that_is_not_shared_is_rejected_though_an_old_one_is_there(tmp_path):
+    make_recipe(tmp_path, 'steps = 1\nsave_steps = 1\n[mesh]\nmesh = "data=2"')
     machines = [tmp_path / "machine-0", tmp_path / "machine-1"]
     (machines[1] / "run").mkdir(parents=True)
     machines[0].mkdir()
@@ -82,8 +73,7 @@ def test_a_folder_that_is_not_shared_is_rejected_though_an_old_one_is_there(
 
 
 def test_one_signal_stops_both_and_the_same_command_goes_on(tmp_path):
-    recipe = make_recipe(tmp_path, "steps = 2000\nsave_steps = 5\nkeep = 3")
-    recipe.write_text(recipe.read_text() + '\n[mesh]\nmesh = "data=2"\n')
+    make_recipe(tmp_path, 'steps = 2000\nsave_steps = 5\nkeep = 3\n[mesh]\nmesh = "data=2"')
     port, run = free_port(), tmp_path / "run"
     processes = [start(tmp_path, port, number) for number in (0, 1)]
     try:

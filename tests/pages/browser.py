@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support.pages import with_probe
 
@@ -81,7 +82,7 @@ class Seen:
     """
 
     console: list[str]
-    probe: dict[str, object]
+    probe: dict[str, Any]
 
 
 def look(page: Path, *, width: int, dark: bool, shot: Path | None = None) -> Seen:

@@ -111,10 +111,9 @@ def test_in_a_browser(graph_page, receipt_page, width, dark):
         assert (seen.probe["text"] == "rgb(26, 26, 26)") == (not dark)
     assert graph.probe["unfolds"]
     assert graph.probe["focused"], "the keyboard reaches what unfolds"
-    found = graph.probe["searched"]
-    assert isinstance(found, list)
-    assert found
-    assert all("route" in str(text).lower() for text in found)
+    nodes = graph.probe["searched"]
+    assert nodes
+    assert all("route" in node.lower() for node in nodes)
     assert receipt.probe["tables"] == 5
 
 

@@ -36,7 +36,7 @@ HOSTILE = st.lists(
 ).map("".join)
 
 
-def replaced(value, suffix, *, keys=frozenset()):
+def replaced(value, suffix, *, keys=()):
     """Return JSON values with a suffix on every string, and on the keys of tables named `keys`."""
     if isinstance(value, str):
         return suffix(value)
@@ -88,13 +88,13 @@ def plans():
 
 def plan_of(suffix):
     report = plans()[0]
-    hostile = replaced(report, suffix, keys=frozenset({"mesh", "collectives"}))
+    hostile = replaced(report, suffix, keys={"mesh", "collectives"})
     return plan_page(hostile, [hostile["best"], *hostile["others"]], suffix("pipeline"))
 
 
 def sweep_of(suffix):
     report = plans()[1]
-    return sweep_page(replaced(report, suffix, keys=frozenset({"mesh"})), suffix("pipeline"))
+    return sweep_page(replaced(report, suffix, keys={"mesh"}), suffix("pipeline"))
 
 
 def runs_of(suffix):
@@ -148,9 +148,7 @@ def same_tree(page, hostile):
 @given(hostile=HOSTILE)
 def test_a_receipt(hostile):
     same_tree(
-        lambda suffix: receipt_page(
-            suffix("name"), replaced(RECEIPT, suffix, keys=frozenset({"versions"}))
-        ),
+        lambda suffix: receipt_page(suffix("name"), replaced(RECEIPT, suffix, keys={"versions"})),
         hostile,
     )
     unchecked = {**RECEIPT, "checked": [], "unchecked": "none", "verified": None}

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
-from moecc.backend import get_backend
-from moecc.ir import Graph
-from moecc.ir.builder import Builder
-from moecc.ir.graph import Value
-from moecc.ir.structure import clone
-from moecc.rewrite.passes import Context, PassResult
-from moecc.types import F64, DType, tensor
+from moecc.ir import F64, Builder, DType, Graph, Value, clone, tensor
+from moecc.rewrite.passes import Context, Pass, PassResult
+from moecc.testing import laws, run_reference
+from moecc.types import Array, Arrays
 from moecc.weights.evaluate import evaluate
-from moecc.weights.expr import Source, sources
+from moecc.weights.expr import Source, source_types
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Arrays = dict[str, Array]
+EXACT = 1e-12
+"""The error of a conversion that keeps the function, relative to the largest output."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +56,11 @@ class Dense:
     def block(self, builder: Builder, x: Value, prefix: str) -> Value:
         """Append one block that reads `x`."""
         names = ("gate", "up") if self.gated else ("up",)
-        parts = [self._linear(builder, x, f"{prefix}.{n}", "embed", "mlp") for n in names]
-        act, parts[0] = ("relu", parts[0]) if self.act == "relu2" else (self.act, parts[0])
-        parts[0] = getattr(builder, act)(parts[0])
-        if self.act == "relu2":
-            parts[0] = builder.square(parts[0])
-        inner = builder.mul(*parts) if self.gated else parts[0]
+        first, *second = (self._linear(builder, x, f"{prefix}.{n}", "embed", "mlp") for n in names)
+        is_squared = self.act == "relu2"
+        inner = getattr(builder, "relu" if is_squared else self.act)(first)
+        inner = builder.square(inner) if is_squared else inner
+        inner = builder.mul(inner, *second) if self.gated else inner
         return self._linear(builder, inner, f"{prefix}.down", "mlp", "embed")
 
     def _linear(self, builder: Builder, x: Value, name: str, old: str, new: str) -> Value:
@@ -86,28 +81,24 @@ class Dense:
 class Tensors:
     """A checkpoint in memory: normal numbers by name; matrices keep the size of what they read."""
 
-    def __init__(self, graph: Graph, seed: int = 0, *, gain: float = 1.0):
-        self.arrays: Arrays = {}
-        for param in graph.params.values():
-            for source in sources(param.weight) if param.weight is not None else ():
-                rng = np.random.default_rng([seed, *source.name.encode()])
-                fan_in = source.type["embed"].size if "embed" in source.type else 1
-                if source.name.endswith("down"):
-                    fan_in = source.type["mlp"].size
-                drawn = gain * rng.normal(0, fan_in**-0.5, source.type.shape)
-                drawn = 1 + 0.1 * drawn if source.name.endswith("norm") else drawn
-                self.arrays[source.name] = drawn.astype(source.type.dtype.numpy)
+    def __init__(self, graph: Graph, seed: int = 0):
+        self.arrays: dict[str, Array] = {}
+        weights = (param.weight for param in graph.params.values())
+        for name, type in source_types(weights).items():
+            rng = np.random.default_rng([seed, *name.encode()])
+            summed = "mlp" if name.endswith("down") else "embed"
+            fan_in = type[summed].size if summed in type else 1
+            drawn = rng.normal(0, fan_in**-0.5, type.shape)
+            drawn = 1 + 0.1 * drawn if name.endswith("norm") else drawn
+            self.arrays[name] = drawn.astype(type.dtype.numpy)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        return self.arrays[name][start:stop] if self.arrays[name].ndim else self.arrays[name]
+        array = self.arrays[name]
+        return array[start:stop] if array.ndim else array
 
-    def params(self, graph: Graph) -> Arrays:
+    def params(self, graph: Graph) -> dict[str, Array]:
         """Return the parameters of `graph` as their expressions make them, in float64."""
-        made = {}
-        for name, param in graph.params.items():
-            assert param.weight is not None
-            made[name] = evaluate(param.weight, self.read, F64)
-        return made
+        return {n: evaluate(p.weight, self.read, F64) for n, p in graph.params.items()}
 
 
 def tokens(dense: Dense, count: int = 12, seed: int = 1) -> Arrays:
@@ -116,16 +107,31 @@ def tokens(dense: Dense, count: int = 12, seed: int = 1) -> Arrays:
     return {"x": rng.normal(size=(2, count // 2, dense.embed))}
 
 
-def run(graph: Graph, params: Mapping[str, Array], inputs: Mapping[str, Array]) -> Arrays:
-    return get_backend("reference").compile(graph).run(params, inputs)
+def run(graph: Graph, params: Arrays, inputs: Arrays) -> Arrays:
+    return run_reference(graph, params=params, inputs=inputs)
+
+
+def applied(item: Pass, graph: Graph, seed: int = 0) -> tuple[Graph, PassResult]:
+    """Return a copy of `graph` after the pass, which obeys the laws of graphs, and its result."""
+    assert item.validate() == []
+    after = clone(graph)
+    result = item.apply(after, Context(seed=seed))
+    laws.check_graph(after)
+    return after, result
 
 
 def upcycled(graph: Graph, seed: int = 0, **options) -> tuple[Graph, PassResult]:
-    """Return a copy of `graph` after the pass, and what the pass says."""
-    item = UpcyclePass(**options)
-    assert item.validate() == []
-    after = clone(graph)
-    return after, item.apply(after, Context(seed=seed))
+    """Return a copy of `graph` after ``upcycle``, and its result."""
+    return applied(UpcyclePass(**options), graph, seed)
+
+
+def shown(graph: Graph, *operations: str) -> Graph:
+    """Let `graph` return the results of some operations of its last layer, too."""
+    for node in [*graph]:
+        if node.op.name in operations:
+            for value in node.results:
+                graph.set_output(f"{node.op.name}.{value.index}", value)
+    return graph
 
 
 def relative(found: Array, expected: Array) -> float:
@@ -136,3 +142,16 @@ def relative(found: Array, expected: Array) -> float:
 def rms_error(found: Array, expected: Array) -> float:
     """Return the root mean square of the difference, relative to that of what is expected."""
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+def error(
+    before: Graph,
+    after: Graph,
+    inputs: Arrays,
+    seed: int = 0,
+    measure: Callable[[Array, Array], float] = relative,
+) -> float:
+    """Return how far ``y`` of `after` is from that of `before`, on drawn weights of `before`."""
+    tensors = Tensors(before, seed)
+    expected, found = (run(graph, tensors.params(graph), inputs)["y"] for graph in (before, after))
+    return measure(found, expected)

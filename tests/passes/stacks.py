@@ -100,7 +100,6 @@ class _Stack:
         if self.weight == "tile":
             first, *remaining = type.axes
             inner = Source(name, type.with_axes(remaining))
-            assert isinstance(first.size, int), "parameters have fixed sizes"
             return Tile(inner, first.name, first.size)
         return Source(name, type)
 

@@ -1,7 +1,5 @@
 """``decode``: tokens one by one, or several at a time, have the logits of the whole text."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from family_configs import small_configs
@@ -11,17 +9,15 @@ from tiers import examples, some
 
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.ir import Builder, parse
+from moecc.ir import Builder, clone, parse
 from moecc.ir.conventions import LOGITS
-from moecc.ir.structure import clone
 from moecc.model.open import open_model
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 from moecc.testing.data import params_for
 from moecc.testing.laws import check_decode
 from moecc.types import F64
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+from .model_graphs import GOLDEN, apply_passes, imported
+
 LONG = ("llama_dynamic", "phi3_long_v4")
 """Their rotary positions depend on the length, from 4 tokens on."""
 
@@ -29,35 +25,35 @@ CASES = [path.parent.name for path in sorted(GOLDEN.glob("*/logits.npy"))]
 QUICK = [name for name in CASES if "window" in name or "drops" in name or "t5_square" in name]
 
 
-def inputs_of(graph, texts, length, seed=0):
-    """Return random inputs, with texts of `length` tokens to continue."""
-    rng = np.random.default_rng(seed)
+def check_steps(graph, params, parts, seed=0):
+    """Check the logits of two random texts, of which each step takes one of `parts`."""
+    rng, length = np.random.default_rng(seed), sum(parts)
     words = graph.outputs[LOGITS].type["vocab"].size
-    found = {}
+    sizes = {"B": 2, "T": length, "S": 6 if "decoder_tokens" in graph.inputs else length}
+    inputs = {}
     for name, value in graph.inputs.items():
-        sizes = {"B": texts, "T": length, "S": 6 if "decoder_tokens" in graph.inputs else length}
         shape = [s if isinstance(s, int) else sizes.get(str(s), 6) for s in value.type.sizes]
         is_id = value.type.dtype.kind == "int"
-        found[name] = rng.integers(0, int(str(words)), shape) if is_id else rng.normal(size=shape)
-    return found
+        inputs[name] = rng.integers(0, int(str(words)), shape) if is_id else rng.normal(size=shape)
+    check_decode(graph, params, inputs, parts)
+
+
+def check_golden(case, *parts):
+    with open_model(str(GOLDEN / case)) as model:
+        check_steps(model.graph, dict(model.params(dtype=F64)), parts)
 
 
 @pytest.mark.parametrize("case", some([c for c in CASES if c not in LONG], *QUICK))
 def test_every_golden_model_in_steps(case):
-    with open_model(str(GOLDEN / case)) as model:
-        params = dict(model.params(dtype=F64))
-        check_decode(model.graph, params, inputs_of(model.graph, 2, 9), (4, 1, 1, 2, 1))
+    check_golden(case, 4, 1, 1, 2, 1)
 
 
 @pytest.mark.parametrize("case", LONG)
 def test_positions_that_depend_on_the_length_are_right_up_to_the_original_one(case):
-    with open_model(str(GOLDEN / case)) as model:
-        params = dict(model.params(dtype=F64))
-        check_decode(model.graph, params, inputs_of(model.graph, 2, 4), (2, 1, 1))
-        report = run_pipeline(clone(model.graph), Pipeline.parse("decode"))
-        assert "rotated once" in report.preserves.reason
-        with pytest.raises(AssertionError, match="logits differ"):
-            check_decode(model.graph, params, inputs_of(model.graph, 2, 9), (4, 5))
+    check_golden(case, 2, 1, 1)
+    assert "rotated once" in apply_passes(imported(case), "decode").preserves.reason
+    with pytest.raises(AssertionError, match="logits differ"):
+        check_golden(case, 4, 5)
 
 
 @settings(max_examples=examples(15, 300))
@@ -68,37 +64,32 @@ def test_positions_that_depend_on_the_length_are_right_up_to_the_original_one(ca
 )
 def test_any_decoder_in_any_steps(config, seed, parts):
     graph = build(config)
-    params = params_for(graph, seed)
-    check_decode(graph, params, inputs_of(graph, 2, sum(parts), seed), parts)
+    check_steps(graph, params_for(graph, seed), parts, seed)
 
 
 @pytest.mark.parametrize("case", ["t5_square", "llama_gqa"])
 def test_an_upcycled_model_in_steps(case):
-    with open_model(str(GOLDEN / case)) as model:
-        graph = clone(model.graph)
-    run_pipeline(graph, Pipeline.parse("st-moe{experts=4 layers=all},specialize{mode=eval}"))
+    graph = imported(case, "st-moe{experts=4 layers=all},specialize{mode=eval}")
     assert any("capacity" in str(node.attrs.get("slots")) for node in graph)
-    report = run_pipeline(clone(graph), Pipeline.parse("decode"))
+    report = apply_passes(clone(graph), "decode")
     assert "no capacity drops a token" in report.preserves.reason
     # With room for all tokens nothing is dropped in the whole text either.
     for node in graph:
         if node.op.assigns_slots:
             node.attrs.update(capacity_factor=64.0, cap=True)
-    check_decode(graph, params_for(graph, 0), inputs_of(graph, 2, 7), (3, 1, 1, 2))
+    check_steps(graph, params_for(graph, 0), (3, 1, 1, 2))
 
 
 # --- what cannot be continued
 
 
-def rejected(graph, options=""):
-    with pytest.raises(InputError) as caught:
-        run_pipeline(graph, Pipeline.parse(f"decode{options}"))
-    return str(caught.value)
+def check_rejected(graph, says):
+    with pytest.raises(InputError, match=says):
+        apply_passes(graph, "decode")
 
 
 def test_an_encoder_is_rejected():
-    with open_model(str(GOLDEN / "bert_square")) as model:
-        assert "continues no text" in rejected(clone(model.graph))
+    check_rejected(imported("bert_square"), "continues no text")
 
 
 ATTENTION = """
@@ -127,10 +118,6 @@ PARTS = {
 }
 
 
-def attention(**parts):
-    return parse(ATTENTION.format(**{**PARTS, **parts}))
-
-
 MEAN = "%c = mean %a {axes=seq} : f32[batch=B, embed=4]\n"
 
 
@@ -146,23 +133,23 @@ MEAN = "%c = mean %a {axes=seq} : f32[batch=B, embed=4]\n"
     ],
 )  # fmt: skip
 def test_tokens_that_see_later_ones_are_rejected(parts, says):
-    assert says in rejected(attention(**parts))
+    check_rejected(parse(ATTENTION.format(**PARTS | parts)), says)
 
 
 def test_a_state_that_later_keys_change_is_rejected():
-    with open_model(str(GOLDEN / "qwen3_5_text_square")) as model:
-        graph = clone(model.graph)
+    graph = imported("qwen3_5_text_square")
     rule = next(n for n in graph if n.op.name == "delta_rule")
     causal = rule.operands[5].node
     rule.set_operand(5, Builder(graph, before=rule).causal(*reversed(causal.operands)))
-    assert "a token would depend on those after it" in rejected(graph)
+    check_rejected(graph, "a token would depend on those after it")
 
 
-def test_noise_and_a_second_decode_are_rejected():
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        graph = clone(model.graph)
-    noisy = clone(graph)
-    run_pipeline(noisy, Pipeline.parse("st-moe{experts=4 layers=all},specialize{mode=train}"))
-    assert "random numbers" in rejected(noisy)
-    run_pipeline(graph, Pipeline.parse("decode"))
-    assert "C is a size of the graph" in rejected(graph)
+@pytest.mark.parametrize(
+    ("passes", "says"),
+    [
+        ("st-moe{experts=4 layers=all},specialize{mode=train}", "random numbers"),
+        ("decode", "C is a size of the graph"),
+    ],
+)
+def test_noise_and_a_second_decode_are_rejected(passes, says):
+    check_rejected(imported("llama_gqa", passes), says)

@@ -1,22 +1,17 @@
 """Layers that add nothing at first: the same bits, the deeper config, what cannot be copied."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.ir import clone
-from moecc.jobs.convert import plan, write
+from moecc.jobs.convert import write
 from moecc.model.open import open_model
 from moecc.prove import prove
-from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 from moecc.types import F64
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+from .model_graphs import GOLDEN, apply_passes, imported, logits, planned
 
 
 @pytest.mark.parametrize(
@@ -32,32 +27,26 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 )
 def test_the_bits_stay_and_the_prover_agrees(source):
     with open_model(str(GOLDEN / source)) as model:
-        inputs = {name: np.load(GOLDEN / source / f"{name}.npy") for name in model.graph.inputs}
         before = clone(model.graph)
-        results = []
-        for passes in ("canonicalize{exact=true}", "expand-blocks{every=1}"):
-            done = run_pipeline(model.graph, Pipeline.parse(passes), context=Context())
-            program = get_backend("reference").compile(model.graph)
-            results.append(program.run(model.params(dtype=F64), inputs)["logits"])
-        after = model.graph
-    assert done.preserves.kind == "exact"
-    assert np.array_equal(*results)
-    assert prove(before, after, refute=False).status == "proved"
+        apply_passes(model.graph, "canonicalize{exact=true}")
+        expected = logits(model, source)
+        report = apply_passes(model.graph, "expand-blocks{every=1}")
+        assert np.array_equal(logits(model, source), expected)
+    assert report.preserves.kind == "exact"
+    assert prove(before, model.graph, refute=False).status == "proved"
 
 
 def test_the_layers_are_numbered_anew(tmp_path):
-    source = GOLDEN / "gemma2_square"
-    with open_model(str(source)) as model:
-        planned = plan(model, Pipeline.parse("expand-blocks{every=2}"), "gemma2")
-        assert planned.proof is not None
-        write(planned, tmp_path / "out")
-    with open_model(str(source)) as model, open_model(str(tmp_path / "out")) as deeper:
+    source = str(GOLDEN / "gemma2_square")
+    conversion = planned(source, "expand-blocks{every=2}", "gemma2")
+    assert conversion.proof is not None
+    write(conversion, tmp_path / "out")
+    with open_model(source) as model, open_model(str(tmp_path / "out")) as deeper:
         config = deeper.graph.attrs["config"]
         assert config["num_hidden_layers"] == 3
         assert config["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
         old, new = model.params(dtype=F64), deeper.params(dtype=F64)
-        names = [n for n in model.graph.params if "layers.1." in n]
-        for name in names:
+        for name in [n for n in model.graph.params if "layers.1." in n]:
             copy = new[name.replace("layers.1.", "layers.2.")]
             is_last = "post_attention" in name or "post_feedforward" in name
             # Gemma stores the gain of a norm less one.
@@ -75,8 +64,8 @@ def test_the_layers_are_numbered_anew(tmp_path):
     ],
 )
 def test_layers_that_cannot_be_inserted(source, passes, message):
-    with open_model(str(GOLDEN / source)) as model, pytest.raises(InputError, match=message):
-        run_pipeline(model.graph, Pipeline.parse(passes), context=Context())
+    with pytest.raises(InputError, match=message):
+        imported(source, passes)
 
 
 def test_a_distance_of_no_layers():

@@ -17,12 +17,7 @@ FILES = sorted(p for p in FOLDER.rglob("*.py") if p.name != LAYOUT)
 
 def _is_op_name(node):
     """Whether an expression is ``….op.name``."""
-    return (
-        isinstance(node, ast.Attribute)
-        and node.attr == "name"
-        and isinstance(node.value, ast.Attribute)
-        and node.value.attr == "op"
-    )
+    return ast.unparse(node).endswith(".op.name")
 
 
 def compared(tree):
@@ -39,7 +34,7 @@ def compared(tree):
         else:
             continue
         if any(map(_is_op_name, parts)):
-            yield getattr(node, "lineno", 0)
+            yield node.lineno
 
 
 def listed(tree):
@@ -49,9 +44,7 @@ def listed(tree):
     """
     options = {id(n.slice) for n in ast.walk(tree) if isinstance(n, ast.Subscript)}
     for node in ast.walk(tree):
-        if id(node) in options:
-            continue
-        if not isinstance(node, ast.Tuple | ast.List | ast.Set):
+        if id(node) in options or not isinstance(node, ast.Tuple | ast.List | ast.Set):
             continue
         words = [e.value for e in node.elts if isinstance(e, ast.Constant)]
         if len(words) == len(node.elts) > 1 and all(w in OPS for w in words):

@@ -12,46 +12,37 @@ from moecc_passes.roll_layers import (
 from tiers import examples
 
 from moecc.errors import UsageError
-from moecc.families import build
-from moecc.families.registry import parse_config
-from moecc.ir import (
-    F32,
-    Builder,
-    Graph,
-    clone,
-    equal,
-    parse,
-    print_graph,
-    tensor,
-    verify,
-)
-from moecc.presets import preset_config
+from moecc.ir import F32, Builder, Graph, clone, equal, parse, print_graph, tensor
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 from moecc.testing import assert_same, laws
 from moecc.types import KEY, TensorType
 
+from .model_graphs import SMALL, apply_passes, preset_graph
 from .stacks import stacks
 
 
-def roll(graph, **options):
+def roll(graph):
     told = []
-    result = RollLayersPass(**options).apply(graph, Context(remark=told.append))
-    verify(graph)
+    result = RollLayersPass().apply(graph, Context(remark=told.append))
     return result, [str(r) for r in told]
 
 
-def scans(graph):
-    return [node for node in graph if node.body is not None]
+def roll_into_one(graph):
+    """Roll the layers of `graph`, and return the one repetition, which comes apart again."""
+    rolled, _ = laws.applied(RollLayersPass(), graph)
+    (scan,) = (node for node in rolled if node.body is not None)
+    laws.check_round_trip(rolled)
+    assert_same(graph, rolled, exact=True)
+    assert equal(laws.applied(UnrollLayersPass(), rolled)[0], graph)
+    return rolled, scan
 
 
 @settings(max_examples=examples(40, 150))
 @given(stacks())
 def test_rolling_is_exact(graph):
     laws.check_pass(RollLayersPass(), graph)
-    rolled, _ = laws.applied(RollLayersPass(), graph)
-    laws.check_graph(rolled)
+    laws.check_graph(laws.applied(RollLayersPass(), graph)[0])
 
 
 @settings(max_examples=examples(40, 150))
@@ -72,13 +63,13 @@ def test_unrolling_is_the_inverse(graph):
     assert [p.loc for p in again.params.values()] == [p.loc for p in graph.params.values()]
 
 
-def chain(*kinds, weights=False):
+def chain(*kinds):
     """Return a graph with a layer for each of `kinds`, an operation on the stream of the last."""
     graph = Graph()
     h = graph.input("x", tensor(F32, batch="B"))
     for number, kind in enumerate(kinds):
         b = Builder(graph, loc=f"layers.{number}.ffn")
-        h = b.scale(h, by=2.0) if kind == "scale" else getattr(b, kind)(h)
+        h = b.node(kind, h).result
     graph.set_output("y", h)
     return graph
 
@@ -96,29 +87,28 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_what_repeats(pattern):
     kinds = {"a": "silu", "b": "tanh", "c": "relu", "d": "gelu"}
-    graph = chain(*(kinds[letter] for letter in pattern))
+    graph = chain(*map(kinds.get, pattern))
     layers = [LayerNodes("layers", f"layers.{i}", [node]) for i, node in enumerate(graph)]
     assert repetitions_in(layers) == [Repeated(*found) for found in PATTERNS[pattern]]
 
 
 def test_what_is_left_is_told_with_the_reason():
-    graph = chain("tanh", "silu", "silu", "silu", "scale")
+    graph = chain("tanh", "silu", "silu", "silu", "relu")
     result, told = roll(graph)
     assert result.stats == {"scans": 1, "layers-rolled": 3, "layers-left": 2, "hoisted": 0}
     assert told == [
         "layers.{1..3}: rolled: one layer, repeated 3 times",
         "layers.0: not rolled with layers.1: it has tanh @layers.0.ffn where layers.1.ffn has silu",
-        "layers.4: not rolled with layers.3: "
-        "it has scale @layers.4.ffn where layers.3.ffn has silu",
+        "layers.4: not rolled with layers.3: it has relu @layers.4.ffn where layers.3.ffn has silu",
     ]
 
 
 def test_what_skips_a_layer_is_not_rolled():
     graph = Graph()
-    values = [graph.input(n, tensor(F32, batch="B")) for n in "xy"]
+    last, value = (graph.input(n, tensor(F32, batch="B")) for n in "xy")
     for number in range(4):
-        values.append(Builder(graph, loc=f"layers.{number}.ffn").add(*values[-2:]))
-    graph.set_output("y", values[-1])
+        last, value = value, Builder(graph, loc=f"layers.{number}.ffn").add(last, value)
+    graph.set_output("y", value)
     before = clone(graph)
     result, told = roll(graph)
     assert not result.changed
@@ -135,14 +125,9 @@ def test_keys_and_shared_parameters_are_stacked():
         b = Builder(graph, loc=f"layers.{number}.ffn")
         h = b.tanh(b.add(b.add(h, b.random_normal(keys[number], h)), two[number % 2]))
     graph.set_output("y", h)
-    before = clone(graph)
-    roll(graph)
-    (scan,) = scans(graph)
+    rolled, scan = roll_into_one(graph)
     assert [v.node.op.name if v.node else v.name for v in scan.operands] == ["x", "stack", "stack"]
-    assert list(graph.params) == ["table.a", "table.b"]
-    assert_same(before, graph, exact=True)
-    UnrollLayersPass().apply(graph, Context())
-    assert equal(graph, before)
+    assert list(rolled.params) == ["table.a", "table.b"]
 
 
 @pytest.mark.parametrize(
@@ -175,30 +160,19 @@ def test_operands_that_were_exchanged_are_alike():
     assert_same(before, graph, exact=True)
 
 
-SHARDED = {
-    "tensor-parallel": "mesh=data:2,model:2 rules=tensor-parallel",
-    "expert-parallel": "mesh=data:2,expert:2 rules=expert-parallel",
-}
-
-
-@pytest.mark.parametrize("layout", SHARDED)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "mesh=data:2,model:2 rules=tensor-parallel",
+        "mesh=data:2,expert:2 rules=expert-parallel",
+    ],
+)
 def test_layers_on_a_mesh_are_rolled_with_their_collectives(layout):
-    small = {
-        "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 32,
-    }  # fmt: skip
-    graph = build(parse_config({**preset_config("smollm2-135m"), **small}))
+    graph = preset_graph("smollm2-135m", **SMALL | {"num_key_value_heads": 2})
     text = "upcycle{experts=4},specialize{capacity-factor=2.0 groups=4},"
-    text += f"annotate-sharding{{{SHARDED[layout]}}},lower-collectives"
-    run_pipeline(graph, Pipeline.parse(text))
-    before = clone(graph)
-    roll(graph)
-    (scan,) = scans(graph)
-    assert any(node.op.collective for node in scan.attrs["body"])
-    laws.check_round_trip(graph)
-    assert_same(before, graph, exact=True)
-    UnrollLayersPass().apply(graph, Context())
-    assert equal(graph, before)
+    apply_passes(graph, f"{text}annotate-sharding{{{layout}}},lower-collectives")
+    _, scan = roll_into_one(graph)
+    assert any(node.op.collective for node in scan.body)
 
 
 def test_a_rolled_graph_that_was_written_by_hand_comes_apart():
@@ -225,4 +199,4 @@ graph g {
     laws.check_pass(UnrollLayersPass(), graph)
     after, _ = laws.applied(UnrollLayersPass(), graph)
     names = [node.op.name for node in after]
-    assert names == ["index", "index", "index", "mul", "mul", "mul", "stack", "sum"]
+    assert names == [*["index"] * 3, *["mul"] * 3, "stack", "sum"]

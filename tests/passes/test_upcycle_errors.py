@@ -8,7 +8,7 @@ from moecc.ir.structure import clone
 from moecc.rewrite.passes import Context
 from moecc.weights.evaluate import evaluate
 
-from .dense_blocks import Dense, Tensors, rms_error, run, tokens, upcycled
+from .dense_blocks import Dense, Tensors, applied, error, rms_error, run, tokens, upcycled
 
 WITHIN = 1.15
 """Measured over predicted, on blocks of random normal weights, lies within this factor of 1."""
@@ -19,16 +19,13 @@ def measured_over_predicted(dense, **options):
     squares, predicted = [], set()
     for seed in (0, 1):
         graph = dense.graph()
-        tensors = Tensors(graph, seed)
         after, result = upcycled(graph, seed, **options)
         inputs = tokens(dense, 192, seed + 10)
-        expected = run(graph, tensors.params(graph), inputs)["y"]
-        squares.append(rms_error(run(after, tensors.params(after), inputs)["y"], expected) ** 2)
+        squares.append(error(graph, after, inputs, seed, rms_error) ** 2)
         assert result.preserves.kind == "approximate"
         predicted.add(result.preserves.predicted_error)
     (prediction,) = predicted
-    assert prediction is not None
-    return float(np.sqrt(np.mean(squares))) / prediction
+    return np.sqrt(np.mean(squares)) / prediction
 
 
 CASES = {
@@ -74,20 +71,13 @@ def test_the_scale_of_the_norm_before_the_router_counts(gain):
     dense = Dense(embed=48, mlp=96, residual=True)
     graph = dense.graph()
     tensors = Tensors(graph)
-    for name in [n for n in tensors.arrays if n.endswith("norm")]:
-        tensors.arrays[name] = tensors.arrays[name] * gain
-
-    def read(weight):
-        return evaluate(weight, tensors.read)
-
+    tensors.arrays["layers.0.norm"] *= gain
     after = clone(graph)
-    item = UpcyclePass(gates="softmax", router_std=0.02)
-    result = item.apply(after, Context(read=read))
+    context = Context(read=lambda weight: evaluate(weight, tensors.read))
+    result = UpcyclePass(gates="softmax", router_std=0.02).apply(after, context)
     inputs = tokens(dense, 384)
-    dense_y = run(graph, tensors.params(graph), inputs)["y"] - inputs["x"]
-    sparse_y = run(after, tensors.params(after), inputs)["y"] - inputs["x"]
-    assert result.preserves.predicted_error is not None
-    measured = rms_error(sparse_y, dense_y)
+    expected, found = (run(g, tensors.params(g), inputs)["y"] - inputs["x"] for g in (graph, after))
+    measured = rms_error(found, expected)
     assert 1 / WITHIN < measured / result.preserves.predicted_error < WITHIN
 
 
@@ -103,5 +93,5 @@ def test_options_alone_promise_no_more_than_their_application():
     graph = Dense().graph()
     for options in (*CASES.values(), {}, {"granularity": 2}, {"router_std": 0.0}):
         item = UpcyclePass(**options)
-        after = item.apply(clone(graph), Context())
-        assert order.index(item.preserves.kind) >= order.index(after.preserves.kind)
+        _, result = applied(item, graph)
+        assert order.index(item.preserves.kind) >= order.index(result.preserves.kind)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from .dense_blocks import Dense, Tensors, upcycled
 
 PREFIX = "layers.0"
-MATRICES = {"gate": 1, "up": 1, "down": 2}
-"""The position of the axis of neurons in the experts' matrices, ``[expert, …]``."""
+MATRICES = [f"{PREFIX}.{name}" for name in ("gate", "up", "down")]
 
 
 def made(dense, seed=0, **options):
@@ -26,11 +25,12 @@ def made(dense, seed=0, **options):
 
 def changed_neurons(copies, params, name):
     """Return ``[expert, mlp]``: whether all weights, or none, of a neuron are drawn anew."""
-    differs = copies != params[name]
-    others = tuple(i for i in range(1, differs.ndim) if i != MATRICES.get(name.split(".")[2], 1))
-    some, every = differs.any(others), differs.all(others)
-    np.testing.assert_array_equal(some, every)
-    return np.asarray(every)
+    differs = copies[f"{PREFIX}.{name}"] != params[f"{PREFIX}.{name}"]
+    neurons = 2 if name == "down" else 1
+    weights = tuple(axis for axis in range(1, differs.ndim) if axis != neurons)
+    every = differs.all(weights)
+    np.testing.assert_array_equal(differs.any(weights), every)
+    return every
 
 
 @given(
@@ -46,36 +46,37 @@ def test_drop_draws_the_same_neurons_of_all_matrices(ratio, mlp, gated, slices, 
     _, copies = made(dense, seed, **options)
     _, params = made(dense, seed, **options, init="drop", drop_ratio=ratio)
     count = floor(Fraction(repr(ratio)) * (mlp // slices))
-    names = ["up", "down", *(["gate"] if gated else [])]
+    names = ["up", "gate"] if gated else ["up"]
     # A single bias that is replaced has no spread, so it is drawn as it was.
-    names += [f"{n}.bias" for n in names if n != "down" and count > 1]
-    found = [changed_neurons(copies[f"{PREFIX}.{n}"], params, f"{PREFIX}.{n}") for n in names]
-    for other in found[1:]:
-        np.testing.assert_array_equal(found[0], other)
-    np.testing.assert_array_equal(found[0].sum(1), count)
+    names = ["down", *names, *(f"{name}.bias" for name in names if count > 1)]
+    changed, *others = (changed_neurons(copies, params, name) for name in names)
+    for other in others:
+        np.testing.assert_array_equal(changed, other)
+    np.testing.assert_array_equal(changed.sum(1), count)
     np.testing.assert_array_equal(params[f"{PREFIX}.down.bias"], copies[f"{PREFIX}.down.bias"])
 
 
-@pytest.mark.parametrize("relative_std", [True, False])
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
 @pytest.mark.parametrize("slices", [1, 2])
-def test_noise_has_its_mean_and_std_and_is_each_expert_s_own(relative_std, slices):
+def test_noise_has_its_mean_and_std_and_is_each_expert_s_own(kind, slices):
     dense = Dense(embed=48, mlp=96, bias_in=True)
-    kind = "relative" if relative_std else "absolute"
     options = {"experts": 4, "granularity": slices, "top_k": 2}
     arrays, copies = made(dense, **options)
     _, params = made(dense, **options, init="noise", noise_std=0.2, noise=kind)
-    for name in ("gate", "up", "down"):
-        noise = params[f"{PREFIX}.{name}"] - copies[f"{PREFIX}.{name}"]
-        # The factor G of a virtual group stands outside: noise is in units of the dense tensor.
-        noise /= slices if name == "down" else 1
-        std = 0.2 * arrays[f"{PREFIX}.{name}"].std() if relative_std else 0.2
+    gate, up, down = (params[name] - copies[name] for name in MATRICES)
+    # The factor G of a virtual group stands outside: noise is in units of the dense tensor.
+    for name, noise in zip(MATRICES, (gate, up, down / slices), strict=True):
+        std = 0.2 * (arrays[name].std() if kind == "relative" else 1)
         for expert in noise:
             assert abs(expert.mean()) < 4 * std / expert.size**0.5
             assert abs(expert.std() / std - 1) < 4 / (2 * expert.size) ** 0.5
-        for a, b in combinations(noise.reshape(4, -1), 2):
-            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / a.size**0.5
-    up, gate = (params[f"{PREFIX}.{n}"] - copies[f"{PREFIX}.{n}"] for n in ("up", "gate"))
-    assert abs(np.corrcoef(up.ravel(), gate.ravel())[0, 1]) < 5 / up.size**0.5
+        for pair in combinations(noise, 2):
+            assert_independent(*pair)
+    assert_independent(up, gate)
+
+
+def assert_independent(first, second):
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 / first.size**0.5
 
 
 RANDOM = [
@@ -89,13 +90,10 @@ RANDOM = [
 @pytest.mark.parametrize("options", RANDOM)
 def test_the_seed_fixes_the_bytes_and_another_seed_changes_them(options):
     dense = Dense(layers=2)
-    _, first = made(dense, 1, **options)
-    _, again = made(dense, 1, **options)
-    _, other = made(dense, 2, **options)
+    first, again, other = (made(dense, seed, **options)[1] for seed in (1, 1, 2))
     assert {n: a.tobytes() for n, a in first.items()} == {n: a.tobytes() for n, a in again.items()}
-    drawn = [n for n in first if "router" in n or ("init" in options and options["init"] != "copy")]
-    for name in drawn:
-        if "shared" not in name:
+    for name in first:
+        if "router" in name or (options["init"] != "copy" and "shared" not in name):
             assert (first[name] != other[name]).any(), name
 
 
@@ -111,9 +109,8 @@ def test_the_seed_fixes_the_bytes_and_another_seed_changes_them(options):
 )
 def test_a_router_has_the_std_that_is_asked_for(init, std, largest):
     _, params = made(Dense(embed=64), experts=128, router_init=init, router_std=std)
-    router = params["layers.0.ffn.router.weight"]
+    router = params[f"{PREFIX}.ffn.router.weight"]
     assert router.shape == (128, 64)
-    expected = 0.0 if init == "zero" else 0.02
     # Three standard deviations are cut off, which takes 1.3 % of it.
-    assert router.std() == pytest.approx(expected, rel=0.03)
+    assert router.std() == pytest.approx(0.0 if init == "zero" else 0.02, rel=0.03)
     assert np.abs(router).max() <= largest

@@ -4,9 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
-
-EXACT = 1e-12
+from .dense_blocks import EXACT, Dense, Tensors, error, tokens, upcycled
 
 
 @given(
@@ -28,25 +26,20 @@ def test_the_function_stays(width, slices, pad, shared, gated, biased, seed):
     if added > width:
         return
     graph = dense.graph()
-    tensors = Tensors(graph, seed)
     after, result = upcycled(graph, seed, **options, router_std=1.0)
-    params = tensors.params(after)
+    params = Tensors(graph, seed).params(after)
     up, down = params["layers.0.up"], params["layers.0.down"]
     assert result.preserves.kind == "reassociation"
     assert up.shape[1] == down.shape[2] == (width + added - shared) / slices
     assert (down == 0).all(1).sum() == 2 * added  # in each copy of the block
     assert (up != 0).all()  # so that what is added learns
-    inputs = tokens(dense)
-    expected = run(graph, tensors.params(graph), inputs)["y"]
-    assert relative(run(after, params, inputs)["y"], expected) <= EXACT
+    assert error(graph, after, tokens(dense), seed) <= EXACT
 
 
 def test_each_neuron_is_stored_once():
     graph = Dense(mlp=11).graph()
     tensors = Tensors(graph)
     after, _ = upcycled(graph, experts=4, top_k=2, gates="ones", split="random", pad=1)
-    made = tensors.params(after)["layers.0.down"]
-    columns = np.moveaxis(made, 0, 1).reshape(8, 12).T
-    dense = tensors.arrays["layers.0.down"].T
-    for column in dense:
+    columns = np.moveaxis(tensors.params(after)["layers.0.down"], 0, 1).reshape(8, 12).T
+    for column in tensors.arrays["layers.0.down"].T:
         assert (np.abs(columns - column).max(1) == 0).sum() == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -13,13 +12,22 @@ from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Re
 from moecc.rewrite.pipeline import Registry
 
 
+class IdlePass(Pass):
+    """The base of passes that do nothing."""
+
+    preserves = EXACT
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Do nothing."""
+        return PassResult(changed=False)
+
+
 @dataclass(frozen=True)
-class EveryKindPass(Pass):
+class EveryKindPass(IdlePass):
     """Options of every kind."""
 
     name: ClassVar[str] = "every-kind"
     summary: ClassVar[str] = "have options of every kind"
-    preserves = EXACT
 
     count: Annotated[int, "how many"]
     share: float = 0.5
@@ -35,34 +43,25 @@ class EveryKindPass(Pass):
     auto: Literal["auto"] | float = "auto"
     layers: tuple[int, ...] | str = "all"
 
-    def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        """Do nothing."""
-        return PassResult(changed=False)
-
 
 @dataclass(frozen=True)
-class TopPass(Pass):
+class TopPass(IdlePass):
     """Options that may contradict each other."""
 
     name: ClassVar[str] = "top"
     summary: ClassVar[str] = "choose the best"
-    preserves = EXACT
 
     experts: int = 8
     top_k: int = 2
 
     def validate(self) -> list[Problem]:
         """Refuse more choices than there are experts, and odd numbers of them."""
-        found = []
+        problems = []
         if self.top_k > self.experts:
-            found.append(Problem("more choices than experts", "top-k", hint="experts=16"))
+            problems.append(Problem("more choices than experts", "top-k", hint="experts=16"))
         if self.experts % 2:
-            found.append(Problem("an odd number of experts"))
-        return found
-
-    def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        """Do nothing."""
-        return PassResult(changed=False)
+            problems.append(Problem("an odd number of experts"))
+        return problems
 
 
 @dataclass(frozen=True)
@@ -134,14 +133,9 @@ class BadPass(Pass):
         return PassResult(changed=False, near_misses=misses if self.way == "miss" else [])
 
 
-PASSES: tuple[type[Pass], ...] = (EveryKindPass, TopPass, UnNegPass, ScalePass, BadPass)
+PASSES = (EveryKindPass, TopPass, UnNegPass, ScalePass, BadPass)
 
-
-def _returning(cls: type[Pass]) -> Callable[[], type[Pass]]:
-    return lambda: cls
-
-
-REGISTRY = Registry({}, {}).extended({c.name: _returning(c) for c in PASSES}, "the tests")
+REGISTRY = Registry({}, {}).extended({c.name: lambda c=c: c for c in PASSES}, "the tests")
 
 
 def negations(count: int = 4) -> Graph:

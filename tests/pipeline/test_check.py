@@ -8,47 +8,25 @@ from typing import ClassVar
 import pytest
 
 from moecc.errors import CheckError, InputError
-from moecc.families import build
-from moecc.families.registry import parse_config
 from moecc.ir import F32, Builder, Graph, clone, print_graph, tensor, verify
 from moecc.jobs.checks import broken_promise, check_pipeline, reduced
 from moecc.rewrite.passes import EXACT, Pass, PassResult
 from moecc.rewrite.pipeline import Pipeline
 from moecc.testing.oracle import measure
+from tests.passes.model_graphs import preset_graph
 
 from .samples import REGISTRY, negations
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-}
 
-
-def llama():
-    return build(parse_config(LLAMA, "config"))
-
-
-def parse(text):
-    return Pipeline.parse(text, REGISTRY)
-
-
-def check(text, graph=None):
-    return check_pipeline(negations() if graph is None else graph, parse(text))
+def check(text):
+    graph = negations()
+    checked = check_pipeline(graph, Pipeline.parse(text, REGISTRY))
+    assert print_graph(graph) == print_graph(negations())
+    return checked
 
 
 def test_a_promise_that_is_kept():
-    graph = negations()
-    before = print_graph(graph)
-    (done,) = check("un-neg", graph)
-    assert print_graph(graph) == before
+    (done,) = check("un-neg")
     assert done.measured == 0
     assert str(done) == "1 un-neg: promised exact; measured relative error 0"
 
@@ -62,6 +40,12 @@ def test_a_promise_that_is_broken(promise):
     assert f"expected: {promise}: times 1" in str(e.value)
     assert "output y[" in str(e.value)
     assert "the graphs part at %" in str(e.value)
+
+
+def start(embed=64):
+    """Return a builder of a new graph, and its input."""
+    graph = Graph()
+    return Builder(graph), graph.input("x", tensor(F32, batch="B", embed=embed))
 
 
 @dataclass(frozen=True)
@@ -80,26 +64,19 @@ class ThroughPass(Pass):
 
 
 def test_a_gradient_that_values_hide_is_part_of_the_promise():
-    graph = Graph()
-    x = graph.input("x", tensor(F32, batch="B", embed=64))
-    w = graph.param("w", tensor(F32, embed=64))
-    b = Builder(graph)
-    graph.set_output("y", b.mul(x, b.stop_gradient(b.square(w))))
+    b, x = start()
+    w = b.graph.param("w", tensor(F32, embed=64))
+    b.graph.set_output("y", b.mul(x, b.stop_gradient(b.square(w))))
     with pytest.raises(CheckError, match="the gradient differs"):
-        check_pipeline(graph, Pipeline((ThroughPass(),)))
+        check_pipeline(b.graph, Pipeline((ThroughPass(),)))
 
 
 def test_exact_is_stricter_than_reassociation():
-    graph = Graph()
-    b = Builder(graph)
-    x = graph.input("x", tensor(F32, batch="B", embed=64))
-    graph.set_output("y", b.scale(b.scale(x, by=0.1), by=0.3))
-
-    def checked(text):
-        return str(check_pipeline(graph, Pipeline.parse(text))[0].promise)
-
-    assert checked("canonicalize{exact}") == "exact"
-    assert checked("canonicalize").startswith("reassociation")
+    b, x = start()
+    b.graph.set_output("y", b.scale(b.scale(x, by=0.1), by=0.3))
+    for text, kind in (("canonicalize{exact}", "exact"), ("canonicalize", "reassociation")):
+        (done,) = check_pipeline(b.graph, Pipeline.parse(text))
+        assert done.promise.kind == kind
 
 
 def test_an_approximate_pass_is_measured():
@@ -133,7 +110,7 @@ def test_a_pass_may_add_outputs_but_not_drop_any():
 
 
 def test_a_rewritten_graph_is_reduced_by_its_sizes():
-    graph = llama()
+    graph = preset_graph("smollm2-135m", num_hidden_layers=2, tie_word_embeddings=False)
     b = Builder(graph)
     graph.set_output("logits", b.neg(b.neg(graph.outputs["logits"])))
     small = reduced(graph)
@@ -142,30 +119,26 @@ def test_a_rewritten_graph_is_reduced_by_its_sizes():
     sizes = {s for v in small.params.values() for s in v.type.sizes}
     assert max(sizes) <= 144
     # The parts of the width still make it up: 9 heads of 64 became 9 of a few.
-    embed = small.params["model.norm.weight"].type["embed"].size
-    assert embed % 9 == 0
-    for value in small.params.values():
-        assert value.weight is not None
+    assert small.params["model.norm.weight"].type["embed"].size % 9 == 0
+    assert all(value.weight is not None for value in small.params.values())
 
 
 def fused(cuts, size):
-    graph = Graph()
-    b = Builder(graph)
-    x = graph.input("x", tensor(F32, batch="B", embed=512))
-    y = b.contract(x, graph.param("w", tensor(F32, fused=size, embed=512)), over="embed")
-    for i, (start, stop) in enumerate(cuts):
-        graph.set_output(f"part{i}", b.slice(y, axis="fused", start=start, stop=stop))
-    return graph
+    b, x = start(embed=512)
+    y = b.contract(x, b.graph.param("w", tensor(F32, fused=size, embed=512)), over="embed")
+    for first, last in cuts:
+        b.graph.set_output(f"from{first}", b.slice(y, axis="fused", start=first, stop=last))
+    return b.graph
 
 
 def test_slices_cut_at_the_same_fractions():
     graph = fused(((0, 400), (400, 500), (500, 600)), 600)
     small = reduced(graph)
-    found = [(n.attrs["start"], n.attrs["stop"]) for n in small if n.op.name == "slice"]
-    unit = found[1][1] - found[1][0]
-    assert found == [(0, 4 * unit), (4 * unit, 5 * unit), (5 * unit, 6 * unit)]
+    cuts = [(n.attrs["start"], n.attrs["stop"]) for n in small if n.op.name == "slice"]
+    unit, beyond = divmod(small.params["w"].type["fused"].size, 6)
+    assert beyond == 0
+    assert cuts == [(0, 4 * unit), (4 * unit, 5 * unit), (5 * unit, 6 * unit)]
     assert unit < 100
-    assert small.params["w"].type["fused"].size == 6 * unit
 
 
 def test_what_stays_large_is_not_reducible():
@@ -184,18 +157,16 @@ def test_a_predicted_error_is_a_promise(by, kept):
     with pytest.raises(CheckError) as error:
         check(pipeline)
     (problem,) = error.value.problems
-    assert problem.expected == "a relative error of at most 10 times 0.001"
-    assert problem.found == "a measured relative error of 0.017 on random data"
+    assert "at most 10 times 0.001" in problem.expected
+    assert "0.017" in problem.found
 
 
 def test_products_that_lose_their_precision():
-    router = Builder(Graph("router"))
-    x = router.graph.input("x", tensor(F32, tokens="T", embed=4))
-    w = router.graph.param("w", tensor(F32, expert=3, embed=4))
-    with router.at("layers.0.ffn"):
-        router.graph.set_output("y", router.contract(x, w, over=("embed",), precision="f32"))
-    before = router.graph
-    after = clone(before)
+    b, x = start(embed=4)
+    w = b.graph.param("w", tensor(F32, expert=3, embed=4))
+    with b.at("layers.0.ffn"):
+        b.graph.set_output("y", b.contract(x, w, over="embed", precision="f32"))
+    before, after = b.graph, clone(b.graph)
     next(iter(after)).attrs["precision"] = "default"
     assert broken_promise(EXACT, before, after) == [
         "the products at @layers.0.ffn lost precision=f32"

@@ -30,9 +30,9 @@ class MinePass(Pass):
 '''
 
 
-def own(folder, name="mine", more=""):
+def own(folder, name="mine"):
     path = folder / f"own_{name}.py"
-    path.write_text(OWN.format(name=name) + more, encoding="utf-8")
+    path.write_text(OWN.format(name=name), encoding="utf-8")
     return path
 
 
@@ -71,24 +71,32 @@ def refused(path, expected):
         REGISTRY.with_file(path)
 
 
-def test_faulty_files_are_blamed_with_their_line(tmp_path):
-    refused(tmp_path / "none.py", "no such file")
+FAULTY = {
+    "no pass": ("x = 1\n", "defines no pass"),
+    "syntax": ("x = 1\ny = (\n", r"faulty\.py:2: SyntaxError"),
+    "a name": ("def f():\n    return nothing\n\nf()\n", r"faulty\.py:2: NameError: name 'nothing'"),
+    "an exit": ("import sys\nsys.exit(0)\n", r"faulty\.py:2: SystemExit: 0"),
+    "an exit of a generator": ("x = 1\nraise GeneratorExit\n", r"faulty\.py:2: GeneratorExit"),
+    "no text": (
+        "class E(Exception):\n    __str__ = None\nraise E\n",
+        r"faulty\.py:3: E: its text raises TypeError",
+    ),
+    "a pattern": ("from moecc.rewrite import P\nP.add(P.any())\n", "a, b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAULTY)
+def test_faulty_files_are_blamed_with_their_line(tmp_path, case):
+    text, expected = FAULTY[case]
     path = tmp_path / "faulty.py"
-    path.write_text("x = 1\n", encoding="utf-8")
-    refused(path, "defines no pass")
-    path.write_text("x = 1\ny = (\n", encoding="utf-8")
-    refused(path, r"faulty\.py:2: SyntaxError")
-    path.write_text("def f():\n    return nothing\n\nf()\n", encoding="utf-8")
-    refused(path, r"faulty\.py:2: NameError: name 'nothing'")
-    path.write_text("import sys\nsys.exit(0)\n", encoding="utf-8")
-    refused(path, r"faulty\.py:2: SystemExit: 0")
-    path.write_text("x = 1\nraise GeneratorExit\n", encoding="utf-8")
-    refused(path, r"faulty\.py:2: GeneratorExit")
-    path.write_text("class E(Exception):\n    __str__ = None\nraise E\n", encoding="utf-8")
-    refused(path, r"faulty\.py:3: E: its text raises TypeError")
-    refused(own(tmp_path, "bad-pattern", "\nfrom moecc.rewrite import P\nP.add(P.any())\n"), "a, b")
+    path.write_text(text, encoding="utf-8")
+    refused(path, expected)
+
+
+def test_what_is_no_python_file(tmp_path):
+    refused(tmp_path / "none.py", "no such file")
     text = tmp_path / "faulty.txt"
-    text.write_text("", encoding="utf-8")
+    text.touch()
     refused(text, "not a Python file")
 
 

@@ -4,37 +4,26 @@ import pytest
 from moecc_passes import REGISTRY
 
 from moecc.errors import InputError
-from moecc.families import build
-from moecc.families.registry import parse_config
-from moecc.ir import clone, equal, verify
+from moecc.ir import clone, equal
 from moecc.ir.unroll import is_rolled
 from moecc.jobs.checks import check_pipeline
-from moecc.presets import preset_config
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline, installed
-from moecc.rewrite.runner import run_pass, run_pipeline
+from moecc.rewrite.runner import run_pass
 from moecc.testing import assert_same
-
-SMALL = {
-    "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "num_hidden_layers": 4, "vocab_size": 32,
-}  # fmt: skip
+from tests.passes.model_graphs import SMALL, apply_passes, preset_graph
 
 WORKING = ("canonicalize", "cse", "dce", "freeze{groups=attention}")
 
 
-def dense():
-    return build(parse_config({**preset_config("smollm2-135m"), **SMALL}))
-
-
-def then(graph, text):
-    return run_pipeline(graph, Pipeline.parse(text))
-
-
-def rolled(before="upcycle{experts=4 layers=every:2},add-losses"):
-    graph = dense()
-    then(graph, f"{before},roll-layers" if before else "roll-layers")
+def after(passes, keys=SMALL):
+    graph = preset_graph("smollm2-135m", **keys)
+    apply_passes(graph, passes)
     return graph
+
+
+def rolled():
+    return after("upcycle{experts=4 layers=every:2},add-losses,roll-layers")
 
 
 MESH = {"lower-collectives", "strip-sharding"}
@@ -60,30 +49,25 @@ def test_a_pass_that_works_layer_by_layer_says_so(name):
 def test_other_passes_work(text):
     graph = rolled()
     before = clone(graph)
-    then(graph, text)
+    apply_passes(graph, text)
     assert is_rolled(graph)
     assert_same(before, graph, exact=True)
 
 
 @pytest.mark.parametrize("text", ["roll-layers", "roll-layers,unroll-layers"])
 def test_promises_are_checked(text):
-    graph = dense()
-    then(graph, "upcycle{experts=4}")
-    assert [c.measured for c in check_pipeline(graph, Pipeline.parse(text))] == [0.0] * (
-        text.count(",") + 1
-    )
+    pipeline = Pipeline.parse(text)
+    checked = check_pipeline(after("upcycle{experts=4}"), pipeline)
+    assert [pass_.measured for pass_ in checked] == [0.0] * len(pipeline)
 
 
 def test_what_a_pass_sees_of_another_depth():
     """A stack that only in part repeats stays valid when the rest of it is rewritten."""
-    graph = dense()
-    then(graph, "upcycle{experts=4 layers=0},roll-layers,canonicalize,cse,dce")
-    verify(graph)
+    graph = after("upcycle{experts=4 layers=0},roll-layers,canonicalize,cse,dce")
     assert [n.attrs["over"] for n in graph if n.body is not None] == [(("layer", 3),)]
 
 
 def test_a_rolled_graph_is_reduced_for_a_check():
-    graph = build(parse_config({**preset_config("smollm2-135m"), "num_hidden_layers": 4}))
-    then(graph, "roll-layers")
-    (found,) = check_pipeline(graph, Pipeline.parse("unroll-layers"))
-    assert found.measured == 0.0
+    graph = after("roll-layers", {"num_hidden_layers": 4})
+    (checked,) = check_pipeline(graph, Pipeline.parse("unroll-layers"))
+    assert checked.measured == 0.0

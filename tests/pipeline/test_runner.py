@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from moecc.errors import CheckError, InputError, MoeccError
+from moecc.errors import CheckError, InputError
 from moecc.ir import equal, parse
 from moecc.rewrite.passes import EXACT, Context, PassCrash, Preserves, weakest
 from moecc.rewrite.pipeline import Pipeline
@@ -81,9 +81,8 @@ def test_what_a_pipeline_preserves():
     sums = Preserves("reassociation", "sums")
     assert weakest([]) == EXACT
     assert weakest([EXACT, sums]) == sums
-    assert weakest([about, EXACT, sums, again]) == Preserves(
-        "approximate", "noise; sums; drops", 0.75
-    )
+    together = Preserves("approximate", "noise; sums; drops", 0.75)
+    assert weakest([about, EXACT, sums, again]) == together
     assert weakest([about, unknown]).predicted_error is None
     assert weakest([about, about]).reason == "noise"
     assert str(about) == "approximate: noise (predicted relative error 0.25)"
@@ -93,12 +92,8 @@ def test_what_a_pipeline_preserves():
 def test_the_report_as_json():
     data = json.loads(json.dumps(run(negations(5), "un-neg,top").as_dict()))
     assert data["changed"] is True
-    assert data["preserves"] == {
-        "kind": "exact",
-        "reason": "",
-        "predicted_error": None,
-        "up_to": "",
-    }
+    exact = {"kind": "exact", "reason": "", "predicted_error": None, "up_to": ""}
+    assert data["preserves"] == exact
     first, second = data["passes"]
     assert (first["pass"], first["matched"], first["statistics"]) == ("un-neg", 2, {"pair": 2})
     assert first["remarks"] == [{"where": "here", "text": "looked around"}]
@@ -107,15 +102,14 @@ def test_the_report_as_json():
 
 
 def test_a_crash_leaves_a_reproducer(tmp_path):
-    graph, original = negations(4), negations(4)
     with pytest.raises(PassCrash) as caught:
-        run(graph, "un-neg,bad", crash_folder=lambda: tmp_path, context=Context(seed=5))
+        run(negations(), "un-neg,bad", crash_folder=lambda: tmp_path, context=Context(seed=5))
     assert caught.value.exit_code == 1, "the pass is not moecc's own"
     assert "the pass 2, bad, crashed: KeyError: 'layers.7'" in str(caught.value)
     path = tmp_path / "moecc-crash-1.moe"
     assert str(path) in str(caught.value)
     text = path.read_text("utf-8")
-    assert equal(parse(text), original)
+    assert equal(parse(text), negations())
     assert "# seed: 5\n" in text
     assert "# pipeline: un-neg,bad\n" in text
     assert "KeyError" in text
@@ -125,7 +119,6 @@ def test_a_crash_leaves_a_reproducer(tmp_path):
 
 
 def test_what_the_user_causes_is_not_a_crash(tmp_path):
-    with pytest.raises(MoeccError, match="not with this graph") as caught:
+    with pytest.raises(InputError, match="not with this graph"):
         run(negations(), "bad{way=refuse}", crash_folder=lambda: tmp_path)
-    assert isinstance(caught.value, InputError)
     assert list(tmp_path.iterdir()) == []

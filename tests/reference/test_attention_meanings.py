@@ -4,8 +4,11 @@ import cmath
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from moecc.errors import InputError
+
+from .evaluation import evaluate
 
 ROPE = {"axis": "head_dim", "size": 8, "theta": 100.0}
 
@@ -83,39 +86,40 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("case", GOLDEN)
-def test_rope_gives_the_numbers_of_transformers(case, evaluate):
+def test_rope_gives_the_numbers_of_transformers(case):
     attrs, cosines, sines = GOLDEN[case]
-    positions = (np.array([[0, 1, 5, 40]]), "batch seq")
+    positions = [[0, 1, 5, 40]], "batch seq"
     cos, sin = evaluate("rope", positions, **ROPE, scaling=case.split(",")[0], **attrs)
     assert cos.shape == (1, 4, 8)
-    np.testing.assert_array_equal(cos[..., :4], cos[..., 4:])
-    np.testing.assert_array_equal(sin[..., :4], sin[..., 4:])
-    np.testing.assert_allclose(cos[0, :, :4], cosines, atol=5e-6)
-    np.testing.assert_allclose(sin[0, 3, :4], sines, atol=5e-6)
+    assert_array_equal(cos[..., :4], cos[..., 4:])
+    assert_array_equal(sin[..., :4], sin[..., 4:])
+    assert_allclose(cos[0, :, :4], cosines, atol=5e-6)
+    assert_allclose(sin[0, 3, :4], sines, atol=5e-6)
 
 
-def test_longrope_divides_by_other_numbers_beyond_the_original_context(evaluate):
+def test_longrope_divides_by_other_numbers_beyond_the_original_context():
+    short, long = (1.0, 1.0, 1.0, 1.0), (1.0, 2.0, 4.0, 8.0)
     attrs = {"scaling": "longrope", "original_context": 32, "attention_factor": 1.5}
-    lists = {"short_factors": (1.0, 1.0, 1.0, 1.0), "long_factors": (1.0, 2.0, 4.0, 8.0)}
-    for count, divisors in ((32, lists["short_factors"]), (33, lists["long_factors"])):
-        cos, sin = evaluate("rope", (np.arange(count), "seq"), **ROPE, **attrs, **lists)
-        theta = ROPE.get("theta", 10_000.0)
-        angles = np.arange(count)[:, None] * theta ** -(np.arange(4) / 4) / np.array(divisors)
-        np.testing.assert_allclose(cos[:, :4], 1.5 * np.cos(angles), atol=1e-12)
-        np.testing.assert_allclose(sin[:, 4:], 1.5 * np.sin(angles), atol=1e-12)
+    attrs |= {**ROPE, "short_factors": short, "long_factors": long}
+    for count, divisors in ((32, short), (33, long)):
+        positions = np.arange(count)
+        cos, sin = evaluate("rope", (positions, "seq"), **attrs)
+        angles = positions[:, None] * 100.0 ** -(np.arange(4) / 4) / divisors
+        assert_allclose(cos[:, :4], 1.5 * np.cos(angles), atol=1e-12)
+        assert_allclose(sin[:, 4:], 1.5 * np.sin(angles), atol=1e-12)
 
 
-def test_dynamic_scaling_starts_beyond_the_original_context(evaluate):
-    attrs = {**ROPE, "scaling": "dynamic", "factor": 8.0, "original_context": 32}
-    within = evaluate("rope", (np.arange(32), "seq"), **attrs)
-    np.testing.assert_array_equal(within, evaluate("rope", (np.arange(32), "seq"), **ROPE))
-    beyond = evaluate("rope", (np.arange(33), "seq"), **attrs)
+def test_dynamic_scaling_starts_beyond_the_original_context():
+    dynamic = {**ROPE, "scaling": "dynamic", "factor": 8.0, "original_context": 32}
+    positions = np.arange(32), "seq"
+    within = evaluate("rope", positions, **dynamic)
+    assert_array_equal(within, evaluate("rope", positions, **ROPE))
+    beyond = evaluate("rope", (np.arange(33), "seq"), **dynamic)
     assert not np.allclose(beyond[0][:32], within[0])
 
 
-def test_rotate_turns_pairs_as_complex_numbers(evaluate):
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(2, 5, 3, 8))
+def test_rotate_turns_pairs_as_complex_numbers():
+    x = np.random.default_rng(1).normal(size=(2, 5, 3, 8))
     positions = np.array([0, 3, 1, 7, 2])
     cos, sin = evaluate("rope", (positions, "seq"), **ROPE)
     tables = (cos, "seq head_dim"), (sin, "seq head_dim")
@@ -123,32 +127,27 @@ def test_rotate_turns_pairs_as_complex_numbers(evaluate):
     for s, i in np.ndindex(5, 4):
         turn = cmath.exp(1j * positions[s] * 100.0 ** (-2 * i / 8))
         expected = (x[:, s, :, i] + 1j * x[:, s, :, i + 4]) * turn
-        np.testing.assert_allclose(found[:, s, :, i], expected.real, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(found[:, s, :, i + 4], expected.imag, rtol=1e-12, atol=1e-12)
+        assert_allclose(found[:, s, :, i], expected.real, rtol=1e-12, atol=1e-12)
+        assert_allclose(found[:, s, :, i + 4], expected.imag, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])
-def test_causal(window, evaluate):
-    queries, keys = np.array([[0, 1, 5]]), np.array([5, 0, 3, 4])
-    found = evaluate("causal", (queries, "batch seq"), (keys, "kv_seq"), window=window)
-    expected = [
-        [[k <= q and (window == 0 or q - k < window) for k in keys.tolist()] for q in row]
-        for row in queries.tolist()
-    ]
+def test_causal(window):
+    queries, keys = [0, 1, 5], [5, 0, 3, 4]
+    found = evaluate("causal", ([queries], "batch seq"), (keys, "kv_seq"), window=window)
+    expected = [[k <= q and (window == 0 or q - k < window) for k in keys] for q in queries]
     assert found.dtype == bool
-    np.testing.assert_array_equal(found, expected)
+    assert_array_equal(found, [expected])
 
 
-def test_same_segment(evaluate):
+def test_same_segment():
     queries, keys = np.array([[1, 2, 0], [3, 3, 0]]), np.array([[1, 2, 2, 0], [3, 0, 0, 0]])
     found = evaluate("same_segment", (queries, "batch seq"), (keys, "batch kv_seq"))
-    expected = [
-        [[k in (q,) or q == 0 for k in keys[row]] for q in queries[row]] for row in range(2)
-    ]
+    expected = [[[q in (k, 0) for k in keys[row]] for q in queries[row]] for row in range(2)]
     assert found.dtype == bool
-    np.testing.assert_array_equal(found, expected)
+    assert_array_equal(found, expected)
     crossed = evaluate("same_segment", (queries, "batch seq"), (keys[0], "kv_seq"))
-    np.testing.assert_array_equal(crossed[1], [[False] * 4, [False] * 4, [True] * 4])
+    assert_array_equal(crossed[1], [[False] * 4, [False] * 4, [True] * 4])
 
 
 # transformers 5.24.0, T5Attention._relative_position_bucket, key position minus query position.
@@ -169,12 +168,17 @@ BUCKETS = {
 }  # fmt: skip
 
 
+def buckets_of(op, distances, **attrs):
+    """Return the buckets of key positions minus query positions."""
+    keys = np.array(distances) + 1000
+    return evaluate(op, ([1000], "seq"), (keys, "kv_seq"), **attrs)
+
+
 @pytest.mark.parametrize("case", BUCKETS)
-def test_buckets_are_those_of_transformers(case, evaluate):
-    bidirectional, buckets, furthest = case
-    attrs = {"bidirectional": bidirectional, "buckets": buckets, "max_distance": furthest}
-    keys = np.array(DISTANCES) + 1000
-    found = evaluate("relative_buckets", (np.array([1000]), "seq"), (keys, "kv_seq"), **attrs)
+def test_buckets_are_those_of_transformers(case):
+    bidirectional, count, furthest = case
+    attrs = {"bidirectional": bidirectional, "buckets": count, "max_distance": furthest}
+    found = buckets_of("relative_buckets", DISTANCES, **attrs)
     assert found.tolist() == [BUCKETS[case]]
     assert found.dtype == np.int32
 
@@ -188,28 +192,24 @@ def test_buckets_are_those_of_transformers(case, evaluate):
         ({"bidirectional": False, "buckets": 32, "max_distance": 16}, "max_distance"),
     ],
 )
-def test_impossible_buckets_are_refused(attrs, message, evaluate):
-    positions = np.arange(3)
+def test_impossible_buckets_are_refused(attrs, message):
     with pytest.raises(InputError, match=message):
-        evaluate("relative_buckets", (positions, "seq"), (positions, "kv_seq"), **attrs)
+        buckets_of("relative_buckets", [0], **attrs)
 
 
 @pytest.mark.parametrize(
     ("heads", "exponents"), [(1, [8]), (4, [2, 4, 6, 8]), (6, [2, 4, 6, 8, 1, 3]), (3, [4, 8, 2])]
 )
-def test_alibi_has_the_slopes_of_the_paper(heads, exponents, evaluate):
-    operands = (np.array([5]), "seq"), (np.array([2, 5, 6]), "kv_seq")
-    found = evaluate("alibi", *operands, axis="head", size=heads)
+def test_alibi_has_the_slopes_of_the_paper(heads, exponents):
+    found = evaluate("alibi", ([5], "seq"), ([2, 5, 6], "kv_seq"), axis="head", size=heads)
     slopes = 2.0 ** -np.array(exponents)
-    np.testing.assert_array_equal(found, [np.array([[-3], [0], [1]]) * slopes])
+    assert_array_equal(found, [np.array([[-3], [0], [1]]) * slopes])
 
 
 @pytest.mark.parametrize(
     ("furthest", "expected"),
     [(0, [7, 7, 7, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0]), (6, [7, 7, 7, 7, 6, 5, 4, 3, 2, 1, 1, 1, 0])],
 )
-def test_signed_buckets_are_those_of_deberta(furthest, expected, evaluate):
-    keys = np.arange(-6, 7) + 1000
-    operands = (np.array([1000]), "seq"), (keys, "kv_seq")
-    found = evaluate("signed_buckets", *operands, buckets=8, max_distance=furthest)
+def test_signed_buckets_are_those_of_deberta(furthest, expected):
+    found = buckets_of("signed_buckets", range(-6, 7), buckets=8, max_distance=furthest)
     assert found.tolist() == [expected]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from moecc.backend import get_backend
 from moecc.errors import InputError
@@ -10,16 +11,15 @@ from moecc.ir import F32, Builder, Graph, tensor, verify
 RNG = np.random.default_rng(0)
 
 
-def patches(stride=2, padding=1):
+WINDOWS = {"over": "channel", "along": ("height", "width"), "taps": ("down", "across")}
+
+
+def patches(**attrs):
     """Return a convolution of images whose axes are in another order than torch's."""
     graph = Graph("patches")
     x = graph.input("x", tensor(F32, batch="B", height=5, channel=3, width=7))
     w = graph.param("w", tensor(F32, embed=4, channel=3, down=3, across=2))
-    y = Builder(graph).convolve(
-        x, w, over="channel", along=("height", "width"), taps=("down", "across"),
-        stride=stride, padding=padding,
-    )  # fmt: skip
-    graph.set_output("y", y)
+    graph.set_output("y", Builder(graph).convolve(x, w, **WINDOWS | attrs))
     verify(graph)
     return graph
 
@@ -30,29 +30,24 @@ def by_hand(x, w, stride, padding):
     height = (x.shape[1] - w.shape[2]) // stride + 1
     width = (x.shape[3] - w.shape[3]) // stride + 1
     made = np.zeros((x.shape[0], height, width, w.shape[0]))
-    for row in range(height):
-        for column in range(width):
-            down = slice(row * stride, row * stride + w.shape[2])
-            across = slice(column * stride, column * stride + w.shape[3])
-            window = x[:, down, :, across].transpose(0, 2, 1, 3)
-            made[:, row, column] = np.tensordot(window, w, ([1, 2, 3], [1, 2, 3]))
+    for row, column in np.ndindex(height, width):
+        down = slice(row * stride, row * stride + w.shape[2])
+        across = slice(column * stride, column * stride + w.shape[3])
+        window = x[:, down, :, across].transpose(0, 2, 1, 3)
+        made[:, row, column] = np.tensordot(window, w, ([1, 2, 3], [1, 2, 3]))
     return made
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (3, 2)])
 def test_windows_are_summed_as_by_hand(backend, stride, padding):
-    x, w = RNG.standard_normal((2, 5, 3, 7)), RNG.standard_normal((4, 3, 3, 2))
-    graph = patches(stride, padding)
-    found = (
-        get_backend(backend)
-        .compile(graph)
-        .run({"w": w.astype(np.float32)}, {"x": x.astype(np.float32)})["y"]
-    )
-    expected = by_hand(x.astype(np.float32), w.astype(np.float32), stride, padding)
+    x, w = (RNG.standard_normal(s, np.float32) for s in ((2, 5, 3, 7), (4, 3, 3, 2)))
+    graph = patches(stride=stride, padding=padding)
+    found = get_backend(backend).compile(graph).run({"w": w}, {"x": x})["y"]
+    expected = by_hand(x, w, stride, padding)
     assert graph.outputs["y"].type.names == ("batch", "height", "width", "embed")
     assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +60,5 @@ def test_windows_are_summed_as_by_hand(backend, stride, padding):
     ],
 )
 def test_what_has_no_windows_is_refused(changes, words):
-    graph = Graph()
-    x = graph.input("x", tensor(F32, batch="B", channel=3, height=5, width=7))
-    w = graph.param("w", tensor(F32, embed=4, channel=3, down=3, across=2))
-    attrs = {"over": "channel", "along": ("height", "width"), "taps": ("down", "across")}
     with pytest.raises(InputError, match=words):
-        Builder(graph).convolve(x, w, **{**attrs, **changes})
+        patches(**changes)

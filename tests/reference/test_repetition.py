@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
-from moecc.backend import get_backend
 from moecc.errors import InputError
 from moecc.ir import F32, I32, Builder, Graph, parse, tensor
+from moecc.testing import run_reference
 
 TEXT = """moecc 1
 graph g {
@@ -34,14 +35,13 @@ graph g {
 def test_a_scan_is_a_loop():
     rng = np.random.default_rng(3)
     x, w, u, g = (rng.normal(size=s) for s in ((2, 4), (3, 4), (4, 3), (4,)))
-    program = get_backend("reference").compile(parse(TEXT))
-    found = program.run({"w": w, "u": u, "g": g}, {"x": x})
+    found = run_reference(parse(TEXT), params={"w": w, "u": u, "g": g}, inputs={"x": x})
     sums = []
     for at in range(3):
         x = (x * g + w[at]) * u[:, at]
         sums.append(x.sum(axis=1))
-    np.testing.assert_array_equal(found["y"], x)
-    np.testing.assert_array_equal(found["s"], np.stack(sums))
+    assert_array_equal(found["y"], x)
+    assert_array_equal(found["s"], np.stack(sums))
 
 
 def test_a_wrong_index_in_a_body_is_told_with_its_node():
@@ -50,9 +50,9 @@ def test_a_wrong_index_in_a_body_is_told_with_its_node():
     ids = body.input("ids", tensor(I32, batch=3))
     body.set_output("y", Builder(body, loc="layers.{0..1}.ffn").embedding(table, ids, axis="vocab"))
     graph = Graph()
-    inputs = [graph.input("table", table.type), graph.input("ids", ids.type)]
+    inputs = [graph.input(name, value.type) for name, value in body.inputs.items()]
     graph.set_output("y", Builder(graph).scan(*inputs, over=(("layer", 2),), body=body)[0])
-    program = get_backend("reference").compile(graph)
+    arrays = {"table": np.zeros((4, 2)), "ids": np.array([0, 1, 4])}
     with pytest.raises(InputError, match="an index is outside the table") as caught:
-        program.run({}, {"table": np.zeros((4, 2)), "ids": np.array([0, 1, 4])})
+        run_reference(graph, inputs=arrays)
     assert "embedding" in str(caught.value.problems[0].where)

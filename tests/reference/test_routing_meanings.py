@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 
-from moecc.ir import F64, I32, Builder, Graph, tensor
+from moecc.ir import OPS
 from moecc.ir.ops.slots import capacity
-from moecc.testing import run_reference
+
+from .evaluation import assign_slots, compute, evaluate
 
 
-def route(logits, evaluate, **attrs):
-    experts, gates = evaluate("route", (np.asarray(logits, float), "token expert"), **attrs)
-    return experts, gates
+def route(logits, **attrs):
+    return evaluate("route", (logits, "token expert"), **attrs)
 
 
-def test_the_best_logits_come_first_and_ties_take_the_lowest_expert(evaluate):
+def test_the_best_logits_come_first_and_ties_take_the_lowest_expert():
     logits = [[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0], [-1.0, -np.inf, -2.0, -np.inf]]
-    experts, _ = route(logits, evaluate, top_k=3)
+    experts, _ = route(logits, top_k=3)
     assert experts.tolist() == [[1, 3, 2], [0, 1, 2], [0, 2, 1]]
 
 
@@ -40,25 +41,25 @@ LOGITS = [math.log(4), math.log(3), math.log(2), math.log(1)]
         ("ones", [1.0, 1.0]),
     ],
 )
-def test_gate_conventions(gates, expected, evaluate):
-    experts, found = route([LOGITS], evaluate, top_k=2, gates=gates)
+def test_gate_conventions(gates, expected):
+    experts, found = route([LOGITS], top_k=2, gates=gates)
     assert experts.tolist() == [[0, 1]]
-    np.testing.assert_allclose(found, [expected], rtol=1e-14)
-    _, scaled = route([LOGITS], evaluate, top_k=2, gates=gates, scale=2.5)
-    np.testing.assert_allclose(scaled, 2.5 * found, rtol=1e-15)
+    assert_allclose(found, [expected], rtol=1e-14)
+    _, scaled = route([LOGITS], top_k=2, gates=gates, scale=2.5)
+    assert_allclose(scaled, 2.5 * found, rtol=1e-15)
 
 
-def test_sparsemixer_gives_the_numbers_of_phimoe(evaluate):
+def test_sparsemixer_gives_the_numbers_of_phimoe():
     """transformers 5.24.0, `sparsemixer(scores, jitter_eps=0.01, training=False)`."""
     scores = [
-        [0, 0, 0, 0],
+        [0.0, 0, 0, 0],
         [1.0, 0.99, 0.5, -2],
         [2.0, 1.97, 1.95, 1.0],
         [-1.0, -1.01, -1.03, -3.0],
         [0.3, 0.2, 0.1, 5.0],
         [-0.5, 0.49, 0.5, -0.5],
     ]
-    experts, gates = route(scores, evaluate, top_k=2, gates="sparsemixer")
+    experts, gates = route(scores, top_k=2, gates="sparsemixer")
     assert experts.tolist() == [[0, 1], [0, 1], [0, 1], [0, 1], [3, 0], [2, 1]]
     expected = [
         [0.25, 0.333333333],
@@ -68,22 +69,15 @@ def test_sparsemixer_gives_the_numbers_of_phimoe(evaluate):
         [1.0, 1.0],
         [1.0, 1.0],
     ]
-    np.testing.assert_allclose(gates, expected, atol=1e-9)
+    assert_allclose(gates, expected, atol=1e-9)
 
 
 # --- capacity
 
 
 def slots_of(factor, tokens, experts, top_k=1, **attrs):
-    defaults = {
-        "convention": "tokens",
-        "rounding": "floor",
-        "minimum": 4,
-        "multiple": 1,
-        "cap": True,
-    }
-    attrs = {**defaults, "capacity_factor": factor, "experts": experts, **attrs}
-    return capacity(attrs, tokens, top_k)
+    attrs |= {"capacity_factor": factor, "experts": experts, "tokens": ("token",)}
+    return capacity(OPS["assign_slots"].complete(attrs), tokens, top_k)
 
 
 @pytest.mark.parametrize(
@@ -124,59 +118,39 @@ def test_capacity_rounding_convention_and_bounds():
 # --- places
 
 
-def slots(choices, evaluate, experts, **attrs):
-    return evaluate(
-        "assign_slots",
-        (np.asarray(choices), "token choice"),
-        tokens="token",
-        experts=experts,
-        **attrs,
-    )
-
-
 BOUND = {"slots": "capacity", "minimum": 1}
+ONE = {**BOUND, "capacity_factor": 1.0}
 
 
-def test_ragged_slots_count_up_and_drop_nothing(evaluate):
-    choices = [[0, 1], [0, 2], [1, 0]]
-    assert slots(choices, evaluate, 3).tolist() == [[0, 1], [1, 0], [0, 2]]
-
-
-def test_first_choices_beat_second_ones(evaluate):
+SLOTS = {
+    "ragged slots count up": ([[0, 1], [0, 2], [1, 0]], 3, {}, [[0, 1], [1, 0], [0, 2]]),
     # Capacity 1: token 0 wants expert 1 second, token 1 wants it first.
-    choices = [[0, 1], [1, 0]]
-    by_choice = slots(choices, evaluate, 2, **BOUND, capacity_factor=1.0)
-    assert by_choice.tolist() == [[0, -1], [0, -1]]
-    by_token = slots(choices, evaluate, 2, **BOUND, capacity_factor=1.0, order="token")
-    assert by_token.tolist() == [[0, 0], [-1, -1]]
-
-
-def test_groups_are_counted_apart(evaluate):
-    choices = [[0], [0], [0], [0]]
-    assert slots(choices, evaluate, 2, groups=2).tolist() == [[0], [1], [0], [1]]
+    "first choices come first": ([[0, 1], [1, 0]], 2, ONE, [[0, -1], [0, -1]]),
+    "token by token": ([[0, 1], [1, 0]], 2, {**ONE, "order": "token"}, [[0, 0], [-1, -1]]),
+    "groups are counted apart": ([[0]] * 4, 2, {"groups": 2}, [[0], [1], [0], [1]]),
     # Two tokens a group: one slot each.
-    found = slots(choices, evaluate, 2, groups=2, **BOUND, capacity_factor=1.0)
-    assert found.tolist() == [[0], [-1], [0], [-1]]
+    "groups have a capacity": ([[0]] * 4, 2, {**ONE, "groups": 2}, [[0], [-1], [0], [-1]]),
+    "no expert": ([[-1], [0], [2], [0]], 2, {}, [[-1], [0], [-1], [1]]),
+}
 
 
-def test_a_choice_of_no_expert_takes_no_slot(evaluate):
-    assert slots([[-1], [0], [2], [0]], evaluate, 2).tolist() == [[-1], [0], [-1], [1]]
+@pytest.mark.parametrize("case", SLOTS)
+def test_slots_by_hand(case):
+    choices, experts, attrs, slots = SLOTS[case]
+    assert assign_slots(choices, experts, **attrs).tolist() == slots
 
 
-def test_tokens_are_numbered_in_the_order_of_the_token_axes(evaluate):
-    choices = np.zeros((2, 3, 1), int)
-    found = evaluate(
-        "assign_slots", (choices, "batch seq choice"), tokens=("batch", "seq"), experts=1
-    )
-    assert found[..., 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    found = evaluate(
-        "assign_slots", (choices, "batch seq choice"), tokens=("seq", "batch"), experts=1
-    )
-    assert found[..., 0].tolist() == [[0, 2, 4], [1, 3, 5]]
-    found = evaluate(
-        "assign_slots", (choices.T, "choice seq batch"), tokens=("batch", "seq"), experts=1
-    )
-    assert found[0].tolist() == [[0, 3], [1, 4], [2, 5]]
+@pytest.mark.parametrize(
+    ("axes", "tokens", "slots"),
+    [
+        ("batch seq choice", ("batch", "seq"), [[[0], [1], [2]], [[3], [4], [5]]]),
+        ("batch seq choice", ("seq", "batch"), [[[0], [2], [4]], [[1], [3], [5]]]),
+        ("choice seq batch", ("batch", "seq"), [[[0, 3], [1, 4], [2, 5]]]),
+    ],
+)
+def test_tokens_are_numbered_in_the_order_of_the_token_axes(axes, tokens, slots):
+    choices = np.zeros(np.shape(slots), int), axes
+    assert evaluate("assign_slots", choices, tokens=tokens, experts=1).tolist() == slots
 
 
 @st.composite
@@ -190,13 +164,6 @@ def routings(draw, max_tokens=24):
     return np.argsort(-scores, axis=1)[:, :top_k], experts
 
 
-def run_assign_slots(choices, experts, **attrs):
-    graph = Graph()
-    e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
-    graph.set_output("p", Builder(graph).assign_slots(e, tokens="token", experts=experts, **attrs))
-    return run_reference(graph, inputs={"e": choices})["p"]
-
-
 ORDERS = st.sampled_from(["choice", "token"])
 FACTORS = st.sampled_from([0.25, 0.5, 1.0, 1.25, 2.0])
 
@@ -205,9 +172,7 @@ FACTORS = st.sampled_from([0.25, 0.5, 1.0, 1.25, 2.0])
 def test_a_slot_holds_one_token_and_the_lowest_are_filled(routing, factor, order):
     choices, experts = routing
     bound = slots_of(factor, len(choices), experts, choices.shape[1], minimum=1)
-    found = run_assign_slots(
-        choices, experts, slots="capacity", capacity_factor=factor, minimum=1, order=order
-    )
+    found = assign_slots(choices, experts, capacity_factor=factor, order=order, **BOUND)
     for expert in range(experts):
         mine = sorted(found[(choices == expert) & (found >= 0)].tolist())
         wanted = int((choices == expert).sum())
@@ -221,13 +186,10 @@ def test_filling_by_token_is_strictly_causal_and_first_choices_always_are(routin
     other = choices.copy()
     later = np.random.default_rng(seed).normal(size=(len(choices) - cut, experts))
     other[cut:] = np.argsort(-later, axis=1)[:, : choices.shape[1]]
-    bound = {"slots": "capacity", "capacity_factor": 0.75, "minimum": 1}
     for order, ranks in (("token", slice(None)), ("choice", slice(1))):
-        kept = [
-            run_assign_slots(c, experts, order=order, **bound)[:cut, ranks]
-            for c in (choices, other)
-        ]
-        np.testing.assert_array_equal(*kept)
+        attrs = {"order": order, "capacity_factor": 0.75, **BOUND}
+        before, after = (assign_slots(c, experts, **attrs) for c in (choices, other))
+        assert_array_equal(before[:cut, ranks], after[:cut, ranks])
 
 
 # --- dispatch and combine
@@ -235,17 +197,14 @@ def test_filling_by_token_is_strictly_causal_and_first_choices_always_are(routin
 
 def exchange(choices, experts, x, gates, **attrs):
     """Return what dispatch gives for `x` and what combine makes of it at once."""
-    graph = Graph()
-    b = Builder(graph)
-    v = graph.input("x", tensor(F64, token="T", embed=x.shape[1]))
-    e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
-    g = graph.input("g", tensor(F64, token="T", choice=choices.shape[1]))
-    p = b.assign_slots(e, tokens="token", experts=experts, **attrs)
-    rows = b.dispatch(v, e, p)
-    graph.set_output("p", p)
-    graph.set_output("rows", rows)
-    graph.set_output("y", b.combine(rows, e, p, g))
-    return run_reference(graph, inputs={"x": x, "e": choices, "g": gates})
+
+    def build(b, x, e, g):
+        p = b.assign_slots(e, tokens="token", experts=experts, **attrs)
+        rows = b.dispatch(x, e, p)
+        return {"p": p, "rows": rows, "y": b.combine(rows, e, p, g)}
+
+    e, g = (choices, "token=T choice"), (gates, "token=T choice")
+    return compute(build, x=(x, "token=T embed"), e=e, g=g)
 
 
 @given(routings(), st.sampled_from([1, 2]), st.sampled_from(["ragged", "capacity"]), ORDERS)
@@ -257,28 +216,21 @@ def test_combine_undoes_dispatch_up_to_what_was_dropped(routing, groups, slots, 
     bound = {"capacity_factor": 0.75, "minimum": 1} if slots == "capacity" else {}
     found = exchange(choices, experts, x, gates, groups=groups, slots=slots, order=order, **bound)
     kept = np.where(found["p"] >= 0, gates, 0.0).sum(1)
-    np.testing.assert_allclose(found["y"], kept[:, None] * x, rtol=1e-12, atol=1e-15)
+    assert_allclose(found["y"], kept[:, None] * x, rtol=1e-12, atol=1e-15)
 
 
 def test_where_the_rows_lie():
-    choices = np.array([[1, 0], [1, 2], [2, 1], [0, 1]])
+    choices = [[1, 0], [1, 2], [2, 1], [0, 1]]
     x = np.arange(4.0)[:, None] + 1
     found = exchange(choices, 3, x, np.ones((4, 2)), groups=2)
     nan = np.nan
     expected = [[[1, nan], [1, 2], [2, nan]], [[4, nan], [3, 4], [3, nan]]]
-    np.testing.assert_array_equal(found["rows"][..., 0], expected)
+    assert_array_equal(found["rows"][..., 0], expected)
 
 
 def test_an_empty_slot_under_a_capacity_holds_zeros():
-    found = exchange(
-        np.array([[0], [0], [0]]),
-        2,
-        np.ones((3, 1)),
-        np.ones((3, 1)),
-        slots="capacity",
-        capacity_factor=1.4,
-        minimum=1,
-    )
+    ones = np.ones((3, 1))
+    found = exchange([[0], [0], [0]], 2, ones, ones, capacity_factor=1.4, **BOUND)
     assert found["rows"].shape == (1, 2, 2, 1)
-    np.testing.assert_array_equal(found["rows"][0, :, :, 0], [[1, 1], [0, 0]])
-    np.testing.assert_array_equal(found["y"][:, 0], [1, 1, 0])
+    assert_array_equal(found["rows"][0, :, :, 0], [[1, 1], [0, 0]])
+    assert_array_equal(found["y"][:, 0], [1, 1, 0])

@@ -30,23 +30,26 @@ def test_joined_chunks_are_the_whole(parts, of, each):
     assert np.array_equal(found["first"], runs[:, :, :each].reshape(2, -1))
 
 
-WRONG = {
-    "at": ({"at": 2}, "there is no such chunk"),
-    "of": ({"of": 3}, "cannot be cut into these chunks"),
-    "parts": ({"parts": 0}, "there is no such chunk"),
-    "axis": ({"axis": "a"}, "cannot be cut into these chunks"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_chunks_that_are_not_there(name):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"at": 2}, "there is no such chunk"),
+        ({"of": 3}, "cannot be cut into these chunks"),
+        ({"parts": 0}, "there is no such chunk"),
+        ({"axis": "a"}, "cannot be cut into these chunks"),
+    ],
+)
+def test_chunks_that_are_not_there(changes, message):
     graph = Graph()
     x = graph.input("x", tensor(F32, a="N", b=4))
     attrs = {"axis": "b", "at": 0, "of": 2, "parts": 1}
-    changed, what = WRONG[name]
-    with pytest.raises(InputError, match=what):
-        Builder(graph).chunk(x, **(attrs | changed))
-    y = graph.input("y", tensor(F32, a="N", b=8))
+    with pytest.raises(InputError, match=message):
+        Builder(graph).chunk(x, **attrs | changes)
+
+
+def test_joined_chunks_have_one_type():
+    graph = Graph()
+    x, y = (graph.input(f"x{size}", tensor(F32, a="N", b=size)) for size in (4, 8))
     with pytest.raises(InputError, match="must have one type"):
         Builder(graph).join(x, y, axis="b", parts=2)
 
@@ -58,14 +61,12 @@ def test_what_has_no_chunks():
     assert caught.value.problems[0].hint == "specialize{groups=24} first"
     with pytest.raises(UsageError, match="of a fixed number are exchanged in chunks"):
         Pipeline.parse("expert-parallel{via=ring chunks=2}")
-    ragged = layer("ragged")
-    pipeline = "annotate-sharding{mesh=far:2,near:4 rules=expert-hierarchical}"
+    laid = "annotate-sharding{mesh=far:2,near:4 rules=expert-hierarchical}"
     with pytest.raises(InputError, match="no equal chunks"):
-        run(ragged, f"{pipeline},expert-parallel{{via=hierarchical chunks=2}}")
+        run(layer("ragged"), f"{laid},expert-parallel{{via=hierarchical chunks=2}}")
     seen = model("mixtral_gqa")
     run(seen, "specialize{mode=train capacity-factor=2.0 groups=8}")
-    inner = next(n for n in seen if n.op.name == "silu")
-    seen.set_output("inner", inner.result)
+    seen.set_output("inner", next(n.result for n in seen if n.op.name == "silu"))
     run(seen, "annotate-sharding{mesh=data:4 rules=st-moe}")
     with pytest.raises(InputError, match="something else looks at"):
         run(seen, "expert-parallel{via=capacity chunks=2}")

@@ -8,39 +8,14 @@ from moecc_passes.annotate import LowerCollectivesPass, lay
 
 from moecc.errors import InputError
 from moecc.ir import clone, equal, parse, verify
-from moecc.ir.devices import assembled, simulate
-from moecc.ir.interpreter import ReferenceProgram
+from moecc.ir.devices import simulate
 from moecc.ir.mesh import parse_mesh
 from moecc.rewrite.passes import Context
 from moecc.sharding.rules import LayoutRule
 from moecc.testing import graphs, inputs_for, params_for, run_reference, sizes_for
 from moecc.testing.oracle import EDGE, amplified, rerun_of
 
-from .meshes import model, run
-
-
-def data_for(graph, batch, seed=1):
-    """Return parameters and inputs, with `batch` sequences of six tokens."""
-    sizes = dict.fromkeys(sizes_for(graph, 0), 6) | {"B": batch}
-    return params_for(graph, seed, sizes), inputs_for(graph, seed, sizes)
-
-
-def largest_difference(expected, found):
-    """Return the largest difference of outputs, relative to their largest number, at least 1."""
-    worst = 0.0
-    for name, a in expected.items():
-        b = found[name]
-        assert a.shape == b.shape
-        if a.dtype.kind != "f":
-            assert (a == b).all()
-            continue
-        assert (np.isnan(a) == np.isnan(b)).all()
-        same = np.isnan(a) | (a == b)
-        apart = np.where(same, 0, a) - np.where(same, 0, b)
-        scale = max(1.0, float(np.abs(a[np.isfinite(a)]).max(initial=0)))
-        worst = max(worst, float(np.abs(apart).max(initial=0)) / scale)
-    return worst
-
+from .meshes import check_every_value, check_on_devices, data_for, largest_difference, model, run
 
 MODELS = [
     ("llama_gqa", "", "data:4,model:2", "tensor-parallel"),
@@ -57,26 +32,10 @@ MODELS = [
 @pytest.mark.parametrize(("case", "before", "mesh", "rules"), MODELS)
 def test_models_compute_the_same_on_a_mesh(case, before, mesh, rules):
     graph = model(case)
-    if before:
-        run(graph, before)
+    run(graph, before)
     whole = clone(graph)
     run(graph, f"annotate-sharding{{mesh={mesh} rules={rules}}},lower-collectives")
-    params, inputs = data_for(whole, batch=8)
-    found = simulate(graph, params, inputs)
-    expected = run_reference(whole, params=params, inputs=inputs)
-    assert largest_difference(expected, found.outputs) <= 1e-12
-    check_every_value(graph, params, inputs, found)
-
-
-def check_every_value(graph, params, inputs, found):
-    """Check that what devices hold of each value, put together, is the value."""
-    held = {v for v in found.held if v.type.ragged is None}
-    for value, array in ReferenceProgram(graph).trace(params, inputs):
-        if value not in held:
-            continue
-        whole = assembled(value.type, found.held[value], found.mesh)
-        difference = largest_difference({"v": array.to(whole.axes)}, {"v": whole.data})
-        assert difference <= 1e-11, f"%{value.name}"
+    check_on_devices(graph, whole, *data_for(whole, batch=8))
 
 
 @st.composite
@@ -142,8 +101,7 @@ SENT = {
 def test_the_bytes_that_a_device_sends(line):
     graph = parse(f"{TEXT}  {line}\n  output y = %v\n}}")
     verify(graph)
-    params, inputs = data_for(graph, batch=4)
-    found = simulate(graph, params, inputs)
+    found = simulate(graph, *data_for(graph, batch=4))
     (op,) = (n.op.name for n in graph if n.op.places)
     assert found.sent_bytes.get(op, 0) == SENT[line]
     assert all(t.sent_bytes == (SENT[line],) * 4 for t in found.traffic)
@@ -152,15 +110,13 @@ def test_the_bytes_that_a_device_sends(line):
 def test_ragged_rows_are_counted_as_they_are():
     graph = model("mixtral_gqa")
     run(graph, "trace-routing,annotate-sharding{mesh=data:4 rules=st-moe},lower-collectives")
-    params, inputs = data_for(graph, batch=8)
-    found = simulate(graph, params, inputs)
+    found = simulate(graph, *data_for(graph, batch=8))
     there, back = [t for t in found.traffic if "layers.0" in t.where]
     experts = found.outputs["trace.layers.0.ffn.experts"].reshape(4, -1)
-    away = [int((chosen != device).sum()) for device, chosen in enumerate(experts)]
-    assert there.sent_bytes == tuple(n * 16 * 4 for n in away)
-    arriving = [int((experts == device).sum() - (experts[device] == device).sum())
-                for device in range(4)]  # fmt: skip
-    assert back.sent_bytes == tuple(n * 16 * 4 for n in arriving)
+    # How many rows go from each device, by the first axis, to the expert of each other one.
+    counts = (experts[:, None] == np.arange(4)[:, None]).sum(2) * (1 - np.eye(4, dtype=int))
+    assert there.sent_bytes == tuple(counts.sum(1) * 16 * 4)
+    assert back.sent_bytes == tuple(counts.sum(0) * 16 * 4)
 
 
 def test_what_cannot_run_is_told():
@@ -175,9 +131,9 @@ def test_what_cannot_run_is_told():
     with pytest.raises(InputError, match="'batch' does not divide over the mesh") as caught:
         simulate(graph, params, inputs)
     (problem,) = caught.value.problems
-    assert problem.where == "%tokens"
-    assert problem.expected == "a multiple of 4 (data)"
-    assert problem.hint == "3 parts would, or a size of 8"
+    assert (problem.where, problem.expected, problem.hint) == (
+        "%tokens", "a multiple of 4 (data)", "3 parts would, or a size of 8"
+    )  # fmt: skip
 
 
 def test_what_goes_from_layer_to_layer_is_kept_in_parts():
@@ -185,21 +141,20 @@ def test_what_goes_from_layer_to_layer_is_kept_in_parts():
     whole = model("mixtral_gqa")
     laid = clone(whole)
     run(laid, "annotate-sharding{mesh=data:4,model:2 rules=st-moe},lower-collectives")
-    found = {}
+    simulations = []
     for split in ("", "{split=model}"):
         graph = clone(laid)
         run(graph, f"roll-layers{split}")
         params, inputs = data_for(graph, batch=8)
-        found[split] = simulate(graph, params, inputs)
+        simulations.append(simulate(graph, params, inputs))
         (scan,) = (node for node in graph if node.body is not None)
         stream = scan.operands[0]
         assert stream.type["embed"].mesh == (("model",) if split else ())
     expected = run_reference(whole, params=data_for(whole, batch=8)[0], inputs=inputs)
-    assert largest_difference(expected, found["{split=model}"].outputs) <= 1e-12
-    sent, more = (dict(f.sent_bytes) for f in found.values())
+    assert largest_difference(expected, simulations[1].outputs) <= 1e-12
+    sent, more = (dict(simulation.sent_bytes) for simulation in simulations)
     runs, embed = scan.attrs["over"][0][1], stream.type["embed"].size
     tokens = inputs["tokens"].size // 4
-    assert isinstance(embed, int)
     gathered = more.pop("all_gather") - sent.pop("all_gather", 0)
     assert gathered == (runs + 1) * tokens * embed // 2 * 4
     assert sent == more
@@ -229,8 +184,4 @@ def test_devices_know_which_part_is_theirs(name):
     last = "r" if reduced else "s"
     graph = parse(f"{TEXT}{inputs}  {SPLIT[name]}\n{line}  output y = %{last}\n}}")
     verify(graph)
-    params, given_inputs = data_for(graph, batch=4)
-    found = simulate(graph, params, given_inputs)
-    expected = run_reference(graph, params=params, inputs=given_inputs)
-    assert largest_difference(expected, found.outputs) <= 1e-12
-    check_every_value(graph, params, given_inputs, found)
+    check_on_devices(graph, graph, *data_for(graph, batch=4))

@@ -7,12 +7,10 @@ from tiers import few
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import clone, equal
-from moecc.ir.devices import simulate
 from moecc.rewrite.pipeline import Pipeline
-from moecc.testing import laws, run_reference
+from moecc.testing import laws
 
-from .meshes import census, model, run
-from .test_devices import check_every_value, data_for, largest_difference
+from .meshes import census, check_on_devices, data_for, model, run
 
 
 @pytest.mark.parametrize(("mesh", "rules"), few(SPREAD, 6))
@@ -21,11 +19,7 @@ def test_devices_compute_what_one_does(mesh, rules):
     assert len(legal) >= 3
     for case, shared in legal:
         graph, whole = clone(shared), layer(case.slots)
-        params, inputs = data_for(whole, batch=8)
-        found = simulate(graph, params, inputs)
-        expected = run_reference(whole, params=params, inputs=inputs)
-        assert largest_difference(expected, found.outputs) <= 1e-12, case
-        check_every_value(graph, params, inputs, found)
+        check_on_devices(graph, whole, *data_for(whole, batch=8), case)
         laws.check_round_trip(graph)
         run(graph, "strip-sharding")
         assert equal(graph, whole), case
@@ -36,41 +30,37 @@ def test_drops_are_those_of_one_device():
     whole = layer("capacity")
     run(whole, "trace-routing")
     graph = clone(whole)
-    case = Case("capacity", "data:4,model:2", "st-moe", "via=capacity")
-    run(graph, case.pipeline)
-    params, inputs = data_for(whole, batch=8)
-    expected = run_reference(whole, params=params, inputs=inputs)["trace.layers.0.ffn.slots"]
-    found = simulate(graph, params, inputs).outputs["trace.layers.0.ffn.slots"]
-    assert np.array_equal(found, expected)
-    assert (expected < 0).sum() > 0
+    run(graph, Case("capacity", "data:4,model:2", "st-moe", "via=capacity").pipeline)
+    results = check_on_devices(graph, whole, *data_for(whole, batch=8))
+    slots, expected = (outputs["trace.layers.0.ffn.slots"] for outputs in results)
+    assert np.array_equal(slots, expected)
+    assert (expected < 0).any()
 
 
 CENSUS = {
-    # two layers each
-    ("via=capacity", "data:4"): {"all_to_all": 4},
-    ("via=ring", "data:4"): {"all_gather": 2, "reduce_scatter": 2, "shard": 2},
-    ("via=replicated", "data:4"): {"all_gather": 2, "all_reduce": 2, "shard": 4},
+    # of two layers on data:4
+    "via=capacity": {"all_to_all": 4},
+    "via=ring": {"all_gather": 2, "reduce_scatter": 2, "shard": 2},
+    "via=replicated": {"all_gather": 2, "all_reduce": 2, "shard": 4},
 }
 
 
-@pytest.mark.parametrize(("way", "mesh"), CENSUS)
-def test_the_collectives_of_a_model(way, mesh):
+@pytest.mark.parametrize("way", CENSUS)
+def test_the_collectives_of_a_model(way):
     """Two all-to-alls a layer; one gather and one scattered sum in a ring; losses add no more."""
-    graph = model("mixtral_gqa")
+    graph, pipeline = model("mixtral_gqa"), Case("capacity", "data:4", "st-moe", way).pipeline
     run(graph, "specialize{mode=train capacity-factor=1.25 groups=4}")
-    plain = clone(graph)
-    run(graph, f"annotate-sharding{{mesh={mesh} rules=st-moe}},expert-parallel{{{way}}},"
-        "lower-collectives")  # fmt: skip
-    assert census(graph) == CENSUS[way, mesh]
-    run(plain, "add-losses{metrics=true}")
-    whole = clone(plain)
-    run(plain, f"annotate-sharding{{mesh={mesh} rules=st-moe}},expert-parallel{{{way}}},"
-        "lower-collectives")  # fmt: skip
-    more = census(plain)
+    with_losses = clone(graph)
+    run(graph, pipeline)
+    assert census(graph) == CENSUS[way]
+    run(with_losses, "add-losses{metrics=true}")
+    whole = clone(with_losses)
+    run(with_losses, pipeline)
+    more = census(with_losses)
     for op in ("all_to_all", "all_gather", "reduce_scatter"):
-        assert more.get(op, 0) == CENSUS[way, mesh].get(op, 0)
-    run(plain, "strip-sharding")
-    assert equal(plain, whole)
+        assert more[op] == CENSUS[way].get(op, 0)
+    run(with_losses, "strip-sharding")
+    assert equal(with_losses, whole)
 
 
 REFUSED = {

@@ -2,35 +2,23 @@
 
 import pytest
 
-from moecc.ir import Graph
-from moecc.ir.builder import Builder
-from moecc.ir.mesh import parse_mesh
-from moecc.sharding.assign import Assigner, sites_of
-from moecc.sharding.collectives import dependence, gradients, steps
-from moecc.sharding.propagate import propagate
-from moecc.sharding.rules import parse_layout
-from moecc.types import F32, I32, tensor
-from tests.support.layouts import layout_text
+from moecc.ir import F32, I32, Builder, Graph, tensor
+from moecc.sharding.collectives import steps
 
-VOCAB, EMBED = 48, 16
+from .meshes import assigner, gradients_of, propagated
 
 
-def looking_up(vocab=VOCAB, *, tied=False):
+def looking_up(*, tied=False):
     graph = Graph("looking_up")
     b = Builder(graph, loc="embed")
     ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
-    table = graph.param("table", tensor(F32, vocab=vocab, embed=EMBED))
+    table = graph.param("table", tensor(F32, vocab=48, embed=16))
     x = b.embedding(table, ids, axis="vocab", name="x")
     graph.set_output("y", b.scale(x, by=2.0, name="y"))
     if tied:
         head = Builder(graph, loc="head")
         graph.set_output("logits", head.contract(x, table, over="embed", name="logits"))
     return graph
-
-
-def found_in(graph, mesh, lines):
-    by = Assigner(parse_mesh(mesh), parse_layout(layout_text(*lines.split(";")), "test"))
-    return propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), by)
 
 
 def done(graph, found):
@@ -64,11 +52,10 @@ COLUMNS = {
 
 @pytest.mark.parametrize("case", COLUMNS)
 def test_tokens_come_to_the_columns_of_a_table_and_rows_go_back(case):
-    mesh, lines, batch, crossed = COLUMNS[case]
+    mesh, rules, batch, crossed = COLUMNS[case]
     graph = looking_up()
-    found = found_in(graph, mesh, lines)
+    found = propagated(graph, assigner(mesh, *rules.split(";")))
     ids, table, x, y = (graph.value(n) for n in ("ids", "table", "x", "y"))
-    assert x.node is not None
     used, tokens = found.used(x.node)
     assert used["embed"].mesh == crossed == found.types[x]["embed"].mesh
     assert tokens["batch"].mesh == batch[: -len(crossed)]
@@ -79,15 +66,16 @@ def test_tokens_come_to_the_columns_of_a_table_and_rows_go_back(case):
     assert done(graph, found) == {
         **gathered, "ids": [("all_gather", crossed)], "x": [("all_to_all", crossed)],
     }  # fmt: skip
-    made = gradients(sites_of(graph), found, dependence(sites_of(graph), graph.inputs.values()))
-    assert made.params[table] == set(batch) - set(crossed), "of the others each has all tokens"
+    summed = gradients_of(graph, found).params[table]
+    assert summed == set(batch) - set(crossed), "of the others each has all tokens"
 
 
 def test_a_tied_table_is_gathered_for_the_head_alone():
     graph = looking_up(tied=True)
-    found = found_in(graph, "fsdp:4", "batch=fsdp; param embed=fsdp")
+    table = graph.value("table")
+    found = propagated(graph, assigner("fsdp:4", "batch=fsdp", "param embed=fsdp"))
     (gathered,) = (r for r in found.reshards if r.value.is_param)
     assert gathered.node.op.name == "contract"
-    assert found.wanted[graph.value("table")] == gathered.target, "for a plan, that it is gathered"
-    made = gradients(sites_of(graph), found, dependence(sites_of(graph), graph.inputs.values()))
-    assert made.params[graph.value("table")] == {"fsdp"}, "what the head adds is scattered"
+    assert found.wanted[table] == gathered.target, "for a plan, that it is gathered"
+    summed = gradients_of(graph, found).params[table]
+    assert summed == {"fsdp"}, "what the head adds is scattered"

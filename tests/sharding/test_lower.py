@@ -14,14 +14,14 @@ MESHES = ("a", "b", "c")
 
 def laid(text, unreduced=()):
     placement = parse_sharding(text)
-    axes = tuple(Axis(n, 8, placement.get(n, ())) for n in ("x", "y", "z"))
+    axes = tuple(Axis(n, 8, placement.get(n, ())) for n in "xyz")
     return TensorType(F32, axes, unreduced)
 
 
 @st.composite
 def types(draw, sums=False):
     left, axes = draw(st.permutations(MESHES)), []
-    for name in ("x", "y", "z"):
+    for name in "xyz":
         count = draw(st.integers(0, len(left)))
         axes.append(Axis(name, 8, tuple(left[:count])))
         left = left[count:]

@@ -9,20 +9,17 @@ from sharding_cases import layer
 
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.ir import Graph, clone
-from moecc.ir.builder import Builder
+from moecc.ir import F32, Builder, Graph, clone, print_graph, tensor
 from moecc.ir.mesh import parse_mesh
-from moecc.ir.text import print_graph
 from moecc.plan.memory import Sharding
 from moecc.plan.search import layouts, meshes
 from moecc.plan.workload import make_batch, workload
 from moecc.presets import preset_config
 from moecc.sharding.assign import Assigner, cuts_of, sites_of
-from moecc.sharding.collectives import dependence, gradients, sent, steps
-from moecc.sharding.propagate import Reshard, propagate
-from moecc.sharding.rules import parse_layout, read_layouts
-from moecc.types import F32, tensor
-from tests.support.layouts import layout_text
+from moecc.sharding.collectives import sent, steps
+from moecc.sharding.rules import read_layouts
+
+from .meshes import assigner, gradients_of, propagated
 
 MEGATRON = ("batch = data", "mlp = model", "kv_head = model ?", "q = model ?")
 FEW = {
@@ -37,14 +34,6 @@ FEW = {
 @cache
 def model(name):
     return build(parse_config({**preset_config(name), **FEW[name]}))
-
-
-def assigner(mesh, *lines):
-    return Assigner(parse_mesh(mesh), parse_layout(layout_text(*lines), "test"))
-
-
-def found_in(graph, by):
-    return propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), by)
 
 
 def block():
@@ -62,36 +51,38 @@ def block():
     return graph
 
 
+def collectives(reshard):
+    """Return what is sent for a reshard: operations, mesh axes and types."""
+    return list(sent(reshard.source, steps(reshard.source, reshard.target)))
+
+
 def test_a_sum_over_sharded_neurons_is_carried_out_at_once_for_all():
     graph = block()
     before = print_graph(graph)
-    found = found_in(graph, assigner("data:4,model:2", *MEGATRON))
+    found = propagated(graph, assigner("data:4,model:2", *MEGATRON))
     assert print_graph(graph) == before, "nothing is written"
-    h, y, z = (graph.value(n) for n in ("h", "y", "z"))
+    x, h, y, z = (graph.value(n) for n in "xhyz")
     assert str(found.types[h]) == "f32[batch@data=B, seq=S, mlp@model=64]"
     assert str(found.types[y]) == "f32[batch@data=B, seq=S, embed=16] unreduced(model)"
-    summed = found.visible[y]
-    assert isinstance(summed, Reshard)
+    (summed,) = found.reshards
     assert summed.is_sum
     assert summed.value is y
-    assert z.node is not None
-    assert found.operands[z.node] == (graph.value("x"), summed)
-    assert found.reshards == [summed]
+    assert found.visible[y] == summed
+    assert found.operands[z.node] == (x, summed)
     assert [r.axis for r in summed.rules] == ["mlp"]
-    done = [(op, mesh) for op, mesh, _ in sent(summed.source, steps(summed.source, summed.target))]
-    assert done == [("all_reduce", ("model",))]
+    assert [(op, mesh) for op, mesh, _ in collectives(summed)] == [("all_reduce", ("model",))]
 
 
 def test_a_parameter_is_gathered_from_where_it_is_stored():
     graph = block()
-    found = found_in(graph, assigner("fsdp:4", "batch = fsdp", "param embed = fsdp ?"))
+    found = propagated(graph, assigner("fsdp:4", "batch = fsdp", "param embed = fsdp ?"))
     up = graph.value("up")
     assert str(found.types[up]) == "f32[mlp=64, embed@fsdp=16]"
     assert str(found.wanted[up]) == "f32[mlp=64, embed=16]"
     assert found.types[graph.value("scale")].is_sharded is False, "vectors are small"
-    assert {r.value.name for r in found.reshards} == {"up", "down"}
-    (one,) = sent(found.types[up], steps(found.types[up], found.wanted[up]))
-    assert one == ("all_gather", ("fsdp",), found.wanted[up])
+    reshards = {reshard.value.name: reshard for reshard in found.reshards}
+    assert reshards.keys() == {"up", "down"}
+    assert collectives(reshards["up"]) == [("all_gather", ("fsdp",), found.wanted[up])]
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -109,7 +100,7 @@ def test_the_pass_writes_what_propagation_finds(name, mesh, rules):
         if node.op.assigns_slots:
             node.attrs["groups"] = 16
     graph, read = clone(graph), read_layouts(rules.split(","))
-    found = found_in(graph, Assigner(parse_mesh(mesh), read))
+    found = propagated(graph, Assigner(parse_mesh(mesh), read))
     nodes = list(graph)
     lay(graph, parse_mesh(mesh), read)
     for value in (*graph.inputs.values(), *graph.params.values()):
@@ -124,29 +115,26 @@ def test_the_pass_writes_what_propagation_finds(name, mesh, rules):
 
 def test_gradients_are_summed_where_an_operand_has_no_axis_that_is_sharded():
     graph = block()
-    sites = sites_of(graph)
-    found = found_in(graph, assigner("data:4,model:2", *MEGATRON))
-    made = gradients(sites, found, dependence(sites, graph.inputs.values()))
-    assert {v.name for v in made.params} == {"scale", "up", "down"}
-    assert all(axes == {"data"} for axes in made.params.values())
-    (one,) = made.values
-    assert one.site.operands[one.number].name == "n", "made of it, a part on each device"
-    assert one.axes == {"model"}
+    sums = gradients_of(graph, propagated(graph, assigner("data:4,model:2", *MEGATRON)))
+    axes = {value.name: axes for value, axes in sums.params.items()}
+    assert axes == {name: {"data"} for name in ("scale", "up", "down")}
+    (summed,) = sums.values
+    assert summed.site.operands[summed.number].name == "n", "made of it, a part on each device"
+    assert summed.axes == {"model"}
 
 
 def test_what_parameters_alone_make_is_summed_in_their_gradients():
     """A table of biases is looked up by positions, and its rows meet the batch afterwards."""
     graph = model("st-moe-l")
-    sites = sites_of(graph)
     by = Assigner(
         parse_mesh("data:4,model:2"), read_layouts(["st-moe"]), frozenset(("group", "groups"))
     )
-    made = gradients(sites, found_in(graph, by), dependence(sites, graph.inputs.values()))
+    sums = gradients_of(graph, propagated(graph, by))
     (table,) = (
-        v for v in made.params if "relative_attention_bias" in v.name and "encoder" in v.name
+        v for v in sums.params if "relative_attention_bias" in v.name and "encoder" in v.name
     )
-    assert made.params[table] == {"data"}
-    assert all("relative" not in s.site.operands[s.number].name for s in made.values)
+    assert sums.params[table] == {"data"}
+    assert all("relative" not in s.site.operands[s.number].name for s in sums.values)
 
 
 def test_cuts_are_read_from_the_axes_that_one_dimension_has():
@@ -161,12 +149,8 @@ def test_cuts_are_read_from_the_axes_that_one_dimension_has():
 def test_rows_are_brought_to_their_experts_and_back():
     graph = layer("capacity")
     by = Assigner(parse_mesh("data:4"), read_layouts(["st-moe"]))
-    found = found_in(graph, by)
-    kinds = [
-        [op for op, _, _ in sent(r.source, steps(r.source, r.target))]
-        for r in found.reshards
-        if "slot" in r.source
-    ]
+    found = propagated(graph, by)
+    kinds = [[op for op, _, _ in collectives(r)] for r in found.reshards if "slot" in r.source]
     assert kinds == [["all_to_all"], ["all_to_all"]]
     sharded = prod(by.mesh.size(a.mesh) for a in found.reshards[0].target)
     assert sharded == 4
@@ -178,17 +162,20 @@ def test_a_value_by_itself_has_as_much_on_a_device_as_in_its_layer(name):
     graph = model(name)
     lengths = (64, 32) if name == "st-moe-l" else (64,)
     work = workload(graph, make_batch(graph, 8, 64 * sum(lengths), lengths))
+    values = [
+        (value, shape)
+        for part in work.parts
+        for node, step in zip(part.nodes, part.steps, strict=True)
+        for value, shape in zip(node.results, step.results, strict=True)
+        if value.type.dtype.is_float and "batch" in shape.names
+    ]
     for layout in (found for mesh in meshes(8) for found in layouts(mesh, work)):
         local = Sharding.of(layout, work)
-        sharded = local.sharded
-        for part in work.parts:
-            for node, step in zip(part.nodes, part.steps, strict=True):
-                for value, shape in zip(node.results, step.results, strict=True):
-                    if value.type.dtype.is_float and "batch" in shape.names:
-                        shards = layout.shards_of(sharded.propagation.types[value])
-                        alone = shape.elements / local.values.elements(shape)
-                        # A table that is looked up again, and stored over an axis that the batch
-                        # leaves free, is not gathered: what is looked up is sharded as it is.
-                        free = layout.replicated and layout.dense_weights == "split"
-                        wrong = f"{layout.names} {layout.mesh} {value}"
-                        assert shards == alone or (free and shards > alone), wrong
+        # A table that is looked up again, and stored over an axis that the batch leaves free, is
+        # not gathered: what is looked up is sharded as it is.
+        free = layout.replicated and layout.dense_weights == "split"
+        for value, shape in values:
+            shards = layout.shards_of(local.sharded.propagation.types[value])
+            alone = shape.elements / local.values.elements(shape)
+            wrong = f"{layout.names} {layout.mesh} {value}"
+            assert shards == alone or (free and shards > alone), wrong

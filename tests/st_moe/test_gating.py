@@ -15,17 +15,14 @@ from moecc.ir import F64, PRED, Builder, Graph, tensor
 from moecc.ir.moe import emit_priority
 from moecc.testing import run_reference
 
-from .layers import softmax
+from .layers import normal, softmax
 
 SEEDS = st.integers(0, 2**32 - 1)
 GROUPS, SIZE, EXPERTS = 2, 12, 4
 
 
 @cache
-def gating(
-    top_k, gates, policy = "all", *, mask = False, priority = False,
-    **placement
-):  # fmt: skip
+def gating(top_k, gates, policy="all", *, mask=False, priority=False, **placement):
     """Return a graph from logits ``[token, expert]`` to experts, gates and slots."""
     graph = Graph()
     b = Builder(graph)
@@ -43,20 +40,19 @@ def gating(
         experts, *given.values(), tokens="token", experts=EXPERTS, using=tuple(given),
         slots="capacity", groups=GROUPS, **placement,
     )  # fmt: skip
-    for name, value in {"experts": experts, "gates": weights, "assign_slots": slots}.items():
+    for name, value in {"experts": experts, "gates": weights, "slots": slots}.items():
         graph.set_output(name, value)
     return graph
 
 
 def combine_weights(graph, slots, **inputs):
     """Return the combine weights that the graph gives."""
-    found = run_reference(graph, inputs=inputs)
-    made = np.zeros((GROUPS, SIZE, EXPERTS, slots))
-    for token, choice in zip(*np.nonzero(found["assign_slots"] >= 0), strict=True):
-        group, at = divmod(token, SIZE)
-        slot = found["assign_slots"][token, choice]
-        made[group, at, found["experts"][token, choice], slot] += found["gates"][token, choice]
-    return made
+    outputs = run_reference(graph, inputs=inputs)
+    weights = np.zeros((GROUPS * SIZE, EXPERTS, slots))
+    for token, choice in np.argwhere(outputs["slots"] >= 0):
+        expert, slot, gate = (outputs[n][token, choice] for n in ("experts", "slots", "gates"))
+        weights[token, expert, slot] += gate
+    return weights.reshape(GROUPS, SIZE, EXPERTS, slots)
 
 
 def one_hot(index, size):
@@ -84,9 +80,7 @@ def as_mesh_tensorflow(logits, slots, policy, mask):
     total = gates[0] + gates[1] + 1e-9
     gates = [g / total for g in gates]
     first, second = (mine * mask[..., None] for mine in (first, second))
-    second = second * {
-        "all": np.ones_like(total), "none": np.zeros_like(total), "threshold": gates[1] > 0.45,
-    }[policy][..., None]  # fmt: skip
+    second = second * {"all": 1, "none": 0, "threshold": (gates[1] > 0.45)[..., None]}[policy]
     position = before(first)
     kept = (first * (position < slots)).sum(1, keepdims=True)
     weights = filled(first, position, gates[0], slots)
@@ -128,18 +122,19 @@ def as_flaxformer(logits, top_k, slots, prioritised):
     line = one_hot(best.swapaxes(1, 2).reshape(GROUPS, top_k * SIZE), EXPERTS)
     position = before(line).reshape(GROUPS, top_k, SIZE, EXPERTS)
     line = line.reshape(position.shape)
-    made = np.zeros((GROUPS, SIZE, EXPERTS, slots))
-    for choice in range(top_k):
-        gate = np.take_along_axis(sorted_p, best[..., choice : choice + 1], 2)[..., 0]
-        made += filled(line[:, choice], position[:, choice], gate, slots)
-    restored = np.zeros_like(made)
-    np.put_along_axis(restored, turns[..., None, None], made, 1)
+    gates = np.take_along_axis(sorted_p, best, 2)
+    weights = sum(
+        filled(line[:, choice], position[:, choice], gates[..., choice], slots)
+        for choice in range(top_k)
+    )
+    restored = np.zeros_like(weights)
+    np.put_along_axis(restored, turns[..., None, None], weights, 1)
     return restored
 
 
 @given(SEEDS, st.sampled_from([0.5, 1.0, 1.5]), st.integers(1, 3), st.booleans())
 def test_the_gating_of_flaxformer(seed, factor, top_k, prioritised):
-    logits = np.random.default_rng(seed).normal(size=(GROUPS * SIZE, EXPERTS))
+    logits = normal(seed, GROUPS * SIZE, EXPERTS)
     rule = {"capacity_factor": factor, "rounding": "round", "cap": False, "minimum": 1}
     slots = round(factor * SIZE / EXPERTS)
     graph = gating(top_k, "softmax", priority=prioritised, **rule)

@@ -7,17 +7,16 @@ same loss in both, and the joint loss is that of one layer with all the tokens.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from moecc_passes.add_losses import AddLossesPass
 
 from moecc.ir import F64
+from tests.passes.model_graphs import GOLDEN
 
-from .layers import applied, evaluated, router
+from .layers import applied, losses, router
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 VALUES = json.loads((GOLDEN / "losses.json").read_text())
 ARRAYS = np.load(GOLDEN / "losses.npz")
 LOGITS, MASK = ARRAYS["logits"], ARRAYS["mask"]
@@ -27,41 +26,30 @@ SWITCH = {"balance": "top-1", "over": "sequence"}
 EXACT = 1e-13
 
 
-def losses(logits, top_k=1, mask=None, **options):
-    """Return the losses of one layer with these logits, ``[batch, seq, expert]``."""
-    graph = router(logits.shape[-1], top_k, mask=mask is not None)
-    applied(AddLossesPass(metrics=False, **options), graph)
-    return evaluated(graph, logits=logits, **({} if mask is None else {"mask": mask}))
-
-
-def joint(logits, axis):
-    """Return the logits of all layers as those of one, along the batch or the sequence."""
-    return np.concatenate(logits, axis)
-
-
-# --- of logits at random
-
-
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_load_balancing_loss_of_mixtral(top_k):
+    def balance(logits, mask=None):
+        return losses(logits, top_k, mask, metrics=False, **MIXTRAL)["loss.balance"]
+
     golden = VALUES["logits"]
-    found = [losses(x, top_k, **MIXTRAL)["loss.balance"] for x in LOGITS]
-    np.testing.assert_allclose(found, golden[f"mixtral.top-{top_k}"], rtol=EXACT)
-    padded = [losses(x, top_k, MASK, **MIXTRAL)["loss.balance"] for x in LOGITS]
+    layers = [balance(logits) for logits in LOGITS]
+    np.testing.assert_allclose(layers, golden[f"mixtral.top-{top_k}"], rtol=EXACT)
+    padded = [balance(logits, MASK) for logits in LOGITS]
     np.testing.assert_allclose(padded, golden[f"mixtral.top-{top_k}.masked"], rtol=EXACT)
-    whole = losses(joint(list(LOGITS), 0), top_k, **MIXTRAL)["loss.balance"]
-    assert whole == pytest.approx(golden[f"mixtral.top-{top_k}.joint"], rel=EXACT)
+    joint = balance(np.concatenate(LOGITS))
+    assert joint == pytest.approx(golden[f"mixtral.top-{top_k}.joint"], rel=EXACT)
     # The difference is no rounding.
-    assert abs(np.mean(found) - whole) > 0.05
+    assert abs(np.mean(layers) - joint) > 0.05
 
 
 def test_losses_of_switch_transformers():
     golden = VALUES["logits"]
-    found = [losses(x, **SWITCH) for x in LOGITS]
+    layers = [losses(logits, metrics=False, **SWITCH) for logits in LOGITS]
+    joint = losses(np.concatenate(LOGITS, 1), metrics=False, **SWITCH)
     for name, ours in (("balance", "loss.balance"), ("z", "loss.router_z")):
-        np.testing.assert_allclose([f[ours] for f in found], golden[f"switch.{name}"], rtol=EXACT)
-        whole = losses(joint(list(LOGITS), 1), **SWITCH)[ours]
-        assert whole == pytest.approx(golden[f"switch.{name}.joint"], rel=EXACT)
+        expected = golden[f"switch.{name}"]
+        np.testing.assert_allclose([layer[ours] for layer in layers], expected, rtol=EXACT)
+        assert joint[ours] == pytest.approx(golden[f"switch.{name}.joint"], rel=EXACT)
     # A z-loss is a mean over tokens, so the joint one is the mean over layers.
     assert np.mean(golden["switch.z"]) == pytest.approx(golden["switch.z.joint"], rel=EXACT)
 

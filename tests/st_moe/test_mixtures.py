@@ -14,12 +14,9 @@ from moecc.ir.moe import (
 from moecc.model.initialise import updated_bias
 from moecc.testing import run_reference
 
+from .layers import normal, softmax
+
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def softmax(x, axis):
-    e = np.exp(x - x.max(axis, keepdims=True))
-    return e / e.sum(axis, keepdims=True)
 
 
 @given(SEEDS, st.sampled_from(["renormalised", "softmax", "sigmoid"]), st.floats(0.3, 1.5))
@@ -33,17 +30,14 @@ def test_rescaled_gates_keep_their_sum(seed, gates, factor):
     )
     for name, value in {"g": weights, "p": slots, "r": emit_rescaled(b, weights, slots)}.items():
         graph.set_output(name, value)
-    data = np.random.default_rng(seed).normal(size=(12, 4))
-    found = run_reference(graph, inputs={"l": data})
-    kept = found["p"] >= 0
-    some = kept.any(1)
-    total = found["g"].sum(1)
-    np.testing.assert_allclose(found["r"].sum(1), np.where(some, total, 0), rtol=1e-12)
-    assert (found["r"][~kept] == 0).all()
+    outputs = run_reference(graph, inputs={"l": normal(seed, 12, 4)})
+    gates, kept, rescaled = outputs["g"], outputs["p"] >= 0, outputs["r"]
+    sums = np.where(kept.any(1), gates.sum(1), 0)
+    np.testing.assert_allclose(rescaled.sum(1), sums, rtol=1e-12)
+    assert (rescaled[~kept] == 0).all()
     whole = kept.all(1)
-    np.testing.assert_allclose(found["r"][whole], found["g"][whole], rtol=1e-12)
-    ratio = found["r"][kept] / found["g"][kept]
-    assert (ratio >= 1 - 1e-12).all()
+    np.testing.assert_allclose(rescaled[whole], gates[whole], rtol=1e-12)
+    assert (rescaled[kept] / gates[kept] >= 1 - 1e-12).all()
 
 
 @given(SEEDS, st.sampled_from([1, 2, 3, 6]))
@@ -53,12 +47,12 @@ def test_prototypes_are_top_1_in_each_group(seed, prototypes):
     logits = graph.input("l", tensor(F64, token="T", expert=6))
     for name, value in zip("eg", emit_prototypes(b, logits, prototypes), strict=True):
         graph.set_output(name, value)
-    data = np.random.default_rng(seed).normal(size=(9, 6))
+    data = normal(seed, 9, 6)
     found = run_reference(graph, inputs={"l": data})
     parts = data.reshape(9, prototypes, -1)
     best = parts.argmax(-1)
     np.testing.assert_array_equal(found["e"], best + np.arange(prototypes) * (6 // prototypes))
-    np.testing.assert_allclose(found["g"], softmax(parts, -1).max(-1), rtol=1e-12)
+    np.testing.assert_allclose(found["g"], softmax(parts).max(-1), rtol=1e-12)
 
 
 def test_a_soft_mixture_is_two_products():

@@ -13,11 +13,12 @@ from moecc.ir import F64, Builder, Graph, clone, equal, parse, print_graph, tens
 from moecc.ir.moe import emit_expert_choice, emit_routing
 from moecc.rewrite.passes import Context
 from moecc.testing import laws, params_for, run_reference
+from tests.passes.dense_blocks import applied
 
-EMBED, MLP = 4, 6
+from .layers import EMBED, MLP, TOKENS, attend, nodes, normal, softmax
 
 
-def model(experts=4, top_k=2, *, layers=2, causal=False, **routing):
+def model(*, layers=2, causal=False, **routing):
     """Return layers of experts with residuals; `causal` puts attention under a mask before."""
     graph = Graph("sparse")
     b = Builder(graph)
@@ -25,56 +26,48 @@ def model(experts=4, top_k=2, *, layers=2, causal=False, **routing):
     for layer in range(layers):
         with b.at(f"layers.{layer}.ffn"):
             if causal:
-                x = b.add(x, attention(b, x))
-            names = ("router", "up", "down")
-            shapes = ({"embed": EMBED}, {"mlp": MLP, "embed": EMBED}, {"embed": EMBED, "mlp": MLP})
-            w = {
-                n: graph.param(f"{n}{layer}", tensor(F64, expert=experts, **s))
-                for n, s in zip(names, shapes, strict=True)
-            }
-            rows, finish = emit_routing(b, x, w["router"], experts=experts, top_k=top_k, **routing)
-            hidden = b.silu(b.contract(rows, w["up"], over="embed"))
-            x = b.add(x, finish(b.contract(hidden, w["down"], over="mlp")))
+                x = b.add(x, attend(b, x, x, x, over="embed"))
+            router, up, down = (
+                graph.param(f"{name}{layer}", tensor(F64, expert=4, **sizes))
+                for name, sizes in (
+                    ("router", {"embed": EMBED}),
+                    ("up", {"mlp": MLP, "embed": EMBED}),
+                    ("down", {"embed": EMBED, "mlp": MLP}),
+                )
+            )
+            rows, finish = emit_routing(b, x, router, experts=4, top_k=2, **routing)
+            hidden = b.silu(b.contract(rows, up, over="embed"))
+            x = b.add(x, finish(b.contract(hidden, down, over="mlp")))
     graph.set_output("y", x)
     return graph
 
 
-def attention(b, x):
-    """Attend from every token to itself and those before it."""
-    keys = b.rename(x, axis="seq", to="kv_seq")
-    here = b.positions(x, axis="seq")
-    seen = b.causal(here, b.rename(here, axis="seq", to="kv_seq"))
-    scores = b.mask(b.contract(x, keys, over="embed"), seen)
-    return b.contract(b.softmax(scores, axis="kv_seq"), keys, over="kv_seq")
-
-
 def specialised(graph, **options):
     """Return a copy of `graph` after the pass, which must be well-formed and its own text."""
-    item = SpecializePass(**options)
-    assert item.validate() == []
-    after = clone(graph)
-    item.apply(after, Context())
-    laws.check_graph(after)
-    return after
+    return applied(SpecializePass(**options), graph)[0]
 
 
-def traced(graph, inputs, seed=0):
-    """Return the output and the slots, gates and what is kept of every layer."""
+X = normal(0, 2, 8, EMBED)
+
+
+def traced(graph, key=0):
+    """Return the output for `X`, and of every layer the slots, gates, what is kept and drawn."""
     seen = clone(graph)
-    for node in list(seen):
-        if node.op.name in ("assign_slots", "route", "keep_choices", "combine"):
+    for node in [*seen]:
+        if node.op.name in ("assign_slots", "route", "keep_choices") or is_drawn(node):
             for value in node.results:
                 seen.set_output(value.name, value)
-    return run_reference(seen, inputs=inputs, seed=seed)
+    inputs = {"x": X, "key": np.uint64(key)}
+    return run_reference(seen, inputs={name: inputs[name] for name in seen.inputs})
 
 
-def tokens(count=16, seed=0):
-    rng = np.random.default_rng(seed)
-    return {"x": rng.normal(size=(2, count // 2, EMBED)), "key": np.uint64(rng.integers(2**63))}
+def is_drawn(node):
+    return node.op.name.startswith("random_")
 
 
-def given_inputs(graph, inputs):
-    return {n: inputs[n] for n in graph.inputs}
+def places(graph):
+    """Return the nodes that assign slots."""
+    return nodes(graph, "assign_slots")
 
 
 # --- one option at a time
@@ -83,18 +76,17 @@ def given_inputs(graph, inputs):
 def test_capacities_per_mode():
     graph = model()
     bounded = specialised(graph, capacity_factor=1.25, minimum=1)
-    places = [n for n in bounded if n.op.name == "assign_slots"]
-    assert [n.attrs["slots"] for n in places] == ["capacity"] * 2
-    found = traced(bounded, given_inputs(bounded, tokens()))
+    assert [n.attrs["slots"] for n in places(bounded)] == ["capacity"] * 2
+    found = traced(bounded)
     # ⌊1.25 · 16 / 4⌋ slots an expert, 20 of 32 choices at most.
-    for place in places:
-        assert (found[place.results[0].name] >= 0).sum() <= 20
-        assert found[place.results[0].name].max() == 4
+    for place in places(bounded):
+        slots = found[place.result.name]
+        assert (slots >= 0).sum() <= 20
+        assert slots.max() == 4
     again = specialised(bounded, mode="eval", dropless=True)
     graph.attrs["mode"] = "eval"
-    for node in graph:
-        if node.op.name == "assign_slots":
-            node.attrs["minimum"] = 1
+    for place in places(graph):
+        place.attrs["minimum"] = 1
     assert equal(again, graph)
 
 
@@ -104,16 +96,12 @@ def test_capacities_per_mode():
     st.sampled_from(["renormalised", "softmax", "sigmoid"]),
 )
 def test_policies_see_renormalised_gates(policy, threshold, gates):
-    graph = specialised(
-        model(gates=gates, scale=2.0, layers=1), policy=policy, threshold=threshold
-        if policy != "none" else None
-    )  # fmt: skip
-    found = traced(graph, given_inputs(graph, tokens()))
-    share = found["gates"] / found["gates"].sum(-1, keepdims=True)
-    keep, slots = found["keep"], found["slots"]
-    np.testing.assert_array_equal(keep, slots >= 0)
+    options = {} if policy == "none" else {"threshold": threshold}
+    graph = specialised(model(gates=gates, scale=2.0, layers=1), policy=policy, **options)
+    found = traced(graph)
+    keep, second = found["keep"], found["gates"][..., 1] / found["gates"].sum(-1)
+    np.testing.assert_array_equal(keep, found["slots"] >= 0)
     assert keep[..., 0].all()
-    second = share[..., 1]
     if policy == "none":
         assert not keep[..., 1].any()
     if policy == "threshold":
@@ -134,48 +122,29 @@ def test_policies_see_renormalised_gates(policy, threshold, gates):
 def test_noise_of_training(options, changes_choice):
     graph = model()
     noisy = specialised(graph, **options)
-    inputs, other = tokens(), {**tokens(), "key": np.uint64(1)}
-    first, again, second = (traced(noisy, given_inputs(noisy, i)) for i in (inputs, inputs, other))
-    plain = traced(graph, given_inputs(graph, inputs))
+    first, again, second = (traced(noisy, key) for key in (2, 2, 1))
     np.testing.assert_array_equal(first["y"], again["y"])
-    for one, two in ((first, second), (first, plain)):
-        assert (one["y"] != two["y"]).any()
-        assert (one["experts"] != two["experts"]).any() == changes_choice
+    for other in (second, traced(graph)):
+        assert (first["y"] != other["y"]).any()
+        assert (first["experts"] != other["experts"]).any() == changes_choice
     # Two layers have keys of their own.
-    uniform = [n.results[0] for n in noisy if n.op.name.startswith("random_")]
-    for value in uniform:
-        noisy.set_output(value.name, value)
-    drawn = run_reference(noisy, inputs=given_inputs(noisy, inputs))
-    one, two = (drawn[v.name] for v in uniform)
-    assert (one != two).mean() > 0.99
-    equal_back = specialised(noisy_without_outputs(noisy), mode="eval")
-    assert "key" not in equal_back.inputs
-
-
-def noisy_without_outputs(graph):
-    for name in [n for n in graph.output_names if n != "y"]:
-        graph.drop_output(name)
-    return graph
+    numbers, others = (first[node.result.name] for node in noisy if is_drawn(node))
+    assert (numbers != others).mean() > 0.99
+    assert "key" not in specialised(noisy, mode="eval").inputs
 
 
 def test_priority_is_the_probability_of_the_first_choice():
     graph = specialised(
         model(layers=1), capacity_factor=0.5, minimum=1, priority=True, policy="none"
     )
-    (place,) = (n for n in graph if n.op.name == "assign_slots")
+    (place,) = places(graph)
     assert place.attrs["using"] == ("keep", "priority")
-    found = traced(graph, given_inputs(graph, tokens()))
-    logits = tokens()["x"].reshape(-1, EMBED) @ params(graph)["router0"].T
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    slots = found["slots"].reshape(-1, 2)[:, 0]
+    p = softmax(X.reshape(-1, EMBED) @ params_for(graph, 0)["router0"].T)
+    has_slot = traced(graph)["slots"].reshape(-1, 2)[:, 0] >= 0
     for expert in range(4):
         mine = p.argmax(1) == expert
-        kept, lost = p.max(1)[mine & (slots >= 0)], p.max(1)[mine & (slots < 0)]
+        kept, lost = p.max(1)[mine & has_slot], p.max(1)[mine & ~has_slot]
         assert not lost.size or kept.min() > lost.max()
-
-
-def params(graph):
-    return params_for(graph, 0)
 
 
 # --- back and forth
@@ -201,10 +170,8 @@ OPTIONS = st.fixed_dictionaries(
 @given(OPTIONS, OPTIONS, st.booleans())
 def test_a_mode_does_not_depend_on_the_one_before(first, second, tidy):
     """Except for attributes of slots, which stay as they are where nothing is said."""
-    assignment = {"capacity_factor": 1.0, "order": "choice", "groups": 1}
-    second = {**assignment, **second}
-    if "group_size" in second:
-        del second["groups"]
+    groups = {} if "group_size" in second else {"groups": 1}
+    second = {"capacity_factor": 1.0, "order": "choice", **groups, **second}
     graph = model()
     through = specialised(graph, **first)
     if tidy:
@@ -212,8 +179,8 @@ def test_a_mode_does_not_depend_on_the_one_before(first, second, tidy):
     directly = specialised(graph, **second)
     after = specialised(through, **second)
     if tidy:
-        for one in (directly, after):
-            CanonicalizePass().apply(one, Context())
+        for mode in (directly, after):
+            CanonicalizePass().apply(mode, Context())
     assert equal(after, directly)
     assert equal(specialised(directly, **second), directly) or tidy
 
@@ -235,19 +202,14 @@ def test_settings_of_a_graph_are_used_and_options_win():
     graph = parse(print_graph(graph))
     assert recorded(graph, "train") == ModeConfig(capacity_factor=1.25, policy="random")
     assert recorded(graph, "serve") == ModeConfig()
-    factors = {
-        mode: [
-            n.attrs["capacity_factor"]
-            for n in specialised(graph, mode=mode)
-            if "capacity_factor" in n.attrs
-        ]
-        for mode in ("train", "eval")
-    }
-    assert factors == {"train": [1.25] * 2, "eval": [2.0] * 2}
-    assert "key" in specialised(graph, mode="train").inputs
-    assert "key" not in specialised(graph, mode="eval").inputs
-    other = specialised(graph, mode="eval", capacity_factor=3.0)
-    assert [n.attrs["capacity_factor"] for n in other if n.op.name == "assign_slots"] == [3.0] * 2
+    for options, factor in (
+        ({"mode": "train"}, 1.25),
+        ({"mode": "eval"}, 2.0),
+        ({"mode": "eval", "capacity_factor": 3.0}, 3.0),
+    ):
+        after = specialised(graph, **options)
+        assert [n.attrs["capacity_factor"] for n in places(after)] == [factor] * 2
+        assert ("key" in after.inputs) == (options["mode"] == "train")
 
 
 # --- raising the capacity, and causality
@@ -261,13 +223,12 @@ def test_what_looks_ahead_is_refused_in_a_decoder_unless_forced():
     graph = Graph()
     b = Builder(graph, loc="layers.0.ffn")
     x = graph.input("x", tensor(F64, batch="B", seq="S", embed=EMBED))
-    x = b.add(x, attention(b, x))
+    x = b.add(x, attend(b, x, x, x, over="embed"))
     w = graph.param("w", tensor(F64, expert=4, embed=EMBED))
-    e, g, p = emit_expert_choice(b, x, w, tokens=("batch", "seq"), capacity_factor=1.0)
+    e, g, p = emit_expert_choice(b, x, w, tokens=TOKENS, capacity_factor=1.0)
     graph.set_output("y", b.combine(b.dispatch(x, e, p), e, p, g))
     with pytest.raises(InputError, match="expert choice in a decoder"):
         SpecializePass().apply(clone(graph), Context())
-    result = SpecializePass(force=True, capacity_factor=2.0).apply(graph, Context())
-    assert result.matched == 1
-    (node,) = (n for n in graph if n.op.name == "expert_choice")
+    assert SpecializePass(force=True, capacity_factor=2.0).apply(graph, Context()).matched == 1
+    (node,) = nodes(graph, "expert_choice")
     assert node.attrs["capacity_factor"] == 2.0

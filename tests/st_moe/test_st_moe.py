@@ -6,79 +6,65 @@ import pytest
 from moecc.analysis import GROUPS, parameter_groups, trainable
 from moecc.errors import InputError
 from moecc.ir import clone, equal, parse, print_graph
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 from moecc.testing import inputs_for, laws, params_for, run_reference
+from tests.passes.model_graphs import apply_passes
 
-from .layers import transformer
+from .layers import nodes, transformer
 
 
 def converted(text="st-moe{experts=4}", layers=8):
-    before = transformer(layers)
-    after = clone(before)
-    report = run_pipeline(after, Pipeline.parse(text))
-    laws.check_graph(after)
-    return before, after, report
+    graph = transformer(layers)
+    apply_passes(graph, text)
+    laws.check_graph(graph)
+    return graph
 
 
-def same_logits(before, after, seed=0):
+def logits_of(graph):
     sizes = {"B": 2, "S": 6}
-    inputs = inputs_for(before, seed, sizes)
-    first, second = (
-        run_reference(
-            g, inputs=inputs_for(g, seed, sizes) | inputs, params=params_for(g, seed, sizes)
-        )
-        for g in (before, after)
-    )
-    return float(np.abs(first["logits"] - second["logits"]).max())
+    inputs, params = inputs_for(graph, 0, sizes), params_for(graph, 0, sizes)
+    return run_reference(graph, inputs=inputs, params=params)["logits"]
 
 
 def test_the_conversion_keeps_the_function():
-    before, after, report = converted()
-    assert report.preserves.kind == "reassociation"
-    assert same_logits(before, after) < 1e-12
-    sparse = [n.loc for n in after if n.op.name == "dispatch" and n.origin.startswith("upcycle")]
+    before = transformer()
+    after = clone(before)
+    assert apply_passes(after, "st-moe{experts=4}").preserves.kind == "reassociation"
+    assert np.abs(logits_of(before) - logits_of(after)).max() < 1e-12
+    sparse = [n.loc for n in nodes(after, "dispatch") if n.origin.startswith("upcycle")]
     assert sparse == ["layers.3.ffn", "layers.7.ffn"]
-    assert {n.loc for n in after if "extra" in n.loc} == {
-        "layers.3.extra_ffn",
-        "layers.7.extra_ffn",
-    }
+    extra = {n.loc for n in after if "extra" in n.loc}
+    assert extra == {"layers.3.extra_ffn", "layers.7.extra_ffn"}
     assert {"loss.balance", "loss.router_z", "loss.auxiliary"} <= set(after.output_names)
     assert sum("expert_bias" in n for n in after.params) == 2
 
 
 def test_it_is_what_its_parts_make():
-    _, after, _ = converted()
-    parts = clone(transformer())
-    text = (
+    after = converted()
+    parts = converted(
         "upcycle{experts=4 top-k=2 layers=every:4 extra-ffn=after expert-bias=multiplicative "
         "router-init=switch router-std=0.3162},add-losses{balance-coef=0.01 z-coef=0.001}"
     )
-    run_pipeline(parts, Pipeline.parse(text))
     parts.attrs["routing"] = after.attrs["routing"]
     assert equal(after, parts)
 
 
 def test_modes_come_from_what_the_pass_recorded():
-    _, after, _ = converted()
-    after = parse(print_graph(after))
-    train, evaluated = clone(after), clone(after)
-    run_pipeline(train, Pipeline.parse("specialize{mode=train}"))
-    run_pipeline(evaluated, Pipeline.parse("specialize{mode=eval}"))
-    for graph, factor, policies in ((train, 1.25, ["random"] * 2), (evaluated, 2.0, [])):
-        places = [n for n in graph if n.op.name == "assign_slots"]
-        assert [n.attrs["capacity_factor"] for n in places] == [factor] * 2
-        assert [n.attrs["policy"] for n in graph if n.op.name == "keep_choices"] == policies
-    thresholds = [n.attrs["threshold"] for n in train if n.op.name == "keep_choices"]
-    assert thresholds == [0.2, 0.2]
-    assert ("key" in train.inputs, "key" in evaluated.inputs) == (True, False)
+    text = print_graph(converted())
+    for mode, factor, policies in (("train", 1.25, [("random", 0.2)] * 2), ("eval", 2.0, [])):
+        graph = parse(text)
+        apply_passes(graph, f"specialize{{mode={mode}}}")
+        factors = [n.attrs["capacity_factor"] for n in nodes(graph, "assign_slots")]
+        assert factors == [factor] * 2
+        keeps = [(n.attrs["policy"], n.attrs["threshold"]) for n in nodes(graph, "keep_choices")]
+        assert keeps == policies
+        assert ("key" in graph.inputs) == (mode == "train")
 
 
 # --- groups of parameters
 
 
 def test_groups_of_a_sparse_model():
-    _, graph, _ = converted(layers=4)
+    graph = converted(layers=4)
     groups = parameter_groups(graph)
     assert set().union(*groups.values()) == set(GROUPS)
     expected = {
@@ -107,8 +93,7 @@ def test_groups_of_a_sparse_model():
     ],
 )
 def test_masks(text, trained):
-    _, graph, _ = converted(f"st-moe{{experts=4}},freeze{{{text}}}", layers=4)
-    graph = parse(print_graph(graph))
+    graph = parse(print_graph(converted(f"st-moe{{experts=4}},freeze{{{text}}}", layers=4)))
     groups = parameter_groups(graph)
     assert trainable(graph) == {n: trained(of) for n, of in groups.items()}
 
@@ -117,7 +102,7 @@ def test_masks(text, trained):
 
 
 def test_the_trace_tells_where_tokens_went():
-    _, graph, _ = converted("st-moe{experts=4 losses=false mode=eval},trace-routing")
+    graph = converted("st-moe{experts=4 losses=false mode=eval},trace-routing")
     found = run_reference(graph)
     for layer in (3, 7):
         experts, gates, slots = (
@@ -128,4 +113,4 @@ def test_the_trace_tells_where_tokens_went():
         np.testing.assert_allclose(gates.sum(-1), 1, rtol=1e-12)
         assert (slots >= -1).all()
     with pytest.raises(InputError, match="traced already"):
-        run_pipeline(graph, Pipeline.parse("trace-routing"))
+        apply_passes(graph, "trace-routing")

@@ -14,10 +14,14 @@ from moecc.testing import graphs, laws, random_graph, run_reference
 from moecc.testing.generate import keep_only
 from moecc.testing.steps import BLOCKS, SIMPLE, split
 
-QUIET = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
-
 # From some random starts shrinking stops a node above the least, so they are the same every time.
-SHRINKING = settings(QUIET, max_examples=500, derandomize=True)
+SHRINKING = settings(
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    max_examples=500,
+    derandomize=True,
+)
 
 
 def test_a_seed_is_a_graph():
@@ -47,10 +51,10 @@ def test_every_operation_and_every_gate_convention_occurs():
 
 @pytest.mark.parametrize("step", [*SIMPLE, *BLOCKS], ids=lambda s: s.__name__)
 def test_each_step_makes_valid_graphs(step):
-    made = [random_graph(s, steps=[step, split], max_steps=3) for s in range(8)]
-    for graph in made:
+    drawn = [random_graph(s, steps=[step, split], max_steps=3) for s in range(8)]
+    for graph in drawn:
         verify(graph)
-    assert any(len(g) for g in made)
+    assert any(len(graph) for graph in drawn)
 
 
 @given(graphs(), st.binary(min_size=1, max_size=8))
@@ -63,16 +67,12 @@ def test_a_graph_cut_to_pieces_is_valid_and_runs(graph, kept):
     assert all(v.users for v in [*graph.inputs.values(), *graph.params.values()])
 
 
-def has(graph, *ops):
-    return set(ops) <= {n.op.name for n in graph}
-
-
 @pytest.mark.parametrize(
     ("ops", "most"),
     few([(("combine",), 5), (("softmax",), 1), (("rope",), 1), (("silu", "rms_norm"), 6)]),
 )
 def test_counterexamples_shrink_to_what_matters(ops, most):
-    smallest = find(graphs(), lambda g: has(g, *ops), settings=SHRINKING)
+    smallest = find(graphs(), lambda g: {*ops} <= {n.op.name for n in g}, settings=SHRINKING)
     assert len(smallest) <= most
 
 

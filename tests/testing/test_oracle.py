@@ -1,7 +1,11 @@
 """The oracle: the same data for the same names, and differences that rounding cannot explain."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from moecc.ir import BF16, F32, F64, I32, Builder, Graph, parse, tensor
 from moecc.ir.structure import replace_value
@@ -27,6 +31,9 @@ def graph_of(make, **sizes):
     return graph
 
 
+GRAPH = graph_of(lambda b, x: b.relu(x))
+
+
 # --- data
 
 
@@ -36,8 +43,8 @@ def test_data_depend_on_seed_and_name_alone():
     for graph in (first, other):
         graph.param("w", tensor(F32, embed=4))
     other.input("z", tensor(F32, batch="B"))
-    np.testing.assert_array_equal(inputs_for(first, 3)["x"], inputs_for(other, 3)["x"])
-    np.testing.assert_array_equal(params_for(first, 3)["w"], params_for(other, 3)["w"])
+    assert_array_equal(inputs_for(first, 3)["x"], inputs_for(other, 3)["x"])
+    assert_array_equal(params_for(first, 3)["w"], params_for(other, 3)["w"])
     assert not np.array_equal(params_for(first, 3)["w"], params_for(first, 4)["w"])
 
 
@@ -45,7 +52,7 @@ def test_indices_stay_within_all_that_they_index():
     graph = Graph()
     b = Builder(graph)
     ids = graph.input("ids", tensor(I32, batch=50, seq=40))
-    free = graph.input("free", tensor(I32, batch=50, seq=40))
+    graph.input("free", tensor(I32, batch=50, seq=40))
     small = graph.param("small", tensor(F32, vocab=3, embed=2))
     large = graph.param("large", tensor(F32, vocab=9, embed=2))
     b.embedding(large, ids, axis="vocab")
@@ -60,34 +67,28 @@ def test_indices_stay_within_all_that_they_index():
     found = inputs_for(graph)
     assert found["choices"].max() == 1
     assert found["hot"].max() == 4
-    del free
 
 
-def weighted(weight, type):
+def drawn(weight, seed=0):
+    """Return the data of a parameter that is a weight."""
     graph = Graph()
-    graph.set_output("w", graph.param("w", type, weight))
-    return graph
+    graph.set_output("w", graph.param("w", weight.type, weight))
+    return params_for(graph, seed)["w"]
 
 
 def test_parameters_with_weights_are_made_of_the_same_sources():
     dense = tensor(BF16, mlp=3, embed=4)
     source = Source("layers.0.up", dense)
-    plain = params_for(weighted(source, dense), 5)["w"]
-    tiled = params_for(
-        weighted(Tile(source, "expert", 2), tensor(BF16, expert=2, mlp=3, embed=4)), 5
-    )
-    np.testing.assert_array_equal(tiled["w"], np.stack([plain, plain]))
+    plain, tiled = drawn(source, 5), Tile(source, "expert", 2)
+    assert_array_equal(drawn(tiled, 5), [plain, plain])
     assert plain.dtype == np.float64
-    picked = Index(Tile(source, "expert", 2), "expert", 1)
-    np.testing.assert_array_equal(params_for(weighted(picked, dense), 5)["w"], plain)
+    assert_array_equal(drawn(Index(tiled, "expert", 1), 5), plain)
 
 
 def test_weights_are_computed_in_float64_whatever_their_types():
-    type = tensor(F32, embed=64)
-    source = Source("w", type)
-    plain = params_for(weighted(source, type))["w"]
-    third = params_for(weighted(Cast(Scale(source, 1 / 3), BF16), type.with_dtype(BF16)))["w"]
-    np.testing.assert_array_equal(third, plain * (1 / 3))
+    source = Source("w", tensor(F32, embed=64))
+    third = Cast(Scale(source, 1 / 3), BF16)
+    assert_array_equal(drawn(third), drawn(source) * (1 / 3))
 
 
 # --- differences
@@ -145,15 +146,12 @@ def test_infinities_must_agree():
 
 
 def test_other_inputs_or_outputs_are_named():
-    first = graph_of(lambda b, x: b.relu(x))
     other = graph_of(lambda b, x: b.sum(x, axes="embed"))
-    (line,) = differences(first, other)
-    assert (
-        line
-        == "the outputs differ\n  expected: y : f64[batch=B, embed=4]\n  found: y : f64[batch=B]"
-    )
+    (line,) = differences(GRAPH, other)
+    outputs = "expected: y : f64[batch=B, embed=4]\n  found: y : f64[batch=B]"
+    assert line == f"the outputs differ\n  {outputs}"
     other = graph_of(lambda b, x: b.relu(x), batch="B", embed=5)
-    assert [d.split("\n")[0] for d in differences(first, other)] == [
+    assert [d.split("\n")[0] for d in differences(GRAPH, other)] == [
         "the inputs differ",
         "the outputs differ",
     ]
@@ -162,20 +160,15 @@ def test_other_inputs_or_outputs_are_named():
 # --- laws of passes
 
 
+@dataclass(frozen=True)
 class Named(Pass):
     """A pass that does what the test says."""
 
     name = "named"
     summary = "do what the test says"
-
-    def __init__(self, does, promise=EXACT, changed=True):
-        object.__setattr__(self, "does", does)
-        object.__setattr__(self, "promise", promise)
-        object.__setattr__(self, "changed", changed)
-
-    @property
-    def preserves(self):
-        return self.promise
+    does: Callable
+    preserves: Preserves = EXACT
+    changed: bool = True
 
     def apply(self, graph, ctx):
         self.does(graph)
@@ -191,9 +184,6 @@ def scaled(by):
 
 def nothing(graph):
     """Leave the graph as it is."""
-
-
-GRAPH = graph_of(lambda b, x: b.relu(x))
 
 
 @pytest.mark.parametrize(

@@ -35,30 +35,30 @@ PATTERNS = {
 }
 
 
+def matches(rule, planted, seeds):
+    """Return the first match of a rule in each valid graph where something is planted."""
+    drawn = [random_graph(seed, like=[planted]) for seed in range(seeds)]
+    for graph in drawn:
+        verify(graph)
+    return [match for graph in drawn if (match := next(find(graph, rule), None))]
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_what_a_pattern_describes_is_there(name):
     rule = Rule(name, PATTERNS[name], build=lambda m, b: m.root.result)
-    made = [random_graph(seed, like=[PATTERNS[name]]) for seed in range(12)]
-    for graph in made:
-        verify(graph)
-    assert sum(next(find(g, rule), None) is not None for g in made) >= 7
+    assert len(matches(rule, PATTERNS[name], 12)) >= 7
 
 
 @pytest.mark.parametrize("rule", [*AXES, *ELEMENTWISE], ids=lambda r: r.name)
 def test_what_a_rule_accepts_is_there(rule):
     """The rule's check included: axes that are split as they were merged, say."""
-    made = [random_graph(seed, like=[rule]) for seed in range(25)]
-    assert sum(next(find(g, rule), None) is not None for g in made) >= 3
+    assert len(matches(rule, rule, 25)) >= 3
 
 
 def test_values_inside_are_at_times_used_elsewhere_and_at_times_returned():
     pattern = P.scale(P.contract(_x, P.param("w")), by=P.attr("by"))
     rule = Rule("inside", pattern, build=lambda m, b: m.root.result)
-    inside = [
-        match.root.operands[0]
-        for seed in range(150)
-        for match in list(find(random_graph(seed, like=[pattern]), rule))[:1]
-    ]
+    inside = [match.root.operands[0] for match in matches(rule, pattern, 150)]
     returned = [v for v in inside if v.is_output]
     shared = [v for v in inside if len(v.users) > 1 and not v.is_output]
     assert len(inside) > 135

@@ -1,6 +1,5 @@
 """Batches: what is in them, the same on any hosts and in any process, what is rejected."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +11,8 @@ from moecc.train.recipe import Corpus, DataSection, Objective
 from moecc.train.rows import ModelFacts
 from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.encoders import ByteEncoder
-from moecc.train.tokens.make import Making, make_tokens
 
-from .tiny import restored
+from .tiny import restored, tokenize, write_lines
 
 EOS, PAD = 256, 257
 SENTINELS = ByteEncoder.special.sentinels
@@ -24,20 +22,16 @@ BOTH = ModelFacts("both", 384, (*PACKED, *(f"decoder_{n}" for n in PACKED)), dec
 
 
 def write(place, *records, kind="documents"):
-    source = place.with_suffix(".jsonl")
-    source.write_text("".join(json.dumps(r) + "\n" for r in records))
-    form = DocumentFormat(kind, completion="{label}" if kind == "labelled" else "{completion}")
-    make_tokens(Making((str(source),), "bytes", form, deduplicate=False), place)
+    source = write_lines(place.with_suffix(".jsonl"), *records)
+    tokenize(place, source, format=DocumentFormat(kind), deduplicate=False)
     return str(place)
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    letters = np.array(list("abcdefgh "))
-    documents = [
-        {"text": "x" + "".join(rng.choice(letters, rng.integers(1, 120)))} for _ in range(60)
-    ]
+    rng, letters = np.random.default_rng(0), list("abcdefgh ")
+    lengths = rng.integers(1, 120, 60)
+    documents = [{"text": "x" + "".join(rng.choice(letters, length))} for length in lengths]
     return write(tmp_path_factory.mktemp("texts") / "t", *documents)
 
 
@@ -56,19 +50,36 @@ def opened(texts, model=DECODER, **options):
 
 def segments(batch, prefix=""):
     """Return row, number and tokens of each document of a batch; check what goes with them."""
-    found = []
-    for row, (numbers, tokens, positions, mask) in enumerate(
-        zip(*(batch[f"{prefix}{name}"] for name in ("segments", "tokens", "positions", "mask")),
-            strict=True)
-    ):  # fmt: skip
+    documents = []
+    arrays = zip(*(batch[f"{prefix}{name}"] for name in PACKED), strict=True)
+    for row, (tokens, numbers, positions, mask) in enumerate(arrays):
         assert (mask == (numbers > 0)).all()
         assert (tokens[~mask] == PAD).all()
         assert (np.diff(numbers[mask]) >= 0).all()
         for number in range(1, numbers.max(initial=0) + 1):
             here = numbers == number
             assert positions[here].tolist() == list(range(here.sum()))
-            found.append((row, number, tokens[here].tolist()))
-    return found
+            documents.append((row, number, tokens[here].tolist()))
+    return documents
+
+
+def targets_of(batch, row, number, prefix=""):
+    """Return the targets of a document of a batch."""
+    return batch["targets"][row][batch[f"{prefix}segments"][row] == number]
+
+
+def bytes_of(ids):
+    return bytes(np.asarray(ids, np.uint8))
+
+
+def text_of(folder):
+    """Return all text of a token folder."""
+    return bytes_of(folder.ids(0, folder.facts.tokens))
+
+
+def asked(prompt):
+    """Return the number that the last question of a prompt is about."""
+    return int(prompt.rpartition("what is ")[2].removesuffix("?"))
 
 
 def test_a_stream_has_every_token_once_and_predicts_the_next(texts):
@@ -76,8 +87,7 @@ def test_a_stream_has_every_token_once_and_predicts_the_next(texts):
     folder = batches.folders["train/t"]
     rows = batches.rows["t"]
     assert rows == -(-(folder.facts.tokens + 60) // 64)
-    counted = 0
-    predicted = 0
+    counted = predicted = 0
     for number in range(-(-rows // 4)):
         batch = batches.batch(number)
         counted += int(batch["mask"].sum())
@@ -107,8 +117,7 @@ def test_without_packing_a_row_is_a_document_or_a_part(texts):
 @pytest.mark.parametrize("packing", [True, False])
 def test_spans_come_back_from_both_sequences(texts, packing):
     batches = opened(texts, BOTH, objective=Objective.SPANS, packing=packing, seq=48)
-    documents = {bytes(d.ids(0, d.facts.tokens).astype(np.uint8)) for d in batches.folders.values()}
-    (text,) = documents
+    text = text_of(batches.folders["train/t"])
     seen = 0
     assert batches.shape.decoder_seq == batches.batch(0)["decoder_tokens"].shape[1]
     for number in range(6):
@@ -116,11 +125,11 @@ def test_spans_come_back_from_both_sequences(texts, packing):
         encoders, decoders = segments(batch), segments(batch, "decoder_")
         assert [e[:2] for e in encoders] == [d[:2] for d in decoders]
         for (row, n, encoder), (_, _, decoder) in zip(encoders, decoders, strict=True):
-            targets = batch["targets"][row][batch["decoder_segments"][row] == n]
+            targets = targets_of(batch, row, n, "decoder_")
             assert decoder == [0, *targets[:-1].tolist()]
             assert targets[-1] == encoder[-1] == EOS
             ids = restored(np.array(encoder), targets, SENTINELS, EOS)
-            assert bytes(ids.astype(np.uint8)) in text
+            assert bytes_of(ids) in text
             seen += len(ids)
         assert (batch["targets"][batch["decoder_segments"] == 0] == -1).all()
     assert seen > 6 * 4 * 48 * (0.5 if packing else 0.3)
@@ -128,15 +137,13 @@ def test_spans_come_back_from_both_sequences(texts, packing):
 
 def test_masked_rows_predict_what_is_hidden(texts):
     batches = opened(texts, objective=Objective.MASKED)
-    folder = batches.folders["train/t"]
-    text = bytes(folder.ids(0, folder.facts.tokens).astype(np.uint8))
+    text = text_of(batches.folders["train/t"])
     hidden = total = 0
     for number in range(6):
         batch = batches.batch(number)
         for row, n, tokens in segments(batch):
-            aims = batch["targets"][row][batch["segments"][row] == n]
-            original = np.where(aims >= 0, aims, tokens)
-            assert bytes(original.astype(np.uint8)) in text
+            aims = targets_of(batch, row, n)
+            assert bytes_of(np.where(aims >= 0, aims, tokens)) in text
             hidden += int((aims >= 0).sum())
             total += len(tokens)
     assert abs(hidden / total - 0.15) < 0.02
@@ -149,14 +156,14 @@ def test_only_completions_are_predicted(examples, packing):
     for number in range(10):
         batch = batches.batch(number)
         for row, n, tokens in segments(batch):
-            aims = batch["targets"][row][batch["segments"][row] == n]
-            answer = bytes(aims[aims >= 0][:-1].astype(np.uint8)).decode()
+            aims = targets_of(batch, row, n)
             assert aims[-1] == EOS
-            text = bytes(np.array(tokens).astype(np.uint8)).decode()
+            answer = bytes_of(aims[aims >= 0][:-1]).decode()
+            text = bytes_of(tokens).decode()
             assert text.endswith(answer)
-            question = text.removesuffix(answer).rpartition("what is ")[2].removesuffix("?")
-            assert int(answer) == int(question) ** 2
-            seen.add(int(question))
+            number = asked(text.removesuffix(answer))
+            assert int(answer) == number**2
+            seen.add(number)
     assert len(seen) > 30
 
 
@@ -164,14 +171,12 @@ def test_completions_of_an_encoder_decoder(examples):
     batches = opened(examples, BOTH, objective=Objective.COMPLETION)
     assert batches.shape.decoder_seq == len(" 1521") + 1
     batch = batches.batch(0)
-    for (row, n, prompt), (_, _, decoder) in zip(
-        segments(batch), segments(batch, "decoder_"), strict=True
-    ):
-        aims = batch["targets"][row][batch["decoder_segments"][row] == n].tolist()
+    pairs = zip(segments(batch), segments(batch, "decoder_"), strict=True)
+    for (row, n, prompt), (_, _, decoder) in pairs:
+        aims = targets_of(batch, row, n, "decoder_").tolist()
         assert prompt[-1] == aims[-1] == EOS
         assert decoder == [0, *aims[:-1]]
-        question = bytes(prompt[:-1]).decode().rpartition("what is ")[2].removesuffix("?")
-        assert int(bytes(aims[:-1])) == int(question) ** 2
+        assert int(bytes(aims[:-1])) == asked(bytes(prompt[:-1]).decode()) ** 2
 
 
 def test_long_examples_are_cut_and_reported(tmp_path):
@@ -181,22 +186,22 @@ def test_long_examples_are_cut_and_reported(tmp_path):
     ]
     place = write(tmp_path / "e", *records, kind="examples")
     batches = opened(place, objective=Objective.COMPLETION, seq=16, batch=2, evaluate=())
-    found = sorted(
-        bytes(t for t in tokens if t < 256) for _, _, tokens in segments(batches.batch(0))
-    )
+    batch = batches.batch(0)
+    texts = {bytes(t for t in tokens if t < 256) for _, _, tokens in segments(batch)}
     # Of 17 tokens that are seen or predicted, the end is only predicted.
-    assert found == [b"p" * 10 + b"qright", b"z" * 16]
+    assert texts == {b"p" * 10 + b"qright", b"z" * 16}
     # Without anything before it, all of a completion is predicted but its first token.
-    aims = sorted(bytes(t for t in row if 0 <= t < 256) for row in batches.batch(0)["targets"])
-    assert aims == [b"right", b"z" * 16]
+    aims = {bytes(t for t in row if 0 <= t < 256) for row in batch["targets"]}
+    assert aims == {b"right", b"z" * 16}
     assert batches.remarks == ("e: 2 examples are cut, as they are longer than a sequence",)
 
 
 def test_a_corpus_may_be_called_order(tmp_path):
     """The digest of the order of rows is none of a folder's."""
-    places = [write(tmp_path / part, {"text": part * 9}) for part in ("a", "b")]
-    named = (DataSection((Corpus(place, name="order"),), seq=8) for place in places)
-    first, second = (open_batches(data, DECODER).digests for data in named)
+    first, second = (
+        open_batches(DataSection((Corpus(place, name="order"),), seq=8), DECODER).digests
+        for place in (write(tmp_path / part, {"text": part * 9}) for part in "ab")
+    )
     assert first["order"] == second["order"]
     assert first["train/order"] != second["train/order"]
 
@@ -212,16 +217,18 @@ def test_spans_that_are_rounded_are_reported(tmp_path):
     )
 
 
-def test_hosts_together_have_the_batch_of_one(texts):
-    for options in ({}, {"objective": Objective.SPANS}):
-        batches = opened(texts, BOTH if options else DECODER, batch=8, **options)
-        whole = batches.batch(5)
-        parts = [batches.batch(5, slice(2 * host, 2 * host + 2)) for host in range(4)]
-        for name, array in whole.items():
-            assert (np.concatenate([part[name] for part in parts]) == array).all()
-        assert list(whole) == [*batches.shape.inputs, "targets"]
-        for name, (shape, kind) in batches.shape.arrays().items():
-            assert (whole[name].shape, whole[name].dtype.name) == (shape, kind)
+@pytest.mark.parametrize(
+    ("model", "objective"), [(DECODER, Objective.CAUSAL), (BOTH, Objective.SPANS)]
+)
+def test_hosts_together_have_the_batch_of_one(texts, model, objective):
+    batches = opened(texts, model, batch=8, objective=objective)
+    whole = batches.batch(5)
+    parts = [batches.batch(5, slice(2 * host, 2 * host + 2)) for host in range(4)]
+    for name, array in whole.items():
+        assert (np.concatenate([part[name] for part in parts]) == array).all()
+    assert list(whole) == [*batches.shape.inputs, "targets"]
+    for name, (shape, kind) in batches.shape.arrays().items():
+        assert (whole[name].shape, whole[name].dtype.name) == (shape, kind)
 
 
 def test_an_evaluation_is_fixed_and_has_each_row_once(texts):
@@ -238,8 +245,7 @@ def test_an_evaluation_is_fixed_and_has_each_row_once(texts):
     documents = np.concatenate([one.documents(number) for number in range(one.batches)])
     lengths = np.bincount(documents[documents >= 0])
     assert (lengths == np.diff(folder.starts) + 1).all()
-    last = one.batch(one.batches - 1)
-    assert last["tokens"].shape == (4, 64)
+    assert one.batch(one.batches - 1)["tokens"].shape == (4, 64)
     assert opened(texts, evaluate_batches=2).evaluations["t"].batches == 2
 
 
@@ -248,13 +254,15 @@ def test_all_misfits_come_at_once(texts, examples, tmp_path):
     small = replace(DECODER, vocab=100, longest=64)
     with pytest.raises(InputError) as caught:
         open_batches(data, small)
-    found = [str(p) for p in caught.value.problems]
-    assert "longer than the model has positions for" in found[0]
-    assert "ids beyond the vocabulary" in found[1]
-    assert "the objective completion needs examples" in found[2]
-    assert "ids beyond the vocabulary" in found[3]
-    assert "special tokens of the objective completion are beyond the vocabulary" in found[4]
-    assert len(found) == 5
+    expected = (
+        "longer than the model has positions for",
+        "ids beyond the vocabulary",
+        "the objective completion needs examples",
+        "ids beyond the vocabulary",
+        "special tokens of the objective completion are beyond the vocabulary",
+    )
+    for problem, words in zip(caught.value.problems, expected, strict=True):
+        assert words in str(problem)
     with pytest.raises(InputError) as caught:
         open_batches(DataSection((Corpus("absent"), Corpus("gone"))), DECODER)
     assert len(caught.value.problems) == 2

@@ -1,20 +1,14 @@
 """A run that begins with the moments of another: which follow, and what it changes."""
 
-import json
-
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.formats.open import open_checkpoint
 from moecc.formats.run import saved_steps, state_reader
 from moecc.jobs.convert import convert
 from moecc.jobs.training import carried_from, open_source, over_its_source
-from moecc.model.open import open_model
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe import OptimizerSection
 from moecc.train.recipe_text import parse_recipe
 from moecc.train.settings import carried_moments, saved_moments
@@ -23,42 +17,34 @@ from moecc.types import F32
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import sources
 
-from .tiny import make_recipe
+from .tiny import golden_graph, journal, make_recipe, piped, train
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("init", ["copy", "drop", "noise"])
 def test_every_moment_of_an_upcycled_model_follows_but_routers(init, optimizer):
     section = OptimizerSection(name=optimizer)
-    with open_model("tests/golden/llama_gqa") as model:
-        before = canonical(model.graph).graph
-        graph = canonical(model.graph).graph
-    run_pipeline(graph, Pipeline.parse(f"upcycle{{experts=4 top-k=2 init={init}}}"))
-    made = over_its_source(canonical(graph))
-    found = carried_moments(made, section, saved_moments(before, section), 10)
-    zeros = {name for name, moment in found.items() if not sources(moment)}
-    assert zeros == {name for name in found if "router" in name}
-    assert {name.split(".", 2)[2] for name in found} == set(made.params)
-
-
-def write_optimizer(folder, names, shapes):
-    """Write the state of torch's Adam by name, and return it."""
-    rng, state = np.random.default_rng(0), {}
-    for name, shape in zip(names, shapes, strict=True):
-        for kind in ("exp_avg", "exp_avg_sq"):
-            state[f"{kind}.{name}"] = rng.random(shape, np.float32)
-        state[f"step.{name}"] = np.array(7, np.float32)
-    save_file(state, folder / "optimizer.safetensors")
-    return state
+    model = golden_graph("llama_gqa")
+    saved = saved_moments(canonical(model).graph, section)
+    graph = piped(canonical(model).graph, f"upcycle{{experts=4 top-k=2 init={init}}}")
+    upcycled = over_its_source(canonical(graph))
+    moments = carried_moments(upcycled, section, saved, 10)
+    zeros = {name for name, moment in moments.items() if not sources(moment)}
+    assert zeros == {name for name in moments if "router" in name}
+    assert {name.split(".", 2)[2] for name in moments} == set(upcycled.params)
 
 
 def test_the_state_of_an_optimiser_in_pytorch_follows_by_name(tmp_path):
     folder = tmp_path / "model"
     convert("tests/golden/llama_gqa", str(folder), to="st_moe", emit="torch",
             pipeline="upcycle{experts=4 top-k=2}")  # fmt: skip
+    rng, state = np.random.default_rng(0), {}
     with open_checkpoint(folder) as checkpoint:
-        names = list(checkpoint.tensors)
-        state = write_optimizer(folder, names, [checkpoint.tensors[n].shape for n in names])
+        for name, tensor in checkpoint.tensors.items():
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[f"{kind}.{name}"] = rng.random(tensor.shape, np.float32)
+            state[f"step.{name}"] = np.array(7, np.float32)
+    save_file(state, folder / "optimizer.safetensors")
     recipe = parse_recipe(
         f'[model]\nsource = "{folder}"\npipeline = "grow"\nmoments = "carry"\n'
         '[data]\nbatch = 1\nseq = 8\ntrain = [{ tokens = "t" }]\n[run]\nsteps = 1\n',
@@ -87,45 +73,34 @@ def dense(tmp_path_factory):
     """A folder with a recipe, and a run of it without experts."""
     folder = tmp_path_factory.mktemp("carried")
     recipe = make_recipe(folder, "steps = 30")
-    words = ["--set", "model.pipeline=''", "--set", "run.guard.sigma=0"]
-    assert main(["train", str(recipe), "--out", str(folder / "dense"), *words]) == 0
+    train(recipe, folder / "dense", "model.pipeline=''", "run.guard.sigma=0")
     return folder
 
 
-def trained_on(folder, moments, *sets):
-    given = [f"model.source={folder / 'dense'}", "model.start=source", "run.steps=8",
-             "run.save_steps=1", "run.keep=9", f"model.moments={moments}", *sets]  # fmt: skip
-    words = [word for one in given for word in ("--set", one)]
-    return ["train", str(folder / "recipe.toml"), "--out", str(folder / moments), *words]
+def trained_on(folder, moments):
+    """Return a run of 8 steps, all of them saved, that begins with the parameters of `dense`."""
+    return train(
+        folder / "recipe.toml", folder / moments, f"model.source={folder / 'dense'}",
+        "model.start=source", "run.steps=8", "run.save_steps=1", "run.keep=9",
+        f"model.moments={moments}",
+    )  # fmt: skip
 
 
-def moved(run, step):
-    """How far the head moved in a step of a run, and before that from its source."""
-    name, source = "params.lm_head.weight", run.parent / "dense"
-    before = state_reader(saved_steps(source)[-1].state).read(name)
-    after = state_reader(saved_steps(run)[step - 1].state).read(name)
-    return float(np.linalg.norm(after - before))
+def array_of(run, name, saved=-1):
+    """Return an array of a checkpoint of a run, of the last one if nothing else is said."""
+    return state_reader(saved_steps(run)[saved].state).read(name)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_moments_of_another(dense):
     pytest.importorskip("orbax.checkpoint")
-    losses = {}
-    for moments in ("carry", "reset"):
-        assert main(trained_on(dense, moments)) == 0
-        lines = (dense / moments / "metrics.jsonl").read_text().splitlines()
-        losses[moments] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
-    assert losses["carry"][0] == losses["reset"][0]
+    runs = [trained_on(dense, moments) for moments in ("carry", "reset")]
+    carried, reset = (journal(run)[0]["loss"] for run in runs)
+    assert carried == reset
     # A first step without moments is one of full size in every direction.
-    sizes = {m: moved(dense / m, 1) for m in losses}
-    assert 0 < sizes["carry"] < 0.9 * sizes["reset"]
-    counts = [
-        int(state_reader(saved_steps(dense / run)[-1].state).read("moments.count"))
-        for run in ("carry", "reset")
-    ]
-    assert counts == [38, 8]
-    norms = [
-        np.linalg.norm(state_reader(saved_steps(run)[-1].state).read("moments.m.lm_head.weight"))
-        for run in (dense / "carry", dense / "reset")
-    ]
-    assert all(norm > 0 for norm in norms)
+    head = "params.lm_head.weight"
+    before = array_of(dense / "dense", head)
+    carried, reset = (np.linalg.norm(array_of(run, head, 0) - before) for run in runs)
+    assert 0 < carried < 0.9 * reset
+    assert [int(array_of(run, "moments.count")) for run in runs] == [38, 8]
+    assert all(array_of(run, "moments.m.lm_head.weight").any() for run in runs)

@@ -11,7 +11,7 @@ from moecc.train.objectives import IGNORED, ExampleRows, Room
 from moecc.train.tokens.encoders import byte_tokenizer
 from moecc.train.tokens.folder import open_tokens
 
-from .tiny import draw_weights, make_model
+from .tiny import draw_weights, make_model, write_lines
 
 CHATML = """{{ bos_token }}{% for message in messages %}
 <|{{ message['role'] }}|>
@@ -45,14 +45,12 @@ def tokenizer(folder, template=CHATML):
 def texts(out):
     """Return what each row of a folder shows, and what of it is learned."""
     folder = open_tokens(out)
-    assert isinstance(folder.completions, np.ndarray)
     rows = ExampleRows(folder, folder.facts.special, None, Room(256, 0, packing=False))
     pairs = []
     for row in range(rows.rows):
         (segment,) = rows.segments(row, np.random.default_rng(0))
-        learned = segment.targets[segment.targets != IGNORED]
-        pairs.append(tuple(bytes(b for b in ids if b < 256).decode() for ids in
-                           (segment.tokens, learned)))  # fmt: skip
+        shown_and_learned = segment.tokens, segment.targets[segment.targets != IGNORED]
+        pairs.append(tuple(bytes(ids[ids < 256].tolist()).decode() for ids in shown_and_learned))
     return pairs
 
 
@@ -60,8 +58,7 @@ def test_the_loss_is_on_answers_alone(moecc, tmp_path):
     model = tokenizer(tmp_path / "model")
     other = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
     rows = [{"messages": CHAT}, {"messages": other, "id": 3}]
-    source = tmp_path / "chat.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = write_lines(tmp_path / "chat.jsonl", *rows)
     words = ("tokens", source, "--tokenizer", model, "--kind", "chat", "--out")
     assert moecc(*words, tmp_path / "out").code == 0
     asked = "<|user|>\n2 + 2?<end>\n<|assistant|>\n"
@@ -91,8 +88,8 @@ def test_tables_of_datasets_are_read(moecc, tmp_path):
         (folder / name).write_text("{}")
     parquet.write_table(table, tmp_path / "chat.parquet")
     model = tokenizer(tmp_path / "model")
-    for number, source in enumerate((folder, tmp_path / "chat.parquet")):
-        out = tmp_path / f"out{number}"
+    for source in (folder, tmp_path / "chat.parquet"):
+        out = tmp_path / f"tokens-{source.name}"
         done = moecc("tokens", source, "--tokenizer", model, "--kind", "chat", "--out", out)
         assert done.code == 0, done.err
         assert [learned for _, learned in texts(out)] == ["4<end>", "Gladly.<end>"]
@@ -148,18 +145,14 @@ def test_a_template_that_cannot_be_split_is_rejected():
 
 def test_a_model_answers(moecc, tmp_path):
     pytest.importorskip("jax")
-    model = draw_weights(make_model(tmp_path / "model"))
-    tokenizer(model)
-    texts = []
-    prompt = (
-        f"<bos>{CHATML.partition('{%')[0].partition('}}')[2]}<|user|>\nHi<end>\n<|assistant|>\n"
-    )
+    model = tokenizer(draw_weights(make_model(tmp_path / "model")))
+    answers = []
     for words in (
         ("Hi", "--chat"),
-        (json.dumps([{"role": "user", "content": "Hi"}]), "--chat"),
-        (prompt,),
+        ('[{"role": "user", "content": "Hi"}]', "--chat"),
+        ("<bos><|user|>\nHi<end>\n<|assistant|>\n",),
     ):
-        done = moecc("generate", model, "--prompt", *words, "--tokens", "5", "--format", "json")
+        done = moecc("generate", model, "--prompt", *words, "--tokens", 5, "--format", "json")
         assert done.code == 0, done.err
-        texts.append(done.json()["texts"][0]["tokens"])
-    assert texts[0] == texts[1] == texts[2]
+        answers.append(done.json()["texts"][0]["tokens"])
+    assert answers[0] == answers[1] == answers[2]

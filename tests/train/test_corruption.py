@@ -40,18 +40,21 @@ def test_the_text_comes_back_from_encoder_and_decoder(case):
         assert encoder[-1] == decoder[-1] == spans.end
 
 
+def decoder_of(length, seed=0):
+    """Return what the decoder reads of T5's spans of a text of the ids 0 to `length`."""
+    spans, ids = Spans(0.15, 3.0, SENTINELS, None), np.arange(length, dtype=np.int32)
+    return spans.apply(ids, np.random.default_rng(seed))[1]
+
+
 def test_density_and_span_lengths_are_as_asked():
-    spans = Spans(0.15, 3.0, SENTINELS, None)
-    ids = np.arange(500, dtype=np.int32)
-    hidden, lengths, where = 0, [], np.zeros(500)
+    lengths, where = [], np.zeros(500)
     for seed in range(300):
-        _, decoder = spans.apply(ids, np.random.default_rng(seed))
-        found = decoder < 1000
-        hidden += int(found.sum())
-        where[decoder[found]] += 1
-        edges = np.flatnonzero(np.append(~found, True))
+        decoder = decoder_of(500, seed)
+        hidden = decoder < 1000
+        where[decoder[hidden]] += 1
+        edges = np.flatnonzero(np.append(~hidden, True))
         lengths += (np.diff(edges) - 1).tolist()
-    assert hidden / (300 * 500) == 0.15
+    assert where.sum() / (300 * 500) == 0.15
     assert abs(np.mean(lengths) - 3.0) < 0.01
     # Lengths of a random partition into 25 parts of 75: nearly geometric, 1 the likeliest.
     counts = np.bincount(lengths) / len(lengths)
@@ -67,23 +70,20 @@ def test_density_and_span_lengths_are_as_asked():
     [(512, 77, 26), (102, 15, 5), (106, 16, 5)],  # 76.8 and 25.7; 15.3; 15.9 and 5.3
 )
 def test_counts_are_rounded_as_t5_rounds_them(length, hidden, spans):
-    _, decoder = Spans(0.15, 3.0, SENTINELS, None).apply(
-        np.arange(length, dtype=np.int32), np.random.default_rng(0)
-    )
+    decoder = decoder_of(length)
     assert ((decoder < 1000).sum(), (decoder >= 1000).sum()) == (hidden, spans)
 
 
 def test_masking_is_that_of_bert():
     masking = Masking(0.15, 7777, 1000)
-    ids = np.arange(200, dtype=np.int32) + 2000
-    kinds = np.zeros(3)
-    chosen_at = np.zeros(200)
+    ids = np.arange(2000, 2200, dtype=np.int32)
+    kinds, chosen_at = np.zeros(3), np.zeros(200)
     for seed in range(500):
         seen, chosen = masking.apply(ids, np.random.default_rng(seed))
         assert chosen.sum() == 30
         assert (seen[~chosen] == ids[~chosen]).all()
         chosen_at += chosen
-        kinds += [(seen[chosen] == 7777).sum(), (seen[chosen] < 1000).sum(),
-                  (seen[chosen] == ids[chosen]).sum()]  # fmt: skip
+        # Masked, drawn at random, kept.
+        kinds += [(chosen & kind).sum() for kind in (seen == 7777, seen < 1000, seen == ids)]
     assert np.allclose(kinds / kinds.sum(), [0.8, 0.1, 0.1], atol=0.01)
     assert np.allclose(chosen_at / 500, 0.15, atol=0.08)

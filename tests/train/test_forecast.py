@@ -1,6 +1,5 @@
 """Forecasts: crossings of curves that are known, and the answers of the command."""
 
-import json
 import re
 import shutil
 from math import inf
@@ -8,10 +7,17 @@ from math import inf
 import numpy as np
 import pytest
 
-from moecc.cli.main import main
 from moecc.jobs.forecast import Pilot, crossing_of, refusals
 
-from .tiny import GOLDEN, RECIPE, draw_weights, make_corpus, make_model
+from .tiny import (
+    GOLDEN,
+    RECIPE,
+    draw_weights,
+    make_corpus,
+    make_model,
+    train,
+    write_lines,
+)
 
 BEHIND, STEPS, WARMUP = 400, 300, 10
 PIPELINE = "upcycle{experts=2 top-k=2 layers=every:2}"
@@ -70,18 +76,13 @@ def arms(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arms")
     draw_weights(make_model(folder / "model"))
     make_corpus(folder / "tokens")
-    recipe = RECIPE.format(run="steps = 60", seq=32).replace('start = "random"', "")
-    (folder / "r.toml").write_text(recipe)
-    for name, sets in (("dense-0", ["--set", "model.pipeline=''"]), ("sparse-0", [])):
-        assert main(["train", str(folder / "r.toml"), "--out", str(folder / name), *sets]) == 0
-    for seed, arm in ((n, arm) for n in (0, 1) for arm in ("dense", "sparse")):
-        run = folder / f"{arm}-{seed}"
-        if seed:
-            shutil.copytree(folder / f"{arm}-0", run)
-            recipe = (run / "recipe.toml").read_text()
-            data = recipe.index("[data]")
-            recipe = recipe[:data] + recipe[data:].replace("seed = 0", "seed = 1", 1)
-            (run / "recipe.toml").write_text(recipe)
+    recipe = folder / "r.toml"
+    recipe.write_text(RECIPE.format(run="steps = 60", seq=32).replace('start = "random"', ""))
+    for arm, settings in (("dense", ["model.pipeline=''"]), ("sparse", [])):
+        run = train(recipe, folder / f"{arm}-0", *settings)
+        copied = shutil.copytree(run, folder / f"{arm}-1") / "recipe.toml"
+        before, section, after = copied.read_text().partition("[data]")
+        copied.write_text(before + section + after.replace("seed = 0", "seed = 1", 1))
     return folder
 
 
@@ -91,48 +92,48 @@ def write_losses(folder, start, slope):
     for seed, pilot in enumerate(pilots(start, slope, seeds=2)):
         for arm, losses in (("dense", pilot.dense), ("sparse", pilot.sparse)):
             run = folder / f"{arm}-{seed}"
-            lines = [
+            lines = (
                 {"step": n, "tokens": 128 * n, "loss": x, "loss.cross_entropy": x}
                 for n, x in enumerate(losses.tolist()[:60], 1)
-            ]
-            (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-            options += ["--pilot", str(run)]
+            )
+            write_lines(run / "metrics.jsonl", *lines)
+            options += ["--pilot", run]
     return options
 
 
-def answer(folder, capsys, *options):
-    words = ["forecast", str(folder / "model"), "--tokens", str(400 * 128),
-             "-p", PIPELINE, *options]  # fmt: skip
-    capsys.readouterr()
-    assert main([*words, "--format", "json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    return facts["worth_it"], facts, " ".join(x["reason"] for x in facts["reasons"])
-
-
 @pytest.mark.slow
-def test_the_command_says_yes_or_why_not(arms, capsys):
-    no, facts, why = answer(arms, capsys)
+def test_the_command_says_yes_or_why_not(arms, moecc):
+    def answer(*options):
+        done = moecc("forecast", arms / "model", "--tokens", 400 * 128, "-p", PIPELINE, *options,
+                     "--format", "json")  # fmt: skip
+        assert done.code == 0
+        facts = done.json()
+        return facts["worth_it"], facts, " ".join(x["reason"] for x in facts["reasons"])
+
+    def check_refused(message, *options):
+        done = moecc("forecast", arms / "model", "--tokens", 1, *options)
+        assert done.code == 1
+        assert message in done.err
+
+    no, facts, why = answer()
     assert (no, facts["crossing"], why) == (False, None, "there is no pilot")
     runs = write_losses(arms, -0.06, 2e-3)
-    is_worth, facts, why = answer(arms, capsys, *runs, "--budget", "1e18")
+    is_worth, facts, why = answer(*runs, "--budget", "1e18")
     assert (is_worth, why) == (True, "")
     assert facts["crossing"]["tokens"] == pytest.approx(33 * 128, rel=0.2)
     text = facts["pilot"]["text_tokens"]
     later = write_losses(arms, -2e-3 * text / 128 * 3, 2e-3)
-    assert "the text would be repeated" in answer(arms, capsys, *later)[2]
-    runs = write_losses(arms, -0.06, 2e-3)
-    assert "the budget is" in answer(arms, capsys, *runs, "--budget", "1e6")[2]
-    assert "one seed" in answer(arms, capsys, *runs[:4])[2]
-    assert "interval holds 0" in answer(arms, capsys, *write_losses(arms, -0.01, 0.0))[2]
-    assert main(["forecast", str(arms / "model"), "--tokens", "1", *runs[:2]]) == 1
-    assert "an arm of the pilot is alone" in capsys.readouterr().err
-    for words, message in (
-        ((), "the pilot's sparse arm is another model"),
-        (("-p", PIPELINE, "--machine", "gpu:h100:64"), "does not divide among the devices"),
-    ):
-        assert main(["forecast", str(arms / "model"), "--tokens", "1", *words, *runs]) == 1
-        assert message in capsys.readouterr().err
-    text = (arms / "sparse-1" / "recipe.toml").read_text()
+    assert "the text would be repeated" in answer(*later)[2]
+    write_losses(arms, -0.06, 2e-3)
+    assert "the budget is" in answer(*runs, "--budget", "1e6")[2]
+    assert "one seed" in answer(*runs[:4])[2]
+    assert "interval holds 0" in answer(*write_losses(arms, -0.01, 0.0))[2]
+    check_refused("an arm of the pilot is alone", *runs[:2])
+    check_refused("the pilot's sparse arm is another model", *runs)
+    runs += ["-p", PIPELINE]
+    check_refused("does not divide among the devices", *runs, "--machine", "gpu:h100:64")
+    recipe = arms / "sparse-1" / "recipe.toml"
+    text = recipe.read_text()
     for before, after, name in (
         ("rate = 0.003", "rate = 0.03", "optimizer.rate"),
         ("tokens/train", "tokens/heldout", "data.train"),
@@ -140,30 +141,26 @@ def test_the_command_says_yes_or_why_not(arms, capsys):
         ('name = "adamw"', 'name = "adafactor"', "optimizer.name"),
         ("packing = true", "packing = false", "data.packing"),
     ):
-        (arms / "sparse-1" / "recipe.toml").write_text(text.replace(before, after, 1))
-        assert main(["forecast", str(arms / "model"), "--tokens", "1", "-p", PIPELINE, *runs]) == 1
-        assert f"the runs of the pilot differ in {name}" in capsys.readouterr().err
-    (arms / "sparse-1" / "recipe.toml").write_text(text.replace('"source"', '"random"', 1))
-    assert main(["forecast", str(arms / "model"), "--tokens", "1", "-p", PIPELINE, *runs]) == 1
-    assert "the pilot begins from random parameters" in capsys.readouterr().err
-    (arms / "sparse-1" / "recipe.toml").write_text(text)
+        recipe.write_text(text.replace(before, after, 1))
+        check_refused(f"the runs of the pilot differ in {name}", *runs)
+    recipe.write_text(text.replace('"source"', '"random"', 1))
+    check_refused("the pilot begins from random parameters", *runs)
+    recipe.write_text(text)
     journal = arms / "sparse-1" / "metrics.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
-    bare = "".join(lines).replace("loss.cross_entropy", "loss.other")
-    for text, message in (
-        ("".join(lines[:40]), "too short"),
-        (bare, "no loss.cross_entropy"),
-        ("".join(lines[10:]), "step 11 after step 0"),
-        ("".join(lines[:20] + lines[31:]), "step 32 after step 20"),
+    for changed, message in (
+        (lines[:40], "too short"),
+        ([x.replace("loss.cross_entropy", "loss.other") for x in lines], "no loss.cross_entropy"),
+        (lines[10:], "step 11 after step 0"),
+        (lines[:20] + lines[31:], "step 32 after step 20"),
     ):
-        journal.write_text(text)
-        assert main(["forecast", str(arms / "model"), "--tokens", "1", "-p", PIPELINE, *runs]) == 1
-        assert message in capsys.readouterr().err
+        journal.write_text("".join(changed))
+        check_refused(message, *runs)
     runs = write_losses(arms, -0.06, 2e-3)
     pytest.importorskip("plotly")
     page = arms / "page.html"
-    answer(arms, capsys, *runs, "--html", str(page))
-    assert re.search(r"Both arms at equal compute", page.read_text())
+    answer(*runs, "--html", page)
+    assert "Both arms at equal compute" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -177,27 +174,25 @@ def test_the_command_says_yes_or_why_not(arms, capsys):
         (("-p", "dce"), "--pipeline adds no experts"),
     ],
 )
-def test_what_cannot_be_asked(options, message, capsys):
-    assert main(["forecast", "preset:smollm2-135m", "--tokens", "1e9", *options]) == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_be_asked(options, message, moecc):
+    done = moecc("forecast", "preset:smollm2-135m", "--tokens", "1e9", *options)
+    assert (done.code, message in done.err) == (2, True), done.err
 
 
-def test_mixtures_and_models_of_images_are_refused(capsys):
-    words = ["forecast", "preset:mixtral-8x7b", "--tokens", "1e12"]
-    assert main(words) == 1
-    assert "the model has experts already" in capsys.readouterr().err
-    assert main([*words, "-p", "grow{times=2 chosen=same}"]) == 0
-    capsys.readouterr()
-    assert main(["forecast", str(GOLDEN / "vit_plain"), "--tokens", "1e9"]) == 1
-    assert "an input named tokens" in capsys.readouterr().err
+def test_mixtures_and_models_of_images_are_refused(moecc):
+    words = ("forecast", "preset:mixtral-8x7b", "--tokens", "1e12")
+    done = moecc(*words)
+    assert (done.code, "the model has experts already" in done.err) == (1, True)
+    assert moecc(*words, "-p", "grow{times=2 chosen=same}").code == 0
+    done = moecc("forecast", GOLDEN / "vit_plain", "--tokens", "1e9")
+    assert (done.code, "an input named tokens" in done.err) == (1, True)
 
 
-def test_a_pilot_has_a_price(capsys):
-    words = ["forecast", "preset:smollm2-135m", "--tokens", "2e12", "--machine", "gpu:h100:8"]
-    assert main([*words, "--price", "1000"]) == 0
+def test_a_pilot_has_a_price(moecc):
+    words = ("preset:smollm2-135m", "--machine", "gpu:h100:8")
+    done = moecc("forecast", *words, "--tokens", "2e12", "--price", 1000)
+    assert done.code == 0
     said = r"with ([\d,]+) tokens a step ([\d.]+) device-hours of gpu:h100:8, which cost ([\d.]+)"
-    tokens, hours, cost = re.search(said, capsys.readouterr().out).groups()
+    tokens, hours, cost = re.search(said, done.out).groups()
     assert float(cost) == pytest.approx(1000 * float(hours), rel=0.01)
-    assert main(["plan", *words[1:2], *words[4:], "--format", "json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert f"{plan['batch']['tokens']:,}" == tokens
+    assert f"{moecc.plan(*words)['batch']['tokens']:,}" == tokens

@@ -1,9 +1,6 @@
 """The three methods that lm-eval calls, by hand."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +19,8 @@ jax = pytest.importorskip("jax")
 from moecc_backends.xla.backend import function  # noqa: E402
 
 
-@dataclass
-class Instance:
-    args: tuple[Any, ...]
+def instance(*args):
+    return SimpleNamespace(args=args)
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +54,22 @@ def log_p(harness, ids):
 
 def test_continuations_are_scored_after_their_contexts(harness):
     pairs = [("ab", "cd"), ("", "xyz"), ("a longer context of words ", "and its end"), ("q", "r")]
-    found = harness.loglikelihood([Instance(pair) for pair in pairs] * 2)
-    for (context, continuation), (score, _) in zip(pairs * 2, found, strict=True):
+    scores = harness.loglikelihood([instance(*pair) for pair in pairs] * 2)
+    for (context, continuation), (score, _) in zip(pairs * 2, scores, strict=True):
         before = list(context.encode()) or [harness.model.graph.attrs["config"]["bos_token_id"]]
         each = log_p(harness, [*before, *continuation.encode()])
         assert score == pytest.approx(float(each[len(before) - 1 :].sum()), rel=1e-4)
 
 
 def test_greedy_is_what_generation_finds(harness):
-    (text,) = harness.generate_until([Instance(("ab", {"until": [], "max_gen_toks": 3}))])
-    assert harness.loglikelihood([Instance(("ab", text))])[0][1]
-    assert not harness.loglikelihood([Instance(("ab", "?" + text))])[0][1]
-    (cut,) = harness.generate_until([Instance(("ab", {"until": [text[1]], "max_gen_toks": 3}))])
-    assert cut == text[: text.index(text[1])]
+    def generated(*until):
+        options = {"until": list(until), "max_gen_toks": 3}
+        return harness.generate_until([instance("ab", options)])[0]
+
+    text = generated()
+    assert harness.loglikelihood([instance("ab", text)])[0][1]
+    assert not harness.loglikelihood([instance("ab", "?" + text)])[0][1]
+    assert generated(text[1]) == text[: text.index(text[1])]
 
 
 def test_a_model_has_no_more_tokens_than_positions(tmp_path):
@@ -79,7 +78,7 @@ def test_a_model_has_no_more_tokens_than_positions(tmp_path):
     (folder / "tokenizer.json").write_bytes(byte_tokenizer())
     with open_model(str(draw_weights(folder))) as model, load_tokenizer(model) as tokenizer:
         harness = HarnessModel(model, tokenizer, batch=2)
-        scores = harness.loglikelihood([Instance(("ab", "cd")), Instance(("ab" * 60, "cd"))])
+        scores = harness.loglikelihood([instance("ab", "cd"), instance("ab" * 60, "cd")])
         assert np.isfinite([score for score, _ in scores]).all()
         with pytest.raises(InputError, match="no room for a context"):
-            harness.generate_until([Instance(("ab", {"max_gen_toks": 40}))])
+            harness.generate_until([instance("ab", {"max_gen_toks": 40})])

@@ -9,8 +9,9 @@ from moecc.errors import InputError
 from moecc.jobs.evaluate import EvaluationSpec, evaluation_recipe
 from moecc.train.graphs import eval_graph
 from moecc.train.tokens.folder import open_tokens
-from moecc.train.tokens.make import Making, make_tokens
 from tests.passes.test_pack_segments import GOLDEN, compare, imported
+
+from .tiny import tokens_of
 
 COUNTED = ("switch_drops", "switch_square_v4")
 """Models whose experts take so many tokens of a row, for which its documents compete."""
@@ -28,9 +29,7 @@ def test_documents_are_kept_apart_or_refused(name, monkeypatch):
 
 
 def test_what_is_refused_is_evaluated_a_document_in_a_row(tmp_path):
-    (tmp_path / "text.txt").write_text("a text")
-    make_tokens(Making((str(tmp_path / "text.txt"),), "bytes"), tmp_path / "tokens")
-    folder, spec = open_tokens(tmp_path / "tokens"), EvaluationSpec(seq=8)
+    folder, spec = open_tokens(tokens_of("a text", tmp_path / "tokens")), EvaluationSpec(seq=8)
     assert evaluation_recipe(imported("llama_gqa"), folder, spec).data.packing
     graph = imported("lfm2_square")
     recipe = evaluation_recipe(graph, folder, spec)

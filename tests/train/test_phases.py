@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
-from moecc.cli.main import main
-from moecc.formats.run import saved_steps, state_reader
+from moecc.formats.run import METRICS, saved_steps, state_reader
 from moecc.train.recipe import OptimizerSection, ParameterGroup
 from moecc.train.settings import phase_at, phases_of
+
+from .tiny import forget, make_recipe, resume, train
 
 GROUPS = "[{match='router'}, {match='norm', freeze=true}, {match='*', from_step=3}]"
 EMBEDDING = "model.embed_tokens.weight"
@@ -39,25 +40,23 @@ def test_a_phase_freezes_what_begins_later():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     pytest.importorskip("orbax.checkpoint")
-    from .tiny import make_recipe
-
     folder = tmp_path_factory.mktemp("phases")
     recipe = make_recipe(folder, "steps = 5\nsave_steps = 1\nkeep = 9")
-    words = ["train", str(recipe), "--out", str(folder / "run")]
-    assert main([*words, "--set", f"optimizer.groups={GROUPS}"]) == 0
-    return folder / "run"
+    return train(recipe, folder / "run", f"optimizer.groups={GROUPS}")
+
+
+def state_of(run, step):
+    return next(saved.state for saved in saved_steps(run) if saved.number == step)
 
 
 def names(run, step, kind):
-    saved = next(s for s in saved_steps(run) if s.number == step)
-    keys = json.loads((saved.state / "_METADATA").read_text())["tree_metadata"]
-    found = {".".join(ast.literal_eval(key)) for key in keys}
-    return {name.removeprefix(f"{kind}.") for name in found if name.startswith(f"{kind}.")}
+    keys = json.loads((state_of(run, step) / "_METADATA").read_text())["tree_metadata"]
+    paths = (".".join(ast.literal_eval(key)) for key in keys)
+    return {name.removeprefix(f"{kind}.") for name in paths if name.startswith(f"{kind}.")}
 
 
 def tensor(run, step, name):
-    saved = next(s for s in saved_steps(run) if s.number == step)
-    return state_reader(saved.state).read(name)
+    return state_reader(state_of(run, step)).read(name)
 
 
 def test_what_begins_later_has_no_moments_before(run):
@@ -81,10 +80,6 @@ def test_what_begins_later_stays_as_it_was_before(run):
 
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_goes_on_in_either_phase(run, step, tmp_path):
-    again = tmp_path / "run"
-    shutil.copytree(run, again)
-    for saved in saved_steps(again):
-        if saved.number > step:
-            shutil.rmtree(saved.folder)
-    assert main(["train", "--resume", str(again)]) == 0
-    assert (again / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    again = forget(shutil.copytree(run, tmp_path / "run"), step)
+    resume(again)
+    assert (again / METRICS).read_bytes() == (run / METRICS).read_bytes()

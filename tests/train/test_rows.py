@@ -18,7 +18,7 @@ def tokens(plan):
 
 
 def all_tokens(lengths):
-    return [(n, at) for n, length in enumerate(lengths.tolist()) for at in range(length)]
+    return [(n, at) for n, length in enumerate(lengths) for at in range(length)]
 
 
 @given(LENGTHS, st.integers(1, 20))

@@ -1,15 +1,13 @@
 """Paired differences, F1, and the labels of examples."""
 
-import json
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from moecc.families import build
-from moecc.families.registry import parse_config
 from moecc.jobs import evaluate as evaluation
-from moecc.model.initialise import initialise
-from moecc.model.open import OpenedModel
+from moecc.model.open import open_model
 from moecc.train.objectives import IGNORED
 from moecc.train.rows import LabelChoices
 from moecc.train.scoring import (
@@ -22,9 +20,8 @@ from moecc.train.scoring import (
 )
 from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.folder import open_tokens
-from moecc.train.tokens.make import Making, make_tokens
 
-from .tiny import draw_weights, make_model
+from .tiny import draw_weights, make_model, tokenize, tokens_of, write_lines
 
 
 def rows(losses, tokens):
@@ -36,11 +33,11 @@ def test_a_difference_by_hand():
     tokens = np.full(6, 10)
     first = rows(np.array([20.0, 22, 18, 25, 21, 19]), tokens)
     other = rows(first.losses + np.array([1.0, 2, 3, 1, 2, 3]), tokens)
-    found = paired_difference(first, other)
+    difference = paired_difference(first, other)
     error = np.std([0.1, 0.2, 0.3] * 2, ddof=1) / np.sqrt(6)
-    assert found.mean == pytest.approx(0.2)
-    assert found.high - found.mean == pytest.approx(student_quantile(5) * error)
-    assert found.low > 0 or found.high < 0
+    half = student_quantile(5) * error
+    interval = (difference.low, difference.mean, difference.high)
+    assert interval == pytest.approx((0.2 - half, 0.2, 0.2 + half))
 
 
 @pytest.mark.parametrize(
@@ -56,8 +53,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
         tokens = rng.integers(20, 60, 25)
         noise = rng.normal(0.1, 0.3, 25) * tokens
         first = rows(rng.normal(3, 1, 25) * tokens, tokens)
-        found = paired_difference(first, rows(first.losses + noise, tokens))
-        hits += found.low <= 0.1 <= found.high
+        difference = paired_difference(first, rows(first.losses + noise, tokens))
+        hits += difference.low <= 0.1 <= difference.high
     assert 0.92 <= hits / 400 <= 0.98
 
 
@@ -78,23 +75,15 @@ def test_f1_by_hand():
 
 
 def test_each_example_is_repeated_with_each_label():
-    class Facts:
-        labels = (type("L", (), {"tokens": (9,)})(), type("L", (), {"tokens": (7, 8)})())
-
-    class Folder:
-        facts = Facts()
-        starts = np.array([0, 3, 5])
-        completions = np.array([2, 1])
-        labels = np.array([0, 1])
-
-        def ids(self, start, stop):
-            return np.array([1, 2, 9, 3, 7], np.int32)[start:stop]
-
-    choices = LabelChoices(Folder(), np.array([0, 1]))
-    documents = [
-        choices.ids(a, b).tolist()
-        for a, b in zip(choices.starts[:-1], choices.starts[1:], strict=True)
-    ]
+    ids = np.array([1, 2, 9, 3, 7], np.int32)
+    labels = [SimpleNamespace(tokens=tokens) for tokens in ((9,), (7, 8))]
+    folder = SimpleNamespace(
+        facts=SimpleNamespace(labels=labels), starts=np.array([0, 3, 5]),
+        completions=np.array([2, 1]), labels=np.array([0, 1]),
+        ids=lambda start, stop: ids[start:stop],
+    )  # fmt: skip
+    choices = LabelChoices(folder, np.array([0, 1]))
+    documents = [choices.ids(a, b).tolist() for a, b in pairwise(choices.starts)]
     assert documents == [[1, 2, 9], [1, 2, 7, 8], [3, 9], [3, 7, 8]]
     assert choices.completions.tolist() == [2, 2, 1, 1]
     assert choices.answers.tolist() == [0, 1]
@@ -105,26 +94,22 @@ class SaysNo:
 
     def scorer(self, graph, params, *, dtype):
         def score(batch):
-            targets = batch["targets"]
-            counted = targets != IGNORED
-            return TokenScores(np.isin(targets, list(b"yes")) * 1.0, counted, counted)
+            counted = batch["targets"] != IGNORED
+            return TokenScores(np.isin(batch["targets"], list(b"yes")) * 1.0, counted, counted)
 
         return score
 
 
 def test_accuracy_is_of_the_examples_whose_loss_is_measured(tmp_path, monkeypatch, capsys):
     """A part of a folder that is sorted by label, of which the first ones would be all alike."""
-    records = [{"prompt": f"is it {n}? ", "completion": "yes" if n < 20 else "no"}
-               for n in range(40)]  # fmt: skip
-    (tmp_path / "sorted.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
-    form = DocumentFormat("labelled")
-    make_tokens(Making((str(tmp_path / "sorted.jsonl"),), "bytes", form), tmp_path / "tokens")
-    config = json.loads((make_model(tmp_path / "model") / "config.json").read_text())
-    graph = build(parse_config(config))
-    initialise(graph)
+    records = [{"prompt": f"is it {n}? ", "completion": answer}
+               for n, answer in enumerate(["yes"] * 20 + ["no"] * 20)]  # fmt: skip
+    source = write_lines(tmp_path / "sorted.jsonl", *records)
+    tokenize(tmp_path / "tokens", source, format=DocumentFormat("labelled"))
     monkeypatch.setattr(evaluation, "backend_with", lambda kind: SaysNo())
     spec = evaluation.EvaluationSpec(seq=12, batch=4, batches=4)
-    score = evaluation.score_of(OpenedModel(graph, "drawn"), open_tokens(tmp_path / "tokens"), spec)
+    with open_model(str(draw_weights(make_model(tmp_path / "model")))) as model:
+        score = evaluation.score_of(model, open_tokens(tmp_path / "tokens"), spec)
     are_yes = score.scores.losses > 0
     assert len(are_yes) == 16
     assert 0 < are_yes.mean() < 1
@@ -134,14 +119,13 @@ def test_accuracy_is_of_the_examples_whose_loss_is_measured(tmp_path, monkeypatc
 
 def test_losses_of_other_tokens_are_not_paired(tmp_path, monkeypatch, capsys):
     """A decoder predicts every token, an encoder those that are masked."""
-    (tmp_path / "text.txt").write_text("a text of so many letters, and an end")
-    make_tokens(Making((str(tmp_path / "text.txt"),), "bytes"), tmp_path / "tokens")
+    data = tokens_of("a text of so many letters, and an end", tmp_path / "tokens")
     models = [
         str(draw_weights(make_model(tmp_path / golden, golden)))
         for golden in ("llama_gqa", "bert_square")
     ]
     monkeypatch.setattr(evaluation, "backend_with", lambda kind: SaysNo())
-    report = evaluation.evaluate(models, data=[str(tmp_path / "tokens")], sequence=16, batch=2)
+    report = evaluation.evaluate(models, data=[str(data)], sequence=16, batch=2)
     first, second = (model["sets"]["tokens"] for model in report.data["models"])
     assert first["tokens"] > second["tokens"] > 0
     assert second["against_first"] is None

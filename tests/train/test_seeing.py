@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 
-from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.formats.run import LINEAGE_SCHEMA
 from moecc.train.events import (
@@ -20,6 +19,8 @@ from moecc.train.events import (
 )
 from moecc.train.run import MOST_POINTS, create_run, read_run
 
+from .tiny import write_lines
+
 LAYER = "metric.layers.1.ffn"
 
 
@@ -28,14 +29,13 @@ def metrics(step, loads, entropy=1.3):
 
 
 def test_a_dead_expert_is_seen_once_and_again_after_it_lived():
-    watch, found = Watch(), []
+    watch, alarms = Watch(), []
     for step in range(1, 3 * DEAD_STEPS + 2):
         alive = step == 2 * DEAD_STEPS - 5
-        found += watch(step, metrics(step, [0.5, 0.5 if alive else 0.0, 0.5, 0.0]))
-    first = [a.step for a in found if "expert 1 " in a.fault]
-    assert first == [DEAD_STEPS, 3 * DEAD_STEPS - 5]
-    assert [a.step for a in found if "expert 3 " in a.fault] == [DEAD_STEPS]
-    assert {a.layer for a in found} == {"layers.1.ffn"}
+        alarms += watch(step, metrics(step, [0.5, 0.5 * alive, 0.5, 0.0]))
+    steps = {n: [a.step for a in alarms if f"expert {n} " in a.fault] for n in (1, 3)}
+    assert steps == {1: [DEAD_STEPS, 3 * DEAD_STEPS - 5], 3: [DEAD_STEPS]}
+    assert {a.layer for a in alarms} == {"layers.1.ffn"}
 
 
 @pytest.fixture
@@ -51,9 +51,8 @@ def run(tmp_path):
         {"step": s, "tokens": 8 * s, **metrics(s, [1.0, 0.0] if s > 900 else [0.5, 0.5])}
         for s in range(1, 1201)
     ]
-    lines += [{"step": 1200, "held_out": {"a": 2.0, "b": 3.0}, "spread": {"layers.1.ffn": [1, 2]}}]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text)
+    last = {"step": 1200, "held_out": {"a": 2.0, "b": 3.0}, "spread": {"layers.1.ffn": [1, 2]}}
+    write_lines(folder / "metrics.jsonl", *lines, last)
     return folder
 
 
@@ -75,9 +74,9 @@ def test_the_pace_of_a_run_is_that_of_steps_that_compiled_nothing(run):
     assert read_run(run).facts["seconds a step"] == "not measured"
     lines = [{"step": 1, "seconds": 9.0, "compiles": True}, {"step": 2, "saved_seconds": 7.0}]
     lines += [{"step": s, "seconds": s / 10, "planned_seconds": 0.25} for s in (2, 3, 4)]
-    (run / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run / "speed.jsonl", *lines)
     assert read_run(run).facts["seconds a step"] == "0.3, planned 0.25"
-    (run / "speed.jsonl").write_text('{"step": 1, "seconds": "soon"}\n')
+    write_lines(run / "speed.jsonl", {"step": 1, "seconds": "soon"})
     with pytest.raises(InputError, match="not a line of a journal"):
         read_run(run)
 
@@ -96,11 +95,12 @@ def test_what_is_no_run_or_made_no_step_is_refused(run, tmp_path):
         read_run(run)
 
 
-def test_the_page_is_whole_and_loads_nothing(run, tmp_path, capsys):
+def test_the_page_is_whole_and_loads_nothing(run, tmp_path, moecc):
     pytest.importorskip("plotly")
     page = tmp_path / "page.html"
-    assert main(["report", str(run), "--html", str(page), "--format", "json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    done = moecc("report", run, "--html", page, "--format", "json")
+    assert done.code == 0
+    told = done.json()
     assert (told["schema"], told["html"]) == ("moecc.report/1", str(page))
     assert [facts["steps"] for facts in told["runs"].values()] == ["1,200"]
     text = page.read_text("utf-8")
@@ -110,15 +110,15 @@ def test_the_page_is_whole_and_loads_nothing(run, tmp_path, capsys):
     assert "Held-out text" in without
     assert not re.search(r"""(src|href)=["']?http""", without)
     assert text.count('<div class="figure">') >= 6
-    assert main(["report", str(run), "--html", str(page)]) == 1
+    assert moecc("report", run, "--html", page).code == 1
 
 
-def test_runs_of_one_name_are_told_apart(run, tmp_path, capsys):
+def test_runs_of_one_name_are_told_apart(run, tmp_path, moecc):
     pytest.importorskip("plotly")
-    other = shutil.copytree(run, tmp_path / "other" / run.name)
-    page, paths = tmp_path / "page.html", (str(run), str(other))
-    assert main(["report", *paths, str(run), "--html", str(page), "--format", "json"]) == 0
-    assert tuple(json.loads(capsys.readouterr().out)["runs"]) == paths
+    runs = [run, shutil.copytree(run, tmp_path / "other" / run.name)]
+    done = moecc("report", *runs, run, "--html", tmp_path / "page.html", "--format", "json")
+    assert done.code == 0
+    assert list(done.json()["runs"]) == [str(path) for path in runs]
 
 
 JOURNALS = {
@@ -133,21 +133,17 @@ JOURNALS = {
 
 
 @pytest.mark.parametrize("line", JOURNALS.values(), ids=JOURNALS)
-def test_a_stranger_s_journal_is_a_message(run, capfd, line):
-    lines = [json.dumps({"step": 1, **metrics(1, [0.5, 0.5])}), json.dumps(line)]
-    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert main(["report", str(run), "--html", str(run.parent / "a.html")]) == 1
-    assert "metrics.jsonl:2" in capfd.readouterr().err
+def test_a_stranger_s_journal_is_a_message(run, moecc, line):
+    write_lines(run / "metrics.jsonl", {"step": 1, **metrics(1, [0.5, 0.5])}, line)
+    done = moecc("report", run, "--html", run.parent / "a.html")
+    assert (done.code, "metrics.jsonl:2" in done.err) == (1, True), done.err
 
 
-@pytest.mark.parametrize(
-    "stages",
-    [None, [], [1], [{"recipe": 1}], [{"tokens": "8"}]],
-)
-def test_a_stranger_s_lineage_is_a_message(run, capfd, stages):
+@pytest.mark.parametrize("stages", [None, [], [1], [{"recipe": 1}], [{"tokens": "8"}]])
+def test_a_stranger_s_lineage_is_a_message(run, moecc, stages):
     (run / "lineage.json").write_text(json.dumps({"schema": LINEAGE_SCHEMA, "stages": stages}))
-    assert main(["report", str(run), "--html", str(run.parent / "a.html")]) == 1
-    assert "lineage.json: stages" in capfd.readouterr().err
+    done = moecc("report", run, "--html", run.parent / "a.html")
+    assert (done.code, "lineage.json: stages" in done.err) == (1, True), done.err
 
 
 def test_event_files_have_what_passed_by(tmp_path):

@@ -1,22 +1,19 @@
 """Where tokens went: the counts, the shares, and what an untrained router explains."""
 
-import json
 import math
 import random
 
 import numpy as np
 import pytest
 
-from moecc.cli.main import main
 from moecc.train.scoring import RoutedTokens, information
 from moecc.train.tokens.documents import DocumentFormat
-from moecc.train.tokens.make import Making, make_tokens
 
-from .tiny import draw_weights, make_model
+from .tiny import draw_weights, make_model, tokens_of
 
 
-def routed(tokens, experts, size=4):
-    return RoutedTokens("layers.0.ffn", size, np.array(tokens), np.array(experts))
+def routed(tokens, experts):
+    return RoutedTokens("layers.0.ffn", 4, np.array(tokens), np.array(experts))
 
 
 def test_a_choice_that_follows_from_the_token_is_explained():
@@ -36,32 +33,33 @@ def test_information_by_hand():
     assert layer.typical(1) == [(1, 1.0)]
 
 
-def specialise(model, data, *more, capsys):
-    small = ["--sequence", "24", "--batch", "4", "--batches", "2", "--format", "json"]
-    assert main(["specialise", str(model), "--data", str(data), *small, *more]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["schema"] == "moecc.specialise/1"
-    return list(found["layers"])
-
-
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    out = tmp_path_factory.mktemp("tokens") / "tokens"
-    words, chance = (
-        ["a", "token", "goes", "to", "the", "expert", "of", "its", "row"],
-        random.Random(0),
-    )
+def data(tmp_path_factory):
+    words = ["a", "token", "goes", "to", "the", "expert", "of", "its", "row"]
+    chance = random.Random(0)
     paragraphs = [" ".join(chance.choices(words, k=20)) for _ in range(40)]
-    (out.parent / "text.txt").write_text("\n\n".join(paragraphs))
-    texts = (str(out.parent / "text.txt"),)
-    make_tokens(Making(texts, "bytes", DocumentFormat("documents", "text", "paragraph")), out)
-    return out
+    out, form = tmp_path_factory.mktemp("data") / "tokens", DocumentFormat(split="paragraph")
+    return tokens_of("\n\n".join(paragraphs), out, format=form)
 
 
-def test_a_decoder_whose_router_is_a_hash_is_explained_by_the_token(tokens, tmp_path, capsys):
-    model = draw_weights(make_model(tmp_path / "model"))
+@pytest.fixture
+def specialise(data, tmp_path, moecc):
+    """Return the command's layers of a model whose weights are drawn."""
+
+    def layers_of(golden, passes):
+        model = draw_weights(make_model(tmp_path / "model", golden))
+        small = ("--sequence", 24, "--batch", 4, "--batches", 2, "--format", "json")
+        done = moecc("specialise", model, "--data", data, *small, "-p", passes)
+        assert done.code == 0, done.err
+        assert done.json()["schema"] == "moecc.specialise/1"
+        return done.json()["layers"]
+
+    return layers_of
+
+
+def test_a_decoder_whose_router_is_a_hash_is_explained_by_the_token(specialise):
     passes = "upcycle{experts=4 top-k=1 routing=hash layers=every:2}"
-    (layer,) = specialise(model, tokens, "-p", passes, capsys=capsys)
+    (layer,) = specialise("llama_gqa", passes)
     assert layer["layer"] == "layers.1.ffn"
     assert layer["explained"] == pytest.approx(1)
     assert layer["sentinel_entropy"] is None
@@ -69,9 +67,8 @@ def test_a_decoder_whose_router_is_a_hash_is_explained_by_the_token(tokens, tmp_
     assert {t["part"] for e in layer["experts"] for t in e["tokens"]} == {1.0}
 
 
-def test_an_encoder_decoder_has_sentinels_in_both_stacks(tokens, tmp_path, capsys):
-    model = draw_weights(make_model(tmp_path / "model", "t5_relu_tied"))
-    layers = specialise(model, tokens, "-p", "upcycle{experts=4 top-k=2}", capsys=capsys)
+def test_an_encoder_decoder_has_sentinels_in_both_stacks(specialise):
+    layers = specialise("t5_relu_tied", "upcycle{experts=4 top-k=2}")
     assert {layer["layer"].split(".")[0] for layer in layers} == {"encoder", "decoder"}
     for layer in layers:
         assert 0 <= layer["sentinel_entropy"] <= layer["even_entropy"] + 1e-9

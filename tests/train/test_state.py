@@ -12,7 +12,6 @@ from moecc.train.state import canonical, initial, moment, stored
 from moecc.weights.evaluate import evaluate
 
 ROLLED = "cse,roll-layers"
-UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
 def run(graph, passes):
@@ -23,7 +22,7 @@ def run(graph, passes):
 @pytest.fixture(scope="module")
 def model():
     with open_model("tests/golden/llama_gqa") as opened:
-        run(opened.graph, UPCYCLE)
+        run(opened.graph, "upcycle{experts=4 top-k=2}")
         yield opened
 
 
@@ -44,17 +43,18 @@ def test_a_rolled_model_has_the_same_canonical_graph(model, made):
 
 
 def test_what_is_stored_of_a_rolled_program_restores_it(model, made):
-    program, tensors = run(clone(made.graph), ROLLED), {}
-    arrays = {}
+    program, arrays, tensors = run(clone(made.graph), ROLLED), {}, {}
+
+    def read(key, *rows):
+        return tensors[key][slice(*rows)]
+
     for name, param in program.params.items():
-        first = evaluate(initial(param.weight, made.weights), model.checkpoint.read)
-        arrays[name] = first
+        arrays[name] = evaluate(initial(param.weight, made.weights), model.checkpoint.read)
         for key, part in stored("array", param.weight):
-            tensors[key] = evaluate(part, lambda *_, a=first: a[slice(*_[1:])])
+            tensors[key] = evaluate(part, lambda _, *rows, a=arrays[name]: a[slice(*rows)])
     assert tensors.keys() == made.graph.params.keys()
     for name, param in program.params.items():
-        again = evaluate(param.weight, lambda key, *rows: tensors[key][slice(*rows)])
-        np.testing.assert_array_equal(again, arrays[name])
+        np.testing.assert_array_equal(evaluate(param.weight, read), arrays[name])
     for name, weight in made.weights.items():
         np.testing.assert_array_equal(tensors[name], evaluate(weight, model.checkpoint.read))
 
@@ -63,8 +63,9 @@ def test_what_is_stored_of_a_rolled_program_restores_it(model, made):
 def test_moments_go_the_ways_of_their_parameters(made, dropped):
     name = "model.layers.{0..2}.mlp.up_proj.weight"
     param = run(clone(made.graph), ROLLED).params[name]
-    type = param.type if dropped is None else param.type.without(dropped)
-    found = moment(param.weight, "mu", type.shape)
-    assert found.type.shape == type.shape
-    keys = [key for key, _ in stored("array", found)]
-    assert keys == [f"mu.model.layers.{n}.mlp.up_proj.weight" for n in range(3)]
+    shape = (param.type if dropped is None else param.type.without(dropped)).shape
+    carried = moment(param.weight, "mu", shape)
+    assert carried.type.shape == shape
+    assert [key for key, _ in stored("array", carried)] == [
+        f"mu.model.layers.{n}.mlp.up_proj.weight" for n in range(3)
+    ]

@@ -1,25 +1,21 @@
 """The graphs of a step take the inputs that batches give."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from moecc_backends.reference import ReferenceBackend
 
 from moecc.errors import InputError
-from moecc.ir import parse
-from moecc.ir.structure import clone, equal
+from moecc.ir import clone, equal, parse
 from moecc.ir.unroll import unrolled
-from moecc.model.open import open_model
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 from moecc.testing.data import params_for
 from moecc.train.batches import open_batches
 from moecc.train.graphs import eval_graph, eval_passes, train_graph, train_passes, training_remarks
 from moecc.train.recipe import (
     Corpus,
     DataSection,
+    MeshSection,
     ModelSection,
     Objective,
     Recipe,
@@ -27,16 +23,21 @@ from moecc.train.recipe import (
     RunSection,
 )
 from moecc.train.rows import ModelFacts
-from moecc.train.tokens.make import Making, make_tokens
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+from .tiny import golden_graph, piped, tokens_of
+
+UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
-def imported(name, passes):
-    with open_model(str(GOLDEN / name)) as model:
-        graph = clone(model.graph)
-    run_pipeline(graph, Pipeline.parse(passes))
-    return graph
+RECIPE = Recipe(
+    ModelSection("m"), DataSection((Corpus("x"),), batch=4, seq=32), RunSection(1)
+)  # fmt: skip
+
+
+@pytest.fixture
+def mixture():
+    """A decoder whose feed-forward blocks are four experts."""
+    return golden_graph("llama_gqa", UPCYCLE)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -49,23 +50,19 @@ def imported(name, passes):
     ],
 )
 def test_steps_take_what_batches_give(tmp_path, name, objective, packing):
-    (tmp_path / "x.txt").write_text("some text " * 40)
-    make_tokens(Making((str(tmp_path / "x.txt"),), "bytes"), tmp_path / "x")
-    data = DataSection((Corpus(str(tmp_path / "x")),), objective=objective, batch=4, seq=32,
-                       packing=packing)  # fmt: skip
-    recipe = Recipe(ModelSection("m"), data, RunSection(1))
-    graph = imported(name, "upcycle{experts=4 top-k=2}")
-    for made in (train_graph(graph, recipe), eval_graph(graph, recipe)):
-        kinds = {n: v.type.dtype.kind for n, v in made.inputs.items()}
-        inputs = tuple(n for n, kind in kinds.items() if kind != "key")
-        batch = open_batches(data, ModelFacts(name, 384, inputs)).batch(0)
+    corpus = Corpus(str(tokens_of("some text " * 40, tmp_path / "x")))
+    data = replace(RECIPE.data, train=(corpus,), objective=objective, packing=packing)
+    graph, recipe = golden_graph(name, UPCYCLE), replace(RECIPE, data=data)
+    for step in (train_graph(graph, recipe), eval_graph(graph, recipe)):
+        inputs = {n: v.type for n, v in step.inputs.items() if v.type.dtype.kind != "key"}
+        batch = open_batches(data, ModelFacts(name, 384, tuple(inputs))).batch(0)
         assert set(batch) == {*inputs, "targets"}
         assert "segments" in inputs
         assert ("positions" in inputs) == (packing and name != "t5_gated_untied")
-        assert "logits" in made.output_names
-        assert "hidden" not in made.output_names
-        for value in made.inputs.values():
-            assert value.type.dtype.kind == "key" or batch[value.name].ndim == value.type.rank
+        assert "logits" in step.output_names
+        assert "hidden" not in step.output_names
+        for input_name, type in inputs.items():
+            assert batch[input_name].ndim == type.rank
 
 
 @pytest.mark.parametrize(
@@ -76,86 +73,72 @@ def test_steps_take_what_batches_give(tmp_path, name, objective, packing):
     ],
 )
 def test_objectives_that_a_model_cannot_learn_are_rejected(name, objective, told):
-    data = DataSection((Corpus("x"),), objective=objective, batch=4, seq=32)
-    recipe = Recipe(ModelSection("m"), data, RunSection(1))
+    recipe = replace(RECIPE, data=replace(RECIPE.data, objective=objective))
     with pytest.raises(InputError, match=told):
-        train_graph(imported(name, "upcycle{experts=4 top-k=2}"), recipe)
+        train_graph(golden_graph(name, UPCYCLE), recipe)
 
 
 def test_a_tied_head_is_the_embedding():
-    graph = imported("bert_gelu", "dce")
-    tied = clone(graph)
-    run_pipeline(tied, Pipeline.parse("tie-head"))
+    graph = golden_graph("bert_gelu", "dce")
+    tied = piped(clone(graph), "tie-head")
     params, inputs = params_for(graph, 1), {"tokens": np.array([[1, 2, 3]], np.int32)}
     hidden = ReferenceBackend().compile(graph).run(params, inputs)["hidden"]
     outputs = ReferenceBackend().compile(tied).run(params, inputs)
     table = params["embeddings.word_embeddings.weight"]
     np.testing.assert_allclose(outputs["logits"], hidden @ table.T, rtol=1e-12)
     assert (outputs["hidden"] == hidden).all()
-    again = clone(tied)
-    run_pipeline(again, Pipeline.parse("tie-head"))
-    assert equal(again, tied)
+    assert equal(piped(clone(tied), "tie-head"), tied)
+    text = "moecc 1\ngraph g {\n  input %x : f32[a=2]\n  output y = %x\n}\n"
     with pytest.raises(InputError, match="no hidden states"):
-        run_pipeline(parse("moecc 1\ngraph g {\n  input %x : f32[a=2]\n  output y = %x\n}\n", "g"),
-                     Pipeline.parse("tie-head"))  # fmt: skip
+        piped(parse(text, "g"), "tie-head")
 
 
-def noisy(**routing):
-    data = DataSection((Corpus("x"),), batch=4, seq=32)
-    bounded = RoutingSection(capacity_factor=1.25, **routing)
-    return Recipe(ModelSection("m"), data, RunSection(1), bounded)
+def bounded(**routing):
+    return replace(RECIPE, routing=RoutingSection(capacity_factor=1.25, **routing))
 
 
 @pytest.mark.parametrize(("key", "layers"), [("jitter", 3), ("dropout", 6), ("expert_dropout", 3)])
-def test_training_alone_is_perturbed(key, layers):
-    graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
-    plain, made = train_graph(graph, noisy()), train_graph(graph, noisy(**{key: 0.1}))
-    assert "key" not in plain.inputs
-    assert sum(node.op.name.startswith("random") for node in unrolled(made)) == layers
-    assert equal(eval_graph(graph, noisy(**{key: 0.1})), eval_graph(graph, noisy()))
+def test_training_alone_is_perturbed(mixture, key, layers):
+    plain, noisy = bounded(), bounded(**{key: 0.1})
+    assert "key" not in train_graph(mixture, plain).inputs
+    nodes = unrolled(train_graph(mixture, noisy))
+    assert sum(node.op.name.startswith("random") for node in nodes) == layers
+    assert equal(eval_graph(mixture, noisy), eval_graph(mixture, plain))
 
 
-def test_dropout_in_dropless_experts_names_the_keys_of_the_recipe():
-    graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
-    recipe = noisy(expert_dropout=0.1)
-    unbounded = replace(recipe, routing=replace(recipe.routing, capacity_factor=0.0))
+def test_dropout_in_dropless_experts_names_the_keys_of_the_recipe(mixture):
+    recipe = replace(RECIPE, routing=RoutingSection(expert_dropout=0.1))
     with pytest.raises(InputError, match="numbered") as caught:
-        train_graph(graph, unbounded)
+        train_graph(mixture, recipe)
     (problem,) = caught.value.problems
     assert problem.where == "routing.expert_dropout"
     assert "routing.capacity_factor" in str(problem.hint)
 
 
-def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for():
-    graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
-
+def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for(mixture):
     def asked(**routing):
-        recipe = noisy()
-        run = replace(recipe.run, dtype="bfloat16")
-        return replace(recipe, run=run, routing=replace(recipe.routing, **routing))
+        return replace(bounded(**routing), run=RunSection(1, dtype="bfloat16"))
 
-    def precise(made):
-        return {
-            node.op.name for node in unrolled(made) if node.attrs.get("precision") == "f32"
-        }  # fmt: skip
+    def precise(graph):
+        nodes = unrolled(graph)
+        return {node.op.name for node in nodes if node.attrs.get("precision") == "f32"}
 
     for of_step in (train_graph, eval_graph):
-        plain, low = of_step(graph, asked()), of_step(graph, asked(router_dtype="bfloat16"))
-        assert precise(plain) == {"contract", "route"}
-        assert precise(low) == set()
-    assert equal(train_graph(graph, asked(router_dtype="f32")), train_graph(graph, asked()))
+        assert precise(of_step(mixture, asked())) == {"contract", "route"}
+        assert precise(of_step(mixture, asked(router_dtype="bfloat16"))) == set()
+    assert equal(train_graph(mixture, asked(router_dtype="f32")), train_graph(mixture, asked()))
 
 
 @pytest.mark.parametrize(
     ("remat", "mesh", "weighted"),
     [("none", "", False), ("full", "", True), ("none", "data=2,expert=2", True)],
 )
-def test_rows_are_weighted_at_their_experts_where_it_spares_something(remat, mesh, weighted):
-    graph, recipe = imported("llama_gqa", "upcycle{experts=4 top-k=2}"), noisy()
-    run = replace(recipe.run, remat=remat)
-    asked = replace(recipe, run=run, mesh=replace(recipe.mesh, mesh=mesh))
-    assert ("weight-rows" in str(train_passes(graph, asked))) == weighted
-    assert "weight-rows" not in str(eval_passes(graph, asked))
+def test_rows_are_weighted_at_their_experts_where_it_spares_something(
+    mixture, remat, mesh, weighted
+):
+    recipe = replace(bounded(), run=RunSection(1, remat=remat), mesh=MeshSection(mesh))
+    assert ("weight-rows" in str(train_passes(mixture, recipe))) == weighted
+    assert "weight-rows" not in str(eval_passes(mixture, recipe))
 
 
 @pytest.mark.parametrize(
@@ -169,32 +152,32 @@ def test_rows_are_weighted_at_their_experts_where_it_spares_something(remat, mes
     ],
 )  # fmt: skip
 def test_a_mesh_with_collectives_of_its_own_divides_the_batch(mesh, rules, told):
-    graph, recipe = imported("llama_gqa", "cse"), noisy()
-    section = replace(recipe.mesh, mesh=mesh, rules=rules)
-    plain = replace(recipe, mesh=section, routing=RoutingSection())
+    graph = golden_graph("llama_gqa", "cse")
+    recipe = replace(RECIPE, mesh=MeshSection(mesh, rules))
     with pytest.raises(InputError, match=f"{told}(?s:.*)a divisor of (4|32) .*\n.*\n.* would"):
-        train_graph(graph, plain)
-    train_graph(graph, replace(plain, mesh=replace(section, partition="gspmd")))
+        train_graph(graph, recipe)
+    train_graph(graph, replace(recipe, mesh=MeshSection(mesh, rules, partition="gspmd")))
 
 
 @pytest.mark.parametrize(
     ("passes", "told"),
     [
-        ("upcycle{experts=4 top-k=2}", False),
+        (UPCYCLE, False),
         ("upcycle{experts=4 top-k=1 gates=switch}", False),
         ("upcycle{experts=4 top-k=1}", True),
         ("upcycle{experts=4 top-k=2 gates=ones}", True),
     ],
 )
 def test_routers_without_a_gradient_are_remarked(passes, told):
-    remarks = list(training_remarks(imported("llama_gqa", passes), RoutingSection(balance=0.5)))
+    graph = golden_graph("llama_gqa", passes)
+    remarks = list(training_remarks(graph, RoutingSection(balance=0.5)))
     assert bool(remarks) == told
     if told:
         assert remarks[0].startswith("layers.0.ffn, layers.1.ffn, layers.2.ffn: the gates")
 
 
 def test_routing_without_experts_is_remarked():
-    dense = imported("llama_gqa", "")
+    dense = golden_graph("llama_gqa")
     assert list(training_remarks(dense, RoutingSection())) == []
     (remark,) = training_remarks(dense, RoutingSection(balance=0.5, capacity_factor=1.0))
     assert remark.endswith("routing.capacity_factor, routing.balance had the default")

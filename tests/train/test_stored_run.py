@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
 from stores import said, store
 
 from moecc.formats.run import saved_steps
 
-from .tiny import make_recipe, same_runs
+from .tiny import make_recipe, same_runs, set_options, train
 
 __all__ = ["store"]  # a fixture
 
@@ -37,15 +36,20 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def recipe(store, tmp_path_factory):
     """A recipe whose tokens are in the store, with a run of it on this machine, ``whole``."""
-    from moecc.cli.main import main
-
     folder = tmp_path_factory.mktemp("stored")
     recipe = make_recipe(folder, RUN)
-    assert main(["train", str(recipe), "--out", str(folder / "whole")]) == 0
+    train(recipe, folder / "whole")
     store.put(str(folder / "tokens"), "bucket/tokens", recursive=True)
     shutil.rmtree(folder / "tokens")
     recipe.write_text(recipe.read_text().replace("tokens/", "s3://bucket/tokens/"))
     return recipe
+
+
+def run_command(capsys, *words):
+    """Run a command to its end, and return all its output."""
+    code, text = said(capsys, *words)
+    assert code == 0, text
+    return text
 
 
 def download(store, name, folder):
@@ -57,9 +61,7 @@ def download(store, name, folder):
 
 def test_a_run_in_a_store_is_that_of_a_folder(store, recipe, cache, tmp_path, capsys):
     address = "s3://bucket/run"
-    code, text = said(capsys, "train", recipe, "--out", address)
-    assert code == 0, text
-    assert str(cache) not in text
+    assert str(cache) not in run_command(capsys, "train", recipe, "--out", address)
     assert not [path for path in cache.rglob("*") if path.is_file()]
     assert same_runs(download(store, "run", tmp_path / "run"), recipe.parent / "whole")
     assert [s.number for s in saved_steps(tmp_path / "run")] == [4, 6]
@@ -71,8 +73,7 @@ def test_a_run_in_a_store_is_that_of_a_folder(store, recipe, cache, tmp_path, ca
         ("report", address, "--html", tmp_path / "run.html"),
         ("train", recipe, "--fork", f"{address}@4", "--out", "s3://bucket/fork"),
     ):  # fmt: skip
-        code, text = said(capsys, *words)
-        assert code == 0, text
+        run_command(capsys, *words)
     code, text = said(capsys, "train", recipe, "--out", address, "--set", "run.seed=5")
     assert code == 1
     assert f"{address}/recipe.toml: the run was begun with another recipe" in text
@@ -103,7 +104,7 @@ def test_a_run_survives_the_loss_of_its_machine_at_every_upload(
 
     for name in ("pipe_file", "put_file", "rm_file"):
         monkeypatch.setattr(system, name, ending(getattr(system, name)))
-    assert said(capsys, "train", recipe, "--out", address)[0] == 0
+    run_command(capsys, "train", recipe, "--out", address)
     total = calls
     # Orbax divides a state into more or fewer files as its threads run: the total varies.
     for at in (1, 2, total // 3, total // 2, total * 4 // 5):
@@ -113,8 +114,7 @@ def test_a_run_survives_the_loss_of_its_machine_at_every_upload(
             said(capsys, "train", recipe, "--out", address)
         at = 0
         shutil.rmtree(cache)
-        code, text = said(capsys, "train", recipe, "--out", address)
-        assert code == 0, text
+        run_command(capsys, "train", recipe, "--out", address)
         run = download(store, "lost", tmp_path / f"lost-{at}-{calls}")
         assert same_runs(run, recipe.parent / "whole")
         steps = {p.name for p in (run / "steps").iterdir()}
@@ -134,30 +134,25 @@ def test_an_evaluation_that_a_stop_left_out_is_made_where_the_run_goes_on(
     last = saved_steps(download(store, "stopped", tmp_path / "stopped"))[-1]
     assert (last.number, last.loss) == (3, None)
     shutil.rmtree(cache)
-    code, text = said(capsys, "train", recipe, "--out", "s3://bucket/stopped")
-    assert code == 0, text
-    stopped, undisturbed = download(store, "stopped", tmp_path / "run"), recipe.parent / "whole"
-    assert same_runs(stopped, undisturbed)
-    runs = (stopped, undisturbed)
-    losses = [{s.number: s.loss for s in saved_steps(folder)} for folder in runs]
-    assert losses[0] == losses[1]
+    run_command(capsys, "train", recipe, "--out", "s3://bucket/stopped")
+    runs = (download(store, "stopped", tmp_path / "run"), recipe.parent / "whole")
+    assert same_runs(*runs)
+    losses, expected = ({s.number: s.loss for s in saved_steps(run)} for run in runs)
+    assert losses == expected
 
 
-MESH = 'mesh.mesh="fsdp=2"'
-
-
-def processes(store, base, count, *words):
-    """Start processes of one run, each with a home, a cache and a folder of its own."""
+def processes(base, words):
+    """Start two processes of one run, each with a home, a cache and a folder of its own."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     started = []
-    for number in range(count):
+    for number in range(2):
         home = base / f"machine-{number}"
         home.mkdir(parents=True, exist_ok=True)
         variables = {
             **os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"),
             "TMPDIR": str(home), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu",
-            "MOECC_COORDINATOR": f"127.0.0.1:{port}", "MOECC_PROCESSES": str(count),
+            "MOECC_COORDINATOR": f"127.0.0.1:{port}", "MOECC_PROCESSES": "2",
             "MOECC_PROCESS": str(number), "PYTHONPATH": str(ROOT),
         }  # fmt: skip
         command = [sys.executable, "-m", "moecc", *map(str, words)]
@@ -174,13 +169,15 @@ def ended(started):
 
 
 def test_machines_that_share_no_folder_train_one_run(store, recipe, tmp_path, capsys):
-    def words(name):
-        return ("train", recipe, "--out", f"s3://bucket/{name}", "--set", MESH,
-                "--set", 'mesh.rules=["fsdp"]', "--set", "run.export_steps=6",
-                "--set", "run.export_to=auto")  # fmt: skip
+    settings = ('mesh.mesh="fsdp=2"', 'mesh.rules=["fsdp"]', "run.export_steps=6",
+                "run.export_to=auto")  # fmt: skip
+    words = ("train", recipe, "--out", "s3://bucket/two", *set_options(*settings))
 
-    for code, text in ended(processes(store, tmp_path, 2, *words("two"))):
-        assert code == 0, text
+    def train_together():
+        for code, text in ended(processes(tmp_path, words)):
+            assert code == 0, text
+
+    train_together()
     whole = download(store, "two", tmp_path / "two")
     (last,) = (step for step in saved_steps(whole) if step.number == 6)
     parts = [n for n in last.facts.files if n.split("/")[1:2] == ["c"]]
@@ -190,7 +187,7 @@ def test_machines_that_share_no_folder_train_one_run(store, recipe, tmp_path, ca
     store.rm("bucket/two", recursive=True)
 
     # Machine 1 dies once the first step is there; both come back with other disks.
-    started = processes(store, tmp_path, 2, *words("two"))
+    started = processes(tmp_path, words)
     while not store.exists("bucket/two/steps/2/step.json"):
         time.sleep(0.02)
         store.invalidate_cache()
@@ -201,8 +198,7 @@ def test_machines_that_share_no_folder_train_one_run(store, recipe, tmp_path, ca
         (tmp_path / f"machine-{number}").rename(tmp_path / name)
     for number in (0, 1):
         (tmp_path / f"moved-{number}").rename(tmp_path / f"machine-{number}")
-    for code, text in ended(processes(store, tmp_path, 2, *words("two"))):
-        assert code == 0, text
+    train_together()
     assert same_runs(download(store, "two", tmp_path / "again"), whole)
     for command in (
         ("verify", "s3://bucket/two"), ("verify", "s3://bucket/two@best"),
@@ -210,5 +206,4 @@ def test_machines_that_share_no_folder_train_one_run(store, recipe, tmp_path, ca
         ("convert", "s3://bucket/two", tmp_path / "model", "-p", "", "--to", "auto"),
         ("verify", "s3://bucket/two/exports/6"),
     ):  # fmt: skip
-        code, text = said(capsys, *command)
-        assert code == 0, text
+        run_command(capsys, *command)

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -14,45 +16,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.cli.main import main
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError, Problem, UsageError
 from moecc.train.tokens import documents, encoders
 from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.folder import open_tokens
-from moecc.train.tokens.make import Making, make_tokens
 
-
-def make(out, *texts, **options):
-    options.setdefault("tokenizer", "bytes")
-    return make_tokens(Making(tuple(map(str, texts)), **options), out)
+from .tiny import tokenize, tokens_of, write_lines
 
 
 def texts_of(folder):
-    pairs = zip(folder.starts[:-1], folder.starts[1:], strict=True)
-    return [bytes(folder.ids(a, b).astype(np.uint8)).decode() for a, b in pairs]
+    """Return the documents of a token folder."""
+    tokens = open_tokens(folder)
+    pairs = pairwise(tokens.starts)
+    return [bytes(tokens.ids(a, b).astype(np.uint8)).decode() for a, b in pairs]
 
 
-def lines(path, *records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
-
-
-def problems(error):
-    return [str(p) for p in error.value.problems]
+def problems(call, *arguments):
+    """Return the problems that a call raises."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments)
+    return [str(p) for p in caught.value.problems]
 
 
 def test_documents_come_back_as_they_were(tmp_path):
-    folder = tmp_path / "texts"
+    folder, out = tmp_path / "texts", tmp_path / "out"
     folder.mkdir()
     (folder / "b.txt").write_text("second ü\n")
     (folder / "a.md").write_text("first")
     (folder / ".hidden").write_bytes(b"\xff")
-    lines(folder / "c.jsonl", {"text": "third"}, {"text": "fourth", "n": 1})
-    with gzip.open(folder / "d.txt.gz", "wt") as file:
-        file.write("fifth")
-    facts = make(tmp_path / "out", folder)[""]
-    opened = open_tokens(tmp_path / "out")
-    assert texts_of(opened) == ["first", "second ü\n", "third", "fourth", "fifth"]
-    assert opened.facts == facts
+    write_lines(folder / "c.jsonl", {"text": "third"}, {"text": "fourth", "n": 1})
+    (folder / "d.txt.gz").write_bytes(gzip.compress(b"fifth"))
+    facts = tokenize(out, folder)[""]
+    assert texts_of(out) == ["first", "second ü\n", "third", "fourth", "fifth"]
+    assert open_tokens(out).facts == facts
     assert (facts.documents, facts.tokens, facts.dtype) == (5, 31, "uint16")
     assert [source.name for source in facts.sources] == ["a.md", "b.txt", "c.jsonl", "d.txt.gz"]
     assert facts.largest_id == 0xC3
@@ -61,48 +57,46 @@ def test_documents_come_back_as_they_were(tmp_path):
 @settings(max_examples=20)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=12))
 def test_every_text_is_kept_once(texts):
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as place:
-        source = lines(Path(place, "x.jsonl"), *({"text": t} for t in texts))
+    with TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        source = write_lines(Path(folder, "x.jsonl"), *({"text": t} for t in texts))
         filled = [t for t in texts if t.strip()]
         kept = [t for n, t in enumerate(filled) if t.strip() not in map(str.strip, filled[:n])]
         if not kept:
             with pytest.raises(InputError, match="the corpus is empty"):
-                make(Path(place, "out"), source)
+                tokenize(out, source)
             return
-        facts = make(Path(place, "out"), source)[""]
-        assert texts_of(open_tokens(Path(place, "out"))) == kept
+        facts = tokenize(out, source)[""]
+        assert texts_of(out) == kept
         assert facts.duplicates == len(filled) - len(kept)
 
 
 def test_held_out_documents_are_in_one_part_whatever_their_order(tmp_path):
     records = [{"text": f"document {n // 2}"} for n in range(400)]
-    lines(tmp_path / "x.jsonl", *records)
-    lines(tmp_path / "y.jsonl", *records[::-1])
-    make(tmp_path / "x", tmp_path / "x.jsonl", hold_out=0.2)
-    make(tmp_path / "y", tmp_path / "y.jsonl", hold_out=0.2)
-    parts = [set(texts_of(open_tokens(tmp_path / "x" / p))) for p in ("train", "heldout")]
-    assert not parts[0] & parts[1]
-    assert len(parts[0]) + len(parts[1]) == 200
-    assert 20 < len(parts[1]) < 60
-    assert set(texts_of(open_tokens(tmp_path / "y" / "heldout"))) == parts[1]
+    for name, ordered in (("x", records), ("y", records[::-1])):
+        source = write_lines(tmp_path / f"{name}.jsonl", *ordered)
+        tokenize(tmp_path / name, source, hold_out=0.2)
+    train, held_out = (set(texts_of(tmp_path / "x" / part)) for part in ("train", "heldout"))
+    assert not train & held_out
+    assert len(train) + len(held_out) == 200
+    assert 20 < len(held_out) < 60
+    assert set(texts_of(tmp_path / "y" / "heldout")) == held_out
     assert open_tokens(tmp_path / "x" / "train").facts.held_out == "train 0.2"
     with pytest.raises(InputError, match="it has token folders in it"):
         open_tokens(tmp_path / "x")
 
 
 def test_examples_have_prompts_and_labels(tmp_path):
-    source = lines(
+    source = write_lines(
         tmp_path / "x.jsonl",
         {"a": "one", "b": 2, "label": "yes"},
         {"a": "two", "b": 3, "label": "no"},
         {"a": "two", "b": 4, "label": "yes"},
     )
     form = DocumentFormat("labelled", prompt="{a} and {b}?", completion=" {label}")
-    facts = make(tmp_path / "out", source, format=form)[""]
+    facts = tokenize(tmp_path / "out", source, format=form)[""]
     folder = open_tokens(tmp_path / "out")
-    assert texts_of(folder) == ["one and 2? yes", "two and 3? no", "two and 4? yes"]
+    assert texts_of(tmp_path / "out") == ["one and 2? yes", "two and 3? no", "two and 4? yes"]
     assert folder.completions.tolist() == [10, 10, 10]
     assert folder.labels.tolist() == [0, 1, 0]
     assert [(label.text, label.count) for label in facts.labels] == [(" yes", 2), (" no", 1)]
@@ -113,8 +107,8 @@ def test_a_part_has_the_labels_of_the_whole(tmp_path):
     """Among fewer the likeliest would be right more often."""
     answers = ["yes", "no"] * 20 + ["rarely"]
     records = [{"prompt": f"is it {n}?", "completion": answer} for n, answer in enumerate(answers)]
-    source, form = lines(tmp_path / "x.jsonl", *records), DocumentFormat("labelled")
-    parts = make(tmp_path / "out", source, format=form, hold_out=0.2)
+    source, form = write_lines(tmp_path / "x.jsonl", *records), DocumentFormat("labelled")
+    parts = tokenize(tmp_path / "out", source, format=form, hold_out=0.2)
     counts = [{label.text: label.count for label in facts.labels} for facts in parts.values()]
     assert all(set(count) == {"yes", "no", "rarely"} for count in counts)
     assert sorted(count["rarely"] for count in counts) == [0, 1]
@@ -130,7 +124,7 @@ def test_json_that_is_read_as_text_is_a_remark(tmp_path, moecc):
 
 
 def test_empty_documents_are_a_remark(tmp_path, moecc):
-    lines(tmp_path / "a.jsonl", {"text": ""}, {"text": "b"}, {"text": " \n"})
+    write_lines(tmp_path / "a.jsonl", {"text": ""}, {"text": "b"}, {"text": " \n"})
     (tmp_path / "b.txt").write_text("\n")
     (tmp_path / "c.txt").write_text("c\n")
     done = moecc("tokens", tmp_path, "--tokenizer", "bytes", "--out", tmp_path / "out")
@@ -139,13 +133,12 @@ def test_empty_documents_are_a_remark(tmp_path, moecc):
 
 
 def test_a_number_is_no_document(tmp_path):
-    source = lines(tmp_path / "x.jsonl", {"text": "a"}, {"text": 3})
+    source = write_lines(tmp_path / "x.jsonl", {"text": "a"}, {"text": 3})
     with pytest.raises(InputError) as caught:
-        make(tmp_path / "out", source)
-    (problem,) = caught.value.problems
-    assert (problem.where, problem.expected, problem.found, problem.hint) == (
-        f"{source}:2", "a text", "3", "--field names another key"
-    )  # fmt: skip
+        tokenize(tmp_path / "out", source)
+    assert caught.value.problems == (
+        Problem("'text' is not a text", f"{source}:2", "a text", "3", "--field names another key"),
+    )
 
 
 def test_all_problems_of_the_texts_come_at_once(tmp_path):
@@ -153,10 +146,9 @@ def test_all_problems_of_the_texts_come_at_once(tmp_path):
     (tmp_path / "y.txt").write_bytes(b"latin \xe9")
     (tmp_path / "z.txt.gz").write_bytes(gzip.compress(b"short")[:-6])
     (tmp_path / "w.jsonl").write_text('{"text": "\\ud800"}\n')
-    with pytest.raises(InputError) as caught:
-        make(tmp_path / "out", *(tmp_path / n for n in ("x.jsonl", "y.txt", "z.txt.gz", "w.jsonl")))
-    found = [p.split("\n")[0].removeprefix(f"{tmp_path}/") for p in problems(caught)]
-    assert found == [
+    sources = (tmp_path / name for name in ("x.jsonl", "y.txt", "z.txt.gz", "w.jsonl"))
+    texts = problems(tokenize, tmp_path / "out", *sources)
+    assert [text.split("\n")[0].removeprefix(f"{tmp_path}/") for text in texts] == [
         "x.jsonl:1: 'text' is not a text",
         "x.jsonl:2: not JSON: Expecting value",
         "x.jsonl:3: the record has no 'text'",
@@ -171,30 +163,30 @@ def test_all_problems_of_the_texts_come_at_once(tmp_path):
 
 
 def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path):
-    (tmp_path / "x.txt").write_text(" \n")
+    out, blank, one = (tmp_path / name for name in ("out", "x.txt", "y.txt"))
+    blank.write_text(" \n")
+    one.write_text("one document")
     with pytest.raises(InputError, match="the corpus is empty"):
-        make(tmp_path / "out", tmp_path / "x.txt")
-    (tmp_path / "y.txt").write_text("one document")
+        tokenize(out, blank)
     with pytest.raises(InputError, match=r"no document is left for(?s:.*)found: 1 document in all"):
-        make(tmp_path / "out", tmp_path / "y.txt", hold_out=0.5)
+        tokenize(out, one, hold_out=0.5)
     with pytest.raises(InputError, match="no files of text"):
-        make(tmp_path / "out", tmp_path, include=("*.csv",))
+        tokenize(out, tmp_path, include=("*.csv",))
     with pytest.raises(InputError, match="no such file"):
-        make(tmp_path / "out", tmp_path / "absent.txt")
+        tokenize(out, tmp_path / "absent.txt")
     with pytest.raises(UsageError, match="--hold-out"):
-        make(tmp_path / "out", tmp_path / "y.txt", hold_out=1.0)
+        tokenize(out, one, hold_out=1.0)
     assert list(tmp_path.glob("*out*")) == []
 
 
 def test_long_documents_are_rejected_with_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "LARGEST_DOCUMENT_BYTES", 64)
-    (tmp_path / "x.txt").write_text("a line of text\n" * 20)
+    source, out = tmp_path / "x.txt", tmp_path / "out"
+    source.write_text("a line of text\n" * 20)
     for split in ("file", "paragraph", "form-feed"):
         with pytest.raises(InputError, match="--split"):
-            make(tmp_path / "out", tmp_path / "x.txt", format=DocumentFormat(split=split))
-    facts = make(
-        tmp_path / "out", tmp_path / "x.txt", format=DocumentFormat(split="line"), deduplicate=False
-    )
+            tokenize(out, source, format=DocumentFormat(split=split))
+    facts = tokenize(out, source, format=DocumentFormat(split="line"), deduplicate=False)
     assert facts[""].documents == 20
 
 
@@ -204,14 +196,14 @@ def tokenizer(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", "<extra_id_0>", "<extra_id_1>", "a", "b"]
     model = tokenizers.models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>")
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.post_processor = tokenizers.processors.TemplateProcessing(
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     folder = tmp_path / "model"
     folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     special = {"eos_token": {"content": "</s>"}, "pad_token": "<pad>", "mask_token": "<mask>",
                "bos_token": None}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
@@ -222,11 +214,10 @@ def test_a_tokenizer_has_its_special_tokens(tmp_path, tokenizer, monkeypatch):
     # So small that texts are cut, and the process is replaced.
     monkeypatch.setattr(encoders, "PIECE_CHARACTERS", 8)
     monkeypatch.setattr(encoders, "_RESTART_CHARACTERS", 8)
-    (tmp_path / "x.txt").write_text("a b a\nb a b\nb b\nc")
-    (tmp_path / "y.txt").write_text("b")
-    facts = make(
-        tmp_path / "out", tmp_path / "x.txt", tmp_path / "y.txt", tokenizer=str(tokenizer)
-    )[""]
+    sources = (tmp_path / "x.txt", tmp_path / "y.txt")
+    for source, text in zip(sources, ("a b a\nb a b\nb b\nc", "b"), strict=True):
+        source.write_text(text)
+    facts = tokenize(tmp_path / "out", *sources, tokenizer=str(tokenizer))[""]
     folder = open_tokens(tmp_path / "out")
     assert folder.ids(0, facts.tokens).tolist() == [7, 8, 7, 8, 7, 8, 8, 8, 0, 8]
     assert folder.starts.tolist() == [0, 9, 10]
@@ -238,34 +229,29 @@ def test_a_tokenizer_has_its_special_tokens(tmp_path, tokenizer, monkeypatch):
 
 
 def test_damaged_folders_are_rejected(tmp_path):
-    (tmp_path / "x.txt").write_text("abc" * 10)
-    out = tmp_path / "out"
-    make(out, tmp_path / "x.txt")
+    out = tokens_of("abc" * 10, tmp_path / "out")
     os.truncate(out / "tokens.bin", 40)
     (out / "starts.bin").unlink()
-    with pytest.raises(InputError) as caught:
-        open_tokens(out)
-    assert "tokens.bin: the file is not of the size" in problems(caught)[0]
-    assert "starts.bin" in problems(caught)[1]
-    facts = json.loads((out / "tokens.json").read_text())
-    facts |= {"tokens": -1, "kind": "texts", "special": [], "labels": [3]}
-    (out / "tokens.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError) as caught:
-        open_tokens(out)
-    for key in ("tokens", "kind", "special", "labels"):
-        assert any(f"tokens.json: {key}" in problem for problem in problems(caught)), key
-    (out / "tokens.json").write_text(json.dumps({"schema": "moecc.tokens/9"}))
+    size, missing = problems(open_tokens, out)
+    assert "tokens.bin: the file is not of the size" in size
+    assert "starts.bin" in missing
+    path, wrong = out / "tokens.json", {"tokens": -1, "kind": "texts", "special": [], "labels": [3]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    texts = problems(open_tokens, out)
+    for key in wrong:
+        assert any(f"tokens.json: {key}" in text for text in texts), key
+    path.write_text('{"schema": "moecc.tokens/9"}')
     with pytest.raises(InputError, match="of a version that this moecc does not read"):
         open_tokens(out)
-    (out / "tokens.json").unlink()
+    path.unlink()
     with pytest.raises(InputError, match="not a token folder"):
         open_tokens(out)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_writer_leaves_no_folder(tmp_path, end):
-    pipe = tmp_path / "slow.jsonl"
-    lines(pipe, *({"text": f"text {n}" * 50} for n in range(200)))
+    records = ({"text": f"text {n}" * 50} for n in range(200))
+    source = write_lines(tmp_path / "slow.jsonl", *records)
     code = (
         "import time, sys\nfrom moecc.train.tokens import documents as d\n"
         "read = d.DocumentReader.read\n"
@@ -274,7 +260,7 @@ def test_a_killed_writer_leaves_no_folder(tmp_path, end):
         "from moecc.cli.main import main\nsys.exit(main(sys.argv[1:]))"
     )
     out = tmp_path / "out"
-    command = ["tokens", str(pipe), "--tokenizer", "bytes", "--out", str(out)]
+    command = ["tokens", str(source), "--tokenizer", "bytes", "--out", str(out)]
     child = subprocess.Popen(
         [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )

@@ -11,11 +11,9 @@ from moecc.errors import InputError
 from moecc.formats.run import saved_steps
 from moecc.train.run import read_run
 
-pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
-
-from .tiny import make_model, make_recipe
+from .tiny import forget, journal, make_model, make_recipe, read_lines, set_options
 
 RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 9"
 
@@ -30,21 +28,19 @@ def folder(tmp_path_factory):
     assert main(["train", str(recipe), "--out", str(folder / "run"), *options]) == 0
     make_model(folder / "small", vocab_size=100)
     shutil.copytree(folder / "tokens" / "train", folder / "other")
-    facts = json.loads((folder / "other" / "tokens.json").read_text())
-    facts["tokenizer_digest"] = "sha256:" + "1" * 64
-    (folder / "other" / "tokens.json").write_text(json.dumps(facts))
+    path = folder / "other" / "tokens.json"
+    facts = json.loads(path.read_text()) | {"tokenizer_digest": "sha256:" + "1" * 64}
+    path.write_text(json.dumps(facts))
     return folder
 
 
 def test_a_run_measures_its_speed_and_is_traced(folder):
     run = folder / "run"
-    lines = [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "seconds" in line]
+    steps = [line for line in read_lines(run / "speed.jsonl") if "seconds" in line]
     assert len(steps) == 6
-    for line in steps:
-        work = line["flops_per_second"] * line["seconds"]
-        assert work == pytest.approx(steps[0]["flops_per_second"] * steps[0]["seconds"], rel=1e-2)
-        assert 0 < line["mfu"] < 1
+    work = [step["flops_per_second"] * step["seconds"] for step in steps]
+    assert work == pytest.approx(work[:1] * 6, rel=1e-2)
+    assert all(0 < step["mfu"] < 1 for step in steps)
     assert read_run(run).facts["seconds a step"].endswith("of the peak")
     (trace,) = (run / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size
@@ -60,11 +56,7 @@ def test_a_negative_number_of_traced_steps_is_rejected(moecc, tmp_path):
 
 def killed(folder, step, name):
     """Return a copy of the run as a kill after `step` may leave it."""
-    run = folder / name
-    shutil.copytree(folder / "run", run)
-    for saved in saved_steps(run):
-        if saved.number > step:
-            (saved.folder / "step.json").unlink()
+    run = forget(shutil.copytree(folder / "run", folder / name), step)
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(b"".join(lines[: step + 1]) + b'{"step":9,"lo')
     return run
@@ -77,20 +69,15 @@ def test_a_run_has_what_its_layout_says(folder):
         "steps", "profile",
     }  # fmt: skip
     assert [s.number for s in saved_steps(run)] == [2, 3, 4, 6]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in lines if "held_out" in line] == [3, 6]
-    assert steps[-1]["loss"] < steps[0]["loss"]
+    losses = {line["step"]: line["loss"] for line in journal(run) if "loss" in line}
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in journal(run) if "held_out" in line] == [3, 6]
+    assert losses[6] < losses[1]
     assert (run / "source" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize(
-    ("step", "option"),
-    [
-        pytest.param(0, "--resume", marks=pytest.mark.slow),
-        (4, "--out"),
-    ],
+    ("step", "option"), [pytest.param(0, "--resume", marks=pytest.mark.slow), (4, "--out")]
 )
 def test_a_resumed_run_is_the_run_that_was_not_killed(folder, moecc, step, option):
     whole, run = folder / "run", killed(folder, step, f"killed{step}{option}")
@@ -107,14 +94,13 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(folder, moecc, step, optio
 
 def test_a_run_is_a_model(folder, moecc, tmp_path):
     run, out = folder / "run", tmp_path / "out"
-    code, text, _ = moecc("inspect", f"{run}@4", "--format", "json")
-    assert code == 0
-    tokens = json.loads((run / "steps" / "4" / "step.json").read_text())["tokens"]
+    done = moecc("inspect", f"{run}@4", "--format", "json")
+    assert done.code == 0
+    tokens = next(saved.facts.tokens for saved in saved_steps(run) if saved.number == 4)
     assert 64 < tokens <= 128
-    assert f"trained for 4 steps, {tokens} tokens" in json.loads(text)["remarks"][0]
+    assert f"trained for 4 steps, {tokens} tokens" in done.json()["remarks"][0]
     assert moecc("generate", f"{run}@best", "--prompt", "moecc", "--tokens", 3)[0] == 0
-    small = ("--machine", "cpu", "--sequence", "32", "--batch-tokens", "64")
-    assert moecc("plan", run, *small).code == 0
+    assert moecc.plan(run, "--machine", "cpu", "--sequence", 32, "--batch-tokens", 64)
     code, _, err = moecc("convert", run, out, "-p", "", "--to", "st_moe")
     assert (code, err) == (0, "")
     card = (out / "README.md").read_text()
@@ -169,12 +155,11 @@ def test_a_flipped_bit_of_a_checkpoint_is_told(folder, moecc, tmp_path):
 
 def test_models_are_evaluated_on_held_out_text(folder, moecc):
     run, data = folder / "run", folder / "tokens" / "heldout"
-    code, out, _ = moecc("evaluate", f"{run}@3", run, "--data", data, "--sequence", "8", "--batch",
-                        "4", "--batches", "1", "--format", "json")  # fmt: skip
-    assert code == 0
-    first, last = (model["sets"]["heldout"] for model in json.loads(out)["models"])
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    during = [line["held_out"]["heldout"] for line in lines if "held_out" in line]
+    done = moecc("evaluate", f"{run}@3", run, "--data", data, "--sequence", 8, "--batch", 4,
+                 "--batches", 1, "--format", "json")  # fmt: skip
+    assert done.code == 0
+    first, last = (model["sets"]["heldout"] for model in done.json()["models"])
+    during = [line["held_out"]["heldout"] for line in journal(run) if "held_out" in line]
     assert [first["loss"], last["loss"]] == pytest.approx(during, rel=1e-5)
     assert first["against_first"] is None
     assert last["against_first"]["difference"] == pytest.approx(during[1] - during[0], rel=1e-3)
@@ -205,9 +190,9 @@ def test_slow_batches_are_announced_before_the_first_is_scored(folder, moecc, mo
 
 def test_a_run_may_be_named_relative_to_a_folder_beside_it(folder, monkeypatch):
     monkeypatch.chdir(folder / "tokens")
-    params = open_model("../run").params()
-    name = next(iter(params))
-    assert params[name].shape == open_model(folder / "run").params()[name].shape
+    near, far = (open_model(path).params() for path in ("../run", folder / "run"))
+    name = next(iter(near))
+    assert near[name].shape == far[name].shape
 
 
 def test_another_recipe_is_rejected_with_what_may_differ(folder, moecc):
@@ -222,17 +207,16 @@ def test_another_recipe_is_rejected_with_what_may_differ(folder, moecc):
 @pytest.mark.slow
 def test_a_fork_goes_on_under_another_recipe(folder, moecc):
     run, fork = folder / "run", folder / "fork"
+    sets = set_options("optimizer.rate=1e-3", "run.evaluate_steps=0")
     code, _, err = moecc(
-        "train", folder / "recipe.toml", "--fork", f"{run}@4", "--out", fork, "--set",
-        "optimizer.rate=1e-3", "--set", "run.evaluate_steps=0",
-    )  # fmt: skip
+        "train", folder / "recipe.toml", "--fork", f"{run}@4", "--out", fork, *sets
+    )
     assert (code, "error" in err) == (0, False)
-    lines = [json.loads(line) for line in (fork / "metrics.jsonl").read_text().splitlines()]
+    lines, before = journal(fork), journal(run)[5]
     assert [line["step"] for line in lines] == [5, 6, 6]
-    before = (run / "metrics.jsonl").read_text().splitlines()[5]
     # The same batch on the same state, before another rate shows.
-    assert lines[0]["loss"] == json.loads(before)["loss"]
-    assert lines[0]["rate"] != json.loads(before)["rate"]
+    assert lines[0]["loss"] == before["loss"]
+    assert lines[0]["rate"] != before["rate"]
     stages = json.loads((fork / "lineage.json").read_text())["stages"]
     assert [stage.get("from_step") for stage in stages] == [None, 4]
     assert stages[0]["steps"] == 4
@@ -259,9 +243,10 @@ def test_a_fork_has_the_model_and_the_moments_of_the_run(folder, moecc, changed,
 def test_a_run_that_diverged_is_a_run(folder, moecc):
     """A held-out loss that is not a number is none, and no step the best."""
     out = folder / "diverged"
-    sets = ("run.steps=3", "optimizer.rate=1e30", "run.save_steps=0", "run.evaluate_steps=0")
-    words = [word for setting in sets for word in ("--set", setting)]
-    code, _, err = moecc("train", folder / "recipe.toml", "--out", out, *words)
+    sets = set_options(
+        "run.steps=3", "optimizer.rate=1e30", "run.save_steps=0", "run.evaluate_steps=0"
+    )
+    code, _, err = moecc("train", folder / "recipe.toml", "--out", out, *sets)
     assert (code, "held out heldout nan" in err) == (0, True)
     assert [step.loss for step in saved_steps(out)] == [None]
 
@@ -274,15 +259,13 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(folder, moecc):
     assert code == 1
     assert "optimizer.rate: 0.003 → 0.3" in err
     assert "--fork" in err
-    code, _, err = moecc("train", "--resume", run, "--set", "optimizer.rate=0.003", "--set",
-                        "run.steps=9")  # fmt: skip
+    sets = set_options("optimizer.rate=0.003", "run.steps=9")
+    code, _, err = moecc("train", "--resume", run, *sets)
     assert code == 1
     assert "run.steps: 6 → 9" in err
     assert "optimizer.rate" not in err
-    code, _, err = moecc("train", folder / "recipe.toml", "--out", folder / "run", "--set",
-                        "run.steps=9")  # fmt: skip
-    assert code == 1
-    assert "run.steps: 6 → 9" in err
+    done = moecc("train", folder / "recipe.toml", "--out", folder / "run", "--set", "run.steps=9")
+    assert (done.code, "run.steps: 6 → 9" in done.err) == (1, True)
 
 
 def test_data_that_changed_are_refused(folder, moecc, tmp_path):
@@ -294,72 +277,74 @@ def test_data_that_changed_are_refused(folder, moecc, tmp_path):
     assert "train/train: the data changed since the run began" in err
 
 
-FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
-
-
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ([], 2, "RECIPE --out RUN, or --resume RUN"),
-        (["--resume", "run", "--out", "x"], 2, "leave --out out"),
-        (["--resume", "run", "--fork", "run@4"], 2, "leave --fork out, or --resume"),
-        (["recipe.toml", "--out", "tokens"], 1, "--resume RUN goes on with a run"),
-        (["recipe.toml", "--fork", "run@5", "--out", "x"], 1, "best, last, or one of the steps"),
-        (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=3"], 1, "mesh"),
-        (
-            [
-                "recipe.toml",
-                "--out",
-                "x",
-                "--set",
-                "run.export_steps=2",
-                "--set",
-                "run.export_to=gguf:llama",
-            ],
-            1,
-            "mixtral has an expert layer at every depth",
-        ),
-        (["recipe.toml", "--out", "x", "--set", "model.start=source"], 1, "no weights"),
-        (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=8"], 1, "groups of tokens do not"),
-        (
-            [*FROZEN, "mesh.mesh=data=4", "--set", "run.micro_batches=2"],
-            1,
-            "the batch on a device, 1 sequence: micro-batches hold whole",
-        ),
-        (
-            ["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=16", "--set", "data.batch=16"],
-            1,
-            "the mesh has more devices than there are\n  expected: at most 8 devices\n  found: 16",
-        ),
-        (["recipe.toml", "--out", "x", "--set", "model.source=small"], 1, "ids beyond the voc"),
-        (["recipe.toml", "--out", "x", "--set", "data.train.0.tokens=other"], 1, "other tokenizer"),
-        ([*FROZEN, "optimizer.groups=[{match='*', freeze=true}]"], 1, "no parameter is trained"),
-        ([*FROZEN, "optimizer.groups=[{match='mo'}]"], 1, "did you mean 'moe'"),
+        ("", 2, "RECIPE --out RUN, or --resume RUN"),
+        ("--resume run --out x", 2, "leave --out out"),
+        ("--resume run --fork run@4", 2, "leave --fork out, or --resume"),
+        ("recipe.toml --out tokens", 1, "--resume RUN goes on with a run"),
+        ("recipe.toml --fork run@5 --out x", 1, "best, last, or one of the steps"),
     ],
 )
 def test_what_cannot_be_is_one_message(folder, moecc, monkeypatch, words, code, said):
     monkeypatch.chdir(folder)
-    found, _, err = moecc("train", *words)
-    assert (found, said in err) == (code, True), err
+    done = moecc("train", *words.split())
+    assert (done.code, said in done.err) == (code, True), done.err
+    assert not (folder / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("mesh.mesh=data=3", "mesh"),
+        (
+            "run.export_steps=2; run.export_to=gguf:llama",
+            "mixtral has an expert layer at every depth",
+        ),
+        ("model.start=source", "no weights"),
+        ("mesh.mesh=data=8", "groups of tokens do not"),
+        (
+            "model.pipeline=''; mesh.mesh=data=4; run.micro_batches=2",
+            "the batch on a device, 1 sequence: micro-batches hold whole",
+        ),
+        (
+            "mesh.mesh=data=16; data.batch=16",
+            "the mesh has more devices than there are\n  expected: at most 8 devices\n  found: 16",
+        ),
+        ("model.source=small", "ids beyond the voc"),
+        ("data.train.0.tokens=other", "other tokenizer"),
+        (
+            "model.pipeline=''; optimizer.groups=[{match='*', freeze=true}]",
+            "no parameter is trained",
+        ),
+        ("model.pipeline=''; optimizer.groups=[{match='mo'}]", "did you mean 'moe'"),
+    ],
+)
+def test_settings_that_do_not_suit_are_one_message(folder, moecc, monkeypatch, settings, said):
+    monkeypatch.chdir(folder)
+    done = moecc("train", "recipe.toml", "--out", "x", *set_options(*settings.split("; ")))
+    assert (done.code, said in done.err) == (1, True), done.err
     assert not (folder / "x").exists()
 
 
 @pytest.mark.slow
 def test_doubles_are_trained_and_evaluated_as_doubles(folder, moecc, tmp_path):
     run, data = tmp_path / "run", folder / "tokens" / "heldout"
-    wide = ["run.dtype=f64", "run.weight_dtype=f64", "run.steps=1", "run.evaluate_steps=1"]
-    sets = [word for one in wide for word in ("--set", one)]
+    sets = set_options(
+        "run.dtype=f64", "run.weight_dtype=f64", "run.steps=1", "run.evaluate_steps=1"
+    )
     code, _, err = moecc("train", folder / "recipe.toml", "--out", run, *sets)
     assert (code, "Warning" in err) == (0, False), err
     assert {t.dtype for t in saved_steps(run)[-1].facts.tensors.values()} == {"f64"}
-    held = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out"]["heldout"]
+    held = journal(run)[-1]["held_out"]["heldout"]
     losses = {}
     for dtype in ("f32", "f64"):
-        code, out, err = moecc(
-            "evaluate", run, "--data", data, "--sequence", "8", "--batch", "4", "--batches", "1",
+        done = moecc(
+            "evaluate", run, "--data", data, "--sequence", 8, "--batch", 4, "--batches", 1,
             "--dtype", dtype, "--format", "json",
         )  # fmt: skip
-        assert (code, "Warning" in err) == (0, False), err
-        losses[dtype] = json.loads(out)["models"][0]["sets"]["heldout"]["loss"]
+        assert (done.code, "Warning" in done.err) == (0, False), done.err
+        losses[dtype] = done.json()["models"][0]["sets"]["heldout"]["loss"]
     assert losses["f64"] == pytest.approx(held, rel=1e-13)
     assert losses["f32"] != pytest.approx(held, rel=1e-13)

@@ -1,7 +1,5 @@
 """Parameters of a loop of one's own become a checkpoint that says so."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -9,35 +7,33 @@ import moecc
 from moecc.errors import InputError
 from moecc.formats.manifest import check_manifest, load
 from moecc.model.open import open_model
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "llama_gqa"
+from .tiny import GOLDEN, piped
 
 
 @pytest.fixture(params=["upcycle{experts=4 top-k=2}", "upcycle{experts=4 top-k=2},roll-layers"])
 def model(request):
-    with open_model(str(GOLDEN)) as opened:
-        run_pipeline(opened.graph, Pipeline.parse(request.param))
+    with open_model(str(GOLDEN / "llama_gqa")) as opened:
+        piped(opened.graph, request.param)
         yield opened
 
 
 def test_what_is_written_is_what_was_given(model, tmp_path):
-    given = {n: a + np.float32(0.25) for n, a in dict(model.params()).items()}
-    moecc.write_params(model, given, tmp_path / "out", to="mixtral")
-    check_manifest(tmp_path / "out")
-    with open_model(str(tmp_path / "out")) as again:
+    given, out = {n: a + np.float32(0.25) for n, a in model.params().items()}, tmp_path / "out"
+    moecc.write_params(model, given, out, to="mixtral")
+    check_manifest(out)
+    with open_model(str(out)) as again:
+        params = again.params()
         name = "model.embed_tokens.weight"
-        np.testing.assert_array_equal(again.params()[name], given[name])
-        router = next(
-            n for n in again.graph.params if n.endswith("layers.0.block_sparse_moe.gate.weight")
-        )
-        own = next(a for n, a in given.items() if "router" in n)
-        np.testing.assert_array_equal(again.params()[router], own[0] if own.ndim == 3 else own)
-    card = (tmp_path / "out" / "README.md").read_text()
+        np.testing.assert_array_equal(params[name], given[name])
+        routers = next(a for n, a in given.items() if "router" in n)
+        router = next(n for n in params if n.endswith("layers.0.block_sparse_moe.gate.weight"))
+        of_layer = routers[0] if routers.ndim == 3 else routers
+        np.testing.assert_array_equal(params[router], of_layer)
+    card = (out / "README.md").read_text()
     assert "not trained further" not in card
     assert "llama\\_gqa was trained by a loop outside of moecc." in card
-    assert load(tmp_path / "out").lineage[-1]["outside"] is True
+    assert load(out).lineage[-1]["outside"] is True
 
 
 def test_all_that_does_not_fit_is_reported(model, tmp_path):

@@ -22,6 +22,7 @@ from moecc.weights.evaluate import Evaluator, ValuesOverflow, blocks, evaluate
 from moecc.weights.expr import Source
 from moecc.weights.movement import Concat, Split
 
+W = Source("w", tensor(F32, a=4))
 E8M4 = Source("w", tensor(F32, expert=8, mlp=4))
 
 
@@ -60,13 +61,13 @@ def test_a_shared_moment_is_computed_once():
 @pytest.mark.parametrize(
     "expr",
     [
-        Cast(Source("w", tensor(F32, a=4)), F16),
-        Cast(Source("w", tensor(F32, a=4)), DTYPES["f8e4m3fn"]),
-        Cast(Scale(Source("w", tensor(F32, a=4)), 4e33), BF16),
-        Scale(Source("w", tensor(F32, a=4)), 1e34),
-        Add(*2 * [Scale(Source("w", tensor(F32, a=4)), 2e33)]),
-        Mul(*2 * [Scale(Source("w", tensor(F32, a=4)), 1e15)]),
-        Cast(Mul(*2 * [Cast(Scale(Source("w", tensor(F32, a=4)), 1e20), F64)]), F32),
+        Cast(W, F16),
+        Cast(W, DTYPES["f8e4m3fn"]),
+        Cast(Scale(W, 4e33), BF16),
+        Scale(W, 1e34),
+        Add(*2 * [Scale(W, 2e33)]),
+        Mul(*2 * [Scale(W, 1e15)]),
+        Cast(Mul(*2 * [Cast(Scale(W, 1e20), F64)]), F32),
     ],
 )
 def test_an_overflow_is_an_error(expr):

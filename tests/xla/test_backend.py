@@ -1,24 +1,19 @@
 """The xla backend gives what the reference gives: random graphs, and models of every family."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
-from tiers import examples
+from moecc_backends.xla.backend import function, jax_inputs
+from moecc_backends.xla.trace.host_arrays import to_numpy
+from tiers import examples, some
 
 from moecc.errors import InputError
-from moecc.ir import Graph
-from moecc.ir.builder import Builder
-from moecc.ir.text import parse
-from moecc.model.open import open_model
-from moecc.testing import graphs, run_reference
-from moecc.types import DTYPES, F32, F64, KEY, TensorType, tensor
+from moecc.ir import DTYPES, F32, F64, Builder, Graph, TensorType, parse, tensor
+from moecc.testing import graphs, inputs_for, params_for, run_reference
+from moecc.types import KEY
 
-from .models import GOLDEN, assert_close, compiled, decoder, random_data, relative
-
-jax = pytest.importorskip("jax")
-
-from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
-from moecc_backends.xla.trace.host_arrays import to_numpy  # noqa: E402
+from .models import GOLDEN, assert_close, compiled, decoder, open_golden, relative, run_both
 
 EXACT = 1e-9
 """For float64; `assert_close` allows more where a graph amplifies rounding."""
@@ -27,26 +22,17 @@ EXACT = 1e-9
 # --- random graphs
 
 
-def is_ragged(graph):
-    return any(v.type.ragged for v in graph.outputs.values())
-
-
-def check_both_ways(graph, seed=0):
-    """Check the graph as one function, and cut into segments, against the reference."""
-    params, inputs = random_data(graph, seed)
-    program = compiled(graph, F64)
-    assert_close(graph, params, inputs, program.run(params, inputs), EXACT)
+@given(graphs())
+@settings(max_examples=examples(5, 12))
+def test_random_graphs(graph):
+    """As one function, and cut into segments."""
+    assume(not any(v.type.ragged for v in graph.outputs.values()))
+    params, inputs = params_for(graph), inputs_for(graph)
+    assert_close(graph, params, inputs, compiled(graph, F64).run(params, inputs), EXACT)
     with jax.enable_x64(True):
         whole = jax.jit(function(graph, dtype=F64))(params, jax_inputs(graph, inputs))
         whole = {n: to_numpy(a) for n, a in whole.items()}
     assert_close(graph, params, inputs, whole, EXACT)
-
-
-@given(graphs())
-@settings(max_examples=examples(5, 12))
-def test_random_graphs(graph):
-    assume(not is_ragged(graph))
-    check_both_ways(graph)
 
 
 # --- whole models
@@ -68,20 +54,18 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models_in_float64(name):
     case, options = MODELS[name]
-    graph, params, inputs = decoder(case, **options)
-    expected = run_reference(graph, params=params, inputs=inputs)["logits"]
-    found = compiled(graph, F64).run(params, inputs)["logits"]
-    assert relative(found, expected) <= 1e-12
+    found, expected = run_both(*decoder(case, **options))
+    assert relative(found["logits"], expected["logits"]) <= 1e-12
 
 
 FEW = ["llama_dynamic", "mistral_window", "qwen2_yarn", "mixtral_bfloat16", "qwen3_moe_norm"]
-MANY = sorted({path.parent.name for path in GOLDEN.glob("*/config.json")} - set(FEW))
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 
 
-@pytest.mark.parametrize("case", [*FEW, *(pytest.param(c, marks=pytest.mark.slow) for c in MANY)])
+@pytest.mark.parametrize("case", some(CASES, *FEW))
 def test_golden_checkpoints(case):
     """Checkpoints as written by transformers give its outputs, in float32."""
-    with open_model(str(GOLDEN / case)) as model:
+    with open_golden(case) as model:
         (output,) = model.graph.outputs
         inputs = {n: np.load(GOLDEN / case / f"{n}.npy") for n in model.graph.inputs}
         found = compiled(model.graph, F32).run(model.params(), inputs)[output]
@@ -129,7 +113,7 @@ graph bounds {
 }
 """
     )
-    given = {"x": np.array([-np.inf, 1.0], np.float32)}
-    found = compiled(graph, DTYPES[name]).run({}, given)
+    inputs = {"x": np.array([-np.inf, 1.0], np.float32)}
+    found = compiled(graph, DTYPES[name]).run({}, inputs)
     assert found["finite"][0] == pytest.approx(max(-1e30, DTYPES[name].limits[0]), rel=2**-8)
     assert np.isneginf(found["open"][0])

@@ -1,7 +1,5 @@
 """The lowering of the gated delta rule against the reference, its two ways and its gradients."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,24 +7,21 @@ import pytest
 from moecc_backends.xla.backend import XlaBackend
 from moecc_backends.xla.lower import scan
 
-from moecc.backend import get_backend
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import F32, F64, PRED, Builder, Graph, tensor
 from moecc.ir.ops.recurrence import reads_as_it_goes
-from moecc.model.open import open_model
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
-from moecc.testing.data import inputs_for, params_for
+from moecc.testing import inputs_for, params_for
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+from .models import apply_passes, open_golden, run_both
 
+KEYS = {"batch": "B", "kv_seq": "S", "head": 2}
 FLOATS = {
     "query": {"batch": "B", "seq": "S", "head": 2, "head_dim": 3},
-    "key": {"batch": "B", "kv_seq": "S", "head": 2, "head_dim": 3},
-    "value": {"batch": "B", "kv_seq": "S", "head": 2, "group": 2, "value_dim": 4},
-    "decay": {"batch": "B", "kv_seq": "S", "head": 2, "group": 2},
-    "rate": {"batch": "B", "kv_seq": "S", "head": 2, "group": 2},
+    "key": {**KEYS, "head_dim": 3},
+    "value": {**KEYS, "group": 2, "value_dim": 4},
+    "decay": {**KEYS, "group": 2},
+    "rate": {**KEYS, "group": 2},
 }
 TEXTS, TOKENS = 2, 5
 
@@ -52,8 +47,9 @@ def drawn():
     arrays = {}
     for name, axes in FLOATS.items():
         shape = [sizes[s] if isinstance(s, str) else s for s in axes.values()]
-        is_share = name in ("decay", "rate")
-        arrays[name] = rng.uniform(0.1, 1, shape) if is_share else rng.normal(size=shape)
+        arrays[name] = (
+            rng.uniform(0.1, 1, shape) if name in ("decay", "rate") else rng.normal(size=shape)
+        )
     return arrays
 
 
@@ -64,13 +60,9 @@ def test_either_way_has_the_values_of_the_reference():
     upto = {**arrays, "seen": np.broadcast_to(below, (TEXTS, TOKENS, TOKENS))}
     reads = []
     for is_causal, inputs in ((True, arrays), (False, upto), (False, some)):
-        graph = rule_graph(is_causal=is_causal)
-        found, expected = (
-            get_backend(name).compile(graph, dtype=F64).run({}, inputs)["read"]
-            for name in ("xla", "reference")
-        )
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
-        reads.append(expected)
+        found, expected = run_both(rule_graph(is_causal=is_causal), {}, inputs)
+        np.testing.assert_allclose(found["read"], expected["read"], rtol=1e-12)
+        reads.append(expected["read"])
     np.testing.assert_array_equal(reads[0], reads[1])
     assert np.abs(reads[0] - reads[2]).max() > 0.1
 
@@ -83,17 +75,12 @@ def test_layers_of_a_loop_have_one_state(monkeypatch):
         return ways[-1]
 
     monkeypatch.setattr(scan, "reads_as_it_goes", spied)
-    with open_model(str(GOLDEN / "qwen3_5_text_square")) as model:
+    with open_golden("qwen3_5_text_square") as model:
         keys = {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 4}
         graph = build(parse_config({**model.checkpoint.config, **keys}))
-    run_pipeline(graph, Pipeline.parse("roll-layers"))
-    params = params_for(graph, 0)
-    inputs = inputs_for(graph, 0)
-    found, expected = (
-        get_backend(name).compile(graph, dtype=F64).run(params, inputs)["logits"]
-        for name in ("xla", "reference")
-    )
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    apply_passes(graph, "roll-layers")
+    found, expected = run_both(graph, params_for(graph), inputs_for(graph))
+    np.testing.assert_allclose(found["logits"], expected["logits"], rtol=1e-9, atol=1e-12)
     assert set(ways) == {"seq"}
 
 

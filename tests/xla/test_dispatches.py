@@ -1,27 +1,25 @@
 """Every dispatch lowering is the dense one, in values and gradients, and reads nothing unused."""
 
 import re
-from functools import cache
+from functools import cache, partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiers import examples
+from moecc_backends.xla.backend import function
+from moecc_backends.xla.dispatch.choose import LAYOUTS, choose, why_not
+from moecc_backends.xla.trace.context import Options
+from moecc_backends.xla.trace.values import Routing
+from tiers import examples, some
 
 from moecc.errors import InputError
 from moecc.ir import BF16, F32, F64, I32, PRED, Builder, Graph, tensor
 from moecc.testing import run_reference
 
-from .models import compiled
-
-jax = pytest.importorskip("jax")
-
-import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.backend import function  # noqa: E402
-from moecc_backends.xla.dispatch.choose import LAYOUTS, choose, why_not  # noqa: E402
-from moecc_backends.xla.trace.context import Options  # noqa: E402
-from moecc_backends.xla.trace.values import Routing  # noqa: E402
+from .models import compiled, normal
 
 BATCH, SEQ, EMBED, MLP, EXPERTS = 2, 6, 4, 5, 3
 ORACLE = "used"
@@ -42,9 +40,18 @@ class Layer:
         router = self.graph.param("router", tensor(F32, expert=EXPERTS, embed=EMBED))
         return self.b.contract(self.x, router, over="embed")
 
+    def assign(self, experts, *operands, **attrs):
+        return self.b.assign_slots(
+            experts, *operands, tokens=("batch", "seq"), experts=EXPERTS, **attrs
+        )
+
     def finish(self, experts, place, gates):
         """Put the experts between dispatch and combine."""
-        b, p = self.b, self._param
+
+        def p(name, **axes):
+            return self.graph.param(name, tensor(F32, **axes))
+
+        b = self.b
         rows = b.rms_norm(b.dispatch(self.x, experts, place), p("norm", embed=EMBED), axis="embed")
         gate = b.contract(rows, p("gate", expert=EXPERTS, mlp=MLP, embed=EMBED), over="embed")
         up = b.contract(rows, p("up", expert=EXPERTS, mlp=MLP, embed=EMBED), over="embed")
@@ -57,29 +64,18 @@ class Layer:
         self.graph.set_output("y", b.combine(out, experts, place, gates))
         return self.graph
 
-    def _param(self, name, **axes):
-        return self.graph.param(name, tensor(F32, **axes))
 
-
-def chosen(top_k, slots, **attrs):
+def chosen(top_k, gates="softmax", is_masked=True, **attrs):
     """Tokens choose; a mask leaves some out."""
-    groups = attrs.get("groups", 1)
-    layer = Layer(groups)
-    mask = layer.graph.input("mask", tensor(PRED, batch=BATCH, seq=SEQ))
-    experts, gates = layer.b.route(layer.logits(), top_k=top_k, gates="softmax")
-    place = layer.b.assign_slots(
-        experts, mask, using=("mask",), tokens=("batch", "seq"), experts=EXPERTS, slots=slots,
-        **attrs,
-    )  # fmt: skip
-    return layer.finish(experts, place, gates)
+    layer = Layer(attrs.get("groups", 1))
+    mask_type = tensor(PRED, batch=BATCH, seq=SEQ)
+    masks = {"mask": layer.graph.input("mask", mask_type)} if is_masked else {}
+    experts, weights = layer.b.route(layer.logits(), top_k=top_k, gates=gates)
+    place = layer.assign(experts, *masks.values(), using=tuple(masks), **attrs)
+    return layer.finish(experts, place, weights)
 
 
-def unmasked(top_k):
-    """Tokens choose, and nothing is ever dropped."""
-    layer = Layer()
-    experts, gates = layer.b.route(layer.logits(), top_k=top_k)
-    place = layer.b.assign_slots(experts, tokens=("batch", "seq"), experts=EXPERTS)
-    return layer.finish(experts, place, gates)
+dropless = partial(chosen, 2, "renormalised", is_masked=False)
 
 
 def expert_choice():
@@ -98,23 +94,19 @@ def hashed():
     ids = layer.graph.input("ids", tensor(I32, batch=BATCH, seq=SEQ))
     gates = layer.graph.input("gates", tensor(F32, batch=BATCH, seq=SEQ, choice=2))
     experts = layer.b.hash_experts(ids, experts=EXPERTS, top_k=2)
-    place = layer.b.assign_slots(
-        experts, tokens=("batch", "seq"), experts=EXPERTS, slots="capacity", capacity_factor=0.8,
-        minimum=1,
-    )  # fmt: skip
+    place = layer.assign(experts, slots="capacity", capacity_factor=0.8, minimum=1)
     return layer.finish(experts, place, gates)
 
 
-BOUND = {"capacity_factor": 0.8, "minimum": 1, "convention": "assignments"}
+bound = partial(chosen, slots="capacity", capacity_factor=0.8, minimum=1, convention="assignments")
 ROUTINGS = {
-    "dropless": lambda: unmasked(2),
-    "dropless, masked, top-1": lambda: chosen(1, "ragged"),
-    "capacity, top-2, groups": lambda: chosen(2, "capacity", groups=2, **BOUND),
-    "capacity, top-3, token-major": lambda: chosen(3, "capacity", order="token", **BOUND),
+    "dropless": dropless,
+    "dropless, masked, top-1": partial(chosen, 1),
+    "capacity, top-2, groups": partial(bound, 2, groups=2),
+    "capacity, top-3, token-major": partial(bound, 3, order="token"),
     "expert choice": expert_choice,
     "hash": hashed,
 }
-QUICK = ("capacity, top-2, groups",)
 
 
 def legal(graph):
@@ -128,18 +120,15 @@ def _places(graph):
 def draw(graph, seed, skew):
     """Draw experts that differ, tokens, and a mask; `skew` sends more and more to one expert."""
     rng = np.random.default_rng(seed)
-    params = {n: rng.normal(size=p.type.shape) for n, p in graph.params.items()}
+    params = normal(rng, graph.params)
     if "router" in params:
         params["router"][0] *= skew
-    inputs = {}
-    for name, value in graph.inputs.items():
-        shape, kind = value.type.shape, value.type.dtype.kind
-        inputs[name] = {
-            "float": lambda s=shape: rng.normal(size=s),
-            "int": lambda s=shape: rng.integers(0, 50, s).astype(np.int32),
-            "bool": lambda s=shape: rng.random(s) < 0.8,
-        }[kind]()
-    return params, inputs
+    draws = {
+        "float": rng.normal,
+        "int": lambda size: rng.integers(0, 50, size).astype(np.int32),
+        "bool": lambda size: rng.random(size) < 0.8,
+    }
+    return params, {n: draws[v.type.dtype.kind](size=v.type.shape) for n, v in graph.inputs.items()}
 
 
 @cache
@@ -174,11 +163,8 @@ def assert_near(found, expected, dtype, name):
     assert np.abs(found - expected).max() <= CLOSE[dtype] * size, name
 
 
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ROUTINGS if n not in QUICK]
-
-
 @pytest.mark.parametrize("dtype", [F64, pytest.param(F32, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+@pytest.mark.parametrize("name", some(ROUTINGS, "capacity, top-2, groups"))
 @given(seed=st.integers(0, 2**31), skew=st.sampled_from((0.0, 1.0, 30.0)))
 @settings(max_examples=examples(6, 20))
 def test_every_lowering_is_the_dense_one(name, dtype, seed, skew):
@@ -186,8 +172,8 @@ def test_every_lowering_is_the_dense_one(name, dtype, seed, skew):
     # In float32 the probabilities of several tokens are then 1, and which come first is another.
     assume(not (name == "expert choice" and dtype == F32 and skew == 30.0))
     graph = ROUTINGS[name]()
-    data = draw(graph, seed, skew)
-    expected = run_reference(graph, params=data[0], inputs=data[1])["y"]
+    params, inputs = data = draw(graph, seed, skew)
+    expected = run_reference(graph, params=params, inputs=inputs)["y"]
     _, gradients = results(name, ORACLE, dtype, data, poison=False)
     assert gradients.keys() >= {"x", "gate", "up", "down", "norm", "shared", "bias"}
     for dispatch in legal(graph):
@@ -205,40 +191,47 @@ def routing(tokens, experts, capacity):
     return Routing(names, names, None, experts, 1, capacity, ("token",), (tokens,))
 
 
-def test_the_choice_by_platform_and_shape():
-    (ragged,) = _places(ROUTINGS["dropless"]())
-    (bound,) = _places(ROUTINGS["capacity, top-3, token-major"]())
-    cases = [
-        (ragged, routing(64, 8, None), "cpu", "grouped"),
-        (ragged, routing(64, 8, None), "tpu", "ragged_dot"),
-        (ragged, routing(64, 8, None), "gpu", "grouped"),
-        (ragged, routing(1, 8, None), "tpu", "gathered"),
-        (ragged, routing(4, 8, None), "cpu", "grouped"),
-        (ragged, routing(5, 8, None), "cpu", "grouped"),
-        (ragged, routing(1, 64, None), "cpu", "grouped"),
-        (bound, routing(64, 8, 20), "cpu", "gather"),
-        (ragged, routing(256, 8, None), "cpu", "blocks"),
-        (ragged, routing(256, 8, None), "gpu", "grouped"),
-        (bound, routing(64, 8, 64), "cpu", "grouped"),
-        (bound, routing(256, 8, 256), "cpu", "blocks"),
-        (bound, routing(64, 8, 64), "tpu", "ragged_dot"),
-    ]
-    for place, routed, platform, expected in cases:
-        assert choose(place, routed, Options(platform=platform), jnp.float32) == expected
-    session = Options(platform="cpu", in_place=True)
-    listed = [(4, 8, "used"), (5, 8, "grouped"), (1, 64, "grouped")]
-    for tokens, experts, expected in listed:
-        found = choose(ragged, routing(tokens, experts, None), session, jnp.float32)
-        assert found == expected, "experts are read in place"
+@pytest.mark.parametrize(
+    ("platform", "tokens", "experts", "capacity", "strategy"),
+    [
+        ("cpu", 64, 8, None, "grouped"),
+        ("tpu", 64, 8, None, "ragged_dot"),
+        ("gpu", 64, 8, None, "grouped"),
+        ("tpu", 1, 8, None, "gathered"),
+        ("cpu", 4, 8, None, "grouped"),
+        ("cpu", 5, 8, None, "grouped"),
+        ("cpu", 1, 64, None, "grouped"),
+        ("cpu", 64, 8, 20, "gather"),
+        ("cpu", 256, 8, None, "blocks"),
+        ("gpu", 256, 8, None, "grouped"),
+        ("cpu", 64, 8, 64, "grouped"),
+        ("cpu", 256, 8, 256, "blocks"),
+        ("tpu", 64, 8, 64, "ragged_dot"),
+        # Where experts are read in place.
+        ("session", 4, 8, None, "used"),
+        ("session", 5, 8, None, "grouped"),
+        ("session", 1, 64, None, "grouped"),
+    ],
+)
+def test_the_choice_by_platform_and_shape(platform, tokens, experts, capacity, strategy):
+    (place,) = _places(dropless() if capacity is None else bound(3, order="token"))
+    options = (
+        Options(platform="cpu", in_place=True)
+        if platform == "session"
+        else Options(platform=platform)
+    )
+    assert choose(place, routing(tokens, experts, capacity), options, jnp.float32) == strategy
 
 
 def ragged_products(platform):
     """The types that ragged products are asked for in, forward and backward."""
-    graph = unmasked(2)
+    graph = dropless()
     run = function(graph, dtype=BF16, options=Options("ragged_dot", platform=platform))
-    params = {n: jnp.ones(p.type.shape) for n, p in graph.params.items()}
-    inputs = {n: jnp.ones(v.type.shape) for n, v in graph.inputs.items()}
-    traced = jax.make_jaxpr(jax.grad(lambda w, x: run(w, x)["y"].sum()))(params, inputs)
+    ones = (
+        {n: jnp.ones(v.type.shape) for n, v in values.items()}
+        for values in (graph.params, graph.inputs)
+    )
+    traced = jax.make_jaxpr(jax.grad(lambda w, x: run(w, x)["y"].sum()))(*ones)
     return re.findall(r":(\w+)\[[\d,]*\] = ragged_dot_general", str(traced))
 
 
@@ -253,9 +246,7 @@ def test_ragged_products_for_accelerators_are_narrow_forward_and_backward():
 def test_where_rows_meet_they_lie_in_slots():
     layer = Layer()
     experts, gates = layer.b.route(layer.logits(), top_k=2)
-    place = layer.b.assign_slots(
-        experts, tokens=("batch", "seq"), experts=EXPERTS, slots="capacity", capacity_factor=4.0
-    )
+    place = layer.assign(experts, slots="capacity", capacity_factor=4.0)
     rows = layer.b.dispatch(layer.x, experts, place)
     layer.graph.set_output("sums", layer.b.sum(rows, axes=("slot",)))
     layer.graph.set_output("y", layer.b.combine(rows, experts, place, gates))
@@ -271,5 +262,5 @@ def test_where_rows_meet_they_lie_in_slots():
     for dispatch in ("auto", "gather"):
         program = compiled(layer.graph, F64, options=Options(dispatch, poison=True))
         found = program.run(params, inputs)
-        for name in ("sums", "y"):
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-12)
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-12, atol=1e-12)

@@ -1,29 +1,31 @@
-"""Blocks that cover an expert's rows, and layers whose rows are never arrays of all rows."""
+"""Experts in blocks of rows and in parts of matrices: the same results, in less memory."""
 
 from functools import cache
 
 import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tiers import examples
-
-from moecc.ir import F64, parse, print_graph
-from moecc.testing import run_reference
-
-from .test_parts import draw, layer
-
-jax = pytest.importorskip("jax")
-
-import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.backend import function  # noqa: E402
-from moecc_backends.xla.kernels.grouped_matmul import (  # noqa: E402
+from moecc_backends.xla.backend import function
+from moecc_backends.xla.dispatch import blocks as expert_blocks
+from moecc_backends.xla.dispatch.blocks import ExpertParts, parts_of
+from moecc_backends.xla.kernels.grouped_matmul import (
     cover_blocks,
     cover_sizes,
     overhang,
     walk_experts,
 )
-from moecc_backends.xla.trace.context import Options  # noqa: E402
+from moecc_backends.xla.trace.context import Options
+from tiers import examples
+
+from moecc.ir import BF16, F32, F64, parse
+from moecc.testing import run_reference
+
+from .models import normal, values_and_gradients
+
+# --- blocks that cover an expert's rows
 
 SHAPES = ((5, 3), (100, 2), (900, 4), (2000, 4))
 """Rows and experts: fewer than the least block, one, and each step of sizes."""
@@ -65,58 +67,153 @@ def test_every_row_is_written_last_by_its_expert_in_few_blocks(data):
     assert blocks <= sum(-(-int(n) // whole) for n in group_sizes)
 
 
-@pytest.mark.parametrize("dispatch", ["blocks", "auto"])
-def test_a_layer_of_many_rows_is_the_reference(dispatch):
-    graph = layer()
+# --- layers whose rows are never arrays of all rows
+
+GATED = """
+  %a = contract %rows, %gate {{over=embed}} : f32[{rows}, mlp={mlp}]
+  %b = add %a, %bias : f32[{rows}, mlp={mlp}]
+  %s = silu %b : f32[{rows}, mlp={mlp}]
+  %u = contract %rows, %up {{over=embed}} : f32[{rows}, mlp={mlp}]
+  %m = mul %s, %u : f32[{rows}, mlp={mlp}]"""
+"""A gated expert up to its last product, with a bias for each unit."""
+
+NORMED = (
+    GATED
+    + """
+  %n = rms_norm %m, %scale {{axis=mlp, eps=1e-5}} : f32[{rows}, mlp={mlp}]"""
+)
+
+
+def layer(before=GATED, last="m", after="", out="o", *, tokens=700, embed=4, mlp=12):
+    """A layer of experts; the first is wanted by nearly all, the second by none."""
+    rows = "group=1, expert=4, slot=ragged(%slots)"
+    return parse(f"""moecc 1
+graph layer {{
+  input %x : f32[token={tokens}, embed={embed}]
+  input %wanted : pred[token={tokens}]
+  param %router : f32[expert=4, embed={embed}]
+  param %gate : f32[expert=4, mlp={mlp}, embed={embed}]
+  param %bias : f32[expert=4, mlp={mlp}]
+  param %scale : f32[mlp={mlp}]
+  param %up : f32[expert=4, mlp={mlp}, embed={embed}]
+  param %down : f32[expert=4, embed={embed}, mlp={mlp}]
+  param %late : f32[expert=4, embed={embed}]
+  %logits = contract %x, %router {{over=embed}} : f32[token={tokens}, expert=4]
+  %experts, %gates = route %logits {{top_k=2}} : i32[token={tokens}, choice=2], f32[token={tokens}, choice=2]
+  %slots = assign_slots %experts, %wanted {{tokens=token, experts=4, slots=ragged, using=mask}} : i32[token={tokens}, choice=2]
+  %rows = dispatch %x, %experts, %slots : f32[{rows}, embed={embed}]{before.format(rows=rows, mlp=mlp)}
+  %o = contract %{last}, %down {{over=mlp}} : f32[{rows}, embed={embed}]{after.format(rows=rows)}
+  %y = combine %{out}, %experts, %slots, %gates : f32[token={tokens}, embed={embed}]
+  output y = %y
+}}
+""")  # noqa: E501
+
+
+def on_cpu(graph, dispatch, dtype=F64):
+    return function(graph, dtype=dtype, options=Options(dispatch, platform="cpu"))
+
+
+def draw(graph):
+    rng = np.random.default_rng(0)
+    params = normal(rng, graph.params)
+    params["router"] = np.array([[9.0] * 4, [-9.0] * 4, [1, -1, 1, -1], [-1, 1, -1, 1]])
+    (tokens, _) = shape = graph.inputs["x"].type.shape
+    x = np.abs(rng.normal(size=shape))
+    x[::5] = 0
+    return params, {"x": x, "wanted": np.arange(tokens) % 5 > 0}
+
+
+def assert_is_the_reference(graph, dispatch):
     params, inputs = draw(graph)
-    inputs["x"][::5] = 0
     expected = run_reference(graph, params=params, inputs=inputs)["y"]
     with jax.enable_x64(True):
-        run = jax.jit(function(graph, dtype=F64, options=Options(dispatch, platform="cpu")))
-        found = run(params, inputs)["y"]
+        found = jax.jit(on_cpu(graph, dispatch))(params, inputs)["y"]
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def slopes(dispatch, dtype, remat=False):
-    """The gradients of half the square of the results, in parameters and tokens."""
-    graph = layer()
-    params, inputs = draw(graph)
-    inputs["x"][::5] = 0
-    run = function(graph, dtype=dtype, options=Options(dispatch, platform="cpu"))
-    forward = jax.checkpoint(run) if remat else run
-
-    def loss(params, x):
-        return jnp.sum(jnp.square(forward(params, {**inputs, "x": x})["y"])) / 2
-
-    return jax.jit(jax.grad(loss, (0, 1)))(params, inputs["x"])
+@pytest.mark.parametrize("dispatch", ["blocks", "auto"])
+def test_a_layer_of_many_rows_is_the_reference(dispatch):
+    assert_is_the_reference(layer(), dispatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [True, False])
 def test_gradients_of_many_rows_are_those_of_all_rows_at_once(remat):
+    graph = layer()
+    at_once, in_blocks = (on_cpu(graph, dispatch) for dispatch in ("grouped", "blocks"))
+    if remat:
+        in_blocks = jax.checkpoint(in_blocks)
     with jax.enable_x64(True):
-        expected, found = slopes("grouped", F64), slopes("blocks", F64, remat)
-    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-9)
+        (_, expected, _), (_, found, _) = (
+            values_and_gradients(run, *draw(graph), lambda out: jnp.sum(jnp.square(out["y"])) / 2)
+            for run in (at_once, in_blocks)
+        )
+    for name, slope in expected.items():
+        np.testing.assert_allclose(found[name], slope, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def compiled(graph, dispatch):
+    shapes = (
+        {n: jax.ShapeDtypeStruct(v.type.shape, v.type.dtype.numpy) for n, v in values.items()}
+        for values in (graph.params, graph.inputs)
+    )
+    return jax.jit(on_cpu(graph, dispatch, F32)).lower(*shapes).compile()
 
 
 def test_no_array_of_all_rows_is_made_but_their_results():
-    tokens, mlp = 4096, 512
-    text = print_graph(layer()).replace("mlp=12", f"mlp={mlp}")
-    text = text.replace("token=700", f"token={tokens}")
-    graph = parse(text)
-    shapes = {n: jax.ShapeDtypeStruct(v.type.shape, np.float32) for n, v in graph.params.items()}
-    inputs = {
-        "x": jax.ShapeDtypeStruct((tokens, 4), np.float32),
-        "wanted": jax.ShapeDtypeStruct((tokens,), np.bool_),
+    graph = layer(tokens=4096, mlp=512)
+    temporaries = {
+        dispatch: compiled(graph, dispatch).memory_analysis().temp_size_in_bytes
+        for dispatch in ("grouped", "blocks", "auto")
     }
+    hidden = 2 * 4096 * 512 * 4
+    assert temporaries["grouped"] > hidden
+    assert temporaries["blocks"] < hidden / 2
+    assert temporaries["auto"] == temporaries["blocks"]
 
-    def temporaries(dispatch):
-        run = function(graph, options=Options(dispatch, platform="cpu"))
-        compiled = jax.jit(run).lower(shapes, inputs).compile()
-        return int(compiled.memory_analysis().temp_size_in_bytes)
 
-    hidden = 2 * tokens * mlp * 4
-    assert temporaries("grouped") > hidden
-    assert temporaries("blocks") < hidden / 2
-    assert temporaries("auto") == temporaries("blocks")
+# --- experts that are done part by part
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Let every matrix be too large, and tell how experts are cut."""
+    parts = []
+
+    def told(*operands):
+        parts.append(parts_of(*operands))
+        return parts[-1]
+
+    monkeypatch.setattr(expert_blocks, "MOST_BYTES", 150)
+    monkeypatch.setattr(expert_blocks, "_LEAST_WIDTH", 1)
+    monkeypatch.setattr(expert_blocks, "parts_of", told)
+    return parts
+
+
+def test_parts_give_what_the_reference_gives(chosen):
+    assert_is_the_reference(layer(), "blocks")
+    assert chosen[0].count == 3
+
+
+LATE_BIAS = "\n  %late_o = add %o, %late : f32[{rows}, embed=4]"
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [layer(after=LATE_BIAS, out="late_o"), layer(NORMED, last="n")],
+    ids=["a bias behind the last product", "a norm over what is cut"],
+)
+def test_what_cannot_be_cut_is_done_whole(chosen, graph):
+    assert_is_the_reference(graph, "blocks")
+    assert set(chosen) == {ExpertParts()}
+
+
+def test_sums_that_are_rounded_are_not_cut(chosen):
+    jax.jit(on_cpu(layer(), "blocks", BF16))(*draw(layer()))
+    assert set(chosen) == {ExpertParts()}
+
+
+def test_a_compiled_program_copies_no_large_matrix_whole():
+    program = compiled(layer(embed=1024, mlp=2048), "blocks").as_text()
+    assert "f32[512,1024]" in program
+    assert "f32[2048,1024]" not in program

@@ -22,16 +22,15 @@ from moecc_backends.xla.trace.context import Options
 from moecc_passes.fuse import FuseAttentionPass
 
 from moecc.errors import InputError, UsageError
+from moecc.ir import F64, clone
 from moecc.ir import attention as attention_blocks
-from moecc.ir import clone
 from moecc.ir.attention import AttentionFacts, choose_attention
 from moecc.rewrite.passes import Context
-from moecc.testing.data import inputs_for
-from moecc.types import F64
+from moecc.testing import inputs_for
 from tests.support.attention_graphs import FORMS, Form
 from tests.support.tiers import few, some
 
-FLOATS = ("q", "k", "v", "bias", "sinks")
+from .models import values_and_gradients
 
 
 def fused(graph):
@@ -41,71 +40,72 @@ def fused(graph):
     return after
 
 
-def values_and_gradients(graph, inputs):
+def results(graph, inputs):
     """Return the output, and the gradient of a sum of it that weighs every element."""
-    run = function(graph, dtype=F64)
-    floats = {n: inputs[n] for n in FLOATS if n in inputs}
-    rest = {n: inputs[n] for n in inputs if n not in floats}
 
-    def total(floats):
-        y = run({}, {**floats, **rest})["y"]
-        weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
-        return jnp.sum(y * weight), y
+    def total(outputs):
+        y = outputs["y"]
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
     with jax.enable_x64(True):
-        (_, y), made = jax.jit(jax.value_and_grad(total, has_aux=True))(floats)
-    return {"y": np.asarray(y), **{f"d_{n}": np.asarray(d) for n, d in made.items()}}
+        run = function(graph, dtype=F64)
+        outputs, slopes, _ = values_and_gradients(run, {}, inputs, total)
+    return {**outputs, **slopes}
+
+
+def assert_is_its_parts(form, seed):
+    graph = form.graph()
+    inputs = inputs_for(graph, seed)
+    expected, found = results(graph, inputs), results(fused(graph), inputs)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-11, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("block", few([4, 128]))
 @pytest.mark.parametrize("name", some(FORMS, "all", "window", "longer than its keys"))
 def test_values_and_gradients_are_those_of_the_parts(name, block, monkeypatch):
     monkeypatch.setattr(attention_blocks, "BLOCK", block)
-    graph = FORMS[name].graph()
-    inputs = inputs_for(graph, 0)
-    expected = values_and_gradients(graph, inputs)
-    found = values_and_gradients(fused(graph), inputs)
-    assert found.keys() == expected.keys()
-    for what, array in expected.items():
-        np.testing.assert_allclose(found[what], array, rtol=1e-11, atol=1e-12, err_msg=what)
+    assert_is_its_parts(FORMS[name], 0)
 
 
-def test_many_blocks_are_a_loop(monkeypatch):
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(seq=23, kv_seq=23, causal=True, window=7, bias="seq kv_seq kv_head", sinks=True),
+        Form(seq=23, kv_seq=9, bias="batch kv_seq"),
+    ],
+    ids=["window", "fewer keys"],
+)
+def test_many_blocks_are_a_loop(form, monkeypatch):
     """Of more blocks than spans several share their keys, one after the other."""
     monkeypatch.setattr(attention_blocks, "BLOCK", 2)
     monkeypatch.setattr(attention_blocks, "MOST_SPANS", 3)
-    for form in (
-        Form(seq=23, kv_seq=23, causal=True, window=7, bias="seq kv_seq kv_head", sinks=True),
-        Form(seq=23, kv_seq=9, bias="batch kv_seq"),
-    ):
-        graph = form.graph()
-        inputs = inputs_for(graph, 1)
-        expected = values_and_gradients(graph, inputs)
-        for what, array in values_and_gradients(fused(graph), inputs).items():
-            np.testing.assert_allclose(array, expected[what], rtol=1e-11, atol=1e-12, err_msg=what)
+    assert_is_its_parts(form, 1)
 
 
-def test_spans_cover_each_query_once_and_every_key_it_sees():
-    for causal, window in ((False, 0), (True, 0), (True, 5)):
-        for queries, keys in ((1, 1), (128, 40), (300, 300), (5000, 4000)):
-            seen = np.zeros(queries, int)
-            for span in attention_blocks.spans(queries, keys, causal=causal, window=window):
-                first, last = span.start, span.start + span.blocks * span.size
-                seen[first:last] += 1
-                assert 0 <= span.first_key < span.last_key <= keys
-                if causal:
-                    assert span.last_key >= min(last, keys)
-                    least = max(first - window + 1, 0) if window else 0
-                    assert span.first_key <= least
-            assert (seen == 1).all()
+@pytest.mark.parametrize("window", [None, 0, 5])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (128, 40), (300, 300), (5000, 4000)])
+def test_spans_cover_each_query_once_and_every_key_it_sees(queries, keys, window):
+    """Of causal attention with a window or without (0), and of one that sees everything (None)."""
+    causal = window is not None
+    visits = np.zeros(queries, int)
+    for span in attention_blocks.spans(queries, keys, causal=causal, window=window or 0):
+        first, last = span.start, span.start + span.blocks * span.size
+        visits[first:last] += 1
+        assert 0 <= span.first_key < span.last_key <= keys
+        if causal:
+            assert span.last_key >= min(last, keys)
+            assert span.first_key <= (max(first - window + 1, 0) if window else 0)
+    assert (visits == 1).all()
 
 
 def test_what_sees_nothing_is_zero_and_has_no_gradient():
     graph = fused(FORMS["padding"].graph())
-    inputs = inputs_for(graph, 0)
+    inputs = inputs_for(graph)
     inputs["keep"] = np.zeros_like(inputs["keep"])
-    for what, array in values_and_gradients(graph, inputs).items():
-        assert not array.any(), what
+    for name, array in results(graph, inputs).items():
+        assert not array.any(), name
 
 
 def test_scores_are_never_whole():
@@ -136,8 +136,7 @@ def arrays_of(seq, *, sinks=False, bias=False):
     """Return operands with two key heads, which two query heads share each."""
     return AttentionArrays(
         drawn((2, 2, 2, seq, 16), 0),
-        drawn((2, 2, seq, 16), 1),
-        drawn((2, 2, seq, 16), 2),
+        *(drawn((2, 2, seq, 16), seed) for seed in (1, 2)),
         bias=drawn((1, 2, 2, seq, seq), 3) if bias else None,
         sinks=drawn((1, 2, 2, 1, 1), 4) if sinks else None,
     )
@@ -146,19 +145,18 @@ def arrays_of(seq, *, sinks=False, bias=False):
 def check_kernel(kernel, rule, arrays):
     """Check values and gradients against blocks of queries, which are held to the reference."""
 
-    def run(with_kernel):
+    def run(attend):
         def total(arrays):
-            y = with_kernel(rule, arrays)
+            y = attend(rule, arrays)
             return jnp.sum(jnp.sin(y)), y
 
-        (_, y), made = jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
-        return y, made
+        (_, y), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
+        return jax.tree.map(np.asarray, (y, jax.tree.leaves(gradients)))
 
-    runs = run(kernel), run(query_blocks.block_attention)
-    (y, made), (expected, gradients) = jax.tree.map(np.asarray, runs)
+    (y, gradients), (expected, slopes) = run(kernel), run(query_blocks.block_attention)
     assert np.abs(y - expected).max() <= 2e-6
-    for found, wanted in zip(jax.tree.leaves(made), jax.tree.leaves(gradients), strict=True):
-        assert np.abs(found - wanted).max() <= 5e-6 * np.abs(wanted).max()
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        assert np.abs(gradient - slope).max() <= 5e-6 * np.abs(slope).max()
 
 
 @pytest.mark.parametrize("name", some(KERNEL_FORMS, "window, soft cap and sinks"))
@@ -218,12 +216,12 @@ def test_gradients_of_keys_that_all_queries_of_a_mesh_share_are_added_up(monkeyp
 
 def test_a_forced_kernel_is_that_one_or_an_error():
     graph = fused(Form(seq=128, kv_seq=128, causal=True).graph())
-    inputs = {n: np.float32(a) for n, a in inputs_for(graph, 0).items()}
-    found = {
-        name: jax.jit(function(graph, options=Options(attention=name)))({}, inputs)["y"]
+    inputs = {n: np.float32(a) for n, a in inputs_for(graph).items()}
+    plain, blocks = (
+        jax.jit(function(graph, options=Options(attention=name)))({}, inputs)["y"]
         for name in ("plain", "blocks")
-    }
-    np.testing.assert_allclose(found["plain"], found["blocks"], atol=2e-6)
+    )
+    np.testing.assert_allclose(plain, blocks, atol=2e-6)
     with pytest.raises(InputError, match="values are as wide as") as caught:
         function(graph, options=Options(attention="splash"))({}, inputs)
     assert caught.value.problems[0].expected == "auto, blocks, plain"
@@ -258,9 +256,6 @@ def test_the_kernel_by_platform_and_form(changed, kernel, why):
     assert choice.kernel.name == kernel
     reasons = [reason for _, reason in choice.reasons]
     assert reasons == [] if why is None else why in reasons[0]
-
-
-# --- every family
 
 
 def test_the_share_of_scores_is_that_of_the_blocks():

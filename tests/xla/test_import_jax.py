@@ -3,10 +3,6 @@
 import os
 import sys
 
-import pytest
-
-pytest.importorskip("jax")
-
 from moecc_backends.xla import import_jax as quiet
 
 

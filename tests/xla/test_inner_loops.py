@@ -10,6 +10,8 @@ from moecc_backends.xla.lower.scan import LayerLoop, pieces_of
 
 from moecc.ir import F32, Builder, Graph, tensor
 
+from .models import normal
+
 RUNS, SIZE = 2, 4
 
 
@@ -21,44 +23,41 @@ def block(kinds, skip=False):
       skip: whether each layer reads the block's input, too.
     """
     body = Graph("body")
-    h = body.input("h", tensor(F32, batch="B", embed=SIZE))
-    start = h
+    h = start = body.input("h", tensor(F32, batch="B", embed=SIZE))
     weights = [body.input(f"w{i}", tensor(F32, out=SIZE, embed=SIZE)) for i in range(len(kinds))]
     shared = body.input("shared", tensor(F32, embed=SIZE))
     metrics = []
     for number, (kind, weight) in enumerate(zip(kinds, weights, strict=True)):
         b = Builder(body, loc=f"layers.{{{number}..{number + len(kinds)}..{len(kinds)}}}.ffn")
-        made = b.rename(b.contract(h, weight, over="embed"), axis="out", to="embed")
-        made = b.tanh(made) if kind == "d" else b.silu(made)
-        metrics.append(b.mean(b.square(made), axes=("batch", "embed")))
-        h = b.add(b.add(h, b.mul(made, shared)), start) if skip else b.add(h, b.mul(made, shared))
+        product = b.rename(b.contract(h, weight, over="embed"), axis="out", to="embed")
+        change = b.tanh(product) if kind == "d" else b.silu(product)
+        metrics.append(b.mean(b.square(change), axes=("batch", "embed")))
+        h = b.add(h, b.mul(change, shared))
+        h = b.add(h, start) if skip else h
     body.set_output("h", h)
     for number, metric in enumerate(metrics):
         body.set_output(f"metric{number}", metric)
     return body
 
 
-def repeated(kinds, remat, skip=False):
+def repeated(kinds, remat):
     """Return a graph that runs the block twice."""
-    body, graph = block(kinds, skip), Graph()
-    h, shared = (graph.input(n, body.inputs[n].type) for n in ("h", "shared"))
+    body, graph = block(kinds), Graph()
+    h, *weights, shared = body.inputs.values()
     layer = tensor(F32, layer=RUNS).axes
-    stacked = [
-        graph.param(n, v.type.with_axes((*layer, *v.type.axes)))
-        for n, v in body.inputs.items()
-        if n.startswith("w")
-    ]
+    stacked = [graph.param(w.name, w.type.with_axes((*layer, *w.type.axes))) for w in weights]
+    h, shared = (graph.input(v.name, v.type) for v in (h, shared))
     b = Builder(graph)
-    results = b.scan(h, *stacked, shared, over=(("layer", RUNS),), carries=1, remat=remat,
-                     stacked=len(stacked), body=body)  # fmt: skip
-    graph.set_output("y", results[0])
-    for number, metric in enumerate(results[1:]):
+    y, *metrics = b.scan(h, *stacked, shared, over=(("layer", RUNS),), carries=1, remat=remat,
+                         stacked=len(stacked), body=body)  # fmt: skip
+    graph.set_output("y", y)
+    for number, metric in enumerate(metrics):
         graph.set_output(f"m{number}", b.sum(metric, axes="layer"))
     return graph
 
 
 @pytest.mark.parametrize(
-    ("kinds", "skip", "found"),
+    ("kinds", "skip", "lengths"),
     [
         ("dddr", False, [3, 1]),
         ("rddd", False, [1, 3]),
@@ -69,9 +68,9 @@ def repeated(kinds, remat, skip=False):
         ("dddd", True, [1, 3]),
     ],
 )
-def test_equal_layers_that_follow_one_another_are_a_loop(kinds, skip, found):
+def test_equal_layers_that_follow_one_another_are_a_loop(kinds, skip, lengths):
     pieces = pieces_of(block(kinds, skip))
-    assert [len(p.layers) if isinstance(p, LayerLoop) else 1 for p in pieces] == found
+    assert [len(p.layers) if isinstance(p, LayerLoop) else 1 for p in pieces] == lengths
 
 
 def test_layers_that_hang_together_otherwise_are_no_loop():
@@ -88,13 +87,13 @@ def test_layers_that_hang_together_otherwise_are_no_loop():
 
 def scans(jaxpr):
     """Return how often each loop of `jaxpr` runs, those within first."""
-    found = []
+    lengths = []
     for equation in jaxpr.eqns:
         for inner in jaxprs_in_params(equation.params):
-            found += scans(inner)
+            lengths += scans(inner)
         if equation.primitive.name == "scan":
-            found.append(equation.params["length"])
-    return found
+            lengths.append(equation.params["length"])
+    return lengths
 
 
 OPTIMISED = {"xla_backend_optimization_level": 3}
@@ -104,27 +103,28 @@ about 20 differ by 1.3e-5."""
 
 def value_and_slopes(graph):
     rng = np.random.default_rng(0)
-    params = {n: rng.normal(size=v.type.shape).astype("f4") / 2 for n, v in graph.params.items()}
+    params = {n: a / 2 for n, a in normal(rng, graph.params, "f4").items()}
     inputs = {"h": rng.normal(size=(3, SIZE)).astype("f4"), "shared": np.ones(SIZE, "f4") * 0.7}
     run = function(graph)
 
     def loss(params):
-        made = run(params, inputs)
-        return jnp.sum(jnp.square(made["y"])) + sum(
-            made[n] * (2 + i) for i, n in enumerate(made) if n != "y"
-        )
+        outputs = run(params, inputs)
+        y = outputs.pop("y")
+        return jnp.sum(jnp.square(y)) + sum(m * (3 + i) for i, m in enumerate(outputs.values()))
 
     found = jax.jit(jax.value_and_grad(loss), compiler_options=OPTIMISED)(params)
     return *found, scans(jax.make_jaxpr(loss)(params).jaxpr)
 
 
-@pytest.mark.parametrize(("kinds", "remat"), [("dddr", "full"), ("ddrr", "save")])
-def test_values_and_gradients_of_a_loop_within_a_block(kinds, remat):
+@pytest.mark.parametrize(
+    ("kinds", "remat", "lengths"), [("dddr", "full", [3]), ("ddrr", "save", [2, 2])]
+)
+def test_values_and_gradients_of_a_loop_within_a_block(kinds, remat, lengths):
     """Losses of single layers come out of the loop one by one, the metrics of each among them."""
     value, slopes, once = value_and_slopes(repeated(kinds, "none"))
     found, found_slopes, loops = value_and_slopes(repeated(kinds, remat))
     assert once == [RUNS]
-    assert loops == [*{"dddr": (3,), "ddrr": (2, 2)}[kinds], RUNS]
+    assert loops == [*lengths, RUNS]
     np.testing.assert_allclose(found, value, rtol=1e-6)
     for name, array in slopes.items():
         np.testing.assert_allclose(found_slopes[name], array, atol=1e-5, err_msg=name)

@@ -1,13 +1,10 @@
 """Sorting choices by expert."""
 
 import hypothesis.strategies as st
+import jax
 import numpy as np
-import pytest
 from hypothesis import given, settings
-
-jax = pytest.importorskip("jax")
-
-from moecc_backends.xla.dispatch import sorted_rows as perm  # noqa: E402
+from moecc_backends.xla.dispatch import sorted_rows as perm
 
 SHAPES = ((1, 1), (7, 2), (33, 3), (64, 8))
 """Few shapes, so that few programs are compiled: the routing varies, not the program."""

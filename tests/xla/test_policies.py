@@ -1,39 +1,32 @@
 """In which type what is computed, and with which operations."""
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from moecc_backends.xla.backend import function
 
-from moecc.ir import Graph
-from moecc.ir.builder import Builder
-from moecc.testing import run_reference
-from moecc.types import BF16, F32, tensor
+from moecc.ir import BF16, F32, Builder, Graph, tensor
 
-from .models import compiled, decoder, relative
-
-jax = pytest.importorskip("jax")
-
-from moecc_backends.xla.backend import function  # noqa: E402
+from .models import decoder, relative, run_both
 
 
-def products(jaxpr):
+def every_equation(jaxpr):
     """Yield the equations of a jaxpr and of all that it calls."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from products(inner)
+        for inner in jaxprs_in_params(equation.params):
+            yield from every_equation(inner)
 
 
 @pytest.mark.parametrize("options", [{}, {"slots": "capacity"}], ids=["ragged", "capacity"])
 def test_the_router_computes_in_float32_and_nothing_else_does(options):
     graph, params, inputs = decoder("llama_gqa", experts=7, **options)
     jaxpr = jax.make_jaxpr(function(graph, dtype=BF16))(params, inputs)
-    equations = list(products(jaxpr.jaxpr))
+    equations = list(every_equation(jaxpr.jaxpr))
     names = {e.primitive.name for e in equations}
-    assert not {n for n in names if "ragged_dot" in n}
+    assert not any("ragged_dot" in n for n in names)
     assert "top_k" in names
     dots = [e for e in equations if e.primitive.name == "dot_general"]
     routers = [e for e in dots if e.outvars[0].aval.shape[-1] == 7]
@@ -55,17 +48,15 @@ def test_the_router_computes_in_float32_and_nothing_else_does(options):
 
 
 def test_the_weights_of_a_router_are_not_rounded():
-    only = Graph("router")
-    x = only.input("x", tensor(F32, batch="B", seq="S", embed=16))
-    router = only.param("router", tensor(F32, expert=4, embed=16))
-    bias = only.param("bias", tensor(F32, expert=4))
-    b = Builder(only)
+    graph = Graph("router")
+    x = graph.input("x", tensor(F32, batch="B", seq="S", embed=16))
+    router = graph.param("router", tensor(F32, expert=4, embed=16))
+    bias = graph.param("bias", tensor(F32, expert=4))
+    b = Builder(graph)
     logits = b.add(b.contract(x, router, over="embed"), bias)
-    only.set_output("gates", b.route(logits, top_k=1, gates="softmax")[1])
-    data = {"x": np.ones((1, 1, 16), np.float32)}
+    graph.set_output("gates", b.route(logits, top_k=1, gates="softmax")[1])
     weights = np.full((4, 16), 1 + 2**-10) * np.arange(4)[:, None]
     assert (weights.astype(ml_dtypes.bfloat16).astype(float) != weights).any()
-    arrays = {"router": weights, "bias": np.zeros(4)}
-    expected = run_reference(only, params=arrays, inputs=data)["gates"]
-    found = compiled(only, BF16).run(arrays, data)["gates"]
-    assert relative(found, expected) <= 1e-6
+    params = {"router": weights, "bias": np.zeros(4)}
+    found, expected = run_both(graph, params, {"x": np.ones((1, 1, 16), np.float32)}, BF16)
+    assert relative(found["gates"], expected["gates"]) <= 1e-6

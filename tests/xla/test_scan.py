@@ -11,31 +11,30 @@ from moecc_backends.xla.lower.contract import softmax
 from tiers import few
 
 from moecc.backend import get_backend
-from moecc.ir import BF16, F32, Builder, Graph, tensor
-from moecc.types import KEY, TensorType
+from moecc.ir import BF16, F32, Builder, Graph, TensorType, tensor
+from moecc.types import KEY
+
+from .models import normal, run_both, values_and_gradients
 
 RUNS = 3
 
 
-def sparse_body(runs=RUNS, embed=6, mlp=8):
+def sparse_body():
     """Return a body with attention and a mixture of experts, and a loss beside its carry."""
     body = Graph("body")
-    h = body.input("h", tensor(F32, batch="B", seq="S", embed=embed))
-    q, k, v, o = (
-        body.input(n, tensor(F32, **{a: embed, b: embed}))
-        for n, a, b in (("q", "q", "embed"), ("k", "q", "embed"), ("v", "q", "embed"),
-                        ("o", "embed", "q"))
-    )  # fmt: skip
-    router = body.input("router", tensor(F32, expert=4, embed=embed))
-    up = body.input("up", tensor(F32, expert=4, mlp=mlp, embed=embed))
-    down = body.input("down", tensor(F32, expert=4, embed=embed, mlp=mlp))
-    b = Builder(body, loc=f"layers.{{0..{runs - 1}}}.attention")
+    h = body.input("h", tensor(F32, batch="B", seq="S", embed=6))
+    q, k, v = (body.input(n, tensor(F32, q=6, embed=6)) for n in "qkv")
+    o = body.input("o", tensor(F32, embed=6, q=6))
+    router = body.input("router", tensor(F32, expert=4, embed=6))
+    up = body.input("up", tensor(F32, expert=4, mlp=8, embed=6))
+    down = body.input("down", tensor(F32, expert=4, embed=6, mlp=8))
+    b = Builder(body, loc=f"layers.{{0..{RUNS - 1}}}.attention")
     query = b.contract(h, q, over="embed")
     keys, values = (b.rename(b.contract(h, w, over="embed"), axis="seq", to="kv_seq")
                     for w in (k, v))  # fmt: skip
     weights = b.softmax(b.contract(query, keys, over="q"), axis="kv_seq")
     h = b.add(h, b.contract(b.contract(weights, values, over="kv_seq"), o, over="q"))
-    b.loc = f"layers.{{0..{runs - 1}}}.ffn"
+    b.loc = f"layers.{{0..{RUNS - 1}}}.ffn"
     logits = b.contract(h, router, over="embed", precision="f32")
     experts, gates = b.route(logits, top_k=2)
     place = b.assign_slots(experts, tokens=("batch", "seq"), experts=4)
@@ -50,31 +49,22 @@ def sparse_body(runs=RUNS, embed=6, mlp=8):
 def scanned(remat="none", save=()):
     """Return a graph that repeats the body, with stacked parameters of all its weights."""
     body, graph = sparse_body(), Graph()
-    given = []
-    for name, value in body.inputs.items():
-        if not given:
-            given.append(graph.input(name, value.type))
-        else:
-            # The axis need not come first.
-            axes = value.type.with_axes((*value.type.axes, *tensor(F32, layer=RUNS).axes))
-            given.append(graph.param(name, axes))
+    h, *weights = body.inputs.values()
+    layer = tensor(F32, layer=RUNS).axes
+    # The axis need not come first.
+    stacks = [graph.param(w.name, w.type.with_axes((*w.type.axes, *layer))) for w in weights]
     b = Builder(graph)
-    y, losses = b.scan(*given, over=(("layer", RUNS),), carries=1, stacked=len(given) - 1,
-                       remat=remat, save=save, body=body)  # fmt: skip
+    y, losses = b.scan(graph.input("h", h.type), *stacks, over=(("layer", RUNS),), carries=1,
+                       stacked=len(stacks), remat=remat, save=save, body=body)  # fmt: skip
     graph.set_output("y", y)
     graph.set_output("loss", b.sum(losses, axes="layer"))
     return graph
 
 
-def data(graph, seed=0):
-    rng = np.random.default_rng(seed)
-    sizes = {"B": 2, "S": 5}
-    shapes = {
-        n: [a.size if isinstance(a.size, int) else sizes[str(a.size)] for a in v.type.axes]
-        for n, v in {**graph.params, **graph.inputs}.items()
-    }
-    made = {n: rng.normal(size=s).astype("f4") / 2 for n, s in shapes.items()}
-    return {n: made[n] for n in graph.params}, {n: made[n] for n in graph.inputs}
+def data(graph):
+    rng = np.random.default_rng(0)
+    params = {n: a / 2 for n, a in normal(rng, graph.params, "f4").items()}
+    return params, {"h": rng.normal(size=(2, 5, 6)).astype("f4") / 2}
 
 
 CASES = [("none", ()), ("full", ()), ("save", ("router", "rows", "experts"))]
@@ -83,9 +73,7 @@ CASES = [("none", ()), ("full", ()), ("save", ("router", "rows", "experts"))]
 @pytest.mark.parametrize(("remat", "save"), CASES)
 def test_values_are_those_of_the_reference(remat, save):
     graph = scanned(remat, save)
-    params, inputs = data(graph)
-    expected = get_backend("reference").compile(graph).run(params, inputs)
-    found = get_backend("xla").compile(graph).run(params, inputs)
+    found, expected = run_both(graph, *data(graph), F32)
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
 
@@ -93,14 +81,11 @@ def test_values_are_those_of_the_reference(remat, save):
 @cache
 def gradients(remat, save):
     graph = scanned(remat, save)
-    params, inputs = data(graph)
-    run = function(graph)
 
-    def loss(params):
-        outputs = run(params, inputs)
+    def total(outputs):
         return jnp.sum(jnp.square(outputs["y"])) + outputs["loss"]
 
-    return {n: np.asarray(a) for n, a in jax.jit(jax.grad(loss))(params).items()}
+    return values_and_gradients(function(graph), *data(graph), total)[1]
 
 
 @pytest.mark.parametrize(("remat", "save"), few(CASES[:0:-1]))
@@ -139,8 +124,8 @@ def test_the_derivative_of_a_softmax():
 
 def test_keys_are_stacked_and_captured():
     body = Graph("body")
-    h, own, shared = (body.input("h", tensor(F32, batch=4)), body.input("own", TensorType(KEY)),
-                      body.input("shared", TensorType(KEY)))  # fmt: skip
+    h = body.input("h", tensor(F32, batch=4))
+    own, shared = (body.input(n, TensorType(KEY)) for n in ("own", "shared"))
     b = Builder(body)
     body.set_output("h", b.add(b.add(h, b.random_normal(own, h)), b.random_uniform(shared, h)))
     graph = Graph()
@@ -150,11 +135,10 @@ def test_keys_are_stacked_and_captured():
     (y,) = b.scan(x, keys, key, over=(("layer", 3),), carries=1, stacked=1, body=body)
     graph.set_output("y", y)
     inputs = {"x": np.zeros(4, "f4"), "key": np.array(7, np.uint64)}
-    expected = get_backend("reference").compile(graph).run({}, inputs)["y"]
-    found = get_backend("xla").compile(graph).run({}, inputs)["y"]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    traced = jax.jit(function(graph))({}, jax_inputs(graph, inputs))["y"]
-    np.testing.assert_allclose(traced, expected, rtol=1e-5)
+    found, expected = run_both(graph, {}, inputs, F32)
+    traced = jax.jit(function(graph))({}, jax_inputs(graph, inputs))
+    for outputs in (found, traced):
+        np.testing.assert_allclose(outputs["y"], expected["y"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])

@@ -3,13 +3,9 @@
 import numpy as np
 import pytest
 
-from moecc.model.open import open_model
-from moecc.testing import run_reference
-from moecc.types import F32, F64
+from moecc.ir import F32
 
-from .models import GOLDEN, compiled, decoder, relative
-
-jax = pytest.importorskip("jax")
+from .models import GOLDEN, compiled, decoder, open_golden, relative, run_both
 
 
 @pytest.mark.parametrize(
@@ -35,7 +31,7 @@ def test_equal_layers_are_compiled_once(case, options, distinct):
 
 def test_the_parameters_of_a_model_are_made_one_at_a_time():
     """Asking whether a parameter is there makes none."""
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
+    with open_golden("llama_gqa") as model:
         reads = []
         original = model.checkpoint.read
 
@@ -59,8 +55,7 @@ def test_values_that_cross_layers_and_are_returned_stay_alive():
     graph.set_output("first", norms[0])
     graph.set_output("tokens_again", graph.inputs["tokens"])
     graph.set_output("weight", graph.params["model.norm.weight"])
-    found = compiled(graph, F64).run(params, inputs)
-    expected = run_reference(graph, params=params, inputs=inputs)
+    found, expected = run_both(graph, params, inputs)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert relative(found[name], array) <= 1e-12

@@ -1,21 +1,16 @@
 """Texts that are continued with caches have the tokens that the whole graph gives them."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-pytest.importorskip("jax")
-
 from tiers import few, some
 
 from moecc.backend import get_backend
 from moecc.decoding import DecodeGraphs, DecodingBatch, Sampling
+from moecc.ir import F32
 from moecc.jobs.generate import Continuer, Continuing
-from moecc.model.open import open_model
-from moecc.types import F32
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+from .models import open_golden
+
 PROMPTS = ([5, 3, 11], [7], [1, 2, 3, 4, 5, 6])
 
 
@@ -32,6 +27,11 @@ def expected(model, how):
     return [line[len(text) :] for line, text in zip(lines, PROMPTS, strict=True)]
 
 
+def decoding(model):
+    graphs = DecodeGraphs.of(model.graph)
+    return DecodingBatch(graphs, model.params(), backend=get_backend("xla"), dtype=F32)
+
+
 def continued(model, prompts, how):
     steps = list(Continuer(model).texts(prompts, how))
     return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
@@ -46,7 +46,7 @@ CASES = (
 @pytest.mark.parametrize("case", some(CASES, "mixtral_gqa", "qwen3_5_text_square"))
 @pytest.mark.parametrize("sampling", few([Sampling(), Sampling(1.0, seed=3)]))
 def test_prompts_of_different_lengths(case, sampling):
-    with open_model(str(GOLDEN / case)) as model:
+    with open_golden(case) as model:
         how = Continuing(4, sampling)
         found = continued(model, PROMPTS, how)
         assert found == expected(model, how)
@@ -54,7 +54,7 @@ def test_prompts_of_different_lengths(case, sampling):
 
 
 def test_a_text_ends_before_a_token_that_stops_it():
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
+    with open_golden("llama_gqa") as model:
         free = continued(model, PROMPTS, Continuing(8))
         stop = free[0][2]
         ended = continued(model, PROMPTS, Continuing(8, stop=frozenset([stop])))
@@ -64,11 +64,9 @@ def test_a_text_ends_before_a_token_that_stops_it():
 
 def test_caches_grow():
     """Longer than the smallest cache, a text has the logits that it has at once."""
-    with open_model(str(GOLDEN / "llama_square_mlp")) as model:
+    with open_golden("llama_square_mlp") as model:
         text = [int(t) for t in np.random.default_rng(0).integers(0, 16, 70)]
-        batch = DecodingBatch(
-            DecodeGraphs.of(model.graph), model.params(), backend=get_backend("xla"), dtype=F32
-        )
+        batch = decoding(model)
         found = [batch.begin([text[:60]])[0], *(batch.step([t])[0] for t in text[60:])]
         tokens = {"tokens": np.array([text], np.int32)}
         whole = get_backend("xla").compile(model.graph).run(dict(model.params()), tokens)["logits"]
@@ -77,24 +75,20 @@ def test_caches_grow():
 
 def test_steps_that_are_announced_compile_one_shape():
     """A cache that has room for all tokens from the start does not grow."""
-    with open_model(str(GOLDEN / "llama_square_mlp")) as model:
+    with open_golden("llama_square_mlp") as model:
         continuer = Continuer(model)
         assert len(list(continuer.texts([[5]], Continuing(80)))) == 80
         (batch,) = continuer._readers.values()
-    programs = batch._session._compiled
-    assert {program._cache_size() for program in programs.values()} == {1}
+    programs = batch._session._compiled.values()
+    assert {program._cache_size() for program in programs} == {1}
 
 
 def test_caches_are_updated_in_place():
     """What goes in is given up: memory does not grow by a cache a layer and a step."""
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        backend = get_backend("xla")
-        batch = DecodingBatch(
-            DecodeGraphs.of(model.graph), model.params(), backend=backend, dtype=F32
-        )
+    with open_golden("llama_gqa") as model:
+        batch = decoding(model)
         batch.begin([[1, 2]])
-        session = batch._session
-        before = dict(session._values)
+        before = dict(batch._session._values)
         batch.step([3])
     assert before
     assert all(array.is_deleted() for array in before.values())

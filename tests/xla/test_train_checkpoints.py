@@ -4,35 +4,29 @@ import errno
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from tiers import few
 
 from moecc.errors import MachineError
 from moecc.formats.run import LINEAGE_SCHEMA, check_step, saved_steps
 from moecc.ir import clone
-from moecc.model.open import open_model
-from moecc.plan.step import StepConfig
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe import OptimizerSection
 from moecc.train.run import Position, create_run
-from moecc.train.settings import StepSpec
 from moecc.train.state import canonical
 
-jax = pytest.importorskip("jax")
+from .models import apply_passes, open_golden
+
+pytest.importorskip("optax")
 pytest.importorskip("orbax.checkpoint")
 
-import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.train.checkpoints import (  # noqa: E402
-    RunCheckpoints,
-    Saver,
-    _failed,
-    load,
-)
-from moecc_backends.xla.train.step import make_train_step  # noqa: E402
+from moecc_backends.xla.train.checkpoints import RunCheckpoints, Saver, _failed, load
 
-from tests.support.tiers import few  # noqa: E402
+from .train.small import make_step
 
 SIZES = {"B": 8, "S": 8}
 
@@ -49,73 +43,68 @@ PROGRAMS = [
 
 @pytest.fixture(scope="module")
 def model():
-    with open_model("tests/golden/llama_gqa") as opened:
-        run_pipeline(opened.graph, Pipeline.parse("upcycle{experts=4 top-k=2}"))
+    with open_golden("llama_gqa") as opened:
+        apply_passes(opened.graph, "upcycle{experts=4 top-k=2}")
         yield opened
 
 
 @pytest.fixture(scope="module")
-def made(model):
+def canonical_model(model):
     return canonical(model.graph)
 
 
-def checkpoints(run, made, model, passes, update, beside=True):
-    graph = clone(made.graph)
-    run_pipeline(graph, Pipeline.parse(passes), context=Context(allow_unmatched=True))
-    devices = jax.devices()[: 8 if "mesh=" in passes else 1]
-    step = make_train_step(
-        graph,
-        StepSpec(SIZES, StepConfig(dtype="f32", micro_batches=1), OptimizerSection(update)),
-        devices,
+@pytest.fixture
+def run(tmp_path):
+    lineage = {"schema": LINEAGE_SCHEMA}
+    create_run(
+        tmp_path / "run", recipe="", graph="", lineage=lineage, source={"config.json": b"{}"}
     )
-    params = step.abstract_state["params"]
-
-    def start():
-        state = step.init(load(graph, made.weights, model.checkpoint.read, params))
-        moved = jax.tree.map(lambda x: x + jnp.asarray(0.5, x.dtype), state)
-        return moved, Position()
-
-    saver = Saver(run, 2, beside)
-    return RunCheckpoints(run, graph, lambda _: step.abstract_state, start, saver, "sha256:0")
+    return tmp_path / "run"
 
 
-def raised(error):
-    raise error
+@pytest.fixture
+def open_store(run, canonical_model, model):
+    """Return a function to the checkpoints of the run, for a program made by some passes."""
 
+    def open_store(passes=FLAT, update="adamw", beside=True):
+        graph = clone(canonical_model.graph)
+        run_pipeline(graph, Pipeline.parse(passes), context=Context(allow_unmatched=True))
+        step = make_step(
+            graph, SIZES, OptimizerSection(update), devices=8 if "mesh=" in passes else 1
+        )
 
-def canonical_arrays(store, state):
-    return {key: np.asarray(array) for key, array in store._tensors(state, 0).items()}
+        def start():
+            params = step.abstract_state["params"]
+            state = step.init(load(graph, canonical_model.weights, model.checkpoint.read, params))
+            return jax.tree.map(lambda x: x + np.asarray(0.5, x.dtype), state), Position()
+
+        saver = Saver(run, 2, beside)
+        return RunCheckpoints(run, graph, lambda _: step.abstract_state, start, saver, "sha256:0")
+
+    return open_store
 
 
 @pytest.mark.parametrize(("update", "beside"), few([("adamw", True), ("adafactor", False)]))
 def test_any_program_restores_what_any_other_saved(
-    made,
-    model,
-    update,
-    beside,
-    tmp_path,
-    monkeypatch,
+    canonical_model, run, open_store, update, beside, monkeypatch
 ):
     if beside:
         # As of an accelerator: tensors are made in the memory of its host.
         pinned = "moecc_backends.xla.train.checkpoints._on_host"
         monkeypatch.setattr(pinned, lambda where: where.with_memory_kind("pinned_host"))
-    run, found = tmp_path / "run", []
-    create_run(
-        run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}
-    )
+    restored = []
     for number, passes in enumerate(PROGRAMS):
-        store = checkpoints(run, made, model, passes, update, beside)
+        store = open_store(passes, update, beside)
         state, at, best, _ = store.begin()
         assert at == (Position() if number == 0 else Position(number, 10 * number, (1,)))
         assert best == (None if number == 0 else 3.0)
-        found.append(canonical_arrays(store, state))
+        restored.append({key: np.asarray(a) for key, a in store._tensors(state, 0).items()})
         done = store.save(state, Position(number + 1, 10 * number + 10, (1,)), 3.0 + number, False)
         assert [saved.step for saved in done] == [number + 1] * (not beside)
         assert [saved.step for saved in store.wait()] == [number + 1] * beside
         store.saver.close()
-    first, *rest = found
-    assert {f"params.{name}" for name in made.graph.params} < first.keys()
+    first, *rest = restored
+    assert {f"params.{name}" for name in canonical_model.graph.params} < first.keys()
     for other in rest:
         assert other.keys() == first.keys()
         for key, array in other.items():
@@ -123,12 +112,8 @@ def test_any_program_restores_what_any_other_saved(
     assert [s.number for s in saved_steps(run)] == [1, 3, 4]
 
 
-def test_an_evaluation_is_added_to_the_checkpoint_that_lacks_it(made, model, tmp_path):
-    run = tmp_path / "run"
-    create_run(
-        run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}
-    )
-    store = checkpoints(run, made, model, FLAT, "adamw")
+def test_an_evaluation_is_added_to_the_checkpoint_that_lacks_it(run, open_store):
+    store = open_store()
     state, *_ = store.begin()
     store.save(state, Position(1, 10), None, True)
     store.wait()
@@ -140,19 +125,18 @@ def test_an_evaluation_is_added_to_the_checkpoint_that_lacks_it(made, model, tmp
 
 
 def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
-    made, model, tmp_path, monkeypatch
+    run, open_store, monkeypatch
 ):
-    run = tmp_path / "run"
-    create_run(
-        run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}
-    )
-    store = checkpoints(run, made, model, FLAT, "adamw")
+    store = open_store()
     state, *_ = store.begin()
     store.save(state, Position(1), None, False)
     store.wait()
+
+    def replace(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     # The disk is filled while the arrays are written, and is found full when the step is finished.
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr("os.replace", lambda *_: raised(full))
+    monkeypatch.setattr("os.replace", replace)
     store.save(state, Position(2), None, False)
     with pytest.raises(MachineError, match="No space left"):
         store.wait()

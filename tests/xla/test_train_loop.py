@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from moecc_backends.xla.train.loop import Loop
 
 from moecc.errors import MachineError
-from moecc.train.events import (
-    Evaluated,
-    GuardFault,
-    Reason,
-    Skipped,
-    Stepped,
-    Stopped,
-)
+from moecc.train.events import Evaluated, GuardFault, Reason, Skipped, Stepped, Stopped
 from moecc.train.recipe import GuardSection, RunSection
 from moecc.train.run import Position
 
-jax = pytest.importorskip("jax")
-
-import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.train.loop import Loop  # noqa: E402
+NOT_FINITE = (GuardFault("gradient_norm", inf),)
+TWO_SKIPS = GuardSection(skips=2)
 
 
 @dataclass
 class Counting:
     """A step that adds the numbers of its batches; it skips those of `bad`."""
 
-    bad: frozenset[int] = frozenset()
+    bad: Collection[int] = ()
 
     def step(self, state, batch, key, rate):
         number = int(batch["number"])
@@ -93,15 +88,11 @@ class InMemory:
         return [at.step for _, at, _ in self.kept]
 
 
-def loop(
-    run,
-    program=Counting(),  # noqa: B008
-    feed=Numbers(),  # noqa: B008
-    checkpoints=None,
-    stop=lambda: None,
-    clock=lambda: 0.0,
-):
+def loop(program=Counting(), feed=Numbers(), checkpoints=None, stop=lambda: None,  # noqa: B008
+         clock=lambda: 0.0, **section):  # fmt: skip
+    """Return the events of a run, and its checkpoints."""
     store = InMemory() if checkpoints is None else checkpoints
+    run = RunSection(**section)
     return list(Loop(program, feed, store, run, lambda s: 0.1, stop, clock).events()), store
 
 
@@ -110,7 +101,7 @@ def kinds(events):
 
 
 def test_a_run_steps_to_its_end_and_is_saved():
-    events, store = loop(RunSection(steps=3))
+    events, store = loop(steps=3)
     assert [e.step for e in events] == [1, 2, 3, 3]
     assert events[-1] == Stopped(3, Reason.DONE)
     assert [e.tokens for e in events if isinstance(e, Stepped)] == [10, 20, 30]
@@ -118,76 +109,69 @@ def test_a_run_steps_to_its_end_and_is_saved():
 
 
 def test_it_is_saved_by_steps_and_by_time():
-    assert loop(RunSection(steps=7, save_steps=3))[1].steps == [3, 6, 7]
+    assert loop(steps=7, save_steps=3)[1].steps == [3, 6, 7]
     ticks = iter(range(100))
-    _, store = loop(RunSection(steps=7, save_minutes=0.05), clock=lambda: float(next(ticks)))
+    _, store = loop(steps=7, save_minutes=0.05, clock=lambda: float(next(ticks)))
     assert len(store.steps) > 2
     assert store.steps[-1] == 7
 
 
 def test_it_is_evaluated_by_steps_and_at_the_end_and_the_best_is_saved():
     feed = Numbers({"a": 2})
-    events, store = loop(RunSection(steps=5, evaluate_steps=2), feed=feed)
-    found = [(e.step, e.losses["a"]) for e in events if isinstance(e, Evaluated)]
-    assert found == [(2, 9.8), (4, 9.6), (5, 9.5)]
+    events, store = loop(steps=5, evaluate_steps=2, feed=feed)
+    losses = [(e.step, e.losses["a"]) for e in events if isinstance(e, Evaluated)]
+    assert losses == [(2, 9.8), (4, 9.6), (5, 9.5)]
     assert store.steps == [2, 4, 5]
-    again, _ = loop(RunSection(steps=8, evaluate_steps=2), feed=feed, checkpoints=store)
+    again, _ = loop(steps=8, evaluate_steps=2, feed=feed, checkpoints=store)
     assert [e.step for e in again if isinstance(e, Evaluated)] == [6, 8]
 
 
 def test_a_resumed_run_goes_on_with_the_next_batch():
-    _, store = loop(RunSection(steps=3))
-    events, _ = loop(RunSection(steps=5), checkpoints=store)
+    _, store = loop(steps=3)
+    events, _ = loop(steps=5, checkpoints=store)
     assert [e.step for e in events] == [4, 5, 5]
     assert store.kept[-1] == ((0, 1, 2, 3, 4), Position(5, 50), None)
-    assert kinds(loop(RunSection(steps=5), checkpoints=store)[0]) == "St"
+    assert kinds(loop(steps=5, checkpoints=store)[0]) == "St"
     assert store.steps == [3, 5]
 
 
 def test_a_skipped_step_counts_and_trains_on_nothing():
-    run = RunSection(steps=4, guard=GuardSection(skips=2))
-    events, store = loop(run, Counting(frozenset({1})))
-    assert [type(e).__name__ for e in events] == ["Stepped", "Skipped", *["Stepped"] * 2, "Stopped"]
+    events, store = loop(Counting({1}), steps=4, guard=TWO_SKIPS)
+    assert [type(e) for e in events] == [Stepped, Skipped, Stepped, Stepped, Stopped]
     assert store.kept[-1] == ((0, 2, 3), Position(4, 30), None)
-    skipped = events[1]
-    assert isinstance(skipped, Skipped)
-    assert skipped.faults == (GuardFault("gradient_norm", inf),)
+    assert events[1].faults == NOT_FINITE
 
 
 def test_too_many_skips_return_to_the_checkpoint_and_leave_their_batches_out():
-    run = RunSection(steps=6, save_steps=2, guard=GuardSection(skips=2))
-    events, store = loop(run, Counting(frozenset({3, 4})))
+    events, store = loop(Counting({3, 4}), steps=6, save_steps=2, guard=TWO_SKIPS)
     back = next(e for e in events if isinstance(e, Skipped) and e.back_to is not None)
     # Batch 2 made the parameters that batches 3 and 4 are skipped with.
     assert (back.back_to, back.left_out) == (2, (2, 3, 4))
-    assert store.kept[-1][0] == (0, 1, 5, 6, 7, 8)
-    assert store.kept[-1][1] == Position(6, 60, (2, 3, 4))
+    assert store.kept[-1][:2] == ((0, 1, 5, 6, 7, 8), Position(6, 60, (2, 3, 4)))
     # No checkpoint lies between skipped steps.
     assert store.steps == [2, 4, 6]
 
 
 def test_a_second_streak_after_the_same_checkpoint_stops_the_run():
-    run = RunSection(steps=9, save_steps=2, guard=GuardSection(skips=2))
-    events, store = loop(run, Counting(frozenset({3, 4, 5, 6})))
-    assert events[-1] == Stopped(2, Reason.GUARD, (GuardFault("gradient_norm", inf),))
+    events, store = loop(Counting({3, 4, 5, 6}), steps=9, save_steps=2, guard=TWO_SKIPS)
+    assert events[-1] == Stopped(2, Reason.GUARD, NOT_FINITE)
     assert store.steps == [2]
 
 
 def test_what_is_not_finite_from_the_first_step_stops_the_run():
-    run = RunSection(steps=20, guard=GuardSection(skips=3))
-    events, store = loop(run, Counting(frozenset(range(100))))
+    events, store = loop(Counting(range(100)), steps=20, guard=GuardSection(skips=3))
     assert kinds(events) == "Sk" * 7 + "St"
-    assert events[-1] == Stopped(0, Reason.GUARD, (GuardFault("gradient_norm", inf),))
+    assert events[-1] == Stopped(0, Reason.GUARD, NOT_FINITE)
     assert store.kept == []
 
 
 def test_a_request_to_stop_is_honoured_after_the_step_and_saved():
     asked = iter([None, None, Reason.TERMINATED])
-    events, store = loop(RunSection(steps=9), stop=lambda: next(asked))
+    events, store = loop(steps=9, stop=lambda: next(asked))
     assert [e.step for e in events] == [1, 2, 3, 3]
     assert events[-1] == Stopped(3, Reason.TERMINATED)
     assert store.steps == [3]
-    rest, _ = loop(RunSection(steps=9), checkpoints=store)
+    rest, _ = loop(steps=9, checkpoints=store)
     assert isinstance(rest[-1], Stopped)
     assert store.kept[-1][0] == tuple(range(9))
 
@@ -196,39 +180,37 @@ def test_a_request_to_stop_is_honoured_after_the_step_and_saved():
 @pytest.mark.parametrize("steps", [2, 5], ids=["last", "between"])
 def test_a_request_to_stop_is_saved_before_the_evaluation_that_is_due(asked, steps):
     """The run that goes on evaluates first, and the two are as one that was not stopped."""
-    feed, run = Numbers({"a": 2}), RunSection(steps=steps, save_steps=9, evaluate_steps=2)
-    whole, alone = loop(run, feed=feed)
+    run = partial(loop, feed=Numbers({"a": 2}), steps=steps, save_steps=9, evaluate_steps=2)
+    whole, alone = run()
     calls = iter([*[None] * (asked - 2), *[Reason.TERMINATED] * 2])
-    events, store = loop(run, feed=feed, stop=lambda: next(calls))
+    events, store = run(stop=lambda: next(calls))
     assert kinds(events) == "StStSt"
     assert events[-1] == Stopped(2, Reason.TERMINATED)
     assert store.kept == [((0, 1), Position(2, 20), None)]
-    again, _ = loop(run, feed=feed, checkpoints=store, stop=lambda: Reason.TERMINATED)
+    again, _ = run(checkpoints=store, stop=lambda: Reason.TERMINATED)
     assert again == [Stopped(2, Reason.TERMINATED)]
-    resumed, _ = loop(run, feed=feed, checkpoints=store)
+    resumed, _ = run(checkpoints=store)
     assert kinds([*events[:2], *resumed]) == kinds(whole)
     assert resumed[0] == whole[2]
     assert store.kept == alone.kept
 
 
-def test_a_failed_save_reaches_the_reader_of_the_events(tmp_path):
+def test_a_failed_save_reaches_the_reader_of_the_events():
     class Full(InMemory):
         def save(self, state, at, loss, is_unevaluated):
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
-        loop(RunSection(steps=2, save_steps=1), checkpoints=Full())
-
-
-@dataclass
-class TooLarge(Counting):
-    """A step that no device has the memory for."""
-
-    def step(self, state, batch, key, rate):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        loop(steps=2, save_steps=1, checkpoints=Full())
 
 
 def test_memory_that_is_too_small_is_an_error_of_the_machine():
+    class TooLarge(Counting):
+        def step(self, state, batch, key, rate):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+            )
+
     with pytest.raises(MachineError, match="memory of a device is too small") as error:
-        loop(RunSection(steps=3), TooLarge())
+        loop(TooLarge(), steps=3)
     assert "run.micro_batches" in str(error.value)

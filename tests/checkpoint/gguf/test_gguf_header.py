@@ -22,20 +22,20 @@ SECONDS = 1.0
 MEGABYTES = 64
 
 
-def refused(path, read=read_gguf_header):
-    """Return the error, having checked what it cost; CPU time, because the machine is shared."""
+def refused(path):
+    """Return the message, having checked what it cost; CPU time, because the machine is shared."""
     begin = time.process_time()
     with pytest.raises(InputError) as caught:
-        read(path)
+        read_gguf_header(path)
     assert time.process_time() - begin < SECONDS
     tracemalloc.start()
     try:
         with pytest.raises(InputError):
-            read(path)
+            read_gguf_header(path)
         assert tracemalloc.get_traced_memory()[1] < MEGABYTES << 20
     finally:
         tracemalloc.stop()
-    return caught.value
+    return str(caught.value)
 
 
 def key(name, code, body):
@@ -44,6 +44,18 @@ def key(name, code, body):
 
 def preamble(tensors, keys, version=3):
     return b"GGUF" + struct.pack("<IQQ", version, tensors, keys)
+
+
+def one_key(code, body):
+    return preamble(0, 1) + key(b"a", code, body)
+
+
+def one_array(code, count, values=b""):
+    return one_key(9, struct.pack("<IQ", code, count) + values)
+
+
+def one_tensor(axes):
+    return preamble(1, 0) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", axes) + bytes(64)
 
 
 def test_reads_every_kind_of_value(builder, tmp_path):
@@ -110,41 +122,24 @@ HOSTILE = {
     "key of 2^63": (preamble(0, 1) + struct.pack("<Q", HUGE) + bytes(16), "9,223,372,036,854,775"),
     "array of 2^63": (
         # The 49 bytes at which the package's own reader hangs.
-        preamble(0, 1) + key(b"a", 9, struct.pack("<IQ", 0, HUGE)),
+        one_array(0, HUGE),
         "metadata key 'a'",
     ),
-    "array of 2^61 u64": (
-        preamble(0, 1) + key(b"a", 9, struct.pack("<IQ", 10, 1 << 61)),
-        "metadata key 'a'",
-    ),
+    "array of 2^61 u64": (one_array(10, 1 << 61), "metadata key 'a'"),
     "too many strings": (
-        preamble(0, 1)
-        + key(b"a", 9, struct.pack("<IQ", 8, MAX_STRINGS + 1))
-        + bytes(8 * MAX_STRINGS + 8),
+        one_array(8, MAX_STRINGS + 1, bytes(8 * MAX_STRINGS + 8)),
         "too many strings",
     ),
     "string in an array": (
-        preamble(0, 1) + key(b"a", 9, struct.pack("<IQQ", 8, 2, HUGE)) + bytes(16),
+        one_array(8, 2, struct.pack("<Q", HUGE) + bytes(16)),
         "metadata key 'a'",
     ),
-    "nested arrays": (
-        preamble(0, 1) + key(b"a", 9, struct.pack("<IQ", 9, 1) * 2000),
-        "arrays of arrays",
-    ),
-    "type of a value": (preamble(0, 1) + key(b"a", 13, bytes(16)), "unknown type of a value"),
-    "type of an array": (
-        preamble(0, 1) + key(b"a", 9, struct.pack("<IQ", 77, 1) + bytes(16)),
-        "unknown type of an array",
-    ),
+    "nested arrays": (one_key(9, struct.pack("<IQ", 9, 1) * 2000), "arrays of arrays"),
+    "type of a value": (one_key(13, bytes(16)), "unknown type of a value"),
+    "type of an array": (one_array(77, 1, bytes(16)), "unknown type of an array"),
     "key not UTF-8": (preamble(0, 1) + key(b"\xff\xfe", 4, bytes(4)), "byte 0xff at 32"),
-    "a million axes": (
-        preamble(1, 0) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 10**6) + bytes(64),
-        "wrong number of axes",
-    ),
-    "no axes": (
-        preamble(1, 0) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 0) + bytes(64),
-        "wrong number of axes",
-    ),
+    "a million axes": (one_tensor(10**6), "wrong number of axes"),
+    "no axes": (one_tensor(0), "wrong number of axes"),
 }
 
 
@@ -153,7 +148,7 @@ def test_refuses_at_little_cost(case, tmp_path):
     data, message = HOSTILE[case]
     path = tmp_path / "x.gguf"
     path.write_bytes(data)
-    assert message in str(refused(path))
+    assert message in refused(path)
 
 
 @pytest.mark.parametrize(
@@ -172,21 +167,21 @@ def test_refuses_at_little_cost(case, tmp_path):
 )
 def test_refuses_a_tensor(shape, kind, message, builder, tmp_path):
     builder.tensor("good", (4, 32)).tensor("odd", shape, kind, b"")
-    error = refused(builder.write(tmp_path / "x.gguf"))
-    assert message in str(error)
-    assert "'odd'" in str(error)
+    text = refused(builder.write(tmp_path / "x.gguf"))
+    assert message in text
+    assert "'odd'" in text
 
 
 @pytest.mark.parametrize("value", [0, 3, 48, 1 << 17, 1 << 30])
 def test_refuses_an_alignment(value, builder, tmp_path):
     builder.key("general.alignment", "u32", value).tensor("t", (1,))
-    assert "power of two" in str(refused(builder.write(tmp_path / "x.gguf")))
+    assert "power of two" in refused(builder.write(tmp_path / "x.gguf"))
 
 
 @pytest.mark.parametrize("offset", [1, 33, HUGE])
 def test_refuses_an_offset(offset, builder, tmp_path):
     builder.tensor("t", (8,), "F32", offset=offset)
-    assert re.search("offset is not usable|beyond", str(refused(builder.write(tmp_path / "x"))))
+    assert re.search("offset is not usable|beyond", refused(builder.write(tmp_path / "x")))
 
 
 def test_every_truncation_is_refused(small_model, tmp_path):
@@ -203,7 +198,7 @@ def test_tells_all_problems_at_once(builder, tmp_path):
     builder.key("general.alignment", "u32", 3)
     builder.tensor("a", (2, 33), "Q4_0", b"").tensor("a", (4,)).tensor("\x1b[31m", (4,))
     builder.tensor("b", (4,), 99)
-    text = str(refused(builder.write(tmp_path / "x.gguf")))
+    text = refused(builder.write(tmp_path / "x.gguf"))
     for part in (
         "appears twice",
         "neither true nor false",

@@ -1,8 +1,5 @@
 """GGUF files of gemma3n and gemma4, whose layers read embeddings of their own."""
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import numpy as np
 import pytest
 from shapes_in_gguf import write_gemma3n
@@ -13,30 +10,26 @@ from moecc.formats.gguf import layer_inputs
 from moecc.formats.gguf.families import layer_input_architectures
 from moecc.formats.gguf.header import read_gguf_header
 from moecc.jobs.convert import plan, write
-from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.types import F64
+from tests.checkpoint.folders import GOLDEN, needs_gguf, opened_model
 from tests.engines.sources import write_source
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 GEMMA3N = {
     "num_hidden_layers": 21, "num_kv_shared_layers": 1, "hidden_size": 32, "intermediate_size": 64,
     "sliding_window": 6, "vocab_size_per_layer_input": 64, "tie_word_embeddings": True,
 }  # fmt: skip
-needs_package = pytest.mark.skipif(
-    find_spec("gguf") is None, reason="the gguf package is not installed: moecc[gguf]"
-)
 
 
 def convert(source, architecture, file):
-    with open_model(str(source)) as model:
+    with opened_model(source) as model:
         planned = plan(model, Pipeline.parse(""), f"gguf:{architecture}")
         write(planned, file)
     return planned
 
 
 def logits(path, tokens):
-    with open_model(str(path)) as model:
+    with opened_model(path) as model:
         program = get_backend("reference").compile(model.graph)
         return program.run(model.params(dtype=F64), {"tokens": tokens})["logits"]
 
@@ -51,7 +44,7 @@ def test_a_gemma4_that_is_read_back_computes_the_source(source, tmp_path):
     np.testing.assert_array_equal(logits(tmp_path / "m.gguf", tokens), expected)
 
 
-@needs_package
+@needs_gguf
 def test_a_gemma3n_computes_what_its_file_was_made_of(tmp_path):
     """Its last layer shares keys and values, and the file has matrices of its own for them."""
     source = write_source(tmp_path / "source", "gemma3n_text", **GEMMA3N)
@@ -60,7 +53,7 @@ def test_a_gemma3n_computes_what_its_file_was_made_of(tmp_path):
     np.testing.assert_array_equal(computed, np.load(source / "logits.npy"))
 
 
-@needs_package
+@needs_gguf
 def test_a_gemma3n_that_llama_cpp_computes_otherwise(tmp_path):
     source = write_source(tmp_path / "source", "gemma3n_text", **GEMMA3N)
     changes = {
@@ -74,11 +67,11 @@ def test_a_gemma3n_that_llama_cpp_computes_otherwise(tmp_path):
         file = tmp_path / f"{key}.gguf"
         write_gemma3n(source, file, **{key: value})
         with pytest.raises(InputError, match="whatever the file says") as raised:
-            open_model(str(file))
+            opened_model(file)
         assert f"'gemma3n.{key}'" in str(raised.value)
     write_gemma3n(source, tmp_path / "m.gguf", block_count=(1 << 32) - 1)
     with pytest.raises(InputError, match="shared_kv_layers"):
-        open_model(str(tmp_path / "m.gguf"))
+        opened_model(tmp_path / "m.gguf")
 
 
 def test_a_gemma4_without_a_cap_says_so(tmp_path):
@@ -87,7 +80,7 @@ def test_a_gemma4_without_a_cap_says_so(tmp_path):
     assert read_gguf_header(tmp_path / "m.gguf").metadata["gemma4.final_logit_softcapping"] == 0
 
 
-@needs_package
+@needs_gguf
 @pytest.mark.parametrize("architecture", ["gemma3n", "gemma4"])
 def test_names_are_those_of_the_package(architecture):
     import gguf as package

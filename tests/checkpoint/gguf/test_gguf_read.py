@@ -1,21 +1,17 @@
 """Reading weights: every storage type, any rows, and the rotary order of Hugging Face."""
 
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from moecc.errors import InputError, MachineError
 from moecc.formats.gguf.reader import open_gguf
-from moecc.formats.gguf.storage import STORAGES
+from moecc.formats.gguf.storage import BY_NAME, STORAGES
+from tests.checkpoint.folders import needs_gguf
 
 QUANTISED = [storage for storage in STORAGES.values() if storage.is_quantised]
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
-
-needs_package = pytest.mark.skipif(
-    find_spec("gguf") is None, reason="the gguf package is not installed: moecc[gguf]"
-)
 
 
 def random_bytes(storage):
@@ -56,15 +52,15 @@ def model(small_model, path, storage, **options):
     width = max(storage.block, 32)
     sizes = {"hidden": width, "mlp": 2 * width, "head_dim": width // 4, **options}
     builder = small_model(kind=storage.name, make=random_bytes(storage), **sizes)
-    return open_gguf(builder.write(path / "x.gguf")), builder
+    return open_gguf(builder.write(path / "x.gguf"))
 
 
-@needs_package
+@needs_gguf
 @pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
 def test_quantised_rows(storage, small_model, tmp_path):
     from gguf import GGMLQuantizationType, quants
 
-    checkpoint, _ = model(small_model, tmp_path, storage)
+    checkpoint = model(small_model, tmp_path, storage)
     info = checkpoint.tensors[UP_PROJ]
     assert (info.storage, info.dtype.name) == (storage.name, "f32")
     raw = np.fromfile(checkpoint.path, np.uint8, info.nbytes, offset=info.offset)
@@ -80,12 +76,11 @@ def test_quantised_rows(storage, small_model, tmp_path):
         np.testing.assert_array_equal(checkpoint.read(UP_PROJ, start, stop), whole[start:stop])
 
 
-@needs_package
+@needs_gguf
 def test_pieces_do_not_show(small_model, tmp_path):
     from gguf import GGMLQuantizationType, quants
 
-    storage = next(storage for storage in QUANTISED if storage.name == "Q5_0")
-    checkpoint, _ = model(small_model, tmp_path, storage, vocab=5000)
+    checkpoint = model(small_model, tmp_path, BY_NAME["Q5_0"], vocab=5000)
     name = "model.embed_tokens.weight"
     info = checkpoint.tensors[name]
     raw = np.fromfile(checkpoint.path, np.uint8, info.nbytes, offset=info.offset)
@@ -96,8 +91,7 @@ def test_pieces_do_not_show(small_model, tmp_path):
 
 @pytest.fixture
 def opened(small_model, tmp_path):
-    storage = next(storage for storage in QUANTISED if storage.name == "Q4_1")
-    return model(small_model, tmp_path, storage)[0]
+    return model(small_model, tmp_path, BY_NAME["Q4_1"])
 
 
 def test_a_file_that_changed(opened):

@@ -74,7 +74,6 @@ def content(checkpoint, name):
 def turned(builder, path):
     """Return the tokenizer, as the library reads it."""
     data = opened(builder, path).companions()["tokenizer.json"]
-    assert isinstance(data, bytes)
     return tokenizers.Tokenizer.from_str(data.decode())
 
 

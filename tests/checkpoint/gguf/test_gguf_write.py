@@ -2,8 +2,6 @@
 
 import json
 import re
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,21 +26,16 @@ from moecc.formats.manifest import verify_manifest
 from moecc.formats.open import open_checkpoint
 from moecc.formats.safetensors import Entry
 from moecc.jobs.convert import plan, write
-from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.translate.gguf import export_gguf
 from moecc.types import F64, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source
+from tests.checkpoint.folders import GOLDEN, WEIGHTS, needs_gguf, opened_model
 
 from .test_gguf_tokenizer import byte_level, sentence_piece
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 Q8_0 = BY_NAME["Q8_0"]
-needs_package = pytest.mark.skipif(
-    find_spec("gguf") is None, reason="the gguf package is not installed: moecc[gguf]"
-)
-
 SAME = [
     ("llama_biases_head_dim", "llama"),
     ("llama_yarn", "llama"),
@@ -82,15 +75,14 @@ SAME = [
 
 
 def convert(source, target, out, passes="", **options):
-    path = source if "/" in source else str(GOLDEN / source)
-    with open_model(path) as model:
+    with opened_model(source) as model:
         planned = plan(model, Pipeline.parse(passes), target, **options)
         write(planned, out)
     return planned
 
 
 def refusal(source, target, passes="", **options):
-    with open_model(str(GOLDEN / source)) as model, pytest.raises(MoeccError) as raised:
+    with opened_model(source) as model, pytest.raises(MoeccError) as raised:
         plan(model, Pipeline.parse(passes), target, **options)
     return str(raised.value)
 
@@ -101,7 +93,7 @@ def test_what_is_read_back_is_what_was_written(source, architecture, tmp_path):
     convert(str(place), f"gguf:{architecture}", tmp_path / "m.gguf")
     # The norms of gemma and of models with delta rules are stored as 1 + w, rates as −exp(A_log).
     off = 2e-7 if architecture.startswith(("gemma", "nemotron", "qwen3next", "qwen35")) else 0.0
-    with open_model(str(tmp_path / "m.gguf")) as back, open_model(str(place)) as model:
+    with opened_model(tmp_path / "m.gguf") as back, opened_model(place) as model:
         assert back.graph.attrs["family"] == model.graph.attrs["family"]
         theirs, ours = back.params(), model.params()
         for name in theirs:
@@ -125,7 +117,7 @@ def test_what_is_read_back_is_what_was_written(source, architecture, tmp_path):
     ],
 )
 def test_parts_are_joined_to_what_was_cut(source, architecture):
-    with open_model(str(GOLDEN / source)) as model:
+    with opened_model(source) as model:
         config = parse_config(model.graph.attrs["config"])
         family = mixture_architectures()[architecture]
         tensors = model.checkpoint.tensors
@@ -166,15 +158,15 @@ def test_a_mixture_of_a_dense_model(tmp_path):
     assert header.metadata["llama.feed_forward_length"] == 12
     assert header.tensors["blk.0.ffn_down_exps.weight"].shape == (6, 16, 12)
     assert header.metadata["moecc.pipeline"] == planned.pipeline.in_full()
-    with open_model(str(tmp_path / "m.gguf")) as back:
+    with opened_model(tmp_path / "m.gguf") as back:
         layer = back.params()["model.layers.0.block_sparse_moe.experts.w2.weight"]
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
+    with opened_model("llama_gqa") as model:
         down = model.params()["model.layers.0.mlp.down_proj.weight"]
     # Slices of a virtual group; the gates of two equal experts are halves.
     np.testing.assert_array_equal(np.concatenate([layer[0], layer[1]], axis=1), 2 * down)
 
 
-@needs_package
+@needs_gguf
 def test_q8_0(small_model, tmp_path):
     rng = np.random.default_rng(0)
 
@@ -193,7 +185,7 @@ def test_q8_0(small_model, tmp_path):
     (remark,) = [r for r in planned.remarks if "written in f16" in r]
     assert "2 matrices, the first blk.0.ffn_down_exps.weight" in remark
     assert verify_manifest(tmp_path / "m.gguf") == []
-    with open_model(str(tmp_path / "m.gguf")) as back:
+    with opened_model(tmp_path / "m.gguf") as back:
         made = back.params()["model.layers.1.block_sparse_moe.experts.w1.weight"]
     with open_checkpoint(tmp_path / "x.gguf") as source:
         gate = source.read("model.layers.1.mlp.gate_proj.weight")
@@ -237,7 +229,7 @@ def test_an_existing_file_is_kept(tmp_path):
         convert("llama_gqa", "gguf:llama", out)
     assert out.read_bytes() == b"mine"
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
+    with opened_model("llama_gqa") as model:
         write(plan(model, Pipeline.parse(""), "gguf:llama"), out, force=True)
     assert verify_manifest(out) == []
 
@@ -318,11 +310,10 @@ def test_positions_and_heads_that_llama_cpp_reads_otherwise(family, keys, archit
 
 def folder_of(file, folder):
     """Write the tokenizer files of a GGUF file into a folder that is a checkpoint."""
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", WEIGHTS):
         (folder / name).write_bytes((GOLDEN / "llama_gqa" / name).read_bytes())
     with open_gguf(file) as checkpoint:
         for name, data in checkpoint.companions().items():
-            assert isinstance(data, bytes)
             (folder / name).write_bytes(data)
     return folder
 
@@ -423,7 +414,7 @@ def test_a_tokenizer_without_a_form(change, reason, small_model, tmp_path):
     assert re.search(reason, found)
 
 
-@needs_package
+@needs_gguf
 @pytest.mark.parametrize("architecture", [*dense_architectures(), *mixture_architectures()])
 def test_names_are_those_of_the_package(architecture):
     import gguf
@@ -444,7 +435,7 @@ def test_names_are_those_of_the_package(architecture):
 
 
 def test_types_that_a_file_cannot_have():
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
+    with opened_model("llama_gqa") as model:
         with pytest.raises(UsageError, match="no such element type"):
             plan(model, Pipeline.parse(""), "gguf:llama", dtype=F64)
         with pytest.raises(UsageError, match="only a GGUF file can hold q8_0"):
@@ -456,5 +447,5 @@ def test_a_folder_with_a_file(tmp_path):
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"model.gguf", "README.md", "moecc_manifest.json", "moecc_receipt.json"}
     assert verify_manifest(tmp_path / "out") == []
-    with open_model(str(tmp_path / "out")) as back:
+    with opened_model(tmp_path / "out") as back:
         assert back.graph.attrs["family"] == "qwen3_moe"

@@ -9,8 +9,9 @@ from tiers import few
 
 from moecc.formats.open import open_checkpoint
 from moecc.formats.trees import TreeCheckpoint
+from tests.checkpoint.folders import GOLDEN
 
-from .test_orbax import GOLDEN, HERE, nested
+from .test_orbax import HERE, nested
 from .test_t5x import arrays_of, packed, put, scanned, stored, write
 
 ocp = pytest.importorskip("orbax.checkpoint")

@@ -3,7 +3,6 @@
 The arrays are made by ``make_maxtext.py`` from golden models, which must come out again.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from tiers import few
 from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.formats.open import open_checkpoint
+from tests.checkpoint.folders import GOLDEN, WEIGHTS, read_json, write_json
 
 ocp = pytest.importorskip("orbax.checkpoint")
 
 HERE = Path(__file__).parent
-GOLDEN = HERE.parents[1] / "golden"
 CASES = sorted(path.stem for path in HERE.glob("*.safetensors"))
 # Orbax warns of what its own next version changes.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -62,7 +61,7 @@ def test_the_tensors_are_those_of_hugging_face(number, case, tmp_path):
     write(case, place, database=database, zarr3=zarr3, nnx=number % 2 == 1)
     source = tmp_path / "run"
     shutil.copy(GOLDEN / case / "config.json", source)
-    golden = load_file(GOLDEN / case / "model.safetensors")
+    golden = load_file(GOLDEN / case / WEIGHTS)
     with open_checkpoint(source) as checkpoint:
         assert checkpoint.format == "orbax"
         assert checkpoint.tensors.keys() == golden.keys()
@@ -107,7 +106,7 @@ def test_chunks_that_are_larger_than_their_array_are_never_read(tmp_path):
     write("qwen2_square", folder, database=False, zarr3=False)
     key = "params.params.decoder.decoder_norm.scale"
     stated = folder / key / ".zarray"
-    stated.write_text(json.dumps(json.loads(stated.read_text()) | {"chunks": [2**40]}))
+    write_json(stated, read_json(stated) | {"chunks": [2**40]})
     with pytest.raises(InputError, match=f"the chunks of the array '{key}' are larger"):
         open_checkpoint(tmp_path, needs_config=False)
 
@@ -142,8 +141,8 @@ def test_metadata_lead_nowhere_else(tmp_path):
 )
 def test_what_is_not_known_is_reported(change, words, tmp_path):
     write("qwen2_square", tmp_path / "items")
-    config = json.loads((GOLDEN / "qwen2_square" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    config = read_json(GOLDEN / "qwen2_square" / "config.json")
+    write_json(tmp_path / "config.json", config | change)
     with pytest.raises(InputError, match=words):
         open_checkpoint(tmp_path)
 

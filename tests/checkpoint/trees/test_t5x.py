@@ -4,7 +4,6 @@ T5X itself runs with no jax of today; the test writes what its ``checkpoints.py`
 msgpack and tensorstore, and ``flax.msgpack`` is flax's own (``make_flax.py``).
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from moecc.formats.open import open_checkpoint
 from moecc.formats.safetensors import natural
 from moecc.ir import print_graph
 from moecc.translate.importing import import_checkpoint
+from tests.checkpoint.folders import GOLDEN, WEIGHTS, read_json, write_json
 
 ts = pytest.importorskip("tensorstore")
 msgpack = pytest.importorskip("msgpack")
 
 HERE = Path(__file__).parent
-GOLDEN = HERE.parents[1] / "golden"
 PARTS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 NORMS = {
     "encoder": ["pre_attention_layer_norm", "pre_mlp_layer_norm"],
@@ -89,7 +88,7 @@ def packed(array):
 
 def write(case, folder, *, version=3, scan=None, state=None):
     """Write a golden model as a step of T5X, and return its tensors."""
-    golden = load_file(GOLDEN / case / "model.safetensors")
+    golden = load_file(GOLDEN / case / WEIGHTS)
     copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     golden = {k: golden[k] for k in sorted(golden, key=natural) if k not in copies}
     if np.array_equal(golden.get("lm_head.weight", ()), golden["shared.weight"]):
@@ -133,36 +132,28 @@ def stored(folder, path, array, version):
 
 
 @pytest.mark.parametrize(
-    ("case", "version"),
-    [("t5_relu_tied", 3), ("t5_square", 3), ("t5_gated_untied", 3), ("t5_bfloat16", 2)],
+    ("case", "options"),
+    [
+        ("t5_relu_tied", {}),
+        ("t5_square", {}),
+        ("t5_gated_untied", {}),
+        ("t5_bfloat16", {"version": 2}),
+        # Experts, and layers that are scanned.
+        ("switch_half", {}),
+        ("switch_square_v4", {}),
+        ("switch_half", {"scan": {"encoder": 2}}),
+        ("t5_square", {"scan": {"encoder": 1, "decoder": 1}}),
+        ("t5_gated_untied", {"scan": {"decoder": 1}}),
+    ],
 )
-def test_the_tensors_are_those_of_hugging_face(case, version, tmp_path):
-    golden = write(case, tmp_path / "checkpoint_300", version=version)
+def test_the_tensors_are_those_of_hugging_face(case, options, tmp_path):
+    golden = write(case, tmp_path / "checkpoint_300", **options)
     (tmp_path / "checkpoint_20").mkdir()
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.format == "t5x"
         assert checkpoint.tensors.keys() == golden.keys()
         for name, expected in golden.items():
             assert checkpoint.tensors[name].dtype.numpy == expected.dtype
-            np.testing.assert_array_equal(checkpoint.read(name), expected)
-            np.testing.assert_array_equal(checkpoint.read(name, 1, 3), expected[1:3])
-
-
-@pytest.mark.parametrize(
-    ("case", "scan"),
-    [
-        ("switch_half", {}),
-        ("switch_square_v4", {}),
-        ("switch_half", {"encoder": 2}),
-        ("t5_square", {"encoder": 1, "decoder": 1}),
-        ("t5_gated_untied", {"decoder": 1}),
-    ],
-)
-def test_experts_and_scanned_layers(case, scan, tmp_path):
-    golden = write(case, tmp_path / "checkpoint_300", scan=scan)
-    with open_checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.tensors.keys() == golden.keys()
-        for name, expected in golden.items():
             np.testing.assert_array_equal(checkpoint.read(name), expected)
             np.testing.assert_array_equal(checkpoint.read(name, 1, 3), expected[1:3])
 
@@ -193,7 +184,7 @@ def test_mixtures_that_transformers_has_not(path, shape, words, tmp_path):
 @pytest.mark.parametrize("case", ["t5_relu_tied", "t5_gated_untied"])
 def test_the_config_is_inferred(case, tmp_path):
     write(case, tmp_path / "checkpoint_300")
-    golden = json.loads((GOLDEN / case / "config.json").read_text())
+    golden = read_json(GOLDEN / case / "config.json")
     with open_checkpoint(tmp_path) as checkpoint:
         found, inferred = checkpoint.config, import_checkpoint(checkpoint)
         assert "the config is inferred from the sizes of the arrays" in checkpoint.remarks()
@@ -202,7 +193,7 @@ def test_the_config_is_inferred(case, tmp_path):
     tied = found.pop("tie_word_embeddings")
     assert tied == (case == "t5_relu_tied")
     assert golden | found == golden | {"decoder_start_token_id": 0}
-    (tmp_path / "config.json").write_text(json.dumps({**golden, "tie_word_embeddings": tied}))
+    write_json(tmp_path / "config.json", {**golden, "tie_word_embeddings": tied})
     with open_checkpoint(tmp_path) as checkpoint:
         stated = import_checkpoint(checkpoint)
     texts = (print_graph(inferred), print_graph(stated).replace(", max_distance=12}", "}"))

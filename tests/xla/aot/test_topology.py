@@ -1,10 +1,11 @@
 """What has to be there, and set, to compile for a machine."""
 
-import importlib.util
+from importlib.util import find_spec
 
+import jax
 import pytest
-from moecc_backends.xla import ahead as topology
-from moecc_backends.xla.ahead import require
+from moecc_backends.xla import ahead
+from moecc_backends.xla.ahead import CompilerFailed, DoesNotFit, compile_lowered, refusal, require
 
 from moecc.errors import MachineError
 from moecc.plan.machines import parse_machine
@@ -14,9 +15,8 @@ from moecc.plan.machines import parse_machine
     ("machine", "package"), [("tpu:v5p:2x2x1", "libtpu"), ("gpu:h100:8", "jax_plugins")]
 )
 def test_a_missing_extra_is_named_in_one_line(machine, package, monkeypatch):
-    found = importlib.util.find_spec
     monkeypatch.setattr(
-        topology, "find_spec", lambda name: None if name == package else found(name)
+        ahead, "find_spec", lambda name: None if name == package else find_spec(name)
     )
     with pytest.raises(MachineError, match=r"pip install 'jax\[") as caught:
         require(parse_machine(machine))
@@ -39,21 +39,20 @@ def test_a_missing_extra_is_named_in_one_line(machine, package, monkeypatch):
     ],
 )  # fmt: skip
 def test_what_the_compiler_says_of_a_program_too_large(message, needed, available):
-    pytest.importorskip("jax")
-    from moecc_backends.xla.ahead import CompilerFailed, DoesNotFit, refusal
-
     error = refusal(RuntimeError(message))
     assert isinstance(error, DoesNotFit)
     assert error.needed_bytes == int(needed * 2**30)
     assert error.available_bytes == int(available * 2**30)
-    rejection = refusal(RuntimeError("INTERNAL: something else"))
-    assert isinstance(rejection, CompilerFailed)
-    assert rejection.problems[0].found == "INTERNAL: something else"
+
+
+def test_what_the_compiler_says_otherwise():
+    error = refusal(RuntimeError("INTERNAL: something else"))
+    assert isinstance(error, CompilerFailed)
+    assert error.problems[0].found == "INTERNAL: something else"
 
 
 def test_a_product_without_tiles_is_compiled_by_cublas():
     """As XLA for GPUs rejects the step of ST-MoE-Base over 16 B200 by its defaults."""
-    jax = pytest.importorskip("jax")
     lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
     asked = []
 
@@ -62,11 +61,11 @@ def test_a_product_without_tiles_is_compiled_by_cublas():
 
         def compile(self, compiler_options):
             asked.append(compiler_options)
-            if topology.WITHOUT_TRITON.items() <= (compiler_options or {}).items():
+            if ahead.WITHOUT_TRITON.items() <= (compiler_options or {}).items():
                 return lowered.compile()
             raise RuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.1")
 
-    compiled = topology.compile_lowered(Rejecting(), parse_machine("gpu:h100:1"), {"effort": 1.0})
+    compiled = compile_lowered(Rejecting(), parse_machine("gpu:h100:1"), {"effort": 1.0})
     assert asked == [{"effort": 1.0}, {"effort": 1.0, "xla_gpu_enable_triton_gemm": False}]
     assert "cuBLAS" in compiled.remarks[0]
-    assert topology.compile_lowered(lowered, parse_machine("cpu")).remarks == ()
+    assert compile_lowered(lowered, parse_machine("cpu")).remarks == ()

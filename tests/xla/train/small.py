@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
+from moecc_backends.xla.train.step import make_train_step
 
-from moecc.ir.builder import Builder
-from moecc.ir.graph import Graph
+from moecc.ir import F32, I32, PRED, Builder, Graph, tensor
 from moecc.ir.moe import emit_routing
-from moecc.types import F32, I32, PRED, tensor
+from moecc.plan.step import StepConfig
+from moecc.train.recipe import OptimizerSection
+from moecc.train.settings import StepSpec
 
 EMBED, EXPERTS, VOCAB = 8, 4, 12
 BATCH, SEQ = 16, 4
 SIZES = {"B": BATCH, "S": SEQ}
+SGD = OptimizerSection("sgd")
+
+
+def make_step(graph: Graph, sizes, update=SGD, *, devices=1, config=None, **settings):
+    """Return the step of `graph` on the first devices; it computes in float32 by default."""
+    spec = StepSpec(sizes, StepConfig(**{"dtype": "f32", **(config or {})}), update, **settings)
+    return make_train_step(graph, spec, jax.devices()[:devices])
+
+
+def bigram(vocab=11, embed=8, dtype=F32) -> Graph:
+    """Return a graph that makes logits of the token alone."""
+    graph = Graph("bigram")
+    tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
+    table, head = (
+        graph.param(n, tensor(dtype, vocab=vocab, embed=embed)) for n in ("table", "head")
+    )
+    b = Builder(graph)
+    hidden = b.embedding(table, tokens, axis="vocab")
+    graph.set_output("logits", b.contract(hidden, head, over="embed"))
+    return graph
 
 
 def sparse(routing: str = "top-2", *, padded: bool | str = False, bias: bool = False) -> Graph:
@@ -26,14 +49,16 @@ def sparse(routing: str = "top-2", *, padded: bool | str = False, bias: bool = F
     """
     graph = Graph("small")
     b = Builder(graph)
-    tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
-    mask = None
+    each = {"batch": "B", "seq": "S"}
+    tokens = graph.input("tokens", tensor(I32, **each))
+    masks = {}
     if padded == "segments":
-        segments = graph.input("segments", tensor(I32, batch="B", seq="S"))
+        segments = graph.input("segments", tensor(I32, **each))
         with b.at("embed"):
-            mask = b.less(b.constant(value=0.0, dtype="i32"), segments, name="valid")
+            zero = b.constant(value=0.0, dtype="i32")
+            masks["mask"] = b.less(zero, segments, name="valid")
     elif padded:
-        mask = graph.input("mask", tensor(PRED, batch="B", seq="S"))
+        masks["mask"] = graph.input("mask", tensor(PRED, **each))
     with b.at("embed"):
         table = graph.param("table", tensor(F32, vocab=VOCAB, embed=EMBED), loc="embed")
         hidden = b.embedding(table, tokens, axis="vocab")
@@ -41,27 +66,27 @@ def sparse(routing: str = "top-2", *, padded: bool | str = False, bias: bool = F
         router = _param(graph, "router", expert=EXPERTS, embed=EMBED)
         up = _param(graph, "up", expert=EXPERTS, mlp=EMBED, embed=EMBED)
         down = _param(graph, "down", expert=EXPERTS, embed=EMBED, mlp=EMBED)
-        given = {} if mask is None else {"mask": mask}
         if routing == "expert-choice":
             logits = b.contract(hidden, router, over="embed", precision="f32")
             scores = b.softmax(logits, axis="expert")
             chosen, gates, slots = b.expert_choice(
-                scores, *given.values(), tokens=("batch", "seq"), experts=EXPERTS,
-                capacity_factor=1.5, using=tuple(given),
+                scores, *masks.values(), tokens=("batch", "seq"), experts=EXPERTS,
+                capacity_factor=1.5, using=tuple(masks),
             )  # fmt: skip
             rows = b.dispatch(hidden, chosen, slots)
-            made = b.contract(b.silu(b.contract(rows, up, over="embed")), down, over="mlp")
-            hidden = b.add(hidden, b.combine(made, chosen, slots, gates))
+
+            def finish(outputs):
+                return b.combine(outputs, chosen, slots, gates)
         else:
             top_k = int(routing[-1])
             rows, finish = emit_routing(
                 b, hidden, router, experts=EXPERTS, top_k=top_k,
                 gates="softmax" if top_k == 1 else "renormalised",
-                operands=lambda *_: given,
+                operands=lambda *_: masks,
                 bias=_param(graph, "bias", expert=EXPERTS) if bias else None,
             )  # fmt: skip
-            made = b.contract(b.silu(b.contract(rows, up, over="embed")), down, over="mlp")
-            hidden = b.add(hidden, finish(made))
+        outputs = b.contract(b.silu(b.contract(rows, up, over="embed")), down, over="mlp")
+        hidden = b.add(hidden, finish(outputs))
     with b.at("head"):
         head = graph.param("head", tensor(F32, vocab=VOCAB, embed=EMBED), loc="head")
         graph.set_output("logits", b.contract(hidden, head, over="embed"))

@@ -1,37 +1,21 @@
 """The divergence from a teacher: loss and gradients against NumPy."""
 
+import jax
 import numpy as np
 import pytest
+from moecc_backends.xla.program import in_precision
+from moecc_backends.xla.train.gradients import COEFFICIENT
 from tiers import few
 
-from moecc.ir.builder import Builder
-from moecc.ir.graph import Graph
-from moecc.plan.step import StepConfig
 from moecc.train.batches import TARGETS, TEACHER
 from moecc.train.objectives import IGNORED
-from moecc.train.recipe import LossSection, OptimizerSection
-from moecc.train.settings import StepSpec
-from moecc.types import F64, I32, tensor
+from moecc.train.recipe import LossSection
+from moecc.types import F64
 
-jax = pytest.importorskip("jax")
-pytest.importorskip("optax")
-
-from moecc_backends.xla.program import in_precision  # noqa: E402
-from moecc_backends.xla.train.gradients import COEFFICIENT  # noqa: E402
-from moecc_backends.xla.train.step import make_train_step  # noqa: E402
+from .small import bigram, make_step
 
 VOCAB, EMBED, BATCH, SEQ = 11, 5, 4, 6
 WEIGHT = 0.75
-
-
-def bigram():
-    graph = Graph("bigram")
-    tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
-    table = graph.param("table", tensor(F64, vocab=VOCAB, embed=EMBED))
-    head = graph.param("head", tensor(F64, vocab=VOCAB, embed=EMBED))
-    hidden = Builder(graph).embedding(table, tokens, axis="vocab")
-    graph.set_output("logits", Builder(graph).contract(hidden, head, over="embed"))
-    return graph
 
 
 def log_softmax(logits):
@@ -62,19 +46,17 @@ def test_loss_and_gradients_are_those_of_the_formula(micro_batches, chunk_bytes)
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=(VOCAB, EMBED)) for name in ("table", "head")}
     batch = {
-        "tokens": rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32),
-        TARGETS: rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32),
-        TEACHER: rng.normal(0, 2, (BATCH, SEQ, VOCAB)),
+        name: rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32) for name in ("tokens", TARGETS)
     }
+    batch[TEACHER] = rng.normal(0, 2, (BATCH, SEQ, VOCAB))
     batch[TARGETS][1, 2:] = IGNORED
     divergence, slopes = by_hand(params, batch)
-    config = StepConfig(dtype="f64", weight_dtype="f64", micro_batches=micro_batches)
-    spec = StepSpec(
-        {"B": BATCH, "S": SEQ}, config, OptimizerSection("sgd"), distill=True,
-        chunk_bytes=chunk_bytes,
-    )  # fmt: skip
+    config = {"dtype": "f64", "weight_dtype": "f64", "micro_batches": micro_batches}
     with in_precision(F64):
-        step = make_train_step(bigram(), spec, jax.devices()[:1])
+        step = make_step(
+            bigram(VOCAB, EMBED, F64), {"B": BATCH, "S": SEQ}, config=config, distill=True,
+            chunk_bytes=chunk_bytes,
+        )  # fmt: skip
         inputs = {**batch, COEFFICIENT: np.float32(WEIGHT)}
         found, sums = jax.jit(step.gradients)(params, {}, inputs, jax.random.key(0))
         assert float(sums["distill"]) == pytest.approx(divergence, rel=1e-12)

@@ -1,26 +1,23 @@
 """Parameters of a loop's layers are cast a layer at a time, which changes no gradient."""
 
 from functools import partial
-from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_configs import read_config
+from moecc_backends.xla.lower.scan import _worth_keeping
+from moecc_backends.xla.trace.host_arrays import Master, stored_order
+from moecc_backends.xla.train import gradients
+from tiers import few
 
 from moecc.families import build
-from moecc.plan.step import StepConfig
 from moecc.testing import params_for
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
-from moecc.train.recipe import OptimizerSection
-from moecc.train.settings import StepSpec
+from tests.xla.models import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-
-jax = pytest.importorskip("jax")
-pytest.importorskip("optax")
-
-from moecc_backends.xla.train import gradients  # noqa: E402
-from moecc_backends.xla.train.step import make_train_step  # noqa: E402
+from .small import make_step
 
 BATCH, SEQ = 16, 8
 MESHES = {
@@ -30,26 +27,24 @@ MESHES = {
 }
 
 
-def step_of(mesh="one device", dtype="bf16", remat="full", **settings):
+def step_of(mesh, remat="full", **config):
     passes = StepPasses(
         bound=None if mesh == "dropless" else Bound(1.25), groups=8, losses=None,
         mesh=MESHES[mesh], remat=remat, weighted=True,
     )  # fmt: skip
     graph = step_graph(build(read_config(GOLDEN / "mixtral_gqa")), passes)
-    made = StepSpec(
-        {"B": BATCH, "S": SEQ}, StepConfig(dtype=dtype, **settings), OptimizerSection("sgd")
-    )
-    return make_train_step(graph, made, jax.devices()[: 1 if passes.mesh is None else 8])
+    devices = 1 if passes.mesh is None else 8
+    config = {"dtype": "bf16", **config}
+    return make_step(graph, {"B": BATCH, "S": SEQ}, devices=devices, config=config)
 
 
 def run(step):
     rng = np.random.default_rng(0)
-    drawn = params_for(step.graph, 0)
+    drawn = params_for(step.graph)
     params = {n: np.float32(drawn[n]) for n in step.trained}
-    kinds = {n: a.shape for n, a in step.abstract_batch.items()}
-    batch = {n: np.int32(rng.integers(0, 16, shape)) for n, shape in kinds.items()}
-    slopes, sums = jax.jit(partial(step.gradients, key=jax.random.key(0)))(params, {}, batch)
-    return jax.tree.map(np.asarray, slopes), jax.tree.map(np.asarray, sums)
+    batch = {n: np.int32(rng.integers(0, 16, a.shape)) for n, a in step.abstract_batch.items()}
+    results = jax.jit(partial(step.gradients, key=jax.random.key(0)))(params, {}, batch)
+    return jax.tree.map(np.asarray, results)
 
 
 @pytest.mark.parametrize(
@@ -65,48 +60,40 @@ def run(step):
     ],
 )
 def test_a_tpu_stores_what_pads_less(shape, platform, order):
-    from moecc_backends.xla.trace.host_arrays import stored_order
-
     assert stored_order(shape, platform) == order
 
 
 def test_no_run_of_a_loop_keeps_a_cast_parameter():
-    from moecc_backends.xla.lower.scan import _worth_keeping
-    from moecc_backends.xla.trace.host_arrays import Master
-
     def run(x, weight):
-        return jax.numpy.tanh(x @ weight.cast()), ()
+        return jnp.tanh(x @ weight.cast()), ()
 
     def loss(slope, stored, x):
         step = jax.checkpoint(run, policy=_worth_keeping, prevent_cse=False)
         return jax.lax.scan(step, x, Master(stored, slope))[0].sum()
 
-    narrow = partial(jax.numpy.ones, dtype=jax.numpy.bfloat16)
-    given = narrow((5, 8, 8)), jax.numpy.ones((5, 8, 8)), narrow((4, 8))
+    narrow = partial(jnp.ones, dtype=jnp.bfloat16)
+    given = narrow((5, 8, 8)), jnp.ones((5, 8, 8)), narrow((4, 8))
     loops = [e for e in jax.make_jaxpr(jax.grad(loss))(*given).eqns if e.primitive.name == "scan"]
     forward = [str(v.aval) for v in loops[0].outvars]
     assert "bfloat16[5,4,8]" in forward
     assert "bfloat16[5,8,8]" not in forward
 
 
-@pytest.mark.parametrize(
-    ("mesh", "options"),
-    [
-        ("one device", {}),
-        *(pytest.param(*c, marks=pytest.mark.slow) for c in (
-            ("one device", {"remat": "none"}),
-            ("one device", {"remat": "save", "micro_batches": 2}),
-            ("stored in parts", {}),
-            ("stored in parts", {"reduce_dtype": "f32", "micro_batches": 2}),
-            ("dropless", {}),
-        )),
-    ],
-)  # fmt: skip
+CASES = [
+    ("one device", {}),
+    ("one device", {"remat": "none"}),
+    ("one device", {"remat": "save", "micro_batches": 2}),
+    ("stored in parts", {}),
+    ("stored in parts", {"reduce_dtype": "f32", "micro_batches": 2}),
+    ("dropless", {}),
+]
+
+
+@pytest.mark.parametrize(("mesh", "options"), few(CASES))
 def test_values_and_gradients_are_those_of_parameters_cast_at_once(mesh, options, monkeypatch):
     by_layer = run(step_of(mesh, **options))
     monkeypatch.setattr(gradients, "is_cast_by_layer", lambda value: False)
-    at_once = step_of(mesh, **options)
-    expected = run(at_once)
+    expected = run(step_of(mesh, **options))
     for found, wanted in zip(by_layer, expected, strict=True):
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():

@@ -4,18 +4,11 @@ import re
 
 import pytest
 
-from moecc.ir.builder import Builder
-from moecc.ir.graph import Graph
-from moecc.plan.step import StepConfig
+from moecc.ir import F32, I32, Builder, Graph, tensor
 from moecc.train.graphs import MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
-from moecc.train.settings import StepSpec
-from moecc.types import F32, I32, tensor
 
-jax = pytest.importorskip("jax")
-pytest.importorskip("optax")
-
-from moecc_backends.xla.train.step import make_train_step  # noqa: E402
+from .small import SGD, make_step
 
 VOCAB, EMBED, BATCH, SEQ = 4096, 16, 8, 64
 LOGITS_BYTES = 4 * BATCH * SEQ * VOCAB
@@ -31,28 +24,26 @@ def model():
     return graph
 
 
-def step_of(chunk_bytes, name="adamw", **options):
-    passes = StepPasses(routed=False, losses=None, rolled=False, mesh=options.pop("mesh", None))
-    sizes = {"B": BATCH, "S": options.pop("length", SEQ)}
-    config = StepConfig(**{"dtype": "f32", **options})
-    spec = StepSpec(sizes, config, OptimizerSection(name), chunk_bytes=chunk_bytes)
-    count = 1 if passes.mesh is None else 2
-    return make_train_step(step_graph(model(), passes), spec, jax.devices()[:count])
+def step_of(chunk_bytes, update, mesh=None, **settings):
+    passes = StepPasses(routed=False, losses=None, rolled=False, mesh=mesh)
+    graph, sizes = step_graph(model(), passes), {"B": BATCH, "S": SEQ}
+    devices = 1 if mesh is None else 2
+    return make_step(graph, sizes, update, devices=devices, chunk_bytes=chunk_bytes, **settings)
 
 
-def compiled(step):
-    return step.function.lower(*step.arguments).compile()
+def memory(step):
+    return step.function.lower(*step.arguments).compile().memory_analysis()
 
 
 def test_logits_never_are_in_memory_whole():
-    whole, chunked = (compiled(step_of(size)).memory_analysis() for size in (1 << 62, 1 << 18))
+    adamw = OptimizerSection()
+    whole, chunked = (memory(step_of(size, adamw)) for size in (1 << 62, 1 << 18))
     assert whole.temp_size_in_bytes > LOGITS_BYTES
     # A chunk and its gradient, and the gradient of the table twice.
     table_bytes = 4 * VOCAB * EMBED
     assert chunked.temp_size_in_bytes < LOGITS_BYTES / 4 + 4 * table_bytes
-    # The state that is given is the state that comes back.
-    state_bytes = 3 * table_bytes
-    assert chunked.alias_size_in_bytes >= state_bytes
+    # The state that is given is the state that comes back: parameters and two moments.
+    assert chunked.alias_size_in_bytes >= 3 * table_bytes
 
 
 ALL_REDUCE = re.compile(r'"stablehlo.all_reduce"\(.*?\}\) : \(tensor<(\w+)>\)', re.DOTALL)
@@ -66,8 +57,8 @@ def reductions(step):
     return [size.removeprefix(shape) for size in sizes if size.startswith(shape)]
 
 
-def test_gradients_are_reduced_in_the_type_that_is_asked_for():
+@pytest.mark.parametrize(("wanted", "found"), [(None, "bf16"), ("f32", "f32")])
+def test_gradients_are_reduced_in_the_type_that_is_asked_for(wanted, found):
     mesh = MeshPasses("data:2", ("data-parallel",))
-    for wanted, found in ((None, ["bf16"]), ("f32", ["f32"])):
-        step = step_of(1 << 18, "sgd", mesh=mesh, dtype="bf16", reduce_dtype=wanted)
-        assert reductions(step) == found
+    config = {"dtype": "bf16", "reduce_dtype": wanted}
+    assert reductions(step_of(1 << 18, SGD, mesh, config=config)) == [found]

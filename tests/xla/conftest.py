@@ -1,0 +1,7 @@
+"""Everything here needs jax."""
+
+import pytest
+
+
+def pytest_pycollect_makemodule():
+    pytest.importorskip("jax")
