@@ -251,12 +251,14 @@ class EngineReading:
     Attributes:
       needs: without these it refuses the checkpoint.
       silent: without these it loads it and computes another function.
-      never: why it reads none of moecc's checkpoints of the family; empty if it may.
+      never: why it refuses all of moecc's checkpoints of the family; empty if it may read some.
+      differs: what it computes otherwise in all of them, without an error; empty if it may not.
     """
 
     needs: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
     never: str = ""
+    differs: str = ""
 
 
 # The base of every config: from its fields follow reading, writing and checks.

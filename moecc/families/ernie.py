@@ -75,7 +75,8 @@ class Ernie45MoeConfig(MoeConfig):
     )
     engines = {
         **TRANSFORMERS,
-        "vLLM": EngineReading(("silu",)),
+        # Its router on a CPU leaves the bias out; those of GPUs, which were not run, read it.
+        "vLLM": EngineReading(("silu in dense blocks",), ("no routing bias", "silu")),
         "SGLang": EngineReading(("silu",)),
         "mlx-lm": EngineReading(silent=("no routing bias", "plain rope", "silu")),
     }

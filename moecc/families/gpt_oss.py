@@ -118,6 +118,13 @@ class GptOssConfig(MoeConfig):
     swiglu_limit: float = number(above=0, default=7.0)
     plain: bool = False
 
+    def __post_init__(self) -> None:
+        # vLLM looks for YaRN's bounds in a config and assumes none.
+        if self.rope.type == "yarn":
+            fast, slow = self.rope.beta_fast or 32.0, self.rope.beta_slow or 1.0
+            object.__setattr__(self, "rope", replace(self.rope, beta_fast=fast, beta_slow=slow))
+        super().__post_init__()
+
     @property
     def has_sinks(self) -> bool:
         """Whether each head's softmax has one more score, its sink."""

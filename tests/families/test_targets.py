@@ -110,7 +110,8 @@ def test_known_misreadings():
     assert verdict(tied, "vLLM").runs
     assert verdict(tied, "vLLM").note == ""
     linear = config("mixtral", rope_scaling={"rope_type": "linear", "factor": 2.0})
-    assert str(verdict(linear, "vLLM")) == "vLLM ✓ (code read)"
+    assert str(verdict(linear, "vLLM")) == "vLLM ✓"
+    assert str(verdict(config("mixtral"), "SGLang")) == "SGLang ✓ (code read)"
     dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 4}
     for engine in ("vLLM", "SGLang"):
         grows = verdict(config("qwen3_moe", norm_topk_prob=True, **dynamic), engine)
