@@ -29,7 +29,7 @@ EARLY_STEPS = 60
 """Crossings up to here are not told apart: the line of a gain begins there."""
 
 PILOT_STEPS, WARMUP = 300, 10
-BASES = (150, 400, 800, 1200)
+BASES = (150, 300, 400, 600, 800, 1200, 2000)
 """The steps of the dense model before the switch."""
 
 
