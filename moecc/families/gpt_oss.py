@@ -88,7 +88,14 @@ class GptOssConfig(MoeConfig):
         **TRANSFORMERS,
         "transformers 4": EngineReading(silent=("released SwiGLU",)),
         "vLLM": EngineReading(
-            ("yarn",), ("released SwiGLU", "attention biases", "every second window", "untied")
+            ("yarn",),
+            (
+                "released SwiGLU",
+                "attention biases",
+                "every second window",
+                "untied",
+                "usual rope factor",
+            ),  # fmt: skip
         ),
         "SGLang": EngineReading(silent=("untied",)),
         "mlx-lm": EngineReading(never="it reads the experts of the released files only"),
