@@ -95,7 +95,7 @@ class GptOssConfig(MoeConfig):
                 "every second window",
                 "untied",
                 "usual rope factor",
-            ),  # fmt: skip
+            ),
         ),
         "SGLang": EngineReading(silent=("untied",)),
         "mlx-lm": EngineReading(never="it reads the experts of the released files only"),
