@@ -103,4 +103,5 @@ def test_a_run_goes_on_with_the_moments_of_another(dense):
     carried, reset = (np.linalg.norm(array_of(run, head, 0) - before) for run in runs)
     assert 0 < carried < 0.9 * reset
     assert [int(array_of(run, "moments.count")) for run in runs] == [38, 8]
-    assert all(array_of(run, "moments.m.lm_head.weight").any() for run in runs)
+    moments = [array_of(run, "moments.m.lm_head.weight") for run in runs]
+    assert all(np.linalg.norm(moment) > 0 for moment in moments)

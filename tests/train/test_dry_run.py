@@ -39,8 +39,9 @@ def facts_of(tmp_path):
 
 def test_counts_are_those_of_the_model(facts_of):
     graph = golden_graph("llama_gqa", "upcycle{experts=4 top-k=2}")
+    expected = describe(graph).parameters
     facts = facts_of(graph)
-    total, expected = facts["parameters"]["total"], describe(graph).parameters
+    total = facts["parameters"]["total"]
     assert facts["parameters"] == {
         "total": expected.total, "active": expected.active, "trained": total, "bytes": 4 * total,
         "moment_bytes": 8 * total,

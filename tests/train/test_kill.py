@@ -117,7 +117,8 @@ def test_a_full_disk_loses_nothing(folder, tmp_path):
     finish(command("train", folder / "recipe.toml", "--out", run))
     first = saved_steps(run)[0].number
     forget(run, first)
-    python, *words = resumed = command("train", "--resume", run)
+    resumed = command("train", "--resume", run)
+    python, *words = resumed
     process = start([python, "-c", limited, *words])
     _, err = process.communicate(timeout=300)
     assert process.returncode == 4, err

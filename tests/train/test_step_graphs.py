@@ -27,11 +27,7 @@ from moecc.train.rows import ModelFacts
 from .tiny import golden_graph, piped, tokens_of
 
 UPCYCLE = "upcycle{experts=4 top-k=2}"
-
-
-RECIPE = Recipe(
-    ModelSection("m"), DataSection((Corpus("x"),), batch=4, seq=32), RunSection(1)
-)  # fmt: skip
+RECIPE = Recipe(ModelSection("m"), DataSection((Corpus("x"),), batch=4, seq=32), RunSection(1))
 
 
 @pytest.fixture
