@@ -94,7 +94,7 @@ class GptOssConfig(MoeConfig):
                 "attention biases",
                 "every second window",
                 "untied",
-                "usual rope factor",
+                "computed rope factor",
             ),
         ),
         "SGLang": EngineReading(silent=("untied",)),

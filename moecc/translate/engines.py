@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
+from moecc.families.rope import attention_factor
 from moecc.families.wrappers import Wrapper
 from moecc.formats.gguf.config import misfits
 from moecc.formats.gguf.families import GgufFamily, mixture_architectures
@@ -37,6 +38,11 @@ def _every_layer(config: DecoderConfig) -> bool:
 def _silu_in_dense_blocks(config: DecoderConfig) -> bool:
     is_shared = isinstance(config, MoeConfig) and config.shared_expert_intermediate_size
     return config.hidden_act == "silu" or (_every_layer(config) and not is_shared)
+
+
+def _computed_rope_factor(config: DecoderConfig) -> bool:
+    computed = replace(config.rope, attention_factor=None, mscale=None, mscale_all_dim=None)
+    return attention_factor(config.rope) == attention_factor(computed)
 
 
 def _not_renormalised(config: DecoderConfig) -> bool:
@@ -116,6 +122,9 @@ CONDITIONS: Mapping[str, Condition] = {
     ),
     "usual rope factor": Condition(
         lambda c: c.rope.attention_factor is None, "an attention_factor of rotary scalings"
+    ),
+    "computed rope factor": Condition(
+        _computed_rope_factor, "a factor of rotary scalings that the config states"
     ),
     "no dynamic rope": Condition(
         lambda c: c.rope.type != "dynamic", "rotary positions whose base grows with the length"

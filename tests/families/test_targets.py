@@ -103,6 +103,39 @@ def verdict(config, engine):
     return verdict_of_engine
 
 
+def test_vllm_takes_silu_for_another_activation_where_no_block_is_dense():
+    for keys, silent in (({}, True), ({"mlp_only_layers": [0]}, False)):
+        found = verdict(config("qwen3_moe", hidden_act="gelu", head_dim=4, **keys), "vLLM")
+        assert found.reasons == ("another activation than SiLU",)
+        assert found.silent == silent
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "silent"),
+    [
+        ("llama4_square", True, False),
+        ("lfm2_moe_square", False, True),
+        ("ernie4_5_moe_square_v4", False, True),
+        ("phimoe_square_v4", False, False),
+    ],
+)
+def test_what_vllm_does_of_whole_families(name, runs, silent):
+    found = verdict(parse_config(json.loads((GOLDEN / name / "config.json").read_text())), "vLLM")
+    assert (found.runs, found.silent) == (runs, silent)
+
+
+def test_vllm_is_told_the_bounds_of_yarn_and_no_factor():
+    stated = json.loads((GOLDEN / "gpt_oss_limits" / "config.json").read_text())
+    stated |= {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "attention_bias": True}
+    assert "beta_fast" not in stated["rope_parameters"]
+    rope = parse_config(stated).to_json()["rope_parameters"]
+    assert (rope["beta_fast"], rope["beta_slow"]) == (32.0, 1.0)
+    for factors in ({"attention_factor": 1.5}, {"mscale": 0.7, "mscale_all_dim": 0.7}):
+        found = verdict(parse_config(stated | {"rope_parameters": rope | factors}), "vLLM")
+        assert found.reasons == ("a factor of rotary scalings that the config states",)
+        assert found.silent
+
+
 def test_known_misreadings():
     tied = config("mixtral", tie_word_embeddings=True)
     assert verdict(tied, "SGLang").reasons == ("an output matrix tied to the embedding",)
