@@ -29,8 +29,11 @@ EARLY_STEPS = 60
 """Crossings up to here are not told apart: the line of a gain begins there."""
 
 PILOT_STEPS, WARMUP = 300, 10
-BASES = (150, 300, 400, 600, 800, 1200, 2000)
-"""The steps of the dense model before the switch."""
+DECODERS = dict.fromkeys((150, 300, 400, 600, 800, 1200, 2000), "decoder_worth") | {
+    1000: "decoder_worth_wide",
+    23_600: "decoder_5m",
+}
+"""The dense model by the steps before the switch."""
 
 
 def write_curves() -> None:
@@ -41,8 +44,8 @@ def write_curves() -> None:
     lines: dict[tuple[str, int, int], dict[str, Any]] = {}
     for line in map(json.loads, CURVES.read_text("utf-8").splitlines()):
         lines[line["text"], line["base_steps"], line["seed"]] = line
-    for text, base_steps, seed in product(TEXTS, BASES, SEEDS):
-        setting = Setting(text, seed, base_steps=base_steps)
+    for text, base_steps, seed in product(TEXTS, DECODERS, SEEDS):
+        setting = Setting(text, seed, DECODERS[base_steps], base_steps)
         facts = {"text": text, "base_steps": base_steps, "seed": seed}
         line = lines.get((text, base_steps, seed), facts)
         for arm in (DENSE, *ARMS):

@@ -83,13 +83,13 @@ def pairs(arm, *ratios):
 
 def test_forecasts_from_the_first_steps_are_near_the_crossings_of_whole_curves():
     crossing = [pair for pair in pairs("sparse", 1.02, 1.2, 1.4, 1.75) if pair.crossing < np.inf]
-    assert len(crossing) == 4 * 18
+    assert len(crossing) == 4 * 19
     assert all(pair.no is None for pair in crossing if pair.ratio <= 1.2)
-    # One of 36 is forecast 1.31 times too early, from a base of 150 steps of Debian's text.
-    assert sum(pair.is_right for pair in crossing if pair.ratio <= 1.2) == 35
-    assert sum(pair.is_right for pair in crossing if pair.ratio == 1.4) >= 16
+    # One of 38 is forecast 1.31 times too early, from a base of 150 steps of Debian's text.
+    assert sum(pair.is_right for pair in crossing if pair.ratio <= 1.2) == 37
+    assert sum(pair.is_right for pair in crossing if pair.ratio == 1.4) >= 17
     # Twice beyond the pilot its dense line is unsure, and the interval says so.
-    assert sum(pair.is_inside for pair in crossing if pair.ratio == 1.75) >= 17
+    assert sum(pair.is_inside for pair in crossing if pair.ratio == 1.75) >= 18
 
 
 @pytest.mark.parametrize(
