@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations, product
 from math import inf
 from typing import Any
@@ -29,33 +29,36 @@ EARLY_STEPS = 60
 """Crossings up to here are not told apart: the line of a gain begins there."""
 
 PILOT_STEPS, WARMUP = 300, 10
-DECODERS = dict.fromkeys((150, 300, 400, 600, 800, 1200, 2000), "decoder_worth") | {
-    1000: "decoder_worth_wide",
-    23_600: "decoder_5m",
-}
-"""The dense model by the steps before the switch."""
+BASES = (
+    *(("decoder_worth", steps) for steps in (150, 300, 400, 600, 800, 1200, 2000)),
+    ("decoder_worth_wide", 1000),
+    ("decoder_5m", 23_600),
+)
+"""Dense models: the decoder, and its steps before the switch."""
 
 
 def write_curves() -> None:
     """Write the mean cross entropy of every ten steps at a constant rate, of all runs.
 
-    A curve stays where its runs are gone, or are shorter.
+    A setting of which both arms have run is written anew, with the arms that have: those of an
+    earlier machine may have read another text.  Any other keeps its line.
     """
-    lines: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for line in map(json.loads, CURVES.read_text("utf-8").splitlines()):
-        lines[line["text"], line["base_steps"], line["seed"]] = line
-    for text, base_steps, seed in product(TEXTS, DECODERS, SEEDS):
-        setting = Setting(text, seed, DECODERS[base_steps], base_steps)
-        facts = {"text": text, "base_steps": base_steps, "seed": seed}
-        line = lines.get((text, base_steps, seed), facts)
-        for arm in (DENSE, *ARMS):
-            curve = _trunk(setting, arm)
-            if len(curve) > max(len(line.get(arm, ())), PILOT_STEPS // BLOCK_STEPS):
-                line[arm] = curve
-        if DENSE in line and SPARSE in line:
-            lines[text, base_steps, seed] = line
+    lines = read_lines()
+    for text, base, seed in product(TEXTS, BASES, SEEDS):
+        setting = Setting(text, seed, *base)
+        curves = {arm: _trunk(setting, arm) for arm in (DENSE, *ARMS)}
+        long = {arm: x for arm, x in curves.items() if len(x) > PILOT_STEPS // BLOCK_STEPS}
+        if DENSE in long and SPARSE in long:
+            lines[setting] = {**asdict(setting), **long}
     text = "\n".join(json.dumps(line) for line in lines.values())
     CURVES.write_text(f"{text}\n", "utf-8")
+
+
+def read_lines() -> dict[Setting, dict[str, Any]]:
+    """Return the lines of `worth_curves.jsonl`, each with the curves of all arms of a setting."""
+    names = [field.name for field in fields(Setting)]
+    lines = map(json.loads, CURVES.read_text("utf-8").splitlines())
+    return {Setting(*(line[name] for name in names)): line for line in lines}
 
 
 def _trunk(setting: Setting, arm: str) -> list[float]:
@@ -70,13 +73,17 @@ def _trunk(setting: Setting, arm: str) -> list[float]:
     return [round(float(x), 4) for x in np.reshape(every, (count, BLOCK_STEPS)).mean(1)]
 
 
-def read_curves(arm: str = SPARSE) -> dict[tuple[str, int], list[Pilot]]:
-    """Return curves by text and steps of the base, a seed each; a step is the mean of its ten."""
-    curves: dict[tuple[str, int], list[Pilot]] = {}
-    for line in map(json.loads, CURVES.read_text("utf-8").splitlines()):
+def read_curves(arm: str = SPARSE) -> dict[tuple[str, str, int], list[Pilot]]:
+    """Return curves by decoder, text and steps of the base, a seed each.
+
+    A step is the mean of its ten.
+    """
+    curves: dict[tuple[str, str, int], list[Pilot]] = {}
+    for setting, line in read_lines().items():
         if arm in line:
-            arms = (np.repeat(line[name], BLOCK_STEPS) for name in (DENSE, arm))
-            curves.setdefault((line["text"], line["base_steps"]), []).append(Pilot(*arms))
+            pilot = Pilot(*(np.repeat(line[name], BLOCK_STEPS) for name in (DENSE, arm)))
+            key = (setting.decoder, setting.text, setting.base_steps)
+            curves.setdefault(key, []).append(pilot)
     return curves
 
 
@@ -107,7 +114,7 @@ class Pair:
     """Both arms at a ratio of compute: what the first steps say, and what whole curves do.
 
     Attributes:
-      name: text, base and seeds.
+      name: decoder, text, steps of the base and seeds.
       ratio: the compute of a sparse step over that of a dense one.
       forecast: what the first steps say.
       crossing: where whole curves cross; infinite where they do not.
@@ -144,11 +151,12 @@ class Pair:
 
 def pairs(arm: str, ratios: Sequence[float] = RATIOS) -> Iterator[list[Pair]]:
     """Yield every two seeds of a text and a base, each at every ratio of compute."""
-    for (text, base_steps), curves in read_curves(arm).items():
+    for (decoder, text, base_steps), curves in read_curves(arm).items():
         for chosen in combinations(range(len(curves)), min(2, len(curves))):
             some = [curves[n] for n in chosen]
             pilots = [Pilot(c.dense[:PILOT_STEPS], c.sparse[:PILOT_STEPS]) for c in some]
-            name = f"{text}, {base_steps} steps, seeds {' and '.join(map(str, chosen))}"
+            seeds = " and ".join(map(str, chosen))
+            name = f"{decoder}, {text}, {base_steps} steps, seeds {seeds}"
             row = []
             for ratio in ratios:
                 said = crossing_of(pilots, base_steps, ratio, WARMUP)
