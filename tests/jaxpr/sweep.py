@@ -76,6 +76,8 @@ def levanter() -> Makers:
         config = config_class(**{k: v for k, v in sizes.items() if k in fields})
         model = config.build(hax.Axis("vocab", VOCAB), key=jax.random.key(0))
         params, static = eqx.partition(model, eqx.is_array)
+        axes = ("replica", "data", "model")
+        jax.set_mesh(jax.make_mesh((1, 1, 1), axes, axis_types=(jax.sharding.AxisType.Auto,) * 3))
         position = getattr(config, "max_Pos", None) or config.Pos
 
         def run(params, ids):
@@ -428,6 +430,7 @@ def judge(name: str, make: Callable[[], Model]) -> Verdict:
 
     try:
         run, params, args = make()
+        params = drawn(params)
         dense = arrays(jax.jit(run)(params, *args))
     except Exception as error:
         return Verdict(name, "not built", reason=summary(error))
@@ -451,6 +454,21 @@ def judge(name: str, make: Callable[[], Model]) -> Verdict:
         outcome, reason = "undecided", BIT_BY_BIT
     counts = len(report.blocks), converted
     return Verdict(name, outcome, *counts, float(f"{gap:.1e}"), is_trained, reason)
+
+
+def drawn(params):
+    """Return parameters whose arrays of zeros are drawn: tunix begins products of blocks so."""
+    import jax
+    import jax.numpy as jnp
+
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return structure.unflatten(
+        0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.any(leaf)
+        else leaf
+        for key, leaf in zip(keys, leaves, strict=True)
+    )
 
 
 def arrays(result) -> list[Any]:
