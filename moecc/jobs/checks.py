@@ -10,7 +10,7 @@ and the devices of small meshes, too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import gcd, prod
 from types import MappingProxyType
 
@@ -268,6 +268,15 @@ class Checked:
             "proved" if self.measured is None else f"measured relative error {self.measured:.2g}"
         )
         return f"{self.number} {format_pass(self.item)}: promised {self.promise}; {evidence}"
+
+    def to_json(self) -> JsonDict:
+        """Return the result as JSON values."""
+        return {
+            "pass": format_pass(self.item),
+            "promised": asdict(self.promise),
+            "proved": self.measured is None,
+            "measured_error": self.measured,
+        }
 
 
 def check_pipeline(

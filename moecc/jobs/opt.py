@@ -374,7 +374,7 @@ def opt(
     kinds = {runner.DiffAfter: diff, runner.Timing: timing, runner.StatisticsTable: stats,
              runner.Remarks: remarks}  # fmt: skip
     instruments += [kind(sys.stderr) for kind, is_wanted in kinds.items() if is_wanted]
-    graph, said = read_graph(file), list[str]()
+    graph, said, checked = read_graph(file), list[str](), list[JsonDict]()
     before = graph if html is None and explorer is None else clone(graph)
     context = Context(seed, allow_unmatched, remark=lambda remark: said.append(str(remark)))
     if check:
@@ -383,13 +383,16 @@ def opt(
         proofs = PassProofs()
         instruments.append(proofs)
     folder = partial(Path, dump_dir) if dump_dir else temporary_folder
-    runner.run_pipeline(
+    report = runner.run_pipeline(
         graph, passes, context=context, instruments=instruments, crash_folder=folder
     )
+    if idle := [run.item.name for run in report.runs if not run.result.changed]:
+        say(f"note: {', '.join(idle)} changed nothing{'' if remarks else ' (--remarks has why)'}")
     if check:
         plain = Context(seed, allow_unmatched)
-        for checked in check_pipeline(proofs.source, passes, context=plain, proved=proofs.runs):
-            say(f"checked: {checked}")
+        for done in check_pipeline(proofs.source, passes, context=plain, proved=proofs.runs):
+            say(f"checked: {done}")
+            checked.append(done.to_json())
     if html is not None:
         page = graph_page(before, graph if len(passes) else None, str(passes), said)
         write_whole(html, page.encode(), force=force)
@@ -399,4 +402,7 @@ def opt(
         write_whole(explorer, json.dumps(explorer_collection(graphs)).encode(), force=force)
         say(f"the graph for Model Explorer is in {explorer}")
     text = graph_text(graph, output)
-    return artefact("opt", text, output, force=force, pipeline=str(passes), remarks=said)
+    return artefact(
+        "opt", text, output, force=force, pipeline=str(passes), remarks=said, checked=checked,
+        passes=report.as_dict()["passes"],
+    )  # fmt: skip

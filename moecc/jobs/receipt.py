@@ -39,7 +39,6 @@ from moecc.jobs.conversion import Plan
 from moecc.model.open import MODEL_TYPE, MODULE_TYPE
 from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.passes import Preserves
-from moecc.rewrite.pipeline import format_pass
 from moecc.rewrite.runner import loaded_files
 from moecc.support.documents import parse_json
 from moecc.support.untyped import Json, JsonDict
@@ -85,15 +84,7 @@ class Receipt:
             "target": self.target,
             "promised": asdict(self.promised),
             "proof": None if self.proof is None else self.proof.to_json(),
-            "checked": [
-                {
-                    "pass": format_pass(p.item),
-                    "promised": asdict(p.promise),
-                    "proved": p.measured is None,
-                    "measured_error": p.measured,
-                }
-                for p in self.contracts.passes
-            ],
+            "checked": [checked.to_json() for checked in self.contracts.passes],
             "unchecked": self.contracts.unchecked or None,
             "verified": None if self.verified is None else self.verified.to_json(),
             "engines": [verdict.to_json() for verdict in self.engines],

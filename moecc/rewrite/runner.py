@@ -558,13 +558,13 @@ class Timing(Instrument):
 
     def finish(self, report: PipelineReport) -> None:
         """Print the table."""
-        total = sum(r.seconds + r.verify_seconds for r in report.runs)
+        times = [(run.title, run.seconds, run.verify_seconds) for run in report.runs]
+        passes, verifier = sum(t[1] for t in times), sum(t[2] for t in times)
         rows = [("pass", "seconds", "verify", "share")]
-        for run in report.runs:
-            both = run.seconds + run.verify_seconds
-            share = f"{both / total:.0%}" if total else "-"
-            rows.append((run.title, f"{run.seconds:.4f}", f"{run.verify_seconds:.4f}", share))
-        rows.append(("total", f"{total:.4f}", "", ""))
+        for title, seconds, verified in [*times, ("total", passes, verifier)]:
+            total = passes + verifier
+            share = f"{(seconds + verified) / total:.0%}" if total else "-"
+            rows.append((title, f"{seconds:.4f}", f"{verified:.4f}", share))
         self.stream.writelines(_table(rows))
 
 
@@ -601,11 +601,14 @@ class Remarks(Instrument):
         """Print the remarks and near misses of this pass."""
         for remark in run.remarks:
             self.stream.write(f"remark: {run.item.name}: {remark}\n")
-        for miss in run.result.near_misses:
-            # For a clean-up rule, a miss in which only the root matched is not worth printing.
-            if miss.score < 2 and not run.item.must_match:
-                continue
-            self.stream.write(f"missed: {run.item.name}: {miss}\n")
+        misses = sorted(run.result.near_misses, key=lambda miss: -miss.score)
+        # Where something matched, a miss in which only the root did is not worth printing.
+        near = [m for m in misses if m.score >= 2 or run.item.must_match]
+        if not near and not run.result.matched:
+            near = misses[:1]
+            if not near:
+                self.stream.write(f"missed: {run.item.name}: no candidate\n")
+        self.stream.writelines(f"missed: {run.item.name}: {miss}\n" for miss in near)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -40,6 +40,16 @@ def test_stdout_carries_the_graph_alone(cli, dense_graph):
     assert "remark: upcycle" in done.err
 
 
+def test_opt_reports_what_each_pass_did_and_what_was_checked(cli, dense_graph):
+    done = cli("opt", dense_graph, "-p", f"{UPCYCLE},cse,tie-head", "--check", "--format", "json")
+    assert "note: cse, tie-head changed nothing (--remarks has why)\n" in done.err
+    data = json.loads(done.out)
+    assert [p["pass"] for p in data["passes"]] == ["upcycle{experts=4}", "cse", "tie-head"]
+    assert [p["changed"] for p in data["passes"]] == [True, False, False]
+    promises = [(c["promised"]["kind"], c["proved"]) for c in data["checked"]]
+    assert promises == [("reassociation", True), ("exact", True), ("exact", True)]
+
+
 def test_convert_verify_run_and_read_again(cli, dense, out):
     assert "preserves   reassociation" in cli.convert(dense, out).out
     cli("verify", out)

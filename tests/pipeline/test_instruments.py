@@ -21,9 +21,9 @@ from moecc.rewrite.runner import (
 from .samples import REGISTRY, negations
 
 
-def shown(make, text, negated=4):
+def shown(make, text, negated=4, registry=REGISTRY):
     stream = io.StringIO()
-    pipeline = Pipeline.parse(text, REGISTRY)
+    pipeline = Pipeline.parse(text, registry)
     context = Context(allow_unmatched=True)
     run_pipeline(negations(negated), pipeline, context=context, instruments=[make(stream)])
     return stream.getvalue()
@@ -71,8 +71,12 @@ def test_timing():
     lines = shown(Timing, PIPELINE).splitlines()
     assert lines[0].split() == ["pass", "seconds", "verify", "share"]
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "total"]
-    shares = [int(line.split()[-1].rstrip("%")) for line in lines[1:-1]]
-    assert 98 <= sum(shares) <= 102
+    *passes, total = [re.findall(r"[\d.]+", line)[-3:] for line in lines[1:]]
+    columns = [sum(map(float, column)) for column in zip(*passes, strict=True)]
+    assert [float(cell) for cell in total] == [pytest.approx(s, abs=2e-4) for s in columns[:2]] + [
+        100
+    ]
+    assert 98 <= columns[2] <= 102
 
 
 def test_diff():
@@ -96,3 +100,12 @@ def test_remarks_and_near_misses():
     assert text.startswith("remark: un-neg: here: looked around\n")
     assert "missed: un-neg: pair: not at %v1 = neg @layers.0: %v is defined by silu" in text
     assert text.count("missed: bad: ffn") == 7
+
+
+def test_a_pass_that_matches_nothing_has_a_reason():
+    assert shown(Remarks, "top") == "missed: top: no candidate\n"
+    # Its nearest miss, although only the root of the pattern matched.
+    assert shown(Remarks, "canonicalize", 1, registry=None) == (
+        "missed: canonicalize: double-neg: not at %v1 = neg @layers.0: "
+        "%v is defined by silu @layers.0, expected neg\n"
+    )
