@@ -186,6 +186,12 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return f"did you mean {matches[0]!r}?" if matches else None
 
 
+def or_own(hint: str | None) -> str:
+    """Return the hint for an unknown name, which the user's own file may define."""
+    own = "if it is your own: --load FILE"
+    return f"{hint}{' ' if hint.endswith('?') else '; '}{own}" if hint else own
+
+
 def unknown_name(kind: str, name: str, choices: Collection[str]) -> Problem:
     """Return the problem that there is no `kind` of a name; the hint has the nearest, or all."""
     hint = nearest(name, choices) or f"{kind}s: {', '.join(choices)}"

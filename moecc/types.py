@@ -389,7 +389,11 @@ def parse_type(text: str, lookup: Lookup) -> TensorType:
     name, inner, unreduced = match.groups()
     dtype = DTYPES.get(name)
     if dtype is None:
-        raise InputError(f"unknown element type {name!r}", hint=nearest(name, DTYPES))
+        # Elsewhere a type may have PyTorch's name; in a graph it has one.
+        same = BY_TORCH.get(name)
+        hint = nearest(name if same is None else same.name, DTYPES)
+        hint = hint or f"types: {', '.join(DTYPES)}"
+        raise InputError(f"unknown element type {name!r}", hint=hint)
     axes = tuple(_parse_axis(part.strip(), lookup) for part in inner.split(",") if part.strip())
     if len({a.name for a in axes}) != len(axes):
         raise InputError("two axes have the same name", found=text)

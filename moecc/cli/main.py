@@ -41,6 +41,12 @@ EPILOG = (
 )
 
 
+ELSEWHERE = {
+    "diff": "moecc prove A B compares two models, moecc opt --diff shows what each pass changes",
+}
+"""Commands that one may expect, and what serves instead."""
+
+
 class Commands(click.Group):
     """The commands of `moecc.jobs`, each imported when it is called."""
 
@@ -57,7 +63,8 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that `args` name; the nearest one is suggested for an unknown one."""
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            hint = nearest(args[0], COMMANDS) or f"commands: {', '.join(COMMANDS)}"
+            hint = ELSEWHERE.get(args[0]) or nearest(args[0], COMMANDS)
+            hint = hint or f"commands: {', '.join(COMMANDS)}"
             ctx.fail(f"no such command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
 

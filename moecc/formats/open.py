@@ -6,10 +6,11 @@ import os
 import re
 import stat
 from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 
-from moecc.errors import InputError, nearest, printable
+from moecc.errors import CLOSE, InputError, nearest, printable
 from moecc.families.config import FAMILY
 from moecc.families.registry import parse_config
 from moecc.families.wrappers import (
@@ -28,6 +29,7 @@ from moecc.formats.folder import CONFIG_NAME, open_folder
 from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo
 from moecc.formats.store import is_address, mirror
+from moecc.presets import preset_names
 from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
 from moecc.types import Array, Axis, TensorType
@@ -169,6 +171,11 @@ def missing_place(source: Path) -> InputError:
     if parent.is_dir():
         neighbours = sorted(os.listdir(parent))[:10_000]
         hint = nearest(source.name, neighbours)
+        # A bare name, whose suffix is that of no file: Qwen2.5-7B.
+        if hint is None and is_model_id(f"ORG/{source}") and not source.suffix[1:].isalpha():
+            hint = f"a model of the hub is hf://ORG/{source}"
+            preset = get_close_matches(source.name.lower(), preset_names(), n=1, cutoff=CLOSE)
+            hint += f", a config without weights preset:{preset[0]}" if preset else ""
         return InputError("there is no such file or folder", where=source, hint=hint)
     name = source.as_posix()
     return InputError(

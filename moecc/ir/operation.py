@@ -19,7 +19,7 @@ from math import isfinite, isinf
 from types import ModuleType
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar, overload
 
-from moecc.errors import InputError, Problem, nearest, raise_problems
+from moecc.errors import InputError, Problem, nearest, or_own, raise_problems
 from moecc.ir.arrays import Array
 from moecc.ir.mesh import Rule, propagate_sharding
 from moecc.ir.operand import Attrs as Attrs
@@ -631,5 +631,5 @@ def op(name: str) -> OpDef:
     if entry is None:
         now = RENAMED.get(name)
         hint = nearest(name, OPS) if now is None else f"`{name}` is now `{now}`"
-        raise InputError(f"unknown operation {name!r}", hint=hint)
+        raise InputError(f"unknown operation {name!r}", hint=or_own(hint))
     return entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -86,7 +87,7 @@ def prove(
     data = {"a": a, "b": b, "proof": comparison.to_json(), "node": comparison.verdict.node}
     data["terms"] = list(comparison.verdict.terms)
     data["unmatched"] = list(comparison.unmatched)
-    problem = verdict_problem(comparison.verdict, comparison.unmatched)
+    problem = verdict_problem(comparison.verdict, a, b, comparison.unmatched)
     error = None if problem is None else _error(comparison.verdict, problem)
     return Report("prove", data, lambda: proof_text(comparison, a, b), error=error)
 
@@ -206,11 +207,15 @@ def _error(verdict: Verdict, problem: Problem) -> MoeccError:
     return CheckError([problem]) if verdict.status == "refuted" else InputError([problem])
 
 
-def verdict_problem(verdict: Verdict, unmatched: Sequence[str] = ()) -> Problem | None:
-    """Return what keeps two graphs from being proved equal; None if they are.
+def verdict_problem(
+    verdict: Verdict, a: str, b: str, unmatched: Sequence[str] = ()
+) -> Problem | None:
+    """Return what keeps two models from being proved equal; None if they are.
 
     Args:
       verdict: the verdict on both.
+      a: the name of the first.
+      b: the name of the second.
       unmatched: the tensors of the second of which the first has none with the same values.
     """
     if verdict.status == "proved":
@@ -218,16 +223,20 @@ def verdict_problem(verdict: Verdict, unmatched: Sequence[str] = ()) -> Problem 
     before, after = verdict.terms
     example = verdict.counterexample
     if example is None:
-        hint = "sampling may decide: moecc verify B --against A"
+        hint = f"sampling may decide: {_sampling(a, b)}"
         if unmatched:
-            values = f"{amount(len(unmatched), 'tensor')} of B, for example {unmatched[0]}"
-            hint = f"{values}: no tensor of A has these values; {hint}"
+            values = f"{amount(len(unmatched), 'tensor')} of {b}, for example {unmatched[0]}"
+            hint = f"{values}: no tensor of {a} has these values; {hint}"
         return Problem("not proved", verdict.node, before, after, hint)
     sizes = ", ".join(f"{name} = {size}" for name, size in example.sizes.items())
     where = f"seed {example.seed}" + (f" at {sizes}" if sizes else "")
     by = "" if example.difference is None else f" by {example.difference:.2g}"
     text = f"not the same function: {example.output} differs{by}, {where}"
     return Problem(text, verdict.node, before, after)
+
+
+def _sampling(a: str, b: str) -> str:
+    return f"moecc verify {shlex.quote(b)} --against {shlex.quote(a)}"
 
 
 def proof_text(proof: ConversionProof, a: str, b: str) -> str:
@@ -264,7 +273,7 @@ def replayed(source: OpenedModel, result: OpenedModel, load: Load) -> Conversion
         warn(f"the proof of the receipt was not repeated: {error.problems[0].message}")
         return None
     graphs = {"source": proof.source, "result": proof.result}
-    if (problem := verdict_problem(proof.verdict)) is not None:
+    if (problem := verdict_problem(proof.verdict, source.name, result.name)) is not None:
         raise CheckError([problem])
     if graphs != {name: stated.get(name) for name in graphs}:
         raise CheckError("the receipt has the proof of other graphs", where=result.name,
@@ -315,7 +324,7 @@ def replay(
         ).export  # fmt: skip
     except (InputError, UsageError) as error:
         raise NotPlannedError(error.problems) from None
-    raise_problems(_differences(export, result, manifest))
+    raise_problems(_differences(export, source, result, manifest))
     # What is proved has to be what is there: a pass may have been changed since, and whoever wrote
     # the manifest may have written the tensors.
     raise_problems(_other_values(export, source, manifest), NotPlannedError)
@@ -362,7 +371,7 @@ def _rounded(value: object) -> object:
 
 
 def _differences(
-    export: Export | GgufExport, result: OpenedModel, manifest: Manifest
+    export: Export | GgufExport, source: OpenedModel, result: OpenedModel, manifest: Manifest
 ) -> Iterator[Problem]:
     """Yield what the conversion would write otherwise today, and weights that are rounded."""
     config = result.weights.config
@@ -376,7 +385,8 @@ def _differences(
         if rounded:
             yield Problem("the weights are rounded to blocks: nothing is proved", result.name,
                           found=f"{amount(len(rounded), 'tensor')} in blocks: {rounded[0]}",
-                          hint="sampling decides: moecc verify B --against A")  # fmt: skip
+                          hint=f"sampling decides: {_sampling(source.name, result.name)}",
+                          )  # fmt: skip
     elif isinstance(export, WrappedExport):
         keys.discard("architectures")  # a wrapper's text model names its class or does not
     for key in sorted(keys):

@@ -22,7 +22,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from moecc.errors import Problem, UsageError, nearest, printable, raise_problems
+from moecc.errors import Problem, UsageError, nearest, or_own, printable, raise_problems
 from moecc.ir.graph import Graph
 from moecc.ir.operation import has_operations
 from moecc.rewrite.passes import (
@@ -410,7 +410,7 @@ def installed() -> Registry:
 def unknown_pass(registry: Registry, name: str) -> Problem:
     """Return the problem that there is no pass `name`, with the nearest name."""
     hint = nearest(name, registry.factories) or f"passes: {', '.join(registry.names())}"
-    return Problem(f"unknown pass {name!r}", hint=hint)
+    return Problem(f"unknown pass {name!r}", hint=or_own(hint))
 
 
 def _faults(cls: type[Pass], name: str) -> Iterator[str]:

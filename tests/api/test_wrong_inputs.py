@@ -190,6 +190,7 @@ SMALL = "plan preset:smollm2-135m --machine gpu:h100:8"
 COMMANDS = {
     "inspct dense": (2, "did you mean 'inspect'"),
     "nope": (2, "no such command 'nope'; commands: inspect"),
+    "diff a.moe b.moe": (2, "no such command 'diff'; moecc prove A B compares two models"),
     "emit cobol dense -o out": (2, "'cobol' is not one of 'torch', 'jax', 'maxtext'"),
     "--verison": (2, "--version"),
     "inspect": (2, "missing argument 'SOURCE'"),

@@ -45,6 +45,10 @@ def test_a_plain_name_is_looked_up_in_the_cache(monkeypatch, tmp_path):
         put(monkeypatch, absent)
         with pytest.raises(InputError, match="hf://some-org/model is the model of that name"):
             open_checkpoint("some-org/model")
+    with pytest.raises(InputError, match=r"hf://ORG/SmolLM2-135M, .* preset:smollm2-135m"):
+        open_checkpoint("SmolLM2-135M")
+    with pytest.raises(InputError, match=r"hf://ORG/Some2\.5-7B$"):
+        open_checkpoint("Some2.5-7B")
     assert not any(map(is_model_id, ("a/b/c", "../b", "a/", "/a", "-a/b", "a/b\n")))
 
 

@@ -97,3 +97,7 @@ def test_an_operation_from_outside_is_passed_over_and_lowered(tmp_path, monkeypa
     cli("opt", "dense.moe", "-p", UPCYCLE, "--check", "-o", "sparse.moe", *load)
     assert "= mish " in (tmp_path / "sparse.moe").read_text()
     assert "logaddexp" in cli("lower", "sparse.moe", "--emit", "jaxpr", *load).out
+    del OPS["mish"]
+    unknown = cli("opt", "sparse.moe", code=1).err
+    assert "unknown operation 'mish'" in unknown
+    assert "if it is your own: --load FILE" in unknown

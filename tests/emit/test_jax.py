@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from moecc_backends.jax_source.source import translated, translated_helper
+from moecc_backends.torch_source.operations import OPERATIONS
 
 import moecc
 from moecc.errors import CheckError, InputError
@@ -103,6 +104,14 @@ def test_folder_is_a_source_and_verified(tmp_path):
         file.write("# edited\n")
     with pytest.raises(CheckError, match="not that of the graph"):
         verify(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("language", ["torch", "jax"])
+def test_operations_without_a_text_are_named(monkeypatch, language):
+    monkeypatch.delitem(OPERATIONS, "silu")
+    with pytest.raises(InputError, match="silu cannot be written as a program") as refusal:
+        program_text("llama_gqa", language=language)
+    assert refusal.value.problems[0].where == "layers.0.ffn"
 
 
 def test_words_without_a_translation_are_rejected():

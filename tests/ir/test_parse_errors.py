@@ -87,6 +87,7 @@ def body(*lines):
         (body("%x = silu %x : f32[batch=B, embed=4]"), 4, 3, "%x is defined twice"),
         (body("%a, %a = route %x : f32[]"), 4, 3, "a node defines one value twice"),
         (body("input %y : f33[batch=B]"), 4, 14, "unknown element type 'f33'"),
+        (body("input %y : float32[batch=B]"), 4, 14, "did you mean 'f32'?"),
         (body("input %y : f32[batch=4.5]"), 4, 14, "not a size"),
         (body("input %y : f32[a=2, a=3]"), 4, 14, "two axes have the same name"),
         (body("input %y : f32[a@m=2, b@m=3]"), 4, 14, "a mesh axis is used twice"),
@@ -106,7 +107,7 @@ def test_the_place_and_the_message(text, line, column, message):
     with pytest.raises(ParseError) as caught:
         parse(text, "model.moe")
     first = caught.value.problems[0]
-    assert message in first.message
+    assert message in str(first)
     assert first.where == f"model.moe:{line}:{column}"
 
 

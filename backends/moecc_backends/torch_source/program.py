@@ -163,7 +163,7 @@ def program_of(graph: Graph, tokens: Value | None) -> TorchProgram:
     if tokens is not None:
         _take_positions(graph, tokens)
     problems = [
-        Problem(f"{node.op.name} cannot be written as PyTorch", where(node), hint=hint)
+        Problem(f"{node.op.name} cannot be written as a program", where(node), hint=hint)
         for node in graph
         if (hint := UNSUPPORTED.get(node.op.name)) or node.op.opaque or node.op.collective
     ]

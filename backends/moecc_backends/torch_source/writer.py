@@ -265,7 +265,11 @@ class BlockWriter:
         """Write one item."""
         function = self.operations.get(item.op)
         if function is None:
-            raise InputError(f"{item.op} cannot be written as PyTorch", where=item.loc)
+            raise InputError(
+                f"{item.op} cannot be written as a program",
+                where=item.loc,
+                hint="no text is written for it; moecc run and lower take what has a lowering",
+            )
         if item.op not in LISTED:
             self.settle(item.operands, self.longest_operands)
         expr = function(self, item, **item.attrs)
