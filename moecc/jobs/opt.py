@@ -386,7 +386,9 @@ def opt(
     report = runner.run_pipeline(
         graph, passes, context=context, instruments=instruments, crash_folder=folder
     )
-    if idle := [run.item.name for run in report.runs if not run.result.changed]:
+    idle = [run.item.name for run in report.runs if not run.result.changed]
+    # Printed graphs are parsed, diffs are applied.
+    if idle and print_before is None and print_after is None and not diff:
         say(f"note: {', '.join(idle)} changed nothing{'' if remarks else ' (--remarks has why)'}")
     if check:
         plain = Context(seed, allow_unmatched)

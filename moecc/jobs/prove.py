@@ -87,7 +87,7 @@ def prove(
     data = {"a": a, "b": b, "proof": comparison.to_json(), "node": comparison.verdict.node}
     data["terms"] = list(comparison.verdict.terms)
     data["unmatched"] = list(comparison.unmatched)
-    problem = verdict_problem(comparison.verdict, a, b, comparison.unmatched)
+    problem = verdict_problem(comparison.verdict, a, b, comparison.unmatched, exact=exact)
     error = None if problem is None else _error(comparison.verdict, problem)
     return Report("prove", data, lambda: proof_text(comparison, a, b), error=error)
 
@@ -208,7 +208,7 @@ def _error(verdict: Verdict, problem: Problem) -> MoeccError:
 
 
 def verdict_problem(
-    verdict: Verdict, a: str, b: str, unmatched: Sequence[str] = ()
+    verdict: Verdict, a: str, b: str, unmatched: Sequence[str] = (), *, exact: bool = False
 ) -> Problem | None:
     """Return what keeps two models from being proved equal; None if they are.
 
@@ -217,6 +217,7 @@ def verdict_problem(
       a: the name of the first.
       b: the name of the second.
       unmatched: the tensors of the second of which the first has none with the same values.
+      exact: whether bits were compared, not real numbers.
     """
     if verdict.status == "proved":
         return None
@@ -224,6 +225,8 @@ def verdict_problem(
     example = verdict.counterexample
     if example is None:
         hint = f"sampling may decide: {_sampling(a, b)}"
+        if exact:
+            hint = f"real numbers may be the same: {shlex.join(['moecc', 'prove', a, b])}"
         if unmatched:
             values = f"{amount(len(unmatched), 'tensor')} of {b}, for example {unmatched[0]}"
             hint = f"{values}: no tensor of {a} has these values; {hint}"
@@ -231,12 +234,13 @@ def verdict_problem(
     sizes = ", ".join(f"{name} = {size}" for name, size in example.sizes.items())
     where = f"seed {example.seed}" + (f" at {sizes}" if sizes else "")
     by = "" if example.difference is None else f" by {example.difference:.2g}"
-    text = f"not the same function: {example.output} differs{by}, {where}"
+    same = "bits" if exact else "function"
+    text = f"not the same {same}: {example.output} differs{by}, {where}"
     return Problem(text, verdict.node, before, after)
 
 
 def _sampling(a: str, b: str) -> str:
-    return f"moecc verify {shlex.quote(b)} --against {shlex.quote(a)}"
+    return shlex.join(["moecc", "verify", b, "--against", a])
 
 
 def proof_text(proof: ConversionProof, a: str, b: str) -> str:

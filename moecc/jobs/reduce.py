@@ -39,6 +39,7 @@ from moecc.rewrite.passes import Context, Pass, apply_pass
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import Replay, loaded_files, reproducer_text
 from moecc.support.console import say
+from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
 from moecc.testing.generate import keep_only, remove_dead
 from moecc.weights.expr import Expr, Source, transform, walk
@@ -365,8 +366,9 @@ def reduce(
     reducer.run()
     small, left, failure = reducer.best.graph, reducer.best.pipeline, reducer.failure
     say(
-        f"{len(graph)} nodes became {len(small)}, {len(passes)} passes {len(left)}, "
-        f"in {time.monotonic() - reducer.began:.1f} s and {reducer.tries} tries"
+        f"left are {len(small)} of {amount(len(graph), 'node')} and {len(left)} of "
+        f"{amount(len(passes), 'pass', 'passes')}, in "
+        f"{time.monotonic() - reducer.began:.1f} s and {amount(reducer.tries, 'try', 'tries')}"
         + ("; the time was over" if reducer.is_late else "")
     )
     say(str(failure))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,16 @@ from moecc.ir.ops.repetition import ScanOp, repetitions
 from moecc.ir.text import format_attrs
 from moecc.prove.stopped import stopped
 from moecc.terms.tensor import Tensor, pointwise, stacked
-from moecc.terms.term import Algebra, Head, Size, Var
+from moecc.terms.term import (
+    Abstraction,
+    Algebra,
+    Application,
+    Head,
+    Monomial,
+    Polynomial,
+    Size,
+    Var,
+)
 from moecc.types import DType, Extent, TensorType, is_lossless
 from moecc.weights.draws import Draw
 from moecc.weights.expr import Expr, Source
@@ -331,8 +341,61 @@ def _leaves(expr: Expr) -> tuple[object, list[Expr]]:
 
 _LONGEST = 400
 
+Term = Var | Abstraction | Application | Monomial | Polynomial
 
-def shown(tensor: Tensor) -> str:
-    """Return the element of a tensor as text, shortened."""
-    text = repr(tensor.body) if tensor.body.weight < _LONGEST else f"<{tensor.body.weight} factors>"
+
+def shown(a: Tensor, b: Tensor) -> tuple[str, str]:
+    """Return the elements of two tensors that differ as texts, shortened, which differ, too.
+
+    A text leaves out attributes, the end of what is long, and what a numbered name stands for.
+    Where two are alike but for it, they are those of the only part that differs, as far as there
+    is one, with its attributes.
+    """
+    if a.body is b.body:
+        return _axes(a), _axes(b)
+    terms: tuple[Term, Term] = a.body, b.body
+    while len({re.sub(r"\bf\d+\b", "f", _text(term)) for term in terms}) == 1:
+        parts = _only_difference(*terms)
+        if parts is None:
+            return _in_full(terms[0]), _in_full(terms[1])
+        terms = parts
+    return _text(terms[0]), _text(terms[1])
+
+
+def _axes(tensor: Tensor) -> str:
+    return f"[{', '.join(map(_in_full, tensor.axes))}]"
+
+
+def _text(term: Term) -> str:
+    text = repr(term) if term.weight < _LONGEST else f"<{term.weight} factors>"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _in_full(term: Term) -> str:
+    if isinstance(term, Application):
+        head = " ".join(map(str, (term.head.name, *term.head.attrs)))
+        return head + _text(term).removeprefix(str(term.head))
+    return f"{term!r}<{term.size}" if isinstance(term, Var) else _text(term)
+
+
+def _only_difference(a: Term, b: Term) -> tuple[Term, Term] | None:
+    """Return the only parts in which two terms differ; None where they themselves do."""
+    one, other = _parts(a), _parts(b)
+    if one[0] != other[0] or len(one[1]) != len(other[1]):
+        return None
+    parts = [(x, y) for x, y in zip(one[1], other[1], strict=True) if x is not y]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _parts(term: Term) -> tuple[object, Sequence[Term]]:
+    """Return what a term is beside its parts, and these."""
+    match term:
+        case Polynomial():
+            return [c for _, c in term.terms], [m for m, _ in term.terms]
+        case Monomial():
+            return [v.size for v in term.bound], term.factors
+        case Application():
+            return term.head, [*term.abstractions, *term.arguments]
+        case Abstraction():
+            return [v.size for v in term.variables], [term.body]
+    return term, ()

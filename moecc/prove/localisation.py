@@ -42,14 +42,14 @@ def first_difference(name: str, outputs: Pair, old: Terms, new: Terms) -> Partin
     walk = _ParallelWalk(outputs, old, new)
     if walk.returns_another():
         text = f"{_shown(outputs[1])}, returned as %{name}"
-        return text, (shown(old[outputs[0]]), shown(new[outputs[1]]))
+        return text, shown(old[outputs[0]], new[outputs[1]])
     twin, first = walk.first()
     suspects = {_first_lost_row(first, old, new)}
     if not _is_one_step(twin, first, old, new):
         suspects.add(walk.first_stranger(first))
     results = (v for node in first.graph for v in node.results)
     suspect = next((v for v in results if v in suspects), first)
-    return _shown(suspect), (shown(old[twin]), shown(new[suspect]))
+    return _shown(suspect), shown(old[twin], new[suspect])
 
 
 def _shown(value: Value) -> str:

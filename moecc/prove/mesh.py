@@ -242,11 +242,11 @@ class _NodeProof:
         for value in node.results:
             expected, actual = self.shard(value), self._summed(value)
             if expected.axes != actual.axes or self._at_lone(expected) is not self._at_lone(actual):
-                return _Outcome(finite, (shown(expected), shown(actual)))
+                return _Outcome(finite, shown(expected, actual))
             allowed = {*expected.axes, *self._placing(value.type)}
             strays = [v for v in self.shards[value].body.free if v not in allowed]
             if strays or not _covers(value.type):
-                return _Outcome(finite, (shown(expected), shown(self.shards[value])))
+                return _Outcome(finite, shown(expected, self.shards[value]))
         return _Outcome(finite)
 
     def _at_lone(self, tensor: Tensor) -> Polynomial:

@@ -33,9 +33,9 @@ def exponential_text(exponent: float, times: float = 1.0) -> str:
     return f"1e{ceil((exponent + log(times)) / log(10))}"
 
 
-def amount(count: int, noun: str) -> str:
-    """Return a number of things: ``1 device``, ``1,024 devices``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def amount(count: int, noun: str, nouns: str = "") -> str:
+    """Return a number of things: ``1 device``, ``1,024 devices``, ``2 passes``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {nouns or f'{noun}s'}"
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:

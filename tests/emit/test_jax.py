@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from moecc_backends.jax_source.source import translated, translated_helper
+from moecc_backends.jax_source.source import JAX_OPERATIONS, translated, translated_helper
 from moecc_backends.torch_source.operations import OPERATIONS
 
 import moecc
@@ -106,9 +106,9 @@ def test_folder_is_a_source_and_verified(tmp_path):
         verify(str(tmp_path / "a"))
 
 
-@pytest.mark.parametrize("language", ["torch", "jax"])
-def test_operations_without_a_text_are_named(monkeypatch, language):
-    monkeypatch.delitem(OPERATIONS, "silu")
+@pytest.mark.parametrize(("language", "table"), [("torch", OPERATIONS), ("jax", JAX_OPERATIONS)])
+def test_operations_without_a_text_are_named(monkeypatch, language, table):
+    monkeypatch.delitem(table, "silu")
     with pytest.raises(InputError, match="silu cannot be written as a program") as refusal:
         program_text("llama_gqa", language=language)
     assert refusal.value.problems[0].where == "layers.0.ffn"

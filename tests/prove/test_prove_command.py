@@ -91,6 +91,22 @@ def test_a_wrong_constant_is_refuted(moecc: Moecc, tmp_path: Path) -> None:
     assert "logits differs by" in done.err
 
 
+@pytest.mark.parametrize("options", [(), ("--exact",)])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("theta=500.0", "theta=600.0"), ('up_proj.weight" : f32', 'up_proj.weight" : bf16')],
+)
+def test_a_difference_shows_in_the_terms(
+    moecc: Moecc, tmp_path: Path, old: str, new: str, options: tuple[str, ...]
+) -> None:
+    right, wrong = (graph_of(moecc, tmp_path, name) for name in ("right", "wrong"))
+    wrong.write_text(wrong.read_text().replace(old, new, 1))
+    done = moecc("prove", right, wrong, *options)
+    assert f"not the same {'bits' if options else 'function'}: logits differs by" in done.err
+    _, expected, found = done.err.splitlines()[-3:]
+    assert (old.split()[-1] in expected, new.split()[-1] in found) == (True, True), done.err
+
+
 def test_a_pass_that_is_exact_is_proved_so(moecc: Moecc, tmp_path: Path) -> None:
     before, after = graph_of(moecc, tmp_path, "before"), graph_of(moecc, tmp_path, "after", "cse")
     assert moecc("prove", before, after, "--exact").code == 0
