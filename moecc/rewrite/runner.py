@@ -410,8 +410,8 @@ def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> Pas
             "matched nothing, but must match",
             where=item.name,
             found=f"nearest misses:{''.join(lines)}" if misses else "no candidate",
-            hint="leave it out (of a recipe: --set model.pipeline=); "
-            "moecc opt and convert also go on without it by --allow-unmatched",
+            hint="leave it out, or go on without it: opt and convert by --allow-unmatched, "
+            "a recipe by --set model.pipeline=",
         )
     remarks = tuple(dict.fromkeys([*remarked, *result.remarks]))
     return PassRun(number, item, result, remarks, middle - start, end - middle)

@@ -187,7 +187,8 @@ def refusals(
     if exchanged and tokens[-len(exchanged) :] != exchanged:
         yield Refusal(
             "tokens can only be gathered along the innermost of their mesh axes",
-            f"tokens on …*{'*'.join(exchanged)}", "exchange the mesh axes in the rule of the batch",
+            f"tokens on …*{'*'.join(exchanged)}",
+            "exchange the mesh axes in the rule of the batch of annotate-sharding",
         )  # fmt: skip
 
 
@@ -200,14 +201,20 @@ def _of_exchange(
             "tokens on the mesh axes of the experts, too", "via=replicated",
         )  # fmt: skip
     if not way.takes(slots) and slots == "ragged":
-        yield Refusal("rows without a bound have no fixed room", "slots=capacity", "via=ragged")
+        yield Refusal(
+            "rows without a bound have no fixed room", "a capacity",
+            "specialize{capacity-factor=1.25} before it, or via=ragged",
+        )  # fmt: skip
     if not way.takes(slots) and slots == "fixed":
-        yield Refusal("rows under a capacity are not ragged", "slots=ragged", "via=capacity")
+        yield Refusal(
+            "rows under a capacity are not ragged", "no capacity",
+            "specialize{dropless} before it, or via=capacity",
+        )  # fmt: skip
     if way.per_axis and (len(experts) < 2 or exchanged != experts[::-1]):
         yield Refusal(
             "a hierarchical exchange crosses mesh axes one by one",
             "tokens on far*near, experts on near*far",
-            "rules=expert-hierarchical mesh=far:2,near:4",
+            "annotate-sharding{rules=expert-hierarchical mesh=far:2,near:4} before it",
         )  # fmt: skip
 
 

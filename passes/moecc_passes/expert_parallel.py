@@ -16,6 +16,7 @@ from moecc.ir.ops.slots import SlotsOp, operands_by_word
 from moecc.ir.structure import erase_unused, infer_again, replace_value
 from moecc.ir.traits import CollectiveKind, RowMove
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
+from moecc.rewrite.pattern import NearMiss
 from moecc.sharding.assign import Assigner
 from moecc.sharding.collectives import (
     RowSlice,
@@ -27,7 +28,7 @@ from moecc.sharding.collectives import (
     without,
 )
 from moecc.sharding.vias import BY_NAME, WAYS, Slots, Via, refusals
-from moecc_passes.routed import RoutedLayer, routed_layers
+from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers
 
 # A routed layer on a mesh: over which mesh axes its tokens and experts are sharded.
 
@@ -64,6 +65,14 @@ class LaidLayer:
     def exchanged(self) -> tuple[str, ...]:
         """The mesh axes that shard both tokens and experts, in the order of the tokens."""
         return tuple(m for m in self.token_mesh if m in self.expert_mesh)
+
+
+UNSHARDED = NearMiss(
+    "sharded experts",
+    "the graph",
+    "every device has all experts; annotate-sharding{rules=st-moe}, say, shards them",
+)
+"""The near miss on routed layers none of which has sharded experts."""
 
 
 def laid_layers(graph: Graph) -> list[LaidLayer]:
@@ -718,7 +727,8 @@ class ExpertParallelPass(Pass):
                     f"{len(layers)} layers: {self.via} over {'*'.join(layers[0].expert_mesh)}",
                 )
             )
-        return PassResult(bool(layers), len(layers), {"layers": len(layers)})
+        misses = [] if layers else [UNSHARDED if any(routed_layers(graph)) else NOTHING_ROUTED]
+        return PassResult(bool(layers), len(layers), {"layers": len(layers)}, near_misses=misses)
 
     def _apply(self, graph: Graph, layer: LaidLayer) -> None:
         builder = Builder(graph, loc=layer.routed.dispatch.loc, origin=f"{NAME}/{self.via}")

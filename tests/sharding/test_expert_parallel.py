@@ -81,6 +81,19 @@ def test_what_is_refused(options):
         run(graph, Case(*options).pipeline)
 
 
+@pytest.mark.parametrize(
+    ("slots", "way", "first"),
+    [("ragged", "capacity", "{capacity-factor=1.25}"), ("capacity", "ragged", "{dropless}")],
+)
+def test_the_hint_of_a_refusal_helps(slots, way, first):
+    case = Case(slots, "data:8", "st-moe", f"via={way}")
+    with pytest.raises(InputError) as refusal:
+        run(layer(slots), case.pipeline)
+    hint = refusal.value.problems[0].hint
+    assert hint == f"specialize{first} before it, or via={slots}"
+    run(layer(slots), f"specialize{first[:-1]} groups=8}},{case.pipeline}")
+
+
 def test_options_and_graphs_that_do_not_suit():
     with pytest.raises(UsageError, match="sliced where they are exchanged"):
         Pipeline.parse("expert-parallel{via=ring slice=model}")
@@ -89,5 +102,8 @@ def test_options_and_graphs_that_do_not_suit():
         run(graph, "expert-parallel{via=ring}")
     dense = model("llama_gqa")
     run(dense, "annotate-sharding{mesh=data:2 rules=data-parallel}")
-    with pytest.raises(InputError, match="matched nothing"):
+    with pytest.raises(InputError, match="no layer has experts that are chosen"):
         run(dense, "expert-parallel{via=ring}")
+    run(graph, "annotate-sharding{mesh=data:2 rules=data-parallel}")
+    with pytest.raises(InputError, match="every device has all experts"):
+        run(graph, "expert-parallel{via=ring}")
