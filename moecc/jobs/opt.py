@@ -113,7 +113,10 @@ class _Side:
             + (f" × {len(group.places)}" if len(group.places) > 1 else "")
             for group in self.groups
         )
-        labels = [(label, self._anchor(number)) for number, label in enumerate(places)]
+        labels = [
+            (label, self._anchor(number), any(node.origin for node in self.groups[number].nodes))
+            for number, label in enumerate(places)
+        ]
         edges = [
             (maker[0], number)
             for node, (number, _) in self.boxes.items()
@@ -142,7 +145,10 @@ class _Side:
         parent["groups"].append(self._leaf(number, group))
 
     def _leaf(self, number: int, group: _Group) -> JsonDict:
-        labels = [(n.op.name, self._anchor(number, at)) for at, n in enumerate(group.nodes)]
+        labels = [
+            (n.op.name, self._anchor(number, at), bool(n.origin))
+            for at, n in enumerate(group.nodes)
+        ]
         edges = [
             (maker[1], at)
             for at, node in enumerate(group.nodes)
@@ -208,50 +214,89 @@ def _alike_text(places: Sequence[str]) -> str:
 _LINE, _GAP, _LETTER = 44, 14, 8
 """The height of a row, the space between boxes and the width of a letter, in pixels."""
 
+_TOP, _BOX, _LANE = 14, 24, 6
+"""The space above the box of a row, its height, and the width of a value that passes a row."""
 
-def _drawing(labels: Sequence[tuple[str, str]], edges: Iterable[tuple[int, int]]) -> JsonDict:
+_Point = int | tuple[int, int]
+"""A box, or the lane of a box's value in a row that it passes."""
+
+
+def _drawing(labels: Sequence[tuple[str, str, bool]], edges: Iterable[tuple[int, int]]) -> JsonDict:
     """Return boxes in rows, and the lines between them from top to bottom.
 
+    A value that passes rows has a lane there between the boxes, one for all that it leads to.
+
     Args:
-      labels: the text of each box and the anchor that it leads to, in the order of the program.
+      labels: of each box the text, the anchor that it leads to, and whether a pass made some of
+        it, in the order of the program.
       edges: pairs of boxes.  One that leads back, as from a layer to the next one like it, is
-        dashed, at the right of all boxes, and no row depends on it.
+        dashed, goes around all boxes at the right, and no row depends on it.
     """
     edges = sorted(set(edges))
-    rows, before = [0] * len(labels), [list[int]() for _ in labels]
+    rows, lanes = [0] * len(labels), dict[int, int]()
     for source, target in edges:
         if source < target:
             rows[target] = max(rows[target], rows[source] + 1)
-            before[target].append(source)
-    widths = [len(text) * _LETTER + 12 for text, _ in labels]
-    middles, ends = [0.0] * len(labels), dict[int, float]()
-    for box in sorted(range(len(labels)), key=lambda box: (rows[box], box)):
+    for source, target in edges:
+        if source < target:
+            lanes[source] = max(lanes.get(source, 0), rows[target] - 1)
+
+    def point(box: int, row: int) -> _Point:
+        return box if row == rows[box] else (box, row)
+
+    sources: dict[_Point, list[_Point]] = {box: [] for box in range(len(labels))}
+    for source, target in edges:
+        if source < target:
+            sources[target].append(point(source, rows[target] - 1))
+    for box, last in lanes.items():
+        sources |= {(box, r): [point(box, r - 1)] for r in range(rows[box] + 1, last + 1)}
+    by_row: list[list[_Point]] = [[] for _ in range(max(rows, default=0) + 1)]
+    for each in sources:
+        by_row[rows[each] if isinstance(each, int) else each[1]].append(each)
+    middles, right = dict[_Point, float](), 0.0
+    for points in by_row:
         # Below the mean of its sources, if there is room.
-        wanted = sum(middles[b] for b in before[box]) / max(1, len(before[box])) - widths[box] / 2
-        left = max(ends.get(rows[box], 4.0), wanted)
-        middles[box], ends[rows[box]] = left + widths[box] / 2, left + widths[box] + _GAP
-    boxes, right = zip(labels, middles, widths, rows, strict=True), max(ends.values(), default=0)
-    loop = right + 2 * _GAP if any(a >= b for a, b in edges) else right
+        wanted = {p: sum(middles[s] for s in sources[p]) / max(1, len(sources[p])) for p in points}
+        end = 4.0
+        for each in sorted(points, key=lambda p: wanted[p]):
+            width = len(labels[each][0]) * _LETTER + 12 if isinstance(each, int) else _LANE
+            left = max(end, wanted[each] - width / 2)
+            middles[each], end = left + width / 2, left + width + _GAP
+        right = max(right, end)
+    loop = right + _GAP if any(a >= b for a, b in edges) else right
 
-    def path(a: int, b: int) -> str:
-        if a < b:
-            top, bottom = rows[a] * _LINE + 30, rows[b] * _LINE + 6
-            return f"M{middles[a]:.0f} {top}L{middles[b]:.0f} {bottom}"
-        # Around all boxes on the right, from the side of one to that of the other.
-        (x1, y1), (x2, y2) = (
-            (middles[box] + widths[box] / 2, rows[box] * _LINE + 18) for box in (a, b)
+    def top(row: int) -> int:
+        return row * _LINE + _TOP
+
+    def hop(source: _Point, target: _Point, row: int) -> str:
+        """Return the line from a point to one in the next row, which is `row`."""
+        x1, x2, y1, y2 = middles[source], middles[target], top(row - 1) + _BOX, top(row)
+        middle = (y1 + y2) // 2
+        return f"M{x1:.0f} {y1}C{x1:.0f} {middle} {x2:.0f} {middle} {x2:.0f} {y2}"
+
+    def around(a: int, b: int) -> str:
+        """Return the line from below a box to above another, at the right of all boxes."""
+        x1, x2, y1, y2 = middles[a], middles[b], top(rows[a]) + _BOX, top(rows[b])
+        return (
+            f"M{x1:.0f} {y1}q0 9 9 9H{loop - 9:.0f}q9 0 9 -9V{y2}q0 -9 -9 -9H{x2 + 9:.0f}q-9 0 -9 9"
         )
-        return f"M{x1:.0f} {y1}C{loop:.0f} {y1} {loop:.0f} {y2} {x2:.0f} {y2}"
 
+    passing = [(p, p[1]) for p in sources if not isinstance(p, int)]
+    lines = [(f"{hop(sources[p][0], p, r)}V{top(r) + _BOX}", "") for p, r in passing]
+    lines += [
+        (hop(point(a, rows[b] - 1), b, rows[b]), "end") if a < b else (around(a, b), "back")
+        for a, b in edges
+    ]
     return {
         "width": round(loop),
-        "height": _LINE * (max(rows, default=0) + 1),
+        "height": _LINE * len(by_row) + _TOP,
         "boxes": [
-            {"text": text, "anchor": anchor, "x": round(middle - width / 2), "width": width,
-             "middle": round(middle), "y": row * _LINE + 6}
-            for (text, anchor), middle, width, row in boxes
+            {"text": text, "anchor": anchor, "made": made, "middle": round(middles[box]),
+             "x": round(middles[box]) - (width := len(text) * _LETTER + 12) // 2, "width": width,
+             "y": top(rows[box]), "height": _BOX}
+            for box, (text, anchor, made) in enumerate(labels)
         ],
-        "lines": [{"path": path(a, b), "back": a >= b} for a, b in edges],
+        "lines": [{"path": path, "kind": kind} for path, kind in lines],
     }  # fmt: skip
 
 
@@ -276,8 +321,10 @@ def _explorer_nodes(graph: Graph) -> list[JsonDict]:
             for i, v in enumerate(operands)
         ]  # fmt: skip
         sources.update((v, (id, i)) for i, v in enumerate(results))
+        # A step of a place ends at a dot, but not at those of {0..29}.
+        namespace = re.sub(r"(?<!\.)\.(?!\.)", "/", loc)
         nodes.append({
-            "id": id, "label": label, "namespace": loc.replace(".", "/"), "incomingEdges": edges,
+            "id": id, "label": label, "namespace": namespace, "incomingEdges": edges,
             "attrs": [{"key": k, "value": v} for k, v in attrs.items() if v],
             "outputsMetadata": [
                 {"id": str(i), "attrs": [{"key": "tensor_shape", "value": str(v.type)}]}

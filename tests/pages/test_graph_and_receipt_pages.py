@@ -69,6 +69,24 @@ def test_edges_lead_to_nodes_and_layers_are_nested(graph_page):
     assert 'class="back"' in before
 
 
+def test_values_pass_rows_between_boxes(graph_page):
+    text = graph_page.read_text("utf-8")
+    assert 'id="arrow"' in text
+    assert re.search(r'<a href="#[^"]*" class="made"><rect [^>]*/><text [^>]*>route</text>', text)
+    lanes = 0
+    for drawing in re.findall(r'<svg [^>]* role="group" aria-label="(?:[^<]|<(?!/svg))*', text):
+        boxes = [tuple(map(int, rect)) for rect in re.findall(
+            r'<rect x="(\d+)" y="(\d+)" width="(\d+)" height="(\d+)"', drawing)]  # fmt: skip
+        assert boxes
+        # The line of a value passes the row of a box from its top to its bottom.
+        for x, y, bottom in re.findall(r"[ C](\d+) (\d+)V(\d+)", drawing):
+            lanes += 1
+            for left, top, width, height in boxes:
+                inside = left <= int(x) <= left + width
+                assert not (inside and int(y) < top + height and int(bottom) > top)
+    assert lanes > 5
+
+
 def test_model_explorer_has_every_edge(graph_page, folder):
     """A loop's body is nested in it, and its edges end at nodes that there are."""
     out, rolled = folder / "explorer.json", UPCYCLE + ",roll-layers"
@@ -86,6 +104,7 @@ def test_model_explorer_has_every_edge(graph_page, folder):
                 assert edge["targetNodeInputId"] == str(at)
     before, after = collection["graphs"]
     assert "layers/0/ffn" in {node["namespace"] for node in before["nodes"]}
+    assert "layers/{0..2}/ffn" in {node["namespace"] for node in after["nodes"]}
     (scan,) = (node for node in after["nodes"] if node["label"] == "scan")
     assert any(edge["sourceNodeId"].startswith(f"{scan['id']}/") for edge in scan["incomingEdges"])
     assert any(a["key"] == "weight" for node in before["nodes"] for a in node["attrs"])
