@@ -50,6 +50,16 @@ def test_every_text(lower, emit, says):
     assert done.err == ""
 
 
+@pytest.mark.parametrize(
+    ("emit", "place"),
+    [("stablehlo", 'loc("jit(run)/layers.1.ffn/'), ("hlo", 'op_name="jit(run)/layers.1.ffn/')],
+)
+def test_operations_name_their_place(cli, dense_graph, emit, place):
+    text = cli("lower", dense_graph, "--emit", emit, "--seq", "4").out
+    assert text.count(f"{place}dot_general") >= 3
+    assert emit == "hlo" or ".py" not in text
+
+
 def test_the_platform_and_the_dispatch_show(lower):
     """On a TPU sorted rows meet ragged_dot, on a CPU a loop over blocks."""
     on_tpu = lower("--platform", "tpu", "--seq", "32").out

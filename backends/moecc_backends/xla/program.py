@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from math import ceil
 from typing import Any
@@ -331,7 +331,8 @@ def emitted(graph: Graph, inputs: Arrays, *, emit: str, dtype: DType, options: O
     with in_precision(dtype):
         params = {n: _shape(v, v.type.shape, dtype) for n, v in graph.params.items() if v.users}
         shapes = {n: _shape(v, inputs[n].shape, dtype) for n, v in graph.inputs.items()}
-        traced = jax.jit(function(graph, dtype=dtype, options=options)).trace(params, shapes)
+        located = replace(options, located=True)
+        traced = jax.jit(function(graph, dtype=dtype, options=located)).trace(params, shapes)
         return str(_EMITTERS[emit](traced, options))
 
 
@@ -343,11 +344,21 @@ def _shape(value: Value, shape: tuple[int, ...], dtype: DType) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(shape, element)
 
 
+def _stablehlo(traced: jax.stages.Traced, options: Options) -> str:
+    """Return a program whose operations have their places in the graph, but no lines of Python."""
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        lowered = traced.lower(lowering_platforms=(_XLA_PLATFORMS[options.target],))
+        module = lowered.compiler_ir("stablehlo")
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
+    return str(module.operation.get_asm(enable_debug_info=True, use_local_scope=True))
+
+
 _EMITTERS: dict[str, Callable[[jax.stages.Traced, Options], object]] = {
     "jaxpr": lambda traced, options: traced.jaxpr,
-    "stablehlo": lambda traced, options: traced.lower(
-        lowering_platforms=(_XLA_PLATFORMS[options.target],)
-    ).as_text(),
+    "stablehlo": _stablehlo,
     "hlo": lambda traced, options: traced.lower().compile().as_text(),
 }
 

@@ -7,6 +7,7 @@ registration.  It knows no dispatch strategy either, only that some rows are `De
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import nan, prod
 
@@ -162,6 +163,7 @@ class Options:
       attention: one of `ATTENTIONS`, or ``auto``.
       poison: fill padding rows, which have no token, with NaN, to see that nothing reads them.
       in_place: whether every expert has arrays of its own, which are read where they are.
+      located: whether what a node is lowered to names its place, for texts that people read.
 
     Raises:
       UsageError: there is no such lowering, kernel or platform.
@@ -172,6 +174,7 @@ class Options:
     attention: str = AUTO
     poison: bool = False
     in_place: bool = False
+    located: bool = False
 
     def __post_init__(self) -> None:
         chosen = {
@@ -363,8 +366,10 @@ def lower_nodes(ctx: TraceContext, nodes: Iterable[Node]) -> None:
 
 
 def _lowered(ctx: TraceContext, node: Node, entry: Lowering) -> tuple[Operand, ...] | Deferred:
+    place = jax.named_scope(node.loc) if ctx.options.located and node.loc else nullcontext()
     try:
-        lowered = ctx.interceptor(ctx, node, [*map(ctx.operand, node.operands)], entry.function)
+        with place:
+            lowered = ctx.interceptor(ctx, node, [*map(ctx.operand, node.operands)], entry.function)
     except InputError as error:
         raise InputError(replace(p, where=p.where or where(node)) for p in error.problems) from None
     if isinstance(lowered, Deferred):
