@@ -238,6 +238,11 @@ def _in_our_style(error: click.UsageError, argv: Sequence[str]) -> UsageError:
     named = [f"moecc {word}" for word in argv[:1] if word in COMMANDS]
     command = error.ctx.command_path if error.ctx is not None else (*named, "moecc")[0]
     hint = f"{command} --help"
+    takes_passes = (
+        any(p.name == "pipeline" for p in error.ctx.command.params) if error.ctx else False
+    )
+    if "unexpected extra argument" in words and takes_passes:
+        hint = f"passes are given by -p; {hint}"
     if isinstance(error, click.NoSuchOption):
         words = f"no such option {error.option_name!r}"
         near = nearest(error.option_name, error.possibilities or ())

@@ -29,6 +29,7 @@ from moecc.jobs.failures import (
     first_gap,
     gap,
     values_of,
+    where_else,
 )
 from moecc.rewrite.driver import RewriteWatch, rewrites_watched
 from moecc.rewrite.passes import KNOWN, Context, Pass, apply_pass
@@ -176,7 +177,8 @@ def _promised(graph: Graph, pipeline: Pipeline, context: Context) -> Bisection:
             first = _first_gap(before, item, high, context)
             return Bisection(failure, PASS, number, item, watch.last, (high, last), first)
         run_pass(before, item, context, number)
-    raise InputError("no pass breaks its promise, crashes or leaves an invalid graph here")
+    message = "no pass breaks its promise, crashes or leaves an invalid graph here"
+    raise InputError(message, hint=where_else(pipeline))
 
 
 def _watched(before: Graph, item: Pass, context: Context, limit: int | None) -> RewriteWatch:

@@ -268,6 +268,13 @@ class ComparisonTest:
         return Failure(self.comparison, "", str(mismatch)) if mismatch else None
 
 
+def where_else(pipeline: Pipeline) -> str:
+    """Return where to look for a failure that passes do not show."""
+    if not len(pipeline):
+        return "-p names the passes to look at"
+    return "--compare run or --compare weights looks at more than passes"
+
+
 @dataclass(frozen=True)
 class CommandTest:
     """A command of the user that fails: ``{}`` is the graph's file, ``{pipeline}`` the pipeline.

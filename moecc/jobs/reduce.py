@@ -34,7 +34,13 @@ from moecc.jobs.command import (
     check_writable,
     read_failing,
 )
-from moecc.jobs.failures import CommandTest, ComparisonTest, FailureTest, PromiseTest
+from moecc.jobs.failures import (
+    CommandTest,
+    ComparisonTest,
+    FailureTest,
+    PromiseTest,
+    where_else,
+)
 from moecc.rewrite.passes import Context, Pass, apply_pass
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import Replay, loaded_files, reproducer_text
@@ -251,10 +257,10 @@ class _Reducer:
         self.best = start
         failure = test(start.graph, start.pipeline)
         if failure is None:
-            raise InputError(
-                "nothing fails here, so there is nothing to reduce",
-                hint="--compare run or --compare weights looks at more than passes",
-            )
+            hint = where_else(start.pipeline)
+            if isinstance(test, CommandTest):
+                hint = "the command fails with an exit code other than 0"
+            raise InputError("nothing fails here, so there is nothing to reduce", hint=hint)
         self.failure = failure
 
     def run(self) -> None:

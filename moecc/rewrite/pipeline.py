@@ -641,9 +641,10 @@ class _PipelineParser:
         if self.inside:
             hint = _EQUALS if character in ("=", ":") else _CLOSED
             return scan.expected(description, _BLANKS if before.endswith(",") else hint)
-        if before.endswith("}"):
-            return scan.expected(description, _BETWEEN)
-        return scan.expected(description, None if character in ("", ",") else _BRACES)
+        if character in ("", ","):
+            return scan.expected(description, None)
+        is_between = before.endswith("}") or character in ";|" or character.isalpha()
+        return scan.expected(description, _BETWEEN if is_between else _BRACES)
 
     def make(self, item: _Item, earlier: Sequence[Pass]) -> Pass | None:
         """Return the pass that `item` describes, or None after recording its problems."""

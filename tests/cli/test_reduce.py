@@ -1,6 +1,7 @@
 """``reduce`` and ``bisect`` on planted bugs: in passes, a lowering, a weight rule, the writer."""
 
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -137,7 +138,11 @@ def test_a_crash_of_an_own_pass_is_reduced_and_replayed(cli, dense_graph, tmp_pa
 
 def test_what_does_not_fail_is_not_reduced(cli, dense_graph):
     cli("reduce", dense_graph, "-p", "canonicalize", code=1, says="nothing fails here")
-    cli("bisect", dense_graph, "-p", "canonicalize", code=1)
+    cli("bisect", dense_graph, "-p", "canonicalize", code=1, says="--compare run")
+    cli("bisect", dense_graph, code=1, says="-p names the passes")
+    cli("reduce", dense_graph, code=1, says="-p names the passes")
+    succeeds = ("--test", f"{sys.executable} -c 0 {{}}")
+    cli("reduce", dense_graph, *succeeds, code=1, says="an exit code other than 0")
 
 
 # --- looking inside

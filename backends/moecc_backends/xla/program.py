@@ -346,7 +346,7 @@ def _shape(value: Value, shape: tuple[int, ...], dtype: DType) -> jax.ShapeDtype
 
 def _stablehlo(traced: jax.stages.Traced, options: Options) -> str:
     """Return a program whose operations have their places in the graph, but no lines of Python."""
-    limit = jax.config.jax_traceback_in_locations_limit
+    limit = jax.config.values["jax_traceback_in_locations_limit"]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         lowered = traced.lower(lowering_platforms=(_XLA_PLATFORMS[options.target],))
