@@ -226,7 +226,7 @@ class _GraphParser:
 
     def module(self) -> Graph:
         scan = self.scan
-        self.keyword("moecc", "'moecc 1' at the start of the text")
+        self.keyword("moecc", "'moecc 1' at the start of the text", _IMPORT)
         start = scan.skip()
         version = self.token(_NUMBER, "the version of the format")
         if version != str(FORMAT):
@@ -249,11 +249,11 @@ class _GraphParser:
                     raise self.scan.error("a control or invisible character", at, hint=hint)
         return text
 
-    def keyword(self, word: str, description: str) -> None:
+    def keyword(self, word: str, description: str, hint: str | None = None) -> None:
         start = self.scan.skip()
         if not self.scan.is_match(_NAME) or self.token(_NAME, word) != word:
             self.scan.at = start
-            raise self.scan.expected(description)
+            raise self.scan.expected(description, hint)
 
     def statements(self) -> bool:
         """Parse statements in braces, and return whether the closing brace is present."""
@@ -511,6 +511,9 @@ def _set(graph: Graph, name: str) -> None:
     graph.attrs = {**graph.attrs, ATTRIBUTE: name}
 
 
+_IMPORT = "moecc import MODEL prints the graph of a model"
+
+
 def read_graph(path: str) -> Graph:
     """Return the graph in a ``.moe`` file, or on standard input for ``-``.
 
@@ -524,18 +527,19 @@ def read_graph(path: str) -> Graph:
         data, name = sys.stdin.buffer.read(), "<stdin>"
     else:
         if os.path.isdir(path):
-            raise InputError(
-                "is a folder, not a graph", where=path, hint="moecc import prints its graph"
-            )
+            raise InputError("is a folder, not a graph", where=path, hint=_IMPORT)
         if not os.path.isfile(path):
-            raise InputError("no such file", where=path)
+            folder, missing = os.path.split(path)
+            folder = folder or os.curdir
+            is_listed = os.path.isdir(folder) and os.access(folder, os.R_OK)
+            near = nearest(missing, os.listdir(folder)) if is_listed else None
+            raise InputError("no such file", where=path, hint=near or _IMPORT)
         data, name = Path(path).read_bytes(), path
     try:
         graph = parse(data.decode(), name)
     except UnicodeDecodeError as error:
-        raise InputError(
-            "not text: a .moe file is UTF-8", where=f"{name}: byte {error.start}"
-        ) from None
+        where = f"{name}: byte {error.start}"
+        raise InputError("not text: a .moe file is UTF-8", where=where, hint=_IMPORT) from None
     if path != "-":
         names_from_file(graph, path)
     return graph

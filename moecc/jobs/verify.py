@@ -140,7 +140,7 @@ def verify_files(model: str, allow_edited_card: bool, html: str | None, force: b
     if not path.is_dir() and not (path.is_file() and path.suffix == SUFFIX):
         raise InputError(
             "only a folder or a GGUF file has a manifest", where=model,
-            hint="or give --against SOURCE",
+            hint="--against SOURCE compares its logits",
         )  # fmt: skip
     from moecc.jobs.comparison import check_programs
 
