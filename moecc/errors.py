@@ -81,6 +81,10 @@ class InputError(MoeccError):
     exit_code = 1
 
 
+class OwnOperationError(InputError):
+    """An operation of the user's own fails, or has not a trait that it declares."""
+
+
 class UnknownName(InputError, KeyError):
     """A mapping has no such name: a KeyError to Python, with a problem to read."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moecc.errors import InputError, Problem, nearest, raise_problems
+from moecc.errors import InputError, OwnOperationError, Problem, nearest, raise_problems
 from moecc.ir.arrays import Array, Data, SlotAssignment, poisoned, stored
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
 from moecc.support.lazy import np
@@ -90,9 +90,11 @@ class _State:
             with np.errstate(all="ignore"):
                 results = node.op.evaluate(operands, node.attrs)
         except InputError as error:
-            raise InputError(
+            raise type(error)(
                 replace(p, where=p.where or where(node)) for p in error.problems
             ) from None
+        if node.op.source is not None:
+            raise_problems(_of_other_shapes(node, operands, results), OwnOperationError)
         arrays = [*map(self.finish, results, node.results)]
         if self.disturb is not None:
             arrays = [
@@ -120,6 +122,30 @@ class _State:
         # NumPy adds in the order of memory: in another one the last bit of a sum differs, and what
         # only copies its operand (a slice of all of it) would not be the identity.
         return replace(array, data=np.asarray(array.data, order="C"), dtype=value.type.dtype)
+
+
+def _of_other_shapes(
+    node: Node, operands: Sequence[Array], results: Sequence[Array]
+) -> Iterator[Problem]:
+    """Yield the results of a meaning that have not the axes and sizes of their types."""
+    if len(results) != len(node.results):
+        yield Problem(f"the meaning of {node.op} returns other results than its type rule",
+                      where(node), str(len(node.results)), str(len(results)))  # fmt: skip
+        return
+    pairs = zip(node.operands, operands, strict=True)
+    sizes: dict[object, int] = {a.size: x.size(a.name) for v, x in pairs for a in v.type.axes}
+    for value, array in zip(node.results, results, strict=True):
+        axes, shape = value.type.axes, np.shape(array.data)
+        fits = array.axes == value.type.names and len(shape) == len(axes)
+        stated = [sizes.get(a.size, a.size) for a in axes]
+        # The slots of an assignment, and what only the result has, may have any size.
+        if not fits or any(
+            isinstance(s, int) and s != n for s, n in zip(stated, shape, strict=True)
+        ):
+            yield Problem(f"the meaning of {node.op} returns another shape than its type rule",
+                          where(node), f"{value.type}, here {tuple(stated)}",
+                          f"axes ({', '.join(array.axes)}) of shape {shape}",
+                          f"mend one of them in {node.op.source}")  # fmt: skip
 
 
 def run_body(body: Graph, arrays: Sequence[Array]) -> tuple[Array, ...]:

@@ -13,13 +13,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from inspect import getsourcefile, getsourcelines
 from math import isfinite, isinf
 from types import ModuleType
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar, overload
 
-from moecc.errors import InputError, Problem, nearest, or_own, raise_problems
+from moecc.errors import (
+    InputError,
+    MoeccError,
+    OwnOperationError,
+    Problem,
+    describe_error,
+    nearest,
+    or_own,
+    raise_problems,
+)
 from moecc.ir.arrays import Array
 from moecc.ir.mesh import Rule, propagate_sharding
 from moecc.ir.operand import Attrs as Attrs
@@ -37,6 +49,7 @@ from moecc.ir.traits import (
     RowMove,
     SizeRule,
 )
+from moecc.support.user_files import is_own, last_line_in
 from moecc.terms.tensor import Tensor
 from moecc.terms.term import Algebra
 from moecc.types import Size, TensorType, is_name, is_size, is_whole
@@ -393,6 +406,33 @@ class OpDef:
     roles: tuple[Role, ...] = ()
     opaque: bool = False
 
+    @cached_property
+    def source(self) -> str | None:
+        """File and line of an operation of the user's own; None for one of moecc's."""
+        code = self.declared or self.infer
+        if not is_own(code.__module__):
+            return None
+        try:
+            return f"{getsourcefile(code)}:{getsourcelines(code)[1]}"
+        except (OSError, TypeError):  # declared in an interactive session
+            return code.__module__
+
+    @contextmanager
+    def blamed(self, part: str) -> Iterator[None]:
+        """Turn an unexpected exception of a user's operation into an error with its line."""
+        try:
+            yield
+        except (MoeccError, MemoryError):
+            raise
+        except Exception as error:
+            if self.source is None:
+                raise
+            module = (self.declared or self.infer).__module__
+            place = last_line_in(module, error) or self.source
+            raise OwnOperationError(
+                f"the {part} of {self.name} fails at {place}: {describe_error(error)}"
+            ) from error
+
     @property
     def liftable(self) -> bool:
         """Whether it may be used inside an expert: an expert axis passes through it unchanged."""
@@ -528,9 +568,17 @@ class OpDef:
         Raises:
           InputError: operands or attributes are invalid for the operation.
         """
-        types = self.infer(operands, attrs)
+        with self.blamed("type rule"):
+            types = self.infer(operands, attrs)
         if not isinstance(types, tuple):
             types = (types,)
+        if wrong := [t for t in types if not isinstance(t, TensorType)]:
+            raise OwnOperationError(
+                f"the type rule of {self.name} returns no type",
+                expected="a TensorType, or a tuple of them",
+                found=repr(wrong[0]),
+                hint=f"mend infer in {self.source}",
+            )
         if self.places or not any(v.type.is_sharded for v in operands):
             return types
         return propagate_sharding(self, operands, attrs, types)
@@ -547,8 +595,18 @@ class OpDef:
         """
         if self.meaning is None:
             raise InputError(f"{self.name} has no meaning in NumPy")
-        results = self.meaning(arrays, attrs)
-        return results if isinstance(results, tuple) else (results,)
+        with self.blamed("meaning"):
+            results = self.meaning(arrays, attrs)
+        if not isinstance(results, tuple):
+            results = (results,)
+        if wrong := [a for a in results if not isinstance(a, Array)]:
+            raise OwnOperationError(
+                f"the meaning of {self.name} returns no array with named axes",
+                expected="a moecc.ir.arrays.Array, or a tuple of them",
+                found=type(wrong[0]).__name__,
+                hint=f"mend meaning in {self.source}",
+            )
+        return results
 
     def check_arity(self, count: int) -> None:
         """Raise InputError unless the operation accepts `count` operands."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from zlib import crc32
 
 from moecc.errors import UsageError, describe_error
@@ -14,7 +15,14 @@ from moecc.support.process import Terminated
 LOADED = "moecc_loaded_"
 """How the names of the modules begin."""
 
+_OURS = ("moecc", "moecc_passes", "moecc_backends")
+
 _RUN: dict[tuple[str, int], ModuleType] = {}
+
+
+def is_own(module: str) -> bool:
+    """Return whether a module is the user's own, and no part of moecc."""
+    return module.partition(".")[0] not in _OURS
 
 
 def run_file(path: Path) -> ModuleType:
@@ -64,20 +72,44 @@ class Blamed:
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:
-    trace, line = error.__traceback__, None
+    # The file is run under the absolute path that the import system gives it.
+    lines = [
+        c.tb_lineno for c in _calls(error) if Path(c.tb_frame.f_code.co_filename) == path.absolute()
+    ]
+    return lines[-1] if lines else None
+
+
+def _calls(error: BaseException) -> Iterator[TracebackType]:
+    """Yield the calls of a traceback, the outermost first."""
+    trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
+        yield trace
         trace = trace.tb_next
-    return line
+
+
+def last_line_in(module: str, error: BaseException) -> str | None:
+    """Return file and line of the innermost call in modules of a name that failed, if one did.
+
+    Args:
+      module: the name of a module, or how the names of several begin.
+      error: the exception.
+    """
+    where = None
+    for call in _calls(error):
+        name = call.tb_frame.f_globals.get("__name__", "")
+        if isinstance(name, str) and name.startswith(module):
+            where = f"{call.tb_frame.f_code.co_filename}:{call.tb_lineno}"
+    return where
+
+
+def raised_in(error: BaseException) -> str:
+    """Return the name of the module whose code raised an exception."""
+    name = ""
+    for call in _calls(error):
+        name = str(call.tb_frame.f_globals.get("__name__", ""))
+    return name
 
 
 def line_of_user(error: BaseException) -> str | None:
     """Return file and line of the innermost call of a user's file that failed, if one did."""
-    trace, where = error.__traceback__, None
-    while trace is not None:
-        name = trace.tb_frame.f_globals.get("__name__", "")
-        if isinstance(name, str) and name.startswith(LOADED):
-            where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return where
+    return last_line_in(LOADED, error)
