@@ -684,6 +684,12 @@ def check(log, before, after):
         return [[], []]
     a = read_log(log, bool(log["exact"]), bool(log.get("fractions")))
     devices = reading.Devices(read_log(log.get("devices", {"terms": [], "steps": []})))
+    own = {*log.get("elementwise", ())}
+    for name in own:
+        is_known = ("operation", name) in a.table or name in a.words["elementwise"]
+        need(isinstance(name, str) and not is_known, f"{name} has a meaning of its own")
+    for x in (a, devices.a):
+        x.words = {**x.words, "own": own}
     evaluation = reading.Evaluation(a, bool(log.get("rolled")))
     reading.check_graphs(evaluation, devices, (before, after), log)
     return [sorted(x.used - {-1}) for x in (a, devices.a)]
@@ -719,6 +725,7 @@ def main():
         print(f"rejected: {place}{error}")
         return 1
     notes = [text for key, text in NOTES.items() if log.get(key)]
+    notes += [f", if {name} works element by element" for name in log.get("elementwise", ())]
     if "\n  attr mesh = " in "".join(graphs):
         notes.append(f", on all devices{', in real arithmetic' if log['exact'] else ''}")
     steps, outputs = (f"{n} {of}{'s' * (n != 1)}" for n, of in

@@ -388,8 +388,9 @@ class Evaluation:
         if kind != "operation":
             return self.results(n, xs, axes)
         need(not n.body, "a body of no meaning")
-        if n.op in self.a.words["elementwise"] and not self.a.exact:
-            name = f"{n.op} of infinite" if rules else n.op
+        is_own = n.op in self.a.words.get("own", ())
+        if (is_own or n.op in self.a.words["elementwise"]) and not self.a.exact:
+            name = f"{n.op} of infinite" if rules else f"operation {n.op}" if is_own else n.op
             body = self.a.apply(name, (n.text,) if n.text else (), (), xs)
             return [self.tensor((), body, "", finite or n.op in self.a.words["finite"])]
         layout = tuple((tuple(v.name for v in x.axes), x.dtype) for x in xs)

@@ -14,7 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from math import gcd, prod
 from types import MappingProxyType
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem, describe_error, raise_problems
+from moecc.errors import (
+    CheckError,
+    InputError,
+    MoeccError,
+    OwnOperationError,
+    Problem,
+    describe_error,
+    raise_problems,
+)
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operand import Attrs
 from moecc.ir.structure import clone, lost_precision, without_opaque
@@ -396,7 +404,7 @@ def promise_verdict(prover: Prover, before: Graph, after: Graph) -> Verdict | No
     """
     try:
         return prover.prove(before, after, outputs=before.outputs.keys(), refute=False)
-    except MemoryError:
+    except (MemoryError, OwnOperationError):
         raise
     except Exception as error:  # Sampling decides then, as where no proof is found.
         warn(f"the prover failed, which is a bug in moecc: {describe_error(error)}")
@@ -437,11 +445,21 @@ class PassProofs(Instrument):
         self.source = self._last = Graph("")
 
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
-        """Copy the graph, which passes change in place."""
+        """Copy the graph, which passes change in place.
+
+        Raises:
+          OwnOperationError: as the further methods, of an operation of the user's own.
+        """
+        from moecc.testing.traits import check_traits
+
+        check_traits(graph)
         self.source = self._last = clone(graph)
 
     def after(self, run: PassRun, graph: Graph) -> None:
         """Try to prove that the pass kept its promise."""
+        from moecc.testing.traits import check_traits
+
+        check_traits(graph)
         before, self._last = self._last, clone(graph)
         if run.preserves.kind != "approximate":
             prover = self._bits if run.preserves.kind == "exact" else self.real

@@ -217,6 +217,8 @@ class Evaluation:
         text = self._text(node, attrs)
         if node.op.elementwise and not self.exact:
             name = f"{node.op.name} of infinite" if meaning is not None else node.op.name
+            if node.op.source is not None:
+                name = f"operation {name}"  # never the head of a lemma
             result = pointwise(name, tuple(filter(None, (text,))), operands)
             finite = result.finite or node.op.name in _BOUNDED
             return [replace(result, axes=axes[0], finite=finite)]
@@ -293,7 +295,9 @@ class Evaluation:
         self, node: Node, operands: Sequence[Tensor], text: str, layouts: Sequence[tuple[Var, ...]]
     ) -> Sequence[Tensor]:
         """Return uninterpreted functions of all elements of the operands, named by a key."""
-        if node.op.commutative and not (self.exact and node.op.name in _OF_SIGNED_ZEROS):
+        # Of an operation of the user's own it is sampled up to rounding.
+        in_bits = node.op.name not in _OF_SIGNED_ZEROS and node.op.source is None
+        if node.op.commutative and (in_bits or not self.exact):
             operands = sorted(operands, key=lambda t: (t.closed().body.serial, t.names))
         functions = [t.closed() for t in operands]
         finite = all(t.finite for t in operands)

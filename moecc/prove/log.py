@@ -64,6 +64,8 @@ def log_of(
       devices: the proof that devices compute them, of graphs on a mesh.
       batch: the first graph on devices that have a part each, if the second computes one.
     """
+    nodes = (n for graph in (before, after) for n in graph.every_node())
+    own = {n.op.name for n in nodes if n.op.source is not None and n.op.elementwise and not exact}
     of_devices = {} if devices is None else _replay(devices.lemmas.steps, devices.algebra)
     return {
         "schema": SCHEMA,
@@ -75,6 +77,7 @@ def log_of(
         "after": digest(after),
         **_replay(steps, algebra),
         **({"devices": of_devices} if of_devices else {}),
+        **({"elementwise": sorted(own)} if own else {}),
         **({} if batch is None else {"parts": [print_graph(batch)]}),
     }
 

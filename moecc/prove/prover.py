@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moecc.ir.graph import Graph, Node, Value
@@ -138,7 +139,25 @@ class Prover:
           after: the graph to compare with it.
           outputs: those to compare; None for all, which both must have.
           refute: whether a counterexample is searched where there is no proof.
+
+        Raises:
+          OwnOperationError: an operation of the user's own has not a trait that it declares.
         """
+        # Only here: what tests use of the prover imports it.
+        from moecc.testing.traits import check_traits, own_operations
+
+        check_traits(before, after)
+        verdict = self._prove(before, after, outputs, refute)
+        rows = {op for op, _, _ in own_operations(before, after)}
+        if not rows or not verdict:
+            return verdict
+        names = sorted(f"{op} ({Path((op.source or '').rpartition(':')[0]).name})" for op in rows)
+        assumption = f"traits of {', '.join(names)} are those declared"
+        return replace(verdict, assumptions=(*verdict.assumptions, assumption))
+
+    def _prove(
+        self, before: Graph, after: Graph, outputs: Collection[str] | None, refute: bool
+    ) -> Verdict:
         held = without_frozen_gradients(before), without_frozen_gradients(after)
         if None in held:
             return self._verdict(before, after, outputs, refute)
@@ -205,6 +224,7 @@ class Prover:
         """Return the verdict on equal graphs where devices are not proved to compute them."""
         # Only here: what tests use of the prover imports it.
         from moecc.testing.oracle import moved_values
+        from moecc.testing.traits import own_operations
 
         for graph in (before, after):
             with _deep_and_uncollected():
@@ -218,6 +238,13 @@ class Prover:
             if parting is None and graph is after:
                 changes = moved_values(before, after)
                 parting = next(((name, (old, new)) for name, old, new in changes), None)
+            if (
+                parting is None
+                and own_operations(graph)
+                and find_device_gap(before, graph) is not None
+            ):
+                # How an operation is sharded is its author's word.
+                parting = "devices", ("operations of the user's own, on shards", "")
             if parting is None:
                 continue
             node, terms = parting

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moecc.backend import get_backend
 from moecc.decoding import NOWHERE, DecodeGraphs, PlainSession, empty_cache
+from moecc.errors import InputError
+from moecc.ir.builder import Builder
 from moecc.ir.conventions import LOGITS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone, equal, fingerprint, lost_precision
@@ -25,7 +27,8 @@ from moecc.ir.verify import VerifyError, verify
 from moecc.rewrite.passes import Context, Pass, PassResult
 from moecc.support.lazy import np
 from moecc.testing.oracle import TOLERANCE, assert_same, measure
-from moecc.types import F64, Array, Arrays
+from moecc.testing.traits import false_traits
+from moecc.types import F64, Array, Arrays, parse_type
 
 # Counting on how many drawn graphs a pass found something to do, so that no law is empty.
 #
@@ -256,6 +259,31 @@ def check_rewrite(
         assert_same(graph, after, seeds=seeds, exact=exact)
     except AssertionError as error:
         _fail(str(error), graph, after)
+
+
+def check_operation(name: str, *operands: str, **attrs: Any) -> None:
+    """Check that the meaning of an operation has the traits that its row declares.
+
+        laws.check_operation("mish", "f32[batch=3, embed=8]")
+
+    ``moecc prove`` and ``--check`` do so for every operation of the user's own that a graph has.
+
+    Args:
+      name: the operation.
+      operands: the type of each of its operands.
+      **attrs: its attributes.
+    """
+    graph = Graph(name)
+    values = [
+        graph.input(f"x{i}", parse_type(text, graph.value)) for i, text in enumerate(operands)
+    ]
+    try:
+        node = Builder(graph).node(name, *values, **attrs)
+        problems = false_traits(node, must=True)
+    except InputError as error:
+        problems = list(error.problems)
+    if problems:
+        raise AssertionError("\n".join(map(str, problems)))
 
 
 def _fail(message: str, graph: Graph, after: Graph | None = None) -> NoReturn:

@@ -1,0 +1,205 @@
+"""Operations of the user's own have the traits that they declare, or a counterexample is shown."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import moecc_check
+import pytest
+
+from moecc.ir import OPS
+from moecc.ir.arrays import Array, together
+from moecc.ir.operation import Op, operation
+from moecc.ir.ops.rules import by_name, float_elementwise
+from moecc.ir.text import parse, print_graph
+from moecc.ir.traits import powers
+from moecc.prove import Prover
+from moecc.prove.log import write_proof
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
+from moecc.testing import laws
+from moecc.testing.traits import false_traits
+from tests.ir.operations import applied
+
+NOT_SAMPLED = {name for name, row in OPS.items() if row.opaque or row.collective or row.has_body}
+
+
+@pytest.mark.parametrize("name", sorted(OPS.keys() - NOT_SAMPLED))
+def test_every_row_of_the_table_has_the_traits_that_it_declares(name):
+    assert false_traits(applied(OPS[name])) == []
+
+
+TYPE = "f32[batch=2, embed=4]"
+FALSE = {
+    "elementwise": ("softmax", {"axis": "embed"}, {"elementwise": True}),
+    "mixes": ("softmax", {"axis": "embed"}, {"mixes": lambda operands, attrs: ()}),
+    "linear": ("square", {}, {"linear": (0,)}),
+    "homogeneous": ("square", {}, {"homogeneous": powers(1.0)}),
+    "normalises": ("silu", {}, {"normalises": True}),
+    "alias": ("softmax", {"axis": "embed"}, {"alias": True}),
+    "blocks_gradient": ("neg", {}, {"blocks_gradient": True}),
+    "commutative": ("sub", {}, {"commutative": True}),
+    "jointly": ("mul", {}, {"jointly": True}),
+    "function": ("neg", {}, {"meaning": lambda arrays, attrs: _doubled(arrays[0])}),
+}  # fmt: skip
+
+
+def _doubled(x):
+    x.data[...] *= 2
+    return x
+
+
+@pytest.mark.parametrize("trait", FALSE)
+def test_a_false_trait_is_refuted_with_a_counterexample(trait):
+    name, attrs, columns = FALSE[trait]
+    with patch.dict(OPS, {name: replace(OPS[name], **columns)}):
+        operands = [TYPE] * len(OPS[name].operands)
+        word = {"mixes": "mixes an axis that", "function": "no function", "jointly": "linear"}
+        law = rf"{word.get(trait, f'declares {trait}, which')}(.|\n)*found: .* at batch=\d"
+        with pytest.raises(AssertionError, match=law):
+            laws.check_operation(name, *operands, **attrs)
+    laws.check_operation(name, *operands, **attrs)
+
+
+def lerp(**traits):
+    """Declare an operation that is linear in both operands together, and no more."""
+
+    @operation("lerp", "x y", elementwise=True, sharding=by_name, **traits)
+    class LerpOp(Op):
+        """x + (y − x) / 4."""
+
+        def infer(self, x, y):
+            return float_elementwise((x, y), self.attrs)
+
+        def meaning(self, x, y):
+            axes, (a, b) = together(x, y)
+            return Array(a + (b - a) / 4, axes)
+
+
+GRAPH = """moecc 1
+graph g {
+  input %x : f32[batch=B, embed=8]
+  input %z : f32[batch=B, embed=8]
+  %y = lerp %OPERANDS : f32[batch=B, embed=8]
+  output y = %y
+}
+"""
+
+
+@pytest.fixture
+def table():
+    with patch.dict(OPS):
+        yield
+
+
+def test_the_prover_believes_a_trait_that_holds_and_says_so(table):
+    lerp(linear=(0, 1), jointly=True)
+    here, there = (parse(GRAPH.replace("OPERANDS", pair)) for pair in ("x, %z", "z, %x"))
+    verdict = Prover().prove(here, here)
+    assert verdict.assumptions[-1] == f"traits of lerp ({Path(__file__).name}) are those declared"
+    assert Prover().prove(here, there).status == "refuted"
+
+
+BLOCK = """moecc 1
+graph g {
+  input %x : f32[batch=B, embed=4]
+  param %up : f32[mlp=8, embed=4] = source("up" : f32[mlp=8, embed=4])
+  param %down : f32[mlp=8, embed=4] = source("down" : f32[mlp=8, embed=4])
+  %a = contract %x, %up {over=embed} : f32[batch=B, mlp=8] @layers.0.ffn
+  %s = share %a : f32[batch=B, mlp=8] @layers.0.ffn
+  %y = contract %s, %down {over=mlp} : f32[batch=B, embed=4] @layers.0.ffn
+  output y = %y
+}
+"""
+
+
+def test_a_proof_with_an_operation_of_ones_own_has_a_log(table, tmp_path):
+    # It has the name of a head of moecc's lemmas, and is none.
+    @operation("share", "x", elementwise=True, sharding=by_name)
+    class ShareOp(Op):
+        """x³."""
+
+        def infer(self, x):
+            return float_elementwise((x,), self.attrs)
+
+        def meaning(self, x):
+            return x.map(lambda data: data**3)
+
+    before, after = parse(BLOCK), parse(BLOCK)
+    run_pipeline(after, Pipeline.parse("upcycle{experts=4}"))
+    verdict = Prover().prove(before, after)
+    write_proof(verdict.log, before, after, tmp_path / "proof.json")
+    assert verdict.log["elementwise"] == ["share"]
+    texts = print_graph(before), print_graph(after)
+    log = json.loads((tmp_path / "proof.json").read_text())
+    for stated in ([], ["contract", "share"], ["relu", "share"]):
+        with pytest.raises(moecc_check.Rejected):
+            moecc_check.accepted(log | {"elementwise": stated}, *texts)
+
+
+ON_MESH = """moecc 1
+graph g {
+  attr mesh = {"model": 2}
+  input %x : f32[batch=B, embed@model=8]
+  %y = share %x : f32[batch=B, embed@model=8]
+  output y = %y
+}
+"""
+
+
+def test_devices_are_sampled_where_a_meaning_depends_on_sizes(table):
+    @operation("share", "x", elementwise=True, sharding=by_name)
+    class ShareOp(Op):
+        """x, over the number of its elements along embed."""
+
+        def infer(self, x):
+            return float_elementwise((x,), self.attrs)
+
+        def meaning(self, x):
+            return x.map(lambda data: data / x.size("embed"))
+
+    graph = parse(ON_MESH)
+    assert Prover().prove(graph, graph).status == "refuted"
+    whole = parse(ON_MESH.replace("@model", ""))
+    assert Prover().prove(whole, whole)
+
+
+LOADED = '''
+from moecc.ir.arrays import Array, together
+from moecc.ir.operation import Op, operation
+from moecc.ir.ops.rules import by_name, float_elementwise
+
+@operation("lerp", "x y", elementwise=True, commutative=True, sharding=by_name)
+class LerpOp(Op):
+    """x + (y - x) / 4."""
+
+    def infer(self, x, y):
+        return float_elementwise((x, y), self.attrs)
+
+    def meaning(self, x, y):
+        axes, (a, b) = together(x, y)
+        return Array(a + (b - a) / 4, axes)
+'''
+FAILING = {
+    "false": ("", "", ":6: lerp declares commutative, which its meaning refutes"),
+    "raises": ("(b - a) / 4", "b.nope", "lerp fails at {file}:15: AttributeError"),
+    "shape": ("(b - a) / 4", "b.mean(-1, keepdims=True)[:, :1, None]", "another shape"),
+    "raw": ("Array(a + (b - a) / 4, axes)", "a", "returns no array with named axes"),
+    "type raises": ("float_elementwise((x, y)", "float_elementwise((x.typ, y)",
+                    "type rule of lerp fails at {file}:11: AttributeError"),
+    "no type": ("return float_elementwise((x, y), self.attrs)", "pass", "returns no type"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_check_names_the_operation_that_is_wrong(table, tmp_path, capsys, case):
+    from tests.support.commands import Moecc
+
+    old, new, words = FAILING[case]
+    file, graph = tmp_path / "own.py", tmp_path / "graph.moe"
+    file.write_text(LOADED.replace(old, new) if old else LOADED)
+    graph.write_text(GRAPH.replace("OPERANDS", "x, %z"))
+    done = Moecc(capsys)("opt", graph, "-p", "canonicalize", "--check", "--load", file)
+    assert done.code == 1, done.err
+    assert words.format(file=file) in done.err
