@@ -16,6 +16,7 @@ from moecc.jobs.command import (
     artefact,
     check_writable,
 )
+from moecc.support.console import say
 
 
 def lower(
@@ -48,6 +49,7 @@ def lower(
       moecc lower layer.moe --emit stablehlo --dispatch grouped
     """
     from moecc.backend import LoweringBackend, backend_with
+    from moecc.ir.mesh import mesh_of
     from moecc.model.inputs import default_inputs
     from moecc.model.open import load_files, open_model
     from moecc.types import float_type
@@ -57,6 +59,10 @@ def lower(
     type, backend = float_type(dtype), backend_with(LoweringBackend)
     options = {"dispatch": dispatch, "platform": platform}
     with open_model(model, weights=weights) as opened:
+        mesh = mesh_of(opened.graph)
+        if mesh is not None and mesh.devices > 1:
+            say(f"note: the program is that of one device, without the mesh {mesh}; "
+                "moecc compile lowers a training step for a mesh")  # fmt: skip
         inputs = default_inputs(opened.graph, batch=batch, seq=seq)
         text = backend.lower(opened.graph, inputs, emit=emit, dtype=type, options=options)
     text = text if text.endswith("\n") else f"{text}\n"

@@ -60,6 +60,14 @@ def test_operations_name_their_place(cli, dense_graph, emit, place):
     assert emit == "hlo" or ".py" not in text
 
 
+def test_a_mesh_is_not_lowered_and_said_so(cli, tmp_path):
+    path = tmp_path / "mesh.moe"
+    rows = GRAPH.replace("token=", "token@data=").replace("{tokens@data=", "{tokens=")
+    text = f"{rows[: rows.index('  %logits')]}  output y = %x\n}}\n"
+    path.write_text(text.replace("layer {", 'layer {\n  attr mesh = {"data": 2}'))
+    cli("lower", path, says="without the mesh data:2; moecc compile")
+
+
 def test_the_platform_and_the_dispatch_show(lower):
     """On a TPU sorted rows meet ragged_dot, on a CPU a loop over blocks."""
     on_tpu = lower("--platform", "tpu", "--seq", "32").out
