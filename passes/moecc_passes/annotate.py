@@ -78,7 +78,12 @@ class AnnotateShardingPass(Pass):
             try:
                 action()
             except MoeccError as error:
-                problems += [replace(p, where=option) for p in error.problems]
+                problems += [
+                    replace(
+                        p, where=option, message=f"{p.where}: {p.message}" if p.where else p.message
+                    )
+                    for p in error.problems
+                ]
         return problems
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

@@ -59,7 +59,7 @@ def test_a_layout_of_ones_own(tmp_path):
     assert "f32[q@rows=16, embed=16]" in types
     assert any(t.startswith("f32[mlp@columns=") for t in types)
     path.write_text('rules = [{ axis = "batch" }, { axis = "a b", mesh = ["rows"] }]')
-    with pytest.raises(UsageError, match=r"a key is missing(?s:.*)letters, digits and _"):
+    with pytest.raises(UsageError, match=r"mine.rules:1: (?s:.*)a key (?s:.*)digits and _"):
         Pipeline.parse(f"annotate-sharding{{mesh=rows:2 rules={path}}}")
 
 
