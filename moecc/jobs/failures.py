@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from moecc.backend import get_backend
-from moecc.errors import CheckError, InputError, UsageError
+from moecc.errors import CheckError, InputError, OwnOperationError, UsageError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.ir.text import format_node, print_graph
 from moecc.jobs.checks import broken_promise
-from moecc.rewrite.passes import KNOWN, Context
+from moecc.rewrite.passes import KNOWN, Context, OwnPassError
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pass
 from moecc.support.lazy import np
@@ -226,6 +226,9 @@ class PromiseTest:
                 run = run_pass(after, item, self.context, number)
             except CheckError as error:
                 return Failure("invalid", item.name, str(error.problems[0]))
+            except (OwnPassError, OwnOperationError) as error:
+                kind, problem = type(error).__name__, error.problems[0]
+                return Failure("crash", f"{item.name}: {kind}", f"{kind}: {problem}")
             except KNOWN:
                 return None
             except Exception as error:

@@ -276,7 +276,8 @@ def conversion_facts(planned: Plan, options: WriteOptions) -> JsonDict:
         "source": _states(checkpoint),
         "pipeline": planned.pipeline.in_full(),
         "own passes": {
-            Path(file).name: file_digest(Path(file)) for file in loaded_files(planned.pipeline)
+            Path(file).name: file_digest(Path(file))
+            for file in loaded_files(planned.pipeline, {n.op for n in planned.graph.every_node()})
         },
         "target": planned.target,
         "dtype": planned.dtype_name,

@@ -43,7 +43,7 @@ from moecc.jobs.failures import (
 )
 from moecc.rewrite.passes import Context, Pass, apply_pass
 from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import Replay, loaded_files, reproducer_text
+from moecc.rewrite.runner import Replay, loaded_files, reproducer_text, run_pass
 from moecc.support.console import say
 from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
@@ -243,6 +243,17 @@ def sizes_of(graph: Graph) -> set[int]:
 TIME_LIMIT_SECONDS = 60.0
 
 
+def _refusal(start: Candidate, context: Context) -> str | None:
+    """Return why a pass refuses the input, or None."""
+    graph = clone(start.graph)
+    try:
+        for number, item in enumerate(start.pipeline, 1):
+            run_pass(graph, item, replace(context, allow_unmatched=False), number)
+    except MoeccError as error:
+        return str(error.problems[0])
+    return None
+
+
 class _Reducer:
     """Searches for a small input that fails alike. Raises InputError if nothing fails."""
 
@@ -260,7 +271,14 @@ class _Reducer:
             hint = where_else(start.pipeline)
             if isinstance(test, CommandTest):
                 hint = "the command fails with an exit code other than 0"
-            raise InputError("nothing fails here, so there is nothing to reduce", hint=hint)
+            refusal = _refusal(start, context)
+            raise InputError(
+                "nothing fails here, so there is nothing to reduce"
+                if refusal is None
+                else "the input is refused, which is no failure of a pass",
+                found=refusal,
+                hint=hint,
+            )
         self.failure = failure
 
     def run(self) -> None:
@@ -381,7 +399,8 @@ def reduce(
     if len(left):
         say(f"pipeline: {left}")
     replay = Replay(
-        str(left), seed, True, failure.kind in ("promise", "invalid"), loaded_files(left),
+        str(left), seed, True, failure.kind in ("promise", "invalid"),
+        loaded_files(left),
         compare or "",
     )  # fmt: skip
     return artefact(

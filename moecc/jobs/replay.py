@@ -46,8 +46,9 @@ def replay(reproducer: Annotated[str, Spelling("REPRODUCER")], *, load: Load = (
     path = Path(reproducer)
     stated = read_reproducer(path)
     check_loaded(path, stated, load)
-    graph = parse(read_utf8(path, sys.maxsize, "a .moe file"), reproducer)
+    # First: a file may define operations of the graph.
     pipeline = Pipeline.parse(stated.pipeline, registry_with(load))
+    graph = parse(read_utf8(path, sys.maxsize, "a .moe file"), reproducer)
     with ExitStack() as opened:
         context = _context(graph, stated, opened)
         if stated.check:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 from moecc.errors import InputError
@@ -269,7 +269,14 @@ class _Driver:
         if self.watch is not None:
             self.watch.note(origin, root)
         builder = _RecordingBuilder(self.graph, loc=root.loc, origin=origin, before=root)
-        built = rule.build(matched, builder)
+        try:
+            built = rule.build(matched, builder)
+        except InputError as error:
+            place = f"{origin} at {where(root)}"
+            raise type(error)(
+                replace(p, where=f"{place}, {p.where}" if p.where else place)
+                for p in error.problems
+            ).with_traceback(error.__traceback__) from None
         values = built if isinstance(built, tuple) else (built,)
         _check_values(origin, root, values, builder.made)
         users = [user for old in root.results for user in old.users]

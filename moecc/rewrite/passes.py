@@ -14,7 +14,7 @@ import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from inspect import unwrap
 from math import inf
@@ -29,11 +29,12 @@ from typing import (
     get_type_hints,
 )
 
-from moecc.errors import MoeccError, Problem, describe_error
+from moecc.errors import InputError, MoeccError, Problem, describe_error
 from moecc.ir.graph import Graph
 from moecc.rewrite.driver import RewriteResult, RuleStats
-from moecc.rewrite.pattern import NearMiss, PreservesKind
+from moecc.rewrite.pattern import PROMISES, NearMiss, PreservesKind, check_promise
 from moecc.support.process import Terminated
+from moecc.support.user_files import LOADED, is_own, last_line_in, raised_in
 from moecc.types import Array
 from moecc.weights.expr import Expr
 
@@ -86,9 +87,6 @@ NO_STATISTICS = Problem(
 """What is said where a method reads statistics and there are none."""
 
 
-_ORDER: tuple[PreservesKind, ...] = ("exact", "reassociation", "approximate")
-
-
 ERROR_MARGIN = 10.0
 """A measured relative error above so many times the predicted one breaks the promise.
 
@@ -114,6 +112,9 @@ class Preserves:
     reason: str = ""
     predicted_error: float | None = None
     up_to: str = ""
+
+    def __post_init__(self) -> None:
+        check_promise(self.kind)
 
     @property
     def is_equality(self) -> bool:
@@ -148,7 +149,7 @@ def weakest(promises: Iterable[Preserves]) -> Preserves:
     pass predicts one.
     """
     some = list(promises)
-    kind = max((p.kind for p in some), key=_ORDER.index, default=_ORDER[0])
+    kind = max((p.kind for p in some), key=PROMISES.index, default=PROMISES[0])
     reasons = dict.fromkeys(p.reason for p in some if p.reason)
     errors = [p.predicted_error for p in some if p.kind == "approximate"]
     predicted = [e for e in errors if e is not None]
@@ -645,7 +646,9 @@ def coefficient(value: float, usual: float, loss: str, option: str, section: str
 KNOWN = (MoeccError, MemoryError, OSError)
 """Exceptions that are not a bug of a pass: the user's input, or the machine."""
 
-_OURS = ("moecc", "moecc_passes", "moecc_backends")
+
+class OwnPassError(InputError):
+    """A pass that is not part of moecc gave moecc what it refuses: its author's to fix."""
 
 
 class PassExit(Exception):
@@ -674,16 +677,15 @@ def crash_of(cls: type[Pass], doing: str, error: BaseException, hint: str | None
       hint: where the reproducer is.
     """
     message = f"{doing}: {describe_error(error)}"
-    if cls.__module__.partition(".")[0] in _OURS:
+    # A pass of moecc may call an operation of the user's.
+    line = last_line_in(LOADED, error)
+    if is_own(cls.__module__):
+        # The innermost call within the file of the pass, or its `apply`.
+        code = getattr(unwrap(cls.apply), "__code__", None)
+        start = f"{code.co_filename}:{code.co_firstlineno}" if code else cls.__module__
+        line = line or last_line_in(cls.__module__, error) or start
+    if line is None:
         return PassCrash(message, hint=hint)
-    # The innermost call within the file of the pass, or its `apply`.
-    code = getattr(unwrap(cls.apply), "__code__", None)
-    line = f"{code.co_filename}:{code.co_firstlineno}" if code else cls.__module__
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__") == cls.__module__:
-            line = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
     return OwnPassCrash(message, where=line, hint=hint)
 
 
@@ -706,10 +708,21 @@ def apply_pass(item: Pass, graph: Graph, context: Context) -> PassResult:
 
     Raises:
       PassExit: the pass would have ended Python.
+      OwnPassError: an own pass built what an operation does not take, say.
       TypeError: it returned something else.
     """
     try:
         result = item.apply(graph, context)
+    except InputError as error:
+        module = type(item).__module__
+        line = last_line_in(module, error) or last_line_in(LOADED, error)
+        # What the pass itself refuses is its user's to mend.
+        if not is_own(module) or line is None or raised_in(error) == module:
+            raise
+        raise OwnPassError(
+            replace(p, where=f"{line}: {p.where or f'the pass {item.name}'}")
+            for p in error.problems
+        ) from error
     except (Exception, KeyboardInterrupt, Terminated):
         raise
     except BaseException as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from moecc.errors import UsageError, nearest
 from moecc.ir.builder import Builder
@@ -565,7 +565,16 @@ def _other_user(value: Value, inside: list[Node]) -> str:
 # A rule keeps no state: whatever `build` needs, it reads from the match, as `check` did.
 
 PreservesKind = Literal["exact", "reassociation", "approximate"]
+PROMISES: tuple[PreservesKind, ...] = get_args(PreservesKind)
 """The promises of a rewrite, from the strongest to the weakest."""
+
+
+def check_promise(kind: str) -> None:
+    """Raise ValueError unless `kind` is a promise of a pass or a rule."""
+    if kind not in PROMISES:
+        hint = nearest(kind, PROMISES) or f"promises: {', '.join(PROMISES)}"
+        raise ValueError(f"{kind!r} is no promise; {hint}")
+
 
 Build = Callable[[Match, Builder], Value | tuple[Value, ...]]
 Check = Callable[[Match], str | None]
@@ -592,3 +601,6 @@ class Rule:
     build: Build
     check: Check = accept
     preserves: PreservesKind = "exact"
+
+    def __post_init__(self) -> None:
+        check_promise(self.preserves)

@@ -361,14 +361,21 @@ class Registry:
           UsageError: it cannot be read or run, defines no pass, or a name is in use.
         """
         module = run_file(path)
-        items: list[type[Pass] | PipelineTemplate] = [
+        classes = [
             item
             for item in vars(module).values()
             if isinstance(item, type)
             and issubclass(item, Pass)
             and item.__module__ == module.__name__
-            and hasattr(item, "name")
         ]
+        items: list[type[Pass] | PipelineTemplate] = [c for c in classes if hasattr(c, "name")]
+        nameless = [
+            Problem("the pass has no name", f"{path}, {c.__name__}",
+                    hint='name: ClassVar[str] = "my-pass", by which pipelines call it')
+            for c in classes
+            if not hasattr(c, "name") and not c.__abstractmethods__ and not c.__subclasses__()
+        ]  # fmt: skip
+        raise_problems(nameless, UsageError)
         # A template that the file only imports does not count as one that it defines.
         items += [
             item

@@ -27,6 +27,7 @@ from moecc.errors import (
     raise_problems,
 )
 from moecc.ir.graph import Graph
+from moecc.ir.operation import OPS, OpDef
 from moecc.ir.text import print_graph
 from moecc.ir.unroll import is_rolled
 from moecc.ir.verify import VerifyError, verify
@@ -83,9 +84,12 @@ def temporary_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="moecc-crash-"))
 
 
-def loaded_files(passes: Iterable[Pass]) -> tuple[str, ...]:
-    """Return the files of own passes, each once."""
-    modules = (type(item).__module__ for item in passes)
+def loaded_files(
+    passes: Iterable[Pass], operations: Iterable[OpDef] = OPS.values()
+) -> tuple[str, ...]:
+    """Return the files of own passes and operations, each once."""
+    modules = [type(item).__module__ for item in passes]
+    modules += [(row.declared or row.infer).__module__ for row in operations]
     files = (sys.modules[m].__file__ for m in modules if m.startswith(LOADED))
     return tuple(dict.fromkeys(file for file in files if file))
 
@@ -127,6 +131,7 @@ def _content(text: str, replay: Replay, title: str, notes: str) -> str:
         f"{_REPLAY}{json.dumps(asdict(replay))}",
         f"# pipeline: {replay.pipeline}",
         f"# seed: {replay.seed}",
+        *(f"# load: {name}" for name in replay.load),
         "#",
         *(f"# {line}".rstrip() for line in notes.splitlines()),
     ]
@@ -181,7 +186,7 @@ def _check_types(replay: Replay) -> None:
 
 
 def check_loaded(path: Path, stated: Replay, files: Sequence[str]) -> None:
-    """Check that the user names the files of own passes that a reproducer needs.
+    """Check that the user names the files of own passes and operations that a reproducer needs.
 
     Args:
       path: the reproducer.
@@ -189,13 +194,13 @@ def check_loaded(path: Path, stated: Replay, files: Sequence[str]) -> None:
       files: the files of ``--load``.
 
     Raises:
-      InputError: the reproducer needs own passes, and `files` is empty.
+      InputError: the reproducer needs such files, and `files` is empty.
     """
     if not stated.load or files:
         return
     names = list(map(shlex.quote, stated.load))
     raise InputError(
-        "the reproducer needs passes of your own",
+        "the reproducer needs passes or operations of your own",
         where=str(path),
         expected="--load FILE: a file that a reproducer names is run only if you name it, too",
         found=f"{', '.join(names)} in its comment {_REPLAY.strip()!r}",

@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from moecc_passes import cleanup
 
 from moecc.formats import writer
 from moecc.ir import Graph, parse
+from moecc.ir.operation import OPS
 from moecc.jobs.reduce import Candidate, pass_cuts
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
+from moecc.support.user_files import _RUN
 from moecc.weights import simplify as simplifier
 from moecc.weights.arithmetic import Scale
 from moecc.weights.expr import Source
@@ -134,6 +137,62 @@ def test_a_crash_of_an_own_pass_is_reduced_and_replayed(cli, dense_graph, tmp_pa
     says = f"{own}:15: the pass 1, fragile, crashed: AttributeError"
     cli("replay", small, "--load", own, code=1, says=says)
     cli("reduce", small, "--load", own)
+
+
+WRONG = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from moecc.ir.operation import Op, operation
+from moecc.rewrite import P, Rule, rewrite
+from moecc.rewrite.passes import EXACT, Pass, PassResult
+
+@operation("own", "x", elementwise=True)
+class OwnOp(Op):
+    """x."""
+    def infer(self, x):
+        return x.type
+    def meaning(self, x):
+        return x
+
+SWAP = Rule("swap", P.op("own", P.any("x")), lambda m, b: b.softmax(m.value("x"), axis="none"))
+
+@dataclass(frozen=True)
+class WrongPass(Pass):
+    """Build what no operation takes."""
+    name: ClassVar[str] = "wrong"
+    summary: ClassVar[str] = "build a faulty node"
+    preserves = EXACT
+    def apply(self, graph, ctx):
+        return PassResult.of(rewrite(graph, [SWAP], origin=self.name))
+'''
+OWN_GRAPH = """moecc 1
+graph g {
+  input %x : f32[batch=B, embed=8]
+  %a = square %x : f32[batch=B, embed=8]
+  %y = own %a : f32[batch=B, embed=8]
+  output y = %y
+}
+"""
+
+
+@patch.dict(OPS)
+def test_what_an_own_rule_builds_wrongly_is_reduced_and_replayed(cli, tmp_path):
+    own, graph, small = (tmp_path / name for name in ("wrong.py", "graph.moe", "small.moe"))
+    own.write_text(WRONG)
+    graph.write_text(OWN_GRAPH)
+    says = f"{own}:16: wrong/swap at %y = own: the operand has no axis 'none'"
+    cli("opt", graph, "-p", "wrong", "--load", own, code=1, says=says)
+    cli("reduce", graph, "-p", "wrong", "--load", own, "-o", small, says=f"OwnPassError: {says}")
+    assert f"\n# load: {own}\n" in small.read_text()
+    del OPS["own"]
+    _RUN.clear()
+    cli("replay", small, code=1, says=f"if you trust their code: --load {own}")
+    cli("replay", small, "--load", own, code=1, says=says)
+
+
+def test_what_is_refused_is_not_reduced(cli, dense_graph):
+    says = ("the input is refused", "no feed-forward block to convert in layer 7")
+    cli("reduce", dense_graph, "-p", "upcycle{experts=4 layers=7},dce", code=1, says=says)
 
 
 def test_what_does_not_fail_is_not_reduced(cli, dense_graph):

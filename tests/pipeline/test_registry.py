@@ -1,5 +1,7 @@
 """Where passes come from: installed packages and files of the user's own."""
 
+from pathlib import Path
+
 import pytest
 
 from moecc.errors import UsageError
@@ -13,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.rewrite.passes import EXACT, Context, Pass, PassResult
+from moecc.rewrite import P, Rule
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,12 @@ def test_faulty_files_are_blamed_with_their_line(tmp_path, case):
     refused(path, expected)
 
 
+def test_the_line_of_a_file_that_is_named_from_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "faulty.py").write_text(FAULTY["an exit"][0], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    refused(Path("./faulty.py"), r"faulty\.py:2: SystemExit: 0")
+
+
 def test_what_is_no_python_file(tmp_path):
     refused(tmp_path / "none.py", "no such file")
     text = tmp_path / "faulty.txt"
@@ -106,6 +115,13 @@ def test_what_is_no_python_file(tmp_path):
         ("@dataclass(frozen=True)\n", "", "is not a dataclass"),
         ('    summary: ClassVar[str] = "do nothing"\n', "", "it has no summary"),
         ("    preserves = EXACT\n", "", "it does not define preserves"),
+        (
+            "= EXACT",
+            "= Preserves('exakt')",
+            r"mine\.py:17: .* no promise; did you mean 'exact'",
+        ),
+        ("= EXACT", "= Rule('r', P.neg(P.any()), min, preserves='real')", "promises: exact, reas"),
+        ('    name: ClassVar[str] = "mine"\n', "", r"own_mine\.py, MinePass: the pass has no name"),
         ("def apply", "def applied", "it does not define apply"),
         ("int | None", "list[int]", "option 'times' has a type without a text form: list"),
         ("int | None", "tuple[()]", "without a text form"),
