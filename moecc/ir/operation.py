@@ -326,6 +326,11 @@ def mixes_none(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     return ()
 
 
+def mixes_all(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
+    """Return all axes: nothing is known of the operation, one of the user's own."""
+    return tuple(dict.fromkeys(name for v in operands for name in v.type.names))
+
+
 @dataclass(frozen=True, eq=False)
 class OpDef:
     """A row of the operation table.
@@ -661,6 +666,8 @@ def operation(name: str, operands: str = "", **traits: Any) -> Callable[[D], D]:
         }
         if declared.mixes is not Op.mixes:
             columns["mixes"] = lambda values, attrs: declared(attrs).mixes(*values)
+        elif is_own(declared.__module__) and not traits.get("elementwise"):
+            columns["mixes"] = mixes_all
         if declared.meaning is not None:
             columns["meaning"] = lambda arrays, attrs: declared(attrs).meaning(*arrays)
         if declared.term is not None:

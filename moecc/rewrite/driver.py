@@ -191,6 +191,9 @@ class _RootPattern:
         reason = self.rule.check(matched)
         if reason is None:
             return matched
+        if not isinstance(reason, str):
+            kind = type(reason).__name__
+            raise TypeError(f"the check of {self.name} returns a {kind}, expected a reason or None")
         if misses is not None:
             misses.note(self.name, node, reason, len(matched.nodes) + 1)
         return None
@@ -354,6 +357,9 @@ def _check_values(
             f"{origin} returns {len(values)} values for the {len(root.results)} of {where(root)}"
         )
     for old, new in zip(root.results, values, strict=True):
+        if not isinstance(new, Value):
+            kind = type(new).__name__
+            raise ValueError(f"{origin} returns a {kind}, expected a Value: of a node, its result")
         if new.node is root:
             raise ValueError(f"{origin} returns a result of the node that it replaces, %{new.name}")
         if new.type != old.type:

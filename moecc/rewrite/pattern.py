@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any, Literal, TypeAlias, get_args
 
-from moecc.errors import UsageError, nearest
+from moecc.errors import UnknownName, UsageError, nearest, unknown_name
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Node, Value, where
 from moecc.ir.operation import OpDef, op
@@ -292,7 +292,7 @@ class Match:
 
     def value(self, name: str) -> Value:
         """Return the value captured as `name`."""
-        value = self.captures[name]
+        value = self.attr(name)
         assert isinstance(value, Value), f"{name!r} captures an attribute"
         return value
 
@@ -304,6 +304,8 @@ class Match:
 
     def attr(self, name: str) -> Any:
         """Return the attribute captured as `name`."""
+        if name not in self.captures:
+            raise UnknownName([unknown_name("capture", name, self.captures)])
         return self.captures[name]
 
     def __contains__(self, name: object) -> bool:

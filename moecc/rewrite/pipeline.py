@@ -26,6 +26,7 @@ from moecc.errors import Problem, UsageError, nearest, or_own, printable, raise_
 from moecc.ir.graph import Graph
 from moecc.ir.operation import has_operations
 from moecc.rewrite.passes import (
+    EXACT,
     MOST_DIGITS,
     Context,
     Option,
@@ -430,6 +431,8 @@ def _faults(cls: type[Pass], name: str) -> Iterator[str]:
         yield "it has no summary"
     if missing := sorted(cls.__abstractmethods__):
         yield f"it does not define {' and '.join(missing)}"
+    if not isinstance(promise := getattr(cls, "preserves", EXACT), Preserves | property):
+        yield f'it preserves {promise!r}, which is no promise: Preserves("exact"), say'
     if "__dataclass_fields__" not in vars(cls):
         yield "it is not a dataclass: @dataclass(frozen=True) is missing"
     else:

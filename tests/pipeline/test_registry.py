@@ -120,6 +120,7 @@ def test_what_is_no_python_file(tmp_path):
             "= Preserves('exakt')",
             r"mine\.py:17: .* no promise; did you mean 'exact'",
         ),
+        ("= EXACT", "= 'exact'", r"preserves 'exact', which is no promise: Preserves\("),
         ("= EXACT", "= Rule('r', P.neg(P.any()), min, preserves='real')", "promises: exact, reas"),
         ('    name: ClassVar[str] = "mine"\n', "", r"own_mine\.py, MinePass: the pass has no name"),
         ("def apply", "def applied", "it does not define apply"),

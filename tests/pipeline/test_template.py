@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import parse
+from moecc.model.open import open_model
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, options
 from moecc.rewrite.pipeline import (
     Pipeline,
@@ -170,3 +172,16 @@ def test_options_reach_the_passes_that_they_name():
         "upcycle", "record-modes", "specialize", "add-losses"
     ]  # fmt: skip
     assert [m.name for _, m in ST_MOE(losses=False).parts] == ["upcycle", "record-modes"]
+
+
+def test_the_template_that_the_page_shows_runs(tmp_path):
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "writing-a-pass.md").read_text("utf-8")
+    code = page[page.index("## A pipeline template") :].split("```python\n")[1].split("```")[0]
+    file = tmp_path / "switch.py"
+    file.write_text(code)
+    with open_model(str(root / "tests" / "golden" / "llama_gqa")) as model:
+        graph = model.graph
+    pipeline = Pipeline.parse("switch{experts=4}", installed().with_file(file))
+    run_pipeline(graph, pipeline)
+    assert [n.attrs["top_k"] for n in graph if n.op.routes] == [1]

@@ -1,5 +1,6 @@
 """The driver: fixpoint, order, what new nodes are called, and what stops it."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -97,6 +98,23 @@ def test_check_refuses_with_a_reason():
     assert result.rewrites == 0
     (miss,) = result.near_misses
     assert (miss.reason, miss.score) == ("%x is dear", 3)
+
+
+FAULTS = {
+    "node": (lambda m, b: b.node("exp", m.value("x")), None, "returns a Node, expected a Value"),
+    "nothing": (lambda m, b: None, None, "t/r returns a NoneType, expected a Value"),
+    "capture": (lambda m, b: m.value("y"), None, "t/r at %v = neg @here: unknown capture 'y'"),
+    "attribute": (lambda m, b: b.scale(m.value("x"), of=2), None, "t/r at %v = neg @here: scale has no"),
+    "check": (operand, lambda m: False, "the check of r returns a bool, expected a reason or None"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_rule_does_wrong_is_named(fault):
+    build, check, words = FAULTS[fault]
+    rule = Rule("r", P.neg(X), build, *([check] if check else []))
+    with pytest.raises((InputError, ValueError, TypeError), match=re.escape(words)):
+        apply(chain("neg"), rule)
 
 
 def test_rules_that_undo_each_other_are_stopped_and_named():

@@ -77,6 +77,26 @@ def lerp(**traits):
             return Array(a + (b - a) / 4, axes)
 
 
+def test_of_an_operation_that_declares_nothing_nothing_is_assumed(table):
+    @operation("own", "x")
+    class OwnOp(Op):
+        """x."""
+
+        def infer(self, x):
+            return x.type
+
+    node = parse(WHOLE).outputs["y"].node
+    assert node.mixes == ("batch", "embed")
+    assert node.op.source.startswith(__file__)
+
+
+WHOLE = """moecc 1
+graph g {
+  input %x : f32[batch=B, embed=8]
+  %y = own %x : f32[batch=B, embed=8]
+  output y = %y
+}
+"""
 GRAPH = """moecc 1
 graph g {
   input %x : f32[batch=B, embed=8]
