@@ -635,7 +635,8 @@ RENAMED = {"place": "assign_slots"}
 def register(entry: OpDef) -> OpDef:
     """Add `entry` to the table; a duplicate name is a bug of the caller."""
     if entry.name in OPS:
-        raise ValueError(f"operation {entry.name!r} is defined twice")
+        another = OPS[entry.name].source or "moecc"
+        raise ValueError(f"operation {entry.name!r} is defined twice, the first time in {another}")
     OPS[entry.name] = entry
     return entry
 
@@ -647,9 +648,13 @@ def operation(name: str, operands: str = "", **traits: Any) -> Callable[[D], D]:
       name: the name in the text format.
       operands: the names of the operands, separated by spaces.
       traits: further columns of the row.
+
+    Raises:
+      TypeError: the class is no `Op` or has no `infer`, or a trait is unknown or of another kind.
     """
 
     def declare(declared: D) -> D:
+        _check_declaration(name, operands, declared, traits)
         # Texts print attributes in this order: one declared again stays where it was.
         attrs: dict[str, Attr[Any]] = {}
         for cls in reversed(declared.__mro__):
@@ -665,7 +670,7 @@ def operation(name: str, operands: str = "", **traits: Any) -> Callable[[D], D]:
             "attrs": attrs,
         }
         if declared.mixes is not Op.mixes:
-            columns["mixes"] = lambda values, attrs: declared(attrs).mixes(*values)
+            columns["mixes"] = lambda values, attrs: _names(declared(attrs).mixes(*values))
         elif is_own(declared.__module__) and not traits.get("elementwise"):
             columns["mixes"] = mixes_all
         if declared.meaning is not None:
@@ -676,6 +681,31 @@ def operation(name: str, operands: str = "", **traits: Any) -> Callable[[D], D]:
         return declared
 
     return declare
+
+
+def _names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of axes; one alone is easily written without a comma."""
+    return (axes,) if isinstance(axes, str) else axes
+
+
+def _check_declaration(
+    name: str, operands: str, declared: type[object], traits: Mapping[str, object]
+) -> None:
+    """Raise TypeError for what cannot be a row of the table."""
+    if not issubclass(declared, Op):
+        raise TypeError(f"{declared.__name__} of the operation {name!r} is no subclass of Op")
+    if not hasattr(declared, "infer"):
+        raise TypeError(f"the operation {name!r} has no type rule: def infer(self, …)")
+    if not isinstance(operands, str):
+        raise TypeError(f"the operands of {name!r} are no text such as 'x y': {operands!r}")
+    for trait in traits.keys() - OpDef.__dataclass_fields__.keys():
+        hint = nearest(trait, OpDef.__dataclass_fields__) or "docs/ir.md lists them"
+        raise TypeError(f"the operation {name!r} has no trait {trait!r}; {hint}")
+    linear, count = traits.get("linear", ()), len(operands.split())
+    if not isinstance(linear, tuple) or not set(linear) <= set(range(count)):
+        raise TypeError(
+            f"linear of {name!r} has the positions of operands, (0,) of the first: {linear!r}"
+        )
 
 
 def has_operations(module: ModuleType) -> bool:

@@ -28,8 +28,8 @@ from moecc.version import __version__
 def replay(reproducer: Annotated[str, Spelling("REPRODUCER")], *, load: Load = ()) -> Report:
     """Repeat a failure from its reproducer.
 
-    It ends with the message and exit code of the failure. Passes of your own that it needs are
-    copied beside it, and run only where --load names them.
+    It ends with the message and exit code of the failure. Files of your own that it needs are
+    named in it, and run only where --load names them, too.
 
     Args:
       reproducer: File that a failure left, with its graph and pipeline.

@@ -104,7 +104,11 @@ FAULTS = {
     "node": (lambda m, b: b.node("exp", m.value("x")), None, "returns a Node, expected a Value"),
     "nothing": (lambda m, b: None, None, "t/r returns a NoneType, expected a Value"),
     "capture": (lambda m, b: m.value("y"), None, "t/r at %v = neg @here: unknown capture 'y'"),
-    "attribute": (lambda m, b: b.scale(m.value("x"), of=2), None, "t/r at %v = neg @here: scale has no"),
+    "attribute": (
+        lambda m, b: b.scale(m.value("x"), of=2),
+        None,
+        "%v = neg @here: scale has no",
+    ),
     "check": (operand, lambda m: False, "the check of r returns a bool, expected a reason or None"),
 }
 

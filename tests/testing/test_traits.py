@@ -185,6 +185,38 @@ def test_devices_are_sampled_where_a_meaning_depends_on_sizes(table):
     assert Prover().prove(whole, whole)
 
 
+DECLARATIONS = {
+    "trait": ({"linaer": (0,)}, Op, "no trait 'linaer'; did you mean 'linear'?"),
+    "position": ({"linear": 0}, Op, r"positions of operands, \(0,\) of the first: 0"),
+    "range": ({"linear": (1,)}, Op, r"of the first: \(1,\)"),
+    "class": ({}, object, "is no subclass of Op"),
+    "infer": ({}, None, r"no type rule: def infer\(self"),
+    "operands": ({"operands": ["x"]}, Op, "no text such as 'x y'"),
+}
+
+
+@pytest.mark.parametrize("case", DECLARATIONS)
+def test_a_faulty_declaration_is_refused(table, case):
+    traits, base, words = DECLARATIONS[case]
+    members = {} if base is None else {"infer": lambda self, x: x.type}
+    with pytest.raises(TypeError, match=words):
+        operation("own", **{"operands": "x"} | traits)(type("OwnOp", (base or Op,), members))
+
+
+def test_one_mixed_axis_needs_no_comma(table):
+    @operation("own", "x")
+    class OwnOp(Op):
+        """x."""
+
+        def infer(self, x):
+            return x.type
+
+        def mixes(self, x):
+            return "embed"
+
+    assert parse(WHOLE).outputs["y"].node.mixes == ("embed",)
+
+
 LOADED = '''
 from moecc.ir.arrays import Array, together
 from moecc.ir.operation import Op, operation
