@@ -188,7 +188,7 @@ class _RootPattern:
         matched = match(self.pattern, node, misses, self.name)
         if matched is None:
             return None
-        reason = self.rule.check(matched)
+        reason: object = self.rule.check(matched)
         if reason is None:
             return matched
         if not isinstance(reason, str):
@@ -347,7 +347,7 @@ class _Driver:
 
 
 def _check_values(
-    origin: str, root: Node, values: tuple[Value, ...], new_nodes: Sequence[Node]
+    origin: str, root: Node, values: tuple[object, ...], new_nodes: Sequence[Node]
 ) -> None:
     """Raise ValueError unless `values` can replace the results of `root`: a bug of the rule."""
     if any(node in value.users for value in root.results for node in new_nodes):

@@ -136,7 +136,8 @@ def test_code_that_only_a_reproducer_names_is_not_run(cli, boom, tmp_path, comma
     name = str(boom) if is_absolute else boom.name
     stated = json.dumps({"pipeline": "boom", "load": [name]})
     file = reproducer(tmp_path, stated)
-    cli(command, file, code=1, says=("the reproducer needs passes or operations of your own", f"--load {boom}"))
+    says = ("the reproducer needs passes or operations of your own", f"--load {boom}")
+    cli(command, file, code=1, says=says)
     assert not ran.exists()
     assert "needs passes" not in cli(command, file, "--load", boom, code=(0, 1)).err
     assert ran.exists()
