@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 Load = Annotated[
     Sequence[str],
-    Spelling("FILE.py", help="Python file with passes and families of your own; may be repeated."),
+    Spelling(
+        "FILE.py",
+        help="Python file with passes, operations and families of your own; may be repeated.",
+    ),
 ]
 SourceName = Annotated[str, Spelling("SOURCE", complete="models")]
 ModelName = Annotated[

@@ -527,7 +527,11 @@ def _asked(
     ask: Callable[[Pass, Sequence[Pass]], list[Problem]],
 ) -> list[Problem]:
     with blamed(type(item), "while its options were checked"):
-        return list(ask(item, earlier))
+        problems: list[object] = list(ask(item, earlier))
+        for problem in problems:
+            if not isinstance(problem, Problem):
+                raise TypeError(f"{problem!r} is no Problem of moecc.errors")
+    return [p for p in problems if isinstance(p, Problem)]
 
 
 def format_pass(item: Pass, *, in_full: bool = False) -> str:

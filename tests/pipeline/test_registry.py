@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moecc.errors import UsageError
+from moecc.rewrite.passes import PassCrash
 from moecc.rewrite.pipeline import Pipeline, Registry, installed
 
 from .samples import REGISTRY, TopPass
@@ -72,6 +73,14 @@ def test_unknown_names():
 def refused(path, expected):
     with pytest.raises(UsageError, match=expected):
         REGISTRY.with_file(path)
+
+
+def test_what_validate_returns_is_checked(tmp_path):
+    path = own(tmp_path)
+    path.write_text(f"{path.read_text()}\n    def validate(self):\n        return ['odd times']\n")
+    with pytest.raises(PassCrash, match="'odd times' is no Problem") as caught:
+        Pipeline.parse("mine", REGISTRY.with_file(path))
+    assert caught.value.exit_code == 1
 
 
 FAULTY = {
