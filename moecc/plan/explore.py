@@ -303,7 +303,11 @@ def staged(
 
 
 def _strategy(like: Strategy, mesh: Mesh, remat: str) -> Strategy:
-    return replace(like, layout=replace(like.layout, mesh=mesh), remat=remat)
+    """Return the strategy on a mesh; without devices along model there is no row to slice."""
+    layout = replace(like.layout, mesh=mesh)
+    return replace(
+        like, layout=layout, sliced=like.sliced and bool(layout.tensor_axes), remat=remat
+    )
 
 
 def _on(

@@ -78,6 +78,15 @@ def test_a_step_in_stages_is_its_turns_its_sends_and_one_update(parts):
     assert one.seconds == pytest.approx((parts + 1) * (turn + 2 * sent / link) + update)
 
 
+def test_a_stage_on_a_mesh_without_model_slices_no_rows():
+    work = mixtral(Batch(32, MIXTRAL.lengths))
+    layout = Layout(plan_mesh("expert=4,model=2"), work.experts)
+    like = Strategy(layout, "ragged", "grouped", "none", sliced=True)
+    step = staged(work, CPU, StepConfig(micro_batches=2), like, 2)
+    chosen = step.slowest.strategy
+    assert chosen.sliced == ("model" in chosen.layout.sizes)
+
+
 # --- context parallelism -------------------------------------------------------------------
 
 
