@@ -30,6 +30,7 @@ from moecc.plan.workload import Batch, Workload, make_batch, planned_graph, work
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
+from moecc.sharding.rules import remark_on_groups
 from moecc.sharding.vias import BY_NAME, EXPLICIT, GSPMD, LOCAL
 from moecc.support.untyped import JsonDict
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, run_passes, specialize, weights_rows
@@ -111,6 +112,8 @@ def prepare(request: Request) -> PreparedJob:
             f"{bound.factor}, which may drop some: --capacity-factor sets another, "
             "--via ragged or ring has none"
         ]
+    if work.experts and (text := remark_on_groups(strategy.layout.rules, strategy.layout.sizes)):
+        remarks.append(text)
     passes = str(_passes(graph, config, bound, strategy))
     pipeline = ",".join(filter(None, (str(first), passes)))
     step = clone(graph)

@@ -48,9 +48,10 @@ from moecc.plan.workload import Workload, make_batch, planned_graph, workload
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
+from moecc.sharding.rules import read_layouts, remark_on_groups
 from moecc.support.console import say
 from moecc.support.process import gc_paused
-from moecc.support.untyped import JsonDict
+from moecc.support.untyped import Json, JsonDict
 
 if TYPE_CHECKING:
     from moecc.families.config import ModelConfig
@@ -324,8 +325,7 @@ def plan(
     data, strategies = plan_step(graph, model, machine, config, explore)
     if tokens is not None:
         data["run"] = run_json(data, tokens, price)
-    if config.train:
-        _remark_on_logits(graph)
+    _remark(graph, config, data["best"]["mesh"])
     if html is not None:
         _write("plan", html, plan_page(data, strategies, pipeline), force)
     if save is not None:
@@ -339,9 +339,12 @@ def _write(noun: str, file: str, text: str, force: bool) -> None:
     say(f"the {noun} is in {file}")
 
 
-def _remark_on_logits(graph: Graph) -> None:
-    """Say whether the training step of a graph without logits can only be planned."""
-    if is_trainable(graph):
+def _remark(graph: Graph, config: StepConfig, mesh: Json) -> None:
+    """Say what rules leave unsharded, and whether a training step can only be planned."""
+    rules = read_layouts(config.layout_names or ())
+    if (text := remark_on_groups(rules, mesh)) and describe(graph).expert_layers:
+        say(f"note: {text}")
+    if not config.train or is_trainable(graph):
         return
     if reads_tokens(graph):
         text = "compile takes its training step after -p tie-head, as train on masked tokens does"

@@ -14,7 +14,7 @@ from moecc.plan.step import AXES, StepConfig, Strategy, as_option, mesh_text
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
-from moecc.sharding.rules import mesh_axes
+from moecc.sharding.rules import axis_problems, mesh_axes, read_layouts
 from moecc.sharding.vias import LOCAL, WAYS, Slots, Via, refusals
 from moecc.support.text import amount, size_text
 from moecc.support.untyped import JsonDict
@@ -219,12 +219,15 @@ def check_constraints(work: Workload, machine: Machine, config: StepConfig) -> N
 
     Raises:
       InputError: the mesh has another number of devices, or does not divide what it splits; the
-        exchange does not suit model or mesh.
+        exchange does not suit model or mesh; a rule names an axis that no parameter has.
     """
     if config.via == "hierarchical" and config.layout_names is None:
         raise InputError(
             "by its names, a mesh shards experts over one axis", hint=_NEEDS["hierarchical"]
         )
+    if config.layout_names is not None:
+        axes = {name for weight, _ in work.weights for name in weight.shape.names}
+        raise_problems(axis_problems(read_layouts(config.layout_names), axes))
     if config.device_mesh is None:
         return
     check_devices(config.device_mesh, machine.devices, machine.name)

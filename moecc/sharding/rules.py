@@ -13,14 +13,14 @@ A layout is a file of such rules, or one of those that moecc ships, by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-from moecc.errors import InputError, UsageError, nearest
+from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.formats.files import read_bounded
 from moecc.support.record import Check, toml_reader
 from moecc.types import is_name
@@ -153,3 +153,42 @@ def read_layouts(names: Iterable[str]) -> list[LayoutRule]:
 def mesh_axes(names: Iterable[str]) -> tuple[str, ...]:
     """Return the mesh axes that the rules of several layouts name, in their order."""
     return tuple(dict.fromkeys(m for rule in read_layouts(names) for m in rule.mesh))
+
+
+@cache
+def shipped_axes() -> frozenset[str]:
+    """Return the axes that layouts of moecc name, which not every model has."""
+    rules = read_layouts(builtin_layouts())
+    return frozenset(name for rule in rules for name in (rule.axis, rule.beside) if name)
+
+
+def axis_problems(rules: Iterable[LayoutRule], axes: Collection[str]) -> Iterator[Problem]:
+    """Yield the rules, optional ones excepted, that name an axis of no model or layout.
+
+    Args:
+      rules: the rules.
+      axes: the axes of the model.
+    """
+    known = shipped_axes().union(axes)
+    for rule in rules:
+        for axis in () if rule.optional else (rule.axis, rule.beside):
+            if axis and axis not in known:
+                yield Problem(
+                    f"the model has no axis {axis!r}", where=rule.source, found=str(rule),
+                    hint=nearest(axis, known) or "optional = true for models that lack it",
+                )  # fmt: skip
+
+
+def remark_on_groups(rules: Iterable[LayoutRule], mesh: Mapping[str, int]) -> str:
+    """Return that rules shard the batch over mesh axes and not its token groups, or nothing."""
+    sharded: dict[str, dict[str, None]] = {"batch": {}, "group": {}}
+    for rule in rules:
+        if not rule.stored and rule.axis in sharded:
+            sharded[rule.axis].update(dict.fromkeys(m for m in rule.mesh if mesh.get(m, 1) > 1))
+    if sharded["batch"].keys() <= sharded["group"].keys():
+        return ""
+    listed = ", ".join(f'"{name}"' for name in sharded["batch"])
+    return (
+        "rules shard the batch and not its token groups, so tokens are gathered before they are "
+        f'routed; after the rule for expert: {{ axis = "group", mesh = [{listed}] }}'
+    )

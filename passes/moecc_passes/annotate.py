@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from moecc.errors import InputError, MoeccError, Problem
+from moecc.errors import InputError, MoeccError, Problem, raise_problems
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh, spelled
@@ -18,7 +18,7 @@ from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.sharding.assign import Assigner, sites_of
 from moecc.sharding.collectives import steps
 from moecc.sharding.propagate import Propagation, Ref, Reshard, propagate
-from moecc.sharding.rules import LayoutRule, read_layouts
+from moecc.sharding.rules import LayoutRule, axis_problems, read_layouts, remark_on_groups
 from moecc.types import TensorType
 from moecc_passes.expert_parallel import (
     REGROUPED,
@@ -90,7 +90,8 @@ class AnnotateShardingPass(Pass):
         """Lay the graph on the mesh.
 
         Raises:
-          InputError: it is on one already; a rule does not divide; a mesh axis is left unused.
+          InputError: it is on one already; a rule does not divide, or names an axis of no type; a
+            mesh axis is left unused.
         """
         assigner, result = lay(graph, parse_mesh(self.mesh), read_layouts(self.rules))
         _check_used(assigner, self.rules)
@@ -101,10 +102,14 @@ def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner
     """Shard `graph` over `mesh` by `rules`, in place.
 
     Raises:
-      InputError: it is on a mesh already, or a rule does not divide.
+      InputError: it is on a mesh already; a rule does not divide, or names an axis of no type.
     """
     if mesh_of(graph) is not None:
         raise InputError("the graph is on a mesh already", hint="strip-sharding first")
+    results = (value for node in graph for value in node.results)
+    values = (*graph.inputs.values(), *graph.params.values(), *results)
+    names = {axis.name for value in values for axis in value.type.axes}
+    raise_problems(axis_problems(rules, names))
     set_mesh(graph, mesh)
     assigner = Assigner(mesh, rules)
     regrouped = cut_groups(graph, assigner)
@@ -113,6 +118,8 @@ def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner
     writer.write()
     stats = {"laid": propagation.sharded, "reshards": len(propagation.reshards)}
     remarks = [*regrouped, *writer.remarks()]
+    if "group" in names and (text := remark_on_groups(rules, mesh.sizes)):
+        remarks.append(Remark("", text))
     preserved = kept_by_cutting(graph)
     return assigner, PassResult(True, propagation.sharded, stats, remarks, preserves=preserved)
 

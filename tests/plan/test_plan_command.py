@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.layouts import layout_text
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 MIXTRAL = ("preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4")
 
@@ -85,6 +87,20 @@ def test_a_run_has_days_and_a_price(moecc):
     assert f", {2 * hours:.3g} at 2 an hour" in " ".join(text.split())
     parts = moecc.plan(*small, "--micro-batches", "2")["batch"]
     assert parts == report["batch"] | {"micro_batches": 2}
+
+
+def test_rules_without_groups_get_a_note_and_misspelt_ones_a_message(moecc, tmp_path):
+    small = (GOLDEN / "mixtral_gqa", "--machine", "cpu:4", "--batch-tokens", "64",
+             "--sequence", "16", "--mesh", "data=4")  # fmt: skip
+    rules, group = ["batch = data", "expert with slot = data"], "group = data"
+    file = tmp_path / "my.rules"
+    for lines, noted in ((rules, True), ([*rules, group], False)):
+        file.write_text(layout_text(*lines))
+        code, _, err = moecc("plan", *small, "--rules", file)
+        assert (code, "not its token groups" in err) == (0, noted), err
+    file.write_text(layout_text(*rules, group, "param embde = data"))
+    code, _, err = moecc("plan", *small, "--rules", file)
+    assert (code, "did you mean 'embed'?" in err) == (1, True), err
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,40 @@ def test_a_layout_of_ones_own(tmp_path):
         Pipeline.parse(f"annotate-sharding{{mesh=rows:2 rules={path}}}")
 
 
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("param embd = rows", "did you mean 'embed'"),
+        ("expert with slto = rows", "did you mean 'slot'"),
+        ("wings = rows", "optional = true for models that lack it"),
+        ("wings = rows ?", None),
+        ("vocab = columns", None),  # of other models' rules
+    ],
+)
+def test_a_rule_for_an_axis_that_no_model_has(tmp_path, rule, told):
+    path = tmp_path / "mine.rules"
+    path.write_text(layout_text("batch = rows", rule))
+    passes = f"annotate-sharding{{mesh=rows:2 rules={path}}}"
+    if told is None:
+        run(model("llama_gqa"), passes)
+        return
+    with pytest.raises(InputError, match="the model has no axis") as caught:
+        run(model("llama_gqa"), passes)
+    (problem,) = caught.value.problems
+    assert problem.where == f"{path}:3"
+    assert told in problem.hint
+
+
+@pytest.mark.parametrize("groups", [(), ("group = data*fsdp",)])
+def test_a_remark_on_groups_that_no_rule_shards(tmp_path, groups):
+    path = tmp_path / "mine.rules"
+    path.write_text(layout_text("batch = data*fsdp", "expert with slot = data", *groups))
+    report = run(model("mixtral_gqa"), f"annotate-sharding{{mesh=data:2,fsdp:2 rules={path}}}")
+    remarks = [remark.text for remark in report.runs[0].result.remarks]
+    wanted = '{ axis = "group", mesh = ["data", "fsdp"] }'
+    assert any(wanted in remark for remark in remarks) == (not groups)
+
+
 REFUSED = {
     ("mixtral_gqa", "data:8", "st-moe"): (
         "more devices for experts than experts", "at most 4 devices", "outer:2,inner:4"
