@@ -27,7 +27,7 @@ from moecc.errors import (
     unknown_name,
 )
 from moecc.formats.files import read_utf8
-from moecc.formats.store import absolute_place, is_place
+from moecc.formats.store import Address, absolute_place, is_address, is_place, mirror
 from moecc.support.documents import KeyPath, parse_toml, toml_lines
 from moecc.support.record import RecordReader, dotted, line_of
 from moecc.support.untyped import JsonDict
@@ -53,7 +53,7 @@ def load_recipe(source: str, sets: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a file, or a shipped one by name, with values that options replace.
 
     Args:
-      source: a path, or ``recipe:NAME``.
+      source: a path, an address in a store, or ``recipe:NAME``.
       sets: texts ``section.key=value`` with TOML values; a word without quotes is a text.
 
     Raises:
@@ -170,6 +170,9 @@ def _read(source: str) -> tuple[str, str, FilePath]:
     """Return the text of a recipe, its name in messages, and its folder."""
     if source.startswith(PREFIX):
         return shipped_text(source), source, FilePath()
+    if is_address(source):
+        address = Address.parse(source)
+        return recipe_file(mirror(str(address.parent)) / address.name), source, FilePath()
     path = FilePath(source)
     try:
         return recipe_file(path), source, path.parent

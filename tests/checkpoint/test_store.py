@@ -158,6 +158,16 @@ def test_a_tree_of_a_jax_program_is_that_of_a_folder(
     assert code == 0, text
 
 
+def test_a_recipe_of_a_store_is_read_as_messages_name_it(store, tmp_path):
+    from moecc.train.recipe_text import load_recipe, write_recipe
+
+    recipe = load_recipe("recipe:upcycle", ["model.source=s3://bucket/tiny"])
+    store.pipe_file("bucket/run/recipe.toml", write_recipe(recipe).encode())
+    assert load_recipe("s3://bucket/run/recipe.toml") == recipe
+    with pytest.raises(InputError, match=r"s3://bucket/run/recipes\.toml"):
+        load_recipe("s3://bucket/run/recipes.toml")
+
+
 def test_a_gguf_file(store, tmp_path, capsys):
     file = tmp_path / "m.gguf"
     made = said(capsys, "convert", str(GOLDEN / "llama_gqa"), file, "--to", "gguf:llama")
