@@ -97,6 +97,18 @@ class StoreOutput:
                 hint="give another folder, or --force to replace it",
             )
 
+    def is_staged(self, conversion: str) -> bool:
+        """Return whether this conversion is complete in the staging folder, and its upload begun.
+
+        Raises:
+          MachineError: the store denies access, or does not answer.
+        """
+        if not (self.stage / MANIFEST_NAME).is_file():
+            return False
+        return f"{self._claimed()} ".startswith(
+            f"{UPLOADING} {upload_digest(self.stage)} {conversion} "
+        )
+
     def check_stage(self) -> None:
         """Check that no converted model waits in the staging folder. Raises InputError."""
         if (self.stage / MANIFEST_NAME).is_file() and not self._force:
@@ -124,8 +136,12 @@ class StoreOutput:
                     self._release()
             raise
 
-    def put(self, folder: Path) -> None:
+    def put(self, folder: Path, conversion: str = "") -> None:
         """Upload a folder that moecc wrote, its manifest last.
+
+        Args:
+          folder: the folder.
+          conversion: a digest of what decided its bytes, by which the same conversion resumes.
 
         Raises:
           InputError: another writer has claimed the output.
@@ -134,7 +150,7 @@ class StoreOutput:
         manifest = load(folder)
         content = upload_digest(folder)
         is_continued = self._claimed().startswith(f"{UPLOADING} {content}")
-        self._claim(UPLOADING, content)
+        self._claim(UPLOADING, f"{content} {conversion}".rstrip())
         listed = {*manifest.weights, *manifest.files, MANIFEST_NAME}
         present = self._names()
         # An old output is unreadable before the first of its files is replaced.
@@ -150,10 +166,10 @@ class StoreOutput:
                 self._put_file(folder / name, name)
         self._release()
 
-    def put_stage(self) -> None:
+    def put_stage(self, conversion: str = "") -> None:
         """Upload the staged output and remove it. Raises as `put`, naming how to continue."""
         try:
-            self.put(self.stage)
+            self.put(self.stage, conversion)
         except MoeccError as error:
             if isinstance(error, InputError):
                 raise

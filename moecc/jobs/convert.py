@@ -554,8 +554,9 @@ def convert(
         planned = planned.without_log()
         work = None if planned.architecture else work_of(planned, options)
         with _local_output(out, planned, options, force, resume, dry_run) as local:
-            check_place(planned, local, options, force=force, resume=resume)
-            if not dry_run and (force or not _has_part(planned, out, options)):
+            if local is not None:
+                check_place(planned, local, options, force=force, resume=resume)
+            if local and not dry_run and (force or not _has_part(planned, out, options)):
                 with Bar("checking" if join else "writing") as bar:
                     shown = replace(options, progress=bar)
                     written = write(planned, local, shown, force=force, resume=resume).written
@@ -662,8 +663,11 @@ def _convert_via_torch(
 @contextmanager
 def _local_output(
     out: str, planned: Plan, options: WriteOptions, force: bool, resume: bool, dry_run: bool
-) -> Iterator[Path]:
-    """Yield the path to write for `out`, and upload it at the end if that is in a store."""
+) -> Iterator[Path | None]:
+    """Yield the path to write for `out`, and upload it at the end if that is in a store.
+
+    The path is None where a conversion that is resumed is complete, but for its upload.
+    """
     if not is_address(out):
         yield Path(out)
         return
@@ -673,9 +677,14 @@ def _local_output(
         hint = "convert the parts into a folder that all of them see, join them, and moecc push it"
         raise UsageError("parts are not written to a store", where=out, hint=hint)
     output = StoreOutput(out, force=force, resume=resume)
-    output.check_stage()
     facts = json.dumps(conversion_facts(planned, options), sort_keys=True)
     content = hashlib.sha256(facts.encode()).hexdigest()
+    if resume and not (force or dry_run) and output.is_staged(content):
+        say(f"continued: the upload of the converted model in {output.stage}")
+        yield None
+        output.put_stage(content)
+        return
+    output.check_stage()
     output.check(content)
     for folder in reversed(output.stage.parents):
         make_folder(folder)
@@ -684,7 +693,7 @@ def _local_output(
         return
     with output.claimed(content):
         yield output.stage
-    output.put_stage()
+    output.put_stage(content)
 
 
 def _say_weights_written(written: WriteReport, resume: bool) -> None:

@@ -63,7 +63,10 @@ def push(
         commit = _commit(path, target, names, private=private, force=force)
     else:
         output.check(upload_digest(path))
-        output.put(path)
+        if path == output.stage:  # what an interrupted conversion left is removed then
+            output.put_stage()
+        else:
+            output.put(path)
     data = {"folder": folder, "address": str(target), "files": len(names), "commit": commit}
     text = f"{amount(len(names), 'file')} of {folder} uploaded to {target}"
     return Report("push", data, lambda: text)

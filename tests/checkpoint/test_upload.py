@@ -160,6 +160,23 @@ def test_an_interrupted_upload_names_how_it_goes_on(
     monkeypatch.setattr(system, "put_file", put)
     assert said(capsys, "push", stage, target, "--resume")[0] == 0
     assert verify_manifest(mirror(target)) == []
+    assert not stage.exists()
+    # The same conversion goes on, too: here, and on a machine without the staged files.
+    for moves in (False, True):
+        system.rm("bucket/cut", recursive=True)
+        names.clear()
+        monkeypatch.setattr(system, "put_file", failing)
+        code, text = said(capsys, "convert", SOURCE, target, *UPCYCLE, *SHARDS)
+        assert code == 4, text
+        monkeypatch.setattr(system, "put_file", put)
+        if moves:
+            shutil.rmtree(cache)
+        code, text = said(capsys, "convert", SOURCE, target, *UPCYCLE, "--resume")
+        assert code == 1, "other shards are another conversion"
+        code, text = said(capsys, "convert", SOURCE, target, *UPCYCLE, *SHARDS, "--resume")
+        assert (code, "continued: the upload" in text) == (0, not moves), text
+        assert contents(store, "bucket/cut") == files_of(converted)
+        assert not stage.exists()
     # Given up instead.
     monkeypatch.setattr(system, "put_file", failing)
     assert said(capsys, "convert", SOURCE, target, *UPCYCLE, "--force")[0] == 4
