@@ -14,14 +14,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from inspect import signature
+from itertools import pairwise
 from typing import IO, Annotated, Literal
 
-from moecc.errors import MachineError, UsageError, nearest
+from moecc.errors import MachineError, Problem, UsageError, nearest, raise_problems
+from moecc.formats.store import is_address
 from moecc.jobs import COMMANDS
 from moecc.jobs.command import OptionalMachine, Spelling
-from moecc.launch.processes import BEATS, LIFELINE, LIMIT, ProcessInfo
-from moecc.launch.templates import make_job, template
-from moecc.support.console import PROGRESS
+from moecc.launch.processes import (
+    BEATS,
+    LIFELINE,
+    LIMIT,
+    ProcessInfo,
+    seconds_of_environment,
+)
+from moecc.launch.templates import make_job, remarks, template
+from moecc.support.console import PROGRESS, say
 from moecc.support.process import signals_noted, signals_raised
 
 # Start processes on this machine, and end all of them when one fails, dies or hangs.
@@ -278,6 +287,9 @@ def _copy(line: bytes) -> None:
 
 MOST_LOCAL = 64
 
+STEP_SECONDS = 300
+"""The longest time between two steps, by default."""
+
 
 def launch(
     how: Annotated[Literal["local", "template"], Spelling("local|template")],
@@ -291,7 +303,7 @@ def launch(
     volume: str | None = None,
     cluster: str | None = None,
     name: str = "moecc",
-    step_seconds: Annotated[int, Spelling("SECONDS", low=1)] = 300,
+    step_seconds: Annotated[int | None, Spelling("SECONDS", low=1)] = None,
 ) -> int:
     """Run a command in several processes.
 
@@ -310,20 +322,36 @@ def launch(
         volume of SkyPilot.
       cluster: Cluster of xpk, in a template.
       name: Name of the job in a template.
-      step_seconds: Time without a step after which a process counts as stuck; loading, compiling,
-        evaluating and saving have limits of their own.
+      step_seconds: Time without a step after which a process counts as stuck (default:
+        MOECC_STEP_SECONDS, else 300); loading, compiling, evaluating and saving have limits of
+        their own.
 
     Example:
       moecc launch local -n 2 -- run smollm2-8x --outputs logits.npy
     """
     if how == "template":
         kind, *words = command
+        _check_parts(_checked(words))
         job = make_job(
-            name, _checked(words), nodes, machine, step_seconds, image=image, queue=queue,
+            name, words, nodes, machine, step_seconds or STEP_SECONDS, image=image, queue=queue,
             volume=volume, cluster=cluster,
         )  # fmt: skip
-        sys.stdout.write(template(kind, job))
+        script = template(kind, job)
+        for remark in remarks(kind, job):
+            say(f"remark: {remark}")
+        sys.stdout.write(script)
         return 0
+    unused = {"nodes": nodes, "machine": machine, "image": image, "queue": queue,
+              "volume": volume, "cluster": cluster}  # fmt: skip
+    raise_problems(
+        (
+            Problem(f"launch local has no --{option}", hint="moecc launch template SCHEDULER")
+            for option, value in unused.items()
+            if value is not None
+        ),
+        UsageError,
+    )
+    limit = step_seconds or seconds_of_environment(LIMIT) or STEP_SECONDS
     if command[0] == "python" and len(command) > 1:
         program = [sys.executable, "-m", "moecc.launch.script", *command[1:]]
     else:
@@ -332,11 +360,27 @@ def launch(
     # Processes of one machine cannot share its accelerators, but can share its cores.
     environment = {
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
-        LIMIT: f"{step_seconds}",
+        LIMIT: f"{limit:g}",
     }
-    supervisor = Supervisor(program, processes, stuck_seconds=step_seconds, environment=environment)
+    supervisor = Supervisor(program, processes, stuck_seconds=limit, environment=environment)
     with signals_raised():  # the processes must not outlive this one
         return supervisor.run().exit_code
+
+
+def _check_parts(words: Sequence[str]) -> None:
+    """Raise UsageError for a conversion whose parts would be written to a store."""
+    from moecc.jobs.convert import convert
+
+    parameters = signature(convert).parameters.values()
+    switches = {f"--{p.name.replace('_', '-')}" for p in parameters if p.default is False}
+    positional = [
+        word
+        for before, word in pairwise(words)
+        if not word.startswith("-") and ("=" in before or before[:1] != "-" or before in switches)
+    ]
+    if words[0] == "convert" and positional[1:] and is_address(positional[1]):
+        hint = "convert the parts into a folder that all of them see, and moecc push it"
+        raise UsageError("parts are not written to a store", where=positional[1], hint=hint)
 
 
 def _checked(command: Sequence[str]) -> Sequence[str]:

@@ -297,11 +297,13 @@ class Watchdog:
 
     def _bite(self, limit: float) -> None:
         phase = self._phase
-        _say(
+        text = (
             f"no progress for {limit:g} s in the phase {phase} ({LIMITS[phase]}), "
-            f"the last one was: {self._activity}; the stacks:"
+            f"the last one was: {self._activity}"
         )
+        _say(f"{text}; the stacks:")
         faulthandler.dump_traceback(file=2, all_threads=True)
+        _say(text)  # again, because the stacks of all threads fill a screen
         self._end(EXIT_CODE)
 
 

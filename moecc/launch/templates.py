@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from math import ceil, prod
+from pathlib import Path
 from string import Template
 
 from moecc.errors import Problem, UsageError, printable, raise_problems, unknown_name
-from moecc.plan.machines import parse_machine, short_tpu_name, table
+from moecc.formats.store import is_address, is_place
+from moecc.plan.machines import find_machine, short_tpu_name, table
+from moecc.plan.networks import Switch
 from moecc.plan.step import read_plan
+from moecc.support.text import amount
 from moecc.support.untyped import Json
 
 RESTARTS = 10
@@ -33,8 +37,14 @@ STOP_SECONDS = 300
 PART_CPUS, PART_MEMORY_GB = 8, 4
 """The cores of a part of a conversion, and its memory: a thread holds up to 0.2 GB."""
 
+GPU_MEMORY = ("XLA_CLIENT_MEM_FRACTION", ".92")
+"""The variable of JAX, and its value, for the share of a GPU's memory that a program can have."""
+
 WORK = "/work"
 """The folder in a container at which a volume is mounted, and where the command runs."""
+
+CONTAINER = "moecc"
+"""The name of the container in a pod."""
 
 _LABEL = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?\Z")
 _VALUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*\Z")
@@ -44,7 +54,24 @@ _GKE_TPUS = {
     "v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice",
     "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x",
 }  # fmt: skip
+_GKE_GPUS = {
+    "a100": "nvidia-a100-80gb", "h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb",
+    "b200": "nvidia-b200",
+}  # fmt: skip
 _SKY_GPUS = {"a100": "A100-80GB"}
+_USED = {
+    "slurm": {"queue"}, "jobset": {"image", "queue", "volume"}, "skypilot": {"image", "volume"},
+    "xpk": {"image", "cluster"},
+}  # fmt: skip
+"""The options that each template uses."""
+
+_FAULTS = [1, 2, 3]
+"""The exit codes of wrong inputs and failed checks, which a restart does not change."""
+
+_EXCLUSIVE = {
+    "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool",
+}
+"""The annotation with which JobSet gives each slice of TPUs a node pool of its own."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +80,8 @@ class Hosts:
 
     Attributes:
       kind: ``gpu``, ``tpu`` or ``cpu``.
-      chip: the accelerator, ``h100`` or ``v5p``; empty for the processors of hosts.
+      chip: the accelerator, ``h100`` or ``v5p``; empty for the processors of hosts, and for GPUs
+        that a file describes without naming them.
       count: the number of hosts, of one slice if there are several.
       accelerators: the number of accelerators of a host.
       topology: the topology of a slice of TPUs, ``4x4x4``.
@@ -68,18 +96,20 @@ class Hosts:
     slices: int = 1
 
 
-def hosts_of(machine: str) -> Hosts:
-    """Return the hosts of a machine by its name. Raises UsageError."""
-    kind, *words = parse_machine(machine).name.split(":")
-    if kind == "cpu":
-        return Hosts(kind, "", 1, 0)
-    chip, size, *slices = words
-    if kind == "gpu":
-        most: int = table()["gpu"][chip]["gpus_per_node"]
-        return Hosts(kind, chip, ceil(int(size) / most), min(int(size), most))
+def hosts_of(text: str) -> Hosts:
+    """Return the hosts of a machine, by its name or file. Raises UsageError, InputError."""
+    machine = find_machine(text)
+    if machine.kind == "cpu":
+        return Hosts(machine.kind, "", 1, 0)
+    _, chip, size, *slices = [*(machine.like or machine.name).split(":"), "", ""]
+    if isinstance(machine.network, Switch):
+        per_node = machine.network.per_node
+        chip = chip if machine.like or machine.compiled_as else ""
+        count = ceil(machine.devices / per_node)
+        return Hosts(machine.kind, chip, count, min(machine.devices, per_node))
     chips, most = prod(map(int, size.split("x"))), table()["tpu"][chip]["chips_per_host"]
-    count = int(slices[0]) if slices else 1
-    return Hosts(kind, chip, ceil(chips / most), min(chips, most), size, count)
+    count = int(slices[0] or 1)
+    return Hosts(machine.kind, chip, ceil(chips / most), min(chips, most), size, count)
 
 
 @dataclass(frozen=True)
@@ -89,7 +119,7 @@ class ClusterJob:
     Attributes:
       name: the name of the job, a DNS label.
       words: the command and its arguments.
-      hosts: the hosts that compute together; None for those of Slurm's default.
+      hosts: the hosts that compute together; None for a conversion.
       nodes: the number of hosts, or of parts of a conversion.
       step_seconds: the limit of a step.
       image: the container image that has moecc.
@@ -153,8 +183,9 @@ def make_job(
       **options: further attributes of the job.
 
     Raises:
-      UsageError: the name or the machine is none, or the nodes are not those of the machine.
-      InputError: the plan cannot be read.
+      UsageError: the name or the machine is none, the nodes are not those of the machine or the
+        machine not the one of the plan, or a conversion has no number of parts.
+      InputError: the plan or the file of a machine cannot be read.
     """
     if _LABEL.match(name) is None:
         raise UsageError(
@@ -179,17 +210,26 @@ def make_job(
                 "the template adds the parts itself", found=stated[0],
                 hint="leave it out, and give the number of parts as --nodes",
             )  # fmt: skip
-        return ClusterJob(name, words, None, nodes or 1, step_seconds, **options)
-    stated_options = {word.split("=")[0] for word in words}
-    if words[0] == "train" and not stated_options & {"--out", "--resume"}:
+        if nodes is None:
+            raise UsageError("a conversion runs in parts", expected="their number: --nodes 8, say")
+        return ClusterJob(name, words, None, nodes, step_seconds, **options)
+    if words[0] == "train" and not _option(words, "--out", "--resume"):
         raise UsageError(
             "a training that is started again needs the folder of its run",
             expected="train RECIPE --out RUN",
             found=printable(" ".join(words)),
         )
+    plan = _option(words, "--plan")
+    planned = read_plan(plan).machine if plan else None
     hosts = None
-    if text := machine or _planned_machine(words):
+    if text := machine or planned:
         hosts = hosts_of(text)
+        devices = find_machine(text).devices
+        if planned and (expected := find_machine(planned).devices) != devices:
+            raise UsageError(
+                "the machine is not the one of the plan", where=plan, found=text,
+                expected=f"{amount(expected, 'device')}, {planned}; or leave --machine out",
+            )  # fmt: skip
         count = hosts.count * hosts.slices
         if nodes is not None and hosts.kind != "cpu" and nodes not in (count, hosts.slices):
             raise UsageError(
@@ -200,14 +240,13 @@ def make_job(
     return ClusterJob(name, words, hosts, nodes or 1, step_seconds, **options)
 
 
-def _planned_machine(words: Sequence[str]) -> str | None:
-    """Return the machine of the saved plan that a command reads."""
+def _option(words: Sequence[str], *names: str) -> str:
+    """Return the value of the first of some options of a command; empty without one."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == "--plan" and following:
-            return read_plan(following).machine
-        if word.startswith("--plan="):
-            return read_plan(word.removeprefix("--plan=")).machine
-    return None
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else following
+    return ""
 
 
 def template(kind: str, job: ClusterJob) -> str:
@@ -233,6 +272,35 @@ def _require(kind: str, job: ClusterJob, **hints: str) -> None:
         ),
         UsageError,
     )
+
+
+def _require_kept(kind: str, job: ClusterJob) -> None:
+    """Raise UsageError if the folder of a run is in a container, with which it would be lost."""
+    folder = _option(job.words, "--out", "--resume") if job.words[0] == "train" else ""
+    has_volume = job.volume is not None and "volume" in _USED[kind]
+    if not folder or has_volume or is_address(folder) or folder.startswith("/"):
+        return
+    raise UsageError(
+        "the run would be lost with its container", where=f"template {kind}", found=folder,
+        expected="--out s3://BUCKET/RUN" + (", or --volume" if "volume" in _USED[kind] else ""),
+    )  # fmt: skip
+
+
+def remarks(kind: str, job: ClusterJob) -> Iterator[str]:
+    """Yield the options that a template does not use, and what its containers must have."""
+    for option in ("image", "queue", "volume", "cluster"):
+        if getattr(job, option) is not None and option not in _USED[kind]:
+            yield f"the template {kind} does not use --{option}"
+    if kind == "slurm":
+        return
+    output = _option(job.words, "--out", "--resume")
+    values = (word.partition("=")[2] if word.startswith("--") else word for word in job.words[1:])
+    local = [v for v in values if v and v != output and is_place(v) and Path(v).exists()]
+    if local:
+        place = "the image" if job.volume is None else f"the volume {job.volume}, below {WORK}"
+        yield f"the containers read local files, put them into {place}: {', '.join(local)}"
+    if kind == "jobset" and job.hosts is not None and job.hosts.chip in _GKE_GPUS:
+        yield "the nodeSelector has GKE's label of these GPUs: replace it on other clusters"
 
 
 _IMAGE = "a container image that has moecc"
@@ -264,12 +332,15 @@ def _slurm(job: ClusterJob) -> str:
             memory=PART_MEMORY_GB, part=job.part("$SLURM_ARRAY_TASK_ID"),
             join=shlex.quote(job.join),
         )  # fmt: skip
-    gpus_alone = Hosts("gpu", "", job.nodes, 8)
-    hosts = _machine_of("slurm", job, ("gpu", "cpu")) if job.hosts else gpus_alone
-    gpus = f"#SBATCH --gpus-per-node={hosts.accelerators}\n" if hosts.kind == "gpu" else ""
+    hosts = _machine_of("slurm", job, ("gpu", "cpu"))
+    gpus = memory = ""
+    if hosts.kind == "gpu":
+        gpus = f"#SBATCH --gpus-per-node={hosts.accelerators}\n"
+        memory = f"export {GPU_MEMORY[0]}={GPU_MEMORY[1]}    # of a GPU; JAX takes 75 % otherwise\n"
     return _fill(
         "slurm.sh", name=job.name, nodes=job.nodes, tasks=hosts.accelerators or 1, gpus=gpus,
-        partition=partition, seconds=job.step_seconds, stop=STOP_SECONDS, command=job.command,
+        memory=memory, partition=partition, seconds=job.step_seconds, stop=STOP_SECONDS,
+        command=job.command,
     )  # fmt: skip
 
 
@@ -277,6 +348,7 @@ def _xpk(job: ClusterJob) -> str:
     if job.is_conversion:
         raise UsageError("xpk runs no conversions in parts", hint="moecc launch template jobset")
     _require("xpk", job, cluster="the name of the cluster that xpk made", image=_IMAGE)
+    _require_kept("xpk", job)
     hosts = _machine_of("xpk", job, ("tpu",))
     settings = f"MOECC_DISTRIBUTED=cluster MOECC_STEP_SECONDS={job.step_seconds}"
     return _fill(
@@ -291,14 +363,19 @@ def _xpk(job: ClusterJob) -> str:
 
 def _jobset(job: ClusterJob) -> str:
     _require("jobset", job, image=_IMAGE)
-    labels = {"labels": {"kueue.x-k8s.io/queue-name": job.queue}} if job.queue else {}
+    _require_kept("jobset", job)
+    labels: Json = {"labels": {"kueue.x-k8s.io/queue-name": job.queue}} if job.queue else {}
+    if job.hosts is not None and job.hosts.kind == "tpu":
+        labels["annotations"] = _EXCLUSIVE
+    rule = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    policy = {"maxRestarts": job.restarts, "rules": [rule]}
     jobs = _part_jobs(job) if job.is_conversion else [_workers(job)]
     return _yaml_text(
         {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
             "kind": "JobSet",
             "metadata": {"name": job.name, **labels},
-            "spec": {"failurePolicy": {"maxRestarts": job.restarts}, "replicatedJobs": jobs},
+            "spec": {"failurePolicy": policy, "replicatedJobs": jobs},
         }
     )
 
@@ -323,7 +400,10 @@ def _workers(job: ClusterJob) -> Json:
             {"name": "MOECC_COORDINATOR", "value": f"{job.name}-workers-0-0.{job.name}:{PORT}"},
             {"name": "MOECC_PROCESSES", "value": str(hosts.count)},
             {"name": "MOECC_PROCESS", "valueFrom": {"fieldRef": {"fieldPath": index}}},
+            dict(zip(("name", "value"), GPU_MEMORY, strict=True)),
         ]
+        if gpu := _GKE_GPUS.get(hosts.chip):
+            selector = {"nodeSelector": {"cloud.google.com/gke-accelerator": gpu}}
     container = {
         "command": ["moecc", *job.words], "env": environment,
         "resources": {"limits": {resource: hosts.accelerators}},
@@ -351,9 +431,12 @@ def _part_jobs(job: ClusterJob) -> list[Json]:
 
 
 def _replicated(name: str, count: int, retries: int, pod: Json, replicas: int = 1) -> Json:
+    codes = {"containerName": CONTAINER, "operator": "In", "values": _FAULTS}
     spec = {
         "completionMode": "Indexed", "completions": count, "parallelism": count,
-        "backoffLimit": retries, "template": {"spec": pod},
+        "backoffLimit": retries,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": codes}]},
+        "template": {"spec": pod},
     }  # fmt: skip
     return {"name": name, "replicas": replicas, "template": {"spec": spec}}
 
@@ -361,7 +444,7 @@ def _replicated(name: str, count: int, retries: int, pod: Json, replicas: int = 
 def _pod(job: ClusterJob, pod: Json, container: Json) -> Json:
     # Kubernetes expands $(NAME) in a command, and reads $$ as a dollar.
     command = [word.replace("$", "$$") for word in container["command"]]
-    main = {"name": "moecc", "image": job.image, **container, "command": command}
+    main = {"name": CONTAINER, "image": job.image, **container, "command": command}
     if job.volume is None:
         return {**pod, "containers": [main]}
     mount = {"workingDir": WORK, "volumeMounts": [{"name": "work", "mountPath": WORK}]}
@@ -374,6 +457,7 @@ def _pod(job: ClusterJob, pod: Json, container: Json) -> Json:
 
 def _skypilot(job: ClusterJob) -> str:
     _require("skypilot", job, image=_IMAGE)
+    _require_kept("skypilot", job)
     recovery = {"job_recovery": {"max_restarts_on_errors": job.restarts}} if job.restarts else {}
     resources: Json = {"image_id": f"docker:{job.image}", **recovery}
     volumes = {"volumes": {WORK: job.volume}} if job.volume else {}
@@ -390,6 +474,11 @@ def _skypilot(job: ClusterJob) -> str:
         ]  # fmt: skip
         return "---\n".join(map(_yaml_text, [{"name": job.name}, *documents]))
     hosts = _machine_of("skypilot", job, ("gpu",))
+    if not hosts.chip:
+        raise UsageError(
+            "the template skypilot needs the name of a GPU",
+            expected='like = "gpu:h100:8", for example, in the file of the machine',
+        )
     gpu = _SKY_GPUS.get(hosts.chip, hosts.chip.upper())
     lines = [
         f'export MOECC_COORDINATOR="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"',
@@ -399,7 +488,8 @@ def _skypilot(job: ClusterJob) -> str:
     task = {
         "name": job.name, "num_nodes": hosts.count,
         "resources": {"accelerators": f"{gpu}:{hosts.accelerators}", **resources},
-        "envs": {"MOECC_STEP_SECONDS": str(job.step_seconds)}, **volumes,
+        "envs": {"MOECC_STEP_SECONDS": str(job.step_seconds), GPU_MEMORY[0]: GPU_MEMORY[1]},
+        **volumes,
         "run": "\n".join([*folder, *lines]),
     }  # fmt: skip
     return _yaml_text(task)

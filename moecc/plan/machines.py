@@ -60,6 +60,7 @@ class Machine:
       network: how the devices are joined.
       sources: where the numbers come from.
       compiled_as: the machine of the table that programs are compiled for; empty if there is none.
+      like: of a machine of a file, the one of the table that it begins from; empty without one.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Machine:
     network: Network
     sources: tuple[str, ...]
     compiled_as: str
+    like: str = ""
 
     def peak(self, dtype: str) -> float:
         """Return the FLOP/s of products of a type, or of float32 where the table has no other."""
@@ -445,6 +447,7 @@ def read_machine(path: str) -> Machine:
         hbm_bytes_per_second=stated.memory_bytes_per_second or base.hbm_bytes_per_second,
         network=_network(stated, base),
         sources=(stated.source or path, *base.sources),
+        like=base.name,
     )
 
 

@@ -8,11 +8,13 @@ import subprocess
 import pytest
 import yaml
 
+from moecc.errors import CheckError, InputError, UsageError
 from moecc.launch.processes import ProcessInfo, process_info
 
 TRAIN = ("--", "train", "recipe:upcycle", "--out", "run", "--set", 'a="b c"')
 CONVERT = ("--", "convert", "source", "out dir", "-p", "upcycle{experts=8 top-k=2}")
 JOIN = (*CONVERT[1:], "--join", "--threads", "8", "--resume")
+STORED = ("--", "train", "recipe:upcycle", "--out", "s3://bucket/run")
 CLUSTER = ("--image", "registry/moecc:1", "--queue", "team", "--volume", "data")
 
 
@@ -108,13 +110,13 @@ def test_a_saved_plan_names_the_machine(moecc, printed, loaded, tmp_path):
 def test_words_of_any_characters_reach_the_command(loaded):
     odd = "a 'b' \"c\" \U0001f600 é $(HOME) $$ `id` \\ud83d # : - {"
     words = ["train", "r", "--out", odd, "--set", f"{odd}\n{odd}"]
-    options = ("--image", "i", "--machine", "h100x16", "--")
+    options = ("--image", "i", "--machine", "h100x16", "--volume", "v", "--")
     (job,) = jobs_of(loaded("jobset", *options, *words)).values()
     command = container_of(job)["command"]
     assert [word.replace("$$", "$") for word in command] == ["moecc", *words]
     for more in ([], ["\t\r\x85\u2028"]):
         task = loaded("skypilot", *options, *words, *more)
-        assert shlex.split(task["run"].split("\n", 2)[2]) == ["moecc", *words, *more]
+        assert shlex.split(task["run"].split("\n", 3)[3]) == ["moecc", *words, *more]
 
 
 def test_a_task_of_skypilot_runs_the_command(loaded, tmp_path):
@@ -153,22 +155,24 @@ def test_the_first_part_on_slurm_submits_the_join_once(printed, tmp_path):
     assert "#SBATCH --partition=cpu\n" in script
     first = {
         "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_PARTITION": "cpu",
+        "SLURM_JOB_ACCOUNT": "team a",
     }  # fmt: skip
     assert "sbatch" not in with_stubs(tmp_path, script, **first, SLURM_RESTART_COUNT="1")
     submitted = with_stubs(tmp_path, script, **first)["sbatch"].splitlines()
-    assert "--dependency=afterok:7" in submitted
+    assert {"--dependency=afterok:7", "--account=team a"} <= {*submitted}
+    assert not any(word.startswith("--qos") for word in submitted)
     wrapped = next(word for word in submitted if word.startswith("--wrap="))
     assert shlex.split(wrapped.removeprefix("--wrap=")) == ["moecc", *JOIN]
 
 
 def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):
     script = printed(
-        "xpk", "--machine", "tpu:v5p:4x4x4:2", "--cluster", "c", "--image", "i", *TRAIN
+        "xpk", "--machine", "tpu:v5p:4x4x4:2", "--cluster", "c", "--image", "i", *STORED
     )
     ran = with_stubs(tmp_path, script)["xpk"].splitlines()
     assert {"--cluster=c", "--tpu-type=v5p-128", "--num-slices=2", "--max-restarts=10"} <= {*ran}
     command = next(word for word in ran if word.startswith("--command="))
-    assert shlex.split(command.removeprefix("--command="))[2:] == ["moecc", *TRAIN[1:]]
+    assert shlex.split(command.removeprefix("--command="))[2:] == ["moecc", *STORED[1:]]
 
 
 @pytest.mark.parametrize(
@@ -176,11 +180,23 @@ def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):
     [
         ("slumr -- train r --out o", "did you mean 'slurm'?"),
         ("jobset --machine h100x16 -- train r --out o", "needs --image"),
-        ("jobset --image i -- train r --out o", "--machine, for example h100x16"),
-        ("jobset --image i -- convert a b", "needs --volume"),
+        ("jobset --image i -- train r --out /o", "--machine, for example h100x16"),
+        ("slurm -- train r --out o", "--machine, for example h100x16"),
+        ("jobset --nodes 2 --image i -- convert a b", "needs --volume"),
+        ("slurm -- convert a b", "their number: --nodes"),
+        ("slurm --nodes 2 -- convert s3://b/a -p x --force gs://b/c", "not written to a store"),
         ("xpk --machine v5p-128 -- train r --out o", "needs --cluster"),
-        ("xpk --machine h100x16 --cluster c --image i -- train r --out o", "a machine of tpu"),
-        ("xpk --cluster c --image i -- convert a b", "moecc launch template jobset"),
+        (
+            "xpk --machine h100x16 --cluster c --image i -- train r --out gs://b/o",
+            "a machine of tpu",
+        ),
+        (
+            "xpk --machine v5p-8 --cluster c --image i --volume v -- train r --out o",
+            "would be lost",
+        ),
+        ("jobset --machine h100x8 --image i -- train r --out o", "or --volume"),
+        ("skypilot --machine h100x8 --image i -- train --resume o", "lost with its container"),
+        ("xpk --nodes 2 --cluster c --image i -- convert a b", "moecc launch template jobset"),
         ("slurm --machine h100x16 --nodes 3 -- train r --out o", "--nodes 2, or none"),
         ("slurm --machine h100x3x -- train r --out o", "unknown machine"),
         ("slurm --name A_B -- train r --out o", "a DNS label"),
@@ -194,6 +210,77 @@ def test_a_template_that_cannot_be_written(moecc, words, told):
     done = moecc("launch", "template", *shlex.split(words))
     assert (done.code, done.out) == (2, "")
     assert told in done.err
+
+
+def test_the_machine_is_the_one_of_the_plan(moecc, tmp_path):
+    plan = tmp_path / "plan.json"
+    assert moecc("plan", "preset:smollm2-135m", "--machine", "h100x16", "--save", plan).code == 0
+    words = ("launch", "template", "slurm", "--machine", "h100x32", *TRAIN, "--plan", plan)
+    code, out, err = moecc(*words)
+    assert (code, out, "16 devices, h100x16" in err) == (2, "", True), err
+
+
+def test_a_machine_of_a_file_is_as_good_as_a_name(loaded, printed, moecc, tmp_path):
+    file = tmp_path / "ours.toml"
+    file.write_text('like = "gpu:h100:16"\nmemory = "70 GB"\ndevices_per_node = 4\n')
+    task = loaded("skypilot", "--machine", file, *CLUSTER, *TRAIN)
+    assert (task["num_nodes"], task["resources"]["accelerators"]) == (4, "H100:4")
+    file.write_text('like = "tpu:v5p:4x4x4:2"\nmemory = "90 GB"\n')
+    (workers,) = jobs_of(loaded("jobset", "--machine", file, *CLUSTER, *TRAIN)).values()
+    assert workers["template"]["spec"]["nodeSelector"].keys() >= {
+        "cloud.google.com/gke-tpu-topology"
+    }
+    file.write_text(
+        'kind = "gpu"\ndevices = 8\ndevices_per_node = 4\nmemory = "90 GB"\n'
+        "memory_bytes_per_second = 1e12\nlink_bytes_per_second = 1e11\n"
+        "node_bytes_per_second = 1e11\npeak_flops = { f32 = 1e13 }\n"
+    )
+    assert "--gpus-per-node=4" in printed("slurm", "--machine", file, *TRAIN)
+    done = moecc("launch", "template", "skypilot", "--machine", file, *CLUSTER, *TRAIN)
+    assert (done.code, "needs the name of a GPU" in done.err) == (2, True), done.err
+
+
+def test_faults_of_inputs_are_not_started_again(loaded):
+    jobset = loaded("jobset", "--machine", "tpu:v5p:4x4x4:2", *CLUSTER, *TRAIN)
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    job = jobs_of(jobset)["workers"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["containerName"] == container_of(job)["name"]
+    assert set(rule["onExitCodes"]["values"]) == {
+        error.exit_code for error in (InputError, UsageError, CheckError)
+    }
+    assert any("exclusive-topology" in name for name in jobset["metadata"]["annotations"])
+
+
+def test_gpus_are_of_the_machine_and_give_the_memory_of_the_plan(loaded, printed):
+    machine = ("--machine", "h100x16", *CLUSTER, *TRAIN)
+    job = jobs_of(loaded("jobset", *machine))["workers"]
+    assert job["template"]["spec"]["nodeSelector"] == {
+        "cloud.google.com/gke-accelerator": "nvidia-h100-80gb"
+    }
+    variables = {v["name"]: v.get("value") for v in container_of(job)["env"]}
+    assert variables["XLA_CLIENT_MEM_FRACTION"] == ".92"
+    assert loaded("skypilot", *machine)["envs"]["XLA_CLIENT_MEM_FRACTION"] == ".92"
+    assert "\nexport XLA_CLIENT_MEM_FRACTION=.92 " in printed("slurm", *machine)
+    assert "MEM_FRACTION" not in printed("slurm", "--machine", "cpu", *TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("slurm", "--machine", "h100x8", *CLUSTER, *TRAIN), ("use --image", "use --volume")),
+        (("skypilot", "--machine", "h100x8", *CLUSTER, *TRAIN), ("use --queue",)),
+        (("jobset", "--machine", "h100x8", *CLUSTER, *TRAIN, "--load", __file__),
+         ("the volume data, below /work: " + __file__, "GKE's label")),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_to_its_user_is_said(moecc, words, told):
+    done = moecc("launch", "template", *words)
+    assert done.code == 0
+    for text in told:
+        assert text in done.err
 
 
 JUDGES = {
@@ -231,7 +318,7 @@ def test_the_parser_of_the_scheduler_accepts_it(printed, tmp_path, variable):
     machine = ("--machine", "h100x16")
     if "KUBERNETES" in variable:
         for words in ((*machine, *CLUSTER, *TRAIN), ("--nodes", "8", *CLUSTER, *CONVERT),
-                      ("--machine", "v5e-16", "--image", "i", *TRAIN)):  # fmt: skip
+                      ("--machine", "v5e-16", "--image", "i", *STORED)):  # fmt: skip
             jobs = jobs_of(yaml.safe_load(printed("jobset", *words)))
             subjects += [{"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name},
                           "spec": spec} for name, spec in jobs.items()]  # fmt: skip
@@ -239,7 +326,7 @@ def test_the_parser_of_the_scheduler_accepts_it(printed, tmp_path, variable):
         subjects.append(printed("skypilot", *machine, *CLUSTER, *TRAIN))
         subjects.append(printed("skypilot", "--nodes", "8", *CLUSTER, *CONVERT))
     else:
-        words = ("--machine", "v5p-128", "--cluster", "c", "--image", "i", *TRAIN)
+        words = ("--machine", "v5p-128", "--cluster", "c", "--image", "i", *STORED)
         subjects.append(with_stubs(tmp_path, printed("xpk", *words))["xpk"].splitlines())
     subprocess.run(
         [interpreter, "-c", JUDGES[variable]], input=json.dumps(subjects), text=True, check=True

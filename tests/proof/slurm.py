@@ -205,7 +205,7 @@ def printed_script(folder: Path, name: str, nodes: int, *words: str) -> Path:
     """Write the script that runs a command, as moecc prints it."""
     command = [
         sys.executable, "-m", "moecc", "launch", "template", "slurm", "--nodes", str(nodes),
-        "--name", name, "--", *words,
+        "--name", name, "--machine", "cpu", "--", *words,
     ]  # fmt: skip
     script = folder / f"{name}.sh"
     script.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)

@@ -4,8 +4,9 @@
 #SBATCH --job-name=$name
 $partition#SBATCH --nodes=$nodes
 #SBATCH --ntasks-per-node=$tasks
-$gpus#SBATCH --cpus-per-task=8
-#SBATCH --time=01:00:00
+$gpus#SBATCH --cpus-per-task=8               # fill in: the cores of a node over its tasks
+#SBATCH --time=01:00:00                 # fill in: the longest that your partition allows
+##SBATCH --account=NAME                 # fill in, and --qos, where your cluster asks for them
 #SBATCH --output=$name-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue                     # after the loss of a node
@@ -14,7 +15,7 @@ $gpus#SBATCH --cpus-per-task=8
 set -euo pipefail
 export MOECC_DISTRIBUTED=cluster      # JAX finds the other processes
 export MOECC_STEP_SECONDS=$seconds         # a process that makes no step in that time ends
-# All tasks end when one does.
+$memory# All tasks end when one does.
 status=0
 srun --kill-on-bad-exit=1 --label $command || status=$$?
 # A training that is told to stop saves and ends with 143; the same command goes on with it.

@@ -5,7 +5,8 @@
 $partition#SBATCH --array=1-$parts
 #SBATCH --cpus-per-task=$cpus
 #SBATCH --mem=${memory}G
-#SBATCH --time=12:00:00
+#SBATCH --time=12:00:00                 # fill in: the longest that your partition allows
+##SBATCH --account=NAME                 # fill in, and --qos, where your cluster asks for them
 #SBATCH --output=$name-%A-%a.log
 #SBATCH --open-mode=append
 #SBATCH --requeue                     # after the loss of a node
@@ -14,6 +15,8 @@ set -euo pipefail
 if [ "$$SLURM_ARRAY_TASK_ID" -eq 1 ] && [ "$${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
   sbatch --job-name=$name-join --dependency=afterok:"$$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes \
     --cpus-per-task=$cpus --mem=${memory}G --time=12:00:00 --output=$name-join-%j.log \
-    --open-mode=append --requeue --partition="$$SLURM_JOB_PARTITION" --wrap=$join
+    --open-mode=append --requeue --partition="$$SLURM_JOB_PARTITION" \
+    $${SLURM_JOB_ACCOUNT:+--account="$$SLURM_JOB_ACCOUNT"} \
+    $${SLURM_JOB_QOS:+--qos="$$SLURM_JOB_QOS"} --wrap=$join
 fi
 $part
