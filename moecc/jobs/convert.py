@@ -372,8 +372,18 @@ def work_of(planned: Plan, options: WriteOptions) -> Work:
     return Work(len(shards), size_bytes, read_bytes)
 
 
-def plan_text(planned: Plan, out: str, dry_run: bool, work: Work | None = None) -> str:
-    """Return the human-readable plan, written unless `dry_run`; `out` names what was written."""
+def plan_text(
+    planned: Plan, out: str, dry_run: bool, work: Work | None = None, end: str = ""
+) -> str:
+    """Return the human-readable plan, written unless `dry_run`.
+
+    Args:
+      planned: the conversion.
+      out: the name of what was written.
+      dry_run: whether nothing was.
+      work: of this run.
+      end: what is said of an output that is written, in place of its name.
+    """
     facts, family = planned.facts, planned.graph.family or "no family"
     rows = [
         f"{planned.model.name} ({family}) -> {out} ({planned.target})",
@@ -388,7 +398,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool, work: Work | None = None) 
         *([] if work is None else [f"  this run    {work}"]),
         *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),
         *(f"  remark      {r}" for r in merge_remarks(planned.remarks)),
-        "nothing was written (--dry-run)" if dry_run else f"written to {out}",
+        "nothing was written (--dry-run)" if dry_run else end or f"written to {out}",
     ]
     return "\n".join(rows)
 
@@ -563,8 +573,11 @@ def convert(
                 _say_weights_written(written, resume and not join)
     data = planned.to_json() | {"out": out, "dry_run": dry_run, "part": part}
     data["work"] = None if work is None else asdict(work)
-    name = out if part is None else f"part {part} of {out}"
-    return Report("convert", data, lambda: plan_text(planned, name, dry_run, work))
+    name, end = out, ""
+    if options.part is not None:
+        name, folder = f"part {part} of {out}", part_folder(Path(out), options.part)
+        end = f"part {part} is in {folder}; after all parts, --join writes {out}"
+    return Report("convert", data, lambda: plan_text(planned, name, dry_run, work, end))
 
 
 def _write_proof(proof: ConversionProof | None, file: str, source: str, promised: str) -> None:

@@ -93,7 +93,8 @@ def test_a_part_that_was_killed_goes_on_and_one_that_is_complete_stays(convert, 
     (killed / "moecc_journal.jsonl").write_bytes(b"".join(journal[:3]) + b'{"torn')
     convert("--join", code=1, says=f"part 2/{N} was killed")
     convert("--part", f"2/{N}", "--resume")
-    convert("--part", f"3/{N}", "--resume", says=f"part 3/{N} was complete")
+    done = convert("--part", f"3/{N}", "--resume", says=f"part 3/{N} was complete")
+    assert f"part 3/{N} is in {part_of(out, 3)}; after all parts, --join writes {out}" in done.out
     convert("--join")
     assert files_of(out) == expected
 
