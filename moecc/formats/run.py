@@ -275,7 +275,9 @@ def choose_step(run: Path, which: str) -> SavedStep:
             "the run has no such checkpoint",
             where=f"{run}@{which}",
             expected=f"best, last, or one of the steps {numbers}",
-            hint=nearest(which, names),
+            hint="earlier ones were removed: run.keep of the recipe says how many are kept"
+            if which.isdecimal() and int(which) < steps[-1].number
+            else nearest(which, names),
         )
     return chosen
 

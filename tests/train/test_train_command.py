@@ -85,6 +85,7 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(folder, moecc, step, optio
     code, _, err = moecc("train", *recipe, option, run)
     assert code == 0
     assert ("is a run already" in err) == (option == "--out")
+    assert 'remark: 1 of 8 devices compute; mesh.mesh = "data=8" takes all' in err
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for ours, theirs in zip(saved_steps(run), saved_steps(whole), strict=True):
         assert ours.facts.tensors == theirs.facts.tensors
@@ -284,7 +285,8 @@ def test_data_that_changed_are_refused(folder, moecc, tmp_path):
         ("--resume run --out x", 2, "leave --out out"),
         ("--resume run --fork run@4", 2, "leave --fork out, or --resume"),
         ("recipe.toml --out tokens", 1, "--resume RUN goes on with a run"),
-        ("recipe.toml --fork run@5 --out x", 1, "best, last, or one of the steps"),
+        ("recipe.toml --fork run@7 --out x", 1, "best, last, or one of the steps"),
+        ("recipe.toml --fork run@5 --out x", 1, "run.keep of the recipe says how many"),
     ],
 )
 def test_what_cannot_be_is_one_message(folder, moecc, monkeypatch, words, code, said):

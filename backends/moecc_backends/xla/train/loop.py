@@ -27,6 +27,7 @@ from moecc.launch.processes import (
     process_info,
     watchdog_of_environment,
 )
+from moecc.support.console import say
 from moecc.support.ranges import element, has_range
 from moecc.support.text import amount
 from moecc.train.batches import Batches
@@ -537,7 +538,12 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
     types = (float_type(name) for name in names if name)
     with in_precision(*types), watchdog_of_environment() as watchdog:
         watchdog.beat("all processes have met")
-        devices = _devices(job.recipe.mesh)
+        devices, count = _devices(job.recipe.mesh), jax.device_count()
+        if len(devices) < count:
+            say(
+                f"remark: {len(devices)} of {count} devices compute; "
+                f'mesh.mesh = "data={count}" takes all'
+            )
         spec = step_spec(job.graph, job.recipe, devices[0].platform)
         judge = eval_graph(job.graph, job.recipe)
         program = shared_step(train_graph(job.graph, job.recipe), spec, devices, judge)
