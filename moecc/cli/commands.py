@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from fractions import Fraction
 from functools import cache
 from math import isfinite
 from types import NoneType
@@ -177,6 +178,8 @@ def _type(hint: Any, spelling: Spelling) -> click.ParamType[Any]:
         return _Choice(spelling.choices)
     if get_origin(hint) is Literal:
         return _Choice(get_args(hint))
+    if spelling.is_count:
+        return _Count(hint, spelling.low)
     if hint is float:
         return _FiniteRange(spelling.low, spelling.high)
     if spelling.low is None:
@@ -206,6 +209,34 @@ class _FiniteRange(click.FloatRange):
     def _describe_range(self) -> str:
         """Return the range for the help; click describes one without bounds as ``x<=None``."""
         return "" if self.min is None and self.max is None else super()._describe_range()
+
+
+_POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+
+
+class _Count(click.ParamType[Any]):
+    """A number of tokens: ``4096``, ``4M``, ``1.5e12``, ``2T``; of ints a whole one."""
+
+    name = "count"
+    _SPELLED = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\+?\d{1,3})?)\s*([kmgbt]?)\Z", re.IGNORECASE)
+
+    def __init__(self, kind: type[int] | type[float], low: float | None) -> None:
+        self._kind, self._low = kind, low
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        spelled = self._SPELLED.match(value.strip())
+        try:
+            number = Fraction(spelled[1]) * _POWERS[spelled[2].lower()] if spelled else None
+        except ValueError:  # underscores where Python allows none
+            number = None
+        if number is None or (self._kind is int and number.denominator != 1):
+            whole = "whole " if self._kind is int else ""
+            self.fail(f"{value!r} is not a {whole}number: 4096, 4M or 2e12, say", param, ctx)
+        if self._low is not None and number < self._low:
+            self.fail(f"{value} is less than {self._low:g}", param, ctx)
+        return self._kind(number)
 
 
 def _completion(function: str) -> Callable[..., list[CompletionItem]]:

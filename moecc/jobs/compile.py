@@ -306,11 +306,13 @@ def _work(data: JsonDict) -> Iterator[str]:
         return
     flops, model = data["flops"], data["model_flops"]
     yield f"    {'FLOPs':<11}{count_text(flops):>12}{count_text(data['predicted']['flops']):>12}"
-    share = model / max(flops, 1)
-    # What kernels and loops hide is said below; without them only attention computes less.
-    skips = share > 1 and not data["opaque"] and not data["unknown_loops"]
-    more = ": attention skips blocks of masked scores" if skips else ""
-    yield f"    of the model alone {count_text(model)}, {share:.0%} of what is computed{more}"
+    share = f"{model / max(flops, 1):.0%} of what is computed"
+    if model > flops:
+        # What kernels and loops hide is said below; without them only attention computes less.
+        hides = data["opaque"] or data["unknown_loops"]
+        skips = "is computed: attention skips blocks of masked scores"
+        share = f"more than {'the program shows' if hides else skips}"
+    yield f"    of the model alone {count_text(model)}, {share}"
     if data["unknown_loops"]:
         yield f"    {data['unknown_loops']} loops of unknown length are counted once"
     for name, count in data["opaque"].items():

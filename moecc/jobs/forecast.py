@@ -240,7 +240,7 @@ def refusals(
 def forecast(
     model: AnyModelName,
     *,
-    tokens: Annotated[float, Spelling("N", low=1)],
+    tokens: Annotated[float, Spelling("N", low=1, is_count=True)],
     pipeline: Annotated[str, Spelling("PIPELINE", "p", complete="pipelines")] = "",
     pilot: Annotated[Sequence[str], Spelling("RUN")] = (),
     budget: Annotated[str | None, Spelling("FLOPS|HOURSh")] = None,

@@ -267,7 +267,7 @@ def plan(
     pipeline: PipelineText = "",
     load: Load = (),
     config: StepConfig = StepConfig(),
-    tokens: Annotated[float | None, Spelling("N", low=1)] = None,
+    tokens: Annotated[float | None, Spelling("N", low=1, is_count=True)] = None,
     price: Annotated[float | None, Spelling("P", low=0)] = None,
     explore: bool = False,
     sweep: Annotated[Sequence[str], Spelling("AXIS=N,…")] = (),
@@ -281,7 +281,7 @@ def plan(
     a step that are counted.
 
     Args:
-      tokens: Number of tokens of a whole run, 100e9 for instance: print its days and device hours.
+      tokens: Number of tokens of a whole run, 100e9 or 100B: print its days and device hours.
       price: Price of a device hour, in any currency: print the cost of the run, too.
       explore: Price other settings, meshes and machines that one would try, with reasons.
       sweep: Values to plan with, each of them: experts=8,16 top-k=1,2
@@ -297,13 +297,14 @@ def plan(
 
     for file in (html, save):
         check_writable(file, force=force)
-    if price is not None and tokens is None:
+    if price is not None and tokens is None and not sweep:
         raise UsageError("--price has no run to price", hint="state the tokens: --tokens N")
     if sweep:
         singles = {
             "--save writes": save is not None,
             "--explore is about": explore,
             "--tokens is about": tokens is not None,
+            "--price is about": price is not None,
         }
         if stated := [option for option, is_set in singles.items() if is_set]:
             raise UsageError(

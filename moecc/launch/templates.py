@@ -23,7 +23,7 @@ from moecc.plan.machines import find_machine, short_tpu_name, table
 from moecc.plan.networks import Switch
 from moecc.plan.step import read_plan
 from moecc.support.text import amount
-from moecc.support.untyped import Json
+from moecc.support.untyped import Json, JsonDict
 
 RESTARTS = 10
 """How often a scheduler starts a training again, which goes on where it was saved."""
@@ -364,7 +364,7 @@ def _xpk(job: ClusterJob) -> str:
 def _jobset(job: ClusterJob) -> str:
     _require("jobset", job, image=_IMAGE)
     _require_kept("jobset", job)
-    labels: Json = {"labels": {"kueue.x-k8s.io/queue-name": job.queue}} if job.queue else {}
+    labels: JsonDict = {"labels": {"kueue.x-k8s.io/queue-name": job.queue}} if job.queue else {}
     if job.hosts is not None and job.hosts.kind == "tpu":
         labels["annotations"] = _EXCLUSIVE
     rule = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}

@@ -22,6 +22,7 @@ from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.formats.files import read_utf8
 from moecc.plan.networks import Dim, Network, Slices, Switch, Torus
 from moecc.support.record import Check, toml_reader
+from moecc.support.text import amount
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import count_bytes
 
@@ -132,8 +133,9 @@ def parse_machine(text: str) -> Machine:
 
 def _spelled_out(text: str) -> str:
     """Return the full name of a machine by its accelerator type, or any other text as it is."""
-    short = _SHORT.match(text.lower())
-    if short is None:
+    kind, _, name = text.lower().rpartition(":")
+    short = _SHORT.match(name)
+    if short is None or kind not in ("", "tpu" if short["tpu"] else "gpu"):
         return text
     if (single := short["one"]) is not None:
         return f"gpu:{single}:1" if single in table()["gpu"] else text
@@ -141,8 +143,16 @@ def _spelled_out(text: str) -> str:
         return f"gpu:{gpu}:{short['count'] or short['count_']}"
     name = next((n for n, spelled in _CLOUD_NAMES.items() if spelled == short["tpu"]), short["tpu"])
     count, cores = int(short["size"]), _CORES_IN_NAMES.get(name, 1)
-    fitting = (t for t in topologies(name) if prod(t) * cores == count)
-    topology = next(fitting, (count,))
+    by_count = {prod(t) * cores: t for t in reversed(topologies(name))}
+    topology = by_count.get(count)
+    if topology is None:
+        spelled = _CLOUD_NAMES.get(name, name)
+        near = [*[n for n in sorted(by_count) if n < count][-1:],
+                *[n for n in sorted(by_count) if n > count][:1]]  # fmt: skip
+        raise UsageError(
+            f"no TPU {name} has {amount(count, 'core' if cores > 1 else 'chip')}", where=text,
+            expected=" or ".join(f"{spelled}-{n}" for n in near),
+        )  # fmt: skip
     return f"tpu:{name}:{'x'.join(map(str, topology))}"
 
 

@@ -163,7 +163,8 @@ def _products(of: int, count: int) -> Iterator[tuple[int, ...]]:
 
 _NEEDS = {
     "ragged": "ragged is for models without a capacity",
-    "hierarchical": "hierarchical is for experts on two mesh axes: --rules expert-hierarchical",
+    "hierarchical": "hierarchical is for experts on two mesh axes: --rules expert-hierarchical "
+    "--mesh far=8,near=8, say",
 }
 
 
@@ -238,11 +239,12 @@ def check_constraints(work: Workload, machine: Machine, config: StepConfig) -> N
     raise_problems(problems(layout, work))
     devices, fitting = layout.shards["expert"], legal_vias(layout, work)
     if config.via is not None and config.via not in fitting:
+        is_local = fitting == [LOCAL]
         raise InputError(
-            f"experts on {devices} devices cannot be reached via {config.via}",
+            f"experts on {amount(devices, 'device')} cannot be reached via {config.via}",
             where=f"mesh {mesh_text(config.device_mesh.sizes)}",
-            expected=", ".join(fitting),
-            hint=_NEEDS.get(config.via),
+            expected="no --via, or experts on several devices" if is_local else ", ".join(fitting),
+            hint="an axis for experts is expert=8, say" if is_local else _NEEDS.get(config.via),
         )
 
 
@@ -329,7 +331,7 @@ def _nothing_legal(asked: PlanQuery) -> InputError:
             f"nothing goes via {config.via}",
             where=machine.name,
             expected="experts on several devices"
-            + (", and keep every row" if config.via == "ragged" else ""),
+            + (", and a model that keeps every row" if config.via == "ragged" else ""),
             found=f"{amount(work.experts, 'expert')}, {amount(machine.devices, 'device')}",
         )
     return InputError(

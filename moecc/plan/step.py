@@ -71,7 +71,7 @@ class StepConfig:
     """
 
     step: Annotated[str, Spelling(choices=STEPS)] = "train"
-    batch_tokens: Annotated[int | None, Spelling("N")] = None
+    batch_tokens: Annotated[int | None, Spelling("N", is_count=True)] = None
     sequence: Annotated[str | None, Spelling("N[,N]")] = None
     mesh: Annotated[str | None, Spelling("AXIS=N,…")] = None
     via: Annotated[str | None, Spelling(choices=VIAS)] = None

@@ -33,6 +33,7 @@ class Spelling:
       high: the greatest number.
       choices: the words that the value is one of.
       option: the name of the option, where it is not the parameter's.
+      is_count: whether a number may end in K, M, B or T, as counts of tokens do.
     """
 
     metavar: str | None = None
@@ -43,6 +44,7 @@ class Spelling:
     high: int | None = None
     choices: Sequence[str] = ()
     option: str = ""
+    is_count: bool = False
 
 
 SHELL_VARIABLE = "_MOECC_COMPLETE"

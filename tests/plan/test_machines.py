@@ -35,7 +35,9 @@ def test_devices_are_those_of_jax(name, devices):
         ("gpu:h100:0", "1 to 8"),
         ("cpu:none", "cpu:N"),
         ("", "unknown machine"),
-        ("v5e-17", "no topology '17'"),
+        ("v5e-17", "no TPU v5e has 17 chips"),
+        ("tpu:v5p-63", "v5p-32 or v5p-64"),
+        ("v5litepod-999", "v5litepod-256"),
         ("a101x8", "did you mean 'a100'"),
     ],
 )
@@ -68,6 +70,7 @@ def test_what_is_no_mesh_is_told(text, says):
         ("V6E-8", "tpu:v6e:2x4"),
         ("v4-32", "tpu:v4:2x2x4"),
         ("v5p-128", "tpu:v5p:4x4x4"),
+        ("tpu:v5p-128", "tpu:v5p:4x4x4"),
         ("h100x8", "gpu:h100:8"),
         ("16xh200", "gpu:h200:16"),
         ("a100", "gpu:a100:1"),

@@ -61,7 +61,11 @@ def test_the_best_is_the_fastest_and_its_seconds_and_bytes_add_up(moecc):
         (("--sequence", "512,114"), 1, ["another number of sequence lengths"]),
         (("--sequence", "-1"), 2, ["not lengths of a sequence"]),
         (("--optimizer", "sgd"), 2, ["adafactor"]),
-        (("--mesh", "fsdp=64", "--via", "ring"), 1, ["cannot be reached via ring", "local"]),
+        (
+            ("--mesh", "fsdp=64", "--via", "ring"),
+            1,
+            ["1 device cannot be reached via ring", "no --via"],
+        ),
     ],
 )
 def test_bad_input_gets_one_message(moecc, args, code, says):
@@ -82,6 +86,9 @@ def test_a_run_has_days_and_a_price(moecc):
         "tokens": 1000, "steps": 16, "days": pytest.approx(16 * seconds / 86400),
         "device_hours": pytest.approx(hours), "price": 2, "cost": pytest.approx(2 * hours),
     }  # fmt: skip
+    assert moecc.plan(*small, "--tokens", "0.001M", "--price", "2")["run"] == report["run"]
+    counted = ("--batch-tokens", "0.064k", "--tokens", "1e3", "--price", "2")
+    assert moecc.plan(*small, *counted)["run"] == report["run"]
     text = moecc("plan", *small, "--tokens", "1000", "--price", "2")[1]
     assert f"1.0 K tokens: 16 steps, {16e3 * seconds:.1f} ms, {hours:.3g} device hours" in text
     assert f", {2 * hours:.3g} at 2 an hour" in " ".join(text.split())
@@ -107,8 +114,13 @@ def test_rules_without_groups_get_a_note_and_misspelt_ones_a_message(moecc, tmp_
     ("options", "message"),
     [
         (("--price", "2"), "--price has no run to price"),
-        (("--tokens", "nan"), "nan is not a finite number"),
-        (("--tokens", "inf"), "inf is not a finite number"),
+        (("--tokens", "nan"), "'nan' is not a number: 4096, 4M or 2e12"),
+        (("--tokens", "inf"), "'inf' is not a number"),
+        (("--tokens", "1_"), "'1_' is not a number"),
+        (("--tokens", "0.5"), "0.5 is less than 1"),
+        (("--batch-tokens", "0.5"), "'0.5' is not a whole number"),
+        (("--batch-tokens", "4Q"), "'4Q' is not a whole number"),
+        (("--price", "2", "--sweep", "experts=1"), "--price is about one plan"),
         (("--tokens", "10", "--sweep", "experts=1"), "--tokens is about one plan"),
     ],
 )
