@@ -17,7 +17,7 @@ from math import ceil, prod
 from pathlib import Path
 from string import Template
 
-from moecc.errors import Problem, UsageError, printable, raise_problems, unknown_name
+from moecc.errors import MachineError, Problem, UsageError, printable, raise_problems, unknown_name
 from moecc.formats.store import is_address, is_place
 from moecc.plan.machines import find_machine, short_tpu_name, table
 from moecc.plan.networks import Switch
@@ -354,7 +354,7 @@ def _xpk(job: ClusterJob) -> str:
     return _fill(
         "xpk.sh", name=job.name, slices=hosts.slices, restarts=job.restarts, image=job.image,
         cluster=job.cluster, type=short_tpu_name(hosts.chip, hosts.topology),
-        command=shlex.quote(f"{settings} {job.command}"),
+        machine_fault=MachineError.exit_code, command=shlex.quote(f"{settings} {job.command}"),
     )  # fmt: skip
 
 

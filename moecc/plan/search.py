@@ -116,12 +116,15 @@ def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
         return
     name, size = mesh.axes[-1]
     remaining = mesh.devices // size
+    hint = f"{name}={devices // remaining} would" if devices % remaining == 0 else None
+    if name == "expert" and devices % mesh.devices == 0 and "fsdp" not in mesh.sizes:
+        hint = f"fsdp={devices // mesh.devices},{mesh_text(mesh.sizes)} would"
     raise InputError(
         "the mesh and the machine have different numbers of devices",
         where=f"mesh {mesh_text(mesh.sizes)}",
         expected=f"{devices} devices of {machine}",
         found=str(mesh.devices),
-        hint=f"{name}={devices // remaining} would" if devices % remaining == 0 else None,
+        hint=hint,
     )
 
 

@@ -171,6 +171,8 @@ def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):
     )
     ran = with_stubs(tmp_path, script)["xpk"].splitlines()
     assert {"--cluster=c", "--tpu-type=v5p-128", "--num-slices=2", "--max-restarts=10"} <= {*ran}
+    # By itself xpk starts nothing again that ended below 127, and a watchdog ends with 4.
+    assert "--restart-on-exit-codes=4" in ran
     command = next(word for word in ran if word.startswith("--command="))
     assert shlex.split(command.removeprefix("--command="))[2:] == ["moecc", *STORED[1:]]
 

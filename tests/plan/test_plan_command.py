@@ -54,6 +54,7 @@ def test_the_best_is_the_fastest_and_its_seconds_and_bytes_add_up(moecc):
         (("--machine", "tpu:v5q:4x4x4"), 2, ["unknown machine", "tpu:v4|v5e|v5p|v6e|tpu7x"]),
         (("--mesh", "fsdp=64,experts=1"), 2, ["unknown mesh axis", "did you mean 'expert'"]),
         (("--mesh", "fsdp=8"), 1, ["64 devices of tpu:v5p:4x4x4", "fsdp=64 would"]),
+        (("--mesh", "expert=8"), 1, ["fsdp=8,expert=8 would"]),
         (("--mesh", "fsdp=4,expert=16"), 1, ["more devices for experts than experts", "8 would"]),
         (("--mesh", "fsdp=4,model=16"), 1, ["does not divide the axis kv_head", "8 would"]),
         (("--batch-tokens", "5000"), 1, ["a multiple of 4096 tokens", "4096 would be"]),
