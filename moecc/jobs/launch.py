@@ -29,7 +29,7 @@ from moecc.launch.processes import (
     ProcessInfo,
     seconds_of_environment,
 )
-from moecc.launch.templates import make_job, remarks, template
+from moecc.launch.templates import make_job, option_value, remarks, template
 from moecc.support.console import PROGRESS, say
 from moecc.support.process import signals_noted, signals_raised
 
@@ -337,6 +337,8 @@ def launch(
             volume=volume, cluster=cluster,
         )  # fmt: skip
         script = template(kind, job)
+        if job.is_conversion and machine is not None:
+            say("remark: a conversion runs on processors and does not use --machine")
         for remark in remarks(kind, job):
             say(f"remark: {remark}")
         sys.stdout.write(script)
@@ -368,7 +370,7 @@ def launch(
 
 
 def _check_parts(words: Sequence[str]) -> None:
-    """Raise UsageError for a conversion whose parts would be written to a store."""
+    """Raise UsageError for a conversion that has no parts: to a store, or to a GGUF file."""
     from moecc.jobs.convert import convert
 
     parameters = signature(convert).parameters.values()
@@ -378,9 +380,14 @@ def _check_parts(words: Sequence[str]) -> None:
         for before, word in pairwise(words)
         if not word.startswith("-") and ("=" in before or before[:1] != "-" or before in switches)
     ]
-    if words[0] == "convert" and positional[1:] and is_address(positional[1]):
+    if words[0] != "convert" or not positional[1:]:
+        return
+    if is_address(out := positional[1]):
         hint = "convert the parts into a folder that all of them see, and moecc push it"
-        raise UsageError("parts are not written to a store", where=positional[1], hint=hint)
+        raise UsageError("parts are not written to a store", where=out, hint=hint)
+    if out.endswith(".gguf") or option_value(words, "--to").startswith("gguf:"):
+        hint = "moecc convert writes it, without a template; --threads uses the cores of a host"
+        raise UsageError("a GGUF file is written by one process", where=out, hint=hint)
 
 
 def _checked(command: Sequence[str]) -> Sequence[str]:

@@ -213,13 +213,13 @@ def make_job(
         if nodes is None:
             raise UsageError("a conversion runs in parts", expected="their number: --nodes 8, say")
         return ClusterJob(name, words, None, nodes, step_seconds, **options)
-    if words[0] == "train" and not _option(words, "--out", "--resume"):
+    if words[0] == "train" and not option_value(words, "--out", "--resume"):
         raise UsageError(
             "a training that is started again needs the folder of its run",
             expected="train RECIPE --out RUN",
             found=printable(" ".join(words)),
         )
-    plan = _option(words, "--plan")
+    plan = option_value(words, "--plan")
     planned = read_plan(plan).machine if plan else None
     hosts = None
     if text := machine or planned:
@@ -240,8 +240,8 @@ def make_job(
     return ClusterJob(name, words, hosts, nodes or 1, step_seconds, **options)
 
 
-def _option(words: Sequence[str], *names: str) -> str:
-    """Return the value of the first of some options of a command; empty without one."""
+def option_value(words: Sequence[str], *names: str) -> str:
+    """Return the value of the first word that is one of some options; empty without one."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name in names:
@@ -276,7 +276,7 @@ def _require(kind: str, job: ClusterJob, **hints: str) -> None:
 
 def _require_kept(kind: str, job: ClusterJob) -> None:
     """Raise UsageError if the folder of a run is in a container, with which it would be lost."""
-    folder = _option(job.words, "--out", "--resume") if job.words[0] == "train" else ""
+    folder = option_value(job.words, "--out", "--resume") if job.words[0] == "train" else ""
     has_volume = job.volume is not None and "volume" in _USED[kind]
     if not folder or has_volume or is_address(folder) or folder.startswith("/"):
         return
@@ -293,7 +293,7 @@ def remarks(kind: str, job: ClusterJob) -> Iterator[str]:
             yield f"the template {kind} does not use --{option}"
     if kind == "slurm":
         return
-    output = _option(job.words, "--out", "--resume")
+    output = option_value(job.words, "--out", "--resume")
     values = (word.partition("=")[2] if word.startswith("--") else word for word in job.words[1:])
     local = [v for v in values if v and v != output and is_place(v) and Path(v).exists()]
     if local:

@@ -187,6 +187,8 @@ def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):
         ("jobset --nodes 2 --image i -- convert a b", "needs --volume"),
         ("slurm -- convert a b", "their number: --nodes"),
         ("slurm --nodes 2 -- convert s3://b/a -p x --force gs://b/c", "not written to a store"),
+        ("slurm --nodes 2 -- convert a b.gguf --to gguf:llama", "written by one process"),
+        ("slurm --nodes 2 -- convert --to=gguf:llama a b", "written by one process"),
         ("xpk --machine v5p-128 -- train r --out o", "needs --cluster"),
         (
             "xpk --machine h100x16 --cluster c --image i -- train r --out gs://b/o",
@@ -274,6 +276,7 @@ def test_gpus_are_of_the_machine_and_give_the_memory_of_the_plan(loaded, printed
     [
         (("slurm", "--machine", "h100x8", *CLUSTER, *TRAIN), ("use --image", "use --volume")),
         (("skypilot", "--machine", "h100x8", *CLUSTER, *TRAIN), ("use --queue",)),
+        (("slurm", "--machine", "h100x8", "--nodes", "2", *CONVERT), ("not use --machine",)),
         (("jobset", "--machine", "h100x8", *CLUSTER, *TRAIN, "--load", __file__),
          ("the volume data, below /work: " + __file__, "GKE's label")),
     ],
