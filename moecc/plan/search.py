@@ -117,8 +117,8 @@ def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
     name, size = mesh.axes[-1]
     remaining = mesh.devices // size
     hint = f"{name}={devices // remaining} would" if devices % remaining == 0 else None
-    if name == "expert" and devices % mesh.devices == 0 and "fsdp" not in mesh.sizes:
-        hint = f"fsdp={devices // mesh.devices},{mesh_text(mesh.sizes)} would"
+    if mesh.names == ("expert",) and devices % size == 0:
+        hint = f"fsdp={devices // size},expert={size} would"
     raise InputError(
         "the mesh and the machine have different numbers of devices",
         where=f"mesh {mesh_text(mesh.sizes)}",

@@ -238,7 +238,7 @@ COMMANDS = {
     "run dense --outputs out.npz --backend tpu": (2, "unknown backend"),
     "plan preset:smollm2-135m": (2, "missing option '--machine'"),
     f"{SMALL} --mesh data=x": (2, "not a mesh"),
-    f"{SMALL} --batch-tokens many": (2, "not a valid integer"),
+    f"{SMALL} --batch-tokens many": (2, "not a whole number"),
     f"{SMALL} --batch-tokens 7": (1, "not whole sequences"),
     f"{SMALL} --sequence 1,2,3": (1, "another number of sequence lengths"),
     f"{SMALL} --rules bad.rules": (1, "not TOML"),
