@@ -12,7 +12,7 @@ import moecc as package
 from moecc.cli.commands import make_command
 from moecc.errors import CheckError
 from moecc.jobs.command import Report, Spelling
-from moecc.jobs.compile import CompileOutcome
+from moecc.jobs.compile import CompileOutcome, _work
 from moecc.plan.step import ProgramConfig
 
 
@@ -90,3 +90,18 @@ def test_a_signature_becomes_arguments_and_options(capsys):
     for wrong in (["x", "-n", "0"], ["x", "--kind", "cows"], []):
         with pytest.raises(Exception, match=r"not in the range|is not one of|Missing parameter"):
             command.main(wrong, standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "opaque", "told"),
+    [
+        (50, {}, "50% of what is computed"),
+        (169, {}, "more than is computed: attention skips blocks of masked scores"),
+        (169, {"kernel": 2}, "more than the program shows"),
+    ],
+)
+def test_the_share_of_the_model_is_no_more_than_all(model, opaque, told):
+    data = {"memory": {}, "flops": 100, "model_flops": model, "predicted": {"flops": 100},
+            "opaque": opaque, "unknown_loops": 0}  # fmt: skip
+    text = "\n".join(_work(data))
+    assert f"of the model alone {model}, {told}\n" in f"{text}\n"
