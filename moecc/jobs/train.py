@@ -210,6 +210,14 @@ def dry_run_facts(
             "bytes": counts.total * width,
             "moment_bytes": moment_count * width,
         },
+        "groups": [
+            {
+                "match": group.match,
+                "rate": 0.0 if group.freeze else group.rate_factor * recipe.optimizer.rate,
+                "from_step": group.from_step,
+            }
+            for group in recipe.optimizer.groups
+        ],
         "data": {
             "sequences": data.batch,
             "seq": shape.seq,
@@ -308,6 +316,10 @@ def _lines(facts: JsonDict) -> Iterator[str]:
         f"a token, {count_text(parameters['trained'])} trained: {size_text(parameters['bytes'])}"
     )
     yield f"moments      {size_text(parameters['moment_bytes'])}"
+    for group in facts["groups"]:
+        later = f" from step {group['from_step']:,}" if group["from_step"] else ""
+        rate = f"a rate of at most {group['rate']:.3g}{later}" if group["rate"] else "frozen"
+        yield f"group        {group['match']}: {rate}"
     lengths = f"{data['seq']}" + (f" + {data['decoder_seq']}" if data["decoder_seq"] else "")
     steps, tokens = amount(facts["steps"], "step"), count_text(data["tokens"])
     yield f"data         {steps} of {data['sequences']:,} x {lengths} tokens: {tokens}"
@@ -439,7 +451,7 @@ def train(
         job = _job(opened, recipe, out, resume, fork, sets, load, stored, check_plan)
         check_plan(job.recipe, job.graph)
         job = replace(job, traced_steps=profile)
-        remarks = [*training_remarks(job.graph, job.recipe.routing), *job.batches.remarks]
+        remarks = [*training_remarks(job.graph, job.recipe), *job.batches.remarks]
         if saved is not None:
             remarks += plan_remarks(saved, job)
         for remark in remarks:

@@ -21,7 +21,7 @@ from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import GSPMD, LOCAL
 from moecc.support.untyped import Json, JsonDict
-from moecc.train.recipe import Objective, Recipe, RoutingSection
+from moecc.train.recipe import Objective, Recipe
 from moecc.train.settings import StepSpec, bias_counts, recorded_losses
 from moecc.types import float_type
 
@@ -465,9 +465,21 @@ def _via(graph: Graph, layout: Layout, specialised: str) -> str:
 
 # What a reader of a run should know of its model before it begins.
 
+SMALL_FACTOR = 0.01
+"""A factor of a rate below this is a remark: it may have been meant as the rate itself."""
 
-def training_remarks(graph: Graph, routing: RoutingSection) -> Iterator[str]:
-    """Yield remarks on training the model whose graph is `graph` under a recipe's `routing`."""
+
+def training_remarks(graph: Graph, recipe: Recipe) -> Iterator[str]:
+    """Yield remarks on training the model whose graph is `graph` by `recipe`."""
+    for number, group in enumerate(recipe.optimizer.groups):
+        if group.rate_factor < SMALL_FACTOR:
+            factor, rate = group.rate_factor, recipe.optimizer.rate
+            yield (
+                f"optimizer.groups.{number}.rate_factor = {factor:g} times optimizer.rate is at "
+                f"most {factor * rate:.3g} for {group.match}; a rate of {factor:g} is "
+                f"rate_factor = {factor / rate:.3g}"
+            )
+    routing = recipe.routing
     if not any(node.op.assigns_slots for node in graph.every_node()):
         unread = [f.name for f in fields(routing) if getattr(routing, f.name) != f.default]
         if unread:

@@ -172,14 +172,14 @@ class ParameterGroup:
 
     Attributes:
       match: a glob over parameter names, or a group of the pass `freeze`, ``moe`` say.
-      rate: a factor on the learning rate.
+      rate_factor: the rate of the parameters over that of the schedule.
       decay: the weight decay; negative for that of the optimiser.
       freeze: no gradient, no moments, no update.
       from_step: trained after so many steps; until then as under `freeze`.
     """
 
     match: Words
-    rate: Positive = 1.0
+    rate_factor: Positive = 1.0
     decay: float = -1.0
     freeze: bool = False
     from_step: Count = 0
@@ -622,8 +622,8 @@ def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterato
                 group.from_step,
                 "freeze = true never trains them",
             )
-        if group.freeze and (group.rate != 1.0 or group.decay >= 0 or group.from_step):
-            keys = ("freeze", "rate", "decay", "from_step")
+        if group.freeze and (group.rate_factor != 1.0 or group.decay >= 0 or group.from_step):
+            keys = ("freeze", "rate_factor", "decay", "from_step")
             yield Fault(
                 " ".join(f"{path}.{key}" for key in keys),
                 "frozen parameters have neither rate nor decay nor a first step",

@@ -78,7 +78,7 @@ class ParamSettings:
 
     Attributes:
       trained: whether it is; else it has no gradient and no moments.
-      rate: a factor on the learning rate.
+      rate_factor: the rate of the parameter over that of the schedule.
       decay: the weight decay.
       blocks: the dimensions along which each slice is a parameter by itself: layers, experts.
       over: the other dimensions that products sum over; empty for what is no matrix.
@@ -87,7 +87,7 @@ class ParamSettings:
     """
 
     trained: bool
-    rate: float
+    rate_factor: float
     decay: float
     blocks: tuple[int, ...]
     over: tuple[int, ...]
@@ -174,7 +174,7 @@ def _settings(
     is_matrix = bool(over) and len(names) > len(over) + len(blocks)
     return ParamSettings(
         free and not group.freeze,
-        group.rate,
+        group.rate_factor,
         group.decay if group.decay >= 0 else section.decay * is_matrix,
         tuple(names.index(n) for n in blocks),
         tuple(names.index(n) for n in over) if is_matrix else (),

@@ -58,6 +58,19 @@ def test_counts_are_those_of_the_model(facts_of):
     assert "cpu:1: data=1, grouped, remat none" in text
 
 
+def test_groups_have_their_rates(facts_of):
+    """The rate that results of the factor, and when it begins."""
+    groups = (
+        "[{match='router', rate_factor=0.1, from_step=2}, {match='norm', freeze=true}, {match='*'}]"
+    )
+    graph = golden_graph("llama_gqa", "upcycle{experts=4 top-k=2}")
+    facts = facts_of(graph, f"optimizer.groups={groups}", "optimizer.rate=3e-4")
+    assert [f"{group['rate']:g}" for group in facts["groups"]] == ["3e-05", "0", "0.0003"]
+    text = dry_run_text(facts)
+    assert "group        router: a rate of at most 3e-05 from step 2" in text
+    assert "group        norm: frozen" in text
+
+
 def test_micro_batches_and_machines_change_the_plan(facts_of):
     graph = golden_graph("llama_gqa", "upcycle{experts=4}")
     plain = facts_of(graph)["plan"]

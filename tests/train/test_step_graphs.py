@@ -18,6 +18,7 @@ from moecc.train.recipe import (
     MeshSection,
     ModelSection,
     Objective,
+    ParameterGroup,
     Recipe,
     RoutingSection,
     RunSection,
@@ -166,7 +167,7 @@ def test_a_mesh_with_collectives_of_its_own_divides_the_batch(mesh, rules, told)
 )
 def test_routers_without_a_gradient_are_remarked(passes, told):
     graph = golden_graph("llama_gqa", passes)
-    remarks = list(training_remarks(graph, RoutingSection(balance=0.5)))
+    remarks = list(training_remarks(graph, replace(RECIPE, routing=RoutingSection(balance=0.5))))
     assert bool(remarks) == told
     if told:
         assert remarks[0].startswith("layers.0.ffn, layers.1.ffn, layers.2.ffn: the gates")
@@ -174,6 +175,18 @@ def test_routers_without_a_gradient_are_remarked(passes, told):
 
 def test_routing_without_experts_is_remarked():
     dense = golden_graph("llama_gqa")
-    assert list(training_remarks(dense, RoutingSection())) == []
-    (remark,) = training_remarks(dense, RoutingSection(balance=0.5, capacity_factor=1.0))
+    assert list(training_remarks(dense, RECIPE)) == []
+    routing = RoutingSection(balance=0.5, capacity_factor=1.0)
+    (remark,) = training_remarks(dense, replace(RECIPE, routing=routing))
     assert remark.endswith("routing.capacity_factor, routing.balance had the default")
+
+
+def test_a_factor_that_may_be_meant_as_a_rate_is_remarked():
+    """A usual factor is not."""
+    groups = (ParameterGroup("router", rate_factor=0.1), ParameterGroup("*", rate_factor=1e-5))
+    optimizer = replace(RECIPE.optimizer, rate=1e-3, groups=groups)
+    (remark,) = training_remarks(golden_graph("llama_gqa"), replace(RECIPE, optimizer=optimizer))
+    assert remark == (
+        "optimizer.groups.1.rate_factor = 1e-05 times optimizer.rate is at most 1e-08 for *; "
+        "a rate of 1e-05 is rate_factor = 0.01"
+    )

@@ -71,7 +71,7 @@ def test_what_is_frozen_has_no_gradient_no_moments_and_stays():
     graph = apply_passes(golden_graph("llama_gqa"), "freeze{groups=attention}")
     groups = (
         ParameterGroup("embedding", freeze=True),
-        ParameterGroup("*.layers.0.mlp.*", rate=0.5),
+        ParameterGroup("*.layers.0.mlp.*", rate_factor=0.5),
         ParameterGroup("norm", decay=0.2),
     )
     step = step_of(graph, groups)
@@ -81,7 +81,7 @@ def test_what_is_frozen_has_no_gradient_no_moments_and_stays():
     jax.make_jaxpr(step.pure)(*step.arguments)
     adam = make_step(step.graph, step.spec.sizes, OptimizerSection("adamw", groups=groups))
     assert adam.abstract_state["moments"]["m"].keys() == set(adam.trained)
-    rates = {n: s.rate for n, s in step.settings.items() if s.rate != 1}
+    rates = {n: s.rate_factor for n, s in step.settings.items() if s.rate_factor != 1}
     assert set(rates.values()) == {0.5}
     assert all(".layers.0.mlp." in n for n in rates)
     assert {s.decay for n, s in step.settings.items() if "norm" in n} == {0.2}

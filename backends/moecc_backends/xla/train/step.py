@@ -525,7 +525,7 @@ class TrainStep:
             param, settings = trained[name], self.settings[name]
             if settings.decay:
                 direction = direction + settings.decay * param
-            by = (rate * settings.rate).astype(param.dtype)
+            by = (rate * settings.rate_factor).astype(param.dtype)
             params[name] = param - by * direction.astype(param.dtype)
         return params, after
 
