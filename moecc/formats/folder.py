@@ -19,9 +19,11 @@ from moecc.formats.files import (
     check_file,
     identify,
     is_recordable,
+    json_content,
     os_errors,
     read_bounded,
     read_json_object,
+    read_whole,
     require_unchanged,
     sniff_file,
 )
@@ -40,12 +42,16 @@ from moecc.types import Array, TensorType
 
 # Companion files, besides the weights, that an export copies byte for byte.
 #
-# Tokenizers are copied, never saved again: transformers 5 writes tokenizer classes that version 4
-# rejects.  Code and pickles are never copied, and the model card is written anew.
+# Tokenizers are copied, never saved again; the settings of one that transformers 5 saved are
+# written so that version 4 loads it, too.  Code and pickles are never copied, and the model card is
+# written anew.
+
+SETTINGS = "tokenizer_config.json"
+"""The class, the special tokens and the inputs of a tokenizer of transformers."""
 
 TOKENIZERS = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    SETTINGS,
     "vocab.json",
     "vocab.txt",
     "tekken.json",
@@ -98,6 +104,24 @@ def find_companions(folder: Path, problems: Problems) -> dict[str, Path]:
         if _is_usable(path, folder, problems):
             companions[name] = path
     return companions
+
+
+def companion_content(name: str, content: Path | bytes) -> bytes:
+    """Return what an export has of a companion file. Raises InputError, MachineError.
+
+    The same bytes, but for the settings of a tokenizer that transformers 5 saved: version 4 (4.57)
+    has no class ``TokenizersBackend``, and fails at a list of ``extra_special_tokens``.
+    """
+    data = read_whole(content) if isinstance(content, Path) else content
+    settings = dict(_json(data, MAX_TOKENIZER_BYTES)) if name == SETTINGS else {}
+    changed = {}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        # Version 4 adds token types otherwise, which decoders reject.
+        names = settings.get("model_input_names", ["input_ids", "attention_mask"])
+        changed = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": names}
+    if isinstance(settings.get("extra_special_tokens"), list):
+        changed["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return json_content(settings | changed) if changed else data
 
 
 def is_companion(name: str) -> bool:

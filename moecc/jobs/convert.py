@@ -17,10 +17,10 @@ from moecc.families.config import FAMILY
 from moecc.formats.files import (
     json_content,
     make_folder,
-    read_whole,
     require_removed,
     write_durable,
 )
+from moecc.formats.folder import companion_content
 from moecc.formats.gguf.storage import FILE_NAME, SUFFIX, Storage
 from moecc.formats.manifest import MANIFEST_NAME, hashed_beside
 from moecc.formats.modelcard import CARD_NAME, LISTS
@@ -297,8 +297,7 @@ def write_companions(folder: Path, companions: Mapping[str, Path | bytes]) -> No
     """Write the files of a source beside its weights, by their names. Raises MachineError."""
     for name, content in companions.items():
         make_folder((folder / name).parent)  # chat templates are in a subfolder
-        data = read_whole(content) if isinstance(content, Path) else content
-        write_durable(folder / name, data)
+        write_durable(folder / name, companion_content(name, content))
 
 
 def check_place(

@@ -1,5 +1,6 @@
 """A folder of safetensors is read as one checkpoint; what an export copies from it."""
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ from safetensors.numpy import save_file
 
 from moecc.errors import InputError
 from moecc.formats.open import open_checkpoint
+from moecc.jobs.convert import write_companions
 from moecc.types import BY_SAFETENSORS
 
 from .folders import ONE, TWO, WEIGHTS, problem, write_json, write_tensors
@@ -96,6 +98,45 @@ def test_companions_are_tokenizer_and_licence_never_code_or_pickles(make_folder)
         companions = checkpoint.companions()
     assert sorted(companions) == copied
     assert companions["LICENSE"] == folder / "LICENSE"
+
+
+INPUTS = ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        (
+            {"backend": "tokenizers", "tokenizer_class": "TokenizersBackend"},
+            {"backend": "tokenizers", "tokenizer_class": "PreTrainedTokenizerFast",
+             "model_input_names": INPUTS},
+        ),
+        (
+            {"tokenizer_class": "TokenizersBackend", "model_input_names": [*INPUTS, "types"]},
+            {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": [*INPUTS, "types"]},
+        ),
+        (
+            {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": ["<a>"]},
+            {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<a>"]},
+        ),
+        ({"tokenizer_class": "A", "extra_special_tokens": {"image_token": "<a>"}}, None),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_settings_of_transformers_5_become_what_version_4_reads(
+    make_folder, tmp_path, settings, written
+):
+    """Others are copied as they are, byte for byte."""
+    folder = make_folder({WEIGHTS: {"a": 3}})
+    file = folder / "tokenizer_config.json"
+    write_json(file, settings)
+    with open_checkpoint(folder) as checkpoint:
+        write_companions(tmp_path / "out", checkpoint.companions())
+    content = (tmp_path / "out" / file.name).read_bytes()
+    if written is None:
+        assert content == file.read_bytes()
+    else:
+        assert json.loads(content) == written
 
 
 def test_a_pickle_that_calls_itself_a_tokenizer_is_refused(make_folder):
