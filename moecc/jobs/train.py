@@ -504,7 +504,9 @@ def _job(
             expected="RECIPE --out RUN, or --resume RUN, or RECIPE --fork RUN --out RUN2",
             found=f"no {'RECIPE' if recipe is None else '--out'}",
         )
-    loaded, run = load_recipe(recipe, sets), Path(out)
+    run = Path(out)
+    is_new = fork is None and stored is None and not is_run(run)
+    loaded = load_recipe(recipe, sets, check_paths=is_new)
     if stored is not None:
         run = stored.mirror() or stored.stage
     if fork is None and is_run(run) and not (stored and run == stored.stage):

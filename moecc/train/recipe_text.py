@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from importlib.resources import files
@@ -27,6 +28,8 @@ from moecc.errors import (
     unknown_name,
 )
 from moecc.formats.files import read_utf8
+from moecc.formats.open import missing_place
+from moecc.formats.run import split_reference
 from moecc.formats.store import Address, absolute_place, is_address, is_place, mirror
 from moecc.support.documents import KeyPath, parse_toml, toml_lines
 from moecc.support.record import RecordReader, dotted, line_of
@@ -49,23 +52,29 @@ _INDEX_DIGITS = 10
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*\Z", re.ASCII)
 
 
-def load_recipe(source: str, sets: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str, sets: Sequence[str] = (), *, check_paths: bool = False) -> Recipe:
     """Return the recipe in a file, or a shipped one by name, with values that options replace.
 
     Args:
       source: a path, an address in a store, or ``recipe:NAME``.
       sets: texts ``section.key=value`` with TOML values; a word without quotes is a text.
+      check_paths: whether the local paths of model and tokens must exist.
 
     Raises:
-      InputError: the file is missing, is not TOML, or has wrong keys or values; all at once.
+      InputError: the file is missing, is not TOML, or has wrong keys, values or paths; all at once.
       UsageError: there is no such shipped recipe, or only the options are wrong.
     """
     text, name, folder = _read(source)
-    return parse_recipe(text, name, folder=folder, sets=sets)
+    return parse_recipe(text, name, folder=folder, sets=sets, check_paths=check_paths)
 
 
 def parse_recipe(
-    text: str, name: str, *, folder: FilePath | None = None, sets: Sequence[str] = ()
+    text: str,
+    name: str,
+    *,
+    folder: FilePath | None = None,
+    sets: Sequence[str] = (),
+    check_paths: bool = False,
 ) -> Recipe:
     """Return the recipe in a text; see `load_recipe`.
 
@@ -74,6 +83,7 @@ def parse_recipe(
       name: of its file, in messages.
       folder: what relative paths are relative to; the working folder by default.
       sets: as of `load_recipe`.
+      check_paths: as of `load_recipe`.
 
     Raises:
       InputError: as `load_recipe`.
@@ -90,11 +100,13 @@ def parse_recipe(
     recipe = reader.section(Recipe, table, ())
     recipe = without_unread(recipe, {option.path for option in options})
     problems = [*reader.problems, *_faulty(faults(recipe), reader, options)]
-    if problems:
-        wrong = [problem for _, problem in problems]
+    recipe = _resolved(recipe, folder or FilePath(), options)
+    missing = list(_missing_paths(recipe, where)) if check_paths else []
+    if problems or missing:
+        wrong = [*(problem for _, problem in problems), *missing]
         of_file = any(not _set_by(path, options) for path, _ in problems)
-        raise InputError(wrong) if of_file else UsageError(wrong)
-    return _resolved(recipe, folder or FilePath(), options)
+        raise InputError(wrong) if of_file or missing else UsageError(wrong)
+    return recipe
 
 
 def parse_update(optimizer: str, sets: Sequence[str]) -> OptimizerSection:
@@ -311,6 +323,21 @@ def _resolved(recipe: Recipe, folder: FilePath, options: Sequence[_Option]) -> R
         evaluate=corpora("evaluate", recipe.data.evaluate),
     )
     return replace(recipe, model=model, data=data)
+
+
+def _missing_paths(recipe: Recipe, where: Callable[[KeyPath], str]) -> Iterator[Problem]:
+    """Yield the local paths of a resolved recipe at which nothing is."""
+    writer = "moecc tokens TEXT --tokenizer MODEL --out DIR writes a token folder"
+    paths: dict[KeyPath, str] = {("model", "source"): recipe.model.source}
+    for use, corpora in (("train", recipe.data.train), ("evaluate", recipe.data.evaluate)):
+        paths |= {("data", use, n, "tokens"): each.tokens for n, each in enumerate(corpora)}
+    for key, path in paths.items():
+        if not is_place(path) or os.path.exists(path) or split_reference(path) is not None:
+            continue
+        (problem,) = missing_place(FilePath(path)).problems
+        is_near = problem.hint is not None and FilePath(path).parent.is_dir()
+        hint = problem.hint if is_near or key[0] == "model" else writer
+        yield replace(problem, where=f"{where(key)}: {dotted(key)}", found=path, hint=hint)
 
 
 def _table(section: Any, name: str) -> Iterator[str]:

@@ -140,6 +140,29 @@ def test_options_replace_values_and_words_are_texts():
     assert recipe.data.evaluate[0].tokens == "hf:a/b"
 
 
+def test_paths_that_do_not_exist_come_with_what_else_is_wrong(tmp_path):
+    """With the lines of their keys; a step of a run and what is no path are left alone."""
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "r.toml").write_text(
+        '[model]\nsource = "m"\nstrat = 1\n[data]\n'
+        'train = [{tokens = "tokns"}, {tokens = "tokens"}, {tokens = "s3://b/t"}]\n'
+        'evaluate = [{tokens = "x/t"}]\n[run]\nsteps = 10\n'
+    )
+    with pytest.raises(InputError) as caught:
+        load_recipe(str(tmp_path / "r.toml"), check_paths=True)
+    missing = "there is no such file or folder"
+    assert [(p.where.rpartition("/")[2], p.message, p.hint) for p in caught.value.problems] == [
+        ("r.toml:3: model.strat", "no such key", "did you mean 'start'?"),
+        ("r.toml:2: model.source", missing, None),
+        ("r.toml:5: data.train.0.tokens", missing, "did you mean 'tokens'?"),
+        (
+            "r.toml:6: data.evaluate.0.tokens",
+            missing,
+            "moecc tokens TEXT --tokenizer MODEL --out DIR writes a token folder",
+        ),
+    ]
+
+
 def test_what_depends_on_a_replaced_value_is_left_out():
     """A recipe of eight devices runs on one, and a schedule is replaced alone."""
     text = (
