@@ -32,8 +32,9 @@ from moecc.jobs.command import (
     Weights,
     say_weights,
 )
-from moecc.model.inputs import length_problems, longest
+from moecc.model.inputs import context_remarks, length_problems, longest, stated_context
 from moecc.model.open import OpenedModel, load_files, open_model
+from moecc.support.console import say
 from moecc.support.extras import require
 from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
@@ -293,6 +294,10 @@ def generate_texts(
         tokens = tokenizer.encode_all(asked, special=not chat)
         check_prompts(model, tokens)
         is_encoded = DECODER_TOKENS in model.graph.inputs
+        # The last token is not read again.
+        most = how.count - 1 + (0 if is_encoded else max(map(len, tokens), default=0))
+        for remark in context_remarks(model.name, stated_context(model.graph), most):
+            say(f"remark: {remark}")
         by = continuer or Continuer(model)
         columns = _from_encoder(model, by, tokens, how) if is_encoded else _columns(by, tokens, how)
         rows = zip(prompts, columns, strict=True)

@@ -21,7 +21,7 @@ from moecc.backend import backend_with
 from moecc.decoding import Sampling
 from moecc.errors import InputError, MachineError
 from moecc.jobs.generate import Continuer, Continuing, end_tokens, load_tokenizer
-from moecc.model.inputs import longest
+from moecc.model.inputs import stated_context
 from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.support.untyped import Json
@@ -161,11 +161,7 @@ class HarnessModel:
     @cached_property
     def longest(self) -> int:
         """The tokens of a window."""
-        limits = (
-            self.model.graph.stated_config.get("max_position_embeddings"),
-            longest(self.model.graph),
-        )
-        return min(n for n in (*limits, LONGEST) if isinstance(n, int) and n > 0)
+        return min(stated_context(self.model.graph) or LONGEST, LONGEST)
 
 
 def _padded(

@@ -26,6 +26,24 @@ def longest(graph: Graph) -> int | None:
     return min(length_bounds(graph).values(), default=None)
 
 
+def stated_context(graph: Graph) -> int | None:
+    """Return the longest sequence that the config of a model states or its positions allow."""
+    limits = (graph.stated_config.get("max_position_embeddings"), longest(graph))
+    return min((n for n in limits if isinstance(n, int) and n > 0), default=None)
+
+
+def context_remarks(name: str, context: int | None, tokens: int) -> Iterator[str]:
+    """Yield a remark where sequences of a model are longer than the context that it states.
+
+    Rotary positions go on beyond it, to angles that no training has seen.
+    """
+    if context is not None and tokens > context:
+        yield (
+            f"{name}: sequences of up to {tokens:,} tokens are longer than the context that its "
+            f"config states, max_position_embeddings = {context:,}"
+        )
+
+
 def default_inputs(
     *graphs: Graph, batch: int = 2, seq: int = 128, seed: int = 1
 ) -> dict[str, Array]:

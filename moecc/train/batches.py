@@ -10,6 +10,7 @@ from functools import cached_property
 from numpy.typing import NDArray
 
 from moecc.errors import InputError, Problem, raise_problems
+from moecc.model.inputs import context_remarks
 from moecc.support.lazy import np
 from moecc.support.text import amount
 from moecc.train.objectives import (
@@ -565,7 +566,10 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
         shape=shape,
         seed=data.seed,
         folders={"/".join(key): folder for key, folder in folders.items()},
-        remarks=tuple(_remarks(rows, data)),
+        remarks=(
+            *context_remarks(model.name, model.context, max(data.seq, shape.decoder_seq)),
+            *_remarks(folders, rows, data),
+        ),
         _rows=trained,
         _mixture=mixture,
         evaluations={
@@ -601,8 +605,16 @@ ROUNDED_BY = 0.05
 """Hidden shares and spans that differ by more from the recipe's are a remark."""
 
 
-def _remarks(rows: Mapping[tuple[str, str], CorpusRows], data: DataSection) -> Iterator[str]:
-    for (_, name), each in rows.items():
+def _remarks(
+    folders: Mapping[Key, TokenFolder], rows: Mapping[Key, CorpusRows], data: DataSection
+) -> Iterator[str]:
+    for key, each in rows.items():
+        name, kind = key[1], folders[key].facts.kind
+        if kind != DOCUMENTS and not isinstance(each, ExampleRows):
+            yield (
+                f"{name}: the objective {data.objective.value} reads {kind} as texts, and predicts "
+                "prompts, too; the objective completion predicts what follows them"
+            )
         if isinstance(each, SpanRows):
             pairs = (("noise_density", each.hidden), ("mean_span", each.mean))
             for key, drawn in pairs:

@@ -14,7 +14,7 @@ from moecc.formats.files import read_whole
 from moecc.ir.conventions import DECODER_TOKENS, TOKENS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import index_bound
-from moecc.model.inputs import longest
+from moecc.model.inputs import longest, stated_context
 from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.train.tokens.encoders import tokenizer_digest
@@ -263,6 +263,7 @@ class ModelFacts:
       vocab: ids are below.
       inputs: the names of the graph's inputs.
       longest: the longest sequence that learned positions allow; None where nothing bounds it.
+      context: the longest sequence that its config states; None where it states none.
       pad: the id of padding, of its config; None without one.
       decoder_start: what a decoder begins with, of its config; None without one.
       tokenizer_digest: of the ``tokenizer.json`` beside its weights; None without one.
@@ -272,6 +273,7 @@ class ModelFacts:
     vocab: int
     inputs: tuple[str, ...]
     longest: int | None = None
+    context: int | None = None
     pad: int | None = None
     decoder_start: int | None = None
     tokenizer_digest: str | None = None
@@ -294,6 +296,7 @@ def facts_of(model: OpenedModel, graph: Graph | None = None) -> ModelFacts:
         vocab=(0 if bound is None else bound),
         inputs=tuple(graph.inputs),
         longest=longest(model.graph),
+        context=stated_context(model.graph),
         pad=pad if isinstance(pad, int) and pad >= 0 else None,
         decoder_start=start if isinstance(start, int) else None,
         tokenizer_digest=_digest(model),

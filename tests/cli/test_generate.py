@@ -71,6 +71,13 @@ def test_padding_and_truncation_of_batches_are_no_part_of_a_prompt(generate):
     assert padded.out == generate().out
 
 
+def test_a_text_beyond_the_stated_context_is_remarked(generate, dense):
+    stated = json.loads((dense / "config.json").read_text())["max_position_embeddings"]
+    assert "remark" not in generate().err
+    err = generate("--tokens", str(stated)).err
+    assert f"sequences of up to {stated + 1} tokens are longer than the context" in err
+
+
 def test_a_tokenizer_too_large_to_be_one_is_refused(generate, monkeypatch):
     monkeypatch.setattr("moecc.jobs.generate.MAX_TOKENIZER_BYTES", 100)
     generate(code=1, says="too large")

@@ -207,6 +207,20 @@ def test_a_corpus_may_be_called_order(tmp_path):
     assert first["train/order"] != second["train/order"]
 
 
+def test_sequences_beyond_the_stated_context_are_remarked(texts):
+    """Learned positions refuse them; rotary ones go on."""
+    stated = replace(DECODER, context=64)
+    assert opened(texts, stated).remarks == ()
+    (remark,) = opened(texts, stated, seq=65).remarks
+    assert remark.startswith("decoder: sequences of up to 65 tokens are longer than the context")
+
+
+def test_examples_that_are_read_as_texts_are_remarked(texts, examples):
+    assert opened(examples, objective=Objective.COMPLETION, evaluate=()).remarks == ()
+    (remark,) = opened(examples, evaluate=(Corpus(texts),)).remarks
+    assert remark.startswith("e: the objective causal reads examples as texts")
+
+
 def test_spans_that_are_rounded_are_reported(tmp_path):
     """Five letters hide 1 token, not 0.75; 400 need 20 spans of 3, and 101 sentinels are enough."""
     short, long = (write(tmp_path / n, {"text": n * size}) for n, size in (("s", 5), ("l", 400)))
