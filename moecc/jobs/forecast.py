@@ -29,6 +29,7 @@ from moecc.jobs.command import (
     write_whole,
 )
 from moecc.jobs.plan import plan_step
+from moecc.model.inputs import stated_context
 from moecc.model.open import open_model
 from moecc.plan.machines import find_machine
 from moecc.plan.step import TRAIN_PASSES, StepConfig
@@ -51,7 +52,11 @@ SAFETY = 2
 MOST_EPOCHS = 4
 """Epochs up to which repeated text is about as good as new text (Muennighoff et al. 2023)."""
 
+SEQUENCE = 4096
+"""Tokens of a sequence without a pilot, unless the model has a shorter context."""
+
 PILOT_STEPS = 300
+PILOT_WARMUP = 10
 FEWEST_SEEDS = 2
 FEWEST_BLOCKS = 5
 """Fewer means of steps than these have no line."""
@@ -129,8 +134,8 @@ def read_pilots(runs: Sequence[str], dense: int, sparse: int) -> PilotRuns:
     if shortest < fewest:
         raise InputError(
             "the pilot is too short", where="run.steps",
-            expected=f"at least {fewest} steps at a constant rate, of which the rate rises in "
-            f"{first.optimizer.warmup}", found=str(shortest),
+            expected=f"at least {fewest} steps: {first.optimizer.warmup} of warm-up, which are "
+            f"left out, and {FEWEST_BLOCKS * BLOCK_STEPS} at a constant rate", found=str(shortest),
         )  # fmt: skip
     pilots = tuple(Pilot(p.dense[:shortest], p.sparse[:shortest]) for p in pilots)
     folders = [open_tokens(corpus.tokens) for corpus in first.data.train]
@@ -296,8 +301,7 @@ def forecast(
             found=f"{counts[1]:,} after {passes}",
         )  # fmt: skip
     runs = read_pilots(pilot, *counts) if pilot else None
-    facts, draw = _forecast(model, dense, sparse, runs, tokens, limit, machine, price)
-    facts["pipeline"] = str(passes)
+    facts, draw = _forecast(model, str(passes), dense, sparse, runs, tokens, limit, machine, price)
     if serving is not None and (too_large := _too_large(facts["served_bytes"], serving)):
         facts = {**facts, "worth_it": False, "reasons": [*facts["reasons"], too_large]}
     if price is not None and facts["device_hours"] is not None:
@@ -309,6 +313,7 @@ def forecast(
 
 def _forecast(
     model: str,
+    pipeline: str,
     dense: Graph,
     sparse: Graph,
     runs: PilotRuns | None,
@@ -318,7 +323,8 @@ def _forecast(
     price: float | None,
 ) -> tuple[JsonDict, Callable[[], JsonDict] | None]:
     """Return the report as JSON values, and what draws the curves of a pilot."""
-    seq = 4096 if runs is None else runs.recipe.data.seq
+    context = stated_context(dense)
+    seq = min(SEQUENCE, context or SEQUENCE) if runs is None else runs.recipe.data.seq
     batch = None if runs is None else seq * runs.recipe.data.batch
     before, after = (_cost(model, graph, seq, batch, machine) for graph in (dense, sparse))
     ratio = after["flops_per_token"] / before["flops_per_token"]
@@ -327,16 +333,24 @@ def _forecast(
         # one's, whose meshes repeat the work of attention on every device.
         ratio = max(after["device_hours"] / before["device_hours"], min(ratio, 1.0))
     facts: JsonDict = {
-        "model": model, "machine": machine, "tokens_behind": tokens, "sequence": seq,
+        "model": model, "pipeline": pipeline, "machine": machine, "tokens_behind": tokens,
+        "sequence": seq,
         "dense": before, "sparse": after, "compute_ratio": ratio,
         "served_bytes": after["parameters"] * _SERVED_BYTES, "crossing": None, "flops": None,
         "device_hours": None, "price": None, "pilot": None,
     }  # fmt: skip
     if runs is None:
+        values = {
+            "optimizer.schedule": "constant", "optimizer.warmup": PILOT_WARMUP,
+            "run.steps": PILOT_STEPS, "data.seq": seq,
+        }  # fmt: skip
+        if before["step_tokens"] is not None:
+            values["data.batch"] = before["step_tokens"] // seq
         needed = (
             f"{FEWEST_SEEDS} seeds of both arms, {PILOT_STEPS} steps each: moecc train "
-            "recipe:continue-dense and recipe:upcycle with --set optimizer.schedule=constant"
-        )
+            f"recipe:continue-dense, and recipe:upcycle --set \"model.pipeline='{pipeline}'\", "
+            "both with data.seed=0 and with data.seed=1, and with"
+        ) + "".join(f" --set {key}={value}" for key, value in values.items())
         if before["device_hours"] is not None and after["device_hours"] is not None:
             hours = FEWEST_SEEDS * PILOT_STEPS * (before["device_hours"] + after["device_hours"])
             needed += f"; with {before['step_tokens']:,} tokens a step {hours:.3g} device-hours"

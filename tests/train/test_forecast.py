@@ -7,7 +7,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from moecc.jobs.forecast import Pilot, crossing_of, refusals
+from moecc.jobs.forecast import PILOT_STEPS, Pilot, crossing_of, refusals
 
 from .tiny import (
     GOLDEN,
@@ -149,7 +149,7 @@ def test_the_command_says_yes_or_why_not(arms, moecc):
     journal = arms / "sparse-1" / "metrics.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     for changed, message in (
-        (lines[:40], "too short"),
+        (lines[:40], "50 steps: 0 of warm-up, which are left out, and 50 at a constant rate"),
         ([x.replace("loss.cross_entropy", "loss.other") for x in lines], "no loss.cross_entropy"),
         (lines[10:], "step 11 after step 0"),
         (lines[:20] + lines[31:], "step 32 after step 20"),
@@ -196,3 +196,15 @@ def test_a_pilot_has_a_price(moecc):
     tokens, hours, cost = re.search(said, done.out).groups()
     assert float(cost) == pytest.approx(1000 * float(hours), rel=0.01)
     assert f"{moecc.plan(*words)['batch']['tokens']:,}" == tokens
+    sets = (
+        f"run.steps={PILOT_STEPS}", "optimizer.warmup=10", "optimizer.schedule=constant",
+        "data.seq=4096", f"data.batch={int(tokens.replace(',', '')) // 4096}",
+        "\"model.pipeline='upcycle{experts=16",
+    )  # fmt: skip
+    assert [text for text in sets if f"--set {text}" not in done.out] == []
+
+
+def test_a_model_with_a_short_context_has_sequences_of_its_length(moecc):
+    """A pilot's sequences are those that it trained on."""
+    done = moecc("forecast", GOLDEN / "llama_gqa", "--tokens", "1e9", "--format", "json")
+    assert done.json()["sequence"] == 64
