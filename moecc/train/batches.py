@@ -272,7 +272,9 @@ class _RowMaker:
                 str(folder.path),
                 needed,
                 kind,
-                f"moecc tokens … --kind {needed}",
+                "moecc tokens … --kind examples, or --kind chat"
+                if needed == "examples"
+                else f"moecc tokens … --kind {needed}",
             )
 
     def _of_special(self) -> Iterator[Problem]:

@@ -272,7 +272,7 @@ def test_all_misfits_come_at_once(texts, examples, tmp_path):
     expected = (
         "longer than the model has positions for",
         "ids beyond the vocabulary",
-        "the objective completion needs examples",
+        "--kind examples, or --kind chat",
         "ids beyond the vocabulary",
         "special tokens of the objective completion are beyond the vocabulary",
     )

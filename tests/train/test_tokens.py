@@ -149,10 +149,9 @@ def test_all_problems_of_the_texts_come_at_once(tmp_path):
     sources = (tmp_path / name for name in ("x.jsonl", "y.txt", "z.txt.gz", "w.jsonl"))
     texts = problems(tokenize, tmp_path / "out", *sources)
     assert [text.split("\n")[0].removeprefix(f"{tmp_path}/") for text in texts] == [
-        "x.jsonl:1: 'text' is not a text",
+        "x.jsonl:1, 4: 'text' is not a text",
         "x.jsonl:2: not JSON: Expecting value",
         "x.jsonl:3: the record has no 'text'",
-        "x.jsonl:4: 'text' is not a text",
         "x.jsonl:5: not an object",
         "y.txt: the text is not UTF-8",
         "z.txt.gz: not a whole gzip file: Compressed file ended before the end-of-stream marker was"
@@ -160,6 +159,22 @@ def test_all_problems_of_the_texts_come_at_once(tmp_path):
         "w.jsonl:1: 'text' has half a surrogate pair",
     ]
     assert list(tmp_path.glob("*out*")) == []
+
+
+@pytest.mark.parametrize(
+    ("record", "hint"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}]}, "--kind chat reads conversations"),
+        ({"prompt": "a", "completion": "b"}, "--kind examples reads prompts and completions"),
+        ({"body": "a"}, "--field names another key"),
+    ],
+)
+def test_records_of_another_kind_are_one_problem_with_a_way_out(tmp_path, record, hint):
+    source = write_lines(tmp_path / "x.jsonl", *[record] * 1200)
+    with pytest.raises(InputError) as caught:
+        tokenize(tmp_path / "out", source)
+    where, found = f"{source}:1, 2, 3, 4 and 1,196 more", ", ".join(record)
+    assert caught.value.problems == (Problem("the record has no 'text'", where, None, found, hint),)
 
 
 def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path):
@@ -170,6 +185,8 @@ def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path):
         tokenize(out, blank)
     with pytest.raises(InputError, match=r"no document is left for(?s:.*)found: 1 document in all"):
         tokenize(out, one, hold_out=0.5)
+    with pytest.raises(InputError, match="another share, or more records"):
+        tokenize(out, write_lines(tmp_path / "z.jsonl", {"text": "a"}), hold_out=0.5)
     with pytest.raises(InputError, match="no files of text"):
         tokenize(out, tmp_path, include=("*.csv",))
     with pytest.raises(InputError, match="no such file"):

@@ -9,9 +9,10 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,9 @@ SPLITS = ("file", "line", "paragraph", "form-feed")
 """The separators of documents in a text file."""
 
 LARGEST_DOCUMENT_BYTES = 64 << 20
+
+SHOWN_RECORDS = 4
+"""The limit on the records that a message names; more are counted."""
 
 _READ_BYTES = 1 << 20
 _JSON = (".jsonl", ".ndjson")
@@ -147,6 +151,16 @@ def _inside(folder: Path, include: Sequence[str]) -> list[Path]:
     return files
 
 
+def has_records(path: Path) -> bool:
+    """Whether a file has records, by its name, and no text."""
+    name = path.name.removesuffix(".gz").lower()
+    return name.endswith((*_JSON, ".parquet", _ARROW))
+
+
+_Fault = tuple[str, str | None]
+"""The message of a problem, and what was expected."""
+
+
 @dataclass
 class DocumentReader:
     """Reads documents, file by file.
@@ -161,6 +175,13 @@ class DocumentReader:
     problems: Problems = field(default_factory=Problems)
     sources: list[SourceFile] = field(default_factory=list)
     _empty: int = field(init=False, default=0)
+    _alike: dict[_Fault, list[Problem]] = field(init=False, default_factory=dict)
+    _counts: Counter[_Fault] = field(init=False, default_factory=Counter)
+
+    @property
+    def has_problems(self) -> bool:
+        """Whether something is wrong with what was read."""
+        return bool(self.problems or self._alike)
 
     def read(self, path: Path) -> Iterator[Document]:
         """Yield the documents of a file.
@@ -170,7 +191,23 @@ class DocumentReader:
         """
         self._empty = 0
         with os_errors(path), self.problems:
-            yield from self._documents(path)
+            try:
+                yield from self._documents(path)
+            finally:
+                self.problems.extend(
+                    _merged(alike, self._counts[fault], path)
+                    for fault, alike in self._alike.items()
+                )
+                self._alike.clear()
+                self._counts.clear()
+
+    def _note(self, problems: Iterable[Problem]) -> None:
+        """Record problems of a record; those of a file that are alike become one."""
+        for problem in problems:
+            fault = problem.message, problem.expected
+            self._counts[fault] += 1
+            if self._counts[fault] <= SHOWN_RECORDS:
+                self._alike.setdefault(fault, []).append(problem)
 
     def _documents(self, path: Path) -> Iterator[Document]:
         name = path.name.removesuffix(".gz").lower()
@@ -206,10 +243,10 @@ class DocumentReader:
                 reason = (
                     error.msg if isinstance(error, json.JSONDecodeError) else "too deep or long"
                 )
-                self.problems.add(f"not JSON: {reason}", where=where)
+                self._note([Problem(f"not JSON: {reason}", where)])
                 continue
             if not isinstance(record, dict):
-                self.problems.add("not an object", where=where, found=describe(record))
+                self._note([Problem("not an object", where, found=describe(record))])
             else:
                 yield from self._record(record, where)
 
@@ -221,15 +258,17 @@ class DocumentReader:
         faults = [
             p for key in self.format.keys for p in _key_fault(record, key, self.format, where)
         ]
-        self.problems.extend(faults)
+        self._note(faults)
         if faults:
             return
-        with self.problems:
+        try:
             for document in self.format.documents(record):
                 if document.completion is not None or document.text.strip():
                     yield document
                 else:
                     self._empty += 1
+        except InputError as error:
+            self._note(error.problems)
 
     def _table(self, path: Path) -> Iterator[Document]:
         """Yield the documents of a table of Parquet, or of Arrow as ``datasets`` saves it."""
@@ -261,7 +300,7 @@ class DocumentReader:
                         where=path,
                         expected=", ".join(keys),
                         found=", ".join(names),
-                        hint=_other_key(missing[0], self.format),
+                        hint=_other_key(missing[0], names, self.format),
                     )
                 rows = (row for batch in batches for row in batch.select(keys).to_pylist())
                 for number, record in enumerate(rows, 1):
@@ -272,22 +311,34 @@ class DocumentReader:
         self.sources.append(digest.source(path, self._empty))
 
 
+def _merged(alike: Sequence[Problem], count: int, path: Path) -> Problem:
+    """Return one problem of `count` records of a file, of the first of which it is `alike`."""
+    first, *others = alike
+    places = [str(problem.where).removeprefix(f"{path}:").strip() for problem in others]
+    more = f" and {count - len(alike):,} more" if count > len(alike) else ""
+    return replace(first, where=", ".join([str(first.where), *places]) + more)
+
+
 def _key_fault(record: Json, key: str, format: DocumentFormat, where: str) -> Iterator[Problem]:
     if key not in record:
         keys = ", ".join(map(str, list(record)[:8])) or "no keys"
-        hint = _other_key(key, format)
+        hint = _other_key(key, record, format)
         yield Problem(f"the record has no {key!r}", where, None, keys, hint=hint)
     elif format.kind == CHAT:
         yield from message_problems(record[key], where)
     elif type(record[key]) not in ((str,) if format.kind == DOCUMENTS else (str, int, float)):
-        hint = _other_key(key, format)
+        hint = _other_key(key, record, format)
         yield Problem(f"{key!r} is not a text", where, "a text", describe(record[key]), hint=hint)
     elif any("\ud800" <= c <= "\udfff" for c in str(record[key])):
         yield Problem(f"{key!r} has half a surrogate pair", where, "characters of Unicode")
 
 
-def _other_key(key: str, format: DocumentFormat) -> str:
-    """Return how another key than one that is missing is named."""
+def _other_key(key: str, names: Collection[str], format: DocumentFormat) -> str:
+    """Return the kind of records with keys of these `names`, or how another key is named."""
+    if MESSAGES in names and format.kind != CHAT:
+        return "--kind chat reads conversations"
+    if format.kind == DOCUMENTS and {"prompt", "completion"} <= {*names}:
+        return "--kind examples reads prompts and completions"
     if format.kind in (DOCUMENTS, CHAT):
         return "--field names another key"
     if key in _FIELD.findall(format.prompt):

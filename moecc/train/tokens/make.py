@@ -27,6 +27,7 @@ from moecc.train.tokens.documents import (
     Document,
     DocumentFormat,
     DocumentReader,
+    has_records,
     text_files,
 )
 from moecc.train.tokens.encoders import Encoder, IdArray, open_encoder
@@ -276,7 +277,7 @@ class _TokenMaker:
         for number, file in enumerate(files):
             for batch in self._batches(file):
                 # Once a problem was found, files are read to find the others.
-                if not self._reader.problems:
+                if not self._reader.has_problems:
                     self._write(batch)
             if progress is not None:
                 progress(sum(sizes[: number + 1]), sum(sizes))
@@ -358,7 +359,9 @@ class _TokenMaker:
                 where="--hold-out",
                 expected="documents in both parts",
                 found=f"{amount(count, 'document')} in all",
-                hint="another share, or --split paragraph for more documents",
+                hint="another share, or more records"
+                if all(map(has_records, files))
+                else "another share, or --split paragraph for more documents",
             )
         raise InputError(
             "the corpus is empty",
