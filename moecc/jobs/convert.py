@@ -553,7 +553,8 @@ def convert(
         if planned.unread:
             raise UsageError(
                 Problem("no pass reads this model", f"--experts {name}",
-                        hint=f"upcycle{{sources=base,{name}}}")
+                        hint=f"upcycle{{experts=4 sources=base,{name},base,{name}}}, say: "
+                        "the model of each copy")
                 for name in planned.unread
             )  # fmt: skip
         if proof is not None:

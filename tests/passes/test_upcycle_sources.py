@@ -84,9 +84,10 @@ def test_where_the_experts_of_one_model_are_chosen_it_is_computed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("experts=2 sources=base,a,b", "every copy comes from one model"),
+        ("experts=2 sources=base,a,b", "every copy comes from one model(?s:.*)hint: experts=3$"),
+        ("experts=4 sources=base,a", "hint: experts=2, or sources=base,a,base,a$"),
         ("experts=2 sources=base,a init=noise", "not made to differ"),
-        ("experts=2 rest=mean", "nothing to take a mean of"),
+        ("experts=2 rest=mean", "nothing to take a mean of(?s:.*)hint: sources=base,a names"),
     ],
 )
 def test_options_that_contradict_each_other(options, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from math import sqrt
 
 from moecc.analysis import FFNBlock, find_ffn_blocks
@@ -15,6 +16,7 @@ from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, ReadWeigh
 from moecc.rewrite.pattern import NearMiss
 from moecc.support.text import amount
 from moecc.types import F32, Axis, TensorType
+from moecc.weights.arithmetic import BASE
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.routed import causal_values, is_decoder, token_ids
@@ -180,15 +182,20 @@ def _routing(item: UpcycleOptions) -> Iterator[Problem]:
         yield from _decoders(item)
 
 
+_SHOWN_COPIES = 16
+
+
 def _sources(item: UpcycleOptions) -> Iterator[Problem]:
-    models = item.models
+    models, copies = item.models, item.experts // max(item.granularity, 1)
+    names = islice(cycle(models or (BASE, "a")), min(copies, _SHOWN_COPIES))
+    every_copy = ",".join([*names, *["…"] * (copies > _SHOWN_COPIES)])
     if not models and item.rest != "base":
         yield Problem(
             "without sources there is nothing to take a mean of",
             "rest",
             "base",
             item.rest,
-            "sources=base,a says which models",
+            f"sources={every_copy} names the model of each copy",
         )
     if models and len(models) * item.granularity != item.experts:
         yield Problem(
@@ -196,7 +203,8 @@ def _sources(item: UpcycleOptions) -> Iterator[Problem]:
             "sources",
             f"experts / granularity = {item.experts}/{item.granularity} names",
             f"{len(models)} names",
-            f"experts={len(models) * item.granularity}, or list a model more than once",
+            f"experts={len(models) * item.granularity}"
+            + (f", or sources={every_copy}" if len(models) < copies else ""),
         )
     if models and item.init != "copy":
         yield Problem("experts of several models are not made to differ", "init", "copy", item.init)
