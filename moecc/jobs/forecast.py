@@ -40,6 +40,7 @@ from moecc.support.lazy import graph_objects, np
 from moecc.support.page import drawing, render_page
 from moecc.support.text import count_text, size_text
 from moecc.support.untyped import JsonDict
+from moecc.train.batches import MOST_EPOCHS
 from moecc.train.recipe import Recipe, Schedule, Start
 from moecc.train.recipe_text import load_recipe, parse_recipe, recipe_file
 from moecc.train.run import read_run
@@ -48,9 +49,6 @@ from moecc.types import Array, Doubles
 
 SAFETY = 2
 """From this many times the crossing on a budget is enough: before, there is little to be won."""
-
-MOST_EPOCHS = 4
-"""Epochs up to which repeated text is about as good as new text (Muennighoff et al. 2023)."""
 
 SEQUENCE = 4096
 """Tokens of a sequence without a pilot, unless the model has a shorter context."""

@@ -40,7 +40,7 @@ from moecc.support.text import (
     time_text,
 )
 from moecc.support.untyped import JsonDict
-from moecc.train.batches import Batches, BatchShape
+from moecc.train.batches import Batches, BatchShape, epoch_remarks
 from moecc.train.events import (
     Evaluated,
     Event,
@@ -191,8 +191,6 @@ def dry_run_facts(
     lengths = _lengths(graph, shape)
     counted = sequence_flops(graph, lengths)
     rows, tokens = data.batch * recipe.run.steps, shape.seq + shape.decoder_seq
-    total = sum(corpus.weight for corpus in data.train)
-    shares = zip(batches.rows.items(), data.train, strict=True)
     counts = count_parameters(graph)
     settings = parameter_settings(graph, recipe.optimizer)
     types = {name: graph.params[name].type for name in settings}
@@ -223,7 +221,7 @@ def dry_run_facts(
             "seq": shape.seq,
             "decoder_seq": shape.decoder_seq,
             "tokens": rows * tokens,
-            "epochs": {name: rows * c.weight / total / count for (name, count), c in shares},
+            "epochs": batches.epochs(recipe),
         },
         "flops": {
             "forward_per_token": counted.per_token,
@@ -451,7 +449,11 @@ def train(
         job = _job(opened, recipe, out, resume, fork, sets, load, stored, check_plan)
         check_plan(job.recipe, job.graph)
         job = replace(job, traced_steps=profile)
-        remarks = [*training_remarks(job.graph, job.recipe), *job.batches.remarks]
+        remarks = [
+            *training_remarks(job.graph, job.recipe),
+            *job.batches.remarks,
+            *epoch_remarks(job.batches.epochs(job.recipe)),
+        ]
         if saved is not None:
             remarks += plan_remarks(saved, job)
         for remark in remarks:

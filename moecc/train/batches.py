@@ -537,6 +537,27 @@ class Batches:
         pairs = zip(self.folders, self._rows, strict=False)
         return {folder.removeprefix("train/"): rows.rows for folder, rows in pairs}
 
+    def epochs(self, recipe: Recipe) -> dict[str, float]:
+        """Return how often the run of a recipe reads each corpus of the mixture, by name."""
+        data, rows = recipe.data, recipe.data.batch * recipe.run.steps
+        total = sum(corpus.weight for corpus in data.train)
+        shares = zip(self.rows.items(), data.train, strict=True)
+        return {name: rows * corpus.weight / total / count for (name, count), corpus in shares}
+
+
+MOST_EPOCHS = 4
+"""Epochs up to which repeated text is about as good as new text (Muennighoff et al. 2023)."""
+
+
+def epoch_remarks(epochs: Mapping[str, float]) -> Iterator[str]:
+    """Yield a remark for each corpus that a run reads more than `MOST_EPOCHS` times."""
+    for name, count in epochs.items():
+        if count > MOST_EPOCHS:
+            yield (
+                f"{name} is read {count:.1f} times: text that is repeated more than {MOST_EPOCHS} "
+                "times is worth less than new text"
+            )
+
 
 def open_batches(data: DataSection, model: ModelFacts) -> Batches:
     """Open the token folders of a recipe for a model.

@@ -281,9 +281,9 @@ def train_passes(graph: Graph, recipe: Recipe) -> StepPasses:
     options |= {"replace": True, "metrics": True, "parts": recipe.run.micro_batches}
     # The step computes it with the cross entropy, where logits are in memory a chunk at a time.
     options.pop("output-z-coef", None)
-    if recipe.routing.balance >= 0:
+    if recipe.routing.balance is not None:
         options["balance-coef"] = recipe.routing.balance
-    if recipe.routing.z_loss >= 0:
+    if recipe.routing.z_loss is not None:
         options["z-coef"] = recipe.routing.z_loss
     if recipe.run.attention_z:
         options["attention-z-coef"] = recipe.run.attention_z

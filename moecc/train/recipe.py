@@ -142,8 +142,8 @@ class RoutingSection:
       groups: token groups of a step, within which a capacity is counted; 0 for one a sequence.
       capacity_factor: of training; 0 for what the graph says.
       eval_capacity_factor: of evaluation; 0 for what the graph says.
-      balance: coefficient of the load-balance loss; negative for the paper's 0.01.
-      z_loss: coefficient of the router z-loss; negative for the paper's 0.001.
+      balance: coefficient of the load-balance loss; None for the paper's 0.01.
+      z_loss: coefficient of the router z-loss; None for the paper's 0.001.
       bias_rate: step of the loss-free balance bias; 0 without one.
       jitter: training multiplies the router's input by 1 ± this.
       dropout: of training, on what sublayers add and on the hidden values of dense ones.
@@ -156,8 +156,8 @@ class RoutingSection:
     groups: Count = 0
     capacity_factor: NonNegative = 0.0
     eval_capacity_factor: NonNegative = 0.0
-    balance: float = -1.0
-    z_loss: float = -1.0
+    balance: NonNegative | None = None
+    z_loss: NonNegative | None = None
     bias_rate: NonNegative = 0.0
     jitter: Fraction = 0.0
     dropout: Fraction = 0.0
@@ -173,14 +173,14 @@ class ParameterGroup:
     Attributes:
       match: a glob over parameter names, or a group of the pass `freeze`, ``moe`` say.
       rate_factor: the rate of the parameters over that of the schedule.
-      decay: the weight decay; negative for that of the optimiser.
+      decay: the weight decay; None for that of the optimiser.
       freeze: no gradient, no moments, no update.
       from_step: trained after so many steps; until then as under `freeze`.
     """
 
     match: Words
     rate_factor: Positive = 1.0
-    decay: float = -1.0
+    decay: NonNegative | None = None
     freeze: bool = False
     from_step: Count = 0
 
@@ -622,7 +622,9 @@ def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterato
                 group.from_step,
                 "freeze = true never trains them",
             )
-        if group.freeze and (group.rate_factor != 1.0 or group.decay >= 0 or group.from_step):
+        if group.freeze and (
+            group.rate_factor != 1.0 or group.decay is not None or group.from_step
+        ):
             keys = ("freeze", "rate_factor", "decay", "from_step")
             yield Fault(
                 " ".join(f"{path}.{key}" for key in keys),

@@ -149,7 +149,7 @@ def shipped_text(name: str) -> str:
 
 
 def write_recipe(recipe: Recipe) -> str:
-    """Return the TOML of `recipe` with every default; `parse_recipe` reads the same recipe."""
+    """Return the TOML of `recipe` with its defaults; `parse_recipe` reads the same recipe."""
     return "\n".join(_table(recipe, "")).strip() + "\n"
 
 
@@ -341,8 +341,12 @@ def _missing_paths(recipe: Recipe, where: Callable[[KeyPath], str]) -> Iterator[
 
 
 def _table(section: Any, name: str) -> Iterator[str]:
-    """Yield the lines of a section: its values, and then the tables in it."""
+    """Yield the lines of a section: its values, and then the tables in it.
+
+    TOML has no value for None, which is what a key that is left out reads as.
+    """
     values = {f.name: getattr(section, f.name) for f in fields(section)}
+    values = {name: value for name, value in values.items() if value is not None}
     if name:
         yield f"[{name}]"
     for key, value in values.items():
@@ -397,5 +401,5 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
     elif _has_tables(value):
         for number, each in enumerate(value):
             yield from _flat(each, f"{path}.{number}")
-    elif not _WHERE.fullmatch(path) or not is_place(value):
+    elif value is not None and not (_WHERE.fullmatch(path) and is_place(value)):
         yield path, _text(value)

@@ -175,7 +175,7 @@ def _settings(
     return ParamSettings(
         free and not group.freeze,
         group.rate_factor,
-        group.decay if group.decay >= 0 else section.decay * is_matrix,
+        section.decay * is_matrix if group.decay is None else group.decay,
         tuple(names.index(n) for n in blocks),
         tuple(names.index(n) for n in over) if is_matrix else (),
         "vocab" in names,

@@ -6,7 +6,7 @@ from moecc.errors import InputError
 from moecc.families.describe import describe, sequence_flops
 from moecc.jobs.train import dry_run_facts, dry_run_text
 from moecc.plan.machines import parse_machine
-from moecc.train.batches import open_batches
+from moecc.train.batches import epoch_remarks, open_batches
 from moecc.train.recipe_text import parse_recipe
 from moecc.train.rows import ModelFacts
 
@@ -54,6 +54,10 @@ def test_counts_are_those_of_the_model(facts_of):
     assert facts["flops"]["run"] == 3 * counted.executed * 100 * 8
     text = dry_run_text(facts)
     assert "28.57 epochs of again" in text
+    remarks = list(epoch_remarks({**facts["data"]["epochs"], "few": 4.0}))
+    assert [remark.partition(":")[0] for remark in remarks] == [
+        "x is read 9.5 times", "again is read 28.6 times"
+    ]  # fmt: skip
     assert "pack-segments{documents=several},specialize{mode=train" in text
     assert "cpu:1: data=1, grouped, remat none" in text
 

@@ -6,7 +6,7 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.support.documents import toml_lines
-from moecc.train.recipe import Corpus, MeshSection, ModelSection
+from moecc.train.recipe import Corpus, MeshSection, ModelSection, RoutingSection
 from moecc.train.recipe_text import (
     load_recipe,
     parse_recipe,
@@ -32,7 +32,13 @@ def problems(text, *sets, error=InputError):
 
 def test_a_recipe_round_trips_with_every_default_written_out():
     recipe = small("mesh.mesh=data:2", 'optimizer.groups=[{match="moe", freeze=true}]')
-    assert parse_recipe(write_recipe(recipe), "x") == recipe
+    text = write_recipe(recipe)
+    assert parse_recipe(text, "x") == recipe
+    # TOML cannot say that a value is not set.
+    assert [key for key in ("\nbalance", "\nz_loss", "None", "-1") if key in text] == []
+    assert recipe_differences(recipe, replace(recipe, routing=RoutingSection(balance=0.0))) == [
+        "routing.balance: none → 0.0"
+    ]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
@@ -96,6 +102,7 @@ def test_all_problems_come_at_once_with_their_lines():
         ("optimizer.name=adam", "no such optimiser"),
         ("optimizer.update_clip=0.1", "where optimizer.name is adamw"),
         ("routing.dropout=1", "at least 0 and less than 1"),
+        ("routing.balance=-1", "0 or more"),
         ('optimizer.groups=[{match="moe", from_step=10}]', "freeze = true never trains them"),
         ('optimizer.groups=[{match="moe", rate_factor=0}]', "more than 0"),
         ('optimizer.groups=[{match="moe", rate=1e-5}]', "did you mean 'rate_factor'?"),
