@@ -554,7 +554,7 @@ def epoch_remarks(epochs: Mapping[str, float]) -> Iterator[str]:
     for name, count in epochs.items():
         if count > MOST_EPOCHS:
             yield (
-                f"{name} is read {count:.1f} times: text that is repeated more than {MOST_EPOCHS} "
+                f"{name} is read {count:,.1f} times: text that is repeated more than {MOST_EPOCHS} "
                 "times is worth less than new text"
             )
 
@@ -631,8 +631,8 @@ ROUNDED_BY = 0.05
 def _remarks(
     folders: Mapping[Key, TokenFolder], rows: Mapping[Key, CorpusRows], data: DataSection
 ) -> Iterator[str]:
-    for key, each in rows.items():
-        name, kind = key[1], folders[key].facts.kind
+    for (use, name), each in rows.items():
+        kind = folders[use, name].facts.kind
         if kind != DOCUMENTS and not isinstance(each, ExampleRows):
             yield (
                 f"{name}: the objective {data.objective.value} reads {kind} as texts, and predicts "

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, get_type_hints
 
 from moecc.errors import (
     InputError,
@@ -29,7 +29,7 @@ from moecc.errors import (
 )
 from moecc.formats.files import read_utf8
 from moecc.formats.open import missing_place
-from moecc.formats.run import split_reference
+from moecc.formats.run import RECIPE, is_run, split_reference
 from moecc.formats.store import Address, absolute_place, is_address, is_place, mirror
 from moecc.support.documents import KeyPath, parse_toml, toml_lines
 from moecc.support.record import RecordReader, dotted, line_of
@@ -99,7 +99,8 @@ def parse_recipe(
     reader = RecordReader(where)
     recipe = reader.section(Recipe, table, ())
     recipe = without_unread(recipe, {option.path for option in options})
-    problems = [*reader.problems, *_faulty(faults(recipe), reader, options)]
+    unread = [(path, _with_section(path, problem)) for path, problem in reader.problems]
+    problems = [*unread, *_faulty(faults(recipe), reader, options)]
     recipe = _resolved(recipe, folder or FilePath(), options)
     missing = list(_missing_paths(recipe, where)) if check_paths else []
     if problems or missing:
@@ -192,12 +193,24 @@ def _read(source: str) -> tuple[str, str, FilePath]:
         raise _with_hint(error, source) from None
 
 
+def _with_section(path: KeyPath, problem: Problem) -> Problem:
+    """Return the problem of a key that is none of its section with the sections that have it."""
+    sections = get_type_hints(Recipe).items()
+    owners = [f"'{name}.{path[-1]}'" for name, cls in sections if path[-1] in cls.__annotations__]
+    if problem.message != "no such key" or len(path) > 2 or not owners:
+        return problem
+    return replace(problem, hint=f"did you mean {' or '.join(owners)}?")
+
+
 def _with_hint(error: InputError, source: str) -> MoeccError:
-    """Return `error`, and whether a shipped recipe has the name of the missing file."""
+    """Return `error` with the recipe of the run at `source`, or the shipped one of its name."""
     name = FilePath(source).stem
-    if name not in shipped_recipes():
+    if is_run(source):
+        hint = f"{FilePath(source) / RECIPE} is the run's recipe; --resume continues the run"
+    elif name in shipped_recipes():
+        hint = f"moecc has a recipe of this name: {PREFIX}{name}"
+    else:
         return error
-    hint = f"moecc has a recipe of this name: {PREFIX}{name}"
     return InputError(replace(problem, hint=hint) for problem in error.problems)
 
 
@@ -235,6 +248,9 @@ def _options(sets: Sequence[str], table: JsonDict) -> list[_Option]:
                     raise UsageError(
                         "the recipe has no such table",
                         where=f"--set {printable(option.text)}",
+                        expected=f"{dotted(option.path[:number])}=[…], with all of the list"
+                        if isinstance(at, list)
+                        else None,
                         found=dotted(option.path[: number + 1]),
                     )
         except UsageError as error:

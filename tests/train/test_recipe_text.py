@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moecc.errors import InputError, UsageError
+from moecc.formats.run import GRAPH, LINEAGE, RECIPE
 from moecc.support.documents import toml_lines
 from moecc.train.recipe import Corpus, MeshSection, ModelSection, RoutingSection
 from moecc.train.recipe_text import (
@@ -128,6 +129,10 @@ def test_all_problems_come_at_once_with_their_lines():
         ("model.start=random; model.moments=carry", "no moments to carry"),
         ("run.steps=1e400", "another type"),
         ("optimizer.rate=inf", "not a finite number"),
+        ("seq=16", "did you mean 'data.seq'?"),
+        ("optimizer.steps=16", "did you mean 'run.steps'?"),
+        ("data.train=t", "expected: a list of tables with tokens, weight, name"),
+        ("data.train.1.tokens=t", "expected: data.train=[…], with all of the list"),
         ("run.seed=9223372036854775808", "too large a number"),
     ],
 )
@@ -208,6 +213,13 @@ def test_bad_files_are_one_message(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_recipe(str(path))
+
+
+def test_a_run_in_the_place_of_a_recipe_has_one(tmp_path):
+    for name in (RECIPE, GRAPH, LINEAGE):
+        (tmp_path / name).write_text(SMALL)
+    with pytest.raises(InputError, match=r"recipe\.toml is the run's recipe; --resume"):
+        load_recipe(str(tmp_path))
 
 
 def test_a_misspelt_name_of_a_recipe_has_a_suggestion():

@@ -177,6 +177,28 @@ def test_records_of_another_kind_are_one_problem_with_a_way_out(tmp_path, record
     assert caught.value.problems == (Problem("the record has no 'text'", where, None, found, hint),)
 
 
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (DocumentFormat("examples", field="q"), "--field: it has no effect"),
+        (DocumentFormat(prompt="{q}"), "--prompt: it has no effect"),
+        (DocumentFormat("chat", "messages", completion="{q}"), "--completion: it has no effect"),
+    ],
+)
+def test_options_without_effect_are_rejected(tmp_path, form, message):
+    with pytest.raises(UsageError, match=message):
+        tokenize(tmp_path / "out", tmp_path / "x.jsonl", format=form)
+
+
+def test_a_list_in_the_place_of_lines_and_a_misspelt_tokenizer_have_a_way_out(tmp_path):
+    source = tmp_path / "x.jsonl"
+    source.write_text('[{"text": "a"},\n{"text": "b"}]')
+    with pytest.raises(InputError, match=r"jq -c '\.\[\]' makes lines"):
+        tokenize(tmp_path / "out", source)
+    with pytest.raises(InputError, match=r"did you mean 'x\.jsonl'"):
+        tokenize(tmp_path / "out", source, tokenizer=str(tmp_path / "x.json"))
+
+
 def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path):
     out, blank, one = (tmp_path / name for name in ("out", "x.txt", "y.txt"))
     blank.write_text(" \n")

@@ -108,6 +108,24 @@ class DocumentFormat:
             yield Document(_filled(self.prompt, record), _filled(self.completion, record))
 
 
+def unread_options(format: DocumentFormat) -> Iterator[Problem]:
+    """Yield the options that have no effect on records of the kind of a format."""
+    if format.kind in (DOCUMENTS, CHAT):
+        names, hint = ("prompt", "completion"), "--kind examples and --kind labelled have templates"
+    else:
+        names, hint = ("field",), "--prompt and --completion name the keys: '{KEY}'"
+    for name in names:
+        value = getattr(format, name)
+        if value != getattr(DocumentFormat, name):
+            yield Problem(
+                f"it has no effect on records of --kind {format.kind}",
+                f"--{name}",
+                None,
+                value,
+                hint,
+            )
+
+
 def _filled(template: str, record: Json) -> str:
     return _FIELD.sub(lambda match: str(record[match.group(1)]), template)
 
@@ -243,7 +261,9 @@ class DocumentReader:
                 reason = (
                     error.msg if isinstance(error, json.JSONDecodeError) else "too deep or long"
                 )
-                self._note([Problem(f"not JSON: {reason}", where)])
+                lines = "a record is a line; jq -c '.[]' makes lines of the list of a file"
+                hint = lines if number == 1 and line.lstrip().startswith(b"[") else None
+                self._note([Problem(f"not JSON: {reason}", where, hint=hint)])
                 continue
             if not isinstance(record, dict):
                 self._note([Problem("not an object", where, found=describe(record))])

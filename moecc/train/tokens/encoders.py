@@ -7,6 +7,7 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from moecc.chat import CHAT_FILES, ChatTemplate, read_template
 from moecc.errors import InputError
 from moecc.formats.files import read_bounded, read_json_object, read_whole
+from moecc.formats.open import missing_place
 from moecc.formats.run import SOURCE, split_reference
 from moecc.support.lazy import np
 from moecc.support.process import Closing
@@ -166,11 +168,11 @@ class TokenizerEncoder(Encoder):
         folder = path.parent if path.is_file() else path
         file = path if path.is_file() else folder / "tokenizer.json"
         if not file.is_file():
-            raise InputError(
-                "no tokenizer.json",
-                where=path,
-                hint="--tokenizer takes a checkpoint, a GGUF file, a run, or the word bytes",
-            )
+            hint = "--tokenizer takes a checkpoint, a GGUF file, a run, or the word bytes"
+            if not path.exists():
+                (problem,) = missing_place(path).problems
+                raise InputError([replace(problem, hint=problem.hint or hint)])
+            raise InputError("no tokenizer.json", where=path, hint=hint)
         self._data = read_bounded(file, _LARGEST_TOKENIZER_BYTES)
         self._where = str(file)
         self._used = 0
