@@ -40,7 +40,7 @@ from moecc.support.text import (
     time_text,
 )
 from moecc.support.untyped import JsonDict
-from moecc.train.batches import Batches, BatchShape, epoch_remarks
+from moecc.train.batches import Batches, BatchShape, run_remarks
 from moecc.train.events import (
     Evaluated,
     Event,
@@ -452,7 +452,7 @@ def train(
         remarks = [
             *training_remarks(job.graph, job.recipe),
             *job.batches.remarks,
-            *epoch_remarks(job.batches.epochs(job.recipe)),
+            *run_remarks(job.batches, job.recipe),
         ]
         if saved is not None:
             remarks += plan_remarks(saved, job)

@@ -364,7 +364,7 @@ def _expected(hint: Hint) -> str:
     if origin is Literal:
         return " | ".join(map(str, args))
     if is_dataclass(hint):
-        return f"tables with {', '.join(_fields_of(hint))}"
+        return f"tables with {', '.join(_fields_of(cast(Hint, hint)))}"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return " | ".join(str(each.value) for each in hint)
     return _WORDS.get(hint, "an object")

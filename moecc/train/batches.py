@@ -549,9 +549,17 @@ MOST_EPOCHS = 4
 """Epochs up to which repeated text is about as good as new text (Muennighoff et al. 2023)."""
 
 
-def epoch_remarks(epochs: Mapping[str, float]) -> Iterator[str]:
-    """Yield a remark for each corpus that a run reads more than `MOST_EPOCHS` times."""
-    for name, count in epochs.items():
+def run_remarks(batches: Batches, recipe: Recipe) -> Iterator[str]:
+    """Yield remarks on text that a run reads too often, or both trains and is evaluated on."""
+    trained, held_out = (
+        {n.removeprefix(use): f for n, f in batches.folders.items() if n.startswith(use)}
+        for use in ("train/", "evaluate/")
+    )
+    digests = {folder.facts.digest for folder in trained.values()}
+    for name, folder in held_out.items():
+        if folder.facts.digest in digests:
+            yield f"{name}: data.evaluate has the tokens of data.train, on which the run trains"
+    for name, count in batches.epochs(recipe).items():
         if count > MOST_EPOCHS:
             yield (
                 f"{name} is read {count:,.1f} times: text that is repeated more than {MOST_EPOCHS} "

@@ -479,6 +479,11 @@ def training_remarks(graph: Graph, recipe: Recipe) -> Iterator[str]:
                 f"most {factor * rate:.3g} for {group.match}; a rate of {factor:g} is "
                 f"rate_factor = {factor / rate:.3g}"
             )
+    if recipe.run.dtype == "f16":
+        yield (
+            "run.dtype = f16: gradients below 6e-8 become 0, as losses are not scaled; bf16 has "
+            "the range of f32"
+        )
     routing = recipe.routing
     if not any(node.op.assigns_slots for node in graph.every_node()):
         unread = [f.name for f in fields(routing) if getattr(routing, f.name) != f.default]

@@ -1,12 +1,14 @@
 """What a dry run says: counts that are right, and what a plan predicts."""
 
+from dataclasses import replace
+
 import pytest
 
 from moecc.errors import InputError
 from moecc.families.describe import describe, sequence_flops
 from moecc.jobs.train import dry_run_facts, dry_run_text
 from moecc.plan.machines import parse_machine
-from moecc.train.batches import epoch_remarks, open_batches
+from moecc.train.batches import open_batches, run_remarks
 from moecc.train.recipe_text import parse_recipe
 from moecc.train.rows import ModelFacts
 
@@ -54,12 +56,21 @@ def test_counts_are_those_of_the_model(facts_of):
     assert facts["flops"]["run"] == 3 * counted.executed * 100 * 8
     text = dry_run_text(facts)
     assert "28.57 epochs of again" in text
-    remarks = list(epoch_remarks({**facts["data"]["epochs"], "few": 4.0}))
-    assert [remark.partition(":")[0] for remark in remarks] == [
-        "x is read 9.5 times", "again is read 28.6 times"
-    ]  # fmt: skip
     assert "pack-segments{documents=several},specialize{mode=train" in text
     assert "cpu:1: data=1, grouped, remat none" in text
+
+
+def test_text_that_is_read_too_often_or_held_out_as_well_is_remarked(tmp_path):
+    tokens_of("some text " * 64, tmp_path / "x")
+    recipe = parse_recipe(RECIPE, "r", folder=tmp_path, sets=["run.steps=21"])
+    recipe = replace(recipe, data=replace(recipe.data, evaluate=recipe.data.train[1:]))
+    batches = open_batches(recipe.data, ModelFacts("m", 384, ("tokens",)))
+    # 168 rows: 42 and 126, of 21.
+    assert list(run_remarks(batches, recipe)) == [
+        "again: data.evaluate has the tokens of data.train, on which the run trains",
+        "again is read 6.0 times: text that is repeated more than 4 times is worth less than new "
+        "text",
+    ]
 
 
 def test_groups_have_their_rates(facts_of):

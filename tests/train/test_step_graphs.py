@@ -190,3 +190,10 @@ def test_a_factor_that_may_be_meant_as_a_rate_is_remarked():
         "optimizer.groups.1.rate_factor = 1e-05 times optimizer.rate is at most 1e-08 for *; "
         "a rate of 1e-05 is rate_factor = 0.01"
     )
+
+
+def test_a_type_whose_range_is_small_is_remarked():
+    graph = golden_graph("llama_gqa")
+    half, brain = (replace(RECIPE, run=replace(RECIPE.run, dtype=t)) for t in ("f16", "bf16"))
+    assert [text[:15] for text in training_remarks(graph, half)] == ["run.dtype = f16"]
+    assert list(training_remarks(graph, brain)) == []

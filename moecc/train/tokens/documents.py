@@ -110,10 +110,9 @@ class DocumentFormat:
 
 def unread_options(format: DocumentFormat) -> Iterator[Problem]:
     """Yield the options that have no effect on records of the kind of a format."""
+    names, hint = ["field"], "--prompt and --completion name the keys: '{KEY}'"
     if format.kind in (DOCUMENTS, CHAT):
-        names, hint = ("prompt", "completion"), "--kind examples and --kind labelled have templates"
-    else:
-        names, hint = ("field",), "--prompt and --completion name the keys: '{KEY}'"
+        names, hint = ["prompt", "completion"], "--kind examples and --kind labelled have templates"
     for name in names:
         value = getattr(format, name)
         if value != getattr(DocumentFormat, name):
