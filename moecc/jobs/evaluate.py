@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp
+from pathlib import Path
 from typing import Annotated, Any
 
 from moecc.analysis import document_mixtures
 from moecc.backend import backend_with, get_backend
 from moecc.decoding import ReadOnce
+from moecc.errors import Problem, raise_problems
 from moecc.families.describe import sequence_flops
 from moecc.ir.conventions import LOGITS
 from moecc.ir.graph import Graph, Value
@@ -56,7 +58,7 @@ from moecc.train.scoring import (
     macro_f1,
     paired_difference,
 )
-from moecc.train.tokens.folder import DOCUMENTS, LABELLED, TokenFolder, open_tokens
+from moecc.train.tokens.folder import DOCUMENTS, FACTS, LABELLED, TokenFolder, open_tokens
 from moecc.types import F32, Array, Arrays, DType, float_type
 
 # Evaluate models on held-out token folders: losses, paired differences, accuracies of tasks.
@@ -370,6 +372,11 @@ def evaluate(
     load_files(load)
     spec = EvaluationSpec(sequence, batch, batches, float_type(dtype))
     folders = {name: open_tokens(path) for name, path in _named(data)}
+    raise_problems(
+        Problem("a token folder is no model", name, hint=f"--data {name}")
+        for name in models
+        if Path(name, FACTS).is_file()
+    )
     for name in models:  # a wrong one shows before the first is run
         with open_model(name) as model:
             for folder in folders.values():

@@ -84,6 +84,8 @@ def tokens(
     )
     with signals_raised(), Bar("encoding") as bar:
         parts = make_tokens(making, Path(out), force=force, progress=bar)
+    for remark in documents.format_remarks(making.format):
+        say(f"remark: {remark}")
     sources = next(iter(parts.values())).sources
     if empty := [source for source in sources if source.empty]:
         left_out = amount(sum(source.empty for source in empty), "empty document")

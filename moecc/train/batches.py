@@ -267,8 +267,9 @@ class _RowMaker:
         needed = {Objective.COMPLETION: "examples", Objective.CLASSIFY: LABELLED}.get(objective)
         is_other = kind == DOCUMENTS or (needed == LABELLED and kind != LABELLED)
         if needed is not None and is_other:
+            noun = "labelled examples" if needed == LABELLED else needed
             yield Problem(
-                f"the objective {objective.value} needs {needed}",
+                f"the objective {objective.value} needs {noun}",
                 str(folder.path),
                 needed,
                 kind,
@@ -643,8 +644,8 @@ def _remarks(
         kind = folders[use, name].facts.kind
         if kind != DOCUMENTS and not isinstance(each, ExampleRows):
             yield (
-                f"{name}: the objective {data.objective.value} reads {kind} as texts, and predicts "
-                "prompts, too; the objective completion predicts what follows them"
+                f"{name}: the objective {data.objective.value} reads examples as texts, and "
+                "predicts prompts, too; the objective completion predicts what follows them"
             )
         if isinstance(each, SpanRows):
             pairs = (("noise_density", each.hidden), ("mean_span", each.mean))

@@ -183,11 +183,21 @@ def test_records_of_another_kind_are_one_problem_with_a_way_out(tmp_path, record
         (DocumentFormat("examples", field="q"), "--field: it has no effect"),
         (DocumentFormat(prompt="{q}"), "--prompt: it has no effect"),
         (DocumentFormat("chat", "messages", completion="{q}"), "--completion: it has no effect"),
+        (DocumentFormat("examples", completion="q"), "hint: --completion '{q}'"),
     ],
 )
 def test_options_without_effect_are_rejected(tmp_path, form, message):
     with pytest.raises(UsageError, match=message):
         tokenize(tmp_path / "out", tmp_path / "x.jsonl", format=form)
+
+
+def test_a_prompt_that_is_always_the_same_is_a_remark(tmp_path, moecc):
+    source = write_lines(tmp_path / "x.jsonl", {"q": "a", "completion": "b"})
+    words = ("tokens", source, "--tokenizer", "bytes", "--kind", "examples", "--prompt")
+    assert moecc(*words, "q", "--out", tmp_path / "same").err == (
+        "remark: every prompt is 'q': {KEY} stands for a value of the record\n"
+    )
+    assert moecc(*words, "{q}", "--out", tmp_path / "own").err == ""
 
 
 def test_a_list_in_the_place_of_lines_and_a_misspelt_tokenizer_have_a_way_out(tmp_path):

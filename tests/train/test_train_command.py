@@ -174,6 +174,8 @@ def test_all_models_are_opened_before_the_first_is_evaluated(folder, moecc, monk
     code, _, err = moecc("evaluate", folder / "run", folder / "nowhere", "--data", data)
     assert code == 1
     assert "nowhere: there is no such file or folder" in err
+    code, _, err = moecc("evaluate", folder / "run", data, "--data", data)
+    assert (code, f"hint: --data {data}" in err) == (1, True)
 
 
 def test_slow_batches_are_announced_before_the_first_is_scored(folder, moecc, monkeypatch):

@@ -108,21 +108,33 @@ class DocumentFormat:
             yield Document(_filled(self.prompt, record), _filled(self.completion, record))
 
 
-def unread_options(format: DocumentFormat) -> Iterator[Problem]:
-    """Yield the options that have no effect on records of the kind of a format."""
-    names, hint = ["field"], "--prompt and --completion name the keys: '{KEY}'"
-    if format.kind in (DOCUMENTS, CHAT):
-        names, hint = ["prompt", "completion"], "--kind examples and --kind labelled have templates"
+def format_problems(format: DocumentFormat) -> Iterator[Problem]:
+    """Yield the options that have no effect on records of a kind, and a completion without keys."""
+    is_template = format.kind not in (DOCUMENTS, CHAT)
+    names, hint = ["prompt", "completion"], "--kind examples and --kind labelled have templates"
+    if is_template:
+        names, hint = ["field"], "--prompt and --completion name the keys: '{KEY}'"
     for name in names:
         value = getattr(format, name)
         if value != getattr(DocumentFormat, name):
-            yield Problem(
-                f"it has no effect on records of --kind {format.kind}",
-                f"--{name}",
-                None,
-                value,
-                hint,
-            )
+            message = f"it has no effect on records of --kind {format.kind}"
+            yield Problem(message, f"--{name}", None, value, hint)
+    if is_template and not _FIELD.search(format.completion):
+        yield Problem(
+            "every completion would be the same",
+            "--completion",
+            "a template with {KEY} for a value of the record",
+            format.completion,
+            f"--completion '{{{format.completion.strip()}}}'"
+            if format.completion.strip()
+            else None,
+        )
+
+
+def format_remarks(format: DocumentFormat) -> Iterator[str]:
+    """Yield a remark where every prompt is the same text."""
+    if format.kind not in (DOCUMENTS, CHAT) and format.prompt and not _FIELD.search(format.prompt):
+        yield f"every prompt is {format.prompt!r}: {{KEY}} stands for a value of the record"
 
 
 def _filled(template: str, record: Json) -> str:

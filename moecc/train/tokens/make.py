@@ -27,9 +27,9 @@ from moecc.train.tokens.documents import (
     Document,
     DocumentFormat,
     DocumentReader,
+    format_problems,
     has_records,
     text_files,
-    unread_options,
 )
 from moecc.train.tokens.encoders import Encoder, IdArray, open_encoder
 from moecc.train.tokens.folder import (
@@ -244,7 +244,7 @@ def make_tokens(
     kinds = (*KINDS, CHAT)
     if making.format.kind not in kinds:
         problems.append(Problem("no such kind", "--kind", " | ".join(kinds), making.format.kind))
-    problems += unread_options(making.format)
+    problems += format_problems(making.format)
     raise_problems(problems, UsageError)
     files = text_files(making.texts, making.include)
     with ExitStack() as stack:
