@@ -580,14 +580,14 @@ def _optimizer(optimizer: OptimizerSection) -> Iterator[Fault]:
 
 
 def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
-    if optimizer.warmup > run.steps:
+    is_wsd = optimizer.schedule is Schedule.WSD
+    if optimizer.warmup > run.steps and not is_wsd:
         yield Fault(
             "optimizer.warmup run.steps",
             "the warm-up is longer than the run",
             f"at most steps = {run.steps}",
             optimizer.warmup,
         )
-    is_wsd = optimizer.schedule is Schedule.WSD
     if is_wsd and optimizer.decay_steps == 0:
         yield Fault(
             "optimizer.decay_steps optimizer.schedule",
@@ -596,12 +596,12 @@ def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
             0,
         )
     together = optimizer.warmup + optimizer.decay_steps
-    if is_wsd and optimizer.warmup <= run.steps < together:
+    if is_wsd and run.steps < together:
         yield Fault(
             "optimizer.decay_steps optimizer.warmup run.steps",
             "warm-up and decay together are longer than the run",
             f"at most steps = {run.steps}",
-            together,
+            f"{optimizer.warmup} + {optimizer.decay_steps}",
         )
 
 

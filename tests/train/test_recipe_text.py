@@ -100,6 +100,10 @@ def test_all_problems_come_at_once_with_their_lines():
             "optimizer.schedule=wsd; optimizer.warmup=6; optimizer.decay_steps=5",
             "together are longer",
         ),
+        (
+            "run.steps=9; optimizer.schedule=wsd; optimizer.warmup=10; optimizer.decay_steps=20",
+            "at most steps = 9\n  found: 10 + 20",
+        ),
         ("optimizer.name=adam", "no such optimiser"),
         ("optimizer.update_clip=0.1", "where optimizer.name is adamw"),
         ("routing.dropout=1", "at least 0 and less than 1"),
