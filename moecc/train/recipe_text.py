@@ -28,7 +28,7 @@ from moecc.errors import (
     unknown_name,
 )
 from moecc.formats.files import read_utf8
-from moecc.formats.open import missing_place
+from moecc.formats.open import cached, is_model_id, missing_place
 from moecc.formats.run import RECIPE, is_run, split_reference
 from moecc.formats.store import Address, absolute_place, is_address, is_place, mirror
 from moecc.support.documents import KeyPath, parse_toml, toml_lines
@@ -332,7 +332,10 @@ def _resolved(recipe: Recipe, folder: FilePath, options: Sequence[_Option]) -> R
             for n, c in enumerate(relative)
         )
 
-    model = replace(recipe.model, source=absolute(recipe.model.source, ("model", "source")))
+    source = absolute(recipe.model.source, ("model", "source"))
+    if is_model_id(recipe.model.source) and not FilePath(source).parent.exists():
+        source = recipe.model.source  # ORG/NAME, which is looked up in the cache of the hub
+    model = replace(recipe.model, source=source)
     data = replace(
         recipe.data,
         train=corpora("train", recipe.data.train),
@@ -348,7 +351,7 @@ def _missing_paths(recipe: Recipe, where: Callable[[KeyPath], str]) -> Iterator[
     for use, corpora in (("train", recipe.data.train), ("evaluate", recipe.data.evaluate)):
         paths |= {("data", use, n, "tokens"): each.tokens for n, each in enumerate(corpora)}
     for key, path in paths.items():
-        if not is_place(path) or os.path.exists(path) or split_reference(path) is not None:
+        if not is_place(path) or os.path.exists(path) or split_reference(path) or cached(path):
             continue
         (problem,) = missing_place(FilePath(path)).problems
         is_near = problem.hint is not None and FilePath(path).parent.is_dir()

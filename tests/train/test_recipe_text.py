@@ -179,6 +179,19 @@ def test_paths_that_do_not_exist_come_with_what_else_is_wrong(tmp_path):
     ]
 
 
+def test_a_model_in_the_cache_of_the_hub_is_named_as_there(tmp_path, monkeypatch):
+    """As in other commands; a run, which is parsed in another folder, has the same name."""
+    (tmp_path / "r.toml").write_text(SMALL.replace('"m"', '"org/name"').replace('"t"', '"."'))
+    with pytest.raises(InputError, match=r"hint: hf://org/name is the model of that name"):
+        load_recipe(str(tmp_path / "r.toml"), check_paths=True)
+    monkeypatch.setattr("moecc.train.recipe_text.cached", {"org/name": tmp_path}.get)
+    recipe = load_recipe(str(tmp_path / "r.toml"), check_paths=True)
+    assert recipe.model.source == "org/name"
+    assert parse_recipe(write_recipe(recipe), "r", folder=tmp_path) == recipe
+    (tmp_path / "org").mkdir()
+    assert load_recipe(str(tmp_path / "r.toml")).model.source == str(tmp_path / "org" / "name")
+
+
 def test_what_depends_on_a_replaced_value_is_left_out():
     """A recipe of eight devices runs on one, and a schedule is replaced alone."""
     text = (
