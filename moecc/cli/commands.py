@@ -200,6 +200,8 @@ class _Choice(click.Choice[str]):
 class _FiniteRange(click.FloatRange):
     """A range without infinity and NaN, of which the first is above and the second beside all."""
 
+    name = "number"  # in messages: not a valid number
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not isfinite(number):

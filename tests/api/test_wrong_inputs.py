@@ -251,6 +251,7 @@ COMMANDS = {
     "train recipe:finetune --out out": (2, "did you mean 'st-moe-finetune'"),
     "train --resume empty": (1, "not the folder of a run"),
     "tokens latin1.txt --tokenizer bytes --out out": (1, "not UTF-8"),
+    "tokens file --tokenizer bytes --out out --hold-out 10%": (2, "not a valid number"),
     "evaluate dense --data empty": (1, "not a token folder"),
     "report empty --html out.html": (1, "not the folder of a run"),
     "launch -n 0 -- true": (2, "not in the range"),
