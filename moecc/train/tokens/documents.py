@@ -186,7 +186,7 @@ def has_records(path: Path) -> bool:
     return name.endswith((*_JSON, ".parquet", _ARROW))
 
 
-_Fault = tuple[str, str | None]
+_ProblemKind = tuple[str, str | None]
 """The message of a problem, and what was expected."""
 
 
@@ -204,8 +204,8 @@ class DocumentReader:
     problems: Problems = field(default_factory=Problems)
     sources: list[SourceFile] = field(default_factory=list)
     _empty: int = field(init=False, default=0)
-    _alike: dict[_Fault, list[Problem]] = field(init=False, default_factory=dict)
-    _counts: Counter[_Fault] = field(init=False, default_factory=Counter)
+    _alike: dict[_ProblemKind, list[Problem]] = field(init=False, default_factory=dict)
+    _counts: Counter[_ProblemKind] = field(init=False, default_factory=Counter)
 
     @property
     def has_problems(self) -> bool:
@@ -224,8 +224,7 @@ class DocumentReader:
                 yield from self._documents(path)
             finally:
                 self.problems.extend(
-                    _merged(alike, self._counts[fault], path)
-                    for fault, alike in self._alike.items()
+                    _merged(alike, self._counts[kind], path) for kind, alike in self._alike.items()
                 )
                 self._alike.clear()
                 self._counts.clear()
@@ -233,10 +232,10 @@ class DocumentReader:
     def _note(self, problems: Iterable[Problem]) -> None:
         """Record problems of a record; those of a file that are alike become one."""
         for problem in problems:
-            fault = problem.message, problem.expected
-            self._counts[fault] += 1
-            if self._counts[fault] <= SHOWN_RECORDS:
-                self._alike.setdefault(fault, []).append(problem)
+            kind = problem.message, problem.expected
+            self._counts[kind] += 1
+            if self._counts[kind] <= SHOWN_RECORDS:
+                self._alike.setdefault(kind, []).append(problem)
 
     def _documents(self, path: Path) -> Iterator[Document]:
         name = path.name.removesuffix(".gz").lower()
