@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal
 from moecc.errors import Problem, Problems, quoted
 from moecc.formats.files import identify, read_json_object, require_unchanged
 from moecc.formats.folder import SafetensorsFolder
-from moecc.formats.modelcard import CardEntries, hub_repository, read_card
+from moecc.formats.modelcard import CardEntries, hub_repository, merged_cards, read_card
 from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
 from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo, nearest_tensor
 from moecc.support.lazy import np
 from moecc.support.record import RecordReader
-from moecc.support.text import amount
+from moecc.support.text import amount, both
 from moecc.support.untyped import Json
 from moecc.types import Array
 from moecc.weights.arithmetic import branch_and_name, name_in
@@ -633,9 +633,17 @@ class SeveralCheckpoints(DerivedCheckpoint):
         wanted = self.tensors[name].dtype.numpy
         return values if values.dtype == wanted else values.astype(wanted)
 
+    def card(self) -> CardEntries:
+        """Return what is kept of the cards of all models."""
+        return merged_cards([self.base.card(), *(b.card() for b in self.branches.values())])
+
     def remarks(self) -> list[str]:
         """Return notes for readers of the result, those of the branches with their name."""
         remarks = [*self.base.remarks(), *self._narrowed()]
+        models = {"base": self.base, **self.branches}
+        silent = [name for name, model in models.items() if "license" not in model.card()]
+        if 0 < len(silent) < len(models):
+            remarks.append(f"of {both(silent)} no licence is known")
         for branch, checkpoint in self.branches.items():
             remarks += [f"{branch}: {remark}" for remark in checkpoint.remarks()]
         return remarks

@@ -122,14 +122,15 @@ class Manifest:
       versions: the versions of moecc and the libraries it uses.
       pipeline: the passes, as a pipeline string.
       seed: the seed of the random numbers.
-      source: the last part of the source's path, or its preset.
+      source: the name of the source, on the Hub, of its folder or file, or its preset.
+      base_model: the models on the Hub that it was made from, as far as they are known.
       source_files: the input files, by name.
       family_from: the family of the source.
       family_to: the family that was written.
       dtype: the requested element type, or ``as stored``.
       preserves: the contract of the pipeline (``exact``, ``reassociation``, or the reason).
       notes: remarks for readers, e.g. tensors with values that are not finite.
-      lineage: the stages that led to a trained source, the first one first.
+      lineage: the stages that led to the source, the first one first.
       receipt: the receipt of an output that is one file; a folder has it as a file of its own.
       weights: the files of weights, by name.
       files: the other files, by name, the model card included.
@@ -150,6 +151,7 @@ class Manifest:
     dtype: str
     preserves: str
     notes: tuple[str, ...] = field(default=(), metadata=stored(required=True))
+    base_model: tuple[str, ...] = field(default=(), metadata=stored(omit_default=True))
     lineage: tuple[Json, ...] = field(default=(), metadata=stored(omit_default=True))
     receipt: Json | None = field(default=None, metadata=stored(omit_default=True))
     weights: Mapping[FileName, WeightFileRecord]

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
 from moecc.errors import InputError, printable
 from moecc.formats.files import file_fault, read_bounded
-from moecc.support.text import with_article
+from moecc.formats.gguf.storage import FILE_NAME as GGUF_NAME
+from moecc.support.text import both
 
 # What is kept of a source's model card: licence, language, data sets, the model it came from.
 #
@@ -22,9 +23,11 @@ from moecc.support.text import with_article
 
 CARD_NAME = "README.md"
 CardEntries = dict[str, tuple[str, ...]]
-"""The values of the front matter of a card, by key."""
-SCALARS = ("license", "license_name", "license_link")
+"""The values of the front matter of a card, by key; of keys of `GATE` the lines of YAML."""
+LICENSE, SCALARS = "license", ("license_name", "license_link")
 LISTS = ("language", "datasets")
+GATE = "extra_gated_"
+"""The beginning of keys with the terms that a reader of the Hub accepts, kept as they are."""
 _MAX_CARD_BYTES = 4 << 20
 
 
@@ -41,7 +44,7 @@ def read_card(folder: Path) -> CardEntries:
 
 
 def front_matter(text: str) -> CardEntries:
-    """Return the values of `SCALARS` and `LISTS` in the front matter of a card."""
+    """Return what is kept of the front matter of a card."""
     lines = text.removeprefix("\ufeff").splitlines()
     if not lines or lines[0].strip() != "---":
         return {}
@@ -49,7 +52,11 @@ def front_matter(text: str) -> CardEntries:
     card: CardEntries = {}
     for at, line in enumerate(lines[1:end], 1):
         key, colon, value = line.partition(":")
-        if colon and key in (*SCALARS, *LISTS):
+        if colon and key.startswith(GATE) and key.removeprefix(GATE).isidentifier():
+            below = takewhile(lambda line: not line or line[0] in " -", lines[at + 1 : end])
+            gate = (value, *below)
+            card[key] = gate if all(line.isprintable() for line in gate) else ()
+        elif colon and key in (LICENSE, *SCALARS, *LISTS):
             value = value.strip()
             if value.startswith("[") and value.endswith("]"):
                 texts = value[1:-1].split(",")
@@ -84,6 +91,7 @@ class CardFacts:
 
     Attributes:
       title: the name of the output.
+      source: the name of the source.
       family_from: the family of the source.
       family_to: the family that was written.
       command: the command that made it, with every option that decides the result.
@@ -97,7 +105,7 @@ class CardFacts:
       auto_class: the transformers class that loads it; None if only moecc does.
       has_tokenizer: whether a tokenizer is beside the output.
       is_sparse: whether the output has experts.
-      base_model: the source on the Hub, if known.
+      base_models: the models on the Hub that it is made from, as far as they are known.
       relation: what the output is of it, in the Hub's words.
       source_card: the values that are copied from the card of the source.
       engines: a row for each engine: name and version, whether it runs the model, why not.
@@ -105,10 +113,12 @@ class CardFacts:
       training: how to train it on.
       file: the GGUF file in the folder, if it is one.
       notes: remarks for readers, e.g. that the source was quantised.
-      story: where the source was trained, how it came about, a sentence a stage.
+      story: how the source came about, a sentence a stage.
+      is_trained: whether the source was trained by moecc, or by a loop beside it.
     """
 
     title: str
+    source: str
     family_from: str
     family_to: str
     command: str
@@ -122,7 +132,7 @@ class CardFacts:
     auto_class: str | None = "AutoModelForCausalLM"
     has_tokenizer: bool = True
     is_sparse: bool = True
-    base_model: str | None = None
+    base_models: tuple[str, ...] = ()
     relation: str = "finetune"
     source_card: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     engines: tuple[tuple[str, bool, str], ...] = ()
@@ -131,6 +141,7 @@ class CardFacts:
     file: str = ""
     notes: tuple[str, ...] = ()
     story: tuple[str, ...] = ()
+    is_trained: bool = False
 
 
 def model_card(facts: CardFacts) -> str:
@@ -153,6 +164,23 @@ def model_card(facts: CardFacts) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def merged_cards(cards: Sequence[CardEntries]) -> CardEntries:
+    """Return what is kept of the cards of models that become one: all values, the first gate."""
+    merged: CardEntries = {}
+    for card in cards:
+        for key, values in card.items():
+            others = () if key.startswith(GATE) and key in merged else values
+            merged[key] = tuple(dict.fromkeys((*merged.get(key, ()), *others)))
+    return merged
+
+
+def source_name(path: Path) -> str:
+    """Return the name of a model for readers: on the Hub, else of its folder or file."""
+    if (repository := hub_repository(path)) is not None:
+        return repository.rpartition("/")[2]
+    return path.parent.name if path.name == GGUF_NAME else path.name
+
+
 def hub_repository(path: Path) -> str | None:
     """Return the ``owner/name`` of a folder in the Hugging Face cache, or None elsewhere."""
     for above in path.absolute().parents:
@@ -170,15 +198,17 @@ def _scalar(value: str) -> str:
 
 def _front_matter(facts: CardFacts) -> str:
     lines = ["---"]
-    lines += [
-        f"{key}: {_scalar(facts.source_card[key][0])}"
-        for key in SCALARS
-        if key in facts.source_card
-    ]
-    for key in (key for key in LISTS if key in facts.source_card):
-        lines += [f"{key}:", *(f"- {_scalar(value)}" for value in facts.source_card[key])]
-    if facts.base_model:
-        lines += ["base_model:", f"- {_scalar(facts.base_model)}"]
+    for key in (key for key in (LICENSE, *SCALARS, *LISTS) if key in facts.source_card):
+        values = facts.source_card[key]
+        if key in SCALARS or (key == LICENSE and len(values) == 1):
+            lines.append(f"{key}: {_scalar(', '.join(values))}")
+        else:
+            lines += [f"{key}:", *(f"- {_scalar(value)}" for value in values)]
+    for key in (key for key in facts.source_card if key.startswith(GATE)):
+        value, *below = facts.source_card[key]
+        lines += [f"{key}:{value}", *below]
+    if facts.base_models:
+        lines += ["base_model:", *(f"- {_scalar(name)}" for name in facts.base_models)]
         lines += [f"base_model_relation: {facts.relation}"]
     library = "gguf" if facts.file else "transformers" if facts.auto_class else "moecc"
     lines += [f"library_name: {library}"]
@@ -189,15 +219,11 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _summary(facts: CardFacts) -> str:
-    base = (
-        f"`{_code(facts.base_model)}`"
-        if facts.base_model
-        else f"{with_article(facts.family_from)} model"
-    )
+    base = both([f"`{_code(name)}`" for name in facts.base_models or (facts.source,)])
     kind = "A sparse mixture of experts" if facts.is_sparse else "A dense model"
     after = (
         "It was trained, and then converted: its history is below."
-        if facts.story
+        if facts.is_trained
         else "It was converted, not trained further."
     )
     return (

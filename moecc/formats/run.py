@@ -31,17 +31,23 @@ from moecc.formats.files import (
     read_json_object,
 )
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions
+from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.manifest import (
-    MANIFEST_NAME,
     FileName,
     FileRecord,
     file_records,
     load,
     read_sealed,
 )
-from moecc.formats.modelcard import CardEntries
+from moecc.formats.modelcard import CardEntries, hub_repository
 from moecc.formats.open import missing_place
-from moecc.formats.source import Checkpoint, GivenParams, TensorInfo, tensor_info
+from moecc.formats.source import (
+    Checkpoint,
+    DerivedCheckpoint,
+    GivenParams,
+    TensorInfo,
+    tensor_info,
+)
 from moecc.formats.store import HUB, fetch, is_address, mirror
 from moecc.support.record import Check, Count, RecordReader, read_record
 from moecc.support.text import amount
@@ -531,9 +537,15 @@ CONVERTED, TRAINED = "convert", "train"
 _DIGITS = 19
 """So much of a digest is shown: ``sha256:`` and twelve digits."""
 
+_NOTES = 3
+"""So many notes of a conversion are told."""
+
 
 def stages_of(checkpoint: Checkpoint) -> list[Stage]:
-    """Return the stages that led to a checkpoint, as far as it tells: a run, or a conversion."""
+    """Return the stages that led to a checkpoint, as far as it tells: a run, or a conversion.
+
+    Those of models beside it follow, with the name of the model as ``branch``.
+    """
     if isinstance(checkpoint, RunCheckpoint):
         *earlier, last = run_stages(checkpoint.run)
         step = checkpoint.step
@@ -541,25 +553,44 @@ def stages_of(checkpoint: Checkpoint) -> list[Stage]:
     if isinstance(checkpoint, GivenParams):
         stage = {"kind": TRAINED, "source": checkpoint.path.name, "outside": True}
         return [*stages_of(checkpoint.base), stage]
+    if isinstance(checkpoint, DerivedCheckpoint) and checkpoint.path == checkpoint.base.path:
+        branches = checkpoint.branches.items()
+        beside = [{**stage, "branch": name} for name, b in branches for stage in stages_of(b)]
+        return [*stages_of(checkpoint.base), *beside]
     return _converted(checkpoint.path)
 
 
-def _converted(folder: Path) -> list[Stage]:
+def _converted(path: Path) -> list[Stage]:
     """Return the stages of a conversion, of its manifest; none where there is no sound one."""
-    if not (folder / MANIFEST_NAME).is_file():
-        return []
     try:
-        manifest = load(folder)
+        manifest = load(path.parent if path.name == FILE_NAME else path)
     except MoeccError:
         return []  # a conversion does not rely on it
     stage = {
         "kind": CONVERTED,
         "source": manifest.source,
+        "base_model": list(manifest.base_model),
         "pipeline": manifest.pipeline,
         "preserves": manifest.preserves,
         "seed": manifest.seed,
+        "notes": list(manifest.notes),
     }
     return [*manifest.lineage, stage]
+
+
+def base_models(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the models on the Hub that a checkpoint and those beside it are made from.
+
+    A model that was fetched from the Hub is such a model itself; of a conversion or a training they
+    are those that it began with, as far as they are known.
+    """
+    names: list[object] = []
+    for each in (checkpoint, *checkpoint.branches.values()):
+        stages = [stage for stage in stages_of(each) if "branch" not in stage]
+        stated = stages[0].get("base_model") if stages else None
+        repository = hub_repository(each.path)
+        names += [repository] if repository else stated if isinstance(stated, list) else []
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
 def is_trained(stages: Sequence[Stage]) -> bool:
@@ -574,9 +605,15 @@ def story(stages: Sequence[Stage]) -> list[str]:
 
 def _sentence(stage: Stage) -> str:
     source, pipeline = stage.get("source", "a model"), stage.get("pipeline") or ""
+    if branch := stage.get("branch"):
+        source = f"{branch}: {source}"
     conversion = f" through {pipeline} ({stage.get('preserves')})" if pipeline else ""
     if stage.get("kind") != TRAINED:
-        return f"{source} was converted{conversion}."
+        stated = stage.get("notes")
+        notes = [str(note) for note in stated] if isinstance(stated, list) else []
+        more = [f"and {len(notes) - _NOTES:,} more"] if len(notes) > _NOTES else []
+        texts = [f"{source} was converted{conversion}", *notes[:_NOTES], *more]
+        return "; ".join(texts) + "."
     if stage.get("outside"):
         return f"{source} was trained by a loop outside of moecc."
     if "from_step" in stage:

@@ -14,6 +14,7 @@ from moecc.families.config import FAMILY
 from moecc.families.describe import Description, describe
 from moecc.formats.gguf.storage import Storage
 from moecc.formats.open import wrapped_in
+from moecc.formats.run import base_models
 from moecc.formats.source import Checkpoint
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
@@ -77,6 +78,7 @@ class Plan:
       contracts: the evidence that each pass keeps its promise.
       proof: the proof that the result is the function of the source; None where the passes promise
         less, the target is a GGUF file, or nothing was checked.
+      base_models: the models on the Hub that the source and those beside it are made from.
     """
 
     model: OpenedModel
@@ -92,6 +94,7 @@ class Plan:
     options: tuple[str, ...]
     contracts: Contracts
     proof: ConversionProof | None
+    base_models: tuple[str, ...]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -234,6 +237,7 @@ def plan(
     check: bool = True,
     statistics: Statistics | None = None,
     emit: str | None = None,
+    named_bases: Sequence[str] = (),
 ) -> Plan:
     """Return the plan of a conversion.
 
@@ -250,6 +254,7 @@ def plan(
       check: whether each pass is held to its promise, on the model at small sizes.
       statistics: what was captured of the model's values; see `moecc.model.initialise`.
       emit: the language of a program to write beside the tensors, for the target ``st_moe``.
+      named_bases: the models on the Hub that the source is made from, where it does not tell.
 
     Raises:
       UsageError: there is no such target, or no such type or program in it.
@@ -340,8 +345,9 @@ def plan(
          *(["--capture STATISTICS"] if statistics is not None else []),
          *(f"--load {Path(file).name}" for file in loaded),
          *(["--allow-unmatched"] if allow_unmatched else []),
-         *([f"--emit {emit}"] if emit is not None else [])),
-        contracts, proof,
+         *([f"--emit {emit}"] if emit is not None else []),
+         *(f"--base-model {name}" for name in named_bases)),
+        contracts, proof, tuple(named_bases) or base_models(checkpoint),
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class ConversionFile:
     experts: Names = field(default_factory=dict)
     capture: str | None = None
     padding_mask: bool = False
+    base_model: tuple[str, ...] = ()
     max_shard_bytes: str = "5000000000"
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 

@@ -23,7 +23,8 @@ from moecc.formats.files import (
 from moecc.formats.folder import companion_content
 from moecc.formats.gguf.storage import FILE_NAME, SUFFIX, Storage
 from moecc.formats.manifest import MANIFEST_NAME, hashed_beside
-from moecc.formats.modelcard import CARD_NAME, LISTS
+from moecc.formats.modelcard import CARD_NAME
+from moecc.formats.open import is_model_id
 from moecc.formats.output import check_output, output_folder, part_folder, parts_of
 from moecc.formats.safetensors import Shard, shards_of
 from moecc.formats.store import is_address
@@ -103,7 +104,7 @@ def gguf_keys(planned: Plan) -> list[Key]:
         Key("general.architecture", export.architecture),
         Key("general.type", "model"),
         *(
-            Key(f"general.{name}", card[key] if key in LISTS else card[key][0])
+            Key(f"general.{name}", card[key] if name.endswith("s") else ", ".join(card[key]))
             for key, name in CARD_KEYS.items()
             if key in card
         ),
@@ -424,6 +425,7 @@ def convert(
     experts: Annotated[Sequence[str], Spelling("NAME=DIR")] = (),
     capture: Annotated[str | None, Spelling("DIR")] = None,
     padding_mask: PaddingMask = False,
+    base_model: Annotated[Sequence[str], Spelling("ORG/NAME")] = (),
     max_shard_bytes: ShardBytes = "5000000000",
     part: Annotated[str | None, Spelling("K/N")] = None,
     join: bool = False,
@@ -459,6 +461,8 @@ def convert(
       experts: Model like SOURCE, or LoRA adapter of it, by the name that the option sources of
         upcycle has for it; may be repeated.
       capture: Folder of statistics of SOURCE that moecc capture wrote.
+      base_model: Name on the Hub of SOURCE, for the model card, where its folder does not tell;
+        may be repeated for the models of --experts.
       part: Share of the shards to write, for example 3/8, by one of several processes that are
         started with the same options.
       join: Check the parts that --part wrote, and complete OUT with them.
@@ -490,6 +494,7 @@ def convert(
         dtype, seed = dtype or stated.dtype, seed or stated.seed
         experts = experts or [f"{name}={model}" for name, model in stated.experts.items()]
         capture, padding_mask = capture or stated.capture, padding_mask or stated.padding_mask
+        base_model = base_model or stated.base_model
         if max_shard_bytes == str(MAX_SHARD_BYTES):
             max_shard_bytes = stated.max_shard_bytes
     type = None if dtype is None else _output_type(dtype)
@@ -499,6 +504,11 @@ def convert(
 
         share = parse_part(part)
     branches = parse_branches(experts)
+    raise_problems(
+        (Problem("not the name of a model on the Hub", "--base-model", "ORG/NAME", name)
+         for name in base_model if not is_model_id(name)),
+        UsageError,
+    )  # fmt: skip
     options = WriteOptions(
         count_bytes(max_shard_bytes), allow_nonfinite, verify,
         threads=threads or available_cores(), part=share, is_join=join,
@@ -515,7 +525,8 @@ def convert(
     if via is not None:
         rejected = {"to": to != "auto", "emit": emit, "experts": experts, "capture": capture,
                     "padding-mask": padding_mask, "verify": verify, "resume": resume, "part": part,
-                    "join": join, "dtype": isinstance(type, Storage)}  # fmt: skip
+                    "join": join, "base-model": base_model,
+                    "dtype": isinstance(type, Storage)}  # fmt: skip
         raise_problems(
             (Problem(f"--{name} does not go with --via torch: {_NOT_VIA_TORCH[name][0]}",
                      hint=_NOT_VIA_TORCH[name][1]) for name, value in rejected.items() if value),
@@ -548,7 +559,7 @@ def convert(
             statistics = add_statistics(model, capture)
         planned = plan(
             model, passes, to, dtype=type, seed=seed, allow_unmatched=allow_unmatched, loaded=load,
-            check=not no_check, statistics=statistics, emit=emit,
+            check=not no_check, statistics=statistics, emit=emit, named_bases=base_model,
         )  # fmt: skip
         if planned.unread:
             raise UsageError(
@@ -624,6 +635,7 @@ _NOT_VIA_TORCH = {
     "resume": ("transformers loads the dense model anew", "give --force to start again"),
     "part": ("one process writes all shards", "leave --part out"),
     "join": ("there are no parts", "leave --join out"),
+    "base-model": ("no model card is written", "leave --base-model out"),
     "dtype": ("a folder has elements of floating point", "--dtype f32, bf16, f16 or f64"),
 }  # fmt: skip
 """Options of `convert` that a class of PyTorch has no use for: why, and the way out."""

@@ -29,7 +29,7 @@ from moecc.formats.manifest import (
     library_versions,
     load,
 )
-from moecc.formats.modelcard import GENERATION, CardFacts, hub_repository, model_card
+from moecc.formats.modelcard import GENERATION, CardFacts, model_card, source_name
 from moecc.formats.run import is_trained, stages_of, story
 from moecc.formats.source import Checkpoint, GivenParams
 from moecc.formats.writer import JOURNAL_NAME, WriteOptions, WriteReport
@@ -335,10 +335,8 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
       options: further options of the command that decide what is written.
     """
     checkpoint = planned.checkpoint
-    stages = stages_of(checkpoint)
-    # The model of the Hub that the first stage began with, if it says so.
-    base = stages[0].get("base_model") if stages else None
-    path, facts = checkpoint.path, planned.facts
+    stages, name = stages_of(checkpoint), source_name(checkpoint.path)
+    facts = planned.facts
     kinds = Counter(str(layer) for layer in facts.expert_layers)
     task, auto_class = _loaded_as(planned)
     relation = "finetune" if planned.storage is None else "quantized"
@@ -350,7 +348,8 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
     )
     return model_card(
         CardFacts(
-            title=f"{path.name}-{planned.target.replace(':', '-')}",
+            title=f"{name}-{planned.target.replace(':', '-')}",
+            source=name,
             family_from=planned.graph.family,
             family_to=planned.target,
             command=command(planned, options),
@@ -368,8 +367,9 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
                 for pattern in TOKENIZERS
             ),
             is_sparse=bool(kinds),
-            base_model=hub_repository(path) or (base if isinstance(base, str) else None),
-            story=tuple(story(stages)) if is_trained(stages) else (),
+            base_models=planned.base_models,
+            story=tuple(story(stages)),
+            is_trained=is_trained(stages),
             relation=relation,
             source_card=checkpoint.card(),
             engines=tuple((f"{v.engine} ({v.version})", v.runs, _why(v)) for v in planned.engines),
@@ -469,7 +469,6 @@ def manifest(
     checkpoint = planned.checkpoint
     tensors = written.tensors
     weights, files = folder_records(folder, tensors, unlisted=(JOURNAL_NAME,))
-    stages = stages_of(checkpoint)
     nonfinite = (
         *(f"not finite: {nonfinite_value}" for nonfinite_value in written.nonfinite),
         *(f"written and not finite: {text}" for text in written.spread),
@@ -478,7 +477,8 @@ def manifest(
     document = Manifest(
         pipeline=planned.pipeline.in_full(),
         seed=planned.seed,
-        source=checkpoint.path.name,
+        source=source_name(checkpoint.path),
+        base_model=planned.base_models,
         source_files=source_files,
         family_from=planned.graph.family,
         family_to=planned.target,
@@ -489,6 +489,6 @@ def manifest(
         tensors=tensors,
         notes=(*planned.model.remarks(), *nonfinite),
         receipt=receipt,
-        lineage=tuple(stages) if is_trained(stages) else (),
+        lineage=tuple(stages_of(checkpoint)),
     )
     return dump(document)

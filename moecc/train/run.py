@@ -27,7 +27,7 @@ from moecc.formats.files import (
     write_durable,
 )
 from moecc.formats.manifest import MANIFEST_NAME, FileName, FileRecord, file_records, seal
-from moecc.formats.modelcard import hub_repository
+from moecc.formats.modelcard import source_name
 from moecc.formats.output import LEFT_BEHIND, lock_folder, output_folder
 from moecc.formats.run import (
     GRAPH,
@@ -42,6 +42,7 @@ from moecc.formats.run import (
     STEPS,
     SavedStep,
     StepRecord,
+    base_models,
     best_step,
     is_run,
     mirrored_run,
@@ -724,8 +725,8 @@ def lineage(model: OpenedModel, stage: Json) -> JsonDict:
         return {**header, "card": {}, "stages": [{"source": model.name, **stage}]}
     records = file_records(checkpoint.files())
     source = {
-        "source": checkpoint.path.name,
-        "base_model": hub_repository(checkpoint.path),
+        "source": source_name(checkpoint.path),
+        "base_model": list(base_models(checkpoint)),
         "source_files": {n: r.sha256 for n, r in sorted(records.items())},
     }
     stages = [*stages_of(checkpoint), {**source, **stage}]

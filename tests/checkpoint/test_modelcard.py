@@ -6,6 +6,7 @@ from moecc.formats.modelcard import CardFacts, front_matter, model_card, read_ca
 
 FACTS = CardFacts(
     title="smol-moe",
+    source="smol",
     family_from="llama",
     family_to="mixtral",
     command="moecc convert SOURCE OUT -p 'upcycle{experts=8 top-k=2}' --to mixtral --seed 3",
@@ -21,7 +22,7 @@ def test_a_licence_is_never_invented():
     assert "license" not in model_card(FACTS)
     licence = {"license": "other", "license_name": "my licence: v1", "license_link": "LICENSE"}
     kept = {key: (value,) for key, value in licence.items()}
-    card = model_card(dataclasses.replace(FACTS, source_card=kept, base_model="me/tiny"))
+    card = model_card(dataclasses.replace(FACTS, source_card=kept, base_models=("me/tiny",)))
     assert 'license: other\nlicense_name: "my licence: v1"\nlicense_link: LICENSE\n' in card
     assert "base_model:\n- me/tiny\nbase_model_relation: finetune\n" in card
 
@@ -29,7 +30,8 @@ def test_a_licence_is_never_invented():
 def test_foreign_words_cannot_break_out_of_their_place():
     evil = "x`\n# <script>alert(1)</script>\x1b[31m \u202e"
     facts = dataclasses.replace(
-        FACTS, title=evil, command=evil, receipt=(evil,), notes=(evil,), base_model=evil,
+        FACTS, title=evil, command=evil, receipt=(evil,), notes=(evil,), base_models=(evil,),
+        story=(evil,),
         source_card={"license": ("mit\nevil: true",)},
     )  # fmt: skip
     card = model_card(facts)
@@ -49,6 +51,7 @@ def test_foreign_words_cannot_break_out_of_their_place():
         ('---\nlicense: "mit" \nlanguage: en\n---', {"license": "mit"}),
         ("---\nlicense:\n- mit\n---", {"license": "mit"}),
         ("---\nlicense: [mit]\n---", {"license": "mit"}),
+        ("---\nlicense_name: [mine, its]\n---", {"license_name": "mine"}),
         ("---\nlicense: mit # really\n---", {"license": "mit"}),
         ("---\nlicense:\nlanguage: en\n---", {}),
         ("---\nlanguage: en\n---\nlicense: mit", {}),
@@ -59,6 +62,24 @@ def test_the_licence_of_a_card_is_found(text, licence):
     found = front_matter(text)
     assert {key: found[key] for key in licence} == {key: (v,) for key, v in licence.items()}
     assert found.keys() - licence.keys() <= {"language"}
+
+
+@pytest.mark.parametrize(
+    ("text", "gate"),
+    [
+        ("extra_gated_prompt: >\n  a\n\n  license: b\nlicense: mit",
+         (" >", "  a", "", "  license: b")),
+        ("extra_gated_fields:\n- a: text\nlicense: mit", ("", "- a: text")),
+        ("extra_gated_prompt: a\x1bb\nlicense: mit", None),
+        ("extra_gated_a b: c\nlicense: mit", None),
+    ],
+)  # fmt: skip
+def test_the_terms_of_a_card_are_kept_as_they_stand(text, gate):
+    card = front_matter(f"---\n{text}\n---\n")
+    assert card.pop("license") == ("mit",)
+    assert list(card.values()) == ([] if gate is None else [gate])
+    facts = dataclasses.replace(FACTS, source_card=card)
+    assert front_matter(model_card(facts)).items() >= card.items()
 
 
 def test_the_card_of_a_folder_is_read_and_a_broken_one_stops_nothing(tmp_path):
