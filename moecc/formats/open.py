@@ -30,7 +30,7 @@ from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo
 from moecc.formats.store import is_address, mirror
 from moecc.presets import preset_names
-from moecc.support.text import amount
+from moecc.support.text import amount, with_article
 from moecc.support.untyped import JsonDict
 from moecc.types import Array, Axis, TensorType
 from moecc.weights.expr import Expr, Source
@@ -227,11 +227,11 @@ class WrappedText(DerivedCheckpoint):
         return self.base.read(self._names.get(name, name), start, stop)
 
     def remarks(self) -> list[str]:
-        """Return the remarks of the base, and which tensors are not the text model's."""
+        """Return the remarks of the base, and what it is the text model of."""
         parts = sorted({name.partition(".")[0] for name in self.others})
-        count = amount(len(self.others), "tensor")
-        beside = f"beside the text model, {count} are left as they are: {', '.join(parts)}"
-        return [*self.base.remarks(), *([beside] if parts else [])]
+        beside = f"with {amount(len(self.others), 'tensor')} beside it: {', '.join(parts)}"
+        of = f"the text model of {with_article(self.base.config['model_type'])}"
+        return [*self.base.remarks(), ", ".join([of, *([beside] if parts else [])])]
 
     def holder_of(self, family: str) -> Wrapper | None:
         """Return the wrapper if it can hold a text model of a family, else None."""

@@ -79,6 +79,7 @@ class Plan:
       proof: the proof that the result is the function of the source; None where the passes promise
         less, the target is a GGUF file, or nothing was checked.
       base_models: the models on the Hub that the source and those beside it are made from.
+      notes: what a reader of the result should know of its source.
     """
 
     model: OpenedModel
@@ -95,6 +96,7 @@ class Plan:
     contracts: Contracts
     proof: ConversionProof | None
     base_models: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -284,7 +286,7 @@ def plan(
         )  # fmt: skip
     branches = checkpoint.branches
     # The passes may drop further tensors, which is their purpose.
-    remarks = model.left_out()
+    remarks, notes = model.left_out(), model.remarks()
     context = Context(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
         read=reads_small(checkpoint), models=tuple(branches),
@@ -312,8 +314,7 @@ def plan(
     if emit is not None:
         export: Export | GgufExport = export_emitted(model.graph, emit)
     elif architecture is None:
-        export, said = _put_back(exported or export_graph(model.graph, target), checkpoint)
-        remarks += said
+        export = _put_back(exported or export_graph(model.graph, target), checkpoint)
     else:
         from moecc.translate.gguf import export_gguf, quantising_remarks
 
@@ -321,6 +322,15 @@ def plan(
         remarks += [*said, *quantising_remarks(export, storage)]
     if architecture is None:
         remarks += _misreadings(export)
+    if (wrapped := wrapped_in(checkpoint)) is not None and wrapped.others:
+        wrapper, written = wrapped.base.config["model_type"], architecture or target
+        note = f"the text model alone is written: a {wrapper} holds no {written}"
+        if architecture is not None:
+            note = "the text model alone is written: a GGUF file has nothing beside it"
+        elif isinstance(export, WrappedExport):
+            note = f"all of the {wrapper} but its text model is kept as it is"
+        remarks.append(note)
+        notes.append(note)
     proof = None
     preserves = done.preserves
     if export.up_to:
@@ -348,6 +358,7 @@ def plan(
          *([f"--emit {emit}"] if emit is not None else []),
          *(f"--base-model {name}" for name in named_bases)),
         contracts, proof, tuple(named_bases) or base_models(checkpoint),
+        tuple(notes),
     )  # fmt: skip
 
 
@@ -372,15 +383,12 @@ def _misreadings(export: Export | GgufExport) -> list[str]:
     ]
 
 
-def _put_back(export: Export, checkpoint: Checkpoint) -> tuple[Export, list[str]]:
-    """Return the export inside the wrapper of its source, and a remark if it stands alone."""
+def _put_back(export: Export, checkpoint: Checkpoint) -> Export:
+    """Return the export inside the wrapper of its source, where that can hold its family."""
     wrapped = wrapped_in(checkpoint)
-    if wrapped is None:
-        return export, []
-    family, wrapper = export.config.model_type, wrapped.base.config["model_type"]
-    if wrapped.holder_of(family) is None:
-        return export, [f"the text model alone is written: a {wrapper} holds no {family}"]
-    return WrappedExport(export.config, export.tensors, wrapped, up_to=export.up_to), []
+    if wrapped is None or wrapped.holder_of(export.config.model_type) is None:
+        return export
+    return WrappedExport(export.config, export.tensors, wrapped, up_to=export.up_to)
 
 
 def _with_tokenizer(export: GgufExport, checkpoint: Checkpoint) -> tuple[GgufExport, list[str]]:

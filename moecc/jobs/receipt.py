@@ -376,7 +376,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             serving=_serving(planned),
             training=_training(planned) if kinds else "",
             file=FILE_NAME if planned.architecture else "",
-            notes=(*layers, *planned.model.remarks()),
+            notes=(*layers, *planned.notes),
         )
     )
 
@@ -487,7 +487,7 @@ def manifest(
         weights=weights,
         files=files,
         tensors=tensors,
-        notes=(*planned.model.remarks(), *nonfinite),
+        notes=(*planned.notes, *nonfinite),
         receipt=receipt,
         lineage=tuple(stages_of(checkpoint)),
     )

@@ -60,6 +60,7 @@ def test_mixture_is_put_back_with_the_rest_untouched(tmp_path, named):
     assert moecc.open(tmp_path / "out").verify(against=source).passed
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForImageTextToText" in card
+    assert "all of the llava but its text model is kept as it is" in card
 
 
 def test_engines_that_were_not_tried_with_a_wrapper_have_no_verdict(tmp_path):
@@ -128,6 +129,7 @@ def test_wrapper_of_one_family_writes_a_mixture_alone(tmp_path):
         planned = plan(model, Pipeline.parse("upcycle{experts=4}"), "st_moe")
     assert planned.wrapped is None
     assert any("a gemma3 holds no st_moe" in remark for remark in planned.remarks)
+    assert any("a gemma3 holds no st_moe" in note for note in planned.notes)
 
 
 def test_sections_of_positions_are_those_of_text(tmp_path):
@@ -139,7 +141,7 @@ def test_sections_of_positions_are_those_of_text(tmp_path):
     )  # fmt: skip
     with opened_model(source) as model:
         assert model.graph.attrs["family"] == "qwen2"
-        assert any("3 tensors are left as they are" in remark for remark in model.remarks())
+        assert any("with 3 tensors beside it" in remark for remark in model.remarks())
 
 
 def test_text_model_that_reads_images_is_rejected(tmp_path):

@@ -4,7 +4,7 @@ import shutil
 
 from moecc.formats.manifest import load
 
-from .conftest import LLAMA
+from .conftest import GOLDEN, LLAMA
 
 TERMS = "---\nlicense: {}\nextra_gated_prompt: |\n  Do no harm.\n\n  Agreed?\n---\n"
 
@@ -68,3 +68,8 @@ def test_a_local_source_is_named_by_the_command(cli, dense, out):
     cli.convert(dense, out, "--base-model", "org/tiny", "--force")
     assert front(out)["base_model"] == ["org/tiny"]
     assert "--seed 0 --base-model org/tiny\n" in card_of(out)
+
+
+def test_tensors_that_a_pass_leaves_out_are_not_those_of_no_graph(cli, out):
+    cli.convert(GOLDEN / "mixtral_gqa", out, pipeline="prune{keep=2}")
+    assert "not converted" not in card_of(out)
