@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moecc.errors import InputError, Problem
 from moecc.families.config import FAMILY, ModelConfig
 from moecc.families.graphs.parameters import DtypeOf, GraphRequest, float32_of
-from moecc.families.heads import ModelHead
+from moecc.families.heads import LABEL_KEYS, LOGITS, ModelHead
 from moecc.families.reader import TOKEN_KEYS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -47,11 +47,13 @@ def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
     bare.attrs["family"] = FAMILY
     source = graph.stated_config
     dtype, vocabulary = source.get("dtype"), vocabulary_of(graph)
-    keys = (*TOKEN_KEYS, "decoder_start_token_id")
+    keys = (*TOKEN_KEYS, "decoder_start_token_id") if vocabulary else ()
+    if LOGITS in graph.outputs:
+        keys = (*keys, *LABEL_KEYS)
     return GraphConfig(
         vocab_size=vocabulary,
         dtype=dtype if isinstance(dtype, str) else None,
-        extra={key: source[key] for key in keys if key in source and vocabulary},
+        extra={key: source[key] for key in keys if key in source},
         lines=tuple(print_graph(bare).splitlines()),
     )
 

@@ -17,11 +17,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moecc.ir.conventions import DECODER_TOKENS
+
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
 
 LOGITS, POOLED = "head.logits", "head.pooled"
 """The outputs of a graph with a head: logits of its task, or the pooled state of a base model."""
+
+LABEL_KEYS = ("id2label", "label2id", "problem_type")
+"""The keys of a config about the labels of a head."""
+
+HUB_TASKS = {
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "MaskedLM": "fill-mask",
+    "ImageClassification": "image-classification",
+    "AudioClassification": "audio-classification",
+    "CTC": "automatic-speech-recognition",
+}
+"""The Hub's tasks of heads, by the classes of transformers."""
 
 POOLER = ("first", "linear pooler.dense", "tanh")
 CLASSIFIER = "labels classifier"
@@ -82,6 +97,19 @@ def stated_head(
 def has_head(graph: Graph) -> bool:
     """Whether the graph of an encoder has the head of its checkpoint."""
     return bool({LOGITS, POOLED} & graph.outputs.keys())
+
+
+def hub_task(graph: Graph) -> str:
+    """Return the Hub's task of a model."""
+    is_audio, is_speech = "audio" in graph.inputs, "features" in graph.inputs
+    if LOGITS in graph.outputs:
+        task = HUB_TASKS.get(str(graph.attrs.get("head")), "feature-extraction")
+        return "audio-classification" if is_audio and task == "text-classification" else task
+    if "logits" not in graph.outputs:
+        return "image-feature-extraction" if "pixels" in graph.inputs else "feature-extraction"
+    if DECODER_TOKENS in graph.inputs:
+        return HUB_TASKS["CTC"] if is_speech else "text2text-generation"
+    return "text-generation"
 
 
 def head_modules(steps: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from moecc.support.text import both
 CARD_NAME = "README.md"
 CardEntries = dict[str, tuple[str, ...]]
 """The values of the front matter of a card, by key; of keys of `GATE` the lines of YAML."""
+TASK = "pipeline_tag"
 LICENSE, SCALARS = "license", ("license_name", "license_link")
 LISTS = ("language", "datasets")
 GATE = "extra_gated_"
@@ -56,7 +57,7 @@ def front_matter(text: str) -> CardEntries:
             below = takewhile(lambda line: not line or line[0] in " -", lines[at + 1 : end])
             gate = (value, *below)
             card[key] = gate if all(line.isprintable() for line in gate) else ()
-        elif colon and key in (LICENSE, *SCALARS, *LISTS):
+        elif colon and key in (TASK, LICENSE, *SCALARS, *LISTS):
             value = value.strip()
             if value.startswith("[") and value.endswith("]"):
                 texts = value[1:-1].split(",")
@@ -76,11 +77,15 @@ def _unquoted(item: str) -> str:
     return item.split(" #")[0].strip()
 
 
-GENERATION = "text-generation"
-"""The Hub's task of a decoder-only model."""
+GENERATION, SIMILARITY = "text-generation", "sentence-similarity"
+"""The Hub's task of a decoder-only model, and of an encoder that was trained to compare texts."""
 
 TAGS = ("moe", "upcycled", "moecc")
 """The Hub's tags of a mixture of experts; of a dense model it is the last alone."""
+
+_TEXT_TASKS = (GENERATION, "text2text-generation", "text-classification", "token-classification",
+               "fill-mask", "feature-extraction", SIMILARITY)  # fmt: skip
+"""The tasks whose models read a text."""
 
 _PLAIN_SCALAR = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
 
@@ -262,11 +267,13 @@ def _snippet(facts: CardFacts) -> str:
             *[f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"] * facts.has_tokenizer,
             f'model = {facts.auto_class}.from_pretrained(folder, dtype="auto"{trust})',
         ]
-        if is_generator:
-            lines += [
-                'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-                "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
-            ]
+        if facts.has_tokenizer and facts.task in _TEXT_TASKS:
+            lines.append('inputs = tokenizer("Once upon a time", return_tensors="pt")')
+            lines.append(
+                "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"
+                if facts.task.endswith("generation")
+                else "outputs = model(**inputs)"
+            )
     elif facts.code:
         module = facts.code.removesuffix(".py")
         lines = [

@@ -56,7 +56,7 @@ from moecc.jobs.command import (
     read_pipeline,
     say_weights,
 )
-from moecc.jobs.conversion import Plan
+from moecc.jobs.conversion import AUTO, Plan
 from moecc.jobs.conversion import plan as plan
 from moecc.jobs.receipt import (
     RECEIPT_NAME,
@@ -545,7 +545,7 @@ def convert(
         open_model(
             source,
             padding=padding_mask or (None if emit is not None else False),
-            heads=emit is not None or to == FAMILY,
+            heads=emit is not None or to == FAMILY or (None if to == AUTO else False),
         ) as model,
     ):
         add_branches(model, branches, allow_other_base=allow_other_base)

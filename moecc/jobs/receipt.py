@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.families.config import FAMILY
+from moecc.families.heads import LOGITS, hub_task
 from moecc.formats.files import identify, json_content, read_bounded
 from moecc.formats.folder import TOKENIZERS
 from moecc.formats.gguf.storage import FILE_NAME
@@ -29,11 +30,11 @@ from moecc.formats.manifest import (
     library_versions,
     load,
 )
-from moecc.formats.modelcard import GENERATION, CardFacts, model_card, source_name
+from moecc.formats.modelcard import SIMILARITY, TASK, CardFacts, model_card, source_name
 from moecc.formats.run import is_trained, stages_of, story
 from moecc.formats.source import Checkpoint, GivenParams
 from moecc.formats.writer import JOURNAL_NAME, WriteOptions, WriteReport
-from moecc.ir.conventions import LOSS
+from moecc.ir.conventions import DECODER_TOKENS, LOSS
 from moecc.jobs.checks import Contracts
 from moecc.jobs.conversion import Plan
 from moecc.model.open import MODEL_TYPE, MODULE_TYPE
@@ -41,6 +42,7 @@ from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.passes import Preserves
 from moecc.rewrite.runner import loaded_files
 from moecc.support.documents import parse_json
+from moecc.support.text import either
 from moecc.support.untyped import Json, JsonDict
 from moecc.translate.engines import EngineVerdict, release_of
 from moecc.version import __version__
@@ -425,7 +427,12 @@ def _training(planned: Plan) -> str:
     if planned.program is not None:
         has_losses = any(name.startswith(LOSS) for name in planned.graph.output_names)
         aux = "`aux_loss`, of the routers, is part of it. " if has_losses else ""
-        return f"With `labels` the model returns `loss`, as Trainer expects it. {aux}{advice}"
+        new = [f"`{name}`" for name in planned.program.auto_map if "ModelFor" in name]
+        if _loaded_as(planned)[1] == "AutoModel" and new:
+            new_head = f"{either(new)} loads it with a new head. With `labels` that"
+        else:
+            new_head = "With `labels` the model"
+        return f"{new_head} returns `loss`, as Trainer expects it. {aux}{advice}"
     if planned.target == FAMILY:
         return f"Only moecc trains this layout. {advice}"
     if "output_router_logits" not in config or config.get("router_aux_loss_coef") is None:
@@ -440,22 +447,23 @@ def _training(planned: Plan) -> str:
 
 def _loaded_as(planned: Plan) -> tuple[str, str | None]:
     """Return the Hub task of the output, and the transformers class that loads it."""
-    if planned.program is not None and (mapped := planned.program.auto_map):
-        auto_class = next((n for n in mapped if n.startswith("AutoModelFor")), "AutoModel")
-        tasks = {
-            "AutoModelForCausalLM": GENERATION,
-            "AutoModelForSeq2SeqLM": "text2text-generation",
-        }
-        return tasks.get(auto_class, "feature-extraction"), auto_class
+    graph, task = planned.graph, hub_task(planned.graph)
+    stated = planned.checkpoint.card().get(TASK, ())
+    if task == "feature-extraction" and SIMILARITY in stated:
+        task = SIMILARITY
+    auto_class: str | None = "AutoModelForCausalLM"
     if planned.wrapped is not None:
         task, auto_class = "image-text-to-text", "AutoModelForImageTextToText"
-    elif "logits" not in planned.graph.outputs:
-        task, auto_class = "feature-extraction", "AutoModel"
-    elif "decoder_tokens" in planned.graph.inputs:
-        task, auto_class = "text2text-generation", "AutoModelForSeq2SeqLM"
-    else:
-        task, auto_class = "text-generation", "AutoModelForCausalLM"
-    return task, None if planned.target == FAMILY else auto_class
+    elif LOGITS in graph.outputs:
+        auto_class = f"AutoModelFor{graph.attrs.get('head')}"
+    elif "logits" not in graph.outputs:
+        auto_class = "AutoModel"
+    elif DECODER_TOKENS in graph.inputs:
+        is_speech = "features" in graph.inputs
+        auto_class = "AutoModelForSpeechSeq2Seq" if is_speech else "AutoModelForSeq2SeqLM"
+    if planned.target == FAMILY and (planned.program is None or not planned.program.auto_map):
+        auto_class = None
+    return task, auto_class
 
 
 def manifest(

@@ -15,6 +15,7 @@ from moecc.families.building import build_model, storing_problems
 from moecc.families.config import FAMILY, ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers
+from moecc.families.heads import LOGITS, hub_task
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders
 from moecc.families.registry import mixtures as decoder_mixtures
@@ -196,6 +197,9 @@ def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
       graph: the model.
       wrapped: where it was read from, if a wrapper holds it.
     """
+    if LOGITS in graph.outputs:
+        reason = f"auto chose {FAMILY}, which keeps the head of the source, for {hub_task(graph)}"
+        return Choice(FAMILY, f"{reason}; --emit torch writes the class for transformers")
     fitting = _fitting(graph, wrapped)
     family = graph.family
     stays = family if issubclass(CONFIGS.get(family, ModelConfig), MoeConfig) else ""

@@ -251,7 +251,7 @@ def open_model(
     weights: str | None = None,
     padding: bool | None = False,
     config_alone: bool = False,
-    heads: bool = False,
+    heads: bool | None = False,
 ) -> OpenedModel:
     """Open a model.
 
@@ -262,7 +262,8 @@ def open_model(
       padding: whether the graph of an encoder that is imported has an input ``mask``; None where
         its family has one.
       config_alone: whether a folder with a config and without weights is a model, too.
-      heads: whether the graph of an encoder that is imported has the head of its checkpoint.
+      heads: whether the graph of an encoder that is imported has the head of its checkpoint; None
+        for the head of a task alone.
 
     Raises:
       InputError: it is none of these, or is faulty.

@@ -157,12 +157,13 @@ _BLOCK_ROWS = 4096
 
 
 def import_checkpoint(
-    checkpoint: Checkpoint, *, padding: bool | None = False, heads: bool = False
+    checkpoint: Checkpoint, *, padding: bool | None = False, heads: bool | None = False
 ) -> Graph:
     """Return the graph of `checkpoint`, whose parameters read its tensors.
 
     With `padding` the graph of an encoder has an input ``mask``; with None where it can.
-    With `heads` it has the head that the config names, where the tensors are there.
+    With `heads` it has the head that the config names, where the tensors are there; with None the
+    head of a task, and no pooler alone.
 
     Names, shapes and element types are all checked against the config before any weight is read;
     the only weights ever read here are those of an output matrix beside tied embeddings, to see
@@ -188,7 +189,9 @@ def import_checkpoint(
     # Experts of several types cannot be stacked, but the other problems are still to be found.
     types = None if problems else dtype_of
     shapes = {name: info.shape for name, info in tensors.items()}
-    head = stated_head(config.stated_heads(), checkpoint.config, shapes, stored) if heads else None
+    stated = config.stated_heads()
+    steps = stated if heads else {} if heads is False else {t: s for t, s in stated.items() if t}
+    head = stated_head(steps, checkpoint.config, shapes, stored)
     graph = build_model(
         config, types, str(checkpoint.path), layout=layout, padding=padding, head=head
     )

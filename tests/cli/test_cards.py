@@ -2,9 +2,12 @@
 
 import shutil
 
+import numpy as np
+import pytest
+
 from moecc.formats.manifest import load
 
-from .conftest import GOLDEN, LLAMA
+from .conftest import GOLDEN, LLAMA, edit_json, edited_tensors, read_json
 
 TERMS = "---\nlicense: {}\nextra_gated_prompt: |\n  Do no harm.\n\n  Agreed?\n---\n"
 
@@ -73,3 +76,49 @@ def test_a_local_source_is_named_by_the_command(cli, dense, out):
 def test_tensors_that_a_pass_leaves_out_are_not_those_of_no_graph(cli, out):
     cli.convert(GOLDEN / "mixtral_gqa", out, pipeline="prune{keep=2}")
     assert "not converted" not in card_of(out)
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A tiny BERT with a head for three labels."""
+    folder = shutil.copytree(GOLDEN / "bert_square", tmp_path / "classifier")
+    labels = {"id2label": {"0": "bad", "1": "so-so", "2": "good"}}
+    edit_json(folder / "config.json", architectures=["BertForSequenceClassification"], **labels)
+    with edited_tensors(folder) as tensors:
+        of_base = {f"bert.{name}": tensors.pop(name) for name in list(tensors)}
+        width = len(of_base["bert.embeddings.LayerNorm.weight"])
+        head = np.arange(3 * width, dtype=np.float32).reshape(3, width)
+        tensors |= of_base | {"classifier.weight": head, "classifier.bias": head[:, 0]}
+    return folder
+
+
+@pytest.mark.parametrize("pipeline", ["", "upcycle{experts=4 top-k=2}"])
+def test_auto_keeps_the_head_of_a_classifier(cli, classifier, out, pipeline):
+    cli.convert(classifier, out, pipeline=pipeline, to="auto")
+    assert "classifier.weight" in load(out).tensors
+    assert read_json(out / "config.json")["id2label"]["2"] == "good"
+    assert front(out)["pipeline_tag"] == "text-classification"
+
+
+@pytest.mark.parametrize(
+    ("case", "to", "task", "loader"),
+    [
+        ("bert_square", "bert", "feature-extraction", "AutoModel"),
+        ("vit_square", "auto", "image-feature-extraction", "AutoModel"),
+        ("whisper_square", "auto", "automatic-speech-recognition", "AutoModelForSpeechSeq2Seq"),
+        ("bart_square", "auto", "text2text-generation", "AutoModelForSeq2SeqLM"),
+    ],
+)
+def test_a_card_says_what_a_model_is_for(cli, out, case, to, task, loader):
+    cli.convert(GOLDEN / case, out, pipeline="", to=to)
+    assert front(out)["pipeline_tag"] == task
+    assert f"= {loader}.from_pretrained" in card_of(out)
+
+
+def test_an_embedder_stays_one(cli, tmp_path, out):
+    source = shutil.copytree(GOLDEN / "bert_square", tmp_path / "bert")
+    (source / "README.md").write_text("---\npipeline_tag: sentence-similarity\n---\n")
+    cli.convert(source, out, "--emit", "torch", to="st_moe")
+    assert front(out)["pipeline_tag"] == "sentence-similarity"
+    # Its program has classes with new heads, too, which are not what was converted.
+    assert "= AutoModel.from_pretrained" in card_of(out)

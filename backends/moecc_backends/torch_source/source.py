@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from importlib.resources import files
 
 from moecc.backend import PROGRAM_FILES, EmittedProgram
-from moecc.families.heads import LOGITS
+from moecc.families.heads import LABEL_KEYS, LOGITS
 from moecc.ir.conventions import TOKENS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -144,7 +144,6 @@ def labels_of(graph: Graph) -> JsonDict:
     return {"id2label": {str(n): f"LABEL_{n}" for n in range(count)}} | stated
 
 
-LABEL_KEYS = ("id2label", "label2id", "problem_type")
 CTC_KEYS = {
     "ctc_blank": ("pad_token_id", 0),
     "ctc_loss_reduction": ("ctc_loss_reduction", "sum"),
