@@ -119,6 +119,7 @@ class CardFacts:
       file: the GGUF file in the folder, if it is one.
       notes: remarks for readers, e.g. that the source was quantised.
       story: how the source came about, a sentence a stage.
+      proof: the files of the proof beside it, its log first; empty without one.
       is_trained: whether the source was trained by moecc, or by a loop beside it.
     """
 
@@ -147,6 +148,7 @@ class CardFacts:
     notes: tuple[str, ...] = ()
     story: tuple[str, ...] = ()
     is_trained: bool = False
+    proof: tuple[str, ...] = ()
 
 
 def model_card(facts: CardFacts) -> str:
@@ -165,6 +167,9 @@ def model_card(facts: CardFacts) -> str:
         "\n".join(f"{n}. {_escape(line)}" for n, line in enumerate(facts.story, 1)),
         f"```\n{_code(facts.command)}\n```",
         "`moecc verify` compares every tensor with `moecc_manifest.json`.",
+        f"`moecc-check {' '.join(map(_code, facts.proof))}` checks the proof."
+        if facts.proof
+        else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -254,6 +259,11 @@ def _engines(facts: CardFacts) -> list[str]:
 
 
 def _snippet(facts: CardFacts) -> str:
+    if facts.file and not facts.has_tokenizer:
+        return (
+            "The file has no tokenizer: programs that give token ids themselves run it.\n\n"
+            f"```\nmoecc run {facts.file} --outputs logits.npy\n```"
+        )
     if facts.file:
         return f'```\nllama-cli -m {facts.file} -p "Once upon a time" -n 20\n```'
     folder = f"folder = {json.dumps(facts.title)}  # where these files are"

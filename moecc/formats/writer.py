@@ -420,6 +420,7 @@ class WriteOptions:
       is_join: whether parts wrote all tensors: one that the journal or the disk does not have is a
         problem, and is not written.
       source_files: waits for the digests of the source's files, and returns them.
+      proof: the files of a proof that are copied beside the weights, its log first.
     """
 
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -431,13 +432,15 @@ class WriteOptions:
     part: ConversionPart | None = None
     is_join: bool = False
     source_files: Callable[[], Mapping[str, FileRecord]] = dict
+    proof: tuple[Path, ...] = ()
 
     @property
     def words(self) -> list[str]:
         """The options of the command that decide the content of the files."""
         shards = self.max_shard_bytes != MAX_SHARD_BYTES
         nonfinite = ["--allow-nonfinite"] if self.allow_nonfinite else []
-        return [f"--max-shard-bytes {self.max_shard_bytes}"] * shards + nonfinite
+        proof = [f"--proof OUT/{path.name}" for path in self.proof[:1]]
+        return [f"--max-shard-bytes {self.max_shard_bytes}"] * shards + nonfinite + proof
 
 
 DEFAULTS = WriteOptions()
@@ -458,6 +461,11 @@ class OutputTensor:
     expr: Expr
     dtype: DType
     storage: Storage | None = None
+
+    @property
+    def type_name(self) -> str:
+        """The name of its element type on disk, or of its blocks."""
+        return self.storage.name.lower() if self.storage else self.dtype.name
 
     @property
     def entry(self) -> Entry:

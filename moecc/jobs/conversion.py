@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -43,7 +44,7 @@ from moecc.translate.export import (
     export_graph,
 )
 from moecc.translate.propose import check_target
-from moecc.types import DType
+from moecc.types import DType, is_lossless
 from moecc.weights.arithmetic import branch_and_name, is_statistic
 from moecc.weights.expr import source_types, sources
 
@@ -171,6 +172,21 @@ class Plan:
     def size_bytes(self) -> int:
         """The bytes of all tensors to write."""
         return sum(t.entry.nbytes for t in self.tensors)
+
+    @cached_property
+    def types(self) -> tuple[str, ...]:
+        """The element types and blocks that are written, that of most bytes first."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors:
+            sizes[tensor.type_name] += tensor.entry.nbytes
+        return tuple(name for name, _ in sizes.most_common())
+
+    @cached_property
+    def rounded(self) -> tuple[str, ...]:
+        """The element types and blocks that weights are rounded to."""
+        names = (t.type_name for t in self.tensors
+                 if t.storage or not is_lossless(t.expr.type.dtype, t.dtype))  # fmt: skip
+        return tuple(dict.fromkeys(names))
 
     @property
     def dtype_name(self) -> str:
@@ -319,7 +335,9 @@ def plan(
         from moecc.translate.gguf import export_gguf, quantising_remarks
 
         export, said = _with_tokenizer(export_gguf(model.graph, architecture), checkpoint)
-        remarks += [*said, *quantising_remarks(export, storage)]
+        said += quantising_remarks(export, storage)
+        remarks += said
+        notes += said
     if architecture is None:
         remarks += _misreadings(export)
     if (wrapped := wrapped_in(checkpoint)) is not None and wrapped.others:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moecc.errors import CheckError, Problem, UsageError, raise_problems
@@ -26,7 +27,7 @@ from moecc.formats.manifest import MANIFEST_NAME, hashed_beside
 from moecc.formats.modelcard import CARD_NAME
 from moecc.formats.open import is_model_id
 from moecc.formats.output import check_output, output_folder, part_folder, parts_of
-from moecc.formats.safetensors import Shard, shards_of
+from moecc.formats.safetensors import INDEX_NAME, Shard, shards_of
 from moecc.formats.store import is_address
 from moecc.formats.writer import (
     DEFAULTS,
@@ -108,21 +109,13 @@ def gguf_keys(planned: Plan) -> list[Key]:
             for key, name in CARD_KEYS.items()
             if key in card
         ),
-        Key("general.file_type", _file_type(planned)),
+        Key("general.file_type", _FILE_TYPES[planned.types[0]]),
         Key("general.quantization_version", 2),
         Key("moecc.version", __version__),
         Key("moecc.pipeline", planned.pipeline.in_full()),
         *export.keys,
         *export.tokenizer,
     ]
-
-
-def _file_type(planned: Plan) -> int:
-    sizes: dict[str, int] = {}
-    for entry in (t.entry for t in planned.tensors):
-        name = entry.storage.name.lower() if entry.storage else entry.dtype.name
-        sizes[name] = sizes.get(name, 0) + entry.nbytes
-    return _FILE_TYPES[max(sizes, key=lambda name: sizes[name])]
 
 
 # Convert a checkpoint: everything is planned from headers, then streamed to disk.
@@ -258,7 +251,7 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
     checkpoint, tensors = planned.checkpoint, planned.tensors
     is_gguf, words = bool(planned.architecture), options.words
     if is_gguf:
-        words = ["--allow-nonfinite"] if options.allow_nonfinite else []  # there are no shards
+        words = replace(options, max_shard_bytes=MAX_SHARD_BYTES).words  # there are no shards
         file = plan_file(FILE_NAME, [t.entry for t in tensors], gguf_keys(planned))
         written = write_files(folder, tensors, [file], checkpoint.read, options)
     else:
@@ -274,7 +267,7 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
         companions = checkpoint.companions()
         if is_gguf:  # which has the tokenizer itself
             companions = {n: c for n, c in companions.items() if n.startswith(_LICENCES)}
-        write_companions(folder, companions)
+        write_companions(folder, companions | {path.name: path for path in options.proof})
     if not is_gguf:
         wrapped = planned.wrapped
         config = dict(planned.export.config_json if wrapped is None else wrapped.stored_config)
@@ -285,9 +278,10 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
         for name, text in planned.export.program.files.items():
             write_durable(folder / name, text.encode())
     receipt = receipt_of(planned, folder / FILE_NAME if is_gguf else folder, options)
+    proof = [path.name for path in options.proof]
     if not one_file:
         write_durable(folder / RECEIPT_NAME, receipt.content())
-        write_durable(folder / CARD_NAME, card(planned, receipt, words).encode())
+        write_durable(folder / CARD_NAME, card(planned, receipt, words, proof).encode())
     embedded = receipt.to_json() if one_file else None
     document = manifest(folder, planned, written, options.source_files(), embedded)
     write_durable(folder / MANIFEST_NAME, document)
@@ -472,7 +466,7 @@ def convert(
       allow_other_base: Accept an adapter that names another model than SOURCE as its base.
       no_check: Do not hold passes to their promises.
       proof: File for the log of the proof that the result is the function of SOURCE, which
-        moecc-check accepts; the graphs are written beside it.
+        moecc-check accepts; the graphs are written beside it. OUT/proof.json is published with OUT.
       verify: Run source and result on the same tokens before the result is put in place, and
         compare their logits.
       resume: Continue the same conversion after it was killed.
@@ -514,10 +508,16 @@ def convert(
         threads=threads or available_cores(), part=share, is_join=join,
     )  # fmt: skip
     _check_modes(options)
+    is_proof_inside = proof is not None and _is_inside(proof, out)
     if proof is not None:
         from moecc.jobs.prove import check_proof_files
 
-        check_proof_files(proof, force=force)
+        if not is_proof_inside:
+            check_proof_files(proof, force=force)
+        elif share is not None or via is not None:
+            raise UsageError("the proof is not written into OUT by --part and --via torch",
+                             where="--proof", found=proof,
+                             hint="--join writes it there; or another folder")  # fmt: skip
         if no_check:
             raise UsageError("nothing is proved with --no-check", where="--proof",
                              hint="leave out one of the two")  # fmt: skip
@@ -542,6 +542,7 @@ def convert(
         raise UsageError("--inputs and --trust-remote-code go with --via torch")
     with (
         signals_raised(),
+        TemporaryDirectory(prefix="moecc-") as temporary,
         open_model(
             source,
             padding=padding_mask or (None if emit is not None else False),
@@ -570,7 +571,12 @@ def convert(
             )  # fmt: skip
         if proof is not None:
             promised = "quantised weights" if planned.storage else str(planned.preserves)
-            _write_proof(planned.proof, proof, source, promised)
+            if is_proof_inside:
+                file = _beside(planned, Path(proof).name, Path(temporary))
+                paths = _write_proof(planned.proof, file, source, promised)
+                options = replace(options, proof=paths)
+            else:
+                _write_proof(planned.proof, Path(proof), source, promised)
         # Its terms would stay in memory, and the collector walk them, while weights are written.
         planned = planned.without_log()
         work = None if planned.architecture else work_of(planned, options)
@@ -591,13 +597,30 @@ def convert(
     return Report("convert", data, lambda: plan_text(planned, name, dry_run, work, end))
 
 
-def _write_proof(proof: ConversionProof | None, file: str, source: str, promised: str) -> None:
-    """Write the log of a proof. Raises CheckError where there is none."""
+def _is_inside(proof: str, out: str) -> bool:
+    """Whether a proof is to be one of the files of an output folder."""
+    is_folder = not is_address(out) and Path(out).suffix != SUFFIX
+    return is_folder and Path(proof).absolute().parent == Path(out).absolute()
+
+
+def _beside(planned: Plan, name: str, folder: Path) -> Path:
+    """Return the path in `folder` of a proof that is copied into the output. Raises UsageError."""
+    others = {"config.json", INDEX_NAME, MANIFEST_NAME, RECEIPT_NAME, CARD_NAME}
+    if name in others | planned.checkpoint.companions().keys():
+        raise UsageError("the result has another file of that name", where="--proof", found=name,
+                         hint="--proof OUT/proof.json")  # fmt: skip
+    return folder / name
+
+
+def _write_proof(
+    proof: ConversionProof | None, file: Path, source: str, promised: str
+) -> tuple[Path, ...]:
+    """Write the log of a proof, and return its files. Raises CheckError where there is none."""
     if proof is None:
         raise CheckError("there is no proof to write", where=source,
                          expected="a promise of equality, and no quantised weights",
                          found=promised)  # fmt: skip
-    proof.write(Path(file))
+    return proof.write(file)
 
 
 def _check_modes(options: WriteOptions) -> None:
@@ -665,7 +688,7 @@ def _convert_via_torch(
         )  # fmt: skip
     conversion, proof = done.conversion, done.conversion.proof
     if proof_file is not None:
-        _write_proof(proof, proof_file, source, str(conversion.preserves))
+        _write_proof(proof, Path(proof_file), source, str(conversion.preserves))
     if done.written is not None:
         _say_weights_written(done.written, resume=False)
     data = {

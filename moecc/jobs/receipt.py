@@ -42,7 +42,7 @@ from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.passes import Preserves
 from moecc.rewrite.runner import loaded_files
 from moecc.support.documents import parse_json
-from moecc.support.text import either
+from moecc.support.text import both, either
 from moecc.support.untyped import Json, JsonDict
 from moecc.translate.engines import EngineVerdict, release_of
 from moecc.version import __version__
@@ -69,6 +69,7 @@ class Receipt:
       proof: the proof that the result is the function of the source, if one was tried.
       verified: what was found at the logits; None if nobody looked.
       engines: whether each engine runs the result.
+      rounded: the element types and blocks that weights were rounded to.
     """
 
     target: str
@@ -77,6 +78,7 @@ class Receipt:
     proof: ConversionProof | None
     verified: Verified | None
     engines: Sequence[EngineVerdict]
+    rounded: tuple[str, ...] = ()
 
     def to_json(self) -> JsonDict:
         """Return the receipt as JSON values."""
@@ -85,6 +87,7 @@ class Receipt:
             "versions": library_versions(),
             "target": self.target,
             "promised": asdict(self.promised),
+            "rounded": list(self.rounded),
             "proof": None if self.proof is None else self.proof.to_json(),
             "checked": [checked.to_json() for checked in self.contracts.passes],
             "unchecked": self.contracts.unchecked or None,
@@ -105,6 +108,8 @@ def receipt_lines(stated: Json) -> list[str]:
         text += f", up to {up_to}"
     if error is not None:
         text += f" (predicted relative error {number_text(error, '.2g')})"
+    if rounded := _rounded(stated):
+        text += f", {rounded}"
     return [
         f"Promised: {text}",
         f"Proved: {_proved(stated)}",
@@ -118,11 +123,19 @@ def _kind_text(promise: Json) -> str:
     return f"{promise.get('kind')}" + (f": {reason}" if reason else "")
 
 
+def _rounded(stated: Json) -> str:
+    """Return which rounding of weights is no part of what is promised and proved, if any is."""
+    types = stated.get("rounded")
+    names = [str(name) for name in types] if isinstance(types, list) else []
+    return f"but for weights that are rounded to {both(names)}" if names else ""
+
+
 def _proved(stated: Json) -> str:
     verdict = object_of(stated.get("proof")).get("verdict")
     checked = objects_of(stated.get("checked"))
     if verdict == "proved":
-        return "the result is the same function as the source, for all inputs, weights and lengths"
+        same = "the result is the same function as the source, for all inputs, weights and lengths"
+        return ", ".join(text for text in (same, _rounded(stated)) if text)
     proved = sum(bool(check.get("proved")) for check in checked)
     return f"{proved} of {len(checked)} passes" if proved else "nothing"
 
@@ -145,7 +158,7 @@ def _at_the_logits(stated: Json) -> str:
     if not comparison:
         # A function of JAX or a module of PyTorch is not run by `convert`.
         is_program = stated.get("target") in (MODEL_TYPE, MODULE_TYPE)
-        return "not at the logits" + ("" if is_program else ", which `convert --verify` does")
+        return "not at the logits" + ("" if is_program else ", which moecc convert --verify does")
     difference, layers = object_of(comparison.get("difference")), comparison.get("layers")
     part = f" of the first {layers} layers" if layers else ""
     output = str(comparison.get("output"))
@@ -324,17 +337,20 @@ def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
         verified = verify_written(planned, written)
     return Receipt(
         planned.target, planned.preserves, planned.contracts, planned.proof, verified,
-        planned.engines,
+        planned.engines, planned.rounded,
     )  # fmt: skip
 
 
-def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
+def card(
+    planned: Plan, receipt: Receipt, options: Sequence[str] = (), proof: Sequence[str] = ()
+) -> str:
     """Return the model card of a conversion.
 
     Args:
       planned: the conversion.
       receipt: its receipt.
       options: further options of the command that decide what is written.
+      proof: the files of the proof beside it, its log first.
     """
     checkpoint = planned.checkpoint
     stages, name = stages_of(checkpoint), source_name(checkpoint.path)
@@ -356,18 +372,14 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             family_to=planned.target,
             command=command(planned, options),
             receipt=tuple(receipt_lines(receipt.to_json())),
-            dtype=planned.dtype_name,
+            dtype=both(planned.types),
             parameters=planned.parameters,
             active_parameters=facts.parameters.active,
             moecc_version=__version__,
             task=task,
             code=next(iter(planned.program.files)) if planned.program else "",
             auto_class=auto_class,
-            has_tokenizer=any(
-                fnmatchcase(name, pattern)
-                for name in checkpoint.companions()
-                for pattern in TOKENIZERS
-            ),
+            has_tokenizer=_has_tokenizer(planned),
             is_sparse=bool(kinds),
             base_models=planned.base_models,
             story=tuple(story(stages)),
@@ -379,8 +391,20 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             training=_training(planned) if kinds else "",
             file=FILE_NAME if planned.architecture else "",
             notes=(*layers, *planned.notes),
+            proof=tuple(proof),
         )
     )
+
+
+def _has_tokenizer(planned: Plan) -> bool:
+    if planned.architecture:
+        from moecc.formats.gguf.tokenizer import NO_TOKENIZER
+        from moecc.translate.gguf import GgufExport
+
+        assert isinstance(planned.export, GgufExport), "a plan of a GGUF file"
+        return planned.export.tokenizer != NO_TOKENIZER
+    names = planned.checkpoint.companions()
+    return any(fnmatchcase(name, pattern) for name in names for pattern in TOKENIZERS)
 
 
 def command(planned: Plan, options: Sequence[str] = ()) -> str:

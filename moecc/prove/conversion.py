@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,7 @@ from moecc.errors import CheckError, InputError, Problem
 from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.ir.text import print_graph
-from moecc.prove.log import write_proof
+from moecc.prove.log import digest, write_proof
 from moecc.prove.prover import Prover, Verdict
 from moecc.support.lazy import np
 from moecc.translate.export import Export
@@ -67,6 +65,8 @@ class ConversionProof:
     def write(self, file: Path) -> tuple[Path, ...]:
         """Write the log of the proof and the texts of both graphs, and return their paths.
 
+        The digests in the log are those of the receipt: the texts name no checkpoint.
+
         Raises:
           CheckError: there is no proof, or ``moecc-check`` does not accept it.
           InputError: the proof, of a step of generation with repeated layers, has no log.
@@ -78,7 +78,8 @@ class ConversionProof:
                 "a proof of a step of generation has no log where layers are repeated",
                 hint="prove graphs without roll-layers, or leave out --proof",
             )
-        return write_proof(self.verdict.log, *self.graphs, file)
+        log = {**self.verdict.log, "before": self.source, "after": self.result}
+        return write_proof(log, *map(_without_checkpoint, self.graphs), file)
 
     def to_json(self) -> dict[str, object]:
         """Return the entry ``proof`` of a receipt."""
@@ -119,18 +120,18 @@ def compared(
     """
     outputs = source.outputs.keys() & result.outputs.keys()
     verdict = prover.prove(source, result, outputs=outputs, refute=refute)
-    digests = graph_digest(source), graph_digest(result)
+    digests = (digest(_without_checkpoint(graph)) for graph in (source, result))
     proof = ConversionProof(verdict, *digests, (source, result))
     if source.outputs.keys() == result.outputs.keys():
         return proof
     return proof.assuming(f"outputs of both are compared alone: {', '.join(sorted(outputs))}")
 
 
-def graph_digest(graph: Graph) -> str:
-    """Return the SHA-256 of the text of a graph, whatever checkpoint it names."""
+def _without_checkpoint(graph: Graph) -> Graph:
+    """Return a graph that names no checkpoint, whose place is no part of its function."""
     plain = clone(graph)
     plain.attrs = {n: v for n, v in plain.attrs.items() if n != "checkpoint"}
-    return sha256(print_graph(plain).encode()).hexdigest()
+    return plain
 
 
 def written_graph(export: Export | GgufExport) -> Graph:

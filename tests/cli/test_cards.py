@@ -1,11 +1,14 @@
 """Model cards: where a model comes from, its licences, and what it is for."""
 
 import shutil
+from hashlib import sha256
 
+import moecc_check
 import numpy as np
 import pytest
 
 from moecc.formats.manifest import load
+from tests.train.tiny import draw_weights, make_model
 
 from .conftest import GOLDEN, LLAMA, edit_json, edited_tensors, read_json
 
@@ -122,3 +125,46 @@ def test_an_embedder_stays_one(cli, tmp_path, out):
     assert front(out)["pipeline_tag"] == "sentence-similarity"
     # Its program has classes with new heads, too, which are not what was converted.
     assert "= AutoModel.from_pretrained" in card_of(out)
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype", "types", "rounded"),
+    [
+        ("llama", None, "f32", None),
+        ("llama", "bf16", "bf16", "bf16"),
+        ("gguf:llama", "f16", "f16 and f32", "f16"),
+        ("gguf:llama", "q8_0", "q8_0 and f32", "q8_0"),
+    ],
+)
+def test_what_is_rounded_is_not_called_exact(cli, tmp_path, out, to, dtype, types, rounded):
+    source = make_model(tmp_path / "dense", hidden_size=32, head_dim=8, intermediate_size=64)
+    more = [] if dtype is None else ["--dtype", dtype]
+    cli.convert(draw_weights(source), out, *more, pipeline="", to=to)
+    card = card_of(out).replace("\\", "")
+    assert f"- Element type: {types}\n" in card
+    expected = "" if rounded is None else f", but for weights that are rounded to {rounded}"
+    assert f"- Promised: exact{expected}\n" in card
+    if dtype != "q8_0":
+        assert f"weights and lengths{expected}\n" in card
+    # Of these files of no tokenizer none is run with a text.
+    assert '-p "' not in card
+
+
+def test_a_proof_is_published_with_its_result(cli, dense, out):
+    def publish(name, code=0, says=()):
+        return cli.convert(dense, out, "--proof", out / name, code=code, says=says)
+
+    publish("config.json", code=2, says="OUT/proof.json")
+    assert not out.exists()
+    publish("proof.json")
+    cli("verify", out)
+    stated = read_json(out / "moecc_receipt.json")["proof"]
+    texts = [out / f"proof.{side}.moe" for side in ("before", "after")]
+    digests = [sha256(text.read_bytes()).hexdigest() for text in texts]
+    assert digests == [stated["source"], stated["result"]]
+    log = read_json(out / "proof.json")
+    assert digests == [log["before"], log["after"]]
+    moecc_check.accepted(log, *(text.read_text() for text in texts))
+    assert str(dense) not in texts[0].read_text()
+    assert "`moecc-check proof.json proof.before.moe proof.after.moe` checks" in card_of(out)
+    assert "--proof OUT/proof.json\n" in card_of(out)

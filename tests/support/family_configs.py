@@ -353,6 +353,10 @@ class MemoryCheckpoint(Closing):
         array = self.arrays[name]
         return array[start:stop] if array.ndim else array
 
+    def remarks(self) -> list[str]:
+        """Return nothing to note."""
+        return []
+
     def companions(self) -> dict[str, Path | bytes]:
         """Return no files."""
         return {}
