@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from moecc.errors import InputError, MachineError, Problem, raise_problems
 from moecc.formats.files import read_utf8
+from moecc.formats.open import cached, is_model_id
 from moecc.formats.store import absolute_place
 from moecc.support.documents import KeyPath
 from moecc.support.extras import install_hint
@@ -18,7 +18,6 @@ from moecc.support.record import Check, Positive, RecordReader, line_of, toml_re
 
 LARGEST_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 Names = Annotated[
     Mapping[str, str], Check(lambda models: "base" not in models, "names other than base")
@@ -163,9 +162,9 @@ def _note_unsupported(merge: _MergekitFile, reader: RecordReader) -> None:
 
 
 def _local_or_hub(model: str) -> str:
-    """Return a model as `moecc.open` takes it: mergekit reads ORG/NAME from the hub."""
-    is_hub = not os.path.exists(model) and _HUB_NAME.fullmatch(model)
-    return f"hf://{model}" if is_hub else model
+    """Return a model as `moecc.open` takes it: mergekit reads ORG/NAME from the hub or its cache."""
+    is_local = os.path.exists(model) or not is_model_id(model) or cached(model) is not None
+    return model if is_local else f"hf://{model}"
 
 
 def _parse_yaml(text: str, name: str) -> tuple[object, dict[KeyPath, int]]:

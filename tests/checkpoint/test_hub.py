@@ -9,6 +9,7 @@ import pytest
 from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.formats.open import is_model_id, open_checkpoint
+from moecc.jobs.conversion_file import read_conversion_file
 
 from .folders import GOLDEN, ONE
 
@@ -50,6 +51,15 @@ def test_a_plain_name_is_looked_up_in_the_cache(monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"hf://ORG/Some2\.5-7B$"):
         open_checkpoint("Some2.5-7B")
     assert not any(map(is_model_id, ("a/b/c", "../b", "a/", "/a", "-a/b", "a/b\n")))
+
+
+@pytest.mark.parametrize(("cached", "place"), [(True, "a/b"), (False, "hf://a/b")])
+def test_models_of_a_merge_are_looked_up_in_the_cache(monkeypatch, tmp_path, cached, place):
+    monkeypatch.chdir(tmp_path)
+    put(monkeypatch, Hub(SOURCE, cached=cached))
+    text = "base_model: a/b\ngate_mode: random\nexperts:\n- source_model: a/b\n"
+    (tmp_path / "merge.yaml").write_text(text)
+    assert read_conversion_file("merge.yaml").source == place
 
 
 def test_a_config_alone_is_enough_where_no_weight_is_read(tmp_path, capsys):
