@@ -107,6 +107,7 @@ class CardFacts:
       moecc_version: the version that wrote it.
       task: the Hub's pipeline tag, if there is one.
       code: the file with the program of the model; empty if a library has it.
+      inputs: the name, sizes and element type of each input of that program.
       auto_class: the transformers class that loads it; None if only moecc does.
       has_tokenizer: whether a tokenizer is beside the output.
       is_sparse: whether the output has experts.
@@ -135,6 +136,7 @@ class CardFacts:
     moecc_version: str
     task: str | None = GENERATION
     code: str = ""
+    inputs: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     auto_class: str | None = "AutoModelForCausalLM"
     has_tokenizer: bool = True
     is_sparse: bool = True
@@ -254,7 +256,8 @@ def _engines(facts: CardFacts) -> list[str]:
         f"| {_escape(name)} | {'yes' if runs else 'no'} | {_escape(why)} |"
         for name, runs, why in facts.engines
     ]
-    table = ["\n".join(["| engine | runs it | |", "|---|---|---|", *rows])] if rows else []
+    head = ["| engine | runs it | how, or what it does not do |", "|---|---|---|"]
+    table = ["\n".join([*head, *rows])] if rows else []
     return ["## Serve it", *table, *([_escape(facts.serving)] if facts.serving else [])]
 
 
@@ -266,7 +269,8 @@ def _snippet(facts: CardFacts) -> str:
         )
     if facts.file:
         return f'```\nllama-cli -m {facts.file} -p "Once upon a time" -n 20\n```'
-    folder = f"folder = {json.dumps(facts.title)}  # where these files are"
+    place = "# where these files are, or their name on the Hub"
+    folder = f"folder = {json.dumps(facts.title)}  {place}"
     is_generator = facts.task == GENERATION and facts.has_tokenizer
     if facts.auto_class is not None:
         trust = ", trust_remote_code=True" if facts.code else ""
@@ -287,10 +291,13 @@ def _snippet(facts: CardFacts) -> str:
     elif facts.code:
         module = facts.code.removesuffix(".py")
         lines = [
+            "import jax.numpy as jnp",
+            "",
             f"import {module}  # the file beside this card",
             "",
             f"params = {module}.load({json.dumps(facts.title)})  # where these files are",
-            f"outputs = {module}.apply(params, inputs)",
+            *(f"{n} = jnp.ones({sizes}, {json.dumps(type)})" for n, sizes, type in facts.inputs),
+            f"outputs = {module}.apply(params, {', '.join(f'{n}={n}' for n, *_ in facts.inputs)})",
         ]
     elif is_generator:
         lines = [

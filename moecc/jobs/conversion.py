@@ -130,7 +130,7 @@ class Plan:
         if self.architecture:
             return verdicts_on_gguf(self.architecture)
         if self.program is not None:
-            return verdicts_on_program() if self.program.auto_map else ()
+            return verdicts_on_program(self.program) if self.program.auto_map else ()
         return _verdicts(self.export)
 
     def without_log(self) -> Plan:

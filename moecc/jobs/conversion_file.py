@@ -162,7 +162,7 @@ def _note_unsupported(merge: _MergekitFile, reader: RecordReader) -> None:
 
 
 def _local_or_hub(model: str) -> str:
-    """Return a model as `moecc.open` takes it: mergekit reads ORG/NAME from the hub or its cache."""
+    """Return a model as `moecc.open` takes it: mergekit reads ORG/NAME of the hub."""
     is_local = os.path.exists(model) or not is_model_id(model) or cached(model) is not None
     return model if is_local else f"hf://{model}"
 

@@ -35,6 +35,7 @@ from moecc.formats.run import is_trained, stages_of, story
 from moecc.formats.source import Checkpoint, GivenParams
 from moecc.formats.writer import JOURNAL_NAME, WriteOptions, WriteReport
 from moecc.ir.conventions import DECODER_TOKENS, LOSS
+from moecc.ir.graph import Value
 from moecc.jobs.checks import Contracts
 from moecc.jobs.conversion import Plan
 from moecc.model.open import MODEL_TYPE, MODULE_TYPE
@@ -150,7 +151,7 @@ def _measured(stated: Json) -> str:
     count = f"each of {len(numbers)} passes" if len(numbers) > 1 else "the pass"
     largest = max(numbers)
     error = f"relative error {number_text(largest, '.2g')}" if largest else "no more than rounding"
-    return f"{count} on the model at small sizes, {error}"
+    return f"{count} on the model at small sizes with random weights, {error}"
 
 
 def _at_the_logits(stated: Json) -> str:
@@ -378,6 +379,7 @@ def card(
             moecc_version=__version__,
             task=task,
             code=next(iter(planned.program.files)) if planned.program else "",
+            inputs=tuple(_example(value) for value in planned.graph.inputs.values()),
             auto_class=auto_class,
             has_tokenizer=_has_tokenizer(planned),
             is_sparse=bool(kinds),
@@ -394,6 +396,12 @@ def card(
             proof=tuple(proof),
         )
     )
+
+
+def _example(value: Value) -> tuple[str, tuple[int, ...], str]:
+    """Return the name, sizes and element type of an example of an input."""
+    sizes = (s if isinstance(s, int) else 8 if n else 1 for n, s in enumerate(value.type.sizes))
+    return value.name, tuple(sizes), str(value.type.dtype.numpy)
 
 
 def _has_tokenizer(planned: Plan) -> bool:

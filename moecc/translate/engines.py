@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
@@ -12,6 +13,9 @@ from moecc.families.rope import attention_factor
 from moecc.families.wrappers import Wrapper
 from moecc.formats.gguf.config import misfits
 from moecc.formats.gguf.families import GgufFamily, mixture_architectures
+
+if TYPE_CHECKING:
+    from moecc.backend import EmittedProgram
 
 # The conditions under which an engine reads a model as it is, by the words of the table.
 
@@ -290,12 +294,23 @@ TRANSFORMERS = "transformers"
 """The beginning of the names of both releases of transformers."""
 
 
-def verdicts_on_program() -> tuple[EngineVerdict, ...]:
-    """Return the verdicts on a program in PyTorch beside its weights, where one was looked for."""
+def verdicts_on_program(program: EmittedProgram) -> tuple[EngineVerdict, ...]:
+    """Return the verdicts on a program in PyTorch beside its weights, where one was looked for.
+
+    vLLM takes decoders whose attention is transformers' own and whose head is ``lm_head``.
+    """
     runs = [e for e in ENGINES if e.name.startswith(TRANSFORMERS)]
     never = [e for e in ENGINES if e.name in (LLAMA_CPP, "mlx-lm")]
+    needs = ("_supports_attention_backend = True", "self.lm_head")
+    is_served = "AutoModelForCausalLM" in program.auto_map and all(
+        any(words in text for text in program.files.values()) for words in needs
+    )
+    fault = [] if is_served else ["another model than a decoder of plain attention with lm_head"]
+    vllm = next(e for e in ENGINES if e.name == "vLLM")
+    how = "--model-impl transformers --trust-remote-code"
     return (
         *(engine.verdict(note="trust_remote_code") for engine in runs),
+        vllm.verdict(*fault, note="" if fault else how),
         *(engine.verdict("it runs no code of a checkpoint") for engine in never),
     )
 

@@ -57,8 +57,8 @@ def test_a_plain_name_is_looked_up_in_the_cache(monkeypatch, tmp_path):
 def test_models_of_a_merge_are_looked_up_in_the_cache(monkeypatch, tmp_path, cached, place):
     monkeypatch.chdir(tmp_path)
     put(monkeypatch, Hub(SOURCE, cached=cached))
-    text = "base_model: a/b\ngate_mode: random\nexperts:\n- source_model: a/b\n"
-    (tmp_path / "merge.yaml").write_text(text)
+    text = "gate_mode: random\nexperts_per_token: 1\nexperts:\n- source_model: a/b\n"
+    (tmp_path / "merge.yaml").write_text(f"base_model: a/b\n{text}")
     assert read_conversion_file("merge.yaml").source == place
 
 

@@ -1,6 +1,7 @@
 """Model cards: where a model comes from, its licences, and what it is for."""
 
 import shutil
+import sys
 from hashlib import sha256
 
 import moecc_check
@@ -168,3 +169,22 @@ def test_a_proof_is_published_with_its_result(cli, dense, out):
     assert str(dense) not in texts[0].read_text()
     assert "`moecc-check proof.json proof.before.moe proof.after.moe` checks" in card_of(out)
     assert "--proof OUT/proof.json\n" in card_of(out)
+
+
+@pytest.mark.parametrize("case", ["llama_gqa", "t5_square"])
+def test_the_code_for_a_program_of_jax_runs_as_it_stands(cli, out, monkeypatch, case):
+    cli.convert(GOLDEN / case, out, "--emit", "jax", pipeline="", to="st_moe")
+    monkeypatch.syspath_prepend(out)
+    monkeypatch.chdir(out.parent)
+    code = card_of(out).split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace(f"{case}-st_moe", out.name), names)
+    sys.modules.pop("jax_st_moe")
+    assert np.isfinite(names["outputs"]["logits"]).all()
+
+
+@pytest.mark.parametrize(("case", "served"), [("llama_gqa", True), ("gemma2_caps", False)])
+def test_vllm_serves_programs_of_plain_decoders(cli, out, case, served):
+    words = ("--emit", "torch", "--dry-run", "--format", "json")
+    plan = cli.convert(GOLDEN / case, out, *words, pipeline="", to="st_moe").json()
+    assert {e["engine"]: e["runs"] for e in plan["engines"]}["vLLM"] == served
