@@ -28,6 +28,7 @@ from moecc.formats.files import (
     sniff_file,
 )
 from moecc.formats.safetensors import (
+    ADAPTER_CONFIG,
     INDEX_NAME,
     SINGLE_NAME,
     Header,
@@ -310,7 +311,9 @@ def open_folder(
         names = set(os.listdir(path))
     # Identified before they are read, so that no change in between goes unnoticed.
     others = _identify_all(path / name for name in (CONFIG_NAME, INDEX_NAME))
-    reads_config = needs_config or os.path.lexists(path / CONFIG_NAME)
+    # An adapter has no config, which is not what is wrong with it.
+    is_needed = needs_config and ADAPTER_CONFIG not in names
+    reads_config = is_needed or os.path.lexists(path / CONFIG_NAME)
     config = _read_config(path, problems) if reads_config else {}
     index, shards = choose_weights(path, names, problems) if with_weights else (None, [])
     read = INDEX_NAME if index is not None else SINGLE_NAME

@@ -44,6 +44,7 @@ from moecc.formats.safetensors import SHARD_SUFFIX, Header, read_header
 from moecc.formats.source import TensorInfo
 from moecc.support.documents import MAX_VALUES, parse_json
 from moecc.support.record import Check, Count, Sha256, read_record, stored, to_json
+from moecc.support.text import amount
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import DTYPES
 from moecc.version import __version__
@@ -429,7 +430,11 @@ class _Verification:
     def _usable(self, name: str) -> bool:
         path = self._path(name)
         if not os.path.lexists(path):
-            self._problems.add(f"the file {quoted(name)} is missing", where=self._folder)
+            count = sum(t.file == name for t in self._manifest.tensors.values())
+            of = f", with {amount(count, 'tensor')}" if count else ""
+            hint = "fetch the file again" if count else None
+            fault = f"the file {quoted(name)} is missing{of}"
+            self._problems.add(fault, where=self._folder, hint=hint)
             return False
         if fault := file_fault(path, self._folder):
             self._problems.extend((fault,))
@@ -485,13 +490,10 @@ class _Verification:
         comparable = []
         for name, record in self._manifest.tensors.items():
             where = self._path(record.file)
-            home = headers.get(record.file)
-            info = home.tensors.get(name) if home else None
-            if info is None:
-                reason = "is missing" if home else "cannot be checked: its file is unusable"
-                self._problems.add(
-                    f"the tensor {quoted(name)} {reason}", where=self._path(record.file)
-                )
+            if (home := headers.get(record.file)) is None:
+                continue  # of the file there is a problem
+            if (info := home.tensors.get(name)) is None:
+                self._problems.add(f"the tensor {quoted(name)} is missing", where=where)
             elif (stored_name(info), info.shape) != (record.dtype, record.shape):
                 self._problems.add(
                     f"the tensor {quoted(name)} has another type or shape",

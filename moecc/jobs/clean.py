@@ -21,6 +21,7 @@ def clean(out: Annotated[Sequence[str], Spelling("OUT…")]) -> Report:
     Example:
       moecc clean smollm2-8x
     """
+    import os
     from pathlib import Path
 
     from moecc.formats.output import clean as clean_output
@@ -31,9 +32,12 @@ def clean(out: Annotated[Sequence[str], Spelling("OUT…")]) -> Report:
         path: StoreOutput(path).clean() if is_address(path) else clean_output(Path(path))
         for path in out
     }
+    there = {path for path in out if is_address(path) or os.path.lexists(path)}
+    nothing = "nothing was left beside it"
     lines = [
         line
         for path, actions in removed.items()
-        for line in actions or [f"{path}: nothing was left beside it"]
+        for line in actions
+        or [f"{path}: {nothing if path in there else f'there is no such output, and {nothing}'}"]
     ]
     return Report("clean", {"outputs": removed}, lambda: "\n".join(lines), is_aside=True)

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.errors import InputError
+from moecc.errors import InputError, Problem
 from moecc.families.config import FAMILY
 from moecc.families.heads import LOGITS, hub_task
 from moecc.formats.files import identify, json_content, read_bounded
@@ -226,19 +226,20 @@ def load_receipt(output: Path) -> JsonDict | None:
 # The receipt of a conversion as a page: what was promised, what was found, what runs it.
 
 
-def receipt_page(name: str, stated: Json) -> str:
+def receipt_page(name: str, stated: Json, problems: Sequence[Problem] = ()) -> str:
     """Return the page of a receipt.
 
     Args:
       name: of the checkpoint.
       stated: what `load_receipt` returned.
+      problems: what of the checkpoint is not as the manifest says.
     """
     from moecc.support.page import render_page
 
     lines = (line.replace("`", "").split(": ", 1) for line in receipt_lines(stated))
     return render_page(
         "receipt.html", f"receipt of {name}",
-        facts=[(title, text) for title, text in lines],
+        facts=[("Files", _files_text(problems)), *((title, text) for title, text in lines)],
         passes=[
             (str(check.get("pass")), _kind_text(object_of(check.get("promised"))),
              "proved" if check.get("proved") else number_text(check.get("measured_error"), ".2g"))
@@ -253,6 +254,13 @@ def receipt_page(name: str, stated: Json) -> str:
         ],
         versions=object_of(stated.get("versions")).items(),
     )  # fmt: skip
+
+
+def _files_text(problems: Sequence[Problem]) -> str:
+    if not problems:
+        return "as the manifest says"
+    more = f"; {len(problems) - 1:,} more" if len(problems) > 1 else ""
+    return f"NOT as the manifest says: {problems[0]}{more}"
 
 
 def _logits(comparison: Json) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from moecc.errors import CheckError, InputError, UsageError
+from moecc.errors import CheckError, InputError, MoeccError, UsageError, raise_problems
 from moecc.jobs.command import (
     ComputeType,
     Force,
@@ -99,7 +99,7 @@ def verify(
       tolerance: Bound on max |Δlogit| / max |logit|.
       dtype: Element type of the computation; f64 tells a change from rounding.
       allow_edited_card: Accept a model card that was edited after the conversion.
-      html: File to write a page of the receipt to.
+      html: File to write a page of the receipt to, and of what differs.
 
     Example:
       moecc verify smollm2-8x
@@ -127,7 +127,7 @@ def verify(
 def verify_files(model: str, allow_edited_card: bool, html: str | None, force: bool) -> Report:
     """Compare the files of a model with its manifest."""
     from moecc.formats.gguf.storage import SUFFIX
-    from moecc.formats.manifest import MANIFEST_NAME, check_manifest
+    from moecc.formats.manifest import MANIFEST_NAME, verify_manifest
     from moecc.formats.manifest import load as load_manifest
     from moecc.formats.open import missing_place
     from moecc.formats.store import is_address, mirror
@@ -149,16 +149,26 @@ def verify_files(model: str, allow_edited_card: bool, html: str | None, force: b
         # As transformers saves what was trained: there are no digests to compare with.
         data = {"model": model, "programs": programs, "passed": True}
         return Report("verify-manifest", data, lambda: f"{programs[0]} is that of the graph")
-    check_manifest(path, allow_edited_card=allow_edited_card)
-    count, receipt = len(load_manifest(path).tensors), load_receipt(path)
-    rows = [f"{amount(count, 'tensor')} {'matches' if count == 1 else 'match'} the manifest"]
-    rows += [] if receipt is None else [f"  {line}" for line in receipt_lines(receipt)]
     if html is not None:
         check_writable(html, force=force)
-        if receipt is None:
-            raise InputError("there is no receipt", where=model, hint="moecc convert writes one")
-        write_whole(html, receipt_page(path.name, receipt).encode(), force=force)
+    problems = verify_manifest(path, allow_edited_card=allow_edited_card)
+    if problems and html is None:
+        raise CheckError(problems)
+    try:
+        receipt = load_receipt(path)
+    except MoeccError:
+        if not problems:
+            raise
+        receipt = None  # which is among the problems
+    if html is not None and receipt is not None:
+        write_whole(html, receipt_page(path.name, receipt, problems).encode(), force=force)
         say(f"the receipt is in {html}")
+    raise_problems(problems, CheckError)
+    if html is not None and receipt is None:
+        raise InputError("there is no receipt", where=model, hint="moecc convert writes one")
+    count = len(load_manifest(path).tensors)
+    rows = [f"{amount(count, 'tensor')} {'matches' if count == 1 else 'match'} the manifest"]
+    rows += [] if receipt is None else [f"  {line}" for line in receipt_lines(receipt)]
     data = {"model": model, "tensors": count, "passed": True, "receipt": receipt}
     return Report("verify-manifest", data, lambda: "\n".join(rows))
 

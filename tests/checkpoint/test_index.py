@@ -112,6 +112,12 @@ def test_a_folder_without_usable_weights_says_what_it_holds(make_folder, name, w
     assert hint in text
 
 
+def test_an_adapter_alone_is_one_problem(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert "an adapter, not a model" in problem(tmp_path)
+
+
 def test_leftover_shards_are_a_question(make_folder):
     other = "model-00001-of-00003.safetensors"
     folder = make_folder({ONE: {"a": 3}, other: {"a": 3}}, index_of({"a": ONE}))

@@ -188,3 +188,14 @@ def test_vllm_serves_programs_of_plain_decoders(cli, out, case, served):
     words = ("--emit", "torch", "--dry-run", "--format", "json")
     plan = cli.convert(GOLDEN / case, out, *words, pipeline="", to="st_moe").json()
     assert {e["engine"]: e["runs"] for e in plan["engines"]}["vLLM"] == served
+
+
+def test_the_page_of_a_receipt_is_written_of_a_changed_folder_too(cli, dense, out, tmp_path):
+    cli.convert(dense, out)
+    cli("verify", out, "--html", tmp_path / "right.html")
+    edit_json(out / "config.json", use_cache=False)
+    cli("verify", out, "--html", tmp_path / "wrong.html", code=3, says="config.json")
+    right, wrong = ((tmp_path / f"{name}.html").read_text() for name in ("right", "wrong"))
+    assert "as the manifest says" in right
+    assert "NOT" not in right
+    assert "NOT as the manifest says" in wrong

@@ -120,7 +120,7 @@ def test_two_writers_do_not_continue_one_output(cli, convert, killed):
 def test_clean_removes_what_was_left(cli, killed):
     cli("clean", killed / "out", says=f"removed {killed / PARTIAL}")
     assert sorted(os.listdir(killed)) == ["dense", "expected"]
-    assert "nothing was left" in cli("clean", killed / "out").err
+    assert "there is no such output, and nothing was left" in cli("clean", killed / "out").err
 
 
 def test_clean_puts_an_old_output_back(cli, tmp_path):
