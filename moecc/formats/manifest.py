@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,7 @@ from moecc.formats.files import (
     range_digest,
     read_bounded,
     read_into,
+    replace_durable,
 )
 from moecc.formats.gguf.storage import BY_NAME, SUFFIX
 from moecc.formats.modelcard import CARD_NAME
@@ -398,6 +399,20 @@ def conversion_of(output: Path, files: Mapping[str, Path]) -> Manifest | None:
 def check_manifest(output: Path, *, allow_edited_card: bool = False) -> None:
     """Raise CheckError with all problems that `verify_manifest` finds; otherwise raises as it."""
     raise_problems(verify_manifest(output, allow_edited_card=allow_edited_card), CheckError)
+
+
+def record_card(folder: Path) -> None:
+    """State the model card of a folder in its manifest as it is now, edited after the conversion.
+
+    Raises: as `load`; MachineError if the manifest cannot be written.
+    """
+    manifest, card = load(folder), folder / CARD_NAME
+    if not card.is_file():
+        return
+    record = file_records([card])[CARD_NAME]
+    if manifest.files.get(CARD_NAME) != record:
+        files = {**manifest.files, CARD_NAME: record}
+        replace_durable(folder / MANIFEST_NAME, dump(replace(manifest, files=files)))
 
 
 class _Verification:

@@ -31,14 +31,15 @@ def push(
       folder: Folder that moecc convert wrote.
       address: hf://ORG/NAME, hf://ORG/NAME@BRANCH, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
       private: Make a new repository of the hub private.
-      allow_edited_card: Accept a model card that was edited after the conversion.
+      allow_edited_card: Accept a model card that was edited after the conversion, and state it in
+        the manifest, which then is that of the folder as it is uploaded.
       resume: Continue an upload of the same folder to an object store that was interrupted.
       force: Replace what is there.
 
     Example:
       moecc push smollm2-8x hf://ORG/smollm2-8x --private
     """
-    from moecc.formats.manifest import MANIFEST_NAME, load
+    from moecc.formats.manifest import MANIFEST_NAME, load, record_card
     from moecc.formats.run import split_reference
     from moecc.formats.store import HUB, Address, is_address
     from moecc.formats.upload import StoreOutput, upload_digest
@@ -56,6 +57,8 @@ def push(
         hint = f"moecc convert {folder} FOLDER -p '' --to auto writes a folder to push"
         raise InputError("a run is no converted folder", where=folder, hint=hint)
     verify_files(folder, allow_edited_card, None, False)
+    if allow_edited_card:
+        record_card(path)
     manifest = load(path)
     names = [*manifest.weights, *manifest.files, MANIFEST_NAME]
     commit = None
@@ -91,7 +94,7 @@ def _commit(folder: Path, target: Address, names: list[str], *, private: bool, f
                 "the repository is not empty",
                 where=str(target),
                 found=f"{len(present):,} files, {min(present)!r} among them",
-                hint="give another branch, hf://ORG/NAME@BRANCH, or --force to replace them",
+                hint="give another branch, hf://ORG/NAME@BRANCH; --force replaces all, card too",
             )
         commit = hub.upload_folder(
             repo_id=target.path, folder_path=folder, allow_patterns=names, revision=branch,

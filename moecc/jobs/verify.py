@@ -23,13 +23,31 @@ from moecc.jobs.command import (
 )
 from moecc.support.console import say
 from moecc.support.text import amount
+from moecc.types import DTYPES
 
 if TYPE_CHECKING:
     from moecc.jobs.comparison import ComparisonVerdict
 
 
+def _announced(model: str) -> str | None:
+    """Return the difference that the receipt of a conversion announces, and how to accept it."""
+    from moecc.jobs.receipt import load_receipt, object_of
+
+    try:
+        stated = object_of(load_receipt(Path(model)))
+    except MoeccError:
+        return None
+    promised, rounded = object_of(stated.get("promised")), stated.get("rounded")
+    types = [str(name) for name in rounded] if isinstance(rounded, list) else []
+    causes = [str(promised.get("reason"))] if promised.get("kind") == "approximate" else []
+    causes += [f"weights rounded to {name}" for name in types if name not in DTYPES]
+    return f"its receipt announces it: {'; '.join(causes)}; --tolerance E" if causes else None
+
+
 def _way_out(verdict: ComparisonVerdict) -> str | None:
     """Return how to tell a change from rounding, of the computation or of weights with factors."""
+    if announced := _announced(verdict.model):
+        return announced
     if verdict.compute_dtype != "f64":
         return "--dtype f64 tells a change from rounding"
     rounding = verdict.rounding.max_relative if verdict.rounding else 0.0

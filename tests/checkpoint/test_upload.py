@@ -272,3 +272,15 @@ def test_a_run_and_a_file_are_pushed_as_converted_folders(step, tmp_path, capsys
     for source, way_out in ((f"{run}{step}", "--to auto"), (str(run / "graph.moe"), "model.gguf")):
         code, text = said(capsys, "push", source, "hf://org/new")
         assert (code, way_out in text) == (1, True), text
+
+
+def test_an_edited_card_is_stated_in_the_manifest(folder_store, converted, tmp_path, capsys):
+    folder = shutil.copytree(converted, tmp_path / "edited")
+    with (folder / "README.md").open("a") as card:
+        card.write("mine\n")
+    push = ("push", folder, "s3://bucket/edited")
+    assert said(capsys, *push)[0] == 3
+    assert said(capsys, *push, "--allow-edited-card")[0] == 0
+    assert verify_manifest(folder) == []
+    uploaded = folder_store().cat("bucket/edited/moecc_manifest.json")
+    assert uploaded == (folder / "moecc_manifest.json").read_bytes()

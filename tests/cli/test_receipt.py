@@ -97,6 +97,7 @@ def test_an_error_that_was_announced_is_measured(cli, dense, out):
     assert receipt["proof"] is None
     assert receipt["verified"]["difference"]["max_relative"] > 1e-4
     assert receipt["verified"]["tolerance"] is None
+    cli("verify", out, "--against", dense, code=3, says="its receipt announces it: softmax gates")
 
 
 @pytest.mark.parametrize(
