@@ -448,8 +448,8 @@ class _Verification:
             count = sum(t.file == name for t in self._manifest.tensors.values())
             of = f", with {amount(count, 'tensor')}" if count else ""
             hint = "fetch the file again" if count else None
-            fault = f"the file {quoted(name)} is missing{of}"
-            self._problems.add(fault, where=self._folder, hint=hint)
+            message = f"the file {quoted(name)} is missing{of}"
+            self._problems.add(message, where=self._folder, hint=hint)
             return False
         if fault := file_fault(path, self._folder):
             self._problems.extend((fault,))

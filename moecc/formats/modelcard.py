@@ -54,8 +54,7 @@ def front_matter(text: str) -> CardEntries:
     for at, line in enumerate(lines[1:end], 1):
         key, colon, value = line.partition(":")
         if colon and key.startswith(GATE) and key.removeprefix(GATE).isidentifier():
-            below = takewhile(lambda line: not line or line[0] in " -", lines[at + 1 : end])
-            gate = (value, *below)
+            gate = (value, *takewhile(lambda x: not x or x[0] in " -", lines[at + 1 : end]))
             card[key] = gate if all(line.isprintable() for line in gate) else ()
         elif colon and key in (TASK, LICENSE, *SCALARS, *LISTS):
             value = value.strip()
@@ -269,8 +268,8 @@ def _snippet(facts: CardFacts) -> str:
         )
     if facts.file:
         return f'```\nllama-cli -m {facts.file} -p "Once upon a time" -n 20\n```'
-    place = "# where these files are, or their name on the Hub"
-    folder = f"folder = {json.dumps(facts.title)}  {place}"
+    name = "ORG/NAME" if facts.auto_class is not None else "hf://ORG/NAME"
+    folder = f"folder = {json.dumps(facts.title)}  # where these files are, or {name} of the Hub"
     is_generator = facts.task == GENERATION and facts.has_tokenizer
     if facts.auto_class is not None:
         trust = ", trust_remote_code=True" if facts.code else ""

@@ -45,7 +45,7 @@ from moecc.rewrite.runner import loaded_files
 from moecc.support.documents import parse_json
 from moecc.support.text import both, either
 from moecc.support.untyped import Json, JsonDict
-from moecc.translate.engines import EngineVerdict, release_of
+from moecc.translate.engines import CODE_READ, EngineVerdict, release_of
 from moecc.version import __version__
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 RECEIPT_NAME = "moecc_receipt.json"
 SCHEMA = "moecc.receipt/1"
 MAX_RECEIPT_BYTES = 4 << 20
+_NOTES = {CODE_READ: "its code was read, it was not run"}
+_TOLD = (CODE_READ, "as gguf:")
+"""The beginnings of notes on engines that a list of them tells, too."""
 _OUTPUTS = {"hidden": "hidden states"}
 """The words for outputs whose names are not words."""
 
@@ -105,6 +108,8 @@ def receipt_lines(stated: Json) -> list[str]:
     """Return a receipt in four lines: what was promised, proved and measured, and what runs it."""
     promised = object_of(stated.get("promised"))
     text, error = _kind_text(promised), promised.get("predicted_error")
+    if promised.get("kind") == "reassociation":
+        text += ", equal in real numbers, with sums perhaps in another order"
     if up_to := promised.get("up_to"):
         text += f", up to {up_to}"
     if error is not None:
@@ -179,7 +184,12 @@ def number_text(value: object, form: str) -> str:
 
 def _engines(stated: Json) -> str:
     rows = objects_of(stated.get("engines"))
-    runs = [release_of(str(e.get("engine")), str(e.get("version"))) for e in rows if e.get("runs")]
+    runs = [
+        release_of(str(e.get("engine")), str(e.get("version")))
+        + (f" ({note})" if (note := str(e.get("note") or "")).startswith(_TOLD) else "")
+        for e in rows
+        if e.get("runs")
+    ]
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
     if not rows:
         target = stated.get("target")
@@ -437,7 +447,9 @@ def command(planned: Plan, options: Sequence[str] = ()) -> str:
 def _why(verdict: EngineVerdict) -> str:
     if verdict.silent:
         return f"silently computes something else: {'; '.join(verdict.reasons)}"
-    return "; ".join(verdict.reasons) or verdict.note
+    if verdict.note.startswith("as gguf:"):
+        return f"as a file of its own, which moecc convert --to {verdict.note[3:]} writes"
+    return "; ".join(verdict.reasons) or _NOTES.get(verdict.note, verdict.note)
 
 
 def _serving(planned: Plan) -> str:

@@ -79,7 +79,8 @@ class ConversionProof:
                 hint="prove graphs without roll-layers, or leave out --proof",
             )
         log = {**self.verdict.log, "before": self.source, "after": self.result}
-        return write_proof(log, *map(_without_checkpoint, self.graphs), file)
+        before, after = map(_without_checkpoint, self.graphs)
+        return write_proof(log, before, after, file)
 
     def to_json(self) -> dict[str, object]:
         """Return the entry ``proof`` of a receipt."""
@@ -120,8 +121,8 @@ def compared(
     """
     outputs = source.outputs.keys() & result.outputs.keys()
     verdict = prover.prove(source, result, outputs=outputs, refute=refute)
-    digests = (digest(_without_checkpoint(graph)) for graph in (source, result))
-    proof = ConversionProof(verdict, *digests, (source, result))
+    before, after = (digest(_without_checkpoint(graph)) for graph in (source, result))
+    proof = ConversionProof(verdict, before, after, (source, result))
     if source.outputs.keys() == result.outputs.keys():
         return proof
     return proof.assuming(f"outputs of both are compared alone: {', '.join(sorted(outputs))}")

@@ -1,5 +1,6 @@
 """Model cards: where a model comes from, its licences, and what it is for."""
 
+import re
 import shutil
 import sys
 from hashlib import sha256
@@ -199,3 +200,12 @@ def test_the_page_of_a_receipt_is_written_of_a_changed_folder_too(cli, dense, ou
     assert "as the manifest says" in right
     assert "NOT" not in right
     assert "NOT as the manifest says" in wrong
+
+
+def test_a_card_tells_how_an_engine_reads_the_model(cli, dense, out):
+    cli.convert(dense, out)
+    card = card_of(out)
+    runs = re.sub(r"[0-9.]+", "N", card[card.index("- Runs in") :].split("\n")[0])
+    assert "SGLang N (code read), llama" in runs
+    assert "(as gguf:llama)" in runs
+    assert "| yes | as a file of its own, which moecc convert --to gguf:llama writes |" in card
