@@ -287,7 +287,7 @@ def _require_machine(path: Path, out: Path, needed_bytes: int) -> None:
         raise MachineError(
             "the disk is too small for the output",
             where=out,
-            expected=f"{needed_bytes + _SPACE_MARGIN_BYTES:,} bytes free",
+            expected=f"{needed_bytes:,} bytes, and {_SPACE_MARGIN_BYTES:,} that stay free",
             found=f"{free_bytes:,} bytes free",
             hint="free some space, or write to another disk; an old output counts until replaced",
         )

@@ -458,7 +458,7 @@ def tokenizer_keys(checkpoint: Checkpoint, rows: int) -> tuple[list[Key], str | 
     """
     files = checkpoint.companions()
     if "tokenizer.json" not in files:
-        return NO_TOKENIZER, "there is no tokenizer.json"
+        return NO_TOKENIZER, "the source has no tokenizer.json"
     try:
         settings = _Settings(files, checkpoint.config)
         return _translated(_json_of(files, "tokenizer.json"), settings, rows), None
