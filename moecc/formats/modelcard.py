@@ -79,8 +79,6 @@ def _unquoted(item: str) -> str:
 GENERATION, SIMILARITY = "text-generation", "sentence-similarity"
 """The Hub's task of a decoder-only model, and of an encoder that was trained to compare texts."""
 
-TAGS = ("moe", "upcycled", "moecc")
-"""The Hub's tags of a mixture of experts; of a dense model it is the last alone."""
 
 _TEXT_TASKS = (GENERATION, "text2text-generation", "text-classification", "token-classification",
                "fill-mask", "feature-extraction", SIMILARITY)  # fmt: skip
@@ -110,6 +108,7 @@ class CardFacts:
       auto_class: the transformers class that loads it; None if only moecc does.
       has_tokenizer: whether a tokenizer is beside the output.
       is_sparse: whether the output has experts.
+      is_upcycled: whether they were made of dense blocks.
       base_models: the models on the Hub that it is made from, as far as they are known.
       relation: what the output is of it, in the Hub's words.
       source_card: the values that are copied from the card of the source.
@@ -139,6 +138,7 @@ class CardFacts:
     auto_class: str | None = "AutoModelForCausalLM"
     has_tokenizer: bool = True
     is_sparse: bool = True
+    is_upcycled: bool = True
     base_models: tuple[str, ...] = ()
     relation: str = "finetune"
     source_card: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -224,7 +224,7 @@ def _front_matter(facts: CardFacts) -> str:
     library = "gguf" if facts.file else "transformers" if facts.auto_class else "moecc"
     lines += [f"library_name: {library}"]
     lines += [f"pipeline_tag: {facts.task}"] if facts.task else []
-    tags = TAGS if facts.is_sparse else TAGS[-1:]
+    tags = [*["moe"] * facts.is_sparse, *["upcycled"] * facts.is_upcycled, "moecc"]
     lines += ["tags:", *(f"- {tag}" for tag in tags), "---"]
     return "\n".join(lines)
 

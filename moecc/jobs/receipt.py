@@ -374,6 +374,7 @@ def card(
     checkpoint = planned.checkpoint
     stages, name = stages_of(checkpoint), source_name(checkpoint.path)
     facts = planned.facts
+    pipelines = [planned.pipeline.in_full(), *(str(stage.get("pipeline")) for stage in stages)]
     kinds = Counter(str(layer) for layer in facts.expert_layers)
     task, auto_class = _loaded_as(planned)
     relation = "finetune" if planned.storage is None else "quantized"
@@ -401,6 +402,7 @@ def card(
             auto_class=auto_class,
             has_tokenizer=_has_tokenizer(planned),
             is_sparse=bool(kinds),
+            is_upcycled=bool(kinds) and any("upcycle" in text for text in pipelines),
             base_models=planned.base_models,
             story=tuple(story(stages)),
             is_trained=is_trained(stages),

@@ -209,3 +209,16 @@ def test_a_card_tells_how_an_engine_reads_the_model(cli, dense, out):
     assert "SGLang N (code read), llama" in runs
     assert "(as gguf:llama)" in runs
     assert "| yes | as a file of its own, which moecc convert --to gguf:llama writes |" in card
+
+
+@pytest.mark.parametrize(
+    ("case", "pipeline", "tags"),
+    [
+        ("llama_gqa", "", ["moecc"]),
+        ("mixtral_gqa", "", ["moe", "moecc"]),
+        ("llama_gqa", "upcycle{experts=4}", ["moe", "upcycled", "moecc"]),
+    ],
+)
+def test_what_was_not_upcycled_is_not_tagged_so(cli, out, case, pipeline, tags):
+    cli.convert(GOLDEN / case, out, pipeline=pipeline, to="auto")
+    assert front(out)["tags"] == tags
