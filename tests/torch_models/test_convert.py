@@ -440,7 +440,7 @@ def with_ungraded_product():
 
 
 @torch.library.custom_op("moecc_tests::up", mutates_args=())
-def kernel(x, weight):
+def kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A product in a kernel of its own."""
     return x @ weight.T
 
