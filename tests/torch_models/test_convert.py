@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections import namedtuple
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,6 +150,50 @@ def test_losses_of_the_last_run_have_gradients():
         for name, p in moe.named_parameters()
         if "router" in name
     )
+
+
+Named = namedtuple("Named", ["loss", "logits"])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "loss_of"),
+    [
+        (lambda loss: {"loss": loss}, lambda outputs: outputs["loss"]),
+        (lambda loss: SimpleNamespace(loss=loss), lambda outputs: outputs.loss),
+        (lambda loss: Named(loss, None), lambda outputs: outputs.loss),
+        (lambda loss: {"logits": loss}, None),
+        (lambda loss: (loss, loss), None),
+    ],
+)
+def test_the_auxiliary_loss_is_added_to_a_loss_of_that_name_alone(wrap, loss_of):
+    class Trained(Language):
+        def forward(self, ids, wrap=lambda loss: loss):
+            return wrap(super().forward(ids).square().mean())
+
+    model = Trained(Whole()).double().eval()
+    moe = mt.convert(model, tokens(), PIPELINE)
+    outputs, dense = moe(tokens(), wrap), model(tokens())
+    if loss_of is None:
+        assert close(next(iter(getattr(outputs, "values", lambda: outputs)())), dense)
+    else:
+        assert close(loss_of(outputs), dense + moe.losses()["loss.auxiliary"])
+    assert any("add it yourself" in remark for remark in moe.conversion.report.remarks)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("mask", [None, torch.tensor([[False] * 5, [False] * 3 + [True] * 2])])
+def test_an_encoder_of_torch_does_not_run_its_fused_kernels(mask):
+    class Encoder(Language):
+        def forward(self, ids, mask=None):
+            return self.head(self.layers[0](self.embed(ids), src_key_padding_mask=mask))
+
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN, batch_first=True)
+    model = Encoder(nn.TransformerEncoder(layer, 2)).double().eval()
+    moe = mt.convert(model, tokens(), "upcycle{experts=4 top-k=2 layers=0}", causal=False)
+    with torch.no_grad():
+        expected, result = model(tokens(), mask), moe(tokens(), mask)
+    read = torch.ones(2, 5, dtype=torch.bool) if mask is None else ~mask
+    assert close(result[read], expected[read])
 
 
 def test_a_layer_that_runs_twice_is_one_mixture():

@@ -200,7 +200,10 @@ def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) 
     operations = sum(node.op == "call_function" for node in exported.graph.nodes)
     stayed = f"of {operations:,} operations, all but the blocks stayed PyTorch"
     report = rewritten.report(surveyed.survey, dense.name, sum(before.values()), after, stayed)
-    report = replace(report, remarks=(*surveyed.remarks, *report.remarks))
+    remarks = [*surveyed.remarks, *report.remarks]
+    if not dense.config and "loss.auxiliary" in rewritten.graph.outputs:
+        remarks.append(_ADDED_LOSS)
+    report = replace(report, remarks=tuple(remarks))
     return ModuleConversion(
         rewritten.graph,
         report,
@@ -212,6 +215,12 @@ def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) 
         emitted,
         dense,
     )
+
+
+_ADDED_LOSS = (
+    "loss.auxiliary is added to the `loss` of a dictionary or an object that the model returns; to "
+    'any other loss add it yourself: loss + moe.losses()["loss.auxiliary"]'
+)
 
 
 def _dense_class(model: Any) -> DenseClass:

@@ -94,12 +94,24 @@ def place(model, mixture, path, last="", widths=None, weight=""):
     if not last:
         model.set_submodule(path, mixture)
         return
+    without_fast_paths(model, path)
     end = LastProduct(mixture, weight)
     model.set_submodule(path, FirstProduct(mixture, end, widths[""]))
     for name, width in widths.items():
         if name:
             model.set_submodule(name, OtherProduct(width))
     model.set_submodule(last, end)
+
+
+def without_fast_paths(model, path):
+    """Keep torch's encoder layers around a product from kernels that read its weight themselves."""
+    names = path.split(".")
+    for depth in range(len(names)):
+        owner = model.get_submodule(".".join(names[:depth]))
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0
+        if isinstance(owner, nn.TransformerEncoder):
+            owner.use_nested_tensor = False
 
 
 def mixtures_of(model):
@@ -132,12 +144,29 @@ def with_losses(forward, summed):
             mixture.records = None
         if all(means.values()):
             self.loss_records[:] = [summed(means)]
-            loss = getattr(outputs, "loss", None)
-            if loss is not None:
-                outputs.loss = loss + self.losses()["loss.auxiliary"]
+            return with_added_loss(outputs, self.losses())
         return outputs
 
     return sparse_forward
+
+
+def with_added_loss(outputs, losses):
+    """Return the outputs of a model with the auxiliary loss of its mixtures added to their `loss`.
+
+    A loss without this name, in a tuple or alone, cannot be told from other results.
+    """
+    is_dictionary = isinstance(outputs, dict)
+    own = outputs.get("loss") if is_dictionary else getattr(outputs, "loss", None)
+    if own is None:
+        return outputs
+    total = own + losses["loss.auxiliary"]
+    if isinstance(outputs, tuple):
+        return outputs._replace(loss=total)
+    if is_dictionary:
+        outputs["loss"] = total
+    else:
+        outputs.loss = total
+    return outputs
 
 
 class SparseModel:
