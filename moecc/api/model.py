@@ -261,7 +261,7 @@ class Model(Closing):
           InputError: a pass cannot be applied to this model.
         """
         passes, allow_unmatched = pipeline_of(pipeline), flag("allow_unmatched", allow_unmatched)
-        remarks: list[str] = []
+        remarks = passes.remarks()
         context = replace(self._context(allow_unmatched), remark=lambda r: remarks.append(str(r)))
         full_pipeline = Pipeline((*self.pipeline, *passes))
         raise_problems(full_pipeline.problems(), UsageError)

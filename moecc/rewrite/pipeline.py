@@ -500,6 +500,10 @@ class Pipeline:
         """Return warnings of options that are allowed but rarely intended, with their pass."""
         return self._gather(lambda item, earlier: item.warnings())
 
+    def remarks(self) -> list[str]:
+        """Return the warnings as lines, for reports."""
+        return ["; ".join(map(str.strip, str(p).splitlines())) for p in self.warnings()]
+
     def lints(self) -> list[Problem]:
         """Return what a design guide advises against, with the pass that does it."""
         return self._gather(lambda item, earlier: item.lints())

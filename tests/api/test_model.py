@@ -38,6 +38,11 @@ def test_nothing_is_rewritten_in_place(dense):
     assert print_graph(dense.graph) == before
 
 
+def test_options_that_are_rarely_intended_are_remarked(dense):
+    remarks = dense.upcycle(experts=4, top_k=1).remarks
+    assert any("option top-k: the gate of one expert" in remark for remark in remarks)
+
+
 def test_a_function_is_what_a_run_computes(sparse):
     jax = pytest.importorskip("jax")
     tokens = {"tokens": np.arange(6, dtype=np.int32).reshape(1, 6)}

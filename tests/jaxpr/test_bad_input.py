@@ -103,6 +103,11 @@ def test_what_is_no_function_and_what_returns_no_arrays():
     assert "test_bad_input.py:" in str(error.value)
 
 
+def test_options_that_are_rarely_intended_are_remarked():
+    report = mx.convert(ffn, PARAMS, X, "upcycle{experts=4 top-k=1}").report
+    assert any("option top-k: the gate of one expert" in remark for remark in report.remarks)
+
+
 def test_pipelines_and_lowerings_that_do_not_fit(moe):
     with pytest.raises(UsageError, match="no pipeline was given"):
         mx.convert(ffn, PARAMS, X)

@@ -434,7 +434,7 @@ class FunctionReport:
       blocks: the blocks, in order.
       misses: what is nearly a block, and why it is none.
       unused: the parameters that the function does not use.
-      remarks: the notes of the passes.
+      remarks: the notes of the passes, and the warnings of their options.
       stayed: what stayed as it was.
       elements_before: the elements of the parameters before.
       elements_after: and afterwards.
@@ -620,6 +620,7 @@ class RewrittenBlocks:
           stayed: what stayed as it was; by default equations of JAX.
         """
         equations = len([*survey.scope.every_equation()]) - len(equations_of(survey.sites))
+        remarks = (str(remark) for run in self.run.runs for remark in run.remarks)
         return FunctionReport(
             function=self.name,
             line=line,
@@ -631,7 +632,7 @@ class RewrittenBlocks:
             ),
             misses=tuple(map(str, survey.misses)),
             unused=survey.unused,
-            remarks=tuple(dict.fromkeys(str(r) for each in self.run.runs for r in each.remarks)),
+            remarks=tuple(dict.fromkeys((*self.pipeline.remarks(), *remarks))),
             stayed=stayed or f"stayed JAX: {equations:,} equations",
             elements_before=before,
             elements_after=after,
