@@ -349,6 +349,51 @@ def test_a_folder_is_loaded_bit_for_bit_and_known_to_the_commands(tmp_path):
         assert said in done.stdout
 
 
+class Positioned(Language):
+    """A buffer that is not saved."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+
+def test_a_model_without_weights_is_filled_with_those_of_a_folder(tmp_path):
+    model = Language(Whole(), Block()).eval()
+    model.head.weight = model.embed.weight
+    moe = mt.convert(model, tokens(), PIPELINE)
+    moe.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = Language(Whole(), Block()).eval()
+    empty.head.weight = empty.embed.weight
+    loaded = mt.load(tmp_path, empty)
+    assert loaded.head.weight is loaded.embed.weight
+    assert torch.equal(loaded(tokens()), moe(tokens()))
+    moe = mt.convert(empty, tokens().to("meta"), PIPELINE)
+    with pytest.raises(
+        InputError, match=r"embed\.weight: a model on the device meta has no weights"
+    ):
+        moe.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_that_a_folder_does_not_fit_is_refused_by_names(tmp_path):
+    mt.convert(Positioned(Whole()), tokens(), PIPELINE).save_pretrained(tmp_path)
+    wider, deeper = Positioned(Whole()), Positioned(Whole(), Block())
+    wider.head = nn.Linear(WIDTH, 7)
+    with torch.device("meta"):
+        empty = Positioned(Whole())
+    for model, words in (
+        (Language(Whole()), ["another class", "with a Positioned", "found: Language"]),
+        (Positioned(Block()), ["layers.0.mlp: the model has no such module"]),
+        (deeper, ["layers.1.down.bias: the folder has no such tensor"]),
+        (wider, ["head.bias: the folder has no", "head.weight: the model has another", "[7, 8]"]),
+        (empty, ["scale: a buffer that is not saved is on the device meta"]),
+    ):
+        with pytest.raises(InputError) as error:
+            mt.load(tmp_path, model)
+        assert all(word in str(error.value) for word in words)
+
+
 # What is no block, and why.
 
 
@@ -563,6 +608,18 @@ def test_names_in_another_order_do_not_swap_weights():
     assert close(moe(tokens()), model(tokens()))
 
 
+def test_warnings_and_a_class_that_no_program_imports_are_remarked():
+    class Local(Language):
+        pass
+
+    pipeline = "upcycle{experts=3 top-k=1}"
+    kinds = (Language(Block()), False), (Local(Block()), True)
+    for model, is_local in kinds:
+        remarks = mt.convert(model, tokens(), pipeline).conversion.report.remarks
+        assert any("option top-k: the gate of one expert, renormalised" in r for r in remarks)
+        assert any("define the class at the top" in r for r in remarks) is is_local
+
+
 def test_a_type_taken_from_another_value_is_none_from_outside():
     class Typed(Block):
         def hidden(self, x):
@@ -574,6 +631,10 @@ def test_a_type_taken_from_another_value_is_none_from_outside():
 
 def test_bad_input():
     model = Language(Block())
+    with pytest.raises(InputError, match=r"convert model\._orig_mod"):
+        mt.convert(torch.compile(model), tokens(), PIPELINE)
+    with pytest.raises(InputError, match="the model has mixtures already"):
+        mt.convert(mt.convert(model, tokens(), PIPELINE), tokens(), PIPELINE)
     with pytest.raises(UsageError, match="not a module"):
         mt.convert(lambda x: x, tokens(), PIPELINE)
     with pytest.raises(InputError, match=r"torch\.export cannot read"):

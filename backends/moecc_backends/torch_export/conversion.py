@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import wraps
 from hashlib import sha256
 from importlib import import_module
+from itertools import islice
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from moecc.api.arguments import flag, folder_text, whole
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError, Problem, UsageError, raise_problems
 from moecc.formats.files import json_content, read_json_object, write_durable
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, open_folder
 from moecc.formats.manifest import (
@@ -125,11 +126,22 @@ def convert(
         flag(name, value)
     seed = whole("seed", seed)
     parsed_pipeline(pipeline)
+    _require_dense(model)
     args, kwargs = _call_of(inputs)
     surveyed = survey_model(model, exported_module(model, args, kwargs))
     return convert_surveyed(
         surveyed, pipeline, causal=causal, seed=seed, allow_unmatched=allow_unmatched, check=check
     )
+
+
+def _require_dense(model: Any) -> None:
+    where = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        hint = "convert model._orig_mod, and compile the result"
+        raise InputError("the model is compiled by torch.compile", where=where, hint=hint)
+    if isinstance(getattr(model, "conversion", None), ModuleConversion):
+        hint = "convert the dense model, with all passes in one pipeline"
+        raise InputError("the model has mixtures already", where=where, hint=hint)
 
 
 def _call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -203,6 +215,12 @@ def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) 
     remarks = [*surveyed.remarks, *report.remarks]
     if not dense.config and "loss.auxiliary" in rewritten.graph.outputs:
         remarks.append(_ADDED_LOSS)
+    home = sys.modules.get(type(model).__module__)
+    if home is None or dense.module == "__main__" or not hasattr(home, dense.name):
+        remarks.append(
+            f"{FILE_NAME} of a saved folder imports {dense.name} from {dense.module}, where other "
+            "programs do not find it: define the class at the top of a module of its own"
+        )
     report = replace(report, remarks=tuple(remarks))
     return ModuleConversion(
         rewritten.graph,
@@ -305,6 +323,13 @@ def _sparse_class(conversion: ModuleConversion, dense: type) -> Any:
     def save_pretrained(self: Any, folder: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write the model to a folder, with its graph, manifest and receipt."""
         path = Path(folder_text(folder))
+        without_weights = (n for n, p in self.named_parameters() if p.is_meta)
+        for name in islice(without_weights, 1):
+            raise InputError(
+                "a model on the device meta has no weights to save",
+                where=f"{type(self).__name__}: {name}",
+                hint="convert a model with weights; moecc convert --via torch reads a folder's",
+            )
         if inherited is not None:
             # Tensors have the names of their modules, and not those of the dense checkpoint.
             inherited(self, path, *args, **{"save_original_format": False, **kwargs})
@@ -507,18 +532,90 @@ def load(folder: str | Path, model: Any = None) -> Any:
         dense = _class_of_transformers(conversion.dense, path)
         sparse = _sparse_class(conversion, dense).from_pretrained(path)
     else:
-        sparse = deepcopy(model)
-        sparse.__class__ = _sparse_class(conversion, type(model))
-        sys.modules[type(sparse).__module__].place_mixtures(sparse)
-        from safetensors.torch import load_file, load_model
-
-        file = str(path / "model.safetensors")
-        tensors = load_file(file)
-        for name in conversion.emitted.names.values():
-            _set_parameter(sparse, name, tensors[name])
-        load_model(sparse, file)
+        sparse = _loaded_into(model, conversion, path)
     sparse.conversion = conversion
     return sparse
+
+
+def _loaded_into(model: Any, conversion: ModuleConversion, path: Path) -> Any:
+    """Return a copy of a dense model with the mixtures and the weights of a folder."""
+    from safetensors.torch import load_file
+
+    expected = conversion.dense.name
+    if type(model).__name__ != expected:
+        raise InputError(
+            "the folder holds a model of another class",
+            where=str(path),
+            expected=f"load(folder, model), with {with_article(expected)}",
+            found=type(model).__name__,
+            hint="give the dense model, of any weights",
+        )
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    paths = (p for position in conversion.places for p in (position.path, position.last) if p)
+    raise_problems(
+        Problem("the model has no such module, which became a mixture", f"{path}: {name}")
+        for name in sorted(set(paths) - modules)
+    )
+    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
+    sparse = deepcopy(model)
+    sparse.__class__ = _sparse_class(conversion, type(model))
+    with torch.device("meta"):
+        sys.modules[type(sparse).__module__].place_mixtures(sparse)
+    _fill_tensors(sparse, load_file(path / "model.safetensors"), device, path)
+    return sparse
+
+
+def _fill_tensors(model: Any, tensors: Mapping[str, Any], device: Any, path: Path) -> None:
+    """Give a model the tensors of a folder, which has one name of those that share memory.
+
+    A tensor on the device meta is replaced, on `device`; the elements of others are copied.
+
+    Raises:
+      InputError: names or shapes differ, or a buffer stays without elements.
+    """
+    sharing: dict[int, dict[str, Any]] = {}
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in own.items():
+        memory = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+        sharing.setdefault(memory, {})[name] = tensor
+    problems = [
+        Problem("the model has no such tensor", f"{path}: {name}")
+        for name in tensors.keys() - own.keys()
+    ]
+    for group in sharing.values():
+        stored = [name for name in group if name in tensors]
+        if not stored:
+            problems.append(
+                Problem("the folder has no such tensor", f"{path}: {next(iter(group))}")
+            )
+        for name in stored:
+            old, new = group[name], tensors[name]
+            if old.shape != new.shape:
+                shapes = str(list(new.shape)), str(list(old.shape))
+                problems.append(
+                    Problem("the model has another shape of a tensor", f"{path}: {name}", *shapes)
+                )
+            elif old.is_meta:
+                _replace_tensor(model, group, old, new.to(device))
+            else:
+                old.data.copy_(new)
+    every = [*model.named_parameters(), *model.named_buffers()]
+    hint = "build the model that load takes on another device"
+    problems += [
+        Problem("a buffer that is not saved is on the device meta", f"{path}: {name}", hint=hint)
+        for name, tensor in every
+        if tensor.is_meta and name not in own
+    ]
+    raise_problems(sorted(problems, key=str))
+
+
+def _replace_tensor(model: Any, names: Iterable[str], old: Any, new: Any) -> None:
+    """Put a tensor where modules had another one, a parameter where that was one."""
+    if isinstance(old, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, old.requires_grad)
+    for name in names:
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, new)
 
 
 def _class_of_transformers(dense: DenseClass, path: Path) -> Any:
