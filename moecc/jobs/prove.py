@@ -34,7 +34,7 @@ from moecc.jobs.command import (
     check_writable,
     read_pipeline,
 )
-from moecc.model.open import OpenedModel, is_function_folder, open_model
+from moecc.model.open import OpenedModel, is_function_folder, load_files, open_model
 from moecc.prove import Prover, Verdict
 from moecc.prove.conversion import ConversionProof, compared, over_source, prove_conversion
 from moecc.prove.log import proof_paths
@@ -81,6 +81,7 @@ def prove(
       moecc prove smollm2 smollm2-8x
     """
     check_proof_files(proof, force=force)
+    load_files(load)
     comparison = _comparison(a, b, Prover(exact=exact), load)
     if proof is not None and comparison.verdict:
         comparison.write(Path(proof))
@@ -98,7 +99,6 @@ def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
     if is_function_folder(b) and not is_function_folder(a) and Path(a, CONFIG_NAME).is_file():
         from moecc import torch as mt
 
-        read_pipeline("", load)
         module_proof: ConversionProof = mt.prove_folder(a, b, prover)
         return module_proof
     with (

@@ -114,6 +114,10 @@ def test_an_operation_from_outside_is_passed_over_and_lowered(tmp_path, monkeypa
     load = ("--load", "mish.py")
     cli("opt", "dense.moe", "-p", UPCYCLE, "--check", "-o", "sparse.moe", *load)
     assert "= mish " in (tmp_path / "sparse.moe").read_text()
+    del OPS["mish"]
+    copy = (tmp_path / "mish.py").rename(tmp_path / "again.py")  # a file runs once in a process
+    assert "proved" in cli("prove", "dense.moe", "dense.moe", "--load", copy).out
+    load = ("--load", copy)
     assert "logaddexp" in cli("lower", "sparse.moe", "--emit", "jaxpr", *load).out
     del OPS["mish"]
     unknown = cli("opt", "sparse.moe", code=1).err
