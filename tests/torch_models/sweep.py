@@ -27,7 +27,7 @@ import torch
 import transformers
 from moecc_backends.jaxpr.storage import LeafEvaluator
 from moecc_backends.torch_export import conversion as conversions
-from moecc_backends.torch_export.lowering import exported_module
+from moecc_backends.torch_export.exporting import exported_module
 from moecc_backends.torch_export.placing import BlockRegion
 from moecc_backends.torch_export.surveying import survey_model
 

@@ -629,7 +629,7 @@ def test_a_type_taken_from_another_value_is_none_from_outside():
     assert close(moe(tokens()), model(tokens()))
 
 
-def test_bad_input():
+def test_bad_input(capfd):
     model = Language(Block())
     with pytest.raises(InputError, match=r"convert model\._orig_mod"):
         mt.convert(torch.compile(model), tokens(), PIPELINE)
@@ -637,15 +637,30 @@ def test_bad_input():
         mt.convert(mt.convert(model, tokens(), PIPELINE), tokens(), PIPELINE)
     with pytest.raises(UsageError, match="not a module"):
         mt.convert(lambda x: x, tokens(), PIPELINE)
-    with pytest.raises(InputError, match=r"torch\.export cannot read"):
-        mt.convert(model, {"wrong": tokens()}, PIPELINE)
+    for inputs, words in (
+        ({"wrong": tokens()}, r"expected: \(ids\)\n  found: missing a required argument: 'ids'"),
+        ((tokens(), tokens()), "too many positional arguments"),
+    ):
+        with pytest.raises(InputError, match=words):
+            mt.convert(model, inputs, PIPELINE)
 
     class Branching(Block):
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else x
 
-    with pytest.raises(InputError, match=r"torch\.export cannot read"):
+    with pytest.raises(
+        InputError, match=r"test_convert\.py:\d+ in forward: torch\.export"
+    ) as error:
         mt.convert(Language(Branching()), tokens(), PIPELINE)
+    assert "no `if` or loop in Python" in str(error.value)
+    assert capfd.readouterr().err == ""
+
+    class Narrow(Block):
+        def forward(self, x):
+            return super().forward(x[..., 1:])
+
+    with pytest.raises(InputError, match="the model must run with these inputs"):
+        mt.convert(Language(Narrow()), tokens(), PIPELINE)
 
     class Selecting(Block):
         def forward(self, x):

@@ -145,7 +145,7 @@ def evaluate(
 
 _FRAMEWORKS = (
     "jax", "jaxlib", "flax", "haiku", "equinox", "haliax", "penzai", "keras", "optax", "chex",
-    "numpy", "einops", "jaxtyping", "beartype", "typeguard", "moecc", "moecc_backends",
+    "torch", "numpy", "einops", "jaxtyping", "beartype", "typeguard", "moecc", "moecc_backends",
 )  # fmt: skip
 """Installed packages whose lines say nothing of a model; an installed model is in others."""
 
@@ -156,7 +156,7 @@ def _is_library(file: str) -> bool:
     for folder in (paths["purelib"], paths["platlib"]):
         if file.startswith(f"{folder}{sep}"):
             return file.removeprefix(folder).split(sep)[1] in _FRAMEWORKS
-    return file.startswith((paths["stdlib"], str(Path(__file__).parent), "<"))
+    return file.startswith((paths["stdlib"], str(Path(__file__).parents[1]), "<"))
 
 
 def _line(file: str, number: int | None, function: str) -> str:

@@ -59,7 +59,7 @@ from moecc_backends.jaxpr.graph import (
 from moecc_backends.jaxpr.scopes import leaves_of
 from moecc_backends.jaxpr.storage import LeafEvaluator
 from moecc_backends.jaxpr.views import shape_of
-from moecc_backends.torch_export.lowering import exported_module
+from moecc_backends.torch_export.exporting import exported_module
 from moecc_backends.torch_export.surveying import SurveyedModel, numpy_dtype, survey_model
 from moecc_backends.torch_source.modules import BlockPlace, DenseClass, EmittedModules, emit_modules
 

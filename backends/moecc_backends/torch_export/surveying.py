@@ -23,13 +23,8 @@ from moecc_backends.jaxpr.graph import problems_of
 from moecc_backends.jaxpr.scopes import ParamTree, leaves_of, trace_function
 from moecc_backends.jaxpr.survey import BlockKey, Survey, refuse_shared_weights, survey_blocks
 from moecc_backends.jaxpr.views import shape_of
-from moecc_backends.torch_export.lowering import (
-    GRADIENT_MODE,
-    ExportedModule,
-    ModuleArguments,
-    exported_module,
-    module_calls,
-)
+from moecc_backends.torch_export.exporting import GRADIENT_MODE, exported_module
+from moecc_backends.torch_export.lowering import ExportedModule, ModuleArguments, module_calls
 from moecc_backends.torch_export.placing import BlockRegion, Placer, unseen_products
 from moecc_backends.torch_source.modules import BlockPlace
 
