@@ -113,6 +113,11 @@ def test_pipelines_and_lowerings_that_do_not_fit(moe):
         mx.convert(ffn, PARAMS, X)
     with pytest.raises(UsageError, match="expert"):
         mx.convert(ffn, PARAMS, X, "upcycle{experts=2 top-k=3}")
+    with pytest.raises(InputError, match=r"or convert\(…, causal=False\) for an encoder"):
+        mx.convert(ffn, PARAMS, X, "upcycle{experts=4 routing=expert-choice}")
+    for option in ("router-init=centroids", "split=activation"):
+        with pytest.raises(InputError, match="which moecc captures of its own families alone"):
+            mx.convert(ffn, PARAMS, X, f"upcycle{{experts=4 {option}}}")
     with pytest.raises(InputError, match="dispatch=gather"):
         moe(ffn, dispatch="gather")
     with pytest.raises(UsageError, match="dispatch lowering"):

@@ -24,7 +24,7 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.structure import type_key
 from moecc.jobs.checks import Contracts, PassProofs, check_contracts
 from moecc.model.open import GRAPH
-from moecc.rewrite.passes import Context, Pass, Preserves
+from moecc.rewrite.passes import NO_STATISTICS, Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import PipelineReport, run_pipeline
 from moecc.support.text import brief
@@ -672,11 +672,18 @@ def rewrite_blocks(
     try:
         run = run_pipeline(graph, passes, context=context, instruments=[proofs] if proofs else [])
     except InputError as error:
+        problems = [_NO_CAPTURE if p == NO_STATISTICS else p for p in error.problems]
         # Where a pass matches nothing, the near misses say why.
-        raise InputError([*error.problems, *problems_of(survey.misses)]) from None
+        raise InputError([*problems, *problems_of(survey.misses)]) from None
     if proofs is not None:
         contracts = check_contracts(proofs.source, passes, context, proofs.runs)
     return RewrittenBlocks(name, graph, passes, run, contracts, keys)
+
+
+_NO_CAPTURE = Problem(
+    "this needs statistics of the model, which moecc captures of its own families alone",
+    hint="options that need none: router-init=logit-std, split=random",
+)
 
 
 def problems_of(misses: Iterable[BlockMiss]) -> list[Problem]:

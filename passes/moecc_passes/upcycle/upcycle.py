@@ -19,7 +19,7 @@ from moecc.types import F32, Axis, TensorType
 from moecc.weights.arithmetic import BASE
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
-from moecc_passes.routed import causal_values, is_decoder, token_ids
+from moecc_passes.routed import CAUSAL_INPUTS, causal_values, is_decoder, token_ids
 from moecc_passes.upcycle.options import (
     UpcycleOptions,
     check_layers,
@@ -363,6 +363,8 @@ def misrouted(
     """
     if item.routing in LOOKS_AHEAD and block.x in causal:
         option = ", or decoder-layers=nowhere" if is_decoder(block.loc) else ""
+        if CAUSAL_INPUTS in graph.attrs:
+            option = ", or convert(…, causal=False) for an encoder"
         return Problem(
             f"{NAMES[item.routing]} in a decoder decides about a token by later ones",
             block.loc,
