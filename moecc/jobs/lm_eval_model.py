@@ -192,7 +192,9 @@ def lm_eval_model(model: OpenedModel, *, batch: int = 8, dtype: DType = F32) -> 
     try:
         from lm_eval.api.model import LM
     except ImportError:
-        raise MachineError("the adapter needs lm-eval", hint="pip install lm-eval") from None
+        raise MachineError(
+            "the adapter needs lm-eval", hint="python -m pip install lm-eval"
+        ) from None
     if list(model.graph.inputs) != ["tokens"]:
         raise InputError(
             "lm-eval's tasks are for decoders", where=model.name, expected="the input tokens",

@@ -45,7 +45,7 @@ def install_hint(*extras: str) -> str:
     """
     needed = list(dict.fromkeys(r for extra in extras for r in _requirements(extra)))
     missing = list(filter(_is_missing, needed)) or needed
-    return " ".join(["pip install", *(f"'{requirement}'" for requirement in missing)])
+    return " ".join(["python -m pip install", *(f"'{requirement}'" for requirement in missing)])
 
 
 def _requirements(extra: str) -> list[str]:

@@ -31,5 +31,5 @@ def bare(monkeypatch):
 @pytest.mark.usefixtures("bare")
 def test_all_that_is_missing_is_named(line, missing, package, tmp_path, out, cli):
     command = line.replace("MODEL", str(LLAMA)).replace("OUT", str(out)).split()
-    cli(*command, code=4, says=(f" needs {missing}\n  hint: pip install '", package))
+    cli(*command, code=4, says=(f" needs {missing}\n  hint: python -m pip install '", package))
     assert list(tmp_path.iterdir()) == []

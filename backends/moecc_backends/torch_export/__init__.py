@@ -2,9 +2,9 @@
 
 `convert` is the door.  `exporting` runs `torch.export`, and says what it cannot read; `lowering`
 makes a function of JAX of what it shows, which the chapters of `moecc_backends.jaxpr` then read
-like any other; `surveying` compares the blocks of two such traces; `placing` finds where blocks stand in
-the module; `conversion` puts the rewritten ones there, as the modules that ``emit torch`` writes;
-`folders` does so for a folder of transformers.
+like any other; `surveying` compares the blocks of two such traces; `placing` finds where blocks
+stand in the module; `conversion` puts the rewritten ones there, as the modules that ``emit torch``
+writes; `folders` does so for a folder of transformers.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ from moecc_backends.torch_export.conversion import (
     write_beside,
     write_config,
 )
-from moecc_backends.torch_export.lowering import error_text, exported_module
+from moecc_backends.torch_export.exporting import error_text, exported_module
 from moecc_backends.torch_export.surveying import SurveyedModel, numpy_dtype, survey_model
 
 BATCH, TOKENS, TOKEN_ID = 2, 7, 3
@@ -137,7 +137,7 @@ class ModelFolder:
             if kind is None:
                 raise InputError(
                     f"transformers {transformers.__version__} has no class {name}", where=where,
-                    hint="a newer transformers may have it: pip install -U transformers",
+                    hint="a newer transformers may have it: python -m pip install -U transformers",
                 )  # fmt: skip
             config = transformers.AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True

@@ -127,7 +127,7 @@ def missing(kind: str) -> str | None:
         return f"compiling for TPUs needs libtpu: {install_hint('tpu')}"
     if kind == "tpu" and (wanted := _other_libtpu()):
         pair = f"libtpu {version('libtpu')} does not fit jax {version('jax')}"
-        return f"{pair}: pip install '{wanted}'"
+        return f"{pair}: python -m pip install '{wanted}'"
     if kind == "gpu" and _cuda_plugin() is None:
         return f"compiling for GPUs needs jax's CUDA plug-in: {install_hint('gpu-aot')}"
     return None

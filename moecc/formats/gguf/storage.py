@@ -204,5 +204,5 @@ def _engine_error(storage: Storage, reason: str) -> MachineError:
     return MachineError(
         f"{storage.name} blocks are made by the library of llama.cpp",
         found=reason,
-        hint=f"pip install {ENGINE_DISTRIBUTION}; or --dtype q8_0, which moecc makes itself",
+        hint=f"python -m pip install {ENGINE_DISTRIBUTION}; or --dtype q8_0, made by moecc itself",
     )

@@ -18,7 +18,7 @@ def test_a_missing_extra_is_named_in_one_line(machine, package, monkeypatch):
     monkeypatch.setattr(
         ahead, "find_spec", lambda name: None if name == package else find_spec(name)
     )
-    with pytest.raises(MachineError, match=r"pip install 'jax\[") as caught:
+    with pytest.raises(MachineError, match=r"python -m pip install 'jax\[") as caught:
         require(parse_machine(machine))
     assert "\n" not in str(caught.value)
 
