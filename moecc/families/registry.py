@@ -321,10 +321,12 @@ def _way_out(data: Mapping[str, object]) -> str:
             return f'add "model_type": "{likely[0]}", as the class in architectures has it'
         return 'add "model_type", which names the family, to the file'
     ways = (
-        "moecc convert --via torch reads any class of transformers; or add the family (--load "
-        "FILE.py, or a package), or write its graph as a .moe file over the folder's tensors: "
+        "moecc.torch.convert takes any module of PyTorch; or add the family (--load FILE.py, or a "
+        "package), or write its graph as a .moe file over the folder's tensors: "
         "docs/adding-a-family.md"
     )
+    if classes:
+        ways = f"moecc convert --via torch reads the folder if its class is of transformers; {ways}"
     if likely:
         return f"the class in architectures is that of model_type {likely[0]!r}; else {ways}"
     return ways

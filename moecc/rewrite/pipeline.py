@@ -718,13 +718,15 @@ class _PipelineParser:
             pass
         has_comma = _COMMAS.search(stated.text) is not None
         is_large = len(stated.text) > MOST_DIGITS and stated.text.isdecimal()
-        fault = "too large a number" if is_large else "a value of another type"
+        named = choices(option.type)
+        kind = "a value that is none of its choices" if named else "a value of another type"
+        fault = "too large a number" if is_large else kind
         digits = f" of {MOST_DIGITS} digits at most" if is_large else ""
         self.problem(
             f"option {stated.name!r} has {fault}",
             stated.at,
             expected=f"{describe(option.type)}{digits}",
             found=printable(stated.text),
-            hint=_BLANKS if has_comma else nearest(stated.text, choices(option.type)),
+            hint=_BLANKS if has_comma else nearest(stated.text, named),
         )
         return None

@@ -37,13 +37,14 @@ REFUSED = [  # pipeline, exit code, parts of the message
     ("st-moe{layers=all},add-losses", 2, ("losses are added once", "losses=false")),
     ("upcycle,trace-routing,trace-routing", 2, ("traced once",)),
     ("freeze", 2, ("groups or only", "groups=moe")),
+    ("upcycle{routing=noisy}", 2, ("'routing' has a value that is none of its choices",)),
     # wrong for this model, a decoder of three layers
     ("upcycle{routing=expert-choice}", 1, ("layers.2.ffn", "routing=token-choice")),
     ("upcycle,specialize{priority}", 1, ("batch-prioritised routing in a decoder", "force=true")),
     ("upcycle{routing=hash},specialize{jitter=0.01}", 1, ("no router to perturb",)),
     ("upcycle{layers=3,7,11}", 1, ("layer 3, 7, 11", "0-2")),
     ("upcycle{layers=all decoder-layers=every:2}", 1, ("encoder-decoder",)),
-    ("st-moe", 1, ("layers=every:4 selects none of its 3 dense blocks",)),
+    ("st-moe", 1, ("none of its 3 dense blocks; layers=every:3 or layers=all",)),
     ("specialize", 1, ("no layer has experts",)),
     (
         "upcycle{experts=4},roll-layers,specialize", 1,

@@ -567,7 +567,10 @@ class UpcyclePass(UpcycleOptions, Pass):
         result = PassResult(changed=bool(chosen), matched=len(chosen))
         result.near_misses = [NearMiss("upcycle", r.loc, r.reason) for r in search.refusals]
         if search.blocks and not chosen:
-            reason = f"layers={self.layers} selects none of its {len(search.blocks)} dense blocks"
+            count = len(search.blocks)
+            every = f"layers=every:{count} or " if count > 1 else ""
+            reason = f"layers={self.layers} selects none of its {amount(count, 'dense block')}"
+            reason += f"; {every}layers=all"
             result.near_misses.append(NearMiss("upcycle", "the graph", reason))
         result.stats = {"blocks found": len(search.blocks), "blocks converted": len(chosen)}
         promises = []
