@@ -85,6 +85,10 @@ class OwnOperationError(InputError):
     """An operation of the user's own fails, or has not a trait that it declares."""
 
 
+class UnmatchedError(InputError):
+    """A pass matches nothing, or not all that it names: near misses may say why."""
+
+
 class UnknownName(InputError, KeyError):
     """A mapping has no such name: a KeyError to Python, with a problem to read."""
 

@@ -21,6 +21,7 @@ from moecc.errors import (
     InputError,
     MachineError,
     Problem,
+    UnmatchedError,
     UsageError,
     escaped,
     nearest,
@@ -411,7 +412,7 @@ def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> Pas
         lines = [f"\n    {m.where}: {m.reason}" for m in misses]
         if left := len(result.near_misses) - len(misses):
             lines.append(f"\n    and {left} more")
-        raise InputError(
+        raise UnmatchedError(
             "matched nothing, but must match",
             where=item.name,
             found=f"nearest misses:{''.join(lines)}" if misses else "no candidate",

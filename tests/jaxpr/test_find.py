@@ -255,7 +255,7 @@ MISSES = {
     "picked by index": (picked, STACKS, "use a scan"),
     "pallas inside": (pallas_inside, PLAIN, "a Pallas kernel is inside it"),
     "a gradient": (gradient, PLAIN, "differentiate the converted function"),
-    "two blocks, one weight": (two_ways, PLAIN, "another block uses its weights in another way"),
+    "two blocks, one weight": (two_ways, PLAIN, "another block uses `w1`, too"),
 }  # fmt: skip
 
 

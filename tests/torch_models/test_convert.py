@@ -458,6 +458,15 @@ class Adapted(Block):
         return F.gelu(self.up(x) + self.b(self.a(x)))
 
 
+class Masked(Block):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kept", torch.ones(HIDDEN))
+
+    def hidden(self, x):
+        return F.gelu(self.up(x)) * self.kept
+
+
 class Rounded(Block):
     def hidden(self, x):
         return F.gelu(self.up(x).half()).to(x.dtype)
@@ -568,6 +577,7 @@ def shared():
         ((Twice(),), "runs twice"),
         ((Sparsified(),), "mixes its hidden values"),
         ((Adapted(),), "different values"),
+        ((Masked(),), "it also takes `b_layers_0_kept` from outside"),
         ((EarlyDropout(),), "dropout inside it is not before its last product"),
         ((normed(),), "computed"),
         ((Quantised(),), "made of buffers, as of a quantised layer"),
@@ -608,14 +618,16 @@ def test_names_in_another_order_do_not_swap_weights():
     assert close(moe(tokens()), model(tokens()))
 
 
-def test_warnings_and_a_class_that_no_program_imports_are_remarked():
+def test_warnings_frozen_routers_and_a_class_that_no_program_imports_are_remarked():
     class Local(Language):
         pass
 
     pipeline = "upcycle{experts=3 top-k=1}"
     kinds = (Language(Block()), False), (Local(Block()), True)
     for model, is_local in kinds:
+        model.layers.requires_grad_(is_local)
         remarks = mt.convert(model, tokens(), pipeline).conversion.report.remarks
+        assert any("layers.0: its router is frozen" in r for r in remarks) is not is_local
         assert any("option top-k: the gate of one expert, renormalised" in r for r in remarks)
         assert any("define the class at the top" in r for r in remarks) is is_local
 

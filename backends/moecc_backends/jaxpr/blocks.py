@@ -345,7 +345,8 @@ def _why_outside(variable: Variable) -> str:
         return "dropout is inside it: trace the function without (deterministic, or rate 0)"
     equation = variable.equation
     if equation is None:
-        return f"it also takes a value from outside: {ONE_VALUE}"
+        value = f"`{variable.name}`" if variable.name else "a value"
+        return f"it also takes {value} from outside: {ONE_VALUE}"
     if _is_reduction(equation):
         return (
             f"`{equation.name}` inside it mixes its hidden values (a norm, perhaps): between its "

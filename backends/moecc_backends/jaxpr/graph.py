@@ -17,7 +17,7 @@ import jax
 from jax import Array
 
 from moecc.api.arguments import pipeline_of
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError, Problem, UnmatchedError, UsageError
 from moecc.formats.manifest import FileRecord, Manifest, TensorRecord, dump, folder_records
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
@@ -671,10 +671,10 @@ def rewrite_blocks(
     proofs = PassProofs() if check else None
     try:
         run = run_pipeline(graph, passes, context=context, instruments=[proofs] if proofs else [])
+    except UnmatchedError as error:
+        raise InputError([*error.problems, *problems_of(survey.misses)]) from None
     except InputError as error:
-        problems = [_NO_CAPTURE if p == NO_STATISTICS else p for p in error.problems]
-        # Where a pass matches nothing, the near misses say why.
-        raise InputError([*problems, *problems_of(survey.misses)]) from None
+        raise InputError(_NO_CAPTURE if p == NO_STATISTICS else p for p in error.problems) from None
     if proofs is not None:
         contracts = check_contracts(proofs.source, passes, context, proofs.runs)
     return RewrittenBlocks(name, graph, passes, run, contracts, keys)

@@ -67,6 +67,7 @@ class Variable:
       users: the equations that use it, one entry for each operand.
       is_returned: whether the scope returns it.
       same: the first variable that the same equation makes of the same, such as a cast.
+      name: of what argument of the function it is; empty for other variables.
     """
 
     aval: Aval
@@ -76,6 +77,7 @@ class Variable:
     users: list[Equation] = field(default_factory=list)
     is_returned: bool = False
     same: Variable = field(init=False)
+    name: str = ""
 
     def __post_init__(self) -> None:
         self.same = self
@@ -656,9 +658,11 @@ def trace_function(
     inputs = [Variable(v.aval) for v in opened(jaxpr)[0].invars]
     for variable, name in zip(inputs, names, strict=False):
         variable.view = LeafView.of(weights[name]) if name in weights else None
-    scope = fill(JaxprScope(), jaxpr, inputs)
     positions = _positions(function)
     labels = [_argument_name(pairs[i][0], positions) for i in passed]
+    for variable, label in zip(inputs[len(names) :], labels, strict=True):
+        variable.name = label
+    scope = fill(JaxprScope(), jaxpr, inputs)
     return TracedFunction(
         scope,
         jax.tree_util.tree_structure(result),

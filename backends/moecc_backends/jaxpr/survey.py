@@ -393,8 +393,8 @@ def _refuse_shared(survey: Survey) -> bool:
     for key, (site, iteration) in survey.first_sites.items():
         for view in (p.view for p in site.block.params):
             parts[view.leaf.name].append((view.box(iteration), key))
-    shared: set[BlockKey] = set()
-    for boxes in parts.values():
+    shared: dict[BlockKey, str] = {}
+    for name, boxes in parts.items():
         boxes.sort(key=lambda part: part[0])
         for i, (box, key) in enumerate(boxes):
             for another, user in islice(boxes, i + 1, None):
@@ -402,10 +402,12 @@ def _refuse_shared(survey: Survey) -> bool:
                 if box and another[0][0] >= box[0][1]:
                     break
                 if key != user and _meet(box, another):
-                    shared |= {key, user}
-    sites = [site for site in survey.sites if not shared.isdisjoint(site.keys)]
+                    shared = {key: name, user: name} | shared
+    sites = [site for site in survey.sites if not shared.keys().isdisjoint(site.keys)]
     for site in sites:
-        survey.refuse(site, f"another block uses its weights in another way: {_SEPARATE}")
+        name = next(shared[key] for key in site.keys if key in shared)
+        words = f"another block uses `{name}`, too, with other weights or functions"
+        survey.refuse(site, f"{words}: give each its own, or make the blocks alike")
     return bool(sites)
 
 

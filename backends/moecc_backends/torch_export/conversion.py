@@ -215,6 +215,12 @@ def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) 
     remarks = [*surveyed.remarks, *report.remarks]
     if not dense.config and "loss.auxiliary" in rewritten.graph.outputs:
         remarks.append(_ADDED_LOSS)
+    trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    remarks += [
+        f"{loc}: its router is frozen, as the weights of the block are"
+        for loc in locations
+        if not trained[_first_source(rewritten.graph, loc)]
+    ]
     home = sys.modules.get(type(model).__module__)
     if home is None or dense.module == "__main__" or not hasattr(home, dense.name):
         remarks.append(

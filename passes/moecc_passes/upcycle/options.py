@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 from moecc.analysis import FFNBlock, FFNSearch
-from moecc.errors import InputError, Problem, nearest
+from moecc.errors import InputError, Problem, UnmatchedError, nearest
 from moecc.ir.conventions import Gates as GateConvention
 from moecc.ir.conventions import convention
 from moecc.ir.moe import SlotOptions
@@ -319,14 +319,14 @@ def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
       total: the number of layers of the model, sparse and odd ones included.
 
     Raises:
-      InputError: a listed layer does not exist, or has no block.
+      UnmatchedError: a listed layer does not exist, or has no block.
     """
     numbered = [(i if b.layer is None else b.layer, b) for i, b in enumerate(blocks)]
     if _LIST.match(spec):
         listed = {int(part) for part in spec.split(",")}
         dense = {n for n, _ in numbered}
         if not listed <= dense:
-            raise InputError(
+            raise UnmatchedError(
                 "no feed-forward block to convert in layer "
                 f"{ranges(sorted(listed - dense)) or 'none'}",
                 expected=f"layers with a dense block: {ranges(sorted(dense)) or 'none'}",
