@@ -299,8 +299,10 @@ def test_a_block_whose_result_the_model_drops_keeps_its_bias():
     assert close(moe.layers[0].head(x), model.layers[0].head(x))
 
 
-def test_a_copy_is_independent():
+def test_a_copy_is_independent(tmp_path):
     _, moe = converted(Block())
+    with pytest.raises(InputError, match=r"cannot be pickled[^~]*moe\.save_pretrained"):
+        torch.save(moe, tmp_path / "model.pt")
     moe(tokens())
     copy = deepcopy(moe)
     before = moe(tokens())

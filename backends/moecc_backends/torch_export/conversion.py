@@ -87,6 +87,14 @@ class ModuleConversion(BlocksConversion):
     def __deepcopy__(self, memo: object) -> ModuleConversion:
         return self
 
+    def __reduce__(self) -> str:
+        # Its model is of a class that no other process can import.
+        raise InputError(
+            "a converted model cannot be pickled as a whole",
+            where=self.dense.sparse,
+            hint="moe.save_pretrained(folder) and mt.load; or torch.save(moe.state_dict(), file)",
+        )
+
 
 def convert(
     model: Any,
