@@ -337,6 +337,18 @@ def test_a_deep_model_is_surveyed_in_one_pass():
     assert report.misses == ()
 
 
+def test_a_near_miss_that_runs_again_is_reported_once():
+    def halting(p, x):
+        for _ in range(3):
+            h = jnp.tanh(x)
+            x = x + jax.nn.sigmoid(h @ p["halt"]) * (jax.nn.silu(h @ p["w1"]) @ p["w2"])
+        return x
+
+    report = mx.convert(halting, shapes(**PLAIN, halt=(E, 1)), X, "upcycle{experts=4}").report
+    assert len(report.blocks) == 1
+    assert len(report.misses) == len(set(report.misses)) > 0
+
+
 def test_names_of_tokens_reach_the_graph():
     moe = found(flat, PLAIN, tokens={"x": ("batch", "patch")})
     assert moe.graph.inputs["x.ffn"].type.names == ("batch_patch", "embed")

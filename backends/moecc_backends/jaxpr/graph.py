@@ -630,7 +630,7 @@ class RewrittenBlocks:
                 BlockReport(i.loc, i.line, i.summary, i.loc in self.converted)
                 for i in survey.instances().values()
             ),
-            misses=tuple(map(str, survey.misses)),
+            misses=tuple(dict.fromkeys(map(str, survey.misses))),
             unused=survey.unused,
             remarks=tuple(dict.fromkeys((*self.pipeline.remarks(), *remarks))),
             stayed=stayed or f"stayed JAX: {equations:,} equations",
@@ -690,7 +690,7 @@ def problems_of(misses: Iterable[BlockMiss]) -> list[Problem]:
     """Return near misses as problems."""
     return [
         Problem(f"not a block: {miss.reason}", where=": ".join(filter(None, (miss.line, weights))))
-        for miss in misses
+        for miss in dict.fromkeys(misses)
         for weights in [", ".join(miss.weights)]
     ]
 
