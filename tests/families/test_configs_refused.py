@@ -351,12 +351,14 @@ def test_an_unknown_family_is_taken_for_another_by_its_class_alone():
     for name in ("mixtrel", "mamba", "llama2"):
         said = str(refusal({"model_type": name, "architectures": ["MambaForCausalLM"]}))
         assert not any(word in said for word in ("did you mean", "is that of model_type"))
+        assert "moecc convert --via torch" in said
     named = refusal({"model_type": "lama", "architectures": ["LlamaForCausalLM"]})
     assert "the class in architectures is that of model_type 'llama'" in str(named)
     unknown = str(refusal({"model_type": "mamba"}))
     assert ", ".join(sorted(CONFIGS)) in unknown
     assert "--load FILE.py" in unknown
-    assert "moecc convert --via torch" in unknown
+    assert "--via torch" not in unknown, "which reads the class that architectures names"
+    assert "moecc.torch.convert takes any module" in unknown
     assert "as a .moe file" in unknown
     (nameless,) = refusal({"architectures": ["Qwen3ForCausalLM"]}).problems
     assert nameless.hint.startswith('add "model_type": "qwen3"')
