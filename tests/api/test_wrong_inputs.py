@@ -15,7 +15,7 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 import moecc
 from moecc.cli.main import main
-from moecc.errors import InputError, MoeccError, UnknownName, UsageError
+from moecc.errors import InputError, MoeccError, UnknownName, UnmatchedError, UsageError
 from moecc.ir import clone, print_graph
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -124,7 +124,7 @@ API = {
     "an option that is no name": (lambda m: m.upcycle(**{"x}": 1}), UsageError, "no option 'x'"),
     "an option of another type": (lambda m: m.upcycle(experts="x"), UsageError, "another type"),
     "no experts": (lambda m: m.upcycle(experts=0), UsageError, "at least two experts"),
-    "layers of none": (lambda m: m.upcycle(experts=4, layers=[99]), InputError, "in layer"),
+    "layers of none": (lambda m: m.upcycle(experts=4, layers=[99]), UnmatchedError, "in layer"),
     "options that contradict": (lambda m: m.upcycle(experts=4, top_k=5), UsageError, "not suit"),
     "a number as pipeline": (lambda m: m.apply(4), UsageError, "the pipeline cannot be used"),
     "a class as pass": (lambda m: m.apply([int]), UsageError, "the pipeline cannot be used"),
@@ -134,7 +134,7 @@ API = {
     "a pass that is missing": (lambda m: m.apply("upcicle"), UsageError, "did you mean 'upcycle'"),
     "a text as truth": (lambda m: m.apply("dce", allow_unmatched="no"), UsageError, "allow"),
     "sparse already": (
-        lambda m: m.upcycle(experts=4).upcycle(experts=4), InputError, "it is sparse already",
+        lambda m: m.upcycle(experts=4).upcycle(experts=4), UnmatchedError, "it is sparse already",
     ),
     "a type that is missing": (lambda m: m.params(dtype="f31"), UsageError, "did you mean 'f32'"),
     "a type without a text": (lambda m: m.params(dtype=NoText()), UsageError, "unknown element"),

@@ -114,12 +114,12 @@ def test_an_operation_from_outside_is_passed_over_and_lowered(tmp_path, monkeypa
     load = ("--load", "mish.py")
     cli("opt", "dense.moe", "-p", UPCYCLE, "--check", "-o", "sparse.moe", *load)
     assert "= mish " in (tmp_path / "sparse.moe").read_text()
-    del OPS["mish"]
+    del OPS["mish"], OPS["lerp"]
     copy = (tmp_path / "mish.py").rename(tmp_path / "again.py")  # a file runs once in a process
     assert "proved" in cli("prove", "dense.moe", "dense.moe", "--load", copy).out
     load = ("--load", copy)
     assert "logaddexp" in cli("lower", "sparse.moe", "--emit", "jaxpr", *load).out
-    del OPS["mish"]
+    del OPS["mish"], OPS["lerp"]
     unknown = cli("opt", "sparse.moe", code=1).err
     assert "unknown operation 'mish'" in unknown
     assert "if it is your own: --load FILE" in unknown

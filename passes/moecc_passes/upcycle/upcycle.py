@@ -186,7 +186,7 @@ _SHOWN_COPIES = 16
 
 
 def _sources(item: UpcycleOptions) -> Iterator[Problem]:
-    models, copies = item.models, item.experts // max(item.granularity, 1)
+    models, copies = item.models, max(item.experts, 0) // max(item.granularity, 1)
     names = islice(cycle(models or (BASE, "a")), min(copies, _SHOWN_COPIES))
     every_copy = ",".join([*names, *["…"] * (copies > _SHOWN_COPIES)])
     if not models and item.rest != "base":
