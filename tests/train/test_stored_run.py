@@ -72,6 +72,8 @@ def test_a_run_in_a_store_is_that_of_a_folder(store, recipe, cache, tmp_path, ca
         ("convert", address, "s3://bucket/exported", "-p", "", "--to", "auto"),
         ("report", address, "--html", tmp_path / "run.html"),
         ("train", recipe, "--fork", f"{address}@4", "--out", "s3://bucket/fork"),
+        ("train", f"{address}/recipe.toml", "--fork", f"{address}@4", "--set", "run.seed=5",
+         "--out", "s3://bucket/from-store"),
     ):  # fmt: skip
         run_command(capsys, *words)
     code, text = said(capsys, "train", recipe, "--out", address, "--set", "run.seed=5")
