@@ -385,7 +385,7 @@ class DecoderConfig(ModelConfig):
             and hidden % heads
             and not reader.bad.intersection(("hidden_size", "num_attention_heads", "head_dim"))
         ):
-            fault = f"hidden_size {hidden} is not a multiple of {heads} heads"
+            fault = f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
             reader.refuse("head_dim", fault, expected="head_dim, or sizes that divide")
         usual = cls._usual_windows(reader, values["num_hidden_layers"])
         values["sliding_windows"] = read_windows(reader, cls.window_style, usual)

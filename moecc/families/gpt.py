@@ -241,7 +241,7 @@ class GptNeoXConfig(GptConfig):
         yield from self.rope.checks(self.rotary_dim)
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             fault = "the rotary embedding needs an even number of entries of a head"
-            keys = ("rotary_pct", "hidden_size", "num_attention_heads")
+            keys = ("rotary_pct", "rope_parameters", "hidden_size", "num_attention_heads")
             yield key_problem(fault, "an even number", f"{self.rotary_dim}", *keys)
 
     @classmethod

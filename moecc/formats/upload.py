@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
-from weakref import finalize
 
 from moecc.errors import InputError, MoeccError, UsageError
 from moecc.formats.files import os_errors, require_removed
@@ -75,9 +74,14 @@ class StoreOutput:
         # lock a process has while it lives.
         self._writer_file = self.stage.with_name(f".{self.stage.name}.writer")
         self._writer, self._is_noted = token_hex(8), False
+        self._locks = ExitStack()
         if resume and self._writer_file.is_file() and self._lock_writer():
             self._writer = self._writer_file.read_text().strip()
         self._system: Any = file_system(self.address)
+
+    def close(self) -> None:
+        """Let another object, or process, resume what this one left."""
+        self._locks.close()
 
     def check(self, content: str) -> None:
         """Check whether the output may be written with this content; nothing is changed.
@@ -98,16 +102,18 @@ class StoreOutput:
             )
 
     def is_staged(self, conversion: str) -> bool:
-        """Return whether this conversion is complete in the staging folder, and its upload begun.
+        """Return whether this conversion is complete in the staging folder, but for its upload.
 
         Raises:
           MachineError: the store denies access, or does not answer.
         """
         if not (self.stage / MANIFEST_NAME).is_file():
             return False
-        return f"{self._claimed()} ".startswith(
-            f"{UPLOADING} {upload_digest(self.stage)} {conversion} "
+        states = (
+            f"{_CONVERTING} {conversion} ",
+            f"{UPLOADING} {upload_digest(self.stage)} {conversion} ",
         )
+        return f"{self._claimed()} ".startswith(states)
 
     def check_stage(self) -> None:
         """Check that no converted model waits in the staging folder. Raises InputError."""
@@ -297,11 +303,11 @@ class StoreOutput:
             self._is_noted = True
 
     def _lock_writer(self) -> bool:
-        """Lock the file of the writer until this object goes; return whether no other has it."""
+        """Lock the file of the writer until `close`; return whether no other has it."""
         with os_errors(self._writer_file, "write"):
             self._writer_file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._writer_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        finalize(self, os.close, descriptor)
+        self._locks.callback(os.close, descriptor)
         return lock_folder(descriptor)
 
     def _release(self) -> None:

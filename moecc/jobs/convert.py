@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
@@ -724,24 +724,24 @@ def _local_output(
     if options.part is not None or options.is_join:
         hint = "convert the parts into a folder that all of them see, join them, and moecc push it"
         raise UsageError("parts are not written to a store", where=out, hint=hint)
-    output = StoreOutput(out, force=force, resume=resume)
-    facts = json.dumps(conversion_facts(planned, options), sort_keys=True)
-    content = hashlib.sha256(facts.encode()).hexdigest()
-    if resume and not (force or dry_run) and output.is_staged(content):
-        say(f"continued: the upload of the converted model in {output.stage}")
-        yield None
+    with closing(StoreOutput(out, force=force, resume=resume)) as output:
+        facts = json.dumps(conversion_facts(planned, options), sort_keys=True)
+        content = hashlib.sha256(facts.encode()).hexdigest()
+        if resume and not (force or dry_run) and output.is_staged(content):
+            say(f"continued: the upload of the converted model in {output.stage}")
+            yield None
+            output.put_stage(content)
+            return
+        output.check_stage()
+        output.check(content)
+        for folder in reversed(output.stage.parents):
+            make_folder(folder)
+        if dry_run:
+            yield output.stage
+            return
+        with output.claimed(content):
+            yield output.stage
         output.put_stage(content)
-        return
-    output.check_stage()
-    output.check(content)
-    for folder in reversed(output.stage.parents):
-        make_folder(folder)
-    if dry_run:
-        yield output.stage
-        return
-    with output.claimed(content):
-        yield output.stage
-    output.put_stage(content)
 
 
 def _say_weights_written(written: WriteReport, resume: bool) -> None:

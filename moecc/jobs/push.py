@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,27 +50,30 @@ def push(
         expected = "hf://ORG/NAME, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
         raise UsageError("not an address in a store", expected=expected, found=address)
     target, path = Address.parse(address), Path(folder)
-    output = None if target.scheme == HUB else StoreOutput(address, force=force, resume=resume)
-    if path.is_file():
-        hint = "moecc convert SOURCE FOLDER --to gguf:ARCH writes a folder with model.gguf"
-        raise InputError("a folder is pushed, not a file", where=folder, hint=hint)
-    if split_reference(folder) is not None:
-        hint = f"moecc convert {folder} FOLDER -p '' --to auto writes a folder to push"
-        raise InputError("a run is no converted folder", where=folder, hint=hint)
-    verify_files(folder, allow_edited_card, None, False)
-    if allow_edited_card:
-        record_card(path)
-    manifest = load(path)
-    names = [*manifest.weights, *manifest.files, MANIFEST_NAME]
-    commit = None
-    if output is None:
-        commit = _commit(path, target, names, private=private, force=force)
-    else:
-        output.check(upload_digest(path))
-        if path == output.stage:  # what an interrupted conversion left is removed then
-            output.put_stage()
+    with ExitStack() as opened:
+        output = None
+        if target.scheme != HUB:
+            output = opened.enter_context(closing(StoreOutput(address, force=force, resume=resume)))
+        if path.is_file():
+            hint = "moecc convert SOURCE FOLDER --to gguf:ARCH writes a folder with model.gguf"
+            raise InputError("a folder is pushed, not a file", where=folder, hint=hint)
+        if split_reference(folder) is not None:
+            hint = f"moecc convert {folder} FOLDER -p '' --to auto writes a folder to push"
+            raise InputError("a run is no converted folder", where=folder, hint=hint)
+        verify_files(folder, allow_edited_card, None, False)
+        if allow_edited_card:
+            record_card(path)
+        manifest = load(path)
+        names = [*manifest.weights, *manifest.files, MANIFEST_NAME]
+        commit = None
+        if output is None:
+            commit = _commit(path, target, names, private=private, force=force)
         else:
-            output.put(path)
+            output.check(upload_digest(path))
+            if path == output.stage:  # what an interrupted conversion left is removed then
+                output.put_stage()
+            else:
+                output.put(path)
     data = {"folder": folder, "address": str(target), "files": len(names), "commit": commit}
     text = f"{amount(len(names), 'file')} of {folder} uploaded to {target}"
     return Report("push", data, lambda: text)

@@ -436,7 +436,8 @@ def _check_repeated(
     differs = Problem(
         "config.json ties the output matrix to the embedding, and the two differ"
         if is_head
-        else "the stack has an embedding that differs from the shared one",
+        else "the stack has an embedding that differs from the shared one, which is read for all "
+        "stacks, whatever tie_word_embeddings says",
         where,
         f"{embedding.dtype} {list(embedding.shape)}, the content of {embedding_name}",
         f"{head.dtype} {list(head.shape)}",

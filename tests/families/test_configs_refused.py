@@ -36,7 +36,7 @@ REFUSED = [
     ("llama", {"rms_norm_eps": math.nan}, "finite"),
     ("llama", {"rope_theta": 10**400}, "finite"),
     ("llama", {"rms_norm_eps": -1e-5}, "at least 0"),
-    ("llama", {"hidden_size": 18}, "head_dim", "not a multiple of 4 heads"),
+    ("llama", {"hidden_size": 18}, "head_dim", "not a multiple of num_attention_heads 4"),
     ("llama", {"hidden_size": 18, "head_dim": 4}, "hidden_size", "a mistral"),
     ("llama", {"num_key_value_heads": 3}, "divisor of 4"),
     ("llama", {"head_dim": 5}, "even"),

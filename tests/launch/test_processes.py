@@ -89,8 +89,9 @@ def test_killing_one_ends_the_others_within_five_seconds(victim):
         while len(pids) < 2:
             lines.append(run.stderr.readline())
             assert lines[-1], f"it ended: {''.join(lines)}"
-            if going := re.search(r"\[(\d)\] going (\d+)", lines[-1]):
-                pids[int(going[1])] = int(going[2])
+            # Both may write at once, in one line.
+            for number, pid in re.findall(r"\[(\d)\] going (\d+)", lines[-1]):
+                pids[int(number)] = int(pid)
         start = time.monotonic()
         os.kill(pids[victim], signal.SIGKILL)
         _, errors = run.communicate(timeout=60)
