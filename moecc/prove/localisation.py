@@ -49,7 +49,9 @@ def first_difference(name: str, outputs: Pair, old: Terms, new: Terms) -> Partin
         suspects.add(walk.first_stranger(first))
     results = (v for node in first.graph for v in node.results)
     suspect = next((v for v in results if v in suspects), first)
-    return _shown(suspect), shown(old[twin], new[suspect])
+    if suspect in walk.twins:
+        twin, first = walk.twins[suspect], suspect
+    return _shown(suspect), shown(old[twin], new[first])
 
 
 def _shown(value: Value) -> str:
@@ -65,6 +67,7 @@ class _ParallelWalk:
       values: all values of the first graph.
       right: the values of the second graph that one of the first is computed from.
       memo: outlines of factors.
+      twins: the value of the first graph in whose place a wrong one of the second stands.
     """
 
     def __init__(self, outputs: Pair, old: Terms, new: Terms) -> None:
@@ -73,6 +76,7 @@ class _ParallelWalk:
         self.outputs = outputs
         self.memo: dict[Factor, int] = {}
         self.right: set[Value] = set()
+        self.twins = {outputs[1]: outputs[0]}
         visited, stack = {outputs}, [outputs]
         while stack:
             for pair in _aligned(*stack.pop(), old, new):
@@ -103,8 +107,7 @@ class _ParallelWalk:
 
     def first(self) -> Pair:
         """Return the first value of the second graph that is wrong, and its twin before it."""
-        twins = {self.outputs[1]: self.outputs[0]}
-        stack = [self.outputs]
+        twins, stack = self.twins, [self.outputs]
         while stack:
             for a, b in _aligned(*stack.pop(), self.old, self.new):
                 if b in twins or b.node is None or b in self.right or self._is_equal((a, b)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moecc
-from moecc.ir import Graph, clone
+from moecc.ir import F32, Builder, Graph, clone, tensor
 from moecc.prove import prove
 
 MIXTURE = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
@@ -65,6 +65,21 @@ def test_the_node_of_a_mistake_is_named(mistake: Callable[[Graph], str]) -> None
     name = mistake(after)
     verdict = prove(before, after, refute=False)
     assert verdict.node.startswith(f"%{name} = "), verdict.node
+
+
+def test_terms_are_those_of_values_that_stand_for_one_another() -> None:
+    def graph(*, gated: bool) -> Graph:
+        b = Builder(Graph())
+        x = b.graph.input("x", tensor(F32, batch="B"))
+        y = b.mul(x, b.sigmoid(x)) if gated else b.silu(x)
+        b.graph.set_output("y", b.neg(y))
+        return b.graph
+
+    verdict = prove(graph(gated=False), graph(gated=True), refute=False)
+    assert verdict.node == "%v = sigmoid"
+    x = "source input x(batch)"
+    before, after = verdict.terms
+    assert (before, {*after.split("·")}) == (f"silu({x})", {x, f"sigmoid({x})"})
 
 
 def test_an_output_of_another_right_value_is_named() -> None:
