@@ -88,7 +88,11 @@ def prove(
     data = {"a": a, "b": b, "proof": comparison.to_json(), "node": comparison.verdict.node}
     data["terms"] = list(comparison.verdict.terms)
     data["unmatched"] = list(comparison.unmatched)
-    problem = verdict_problem(comparison.verdict, a, b, comparison.unmatched, exact=exact)
+    has_weights = all(graph.attrs.get("checkpoint") for graph in comparison.graphs)
+    problem = verdict_problem(
+        comparison.verdict, a, b, comparison.unmatched,
+        exact=exact, load=load, has_weights=has_weights,
+    )  # fmt: skip
     error = None if problem is None else _error(comparison.verdict, problem)
     return Report("prove", data, lambda: proof_text(comparison, a, b), error=error)
 
@@ -208,7 +212,14 @@ def _error(verdict: Verdict, problem: Problem) -> MoeccError:
 
 
 def verdict_problem(
-    verdict: Verdict, a: str, b: str, unmatched: Sequence[str] = (), *, exact: bool = False
+    verdict: Verdict,
+    a: str,
+    b: str,
+    unmatched: Sequence[str] = (),
+    *,
+    exact: bool = False,
+    load: Load = (),
+    has_weights: bool = True,
 ) -> Problem | None:
     """Return what keeps two models from being proved equal; None if they are.
 
@@ -218,29 +229,33 @@ def verdict_problem(
       b: the name of the second.
       unmatched: the tensors of the second of which the first has none with the same values.
       exact: whether bits were compared, not real numbers.
+      load: the files of passes and families of one's own.
+      has_weights: whether both models have weights, so that they can be run.
     """
     if verdict.status == "proved":
         return None
     before, after = verdict.terms
     example = verdict.counterexample
     if example is None:
-        hint = f"sampling may decide: {_sampling(a, b)}"
-        if exact:
-            hint = f"real numbers may be the same: {shlex.join(['moecc', 'prove', a, b])}"
+        hints = []
         if unmatched:
             values = f"{amount(len(unmatched), 'tensor')} of {b}, for example {unmatched[0]}"
-            hint = f"{values}: no tensor of {a} has these values; {hint}"
-        return Problem("not proved", verdict.node, before, after, hint)
-    sizes = ", ".join(f"{name} = {size}" for name, size in example.sizes.items())
-    where = f"seed {example.seed}" + (f" at {sizes}" if sizes else "")
-    by = "" if example.difference is None else f" by {example.difference:.2g}"
+            hints.append(f"{values}: no tensor of {a} has these values")
+        if exact:
+            hints.append(f"real numbers may be the same: {_command(['prove', a, b], load)}")
+        elif has_weights:
+            hints.append(f"sampling may decide: {_sampling(a, b, load)}")
+        return Problem("not proved", verdict.node, before, after, "; ".join(hints) or None)
     same = "bits" if exact else "function"
-    text = f"not the same {same}: {example.output} differs{by}, {where}"
-    return Problem(text, verdict.node, before, after)
+    return Problem(f"not the same {same}: {example}", verdict.node, before, after)
 
 
-def _sampling(a: str, b: str) -> str:
-    return shlex.join(["moecc", "verify", b, "--against", a])
+def _sampling(a: str, b: str, load: Load) -> str:
+    return _command(["verify", b, "--against", a], load)
+
+
+def _command(words: Sequence[str], load: Load) -> str:
+    return shlex.join(["moecc", *words, *(word for file in load for word in ("--load", file))])
 
 
 def proof_text(proof: ConversionProof, a: str, b: str) -> str:
@@ -277,7 +292,7 @@ def replayed(source: OpenedModel, result: OpenedModel, load: Load) -> Conversion
         warn(f"the proof of the receipt was not repeated: {error.problems[0].message}")
         return None
     graphs = {"source": proof.source, "result": proof.result}
-    if (problem := verdict_problem(proof.verdict, source.name, result.name)) is not None:
+    if (problem := verdict_problem(proof.verdict, source.name, result.name, load=load)) is not None:
         raise CheckError([problem])
     if graphs != {name: stated.get(name) for name in graphs}:
         raise CheckError("the receipt has the proof of other graphs", where=result.name,
@@ -328,7 +343,7 @@ def replay(
         ).export  # fmt: skip
     except (InputError, UsageError) as error:
         raise NotPlannedError(error.problems) from None
-    raise_problems(_differences(export, source, result, manifest))
+    raise_problems(_differences(export, source, result, manifest, load))
     # What is proved has to be what is there: a pass may have been changed since, and whoever wrote
     # the manifest may have written the tensors.
     raise_problems(_other_values(export, source, manifest), NotPlannedError)
@@ -375,7 +390,11 @@ def _rounded(value: object) -> object:
 
 
 def _differences(
-    export: Export | GgufExport, source: OpenedModel, result: OpenedModel, manifest: Manifest
+    export: Export | GgufExport,
+    source: OpenedModel,
+    result: OpenedModel,
+    manifest: Manifest,
+    load: Load,
 ) -> Iterator[Problem]:
     """Yield what the conversion would write otherwise today, and weights that are rounded."""
     config = result.weights.config
@@ -389,7 +408,7 @@ def _differences(
         if rounded:
             yield Problem("the weights are rounded to blocks: nothing is proved", result.name,
                           found=f"{amount(len(rounded), 'tensor')} in blocks: {rounded[0]}",
-                          hint=f"sampling decides: {_sampling(source.name, result.name)}",
+                          hint=f"sampling decides: {_sampling(source.name, result.name, load)}",
                           )  # fmt: skip
     elif isinstance(export, WrappedExport):
         keys.discard("architectures")  # a wrapper's text model names its class or does not

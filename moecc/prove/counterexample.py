@@ -57,6 +57,11 @@ class Counterexample:
     sizes: dict[str, int]
     difference: float | None
 
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} = {size}" for name, size in self.sizes.items())
+        by = "" if self.difference is None else f" by {self.difference:.2g}"
+        return f"{self.output} differs{by}, seed {self.seed}" + (f" at {sizes}" if sizes else "")
+
 
 def find_counterexample(before: Graph, after: Graph, *, exact: bool) -> Counterexample | None:
     """Return data on which the outputs of two graphs differ, or None if none were drawn.

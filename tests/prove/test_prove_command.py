@@ -65,6 +65,41 @@ def test_a_converted_folder_is_proved(moecc: Moecc, sparse: Path) -> None:
     assert done.json()["node"] == ""
 
 
+GATE_PASS = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moecc.rewrite import P, Rule, rewrite
+from moecc.rewrite.passes import Pass, PassResult, Preserves
+
+GATE = Rule("gate", P.silu(P.any("x")), lambda m, b: b.mul(m.value("x"), b.sigmoid(m.value("x"))))
+
+
+@dataclass(frozen=True)
+class GatePass(Pass):
+    name: ClassVar[str] = "gate"
+    summary: ClassVar[str] = "make silu of sigmoid"
+    preserves = Preserves("reassociation")
+
+    def apply(self, graph, ctx):
+        return PassResult.of(rewrite(graph, [GATE], origin=self.name))
+"""
+
+
+def test_what_can_be_run_may_be_sampled(moecc: Moecc, tmp_path: Path) -> None:
+    own, old, new = (tmp_path / name for name in ("gate.py", "old.moe", "new.moe"))
+    own.write_text(GATE_PASS)
+    moecc("import", DENSE, "-o", old)
+    for has_weights in (True, False):
+        if not has_weights:
+            old.write_text(old.read_text().replace(str(DENSE), ""))
+        moecc("opt", old, "--load", own, "-p", "gate", "-o", new, "--force")
+        done = moecc("prove", old, new, "--load", own)
+        assert (done.code, "not proved" in done.err) == (1, True), done.err
+        hint = f"sampling may decide: moecc verify {new} --against {old} --load {own}"
+        assert (hint in done.err) == ("sampling" in done.err) == has_weights
+
+
 def test_models_without_a_common_output_are_not_proved(moecc: Moecc, tmp_path: Path) -> None:
     done = moecc("prove", GOLDEN / "bert_gelu", DENSE)
     assert done.code == 1
