@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.errors import CheckError, InputError, Problem
+from moecc.errors import CheckError, InputError
 from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -72,7 +72,10 @@ class ConversionProof:
           InputError: the proof, of a step of generation with repeated layers, has no log.
         """
         if self.verdict.status != "proved":
-            raise CheckError([Problem("no proof to write", self.verdict.node)])
+            hint = "without --proof the result is written unproved; --verify compares the logits"
+            raise CheckError("no proof to write", where=self.verdict.node,
+                             expected=self.verdict.terms[0], found=self.verdict.terms[1],
+                             hint=hint)  # fmt: skip
         if not self.verdict.log:
             raise InputError(
                 "a proof of a step of generation has no log where layers are repeated",
