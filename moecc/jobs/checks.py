@@ -9,6 +9,7 @@ and the devices of small meshes, too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import gcd, prod
@@ -26,14 +27,15 @@ from moecc.errors import (
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operand import Attrs
 from moecc.ir.structure import clone, lost_precision, without_opaque
-from moecc.ir.traits import Cut, Product
+from moecc.ir.traits import Cut, Domain, Product
 from moecc.prove import Prover, Verdict
-from moecc.rewrite.passes import ERROR_MARGIN, Context, Pass, Preserves
+from moecc.prove.prover import FINITE
+from moecc.rewrite.passes import ERROR_MARGIN, Context, Pass, Preserves, ReadWeight
 from moecc.rewrite.pipeline import Pipeline, format_pass
 from moecc.rewrite.runner import Instrument, PassRun, run_pass
 from moecc.support.console import warn
 from moecc.support.untyped import JsonDict
-from moecc.types import Axis, TensorType
+from moecc.types import Array, Axis, TensorType
 from moecc.weights.expr import Expr, Source
 
 # A graph at reduced sizes, on which the reference interpreter can check promises of passes.
@@ -253,6 +255,54 @@ SEEDS = (0, 1)
 
 
 @dataclass(frozen=True)
+class PassProof:
+    """What the prover says of a pass, on the graph that the pass changed and the one it made.
+
+    Attributes:
+      run: the pass.
+      verdict: on the promise; None for a fault of the prover.
+      equality: the verdict in real arithmetic, which an exact promise implies.
+      is_for_all_weights: whether the pass promised an equality, and read no weights for it.
+      is_guard: whether it took away what hides numbers that may not be finite.
+      problems: the violations of its promise.
+    """
+
+    run: PassRun
+    verdict: Verdict | None
+    equality: Verdict | None
+    is_for_all_weights: bool
+    is_guard: bool
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether the promise is proved, and kept in what no proof is about."""
+        return bool(self.verdict) and not self.problems
+
+    @property
+    def is_unequal(self) -> bool:
+        """Whether the terms of both graphs were compared, and are not equal in real arithmetic."""
+        return self.equality is not None and self.equality.node not in ("", "the graphs", "devices")
+
+    @property
+    def gap(self) -> str:
+        """Why there is no proof, in words; empty where there is one."""
+        if self.is_proved:
+            return ""
+        bits = "equal in real arithmetic, but for bits " if self.equality else ""
+        return bits + ("the prover failed" if self.verdict is None else gap(self.verdict))
+
+
+def gap(verdict: Verdict) -> str:
+    """Return why two graphs are not proved equal, in words."""
+    place, (reason, _) = verdict.node, verdict.terms
+    return reason if place == "the graphs" else f"the graphs part at {place}"
+
+
+NO_PROOFS: Mapping[int, PassProof] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
 class Checked:
     """The result of checking a pass.
 
@@ -263,6 +313,8 @@ class Checked:
       measured: the root mean square of the change of outputs, relative to the outputs; None where
         the promise is proved.
       problems: the violations of its promise.
+      assumptions: those of the proof.
+      gap: why an equality is measured and not proved, where a proof was tried.
     """
 
     number: int
@@ -270,11 +322,15 @@ class Checked:
     promise: Preserves
     measured: float | None
     problems: tuple[Problem, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    gap: str = ""
 
     def __str__(self) -> str:
-        evidence = (
-            "proved" if self.measured is None else f"measured relative error {self.measured:.2g}"
-        )
+        evidence = "proved, if every value is finite" if FINITE in self.assumptions else "proved"
+        if self.measured is not None:
+            evidence = f"measured relative error {self.measured:.2g}"
+            if self.gap:
+                evidence += f" at small sizes only, not proved: {self.gap}"
         return f"{self.number} {format_pass(self.item)}: promised {self.promise}; {evidence}"
 
     def to_json(self) -> JsonDict:
@@ -283,7 +339,9 @@ class Checked:
             "pass": format_pass(self.item),
             "promised": asdict(self.promise),
             "proved": self.measured is None,
+            "assumptions": list(self.assumptions),
             "measured_error": self.measured,
+            "gap": self.gap or None,
         }
 
 
@@ -293,7 +351,7 @@ def check_pipeline(
     *,
     context: Context | None = None,
     seeds: Sequence[int] = SEEDS,
-    proved: Mapping[int, PassRun] = MappingProxyType({}),
+    proofs: Mapping[int, PassProof] = NO_PROOFS,
 ) -> list[Checked]:
     """Check each pass of `pipeline` on `graph` at reduced sizes; `graph` is not changed.
 
@@ -302,30 +360,57 @@ def check_pipeline(
       pipeline: the passes.
       context: of the passes.
       seeds: of the random data.
-      proved: the passes whose promise is proved, by their numbers; they are not sampled.
+      proofs: what was found at the graph's own sizes, by the numbers of the passes; what is proved
+        is not sampled, but for guards of numbers that may not be finite.
 
     Raises:
       CheckError: a pass broke its promise; all such passes are named.
       InputError: the graph cannot be reduced, or a pass cannot be applied to the reduced graph.
     """
-    if len(proved) == len(pipeline):
-        return [Checked(n, run.item, run.preserves, None) for n, run in sorted(proved.items())]
+    raise_problems([p for proof in proofs.values() for p in proof.problems], CheckError)
+    proved = [_proved(n, proof) for n, proof in sorted(proofs.items()) if proof.is_proved]
+    is_proved = len(proved) == len(pipeline)
+    if is_proved and not any(proof.is_guard for proof in proofs.values()):
+        return proved
     context = Context() if context is None else context
-    small = reduced(graph)
-    done: list[Checked] = []
+    try:
+        done = [*_checked_small(reduced(graph), pipeline, context, seeds, proofs)]
+    except InputError:
+        if is_proved:
+            return proved
+        raise
+    raise_problems([p for result in done for p in result.problems], CheckError)
+    return done
+
+
+def _checked_small(
+    small: Graph,
+    pipeline: Pipeline,
+    context: Context,
+    seeds: Sequence[int],
+    proofs: Mapping[int, PassProof],
+) -> Iterator[Checked]:
+    """Run the passes on a graph of reduced sizes, and yield what is found of each."""
     for number, item in enumerate(pipeline, 1):
         before = clone(small)
         try:
             run = run_pass(small, item, context, number)
         except InputError as error:
             raise InputError(_on_reduced(p, number, item) for p in error.problems) from None
-        if number in proved:
-            done.append(Checked(number, item, run.preserves, None))
-        else:
-            done.append(_checked(number, item, run.preserves, before, small, seeds))
-    problems = [p for result in done for p in result.problems]
-    raise_problems(problems, CheckError)
-    return done
+        proof = proofs.get(number)
+        if proof is not None and proof.is_proved and not proof.is_guard:
+            yield _proved(number, proof)
+            continue
+        checked = _checked(number, item, run.preserves, before, small, seeds, proof)
+        if proof is not None and proof.is_proved and not checked.problems:
+            checked = _proved(number, proof)
+        yield checked
+
+
+def _proved(number: int, proof: PassProof) -> Checked:
+    assert proof.verdict is not None, "a proof"
+    run, assumptions = proof.run, proof.verdict.assumptions
+    return Checked(number, run.item, run.preserves, None, assumptions=assumptions)
 
 
 def _on_reduced(problem: Problem, number: int, item: Pass) -> Problem:
@@ -340,6 +425,7 @@ def _checked(
     before: Graph,
     after: Graph,
     seeds: Sequence[int],
+    proof: PassProof | None,
 ) -> Checked:
     same = _with_outputs_of(before, after)
     from moecc.testing.oracle import TOLERANCE
@@ -360,7 +446,23 @@ def _checked(
                 "predict the error of this pass, or leave predicted_error out",
             ),
         )
-    return Checked(number, item, promise, measured, problems)
+    if not problems and proof is not None and proof.is_unequal:
+        # What is proved at small sizes alone depends on them, or on how often the pass ran.
+        is_same = proof.is_for_all_weights and promise.is_equality
+        if is_same and promise_verdict(Prover(), before, same):
+            assert proof.equality is not None, "terms were compared"
+            problems += (
+                Problem(
+                    "the promise is proved at small sizes, not at those of the graph",
+                    f"pass {number}, {item.name}, {proof.equality.node}",
+                    *proof.equality.terms,
+                    "the pass depends on sizes, or on how often it ran; what it makes without "
+                    "this check can be compared: moecc prove, moecc verify --against",
+                ),
+            )
+    return Checked(
+        number, item, promise, measured, problems, gap="" if proof is None else proof.gap
+    )
 
 
 def _measured(item: Pass, before: Graph, same: Graph, after: Graph, seed: int) -> float:
@@ -390,20 +492,23 @@ def broken_promise(
     if promise.kind == "approximate":
         return []
     same, is_exact = _with_outputs_of(before, after), promise.kind == "exact"
-    problems = [d for s in seeds for d in differences(before, same, s, is_exact)]
+    samples = (differences(before, same, seed, is_exact) for seed in seeds)
+    problems = next(filter(None, samples), [])
     verdict = promise_verdict(Prover(exact=is_exact), before, same) if problems else None
     if verdict is not None and verdict.node:
         problems = [f"{text}; the graphs part at {verdict.node}" for text in problems]
     return problems + lost_precision(before, after)
 
 
-def promise_verdict(prover: Prover, before: Graph, after: Graph) -> Verdict | None:
+def promise_verdict(
+    prover: Prover, before: Graph, after: Graph, *, refute: bool = False
+) -> Verdict | None:
     """Return what the prover finds of two graphs, in the outputs of the first.
 
     None stands for a fault of the prover, which is reported.
     """
     try:
-        return prover.prove(before, after, outputs=before.outputs.keys(), refute=False)
+        return prover.prove(before, after, outputs=before.outputs.keys(), refute=refute)
     except (MemoryError, OwnOperationError):
         raise
     except Exception as error:  # Sampling decides then, as where no proof is found.
@@ -431,18 +536,28 @@ class Contracts:
 
 
 class PassProofs(Instrument):
-    """Proves of each pass that it keeps its promise, on the graph at its own sizes.
+    """Proves of each pass that it keeps its promise, on the graph at its own sizes, or refutes it.
 
     Attributes:
       source: the graph before the first pass.
       real: the prover of real arithmetic, for promises of reassociation.
-      runs: the passes whose promise is proved, by their numbers.
+      proofs: what was found of the passes that are not approximate, by their numbers.
     """
 
     def __init__(self) -> None:
         self.real, self._bits = Prover(), Prover(exact=True)
-        self.runs: dict[int, PassRun] = {}
+        self.proofs: dict[int, PassProof] = {}
         self.source = self._last = Graph("")
+        self._has_read = False
+
+    def watched(self, read: ReadWeight) -> ReadWeight:
+        """Return a reader of weights that shows which passes use it."""
+
+        def read_watched(weight: Expr) -> Array | None:
+            self._has_read = True
+            return read(weight)
+
+        return read_watched
 
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
         """Copy the graph, which passes change in place.
@@ -455,27 +570,61 @@ class PassProofs(Instrument):
         check_traits(graph)
         self.source = self._last = clone(graph)
 
+    def before(self, number: int, item: Pass, graph: Graph) -> None:
+        """Forget what earlier passes have read."""
+        self._has_read = False
+
     def after(self, run: PassRun, graph: Graph) -> None:
-        """Try to prove that the pass kept its promise."""
+        """Try to prove that the pass kept its promise, or to refute it."""
         from moecc.testing.traits import check_traits
 
         check_traits(graph)
         before, self._last = self._last, clone(graph)
-        if run.preserves.kind != "approximate":
-            prover = self._bits if run.preserves.kind == "exact" else self.real
-            verdict = promise_verdict(prover, before, self._last)
-            is_proved = verdict is not None and verdict.status == "proved"
-            if is_proved and not lost_precision(before, self._last):
-                self.runs[run.number] = run
+        promise = run.preserves
+        if promise.kind == "approximate":
+            return
+        prover = self._bits if promise.kind == "exact" else self.real
+        # Of weights that were read, drawn ones tell nothing.
+        is_for_all = promise.is_equality and not self._has_read
+        verdict = equality = promise_verdict(prover, before, self._last, refute=is_for_all)
+        if not verdict and prover is self._bits:
+            equality = promise_verdict(self.real, before, self._last)
+        broken = lost_precision(before, self._last)
+        if verdict is not None and verdict.counterexample is not None:
+            broken = [f"{verdict.counterexample}; the graphs part at {verdict.node}", *broken]
+        problems = (
+            Problem("the pass broke its promise", f"pass {run.number}, {run.item.name}",
+                    str(promise), text)
+            for text in broken
+        )  # fmt: skip
+        is_real = promise.kind != "exact"  # bits are those of all numbers, finite or not
+        is_guard = is_real and bool(_guards(before) - _guards(self._last))
+        proof = PassProof(run, verdict, equality, is_for_all, is_guard, tuple(problems))
+        self.proofs[run.number] = proof
+
+
+def _guards(graph: Graph) -> Counter[tuple[str, str]]:
+    """Return what makes numbers that are not finite, and hides them, by place; empty without both.
+
+    Real arithmetic has no such numbers: a proof does not see one that is no longer hidden.
+    """
+    makers = [n for n in graph.every_node() if n.op.domain is Domain.POSITIVE]
+    outputs = {*graph.outputs.values()}
+    hiders = (
+        n
+        for n in graph.every_node()
+        if n.op.name in ("select", "mask") and (n.result.users or n.result in outputs)
+    )
+    return Counter((n.loc, n.op.name) for n in (*makers, *hiders)) if makers else Counter()
 
 
 def check_contracts(
     graph: Graph,
     pipeline: Pipeline,
     context: Context,
-    proved: Mapping[int, PassRun],
+    proofs: Mapping[int, PassProof],
 ) -> Contracts:
-    """Hold each pass of a conversion that is not `proved` to its promise, at reduced sizes.
+    """Hold each pass of a conversion to its promise: one without a proof at reduced sizes.
 
     Raises:
       CheckError: a pass broke its promise, or left an invalid graph.
@@ -487,7 +636,7 @@ def check_contracts(
                     statistics=statistics)  # fmt: skip
     try:
         checked = check_pipeline(graph, pipeline, context=plain, seeds=CONTRACT_SEEDS,
-                                 proved=proved)  # fmt: skip
+                                 proofs=proofs)  # fmt: skip
     except CheckError:
         raise
     except MoeccError as error:

@@ -20,7 +20,7 @@ from moecc.formats.source import Checkpoint
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
-from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contracts
+from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contracts, gap
 from moecc.model.open import OpenedModel, function_name, reads_small
 from moecc.prove.conversion import ConversionProof, prove_conversion
 from moecc.rewrite.passes import Context, Preserves, Statistics, weakest
@@ -148,6 +148,23 @@ class Plan:
         passes = self.contracts.passes
         count = sum(receipt.measured is None for receipt in passes)
         return f"{count} of {len(passes)} passes" if count else ""
+
+    @property
+    def measured(self) -> str:
+        """The evidence for equalities that are not proved, in words; empty where none is."""
+        contracts, proof = self.contracts, self.proof
+        if proof is not None and proof.verdict:
+            return ""
+        gaps = [checked.gap for checked in contracts.passes if checked.gap]
+        if gaps:
+            text = f"{amount(len(gaps), 'pass')}, at small sizes only, not proved: {gaps[0]}"
+        elif contracts.unchecked and contracts is not NOT_CHECKED:
+            text = f"nothing, passes are not checked: {contracts.unchecked}"
+        elif proof is not None:
+            text = f"nothing, the result is not proved: {gap(proof.verdict)}"
+        else:
+            return ""
+        return f"{text} (--verify compares the logits)"
 
     @cached_property
     def tensors(self) -> list[OutputTensor]:
@@ -303,18 +320,19 @@ def plan(
     branches = checkpoint.branches
     # The passes may drop further tensors, which is their purpose.
     remarks, notes = model.left_out(), model.remarks()
+    proofs = PassProofs() if check else None
+    read = reads_small(checkpoint)
     context = Context(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
-        read=reads_small(checkpoint), models=tuple(branches),
+        read=read if proofs is None else proofs.watched(read), models=tuple(branches),
         statistics=statistics,
     )  # fmt: skip
-    proofs = PassProofs() if check else None
     done = run_pipeline(model.graph, pipeline, context=context,
                         instruments=[] if proofs is None else [proofs],
                         crash_folder=temporary_folder)  # fmt: skip
     contracts = NOT_CHECKED
     if proofs is not None:
-        contracts = check_contracts(proofs.source, pipeline, context, proofs.runs)
+        contracts = check_contracts(proofs.source, pipeline, context, proofs.proofs)
     unread = unread_models(model.graph, context.models)
     remarks += [f"{name}: no pass reads this model" for name in unread]
     if unroll(model.graph):

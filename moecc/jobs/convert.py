@@ -384,6 +384,7 @@ def plan_text(
         f"  pipeline    {planned.pipeline or 'none'}",
         f"  preserves   {planned.preserves}",
         *([f"  proved      {planned.proved}"] if planned.proved else []),
+        *([f"  measured    {planned.measured}"] if planned.measured else []),
         f"  parameters  {count_text(planned.parameters)}, "
         f"{count_text(facts.parameters.active)} active per token",
         f"  FLOPs       {facts.sequence}",

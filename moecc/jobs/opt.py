@@ -439,7 +439,7 @@ def opt(
         say(f"note: {', '.join(idle)} changed nothing{'' if remarks else ' (--remarks has why)'}")
     if check:
         plain = Context(seed, allow_unmatched)
-        for done in check_pipeline(proofs.source, passes, context=plain, proved=proofs.runs):
+        for done in check_pipeline(proofs.source, passes, context=plain, proofs=proofs.proofs):
             say(f"checked: {done}")
             checked.append(done.to_json())
     if html is not None:

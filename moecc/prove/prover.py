@@ -38,9 +38,10 @@ from moecc.types import Extent, TensorType
 
 Status = Literal["proved", "refuted", "unknown"]
 
+FINITE = "every value is finite, but for what a mask hides"
 ASSUMPTIONS = (
     "arithmetic is that of real numbers",
-    "every value is finite, but for what a mask hides",
+    FINITE,
     "no divisor is 0",
     "no integer wraps around",
     "every open size is at least 1, and the types of both graphs hold",

@@ -88,6 +88,24 @@ def test_a_receipt_says_what_was_promised_and_measured(cli, dense, out):
     cli("verify", out, code=3)
 
 
+def test_what_is_not_proved_says_what_was_measured(cli, out):
+    model, pipeline = GOLDEN / "apertus_biases", "upcycle{experts=4 granularity=2 pad=7}"
+    done = cli.convert(model, out, pipeline=pipeline, to="st_moe")
+    gap = "not proved: the graphs part at %up2 = contract @layers.0.ffn"
+    assert f"  measured    1 pass, at small sizes only, {gap}" in done.out
+    receipt = read_receipt(out)
+    assert receipt["proof"]["verdict"] == "unknown"
+    assert receipt["checked"][0]["gap"] in done.out
+    says = (
+        "%up2 = contract @layers.0.ffn",
+        "no proof to write",
+        "expected: Σ",
+        "--verify compares",
+    )
+    proof = ("--proof", out.parent / "proof.json", "--force")
+    cli.convert(model, out, *proof, pipeline=pipeline, to="st_moe", code=3, says=says)
+
+
 def test_an_error_that_was_announced_is_measured(cli, dense, out):
     pipeline = "upcycle{experts=4 top-k=2 gates=softmax}"
     cli.convert(dense, out, "--verify", pipeline=pipeline, to="st_moe")

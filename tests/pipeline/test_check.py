@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +10,13 @@ import pytest
 
 from moecc.errors import CheckError, InputError
 from moecc.ir import F32, Builder, Graph, clone, print_graph, tensor, verify
-from moecc.jobs.checks import broken_promise, check_pipeline, reduced
-from moecc.rewrite.passes import EXACT, Pass, PassResult
+from moecc.jobs.checks import PassProofs, broken_promise, check_pipeline, reduced
+from moecc.rewrite.passes import EXACT, Pass, PassResult, Preserves
 from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing.oracle import measure
+from moecc.weights.arithmetic import Scale
+from moecc.weights.expr import Source
 from tests.passes.model_graphs import preset_graph
 
 from .samples import REGISTRY, negations
@@ -172,3 +176,99 @@ def test_products_that_lose_their_precision():
         "the products at @layers.0.ffn lost precision=f32"
     ]
     assert broken_promise(EXACT, before, before) == []
+
+
+# What is checked is the graph that the passes really made.
+
+
+@dataclass(frozen=True)
+class ScaleWeightPass(Pass):
+    """Scale a weight: where it is long, or at the first call alone."""
+
+    name: ClassVar[str] = "scale-weight"
+    summary: ClassVar[str] = "scale a weight at times"
+    preserves = Preserves("reassociation")
+    above: int = 0
+    calls: ClassVar[list[int]] = []
+
+    def apply(self, graph, ctx):
+        """Break the promise on the first graph alone."""
+        w = graph.params["w"]
+        is_wrong = w.type["embed"].size > self.above if self.above else not self.calls
+        self.calls.append(1)
+        w.weight = Scale(w.weight, 1.5 if is_wrong else 1.0)
+        return PassResult(changed=True)
+
+
+def check_emitted(graph, item):
+    """Check a pass as ``opt --check`` does: on the graph that it made."""
+    pipeline, proofs = Pipeline((item,)), PassProofs()
+    run_pipeline(graph, pipeline, instruments=[proofs])
+    return check_pipeline(proofs.source, pipeline, proofs=proofs.proofs)
+
+
+@pytest.mark.parametrize(
+    ("embed", "above", "message"),
+    [
+        (64, 24, r"the pass broke its promise.*y differs by .*part at %y = contract @mlp"),
+        (64, 0, r"the pass broke its promise.*y differs by .*part at %y = contract @mlp"),
+        (4_000_000, 24, r"%y = contract @mlp: the promise is proved at small sizes, not at those"),
+        (4_000_000, 0, r"%y = contract @mlp: the promise is proved at small sizes, not at those"),
+    ],
+)
+def test_a_pass_that_is_right_on_a_second_small_graph_alone(embed, above, message):
+    b, x = start(embed)
+    type = tensor(F32, embed=embed)
+    w = b.graph.param("w", type)
+    w.weight = Source("w", type)
+    with b.at("mlp"):
+        b.graph.set_output("y", b.contract(x, w, over="embed", name="y"))
+    ScaleWeightPass.calls.clear()
+    with pytest.raises(CheckError, match=f"(?s){message}") as error:
+        check_emitted(b.graph, ScaleWeightPass(above=above))
+    assert len(error.value.problems) == 1
+
+
+@dataclass(frozen=True)
+class RewriteFirstPass(Pass):
+    """Replace the output by another term."""
+
+    name: ClassVar[str] = "rewrite-first"
+    summary: ClassVar[str] = "replace the output"
+    preserves = Preserves("reassociation")
+    gate: bool = False
+
+    def apply(self, graph, ctx):
+        """Take silu for a gate, or a select for the product with an indicator."""
+        b, node = Builder(graph), graph.outputs["y"].node
+        x = node.operands[-1 if self.gate else 1]
+        if self.gate:
+            y = b.mul(x, b.sigmoid(x))
+        else:
+            one = b.broadcast(b.constant(value=1.0, dtype="f32"), x)
+            y = b.mul(b.mask(one, node.operands[0], fill=0.0), x)
+        graph.set_output("y", y)
+        return PassResult(changed=True)
+
+
+def guarded(function):
+    b, x = start(8)
+    zero = b.constant(value=0.0, dtype="f32")
+    b.graph.set_output("y", b.select(b.less(zero, x), getattr(b, function)(x), zero))
+    return b.graph
+
+
+def test_a_proof_is_of_finite_values():
+    (done,) = check_emitted(guarded("exp"), RewriteFirstPass())
+    assert str(done).endswith("; proved, if every value is finite")
+    assert done.to_json()["assumptions"]
+    with pytest.raises(CheckError, match=r"expected 0\.0, found nan"):
+        check_emitted(guarded("log"), RewriteFirstPass())
+
+
+def test_what_is_not_proved_says_so():
+    b, x = start(8)
+    b.graph.set_output("y", b.silu(x))
+    (done,) = check_emitted(b.graph, RewriteFirstPass(gate=True))
+    assert re.search("measured .* at small sizes only, not proved: the graphs part at %", str(done))
+    assert done.to_json()["gap"] == done.gap

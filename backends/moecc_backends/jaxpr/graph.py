@@ -7,7 +7,7 @@ the blocks instead, to look at.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -669,6 +669,8 @@ def rewrite_blocks(
     keys = {loc: part.key() for loc, part in cut_graph(graph, locations).blocks.items()}
     contracts = Contracts(unchecked="convert(…, check=True) does")
     proofs = PassProofs() if check else None
+    if proofs is not None:
+        context = replace(context, read=proofs.watched(context.read))
     try:
         run = run_pipeline(graph, passes, context=context, instruments=[proofs] if proofs else [])
     except UnmatchedError as error:
@@ -676,7 +678,7 @@ def rewrite_blocks(
     except InputError as error:
         raise InputError(_NO_CAPTURE if p == NO_STATISTICS else p for p in error.problems) from None
     if proofs is not None:
-        contracts = check_contracts(proofs.source, passes, context, proofs.runs)
+        contracts = check_contracts(proofs.source, passes, context, proofs.proofs)
     return RewrittenBlocks(name, graph, passes, run, contracts, keys)
 
 
