@@ -261,7 +261,8 @@ class PassProof:
     Attributes:
       run: the pass.
       verdict: on the promise; None for a fault of the prover.
-      equality: the verdict in real arithmetic, which an exact promise implies.
+      equality: the verdict in real arithmetic, which an exact promise implies; None also where
+        parameters without a weight expression keep it from being compared with that of a small one.
       is_for_all_weights: whether the pass promised an equality, and read no weights for it.
       is_guard: whether it took away what hides numbers that may not be finite.
       problems: the violations of its promise.
@@ -589,6 +590,10 @@ class PassProofs(Instrument):
         verdict = equality = promise_verdict(prover, before, self._last, refute=is_for_all)
         if not verdict and prover is self._bits:
             equality = promise_verdict(self.real, before, self._last)
+        if any(v.weight is None for v in before.params.values()):
+            equality = (
+                None  # a reduced graph has tensors of their names in place of such parameters
+            )
         broken = lost_precision(before, self._last)
         if verdict is not None and verdict.counterexample is not None:
             broken = [f"{verdict.counterexample}; the graphs part at {verdict.node}", *broken]
