@@ -684,12 +684,13 @@ def check(log, before, after):
         return [[], []]
     a = read_log(log, bool(log["exact"]), bool(log.get("fractions")))
     devices = reading.Devices(read_log(log.get("devices", {"terms": [], "steps": []})))
-    own = {*log.get("elementwise", ())}
-    for name in own:
+    own, commutative = ({*log.get(k, ())} for k in ("elementwise", "commutative"))
+    for name in own | commutative:
         is_known = ("operation", name) in a.table or name in a.words["elementwise"]
         need(isinstance(name, str) and not is_known, f"{name} has a meaning of its own")
+        need(not a.exact, f"{name} is not known bit for bit")
     for x in (a, devices.a):
-        x.words = {**x.words, "own": own}
+        x.words = {**x.words, "own": own, "commutative": x.words["commutative"] | commutative}
     evaluation = reading.Evaluation(a, bool(log.get("rolled")))
     reading.check_graphs(evaluation, devices, (before, after), log)
     return [sorted(x.used - {-1}) for x in (a, devices.a)]
@@ -726,6 +727,7 @@ def main():
         return 1
     notes = [text for key, text in NOTES.items() if log.get(key)]
     notes += [f", if {name} works element by element" for name in log.get("elementwise", ())]
+    notes += [f", if operands of {name} may be exchanged" for name in log.get("commutative", ())]
     if "\n  attr mesh = " in "".join(graphs):
         notes.append(f", on all devices{', in real arithmetic' if log['exact'] else ''}")
     steps, outputs = (f"{n} {of}{'s' * (n != 1)}" for n, of in

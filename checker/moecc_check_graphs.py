@@ -389,10 +389,13 @@ class Evaluation:
             return self.results(n, xs, axes)
         need(not n.body, "a body of no meaning")
         is_own = n.op in self.a.words.get("own", ())
+        key = (*filter(None, [n.text]), *(x.dtype for x in xs if is_own))
         if (is_own or n.op in self.a.words["elementwise"]) and not self.a.exact:
             name = f"{n.op} of infinite" if rules else f"operation {n.op}" if is_own else n.op
-            body = self.a.apply(name, (n.text,) if n.text else (), (), xs)
+            body = self.a.apply(name, key, (), xs)
             return [self.tensor((), body, "", finite or n.op in self.a.words["finite"])]
+        if n.op in self.a.words["commutative"] and len(xs) == 2:
+            xs = sorted(xs, key=lambda x: self.a.function(x.axes, x.body).node.number)
         layout = tuple((tuple(v.name for v in x.axes), x.dtype) for x in xs)
         text = f"{n.text} {n.results[0]}" if n.op == "jax" else n.text  # a graph has no more of it
         attrs = [(i, text, layout, t.dtype, *((v.name, v.size) for v in row))

@@ -273,7 +273,8 @@ class _StepProof:
         if name == "mask":
             is_hidden = states[1] == "zero" or states[0] == "infinite"
             return "infinite" if is_hidden and node.attrs["fill"] == -inf else ""
-        if node.op.carries or name in ("cast", "broadcast", "rename", "split", "merge"):
+        is_carried = node.op.carries and node.op.source is None
+        if is_carried or name in ("cast", "broadcast", "rename", "split", "merge"):
             return states[0]
         if name == "mul" and "zero" in states:
             return "zero" if "infinite" not in states else ""

@@ -203,9 +203,11 @@ class Evaluation:
           attrs: its attributes, maybe those with which a device runs it.
           axes: those of its results.
         """
-        if node.op.blocks_gradient and not self.exact:
+        # Of an operation of the user's own nothing is believed but what the log states.
+        is_own = node.op.source is not None
+        if node.op.blocks_gradient and not self.exact and not is_own:
             return [stopped(operands[0])]
-        meaning = node.op.term
+        meaning = None if is_own else node.op.term
         is_defined = meaning is not None and (
             node.op.rearranges or (not self.exact and all(t.finite for t in operands))
         )
@@ -217,9 +219,11 @@ class Evaluation:
         text = self._text(node, attrs)
         if node.op.elementwise and not self.exact:
             name = f"{node.op.name} of infinite" if meaning is not None else node.op.name
-            if node.op.source is not None:
+            key = [text] if text else []
+            if is_own:
                 name = f"operation {name}"  # never the head of a lemma
-            result = pointwise(name, tuple(filter(None, (text,))), operands)
+                key += [str(t.dtype) for t in operands]
+            result = pointwise(name, key, operands)
             finite = result.finite or node.op.name in _BOUNDED
             return [replace(result, axes=axes[0], finite=finite)]
         return self._uninterpreted(node, operands, text, axes)
@@ -297,7 +301,7 @@ class Evaluation:
         """Return uninterpreted functions of all elements of the operands, named by a key."""
         # Of an operation of the user's own it is sampled up to rounding.
         in_bits = node.op.name not in _OF_SIGNED_ZEROS and node.op.source is None
-        if node.op.commutative and (in_bits or not self.exact):
+        if node.op.commutative and len(operands) == 2 and (in_bits or not self.exact):
             operands = sorted(operands, key=lambda t: (t.closed().body.serial, t.names))
         functions = [t.closed() for t in operands]
         finite = all(t.finite for t in operands)

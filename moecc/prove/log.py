@@ -64,8 +64,7 @@ def log_of(
       devices: the proof that devices compute them, of graphs on a mesh.
       batch: the first graph on devices that have a part each, if the second computes one.
     """
-    nodes = (n for graph in (before, after) for n in graph.every_node())
-    own = {n.op.name for n in nodes if n.op.source is not None and n.op.elementwise and not exact}
+    believed = {} if exact else _believed(before, after)
     of_devices = {} if devices is None else _replay(devices.lemmas.steps, devices.algebra)
     return {
         "schema": SCHEMA,
@@ -77,9 +76,20 @@ def log_of(
         "after": digest(after),
         **_replay(steps, algebra),
         **({"devices": of_devices} if of_devices else {}),
-        **({"elementwise": sorted(own)} if own else {}),
+        **believed,
         **({} if batch is None else {"parts": [print_graph(batch)]}),
     }
+
+
+def _believed(*graphs: Graph) -> dict[str, list[str]]:
+    """Return the traits of the user's own operations that a proof believes, with their names."""
+    nodes = (n for graph in graphs for n in graph.every_node())
+    own = sorted({n.op for n in nodes if n.op.source is not None}, key=str)
+    traits = {
+        "elementwise": [op.name for op in own if op.elementwise],
+        "commutative": [op.name for op in own if op.commutative and not op.elementwise],
+    }
+    return {trait: names for trait, names in traits.items() if names}
 
 
 def step_log(before: Graph, after: Graph) -> JsonDict:

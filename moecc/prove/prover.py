@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.operation import OpDef
 from moecc.ir.mesh import mesh_of
 from moecc.ir.ops.repetition import repetitions
 from moecc.prove.counterexample import (
@@ -152,9 +153,8 @@ class Prover:
         rows = {op for op, _, _ in own_operations(before, after)}
         if not rows or not verdict:
             return verdict
-        names = sorted(f"{op} ({Path((op.source or '').rpartition(':')[0]).name})" for op in rows)
-        assumption = f"traits of {', '.join(names)} are those declared"
-        return replace(verdict, assumptions=(*verdict.assumptions, assumption))
+        believed = tuple(sorted(map(_believed_of, rows)))
+        return replace(verdict, assumptions=(*verdict.assumptions, *believed))
 
     def _prove(
         self, before: Graph, after: Graph, outputs: Collection[str] | None, refute: bool
@@ -301,6 +301,18 @@ class Prover:
             evaluation = Evaluation(algebra, exact=self.exact, rolled=reading.rolled)
             self._evaluations[reading] = lemmas, evaluation
         return self._evaluations[reading]
+
+
+def _believed_of(row: OpDef) -> str:
+    """Return the assumption on an operation of the user's own, whose traits are only sampled."""
+    file = Path((row.source or "").rpartition(":")[0]).name
+    traits = [
+        f"{row} ({file}) is a function of its operands",
+        "element by element at any size" if row.elementwise else "",
+        "in either order" if row.commutative and not row.elementwise else "",
+        "and shards compute shards" if row.sharding is not None else "",
+    ]
+    return ", ".join(filter(None, traits))
 
 
 def _nodes(graph: Graph) -> Iterator[Node]:

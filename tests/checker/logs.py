@@ -98,7 +98,33 @@ NARROW = "  %m = mask %v, %k {fill=-inf} : f32[a=2, b=3]"
 WIDE = """  %d = cast %v {dtype=f64} : f64[a=2, b=3]
   %m = mask %d, %k {fill=-inf} : f64[a=2, b=3]"""
 
+OWN = """moecc 1
+graph g {{
+  input %x : bf16[a=2, b=3]
+  input %z : bf16[a=2, b=3]
+  {} : {}[a=2, b=3]
+  %y = {} : f32[a=2, b=3]
+  output y = %y
+}}
+"""
+WIDENED = OWN.format("%w = cast %x {dtype=f32}", "f32", "own %w")
+"""An operation of the user's own, at one element type and at another."""
+
+
+def exchanged(op: str, *rest: str) -> tuple[str, str]:
+    """Return two texts with an operation on operands in both orders, and on the rest."""
+    orders = (("x", "z"), ("z", "x"))
+    lines = (f"%w = {op} {', '.join(f'%{v}' for v in (*order, *rest))}" for order in orders)
+    first, second = (OWN.format(line, "bf16", "cast %w {dtype=f32}") for line in lines)
+    return first, second
+
+
+EXACT, COMMUTATIVE = {"exact": True}, {"commutative": ["own"]}
+
 PROOFS = [
+    log_of(WIDENED, WIDENED, {"elementwise": ["own"]}),
+    log_of(*exchanged("own"), COMMUTATIVE),
+    log_of(*exchanged("add"), EXACT),
     log_of(BEFORE, AFTER),
     log_of(BEFORE, AFTER, CUT),
     log_of(WINDOW.format(**BY_KEY), WINDOW.format(**BY_QUERY)),
@@ -193,6 +219,13 @@ def wrong_logs() -> Iterator[tuple[str, Proof]]:
         "a statement that is none": "  sort\n  %y = add %x, %x : f32[a=2, b=3]",
     }.items():
         yield name, log_of(BEFORE, TEXT.format(line))
+    narrow = OWN.format("%w = own %x", "bf16", "cast %w {dtype=f32}")
+    yield "another element type", log_of(WIDENED, narrow, {"elementwise": ["own"]})
+    yield "exchanged operands", log_of(*exchanged("own"))
+    yield "exchanged operands of a difference", log_of(*exchanged("sub"), EXACT)
+    yield "a difference that commutes", log_of(*exchanged("sub"), {"commutative": ["sub"]})
+    yield "exchanged operands of three", log_of(*exchanged("own", "x"), COMMUTATIVE)
+    yield "a belief bit for bit", log_of(*exchanged("own"), EXACT | COMMUTATIVE)
     for width in (1, 3):  # a window is to the left of its middle, and the other to the right
         windows = WINDOW.format(**BY_KEY), WINDOW.format(**{**BY_QUERY, "width": width})
         yield f"a window from {width}", log_of(*windows)

@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import moecc_check
+import numpy as np
 import pytest
 
 from moecc.ir import OPS
@@ -117,8 +118,64 @@ def test_the_prover_believes_a_trait_that_holds_and_says_so(table):
     lerp(linear=(0, 1), jointly=True)
     here, there = (parse(GRAPH.replace("OPERANDS", pair)) for pair in ("x, %z", "z, %x"))
     verdict = Prover().prove(here, here)
-    assert verdict.assumptions[-1] == f"traits of lerp ({Path(__file__).name}) are those declared"
+    believed = f"lerp ({Path(__file__).name}) is a function of its operands, element by element"
+    assert verdict.assumptions[-1] == f"{believed} at any size, and shards compute shards"
     assert Prover().prove(here, there).status == "refuted"
+
+
+UNARY = """moecc 1
+graph g {
+  input %x : bf16[batch=B, embed=4]
+  %w = FIRST : TYPE[batch=B, embed=4]
+  %y = SECOND : f32[batch=B, embed=4]
+  output y = %y
+}
+"""
+
+
+def test_no_term_of_ones_own_is_believed_and_no_other_element_type(table):
+    @operation("own", "x", elementwise=True, sharding=by_name)
+    class OwnOp(Op):
+        """max(x, a lowest number of its type) + 1, with a false term: x."""
+
+        def infer(self, x):
+            return float_elementwise((x,), self.attrs)
+
+        def meaning(self, x):
+            lowest = {"bf16": -0.1, "f32": -0.01}[x.dtype.name]
+            return x.map(lambda data: np.maximum(data, lowest) + 1)
+
+        def term(self, algebra, x):
+            return x
+
+    wide, narrow, plain = (
+        parse(UNARY.replace("FIRST", first).replace("SECOND", second).replace("TYPE", type))
+        for first, type, second in (
+            ("cast %x {dtype=f32}", "f32", "own %w"),
+            ("own %x", "bf16", "cast %w {dtype=f32}"),
+            ("cast %x {dtype=f32}", "f32", "stop_gradient %w"),
+        )
+    )
+    assert Prover().prove(wide, wide)
+    assert Prover().prove(wide, narrow).status == Prover().prove(wide, plain).status == "refuted"
+
+
+def test_the_checker_knows_which_operands_may_be_exchanged(table):
+    @operation("lerp", "x y", commutative=True)
+    class LerpOp(Op):
+        """The sum of both, added up along the last axis."""
+
+        def infer(self, x, y):
+            return float_elementwise((x, y), self.attrs)
+
+        def meaning(self, x, y):
+            axes, (a, b) = together(x, y)
+            return Array(np.cumsum(a + b, -1), axes)
+
+    here, there = (parse(GRAPH.replace("OPERANDS", pair)) for pair in ("x, %z", "z, %x"))
+    verdict = Prover().prove(here, there)
+    assert verdict
+    moecc_check.accepted(verdict.log, print_graph(here), print_graph(there))
 
 
 BLOCK = """moecc 1
