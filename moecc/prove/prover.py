@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.operation import OpDef
 from moecc.ir.mesh import mesh_of
+from moecc.ir.operation import OpDef
 from moecc.ir.ops.repetition import repetitions
 from moecc.prove.counterexample import (
     Counterexample,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import chain, count, product
 from math import prod
 
 from moecc.errors import InputError, OwnOperationError, Problem, raise_problems
@@ -30,6 +30,12 @@ Key = tuple[OpDef, str, str]
 SEEDS = (0, 1, 2)
 """The seeds of the random data on which each trait is sampled."""
 
+MAGNITUDES = (1.0, 1e3, 1e-3)
+"""The factors of the random data: a trait that holds near 1 alone is none."""
+
+MANY = 130
+"""The places of one axis at a time, the others having few: a block is hardly ever larger."""
+
 TOLERANCE = 1e-9
 """The difference that rounding explains, relative to a value and to 1."""
 
@@ -37,7 +43,10 @@ CONSTANTS_TOLERANCE = 1e-4
 """The same where small constants count, as the epsilon of a norm does under a factor."""
 
 MAX_ELEMENTS = 1_000_000
-"""The limit on the elements of all operands together."""
+"""The limit on the elements of all operands together, if only the sizes of the node suit it."""
+
+MAX_SAMPLED = 50_000
+"""The limit on them at further sizes."""
 
 
 def own_operations(*graphs: Graph) -> dict[Key, Node]:
@@ -82,7 +91,14 @@ def false_traits(node: Node, *, must: bool = False) -> list[Problem]:
       InputError: as `must` says.
     """
     try:
-        return list(_sample(node).problems())
+        sample = _sample(node)
+        found = list(sample.problems())
+        refuted = {problem.message for problem in found}
+        for further in _further(node, sample):
+            problems = list(further.problems(SEEDS[:1], sample))
+            found += [p for p in problems if p.message not in refuted]
+            refuted |= {problem.message for problem in problems}
+        return found
     except OwnOperationError:
         raise
     except InputError:
@@ -97,12 +113,7 @@ def _sample(node: Node) -> _Sample:
     Raises:
       InputError: there are none, or only too large ones.
     """
-    types = [_static(v.type) for v in node.operands]
-    stated = {s for t in types for s in t.sizes}
-    attrs: Attrs = node.attrs
-    listed = [name for name, spec in node.op.attrs.items() if spec.kind == "sizes"]
-    stated |= {size for name in listed for _, size in attrs[name]}
-    sizes = sorted(stated, key=str)
+    sizes = _sizes_of(node)
     # Different sizes, so that no axis is taken for another; then those that halves are made of.
     for smaller in (dict(zip(sizes, count(3), strict=False)),
                     dict(zip(sizes, count(4, 2), strict=False))):  # fmt: skip
@@ -110,10 +121,44 @@ def _sample(node: Node) -> _Sample:
             return _Sample(node, smaller)
         except InputError:
             continue
-    own = {s: s if isinstance(s, int) else at for at, s in enumerate(sizes, 2)}
-    if sum(prod(own[s] for s in t.sizes) for t in types) > MAX_ELEMENTS:
+    own = _own_sizes(node)
+    if _elements(node, own) > MAX_ELEMENTS:
         raise InputError(f"{node.op} needs sizes too large to sample", where=node.op.source)
     return _Sample(node, own)
+
+
+def _further(node: Node, sample: _Sample) -> Iterator[_Sample]:
+    """Yield the operation at further sizes: many places of each axis, and the node's own."""
+    many = [sample.sizes | {size: MANY} for size in sample.sizes]
+    for sizes in (*many, _own_sizes(node)):
+        if sizes == sample.sizes or _elements(node, sizes) > MAX_SAMPLED:
+            continue
+        try:
+            yield _Sample(node, sizes)
+        except OwnOperationError:
+            raise
+        except InputError:
+            continue
+
+
+def _sizes_of(node: Node) -> list[Size]:
+    """Return the sizes of operands, and those that attributes state."""
+    stated = {s for v in node.operands for s in _static(v.type).sizes}
+    attrs: Attrs = node.attrs
+    listed = [name for name, spec in node.op.attrs.items() if spec.kind == "sizes"]
+    stated |= {size for name in listed for _, size in attrs[name]}
+    return sorted(stated, key=str)
+
+
+def _own_sizes(node: Node) -> dict[Size, int]:
+    """Return the sizes of a node as they are, and open ones from 2 on."""
+    return {s: s if isinstance(s, int) else at for at, s in enumerate(_sizes_of(node), 2)}
+
+
+def _elements(node: Node, sizes: Mapping[Size, int]) -> int:
+    """Return the elements of all operands of a node at other sizes."""
+    types = (_static(v.type) for v in node.operands)
+    return sum(prod(sizes[s] for s in t.sizes) for t in types)
 
 
 def _static(type: TensorType) -> TensorType:
@@ -155,10 +200,11 @@ class _Sample:
       types: of its operands.
       node: its only node.
       floats: the positions of its floating-point operands.
+      sizes: the size of each that the node states.
     """
 
     def __init__(self, node: Node, sizes: Mapping[Size, int]) -> None:
-        self.op = node.op
+        self.op, self.sizes = node.op, dict(sizes)
         attrs: JsonDict = dict(node.attrs)
         for name, spec in node.op.attrs.items():
             if spec.kind == "sizes":
@@ -173,34 +219,52 @@ class _Sample:
         self.floats = [i for i, t in enumerate(self.types) if t.dtype.is_float]
         self.results(self.draw(SEEDS[0]))
 
-    def draw(self, seed: int) -> list[Array]:
-        """Return random operands within the domain."""
+    def draw(self, seed: int, magnitude: float = 1.0) -> list[Array]:
+        """Return random operands within the domain, the floating-point ones times a factor."""
         arrays = list(inputs_for(self.node.graph, seed).values())
         for i in self.floats:
             arrays[i] = arrays[i].astype(np.float64)
             if self.op.domain is Domain.POSITIVE:
                 arrays[i] = np.abs(arrays[i]) + 0.1
+            arrays[i] *= magnitude
         return arrays
 
     def results(self, operands: Sequence[Array]) -> list[Array]:
         """Return the results for operands."""
         return _run(self.node, operands)[: len(self.node.results)]
 
-    def problems(self) -> Iterator[Problem]:
-        """Yield each trait that is false, with the first counterexample."""
+    def problems(
+        self, seeds: Sequence[int] = SEEDS, fewer: _Sample | None = None
+    ) -> Iterator[Problem]:
+        """Yield each trait that is false, with the first counterexample.
+
+        Args:
+          seeds: of the random data.
+          fewer: the operation at sizes none of which is larger than here.
+        """
         refuted = set[str]()
-        for seed in SEEDS:
-            for claim in self.claims(seed):
-                if claim.trait not in refuted and (gap := self._gap(claim, seed)) is not None:
+        for seed, magnitude in product(seeds, MAGNITUDES):
+            claims = self.claims(seed, magnitude)
+            if fewer is not None and magnitude == 1.0:
+                claims = chain(self._of_sizes(fewer, seed), claims)
+            for claim in claims:
+                if claim.trait in refuted:
+                    continue
+                if (gap := self._gap(claim, seed, magnitude)) is not None:
                     refuted.add(claim.trait)
                     yield gap
 
-    def _gap(self, claim: _Claim, seed: int) -> Problem | None:
+    def _gap(self, claim: _Claim, seed: int, magnitude: float) -> Problem | None:
         expected, actual = (np.asarray(a, np.float64) for a in (claim.expected, claim.actual))
         if expected.shape == actual.shape:
+            finite = np.isfinite(expected) & np.isfinite(actual)
+            # Sums of large numbers that cancel are as exact as the numbers.
+            unit = max(1.0, float(np.abs(expected).max(initial=0, where=finite)) * (magnitude > 1))
             apart = ~np.isclose(
-                actual, expected, rtol=claim.tolerance, atol=claim.tolerance, equal_nan=True
+                actual, expected, claim.tolerance, claim.tolerance * unit, equal_nan=True
             )
+            if magnitude > 1:  # an honest meaning may overflow there
+                apart &= finite
             if not apart.any():
                 return None
             at = tuple(int(i) for i in np.unravel_index(int(np.argmax(apart)), apart.shape))
@@ -225,11 +289,38 @@ class _Sample:
         elif claim.trait == FUNCTION:
             message = f"the meaning of {self.op.name} is no function of its operands"
             hint = "compute a new array from the operands, and from nothing else"
-        return Problem(message, self.op.source, claim.law, f"{found} (seed {seed})", hint)
+        drawn = f"seed {seed}" + (f", operands × {magnitude:g}" if magnitude != 1 else "")
+        return Problem(message, self.op.source, claim.law, f"{found} ({drawn})", hint)
 
-    def claims(self, seed: int) -> Iterator[_Claim]:
+    def _of_sizes(self, fewer: _Sample, seed: int) -> Iterator[_Claim]:
+        """Yield that an element is the same where an axis that is not mixed has fewer places."""
+        op, node = self.op, self.node
+        mixed = () if op.elementwise else op.mixes(node.operands, node.attrs)
+        pairs = [(a, b) for s, t in zip(self.types, fewer.types, strict=True)
+                 for a, b in zip(s.axes, t.axes, strict=True)]  # fmt: skip
+        cut = {a.name: b.size for a, b in pairs if a.size != b.size}
+        if not cut or set(cut) & set(mixed) or any(a.size < b.size for a, b in pairs):
+            return
+        operands = self.draw(seed)
+        # Indices stay within the axes that have fewer places.
+        for whole, part, type in zip(operands, fewer.draw(seed), fewer.types, strict=True):
+            whole[tuple(slice(n) for n in type.shape)] = part
+        parts = [a[tuple(slice(n) for n in t.shape)]
+                 for a, t in zip(operands, fewer.types, strict=True)]  # fmt: skip
+        trait = "elementwise" if op.elementwise else MIXES
+        stated = ", ".join(f"{name} = {size}" for name, size in cut.items())
+        law = f"the first places of an axis give the same elements without the others: {stated}"
+        results = zip(node.results, self.results(operands), fewer.node.results,
+                      fewer.results(parts), strict=True)  # fmt: skip
+        for value, whole, small, part in results:
+            if not set(cut) <= set(value.type.names):
+                continue
+            places = tuple(slice(n) for n in small.type.shape)
+            yield _Claim(trait, law, part, whole[places], value.type.names, parts)
+
+    def claims(self, seed: int, magnitude: float = 1.0) -> Iterator[_Claim]:
         """Yield what the declared traits say of random operands."""
-        op, operands = self.op, self.draw(seed)
+        op, operands = self.op, self.draw(seed, magnitude)
         name, args = op.name, ", ".join(op.operands)
         runs = [_run(self.node, operands) for _ in range(2)]
         count = len(self.node.results)
@@ -241,9 +332,13 @@ class _Sample:
                          type.names, operands)  # fmt: skip
         if op.commutative and len(self.types) > 1:
             yield self._exchanged(operands)
+        further = self.draw(seed + 50, magnitude)
         for number in range(count):
-            yield from self._of_values(number, operands, self.draw(seed + 50), runs[0][number])
-        yield from self._of_axes(operands, self.draw(seed + 50), runs[0][:count])
+            for claim in self._of_values(number, operands, further, runs[0][number]):
+                # Near 0 small constants decide.
+                if magnitude >= 1 or claim.tolerance == TOLERANCE:
+                    yield claim
+        yield from self._of_axes(operands, further, runs[0][:count])
 
     def _exchanged(self, operands: Sequence[Array]) -> _Claim:
         """Return that the first two operands may be exchanged."""
@@ -308,12 +403,14 @@ class _Sample:
         if operands and (op.blocks_gradient or op.collective is not None):
             trait = "blocks_gradient" if op.blocks_gradient else "collective"
             yield claim(trait, "the result is the first operand", operands[0], result)
-        if operands and op.alias:
+        if operands and op.alias and operands[0].size < MANY:
             yield claim("alias", "an element of the result is a number times one of the operand's",
                         np.ones(result.shape), self._dependencies(number, operands))  # fmt: skip
         if op.rearranges:
-            elements = np.concatenate([np.ravel(a) for a in operands])
-            nearest = elements[np.abs(result[..., None] - elements).argmin(-1)]
+            elements = np.sort(np.concatenate([np.ravel(a) for a in operands]))
+            above = np.searchsorted(elements, result).clip(0, elements.size - 1)
+            pair = elements[(above - 1).clip(0)], elements[above]
+            nearest = np.where(result - pair[0] < pair[1] - result, *pair)
             law = "the elements of the result are those of the operands"
             yield claim("rearranges", law, nearest, result)
 
@@ -399,4 +496,5 @@ def _alone(op: OpDef, types: Sequence[TensorType], attrs: JsonDict) -> Node:
 def _run(node: Node, operands: Sequence[Array]) -> list[Array]:
     """Return the results, and then the operands as the meaning leaves them."""
     inputs = dict(zip(node.graph.inputs, operands, strict=True))
-    return list(ReferenceProgram(node.graph).run({}, inputs).values())
+    with np.errstate(all="ignore"):  # of operands that are large
+        return list(ReferenceProgram(node.graph).run({}, inputs).values())

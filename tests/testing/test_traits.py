@@ -63,6 +63,55 @@ def test_a_false_trait_is_refuted_with_a_counterexample(trait):
     laws.check_operation(name, *operands, **attrs)
 
 
+def _clipped(limit):
+    return lambda arrays, attrs: arrays[0].map(lambda data: np.clip(data, -limit, limit))
+
+
+def _of_width(x):
+    return x.map(lambda data: data / np.sqrt(data.shape[-1]))
+
+
+def _summed_if_long(x):
+    return x.map(lambda data: np.cumsum(data, -1) if data.shape[-1] > 16 else data)
+
+
+def _sum_if_small(x, y):
+    axes, (a, b) = together(x, y)
+    return Array(np.where(np.abs(a) > 6, a, a + b), axes)
+
+
+HIDDEN = {
+    "width": ("neg", {"meaning": lambda arrays, attrs: _of_width(arrays[0])}, "elementwise"),
+    "length": ("neg", {"meaning": lambda arrays, attrs: _summed_if_long(arrays[0])}, "elementwise"),
+    "linear": ("neg", {"meaning": _clipped(100), "alias": False}, "linear"),
+    "blocks_gradient": ("stop_gradient", {"meaning": _clipped(8)}, "blocks_gradient"),
+    "homogeneous": ("relu", {"meaning": _clipped(20)}, "homogeneous"),
+    "commutative": ("add", {"meaning": lambda arrays, attrs: _sum_if_small(*arrays)},
+                    "commutative"),
+}  # fmt: skip
+"""Meanings with a trait at a few places and near 1 alone."""
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_trait_is_sampled_at_further_sizes_and_magnitudes(case):
+    name, columns, trait = HIDDEN[case]
+    row, law = replace(OPS[name], **columns), f"{name} declares {trait}, which its meaning"
+    with patch.dict(OPS, {name: row}), pytest.raises(AssertionError, match=law):
+        laws.check_operation(name, *[TYPE] * len(row.operands))
+
+
+def test_the_sizes_that_are_given_are_sampled():
+    columns = {"meaning": lambda arrays, attrs: _odd_if_wide(arrays[0])}
+    with patch.dict(OPS, {"neg": replace(OPS["neg"], **columns)}):
+        laws.check_operation("neg", "f32[batch=2, embed=4]")
+        with pytest.raises(AssertionError, match="neg declares elementwise"):
+            laws.check_operation("neg", "f32[batch=2, embed=512]")
+
+
+def _odd_if_wide(x):
+    return x.map(lambda data: data[..., ::-1] if data.shape[-1] > 256 else -data)
+
+
 def lerp(**traits):
     """Declare an operation that is linear in both operands together, and no more."""
 
@@ -228,13 +277,13 @@ graph g {
 def test_devices_are_sampled_where_a_meaning_depends_on_sizes(table):
     @operation("share", "x", elementwise=True, sharding=by_name)
     class ShareOp(Op):
-        """x, over the number of its elements along embed."""
+        """x, but of four elements along embed, which no trait is sampled at, twice x."""
 
         def infer(self, x):
             return float_elementwise((x,), self.attrs)
 
         def meaning(self, x):
-            return x.map(lambda data: data / x.size("embed"))
+            return x.map(lambda data: data * (1 + (x.size("embed") == 4)))
 
     graph = parse(ON_MESH)
     assert Prover().prove(graph, graph).status == "refuted"
