@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from typing import Annotated
 
+from moecc.analysis import document_mixtures
 from moecc.errors import InputError, UsageError
 from moecc.families.describe import count_parameters, sequence_flops
 from moecc.families.experts import expert_layers
@@ -33,7 +34,7 @@ from moecc.model.inputs import stated_context
 from moecc.model.open import open_model
 from moecc.plan.machines import find_machine
 from moecc.plan.step import TRAIN_PASSES, StepConfig
-from moecc.plan.workload import length_variables
+from moecc.plan.workload import length_variables, make_batch
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.lazy import graph_objects, np
@@ -41,7 +42,8 @@ from moecc.support.page import drawing, render_page
 from moecc.support.text import count_text, size_text
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import MOST_EPOCHS
-from moecc.train.recipe import Recipe, Schedule, Start
+from moecc.train.graphs import planning_graph, train_passes
+from moecc.train.recipe import MeshSection, Recipe, RoutingSection, Schedule, Start
 from moecc.train.recipe_text import load_recipe, parse_recipe, recipe_file
 from moecc.train.run import read_run
 from moecc.train.tokens.folder import open_tokens
@@ -69,11 +71,13 @@ class PilotRuns:
     Attributes:
       pilots: both arms of each seed.
       recipe: of the first run.
+      sparse: of the first run with experts.
       text_tokens: of the corpora that they train on.
     """
 
     pilots: tuple[Pilot, ...]
     recipe: Recipe
+    sparse: Recipe
     text_tokens: int
 
 
@@ -137,7 +141,8 @@ def read_pilots(runs: Sequence[str], dense: int, sparse: int) -> PilotRuns:
         )  # fmt: skip
     pilots = tuple(Pilot(p.dense[:shortest], p.sparse[:shortest]) for p in pilots)
     folders = [open_tokens(corpus.tokens) for corpus in first.data.train]
-    return PilotRuns(pilots, first, sum(folder.facts.tokens for folder in folders))
+    sparse_recipe = next(r for r in recipes.values() if r.model.pipeline)
+    return PilotRuns(pilots, first, sparse_recipe, sum(x.facts.tokens for x in folders))
 
 
 def _check_alike(recipes: Mapping[str, Recipe], of_seed: bool = False) -> None:
@@ -324,7 +329,16 @@ def _forecast(
     context = stated_context(dense)
     seq = min(SEQUENCE, context or SEQUENCE) if runs is None else runs.recipe.data.seq
     batch = None if runs is None else seq * runs.recipe.data.batch
-    before, after = (_cost(model, graph, seq, batch, machine) for graph in (dense, sparse))
+    if runs is None:
+        recipes = [load_recipe(f"recipe:{name}") for name in ("continue-dense", "upcycle")]
+        is_mixing = any(document_mixtures(dense, seq))
+        recipes = [replace(r, data=replace(r.data, packing=not is_mixing)) for r in recipes]
+    else:
+        recipes = [replace(runs.recipe, routing=RoutingSection()), runs.sparse]
+    before, after = (
+        _cost(model, graph, recipe, seq, batch, machine)
+        for graph, recipe in zip((dense, sparse), recipes, strict=True)
+    )
     ratio = after["flops_per_token"] / before["flops_per_token"]
     if before["device_hours"] and after["device_hours"]:
         # The best plan of a tiny dense model may be worse than its own step inside of the sparse
@@ -407,8 +421,10 @@ def _answer(reasons: Sequence[tuple[str, str]]) -> JsonDict:
     }
 
 
-def _cost(model: str, graph: Graph, seq: int, batch: int | None, machine: str | None) -> JsonDict:
-    """Return the stored parameters of an arm, and what a step of it costs, as planned."""
+def _cost(
+    model: str, graph: Graph, recipe: Recipe, seq: int, batch: int | None, machine: str | None
+) -> JsonDict:
+    """Return the stored parameters of an arm, and what a step of its recipe costs, as planned."""
     flops = sequence_flops(graph, dict.fromkeys(length_variables(graph), seq)).per_token
     hours, tokens = None, None
     if machine is not None:
@@ -420,7 +436,12 @@ def _cost(model: str, graph: Graph, seq: int, batch: int | None, machine: str | 
                 expected=f"a multiple of {devices} sequences", found=str(batch // seq),
                 hint="state a machine with fewer devices, or run a pilot with a larger data.batch",
             )  # fmt: skip
-        plan = plan_step(graph, model, machine, config)[0]
+        sequences = make_batch(graph, devices, batch, config.lengths).sequences
+        data = replace(recipe.data, batch=sequences, seq=seq)
+        run = replace(recipe.run, micro_batches=1)
+        recipe = replace(recipe, data=data, mesh=MeshSection(), run=run)
+        step = planning_graph(graph, train_passes(graph, recipe))
+        plan = plan_step(step, model, machine, config)[0]
         hours = plan["best"]["seconds"] * plan["machine"]["devices"] / 3600
         tokens = plan["batch"]["tokens"]
     return {

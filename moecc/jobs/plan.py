@@ -31,7 +31,7 @@ from moecc.jobs.command import (
 from moecc.plan.explore import PlannedStep, explore
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import plan_json, plan_text, run_json, searched_json
-from moecc.plan.search import search
+from moecc.plan.search import search, seconds_text
 from moecc.plan.step import StepConfig, saved_text
 from moecc.plan.sweeps import (
     DROPLESS,
@@ -326,6 +326,7 @@ def plan(
     data, strategies = plan_step(graph, model, machine, config, explore)
     if tokens is not None:
         data["run"] = run_json(data, tokens, price)
+        _remark_on_packing(graph, model, machine, config, data["best"]["seconds"])
     _remark(graph, config, data["best"]["mesh"])
     if html is not None:
         _write("plan", html, plan_page(data, strategies, pipeline), force)
@@ -338,6 +339,32 @@ def plan(
 def _write(noun: str, file: str, text: str, force: bool) -> None:
     write_whole(file, text.encode(), force=force)
     say(f"the {noun} is in {file}")
+
+
+_PACKING = "pack-segments{documents=several}"
+
+
+def _remark_on_packing(
+    graph: Graph, model: str, machine: str, config: StepConfig, unpacked_seconds: float
+) -> None:
+    """Say how long a training step takes whose rows are packed, as recipes pack them."""
+    if not config.train:
+        return
+    packed = clone(graph)
+    try:
+        run_pipeline(packed, Pipeline.parse(_PACKING), context=Context(allow_unmatched=True))
+    except InputError:  # its rows are not packed, or packed already
+        return
+    try:
+        seconds = plan_step(packed, model, machine, config)[0]["best"]["seconds"]
+    except InputError:
+        took = "no plan fits"
+    else:
+        if seconds <= unpacked_seconds:
+            return
+        took = f"a step takes {seconds_text(seconds)}"
+    say(f"note: with packed documents, as moecc train packs them, {took}: "
+        f"-p '…,{_PACKING}' plans it")  # fmt: skip
 
 
 def _remark(graph: Graph, config: StepConfig, mesh: Json) -> None:

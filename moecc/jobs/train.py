@@ -22,6 +22,7 @@ from moecc.jobs.command import Load, OptionalMachine, Report, SavedPlanFile, Spe
 from moecc.jobs.training import exported, forked_run, new_run, open_source, resumed_run
 from moecc.model.open import registry_with
 from moecc.plan.machines import Machine, find_machine, parse_machine
+from moecc.plan.report import attention_json, attention_text
 from moecc.plan.search import search
 from moecc.plan.step import OPTIMIZERS, TRAIN_PASSES, SavedPlan, read_plan
 from moecc.plan.time import Estimate
@@ -60,7 +61,7 @@ from moecc.train.events import (
     WeightsAndBiases,
     tracked,
 )
-from moecc.train.graphs import eval_passes, step_graph, train_passes, training_remarks
+from moecc.train.graphs import eval_passes, planning_graph, train_passes, training_remarks
 from moecc.train.recipe import Recipe
 from moecc.train.recipe_text import load_recipe
 from moecc.train.run import followed
@@ -233,6 +234,7 @@ def dry_run_facts(
             "step_seconds": planned.seconds, "seconds": planned.seconds * recipe.run.steps,
             "tokens_per_second": shape.batch * tokens / planned.seconds,
             "memory_bytes": planned.memory.total, "usable_bytes": where.usable_bytes,
+            "attention": attention_json(planned),
         },
     }  # fmt: skip
 
@@ -283,8 +285,7 @@ def planned_step(
       InputError: it does not fit the machine.
     """
     training = train_passes(graph, recipe)
-    passes = replace(training, losses=None, mesh=None, rolled=False)
-    on, planned = training.mesh, step_graph(graph, passes)
+    on, planned = training.mesh, planning_graph(graph, training)
     config = recipe.step_config
     config = replace(
         config,
@@ -335,6 +336,8 @@ def _lines(facts: JsonDict) -> Iterator[str]:
         f"             {a_step} a step, {run} in all; "
         f"{size_text(plan['memory_bytes'])} of {size_text(plan['usable_bytes'])} a device"
     )
+    for choice in plan["attention"]:
+        yield f"attention    {attention_text(choice)}"
 
 
 # Whether a saved plan is of the step that a recipe trains.
@@ -458,8 +461,9 @@ def train(
             remarks += plan_remarks(saved, job)
         for remark in remarks:
             say(f"remark: {remark}")
+        asked = machine or (saved and saved.machine)
+        where = find_machine(asked) if asked else None
         if dry_run:
-            where = None if machine is None else find_machine(machine)
             facts = dry_run_facts(job.recipe, job.graph, job.batches, where)
             return Report("train-dry-run", facts, lambda: dry_run_text(facts))
         note = "" if is_quiet() else "finishing the step, then saving; a second signal ends at once"
@@ -467,8 +471,7 @@ def train(
         training = opened.enter_context(backend_with(Trainer).train(job))
         trackers = _trackers(job, tensorboard, wandb) if training.writes else []
         predicted = None if saved is None else saved.tokens_per_second
-        asked = machine or (saved and saved.machine)
-        work = step_work(job, training.devices, find_machine(asked) if asked else None, predicted)
+        work = step_work(job, training.devices, where, predicted)
         stopped = _watch(job, training, noted, trackers, work, predicted)
         if stored is not None:
             stored.finish(is_done=stopped.reason is Reason.DONE)

@@ -160,11 +160,16 @@ def _plan(estimate: Estimate, work: Workload) -> JsonDict:
         "exposed_bytes": sum(row["exposed_bytes"] for row in estimate.overlap.values()),
         "collectives": estimate.collectives,
         "parts": [_part(part, estimate) for part in estimate.parts],
-        "attention": [
-            {"part": name, "kernel": choice.kernel.name, "why": dict(choice.reasons)}
-            for name, choice in estimate.attention
-        ],
+        "attention": attention_json(estimate),
     }
+
+
+def attention_json(estimate: Estimate) -> list[JsonDict]:
+    """Return the kernel of each attention, and why the machine's others are not used."""
+    return [
+        {"part": name, "kernel": choice.kernel.name, "why": dict(choice.reasons)}
+        for name, choice in estimate.attention
+    ]
 
 
 def _part(part: PartCost, estimate: Estimate) -> JsonDict:
@@ -233,7 +238,7 @@ def _heading(data: JsonDict) -> list[str]:
         f"  step        {seconds_text(best['seconds'])}, "
         f"{rate:,.0f} {unit_of(batch)}s/s a device, {best['mfu']:.1%} of the peak (model FLOPs)",
         _interval(best),
-        *map(_attention, best["attention"]),
+        *(f"  attention   {attention_text(choice)}" for choice in best["attention"]),
         *_run_rows(data),
     ]
 
@@ -268,9 +273,10 @@ def _interval(best: JsonDict) -> str:
     )
 
 
-def _attention(choice: JsonDict) -> str:
+def attention_text(choice: JsonDict) -> str:
+    """Return the kernel of an attention in words, of a value of `attention_json`."""
     why = "; ".join(f"not {name}: {reason}" for name, reason in choice["why"].items())
-    return f"  attention   {choice['part']}: {choice['kernel']}{f' ({why})' if why else ''}"
+    return f"{choice['part']}: {choice['kernel']}{f' ({why})' if why else ''}"
 
 
 def step_text(data: JsonDict) -> str:

@@ -174,6 +174,11 @@ def step_graph(graph: Graph, passes: StepPasses) -> Graph:
     return copy
 
 
+def planning_graph(graph: Graph, passes: StepPasses) -> Graph:
+    """Return the graph of a step as a plan takes it: without losses, on no mesh, unrolled."""
+    return step_graph(graph, replace(passes, losses=None, mesh=None, rolled=False))
+
+
 # What a recipe makes of a model: the graphs of training and evaluation, and the step's spec.
 
 

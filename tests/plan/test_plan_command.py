@@ -1,5 +1,6 @@
 """``moecc plan`` through the command line: the plan, its picture, and what bad input gets."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,17 @@ def test_a_run_has_days_and_a_price(moecc):
     assert f", {2 * hours:.3g} at 2 an hour" in " ".join(text.split())
     parts = moecc.plan(*small, "--micro-batches", "2")["batch"]
     assert parts == report["batch"] | {"micro_batches": 2}
+
+
+def test_a_run_is_told_what_packed_documents_cost(moecc):
+    """Attention takes their segments, which cuDNN's does not."""
+    words = ("plan", "preset:smollm2-135m", "--machine", "gpu:h100:8", "--tokens", "1B")
+    note = r"note: with packed documents.* a step takes ([\d.]+ ms): -p '…,pack-segments"
+    seconds = re.search(note, moecc(*words).err)[1]
+    packed = moecc(*words, "-p", "pack-segments{documents=several}")
+    assert f"  step        {seconds}," in packed.out
+    for others in (packed, moecc(*words[:-2]), moecc(*words, "--step", "forward")):
+        assert (others.code, "packed documents" in others.err) == (0, False), others.err
 
 
 def test_rules_without_groups_get_a_note_and_misspelt_ones_a_message(moecc, tmp_path):

@@ -98,6 +98,8 @@ def test_micro_batches_and_machines_change_the_plan(facts_of):
     # The way to the experts that the step takes, not the best one.
     assert "via ring" in strategy
     assert "split" not in strategy
-    assert facts_of(graph, machine="gpu:h100:8")["plan"]["machine"] == "gpu:h100:8"
+    on_gpus = facts_of(graph, "run.dtype=bf16", machine="gpu:h100:8")
+    assert on_gpus["plan"]["machine"] == "gpu:h100:8"
+    assert "not cudnn: it takes no query segments" in dry_run_text(on_gpus)
     with pytest.raises(InputError):
         facts_of(golden_graph("llama_gqa"), "mesh.mesh=data:2", machine="gpu:h100:8")

@@ -202,6 +202,14 @@ def test_a_pilot_has_a_price(moecc):
         "\"model.pipeline='upcycle{experts=16",
     )  # fmt: skip
     assert [text for text in sets if f"--set {text}" not in done.out] == []
+    # Recipes pack documents: attention takes their segments, which cuDNN's does not.
+    facts = moecc("forecast", *words, "--tokens", "2e12", "--format", "json").json()
+    for arm, passes in (
+        ("dense", "pack-segments"),
+        ("sparse", f"{facts['pipeline']},pack-segments"),
+    ):
+        packed = moecc.plan(*words, "-p", passes)["best"]["seconds"]
+        assert facts[arm]["device_hours"] == pytest.approx(packed * 8 / 3600)
 
 
 def test_a_model_with_a_short_context_has_sequences_of_its_length(moecc):
