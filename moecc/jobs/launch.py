@@ -18,7 +18,7 @@ from inspect import signature
 from itertools import pairwise
 from typing import IO, Annotated, Literal
 
-from moecc.errors import MachineError, Problem, UsageError, nearest, raise_problems
+from moecc.errors import MachineError, MoeccError, Problem, UsageError, nearest, raise_problems
 from moecc.formats.store import is_address
 from moecc.jobs import COMMANDS
 from moecc.jobs.command import OptionalMachine, Spelling
@@ -30,8 +30,10 @@ from moecc.launch.processes import (
     seconds_of_environment,
 )
 from moecc.launch.templates import make_job, option_value, remarks, template
+from moecc.plan.step import read_plan
 from moecc.support.console import PROGRESS, say
 from moecc.support.process import signals_noted, signals_raised
+from moecc.train.recipe_text import load_recipe
 
 # Start processes on this machine, and end all of them when one fails, dies or hangs.
 #
@@ -332,6 +334,7 @@ def launch(
     if how == "template":
         kind, *words = command
         _check_parts(_checked(words))
+        _check_passes(words)
         job = make_job(
             name, words, nodes, machine, step_seconds or STEP_SECONDS, image=image, queue=queue,
             volume=volume, cluster=cluster,
@@ -369,17 +372,45 @@ def launch(
         return supervisor.run().exit_code
 
 
-def _check_parts(words: Sequence[str]) -> None:
-    """Raise UsageError for a conversion that has no parts: to a store, or to a GGUF file."""
-    from moecc.jobs.convert import convert
+def _check_passes(words: Sequence[str]) -> None:
+    """Raise InputError for a training whose recipe has other passes than its plan.
 
-    parameters = signature(convert).parameters.values()
+    A recipe that is not on this machine is checked where it runs.
+    """
+    from moecc.jobs.train import pass_problems, train
+
+    path, recipes = option_value(words, "--plan"), _positional(words, train)
+    if words[0] != "train" or not path or not recipes:
+        return
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    sets = [
+        word.removeprefix("--set=") if "=" in word else following
+        for word, following in pairs
+        if word == "--set" or word.startswith("--set=")
+    ]
+    try:
+        recipe = load_recipe(recipes[0], sets)
+    except MoeccError:
+        return
+    raise_problems(pass_problems(read_plan(path), recipe, path))
+
+
+def _positional(words: Sequence[str], command: Callable[..., object]) -> list[str]:
+    """Return the arguments of a command that are neither options nor their values."""
+    parameters = signature(command).parameters.values()
     switches = {f"--{p.name.replace('_', '-')}" for p in parameters if p.default is False}
-    positional = [
+    return [
         word
         for before, word in pairwise(words)
         if not word.startswith("-") and ("=" in before or before[:1] != "-" or before in switches)
     ]
+
+
+def _check_parts(words: Sequence[str]) -> None:
+    """Raise UsageError for a conversion that has no parts: to a store, or to a GGUF file."""
+    from moecc.jobs.convert import convert
+
+    positional = _positional(words, convert)
     if words[0] != "convert" or not positional[1:]:
         return
     if is_address(out := positional[1]):

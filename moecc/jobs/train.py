@@ -21,7 +21,13 @@ from moecc.ir.unroll import unrolled
 from moecc.jobs.command import Load, OptionalMachine, Report, SavedPlanFile, Spelling
 from moecc.jobs.training import exported, forked_run, new_run, open_source, resumed_run
 from moecc.model.open import registry_with
-from moecc.plan.machines import Machine, find_machine, parse_machine
+from moecc.plan.machines import (
+    Machine,
+    find_machine,
+    fraction_remark,
+    memory_fraction,
+    parse_machine,
+)
 from moecc.plan.report import attention_json, attention_text
 from moecc.plan.search import search
 from moecc.plan.step import OPTIMIZERS, TRAIN_PASSES, SavedPlan, read_plan
@@ -234,6 +240,7 @@ def dry_run_facts(
             "step_seconds": planned.seconds, "seconds": planned.seconds * recipe.run.steps,
             "tokens_per_second": shape.batch * tokens / planned.seconds,
             "memory_bytes": planned.memory.total, "usable_bytes": where.usable_bytes,
+            "memory_fraction": memory_fraction(where, planned.memory.total),
             "attention": attention_json(planned),
         },
     }  # fmt: skip
@@ -336,6 +343,9 @@ def _lines(facts: JsonDict) -> Iterator[str]:
         f"             {a_step} a step, {run} in all; "
         f"{size_text(plan['memory_bytes'])} of {size_text(plan['usable_bytes'])} a device"
     )
+    memory = plan["memory_bytes"], plan["usable_bytes"]
+    if remark := fraction_remark(plan["memory_fraction"], *memory):
+        yield f"             {remark}"
     for choice in plan["attention"]:
         yield f"attention    {attention_text(choice)}"
 
@@ -357,14 +367,8 @@ def plan_problems(plan: SavedPlan, recipe: Recipe, graph: Graph, path: str) -> I
       graph: of the run's model.
       path: of the plan, for messages.
     """
+    yield from pass_problems(plan, recipe, path)
     section = recipe.model
-    if not plan.config.train:
-        yield Problem("the plan is of another step", f"{path}: request.step", "train",
-                      plan.config.step, "moecc plan … --step train --save FILE")  # fmt: skip
-    if plan.pipeline and section.pipeline and _passes(plan.pipeline) != _passes(section.pipeline):
-        expected = f"{section.pipeline}, as model.pipeline is"
-        yield Problem("the plan is of other passes", f"{path}: request.pipeline", expected,
-                      plan.pipeline, _HINT)  # fmt: skip
     count = count_parameters(graph).total
     if plan.parameters not in (None, count):
         planned = f"{plan.parameters:,}, of {plan.model} with {plan.pipeline or 'no passes'}"
@@ -373,30 +377,57 @@ def plan_problems(plan: SavedPlan, recipe: Recipe, graph: Graph, path: str) -> I
                       trained, planned, _HINT)  # fmt: skip
 
 
+def pass_problems(plan: SavedPlan, recipe: Recipe, path: str) -> Iterator[Problem]:
+    """Yield why a plan is not of a training step, or of other passes than a recipe's model."""
+    passes = recipe.model.pipeline
+    if not plan.config.train:
+        yield Problem("the plan is of another step", f"{path}: request.step", "train",
+                      plan.config.step, "moecc plan … --step train --save FILE")  # fmt: skip
+    if plan.pipeline and passes and _passes(plan.pipeline) != _passes(passes):
+        yield Problem("the plan is of other passes", f"{path}: request.pipeline",
+                      f"{passes}, as model.pipeline is", plan.pipeline, _HINT)  # fmt: skip
+
+
 def _passes(text: str) -> object:
-    """Return passes so that equal ones compare equal; those of a user's file stay text."""
+    """Return passes so that equal ones compare equal; those of a user's file stay text.
+
+    Training packs rows by itself, so that the pass may stand in the plan alone.
+    """
     try:
-        return tuple(Pipeline.parse(text))
+        return tuple(item for item in Pipeline.parse(text) if item.name != "pack-segments")
     except MoeccError:
         return text
 
 
 def plan_remarks(plan: SavedPlan, job: TrainJob) -> list[str]:
-    """Return what a plan's figures are of that the run has otherwise, in a sentence.
+    """Return what a plan's figures are of that the run has otherwise.
 
     None of it makes the mesh of the plan wrong.
     """
-    recipe = job.recipe
-    tokens = recipe.data.batch * (recipe.data.seq + recipe.data.decoder_seq)
+    recipe, shape = job.recipe, job.batches.shape
     pairs = (
         ("optimizer", plan.config.optimizer, recipe.optimizer.name),
         ("dtype", plan.config.dtype, recipe.run.dtype),
-        ("tokens of a batch", plan.config.batch_tokens, tokens),
     )
-    differences = [f"{n} {said}, here {has}" for n, said, has in pairs if said not in (None, has)]
-    return [f"the plan's time and memory are of other settings: {'; '.join(differences)}"] * bool(
-        differences
-    )
+    differences = [f"{name} {said}, here {has}" for name, said, has in pairs if said != has]
+    remarks = []
+    if differences:
+        text = f"the plan's time and memory are of other settings: {'; '.join(differences)}"
+        remarks.append(text)
+    lengths = (shape.seq, shape.decoder_seq)[: len(plan.lengths)]
+    if plan.sequences and plan.lengths and (plan.sequences, plan.lengths) != (shape.batch, lengths):
+        keys = ("data.batch", "data.seq", "data.decoder_seq")
+        sets = zip(keys, (plan.sequences, *plan.lengths), strict=False)
+        remarks.append(
+            f"planned for {amount(plan.sequences, 'sequence')} of {_joined(plan.lengths)}, this "
+            f"run has {shape.batch:,} of {_joined(lengths)}: "
+            + " ".join(f"--set {key}={value}" for key, value in sets)
+        )
+    return remarks
+
+
+def _joined(lengths: Sequence[int]) -> str:
+    return " and ".join(map(str, lengths))
 
 
 def train(

@@ -19,7 +19,13 @@ from string import Template
 
 from moecc.errors import MachineError, Problem, UsageError, printable, raise_problems, unknown_name
 from moecc.formats.store import is_address, is_place
-from moecc.plan.machines import find_machine, short_tpu_name, table
+from moecc.plan.machines import (
+    LEAST_FRACTION,
+    MEMORY_VARIABLE,
+    find_machine,
+    short_tpu_name,
+    table,
+)
 from moecc.plan.networks import Switch
 from moecc.plan.step import read_plan
 from moecc.support.text import amount
@@ -36,9 +42,6 @@ STOP_SECONDS = 300
 
 PART_CPUS, PART_MEMORY_GB = 8, 4
 """The cores of a part of a conversion, and its memory: a thread holds up to 0.2 GB."""
-
-GPU_MEMORY = ("XLA_CLIENT_MEM_FRACTION", ".92")
-"""The variable of JAX, and its value, for the share of a GPU's memory that a program can have."""
 
 WORK = "/work"
 """The folder in a container at which a volume is mounted, and where the command runs."""
@@ -126,6 +129,7 @@ class ClusterJob:
       queue: the queue of Kueue, or the partition of Slurm.
       volume: the volume with the files of the command.
       cluster: the cluster of xpk.
+      memory_fraction: the share of a GPU's memory to ask JAX for (default: `LEAST_FRACTION`).
     """
 
     name: str
@@ -137,6 +141,12 @@ class ClusterJob:
     queue: str | None = None
     volume: str | None = None
     cluster: str | None = None
+    memory_fraction: str | None = None
+
+    @property
+    def gpu_memory(self) -> tuple[str, str]:
+        """The variable of JAX, and its value, for the share of a GPU's memory."""
+        return MEMORY_VARIABLE, (self.memory_fraction or str(LEAST_FRACTION)).lstrip("0")
 
     @property
     def is_conversion(self) -> bool:
@@ -220,7 +230,8 @@ def make_job(
             found=printable(" ".join(words)),
         )
     plan = option_value(words, "--plan")
-    planned = read_plan(plan).machine if plan else None
+    saved = read_plan(plan) if plan else None
+    planned = saved and saved.machine
     hosts = None
     if text := machine or planned:
         hosts = hosts_of(text)
@@ -237,6 +248,8 @@ def make_job(
                 expected=f"--nodes {count}, or none",
             )  # fmt: skip
         nodes = nodes if hosts.kind == "cpu" else count
+    if saved is not None and saved.memory_fraction is not None:
+        options["memory_fraction"] = str(saved.memory_fraction)
     return ClusterJob(name, words, hosts, nodes or 1, step_seconds, **options)
 
 
@@ -336,7 +349,7 @@ def _slurm(job: ClusterJob) -> str:
     gpus = memory = ""
     if hosts.kind == "gpu":
         gpus = f"#SBATCH --gpus-per-node={hosts.accelerators}\n"
-        memory = f"export {GPU_MEMORY[0]}={GPU_MEMORY[1]}    # of a GPU; JAX takes 75 % otherwise\n"
+        memory = f"export {'='.join(job.gpu_memory)}    # of a GPU; JAX takes 75 % otherwise\n"
     return _fill(
         "slurm.sh", name=job.name, nodes=job.nodes, tasks=hosts.accelerators or 1, gpus=gpus,
         memory=memory, partition=partition, seconds=job.step_seconds, stop=STOP_SECONDS,
@@ -400,7 +413,7 @@ def _workers(job: ClusterJob) -> Json:
             {"name": "MOECC_COORDINATOR", "value": f"{job.name}-workers-0-0.{job.name}:{PORT}"},
             {"name": "MOECC_PROCESSES", "value": str(hosts.count)},
             {"name": "MOECC_PROCESS", "valueFrom": {"fieldRef": {"fieldPath": index}}},
-            dict(zip(("name", "value"), GPU_MEMORY, strict=True)),
+            dict(zip(("name", "value"), job.gpu_memory, strict=True)),
         ]
         if gpu := _GKE_GPUS.get(hosts.chip):
             selector = {"nodeSelector": {"cloud.google.com/gke-accelerator": gpu}}
@@ -488,7 +501,7 @@ def _skypilot(job: ClusterJob) -> str:
     task = {
         "name": job.name, "num_nodes": hosts.count,
         "resources": {"accelerators": f"{gpu}:{hosts.accelerators}", **resources},
-        "envs": {"MOECC_STEP_SECONDS": str(job.step_seconds), GPU_MEMORY[0]: GPU_MEMORY[1]},
+        "envs": dict([("MOECC_STEP_SECONDS", str(job.step_seconds)), job.gpu_memory]),
         **volumes,
         "run": "\n".join([*folder, *lines]),
     }  # fmt: skip

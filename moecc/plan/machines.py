@@ -424,6 +424,28 @@ class OwnMachine:
     source: str = ""
 
 
+MEMORY_VARIABLE = "XLA_CLIENT_MEM_FRACTION"
+"""The variable of JAX for the share of a GPU's memory that a program can have (default: 0.75)."""
+
+LEAST_FRACTION, MOST_FRACTION = 0.92, 0.98
+
+
+def memory_fraction(machine: Machine, needed_bytes: float) -> float | None:
+    """Return the share of a GPU's memory to ask JAX for, in whole percents; None elsewhere."""
+    if machine.kind != "gpu":
+        return None
+    needed = ceil(100 * needed_bytes / machine.usable_bytes) / 100
+    return min(max(needed, LEAST_FRACTION), MOST_FRACTION)
+
+
+def fraction_remark(fraction: float | None, needed_bytes: float, usable_bytes: float) -> str:
+    """Return the variable that a plan needs beyond what templates set, or nothing."""
+    if fraction is None or fraction <= LEAST_FRACTION:
+        return ""
+    rarely = needed_bytes > MOST_FRACTION * usable_bytes
+    return f"needs {MEMORY_VARIABLE}={fraction:g}" + (" and more, which may not fit" * rarely)
+
+
 def find_machine(text: str) -> Machine:
     """Return a machine by its name, or from the file that describes it.
 

@@ -8,7 +8,7 @@ from math import ceil
 from textwrap import wrap
 
 from moecc.plan.collectives import PartCost, is_exact, sent_bytes
-from moecc.plan.machines import Machine, efficiency_range
+from moecc.plan.machines import Machine, efficiency_range, fraction_remark, memory_fraction
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy, mesh_text
 from moecc.plan.time import EXPOSED_ERROR, Estimate
@@ -67,7 +67,10 @@ def plan_json(
         **step_json(work, config),
         "experts": work.experts,
         "model_flops": best.model_flops,
-        "best": _plan(best, work),
+        "best": {
+            **_plan(best, work),
+            "memory_fraction": memory_fraction(machine, best.memory.total),
+        },
         "others": [
             {**_summary(slower, work), "why_slower": why_slower(slower, best)}
             for slower in ranking.others
@@ -315,10 +318,11 @@ def _memory_rows(data: JsonDict) -> list[str]:
     best, usable = data["best"], data["machine"]["usable_bytes"]
     kinds = ", ".join(f"{n} {b / 1e9:.2f}" for n, b in best["memory_bytes"].items() if b >= 5e6)
     left = usable - best["total_bytes"]
+    remark = fraction_remark(best["memory_fraction"], best["total_bytes"], usable)
     return [
         f"  memory      {size_text(best['total_bytes'])} of {size_text(usable)} a device, "
         f"{size_text(abs(left))} {'to spare' if left >= 0 else 'too much'}",
-        *([f"              {kinds}"] if kinds else []),
+        *(f"              {line}" for line in (kinds, remark) if line),
     ]
 
 

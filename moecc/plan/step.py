@@ -321,6 +321,9 @@ class SavedPlan:
       config: the settings of the step, those that the plan chose included.
       parameters: of the model, with its passes; None where a plan does not say it.
       tokens_per_second: predicted, of all devices; None where a plan does not say it.
+      memory_fraction: the share of a GPU's memory that it needs; None elsewhere.
+      sequences: of a step; None where a plan does not say it.
+      lengths: of a sequence, by stack.
     """
 
     model: str
@@ -329,6 +332,9 @@ class SavedPlan:
     config: ProgramConfig
     parameters: int | None
     tokens_per_second: float | None
+    memory_fraction: float | None = None
+    sequences: int | None = None
+    lengths: tuple[int, ...] = ()
 
     def recipe_values(self, *, is_new: bool = True) -> list[str]:
         """Return the values of a recipe that the plan decides, as ``--set`` takes them.
@@ -369,6 +375,7 @@ _BEST = {
     "via": str,
     "remat": str,
     "sliced": bool,
+    "memory_fraction": float | None,
 }
 
 
@@ -399,7 +406,7 @@ def read_plan(path: str) -> SavedPlan:
         for table in [reader.value(Mapping[str, Any], data.get(name), (name,)) or {}]
     )
     reader.raise_if_any()
-    mesh, rules = best.pop("mesh"), best.pop("rules")
+    mesh, rules, fraction = (best.pop(name) for name in ("mesh", "rules", "memory_fraction"))
     model, machine, pipeline = (request.pop(name) for name in ("model", "machine", "pipeline"))
     best["via"] = None if best["via"] == LOCAL else best["via"]
     request["micro_batches"] = request["micro_batches"] or 1
@@ -415,9 +422,14 @@ def read_plan(path: str) -> SavedPlan:
         raise InputError(replace(problem, where=path) for problem in error.problems) from None
     count, batch = data.get("parameters"), data.get("batch")
     seconds = as_number(cast(JsonDict, data["best"]).get("seconds")) or 0.0
-    tokens = as_number(batch.get("tokens")) if isinstance(batch, dict) else None
+    batch = batch if isinstance(batch, dict) else {}
+    tokens, sequences, lengths = (batch.get(n) for n in ("tokens", "sequences", "lengths"))
+    tokens = as_number(tokens)
+    lengths = list(lengths.values()) if isinstance(lengths, dict) else []
     speed = tokens / seconds if tokens and seconds else 0.0
     return SavedPlan(
         model, machine, pipeline, config,
         count if isinstance(count, int) else None, speed if 0 < speed < math.inf else None,
+        fraction, sequences if isinstance(sequences, int) else None,
+        tuple(length for length in lengths if isinstance(length, int)),
     )  # fmt: skip

@@ -104,7 +104,7 @@ def test_commands_run(page, stands, tmp_path):
             continue
         is_error = "--warnings error" in line
         more = FEW if line.startswith("moecc train ") else ""
-        more += SMALL if "recipe:upcycle" in line else ""
+        more += SMALL if "recipe:upcycle" in line and "--plan" not in line else ""
         command = f"{variables}{line.partition('  #')[0].rstrip()}{more}"
         if is_error:
             command = f"! {command}"

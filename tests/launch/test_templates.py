@@ -107,6 +107,23 @@ def test_a_saved_plan_names_the_machine(moecc, printed, loaded, tmp_path):
     assert "--nodes=4" in printed("slurm", *TRAIN, f"--plan={plan}")
 
 
+def test_a_plan_of_other_passes_than_the_recipe_s_is_refused_before_the_queue(moecc, tmp_path):
+    plan = tmp_path / "plan.json"
+    passes = "upcycle{experts=16 top-k=2 granularity=2 router-init=logit-std router-std=1}"
+    words = ("launch", "template", "slurm", *TRAIN[:-2], "--plan", plan)
+    other = "upcycle{experts=8 top-k=2}"
+    for text, sets, code in (
+        (other, (), 1),
+        (other, ("--set", f"model.pipeline={other}"), 0),
+        (other, (f"--set=model.pipeline={other}",), 0),
+        (f"{passes},pack-segments", (), 0),
+    ):
+        options = ("-p", text, "--machine", "h100x8", "--force", "--save", plan)
+        assert moecc("plan", "preset:smollm2-135m", *options).code == 0
+        done = moecc(*words, *sets)
+        assert (done.code, "the plan is of other passes" in done.err) == (code, code == 1), done.err
+
+
 def test_words_of_any_characters_reach_the_command(loaded):
     odd = "a 'b' \"c\" \U0001f600 é $(HOME) $$ `id` \\ud83d # : - {"
     words = ["train", "r", "--out", odd, "--set", f"{odd}\n{odd}"]
@@ -269,6 +286,20 @@ def test_gpus_are_of_the_machine_and_give_the_memory_of_the_plan(loaded, printed
     assert loaded("skypilot", *machine)["envs"]["XLA_CLIENT_MEM_FRACTION"] == ".92"
     assert "\nexport XLA_CLIENT_MEM_FRACTION=.92 " in printed("slurm", *machine)
     assert "MEM_FRACTION" not in printed("slurm", "--machine", "cpu", *TRAIN)
+
+
+@pytest.mark.parametrize(("share", "fraction"), [(0.5, ".92"), (0.943, ".95"), (0.995, ".98")])
+def test_a_template_gives_the_memory_that_the_saved_plan_needs(
+    moecc, printed, tmp_path, share, fraction
+):
+    words = ("preset:smollm2-135m", "--mesh", "fsdp=8", "--remat", "none", "--machine")
+    needed = moecc.plan(*words, "gpu:h100:8")["best"]["total_bytes"]
+    file, plan = tmp_path / "ours.toml", tmp_path / "plan.json"
+    file.write_text(f'like = "gpu:h100:8"\nmemory = "{needed / share / 1e9:.6f} GB"\n')
+    done = moecc("plan", *words, file, "--save", plan)
+    assert (f"needs XLA_CLIENT_MEM_FRACTION=0{fraction}" in done.out) == (share > 0.92), done.err
+    assert ("and more, which may not fit" in done.out) == (share > 0.98)
+    assert f"XLA_CLIENT_MEM_FRACTION={fraction} " in printed("slurm", *TRAIN, "--plan", plan)
 
 
 @pytest.mark.parametrize(

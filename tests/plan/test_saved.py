@@ -143,6 +143,21 @@ def test_a_run_rejects_the_plan_of_another_model(tmp_path, recipe, case, capsys)
     assert not run.exists()
 
 
+def test_a_run_is_told_the_batch_of_its_plan(tmp_path, recipe, capsys):
+    """A dry run plans for the machine of the plan."""
+    model, run = str(recipe.parent / "model"), str(tmp_path / "run")
+    path = saved(tmp_path, "--batch-tokens", "1024", model=model)
+    command = ["train", str(recipe), "--out", run, "--plan", str(path), "--dry-run"]
+    told = "planned for 16 sequences of 64, this run has 8 of 32: "
+    options = ("--set", "data.batch=16", "--set", "data.seq=64")
+    for more, is_told in (((), True), (options, False)):
+        capsys.readouterr()
+        assert main([*command, *more]) == 0
+        done = capsys.readouterr()
+        assert (told + " ".join(options) in " ".join(done.err.split())) == is_told, done.err
+        assert "plan         cpu:8: " in done.out
+
+
 def written_recipe(folder, batch=8, pipeline=PIPELINE):
     draw_weights(make_model(folder / "model"))
     make_corpus(folder / "tokens")
