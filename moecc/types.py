@@ -439,8 +439,9 @@ def check_printable(name: str, type: TensorType) -> None:
 # Parse element types and byte counts that users write.
 
 _FLOATS = {d.name: d for d in (F32, BF16, F16, F64)}
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?\Z", re.IGNORECASE)
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?|[kmgt]i)b?\Z", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def float_type(name: str, beside: Iterable[str] = ()) -> DType:
@@ -462,7 +463,7 @@ def float_type(name: str, beside: Iterable[str] = ()) -> DType:
 
 
 def count_bytes(text: str) -> int:
-    """Return the number of bytes that `text` denotes: ``5000000000``, ``5GB``, ``500 MB``.
+    """Return the number of bytes that `text` denotes: ``5000000000``, ``500 MB``, ``5GiB``.
 
     Raises:
       UsageError: it cannot be parsed, or is zero.
@@ -470,5 +471,5 @@ def count_bytes(text: str) -> int:
     match = _BYTES.match(text.strip())
     count = int(float(match.group(1)) * _UNITS[match.group(2).lower()]) if match else 0
     if count <= 0:
-        raise UsageError("not a number of bytes", expected="5000000000 or 5GB", found=text)
+        raise UsageError("not a number of bytes", expected="5000000000, 5GB or 5GiB", found=text)
     return count

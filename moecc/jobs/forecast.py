@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,7 +40,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.lazy import graph_objects, np
 from moecc.support.page import drawing, render_page
-from moecc.support.text import count_text, size_text
+from moecc.support.text import count_text, digits_text, size_text
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import MOST_EPOCHS
 from moecc.train.graphs import planning_graph, train_passes
@@ -204,7 +205,12 @@ def _losses(run: Path, steps: int) -> Doubles:
 
 
 def refusals(
-    crossing: Crossing, steps: int, pilots: int, budget_steps: float, text_steps: float
+    crossing: Crossing,
+    steps: int,
+    pilots: int,
+    budget_steps: float,
+    text_steps: float,
+    step_tokens: int = 1,
 ) -> Iterator[tuple[str, str]]:
     """Yield why the crossing is no reason to upcycle, and what would change that."""
     if pilots < FEWEST_SEEDS:
@@ -239,9 +245,12 @@ def refusals(
             f"a budget of {SAFETY} times the crossing, {ceil(SAFETY * crossing.steps):,} steps",
         )
     if SAFETY * crossing.steps > MOST_EPOCHS * text_steps:
+        enough = SAFETY * crossing.steps
         yield (
-            f"the text would be repeated {SAFETY * crossing.steps / text_steps:.1f} times",
-            f"text for {ceil(SAFETY * crossing.steps / MOST_EPOCHS):,} steps",
+            f"by twice the crossing ({ceil(enough):,} steps) the text would be read "
+            f"{enough / text_steps:.1f} times, at most {MOST_EPOCHS}",
+            f"at least {ceil(enough * step_tokens / MOST_EPOCHS):,} tokens of text (there are "
+            f"{round(text_steps * step_tokens):,})",
         )
 
 
@@ -266,7 +275,7 @@ def forecast(
     its reasons. Without a pilot the answer is no, with what a pilot would cost.
 
     Args:
-      tokens: Number of tokens that the dense model was trained on.
+      tokens: Number of tokens that the dense model was trained on (not those of the run to come).
       pipeline: Passes that make the sparse model (default: those of recipe:upcycle).
       pilot: Run of a pilot; may be repeated.
       budget: Compute that is there to train with: FLOPs, or device-hours of --machine as 500h.
@@ -349,25 +358,16 @@ def _forecast(
         "sequence": seq,
         "dense": before, "sparse": after, "compute_ratio": ratio,
         "served_bytes": after["parameters"] * _SERVED_BYTES, "crossing": None, "flops": None,
-        "device_hours": None, "price": None, "pilot": None,
+        "device_hours": None, "price": None, "pilot": None, "commands": [],
     }  # fmt: skip
     if runs is None:
-        values = {
-            "optimizer.schedule": "constant", "optimizer.warmup": PILOT_WARMUP,
-            "run.steps": PILOT_STEPS, "data.seq": seq,
-        }  # fmt: skip
-        if before["step_tokens"] is not None:
-            values["data.batch"] = before["step_tokens"] // seq
-        needed = (
-            f"{FEWEST_SEEDS} seeds of both arms, {PILOT_STEPS} steps each: moecc train "
-            f"recipe:continue-dense, and recipe:upcycle --set \"model.pipeline='{pipeline}'\", "
-            "both with data.seed=0 and with data.seed=1, and with"
-        ) + "".join(f" --set {key}={value}" for key, value in values.items())
+        needed = f"{FEWEST_SEEDS} seeds of both arms, {PILOT_STEPS} steps each"
         if before["device_hours"] is not None and after["device_hours"] is not None:
             hours = FEWEST_SEEDS * PILOT_STEPS * (before["device_hours"] + after["device_hours"])
-            needed += f"; with {before['step_tokens']:,} tokens a step {hours:.3g} device-hours"
+            needed += f", with {before['step_tokens']:,} tokens a step {hours:.3g} device-hours"
             needed += f" of {machine}"
-            needed += "" if price is None else f", which cost {price * hours:,.2f}"
+            needed += "" if price is None else f", which cost {digits_text(price * hours)}"
+        facts["commands"] = list(_pilot_commands(facts, not is_mixing))
         return {**facts, **_answer([("there is no pilot", needed)])}, None
     assert batch is not None, "a pilot has batches"
     behind = tokens / batch
@@ -381,7 +381,7 @@ def _forecast(
         assert a_step is not None, "device-hours come with a machine"
         budget_steps = amount / a_step
     text_steps = runs.text_tokens / batch
-    reasons = list(refusals(crossing, steps, len(runs.pilots), budget_steps, text_steps))
+    reasons = list(refusals(crossing, steps, len(runs.pilots), budget_steps, text_steps, batch))
     crossing_steps = crossing.steps if isfinite(crossing.steps) else None
     facts |= {
         "pilot": {
@@ -400,6 +400,43 @@ def _forecast(
         else crossing_steps * after["device_hours"],
     }  # fmt: skip
     return {**facts, **_answer(reasons)}, partial(_drawing, crossing, runs, behind, ratio)
+
+
+def _pilot_commands(facts: JsonDict, packing: bool) -> Iterator[str]:
+    """Yield the commands of a pilot, and the forecast from it."""
+    values = {
+        "optimizer.schedule": "constant", "optimizer.warmup": PILOT_WARMUP,
+        "run.steps": PILOT_STEPS, "data.seq": facts["sequence"],
+    }  # fmt: skip
+    if not packing:
+        values["data.packing"] = "false"
+    if facts["machine"] is not None:
+        values["data.batch"] = facts["dense"]["step_tokens"] // facts["sequence"]
+        values["run.dtype"] = StepConfig().dtype
+    runs = []
+    for seed in range(FEWEST_SEEDS):
+        for arm, recipe in (("dense", "continue-dense"), ("sparse", "upcycle")):
+            runs.append(f"pilot-{arm}-{seed}")
+            seeded = values | {"data.seed": seed}
+            yield _train_command(facts, f"recipe:{recipe}", runs[-1], seeded)
+    machine = () if facts["machine"] is None else ("--machine", facts["machine"])
+    yield shlex.join(
+        ("moecc", "forecast", facts["model"], "--tokens", f"{facts['tokens_behind']:g}",
+         "-p", facts["pipeline"], *machine, *(word for run in runs for word in ("--pilot", run)))
+    )  # fmt: skip
+
+
+def _train_command(facts: JsonDict, recipe: str, out: str, values: JsonDict) -> str:
+    """Return the training of an arm; texts, and the weights of a preset, are to be filled in."""
+    source = facts["model"]
+    values = {
+        "model.source": "FOLDER" if source.startswith("preset:") else source,
+        "data.train.0.tokens": "TRAIN", "data.evaluate.0.tokens": "HELDOUT", **values,
+    }  # fmt: skip
+    if recipe == "recipe:upcycle":
+        values["model.pipeline"] = facts["pipeline"]
+    sets = (word for key, value in values.items() for word in ("--set", f"{key}={value}"))
+    return shlex.join(("moecc", "train", recipe, "--out", out, *sets))
 
 
 def _too_large(served_bytes: int, serving: str) -> JsonDict | None:
@@ -470,7 +507,7 @@ def _lines(facts: JsonDict) -> Iterator[str]:
     yield (
         f"  sparse      {count_text(dense['parameters'])} to {count_text(sparse['parameters'])} "
         f"parameters, {size_text(facts['served_bytes'])} to serve; {facts['compute_ratio']:.3f} "
-        "times the compute of a dense step"
+        f"times the {'FLOPs' if dense['device_hours'] is None else 'device-hours'} of a dense step"
     )
     if crossing is not None:
         mean, low, high = ("never" if crossing[n] is None else count_text(round(crossing[n]))
@@ -481,7 +518,7 @@ def _lines(facts: JsonDict) -> Iterator[str]:
         hours = facts["device_hours"]
         yield f"  cost        {facts['flops']:.3g} FLOPs to the crossing" + (
             "" if hours is None else f", {hours:,.3g} device-hours of {facts['machine']}"
-        ) + ("" if facts["price"] is None else f", {facts['price']:,.2f}")  # fmt: skip
+        ) + ("" if facts["price"] is None else f", {digits_text(facts['price'])}")  # fmt: skip
     if facts["worth_it"]:
         pilot, shipped = facts["pilot"], load_recipe("recipe:upcycle").optimizer
         steps = ceil(SAFETY * crossing["tokens"] / pilot["tokens_per_step"])
@@ -490,15 +527,13 @@ def _lines(facts: JsonDict) -> Iterator[str]:
             "data.batch": pilot["tokens_per_step"] // facts["sequence"],
             "data.seq": facts["sequence"], "optimizer.rate": pilot["rate"],
         }  # fmt: skip
-        yield (
-            "  recipe      moecc train recipe:upcycle --set "
-            f"\"model.pipeline='{facts['pipeline']}'\""
-            + "".join(f" --set {key}={value}" for key, value in values.items())
-            + ", or more steps"
-        )
+        command = _train_command(facts, "recipe:upcycle", "RUN", values)
+        yield f"  recipe      {values['run.steps']:,} steps or more: {command}"
     for reason in facts["reasons"]:
         yield f"  no          {reason['reason']}"
         yield f"  instead     {reason['changes_it']}"
+    for command in facts["commands"]:
+        yield f"  pilot       {command}"
 
 
 def _page(facts: JsonDict, draw: Callable[[], JsonDict] | None) -> str:

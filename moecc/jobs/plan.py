@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
@@ -32,7 +33,7 @@ from moecc.plan.explore import PlannedStep, explore
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import plan_json, plan_text, run_json, searched_json
 from moecc.plan.search import search, seconds_text
-from moecc.plan.step import StepConfig, saved_text
+from moecc.plan.step import StepConfig, as_option, option_name, saved_text
 from moecc.plan.sweeps import (
     DROPLESS,
     Factor,
@@ -324,6 +325,8 @@ def plan(
         run_pipeline(opened.graph, passes)
         graph = without_opaque(opened.graph)
     data, strategies = plan_step(graph, model, machine, config, explore)
+    for idea in data["explored"]:
+        idea["command"] = _command(model, machine, pipeline, config, idea["options"])
     if tokens is not None:
         data["run"] = run_json(data, tokens, price)
         _remark_on_packing(graph, model, machine, config, data["best"]["seconds"])
@@ -339,6 +342,24 @@ def plan(
 def _write(noun: str, file: str, text: str, force: bool) -> None:
     write_whole(file, text.encode(), force=force)
     say(f"the {noun} is in {file}")
+
+
+def _command(model: str, machine: str, pipeline: str, config: StepConfig, options: str) -> str:
+    """Return the command line that asks for an idea; empty where nothing does."""
+    if not options:
+        return ""
+    _, is_compiled, rest = options.rpartition("moecc compile ")
+    asked = {word for word in rest.split() if word.startswith("--")}
+    default = StepConfig()
+    stated = " ".join(
+        as_option(name, value if value is True else shlex.quote(str(value)))
+        for name, value in asdict(config).items()
+        if value != getattr(default, name) and option_name(name) not in asked
+    )
+    verb = "compile" if is_compiled else "plan"
+    words = ["moecc", verb, shlex.quote(model), "--machine", shlex.quote(machine)]
+    words += ["-p", shlex.quote(pipeline)] if pipeline else []
+    return " ".join([*words, *([stated] if stated else []), rest])
 
 
 _PACKING = "pack-segments{documents=several}"

@@ -320,10 +320,11 @@ _IMAGE = "a container image that has moecc"
 
 
 def _machine_of(kind: str, job: ClusterJob, kinds: Sequence[str]) -> Hosts:
+    example = "h100x16" if "gpu" in kinds else "v5p-128"
     if job.hosts is None or job.hosts.kind not in kinds:
         raise UsageError(
             f"the template {kind} needs a machine of {' or '.join(kinds)}",
-            expected="--machine, for example h100x16, or --plan among the arguments of train",
+            expected=f"--machine, for example {example}, or --plan among the arguments of train",
             found=None if job.hosts is None else job.hosts.kind,
         )
     return job.hosts

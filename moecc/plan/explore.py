@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
-from moecc.plan.collectives import seconds
+from moecc.plan.collectives import is_exact, seconds
 from moecc.plan.machines import Machine, efficiency, sizes_of_kind
 from moecc.plan.networks import Slices, Switch, Torus
 from moecc.plan.parts import GlobalShape, Part, StepParts, Weight
@@ -435,8 +435,14 @@ def _accumulation(planned: PlannedStep) -> Iterator[Idea]:
 
 def _idea(name: str, how: str, options: str, estimate: Estimate, planned: PlannedStep) -> Idea:
     why = _memory(estimate, planned.best)
+    if estimate is planned.best:
+        return Idea(
+            name, how, "", True, estimate.seconds, estimate.memory.total, "the best plan itself"
+        )
     if estimate.seconds > planned.best.seconds:
         why = f"{why}; {why_slower(estimate, planned.best)}"
+    if not is_exact(estimate.strategy.via, planned.work.dropless):
+        why = f"{why}; rows beyond 1.25 times the mean may be lost"
     return Idea(name, how, options, True, estimate.seconds, estimate.memory.total, why)
 
 

@@ -13,7 +13,7 @@ from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy, mesh_text
 from moecc.plan.time import EXPOSED_ERROR, Estimate
 from moecc.plan.workload import Workload
-from moecc.support.text import amount, count_text, size_text, time_text
+from moecc.support.text import amount, count_text, digits_text, size_text, time_text
 from moecc.support.untyped import JsonDict
 
 
@@ -25,6 +25,7 @@ class Idea:
       name: what it is.
       how: its numbers: ``4 stages of 8 layers``.
       options: what asks for it; empty where nothing does.
+      command: the whole command line, where the model's is known.
       lowered: whether moecc compiles it.
       seconds: of a step; None where it is impossible.
       total_bytes: of a device; None likewise.
@@ -38,6 +39,7 @@ class Idea:
     seconds: float | None = None
     total_bytes: float | None = None
     why: str = ""
+    command: str = ""
 
 
 COLUMNS = 100
@@ -221,8 +223,11 @@ def plan_text(data: JsonDict) -> str:
 
 
 def _within(row: str) -> list[str]:
-    """Return a row in lines that a terminal shows whole; what is carried over stands below it."""
-    if len(row) <= COLUMNS:
+    """Return a row in lines that a terminal shows whole; what is carried over stands below it.
+
+    Commands stay whole, to be copied.
+    """
+    if len(row) <= COLUMNS or row.startswith("             moecc "):
         return [row]
     below = " " * (_INDENT if row.startswith("  ") else 2)
     return wrap(
@@ -242,26 +247,20 @@ def _heading(data: JsonDict) -> list[str]:
         f"{rate:,.0f} {unit_of(batch)}s/s a device, {best['mfu']:.1%} of the peak (model FLOPs)",
         _interval(best),
         *(f"  attention   {attention_text(choice)}" for choice in best["attention"]),
-        *_run_rows(data),
+        *(f"  run         {text}" for text in [run_text(data)] if text),
     ]
 
 
-def _run_rows(data: JsonDict) -> list[str]:
+def run_text(data: JsonDict) -> str:
+    """Return the tokens, time and cost of a whole run in words; empty without one."""
     run = data["run"]
     if run is None:
-        return []
-    text = f"{amount(run['steps'], 'step')}, {time_text(run['days'] * 86_400)}, "
-    text += f"{_digits(run['device_hours'])} device hours"
+        return ""
+    text = f"{count_text(run['tokens'])} {unit_of(data['batch'])}s: {amount(run['steps'], 'step')}"
+    text += f", {time_text(run['days'] * 86_400)}, {digits_text(run['device_hours'])} device hours"
     if run["cost"] is not None:
-        text += f", {_digits(run['cost'])} at {run['price']:g} an hour"
-    return [
-        f"  run         {count_text(run['tokens'])} {unit_of(data['batch'])}s: {text}, steps alone"
-    ]
-
-
-def _digits(number: float) -> str:
-    """Return a number with three digits, or all before the point."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+        text += f", {digits_text(run['cost'])} at {run['price']:g} an hour"
+    return f"{text}, steps alone"
 
 
 def _interval(best: JsonDict) -> str:
@@ -389,5 +388,5 @@ def _ideas(data: JsonDict) -> list[str]:
         slower = seconds / data["best"]["seconds"] - 1
         rows += [f"    {slower:+7.1%}  {how}, {size_text(size)}", f"             {idea['why']}"]
         if idea["options"]:
-            rows.append(f"             {idea['options']}")
+            rows.append(f"             {idea['command'] or idea['options']}")
     return rows

@@ -17,6 +17,7 @@ from typing import Annotated, Any, cast, get_type_hints
 from moecc.errors import InputError, Problem, UsageError, describe, nearest, raise_problems
 from moecc.families.reader import as_number
 from moecc.formats.files import read_json_object
+from moecc.formats.store import Address, is_address, mirror
 from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
 from moecc.sharding.rules import mesh_axes
@@ -390,7 +391,12 @@ def read_plan(path: str) -> SavedPlan:
     Raises:
       InputError: it is missing or no plan, or its values have other types; all at once.
     """
-    data = read_json_object(Path(path), limit_bytes=MAX_PLAN_BYTES)
+    if is_address(path):
+        address = Address.parse(path)
+        file = mirror(str(address.parent)) / address.name
+    else:
+        file = Path(path)
+    data = read_json_object(file, limit_bytes=MAX_PLAN_BYTES)
     if data.get("schema") != SCHEMA:
         raise InputError(
             "not a plan that this version reads",

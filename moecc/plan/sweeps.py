@@ -17,7 +17,7 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING
 
 from moecc.errors import Problem, UsageError, nearest, raise_problems
-from moecc.plan.report import batch_text, step_text, unit_of
+from moecc.plan.report import batch_text, run_text, step_text, unit_of
 from moecc.plan.search import seconds_text
 from moecc.plan.step import mesh_text
 from moecc.support.lazy import graph_objects
@@ -357,7 +357,7 @@ def plan_page(data: JsonDict, searched: Sequence[JsonDict], pipeline: str = "") 
         "plan.html", f"{data['model']} on {data['machine']['name']}", figures=True,
         subtitle=_subtitle(data), facts=_facts(data, pipeline), memory=_memory(data),
         times=_times(data), search=_search(data, searched), collectives=_collectives(data),
-        others=_others(data),
+        others=_others(data), ideas=_ideas(data),
     )  # fmt: skip
 
 
@@ -373,6 +373,19 @@ def _collectives(data: JsonDict) -> list[list[str]]:
         for op, amounts in collectives.items()
     )
     return [heads, *rows]
+
+
+def _ideas(data: JsonDict) -> list[list[str]]:
+    """Return the heads and rows of the table of what one would try, empty without any."""
+    heads = ["what one would try", "a step", "memory", "why", "the command"]
+    rows = [
+        [": ".join(filter(None, (idea["name"], idea["how"]))),
+         "not" if idea["seconds"] is None else seconds_text(idea["seconds"]),
+         "" if idea["total_bytes"] is None else size_text(idea["total_bytes"]),
+         idea["why"], idea["command"] or idea["options"]]
+        for idea in data["explored"]
+    ]  # fmt: skip
+    return [heads, *rows] if rows else []
 
 
 def _others(data: JsonDict) -> list[list[str]]:
@@ -412,7 +425,7 @@ def _facts(data: JsonDict, pipeline: str) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if not data["experts"]:
         rows[-2] = ("dense weights", best["dense_weights"])
-    return rows
+    return [*rows, *(("run", text) for text in [run_text(data)] if text)]
 
 
 def _memory(data: JsonDict) -> JsonDict:

@@ -28,6 +28,11 @@ def count_text(count: float) -> str:
     return f"{count:.1f} T"
 
 
+def digits_text(number: float) -> str:
+    """Return a number with three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def exponential_text(exponent: float, times: float = 1.0) -> str:
     """Return the power of ten above `times` · exp(`exponent`), beyond floats, too: ``1e-3908``."""
     return f"1e{ceil((exponent + log(times)) / log(10))}"

@@ -224,6 +224,10 @@ def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):
         ("slurm --queue 'a\n#SBATCH -x' -- train r --out=o", "not a name that a template can hold"),
         ("slurm -- convert a b --part 1/3", "the template adds the parts itself"),
         ("slurm --machine v5p-16 -- train r --out o", "a machine of gpu or cpu"),
+        (
+            "xpk --machine h100x8 --cluster c --image i -- train r --out s3://b/o",
+            "example v5p-128,",
+        ),
         ("slurm --machine h100x16 -- train r --set run.steps=5", "train RECIPE --out RUN"),
     ],
 )

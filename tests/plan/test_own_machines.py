@@ -41,6 +41,10 @@ def test_a_machine_like_one_of_the_table(tmp_path):
     assert found.peak_flops == base.peak_flops
     assert found.network == Switch(8, 16, 450e9, 1e11)
     assert found.sources[0] == path
+    assert (
+        find_machine(written(tmp_path, 'like = "a100"\nmemory = "40GiB"\n')).usable_bytes
+        == 40 << 30
+    )
 
 
 def test_links_of_a_torus(tmp_path):

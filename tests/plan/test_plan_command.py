@@ -1,6 +1,7 @@
 """``moecc plan`` through the command line: the plan, its picture, and what bad input gets."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_bad_input_gets_one_message(moecc, args, code, says):
         assert words in err
 
 
-def test_a_run_has_days_and_a_price(moecc):
+def test_a_run_has_days_and_a_price(moecc, tmp_path):
     small = (str(GOLDEN / "mixtral_gqa"), "--machine", "cpu:2", "--batch-tokens", "64",
              "--sequence", "16")  # fmt: skip
     report = moecc.plan(*small, "--tokens", "1000", "--price", "2")
@@ -94,6 +95,11 @@ def test_a_run_has_days_and_a_price(moecc):
     text = moecc("plan", *small, "--tokens", "1000", "--price", "2")[1]
     assert f"1.0 K tokens: 16 steps, {16e3 * seconds:.1f} ms, {hours:.3g} device hours" in text
     assert f", {2 * hours:.3g} at 2 an hour" in " ".join(text.split())
+    page = tmp_path / "plan.html"
+    run = ("--tokens", "1000", "--price", "2", "--explore", "--html", page)
+    assert moecc("plan", *small, *run).code == 0
+    for words in ("16 steps", "at 2 an hour", "What one would try", "expert replication"):
+        assert words in page.read_text()
     parts = moecc.plan(*small, "--micro-batches", "2")["batch"]
     assert parts == report["batch"] | {"micro_batches": 2}
 
@@ -107,6 +113,26 @@ def test_a_run_is_told_what_packed_documents_cost(moecc):
     assert f"  step        {seconds}," in packed.out
     for others in (packed, moecc(*words[:-2]), moecc(*words, "--step", "forward")):
         assert (others.code, "packed documents" in others.err) == (0, False), others.err
+
+
+def test_ideas_are_commands_that_say_what_they_lose(moecc):
+    passes = "upcycle{experts=8 top-k=2}"
+    words = ("preset:llama-3.1-8b", "-p", passes, "--machine", "gpu:h100:64")
+    given = ("--batch-tokens", "524288", "--optimizer", "adafactor", "--via", "ragged")
+    ideas = moecc.plan(*words, "--explore")["explored"]
+    (chunks,) = (x for x in ideas if x["name"] == "chunked exchanges" and x["seconds"])
+    assert "via capacity" in chunks["how"]
+    assert chunks["why"].endswith("; rows beyond 1.25 times the mean may be lost")
+    (copies,) = (x for x in ideas if x["name"] == "expert replication")
+    assert (copies["why"], copies["command"]) == ("the best plan itself", "")
+    text = moecc("plan", *words, *given, "--explore").out
+    commands = [line.strip() for line in text.splitlines() if " moecc plan " in line]
+    assert commands
+    for command in commands:
+        called = shlex.split(command)[2:]
+        assert called[:5] == ["preset:llama-3.1-8b", "--machine", "gpu:h100:64", "-p", passes]
+        assert all(called.count(word) == 1 for word in given[::2])
+        assert moecc("plan", *called).code == 0
 
 
 def test_rules_without_groups_get_a_note_and_misspelt_ones_a_message(moecc, tmp_path):

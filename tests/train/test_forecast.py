@@ -1,13 +1,16 @@
 """Forecasts: crossings of curves that are known, and the answers of the command."""
 
 import re
+import shlex
 import shutil
+from itertools import pairwise
 from math import inf
 
 import numpy as np
 import pytest
 
 from moecc.jobs.forecast import PILOT_STEPS, Pilot, crossing_of, refusals
+from moecc.train.recipe_text import load_recipe
 
 from .tiny import (
     GOLDEN,
@@ -123,7 +126,7 @@ def test_the_command_says_yes_or_why_not(arms, moecc):
     assert facts["crossing"]["tokens"] == pytest.approx(33 * 128, rel=0.2)
     text = facts["pilot"]["text_tokens"]
     later = write_losses(arms, -2e-3 * text / 128 * 3, 2e-3)
-    assert "the text would be repeated" in answer(*later)[2]
+    assert "the text would be read" in answer(*later)[2]
     write_losses(arms, -0.06, 2e-3)
     assert "the budget is" in answer(*runs, "--budget", "1e6")[2]
     assert "one seed" in answer(*runs[:4])[2]
@@ -199,9 +202,22 @@ def test_a_pilot_has_a_price(moecc):
     sets = (
         f"run.steps={PILOT_STEPS}", "optimizer.warmup=10", "optimizer.schedule=constant",
         "data.seq=4096", f"data.batch={int(tokens.replace(',', '')) // 4096}",
-        "\"model.pipeline='upcycle{experts=16",
+        "'model.pipeline=upcycle{experts=16", "model.source=FOLDER", "run.dtype=bf16",
     )  # fmt: skip
     assert [text for text in sets if f"--set {text}" not in done.out] == []
+    lines = [line.split(None, 1)[1] for line in done.out.splitlines() if line.startswith("  pilot")]
+    *trainings, last = map(shlex.split, lines)
+    outs = [words[words.index("--out") + 1] for words in trainings]
+    assert [word for before, word in pairwise(last) if before == "--pilot"] == outs
+    assert [f"data.seed={n}" in words for n in (0, 1) for words in trainings] == [
+        True, True, False, False, False, False, True, True,
+    ]  # fmt: skip
+    for training in trainings:
+        sets = [word for before, word in pairwise(training) if before == "--set"]
+        recipe = load_recipe(training[2], sets)
+        assert recipe.optimizer.decay_steps == 0
+        assert bool(recipe.model.pipeline) == (training[2] == "recipe:upcycle")
+        assert recipe.data.train[0].tokens.endswith("TRAIN")
     # Recipes pack documents: attention takes their segments, which cuDNN's does not.
     facts = moecc("forecast", *words, "--tokens", "2e12", "--format", "json").json()
     for arm, passes in (
