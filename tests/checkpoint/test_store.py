@@ -168,11 +168,12 @@ def test_a_recipe_of_a_store_is_read_as_messages_name_it(store, tmp_path):
         load_recipe("s3://bucket/run/recipes.toml")
 
 
-def test_a_plan_of_a_store_is_read(store, tmp_path):
+def test_a_plan_of_a_store_is_read(store, tmp_path, capsys):
     from moecc.plan.step import read_plan
 
     plan = tmp_path / "plan.json"
-    assert main(["plan", "preset:smollm2-135m", "--machine", "cpu:2", "--save", str(plan)]) == 0
+    code, text = said(capsys, "plan", GOLDEN / "llama_gqa", "--machine", "cpu:2", "--save", plan)
+    assert code == 0, text
     store.pipe_file("bucket/plans/plan.json", plan.read_bytes())
     assert read_plan("s3://bucket/plans/plan.json") == read_plan(str(plan))
     with pytest.raises(InputError, match=r"s3://bucket/plans/other\.json"):
