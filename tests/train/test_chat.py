@@ -75,6 +75,46 @@ def test_the_loss_is_on_answers_alone(moecc, tmp_path):
     assert sorted(counts) == [1, 2]
 
 
+def test_conversations_under_one_system_prompt_are_held_out_by_their_questions(moecc, tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    rows = [
+        {"messages": [system, {"role": "user", "content": f"{n}?"}, *CHAT[1:]]} for n in range(200)
+    ]
+    source = write_lines(tmp_path / "chat.jsonl", *rows)
+    words = ("--tokenizer", tokenizer(tmp_path / "model"), "--kind", "chat", "--hold-out", "0.1")
+    assert moecc("tokens", source, *words, "--out", tmp_path / "parts").code == 0
+    train, held_out = (
+        {shown.split("?")[0] for shown, _ in texts(tmp_path / "parts" / name)}
+        for name in ("train", "heldout")
+    )
+    assert train
+    assert held_out
+    assert not train & held_out
+    assert len(train) + len(held_out) == 200
+    greeted = [{"messages": [system, CHAT[3], *row["messages"][1:]]} for row in rows]
+    source = write_lines(tmp_path / "greeted.jsonl", *greeted)
+    done = moecc("tokens", source, *words, "--out", tmp_path / "none")
+    assert done.code == 1
+    assert "with the same messages before the first answer" in done.err
+
+
+def test_the_splits_of_a_data_set_are_no_corpus(moecc, tmp_path):
+    folder = tmp_path / "dsd"
+    for name in ("test", "train"):
+        (folder / name).mkdir(parents=True)
+        write_lines(folder / name / "data.jsonl", {"text": name})
+        for file in ("state.json", "dataset_info.json", "../dataset_dict.json"):
+            (folder / name / file).write_text("{}")
+    words = ("--tokenizer", "bytes", "--out", tmp_path / "out")
+    done = moecc("tokens", folder, *words)
+    assert done.code == 1
+    assert "several splits" in done.err
+    assert "found: test, train" in done.err
+    assert f"hint: moecc tokens {folder / 'train'} …" in done.err
+    assert moecc("tokens", folder / "train", *words).code == 0
+    assert open_tokens(tmp_path / "out").facts.documents == 1
+
+
 def test_tables_of_datasets_are_read(moecc, tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

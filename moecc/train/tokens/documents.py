@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
-from moecc.chat import ChatTemplate, message_problems
+from moecc.chat import ASSISTANT, ChatTemplate, message_problems
 from moecc.errors import InputError, MachineError, Problem, Problems, describe
 from moecc.formats.files import identify, os_errors
 from moecc.support.extras import install_hint
@@ -101,7 +101,10 @@ class DocumentFormat:
             yield Document(str(record[self.field]))
         elif self.template is not None:
             messages = record[self.field]
-            group = json.dumps(messages[0], sort_keys=True)
+            roles = [message["role"] for message in messages]
+            opening = messages[: roles.index(ASSISTANT)] if ASSISTANT in roles else messages
+            # A conversation may begin with an answer.
+            group = json.dumps(opening or messages[:1], sort_keys=True)
             for prompt, answer in self.template.turns(messages):
                 yield Document(prompt, answer, group)
         else:
@@ -149,17 +152,19 @@ def text_files(paths: Sequence[str], include: Sequence[str]) -> list[Path]:
       include: patterns, one of which the name of a file in a folder must match; all by default.
 
     Raises:
-      InputError: one does not exist or is no regular file, or there is no file at all.
+      InputError: one does not exist or is no regular file, there is no file at all, or a folder
+        has the splits of a data set.
     """
     files_of_text: list[Path] = []
     problems = Problems()
     for name in paths:
         path = Path(name)
-        files = _inside(path, include) if path.is_dir() else [path]
-        for file in files:
-            with problems:
-                identify(file)
-        files_of_text.extend(files)
+        with problems:
+            files = _inside(path, include) if path.is_dir() else [path]
+            files_of_text.extend(files)
+            for file in files:
+                with problems:
+                    identify(file)
     problems.raise_if_any()
     if not files_of_text:
         hint = f"none matches --include {' '.join(include)}" if include else None
@@ -171,6 +176,15 @@ def _inside(folder: Path, include: Sequence[str]) -> list[Path]:
     files = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
+        splits = [f for f in folders if Path(root, f, "state.json").is_file()]
+        if "dataset_dict.json" in names and len(splits) > 1:
+            raise InputError(
+                "the folder has several splits of a data set",
+                where=root,
+                expected="one of them",
+                found=", ".join(splits),
+                hint=f"moecc tokens {Path(root, 'train' if 'train' in splits else splits[0])} …",
+            )
         if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
             names = [n for n in names if not any(fnmatchcase(n, p) for p in _DATASETS)]
         for name in sorted(names):

@@ -183,6 +183,8 @@ MOST_LABELS = 1000
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
+_GROUPS = {DOCUMENTS: "text", CHAT: "messages before the first answer"}
+"""What documents that are held out together have in common, by kind; of others the prompt."""
 
 Progress = Callable[[int, int], None]
 
@@ -267,6 +269,7 @@ class _TokenMaker:
         self._reader = DocumentReader(making.format)
         self._duplicates = {"": 0, TRAIN: 0, HELD_OUT: 0}
         self._hashes: set[int] = set()
+        self._draws: set[int] = set()
         self._writers: dict[str, TokenWriter] = {}
         for name in (TRAIN, HELD_OUT) if making.hold_out else ("",):
             part = folder / name
@@ -318,6 +321,8 @@ class _TokenMaker:
         what is predicted in one must not be read in the other.
         """
         draw = _hash((document.group or document.text).strip())
+        if len(self._draws) < 2:
+            self._draws.add(draw)
         held_out = draw < self._making.hold_out * 2**64
         name = (HELD_OUT if held_out else TRAIN) if self._making.hold_out else ""
         if not self._making.deduplicate:
@@ -356,14 +361,19 @@ class _TokenMaker:
             return
         count = sum(writer.documents for writer in self._writers.values())
         if count:
+            found = f"{amount(count, 'document')} in all"
+            hint = "another share, or --split paragraph for more documents"
+            if all(map(has_records, files)):
+                hint = "another share, or more records"
+            if count > 1 and len(self._draws) == 1:
+                found += f", with the same {_GROUPS.get(self._making.format.kind, 'prompt')}"
+                hint = "such documents are held out together: add records with others"
             raise InputError(
                 f"no document is left for {' and '.join(empty)}",
                 where="--hold-out",
                 expected="documents in both parts",
-                found=f"{amount(count, 'document')} in all",
-                hint="another share, or more records"
-                if all(map(has_records, files))
-                else "another share, or --split paragraph for more documents",
+                found=found,
+                hint=hint,
             )
         raise InputError(
             "the corpus is empty",
