@@ -469,7 +469,8 @@ def train(
       moecc train recipe:upcycle --out run --set model.source=SmolLM2-135M
     """
     if not dry_run:
-        require("training", ("train",))
+        tracker_extras = ["tensorboard"] * tensorboard + ["wandb"] * (wandb is not None)
+        require("training", ("train", *tracker_extras))
     with ExitStack() as opened:
         saved = None if plan is None else read_plan(plan)
         sets = [*(saved.recipe_values(is_new=resume is None) if saved else ()), *set]
@@ -549,7 +550,8 @@ def _job(
         # Schedulers start a job again with the command that began it.
         registry_with(load)
         job = resumed_run(run, sets, loaded, load)
-        say(f"remark: {out} is a run already, which goes on from its last checkpoint")
+        state = "goes on from its last checkpoint" if saved_steps(run) else "has no step yet"
+        say(f"remark: {out} is a run already, which {state}")
         return job if stored is None else stored.job(job, is_new=False)
     if stored is not None and run == stored.stage:
         stored.clear_stage()

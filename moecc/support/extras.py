@@ -15,7 +15,7 @@ _MODULES = {
     "tokenizers": ("tokenizers",), "export": ("flatbuffers",), "report": ("plotly",),
     "align": ("scipy",),
     "s3": ("s3fs",), "gs": ("gcsfs",), "hub": ("huggingface_hub",),
-    "yaml": ("yaml",),
+    "yaml": ("yaml",), "tensorboard": ("tensorboardX",), "wandb": ("wandb",),
 }  # fmt: skip
 """What is imported of the packages of an extra."""
 

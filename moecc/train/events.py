@@ -10,10 +10,9 @@ from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from moecc.errors import MachineError
 from moecc.ir.conventions import METRIC
 from moecc.ir.graph import Graph
-from moecc.support.extras import install_hint
+from moecc.support.extras import require
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.batches import Batches
 from moecc.train.recipe import Recipe
@@ -477,13 +476,10 @@ class TensorBoard:
     """
 
     def __init__(self, run: Path, step: int) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-            from tensorboardX.summary import Summary
-        except ImportError:
-            raise MachineError(
-                "TensorBoard needs tensorboardX", hint=install_hint("tensorboard")
-            ) from None
+        require("TensorBoard", ("tensorboard",))
+        from tensorboardX import SummaryWriter
+        from tensorboardX.summary import Summary
+
         self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._summary: Any = Summary
 
@@ -511,10 +507,9 @@ class WeightsAndBiases:
     """
 
     def __init__(self, run: Path, project: str, recipe: Json) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise MachineError("Weights & Biases needs wandb", hint=install_hint("wandb")) from None
+        require("Weights & Biases", ("wandb",))
+        import wandb
+
         folder = run / "wandb"
         folder.mkdir(exist_ok=True)
         path = folder / "id"

@@ -23,6 +23,11 @@ def bare(monkeypatch):
     [
         ("generate MODEL --prompt x", "jax, tokenizers", "'tokenizers>="),
         ("train recipe:upcycle --out OUT", "jax, optax, orbax, tensorstore", "'orbax-checkpoint<"),
+        (
+            "train recipe:upcycle --out OUT --tensorboard --wandb x",
+            "jax, optax, orbax, tensorstore, tensorboardX, wandb",
+            "'wandb>=",
+        ),
         ("plan MODEL --machine cpu:8 --sequence 64 --html OUT", "plotly", "'plotly>="),
         ("compile MODEL --machine v5e-16", "jax", "'jax[tpu]"),
         ("compile MODEL --machine h100 --save OUT", "jax, flatbuffers", "'jax[cuda12-local]"),

@@ -93,6 +93,12 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(folder, moecc, step, optio
     assert moecc("verify", run)[0] == 0
 
 
+def test_a_run_without_a_step_is_told_so(folder, moecc):
+    words = ("--out", killed(folder, 0, "empty"), "--dry-run")
+    code, _, err = moecc("train", folder / "recipe.toml", *words)
+    assert (code, "is a run already, which has no step yet\n" in err) == (0, True)
+
+
 def test_a_run_is_a_model(folder, moecc, tmp_path):
     run, out = folder / "run", tmp_path / "out"
     done = moecc("inspect", f"{run}@4", "--format", "json")
