@@ -45,7 +45,7 @@ from moecc.train.recipe import (
     Objective,
     Recipe,
     RunSection,
-    corpus_name,
+    corpus_names,
 )
 from moecc.train.rows import LabelChoices, ModelFacts, facts_of
 from moecc.train.scoring import (
@@ -146,7 +146,7 @@ class ModelEvaluation:
 
 def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the folders by the last parts of their paths that tell them apart."""
-    names = [corpus_name(Corpus(path)) for path in data]
+    names = corpus_names(map(Corpus, data))
     for path, name in zip(data, names, strict=True):
         yield (name if names.count(name) == 1 else path), path
 

@@ -26,7 +26,7 @@ from moecc.train.objectives import (
     Spans,
     end_of,
 )
-from moecc.train.recipe import DataSection, Objective, Recipe, corpus_name
+from moecc.train.recipe import DataSection, Objective, Recipe, corpus_names
 from moecc.train.rows import LabelChoices, ModelFacts
 from moecc.train.tokens.folder import DOCUMENTS, LABELLED, Special, TokenFolder, open_tokens
 from moecc.types import Array
@@ -577,7 +577,6 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
         the objective needs; all problems at once.
     """
     folders = dict(_opened(data))
-    names = [corpus_name(corpus) for corpus in data.train]
     maker = _RowMaker(folders, data, model)
     raise_problems(maker.misfits())
     rows = {key: maker.rows(folder) for key, folder in folders.items()}
@@ -591,7 +590,7 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
         if not each.rows
     )
     shape = maker.shape
-    trained = tuple(rows[("train", name)] for name in names)
+    trained = tuple(rows[("train", name)] for name in corpus_names(data.train))
     weights = tuple(corpus.weight for corpus in data.train)
     mixture = Mixture(tuple(each.rows for each in trained), weights, data.seed)
     return Batches(
@@ -624,10 +623,10 @@ def _opened(data: DataSection) -> Iterator[tuple[Key, TokenFolder]]:
     """Yield the folders by use and name. Raises InputError with the problems of all."""
     problems: list[Problem] = []
     for use, corpora in (("train", data.train), ("evaluate", data.evaluate)):
-        for number, corpus in enumerate(corpora):
+        for number, (corpus, name) in enumerate(zip(corpora, corpus_names(corpora), strict=True)):
             key = f"data.{use}.{number}.tokens"
             try:
-                yield (use, corpus_name(corpus)), open_tokens(corpus.tokens)
+                yield (use, name), open_tokens(corpus.tokens)
             except InputError as error:
                 problems += [replace(p, message=f"{key}: {p.message}") for p in error.problems]
     raise_problems(problems)

@@ -8,10 +8,11 @@ into a checkpoint.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cached_property, partial
+from pathlib import PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 from moecc.errors import MoeccError, Problem, nearest
@@ -95,7 +96,7 @@ class Corpus:
     Attributes:
       tokens: the folder.
       weight: its share of the mixture, before the weights are normalised.
-      name: in metrics; the folder's by default.
+      name: in metrics; by default the folder's, or its parent's where folders are called alike.
     """
 
     tokens: Words
@@ -514,10 +515,9 @@ def _distillation(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:
-    counts = Counter(corpus_name(each) for each in corpora)
-    for number, corpus in enumerate(corpora):
-        if counts[name := corpus_name(corpus)] > 1:
-            counts[name] = 0
+    names = corpus_names(corpora)
+    for number, name in enumerate(names):
+        if names.index(name) == number and names.count(name) > 1:
             yield Fault(
                 f"data.{key}.{number}.name",
                 f"more than one corpus is called {name!r}",
@@ -525,9 +525,16 @@ def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:
             )
 
 
-def corpus_name(corpus: Corpus) -> str:
-    """Return the name of a corpus in metrics."""
-    return corpus.name or corpus.tokens.rstrip("/").rpartition("/")[2]
+def corpus_names(corpora: Iterable[Corpus]) -> list[str]:
+    """Return the names of corpora in metrics: ``train``, or ``chat`` and ``code`` of two."""
+    corpora = list(corpora)
+    paths = [PurePosixPath(corpus.tokens) for corpus in corpora]
+    names = [c.name or path.name or c.tokens for c, path in zip(corpora, paths, strict=True)]
+    counts = Counter(names)
+    return [
+        name if corpus.name or counts[name] == 1 else path.parent.name or name
+        for corpus, path, name in zip(corpora, paths, names, strict=True)
+    ]
 
 
 def _groups(data: DataSection, routing: RoutingSection, run: RunSection) -> Iterator[Fault]:

@@ -100,8 +100,8 @@ def parse_recipe(
     recipe = reader.section(Recipe, table, ())
     recipe = without_unread(recipe, {option.path for option in options})
     unread = [(path, _with_section(path, problem)) for path, problem in reader.problems]
-    problems = [*unread, *_faulty(faults(recipe), reader, options)]
     recipe = _resolved(recipe, folder or FilePath(), options)
+    problems = [*unread, *_faulty(faults(recipe), reader, options)]
     missing = list(_missing_paths(recipe, where)) if check_paths else []
     if problems or missing:
         wrong = [*(problem for _, problem in problems), *missing]

@@ -7,7 +7,13 @@ import pytest
 from moecc.errors import InputError, UsageError
 from moecc.formats.run import GRAPH, LINEAGE, RECIPE
 from moecc.support.documents import toml_lines
-from moecc.train.recipe import Corpus, MeshSection, ModelSection, RoutingSection
+from moecc.train.recipe import (
+    Corpus,
+    MeshSection,
+    ModelSection,
+    RoutingSection,
+    corpus_names,
+)
 from moecc.train.recipe_text import (
     load_recipe,
     parse_recipe,
@@ -125,7 +131,7 @@ def test_all_problems_come_at_once_with_their_lines():
         ("mesh.mesh=data:8; mesh.via=capactiy", "unknown via"),
         ("mesh.mesh=data:8; mesh.partition=manual", "unknown partition"),
         ("data.train=[]", "the mixture is empty"),
-        ("data.train=[{tokens='a'}, {tokens='b/a'}]", "more than one corpus is called 'a'"),
+        ("data.train=[{tokens='b/a'}, {tokens='b/a'}]", "more than one corpus is called 'b'"),
         ("data.train.0.weight=0", "more than 0"),
         ("data.decoder_seq=4", "where data.objective is causal"),
         ("data.noise_density=0.3", "where data.objective is causal"),
@@ -144,6 +150,22 @@ def test_values_are_checked_together(sets, what):
     (problem,) = problems(SMALL, *sets.split("; "), error=UsageError)
     assert what in problem
     assert problem.startswith("--set ")
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        ("tokens/train", ["train"]),
+        ("chat/train code/train/", ["chat", "code"]),
+        ("train chat/train", ["here", "chat"]),
+        ("chat/train wiki", ["train", "wiki"]),
+    ],
+)
+def test_folders_that_are_called_alike_have_the_names_of_their_parents(folders, names, tmp_path):
+    train = ", ".join(f"{{tokens='{folder}'}}" for folder in folders.split())
+    text = SMALL.replace('{tokens = "t"}', train)
+    recipe = parse_recipe(text, "r.toml", folder=tmp_path / "here")
+    assert corpus_names(recipe.data.train) == names
 
 
 def test_options_replace_values_and_words_are_texts():
