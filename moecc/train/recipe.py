@@ -75,7 +75,7 @@ class ModelSection:
     """The model that is trained.
 
     Attributes:
-      source: a model, as every command takes it; a run is one.
+      source: a model: a folder, a .gguf, ``preset:NAME``, or the folder of a run.
       pipeline: passes over its graph, before training; empty for none.
       seed: of what the pipeline draws, and of random parameters.
       start: from the parameters of the source, or drawn at random.
@@ -94,7 +94,7 @@ class Corpus:
     """Token files of one folder, as `moecc tokens` writes them.
 
     Attributes:
-      tokens: the folder.
+      tokens: a folder that `moecc tokens` wrote.
       weight: its share of the mixture, before the weights are normalised.
       name: in metrics; by default the folder's, or its parent's where folders are called alike.
     """
@@ -116,7 +116,7 @@ class DataSection:
       seq: tokens of a sequence; of the encoder, where there are two.
       decoder_seq: tokens of a decoder's sequence; 0 for as many as the objective needs.
       packing: several documents in a sequence, which attention, positions and losses keep apart.
-      seed: of order, spans and masks.
+      seed: of the order of rows, and of spans and masks.
       noise_density: the share of tokens that spans or masks hide.
       mean_span: the mean length of a hidden span, in tokens.
       evaluate_batches: batches of an evaluation, the same ones each time.
@@ -143,8 +143,8 @@ class RoutingSection:
       groups: token groups of a step, within which a capacity is counted; 0 for one a sequence.
       capacity_factor: of training; 0 for what the graph says.
       eval_capacity_factor: of evaluation; 0 for what the graph says.
-      balance: coefficient of the load-balance loss; None for the paper's 0.01.
-      z_loss: coefficient of the router z-loss; None for the paper's 0.001.
+      balance: coefficient of the load-balance loss; the paper's 0.01 where unset.
+      z_loss: coefficient of the router z-loss; the paper's 0.001 where unset.
       bias_rate: step of the loss-free balance bias; 0 without one.
       jitter: training multiplies the router's input by 1 ± this.
       dropout: of training, on what sublayers add and on the hidden values of dense ones.
@@ -174,7 +174,7 @@ class ParameterGroup:
     Attributes:
       match: a glob over parameter names, or a group of the pass `freeze`, ``moe`` say.
       rate_factor: the rate of the parameters over that of the schedule.
-      decay: the weight decay; None for that of the optimiser.
+      decay: the weight decay; the optimiser's where unset.
       freeze: no gradient, no moments, no update.
       from_step: trained after so many steps; until then as under `freeze`.
     """
@@ -229,7 +229,7 @@ class GuardSection:
     Attributes:
       sigma: a loss this many standard deviations above the mean of the last `window` is skipped; 0
         skips only what is not finite.
-      window: steps.
+      window: the steps whose losses `sigma` is measured over.
       skips: this many skipped steps in a row return to the last checkpoint, leaving out their
         batches and that of the last step before them; the second time, training stops.
     """
@@ -244,7 +244,7 @@ class RunSection:
     """The run.
 
     Attributes:
-      steps: updates.
+      steps: updates of the whole run.
       micro_batches: parts of a batch whose gradients are added; each holds whole token groups.
       dtype: the type of the computation.
       weight_dtype: the type of the master weights.
@@ -252,7 +252,7 @@ class RunSection:
       remat: what the backward pass computes again, as `compile --remat`.
       output_z: coefficient of the z-loss of the output's softmax; 0 for what the graph says.
       attention_z: coefficient of the z-loss of attention; 0 for what the graph says.
-      rolled: whether equal layers are a scan.
+      rolled: equal layers are compiled once, as a scan.
       seed: of jitter and dropout.
       save_steps: a checkpoint every so many steps; 0 for none but the last.
       save_minutes: a checkpoint every so many minutes; 0 for none.
@@ -309,7 +309,7 @@ class MeshSection:
     Attributes:
       mesh: axes and sizes; empty for one device.
       rules: layouts by name or file.
-      via: how tokens reach experts, of `moecc.sharding.vias`; empty for the default.
+      via: how tokens reach experts, as `compile --via`; empty for the default.
       partition: ``explicit`` or ``gspmd``.
     """
 

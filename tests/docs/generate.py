@@ -14,10 +14,13 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
 from functools import cache, partial
 from itertools import chain
 from math import isfinite
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import click
 import sharding_cases
@@ -35,6 +38,7 @@ from moecc.prove.rules import APPLICATIONS, MONOMIALS, SUMS, Lemma
 from moecc.rewrite.passes import Pass, describe, options, write
 from moecc.rewrite.pipeline import Pipeline, installed
 from moecc.rewrite.runner import run_pipeline
+from moecc.train.recipe import Recipe
 from tests.emit import prove as emitted
 from tests.torch_models import page as torch_models
 
@@ -380,10 +384,49 @@ def render_programs() -> str:
     return _table(("file", "model", "lines"), rows)
 
 
+# The keys of a recipe: docs/recipes.md.
+
+
+def render_keys() -> str:
+    """Return the keys of a recipe with their defaults, by section, as Markdown."""
+    names = dict[type, list[str]]()
+    for name, section in _sections(Recipe):
+        names.setdefault(section, []).append(f"`[{name}]`")
+    rows = ((", ".join(titles), "<br>".join(_keys(s))) for s, titles in names.items())
+    return _table(("section", "keys and defaults"), rows)
+
+
+def _sections(owner: type, path: str = "") -> Iterator[tuple[str, type]]:
+    """Yield the tables of a record and of those in it, with their names in TOML."""
+    for name, hint in get_type_hints(owner).items():
+        is_list = get_origin(hint) is tuple
+        section = get_args(hint)[0] if is_list else hint
+        if is_dataclass(section):
+            title = f"{path}{name}"
+            yield f"[{title}]" if is_list else title, section
+            yield from _sections(section, f"{title}.")
+
+
+def _keys(section: type) -> Iterator[str]:
+    docs = Docstring.of(section).args
+    for field in fields(section):
+        if is_dataclass(field.default_factory):
+            continue  # a table of its own
+        default, others = field.default, ""
+        if isinstance(default, Enum):
+            choices = type(default)
+            others = "".join(f", or `{json.dumps(c.value)}`" for c in choices if c is not default)
+            default = default.value
+        shown = {MISSING: "required", None: "unset"}.get(default) or f"`{json.dumps(default)}`"
+        text = docs[field.name].replace("``", "`").rstrip(".")
+        yield f"`{field.name}` ({shown}{others}): {_cell(text)}"
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "ir.md": {"operations": render_operations},
     "exactness.md": {"lemmas": render_lemmas},
     "sharding.md": {"legal": sharding_cases.render},
+    "recipes.md": {"keys": render_keys},
     "emit.md": {"cells": emitted.render, "programs": render_programs},
     "any-torch-model.md": {"torch-models": torch_models.render},
 }
