@@ -72,7 +72,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.support.console import Bar, say, warn
 from moecc.support.process import available_cores, signals_raised
 from moecc.support.text import amount, brief, count_text, merge_remarks, size_text, with_article
-from moecc.translate.engines import summary
+from moecc.translate.engines import LLAMA_CPP, summary
 from moecc.translate.export import EmittedExport
 from moecc.types import DType, count_bytes, float_type
 from moecc.version import __version__
@@ -315,9 +315,11 @@ def check_place(
             expected="a folder of shards", found=planned.target,
         )  # fmt: skip
     if Path(out).suffix == SUFFIX and not one_file:
+        facts = getattr(getattr(planned.export, "config", None), "gguf", None)
+        fits = facts and not any(v.reasons for v in planned.engines if v.engine == LLAMA_CPP)
         raise UsageError(
             "a .gguf file is written for an architecture of llama.cpp", where=out,
-            expected="--to gguf:ARCH, for example gguf:llama",
+            expected=f"--to gguf:{facts.architecture if fits else 'ARCH'}",
             found=f"a folder, of {with_article(planned.target)}",
             hint="or a folder, whose name does not end in .gguf",
         )  # fmt: skip

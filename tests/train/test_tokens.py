@@ -141,6 +141,24 @@ def test_a_number_is_no_document(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "split", "message", "hint"),
+    [
+        (b"\x89PNG\r\n\x1a\n\0\0", "line", "not a text", "of a folder, --include"),
+        (b"\xe9 \0", "file", "not a text", "of a folder, --include"),
+        ("a".encode("utf-16"), "file", "the text is not UTF-8", "iconv -f utf-16"),
+        (b"\xe9", "file", "the text is not UTF-8", "if it is text, iconv -f latin1"),
+    ],
+)
+def test_what_is_no_text_is_told_from_another_encoding(tmp_path, content, split, message, hint):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        tokenize(tmp_path / "out", tmp_path / "x", format=DocumentFormat(split=split))
+    (problem,) = caught.value.problems
+    assert problem.message == message
+    assert problem.hint.startswith(hint)
+
+
 def test_all_problems_of_the_texts_come_at_once(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": 3}\nnope\n{"body": "b"}\n{"text": []}\n[]\n')
     (tmp_path / "y.txt").write_bytes(b"latin \xe9")

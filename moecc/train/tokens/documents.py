@@ -40,6 +40,16 @@ _JSON = (".jsonl", ".ndjson")
 _ARROW = ".arrow"
 _DATASETS = ("state.json", "dataset_info.json", "dataset_dict.json", "cache-*")
 """What ``datasets`` saves beside the rows of a data set."""
+_MAGIC = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"%PDF-",
+    b"PK\x03\x04",
+    b"\x1f\x8b",
+    b"\x28\xb5\x2f\xfd",
+)
+"""The first bytes of files that are no texts: images, documents and archives."""
 _FIELD = re.compile(r"\{([^{}]*)\}")
 
 
@@ -453,13 +463,15 @@ def _texts(stream: IO[bytes], split: str, path: Path) -> Iterator[str]:
             text = part.decode()
         except UnicodeDecodeError as error:
             before = part[max(0, error.start - 20) : error.start]
-            raise InputError(
-                "the text is not UTF-8",
-                where=path,
-                found=f"the byte 0x{part[error.start]:02x} after {before!r}",
-                hint="if it is text, iconv -f latin1 -t utf-8 converts it; "
-                "of a folder, --include '*.txt' reads the files of a name alone",
-            ) from None
+            found = f"the byte 0x{part[error.start]:02x} after {before!r}"
+            include = "of a folder, --include '*.txt' reads the files of a name alone"
+            hint = f"if it is text, iconv -f latin1 -t utf-8 converts it; {include}"
+            # A text in another encoding has no zeros, but in UTF-16, whose mark it begins with.
+            if part.startswith((b"\xff\xfe", b"\xfe\xff")):
+                hint = f"iconv -f utf-16 -t utf-8 converts it; {include}"
+            elif b"\0" in part or part.startswith(_MAGIC):
+                raise InputError("not a text", where=path, hint=include) from None
+            raise InputError("the text is not UTF-8", where=path, found=found, hint=hint) from None
         if text.strip():
             yield text
 
