@@ -296,10 +296,10 @@ class _Sample:
         """Yield that an element is the same where an axis that is not mixed has fewer places."""
         op, node = self.op, self.node
         mixed = () if op.elementwise else op.mixes(node.operands, node.attrs)
-        pairs = [(a, b) for s, t in zip(self.types, fewer.types, strict=True)
-                 for a, b in zip(s.axes, t.axes, strict=True)]  # fmt: skip
-        cut = {a.name: b.size for a, b in pairs if a.size != b.size}
-        if not cut or set(cut) & set(mixed) or any(a.size < b.size for a, b in pairs):
+        axes = [axis for s, t in zip(self.types, fewer.types, strict=True)
+                for axis in zip(s.names, s.shape, t.shape, strict=True)]  # fmt: skip
+        cut = {name: small for name, many, small in axes if many != small}
+        if not cut or set(cut) & set(mixed) or any(many < small for _, many, small in axes):
             return
         operands = self.draw(seed)
         # Indices stay within the axes that have fewer places.
