@@ -386,7 +386,7 @@ TEMPLATES: dict[str, Template] = {
     ".softmax": "jax.nn.softmax({0}, axis={1})",
     ".sigmoid": "jax.nn.sigmoid({0})",
     ".logsumexp": "jax.nn.logsumexp({0}, axis={1})",
-    ".amax": "{0}.max({1})",
+    ".amax": lambda texts, words: f"{texts[0]}.max({_joined(texts[1:], words)})",
     ".detach": "jax.lax.stop_gradient({0})",
     ".gather": "jnp.take_along_axis({0}, {2}, axis={1})",
     ".scatter": "jnp.put_along_axis({0}, {2}, {3}, axis={1}, inplace=False)",

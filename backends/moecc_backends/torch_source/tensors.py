@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from math import inf
 
 from moecc.errors import InputError
 from moecc.ir.formula import FormulaStep, parse_formula
@@ -611,7 +612,27 @@ def _logsumexp(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> PythonEx
 def _softmax(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
     x = w.with_axes(item.operands[0], axis)
     at = x.axes.index(axis)
-    return PythonExpr(f"{x.atom}.softmax({at if at < len(x.axes) - 1 else -1})", x.axes)
+    dim = at if at < len(x.axes) - 1 else -1
+    if _can_hide_all(item.operands[0]):
+        return PythonExpr(f"{w.helper('masked_softmax')}({x.text}, {dim})", x.axes)
+    return PythonExpr(f"{x.atom}.softmax({dim})", x.axes)
+
+
+def _can_hide_all(scores: ProgramValue) -> bool:
+    """Whether all scores of a query may be −∞: other masks than a causal one hide keys."""
+    masks, visited, pending = set[ProgramValue](), {scores}, [scores]
+    while pending:
+        item = pending.pop().item
+        if item is None:
+            continue
+        if item.op == "mask" and item.attrs["fill"] == -inf:
+            masks.add(item.operands[1])
+        if item.op == "constant" and item.attrs["value"] == -inf:
+            return True
+        if item.op in ("mask", "select", "add", "scale", "rename", "split", "merge", "broadcast"):
+            pending += {*item.operands} - visited
+            visited |= {*item.operands}
+    return len(masks) > 1 or any(m.item is None or m.item.op != "causal" for m in masks)
 
 
 @emission("rms_norm", "layer_norm", "rms_norm_module", "layer_norm_module")

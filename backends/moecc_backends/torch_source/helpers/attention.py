@@ -72,6 +72,12 @@ def attend_by_scores(
     return (weights @ value).transpose(1, 2)
 
 
+def masked_softmax(scores, dim):
+    """Return the softmax along `dim`: zeros, and no gradients, where all scores are −∞."""
+    hidden = scores.amax(dim, keepdim=True) == float("-inf")
+    return scores.masked_fill(hidden, 0).softmax(dim).masked_fill(hidden, 0)
+
+
 def causal_mask(config, hidden_states, attention_mask, position_ids, cache, **further):
     """Return which keys each query sees: earlier ones, and no padding."""
     past = cache.get_seq_length() if cache is not None else 0
