@@ -81,6 +81,7 @@ class Plan:
         less, the target is a GGUF file, or nothing was checked.
       base_models: the models on the Hub that the source and those beside it are made from.
       notes: what a reader of the result should know of its source.
+      left_out: the tensors of the source that are no part of the graph.
     """
 
     model: OpenedModel
@@ -98,6 +99,7 @@ class Plan:
     proof: ConversionProof | None
     base_models: tuple[str, ...]
     notes: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -144,7 +146,7 @@ class Plan:
     def proved(self) -> str:
         """The part of the conversion that is proved, in words; empty for nothing."""
         if self.proof is not None and self.proof.verdict:
-            return "the same function as the source"
+            return function_of_source(self.left_out)
         passes = self.contracts.passes
         count = sum(receipt.measured is None for receipt in passes)
         return f"{count} of {len(passes)} passes" if count else ""
@@ -319,7 +321,7 @@ def plan(
         )  # fmt: skip
     branches = checkpoint.branches
     # The passes may drop further tensors, which is their purpose.
-    remarks, notes = model.left_out(), model.remarks()
+    remarks, notes, left_out = model.left_out(), model.remarks(), tuple(model.unread())
     proofs = PassProofs() if check else None
     read = reads_small(checkpoint)
     context = Context(
@@ -394,8 +396,21 @@ def plan(
          *([f"--emit {emit}"] if emit is not None else []),
          *(f"--base-model {name}" for name in named_bases)),
         contracts, proof, tuple(named_bases) or base_models(checkpoint),
-        tuple(notes),
+        tuple(notes), left_out,
     )  # fmt: skip
+
+
+def function_of_source(left_out: Sequence[object]) -> str:
+    """Return what a result is proved to be, in words.
+
+    Args:
+      left_out: the tensors of the source that are not converted.
+    """
+    same = "the same function as the source"
+    if not left_out:
+        return same
+    verb = "is" if len(left_out) == 1 else "are"
+    return f"{same} without {amount(len(left_out), 'tensor')} that {verb} not converted"
 
 
 def unread_models(graph: Graph, models: Iterable[str]) -> tuple[str, ...]:

@@ -117,19 +117,30 @@ def _comparison(a: str, b: str, prover: Prover, load: Load) -> ConversionProof:
                 warn(f"{model.name}: {text}")
             if model.checkpoint is not None:
                 check_programs(model.checkpoint.path)  # it runs, and the graph is what is read
-        manifest = _conversion_of(source, result)
-        if manifest is None:
-            return _compared(source, result, prover)
-        try:
-            proof = replay(source, result, manifest, prover, load)
-        except NotPlannedError as error:
-            warn(f"the conversion was not planned again: {error.problems[0].message}")
-            return _compared(source, result, prover)
-        if proof.verdict.status == "unknown":
-            # What holds of these weights may not hold of all: experts may be copies.
-            by_content = _compared(source, result, prover)
-            proof = by_content if by_content.verdict else proof
+        proof = _proof_of(source, result, prover, load)
+        for model in (source, result):
+            if left_out := model.unread():
+                count = amount(len(left_out), "tensor")
+                proof = proof.assuming(f"{count} of {model.name} left out: no part of the function")
         return proof
+
+
+def _proof_of(
+    source: OpenedModel, result: OpenedModel, prover: Prover, load: Load
+) -> ConversionProof:
+    manifest = _conversion_of(source, result)
+    if manifest is None:
+        return _compared(source, result, prover)
+    try:
+        proof = replay(source, result, manifest, prover, load)
+    except NotPlannedError as error:
+        warn(f"the conversion was not planned again: {error.problems[0].message}")
+        return _compared(source, result, prover)
+    if proof.verdict.status == "unknown":
+        # What holds of these weights may not hold of all: experts may be copies.
+        by_content = _compared(source, result, prover)
+        proof = by_content if by_content.verdict else proof
+    return proof
 
 
 def _compared(source: OpenedModel, result: OpenedModel, prover: Prover) -> ConversionProof:

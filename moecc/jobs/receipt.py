@@ -37,7 +37,7 @@ from moecc.formats.writer import JOURNAL_NAME, WriteOptions, WriteReport
 from moecc.ir.conventions import DECODER_TOKENS, LOSS
 from moecc.ir.graph import Value
 from moecc.jobs.checks import Contracts
-from moecc.jobs.conversion import Plan
+from moecc.jobs.conversion import Plan, function_of_source
 from moecc.model.open import MODEL_TYPE, MODULE_TYPE
 from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.passes import Preserves
@@ -74,6 +74,7 @@ class Receipt:
       verified: what was found at the logits; None if nobody looked.
       engines: whether each engine runs the result.
       rounded: the element types and blocks that weights were rounded to.
+      left_out: the tensors of the source that were not converted.
     """
 
     target: str
@@ -83,6 +84,7 @@ class Receipt:
     verified: Verified | None
     engines: Sequence[EngineVerdict]
     rounded: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> JsonDict:
         """Return the receipt as JSON values."""
@@ -92,6 +94,7 @@ class Receipt:
             "target": self.target,
             "promised": asdict(self.promised),
             "rounded": list(self.rounded),
+            "left_out": list(self.left_out),
             "proof": None if self.proof is None else self.proof.to_json(),
             "checked": [checked.to_json() for checked in self.contracts.passes],
             "unchecked": self.contracts.unchecked or None,
@@ -140,7 +143,9 @@ def _proved(stated: Json) -> str:
     verdict = object_of(stated.get("proof")).get("verdict")
     checked = objects_of(stated.get("checked"))
     if verdict == "proved":
-        same = "the result is the same function as the source, for all inputs, weights and lengths"
+        left_out = stated.get("left_out")
+        function = function_of_source(left_out if isinstance(left_out, list) else ())
+        same = f"the result is {function}, for all inputs, weights and lengths"
         return ", ".join(text for text in (same, _rounded(stated)) if text)
     proved = sum(bool(check.get("proved")) for check in checked)
     return f"{proved} of {len(checked)} passes" if proved else "nothing"
@@ -356,7 +361,7 @@ def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
         verified = verify_written(planned, written)
     return Receipt(
         planned.target, planned.preserves, planned.contracts, planned.proof, verified,
-        planned.engines, planned.rounded,
+        planned.engines, planned.rounded, planned.left_out,
     )  # fmt: skip
 
 

@@ -198,6 +198,7 @@ def _verify_logits(
     """Compare the logits of two models."""
     from moecc.families.heads import has_head
     from moecc.jobs.comparison import compare
+    from moecc.jobs.conversion import function_of_source
     from moecc.jobs.prove import replayed
     from moecc.model.inputs import read_inputs
     from moecc.model.open import open_model
@@ -214,6 +215,7 @@ def _verify_logits(
         say_weights(source, against)
         arrays = None if inputs is None else read_inputs(inputs, source.graph)
         verdict = compare(checked, source, inputs=arrays, tolerance=tolerance, compute_dtype=type)
+        left_out = source.unread()
         proof = replayed(source, checked, load) if verdict.passed else None
     error = None
     if not verdict.passed:
@@ -222,6 +224,8 @@ def _verify_logits(
             expected=f"at most {tolerance:g}",
             found=f"{verdict.difference.max_relative:.2e}", hint=_way_out(verdict),
         )  # fmt: skip
-    text = verdict_text(verdict) + ("" if proof is None else "\n  the same function: proved again")
+    text = verdict_text(verdict)
+    if proof is not None:
+        text += f"\n  {function_of_source(left_out)}: proved again"
     data = verdict.to_json() | {"proof": None if proof is None else proof.to_json()}
     return Report("verify", data, lambda: text, error=error)

@@ -131,19 +131,35 @@ class OpenedModel(Closing):
             return []
         return [*self.checkpoint.remarks(), *self.warnings, *self.left_out()]
 
-    def left_out(self) -> list[str]:
-        """Return which tensors of the checkpoint the graph does not read, heads for instance."""
+    def unread(self) -> list[str]:
+        """Return the tensors of the checkpoint that the graph does not read, heads for instance."""
         if self.checkpoint is None:
             return []
         from moecc.translate.importing import unread_tensors
 
-        unread = unread_tensors(self.graph, self.checkpoint)
-        if not unread:
+        return unread_tensors(self.graph, self.checkpoint)
+
+    def left_out(self) -> list[str]:
+        """Return remarks on the tensors that the graph does not read, and on what reads them."""
+        unread = self.unread()
+        if not unread or self.checkpoint is None:
             return []
-        shown = ", ".join(unread[:4]) + (f" and {len(unread) - 4} more" if len(unread) > 4 else "")
         if function_name(self.graph) is not None:
-            return [f"outside of the blocks: {shown}"]
-        return [f"no part of the graph, and not converted: {shown}"]
+            return [f"outside of the blocks: {_shown(unread)}"]
+        from moecc.translate.importing import readable_head
+
+        task, head = readable_head(self.checkpoint)
+        kept, remaining = [n for n in unread if n in head], [n for n in unread if n not in head]
+        remarks = []
+        if kept:
+            keeping = "--to st_moe and --to auto keep" if task else "--to st_moe keeps"
+            remarks.append(f"no part of the graph: {_shown(kept)}; {keeping} them")
+        if remaining:
+            remark = f"no part of the graph, and not converted: {_shown(remaining)}"
+            is_folder = self.checkpoint.format == "safetensors"
+            hint = "; moecc convert --via torch keeps them" if is_folder else ""
+            remarks.append(remark + hint)
+        return remarks
 
     @cached_property
     def warnings(self) -> list[str]:
@@ -185,6 +201,10 @@ class OpenedModel(Closing):
             if not is_statistic(name):
                 counts[info.dtype.name] = counts.get(info.dtype.name, 0) + info.nbytes
         return DTYPES[max(counts, key=lambda n: counts[n])] if counts else F32
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 class Params(Mapping[str, Array]):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.families.building import build_model
 from moecc.families.config import FUSED_GATE_UP, ModelConfig
-from moecc.families.heads import head_modules, stated_head
+from moecc.families.heads import head_biases, head_modules, stated_head
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, parse_config
 from moecc.formats.source import Checkpoint, TensorInfo
@@ -127,12 +127,12 @@ _EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DO
 _IDLE = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?position_ids"
     r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-    r"|(\w+\.)?embeddings\.mask_token"
+    r"|(\w+\.)?(embeddings\.mask_token|masked_spec_embed)|(.*\.)?relative_position_index"
     r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
     r"|gpt_neox\.layers\.\d+\.attention\.(masked_)?bias",
     re.DOTALL,
 )
-"""Buffers, and a table that T5 stored and never used."""
+"""Buffers, embeddings of what training masks, and a table that T5 stored and never used."""
 
 
 def _is_unread(config: ModelConfig, name: str) -> bool:
@@ -224,6 +224,23 @@ def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
     read.update((names.head, *names.copies))
     of_model = (n for n in checkpoint.tensors if branch_and_name(n)[0] == BASE)
     return [n for n in of_model if n not in read and not _IDLE.fullmatch(n)]
+
+
+def readable_head(checkpoint: Checkpoint) -> tuple[str, frozenset[str]]:
+    """Return the task and the tensors of the head that `import_checkpoint` reads with `heads`.
+
+    There are none of a checkpoint without a head, and of a head that the family does not know.
+    """
+    if not CONFIGS.get(str(checkpoint.config.get("model_type")), ModelConfig).head_steps:
+        return "", frozenset()
+    config = parse_config(checkpoint.config).fitted(checkpoint.tensors)
+    stored = stored_names(config, checkpoint.tensors)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    head = stated_head(config.stated_heads(), checkpoint.config, shapes, stored)
+    if head is None:
+        return "", frozenset()
+    names = [f"{m}.weight" for m in head_modules(head.steps)] + head_biases(head.steps)
+    return head.task, frozenset(map(stored, names))
 
 
 def _repeated(config: ModelConfig) -> list[str]:

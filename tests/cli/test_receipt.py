@@ -106,6 +106,29 @@ def test_what_is_not_proved_says_what_was_measured(cli, out):
     cli.convert(model, out, *proof, pipeline=pipeline, to="st_moe", code=3, says=says)
 
 
+@pytest.mark.parametrize(
+    ("source", "to", "count", "way_out"),
+    [
+        ("bert_square", "bert", 2, "--to st_moe keeps them"),
+        ("bert_square", "st_moe", 0, ""),  # which keeps the pooler
+        ("siglip_vision", "auto", 11, "moecc convert --via torch keeps them"),
+    ],
+)
+def test_a_proof_says_what_it_leaves_out(cli, out, source, to, count, way_out):
+    passes = "upcycle{experts=2}" if to != "bert" else ""
+    cli.convert(GOLDEN / source, out, pipeline=passes, to=to)
+    same = "the same function as the source"
+    if count:
+        same += f" without {count} tensors that are not converted"
+    assert len(read_receipt(out)["left_out"]) == count
+    card = (out / "README.md").read_text()
+    assert f"Proved: the result is {same}, for all inputs" in card
+    assert way_out in card.replace("\\", "")
+    assert f"  {same}: proved again\n" in cli("verify", out, "--against", GOLDEN / source).out
+    proof = cli("prove", GOLDEN / source, out).out
+    assert (f"{count} tensors of {GOLDEN / source} left out" in proof) == bool(count)
+
+
 def test_an_error_that_was_announced_is_measured(cli, dense, out):
     pipeline = "upcycle{experts=4 top-k=2 gates=softmax}"
     cli.convert(dense, out, "--verify", pipeline=pipeline, to="st_moe")

@@ -160,12 +160,27 @@ def test_a_model_with_a_head_is_read_without_it(family, prefix, architecture, be
     graph = import_checkpoint(whole)
     assert unread_tensors(graph, whole) == list(head)
     planned = plan(OpenedModel(graph, "with a head", whole), Pipeline.parse(""), config.model_type)
-    assert planned.remarks == (f"no part of the graph, and not converted: {', '.join(head)}",)
+    way_out = "moecc convert --via torch keeps them"
+    remark = f"no part of the graph, and not converted: {', '.join(head)}; {way_out}"
+    assert planned.remarks == (remark,)
+    assert planned.left_out == tuple(head)
     made = export_graph(graph, config.model_type)
     assert dict(made.tensors).keys() == bare.arrays.keys()
     whole.arrays[f"{prefix}unknown.weight"] = np.ones(3, np.float32)
     with pytest.raises(InputError, match="has no such tensor"):
         import_checkpoint(whole)
+
+
+def test_a_remark_names_the_targets_that_keep_a_head():
+    bare = random_checkpoint(parse_config(small("vit")), seed=4)
+    arrays = {f"vit.{name}": array for name, array in bare.arrays.items()}
+    head = {"classifier.bias": np.ones(3, np.float32)}
+    head["classifier.weight"] = np.ones((3, bare.config["hidden_size"]), np.float32)
+    stated = {**bare.config, "architectures": ["ViTForImageClassification"]}
+    whole = MemoryCheckpoint(stated, {**arrays, **head})
+    remark = f"no part of the graph: {', '.join(head)}; --to st_moe and --to auto keep them"
+    assert OpenedModel(import_checkpoint(whole), "vit", whole).left_out() == [remark]
+    assert OpenedModel(import_checkpoint(whole, heads=True), "vit", whole).left_out() == []
 
 
 def test_a_clip_is_read_as_its_encoder_of_images():
