@@ -316,10 +316,11 @@ def check_place(
         )  # fmt: skip
     if Path(out).suffix == SUFFIX and not one_file:
         facts = getattr(getattr(planned.export, "config", None), "gguf", None)
-        fits = facts and not any(v.reasons for v in planned.engines if v.engine == LLAMA_CPP)
+        fits = not any(v.reasons for v in planned.engines if v.engine == LLAMA_CPP)
+        architecture = facts.architecture if facts is not None and fits else "ARCH"
         raise UsageError(
             "a .gguf file is written for an architecture of llama.cpp", where=out,
-            expected=f"--to gguf:{facts.architecture if fits else 'ARCH'}",
+            expected=f"--to gguf:{architecture}",
             found=f"a folder, of {with_article(planned.target)}",
             hint="or a folder, whose name does not end in .gguf",
         )  # fmt: skip
