@@ -281,7 +281,7 @@ def choose_step(run: Path, which: str) -> SavedStep:
             "the run has no such checkpoint",
             where=f"{run}@{which}",
             expected=f"best, last, or one of the steps {numbers}",
-            hint="earlier ones were removed: run.keep of the recipe says how many are kept"
+            hint="one is saved every run.save_steps steps of the recipe, and the last run.keep stay"
             if which.isdecimal() and int(which) < steps[-1].number
             else nearest(which, names),
         )
