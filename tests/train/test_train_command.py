@@ -294,7 +294,7 @@ def test_data_that_changed_are_refused(folder, moecc, tmp_path):
         ("--resume run --fork run@4", 2, "leave --fork out, or --resume"),
         ("recipe.toml --out tokens", 1, "--resume RUN goes on with a run"),
         ("recipe.toml --fork run@7 --out x", 1, "best, last, or one of the steps"),
-        ("recipe.toml --fork run@5 --out x", 1, "run.keep of the recipe says how many"),
+        ("recipe.toml --fork run@5 --out x", 1, "the last run.keep stay"),
     ],
 )
 def test_what_cannot_be_is_one_message(folder, moecc, monkeypatch, words, code, said):
