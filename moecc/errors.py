@@ -196,8 +196,8 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 
 def or_own(hint: str | None) -> str:
     """Return the hint for an unknown name, which the user's own file may define."""
-    own = "if it is your own: --load FILE"
-    return f"{hint}{' ' if hint.endswith('?') else '; '}{own}" if hint else own
+    advice = "if it is your own: --load FILE"
+    return f"{hint}{' ' if hint.endswith('?') else '; '}{advice}" if hint else advice
 
 
 def unknown_name(kind: str, name: str, choices: Collection[str]) -> Problem:

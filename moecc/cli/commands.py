@@ -215,6 +215,9 @@ class _FiniteRange(click.FloatRange):
 
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
+_MOST = 10**30
+"""The limit on counts: their products with sizes stay numbers of floating point."""
+
 
 class _Count(click.ParamType[Any]):
     """A number of tokens: ``4096``, ``4M``, ``1.5e12``, ``2T``; of ints a whole one."""
@@ -234,10 +237,12 @@ class _Count(click.ParamType[Any]):
         except ValueError:  # underscores where Python allows none
             number = None
         if number is None or (self._kind is int and number.denominator != 1):
-            whole = "whole " if self._kind is int else ""
-            self.fail(f"{value!r} is not a {whole}number: 4096, 4M or 2e12, say", param, ctx)
+            noun = "whole number" if self._kind is int else "number"
+            self.fail(f"{value!r} is not a {noun}: 4096, 4M or 2e12, say", param, ctx)
         if self._low is not None and number < self._low:
             self.fail(f"{value} is less than {self._low:g}", param, ctx)
+        if number > _MOST:
+            self.fail(f"the number is more than {_MOST:g}", param, ctx)
         return self._kind(number)
 
 

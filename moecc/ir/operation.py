@@ -433,9 +433,9 @@ class OpDef:
             if self.source is None:
                 raise
             module = (self.declared or self.infer).__module__
-            place = last_line_in(module, error) or self.source
+            line = last_line_in(module, error) or self.source
             raise OwnOperationError(
-                f"the {part} of {self.name} fails at {place}: {describe_error(error)}"
+                f"the {part} of {self.name} fails at {line}: {describe_error(error)}"
             ) from error
 
     @property

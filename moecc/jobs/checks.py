@@ -591,9 +591,7 @@ class PassProofs(Instrument):
         if not verdict and prover is self._bits:
             equality = promise_verdict(self.real, before, self._last)
         if any(v.weight is None for v in before.params.values()):
-            equality = (
-                None  # a reduced graph has tensors of their names in place of such parameters
-            )
+            equality = None  # in place of such parameters a reduced graph has tensors
         broken = lost_precision(before, self._last)
         if verdict is not None and verdict.counterexample is not None:
             broken = [f"{verdict.counterexample}; the graphs part at {verdict.node}", *broken]

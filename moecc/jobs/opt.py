@@ -291,10 +291,10 @@ def _drawing(labels: Sequence[tuple[str, str, bool]], edges: Iterable[tuple[int,
         "width": round(loop),
         "height": _LINE * len(by_row) + _TOP,
         "boxes": [
-            {"text": text, "anchor": anchor, "made": made, "middle": round(middles[box]),
+            {"text": text, "anchor": anchor, "made": is_made, "middle": round(middles[box]),
              "x": round(middles[box]) - (width := len(text) * _LETTER + 12) // 2, "width": width,
              "y": top(rows[box]), "height": _BOX}
-            for box, (text, anchor, made) in enumerate(labels)
+            for box, (text, anchor, is_made) in enumerate(labels)
         ],
         "lines": [{"path": path, "kind": kind} for path, kind in lines],
     }  # fmt: skip

@@ -348,8 +348,8 @@ def _command(model: str, machine: str, pipeline: str, config: StepConfig, option
     """Return the command line that asks for an idea; empty where nothing does."""
     if not options:
         return ""
-    _, is_compiled, rest = options.rpartition("moecc compile ")
-    asked = {word for word in rest.split() if word.startswith("--")}
+    _, is_compiled, stated_options = options.rpartition("moecc compile ")
+    asked = {word for word in stated_options.split() if word.startswith("--")}
     default = StepConfig()
     stated = " ".join(
         as_option(name, value if value is True else shlex.quote(str(value)))
@@ -359,7 +359,7 @@ def _command(model: str, machine: str, pipeline: str, config: StepConfig, option
     verb = "compile" if is_compiled else "plan"
     words = ["moecc", verb, shlex.quote(model), "--machine", shlex.quote(machine)]
     words += ["-p", shlex.quote(pipeline)] if pipeline else []
-    return " ".join([*words, *([stated] if stated else []), rest])
+    return " ".join([*words, *([stated] if stated else []), stated_options])
 
 
 _PACKING = "pack-segments{documents=several}"

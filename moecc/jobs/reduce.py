@@ -399,8 +399,7 @@ def reduce(
     if len(left):
         say(f"pipeline: {left}")
     replay = Replay(
-        str(left), seed, True, failure.kind in ("promise", "invalid"),
-        loaded_files(left),
+        str(left), seed, True, failure.kind in ("promise", "invalid"), loaded_files(left),
         compare or "",
     )  # fmt: skip
     return artefact(

@@ -310,8 +310,8 @@ def remarks(kind: str, job: ClusterJob) -> Iterator[str]:
     values = (word.partition("=")[2] if word.startswith("--") else word for word in job.words[1:])
     local = [v for v in values if v and v != output and is_place(v) and Path(v).exists()]
     if local:
-        place = "the image" if job.volume is None else f"the volume {job.volume}, below {WORK}"
-        yield f"the containers read local files, put them into {place}: {', '.join(local)}"
+        target = "the image" if job.volume is None else f"the volume {job.volume}, below {WORK}"
+        yield f"the containers read local files, put them into {target}: {', '.join(local)}"
     if kind == "jobset" and job.hosts is not None and job.hosts.chip in _GKE_GPUS:
         yield "the nodeSelector has GKE's label of these GPUs: replace it on other clusters"
 

@@ -149,11 +149,11 @@ class OpenedModel(Closing):
         from moecc.translate.importing import readable_head
 
         task, head = readable_head(self.checkpoint)
-        kept, remaining = [n for n in unread if n in head], [n for n in unread if n not in head]
+        of_head, remaining = [n for n in unread if n in head], [n for n in unread if n not in head]
         remarks = []
-        if kept:
+        if of_head:
             keeping = "--to st_moe and --to auto keep" if task else "--to st_moe keeps"
-            remarks.append(f"no part of the graph: {_shown(kept)}; {keeping} them")
+            remarks.append(f"no part of the graph: {_shown(of_head)}; {keeping} them")
         if remaining:
             remark = f"no part of the graph, and not converted: {_shown(remaining)}"
             is_folder = self.checkpoint.format == "safetensors"

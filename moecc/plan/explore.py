@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
-from moecc.plan.collectives import is_exact, seconds
+from moecc.plan.collectives import BOUND, is_exact, seconds
 from moecc.plan.machines import Machine, efficiency, sizes_of_kind
 from moecc.plan.networks import Slices, Switch, Torus
 from moecc.plan.parts import GlobalShape, Part, StepParts, Weight
@@ -442,7 +442,7 @@ def _idea(name: str, how: str, options: str, estimate: Estimate, planned: Planne
     if estimate.seconds > planned.best.seconds:
         why = f"{why}; {why_slower(estimate, planned.best)}"
     if not is_exact(estimate.strategy.via, planned.work.dropless):
-        why = f"{why}; rows beyond 1.25 times the mean may be lost"
+        why = f"{why}; rows beyond {BOUND} times the mean may be lost"
     return Idea(name, how, options, True, estimate.seconds, estimate.memory.total, why)
 
 

@@ -442,8 +442,8 @@ def fraction_remark(fraction: float | None, needed_bytes: float, usable_bytes: f
     """Return the variable that a plan needs beyond what templates set, or nothing."""
     if fraction is None or fraction <= LEAST_FRACTION:
         return ""
-    rarely = needed_bytes > MOST_FRACTION * usable_bytes
-    return f"needs {MEMORY_VARIABLE}={fraction:g}" + (" and more, which may not fit" * rarely)
+    is_beyond = needed_bytes > MOST_FRACTION * usable_bytes
+    return f"needs {MEMORY_VARIABLE}={fraction:g}" + " and more, which may not fit" * is_beyond
 
 
 def find_machine(text: str) -> Machine:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from textwrap import wrap
 
-from moecc.plan.collectives import PartCost, is_exact, sent_bytes
+from moecc.plan.collectives import BOUND, PartCost, is_exact, sent_bytes
 from moecc.plan.machines import Machine, efficiency_range, fraction_remark, memory_fraction
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy, mesh_text
@@ -371,7 +371,7 @@ def _others(data: JsonDict) -> list[str]:
     lossy = data["lossy"]
     if lossy is not None:
         gain = 1 - lossy["seconds"] / best["seconds"]
-        rows.append(f"  {gain:.1%} faster, if rows beyond 1.25 times the mean may be lost:")
+        rows.append(f"  {gain:.1%} faster, if rows beyond {BOUND} times the mean may be lost:")
         rows.append(f"    {_name(lossy, data['experts'])}")
     return rows
 

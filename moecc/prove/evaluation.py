@@ -388,10 +388,10 @@ def _in_full(term: Term) -> str:
 
 def _only_difference(a: Term, b: Term) -> tuple[Term, Term] | None:
     """Return the only parts in which two terms differ; None where they themselves do."""
-    one, other = _parts(a), _parts(b)
-    if one[0] != other[0] or len(one[1]) != len(other[1]):
+    (frame_a, parts_a), (frame_b, parts_b) = _parts(a), _parts(b)
+    if frame_a != frame_b or len(parts_a) != len(parts_b):
         return None
-    parts = [(x, y) for x, y in zip(one[1], other[1], strict=True) if x is not y]
+    parts = [(x, y) for x, y in zip(parts_a, parts_b, strict=True) if x is not y]
     return parts[0] if len(parts) == 1 else None
 
 

@@ -84,10 +84,10 @@ def log_of(
 def _believed(*graphs: Graph) -> dict[str, list[str]]:
     """Return the traits of the user's own operations that a proof believes, with their names."""
     nodes = (n for graph in graphs for n in graph.every_node())
-    own = sorted({n.op for n in nodes if n.op.source is not None}, key=str)
+    operations = sorted({n.op for n in nodes if n.op.source is not None}, key=str)
     traits = {
-        "elementwise": [op.name for op in own if op.elementwise],
-        "commutative": [op.name for op in own if op.commutative and not op.elementwise],
+        "elementwise": [op.name for op in operations if op.elementwise],
+        "commutative": [op.name for op in operations if op.commutative and not op.elementwise],
     }
     return {trait: names for trait, names in traits.items() if names}
 

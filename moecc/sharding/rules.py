@@ -169,13 +169,13 @@ def axis_problems(rules: Iterable[LayoutRule], axes: Collection[str]) -> Iterato
       rules: the rules.
       axes: the axes of the model.
     """
-    known = shipped_axes().union(axes)
+    names = shipped_axes().union(axes)
     for rule in rules:
         for axis in () if rule.optional else (rule.axis, rule.beside):
-            if axis and axis not in known:
+            if axis and axis not in names:
                 yield Problem(
                     f"the model has no axis {axis!r}", where=rule.source, found=str(rule),
-                    hint=nearest(axis, known) or "optional = true for models that lack it",
+                    hint=nearest(axis, names) or "optional = true for models that lack it",
                 )  # fmt: skip
 
 

@@ -92,13 +92,11 @@ def false_traits(node: Node, *, must: bool = False) -> list[Problem]:
     """
     try:
         sample = _sample(node)
-        found = list(sample.problems())
-        refuted = {problem.message for problem in found}
+        problems = {problem.message: problem for problem in sample.problems()}
         for further in _further(node, sample):
-            problems = list(further.problems(SEEDS[:1], sample))
-            found += [p for p in problems if p.message not in refuted]
-            refuted |= {problem.message for problem in problems}
-        return found
+            for problem in further.problems(SEEDS[:1], sample):
+                problems.setdefault(problem.message, problem)
+        return list(problems.values())
     except OwnOperationError:
         raise
     except InputError:
@@ -121,10 +119,10 @@ def _sample(node: Node) -> _Sample:
             return _Sample(node, smaller)
         except InputError:
             continue
-    own = _own_sizes(node)
-    if _elements(node, own) > MAX_ELEMENTS:
+    sizes_of_node = _own_sizes(node)
+    if _elements(node, sizes_of_node) > MAX_ELEMENTS:
         raise InputError(f"{node.op} needs sizes too large to sample", where=node.op.source)
-    return _Sample(node, own)
+    return _Sample(node, sizes_of_node)
 
 
 def _further(node: Node, sample: _Sample) -> Iterator[_Sample]:
@@ -269,10 +267,10 @@ class _Sample:
                 return None
             at = tuple(int(i) for i in np.unravel_index(int(np.argmax(apart)), apart.shape))
             element = dict(zip(claim.axes, at, strict=True))
-            found = f"{expected[at]:.6g} and {actual[at]:.6g}"
+            values = f"{expected[at]:.6g} and {actual[at]:.6g}"
             if element:
-                found += f" at {', '.join(f'{n}={i}' for n, i in element.items())}"
-            found += "".join(
+                values += f" at {', '.join(f'{n}={i}' for n, i in element.items())}"
+            values += "".join(
                 f", {name} = {data[tuple(element[n] for n in type.names)]:.6g}"
                 for name, type, data in zip(
                     self.op.operands, self.types, claim.operands, strict=False
@@ -280,7 +278,7 @@ class _Sample:
                 if set(type.names) == set(element) and data.shape == apart.shape
             )
         else:
-            found = f"shapes {expected.shape} and {actual.shape}"
+            values = f"shapes {expected.shape} and {actual.shape}"
         message = f"{self.op.name} declares {claim.trait}, which its meaning refutes"
         hint = f"leave {claim.trait} out of the declaration, or mend the meaning"
         if claim.trait == MIXES:
@@ -290,7 +288,7 @@ class _Sample:
             message = f"the meaning of {self.op.name} is no function of its operands"
             hint = "compute a new array from the operands, and from nothing else"
         drawn = f"seed {seed}" + (f", operands × {magnitude:g}" if magnitude != 1 else "")
-        return Problem(message, self.op.source, claim.law, f"{found} ({drawn})", hint)
+        return Problem(message, self.op.source, claim.law, f"{values} ({drawn})", hint)
 
     def _of_sizes(self, fewer: _Sample, seed: int) -> Iterator[_Claim]:
         """Yield that an element is the same where an axis that is not mixed has fewer places."""
@@ -303,8 +301,8 @@ class _Sample:
             return
         operands = self.draw(seed)
         # Indices stay within the axes that have fewer places.
-        for whole, part, type in zip(operands, fewer.draw(seed), fewer.types, strict=True):
-            whole[tuple(slice(n) for n in type.shape)] = part
+        for operand, part, type in zip(operands, fewer.draw(seed), fewer.types, strict=True):
+            operand[tuple(slice(n) for n in type.shape)] = part
         parts = [a[tuple(slice(n) for n in t.shape)]
                  for a, t in zip(operands, fewer.types, strict=True)]  # fmt: skip
         trait = "elementwise" if op.elementwise else MIXES
@@ -312,11 +310,11 @@ class _Sample:
         law = f"the first places of an axis give the same elements without the others: {stated}"
         results = zip(node.results, self.results(operands), fewer.node.results,
                       fewer.results(parts), strict=True)  # fmt: skip
-        for value, whole, small, part in results:
+        for value, result, small, part in results:
             if not set(cut) <= set(value.type.names):
                 continue
             places = tuple(slice(n) for n in small.type.shape)
-            yield _Claim(trait, law, part, whole[places], value.type.names, parts)
+            yield _Claim(trait, law, part, result[places], value.type.names, parts)
 
     def claims(self, seed: int, magnitude: float = 1.0) -> Iterator[_Claim]:
         """Yield what the declared traits say of random operands."""
@@ -351,10 +349,10 @@ class _Sample:
             exchanged = _run(node, [operands[i] for i in order])[0]
         except InputError:  # it does not accept them
             return claim
-        own = node.results[0].type.names
-        if set(own) != set(axes):
+        names = node.results[0].type.names
+        if set(names) != set(axes):
             return claim
-        return replace(claim, actual=exchanged.transpose([own.index(a) for a in axes]))
+        return replace(claim, actual=exchanged.transpose([names.index(a) for a in axes]))
 
     def _of_values(
         self, number: int, operands: Sequence[Array], further: Sequence[Array], result: Array
@@ -384,8 +382,8 @@ class _Sample:
             degrees = op.homogeneous.degrees
             moved = [i for i, d in enumerate(degrees) if d is not None and i in self.floats]
             factors = [1.0] * len(operands)
-            for place, i in enumerate(moved):
-                factors[i] = 3.0 if op.homogeneous.alike else 3.0 + place
+            for nth, i in enumerate(moved):
+                factors[i] = 3.0 if op.homogeneous.alike else 3.0 + nth
             factor = op.homogeneous.factor(factors)
             scaled = [a * c if c != 1.0 else a for a, c in zip(operands, factors, strict=True)]
             if factor is not None:
@@ -438,13 +436,13 @@ class _Sample:
             yield _Claim(trait, law, np.empty(0), results[0], (), operands)
         # Operands that are averaged or written into a state have the axes of the first.
         first = [0, 2] if op.attends or op.recurs else [0]
-        own = {n for i in first if i < len(self.types) for n in self.types[i].names}
+        firsts = {n for i in first if i < len(self.types) for n in self.types[i].names}
         for axis in dict.fromkeys(n for t in self.types for n in t.names if n not in mixed):
             if op.alias and any(axis not in v.type for v in node.results):
                 continue  # it has another name there, or is a part of one
             for number, (value, result) in enumerate(zip(node.results, results, strict=True)):
                 names = value.type.names
-                if axis not in names and axis not in own:
+                if axis not in names and axis not in firsts:
                     continue
                 if axis not in names:
                     law = f"an element reads one place of {axis}, which the result has not"
@@ -462,8 +460,8 @@ class _Sample:
                         continue
                     changed = list(operands)
                     changed[i] = _first_of(further[i], operands[i], type, axis)
-                    rest = _first_of(result, self.results(changed)[number], value.type, axis)
-                    yield _Claim(trait, law, result, rest, names, operands)
+                    others = _first_of(result, self.results(changed)[number], value.type, axis)
+                    yield _Claim(trait, law, result, others, names, operands)
 
 
 FUNCTION, MIXES = "function", "mixes"

@@ -155,6 +155,8 @@ def test_rules_without_groups_get_a_note_and_misspelt_ones_a_message(moecc, tmp_
         (("--price", "2"), "--price has no run to price"),
         (("--tokens", "nan"), "'nan' is not a number: 4096, 4M or 2e12"),
         (("--tokens", "inf"), "'inf' is not a number"),
+        (("--tokens", "1e999"), "the number is more than 1e+30"),
+        (("--batch-tokens", "9e99T"), "the number is more than 1e+30"),
         (("--tokens", "1_"), "'1_' is not a number"),
         (("--tokens", "0.5"), "0.5 is less than 1"),
         (("--batch-tokens", "0.5"), "'0.5' is not a whole number"),

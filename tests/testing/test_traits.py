@@ -23,6 +23,14 @@ from moecc.testing import laws
 from moecc.testing.traits import false_traits
 from tests.ir.operations import applied
 
+
+class UnaryOp(Op):
+    """An operation of one operand, whose type the result has."""
+
+    def infer(self, x):
+        return float_elementwise((x,), self.attrs)
+
+
 NOT_SAMPLED = {name for name, row in OPS.items() if row.opaque or row.collective or row.has_body}
 
 
@@ -184,11 +192,8 @@ graph g {
 
 def test_no_term_of_ones_own_is_believed_and_no_other_element_type(table):
     @operation("own", "x", elementwise=True, sharding=by_name)
-    class OwnOp(Op):
+    class OwnOp(UnaryOp):
         """max(x, a lowest number of its type) + 1, with a false term: x."""
-
-        def infer(self, x):
-            return float_elementwise((x,), self.attrs)
 
         def meaning(self, x):
             lowest = {"bf16": -0.1, "f32": -0.01}[x.dtype.name]
@@ -243,11 +248,8 @@ graph g {
 def test_a_proof_with_an_operation_of_ones_own_has_a_log(table, tmp_path):
     # It has the name of a head of moecc's lemmas, and is none.
     @operation("share", "x", elementwise=True, sharding=by_name)
-    class ShareOp(Op):
+    class ShareOp(UnaryOp):
         """x³."""
-
-        def infer(self, x):
-            return float_elementwise((x,), self.attrs)
 
         def meaning(self, x):
             return x.map(lambda data: data**3)
@@ -276,11 +278,8 @@ graph g {
 
 def test_devices_are_sampled_where_a_meaning_depends_on_sizes(table):
     @operation("share", "x", elementwise=True, sharding=by_name)
-    class ShareOp(Op):
+    class ShareOp(UnaryOp):
         """x, but of four elements along embed, which no trait is sampled at, twice x."""
-
-        def infer(self, x):
-            return float_elementwise((x,), self.attrs)
 
         def meaning(self, x):
             return x.map(lambda data: data * (1 + (x.size("embed") == 4)))

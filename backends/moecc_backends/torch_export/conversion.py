@@ -588,13 +588,13 @@ def _fill_tensors(model: Any, tensors: Mapping[str, Any], device: Any, path: Pat
       InputError: names or shapes differ, or a buffer stays without elements.
     """
     sharing: dict[int, dict[str, Any]] = {}
-    own = model.state_dict(keep_vars=True)
-    for name, tensor in own.items():
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
         memory = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
         sharing.setdefault(memory, {})[name] = tensor
     problems = [
         Problem("the model has no such tensor", f"{path}: {name}")
-        for name in tensors.keys() - own.keys()
+        for name in tensors.keys() - state.keys()
     ]
     for group in sharing.values():
         stored = [name for name in group if name in tensors]
@@ -618,7 +618,7 @@ def _fill_tensors(model: Any, tensors: Mapping[str, Any], device: Any, path: Pat
     problems += [
         Problem("a buffer that is not saved is on the device meta", f"{path}: {name}", hint=hint)
         for name, tensor in every
-        if tensor.is_meta and name not in own
+        if tensor.is_meta and name not in state
     ]
     raise_problems(sorted(problems, key=str))
 

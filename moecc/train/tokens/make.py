@@ -361,18 +361,18 @@ class _TokenMaker:
             return
         count = sum(writer.documents for writer in self._writers.values())
         if count:
-            found = f"{amount(count, 'document')} in all"
+            counted = f"{amount(count, 'document')} in all"
             hint = "another share, or --split paragraph for more documents"
             if all(map(has_records, files)):
                 hint = "another share, or more records"
             if count > 1 and len(self._draws) == 1:
-                found += f", with the same {_GROUPS.get(self._making.format.kind, 'prompt')}"
+                counted += f", with the same {_GROUPS.get(self._making.format.kind, 'prompt')}"
                 hint = "such documents are held out together: add records with others"
             raise InputError(
                 f"no document is left for {' and '.join(empty)}",
                 where="--hold-out",
                 expected="documents in both parts",
-                found=found,
+                found=counted,
                 hint=hint,
             )
         raise InputError(

@@ -366,9 +366,9 @@ def lower_nodes(ctx: TraceContext, nodes: Iterable[Node]) -> None:
 
 
 def _lowered(ctx: TraceContext, node: Node, entry: Lowering) -> tuple[Operand, ...] | Deferred:
-    place = jax.named_scope(node.loc) if ctx.options.located and node.loc else nullcontext()
+    scope = jax.named_scope(node.loc) if ctx.options.located and node.loc else nullcontext()
     try:
-        with place:
+        with scope:
             lowered = ctx.interceptor(ctx, node, [*map(ctx.operand, node.operands)], entry.function)
     except InputError as error:
         raise InputError(replace(p, where=p.where or where(node)) for p in error.problems) from None
