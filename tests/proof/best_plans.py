@@ -5,13 +5,16 @@
 Searches each of the 24 cells once, then compiles the best plan of each, then the second of each,
 and so on up to the tenth.  A program that the compiler refuses has its words, and the nearest plan
 that compiles, as ``moecc compile`` names it.  Every compilation is written at once: the same
-command goes on after a stop.
+command goes on after a stop.  A row has the digest of its lowered program, and it stands while the
+same compiler is given that program.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import sys
 import time
 from datetime import UTC, datetime
@@ -20,7 +23,7 @@ from pathlib import Path
 from moecc.ahead.request import CompilerFailed, Request
 from moecc.ahead.worker import prepare
 from moecc.errors import MoeccError
-from moecc.jobs.compile import compile_in_subprocess, nearest_that_compiles
+from moecc.jobs.compile import ENVIRONMENT, compile_in_subprocess, nearest_that_compiles
 from moecc.plan.search import search
 
 from .exposed import LLAMA, MIXTRAL, SMOLLM2, UPCYCLED, Row, machine, program, request_of
@@ -53,6 +56,7 @@ def searched(model: str, machine_name: str) -> list[Row]:
         {
             **{name: estimate.strategy.settings[name] for name in SETTINGS},
             "planned_seconds": round(estimate.seconds, 6),
+            "planned_bytes": round(estimate.memory.total),
         }
         for estimate in (ranking.best, *ranking.others)
     ]
@@ -63,6 +67,26 @@ def request_for(model: str, machine_name: str, plan: Row) -> Request:
     name, pipeline = MODELS[model]
     settings = {n: plan[n] for n in SETTINGS if n in plan and n != "mesh"}
     return request_of(program(name, machine_name, plan["mesh"], pipeline, **settings))
+
+
+def with_records(plans: list[Row], rows: list[Row]) -> list[Row]:
+    """Return the plans of a cell, each with what a record has of the same settings."""
+    recorded = {tuple(row[name] for name in SETTINGS): row for row in rows if "compiled" in row}
+    return [
+        plan | {n: row[n] for n in ("program", "compiled") if n in row}
+        for plan in plans
+        for row in [recorded.get(tuple(plan[name] for name in SETTINGS), {})]
+    ]
+
+
+def digest(request: Request) -> str:
+    """Return the SHA-256 of the program in StableHLO that a request gives to the compiler."""
+    os.environ.update(ENVIRONMENT)  # before jax looks for devices
+    from moecc_backends.xla.ahead import lower_step
+
+    prepared = prepare(request)
+    lowered = lower_step(prepared.graph, prepared.job)
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
 def compiled(request: Request) -> Row:
@@ -78,7 +102,6 @@ def compiled(request: Request) -> Row:
     return {
         "fits": data["fits"],
         "needed_bytes": data["needed_bytes"],
-        "planned_bytes": data["predicted"]["needed_bytes"],
         "corrected_seconds": data["corrected"]["seconds"],
         "seconds": round(time.monotonic() - begun),
     }
@@ -114,23 +137,28 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RECORD)
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
-    cells = {}
+    cells: dict[str, list[Row]] = {}
     if options.out.exists():
-        cells = json.loads(options.out.read_text())["cells"]
+        record = json.loads(options.out.read_text())
+        cells = record["cells"] if record["packages"] == machine() else {}
     pairs = [(model, name) for name in MACHINES if options.machine in (None, name)
              for model in MODELS]  # fmt: skip
+    for model, name in pairs:
+        cell = f"{model} on {name}"
+        cells[cell] = with_records(searched(model, name), cells.get(cell, []))
     for rank in range(options.ranks):
         for model, name in pairs:
-            if time.monotonic() > end:
-                break
             cell = f"{model} on {name}"
-            if cell not in cells:
-                cells[cell] = searched(model, name)
-            plans = cells[cell]
-            if rank < len(plans) and "compiled" not in plans[rank]:
-                plans[rank]["compiled"] = compiled(request_for(model, name, plans[rank]))
-                print(cell, rank + 1, plans[rank], file=sys.stderr, flush=True)
+            if time.monotonic() > end or rank >= len(cells[cell]):
+                continue
+            plan = cells[cell][rank]
+            request = request_for(model, name, plan)
+            program = digest(request)
+            if plan.get("program") != program:
+                plan |= {"program": program, "compiled": compiled(request)}
+                print(cell, rank + 1, plan, file=sys.stderr, flush=True)
                 write(cells, options.out)
+    write(cells, options.out)
     best = [plans[0]["compiled"] for plans in cells.values() if "compiled" in plans[0]]
     return int(not all(row.get("fits") or " compiles;" in row.get("nearest", "") for row in best))
 

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -415,7 +416,7 @@ LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 
 
 def compile_ahead(graph: Graph, job: Job) -> Result:
-    """Compile a step of `graph`, or lower it alone where only StableHLO is wanted.
+    """Compile a step of `graph`.
 
     Raises:
       MachineError: an extra is missing.
@@ -424,17 +425,32 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     """
     if job.request.export and find_spec("flatbuffers") is None:
         raise MachineError("exporting needs flatbuffers", hint=install_hint("export"))
-    config = job.request.config
-    with in_precision(config.compute_type, config.weight_type, config.reduce_type):
+    with _in_precision(job):
         return _compiled(graph, job)
+
+
+def lower_step(graph: Graph, job: Job) -> Lowered:
+    """Lower a step of `graph`, compiling nothing; raises as `compile_ahead` does."""
+    with _in_precision(job):
+        return lower(*_step(graph, job), job.machine)
+
+
+def _in_precision(job: Job) -> AbstractContextManager[object]:
+    config = job.request.config
+    return in_precision(config.compute_type, config.weight_type, config.reduce_type)
+
+
+def _step(graph: Graph, job: Job) -> tuple[Wrapped, tuple[PyTree, ...]]:
+    """Return the jitted step of a job, and its abstract arguments."""
+    config = job.request.config
+    layout = job.layout if config.partition == GSPMD else None
+    spec = StepSpec(job.sizes, config, job.update, platform=job.machine.kind, layout=layout)
+    return make_step(graph, spec, devices(job.machine))
 
 
 def _compiled(graph: Graph, job: Job) -> Result:
     request, machine = job.request, job.machine
-    config = request.config
-    layout = job.layout if config.partition == GSPMD else None
-    spec = StepSpec(job.sizes, config, job.update, platform=machine.kind, layout=layout)
-    function, arguments = make_step(graph, spec, devices(machine))
+    function, arguments = _step(graph, job)
     start = time.perf_counter()
     lowered = lower(function, arguments, machine)
     seconds = time.perf_counter() - start
@@ -445,7 +461,7 @@ def _compiled(graph: Graph, job: Job) -> Result:
 
         exported = export.export(function, platforms=[_platform(machine)])(*arguments)
         artefact = bytes(exported.serialize())
-    options = overlap_options(machine) if config.overlap else {}
+    options = overlap_options(machine) if request.config.overlap else {}
     try:
         compiled = compile_lowered(
             lowered, machine, {**options, **(LEAST_EFFORT if request.quick else {})}
