@@ -12,9 +12,7 @@ same compiler is given that program.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 import time
 from datetime import UTC, datetime
@@ -23,10 +21,10 @@ from pathlib import Path
 from moecc.ahead.request import CompilerFailed, Request
 from moecc.ahead.worker import prepare
 from moecc.errors import MoeccError
-from moecc.jobs.compile import ENVIRONMENT, compile_in_subprocess, nearest_that_compiles
+from moecc.jobs.compile import compile_in_subprocess, nearest_that_compiles
 from moecc.plan.search import search
 
-from .exposed import LLAMA, MIXTRAL, SMOLLM2, UPCYCLED, Row, machine, program, request_of
+from .exposed import LLAMA, MIXTRAL, SMOLLM2, UPCYCLED, Row, digest, machine, program, request_of
 
 RECORD = Path("docs/proofs/best-plans.json")
 RANKS = 10
@@ -77,16 +75,6 @@ def with_records(plans: list[Row], rows: list[Row]) -> list[Row]:
         for plan in plans
         for row in [recorded.get(tuple(plan[name] for name in SETTINGS), {})]
     ]
-
-
-def digest(request: Request) -> str:
-    """Return the SHA-256 of the program in StableHLO that a request gives to the compiler."""
-    os.environ.update(ENVIRONMENT)  # before jax looks for devices
-    from moecc_backends.xla.ahead import lower_step
-
-    prepared = prepare(request)
-    lowered = lower_step(prepared.graph, prepared.job)
-    return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
 def compiled(request: Request) -> Row:

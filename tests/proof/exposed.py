@@ -5,13 +5,16 @@
 
 `docs/proofs/exposed.json` has a row for each program.  A prediction is written first and committed;
 the row of a program that is compiled afterwards names that commit.  Rules were made from the
-programs of `LEARNT`.  Compiling goes on where it was stopped.
+programs of `LEARNT`.  Compiling goes on where it was stopped.  A row has the digest of its lowered
+program, and it stands while the same compiler is given that program.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -24,7 +27,7 @@ from moecc.ahead.request import Request
 from moecc.ahead.worker import prepare
 from moecc.errors import MoeccError
 from moecc.jobs.command import read_pipeline
-from moecc.jobs.compile import compile_in_subprocess
+from moecc.jobs.compile import ENVIRONMENT, compile_in_subprocess
 from moecc.plan.step import ProgramConfig
 
 RECORD = Path("docs/proofs/exposed.json")
@@ -196,6 +199,16 @@ def predicted(row: Row) -> Row:
     }
 
 
+def digest(request: Request) -> str:
+    """Return the SHA-256 of the program in StableHLO that a request gives to the compiler."""
+    os.environ.update(ENVIRONMENT)  # before jax looks for devices
+    from moecc_backends.xla.ahead import lower_step
+
+    prepared = prepare(request)
+    lowered = lower_step(prepared.graph, prepared.job)
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()
+
+
 def compiled(row: Row) -> Row:
     """Return what the compiled program of a row exposes; the compiler's words if it has none."""
     try:
@@ -261,21 +274,27 @@ def main() -> int:
     parser.add_argument("--predict", action="store_true", help="predict, and compile nothing")
     parser.add_argument("--out", type=Path, default=RECORD)
     options = parser.parse_args()
-    rows = {}
+    rows: dict[str, Row] = {}
     if options.out.exists():
-        rows = json.loads(options.out.read_text())["programs"]
+        record = json.loads(options.out.read_text())
+        rows = record["programs"]
+        if record["packages"] != machine():
+            for row in rows.values():
+                row.pop("program", None)
     for name in options.names or PROGRAMS:
         if options.predict:
             row = rows.setdefault(name, {**PROGRAMS[name], "predicted_at": None})
             # A prediction that a compiled program has answered is not made again.
             if name not in HELD_OUT or row["predicted_at"] is None:
                 row["predicted"] = predicted(row)
-        elif name in rows and "compiled" not in rows[name]:
-            row = rows[name]
+        elif name in rows:
+            row, program = rows[name], digest(request_of(rows[name]))
+            if row.get("program") == program:
+                continue
             if name in HELD_OUT and row["predicted_at"] is None:
                 command = ["git", "log", "-1", "--format=%h", "--", str(options.out)]
                 row["predicted_at"] = subprocess.check_output(command, text=True).strip()
-            row["compiled"] = compiled(row)
+            row |= {"program": program, "compiled": compiled(row)}
             print(name, row["compiled"], off(row), file=sys.stderr, flush=True)
         write(rows, options.out)
     distances = [off(row) for name, row in rows.items() if name not in PUBLISHED]
