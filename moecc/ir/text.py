@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import json
 import os
 import re
@@ -512,6 +513,15 @@ def _set(graph: Graph, name: str) -> None:
 
 
 _IMPORT = "moecc import MODEL prints the graph of a model"
+
+
+def _reduced(graph: Graph) -> tuple[Callable[[str], Graph], tuple[str]]:
+    return parse, (print_graph(graph),)
+
+
+# A graph is pickled and deep-copied as its text: to follow the links from node to node would be as
+# deep as the graph is long.
+copyreg.pickle(Graph, _reduced)
 
 
 def read_graph(path: str) -> Graph:

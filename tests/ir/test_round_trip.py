@@ -1,6 +1,8 @@
 """Text and graph say the same: parse(print(g)) == g, whatever the names, places and attributes."""
 
+import copy
 import math
+import pickle
 import string
 
 import pytest
@@ -21,6 +23,7 @@ from moecc.ir import (
     tensor,
 )
 from moecc.testing import graphs, laws
+from tests.train.tiny import golden_graph
 
 FIRST = string.ascii_letters + string.digits + "_"
 VALUE_NAMES = st.builds(
@@ -71,6 +74,13 @@ def test_names_places_and_attributes_round_trip(graph):
     assert [p.loc for p in again.params.values()] == [p.loc for p in graph.params.values()]
     assert again.attrs == graph.attrs
     assert again.name == graph.name
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))])
+@pytest.mark.parametrize("passes", ["upcycle{experts=4}", "roll-layers"])
+def test_copies_and_pickles_have_the_text(copied, passes):
+    graph = golden_graph("llama_gqa", passes)
+    assert print_graph(copied(graph)) == print_graph(graph)
 
 
 @given(graphs(), st.sampled_from(["\n", "  ", "\t", "# remark\n", "\r\n"]))
