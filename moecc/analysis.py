@@ -12,6 +12,7 @@ from moecc.ir.conventions import DECODER_TOKENS, LOGITS, TOKENS
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.attention import LENGTH_SCALINGS, RopeOp
 from moecc.ir.ops.contraction import ProductOp
+from moecc.ir.ops.elementwise import ConstantOp
 from moecc.ir.traits import Cost, Role, RowMove
 from moecc.ir.unroll import users_within
 
@@ -491,6 +492,20 @@ def _head_nodes(logits: Value, of_tokens: set[Value]) -> set[Node]:
 
 DIFFERENCES = ("causal", "alibi", "relative_buckets", "signed_buckets")
 """The operations that read how far positions are apart, which a place in a row does not change."""
+
+
+def hides_later(node: Node) -> bool:
+    """Whether `node` is a causal mask: no query sees a key behind it.
+
+    A window to both sides is a ``causal``, too, whose queries are shifted ahead by a constant.
+    """
+    if node.op.name != "causal":
+        return False
+    query = node.operands[0].node
+    if query is None or query.op.name != "add":
+        return True
+    shifts = [v.node for v in query.operands if v.node is not None and v.node.op.name == "constant"]
+    return not any(ConstantOp.of_node(node).value > 0 for node in shifts)
 
 
 def document_mixtures(graph: Graph, longest: int) -> Iterator[Problem]:

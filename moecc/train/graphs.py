@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from moecc.analysis import document_mixtures
+from moecc.analysis import document_mixtures, hides_later
 from moecc.errors import InputError, raise_problems
 from moecc.ir.conventions import LOGITS, convention
 from moecc.ir.graph import Graph, Node
@@ -252,7 +252,7 @@ def check_objective(graph: Graph, objective: Objective) -> None:
             found=objective.value,
             hint='an encoder is trained and evaluated by the objective "masked", on documents',
         )
-    is_causal = any(node.op.name == "causal" for node in graph.every_node())
+    is_causal = any(hides_later(node) for node in graph.every_node())
     if is_causal and "decoder_tokens" not in graph.inputs and objective is Objective.MASKED:
         raise InputError(
             "a decoder alone has no objective masked: no token of it sees what follows a mask",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated
 
-from moecc.analysis import find_ffn_blocks
+from moecc.analysis import find_ffn_blocks, hides_later
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import TRACE, VALUES
@@ -32,7 +32,6 @@ AFTER_SCORER = P.merge(P.any()) | P.add(P.any(), P.any())
 AFTER_PRODUCT = P.add(P.any(), P.any()) | P.scale(P.any())
 NOISY = P.add(P.any("clean"), P.random_normal(P.any(), P.any(), std=P.attr("std")))
 MASKED = P.mask(P.any(), P.any("seen"))
-CAUSAL = P.causal(P.any(), ...)
 
 _STEPS_TO_PRODUCT = 4
 """How many nodes, those of dropout, may be between attention weights and their product."""
@@ -295,7 +294,7 @@ def causal_values(graph: Graph) -> set[Value]:
 
 def _masks_causally(node: Node) -> bool:
     masked = fits(MASKED, node)
-    return masked is not None and any(fits(CAUSAL, n) for n in _ancestors(masked.value("seen")))
+    return masked is not None and any(hides_later(n) for n in _ancestors(masked.value("seen")))
 
 
 def _ancestors(value: Value) -> Iterator[Node]:
