@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 LOGITS, POOLED = "head.logits", "head.pooled"
 """The outputs of a graph with a head: logits of its task, or the pooled state of a base model."""
 
+MASKED_LM = "MaskedLM"
+"""The task of a head that predicts tokens."""
+
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
 """The keys of a config about the labels of a head."""
 
 HUB_TASKS = {
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
-    "MaskedLM": "fill-mask",
+    MASKED_LM: "fill-mask",
     "ImageClassification": "image-classification",
     "AudioClassification": "audio-classification",
     "CTC": "automatic-speech-recognition",

@@ -378,14 +378,14 @@ def evaluate(
         if Path(name, FACTS).is_file()
     )
     for name in models:  # a wrong one shows before the first is run
-        with open_model(name) as model:
+        with open_model(name, heads=None) as model:
             for folder in folders.values():
                 objective = evaluation_recipe(model.graph, folder, spec).data.objective
                 check_objective(model.graph, objective)
     results: list[ModelEvaluation] = []
     for name in models:
         sets = {}
-        with open_model(name) as model:
+        with open_model(name, heads=None) as model:
             for folder_name, folder in folders.items():
                 with Bar(f"evaluating {name} on {folder_name}", unit_bytes=False) as bar:
                     sets[folder_name] = score_of(model, folder, spec, bar)

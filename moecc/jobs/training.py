@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moecc.errors import InputError, Problem, raise_problems
 from moecc.families import build
+from moecc.families.heads import MASKED_LM
 from moecc.families.registry import parse_config
 from moecc.formats.folder import CONFIG_NAME, OPTIMIZER_NAME, SafetensorsFolder, open_folder
 from moecc.formats.manifest import check_manifest
@@ -37,6 +38,7 @@ from moecc.formats.run import (
 )
 from moecc.formats.source import FIRST
 from moecc.formats.trees import TreeCheckpoint
+from moecc.ir.conventions import LOGITS
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph, read_graph
@@ -48,10 +50,18 @@ from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.lazy import np
+from moecc.support.text import listed
 from moecc.train.batches import Batches, open_batches, resolved
 from moecc.train.events import Beginning, Event, Exported, Saved, Teacher, TrainJob
 from moecc.train.graphs import eval_graph, step_spec, teacher_graph, train_graph
-from moecc.train.recipe import ModelSection, Moments, OptimizerSection, Recipe, Start
+from moecc.train.recipe import (
+    ModelSection,
+    Moments,
+    Objective,
+    OptimizerSection,
+    Recipe,
+    Start,
+)
 from moecc.train.recipe_text import (
     parse_recipe,
     recipe_differences,
@@ -80,6 +90,7 @@ from moecc.train.tokens.encoders import (
 )
 from moecc.translate.export import export_graph
 from moecc.translate.gguf import architecture_of, export_gguf
+from moecc.translate.importing import readable_head
 from moecc.translate.propose import check_target
 from moecc.types import Array, TensorType, float_type
 from moecc.weights.expr import source_types
@@ -96,7 +107,7 @@ class RecipeSource:
       canonical: its canonical graph, and how its parameters are made.
       preserves: what the pipeline does to the function.
       pipeline: in full.
-      remarks: of its passes.
+      remarks: of its passes, and on what is not trained.
     """
 
     model: OpenedModel
@@ -123,6 +134,7 @@ def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[RecipeSou
     remarks: list[str] = []
     context = Context(seed=section.seed, remark=lambda r: remarks.append(str(r)))
     with _opened(section) as model:
+        remarks += _left_untrained(model, recipe.data.objective)
         done = run_pipeline(model.graph, pipeline, context=context)
         if section.start is Start.RANDOM:
             initialise(model.graph, seed=section.seed)
@@ -136,6 +148,19 @@ def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[RecipeSou
         yield RecipeSource(
             model, model_graph, str(done.preserves), pipeline.in_full(), tuple(remarks)
         )
+
+
+def _left_untrained(model: OpenedModel, objective: Objective) -> Iterator[str]:
+    """Yield a remark on the tensors of a checkpoint that its training leaves behind."""
+    unread = model.unread()
+    if not unread or model.checkpoint is None:
+        return
+    remark = f"not trained, and not in the run: {listed(unread)}"
+    if objective is Objective.MASKED and LOGITS not in model.graph.output_names:
+        remark += "; logits are made by the embedding (tie-head)"
+        if readable_head(model.checkpoint)[0] == MASKED_LM:
+            remark += "; the head is trained after moecc convert --to st_moe"
+    yield remark
 
 
 @contextmanager

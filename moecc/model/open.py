@@ -39,7 +39,7 @@ from moecc.ir.text import read_graph
 from moecc.presets import PREFIX, preset_config
 from moecc.rewrite.pipeline import Registry, installed
 from moecc.support.process import Closing
-from moecc.support.text import brief, count_text, facts_table
+from moecc.support.text import brief, count_text, facts_table, listed
 from moecc.types import DTYPES, F32, Array, DType
 from moecc.weights.arithmetic import BASE, STATISTICS, is_statistic
 from moecc.weights.expr import source_types, sources
@@ -145,7 +145,7 @@ class OpenedModel(Closing):
         if not unread or self.checkpoint is None:
             return []
         if function_name(self.graph) is not None:
-            return [f"outside of the blocks: {_shown(unread)}"]
+            return [f"outside of the blocks: {listed(unread)}"]
         from moecc.translate.importing import readable_head
 
         task, head = readable_head(self.checkpoint)
@@ -153,9 +153,9 @@ class OpenedModel(Closing):
         remarks = []
         if of_head:
             keeping = "--to st_moe and --to auto keep" if task else "--to st_moe keeps"
-            remarks.append(f"no part of the graph: {_shown(of_head)}; {keeping} them")
+            remarks.append(f"no part of the graph: {listed(of_head)}; {keeping} them")
         if remaining:
-            remark = f"no part of the graph, and not converted: {_shown(remaining)}"
+            remark = f"no part of the graph, and not converted: {listed(remaining)}"
             is_folder = self.checkpoint.format == "safetensors"
             hint = "; moecc convert --via torch keeps them" if is_folder else ""
             remarks.append(remark + hint)
@@ -201,10 +201,6 @@ class OpenedModel(Closing):
             if not is_statistic(name):
                 counts[info.dtype.name] = counts.get(info.dtype.name, 0) + info.nbytes
         return DTYPES[max(counts, key=lambda n: counts[n])] if counts else F32
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 class Params(Mapping[str, Array]):

@@ -108,6 +108,12 @@ def both(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def capped(
     problems: Iterable[Problem], singular: str, plural: str, most: int = MOST_PER_KIND
 ) -> Iterator[Problem]:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from moecc.analysis import ATTRIBUTE, document_mixtures, parameter_groups, trainable
 from moecc.errors import InputError, Problem, raise_problems
+from moecc.families.heads import LOGITS as HEAD_LOGITS
+from moecc.families.heads import MASKED_LM, POOLED
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import DECODER_TOKENS, HIDDEN, LOGITS, TOKENS
 from moecc.ir.graph import Graph, Node, Value, where
@@ -135,13 +137,14 @@ class TieHeadPass(Pass):
         output logits = %logits
 
     An encoder that is stored without a head is trained on masked tokens so (Press and Wolf 2017);
-    the head adds no parameter and is not exported.
+    the head adds no parameter and is not exported.  A graph with the head of its masked language
+    model keeps that one, whose logits are ``head.logits``.
     """
 
     name = "tie-head"
     summary = "add logits computed by the tied embedding"
 
-    only: Annotated[bool, "remove the hidden states from the outputs"] = False
+    only: Annotated[bool, "remove hidden states and heads from the outputs"] = False
 
     @property
     def preserves(self) -> Preserves:
@@ -156,6 +159,14 @@ class TieHeadPass(Pass):
         """
         if LOGITS in graph.output_names:
             return PassResult(changed=False)
+        stated = graph.outputs.get(HEAD_LOGITS) if graph.attrs.get("head") == MASKED_LM else None
+        graph.set_output(LOGITS, self._tied(graph) if stated is None else stated)
+        for name in (HIDDEN, HEAD_LOGITS, POOLED) if self.only else ():
+            if name in graph.output_names:
+                graph.drop_output(name)
+        return PassResult(changed=True, matched=1)
+
+    def _tied(self, graph: Graph) -> Value:
         hidden = graph.outputs.get(HIDDEN)
         # The parameter that looks tokens up.
         tokens = graph.inputs.get(TOKENS)
@@ -172,10 +183,7 @@ class TieHeadPass(Pass):
             )
         (width,) = (n for n in table.type.names if n in hidden.type)
         builder = Builder(graph, loc="head", origin=self.name)
-        graph.set_output(LOGITS, builder.contract(hidden, table, over=width, name=LOGITS))
-        if self.only:
-            graph.drop_output(HIDDEN)
-        return PassResult(changed=True, matched=1)
+        return builder.contract(hidden, table, over=width, name=LOGITS)
 
 
 # The pass ``force-balance``: experts in turn, whatever the router says, for timing alone.

@@ -21,7 +21,7 @@ from moecc.train.scoring import (
 from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.folder import open_tokens
 
-from .tiny import draw_weights, make_model, tokenize, tokens_of, write_lines
+from .tiny import draw_weights, make_model, masked_model, tokenize, tokens_of, write_lines
 
 
 def rows(losses, tokens):
@@ -116,6 +116,20 @@ def test_accuracy_is_of_the_examples_whose_loss_is_measured(tmp_path, monkeypatc
     assert 0 < are_yes.mean() < 1
     assert score.accuracy == 1 - are_yes.mean()
     assert "10 examples are cut" in capsys.readouterr().err
+
+
+def test_masked_tokens_are_predicted_by_the_head_of_the_checkpoint(tmp_path, monkeypatch):
+    data, compiled = tokens_of("some text of letters", tmp_path / "tokens"), []
+
+    class Compiles(SaysNo):
+        def scorer(self, graph, params, *, dtype):
+            compiled.append(graph)
+            return super().scorer(graph, params, dtype=dtype)
+
+    monkeypatch.setattr(evaluation, "backend_with", lambda kind: Compiles())
+    evaluation.evaluate([str(masked_model(tmp_path / "model"))], data=[str(data)], sequence=16)
+    assert "cls.predictions.bias" in compiled[0].params
+    assert compiled[0].output_names == ["logits"]
 
 
 def test_losses_of_other_tokens_are_not_paired(tmp_path, monkeypatch, capsys):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from moecc_backends.reference import ReferenceBackend
 
+from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.ir import clone, equal, parse
 from moecc.ir.unroll import unrolled
+from moecc.model.open import open_model
 from moecc.testing.data import params_for
 from moecc.train.batches import open_batches
 from moecc.train.graphs import eval_graph, eval_passes, train_graph, train_passes, training_remarks
@@ -25,7 +27,7 @@ from moecc.train.recipe import (
 )
 from moecc.train.rows import ModelFacts
 
-from .tiny import golden_graph, piped, tokens_of
+from .tiny import golden_graph, masked_model, piped, tokens_of
 
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 RECIPE = Recipe(ModelSection("m"), DataSection((Corpus("x"),), batch=4, seq=32), RunSection(1))
@@ -44,6 +46,7 @@ def mixture():
         ("llama_gqa", Objective.CAUSAL),
         ("t5_gated_untied", Objective.SPANS),
         ("bert_gelu", Objective.MASKED),
+        ("modernbert_windows", Objective.MASKED),
     ],
 )
 def test_steps_take_what_batches_give(tmp_path, name, objective, packing):
@@ -75,6 +78,11 @@ def test_objectives_that_a_model_cannot_learn_are_rejected(name, objective, told
         train_graph(golden_graph(name, UPCYCLE), recipe)
 
 
+def test_experts_choose_tokens_behind_windows_to_both_sides():
+    graph = golden_graph("modernbert_windows", "upcycle{experts=2 routing=expert-choice}")
+    assert sum(node.op.name == "expert_choice" for node in graph) == 4
+
+
 def test_a_tied_head_is_the_embedding():
     graph = golden_graph("bert_gelu", "dce")
     tied = piped(clone(graph), "tie-head")
@@ -88,6 +96,27 @@ def test_a_tied_head_is_the_embedding():
     text = "moecc 1\ngraph g {\n  input %x : f32[a=2]\n  output y = %x\n}\n"
     with pytest.raises(InputError, match="no hidden states"):
         piped(parse(text, "g"), "tie-head")
+
+
+def test_the_head_of_a_masked_language_model_is_kept(tmp_path):
+    with open_model(str(masked_model(tmp_path / "model")), heads=True) as model:
+        own = model.graph.outputs["head.logits"]
+        tied = piped(model.graph, "tie-head{only=true}")
+    assert tied.outputs == {"logits": own}
+
+
+def test_a_head_that_is_left_out_of_a_run_is_named(tmp_path, capsys):
+    tokens_of("some text " * 40, tmp_path / "x")
+    (tmp_path / "r.toml").write_text(
+        f'model.source = "{masked_model(tmp_path / "model")}"\n'
+        'data = {objective = "masked", seq = 32, train = [{tokens = "x"}]}\nrun.steps = 1\n'
+    )
+    assert (
+        main(["train", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    )
+    error = capsys.readouterr().err
+    assert "not trained, and not in the run: cls.predictions.bias, " in error
+    assert "logits are made by the embedding (tie-head); the head is trained after" in error
 
 
 def bounded(**routing):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from moecc.cli.main import main
 from moecc.families import build
@@ -103,6 +103,20 @@ def draw_weights(folder: Path) -> Path:
     params = OpenedModel(graph, "drawn").params()
     arrays = {names[n]: np.ascontiguousarray(a) for n, a in params.items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def masked_model(folder: Path) -> Path:
+    """Write a small BERT with the head of a masked language model, and return its folder."""
+    draw_weights(make_model(folder, "bert_square", architectures=["BertForMaskedLM"]))
+    path, name = folder / "model.safetensors", "cls.predictions.transform"
+    arrays = load_file(path)
+    wide = arrays["embeddings.LayerNorm.weight"].shape * 2
+    head = {f"{name}.dense.weight": wide, "cls.predictions.bias": (384,)}
+    head |= {f"{name}.{n}": wide[:1] for n in ("dense.bias", "LayerNorm.weight", "LayerNorm.bias")}
+    arrays = {f"bert.{n}": array for n, array in arrays.items()}
+    arrays |= {n: np.ones(shape, np.float32) for n, shape in head.items()}
+    save_file(arrays, path, metadata={"format": "pt"})
     return folder
 
 
