@@ -184,6 +184,9 @@ class Choice:
     export: Export | None = None
 
 
+EMITTED = "--emit torch writes the class for transformers"
+
+
 def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
     """Choose the family to write `graph` as; whatever moecc reads is written as some family.
 
@@ -199,7 +202,7 @@ def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
     """
     if LOGITS in graph.outputs:
         reason = f"auto chose {FAMILY}, which keeps the head of the source, for {hub_task(graph)}"
-        return Choice(FAMILY, f"{reason}; --emit torch writes the class for transformers")
+        return Choice(FAMILY, f"{reason}; {EMITTED}")
     fitting = _fitting(graph, wrapped)
     family = graph.family
     stays = family if issubclass(CONFIGS.get(family, ModelConfig), MoeConfig) else ""
@@ -207,7 +210,7 @@ def choose(graph: Graph, wrapped: WrappedText | None = None) -> Choice:
         near = nearest_family(graph)
         changes = "; ".join(reason.message for reason in near.reasons[:3]) if near else ""
         why = f"; the nearest other is {near.target}: {changes}" if near else ""
-        return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{why}")
+        return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads; {EMITTED}{why}")
 
     def rank(fit: Fit) -> tuple[bool, bool, int]:
         is_held = wrapped is not None and wrapped.holder_of(fit.target) is not None
