@@ -9,13 +9,13 @@ from pathlib import Path
 
 from moecc.backend import Arrays, get_backend
 from moecc.errors import CheckError, InputError
-from moecc.families.heads import has_head
+from moecc.families.heads import LOGITS, POOLED, has_head
 from moecc.ir.graph import Graph
 from moecc.jobs.conversion import Plan
 from moecc.model.inputs import default_inputs, first_layers, layer_count
 from moecc.model.open import OpenedModel, open_model
 from moecc.support.lazy import np
-from moecc.support.text import brief, facts_table
+from moecc.support.text import brief, facts_table, listed
 from moecc.support.untyped import JsonDict
 from moecc.types import F32, F64, Array, DType, Shape
 
@@ -98,6 +98,7 @@ class ComparisonVerdict:
       difference: model against source, the source's weights rounded.
       rounding: the rounded source against the source; None if nothing was rounded.
       tolerance: the bound on `difference.max_relative`.
+      outputs: the largest relative difference of each output that was compared.
     """
 
     model: str
@@ -109,6 +110,7 @@ class ComparisonVerdict:
     difference: LogitDifference
     rounding: LogitDifference | None
     tolerance: float
+    outputs: dict[str, float]
 
     @property
     def tokens(self) -> Shape:
@@ -143,6 +145,20 @@ class ComparisonVerdict:
         shapes = {name: list(shape) for name, shape in self.inputs.items()}
         tokens = list(self.tokens)
         return {**asdict(self), "inputs": shapes, "tokens": tokens, "passed": self.passed}
+
+
+def drop_other_heads(checked: OpenedModel, source: OpenedModel) -> list[str]:
+    """Drop the head of `source` that `checked` has not; return what is compared of neither."""
+    graphs = checked.graph, source.graph
+    heads = [({LOGITS, POOLED} & graph.outputs.keys(), graph.attrs.get("head")) for graph in graphs]
+    uncompared = [f"{listed(m.unread())} of {m.name}" for m in (checked, source) if m.unread()]
+    if heads[0] == heads[1]:
+        return uncompared
+    for name in heads[1][0]:
+        source.graph.drop_output(name)
+    for model, (names, _) in zip((checked, source), heads, strict=True):
+        uncompared += [f"{name} of {model.name}" for name in sorted(names)]
+    return uncompared
 
 
 def compare(
@@ -195,6 +211,7 @@ def compare(
         difference=differences[output],
         rounding=None if plain is rounded else difference(plain[output], rounded[output], output),
         tolerance=tolerance,
+        outputs={name: d.max_relative for name, d in differences.items()},
     )
 
 

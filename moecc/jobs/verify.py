@@ -73,6 +73,8 @@ def verdict_text(verdict: ComparisonVerdict) -> str:
         f"  max |Δ{name}| / max |{name}|  {difference.max_relative:.2e} "
         f"(at most {verdict.tolerance:g})",
     ]
+    others = {n: worst for n, worst in verdict.outputs.items() if n != verdict.output}
+    rows += [f"  max |Δ{n}| / max |{n}|  {worst:.2e}" for n, worst in others.items()]
     if difference.kl_nats is not None:
         rows.append(f"  KL divergence               {difference.kl_nats:.2e} nats a token")
         rows.append(f"  top-1 agreement             {difference.top1_agreement:.2%}")
@@ -197,7 +199,7 @@ def _verify_logits(
 ) -> Report:  # fmt: skip
     """Compare the logits of two models."""
     from moecc.families.heads import has_head
-    from moecc.jobs.comparison import compare
+    from moecc.jobs.comparison import compare, drop_other_heads
     from moecc.jobs.conversion import function_of_source
     from moecc.jobs.prove import replayed
     from moecc.model.inputs import read_inputs
@@ -206,13 +208,14 @@ def _verify_logits(
 
     type = float_type(dtype)
     with ExitStack() as opened:
-        checked = opened.enter_context(open_model(model, weights=weights))
+        checked = opened.enter_context(open_model(model, weights=weights, heads=True))
         say_weights(checked, model)
         # A model converted with a padding mask is compared with a source that has one.
         masked = "mask" in checked.graph.inputs
         heads = has_head(checked.graph)
         source = opened.enter_context(open_model(against, padding=masked, heads=heads))
         say_weights(source, against)
+        uncompared = drop_other_heads(checked, source)
         arrays = None if inputs is None else read_inputs(inputs, source.graph)
         verdict = compare(checked, source, inputs=arrays, tolerance=tolerance, compute_dtype=type)
         left_out = source.unread()
@@ -224,7 +227,7 @@ def _verify_logits(
             expected=f"at most {tolerance:g}",
             found=f"{verdict.difference.max_relative:.2e}", hint=_way_out(verdict),
         )  # fmt: skip
-    text = verdict_text(verdict)
+    text = "\n".join([verdict_text(verdict), *(f"  not compared: {n}" for n in uncompared)])
     if proof is not None:
         text += f"\n  {function_of_source(left_out)}: proved again"
     data = verdict.to_json() | {"proof": None if proof is None else proof.to_json()}

@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import moecc as package
 from moecc.cli.commands import make_command
@@ -14,6 +16,7 @@ from moecc.errors import CheckError
 from moecc.jobs.command import Report, Spelling
 from moecc.jobs.compile import CompileOutcome, _work
 from moecc.plan.step import ProgramConfig
+from tests.train.tiny import masked_model
 
 
 def test_a_checkpoint_is_converted_and_verified_without_a_command_line(dense, tmp_path):
@@ -105,3 +108,21 @@ def test_the_share_of_the_model_is_no_more_than_all(model, opaque, told):
             "opaque": opaque, "unknown_loops": 0}  # fmt: skip
     text = "\n".join(_work(data))
     assert f"of the model alone {model}, {told}\n" in f"{text}\n"
+
+
+def test_heads_are_compared_where_both_models_have_them(tmp_path):
+    whole, other = masked_model(tmp_path / "whole"), masked_model(tmp_path / "other")
+    arrays = load_file(whole / "model.safetensors")
+
+    def verdict(model, against, **replaced):
+        kept = arrays if replaced else {n: a for n, a in arrays.items() if n.startswith("bert.")}
+        save_file(kept | replaced, other / "model.safetensors", metadata={"format": "pt"})
+        return package.verify(str(model), against=str(against))
+
+    same = verdict(other, whole, **arrays)
+    assert same.data["outputs"] == {"hidden": 0.0, "head.logits": 0.0}
+    assert "max |Δhead.logits| / max |head.logits|  0.00e+00" in str(same)
+    wrong = verdict(other, whole, **{"cls.predictions.bias": np.full(384, 2, np.float32)})
+    assert "the head.logits differ" in str(wrong.error)
+    assert "not compared: cls.predictions.bias, " in str(verdict(other, whole))
+    assert f"not compared: head.logits of {whole}" in str(verdict(whole, other))
