@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from fnmatch import fnmatchcase
 from typing import Annotated
 
@@ -89,7 +90,7 @@ def _numbers(array: Array) -> str:
 def run(
     model: ModelName,
     *,
-    outputs: Annotated[str, Spelling("FILE.npy")],
+    outputs: Annotated[str, Spelling("FILE")],
     inputs: Inputs = None,
     backend: str = "xla",
     dtype: ComputeType = "f32",
@@ -107,10 +108,10 @@ def run(
     in every run.
 
     Args:
-      outputs: File to write the output to.
+      outputs: File to write the output to: .npy, or .npz for all outputs by name.
       backend: Backend that runs the model: xla or reference.
       router_dtype: Element type of routers: f32, or that of --dtype.
-      output: Output of the graph to write (default: the first).
+      output: Output of the graph to write (default: the first; all, to a .npz file).
       print_values: Values to describe on standard error, by name or location.
 
     Example:
@@ -143,10 +144,20 @@ def run(
         return None
     for line in [_line(value, results.get(f"{PREFIX}{value.name}")) for value in values]:
         say(line)
-    result, buffer = results[name], io.BytesIO()
-    np.save(buffer, result)
+    result, buffer, names = results[name], io.BytesIO(), [name]
+    if outputs.endswith(".npz"):
+        names = [name] if output else graph.output_names
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for each in names:
+                with archive.open(f"{each}.npy", "w") as member:
+                    np.lib.format.write_array(member, np.asarray(results[each]))
+    else:
+        np.save(buffer, result)
     write_whole(outputs, buffer.getvalue(), force=force)
-    shape = list(result.shape)
-    data = {"output": name, "shape": shape, "dtype": result.dtype.name, "file": outputs}
-    text = f"{name} {shape} written to {outputs}"
-    return Report("run", data, lambda: text, is_aside=True)
+    shapes = {each: list(results[each].shape) for each in names}
+    data = {
+        "output": name, "shape": shapes[name], "dtype": result.dtype.name, "outputs": shapes,
+        "file": outputs,
+    }  # fmt: skip
+    shown = ", ".join(f"{each} {shape}" for each, shape in shapes.items())
+    return Report("run", data, lambda: f"{shown} written to {outputs}", is_aside=True)

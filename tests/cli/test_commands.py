@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from moecc.cli.commands import command_of, show
-from moecc.ir.text import parse
+from moecc.ir.text import parse, print_graph
 from moecc.jobs import COMMANDS
 from moecc.jobs.command import Report
+from moecc.model.open import open_model
+from tests.train.tiny import piped
 
 from .conftest import GOLDEN, LLAMA, UPCYCLE, read_json, run_process, run_shell
 
@@ -149,3 +151,16 @@ def test_a_router_computes_in_float32_or_in_the_type_of_the_run(cli, tmp_path):
         logits.append(np.load(out))
     wide, narrow = logits
     assert 0 < np.abs(narrow - wide).max() < 0.2 * np.abs(wide).max()
+
+
+def test_an_npz_file_has_each_output_by_name(cli, tmp_path):
+    graph, reference = tmp_path / "m.moe", ("--backend", "reference")
+    with open_model(str(GOLDEN / "bert_square")) as model:
+        graph.write_text(print_graph(piped(model.graph, "tie-head")))
+    said = cli.json("run", graph, "--outputs", tmp_path / "all.npz", *reference)
+    arrays = dict(np.load(tmp_path / "all.npz"))
+    assert {name: list(array.shape) for name, array in arrays.items()} == said["outputs"]
+    cli("run", graph, "--outputs", tmp_path / "first.npy", *reference)
+    np.testing.assert_array_equal(np.load(tmp_path / "first.npy"), arrays["hidden"])
+    cli("run", graph, "--outputs", tmp_path / "one.npz", "--output", "logits", *reference)
+    assert list(np.load(tmp_path / "one.npz")) == ["logits"]
