@@ -151,16 +151,21 @@ def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[RecipeSou
 
 
 def _left_untrained(model: OpenedModel, objective: Objective) -> Iterator[str]:
-    """Yield a remark on the tensors of a checkpoint that its training leaves behind."""
-    unread = model.unread()
-    if not unread or model.checkpoint is None:
-        return
-    remark = f"not trained, and not in the run: {listed(unread)}"
-    if objective is Objective.MASKED and LOGITS not in model.graph.output_names:
-        remark += "; logits are made by the embedding (tie-head)"
-        if readable_head(model.checkpoint)[0] == MASKED_LM:
-            remark += "; the head is trained after moecc convert --to st_moe"
-    yield remark
+    """Yield remarks on what a training leaves behind: tensors of the checkpoint, or a head."""
+    is_tied = objective is Objective.MASKED and LOGITS not in model.graph.output_names
+    if model.checkpoint is not None and (unread := model.unread()):
+        remark = f"not trained, and not in the run: {listed(unread)}"
+        if is_tied:
+            remark += "; logits are made by the embedding (tie-head)"
+            if readable_head(model.checkpoint)[0] == MASKED_LM:
+                remark += "; the head is trained after moecc convert --to st_moe"
+        yield remark
+    head = [name for name, value in model.graph.params.items() if value.loc == "head"]
+    if is_tied and head and model.graph.attrs.get("head") != MASKED_LM:
+        yield (
+            f"masked tokens do not train the head: {listed(head)}; logits are made by the "
+            "embedding (tie-head); decay shrinks the head where optimizer.groups do not freeze it"
+        )
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from moecc_backends.reference import ReferenceBackend
 
 from moecc.cli.main import main
 from moecc.errors import InputError
-from moecc.ir import clone, equal, parse
+from moecc.ir import clone, equal, parse, print_graph
 from moecc.ir.unroll import unrolled
+from moecc.jobs.training import open_source
 from moecc.model.open import open_model
 from moecc.testing.data import params_for
 from moecc.train.batches import open_batches
@@ -27,7 +28,7 @@ from moecc.train.recipe import (
 )
 from moecc.train.rows import ModelFacts
 
-from .tiny import golden_graph, masked_model, piped, tokens_of
+from .tiny import GOLDEN, golden_graph, masked_model, piped, tokens_of
 
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 RECIPE = Recipe(ModelSection("m"), DataSection((Corpus("x"),), batch=4, seq=32), RunSection(1))
@@ -117,6 +118,16 @@ def test_a_head_that_is_left_out_of_a_run_is_named(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "not trained, and not in the run: cls.predictions.bias, " in error
     assert "logits are made by the embedding (tie-head); the head is trained after" in error
+
+
+def test_a_head_that_masked_tokens_do_not_train_is_named(tmp_path):
+    with open_model(str(GOLDEN / "bert_square"), heads=True) as model:
+        (tmp_path / "m.moe").write_text(print_graph(model.graph))
+    data = replace(RECIPE.data, objective=Objective.MASKED)
+    recipe = replace(RECIPE, model=ModelSection(str(tmp_path / "m.moe")), data=data)
+    with open_source(recipe) as source:
+        (remark,) = source.remarks
+    assert remark.startswith("masked tokens do not train the head: pooler.dense.weight, ")
 
 
 def bounded(**routing):
