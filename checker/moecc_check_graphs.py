@@ -388,11 +388,13 @@ class Evaluation:
         if kind != "operation":
             return self.results(n, xs, axes)
         need(not n.body, "a body of no meaning")
-        is_own = n.op in self.a.words.get("own", ())
-        key = (*filter(None, [n.text]), *(x.dtype for x in xs if is_own))
-        if (is_own or n.op in self.a.words["elementwise"]) and not self.a.exact:
-            name = f"{n.op} of infinite" if rules else f"operation {n.op}" if is_own else n.op
-            body = self.a.apply(name, key, (), xs)
+        key = tuple(filter(None, [n.text]))
+        if n.op in self.a.words.get("own", ()) and not self.a.exact:
+            key += tuple(x.dtype for x in xs)
+            bodies = [self.a.apply(f"operation {n.op}", (*key, i), (), xs) for i in range(len(axes))]
+            return [self.tensor((), body, "", finite) for body in bodies]
+        if n.op in self.a.words["elementwise"] and not self.a.exact:
+            body = self.a.apply(f"{n.op} of infinite" if rules else n.op, key, (), xs)
             return [self.tensor((), body, "", finite or n.op in self.a.words["finite"])]
         if n.op in self.a.words["commutative"] and len(xs) == 2:
             xs = sorted(xs, key=lambda x: self.a.function(x.axes, x.body).node.number)

@@ -584,9 +584,25 @@ class OpDef:
                 found=repr(wrong[0]),
                 hint=f"mend infer in {self.source}",
             )
+        if self.elementwise and self.source is not None:
+            self._check_axes(operands, types)
         if self.places or not any(v.type.is_sharded for v in operands):
             return types
         return propagate_sharding(self, operands, attrs, types)
+
+    def _check_axes(self, operands: Sequence[Operand], types: Sequence[TensorType]) -> None:
+        """Raise OwnOperationError unless each result has the axes of all operands, and no others.
+
+        It is sampled, too, but only of an operation with a meaning.
+        """
+        axes = {(a.name, a.size) for v in operands for a in v.type.axes}
+        for wrong in (t for t in types if {(a.name, a.size) for a in t.axes} != axes):
+            raise OwnOperationError(
+                f"{self.name} declares elementwise, which its type rule refutes",
+                expected=f"a result with the axes {', '.join(f'{n}={s}' for n, s in sorted(axes))}",
+                found=str(wrong),
+                hint=f"leave elementwise out, or mend infer in {self.source}",
+            )
 
     def _unknown(self, name: str) -> Problem:
         hint = nearest(name, self.attrs) or f"attributes: {', '.join(self.attrs) or 'none'}"
@@ -702,6 +718,8 @@ def _check_declaration(
         hint = nearest(trait, OpDef.__dataclass_fields__) or "docs/ir.md lists them"
         raise TypeError(f"the operation {name!r} has no trait {trait!r}; {hint}")
     linear, count = traits.get("linear", ()), len(operands.split())
+    if traits.get("elementwise") and not count:
+        raise TypeError(f"the operation {name!r} is elementwise, but has no operands")
     if not isinstance(linear, tuple) or not set(linear) <= set(range(count)):
         raise TypeError(
             f"linear of {name!r} has the positions of operands, (0,) of the first: {linear!r}"

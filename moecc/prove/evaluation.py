@@ -218,15 +218,26 @@ class Evaluation:
             return results if isinstance(results, tuple) else (results,)
         text = self._text(node, attrs)
         if node.op.elementwise and not self.exact:
-            name = f"{node.op.name} of infinite" if meaning is not None else node.op.name
-            key = [text] if text else []
             if is_own:
-                name = f"operation {name}"  # never the head of a lemma
-                key += [str(t.dtype) for t in operands]
-            result = pointwise(name, key, operands)
+                return self._own_elementwise(node, operands, text, axes)
+            name = f"{node.op.name} of infinite" if meaning is not None else node.op.name
+            result = pointwise(name, [text] if text else [], operands)
             finite = result.finite or node.op.name in _BOUNDED
             return [replace(result, axes=axes[0], finite=finite)]
         return self._uninterpreted(node, operands, text, axes)
+
+    @staticmethod
+    def _own_elementwise(
+        node: Node, operands: Sequence[Tensor], text: str, layouts: Sequence[tuple[Var, ...]]
+    ) -> Sequence[Tensor]:
+        """Return functions of one element of each operand, which only their author knows."""
+        name = f"operation {node.op.name}"  # never the head of a lemma
+        key = [text] if text else []
+        key += [str(t.dtype) for t in operands]
+        return [
+            replace(pointwise(name, [*key, value.index], operands), axes=axes)
+            for value, axes in zip(node.results, layouts, strict=True)
+        ]
 
     @staticmethod
     def _text(node: Node, attrs: Attrs) -> str:

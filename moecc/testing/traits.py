@@ -431,9 +431,10 @@ class _Sample:
         trait = "elementwise" if op.elementwise else MIXES
         mixed = () if op.elementwise else op.mixes(node.operands, node.attrs)
         wide = max(self.types, key=len, default=node.results[0].type).names
-        if op.elementwise and set(node.results[0].type.names) != set(wide):
-            law = f"the result has the axes of the widest operand: {', '.join(wide)}"
-            yield _Claim(trait, law, np.empty(0), results[0], (), operands)
+        law = f"the result has the axes of the widest operand: {', '.join(wide)}"
+        for value, result in zip(node.results, results, strict=True):
+            if op.elementwise and set(value.type.names) != set(wide):
+                yield _Claim(trait, law, np.empty(0), result, (), operands)
         # Operands that are averaged or written into a state have the axes of the first.
         first = [0, 2] if op.attends or op.recurs else [0]
         firsts = {n for i in first if i < len(self.types) for n in self.types[i].names}

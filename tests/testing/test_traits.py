@@ -9,6 +9,7 @@ import moecc_check
 import numpy as np
 import pytest
 
+from moecc.errors import InputError
 from moecc.ir import OPS
 from moecc.ir.arrays import Array, together
 from moecc.ir.operation import Op, operation
@@ -16,7 +17,7 @@ from moecc.ir.ops.rules import by_name, float_elementwise
 from moecc.ir.text import parse, print_graph
 from moecc.ir.traits import powers
 from moecc.prove import Prover
-from moecc.prove.log import write_proof
+from moecc.prove.log import digest, write_proof
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws
@@ -266,6 +267,56 @@ def test_a_proof_with_an_operation_of_ones_own_has_a_log(table, tmp_path):
             moecc_check.accepted(log | {"elementwise": stated}, *texts)
 
 
+PAIR = """moecc 1
+graph g {
+  attr mesh = {"model": 2}
+  input %x : f32[batch=B, embedMESH=8]
+  %a, %b = pair %x : f32[batch=B, embedMESH=8], f32[batch=B, embedMESH=8]
+  %y = LAST : f32[batch=B, embedMESH=8]
+  output y = %y
+}
+"""
+
+
+@pytest.mark.parametrize("mesh", ["", "@model"])
+def test_the_results_of_an_operation_element_by_element_are_functions_each(table, mesh):
+    @operation("pair", "x", elementwise=True, sharding=by_name)
+    class PairOp(Op):
+        """x² and x³."""
+
+        def infer(self, x):
+            return (float_elementwise((x,), self.attrs),) * 2
+
+        def meaning(self, x):
+            return x.map(np.square), x.map(lambda data: data**3)
+
+    first, same, other = (
+        parse(PAIR.replace("MESH", mesh).replace("LAST", last))
+        for last in ("sub %a, %b", "sub %a, %b", "sub %b, %a")
+    )
+    verdict = Prover().prove(first, same)
+    moecc_check.accepted(verdict.log, print_graph(first), print_graph(same))
+    assert Prover().prove(first, other).status == "refuted"
+    with pytest.raises(moecc_check.Rejected):
+        log = verdict.log | {"after": digest(other)}
+        moecc_check.accepted(log, print_graph(first), print_graph(other))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_results_of_other_axes_are_not_element_by_element(table, number):
+    # Without a meaning there is nothing to sample.
+    @operation("pair", "x", elementwise=True)
+    class PairOp(Op):
+        """Two results, one of them without the last axis."""
+
+        def infer(self, x):
+            types = x.type, x.type.with_axes(x.type.axes[:-1])
+            return types[::-1] if number else types
+
+    with pytest.raises(InputError, match=r"elementwise, which its type rule(.|\n)*embed=8"):
+        parse(PAIR.replace("MESH", "").replace("LAST", "sub %a, %b"))
+
+
 ON_MESH = """moecc 1
 graph g {
   attr mesh = {"model": 2}
@@ -297,6 +348,7 @@ DECLARATIONS = {
     "class": ({}, object, "is no subclass of Op"),
     "infer": ({}, None, r"no type rule: def infer\(self"),
     "operands": ({"operands": ["x"]}, Op, "no text such as 'x y'"),
+    "no operands": ({"operands": "", "elementwise": True}, Op, "elementwise, but has no operands"),
 }
 
 
