@@ -668,6 +668,17 @@ def read_log(log, exact=False, fractions=False):
     return a
 
 
+def believe(log, *algebras):
+    """Add what a log says of operations without a definition, which is believed."""
+    own, commutative = ({*log.get(k, ())} for k in ("elementwise", "commutative"))
+    for a in algebras:
+        for name in own | commutative:
+            is_known = ("operation", name) in a.table or name in a.words["elementwise"]
+            need(isinstance(name, str) and not is_known, f"{name} has a meaning of its own")
+            need(not a.exact, f"{name} is not known bit for bit")
+        a.words = {**a.words, "own": own, "commutative": a.words["commutative"] | commutative}
+
+
 def check(log, before, after):
     """Return the numbers of the steps that a proof needs, and of those about devices."""
     need(log["schema"] == SCHEMA, f"the schema is not {SCHEMA}")
@@ -679,18 +690,13 @@ def check(log, before, after):
             not any(log.get(k) for k in ("exact", "steps", "devices", "parts", "frozen")),
             "a step alone",
         )
-        graphs = map(reading.graph_of, (before, after))
-        Continuation(Algebra(*read_table()), False).check(*graphs, log["outputs"])
+        continuation = Continuation(Algebra(*read_table()), False)
+        believe(log, continuation.a)
+        continuation.check(*map(reading.graph_of, (before, after)), log["outputs"])
         return [[], []]
     a = read_log(log, bool(log["exact"]), bool(log.get("fractions")))
     devices = reading.Devices(read_log(log.get("devices", {"terms": [], "steps": []})))
-    own, commutative = ({*log.get(k, ())} for k in ("elementwise", "commutative"))
-    for name in own | commutative:
-        is_known = ("operation", name) in a.table or name in a.words["elementwise"]
-        need(isinstance(name, str) and not is_known, f"{name} has a meaning of its own")
-        need(not a.exact, f"{name} is not known bit for bit")
-    for x in (a, devices.a):
-        x.words = {**x.words, "own": own, "commutative": x.words["commutative"] | commutative}
+    believe(log, a, devices.a)
     evaluation = reading.Evaluation(a, bool(log.get("rolled")))
     reading.check_graphs(evaluation, devices, (before, after), log)
     return [sorted(x.used - {-1}) for x in (a, devices.a)]

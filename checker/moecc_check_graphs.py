@@ -84,7 +84,7 @@ ATTRS = rf'\{{(?:[^{{}}"\n]|{STRING})*\}}'
 INPUT = re.compile(rf"input ({NAME}) : ({TYPE})")
 PARAM = re.compile(rf"param ({NAME}) : ({TYPE})(?: = (.*?))?(?: @\S*)?")
 OUTPUT = re.compile(rf"output (\S+) = ({NAME})")
-LINE = re.compile(rf"({NAME}(?:, {NAME})*) = (\w+)((?: {NAME},?)*)(?: ({ATTRS}))?"
+LINE = re.compile(rf"({NAME}(?:, {NAME})*) = ([\w./-]+)((?: {NAME},?)*)(?: ({ATTRS}))?"
                   rf" : ({TYPE}(?:, {TYPE})*)(?: @\S*(?: by [\w./\-]+)?)?( \{{)?")  # fmt: skip
 NOTE = re.compile(r"attr (\w+) = \S.*")
 ATTR = re.compile(rf'\s*(\w+)\s*=\s*(\([^()]*\)|{STRING}|[^,()"\s]+)\s*(?:,|\Z)')
@@ -391,7 +391,9 @@ class Evaluation:
         key = tuple(filter(None, [n.text]))
         if n.op in self.a.words.get("own", ()) and not self.a.exact:
             key += tuple(x.dtype for x in xs)
-            bodies = [self.a.apply(f"operation {n.op}", (*key, i), (), xs) for i in range(len(axes))]
+            bodies = [
+                self.a.apply(f"operation {n.op}", (*key, i), (), xs) for i in range(len(axes))
+            ]
             return [self.tensor((), body, "", finite) for body in bodies]
         if n.op in self.a.words["elementwise"] and not self.a.exact:
             body = self.a.apply(f"{n.op} of infinite" if rules else n.op, key, (), xs)

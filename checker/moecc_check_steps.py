@@ -219,11 +219,11 @@ class Continuation(Evaluation):
             for row, x in zip(rows, results, strict=True):
                 need({*x.body.vars} <= {*row}, "an element of indices that are no axes")
             terms.append([self.at_points(x.body, leaves) for x in results])
-        for name, x, y, result in zip(n.results, *terms, results, strict=True):
+        for at, (name, x, y, result) in enumerate(zip(n.results, *terms, results, strict=True)):
             need(x == y, f"{name}: two different terms")
             self.finite[name] = result.finite
             if {self.tokens, self.keys} <= self.kinds("step", name).keys():
-                self.hidden[name] = self.hidden_of(n, states, is_read)
+                self.hidden[name] = self.hidden_of(n, at, states, is_read)
 
     def may_read(self, n, states):
         """Return whether a node reads all keys, those that come after a token being hidden."""
@@ -233,8 +233,8 @@ class Continuation(Evaluation):
             return states[-1] == "zero"  # a key that is not seen writes nothing
         return "zero" in states if n.op == "contract" else states == ["infinite"]
 
-    def hidden_of(self, n, states, is_read):
-        """Return what a result holds where the key comes after the token: None for anything."""
+    def hidden_of(self, n, at, states, is_read):
+        """Return what a result, by its number, holds of keys after the token: None for anything."""
         if n.op == "causal":
             operands = [self.numbers["step"][x] for x in n.operands]
             return "zero" if operands == self.positions else None
@@ -250,7 +250,7 @@ class Continuation(Evaluation):
         xs = [self.operand("step", x, x, False, {}, values[s])
               for x, s in zip(n.operands, states, strict=True)]  # fmt: skip
         rows = [list(self.axes("step", x, False).values()) for x in n.results]
-        (element,) = [self.a.value(x.body) for x in self.results(n, xs, rows)]
+        element = self.a.value(self.results(n, xs, rows)[at].body)
         return next((s for s in ("zero", "infinite") if element == self.a.value(values[s])), None)
 
     def add_cache(self, n, step, caches):

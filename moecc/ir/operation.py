@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import getsourcefile, getsourcelines
-from math import isfinite, isinf
+from math import inf, isfinite, isinf
 from types import ModuleType
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar, overload
 
@@ -49,6 +49,7 @@ from moecc.ir.traits import (
     RowMove,
     SizeRule,
 )
+from moecc.support.lazy import np
 from moecc.support.user_files import is_own, last_line_in
 from moecc.terms.tensor import Tensor
 from moecc.terms.term import Algebra
@@ -628,6 +629,16 @@ class OpDef:
                 hint=f"mend meaning in {self.source}",
             )
         return results
+
+    def keeps_hidden(self, attrs: Attrs) -> bool:
+        """Return whether −∞, which hides a score, stays −∞; of the user's operations unknown."""
+        if not self.carries or self.source is not None:
+            return False
+        if not self.elementwise:
+            return True
+        with np.errstate(invalid="ignore"):
+            (result,) = self.evaluate([Array(np.array(-inf), ())], attrs)
+        return bool(result.data == -inf)
 
     def check_arity(self, count: int) -> None:
         """Raise InputError unless the operation accepts `count` operands."""

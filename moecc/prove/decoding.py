@@ -227,6 +227,11 @@ class _StepProof:
         mixed = set(node.mixes)
         if node.body is not None or node.op.opaque or node.op.name in _PLACES:
             raise NotContinuedError(f"{node.op.name} is no operation on rows")
+        if node.op.source is not None and not node.op.elementwise:
+            # Which axes it mixes is its author's word.
+            raise NotContinuedError(
+                f"{node.op.name} is an operation of the user's own, and not elementwise"
+            )
         if kinds <= {"fixed"}:
             return "fixed", ""
         if node.op.assigns_slots or node.op.moves is not None:
@@ -270,16 +275,16 @@ class _StepProof:
             is_causal = query == self.classes.positions(self.tokens)
             is_of_keys = key == self.classes.key_positions(self.tokens, self.keys)
             return "zero" if is_causal and is_of_keys else ""
-        if name == "mask":
-            is_hidden = states[1] == "zero" or states[0] == "infinite"
-            return "infinite" if is_hidden and node.attrs["fill"] == -inf else ""
-        is_carried = node.op.carries and node.op.source is None
-        if is_carried or name in ("cast", "broadcast", "rename", "split", "merge"):
-            return states[0]
-        if name == "mul" and "zero" in states:
-            return "zero" if "infinite" not in states else ""
-        if name == "scale" and states[0] == "zero":
+        if name == "mask" and node.attrs["fill"] == -inf:
+            return "infinite" if states[1] == "zero" or states[0] == "infinite" else ""
+        if node.op.carries and node.op.source is None:
+            if states[0] != "infinite" or node.op.keeps_hidden(node.attrs):
+                return states[0]
+        elif name == "mul" and "zero" in states and "infinite" not in states:
             return "zero"
+        if "infinite" in states:
+            # It may be ∞, or no number, of which nothing below is so.
+            raise NotContinuedError(f"{name} of what a mask hides")
         return ""
 
     def _reduced(self, node: Node, operands: list[Agreement]) -> tuple[Kind, Hidden]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 from moecc.errors import InputError, Problem, raise_problems
+from moecc.ir.arrays import Array
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import DECODER_TOKENS, LOGITS, TOKENS
 from moecc.ir.graph import Graph, Node, Value, where
@@ -16,6 +17,7 @@ from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again
 from moecc.rewrite import P, fits
 from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, Remark
+from moecc.support.lazy import np
 from moecc.types import I32, Axis, TensorType
 from moecc_passes.cleanup import DcePass
 from moecc_passes.fuse import CAUSAL, MASK, RENAMED
@@ -156,6 +158,7 @@ def continued(graph: Graph) -> Value | None:
 LARGEST = P.logsumexp(P.any()) | P.max(P.any())
 """Reductions to which −∞ adds nothing."""
 
+SUM = P.add(P.any(), P.any())
 CAST = P.cast(P.any())
 ROPE = P.rope(P.any())
 
@@ -166,6 +169,7 @@ class Hidden(Enum):
     NOTHING = "whatever they are"
     INFINITE = "−∞"
     ZERO = "0"
+    OTHER = "made of −∞, such as ∞"
 
 
 def problems(sides: Sides) -> Iterator[Problem]:
@@ -202,14 +206,34 @@ def _hidden(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Hidden:
     if _is_causal(sides, node.results[0]):
         return Hidden.ZERO
     states = [hidden.get(v, Hidden.NOTHING) for v in node.operands]
-    if node.op.is_distribution and Hidden.INFINITE in states:
+    if Hidden.INFINITE in states and _leaves_out(node):
         return Hidden.ZERO
+    is_finite = not {Hidden.INFINITE, Hidden.OTHER} & {*states}
     is_linear = len(node.operands) == 1 and node.op.linear == (0,) and not node.mixes
     keeps_zero = node.op.is_scaling or is_linear or fits(CAST, node) is not None
-    if Hidden.ZERO in states and keeps_zero:
+    if Hidden.ZERO in states and keeps_zero and is_finite:
         return Hidden.ZERO
-    is_kept = node.op.carries or masked is not None or node.op.is_sum
-    return Hidden.INFINITE if Hidden.INFINITE in states and is_kept else Hidden.NOTHING
+    is_sum = fits(SUM, node) is not None and Hidden.OTHER not in states
+    is_kept = masked is not None or is_sum or node.op.keeps_hidden(node.attrs)
+    if Hidden.INFINITE in states and is_kept:
+        return Hidden.INFINITE
+    return Hidden.NOTHING if is_finite or not sides.keys[node.results[0]] else Hidden.OTHER
+
+
+def _leaves_out(node: Node) -> bool:
+    """Return whether an operation makes shares of scores, and none of −∞: the user's are tried."""
+    if not node.op.is_distribution or node.op.source is None:
+        return node.op.is_distribution
+    if len(node.operands) > 1 or len(node.mixes) > 1:
+        return False
+    every = Array(np.array([0.5, -1.0, 2.0, -np.inf]), node.mixes)
+    seen = every.map(lambda data: data[:3])
+    try:
+        with np.errstate(all="ignore"):
+            shares, rest = (node.op.evaluate([x], node.attrs)[0].data for x in (every, seen))
+    except InputError:
+        return False
+    return np.allclose(shares, [*rest, 0.0])
 
 
 def _is_causal(sides: Sides, keep: Value) -> bool:
@@ -228,7 +252,7 @@ def _problem(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Problem |
     if node.op.recurs:
         reads_hidden = hidden.get(node.operands[-1]) is not Hidden.ZERO
     elif node.op.is_product:
-        reads_hidden = Hidden.ZERO not in states
+        reads_hidden = Hidden.ZERO not in states or not states <= {Hidden.ZERO, Hidden.NOTHING}
     else:
         reduces = node.op.is_distribution or fits(LARGEST, node) is not None
         reads_hidden = states != {Hidden.INFINITE} or not reduces

@@ -1,5 +1,7 @@
 """``decode``: tokens one by one, or several at a time, have the logits of the whole text."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from family_configs import small_configs
@@ -9,8 +11,9 @@ from tiers import examples, some
 
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.ir import Builder, clone, parse
+from moecc.ir import OPS, Builder, clone, parse
 from moecc.ir.conventions import LOGITS
+from moecc.ir.operation import AxisName, Op, operation
 from moecc.model.open import open_model
 from moecc.testing.data import params_for
 from moecc.testing.laws import check_decode
@@ -118,6 +121,7 @@ PARTS = {
 }
 
 
+HIDDEN = "%h = mask %s, %seen : f32[batch=B, seq=S, kv_seq=S]\n"
 MEAN = "%c = mean %a {axes=seq} : f32[batch=B, embed=4]\n"
 
 
@@ -128,12 +132,45 @@ MEAN = "%c = mean %a {axes=seq} : f32[batch=B, embed=4]\n"
         ({"masked": "%m = mask %s, %seen {fill=-1.0} : f32[batch=B, seq=S, kv_seq=S]"},
          "not causal"),
         ({"causal": "same_segment %p, %q"}, "not causal"),
+        *(({"masked": f"{HIDDEN}  %m = {changed} : f32[batch=B, seq=S, kv_seq=S]"}, "not causal")
+          for changed in ("neg %h", "scale %h {by=-1.0}", "scale %h {by=0.0}", "square %h")),
         ({"after": f"{MEAN}  %b = broadcast %c, %a : f32[batch=B, seq=S, embed=4]"},
          "tokens meet otherwise"),
     ],
 )  # fmt: skip
 def test_tokens_that_see_later_ones_are_rejected(parts, says):
     check_rejected(parse(ATTENTION.format(**PARTS | parts)), says)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_shares_of_scores_by_an_operation_of_ones_own_are_tried(is_right):
+    with patch.dict(OPS):
+
+        @operation("shares", "x", normalises=True)
+        class SharesOp(Op):
+            """Either softmax, or a difference from the mean, which has no number for −∞."""
+
+            axis = AxisName("the axis")
+
+            def infer(self, x):
+                return x.type
+
+            def mixes(self, x):
+                return self.axis
+
+            def meaning(self, x):
+                at = x.axes.index(self.axis)
+                powers = np.exp(x.data)
+                shares = powers / powers.sum(at, keepdims=True)
+                away = x.data - x.data.mean(at, keepdims=True)
+                return x.map(lambda data: shares if is_right else away)
+
+        text = ATTENTION.format(**PARTS).replace("softmax", "shares")
+        if not is_right:
+            check_rejected(parse(text), "not causal")
+            return
+        graph = parse(text)
+        check_steps(graph, params_for(graph), (2, 1, 1))
 
 
 def test_a_state_that_later_keys_change_is_rejected():

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import moecc_check
 import pytest
 
-from moecc.ir import Builder, Graph, Node, clone
+from moecc.ir import OPS, Builder, Graph, Node, clone
+from moecc.ir.arrays import Array
+from moecc.ir.operand import Operand
+from moecc.ir.operation import Op, operation
+from moecc.ir.ops.rules import by_name
 from moecc.ir.text import print_graph
 from moecc.prove import prove
 from moecc.prove.log import digest
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.translate.importing import import_checkpoint
+from moecc.types import TensorType
 
 from ..proof.cells import opened  # noqa: TID252
 
@@ -46,6 +52,89 @@ def test_a_step_is_proved(name: str, pipeline: str) -> None:
     assert verdict.status == "proved", (verdict.node, verdict.terms)
     assert any("caches hold" in a for a in verdict.assumptions)
     assert moecc_check.accepted(verdict.log, print_graph(whole), print_graph(step)) == [[], []]
+
+
+def change_scores(graph: Graph, of: str, op: str, number: int = 0, **attrs: object) -> None:
+    """Insert an operation behind all results of another one."""
+    for node in [n for n in graph if n.op.name == of]:
+        users = list(node.result.users)
+        changed = Builder(graph, before=users[0]).node(op, node.result, **attrs)
+        for user in users:
+            user.set_operand(user.operands.index(node.result), changed.results[number])
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs"),
+    [("neg", {}), ("scale", {"by": -1.0}), ("scale", {"by": 0.0}), ("square", {})],
+)
+def test_a_score_that_a_mask_hides_stays_hidden(op: str, attrs: dict[str, float]) -> None:
+    whole, step = steps_of("llama_gqa")
+    log = prove(whole, step).log
+    for graph in (whole, step):
+        change_scores(graph, "mask", op, **attrs)
+    verdict = prove(whole, step)
+    assert (verdict.status, verdict.terms[1]) == ("unknown", f"{op} of what a mask hides")
+    digests = {"before": digest(whole), "after": digest(step)}
+    with pytest.raises(moecc_check.Rejected):
+        moecc_check.accepted(log | digests, *map(print_graph, (whole, step)))
+
+
+@pytest.mark.parametrize(
+    ("of", "number", "reason"),
+    [
+        ("silu", 0, ""),
+        ("silu", 1, ""),
+        ("contract", 1, ""),
+        ("mask", 0, "own-pair of what a mask hides"),
+        ("softmax", 0, "contract reads keys that come after a token"),
+    ],
+)
+def test_a_step_with_an_operation_of_ones_own(of: str, number: int, reason: str) -> None:
+    whole, step = steps_of("llama_gqa")
+    with patch.dict(OPS):
+
+        @operation("own-pair", "x", elementwise=True, sharding=by_name)
+        class PairOp(Op):
+            """x + 1 and x − 1."""
+
+            def infer(self, x: Operand) -> tuple[TensorType, ...]:
+                return x.type, x.type
+
+            def meaning(self, x: Array) -> tuple[Array, ...]:
+                return x.map(lambda data: data + 1), x.map(lambda data: data - 1)
+
+        for graph in (whole, step):
+            change_scores(graph, of, "own-pair", number)
+        verdict = prove(whole, step)
+        texts = print_graph(whole), print_graph(step)
+        if reason:
+            assert (verdict.status, verdict.terms[1]) == ("unknown", reason)
+            return
+        assert verdict.status == "proved", (verdict.node, verdict.terms)
+        assert verdict.assumptions[-1].startswith("own-pair (test_decoding.py) is a function")
+        moecc_check.accepted(verdict.log, *texts)
+        with pytest.raises(moecc_check.Rejected):
+            moecc_check.accepted(verdict.log | {"elementwise": []}, *texts)
+
+
+def test_axes_that_an_operation_of_ones_own_leaves_out_of_mixes_are_not_believed() -> None:
+    whole, step = steps_of("llama_gqa")
+    with patch.dict(OPS):
+
+        @operation("own", "x")
+        class OwnOp(Op):
+            """A sum along the last axis, and whatever else: it has no meaning."""
+
+            def infer(self, x: Operand) -> TensorType:
+                return x.type
+
+            def mixes(self, x: Operand) -> tuple[str, ...]:
+                return x.type.names[-1:]
+
+        for graph in (whole, step):
+            change_scores(graph, "silu", "own")
+        verdict = prove(whole, step)
+    assert (verdict.status, "and not elementwise" in verdict.terms[1]) == ("unknown", True)
 
 
 def test_frequencies_that_grow_with_the_text_are_open() -> None:

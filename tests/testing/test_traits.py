@@ -297,8 +297,8 @@ def test_the_results_of_an_operation_element_by_element_are_functions_each(table
     verdict = Prover().prove(first, same)
     moecc_check.accepted(verdict.log, print_graph(first), print_graph(same))
     assert Prover().prove(first, other).status == "refuted"
+    log = verdict.log | {"after": digest(other)}
     with pytest.raises(moecc_check.Rejected):
-        log = verdict.log | {"after": digest(other)}
         moecc_check.accepted(log, print_graph(first), print_graph(other))
 
 
