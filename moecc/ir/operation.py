@@ -662,8 +662,14 @@ RENAMED = {"place": "assign_slots"}
 def register(entry: OpDef) -> OpDef:
     """Add `entry` to the table; a duplicate name is a bug of the caller."""
     if entry.name in OPS:
-        another = OPS[entry.name].source or "moecc"
-        raise ValueError(f"operation {entry.name!r} is defined twice, the first time in {another}")
+        first = OPS[entry.name].source
+        message = f"operation {entry.name!r} is defined twice"
+        if first is None or first != entry.source:
+            raise ValueError(f"{message}, the first time in {first or 'moecc'}")
+        file = first.rpartition(":")[0]
+        raise ValueError(
+            f"{message}, since {file} is loaded and imported: leave out --load {file} or the import"
+        )
     OPS[entry.name] = entry
     return entry
 

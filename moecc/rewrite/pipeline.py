@@ -417,7 +417,8 @@ def installed() -> Registry:
 
 def unknown_pass(registry: Registry, name: str) -> Problem:
     """Return the problem that there is no pass `name`, with the nearest name."""
-    hint = nearest(name, registry.factories) or f"passes: {', '.join(registry.names())}"
+    names = ", ".join(registry.names()) or "none is installed, so install moecc again"
+    hint = nearest(name, registry.factories) or f"passes: {names}"
     return Problem(f"unknown pass {name!r}", hint=or_own(hint))
 
 

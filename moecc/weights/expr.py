@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 
 from moecc.errors import InputError, printable
 from moecc.support.lazy import np
+from moecc.support.user_files import is_own
 from moecc.terms.tensor import Tensor
 from moecc.terms.term import Algebra, Head, Var
 from moecc.types import F32, F64, Array, DType, TensorType
@@ -77,6 +78,13 @@ class Expr(metaclass=_Interned):
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
     _coerced: ClassVar[tuple[tuple[str, Callable[[Any], object]], ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        if is_own(cls.__module__):
+            raise TypeError(
+                f"{cls.__name__} is a weight expression of its own, which nothing evaluates: "
+                "compose those of moecc.weights, which docs/formats.md lists"
+            )
 
     def __post_init__(self) -> None:
         for name, convert in self._coerced:

@@ -1,10 +1,12 @@
 """Where passes come from: installed packages and files of the user's own."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from moecc.errors import UsageError
+from moecc.ir import OPS
 from moecc.rewrite.passes import PassCrash
 from moecc.rewrite.pipeline import Pipeline, Registry, installed
 
@@ -68,6 +70,8 @@ def test_unknown_names():
         REGISTRY.get("topp")
     with pytest.raises(UsageError, match="passes: bad, every-kind"):
         REGISTRY.get("qqqqqq")
+    with pytest.raises(UsageError, match="passes: none is installed, so install moecc again; if"):
+        Registry({}, {}).get("dce")
 
 
 def refused(path, expected):
@@ -93,6 +97,10 @@ FAULTY = {
         "class E(Exception):\n    __str__ = None\nraise E\n",
         r"faulty\.py:3: E: its text raises TypeError",
     ),
+    "an expression": (
+        "from moecc.weights.arithmetic import Scale\nclass Mine(Scale):\n    pass\n",
+        r"faulty\.py:2: TypeError: Mine is a weight expression of its own(.|\n)* compose those of",
+    ),
     "a pattern": ("from moecc.rewrite import P\nP.add(P.any())\n", "a, b"),
 }  # fmt: skip
 
@@ -103,6 +111,29 @@ def test_faulty_files_are_blamed_with_their_line(tmp_path, case):
     path = tmp_path / "faulty.py"
     path.write_text(text, encoding="utf-8")
     refused(path, expected)
+
+
+LIBRARY = """
+from moecc.ir.operation import Op, operation
+
+@operation("mine", "x")
+class MineOp(Op):
+    infer = staticmethod(lambda x: x.type)
+"""
+
+
+def test_a_file_that_is_loaded_and_imported(tmp_path, monkeypatch):
+    library, user = tmp_path / "own_library.py", tmp_path / "user.py"
+    library.write_text(LIBRARY, encoding="utf-8")
+    user.write_text(f"{OWN.format(name='mine')}\nimport {library.stem}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with patch.dict(OPS):
+        REGISTRY.with_file(library)
+        refused(
+            user, r"user\.py:\d+: .* is loaded and imported: leave out --load .*own_library\.py"
+        )
+    with patch.dict(OPS):
+        assert "mine" in REGISTRY.with_file(user)
 
 
 def test_the_line_of_a_file_that_is_named_from_its_folder(tmp_path, monkeypatch):
