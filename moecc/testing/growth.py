@@ -19,6 +19,9 @@ T = TypeVar("T")
 SIZES = (2, 1, 3, 4, 6)
 """Sizes of fixed axes, the ones to shrink to first."""
 
+MANY = (17, 32)
+"""Sizes that one axis of a graph has at times: beyond a block or a vector, and a power of two."""
+
 LOCATIONS = ("", "layers.0.ffn", "layers.1.attn", "layers.11.mlp", "embed", "encoder.blocks.3")
 
 
@@ -89,7 +92,11 @@ class Growth:
         """Return the usual size of the axis `name` in this graph."""
         key = "" if self.is_square else name
         if key not in self._sizes:
-            self._sizes[key] = self.pick(SIZES)
+            # One draw for both, so that a seed makes the same graph but for this size.
+            number, rest = divmod(self.choices.below(8 * len(SIZES)), 8)
+            has_many = self.is_square or not {*MANY}.isdisjoint(self._sizes.values())
+            is_many = rest >= 6 and not has_many
+            self._sizes[key] = MANY[number % len(MANY)] if is_many else SIZES[number]
         return self._sizes[key]
 
     @property

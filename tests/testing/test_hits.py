@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 
 from moecc.rewrite import P, Rule, rewrite
-from moecc.rewrite.passes import EXACT, Pass, PassResult
+from moecc.rewrite.passes import EXACT, Pass, PassResult, Preserves
 from moecc.testing import graphs, laws, random_graph
 
 _x = P.any("x")
@@ -56,3 +56,42 @@ def test_a_share_can_be_asked_for():
         check(seed)
     with pytest.raises(AssertionError, match=r"of 50 graphs.*\n  expected: at least 50%"):
         check(49)
+
+
+TWICE = P.scale(P.scale(_x, by=P.attr("a")).only_used_here(), by=P.attr("b"))
+
+
+def folded(match, b, largest):
+    """Return one scale for two, a wrong one where an axis has more than `largest` places."""
+    x, factor = match.value("x"), match.attr("a") * match.attr("b")
+    is_long = any(isinstance(size, int) and size > largest for size in x.type.sizes)
+    return b.scale(x, by=factor * (2 if is_long else 1))
+
+
+@dataclass(frozen=True)
+class FoldPass(Pass):
+    """Makes two scales one, and is wrong of long axes."""
+
+    name: ClassVar[str] = "fold"
+    summary: ClassVar[str] = "make two scales one, but of long axes"
+    preserves = Preserves("reassociation")
+    largest: int = 16
+
+    def apply(self, graph, ctx):
+        rule = Rule("fold", TWICE, lambda m, b: folded(m, b, self.largest))
+        return PassResult.of(rewrite(graph, [rule], origin=self.name))
+
+
+@pytest.mark.parametrize(("largest", "is_found"), [(16, True), (31, True), (1000, False)])
+def test_what_is_wrong_of_long_axes_alone_is_found(largest, is_found):
+    # As many as Hypothesis draws where a test says nothing else.
+    @settings(max_examples=100, phases=[Phase.generate], derandomize=True, database=None)
+    @given(graphs(like=TWICE))
+    def law(graph):
+        laws.check_pass(FoldPass(largest), graph)
+
+    if not is_found:
+        law()
+        return
+    with pytest.raises(AssertionError, match="the pass promises reassociation"):
+        law()
