@@ -435,6 +435,8 @@ class _Sample:
         for value, result in zip(node.results, results, strict=True):
             if op.elementwise and set(value.type.names) != set(wide):
                 yield _Claim(trait, law, np.empty(0), result, (), operands)
+        if op.elementwise:
+            yield from self._elsewhere(operands, results, wide)
         # Operands that are averaged or written into a state have the axes of the first.
         first = [0, 2] if op.attends or op.recurs else [0]
         firsts = {n for i in first if i < len(self.types) for n in self.types[i].names}
@@ -463,6 +465,43 @@ class _Sample:
                     changed[i] = _first_of(further[i], operands[i], type, axis)
                     others = _first_of(result, self.results(changed)[number], value.type, axis)
                     yield _Claim(trait, law, result, others, names, operands)
+
+    def _elsewhere(
+        self, operands: Sequence[Array], results: Sequence[Array], wide: Sequence[str]
+    ) -> Iterator[_Claim]:
+        """Yield that an element is the same under axes of other names, and one more of them.
+
+        So is an expert axis added, and an operand broadcast along axes that it lacks.
+        """
+        sizes = {a.name: a for t in self.types for a in t.axes}
+        lacking = [tuple(n for n in wide if n not in t) for t in self.types]
+        for added, law in (
+            ([()] * len(lacking), "axes of other names, and another one, give the same elements"),
+            (lacking, "operands repeated along axes that they lack give the same elements"),
+        ):
+            if added is lacking and not any(lacking):
+                continue
+            names = [(*more, *t.names) for more, t in zip(added, self.types, strict=True)]
+            types = [
+                TensorType(t.dtype, (Axis("another", 2), *(
+                    Axis(f"another_{n}", sizes[n].size) for n in row
+                )))
+                for t, row in zip(self.types, names, strict=True)
+            ]  # fmt: skip
+            data = [
+                np.broadcast_to(x, t.shape).copy() for x, t in zip(operands, types, strict=True)
+            ]
+            try:
+                node = _alone(self.op, types, dict(self.node.attrs))
+                arrays = _run(node, data)[: len(results)]
+            except InputError:  # it takes no such axes
+                continue
+            moved = zip(self.node.results, results, node.results, arrays, strict=True)
+            for value, result, other, array in moved:
+                order = [other.type.names.index(f"another_{n}") for n in value.type.names]
+                at = other.type.names.index("another")
+                actual = array.transpose([at, *order])[0]
+                yield _Claim("elementwise", law, result, actual, value.type.names, operands)
 
 
 FUNCTION, MIXES = "function", "mixes"

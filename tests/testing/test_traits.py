@@ -76,6 +76,15 @@ def _clipped(limit):
     return lambda arrays, attrs: arrays[0].map(lambda data: np.clip(data, -limit, limit))
 
 
+def _of_axes(count):
+    return lambda arrays, attrs: arrays[0].map(lambda data: data * count(arrays[0].axes))
+
+
+def _sum_if_alike(x, y):
+    axes, (a, b) = together(x, y)
+    return Array(a + b if x.axes == y.axes else a - b, axes)
+
+
 def _of_width(x):
     return x.map(lambda data: data / np.sqrt(data.shape[-1]))
 
@@ -92,21 +101,31 @@ def _sum_if_small(x, y):
 HIDDEN = {
     "width": ("neg", {"meaning": lambda arrays, attrs: _of_width(arrays[0])}, "elementwise"),
     "length": ("neg", {"meaning": lambda arrays, attrs: _summed_if_long(arrays[0])}, "elementwise"),
+    "names": ("neg", {"meaning": _of_axes(lambda axes: 1 + ("embed" in axes))}, "elementwise"),
+    "number of axes": ("neg", {"meaning": _of_axes(len)}, "elementwise"),
     "linear": ("neg", {"meaning": _clipped(100), "alias": False}, "linear"),
     "blocks_gradient": ("stop_gradient", {"meaning": _clipped(8)}, "blocks_gradient"),
     "homogeneous": ("relu", {"meaning": _clipped(20)}, "homogeneous"),
     "commutative": ("add", {"meaning": lambda arrays, attrs: _sum_if_small(*arrays)},
                     "commutative"),
 }  # fmt: skip
-"""Meanings with a trait at a few places and near 1 alone."""
+"""Meanings with a trait at a few places, for some axes and near 1 alone."""
 
 
 @pytest.mark.parametrize("case", HIDDEN)
-def test_a_trait_is_sampled_at_further_sizes_and_magnitudes(case):
+def test_a_trait_is_sampled_at_further_sizes_magnitudes_and_axes(case):
     name, columns, trait = HIDDEN[case]
     row, law = replace(OPS[name], **columns), f"{name} declares {trait}, which its meaning"
     with patch.dict(OPS, {name: row}), pytest.raises(AssertionError, match=law):
         laws.check_operation(name, *[TYPE] * len(row.operands))
+
+
+def test_an_operand_that_lacks_axes_is_sampled_with_them():
+    columns = {"meaning": lambda arrays, attrs: _sum_if_alike(*arrays), "commutative": False}
+    with patch.dict(OPS, {"add": replace(OPS["add"], **columns)}):
+        laws.check_operation("add", TYPE, TYPE)
+        with pytest.raises(AssertionError, match=r"(?s)elementwise.*axes that they lack"):
+            laws.check_operation("add", TYPE, "f32[embed=4]")
 
 
 def test_the_sizes_that_are_given_are_sampled():
