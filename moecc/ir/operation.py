@@ -737,6 +737,8 @@ def _check_declaration(
     linear, count = traits.get("linear", ()), len(operands.split())
     if traits.get("elementwise") and not count:
         raise TypeError(f"the operation {name!r} is elementwise, but has no operands")
+    if traits.get("elementwise") and ("mixes" in traits or declared.mixes is not Op.mixes):
+        raise TypeError(f"the operation {name!r} is elementwise, but has mixes")
     if not isinstance(linear, tuple) or not set(linear) <= set(range(count)):
         raise TypeError(
             f"linear of {name!r} has the positions of operands, (0,) of the first: {linear!r}"

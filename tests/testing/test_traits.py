@@ -367,6 +367,7 @@ DECLARATIONS = {
     "class": ({}, object, "is no subclass of Op"),
     "infer": ({}, None, r"no type rule: def infer\(self"),
     "operands": ({"operands": ["x"]}, Op, "no text such as 'x y'"),
+    "mixes": ({"elementwise": True, "mixes": None}, Op, "elementwise, but has mixes"),
     "no operands": ({"operands": "", "elementwise": True}, Op, "elementwise, but has no operands"),
 }
 
