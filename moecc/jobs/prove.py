@@ -89,9 +89,10 @@ def prove(
     data["terms"] = list(comparison.verdict.terms)
     data["unmatched"] = list(comparison.unmatched)
     has_weights = all(graph.attrs.get("checkpoint") for graph in comparison.graphs)
+    old, new = (graph.inputs.keys() for graph in comparison.graphs)
     problem = verdict_problem(
         comparison.verdict, a, b, comparison.unmatched,
-        exact=exact, load=load, has_weights=has_weights,
+        exact=exact, load=load, can_run=has_weights and old == new,
     )  # fmt: skip
     error = None if problem is None else _error(comparison.verdict, problem)
     return Report("prove", data, lambda: proof_text(comparison, a, b), error=error)
@@ -230,7 +231,7 @@ def verdict_problem(
     *,
     exact: bool = False,
     load: Load = (),
-    has_weights: bool = True,
+    can_run: bool = True,
 ) -> Problem | None:
     """Return what keeps two models from being proved equal; None if they are.
 
@@ -241,7 +242,7 @@ def verdict_problem(
       unmatched: the tensors of the second of which the first has none with the same values.
       exact: whether bits were compared, not real numbers.
       load: the files of passes and families of one's own.
-      has_weights: whether both models have weights, so that they can be run.
+      can_run: whether both models have weights and take the same inputs, so that data decide.
     """
     if verdict.status == "proved":
         return None
@@ -254,7 +255,7 @@ def verdict_problem(
             hints.append(f"{values}: no tensor of {a} has these values")
         if exact:
             hints.append(f"real numbers may be the same: {_command(['prove', a, b], load)}")
-        elif has_weights:
+        elif can_run:
             hints.append(f"sampling may decide: {_sampling(a, b, load)}")
         return Problem("not proved", verdict.node, before, after, "; ".join(hints) or None)
     same = "bits" if exact else "function"

@@ -100,6 +100,14 @@ def test_what_can_be_run_may_be_sampled(moecc: Moecc, tmp_path: Path) -> None:
         assert (hint in done.err) == ("sampling" in done.err) == has_weights
 
 
+def test_a_step_has_other_inputs_and_is_not_sampled(moecc: Moecc, tmp_path: Path) -> None:
+    old, new = tmp_path / "old.moe", tmp_path / "new.moe"
+    moecc("import", GOLDEN / "llama_dynamic", "-o", old)
+    moecc("opt", old, "-p", "decode", "-o", new)
+    done = moecc("prove", old, new)
+    assert (done.code, "not proved" in done.err, "sampling" in done.err) == (1, True, False)
+
+
 def test_models_without_a_common_output_are_not_proved(moecc: Moecc, tmp_path: Path) -> None:
     done = moecc("prove", GOLDEN / "bert_gelu", DENSE)
     assert done.code == 1
