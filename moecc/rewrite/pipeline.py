@@ -391,7 +391,9 @@ class Registry:
                 hint="a pass is a subclass of Pass with a name, or a PipelineTemplate; "
                 "a variable holds a Family",
             )
-        extended = self.extended({item.name: partial(_same, item) for item in items}, str(path))
+        # A file that is named twice is run once, and adds nothing.
+        added = [x for x in items if x.name not in self or self.factories[x.name]() is not x]
+        extended = self.extended({item.name: partial(_same, item) for item in added}, str(path))
         for item in items:
             extended.get(item.name)
         return extended

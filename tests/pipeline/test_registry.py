@@ -55,6 +55,7 @@ def test_a_file_of_ones_own(tmp_path):
     assert str(pipeline) == "top,mine{times=3}"
     assert registry.origins["mine"].endswith("own_mine.py")
     assert "mine" not in REGISTRY
+    assert registry.with_file(tmp_path / "own_mine.py").names() == registry.names()
 
 
 def test_a_name_that_is_taken(tmp_path):
