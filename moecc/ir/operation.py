@@ -659,8 +659,24 @@ RENAMED = {"place": "assign_slots"}
 """Former names of operations, for messages about graphs that were written before."""
 
 
+_RESERVED = (
+    "collective", "assigns_slots", "moves", "chooses", "attends", "recurs", "opaque",
+)  # fmt: skip
+"""Traits whose readers know the classes of moecc's operations that have them."""
+
+
 def register(entry: OpDef) -> OpDef:
-    """Add `entry` to the table; a duplicate name is a bug of the caller."""
+    """Add `entry` to the table; a duplicate name is a bug of the caller.
+
+    Raises:
+      TypeError: an operation of the user's own has a trait that only moecc's may have.
+    """
+    reserved = [trait for trait in _RESERVED if getattr(entry, trait)]
+    if reserved and entry.source is not None:
+        raise TypeError(
+            f"the operation {entry.name!r} has a trait of moecc's own operations alone: "
+            f"leave out {', '.join(reserved)}"
+        )
     if entry.name in OPS:
         first = OPS[entry.name].source
         message = f"operation {entry.name!r} is defined twice"

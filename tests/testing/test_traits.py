@@ -15,7 +15,7 @@ from moecc.ir.arrays import Array, together
 from moecc.ir.operation import Op, operation
 from moecc.ir.ops.rules import by_name, float_elementwise
 from moecc.ir.text import parse, print_graph
-from moecc.ir.traits import powers
+from moecc.ir.traits import CollectiveKind, powers
 from moecc.prove import Prover
 from moecc.prove.log import digest, write_proof
 from moecc.rewrite.pipeline import Pipeline
@@ -367,6 +367,12 @@ DECLARATIONS = {
     "class": ({}, object, "is no subclass of Op"),
     "infer": ({}, None, r"no type rule: def infer\(self"),
     "operands": ({"operands": ["x"]}, Op, "no text such as 'x y'"),
+    "collective": ({"collective": CollectiveKind.ANY}, Op, "own operations alone: leave out coll"),
+    "slots": (
+        {"assigns_slots": True},
+        Op,
+        "of moecc's own operations alone: leave out assigns_slots",
+    ),
     "mixes": ({"elementwise": True, "mixes": None}, Op, "elementwise, but has mixes"),
     "no operands": ({"operands": "", "elementwise": True}, Op, "elementwise, but has no operands"),
 }
