@@ -391,9 +391,8 @@ class Evaluation:
         key = tuple(filter(None, [n.text]))
         if n.op in self.a.words.get("own", ()) and not self.a.exact:
             key += tuple(x.dtype for x in xs)
-            bodies = [
-                self.a.apply(f"operation {n.op}", (*key, i), (), xs) for i in range(len(axes))
-            ]
+            keys = [(*key, i, t.dtype) for i, t in enumerate(n.types)]
+            bodies = [self.a.apply(f"operation {n.op}", attrs, (), xs) for attrs in keys]
             return [self.tensor((), body, "", finite) for body in bodies]
         if n.op in self.a.words["elementwise"] and not self.a.exact:
             body = self.a.apply(f"{n.op} of infinite" if rules else n.op, key, (), xs)

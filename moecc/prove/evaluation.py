@@ -232,11 +232,11 @@ class Evaluation:
     ) -> Sequence[Tensor]:
         """Return functions of one element of each operand, which only their author knows."""
         name = f"operation {node.op.name}"  # never the head of a lemma
-        key = [text] if text else []
-        key += [str(t.dtype) for t in operands]
+        read = [*([text] if text else []), *(str(t.dtype) for t in operands)]
+        keys = [[*read, value.index, str(value.type.dtype)] for value in node.results]
         return [
-            replace(pointwise(name, [*key, value.index], operands), axes=axes)
-            for value, axes in zip(node.results, layouts, strict=True)
+            replace(pointwise(name, key, operands), axes=axes)
+            for key, axes in zip(keys, layouts, strict=True)
         ]
 
     @staticmethod

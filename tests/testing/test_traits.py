@@ -22,6 +22,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws
 from moecc.testing.traits import false_traits
+from moecc.types import BF16
 from tests.ir.operations import applied
 
 
@@ -319,6 +320,39 @@ def test_the_results_of_an_operation_element_by_element_are_functions_each(table
     log = verdict.log | {"after": digest(other)}
     with pytest.raises(moecc_check.Rejected):
         moecc_check.accepted(log, print_graph(first), print_graph(other))
+
+
+OF_A_PART = """moecc 1
+graph g {
+  input %x : f32[batch=B, embed=8]
+  FIRST
+  SECOND
+  %y = cast %b {dtype=f32} : f32[batch=B, embed=4]
+  output y = %y
+}
+"""
+
+
+def test_results_of_another_type_are_another_function(table):
+    @operation("narrow", "x", elementwise=True)
+    class NarrowOp(Op):
+        """x, of a type that depends on its size."""
+
+        def infer(self, x):
+            return x.type.with_dtype(BF16) if x.type["embed"].size == 4 else x.type
+
+        def meaning(self, x):
+            return x
+
+    cut = "slice %{} {{axis=embed, start=0, stop=4}} : f32[batch=B, embed=4]"
+    before, after = (
+        parse(OF_A_PART.replace("FIRST", f"%a = {a}").replace("SECOND", f"%b = {b}"))
+        for a, b in (
+            (cut.format("x"), "narrow %a : bf16[batch=B, embed=4]"),
+            ("narrow %x : f32[batch=B, embed=8]", cut.format("a")),
+        )
+    )
+    assert Prover().prove(before, after, refute=False).status == "unknown"
 
 
 @pytest.mark.parametrize("number", [0, 1])
