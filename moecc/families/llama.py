@@ -260,6 +260,8 @@ class Llama4TextConfig(MoeConfig):
         SHARED: "intermediate_size",
         "qk_norm": "use_qk_norm",
         "router_jitter_noise": "router_jitter_noise",
+        # transformers has no balance loss for the family.
+        "router_aux_loss_coef": "",
     }
     only = {"attention_bias": (False, "transformers 5 alone has these biases")}
     strict = ("num_key_value_heads", "head_dim")
@@ -294,7 +296,11 @@ class Llama4TextConfig(MoeConfig):
         "mlx-lm": EngineReading(never="it reads the family in its wrapper alone"),
     }
     defaults = {
-        **{key: value for key, value in FIXED_GATES_DEFAULTS.items() if key != "mlp_bias"},
+        **{
+            key: value
+            for key, value in FIXED_GATES_DEFAULTS.items()
+            if key not in ("mlp_bias", "router_aux_loss_coef")
+        },
         "vocab_size": 202_048,
         "hidden_size": 5120,
         "intermediate_size": 8192,

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, UsageError, describe_error
-from moecc.families.config import FAMILY
+from moecc.families.config import FAMILY, ModelConfig
 from moecc.families.describe import Description, describe
 from moecc.formats.gguf.storage import Storage
 from moecc.formats.open import wrapped_in
 from moecc.formats.run import base_models
 from moecc.formats.source import Checkpoint
 from moecc.formats.writer import OutputTensor
+from moecc.ir.conventions import AUXILIARY, LOSS
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contracts, gap
@@ -360,6 +361,8 @@ def plan(
         notes += said
     if architecture is None:
         remarks += _misreadings(export)
+    if target != FAMILY:
+        remarks += _lost_losses(model.graph, target, export.config)
     if (wrapped := wrapped_in(checkpoint)) is not None and wrapped.others:
         wrapper, written = wrapped.base.config["model_type"], architecture or target
         note = f"the text model alone is written: a {wrapper} holds no {written}"
@@ -432,6 +435,33 @@ def _misreadings(export: Export | GgufExport) -> list[str]:
         for v in _verdicts(export)
         if v.silent
     ]
+
+
+def router_losses(config: ModelConfig) -> dict[str, float]:
+    """Return the losses of routers that transformers computes of a model, with their weights.
+
+    It does so with ``output_router_logits=True`` alone.
+    """
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    if coefficient is None or not config.key("router_aux_loss_coef"):
+        return {}
+    # config.json has no weight of the z-loss of switch_transformers: transformers takes 0.001.
+    z_loss = {"router_z": 0.001} if config.model_type == "switch_transformers" else {}
+    return {"balance": coefficient, **z_loss}
+
+
+def _lost_losses(graph: Graph, target: str, config: ModelConfig) -> list[str]:
+    """Return a remark on losses of the graph, which no family but st_moe holds."""
+    losses = [n.removeprefix(LOSS) for n in graph.outputs if n.startswith(LOSS) and n != AUXILIARY]
+    if not losses:
+        return []
+    own = {} if target.startswith(GGUF) else router_losses(config)
+    computed = " and ".join(f"{factor:g} times {name}" for name, factor in own.items())
+    parts = [f"with output_router_logits=True transformers adds its own, {computed}"] if own else []
+    if lost := [name for name in losses if name not in own]:
+        parts.append(f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} left out")
+    text = "; ".join(parts)
+    return [f"{target} holds no losses of routers: {text}; --to {FAMILY} keeps them"]
 
 
 def _put_back(export: Export, checkpoint: Checkpoint) -> Export:

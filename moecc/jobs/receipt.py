@@ -37,7 +37,7 @@ from moecc.formats.writer import JOURNAL_NAME, WriteOptions, WriteReport
 from moecc.ir.conventions import DECODER_TOKENS, LOSS
 from moecc.ir.graph import Value
 from moecc.jobs.checks import Contracts
-from moecc.jobs.conversion import Plan, function_of_source
+from moecc.jobs.conversion import Plan, function_of_source, router_losses
 from moecc.model.open import MODEL_TYPE, MODULE_TYPE
 from moecc.prove.conversion import ConversionProof
 from moecc.rewrite.passes import Preserves
@@ -477,7 +477,6 @@ def _serving(planned: Plan) -> str:
 
 def _training(planned: Plan) -> str:
     """Return how to train the model on: transformers leaves the router's losses off."""
-    config = planned.export.config_json
     advice = "`moecc train` adds the losses that its recipe names."
     if planned.architecture:
         return f"A GGUF file is not trained: train the source or a folder. {advice}"
@@ -494,12 +493,14 @@ def _training(planned: Plan) -> str:
         return f"{new_head} returns `loss`, as Trainer expects it. {aux}{advice}"
     if planned.target == FAMILY:
         return f"Only moecc trains this layout. {advice}"
-    if "output_router_logits" not in config or config.get("router_aux_loss_coef") is None:
+    losses = router_losses(planned.export.config)
+    if not losses:
         return f"transformers computes no loss that balances the experts of this family. {advice}"
+    verb = "load" if "output_router_logits" in planned.export.config_json else "call"
     return (
-        "transformers leaves the router's balance loss off: load the model with "
+        f"transformers leaves the router's balance loss off: {verb} the model with "
         f"`output_router_logits=True`, and it is added with the weight "
-        f"{config.get('router_aux_loss_coef', 0)} (`router_aux_loss_coef`). Without it a few "
+        f"{losses['balance']} (`router_aux_loss_coef`). Without it a few "
         f"experts may end up with all tokens. {advice}"
     )
 

@@ -90,6 +90,23 @@ def test_shards_and_types(cli, dense, out):
     assert verdict["rounding"]["max_relative"] > verdict["difference"]["max_relative"]
 
 
+@pytest.mark.parametrize(
+    ("source", "to", "remark"),
+    [
+        ("mixtral_gqa", "mixtral", "its own, 0.001 times balance; router_z, load are left out"),
+        ("mixtral_gqa", "gguf:llama", "of routers: balance, router_z, load are left out"),
+        ("switch_drops", "switch_transformers", "0.001 times balance and 0.001 times router_z; lo"),
+        ("llama4_square", "llama4_text", "of routers: balance, router_z, load are left out"),
+        ("mixtral_gqa", "st_moe", None),
+    ],
+)
+def test_losses_that_the_target_does_not_hold(cli, out, source, to, remark):
+    data = cli.dry_run(GOLDEN / source, out, pipeline="add-losses{load-coef=0.1}", to=to)
+    of_losses = [text for text in data["remarks"] if "holds no losses" in text]
+    assert len(of_losses) == (remark is not None)
+    assert remark is None or remark in of_losses[0]
+
+
 def test_another_output_is_found_by_verify(cli, dense, out):
     cli.convert(dense, out, pipeline="upcycle{experts=4 init=noise noise-std=0.5}")
     cli("verify", out, "--against", dense, code=3, says="differ by more than the tolerance")
