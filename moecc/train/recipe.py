@@ -512,6 +512,13 @@ def _distillation(recipe: Recipe) -> Iterator[Fault]:
     if loss.distill and recipe.model.start is Start.RANDOM:
         message = "random parameters have no source to learn from"
         yield Fault("loss.distill model.start", message, "0", loss.distill, 'start = "source"')
+    if loss.distill_steps > recipe.run.steps:
+        yield Fault(
+            "loss.distill_steps run.steps",
+            "the coefficient would not fall to 0 in the run",
+            f"at most steps = {recipe.run.steps}, or 0 for all of them",
+            loss.distill_steps,
+        )
 
 
 def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:

@@ -81,6 +81,7 @@ def test_a_mesh_has_the_losses_of_one_device(folder, tmp_path, settings):
     [
         (["model.start=random"], "random parameters have no source to learn from"),
         (["loss.distill=0", "loss.distill_steps=2"], "no effect where loss.distill is 0"),
+        (["loss.distill_steps=5"], "at most steps = 4, or 0 for all of them"),
         (["loss.distill=-1"], "0 or more"),
         (["loss.distil=1"], "did you mean 'distill'"),
     ],
