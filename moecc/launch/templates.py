@@ -344,7 +344,7 @@ def _slurm(job: ClusterJob) -> str:
         return _fill(
             "slurm_parts.sh", name=job.name, parts=job.nodes, partition=partition, cpus=PART_CPUS,
             memory=PART_MEMORY_GB, part=job.part("$SLURM_ARRAY_TASK_ID"),
-            join=shlex.quote(job.join),
+            join=shlex.quote(job.join), fault=MachineError.exit_code, restarts=job.restarts,
         )  # fmt: skip
     hosts = _machine_of("slurm", job, ("gpu", "cpu"))
     gpus = memory = ""
@@ -354,7 +354,7 @@ def _slurm(job: ClusterJob) -> str:
     return _fill(
         "slurm.sh", name=job.name, nodes=job.nodes, tasks=hosts.accelerators or 1, gpus=gpus,
         memory=memory, partition=partition, seconds=job.step_seconds, stop=STOP_SECONDS,
-        command=job.command,
+        command=job.command, fault=MachineError.exit_code, restarts=job.restarts,
     )  # fmt: skip
 
 
@@ -368,7 +368,7 @@ def _xpk(job: ClusterJob) -> str:
     return _fill(
         "xpk.sh", name=job.name, slices=hosts.slices, restarts=job.restarts, image=job.image,
         cluster=job.cluster, type=short_tpu_name(hosts.chip, hosts.topology),
-        machine_fault=MachineError.exit_code, command=shlex.quote(f"{settings} {job.command}"),
+        fault=MachineError.exit_code, command=shlex.quote(f"{settings} {job.command}"),
     )  # fmt: skip
 
 

@@ -50,18 +50,18 @@ def script_of(task):
     return task["run"].replace("cd /work\n", "")
 
 
-def with_stubs(folder, script, **environment):
-    """Run a script with commands that note their arguments and environment."""
-    for name in ("moecc", "sbatch", "srun", "xpk"):
+def with_stubs(folder, script, fails=None, code=0, **environment):
+    """Run a script with commands that note their arguments and environment; one fails with code."""
+    for name in ("moecc", "sbatch", "scontrol", "srun", "xpk"):
         stub = folder / name
         stub.write_text(
             f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/{name}.args\nenv > {folder}/env\n'
+            f"exit {code if name == fails else 0}\n"
         )
         stub.chmod(0o755)
     path = f"{folder}:{os.environ['PATH']}"
-    subprocess.run(
-        ["bash", "-c", script], check=True, cwd=folder, env={"PATH": path, **environment}
-    )
+    env = {"PATH": path, **environment}
+    assert subprocess.run(["bash", "-c", script], cwd=folder, env=env).returncode == code
     return {p.stem: p.read_text() for p in folder.glob("*.args")}
 
 
@@ -180,6 +180,26 @@ def test_the_first_part_on_slurm_submits_the_join_once(printed, tmp_path):
     assert not any(word.startswith("--qos") for word in submitted)
     wrapped = next(word for word in submitted if word.startswith("--wrap="))
     assert shlex.split(wrapped.removeprefix("--wrap=")) == ["moecc", *JOIN]
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "is_requeued"),
+    [(143, 99, True), (4, 9, True), (4, 10, False), (137, 0, True), (1, 0, False), (3, 0, False)],
+)
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [(("--machine", "h100x16", *TRAIN), "srun"), (("--nodes", "8", *CONVERT), "moecc")],
+)
+def test_slurm_requeues_what_a_restart_can_mend(
+    printed, tmp_path, words, name, status, restarts, is_requeued
+):
+    ran = with_stubs(
+        tmp_path, printed("slurm", *words), fails=name, code=status, SLURM_JOB_ID="7",
+        SLURM_ARRAY_TASK_ID="3", SLURM_RESTART_COUNT=f"{restarts}",
+    )  # fmt: skip
+    is_training = name == "srun"
+    assert ("scontrol" in ran) == (is_requeued and (is_training or status != 143))
+    assert ran.get("scontrol", arguments(["requeue", "7"])) == arguments(["requeue", "7"])
 
 
 def test_xpk_gets_the_type_that_clouds_call_a_slice(printed, tmp_path):

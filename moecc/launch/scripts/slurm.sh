@@ -19,5 +19,10 @@ $memory# All tasks end when one does.
 status=0
 srun --kill-on-bad-exit=1 --label $command || status=$$?
 # A training that is told to stop saves and ends with 143; the same command goes on with it.
-if [ "$$status" -eq 143 ]; then scontrol requeue "$$SLURM_JOB_ID"; fi
+# $fault is a fault of the machine; srun states the kill of the other tasks, 137, in its place.
+case "$$status" in
+  143) scontrol requeue "$$SLURM_JOB_ID" ;;
+  $fault | 137)
+    if [ "$${SLURM_RESTART_COUNT:-0}" -lt $restarts ]; then scontrol requeue "$$SLURM_JOB_ID"; fi ;;
+esac
 exit "$$status"

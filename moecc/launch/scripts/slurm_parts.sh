@@ -19,4 +19,10 @@ if [ "$$SLURM_ARRAY_TASK_ID" -eq 1 ] && [ "$${SLURM_RESTART_COUNT:-0}" -eq 0 ]; 
     $${SLURM_JOB_ACCOUNT:+--account="$$SLURM_JOB_ACCOUNT"} \
     $${SLURM_JOB_QOS:+--qos="$$SLURM_JOB_QOS"} --wrap=$join
 fi
-$part
+status=0
+$part || status=$$?
+case "$$status" in    # a fault of the machine, or a kill
+  $fault | 137)
+    if [ "$${SLURM_RESTART_COUNT:-0}" -lt $restarts ]; then scontrol requeue "$$SLURM_JOB_ID"; fi ;;
+esac
+exit "$$status"

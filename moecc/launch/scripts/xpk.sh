@@ -7,5 +7,5 @@ xpk workload create \
   --workload=$name \
   --tpu-type=$type --num-slices=$slices \
   --docker-image=$image \
-  --max-restarts=$restarts --restart-on-exit-codes=$machine_fault \
+  --max-restarts=$restarts --restart-on-exit-codes=$fault \
   --command=$command
