@@ -383,9 +383,17 @@ def pass_problems(plan: SavedPlan, recipe: Recipe, path: str) -> Iterator[Proble
     if not plan.config.train:
         yield Problem("the plan is of another step", f"{path}: request.step", "train",
                       plan.config.step, "moecc plan … --step train --save FILE")  # fmt: skip
-    if plan.pipeline and passes and _passes(plan.pipeline) != _passes(passes):
+    is_dense = plan.experts == 0 and not plan.pipeline and _makes_experts(passes)
+    if is_dense or (plan.pipeline and passes and _passes(plan.pipeline) != _passes(passes)):
         yield Problem("the plan is of other passes", f"{path}: request.pipeline",
-                      f"{passes}, as model.pipeline is", plan.pipeline, _HINT)  # fmt: skip
+                      f"{passes}, as model.pipeline is",
+                      plan.pipeline or "no passes, and no experts", _HINT)  # fmt: skip
+
+
+def _makes_experts(passes: str) -> bool:
+    """Whether a pass of a pipeline has an option for the number of experts."""
+    items = _passes(passes)
+    return isinstance(items, tuple) and any(hasattr(item, "experts") for item in items)
 
 
 def _passes(text: str) -> object:

@@ -325,6 +325,7 @@ class SavedPlan:
       memory_fraction: the share of a GPU's memory that it needs; None elsewhere.
       sequences: of a step; None where a plan does not say it.
       lengths: of a sequence, by stack.
+      experts: the most experts of a layer; None where a plan does not say it.
     """
 
     model: str
@@ -336,6 +337,7 @@ class SavedPlan:
     memory_fraction: float | None = None
     sequences: int | None = None
     lengths: tuple[int, ...] = ()
+    experts: int | None = None
 
     def recipe_values(self, *, is_new: bool = True) -> list[str]:
         """Return the values of a recipe that the plan decides, as ``--set`` takes them.
@@ -426,7 +428,7 @@ def read_plan(path: str) -> SavedPlan:
         _ = config.device_mesh
     except UsageError as error:
         raise InputError(replace(problem, where=path) for problem in error.problems) from None
-    count, batch = data.get("parameters"), data.get("batch")
+    count, batch, experts = data.get("parameters"), data.get("batch"), data.get("experts")
     seconds = as_number(cast(JsonDict, data["best"]).get("seconds")) or 0.0
     batch = batch if isinstance(batch, dict) else {}
     tokens, sequences, lengths = (batch.get(n) for n in ("tokens", "sequences", "lengths"))
@@ -438,4 +440,5 @@ def read_plan(path: str) -> SavedPlan:
         count if isinstance(count, int) else None, speed if 0 < speed < math.inf else None,
         fraction, sequences if isinstance(sequences, int) else None,
         tuple(length for length in lengths if isinstance(length, int)),
+        experts if isinstance(experts, int) else None,
     )  # fmt: skip

@@ -117,6 +117,8 @@ def test_a_plan_of_other_passes_than_the_recipe_s_is_refused_before_the_queue(mo
         (other, ("--set", f"model.pipeline={other}"), 0),
         (other, (f"--set=model.pipeline={other}",), 0),
         (f"{passes},pack-segments", (), 0),
+        ("", (), 1),
+        ("", ("--set", "model.pipeline="), 0),
     ):
         options = ("-p", text, "--machine", "h100x8", "--force", "--save", plan)
         assert moecc("plan", "preset:smollm2-135m", *options).code == 0

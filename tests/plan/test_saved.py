@@ -121,7 +121,7 @@ OTHERS = {
         ("-p", "upcycle{experts=8 top-k=2}", "--mesh", "expert=8"),
         ("other passes", "a model with other parameters"),
     ),
-    "no passes": (("-p", ""), ("a model with other parameters", "with no passes")),
+    "no passes": (("-p", ""), ("other passes", "no experts", "a model with other parameters")),
 }  # fmt: skip
 
 
