@@ -401,6 +401,12 @@ def check_manifest(output: Path, *, allow_edited_card: bool = False) -> None:
     raise_problems(verify_manifest(output, allow_edited_card=allow_edited_card), CheckError)
 
 
+def with_card(manifest: Manifest, card: bytes) -> Manifest:
+    """Return the manifest of a folder with another model card."""
+    record = FileRecord(len(card), hashlib.sha256(card).hexdigest())
+    return replace(manifest, files={**manifest.files, CARD_NAME: record})
+
+
 def record_card(folder: Path) -> None:
     """State the model card of a folder in its manifest as it is now, edited after the conversion.
 

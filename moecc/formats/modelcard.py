@@ -260,6 +260,15 @@ def _engines(facts: CardFacts) -> list[str]:
     return ["## Serve it", *table, *([_escape(facts.serving)] if facts.serving else [])]
 
 
+_WHERE = "  # where these files are, or "
+_LOADED = re.compile(rf'^folder = ".*"{_WHERE}(hf://)?ORG/NAME of the Hub$'.encode(), re.MULTILINE)
+
+
+def published_card(card: bytes, repository: str) -> bytes:
+    """Return a card whose code loads the model from a repository of the Hub, ``owner/name``."""
+    return _LOADED.sub(rb'folder = "\g<1>%b"' % repository.encode(), card)
+
+
 def _snippet(facts: CardFacts) -> str:
     if facts.file and not facts.has_tokenizer:
         return (
@@ -269,7 +278,7 @@ def _snippet(facts: CardFacts) -> str:
     if facts.file:
         return f'```\nllama-cli -m {facts.file} -p "Once upon a time" -n 20\n```'
     name = "ORG/NAME" if facts.auto_class is not None else "hf://ORG/NAME"
-    folder = f"folder = {json.dumps(facts.title)}  # where these files are, or {name} of the Hub"
+    folder = f"folder = {json.dumps(facts.title)}{_WHERE}{name} of the Hub"
     is_generator = facts.task == GENERATION and facts.has_tokenizer
     if facts.auto_class is not None:
         trust = ", trust_remote_code=True" if facts.code else ""

@@ -11,6 +11,7 @@ from moecc.jobs.command import Force, Report, Spelling
 from moecc.support.text import amount
 
 if TYPE_CHECKING:
+    from moecc.formats.manifest import Manifest
     from moecc.formats.store import Address
 
 
@@ -25,8 +26,9 @@ def push(
 ) -> Report:
     """Upload a converted folder, with card and receipt, after verifying it.
 
-    Every file is compared with the manifest first. The hub gets one commit; in an object store the
-    manifest comes last, and until then the folder is marked as incomplete.
+    Every file is compared with the manifest first. The hub gets one commit, whose card loads the
+    model by the repository's name; in an object store the manifest comes last, and until then the
+    folder is marked as incomplete.
 
     Args:
       folder: Folder that moecc convert wrote.
@@ -67,7 +69,7 @@ def push(
         names = [*manifest.weights, *manifest.files, MANIFEST_NAME]
         commit = None
         if output is None:
-            commit = _commit(path, target, names, private=private, force=force)
+            commit = _commit(path, target, manifest, names, private=private, force=force)
         else:
             output.check(upload_digest(path))
             if path == output.stage:  # what an interrupted conversion left is removed then
@@ -79,14 +81,23 @@ def push(
     return Report("push", data, lambda: text)
 
 
-def _commit(folder: Path, target: Address, names: list[str], *, private: bool, force: bool) -> str:
+def _commit(
+    folder: Path, target: Address, manifest: Manifest, names: list[str],
+    *, private: bool, force: bool,
+) -> str:  # fmt: skip
     """Upload files to a branch of a model of the hub in one commit, and return it."""
+    from moecc.formats.manifest import MANIFEST_NAME, dump, with_card
+    from moecc.formats.modelcard import CARD_NAME, published_card
     from moecc.formats.store import require_package, store_errors
 
     require_package(target)
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     hub, branch = HfApi(), target.revision or None
+    files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    if branch is None and CARD_NAME in files:  # the name alone is that of the main branch
+        card = published_card((folder / CARD_NAME).read_bytes(), target.path)
+        files |= {CARD_NAME: card, MANIFEST_NAME: dump(with_card(manifest, card))}
     with store_errors(target, "write"):
         hub.create_repo(target.path, private=private or None, exist_ok=True)
         if branch is not None:
@@ -100,9 +111,13 @@ def _commit(folder: Path, target: Address, names: list[str], *, private: bool, f
                 found=f"{len(present):,} files, {min(present)!r} among them",
                 hint="give another branch, hf://ORG/NAME@BRANCH; --force replaces all, card too",
             )
-        commit = hub.upload_folder(
-            repo_id=target.path, folder_path=folder, allow_patterns=names, revision=branch,
-            commit_message="Upload a model converted by moecc", parent_commit=state.sha,
-            delete_patterns=sorted(present.difference(names)) or None,
+        commit = hub.create_commit(
+            target.path,
+            [
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *(CommitOperationDelete(name) for name in sorted(present.difference(names))),
+            ],
+            commit_message="Upload a model converted by moecc", revision=branch,
+            parent_commit=state.sha,
         )  # fmt: skip
     return str(commit.oid)

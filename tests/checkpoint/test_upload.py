@@ -218,19 +218,26 @@ def test_a_claim_holds_on_a_server_that_ignores_conditions(folder_store, convert
     assert contents(folder_store(), "bucket/two").keys() == files_of(converted).keys()
 
 
+CARDS = {"README.md", "moecc_manifest.json"}
+
+
 def test_a_push_to_the_hub_is_one_commit(hub, converted, tmp_path, capsys):
     folder = tmp_path / "moe"
     shutil.copytree(converted, folder)
     assert said(capsys, "push", folder, "hf://org/moe", "--private")[0] == 0
-    assert files_of(hub.root / "org" / "moe" / "main") == files_of(folder)
+    pushed = hub.root / "org" / "moe" / "main"
+    assert verify_manifest(pushed) == []
+    assert {n for n, c in files_of(pushed).items() if c != (folder / n).read_bytes()} == CARDS
+    assert 'folder = "org/moe"\n' in (pushed / "README.md").read_text()
     assert sum(path.endswith("/commit/main") for _, path, _ in hub.requests) == 1
     assert not any(secret in body for _, _, body in hub.requests for secret in SECRETS.values())
     code, text = said(capsys, "push", folder, "hf://org/moe")
     assert code == 1
     assert "the repository is not empty" in text
     assert said(capsys, "push", folder, "hf://org/tiny@v3")[0] == 0
+    assert files_of(hub.root / "org" / "tiny" / "v3") == files_of(folder)
     assert said(capsys, "push", folder, "hf://org/tiny", "--force")[0] == 0
-    assert files_of(hub.root / "org" / "tiny" / "main") == files_of(folder)
+    assert files_of(hub.root / "org" / "tiny" / "main").keys() == files_of(folder).keys()
     hub.gated.add("org/moe")
     code, text = said(capsys, "push", folder, "hf://org/moe", "--force")
     assert code == 4
