@@ -476,9 +476,8 @@ def train(
     Example:
       moecc train recipe:upcycle --out run --set model.source=SmolLM2-135M
     """
-    if not dry_run:
-        tracker_extras = ["tensorboard"] * tensorboard + ["wandb"] * (wandb is not None)
-        require("training", ("train", *tracker_extras))
+    tracker_extras = ["tensorboard"] * tensorboard + ["wandb"] * (wandb is not None)
+    require("training", ["train"] * (not dry_run) + tracker_extras)
     with ExitStack() as opened:
         saved = None if plan is None else read_plan(plan)
         sets = [*(saved.recipe_values(is_new=resume is None) if saved else ()), *set]

@@ -28,6 +28,11 @@ def bare(monkeypatch):
             "jax, optax, orbax, tensorstore, tensorboardX, wandb",
             "'wandb>=",
         ),
+        (
+            "train recipe:upcycle --out OUT --tensorboard --wandb x --dry-run",
+            "tensorboardX, wandb",
+            "'wandb>=",
+        ),
         ("plan MODEL --machine cpu:8 --sequence 64 --html OUT", "plotly", "'plotly>="),
         ("compile MODEL --machine v5e-16", "jax", "'jax[tpu]"),
         ("compile MODEL --machine h100 --save OUT", "jax, flatbuffers", "'jax[cuda12-local]"),
