@@ -34,6 +34,7 @@ from moecc.formats.files import read_whole
 from moecc.formats.source import GivenParams
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
+from moecc.jobs.conversion import target_for
 from moecc.jobs.convert import Conversion, plan, write
 from moecc.jobs.generate import Continuer, generate_texts
 from moecc.model.initialise import add_statistics
@@ -448,14 +449,15 @@ class Model(Closing):
 
         Args:
           folder: where to; for a GGUF file also that file.
-          to: the family, or ``gguf:ARCH``; None for one that engines read.
+          to: the family, or ``gguf:ARCH``; None for one that engines read, of GGUF in its file.
           dtype: the element type to write; None keeps that of the source.
           force: whether an existing output is replaced.
 
         Raises: as `prepare`; InputError or MachineError if the output cannot be written.
         """
         path, force = folder_text(folder), flag("force", force)
-        write(self.prepare(family_text(to), dtype=dtype), path, force=force)
+        target = target_for(family_text(to), path)
+        write(self.prepare(target, dtype=dtype), path, force=force)
         return open(path, seed=self.seed)
 
     def emit(
@@ -555,7 +557,8 @@ def write_params(
     if not isinstance(params, Mapping):
         raise UsageError("parameters are arrays by name", found=type(params).__name__)
     opened = model if isinstance(model, OpenedModel) else open(model).model
-    path, target, element_type = folder_text(folder), family_text(to), dtype_of(dtype)
+    path, element_type = folder_text(folder), dtype_of(dtype)
+    target = target_for(family_text(to), path)
     force = flag("force", force)
     if opened.checkpoint is None:
         raise InputError(f"{opened.name} has no files to write beside parameters")

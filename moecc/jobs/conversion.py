@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError, UsageError, describe_error
 from moecc.families.config import FAMILY, ModelConfig
 from moecc.families.describe import Description, describe
-from moecc.formats.gguf.storage import Storage
+from moecc.formats.gguf.storage import SUFFIX, Storage
 from moecc.formats.open import wrapped_in
 from moecc.formats.run import base_models
 from moecc.formats.source import Checkpoint
@@ -59,6 +59,11 @@ AUTO = "auto"
 
 GGUF = "gguf:"
 """The prefix of the targets that are GGUF files."""
+
+
+def target_for(target: str, out: str | Path) -> str:
+    """Return the target of an output: ``auto`` is ``gguf:auto`` where it is a GGUF file."""
+    return GGUF + AUTO if target == AUTO and Path(out).suffix == SUFFIX else target
 
 
 @dataclass(frozen=True)
@@ -284,7 +289,7 @@ def plan(
     Args:
       model: the source; its graph is rewritten in place.
       pipeline: the passes.
-      target: the output family, ``gguf:ARCH`` for a file of llama.cpp, or ``auto``.
+      target: the output family, ``gguf:ARCH`` for a file of llama.cpp, ``auto`` or ``gguf:auto``.
       dtype: the element type to write, or a GGUF file's blocks; None keeps that of the source.
       seed: of the random numbers.
       allow_unmatched: whether a pass that must match may match nothing.
@@ -353,9 +358,15 @@ def plan(
     elif architecture is None:
         export = _put_back(exported or export_graph(model.graph, target), checkpoint)
     else:
-        from moecc.translate.gguf import export_gguf, quantising_remarks
+        from moecc.translate.gguf import choose_architecture, export_gguf, quantising_remarks
 
-        export, said = _with_tokenizer(export_gguf(model.graph, architecture), checkpoint)
+        if architecture == AUTO:
+            export = choose_architecture(model.graph)
+            architecture, target = export.architecture, GGUF + export.architecture
+            remarks.append(f"auto chose {target} for a GGUF file")
+        else:
+            export = export_gguf(model.graph, architecture)
+        export, said = _with_tokenizer(export, checkpoint)
         said += quantising_remarks(export, storage)
         remarks += said
         notes += said

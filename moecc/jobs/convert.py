@@ -57,7 +57,7 @@ from moecc.jobs.command import (
     read_pipeline,
     say_weights,
 )
-from moecc.jobs.conversion import AUTO, Plan
+from moecc.jobs.conversion import AUTO, Plan, target_for
 from moecc.jobs.conversion import plan as plan
 from moecc.jobs.receipt import (
     RECEIPT_NAME,
@@ -448,7 +448,8 @@ def convert(
       source: Hugging Face folder, .gguf file, hf://…, s3://…, gs://… or preset:NAME; or a
         .toml file of source and options, or the .yaml of mergekit-moe.
       out: Folder to write, also s3://… or gs://…, or file that ends in .gguf.
-      to: Family to write, gguf:ARCH with llama.cpp's name of an architecture, or auto.
+      to: Family to write, gguf:ARCH with llama.cpp's name of an architecture, or auto, which is
+        an architecture for a .gguf file.
       emit: Language of a program to write beside the tensors of st_moe: torch or jax.
       via: Read a folder whose family moecc does not know as its class of PyTorch, with
         torch.export; attention and all else stay the code of that class.
@@ -495,6 +496,7 @@ def convert(
         base_model = base_model or stated.base_model
         if max_shard_bytes == str(MAX_SHARD_BYTES):
             max_shard_bytes = stated.max_shard_bytes
+    to = to if via is not None or emit is not None else target_for(to, out)
     type = None if dtype is None else _output_type(dtype)
     share = None
     if part is not None:

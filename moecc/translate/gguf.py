@@ -39,7 +39,7 @@ from moecc.formats.gguf.layer_inputs import (
     gemma4_tensors,
 )
 from moecc.formats.gguf.rearranged import cut, join
-from moecc.formats.gguf.storage import BY_NAME, DECAYS, Storage, require_package
+from moecc.formats.gguf.storage import BY_NAME, DECAYS, SUFFIX, Storage, require_package
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
 from moecc.support.text import with_article
@@ -50,7 +50,7 @@ from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat, Index, Merge, Permute, Split, Stack
 from moecc.weights.simplify import simplify
 
-PREFIX, GEMMA4 = "gguf:", "gemma4"
+PREFIX, GEMMA4, AUTO = "gguf:", "gemma4", "auto"
 _READ_ONLY = {
     "gemma3n": "llama.cpp cuts neurons off by a standard deviation over n − 1 of them, and "
     "transformers over n; --to gemma3n_text writes a folder"
@@ -92,6 +92,8 @@ class GgufExport:
 def architecture_of(target: str) -> str | None:
     """Return the architecture that a target ``gguf:ARCH`` names, or None for a family.
 
+    ``gguf:auto`` stands for the one that `choose_architecture` takes.
+
     Raises:
       UsageError: moecc writes no such architecture.
     """
@@ -99,7 +101,7 @@ def architecture_of(target: str) -> str | None:
         return None
     name = target.removeprefix(PREFIX)
     names = architectures()
-    if name in names:
+    if name in names or name == AUTO:
         return name
     config = CONFIGS.get(name)
     stored_as = name if config is None or config.gguf is None else config.gguf.architecture
@@ -119,6 +121,29 @@ def architecture_of(target: str) -> str | None:
 def architectures() -> tuple[str, ...]:
     """Return the architectures that can be written."""
     return tuple(dict.fromkeys((*dense_architectures(), *mixture_architectures(), GEMMA4)))
+
+
+def choose_architecture(graph: Graph) -> GgufExport:
+    """Return `graph` as a GGUF file of the first architecture that holds it, its own before others.
+
+    Raises:
+      InputError: none does; the reasons against the one with the fewest.
+    """
+    if graph.family == Gemma4TextConfig.model_type:
+        return export_gguf(graph, GEMMA4)
+    table = mixture_architectures() if expert_layers(graph) else dense_architectures()
+    config = CONFIGS.get(graph.family)
+    own = None if config is None or config.gguf is None else config.gguf.architecture
+    refused: dict[str, tuple[Problem, ...]] = {}
+    for architecture in sorted(table, key=lambda name: name != own):
+        try:
+            return export_gguf(graph, architecture)
+        except InputError as error:
+            refused[architecture] = error.problems
+    nearest_one = min(refused, key=lambda name: len(refused[name]))
+    fault = f"no architecture of llama.cpp holds this model; the nearest is {nearest_one}"
+    hint = f"--to auto holds it in a folder, whose name does not end in {SUFFIX}"
+    raise InputError([Problem(fault, hint=hint), *refused[nearest_one]])
 
 
 def export_gguf(graph: Graph, architecture: str) -> GgufExport:

@@ -91,6 +91,25 @@ def test_shards_and_types(cli, dense, out):
 
 
 @pytest.mark.parametrize(
+    ("source", "pipeline", "more", "target"),
+    [
+        ("llama_gqa", "", (), "gguf:llama"),
+        ("llama_gqa", UPCYCLE, ("--dtype", "f16"), "gguf:llama"),
+        ("qwen2_moe_plain", "", (), "gguf:qwen2moe"),
+        ("gemma4_inputs", "", (), "gguf:gemma4"),
+    ],
+)
+def test_auto_is_an_architecture_where_the_output_is_a_gguf_file(
+    cli, tmp_path, source, pipeline, more, target
+):
+    file = tmp_path / "m.gguf"
+    more = (*more, "--format", "json")
+    done = cli.convert(GOLDEN / source, file, *more, pipeline=pipeline, to="auto")
+    assert done.json()["family_to"] == target
+    assert cli.json("inspect", file)["layers"] > 0
+
+
+@pytest.mark.parametrize(
     ("source", "to", "remark"),
     [
         ("mixtral_gqa", "mixtral", "its own, 0.001 times balance; router_z, load are left out"),
