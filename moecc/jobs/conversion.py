@@ -137,8 +137,6 @@ class Plan:
         """Whether each engine runs the model that will be written."""
         if self.architecture:
             return verdicts_on_gguf(self.architecture)
-        if self.program is not None:
-            return verdicts_on_program(self.program) if self.program.auto_map else ()
         return _verdicts(self.export)
 
     def without_log(self) -> Plan:
@@ -434,6 +432,8 @@ def unread_models(graph: Graph, models: Iterable[str]) -> tuple[str, ...]:
 
 
 def _verdicts(export: Export | GgufExport) -> tuple[EngineVerdict, ...]:
+    if isinstance(export, EmittedExport):
+        return verdicts_on_program(export.program) if export.program.auto_map else ()
     wrapper = export.source.wrapper if isinstance(export, WrappedExport) else None
     return verdicts(export.config, wrapper)
 

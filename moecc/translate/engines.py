@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -216,6 +217,8 @@ ENGINES = (
 )
 """The engines; what each reads of a family stands in the class of its config."""
 
+UNMEASURED = "not measured with programs"
+"""The reason against an engine that may run a program, and was not asked to."""
 CODE_READ = "code read"
 """The note of a verdict that was not measured."""
 UNKNOWN = "it does not know this family"
@@ -295,24 +298,32 @@ TRANSFORMERS = "transformers"
 
 
 def verdicts_on_program(program: EmittedProgram) -> tuple[EngineVerdict, ...]:
-    """Return the verdicts on a program in PyTorch beside its weights, where one was looked for.
+    """Return the verdicts on a program in PyTorch beside its weights."""
+    return tuple(_verdict_on_program(engine, program) for engine in ENGINES)
 
-    vLLM takes decoders whose attention is transformers' own and whose head is ``lm_head``.
-    """
-    runs = [e for e in ENGINES if e.name.startswith(TRANSFORMERS)]
-    never = [e for e in ENGINES if e.name in (LLAMA_CPP, "mlx-lm")]
-    needs = ("_supports_attention_backend = True", "self.lm_head")
-    is_served = "AutoModelForCausalLM" in program.auto_map and all(
-        any(words in text for text in program.files.values()) for words in needs
-    )
-    fault = [] if is_served else ["another model than a decoder of plain attention with lm_head"]
-    vllm = next(e for e in ENGINES if e.name == "vLLM")
-    how = "--model-impl transformers --trust-remote-code"
-    return (
-        *(engine.verdict(note="trust_remote_code") for engine in runs),
-        vllm.verdict(*fault, note="" if fault else how),
-        *(engine.verdict("it runs no code of a checkpoint") for engine in never),
-    )
+
+_PLAIN_HEAD = re.compile(r"^ +logits = self\.lm_head\(hidden_states\)(  #|$)", re.MULTILINE)
+_TIED_HEAD = re.compile(r"^ +logits = F\.linear\(hidden_states, self\.model\.", re.MULTILINE)
+
+
+def _verdict_on_program(engine: Engine, program: EmittedProgram) -> EngineVerdict:
+    if engine.name.startswith(TRANSFORMERS):
+        return engine.verdict(note="trust_remote_code")
+    if engine.name != "vLLM":
+        never = engine.name in (LLAMA_CPP, "mlx-lm")
+        return engine.verdict("it runs no code of a checkpoint" if never else UNMEASURED)
+    text = "\n".join(program.files.values())
+    if "AutoModelForCausalLM" not in program.auto_map:
+        return engine.verdict("another model than a decoder")
+    if "_supports_attention_backend = True" not in text:
+        return engine.verdict("another attention than plain")
+    # It takes the hidden states and an lm_head of its own, whose matrix stays as allocated if the
+    # files have none (measured with a tied llama).
+    if _TIED_HEAD.search(text):
+        return engine.verdict("an output matrix tied to the embedding", silent=True)
+    if not _PLAIN_HEAD.search(text):
+        return engine.verdict("another head than lm_head of the hidden states")
+    return engine.verdict(note="--model-impl transformers --trust-remote-code")
 
 
 def _verdict(engine: Engine, config: ModelConfig) -> EngineVerdict:

@@ -184,11 +184,26 @@ def test_the_code_for_a_program_of_jax_runs_as_it_stands(cli, out, monkeypatch, 
     assert np.isfinite(names["outputs"]["logits"]).all()
 
 
-@pytest.mark.parametrize(("case", "served"), [("llama_gqa", True), ("gemma2_caps", False)])
-def test_vllm_serves_programs_of_plain_decoders(cli, out, case, served):
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("llama_gqa", None),
+        ("gemma2_caps", "another attention than plain"),
+        ("llama_square_tied", "an output matrix tied to the embedding"),
+        ("phi_square", "an output matrix tied to the embedding"),
+        ("gpt_neox_square", "another head than lm_head"),
+        ("bert_square", "another model than a decoder"),
+    ],
+)
+def test_vllm_serves_programs_of_plain_decoders(cli, out, case, reason):
     words = ("--emit", "torch", "--dry-run", "--format", "json")
     plan = cli.convert(GOLDEN / case, out, *words, pipeline="", to="st_moe").json()
-    assert {e["engine"]: e["runs"] for e in plan["engines"]}["vLLM"] == served
+    engines = {e["engine"]: e for e in plan["engines"]}
+    assert engines["vLLM"]["runs"] == (reason is None)
+    assert reason is None or reason in engines["vLLM"]["reasons"][0]
+    is_misread = any("vLLM 0.32.0 would load this" in remark for remark in plan["remarks"])
+    assert engines["vLLM"]["silent"] == is_misread == ("tied" in (reason or ""))
+    assert engines["SGLang"]["reasons"] == ["not measured with programs"]
 
 
 def test_the_page_of_a_receipt_is_written_of_a_changed_folder_too(cli, dense, out, tmp_path):

@@ -53,18 +53,26 @@ def test_what_the_table_says_is_what_the_engine_does(family, keys, target, passe
 
 
 @pytest.mark.parametrize(
-    ("family", "passes"), [("llama", COPIES), ("qwen3", SHARED), ("gemma", "")]
+    ("family", "keys", "passes"),
+    [
+        ("llama", {}, COPIES),
+        ("llama", {"tie_word_embeddings": True}, COPIES),
+        ("qwen3", {}, SHARED),
+        ("gemma", {}, ""),
+    ],
 )
-def test_the_engine_runs_programs_in_pytorch(family, passes, tmp_path):
-    source = write_source(tmp_path / "source", family)
+def test_the_engine_runs_programs_in_pytorch(family, keys, passes, tmp_path):
+    source = write_source(tmp_path / "source", family, **keys)
     out = tmp_path / "out"
-    convert(str(source), str(out), pipeline=passes, seed=1, to="st_moe", emit="torch")
+    done = convert(str(source), str(out), pipeline=passes, seed=1, to="st_moe", emit="torch")
+    verdict = next(v for v in done.data["engines"] if v["engine"] == "vLLM")
     python = interpreter(VARIABLE, MODULE)
     assert python is not None
     options = {"model_impl": "transformers", "trust_remote_code": True}
     job = {"folder": str(out), "tokens": str(source / "tokens.npy"), "options": options}
     assert ask(python, PROBE, [job]) == [{}]
-    assert off(out, source) <= SINGLE
+    error = off(out, source)
+    assert (error <= SINGLE, error > 1e-3) == (verdict["runs"], verdict["silent"])
 
 
 def off(folder, source):
