@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -110,7 +111,10 @@ def begin(config, load):
     is_drawn = all(0.01 < p.std() < 0.03 for p in matrices if p.numel() > 200)
     count = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(count + 3)
-    return {"begun": is_drawn, "resized": len(model.get_input_embeddings().weight) == count + 3}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = type(model).from_pretrained(folder)
+    return {"begun": is_drawn, "resized": len(saved.get_input_embeddings().weight) == count + 3}
 
 
 def main():

@@ -182,11 +182,21 @@ def test_losses_of_routers_are_added_to_that_of_the_head():
     head = text[text.index("class StMoeForCausalLM") :]
     assert "output_z_loss = torch.square(logits.logsumexp(-1)).mean()" in head
     assert re.search(r"aux_loss = .* \+ output_z_loss \* 0\.01\n", head)
+    assert "loss = loss + aux_loss * batch_share(labels, **kwargs)" in head
+    encoder = program_text("bert_square", f"{UPCYCLE},add-losses")
+    heads = encoder[encoder.index("class StMoeForSequenceClassification") :]
+    assert heads.count("accepts_loss_kwargs = False") == heads.count("class ")
 
 
 def test_padding_is_rejected_where_scores_are_read():
     text = program_text("llama_gqa", f"{UPCYCLE},add-losses{{attention-z-coef=0.01}}")
     assert 'raise ValueError("this model has no padding mask")' in text
+
+
+def test_the_vocabulary_is_that_of_the_config():
+    text = program_text("gemma4_inputs")  # with a table of tokens for each layer, which stays
+    assert re.findall(r"nn\.Embedding\((.*), 16\)", text) == ["config.vocab_size"]
+    assert "nn.Linear(16, config.vocab_size, bias=False)" in program_text("llama_gqa")
 
 
 def test_numbers_in_formulas_of_tensors_are_tensors():

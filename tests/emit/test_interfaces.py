@@ -75,6 +75,50 @@ def test_caches_graphs_and_losses_are_as_transformers_has_them(tmp_path, python,
     assert set(verdict.values()) == {True}, verdict
 
 
+LOSSES = """
+import json, sys, torch, transformers
+name = sys.argv[2]
+load = getattr(transformers, f"AutoModelFor{name}").from_pretrained
+model = load(sys.argv[1], trust_remote_code=True, dtype=torch.float64).train()
+tokens, mask = torch.arange(24).reshape(2, 12) % 16, torch.ones(2, 12, dtype=torch.long)
+mask[0, 7:] = 0
+def run(tokens, mask, **options):
+    if name != "CausalLM":
+        return model(tokens, decoder_input_ids=tokens, decoder_attention_mask=mask,
+                     attention_mask=mask, labels=tokens)
+    return model(tokens, attention_mask=mask, labels=tokens, **options)
+other = torch.where(mask == 1, tokens, 5)
+verdict = {"padding": torch.allclose(run(tokens, mask).aux_loss, run(other, mask).aux_loss),
+           "tokens": not torch.allclose(run(tokens, None).aux_loss, run(other, None).aux_loss)}
+if name == "CausalLM":  # Trainer states the labels of all accumulated batches
+    half = run(tokens, mask, num_items_in_batch=torch.tensor(44)).loss
+    verdict["share"] = torch.allclose(2 * half, run(tokens, mask).loss)
+print(json.dumps(verdict))
+"""
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("source", "task"), [("llama_gqa", "CausalLM"), ("t5_gated_untied", "Seq2SeqLM")]
+)
+@in_each_interpreter
+def test_losses_of_routers_count_no_padding_and_are_shares(tmp_path, python, source, task):
+    passes = f"{METHODS['upcycled']},add-losses,specialize{{mode=train padding-mask=true}}"
+    EmittedCell(source, "padding", passes).write(tmp_path / "model")
+    verdict = asked([python, "-W", "ignore", "-c", LOSSES, str(tmp_path / "model"), task])
+    assert set(verdict.values()) == {True}, verdict
+
+
+@pytest.mark.parametrize(
+    ("source", "argument"),
+    [("llama_gqa", "attention_mask"), ("t5_gated_untied", "decoder_attention_mask")],
+)
+def test_routers_of_a_decoder_read_the_padding_of_its_tokens(source, argument):
+    text = program_text(source, f"{METHODS['upcycled']},specialize{{padding-mask=true}}")
+    assert f"token_mask = mask_of_tokens(inputs_embeds, {argument})" in text
+    assert "decoder_mask)" not in text[text.index("class StMoeConfig") :]
+
+
 @pytest.mark.parity
 @pytest.mark.skipif(not interpreters(), reason="MOECC_PARITY_PYTHON names no transformers")
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ HEAD = '''
 class <name>(StMoePreTrainedModel):
     """The encoder, and <doc>."""
 
+    accepts_loss_kwargs = False  # Trainer then divides the loss by the accumulated batches
+
     def __init__(self, config):
         super().__init__(config)
         <constructor>

@@ -158,7 +158,8 @@ class StMoeForCausalLM(<parent>, GenerationMixin):
         <losses>
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)<plus>
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            <added>
         return with_cache(<output>, cache_of(outputs), loss=loss, logits=logits<aux>)
 '''
 
@@ -250,6 +251,7 @@ class Models:
       task: the task of the head of an encoder, ``MaskedLM``.
       base: the attribute of the base model; empty: there is none.
       embedding: the module that is the table of tokens, unless methods return it.
+      vocabulary: the table of tokens; None where nothing reads tokens.
     """
 
     def __init__(
@@ -264,6 +266,8 @@ class Models:
         self.auto_map: dict[str, str] = {"AutoConfig": "modeling_st_moe.StMoeConfig"}
         self.architecture = ""
         self.base, self.embedding = "", DEFAULT_EMBEDDING
+        items = self._embedding_items()
+        self.vocabulary = items[0].operands[0] if items else None
         self.main_input = ENCODER_ARGUMENTS.get(next(iter(program.inputs), ""), "input_ids")
 
     def write(self) -> None:
@@ -285,15 +289,19 @@ class Models:
         block = ModuleBlock(title, path, list(steps))
         block.close([*self.program.outputs.values(), *outputs])
         writer = ModelWriter(block, self.classes, OPERATIONS, program=self.program)
+        writer.vocabulary = self.vocabulary
         names = {
             **ENCODER_ARGUMENTS,
             "decoder_tokens": "decoder_input_ids",
+            "decoder_mask": "token_mask",
             POSITION_IDS: POSITION_IDS,
             KEY_POSITIONS: KEY_POSITIONS,
             CACHE: CACHE,
             KWARGS: f"**{KWARGS}",
             CONTINUES: CONTINUES,
         }
+        if self.program.tokens == TOKENS:  # the attention has the mask of transformers
+            names["mask"] = "token_mask"
         for name, var in self.program.inputs.items():
             if var.kind != "key":
                 writer.values[var] = PythonExpr(names.get(name, name), var.axes)
@@ -307,14 +315,18 @@ class Models:
     def _losses(self) -> dict[str, ProgramValue]:
         return {n: v for n, v in self.program.outputs.items() if n.startswith("loss.")}
 
+    def _embedding_items(self) -> list[Item]:
+        """Return what reads the tokens: the first one is the table of tokens."""
+        tokens = self.program.inputs.get(self.program.tokens or TOKENS)
+        embeddings = [i for i in self.program.items if i.op == "embedding_module"]
+        return [item for item in embeddings if tokens in item.operands]
+
     def _embedding_item(self) -> Item:
-        tokens = self.program.inputs[self.program.tokens or TOKENS]
-        for item in self.program.items:
-            if item.op == "embedding_module" and tokens in item.operands:
-                return item
+        if items := self._embedding_items():
+            return items[0]
         raise InputError(
             "no table of embeddings reads the tokens",
-            expected=f"%e = embedding %embed.weight, %{tokens.name}, of a table [vocab, embed]",
+            expected=f"%e = embedding %embed.weight, %{self.program.tokens or TOKENS}, of a table [vocab, embed]",
             hint="the name of the table ends in .weight, as that of a module does",
         )
 
@@ -399,8 +411,10 @@ class Models:
             "embedding": embedding,
             "positions": self._positions(),
             "cache": self._cache("DynamicCache()"),
-            "statements": writer.filled_lines(writer.lines),
-        }
+            "statements": [
+                *self._token_mask("mask", "attention_mask"), *writer.filled_lines(writer.lines)
+            ],
+        }  # fmt: skip
         output = "StMoeOutput" if losses else "BaseModelOutputWithPast"
         parts |= {
             "output": output,
@@ -448,7 +462,7 @@ class Models:
         )
         self.architecture = "StMoeForCausalLM"
         self._map("AutoModelForCausalLM", "StMoeForCausalLM")
-        self.classes.helpers |= root.helpers | {"cache_of"}
+        self.classes.helpers |= root.helpers | {"cache_of", "batch_share"}
 
     def _lines_to_logits(self, writer: BlockWriter) -> list[str]:
         """Return the statements of a head, of which the last names the logits."""
@@ -461,12 +475,13 @@ class Models:
         """Return the parts of a template that say what is done with auxiliary losses."""
         loss = self._losses().get(AUXILIARY)
         if loss is None:
-            return {"losses": [], "plus": "", "aux": "", "output": output}
+            return {"losses": [], "plus": "", "added": [], "aux": "", "output": output}
         text = root.filled(root.canonical(loss))
         lines = [f"aux_loss = {text}"] if text != "aux_loss" else []
         return {
             "losses": lines,
             "plus": " + aux_loss",
+            "added": ["loss = loss + aux_loss * batch_share(labels, **kwargs)"],
             "aux": ", aux_loss=aux_loss",
             "output": output,
         }
@@ -620,7 +635,11 @@ class Models:
                     "embedding": root.tree.access(str(item.attrs["module"])),
                     "positions": self._positions(),
                     "cache": self._cache("EncoderDecoderCache(DynamicCache(), DynamicCache())"),
-                    "statements": [*self._decoder_mask(), *self._lines_to_logits(decoder)],
+                    "statements": [
+                        *self._decoder_mask(),
+                        *self._token_mask("decoder_mask", "decoder_attention_mask"),
+                        *self._lines_to_logits(decoder),
+                    ],
                     **self._loss_parts(decoder, "StMoeSeq2SeqOutput"
                                        if self._losses() else "Seq2SeqLMOutput"),
                 },
@@ -631,6 +650,13 @@ class Models:
         self._map(auto, name)
         self._map("AutoModel", name)
         self.classes.helpers |= encoder.helpers | decoder.helpers | root.helpers | {"with_cache"}
+
+    def _token_mask(self, name: str, argument: str) -> list[str]:
+        """Return the line by which routers of a decoder tell its tokens from padding."""
+        if name not in self.program.inputs:
+            return []
+        self.classes.helpers.add("mask_of_tokens")
+        return [f"token_mask = mask_of_tokens(inputs_embeds, {argument})"]
 
     def _decoder_mask(self) -> list[str]:
         """Return the lines that read the encoder's mask."""
@@ -651,6 +677,8 @@ class Models:
             "tie_word_embeddings": False,
             "num_hidden_layers": len(layers),
         }
+        if self.vocabulary is not None:
+            config["vocab_size"] = self.vocabulary.size(self.vocabulary.axes[0])
         if "decoder_tokens" in self.program.inputs:
             config["is_encoder_decoder"] = True
             config["num_hidden_layers"] = sum(b.title.startswith("Decoder") for b in layers)

@@ -41,6 +41,7 @@ class BlockWriter:
       classes: of the blocks within.
       operations: the function that writes each operation.
       hints: names of the results of modules within.
+      vocabulary: the table of tokens, whose number is ``config.vocab_size``.
       longest_operands: the most characters of all operands of an operation.
       longest_call: the most characters of the call of a module within.
       longest_value: the most characters of an expression that stands where its value is read.
@@ -61,6 +62,7 @@ class BlockWriter:
     optional: set[str] = field(default_factory=set)
     hints: dict[ProgramValue, str] = field(default_factory=dict)
     experts: str = ""
+    vocabulary: ProgramValue | None = None
     tree: ModuleTree = field(init=False)
     longest_operands: ClassVar[int] = 66
     longest_call: ClassVar[int] = 76
@@ -561,12 +563,15 @@ class ModuleTree:
         if "embedding_module" in kinds:
             table = next(i for i in calls if i.op == "embedding_module").operands[0]
             count, width = (at(table.size(a), a) for a in table.axes)
+            if table is self.writer.vocabulary:
+                count = "config.vocab_size"
             return f"nn.Embedding({count}, {width})"
         if kinds == {"linear"}:
             w = calls[0].operands[1]
             biased = {bool(i.attrs["bias"]) for i in calls}
             if len(biased) == 1:
                 width, size = at(w.size(w.axes[1]), w.axes[1]), at(w.size(w.axes[0]), w.axes[0])
+                size = "config.vocab_size" if self.has_rows_of_tokens(w) else size
                 bias = "" if biased == {True} else ", bias=False"
                 return f"nn.Linear({width}, {size}{bias})"
         if len(kinds) == 1 and kinds & {"rms_norm_module", "layer_norm_module"}:
@@ -577,6 +582,12 @@ class ModuleTree:
                 size, eps = at(w.size(w.axes[0]), w.axes[0]), at(call.attrs["eps"], "eps")
                 return f"nn.{name}({size}, eps={eps})"
         return ""
+
+    def has_rows_of_tokens(self, matrix: ProgramValue) -> bool:
+        """Whether the rows of a matrix are the tokens, whose number transformers may change."""
+        table = self.writer.vocabulary
+        rows = matrix.axes[0]
+        return table is not None and table.axes[0] == rows and table.size(rows) == matrix.size(rows)
 
     def is_module(self, item: Item) -> bool:
         """Whether an item is the call of a module, and not the function on its parameters."""

@@ -15,6 +15,18 @@ def cache_of(output):
     return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
+def batch_share(labels, num_items_in_batch=None, **kwargs):
+    """Return the share that predicted labels are of those of all batches that are accumulated."""
+    return 1 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
+def mask_of_tokens(inputs_embeds, attention_mask=None):
+    """Return which tokens are no padding, ``[batch, seq]``."""
+    if attention_mask is None:
+        return torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+    return attention_mask.bool()
+
+
 def ctc_loss(logits, labels, config):
     """Return the loss of transcripts; labels below 0 are padding, every frame is read."""
     kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
