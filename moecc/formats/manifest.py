@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 from moecc.errors import (
@@ -45,7 +46,7 @@ from moecc.formats.safetensors import SHARD_SUFFIX, Header, read_header
 from moecc.formats.source import TensorInfo
 from moecc.support.documents import MAX_VALUES, parse_json
 from moecc.support.record import Check, Count, Sha256, read_record, stored, to_json
-from moecc.support.text import amount
+from moecc.support.text import MOST_PER_KIND, amount, capped
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import DTYPES
 from moecc.version import __version__
@@ -353,8 +354,8 @@ def verify_manifest(output: Path, *, allow_edited_card: bool = False) -> list[Pr
       allow_edited_card: whether the model card may differ from the one that was written.
 
     Returns:
-      One problem for each tensor and file that is missing, extra or different; empty if all is
-      well.
+      One problem for each file and, up to a number, each tensor that is missing, extra or
+      different; empty if all is well.
 
     Raises:
       InputError: there is no manifest, or one of another version.
@@ -421,6 +422,13 @@ def record_card(folder: Path) -> None:
         replace_durable(folder / MANIFEST_NAME, dump(replace(manifest, files=files)))
 
 
+TRAINED = (
+    "if it was trained since, moecc verify {} --against SOURCE measures how far it went; "
+    "a manifest is of the weights that moecc wrote"
+)
+"""The way out where most tensors have other values."""
+
+
 class _Verification:
     """One comparison of a folder, or of one file, with its manifest."""
 
@@ -429,7 +437,7 @@ class _Verification:
         self._folder = output if output.is_dir() else output.parent
         self._manifest = manifest
         self._editable = {CARD_NAME} if allow_edited_card else set()
-        self._problems = Problems(limit=sys.maxsize)  # every tensor is named
+        self._problems = Problems(limit=sys.maxsize)
         self._pool = DescriptorPool()
         self._identities: dict[Path, Identity] = {}
 
@@ -438,11 +446,19 @@ class _Verification:
         self._files()
         headers = self._headers()
         self._added()
-        comparable = self._tensors(headers)
+        comparable: list[TensorInfo] = []
+        unlike = self._tensors(headers, comparable)
+        self._problems.extend(capped(unlike, "tensor differs so", "tensors differ so"))
         try:
-            self._digests(comparable)
+            changed = list(self._digests(comparable))
         finally:
             self._pool.close()
+        most = MOST_PER_KIND
+        if len(changed) > max(1, len(comparable) // 2):
+            output = quote(str(self._single_file or self._folder))
+            changed[0] = replace(changed[0], hint=TRAINED.format(output))
+            most = 3
+        self._problems.extend(capped(changed, "tensor differs so", "tensors differ so", most))
         return self._problems.listed()
 
     def _path(self, name: str) -> Path:
@@ -502,42 +518,42 @@ class _Verification:
             fault = f"the {kind} {quoted(name)} is not in the manifest"
             self._problems.add(fault, where=self._folder, hint="move it out of the folder")
 
-    def _tensors(self, headers: dict[str, Header]) -> list[TensorInfo]:
-        """Compare names, types and shapes; return the tensors whose bytes can be compared."""
+    def _tensors(
+        self, headers: dict[str, Header], comparable: list[TensorInfo]
+    ) -> Iterator[Problem]:
+        """Compare names, types and shapes; collect the tensors whose bytes can be compared."""
         for file, header in headers.items():
             for name in header.tensors.keys() - self._manifest.tensors.keys():
                 fault = f"the tensor {quoted(name)} is not in the manifest"
-                self._problems.add(fault, where=self._path(file))
-        comparable = []
+                yield Problem(fault, str(self._path(file)))
         for name, record in self._manifest.tensors.items():
-            where = self._path(record.file)
+            where = str(self._path(record.file))
             if (home := headers.get(record.file)) is None:
                 continue  # of the file there is a problem
             if (info := home.tensors.get(name)) is None:
-                self._problems.add(f"the tensor {quoted(name)} is missing", where=where)
+                yield Problem(f"the tensor {quoted(name)} is missing", where)
             elif (stored_name(info), info.shape) != (record.dtype, record.shape):
-                self._problems.add(
+                yield Problem(
                     f"the tensor {quoted(name)} has another type or shape",
-                    where=where,
+                    where,
                     expected=f"{record.dtype} {list(record.shape)}",
                     found=f"{stored_name(info)} {list(info.shape)}",
                 )
             else:
                 comparable.append(info)
-        return comparable
 
-    def _digests(self, tensors: list[TensorInfo]) -> None:
+    def _digests(self, tensors: list[TensorInfo]) -> Iterator[Problem]:
         """Hash the bytes of tensors, in their order on disk."""
         ordered = sorted(tensors, key=lambda info: (info.file, info.offset))
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             for info, digest in zip(ordered, threads.map(self._digest, ordered), strict=True):
                 expected = self._manifest.tensors[info.name].sha256
                 if isinstance(digest, InputError):
-                    self._problems.extend(digest.problems)
+                    yield from digest.problems
                 elif digest != expected:
-                    self._problems.add(
+                    yield Problem(
                         f"the data of the tensor {quoted(info.name)} differ from what moecc wrote",
-                        where=info.file,
+                        str(info.file),
                         expected=f"sha256 {expected}",
                         found=digest,
                     )

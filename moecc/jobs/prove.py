@@ -252,7 +252,7 @@ def verdict_problem(
         hints = []
         if unmatched:
             values = f"{amount(len(unmatched), 'tensor')} of {b}, for example {unmatched[0]}"
-            hints.append(f"{values}: no tensor of {a} has these values")
+            hints.append(f"{values}: no tensor of {a} has these values, as after training")
         if exact:
             hints.append(f"real numbers may be the same: {_command(['prove', a, b], load)}")
         elif can_run:

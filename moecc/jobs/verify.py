@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from moecc.errors import CheckError, InputError, MoeccError, UsageError, raise_problems
@@ -168,7 +169,12 @@ def verify_files(model: str, allow_edited_card: bool, html: str | None, force: b
     if programs and not (path / MANIFEST_NAME).exists() and html is None:
         # As transformers saves what was trained: there are no digests to compare with.
         data = {"model": model, "programs": programs, "passed": True}
-        return Report("verify-manifest", data, lambda: f"{programs[0]} is that of the graph")
+        text = (
+            f"{programs[0]} is the program of the graph in config.json, whose tensors are there\n"
+            f"  not checked: their values, which no {MANIFEST_NAME} states, as after training\n"
+            f"  moecc verify {quote(model)} --against SOURCE compares the logits"
+        )
+        return Report("verify-manifest", data, lambda: text)
     if html is not None:
         check_writable(html, force=force)
     problems = verify_manifest(path, allow_edited_card=allow_edited_card)

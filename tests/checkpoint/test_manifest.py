@@ -152,6 +152,27 @@ def test_a_folder_without_a_manifest_is_an_input_error(tmp_path):
         verify_manifest(tmp_path)
 
 
+def test_tensors_that_were_trained_are_counted_with_a_way_out(tmp_path):
+    weights = {f"w{n}": np.full(2, n, np.float32) for n in range(9)}
+    save_file(weights, tmp_path / ONE)
+    digest = {n: hashlib.sha256(x.tobytes()).hexdigest() for n, x in weights.items()}
+    records = {n: TensorRecord(d, "f32", (2,), ONE) for n, d in digest.items()}
+    files, others = manifests.folder_records(tmp_path, records)
+    whole = Manifest(
+        pipeline="", seed=0, source="a", source_files={}, family_from="llama", family_to="llama",
+        dtype="f32", preserves="exact", weights=files, files=others, tensors=records,
+    )  # fmt: skip
+    (tmp_path / MANIFEST_NAME).write_bytes(dump(whole))
+    assert verify_manifest(tmp_path) == []
+    save_file({**weights, "w0": weights["w1"]}, tmp_path / ONE)
+    (problem,) = verify_manifest(tmp_path)
+    assert problem.hint is None
+    save_file({n: x + 1 for n, x in weights.items()}, tmp_path / ONE)
+    first, *_, last = verify_manifest(tmp_path)
+    assert f"moecc verify {tmp_path} --against" in first.hint
+    assert last.message == "6 more tensors differ so"
+
+
 def test_a_manifest_of_another_schema_is_an_input_error(written):
     made = dataclasses.replace(load(written), schema=3)
     (written / MANIFEST_NAME).write_bytes(dump(made))

@@ -117,7 +117,10 @@ def test_emitted_folder_is_a_source(tmp_path):
     expected = moecc.open(GOLDEN / "llama_gqa").apply(UPCYCLE).run()["logits"]
     assert np.array_equal(moecc.open(folder).run()["logits"], expected)
     (folder / "moecc_manifest.json").unlink()
-    assert verify(str(folder)).data["passed"]
+    report = verify(str(folder))
+    assert report.data["passed"]
+    assert "not checked: their values" in report.text()
+    assert f"verify {folder} --against SOURCE" in report.text()
     with (folder / FILE).open("a") as file:
         file.write("# edited\n")
     with pytest.raises(CheckError, match="not that of the graph"):

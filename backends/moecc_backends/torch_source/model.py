@@ -324,9 +324,10 @@ class Models:
     def _embedding_item(self) -> Item:
         if items := self._embedding_items():
             return items[0]
+        name = self.program.tokens or TOKENS
         raise InputError(
             "no table of embeddings reads the tokens",
-            expected=f"%e = embedding %embed.weight, %{self.program.tokens or TOKENS}, of a table [vocab, embed]",
+            expected=f"%e = embedding %embed.weight, %{name}, of a table [vocab, embed]",
             hint="the name of the table ends in .weight, as that of a module does",
         )
 
