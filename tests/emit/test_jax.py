@@ -11,6 +11,7 @@ from moecc_backends.torch_source.operations import OPERATIONS
 
 import moecc
 from moecc.errors import CheckError, InputError
+from moecc.jobs.emit import emit
 from moecc.jobs.verify import verify
 from tests.emit.cells import METHODS, EmittedCell, program_text
 from tests.emit.jax_cells import FILE, flat, judge, program_of
@@ -45,6 +46,14 @@ def test_program_computes_the_graph(tmp_path, source, method):
         flat(p) for p in (jax.eval_shape(program.init, jax.random.key(0)), program.load(folder))
     )
     assert {n: x.shape for n, x in drawn.items()} == {n: x.shape for n, x in held.items()}
+    (folder / "adapter_model.safetensors").write_bytes(b"of another program")
+    program.save(jax.tree.map(lambda x: x + 1, program.load(folder)), folder)
+    again = flat(program.load(folder))
+    assert again.keys() == held.keys()
+    assert all(np.array_equal(again[name], x + 1) for name, x in held.items())
+    (folder / "adapter_model.safetensors").unlink()
+    saved = moecc.open(folder).params()
+    assert all(np.array_equal(saved[name], x) for name, x in again.items())
     ends = {kind for name, *_, kind in program.PARAMETERS if name == "model.norm.weight"}
     assert ends <= {"zeros" if "qwen3_5" in source else "ones"}  # its scales are stored less one
 
@@ -55,7 +64,7 @@ def test_text_has_no_torch_and_few_lines():
     names = {ast.unparse(n).split()[1].partition(".")[0] for n in imports}
     assert names - set(sys.stdlib_module_names) == {"jax", "numpy"}
     assert "torch" not in text
-    assert len(text.splitlines()) <= 280
+    assert len(text.splitlines()) <= 320
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -106,6 +115,22 @@ def test_folder_is_a_source_and_verified(tmp_path):
         file.write("# edited\n")
     with pytest.raises(CheckError, match="not that of the graph"):
         verify(str(tmp_path / "a"))
+
+
+def test_saved_parameters_take_the_place_of_shards(tmp_path):
+    folder = tmp_path / "a"
+    emit("jax", str(GOLDEN / "llama_gqa"), output=str(folder), max_shard_bytes="9000")
+    shards = list(folder.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1
+    program = program_of(folder)
+    params = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), program.load(folder))
+    program.save(params, folder)
+    assert not any(path.exists() for path in (*shards, folder / "model.safetensors.index.json"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, program.load(folder), params))
+    (folder / "moecc_manifest.json").unlink()
+    assert verify(str(folder)).data["passed"]
+    head = moecc.open(folder).params()["lm_head.weight"]
+    assert np.array_equal(head, np.float32(params["lm_head"]["weight"]))
 
 
 @pytest.mark.parametrize(("language", "table"), [("torch", OPERATIONS), ("jax", JAX_OPERATIONS)])

@@ -47,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 '''
 
-HELD = ("TrainingKeys", "load", "init")
+HELD = ("TrainingKeys", "load", "save", "init")
 """The helpers that every file has."""
 
 

@@ -212,9 +212,10 @@ TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bf
 
 
 def load(folder):
-    """Return the parameters from the safetensors files of a folder."""
-    flat = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    """Return the parameters from ``model.safetensors`` of a folder, or from its shards."""
+    flat, folder = {}, Path(folder)
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    for path in list(folder.glob("model.safetensors")) or shards:
         data = np.memmap(path, np.uint8, "r")
         start = 8 + int(data[:8].view(np.uint64)[0])
         header = json.loads(data[8:start].tobytes())
@@ -224,6 +225,28 @@ def load(folder):
             numbers = data[start + first : start + last].view(TYPES[entry["dtype"]])
             flat[name] = jnp.asarray(numbers.reshape(entry["shape"]))
     return nested(flat)
+
+
+def save(params, folder):
+    """Write parameters to ``model.safetensors`` of a folder, in place of earlier ones."""
+    flat, header, end = flattened(params), {"__metadata__": {"format": "pt"}}, 0
+    types = {np.dtype(kind): name for name, kind in TYPES.items()}
+    for name, x in flat.items():
+        entry = {"dtype": types[x.dtype], "shape": x.shape}
+        header[name] = entry | {"data_offsets": (end, end := end + x.nbytes)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Parameters that were loaded may still be pages of the file that is replaced.
+    with (folder / "model.safetensors.part").open("wb") as file:
+        file.write(np.uint64(len(text)).tobytes() + text)
+        for x in flat.values():
+            file.write(x.tobytes())
+    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+    for pattern in ("model-*-of-*.safetensors", "model.safetensors.index.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def init(key, dtype=jnp.float32, std=0.02):
@@ -249,6 +272,15 @@ def nested(flat):
             node = node.setdefault(part, {})
         node[last] = x
     return _lists(tree)
+
+
+def flattened(node, path=""):
+    """Return nested parameters by path, in NumPy."""
+    if not isinstance(node, dict | list):
+        return {path.removeprefix("."): np.asarray(node)}
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    parts = [flattened(inner, f"{path}.{name}") for name, inner in items]
+    return {name: x for part in parts for name, x in part.items()}
 
 
 def _lists(node):
