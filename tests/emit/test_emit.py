@@ -157,6 +157,19 @@ def test_card_says_what_loading_runs(tmp_path):
     assert "okenizer" not in card, "there is none"
 
 
+def test_config_has_the_longest_text(tmp_path):
+    emit("torch", str(GOLDEN / "llama_gqa"), output=str(tmp_path / "a"))
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 64
+    assert moecc.open(tmp_path / "a").run()["logits"].ndim == 3
+
+
+@pytest.mark.parametrize("language", ["torch", "jax"])
+def test_slots_that_nothing_reads_are_not_assigned(language):
+    text = program_text("llama_gqa", f"{UPCYCLE},add-losses", language)
+    assert "assign_slots" not in text
+
+
 def test_config_has_the_token_that_a_decoder_begins_with(tmp_path):
     emit("torch", str(GOLDEN / "umt5_square_untied"), output=str(tmp_path / "a"))
     source, emitted = (

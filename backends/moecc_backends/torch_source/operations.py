@@ -501,6 +501,8 @@ def _assign_slots(
     evaluation: dict[str, Any] | None = None,
     unbounded: bool = False,
 ) -> PythonExpr:
+    if item.result not in w.block.outputs and all(x.op == "group_sum" for x in item.result.users):
+        return PythonExpr("None", ())  # nothing is dropped, and sums read the groups alone
     attrs = {"slots": slots, "groups": groups, "group_size": group_size, "order": order}
     attrs |= {"capacity_factor": capacity_factor, "convention": convention, "cap": cap}
     attrs |= {"rounding": rounding, "minimum": minimum, "multiple": multiple}

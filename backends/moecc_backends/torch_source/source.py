@@ -127,7 +127,11 @@ def emit_torch(graph: Graph) -> EmittedProgram:
     models = Models(segments.program, segments.steps, classes, str(graph.attrs.get("head", "")))
     models.write()
     text = file_text(classes, [models.base_text(), *models.texts])
-    return EmittedProgram({FILE_NAME: text}, segments.names, models.config() | labels_of(graph))
+    config = models.config() | labels_of(graph)
+    longest = graph.stated_config.get("max_position_embeddings")
+    if isinstance(longest, int):  # by which servers bound a text
+        config["max_position_embeddings"] = longest
+    return EmittedProgram({FILE_NAME: text}, segments.names, config)
 
 
 def labels_of(graph: Graph) -> JsonDict:
