@@ -173,6 +173,8 @@ def check_output(
             where=out,
             hint=f"make it first: mkdir -p {shlex.quote(str(path.parent))}",
         )
+    for source in inputs:
+        _check_apart(path, Path(os.path.realpath(source)), out, source, problems)
     if is_file:
         if path.is_dir():
             problems.add(
@@ -182,9 +184,8 @@ def check_output(
             )
         _check_file(path, force or (resume and was_committed(path)), problems)
     else:
-        _check_folder(path, out, force, problems, hint)
-    for source in inputs:
-        _check_apart(path, Path(os.path.realpath(source)), out, source, problems)
+        # Of an input it is no news that it has content.
+        _check_folder(path, out, force or bool(problems), problems, hint)
     _check_leftovers(path, out, force, problems, resume)
     problems.raise_if_any()
     _require_machine(path, out, needed_bytes - _bytes_in(partial_of(path)))
