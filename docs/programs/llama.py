@@ -165,7 +165,7 @@ class StMoeModel(StMoePreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(49152, 576)
+        self.embed_tokens = nn.Embedding(config.vocab_size, 576)
         self.layers = nn.ModuleList([Layer(config, layer_idx) for layer_idx in range(30)])
         self.norm = nn.RMSNorm(576, eps=1e-05)
         self.post_init()

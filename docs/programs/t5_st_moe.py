@@ -345,7 +345,7 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.shared = nn.Embedding(32128, 512)
+        self.shared = nn.Embedding(config.vocab_size, 512)
         self.encoder = Scope(
             block=nn.ModuleList([
                 Layer(config, layer_idx, is_sparse, is_decoder=False)
@@ -360,7 +360,7 @@ class StMoeForConditionalGeneration(StMoePreTrainedModel, GenerationMixin):
             ]),
             final_layer_norm=nn.RMSNorm(512, eps=1e-06),
         )
-        self.lm_head = nn.Linear(512, 32128, bias=False)
+        self.lm_head = nn.Linear(512, config.vocab_size, bias=False)
         self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(32, 8)
         self.decoder.block[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(32, 8)
         self.encoder.forward = self.encode

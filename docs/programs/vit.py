@@ -128,6 +128,8 @@ class StMoeModel(StMoePreTrainedModel):
 class StMoeForImageClassification(StMoePreTrainedModel):
     """The encoder, and a new head that reads its first token."""
 
+    accepts_loss_kwargs = False  # Trainer then divides the loss by the accumulated batches
+
     def __init__(self, config):
         super().__init__(config)
         self.model = StMoeModel(config)
