@@ -165,9 +165,11 @@ def test_config_has_the_longest_text(tmp_path):
 
 
 @pytest.mark.parametrize("language", ["torch", "jax"])
-def test_slots_that_nothing_reads_are_not_assigned(language):
+def test_what_nothing_reads_is_not_written(language):
     text = program_text("llama_gqa", f"{UPCYCLE},add-losses", language)
     assert "assign_slots" not in text
+    assert "def each" not in text
+    assert "def each" in program_text("gpt_oss_limits", language=language)  # experts have biases
 
 
 def test_config_has_the_token_that_a_decoder_begins_with(tmp_path):

@@ -19,7 +19,13 @@ from moecc_backends.torch_source.layers import ModelWriter
 from moecc_backends.torch_source.names import identifier, is_under, variable
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.program import Item, TorchProgram, initial_kind, loss_name
-from moecc_backends.torch_source.source import Segments, definitions, helper_texts, imports
+from moecc_backends.torch_source.source import (
+    Segments,
+    definitions,
+    helper_texts,
+    imports,
+    without_idle_methods,
+)
 from moecc_backends.torch_source.text import (
     ClassDef,
     Classes,
@@ -75,11 +81,8 @@ def emit_jax(graph: Graph) -> EmittedProgram:
     helpers = {**_helpers(), "PARAMETERS": "\n".join(_parameter_lines(segments))}
     held = helper_texts(HELD, helpers)
     read = helper_texts(used & helpers.keys(), helpers)
-    parts = [
-        *(text for text in read if text not in held),
-        *functions,
-        *held,
-    ]
+    read = [text for text in read if text not in held]
+    parts = [*without_idle_methods(read, [*functions, *held]), *functions, *held]
     body = "\n".join(x for line in "\n\n\n".join(parts).splitlines() for x in folded(line)) + "\n"
     return EmittedProgram({FILE_NAME: f"{imports(PREAMBLE, body)}\n\n{body}"}, segments.names, {})
 

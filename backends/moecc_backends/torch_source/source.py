@@ -173,7 +173,7 @@ def file_text(
     parts = ["\n".join(d.lines()) for d in classes.definitions]
     parts += ["\n".join(lines) for lines in texts]
     used = classes.helpers & frozenset[str]().union(*map(_names, parts))
-    parts[:0] = helper_texts(used, helpers())
+    parts[:0] = without_idle_methods(helper_texts(used, helpers()), parts)
     body = "\n\n\n".join(parts) + "\n"
     preamble = PREAMBLE.replace(TITLE, title or TITLE)
     return f"{imports(preamble, body)}{more_imports}\n\n{body}"
@@ -279,3 +279,19 @@ def helper_texts(names: Iterable[str], texts: dict[str, str]) -> list[str]:
         needed.add(name)
         pending += _names(texts[name]) & texts.keys()
     return [text.replace("  # fmt: skip", "") for name, text in texts.items() if name in needed]
+
+
+def without_idle_methods(texts: Sequence[str], parts: Iterable[str]) -> list[str]:
+    """Return the text of helpers without the methods of classes that no part or helper calls."""
+    calls = "\n".join([*texts, *parts])
+    results = []
+    for text in texts:
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            for method in reversed(node.body) if isinstance(node, ast.ClassDef) else ():
+                if not isinstance(method, ast.FunctionDef) or method.name[0] == "_":
+                    continue
+                if f".{method.name}(" not in calls:
+                    del lines[method.lineno - 2 : method.end_lineno]  # and the empty line before
+        results.append("\n".join(lines))
+    return results
