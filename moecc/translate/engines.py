@@ -302,8 +302,10 @@ def verdicts_on_program(program: EmittedProgram) -> tuple[EngineVerdict, ...]:
     return tuple(_verdict_on_program(engine, program) for engine in ENGINES)
 
 
-_PLAIN_HEAD = re.compile(r"^ +logits = self\.lm_head\(hidden_states\)(  #|$)", re.MULTILINE)
-_TIED_HEAD = re.compile(r"^ +logits = F\.linear\(hidden_states, self\.model\.", re.MULTILINE)
+_HEAD = (
+    r"self\.lm_head\(hidden_states\)|F\.linear\(hidden_states, [\w.]+\)( \+ self\.lm_head\.bias)?"
+)
+_PLAIN_HEAD = re.compile(rf"^ +logits = ({_HEAD})( \* [\d.e-]+)?(  #|$)", re.MULTILINE)
 
 
 def _verdict_on_program(engine: Engine, program: EmittedProgram) -> EngineVerdict:
@@ -317,10 +319,7 @@ def _verdict_on_program(engine: Engine, program: EmittedProgram) -> EngineVerdic
         return engine.verdict("another model than a decoder")
     if "_supports_attention_backend = True" not in text:
         return engine.verdict("another attention than plain")
-    # It takes the hidden states and an lm_head of its own, whose matrix stays as allocated if the
-    # files have none (measured with a tied llama).
-    if _TIED_HEAD.search(text):
-        return engine.verdict("an output matrix tied to the embedding", silent=True)
+    # It has an lm_head of its own, tied, biased and scaled where the files say so.
     if not _PLAIN_HEAD.search(text):
         return engine.verdict("another head than lm_head of the hidden states")
     return engine.verdict(note="--model-impl transformers --trust-remote-code")

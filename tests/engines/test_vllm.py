@@ -59,6 +59,9 @@ def test_what_the_table_says_is_what_the_engine_does(family, keys, target, passe
         ("llama", {"tie_word_embeddings": True}, COPIES),
         ("qwen3", {}, SHARED),
         ("gemma", {}, ""),
+        ("phi", {}, ""),
+        ("phi", {"tie_word_embeddings": True}, ""),
+        ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.3}, ""),
     ],
 )
 def test_the_engine_runs_programs_in_pytorch(family, keys, passes, tmp_path):
@@ -71,8 +74,8 @@ def test_the_engine_runs_programs_in_pytorch(family, keys, passes, tmp_path):
     options = {"model_impl": "transformers", "trust_remote_code": True}
     job = {"folder": str(out), "tokens": str(source / "tokens.npy"), "options": options}
     assert ask(python, PROBE, [job]) == [{}]
-    error = off(out, source)
-    assert (error <= SINGLE, error > 1e-3) == (verdict["runs"], verdict["silent"])
+    assert verdict["runs"]
+    assert off(out, source) <= SINGLE
 
 
 def off(folder, source):

@@ -669,17 +669,25 @@ class Models:
             "attention_mask = attention_mask.bool()",
         ]
 
+    def _is_tied(self) -> bool:
+        """Whether the table of tokens makes logits; engines with a head of their own ask."""
+        users = self.vocabulary.users if self.vocabulary is not None else ()
+        return any(item.op != "embedding_module" for item in users)
+
     def config(self) -> JsonDict:
         """Return what programs read from a configuration."""
         layers = [s for s in self.steps if isinstance(s, ModuleBlock)]
         config: JsonDict = {
             "architectures": [self.architecture],
             "auto_map": self.auto_map,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self._is_tied(),
             "num_hidden_layers": len(layers),
         }
         if self.vocabulary is not None:
             config["vocab_size"] = self.vocabulary.size(self.vocabulary.axes[0])
+        logits = self.program.outputs.get("logits")
+        if logits is not None and logits.item is not None and logits.item.op == "scale":
+            config["logit_scale"] = logits.item.attrs["by"]  # vLLM has a head of its own
         if "decoder_tokens" in self.program.inputs:
             config["is_encoder_decoder"] = True
             config["num_hidden_layers"] = sum(b.title.startswith("Decoder") for b in layers)
