@@ -466,10 +466,12 @@ def _lost_losses(graph: Graph, target: str, config: ModelConfig) -> list[str]:
     losses = [n.removeprefix(LOSS) for n in graph.outputs if n.startswith(LOSS) and n != AUXILIARY]
     if not losses:
         return []
-    own = {} if target.startswith(GGUF) else router_losses(config)
-    computed = " and ".join(f"{factor:g} times {name}" for name, factor in own.items())
-    parts = [f"with output_router_logits=True transformers adds its own, {computed}"] if own else []
-    if lost := [name for name in losses if name not in own]:
+    computed = {} if target.startswith(GGUF) else router_losses(config)
+    terms = " and ".join(f"{factor:g} times {name}" for name, factor in computed.items())
+    parts = (
+        [f"with output_router_logits=True transformers adds its own, {terms}"] if computed else []
+    )
+    if lost := [name for name in losses if name not in computed]:
         parts.append(f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} left out")
     text = "; ".join(parts)
     return [f"{target} holds no losses of routers: {text}; --to {FAMILY} keeps them"]

@@ -334,7 +334,7 @@ def launch(
     if how == "template":
         kind, *words = command
         _check_parts(_checked(words))
-        _check_passes(words)
+        _check_recipe(words)
         job = make_job(
             name, words, nodes, machine, step_seconds or STEP_SECONDS, image=image, queue=queue,
             volume=volume, cluster=cluster,
@@ -372,15 +372,15 @@ def launch(
         return supervisor.run().exit_code
 
 
-def _check_passes(words: Sequence[str]) -> None:
-    """Raise InputError for a training whose recipe has other passes than its plan.
+def _check_recipe(words: Sequence[str]) -> None:
+    """Raise InputError for a training whose recipe is wrong, or has other passes than its plan.
 
     A recipe that is not on this machine is checked where it runs.
     """
     from moecc.jobs.train import pass_problems, train
 
     path, recipes = option_value(words, "--plan"), _positional(words, train)
-    if words[0] != "train" or not path or not recipes:
+    if words[0] != "train" or not recipes:
         return
     pairs = zip(words, [*words[1:], ""], strict=True)
     sets = [
@@ -391,8 +391,11 @@ def _check_passes(words: Sequence[str]) -> None:
     try:
         recipe = load_recipe(recipes[0], sets)
     except MoeccError:
+        if recipes[0].startswith("recipe:") or os.path.isfile(recipes[0]):
+            raise
         return
-    raise_problems(pass_problems(read_plan(path), recipe, path))
+    if path:
+        raise_problems(pass_problems(read_plan(path), recipe, path))
 
 
 def _positional(words: Sequence[str], command: Callable[..., object]) -> list[str]:

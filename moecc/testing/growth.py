@@ -93,9 +93,9 @@ class Growth:
         key = "" if self.is_square else name
         if key not in self._sizes:
             # One draw for both, so that a seed makes the same graph but for this size.
-            number, rest = divmod(self.choices.below(8 * len(SIZES)), 8)
+            number, share = divmod(self.choices.below(8 * len(SIZES)), 8)
             has_many = self.is_square or not {*MANY}.isdisjoint(self._sizes.values())
-            is_many = rest >= 6 and not has_many
+            is_many = share >= 6 and not has_many
             self._sizes[key] = MANY[number % len(MANY)] if is_many else SIZES[number]
         return self._sizes[key]
 

@@ -133,17 +133,17 @@ def choose_architecture(graph: Graph) -> GgufExport:
         return export_gguf(graph, GEMMA4)
     table = mixture_architectures() if expert_layers(graph) else dense_architectures()
     config = CONFIGS.get(graph.family)
-    own = None if config is None or config.gguf is None else config.gguf.architecture
+    natural = None if config is None or config.gguf is None else config.gguf.architecture
     refused: dict[str, tuple[Problem, ...]] = {}
-    for architecture in sorted(table, key=lambda name: name != own):
+    for architecture in sorted(table, key=lambda name: name != natural):
         try:
             return export_gguf(graph, architecture)
         except InputError as error:
             refused[architecture] = error.problems
-    nearest_one = min(refused, key=lambda name: len(refused[name]))
-    fault = f"no architecture of llama.cpp holds this model; the nearest is {nearest_one}"
+    closest = min(refused, key=lambda name: len(refused[name]))
+    fault = f"no architecture of llama.cpp holds this model; the nearest is {closest}"
     hint = f"--to auto holds it in a folder, whose name does not end in {SUFFIX}"
-    raise InputError([Problem(fault, hint=hint), *refused[nearest_one]])
+    raise InputError([Problem(fault, hint=hint), *refused[closest]])
 
 
 def export_gguf(graph: Graph, architecture: str) -> GgufExport:

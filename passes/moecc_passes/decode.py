@@ -230,10 +230,10 @@ def _leaves_out(node: Node) -> bool:
     seen = every.map(lambda data: data[:3])
     try:
         with np.errstate(all="ignore"):
-            shares, rest = (node.op.evaluate([x], node.attrs)[0].data for x in (every, seen))
+            shares, unmasked = (node.op.evaluate([x], node.attrs)[0].data for x in (every, seen))
     except InputError:
         return False
-    return np.allclose(shares, [*rest, 0.0])
+    return np.allclose(shares, [*unmasked, 0.0])
 
 
 def _is_causal(sides: Sides, keep: Value) -> bool:

@@ -11,7 +11,7 @@ import yaml
 from moecc.errors import CheckError, InputError, UsageError
 from moecc.launch.processes import ProcessInfo, process_info
 
-TRAIN = ("--", "train", "recipe:upcycle", "--out", "run", "--set", 'a="b c"')
+TRAIN = ("--", "train", "recipe:continue-dense", "--out", "run", "--set", 'model.source="b c"')
 CONVERT = ("--", "convert", "source", "out dir", "-p", "upcycle{experts=8 top-k=2}")
 JOIN = (*CONVERT[1:], "--join", "--threads", "8", "--resume")
 STORED = ("--", "train", "recipe:upcycle", "--out", "s3://bucket/run")
@@ -110,7 +110,7 @@ def test_a_saved_plan_names_the_machine(moecc, printed, loaded, tmp_path):
 def test_a_plan_of_other_passes_than_the_recipe_s_is_refused_before_the_queue(moecc, tmp_path):
     plan = tmp_path / "plan.json"
     passes = "upcycle{experts=16 top-k=2 granularity=2 router-init=logit-std router-std=1}"
-    words = ("launch", "template", "slurm", *TRAIN[:-2], "--plan", plan)
+    words = ("launch", "template", "slurm", *STORED, "--plan", plan)
     other = "upcycle{experts=8 top-k=2}"
     for text, sets, code in (
         (other, (), 1),
@@ -124,6 +124,16 @@ def test_a_plan_of_other_passes_than_the_recipe_s_is_refused_before_the_queue(mo
         assert moecc("plan", "preset:smollm2-135m", *options).code == 0
         done = moecc(*words, *sets)
         assert (done.code, "the plan is of other passes" in done.err) == (code, code == 1), done.err
+
+
+def test_a_wrong_recipe_is_refused_before_the_queue(moecc, tmp_path):
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text("[run]\nsteps = -1\n")
+    words = ("launch", "template", "slurm", "--machine", "h100x16", "--", "train")
+    done = moecc(*words, recipe, "--out", "run")
+    assert done.code == 1, done.err
+    assert "run.steps" in done.err
+    assert moecc(*words, tmp_path / "of_the_cluster.toml", "--out", "run").code == 0
 
 
 def test_words_of_any_characters_reach_the_command(loaded):
