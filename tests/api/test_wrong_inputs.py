@@ -230,7 +230,7 @@ COMMANDS = {
     f"convert dense out -p {UPCYCLE} --to mixtral --dtype f31": (2, "did you mean 'f32'"),
     f"convert dense out -p {UPCYCLE} --to mixtral --max-shard-bytes huge": (2, "number of bytes"),
     f"convert dense file -p {UPCYCLE} --to mixtral": (1, "the output is a file"),
-    f"convert dense dense -p {UPCYCLE} --to mixtral": (1, "not empty"),
+    f"convert dense dense -p {UPCYCLE} --to mixtral": (1, "the output is the input"),
     f"convert dense out -p {UPCYCLE} --to mixtral --load imports.py": (2, "nowhere_at_all"),
     f"convert dense out -p {UPCYCLE} --to mixtral --load syntax.py": (2, "syntax.py"),
     f"convert dense out -p {UPCYCLE} --to mixtral --experts a": (2, "NAME=DIR"),
