@@ -106,7 +106,14 @@ class Cluster:
         self._start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self.run("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"], 600)
+        wait_for(self._is_idle, 600)
+
+    def _is_idle(self) -> bool:
+        """Return whether both nodes wait for jobs; raise RuntimeError if a daemon has ended."""
+        if ended := [name for name, daemon in self.daemons.items() if daemon.poll() is not None]:
+            logs = [path.read_text() for path in sorted(self.folder.glob("*.log"))]
+            raise RuntimeError(f"{', '.join(ended)} ended: {''.join(logs)[-2000:]}")
+        return self.run("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"]
 
     def start_node(self, node: str):
         """Start the daemon of a node."""
