@@ -11,6 +11,9 @@ from moecc.families.mixture import FIXED_GATES_DEFAULTS, TRANSFORMERS, MoeConfig
 from moecc.families.reader import Reader
 from moecc.support.untyped import JsonDict
 
+LEAST_SUM = 1e-12
+"""What the chosen gates are divided by where their sum is less, which it never is."""
+
 
 @config_class
 class Ernie45Config(DecoderConfig):
@@ -52,7 +55,7 @@ class Ernie45MoeConfig(MoeConfig):
     fixed = {"norm_topk_prob": True}
     keys = {"experts_per_token": "moe_k"}
     only = {"use_bias": (False, "biases in this family are not supported")}
-    always = {"use_bias": False, "moe_norm_min": 1e-12}
+    always = {"use_bias": False, "moe_norm_min": LEAST_SUM}
     experts_keys = ("moe_num_experts",)
     sparse_style = "interval"
     has_shared_expert = True
@@ -100,7 +103,7 @@ class Ernie45MoeConfig(MoeConfig):
         "moe_layer_start_index": 1,
         "moe_layer_end_index": -1,
         "moe_layer_interval": 1,
-        "moe_norm_min": 1e-12,
+        "moe_norm_min": LEAST_SUM,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -108,10 +111,8 @@ class Ernie45MoeConfig(MoeConfig):
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
-        values = super()._read(reader)
-        # The k best of n gates, which add up to one, have a sum of at least k / n.
-        least = values["experts_per_token"] / values["num_experts"]
-        if reader.number("moe_norm_min", above=0) > least:
+        # Gates are chosen by a bias besides, so that those of the chosen may be as small as any.
+        if reader.number("moe_norm_min", above=0) > LEAST_SUM:
             fault = "the chosen gates would no longer be divided by their sum"
-            reader.refuse("moe_norm_min", fault, expected=f"at most {least:g}")
-        return values
+            reader.refuse("moe_norm_min", fault, expected=f"at most {LEAST_SUM:g}")
+        return super()._read(reader)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from moecc.families.config import GgufFacts, config_class
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
 from moecc.families.reader import LAYERS, KeyProblem, Reader, key_problem
-from moecc.families.rope import RopeConfig, read_rope
+from moecc.families.rope import RopeConfig, read_rope, refuse_former_name
 from moecc.support.untyped import JsonDict
 
 GEMMA_DEFAULTS: Mapping[str, object] = {
@@ -174,6 +174,7 @@ class Gemma3TextConfig(Gemma2Config):
 
     @classmethod
     def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
+        refuse_former_name(reader)
         local = RopeConfig(theta=stated_theta(reader))
         parameters = reader.mapping("rope_parameters")
         if parameters is not None:

@@ -9,7 +9,7 @@ from moecc.families.config import EngineReading, GgufFacts, config_class
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import MOE_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
 from moecc.families.reader import LAYERS, KeyProblem, Reader, key_problem
-from moecc.families.rope import RopeConfig
+from moecc.families.rope import RopeConfig, refuse_former_name
 from moecc.support.untyped import JsonDict
 
 
@@ -110,6 +110,7 @@ class Olmo3Config(Olmo2Config):
 
     @classmethod
     def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
+        refuse_former_name(reader)
         parameters = reader.mapping("rope_parameters")
         if parameters is None:
             theta = reader.number("rope_theta", above=0)

@@ -199,6 +199,18 @@ def read_rope(
     return next(iter(read.values()), RopeConfig(theta=theta))
 
 
+def refuse_former_name(reader: Reader) -> None:
+    """Reject ``type`` alone in a family whose kinds of layers have parameters of their own.
+
+    There version 5 updates parameters of the ``rope_type`` default, which wins, and 4 reads it.
+    """
+    stated = reader.mapping("rope_scaling") or {}
+    is_former = "rope_type" not in stated and stated.get("type", "default") != "default"
+    if is_former and reader.mapping("rope_parameters") is None:
+        fault = "transformers 5 overlooks type in this family, and 4 reads it"
+        reader.refuse("rope_scaling", fault, expected="rope_type beside it")
+
+
 def read_partial_rotary(reader: Reader, head_dim: int, key: str, default: float) -> int | None:
     """Return how many entries of each head are rotated, or None for all of them.
 

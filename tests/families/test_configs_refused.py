@@ -188,10 +188,19 @@ REFUSED = [
     ("falcon", {"n_embed": 64}, "takes it for hidden"),
     (
         "ernie4_5_moe",
-        {"moe_k": 2, "moe_num_experts": 4, "moe_norm_min": 0.6},
+        {"moe_k": 2, "moe_num_experts": 4, "moe_norm_min": 1e-9},
         "moe_norm_min",
-        "at most 0.5",
+        "at most 1e-12",
     ),
+    *[
+        (
+            family,
+            {"rope_scaling": {"type": "linear", "factor": 2.5}},
+            "rope_scaling",
+            "overlooks type",
+        )
+        for family in ("gemma3_text", "olmo3")
+    ],
     (
         "smollm3",
         {
