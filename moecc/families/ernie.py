@@ -12,7 +12,7 @@ from moecc.families.reader import Reader
 from moecc.support.untyped import JsonDict
 
 LEAST_SUM = 1e-12
-"""What the chosen gates are divided by where their sum is less, which it never is."""
+"""What the chosen gates are divided by where their sum is less: too small to be met."""
 
 
 @config_class
