@@ -464,7 +464,8 @@ class DecoderConfig(ModelConfig):
             yield key_problem(fault, f"{heads}", f"{groups}", *between)
         if self.rotated_dim % 2 or not 0 < self.rotated_dim <= self.head_dim:
             fault = "the rotary embedding needs an even number of entries of a head"
-            yield key_problem(fault, "an even number", f"{self.rotated_dim}", *HEAD_KEYS, PARTIAL)
+            stating = (*HEAD_KEYS, PARTIAL, "rope_parameters")
+            yield key_problem(fault, "an even number", f"{self.rotated_dim}", *stating)
         if self.plain_heads and self.head_dim * heads != self.hidden_size:
             expected = f"heads x head_dim = {self.hidden_size}"
             yield key_problem(self.plain_heads, expected, f"{self.head_dim * heads}", *HEAD_KEYS)

@@ -196,6 +196,9 @@ class SwitchTransformersConfig(EncDecConfig):
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
+        if self.hidden_act not in T5_ACTIVATIONS:
+            fault = "unknown activation"
+            yield key_problem(fault, one_of(T5_ACTIVATIONS), self.hidden_act, "dense_act_fn")
         if self.gated:
             yield key_problem("switch_transformers has no gated blocks", "false", "true", "gated")
         if self.scale_outputs != self.tie_word_embeddings:

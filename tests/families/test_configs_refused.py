@@ -192,6 +192,16 @@ REFUSED = [
         "moe_norm_min",
         "at most 1e-12",
     ),
+    ("switch_transformers", {"dense_act_fn": "quick_gelu"}, "dense_act_fn", "unknown activation"),
+    (
+        "stablelm",
+        {
+            "partial_rotary_factor": 0.3,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.3},
+        },
+        "rope_parameters",
+        "an even number",
+    ),
     *[
         (
             family,

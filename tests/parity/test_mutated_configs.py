@@ -28,6 +28,13 @@ DRAWS = int(os.environ.get("MOECC_MUTATIONS", 2 * len(SOURCES)))
 SEED = int(os.environ.get("MOECC_MUTATIONS_SEED", 1))
 AT_ONCE = 250
 BOUND = 1e-6
+READ_BY_VERSION_5 = {
+    *((family, "scale_decoder_outputs") for family in ("t5", "umt5")),
+    *((family, "tie_word_embeddings") for family in ("mt5", "switch_transformers")),
+}
+"""Keys that moecc reads as version 5 does: 4 does not know the first, scales an mt5 that is tied,
+and makes up the token tables of a switch_transformers that is not."""
+
 ABSENT = "(absent)"
 """What `mutated_models.py` says of a key that it left out, which no message has to name."""
 
@@ -35,13 +42,17 @@ ABSENT = "(absent)"
 @in_each_interpreter
 def test_a_mutated_config_is_read_as_transformers_does_or_rejected(python, tmp_path):
     sources = sources_of(major_of(python))
-    wrong, counts = [], {"equal": 0, "rejected": 0, "not in transformers": 0}
+    kinds = ("equal", "rejected", "not in transformers", "read by version 5")
+    wrong, counts = [], dict.fromkeys(kinds, 0)
     for start in range(0, DRAWS, AT_ONCE):
         number = min(AT_ONCE, DRAWS - start)
         turn = start % len(sources)
         turned = [*map(str, sources[turn:]), *map(str, sources[:turn])]
         question = {"sources": turned, "draws": number, "seed": SEED + start, "out": str(tmp_path)}
         for case in ask(python, "mutated_models.py", question):
+            if major_of(python) == 4 and is_of_version_5(case):
+                counts["read by version 5"] += 1
+                continue
             verdict = outcome(case)
             if verdict in counts:
                 counts[verdict] += 1
@@ -66,6 +77,12 @@ def sources_of(major):
         if offs and offs[0] != "does not load" and float(offs[0]) <= BOUND:
             sources.append(source)
     return sources
+
+
+def is_of_version_5(case):
+    """Return whether a mutated key is one that moecc reads as version 5 does, unlike version 4."""
+    config = json.loads((GOLDEN / case["source"] / "config.json").read_text())
+    return any((config["model_type"], key) in READ_BY_VERSION_5 for key in case["keys"])
 
 
 def outcome(case):
