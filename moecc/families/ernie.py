@@ -60,6 +60,7 @@ class Ernie45MoeConfig(MoeConfig):
     sparse_style = "interval"
     has_shared_expert = True
     shared_is_optional = True
+    synonyms = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
     shared_count_key = "moe_num_shared_experts"
     shared_gate = False
     has_routing_bias = True

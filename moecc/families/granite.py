@@ -76,6 +76,7 @@ class GraniteHybridConfig(_FactorsConfig):
     architecture = "GraniteMoeHybridForCausalLM"
     options = ATTENTION_BIASES | FACTORS | {"rope_layers"}
     keys = {"intermediate_size": "shared_intermediate_size"}
+    synonyms = {"layers_block_type": "layer_types"}
     only = {
         "num_local_experts": (
             0,

@@ -192,6 +192,13 @@ REFUSED = [
         "moe_norm_min",
         "at most 1e-12",
     ),
+    ("ernie4_5_moe", {"moe_k": 2, "num_experts_per_tok": 0}, "num_experts_per_tok", "for moe_k"),
+    (
+        "granitemoehybrid",
+        {"layers_block_type": ["mamba"]},
+        "layers_block_type",
+        "takes it for layer_types",
+    ),
     ("switch_transformers", {"dense_act_fn": "quick_gelu"}, "dense_act_fn", "unknown activation"),
     (
         "stablelm",
