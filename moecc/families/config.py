@@ -566,7 +566,7 @@ class ModelConfig:
             # transformers takes the one for the other; equal ones are not kept.
             if reader.has(key) and reader.data[key] != reader.value(usual):
                 fault = f"transformers takes it for {usual}, which is {shown(reader.value(usual))}"
-                reader.refuse(key, fault, hint=f"state the size as {usual} alone")
+                reader.refuse(key, fault, hint=f"state it as {usual} alone")
         reader.require(cls.table("only"))
         for key in cls.idle:
             reader.value(key)

@@ -48,9 +48,7 @@ class T5Config(EncDecConfig):
         if self.gated and self.hidden_act == "gelu":
             fault = f"{self.model_type} gates with the tanh approximation of GELU"
             yield key_problem(fault, "gelu_pytorch_tanh", "gelu", *stating)
-        if self.hidden_act not in T5_ACTIVATIONS:
-            fault = "unknown activation"
-            yield key_problem(fault, one_of(T5_ACTIVATIONS), self.hidden_act, *stating)
+        yield from _unknown_activation(self, *stating)
 
     def fitted(self, tensors: Container[str]) -> Self:
         """Return the config with the embedding tie that transformers 5 applies.
@@ -83,6 +81,12 @@ class T5Config(EncDecConfig):
         act = T5_ACTIVATIONS[self.hidden_act]
         projection = f"{GATED}{act.replace('gelu_new', 'gelu')}" if self.gated else act
         return {**super()._write(), "feed_forward_proj": projection}
+
+
+def _unknown_activation(config: EncDecConfig, *stating: str) -> Iterator[KeyProblem]:
+    if config.hidden_act not in T5_ACTIVATIONS:
+        expected = one_of(T5_ACTIVATIONS)
+        yield key_problem("unknown activation", expected, config.hidden_act, *stating)
 
 
 _MANY_LANGUAGES: Mapping[str, object] = {
@@ -196,9 +200,7 @@ class SwitchTransformersConfig(EncDecConfig):
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
-        if self.hidden_act not in T5_ACTIVATIONS:
-            fault = "unknown activation"
-            yield key_problem(fault, one_of(T5_ACTIVATIONS), self.hidden_act, "dense_act_fn")
+        yield from _unknown_activation(self, "dense_act_fn")
         if self.gated:
             yield key_problem("switch_transformers has no gated blocks", "false", "true", "gated")
         if self.scale_outputs != self.tie_word_embeddings:

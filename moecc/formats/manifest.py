@@ -416,10 +416,9 @@ def record_card(folder: Path) -> None:
     manifest, card = load(folder), folder / CARD_NAME
     if not card.is_file():
         return
-    record = file_records([card])[CARD_NAME]
-    if manifest.files.get(CARD_NAME) != record:
-        files = {**manifest.files, CARD_NAME: record}
-        replace_durable(folder / MANIFEST_NAME, dump(replace(manifest, files=files)))
+    edited = with_card(manifest, card.read_bytes())
+    if edited != manifest:
+        replace_durable(folder / MANIFEST_NAME, dump(edited))
 
 
 TRAINED = (
